@@ -1,0 +1,32 @@
+"""Shards in, batches out.
+
+    shards.py   find, count, index and verify tar shards
+    order.py    which sample is read when: pure functions of (seed, position)
+    loader.py   worker processes, Batch, state out and in
+    images.py   decode, augment
+    text.py     tokenizer, trimming
+    pack.py     anything -> shards
+    scenes.py   the built-in data set
+
+May import `pretrain.dist`, `pretrain.registry` and `pretrain.config`; nothing above them.
+"""
+
+
+class BadSample(Exception):
+    """The CONTENT of a sample cannot be used: no picture, an unreadable one, no caption.
+
+    Training replaces the sample and counts it by `reason`; evaluation leaves it out and counts it. A failing disk or network
+    is never a BadSample: those are OSErrors, which are retried and then stop the run.
+
+    Args:
+        reason: a short fixed phrase to count by ("no caption", "image unreadable"), the same for all samples of its kind.
+        detail: what was seen in this sample, for the log.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason, detail)  # both in args: the exception survives pickling between processes
+        self.reason = reason
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}" if self.detail else self.reason
