@@ -1,0 +1,1 @@
+"""pretrain: shards -> aligned encoders."""

@@ -1,0 +1,230 @@
+"""Configuration: dataclass schema <- YAML (with an optional `base:` file) <- `key=value` on the command line.
+
+    load(Schema, "configs/pretrain/scenes.yaml", ["optim.lr=1e-3"]) -> Schema
+
+Everything that can be wrong with a configuration is found here, before anything is built: an unknown key (with the
+nearest one that exists), a value of the wrong type, a component nobody wrote, a combination that a dataclass's
+`check()` refuses. Each is one ConfigError with one line.
+
+A schema field made by `section(room)` holds the Config of a component that the registry finds by name: `loss.name=clip`
+gives `loss` the fields of pretrain/losses/clip.py. This floor imports nothing of the project but the registry, late.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from dataclasses import MISSING, Field, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+T = TypeVar("T")
+
+
+class UserError(Exception):
+    """An expected failure: its message is the one line a person reads. The command ends with 1."""
+
+
+class ConfigError(UserError):
+    """Wrong configuration or usage, found before any work was done. The command ends with 2."""
+
+
+def closest(name: str, choices: list[str]) -> str:
+    """The end of an error line that names the nearest choice, or nothing."""
+    near = difflib.get_close_matches(name, choices, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def section(room: str, key: str, default: str) -> Any:
+    """A schema field that holds the Config of a component of `room`, chosen by the field's own `key`."""
+    return field(default=None, metadata={"room": room, "key": key, "default": default})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def load(schema: type[T], path: str | Path | None = None, dotlist: list[str] | None = None) -> T:
+    """The configuration as an instance of `schema`. Raises ConfigError."""
+    given = read_yaml(Path(path)) if path is not None else {}
+    given = _merge(given, parse_dotlist(dotlist or []))
+    return build(schema, given, str(path) if path is not None else "the command line")
+
+
+def build(schema: type[T], given: dict[str, Any], where: str, partial: bool = False) -> T:
+    """An instance of `schema` from plain values; `partial` passes over top-level keys the schema does not have."""
+    if partial:
+        known = {f.name for f in fields(schema)}  # type: ignore[arg-type]
+        given = {key: value for key, value in given.items() if key in known}
+    made = _build(schema, given, "", where)
+    _check(made)
+    return made
+
+
+def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """One file as plain values; `base:` names a file, relative to this one, whose values come first."""
+    path = path.resolve()
+    if path in seen:
+        raise ConfigError(f"{path}: `base` leads back to itself: {' -> '.join(p.name for p in (*seen, path))}")
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except (FileNotFoundError, IsADirectoryError):
+        raise ConfigError(f"no configuration file {path}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
+    if values == [] or values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold `key: value` pairs, not a {type(values).__name__}")
+    values = {str(key): value for key, value in values.items()}
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: `base` must name one file, not {base!r}")
+    return _merge(read_yaml(path.parent / base, (*seen, path)), values)
+
+
+def parse_dotlist(dotlist: list[str]) -> dict[str, Any]:
+    """["optim.lr=1e-3"] -> {"optim": {"lr": 0.001}}."""
+    merged: dict[str, Any] = {}
+    for item in dotlist:
+        key, equals, _ = item.partition("=")
+        if item.startswith("-"):
+            raise ConfigError(f"{item!r}: settings have no dashes; write {item.lstrip('-') or 'key=value'!r}")
+        if not equals or not key:
+            raise ConfigError(f"{item!r} is not a setting; write key=value, for example optim.lr=1e-3")
+        try:
+            value = OmegaConf.to_container(OmegaConf.from_dotlist([item]), resolve=False)
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
+            raise ConfigError(f"{item!r} cannot be read: {' '.join(str(error).split())}") from error
+        merged = _merge(merged, typing.cast(dict[str, Any], value))
+    return merged
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` wins, key by key; lists replace."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plain values -> dataclasses
+
+
+def _build(schema: type[Any], given: Any, prefix: str, where: str) -> Any:
+    if not isinstance(given, dict):
+        raise ConfigError(f"{prefix.rstrip('.')} in {where} must hold settings, not {given!r}")
+    known = {f.name: f for f in fields(schema)}
+    for key in given:
+        if key not in known:
+            choices = ", ".join(known)
+            raise ConfigError(f"unknown key {prefix}{key} in {where}{closest(str(key), list(known))}; valid: {choices}")
+    hints = typing.get_type_hints(schema)
+    leaves: dict[str, Any] = {}
+    values: dict[str, Any] = {}
+    for name, spec in known.items():
+        if "room" in spec.metadata:
+            values[name] = _component(spec, given.get(name, {}), f"{prefix}{name}.", where)
+        elif is_dataclass(hints[name]):
+            values[name] = _build(typing.cast(type, hints[name]), given.get(name, {}) or {}, f"{prefix}{name}.", where)
+        elif name in given:
+            leaves[name] = given[name]
+    values.update(_leaves(schema, known, hints, leaves, prefix, where))
+    return schema(**values)
+
+
+def _component(spec: Field[Any], given: Any, prefix: str, where: str) -> Any:
+    from pretrain import registry
+
+    room, key = spec.metadata["room"], spec.metadata["key"]
+    if given is None:
+        return None
+    if not isinstance(given, dict):
+        raise ConfigError(f"{prefix.rstrip('.')} in {where} must hold settings, not {given!r}; write {prefix}{key}=...")
+    name = given.get(key, spec.metadata["default"])
+    if not isinstance(name, str):
+        raise ConfigError(f"{prefix}{key} in {where} must be a word, not {name!r}")
+    return _build(registry.part(room, name).Config, {key: name, **given}, prefix, where)
+
+
+def _leaves(
+    schema: type[Any], known: dict[str, Field[Any]], hints: dict[str, Any], given: dict[str, Any], prefix: str, where: str
+) -> dict[str, Any]:
+    """Values checked and converted by OmegaConf, one by one so that an error names its key."""
+    out: dict[str, Any] = {}
+    for name, value in given.items():
+        default = known[name].default
+        one = dataclasses.make_dataclass("One", [(name, hints[name], field(default="???"))])
+        try:
+            node = OmegaConf.structured(one)
+        except OmegaConfBaseException as error:
+            raise AssertionError(f"{schema.__name__}.{name}: OmegaConf cannot hold {hints[name]}: {error}") from error
+        try:
+            merged = OmegaConf.merge(node, {name: value})
+            out[name] = typing.cast(DictConfig, OmegaConf.to_container(merged, resolve=True))[name]
+        except (OmegaConfBaseException, ValueError, TypeError) as error:
+            if "Interpolation" in type(error).__name__:
+                reason = str(error).splitlines()[0]
+                raise ConfigError(f"{prefix}{name}={value!r} in {where} cannot be resolved: {reason}") from error
+            hint = "" if default is MISSING else f" (default {default!r})"
+            raise ConfigError(f"{prefix}{name}={value!r} in {where} must be {_describe(hints[name])}{hint}") from error
+        if value is None and not _optional(hints[name]):
+            raise ConfigError(f"{prefix}{name} in {where} must be {_describe(hints[name])}, not empty")
+    return out
+
+
+def _optional(hint: Any) -> bool:
+    return hint is Any or type(None) in typing.get_args(hint)
+
+
+def _describe(hint: Any) -> str:
+    """A type as a person would say it."""
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(str(choice) for choice in typing.get_args(hint))
+    if type(None) in typing.get_args(hint):
+        inner = [arg for arg in typing.get_args(hint) if arg is not type(None)]
+        return f"{_describe(inner[0])} or null"
+    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", Any: "a value"}
+    if hint in words:
+        return words[hint]
+    if typing.get_origin(hint) is list:
+        return f"a list, each item {_describe(typing.get_args(hint)[0])}"
+    return "settings (key: value)" if typing.get_origin(hint) is dict else str(hint)
+
+
+def _check(config: Any) -> None:
+    """Runs every check(), inner ones first."""
+    for spec in fields(config):
+        value = getattr(config, spec.name)
+        if is_dataclass(value) and not isinstance(value, type):
+            _check(value)
+    if hasattr(config, "check"):
+        config.check()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain values, in the order of the schema."""
+    return dataclasses.asdict(config)
+
+
+def to_yaml(config: Any) -> str:
+    """The resolved configuration as YAML that `load` reads back to an equal one."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+
+
+def save(config: Any, path: Path) -> None:
+    """Writes the resolved configuration."""
+    path.write_text(to_yaml(config))

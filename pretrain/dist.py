@@ -1,0 +1,167 @@
+"""The process group: who am I, gather with gradient, agree with the others.
+
+Everything works in one process without a group: world_size() is 1 and the collectives are the identity, so that no caller
+needs a branch. Shapes: b = rows of this process, B = b * world_size, rank-major.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as td
+from torch import Tensor
+
+
+def initialized() -> bool:
+    """Whether there is a process group (of one process or more)."""
+    return td.is_available() and td.is_initialized()
+
+
+def rank() -> int:
+    """This process among all, from 0."""
+    return td.get_rank() if initialized() else 0
+
+
+def world_size() -> int:
+    """Processes in the run."""
+    return td.get_world_size() if initialized() else 1
+
+
+def local_rank() -> int:
+    """This process on its machine, from 0: the number of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if initialized() else 0
+
+
+def local_world_size() -> int:
+    """Processes of the run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) if initialized() else 1
+
+
+def nodes() -> int:
+    """Machines in the run, all with the same number of processes."""
+    return max(1, world_size() // local_world_size())
+
+
+def is_main() -> bool:
+    """Whether this process writes the files and prints."""
+    return rank() == 0
+
+
+def device() -> torch.device:
+    """Where this process computes: its own GPU, or the CPU."""
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def setup(timeout_seconds: float = 600.0) -> None:
+    """Joins the group that a launcher described in the environment; without one, nothing happens.
+
+    timeout_seconds bounds every collective, so that a dead or hung rank ends the others.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if initialized() or int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    td.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_seconds))
+
+
+def shutdown() -> None:
+    """Leaves the group."""
+    if initialized():
+        td.destroy_process_group()
+
+
+def barrier() -> None:
+    """Waits for every process."""
+    if world_size() > 1:
+        td.barrier()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Collectives with gradient
+
+
+class _Gather(torch.autograd.Function):
+    """Forward: all_gather. Backward: the sum over ranks of the gradients of this rank's rows (reduce_scatter)."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        out = rows.new_empty(world_size() * rows.shape[0], *rows.shape[1:])
+        td.all_gather_into_tensor(out, rows.contiguous())
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        grad = grads[0].contiguous()
+        out = grad.new_empty(grad.shape[0] // world_size(), *grad.shape[1:])
+        td.reduce_scatter_tensor(out, grad, op=td.ReduceOp.SUM)
+        return out
+
+
+def gather(rows: Tensor) -> Tensor:
+    """(b, ...) -> (B, ...) with gradient: every rank's rows, rank-major. Every rank must hold the same b.
+
+    A loss over local rows against gathered columns, averaged over local rows, gives exact gradients under a strategy
+    that averages gradients over ranks (DDP, FSDP, ZeRO).
+    """
+    return rows if world_size() == 1 else _Gather.apply(rows)
+
+
+def gather_many(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """`gather` for several (b, D_i) tensors of one dtype in ONE collective."""
+    if world_size() == 1:
+        return list(tensors)
+    widths = [tensor.shape[1] for tensor in tensors]
+    return list(gather(torch.cat(list(tensors), dim=1)).split(widths, dim=1))
+
+
+@torch.no_grad()
+def gather_plain(rows: Tensor) -> Tensor:
+    """`gather` without gradient, for any dtype (bool and integers too)."""
+    if world_size() == 1:
+        return rows
+    out = rows.new_empty(world_size() * rows.shape[0], *rows.shape[1:])
+    td.all_gather_into_tensor(out, rows.contiguous())
+    return out
+
+
+@torch.no_grad()
+def mean(value: Tensor) -> Tensor:
+    """The mean over ranks of a tensor, for reports."""
+    if world_size() == 1:
+        return value
+    value = value.detach().clone()
+    td.all_reduce(value)
+    return value / world_size()
+
+
+@torch.no_grad()
+def maximum(value: Tensor) -> Tensor:
+    """The largest over ranks, for flags: any rank that says 1 makes it 1."""
+    if world_size() == 1:
+        return value
+    value = value.detach().clone()
+    td.all_reduce(value, op=td.ReduceOp.MAX)
+    return value
+
+
+def gather_objects(item: Any) -> list[Any]:
+    """One picklable thing of every rank, in rank order, on every rank."""
+    if world_size() == 1:
+        return [item]
+    out: list[Any] = [None] * world_size()
+    td.all_gather_object(out, item)
+    return out
+
+
+def broadcast_object(item: Any) -> Any:
+    """What rank 0 holds, on every rank."""
+    if world_size() == 1:
+        return item
+    box = [item]
+    td.broadcast_object_list(box, src=0)
+    return box[0]

@@ -1,0 +1,1 @@
+"""How one step runs on one or many processes: a file a strategy."""
