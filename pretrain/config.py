@@ -45,6 +45,11 @@ def section(room: str, key: str, default: str) -> Any:
     return field(default=None, metadata={"room": room, "key": key, "default": default})
 
 
+def collected(room: str, key: str) -> Any:
+    """A schema field that gathers every other section holding `key` (audio: {tower: ...}) as components of `room`."""
+    return field(default_factory=dict, metadata={"room": room, "key": key, "collects": True})
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
 
@@ -59,8 +64,10 @@ def load(schema: type[T], path: str | Path | None = None, dotlist: list[str] | N
 def build(schema: type[T], given: dict[str, Any], where: str, partial: bool = False) -> T:
     """An instance of `schema` from plain values; `partial` passes over top-level keys the schema does not have."""
     if partial:
-        known = {f.name for f in fields(schema)}  # type: ignore[arg-type]
-        given = {key: value for key, value in given.items() if key in known}
+        specs = fields(schema)  # type: ignore[arg-type]
+        known = {f.name for f in specs}
+        keys = [f.metadata["key"] for f in specs if "collects" in f.metadata]
+        given = {k: v for k, v in given.items() if k in known or (isinstance(v, dict) and any(key in v for key in keys))}
     made = _build(schema, given, "", where)
     _check(made)
     return made
@@ -123,14 +130,14 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def _build(schema: type[Any], given: Any, prefix: str, where: str) -> Any:
     if not isinstance(given, dict):
         raise ConfigError(f"{prefix.rstrip('.')} in {where} must hold settings, not {given!r}")
-    known = {f.name: f for f in fields(schema)}
+    known = {f.name: f for f in fields(schema) if "collects" not in f.metadata}
+    given, values = _collect(schema, given, prefix, where)
     for key in given:
         if key not in known:
             choices = ", ".join(known)
             raise ConfigError(f"unknown key {prefix}{key} in {where}{closest(str(key), list(known))}; valid: {choices}")
     hints = typing.get_type_hints(schema)
     leaves: dict[str, Any] = {}
-    values: dict[str, Any] = {}
     for name, spec in known.items():
         if "room" in spec.metadata:
             values[name] = _component(spec, given.get(name, {}), f"{prefix}{name}.", where)
@@ -142,6 +149,20 @@ def _build(schema: type[Any], given: Any, prefix: str, where: str) -> Any:
     return schema(**values)
 
 
+def _collect(schema: type[Any], given: dict[str, Any], prefix: str, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Takes the sections of a `collected` field out of the given values."""
+    specs = fields(schema)
+    own = {f.name for f in specs}
+    for spec in specs:
+        if "collects" not in spec.metadata:
+            continue
+        key = spec.metadata["key"]
+        taken = {k: v for k, v in given.items() if k not in own and isinstance(v, dict) and key in v}
+        rest = {k: v for k, v in given.items() if k not in taken}
+        return rest, {spec.name: {k: _component(spec, v, f"{prefix}{k}.", where) for k, v in taken.items()}}
+    return given, {}
+
+
 def _component(spec: Field[Any], given: Any, prefix: str, where: str) -> Any:
     from pretrain import registry
 
@@ -150,7 +171,7 @@ def _component(spec: Field[Any], given: Any, prefix: str, where: str) -> Any:
         return None
     if not isinstance(given, dict):
         raise ConfigError(f"{prefix.rstrip('.')} in {where} must hold settings, not {given!r}; write {prefix}{key}=...")
-    name = given.get(key, spec.metadata["default"])
+    name = given.get(key, spec.metadata.get("default"))
     if not isinstance(name, str):
         raise ConfigError(f"{prefix}{key} in {where} must be a word, not {name!r}")
     return _build(registry.part(room, name).Config, {key: name, **given}, prefix, where)
@@ -205,8 +226,9 @@ def _check(config: Any) -> None:
     """Runs every check(), inner ones first."""
     for spec in fields(config):
         value = getattr(config, spec.name)
-        if is_dataclass(value) and not isinstance(value, type):
-            _check(value)
+        for inner in value.values() if isinstance(value, dict) else [value]:
+            if is_dataclass(inner) and not isinstance(inner, type):
+                _check(inner)
     if hasattr(config, "check"):
         config.check()
 
@@ -216,8 +238,12 @@ def _check(config: Any) -> None:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Plain values, in the order of the schema."""
-    return dataclasses.asdict(config)
+    """Plain values, in the order of the schema; collected sections stand beside the others again."""
+    values: dict[str, Any] = {}
+    for spec in fields(config):
+        value = dataclasses.asdict(config)[spec.name]
+        values.update(value if "collects" in spec.metadata else {spec.name: value})
+    return values
 
 
 def to_yaml(config: Any) -> str:

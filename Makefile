@@ -1,0 +1,32 @@
+# make demo    draw scenes, pretrain, evaluate, write a report (MINUTES=n shortens the training)
+# make test    every test           make check   ruff, mypy, import contract           make bench   measurements
+
+PYTHON ?= python3
+MINUTES ?= 6
+BIN := .venv/bin
+
+.PHONY: demo test check bench
+.DELETE_ON_ERROR:
+
+# The stamp is written last: an install that was cut off starts again.
+.venv/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "clipfuse needs Python 3.11 or later, this is " + sys.version)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[all]'
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/python -m launch.demo --minutes $(MINUTES)
+
+test: .venv/installed
+	$(BIN)/python -m pytest -q
+
+check: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: .venv/installed
+	for file in tests/bench/*.py; do $(BIN)/python -m tests.bench.$$(basename $$file .py) || exit 1; done

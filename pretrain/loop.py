@@ -1,0 +1,446 @@
+"""fit(): the only training loop. It owns optimizer, schedule, logging, evaluation, saving and stopping.
+
+    main -> fit -> train_step -> loss.backward()
+
+A step is a consumed batch, skipped ones included, so that the data position is always step * batch_size. Everything random
+in a step is seeded from (seed, step, rank, chunk). That is all there is to resuming bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pretrain import checkpoint, dist
+from pretrain.config import ConfigError, UserError
+from pretrain.data.loader import Loader
+from pretrain.objective import Objective
+from pretrain.optim import Average, OptimConfig, learning_rate
+from pretrain.runlog import Bar, RunFolder, RunLog, say
+from pretrain.step import train_step
+from pretrain.strategies import WORDS, Precision, Strategy
+
+
+@dataclass
+class TrainConfig:
+    steps: int = 0
+    """Length of the run in optimizer steps. Exactly one of steps, samples, epochs is given."""
+    samples: int = 0
+    """Length in samples seen; rounded up to whole batches."""
+    epochs: float = 0.0
+    """Length in epochs E of all sources together: ceil(E * samples / batch) steps."""
+    precision: Precision = "fp32"
+    """fp32, bf16 or fp16 matrix products; weights and moments stay float32."""
+    strategy: str = "single"
+    """How the model is spread over processes."""
+    chunks: int = 1
+    """Divides each process's share of the batch for memory only: same gradient, same steps (cached step)."""
+    save_every: int = 1000
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = 3
+    """Newest checkpoints to keep beside the best one; 0 = all."""
+    eval_every: int = 0
+    """Steps between evaluations on data.val; 0 = only at the end."""
+    log_every: int = 10
+    """Steps between lines in metrics.jsonl."""
+    audit: bool = False
+    """Write the keys of every consumed sample to audit-RANK.jsonl."""
+    compile: bool = False
+    """torch.compile the model (minutes at the start, faster steps on GPUs)."""
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    """Trackers of accelerate that get the metrics: tensorboard, wandb, mlflow, ...; [] = none."""
+    threads: int = 0
+    """CPU threads per process; 0 = this machine's cores shared by its processes. Resuming bit for bit needs the same number."""
+    max_skipped: int = 10
+    """Steps in a row with a non-finite gradient after which the run stops with an error."""
+    timeout: float = 600.0
+    """Seconds after which a collective without answer (a dead or hung process) ends the run."""
+
+    def check(self) -> None:
+        """Refuses impossible lengths and intervals."""
+        given = [name for name in ("steps", "samples", "epochs") if getattr(self, name) != 0]
+        if len(given) != 1:
+            said = " and ".join(f"train.{name}={getattr(self, name)}" for name in given) or "none of them"
+            raise ConfigError(f"give exactly one of train.steps, train.samples, train.epochs; given: {said}")
+        if getattr(self, given[0]) < 0:
+            raise ConfigError(f"train.{given[0]}={getattr(self, given[0])} must be above 0")
+        for name in ("chunks", "save_every", "log_every", "max_skipped"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"train.{name}={getattr(self, name)} must be at least 1")
+        for name in ("keep", "eval_every", "threads"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"train.{name}={getattr(self, name)} must be at least 0")
+        if self.strategy not in WORDS:
+            raise ConfigError(f"train.strategy={self.strategy!r} is not a strategy; the choices are {', '.join(WORDS)}")
+
+    def total_steps(self, batch_size: int, epoch_size: int) -> int:
+        """Steps of the whole run; epoch_size in samples."""
+        if self.steps:
+            return self.steps
+        return math.ceil((self.samples or self.epochs * epoch_size) / batch_size)
+
+
+@dataclass
+class Plan:
+    """All that fit() needs to know about a run beside its moving parts."""
+
+    seed: int
+    batch_size: int
+    """Samples a step, over all processes."""
+    total_steps: int
+    train: TrainConfig
+    optim: OptimConfig
+    resolved: dict[str, Any]
+    """The whole configuration, for trackers."""
+    identity: dict[str, Any]
+    """What must not change between stop and resume: data, seed, batch size."""
+    files: Callable[[Path], None]
+    """Writes config.yaml and tokenizer/ into a checkpoint."""
+    primary: str = ""
+    """The evaluation number, higher is better, that decides `best`."""
+    flops_per_sample: float = 0.0
+    """Executed forward and backward floating-point operations a sample, for MFU; 0 = unknown."""
+
+
+@dataclass
+class Outcome:
+    """How a run ended: done, or stopped by a signal and resumable."""
+
+    state: Literal["done", "stopped"]
+    why: str
+    step: int
+    results: dict[str, float]
+
+
+def fit(
+    plan: Plan,
+    folder: RunFolder,
+    strategy: Strategy,
+    model: nn.Module,
+    objective: Objective,
+    loader: Loader,
+    evaluate: Callable[[nn.Module], dict[str, float]] | None,
+    resume_from: Path | None,
+) -> Outcome:
+    """Trains `model` from `resume_from` (or from where it is) to plan.total_steps. Collective; one run a folder."""
+    run = _Run(plan, folder, strategy, model, objective, loader, evaluate)
+    step = run.restore(resume_from)
+    folder.status("running", "", step)
+    log = RunLog(folder, plan.resolved, plan.train.trackers, plan.train.audit, step)
+    bar = Bar(plan.total_steps, step)
+    try:
+        with _signals() as stop:
+            return run.go(step, log, bar, stop)
+    except BaseException as error:
+        why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        folder.status("failed", why, run.step)
+        raise
+    finally:
+        bar.close()
+        log.close()
+
+
+class _Run:
+    """The state of one fit()."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        folder: RunFolder,
+        strategy: Strategy,
+        model: nn.Module,
+        objective: Objective,
+        loader: Loader,
+        evaluate: Callable[[nn.Module], dict[str, float]] | None,
+    ) -> None:
+        self.plan, self.folder, self.strategy, self.bare = plan, folder, strategy, model
+        self.objective, self.loader, self.evaluate = objective, loader, evaluate
+        self.average: Average | None = None
+        self.step = 0
+        self.skipped = 0
+        self.best = -math.inf
+        self.saved = -1
+        self.results: dict[str, float] = {}
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # There and back
+
+    def restore(self, source: Path | None) -> int:
+        """Weights before wrapping, optimizer after; returns the step to go on from."""
+        trainer: dict[str, Any] | None = None
+        if source is not None:
+            trainer = checkpoint.load_tensors(source / "state" / "trainer.pt")
+            for name, value in self.plan.identity.items():
+                if trainer["identity"].get(name) != value:
+                    raise ConfigError(
+                        f"cannot resume {source}: {name} is {value!r} now and was {trainer['identity'].get(name)!r}; "
+                        "a run goes on with the same data, seed, batch size and model (resume=never run=NEW starts another)"
+                    )
+            raw = source / "state" / "weights"
+            checkpoint.load_weights(self.bare, checkpoint.read_weights(raw if raw.exists() else source), source)
+        self.strategy.setup(self.bare)
+        if self.plan.train.compile:
+            self.strategy.module.compile()
+        if self.plan.optim.average:
+            self.average = Average(self.strategy.module.named_parameters(), self.plan.optim.average)
+        if source is None or trainer is None:
+            return 0
+        self.strategy.load(source / "state")
+        if self.average is not None:
+            averaged = checkpoint.read_weights(source)
+            for name, value in self.average.weights.items():
+                value.copy_(averaged[name])
+        self.loader.load(trainer["loader"])
+        self.skipped, self.best, self.step = trainer["skipped"], trainer["best"], trainer["step"]
+        self.results, self.saved = trainer["results"], trainer["step"]
+        say(f"resuming {source} at step {self.step} of {self.plan.total_steps}")
+        return self.step
+
+    def save(self, best: bool = False) -> None:
+        """A checkpoint of the step reached."""
+        raw = self.strategy.weights()
+        weights = dict(raw)
+        if self.average is not None:
+            weights.update({name: value.cpu() for name, value in self.average.weights.items()})
+
+        def state(folder: Path) -> None:
+            self.strategy.save(folder)
+            if dist.is_main():
+                trainer = {
+                    "step": self.step,
+                    "identity": self.plan.identity,
+                    "loader": self.loader.state(),
+                    "skipped": self.skipped,
+                    "best": self.best,
+                    "results": self.results,
+                }
+                checkpoint.save_tensors(folder / "trainer.pt", trainer)
+                if self.average is not None:
+                    (folder / "weights").mkdir()
+                    save_file(
+                        {name: value.contiguous() for name, value in raw.items()}, folder / "weights/model.safetensors"
+                    )
+
+        keep = self.plan.train.keep
+        checkpoint.save(self.folder.checkpoints, self.step, weights, self.plan.files, state, keep=keep, best=best)
+        self.saved = self.step
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model holds the averaged weights inside."""
+        if self.average is None:
+            yield
+            return
+        kept = {}
+        parameters = dict(self.strategy.module.named_parameters())
+        with torch.no_grad():
+            for name, value in self.average.weights.items():
+                kept[name] = parameters[name].detach().clone()
+                parameters[name].copy_(value)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, value in kept.items():
+                    parameters[name].copy_(value)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Forward
+
+    def go(self, begin: int, log: RunLog, bar: Bar, stop: _Stop) -> Outcome:
+        plan, train = self.plan, self.plan.train
+        batches = iter(self.loader)
+        meter = _Meter(plan, self.strategy.device, begin)
+        in_a_row = torch.zeros((), device=self.strategy.device)
+        skipped = torch.zeros((), device=self.strategy.device)
+        self.strategy.model.train()
+
+        for step in range(begin, plan.total_steps):
+            # -- one batch, one optimizer step
+            waited = time.perf_counter()
+            batch = next(batches)
+            meter.wait += time.perf_counter() - waited
+            lr = learning_rate(step, plan.total_steps, plan.optim)
+            out = train_step(self.strategy, self.objective, batch, train.chunks, lr, (plan.seed, step, dist.rank()))
+            self.step = step + 1
+            skipped += out["skipped"]
+            in_a_row = (in_a_row + 1) * out["skipped"]
+            if self.average is not None:
+                self.average.update(self.strategy.module.named_parameters(), step, 1 - out["skipped"])
+            log.audit(self.step, batch.keys)
+            bar.step(self.step)
+
+            # -- numbers
+            last = self.step == plan.total_steps
+            if self.step % train.log_every == 0 or last:
+                self.skipped += int(skipped)
+                skipped.zero_()
+                line = meter.line(self.step, lr, out, self.skipped, dict(self.loader.bad))
+                log.metrics(line)
+                bar.said(line, meter.eta(self.step))
+            if self.step % train.log_every == 0 or last or self.strategy.device.type == "cpu":
+                self._refuse_if_lost(int(in_a_row))
+
+            # -- evaluation, checkpoint, stop
+            best = False
+            if self.evaluate is not None and (last or (train.eval_every and self.step % train.eval_every == 0)):
+                with meter.paused():
+                    best = self._evaluate(log)
+            stopping = stop.agreed()
+            if last or stopping or best or self.step % train.save_every == 0:
+                with meter.paused():
+                    self.skipped += int(skipped)
+                    skipped.zero_()
+                    self.save(best)
+            if stopping and not last:
+                why = f"stopped by {stopping}"
+                self.folder.status("stopped", why, self.step)
+                return Outcome("stopped", why, self.step, self.results)
+        if self.saved != plan.total_steps:  # resumed at or after the end: a shorter horizon than was trained
+            say(f"nothing left to do: step {self.step} of {plan.total_steps} is done")
+        self.folder.status("done", "", self.step)
+        return Outcome("done", "", self.step, self.results)
+
+    def _evaluate(self, log: RunLog) -> bool:
+        """Runs the evaluation; whether it is the best so far."""
+        assert self.evaluate is not None
+        with self.averaged():
+            self.results = self.evaluate(self.strategy.model)
+        self.strategy.model.train()
+        seen = self.step * self.plan.batch_size
+        named = {f"val/{name}": value for name, value in self.results.items()}
+        log.metrics({"step": self.step, "samples_seen": seen, "time": time.time(), **named})
+        score = self.results.get(self.plan.primary)
+        if score is None or not score > self.best:
+            return False
+        self.best = score
+        return True
+
+    def _refuse_if_lost(self, in_a_row: int) -> None:
+        if in_a_row >= self.plan.train.max_skipped:
+            raise UserError(
+                f"the gradient was not finite for {in_a_row} steps in a row (step {self.step}); the last checkpoint is "
+                f"intact; lower optim.lr={self.plan.optim.lr}, raise optim.warmup, or use train.precision=bf16 or fp32"
+            )
+
+
+class _Meter:
+    """Speed between two log steps; evaluation and saving do not count."""
+
+    def __init__(self, plan: Plan, device: torch.device, step: int) -> None:
+        self.plan, self.device, self._step = plan, device, step
+        self.wait = 0.0
+        self._begin = time.perf_counter()
+        self._paused = 0.0
+        self._rate = math.nan
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - begin
+
+    def line(
+        self, step: int, lr: float, out: dict[str, Tensor], skipped: int, bad: dict[str, int]
+    ) -> dict[str, Any]:
+        """A line of metrics.jsonl. Fetching `out` waits for the device."""
+        numbers = {name: float(dist.mean(value.float())) for name, value in out.items() if name != "skipped"}
+        now = time.perf_counter()
+        seconds = max(1e-9, now - self._begin - self._paused)
+        rate = (step - self._step) * self.plan.batch_size / seconds
+        self._rate = rate
+        wait, self.wait = self.wait, 0.0
+        self._begin, self._paused, self._step = now, 0.0, step
+        return {
+            "step": step,
+            "samples_seen": step * self.plan.batch_size,
+            "time": time.time(),
+            "lr": lr,
+            **numbers,
+            "samples_per_second": rate,
+            "data_wait_seconds": wait,
+            "data_wait_share": wait / seconds,
+            "memory_gib": _memory(self.device),
+            "mfu": self._mfu(rate),
+            "skipped": skipped,
+            "bad_samples": sum(bad.values()),
+            **{f"bad/{reason}": count for reason, count in bad.items()},
+        }
+
+    def eta(self, step: int) -> float:
+        return (self.plan.total_steps - step) * self.plan.batch_size / self._rate
+
+    def _mfu(self, rate: float) -> float | None:
+        peak = _PEAK.get(torch.cuda.get_device_name(), 0.0) if self.device.type == "cuda" else 0.0
+        if not peak or not self.plan.flops_per_sample:
+            return None
+        return rate * self.plan.flops_per_sample / (peak * dist.world_size())
+
+
+_PEAK = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12}
+"""Dense bf16 operations a second, from the vendor's data sheets."""
+
+
+def _memory(device: torch.device) -> float:
+    """Peak GiB so far: of the GPU's allocator, or of the process where there is no GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stopping
+
+
+class _Stop:
+    """A wish to stop, by signal; all processes agree on it before any acts."""
+
+    def __init__(self) -> None:
+        self.wish = 0
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        if self.wish and number == signal.SIGINT:
+            raise KeyboardInterrupt  # the second Ctrl-C does not wait for a checkpoint
+        self.wish = number
+        say(f"{signal.Signals(number).name}: saving after this step, then stopping")
+
+    def agreed(self) -> str:
+        """The name of the signal that any process got, or nothing. Collective."""
+        number = int(dist.maximum(torch.tensor(self.wish))) if dist.world_size() > 1 else self.wish
+        return signal.Signals(number).name if number else ""
+
+
+@contextmanager
+def _signals() -> Iterator[_Stop]:
+    """Ctrl-C, SIGTERM and SIGUSR1 become a wish to stop inside."""
+    stop = _Stop()
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.signal(number, stop.handle) for number in numbers}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def pin_threads(wanted: int) -> int:
+    """Sets the CPU threads of this process and returns them: 0 shares the cores among the machine's processes."""
+    threads = wanted or max(1, len(os.sched_getaffinity(0)) // dist.local_world_size())
+    torch.set_num_threads(threads)
+    return threads
+
