@@ -1,7 +1,7 @@
 """Shards in, batches out.
 
     shards.py   find, count, index and verify tar shards
-    order.py    which sample is read when: pure functions of (seed, position)
+    order.py    which sample is read when: pure functions of (seed, position); sequence.py: one source of it
     loader.py   worker processes, Batch, state out and in
     images.py   decode, augment
     text.py     tokenizer, trimming
@@ -15,11 +15,11 @@ May import `pretrain.dist`, `pretrain.registry` and `pretrain.config`; nothing a
 class BadSample(Exception):
     """The CONTENT of a sample cannot be used: no picture, an unreadable one, no caption.
 
-    Training replaces the sample and counts it by `reason`; evaluation leaves it out and counts it. A failing disk or network
-    is never a BadSample: those are OSErrors, which are retried and then stop the run.
+    Training replaces the sample and counts it by `reason`; evaluation leaves it out and counts it. A failing disk or
+    network is never a BadSample: those are OSErrors, which are retried and then stop the run.
 
     Args:
-        reason: a short fixed phrase to count by ("no caption", "image unreadable"), the same for all samples of its kind.
+        reason: a short fixed phrase to count by ("no caption", "image unreadable"), the same for all of its kind.
         detail: what was seen in this sample, for the log.
     """
 

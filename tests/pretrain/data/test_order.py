@@ -1,0 +1,326 @@
+"""The order of samples, against the design's formulae written out slowly, and as properties that must hold anywhere."""
+
+import hashlib
+import pickle
+from collections import Counter
+from itertools import accumulate
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pretrain.config import ConfigError
+from pretrain.data.order import Order, Source
+from pretrain.data.sequence import permutation
+
+counts = st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(lambda c: sum(c) > 0)
+weights = st.floats(0.01, 10, allow_nan=False)
+seeds = st.integers(0, 2**40)
+NEVER = st.just(False)
+
+
+@st.composite
+def orders(draw, max_sources=3, replacement=NEVER):
+    """Arguments of an Order that is not refused."""
+    sources = [Source(c, draw(weights)) for c in draw(st.lists(counts, min_size=1, max_size=max_sources))]
+    streams = draw(st.integers(1, min(4, *(sum(s.counts) for s in sources), 4)))
+    block = draw(st.integers(0, min(sum(s.counts) for s in sources) // streams))
+    return dict(
+        sources=sources,
+        seed=draw(seeds),
+        window=draw(st.integers(1, 5)),
+        streams=streams,
+        block=block,
+        replacement=draw(replacement),
+    )
+
+
+def triples(located):
+    return list(zip(*(each.tolist() for each in located), strict=True))
+
+
+# ---- a literal transcription of the design ---------------------------------------------------------------------------
+
+
+def slow_words(n, *what):
+    digest = hashlib.blake2b("/".join(str(w) for w in what).encode(), digest_size=16).digest()
+    generator = np.random.Philox(key=int.from_bytes(digest, "little"))
+    return [int(generator.random_raw()) for _ in range(n)]
+
+
+def slow_permutation(n, *what):
+    words = [w >> max(n - 1, 0).bit_length() for w in slow_words(n, *what)]
+    return sorted(range(n), key=lambda i: words[i])  # Python's sort is stable
+
+
+def slow_sequence(counts, seed, source, window, length):
+    """S(0), S(1), ... of one source, epoch by epoch."""
+    out, epoch = [], 0
+    while len(out) < length:
+        shards = slow_permutation(len(counts), seed, source, "shards", epoch)
+        for w in range(0, len(shards), window):
+            held = [(shard, i) for shard in shards[w : w + window] for i in range(counts[shard])]
+            out += [held[i] for i in slow_permutation(len(held), seed, source, "samples", epoch, w // window)]
+        epoch += 1
+    return out[:length]
+
+
+def slow_order(sources, seed, window, streams, block, length, shares):
+    """The first `length` positions, one after the other: count, pick by reversed bits, apply the streams rule."""
+    C, taken, out = streams, [0] * len(sources), []
+    sizes = [sum(s.counts) for s in sources]
+    blocks = [
+        block or max(1, min(round(n / -(-len(s.counts) // window)), n // C))
+        for n, s in zip(sizes, sources, strict=True)
+    ]
+    reach = length + C * max(blocks)
+    sequences = [slow_sequence(s.counts, seed, i, window, reach) for i, s in enumerate(sources)]
+    for t in range(-(-length // C)):
+        point = int(format(t % 2**16, "016b")[::-1], 2)
+        source = next(i for i, end in enumerate(accumulate(shares)) if point < end)
+        j, m = taken[source], blocks[source]
+        taken[source] += 1
+        for c in range(C):
+            b, rest = divmod(j * C + c, C * m)  # p' = bCm + kC + c
+            k = rest // C
+            out.append((source, *sequences[source][b * C * m + c * m + k]))
+    return out[:length]
+
+
+@given(orders())
+@settings(max_examples=60, deadline=None)
+def test_agrees_with_the_design_written_out(arguments):
+    order = Order(**arguments)
+    length = 150
+    assert triples(order.locate(np.arange(length))) == slow_order(
+        **{k: v for k, v in arguments.items() if k != "replacement"}, length=length, shares=order._shares.tolist()
+    )
+
+
+# ---- properties ------------------------------------------------------------------------------------------------------
+
+
+@given(orders(max_sources=1), st.integers(1, 3))
+@settings(max_examples=60, deadline=None)
+def test_each_sample_once_per_epoch(arguments, epochs):
+    arguments |= {"streams": 1}
+    (source,), order = arguments["sources"], Order(**arguments)
+    n = order.epoch_size
+    everything = {(0, i, k) for i, count in enumerate(source.counts) for k in range(count)}
+    for epoch in range(epochs):
+        assert set(triples(order.locate(np.arange(epoch * n, (epoch + 1) * n)))) == everything
+
+
+@given(orders(), st.integers(1, 6))
+@settings(max_examples=40, deadline=None)
+def test_each_sample_once_per_epoch_of_its_source_with_streams_and_weights(arguments, blocks):
+    """Read whole blocks of all streams: of each source a whole part of its sequence was read, nothing else."""
+    order = Order(**arguments)
+    seen = [[] for _ in order.sources]
+    for source, shard, sample in triples(order.locate(np.arange(blocks * 100 * order.streams))):
+        seen[source].append((shard, sample))
+    for i, source in enumerate(order.sources):
+        whole = order.streams * int(order._blocks[i])
+        n = len(seen[i]) // whole * whole
+        full, rest = divmod(n, sum(source.counts))
+        times = Counter(seen[i][:n])
+        assert set(times.values()) <= {full, full + 1}
+        assert sum(v == full + 1 for v in times.values()) == (rest if full else len(times))
+
+
+@given(orders(replacement=st.booleans()), st.lists(st.integers(0, 10**12), min_size=1, max_size=30))
+@settings(max_examples=60, deadline=None)
+def test_any_position_can_be_looked_up_alone(arguments, positions):
+    order, together = Order(**arguments), Order(**arguments)
+    assert [triples(order.locate(p))[0] for p in positions] == triples(together.locate(positions))
+
+
+def test_sequential_and_random_access_agree():
+    order = Order([Source([50] * 30, 2), Source([7, 90, 4])], seed=3, window=4, streams=2)
+    whole = triples(order.locate(np.arange(3000)))
+    shuffled = np.random.default_rng(0).permutation(3000)
+    assert triples(order.locate(shuffled)) == [whole[p] for p in shuffled]
+    copy = pickle.loads(pickle.dumps(order))
+    assert triples(copy.locate(np.arange(3000))) == whole
+    assert copy.digest() == order.digest()
+
+
+@given(
+    nodes=st.integers(1, 4),
+    per_node=st.integers(1, 4),
+    streams=st.integers(1, 3),
+    share=st.integers(1, 3),
+    batch=st.integers(0, 10**6),
+)
+@settings(max_examples=100, deadline=None)
+def test_a_batch_is_the_same_for_any_world(nodes, per_node, streams, share, batch):
+    world, c = nodes * per_node, nodes * streams
+    size = world * c * share
+    order = Order([Source([1000] * 9)], seed=0, window=2, streams=c)
+    order.check(size, world, nodes)
+    served = [order.positions(batch, size, rank, world, nodes) for rank in range(world)]
+    assert sorted(np.concatenate(served).tolist()) == list(range(batch * size, (batch + 1) * size))
+    assert all(len(each) == size // world and (np.diff(each) > 0).all() for each in served)
+    for rank, each in enumerate(served):  # a node serves its own streams
+        assert c == 1 or set(each % c // streams) == {rank // per_node}
+
+
+@given(st.lists(weights, min_size=1, max_size=5), st.integers(1, 300_000))
+@settings(max_examples=60, deadline=None)
+def test_every_stretch_has_its_share_of_each_source(w, length):
+    """Béjian and Faure (1977): n points of van der Corput miss an interval's share by log2(n) / 3 + 1 at most."""
+    order = Order([Source([5] * 3, x) for x in w], seed=0)
+    source, _ = order._queue(np.arange(length))
+    bound = np.log2(length) / 3 + 1
+    for i, x in enumerate(w):
+        exact = order._shares[i] / 2**16
+        assert abs(exact - x / sum(w)) <= 1 / 2**16
+        assert abs(np.count_nonzero(source == i) - exact * length) <= bound
+        assert np.abs(np.cumsum(source == i) - exact * np.arange(1, length + 1)).max() <= bound
+
+
+def test_streams_keep_nodes_on_their_own_shards():
+    """With blocks as large as windows, a node touches about 1/nodes of the shards of a stretch of the run."""
+    order = Order([Source([100] * 64)], seed=1, window=4, streams=4)
+    served = [np.concatenate([order.positions(g, 64, n, 4, 4) for g in range(25)]) for n in range(4)]
+    shards = [set(order.locate(p).shard.tolist()) for p in served]
+    assert [len(each) for each in shards] == [4] * 4
+    assert len(set.union(*shards)) == 16
+
+
+def test_epochs_and_seeds_differ():
+    n = 2000
+    order = Order([Source([100] * 20)], seed=0, window=4)
+    first, second = triples(order.locate(np.arange(n))), triples(order.locate(np.arange(n, 2 * n)))
+    other = triples(Order([Source([100] * 20)], seed=1, window=4).locate(np.arange(n)))
+    assert sum(a == b for a, b in zip(first, second, strict=True)) < 20
+    assert sum(a == b for a, b in zip(first, other, strict=True)) < 20
+
+
+def test_permutations_are_even():
+    """Each of the 24 orders of 4 things comes about equally often: chi-square, 23 degrees of freedom, p = 1e-4."""
+    times = Counter(tuple(permutation(4, "test", i).tolist()) for i in range(4800))
+    assert len(times) == 24
+    assert sum((n - 200) ** 2 / 200 for n in times.values()) < 55.0
+
+
+def test_with_replacement_every_sample_has_the_same_chance():
+    counts = [1, 0, 9, 40]
+    order = Order([Source(counts)], seed=5, window=2, replacement=True)
+    n = 200_000
+    times = Counter(triples(order.locate(np.arange(n))))
+    assert set(times) == {(0, i, k) for i, c in enumerate(counts) for k in range(c)}
+    # draws share windows of 25, so their spread is wider than that of independent ones: 1/50 each, within a tenth
+    assert all(abs(v / n - 1 / 50) < 0.002 for v in times.values())
+
+
+# ---- substitutes -----------------------------------------------------------------------------------------------------
+
+
+@given(orders(replacement=st.booleans()), st.integers(0, 10**6), st.integers(0, 50))
+@settings(max_examples=100, deadline=None)
+def test_a_substitute_is_another_sample_of_the_window(arguments, position, attempt):
+    order = Order(**arguments)
+    original = triples(order.locate(position))[0]
+    source, shard, sample = order.substitute(position, attempt)
+    assert (source, shard, sample) == Order(**arguments).substitute(position, attempt)
+    assert source == original[0] and 0 <= sample < order.sources[source].counts[shard]
+    sequence = order._sequences[source]
+    _, q = order._queue(np.array([position]))
+    ((_, where, _),) = sequence._by_window(q)
+    window = sequence._window(where)
+    assert shard in window.shards
+    if not arguments["replacement"] and window.starts[-1] > 1:
+        assert (source, shard, sample) != original
+
+
+def test_attempts_reach_all_other_samples_of_the_window():
+    order = Order([Source([3, 4])], seed=0, window=2)
+    original = triples(order.locate(5))[0]
+    assert {order.substitute(5, a) for a in range(200)} == {
+        (0, i, k) for i, c in enumerate([3, 4]) for k in range(c)
+    } - {original}
+
+
+# ---- numbers that must never change ----------------------------------------------------------------------------------
+
+GOLDEN = {
+    "plain": (dict(sources=[Source([100] * 50)], seed=0), "411f8a108e872f71"),
+    "uneven": (dict(sources=[Source(list(range(60)))], seed=1, window=7), "0dfec14615b7faf9"),
+    "weighted": (dict(sources=[Source([100] * 50, 3), Source([10, 20, 30], 1)], seed=2**33), "285f4464d0a3afed"),
+    "streams": (dict(sources=[Source([100] * 50, 1), Source([500] * 9, 0.3)], seed=2, streams=4), "aa478f4572fd2c5f"),
+    "blocks": (dict(sources=[Source([100] * 50)], seed=2, streams=8, block=13), "e52b898ce62429a7"),
+    "replacement": (dict(sources=[Source(list(range(60)))], seed=3, replacement=True), "e4040bc143c01516"),
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden(name):
+    """A change here makes every run that is under way unable to resume."""
+    arguments, digest = GOLDEN[name]
+    order = Order(**arguments)
+    located = np.stack(order.locate(np.arange(12_345))).astype("<i8")
+    substitutes = np.array([order.substitute(p, a) for p in (0, 99, 5000) for a in range(3)], dtype="<i8")
+    assert hashlib.blake2b(located.tobytes() + substitutes.tobytes(), digest_size=8).hexdigest() == digest
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(sources=[]), "names no source"),
+        (dict(sources=[Source([0, 0])]), "source 0 of data.train holds no samples"),
+        (dict(sources=[Source([5]), Source([])]), "source 1 of data.train holds no samples"),
+        (dict(sources=[Source([5], 0.0), Source([5])]), "weight 0.0 of source 0 must be a positive number"),
+        (dict(sources=[Source([5], float("nan"))]), "weight nan of source 0"),
+        (dict(sources=[Source([5], 1), Source([5], 1e-6)]), "weight 1e-06 of source 1 is less than 1/65536"),
+        (dict(sources=[Source([5])], window=0), "data.window=0"),
+        (dict(sources=[Source([5])], streams=0), "data.streams=0"),
+        (dict(sources=[Source([10])], streams=4, block=3), "enough for blocks of at most 2"),
+        (dict(sources=[Source([2**30] * 3)], window=3), "permuted together"),
+    ],
+)
+def test_refused(arguments, message):
+    with pytest.raises(ConfigError, match=message) as e:
+        Order(**({"seed": 0} | arguments))
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "world", "nodes", "message"),
+    [
+        (24, 5, 1, "does not divide among 5 processes: take a multiple of 5"),
+        (22, 1, 1, "does not divide among data.streams=4: take a multiple of 4"),
+        (24, 6, 4, "6 processes on 4 nodes"),
+        (24, 6, 3, "data.streams=4 does not divide among 3 nodes: take 1 or a multiple of 3"),
+        (104, 1, 1, "data.batch_size=104 is more than data.train holds: 100 samples"),
+        (0, 1, 1, "at least 1 sample"),
+    ],
+)
+def test_batches_refused(batch_size, world, nodes, message):
+    order = Order([Source([20] * 5)], seed=0, window=1, streams=4)
+    with pytest.raises(ConfigError, match=message):
+        order.check(batch_size, world, nodes)
+
+
+def test_epochs_are_steps():
+    order = Order([Source([20] * 5)], seed=0)
+    assert [order.steps(e, 32) for e in (1, 2, 0.5, 8)] == [4, 7, 2, 25]
+    assert order.steps(0.1, 10) == 1  # 0.1 is a tenth, not the float just above it
+
+
+def test_the_digest_tells_data_apart():
+    base = dict(sources=[Source([20] * 5), Source([3, 4])], seed=0, window=2)
+    others = [
+        base,
+        base | {"seed": 1},
+        base | {"window": 3},
+        base | {"replacement": True},
+        base | {"streams": 2},
+        base | {"sources": [Source([20] * 5), Source([4, 3])]},
+        base | {"sources": [Source([20] * 5, 2), Source([3, 4])]},
+    ]
+    assert len({Order(**each).digest() for each in others}) == len(others)
