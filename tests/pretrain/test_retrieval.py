@@ -80,14 +80,14 @@ def test_ties_are_the_mean_over_orders() -> None:
     scores = (image @ axes.T).numpy()
     captions = [{j for j in range(30) if owner[j] == i} for i in range(12)]
     totals = {1: 0.0, 3: 0.0}
-    rounds = 4000
+    rounds = 2000
     for _ in range(rounds):
         order = generator.permutation(30)
         where = [{int(np.flatnonzero(order == j)[0]) for j in own} for own in captions]
         recall, _ = brute(scores[:, order], where, (1, 3))
         totals = {k: totals[k] + recall[k] for k in totals}
     for k in totals:
-        assert ours[f"image_to_text_R@{k}"] == pytest.approx(totals[k] / rounds, abs=0.01)
+        assert ours[f"image_to_text_R@{k}"] == pytest.approx(totals[k] / rounds, abs=0.015)
 
 
 def test_repeated_captions_stay_apart() -> None:
