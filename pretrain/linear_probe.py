@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +42,23 @@ class Probe:
         return top_k(_with_one((features.double() - self.mean) / self.scale), labels, self.weights, ks)
 
 
+def label_ids(train: Sequence[Any], test: Sequence[Any]) -> tuple[Tensor, Tensor, int]:
+    """((n,), (m,), K): the classes of both splits numbered together; 3 and "3", "Cat" and "cat" are one class.
+
+    Raises:
+        UserError: a sample without a class.
+    """
+    missing = sum(label is None for label in [*train, *test])
+    if missing:
+        raise UserError(
+            f'{missing} of {len(train) + len(test)} samples have no class: their json needs "label", a number or a name'
+        )
+    words = [[str(label).strip().lower() for label in labels] for labels in (train, test)]
+    known = {word: i for i, word in enumerate(sorted({*words[0], *words[1]}))}
+    ids = [torch.tensor([known[word] for word in some], dtype=torch.int64) for some in words]
+    return ids[0], ids[1], len(known)
+
+
 def fit(
     features: Tensor, labels: Tensor, classes: int, strengths: Sequence[float] = STRENGTHS, held_out: float = 0.2, seed: int = 0
 ) -> Probe:
@@ -56,7 +74,9 @@ def fit(
     """
     check_finite("training", features)
     if len(labels) < 2 or len(labels.unique()) < 2:
-        raise UserError(f"a linear probe needs samples of two classes at least; {len(labels)} training samples do not have them")
+        raise UserError(
+            f"a linear probe needs samples of two classes at least; {len(labels)} training samples do not have them"
+        )
     features, labels = features.double(), labels.to(features.device)
     mean = features.mean(0)
     scale = features.std(0, unbiased=False)

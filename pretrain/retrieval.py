@@ -26,9 +26,7 @@ from pretrain.config import UserError
 TIE = 1e-9  # scores this close are equal: above the noise of float64 sums, far below the resolution of float32 features
 
 
-def retrieval(
-    image: Tensor, text: Tensor, owner: Tensor, ks: Sequence[int] = (1, 5, 10), tile: int = 2048
-) -> dict[str, float]:
+def retrieval(image: Tensor, text: Tensor, owner: Tensor, ks: Sequence[int] = (1, 5, 10), tile: int = 2048) -> dict[str, float]:
     """Recall at each of `ks` (fractions in [0, 1]) and median ranks (from 1), both ways.
 
     Args:

@@ -64,3 +64,10 @@ def test_refuses_what_cannot_be_learnt() -> None:
     features[2, 0] = torch.inf
     with pytest.raises(UserError, match="1 of 10 training embeddings are not finite"):
         linear_probe.fit(features, torch.arange(10) % 4, 4)
+
+
+def test_classes_are_numbered_over_both_splits() -> None:
+    train, test, classes = linear_probe.label_ids(["Cat", 3, "dog"], ["3", "cat", "owl"])
+    assert classes == 4 and train.tolist() == [1, 0, 2] and test.tolist() == [0, 1, 3]
+    with pytest.raises(UserError, match="1 of 3 samples have no class"):
+        linear_probe.label_ids(["cat", None], ["dog"])
