@@ -77,10 +77,7 @@ def save(
         if dist.is_main():
             save_file({name: value.contiguous() for name, value in weights.items()}, partial / "model.safetensors")
             files(partial)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        # torch.save reports a full disk as a RuntimeError of its zip writer.
-        if isinstance(error, RuntimeError) and "write" not in str(error).lower():
-            raise
+    except (OSError, SafetensorError) as error:
         problem = str(error)
     problems = [p for p in dist.gather_objects(problem) if p]
     if not problems and dist.is_main():
@@ -249,8 +246,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def save_tensors(path: Path, value: dict[str, Any]) -> None:
-    """Tensors and plain values that `load_tensors` reads back weights-only."""
-    torch.save(value, path)
+    """Tensors and plain values that `load_tensors` reads back weights-only. Raises OSError where the disk is full."""
+    with path.open("wb") as file:  # given a path, torch's own writer turns a full disk into an unrelated RuntimeError
+        torch.save(value, file)
 
 
 def load_tensors(path: Path) -> dict[str, Any]:

@@ -1,0 +1,132 @@
+"""Configuration: what is read, and one clear line for everything that can be wrong."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from pretrain.config import ConfigError, build, closest, collected, load, save, section, to_dict
+
+
+@dataclass
+class Inner:
+    lr: float = 1e-3
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
+    word: Literal["one", "two"] = "one"
+    maybe: float | None = None
+    anything: Any = None
+    more: dict[str, Any] = field(default_factory=dict)
+
+    def check(self) -> None:
+        if self.lr < 0:
+            raise ConfigError(f"inner.lr={self.lr} must be at least 0")
+
+
+@dataclass
+class Outer:
+    name: str = "a"
+    count: int = 3
+    on: bool = False
+    inner: Inner = field(default_factory=Inner)
+
+
+@dataclass
+class WithParts:
+    loss: Any = section("losses", "name", "clip")
+    others: dict[str, Any] = collected("towers", "tower")
+
+
+def test_yaml_then_base_then_dotlist(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("name: base\ncount: 1\ninner: {lr: 0.5, betas: [0.1]}\n")
+    (tmp_path / "one.yaml").write_text("base: base.yaml\ncount: 2\ninner: {word: two}\n")
+    got = load(Outer, tmp_path / "one.yaml", ["inner.lr=1e-2", "inner.anything=[1,{a: 2}]", "inner.more.x=y"])
+    assert got == Outer("base", 2, False, Inner(0.01, [0.1], "two", None, [1, {"a": 2}], {"x": "y"}))
+
+
+def test_saved_configuration_reads_back_equal(tmp_path: Path) -> None:
+    config = Outer("n", 7, True, Inner(2.0, [], "two", 0.25, {"a": [None, 1e-9]}, {"k": {"v": "1"}}))
+    save(config, tmp_path / "c.yaml")
+    assert load(Outer, tmp_path / "c.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("inner.l=3", ["inner.l", "'lr'", "valid: lr, betas"]),
+        ("counts=3", ["counts", "'count'"]),
+        ("inner.lr=abc", ["inner.lr='abc'", "a number", "0.001"]),
+        ("count=3.5", ["count=3.5", "a whole number"]),
+        ("count=null", ["count", "a whole number"]),
+        ("on=perhaps", ["perhaps", "true or false"]),
+        ("inner.word=three", ["inner.word='three'", "one of one, two"]),
+        ("inner.betas=3", ["inner.betas=3", "a list"]),
+        ("inner.more=3", ["inner.more=3", "settings"]),
+        ("inner=3", ["inner", "settings", "3"]),
+        ("--count=3", ["no dashes", "count=3"]),
+        ("count", ["'count' is not a setting", "key=value"]),
+        ("count={", ["'count={'", "cannot be read"]),
+        ("name=${oc.env:CLIPFUSE_NOT_SET}", ["name", "CLIPFUSE_NOT_SET"]),
+        ("inner.lr=-1", ["inner.lr=-1", "at least 0"]),
+    ],
+)
+def test_a_wrong_setting_is_one_line_that_names_key_value_and_what_is_valid(setting: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load(Outer, None, [setting])
+    message = str(raised.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: [1", "not readable YAML"),
+        ("- 1\n- 2", "must hold `key: value` pairs"),
+        ("base: [x]", "`base` must name one file"),
+        ("base: gone.yaml", "no configuration file"),
+        ("base: wrong.yaml", "leads back to itself"),
+    ],
+)
+def test_a_wrong_file_is_one_line(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "wrong.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=words) as raised:
+        load(Outer, tmp_path / "wrong.yaml")
+    assert "\n" not in str(raised.value)
+
+
+def test_missing_and_binary_files(tmp_path: Path) -> None:
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x80")
+    for name in ("gone.yaml", "binary.yaml", "."):
+        with pytest.raises(ConfigError):
+            load(Outer, tmp_path / name)
+
+
+def test_a_component_has_the_fields_of_its_own_file() -> None:
+    config = load(WithParts, None, ["loss.name=siglip"])
+    assert config.loss.name == "siglip"
+    with pytest.raises(ConfigError, match=r"no 'clap' in losses; did you mean 'clip'\?; the choices are clip, siglip"):
+        load(WithParts, None, ["loss.name=clap"])
+    with pytest.raises(ConfigError, match=r"unknown key loss\.nothing"):
+        load(WithParts, None, ["loss.nothing=1"])
+
+
+def test_a_section_with_a_tower_is_a_modality_of_its_own() -> None:
+    config = load(WithParts, None, ["depth.tower=timm", "depth.name=resnet18"])
+    assert config.others["depth"].name == "resnet18"
+    values = to_dict(config)
+    assert values["depth"]["tower"] == "timm"
+    assert "others" not in values
+    assert build(WithParts, values, "itself") == config
+    with pytest.raises(ConfigError, match="unknown key depth"):
+        load(WithParts, None, ["depth.name=resnet18"])
+
+
+def test_partial_reading_passes_over_what_others_own() -> None:
+    assert build(Outer, {"count": 4, "stranger": {"x": 1}}, "a checkpoint", partial=True).count == 4
+
+
+def test_closest_names_only_what_is_near() -> None:
+    assert "epochs" in closest("epoch", ["epochs", "steps"])
+    assert closest("zzz", ["epochs", "steps"]) == ""

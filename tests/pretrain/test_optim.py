@@ -1,0 +1,124 @@
+"""Schedules against closed forms and open_clip, groups against the rule, averaging against a written-out sum."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from pretrain.config import ConfigError
+from pretrain.optim import Average, OptimConfig, adamw, learning_rate, parameter_groups
+
+
+def test_cosine_equals_open_clip() -> None:
+    scheduler = pytest.importorskip("open_clip_train.scheduler")
+    config = OptimConfig(lr=3e-4, warmup=17)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = scheduler.cosine_lr(optimizer, config.lr, config.warmup, 200)
+    for step in range(200):
+        theirs(step)
+        assert learning_rate(step, 200, config) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
+
+
+def test_constant_and_wsd() -> None:
+    constant = OptimConfig(lr=2.0, warmup=4, schedule="constant")
+    assert [learning_rate(s, 10, constant) for s in range(6)] == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
+    wsd = OptimConfig(lr=1.0, warmup=2, schedule="wsd", decay=0.4, final_lr=0.1)
+    got = [learning_rate(s, 10, wsd) for s in range(10)]
+    assert got == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.775, 0.55, 0.325])
+
+
+def test_final_lr_is_where_the_cosine_ends() -> None:
+    config = OptimConfig(lr=1.0, warmup=0, final_lr=0.25)
+    assert learning_rate(0, 8, config) == 1.0
+    assert learning_rate(4, 8, config) == pytest.approx(0.25 + 0.75 * 0.5)
+    assert learning_rate(8, 8, config) == pytest.approx(0.25)
+
+
+class Tower(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(2, 3)
+        self.block = nn.Linear(3, 3)
+        self.norm = nn.LayerNorm(3)
+
+    def layer_ids(self) -> dict[str, int]:
+        return {name: {"stem": 0, "block": 1, "norm": 2}[name.split(".")[0]] for name, _ in self.named_parameters()}
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.towers = nn.ModuleDict({"image": Tower(), "text": Tower()})
+        self.projection = nn.Linear(3, 2, bias=False)
+        self.logit_scale = nn.Parameter(torch.ones(1))
+
+
+def test_groups_cover_every_parameter_once_with_the_rates_of_the_rule() -> None:
+    model = Model()
+    model.towers["text"].stem.requires_grad_(False)
+    config = OptimConfig(layer_decay=0.5, lr_scale={"image": 0.1}, weight_decay=0.2, weight_decay_of={"text": 0.05})
+    seen = {}
+    for group in parameter_groups(model, config):
+        for p in group["params"]:
+            assert id(p) not in seen
+            seen[id(p)] = group
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            assert id(p) not in seen
+            continue
+        group = seen[id(p)]
+        if name.startswith("towers."):
+            layer = {"stem": 0, "block": 1, "norm": 2}[name.split(".")[2]]
+            assert group["lr_scale"] == pytest.approx((0.1 if "image" in name else 1.0) * 0.5 ** (2 - layer)), name
+        else:
+            assert group["lr_scale"] == 1.0
+        expected = 0.0 if p.ndim < 2 else 0.05 if ".text." in name else 0.2
+        assert group["weight_decay"] == expected, name
+
+
+def test_a_part_that_is_not_there_and_nothing_to_train_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"'audio'.*heads, image, text"):
+        parameter_groups(Model(), OptimConfig(lr_scale={"audio": 1.0}))
+    with pytest.raises(ConfigError, match="nothing to train"):
+        parameter_groups(Model().requires_grad_(False), OptimConfig())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"lr": 0.0}, {"betas": [0.9]}, {"betas": [0.9, 1.0]}, {"layer_decay": 0.0}, {"average": 1.0}, {"warmup": -1}, {"decay": 2.0}],
+)
+def test_values_that_cannot_train_are_refused(wrong: dict) -> None:
+    with pytest.raises(ConfigError, match=f"optim.{next(iter(wrong))}"):
+        OptimConfig(**wrong).check()
+
+
+def test_adamw_is_adamw() -> None:
+    """Three steps against the published update written out in float64."""
+    torch.manual_seed(0)
+    start, grads = torch.randn(5, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
+    p = nn.Parameter(start.clone())
+    config = OptimConfig(lr=0.01, weight_decay=0.3, betas=[0.8, 0.95], eps=1e-6)
+    optimizer = adamw([{"params": [p], "weight_decay": 0.3, "lr_scale": 1.0}], config)
+    w, m, v = start.clone(), torch.zeros(5).double(), torch.zeros(5).double()
+    for t, g in enumerate(grads, start=1):
+        p.grad = g.clone()
+        optimizer.step()
+        w = w * (1 - 0.01 * 0.3)
+        m, v = 0.8 * m + 0.2 * g, 0.95 * v + 0.05 * g * g
+        w = w - 0.01 * (m / (1 - 0.8**t)) / ((v / (1 - 0.95**t)).sqrt() + 1e-6)
+    torch.testing.assert_close(p.data, w, rtol=1e-12, atol=0)
+
+
+def test_average_is_the_written_out_sum_and_leaves_skipped_steps_out() -> None:
+    p = nn.Parameter(torch.tensor([1.0]))
+    average = Average([("p", p)], 0.9)
+    expected = 1.0
+    for step in range(100):
+        p.data.fill_(math.sin(step))
+        applied = 0.0 if step % 7 == 3 else 1.0
+        average.update([("p", p)], step, torch.tensor(applied))
+        if applied:
+            decay = min(0.9, (1 + step) / (10 + step))
+            expected = decay * expected + (1 - decay) * math.sin(step)
+    assert average.weights["p"].item() == pytest.approx(expected, rel=1e-5)
