@@ -12,7 +12,7 @@ May import `pretrain.dist`, `pretrain.registry` and `pretrain.config`; nothing a
 """
 
 
-class BadSample(Exception):
+class BadSample(Exception):  # noqa: N818 - says what is wrong with the sample, not with the program
     """The CONTENT of a sample cannot be used: no picture, an unreadable one, no caption.
 
     Training replaces the sample and counts it by `reason`; evaluation leaves it out and counts it. A failing disk or

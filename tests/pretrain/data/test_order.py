@@ -26,14 +26,14 @@ def orders(draw, max_sources=3, replacement=NEVER):
     sources = [Source(c, draw(weights)) for c in draw(st.lists(counts, min_size=1, max_size=max_sources))]
     streams = draw(st.integers(1, min(4, *(sum(s.counts) for s in sources), 4)))
     block = draw(st.integers(0, min(sum(s.counts) for s in sources) // streams))
-    return dict(
-        sources=sources,
-        seed=draw(seeds),
-        window=draw(st.integers(1, 5)),
-        streams=streams,
-        block=block,
-        replacement=draw(replacement),
-    )
+    return {
+        "sources": sources,
+        "seed": draw(seeds),
+        "window": draw(st.integers(1, 5)),
+        "streams": streams,
+        "block": block,
+        "replacement": draw(replacement),
+    }
 
 
 def triples(located):
@@ -70,10 +70,7 @@ def slow_order(sources, seed, window, streams, block, length, shares):
     """The first `length` positions, one after the other: count, pick by reversed bits, apply the streams rule."""
     C, taken, out = streams, [0] * len(sources), []
     sizes = [sum(s.counts) for s in sources]
-    blocks = [
-        block or max(1, min(round(n / -(-len(s.counts) // window)), n // C))
-        for n, s in zip(sizes, sources, strict=True)
-    ]
+    blocks = [block or max(1, min(round(n / -(-len(s.counts) // window)), n // C)) for n, s in zip(sizes, sources, strict=True)]
     reach = length + C * max(blocks)
     sequences = [slow_sequence(s.counts, seed, i, window, reach) for i, s in enumerate(sources)]
     for t in range(-(-length // C)):
@@ -225,7 +222,8 @@ def test_a_substitute_is_another_sample_of_the_window(arguments, position, attem
     original = triples(order.locate(position))[0]
     source, shard, sample = order.substitute(position, attempt)
     assert (source, shard, sample) == Order(**arguments).substitute(position, attempt)
-    assert source == original[0] and 0 <= sample < order.sources[source].counts[shard]
+    assert source == original[0]
+    assert 0 <= sample < order.sources[source].counts[shard]
     sequence = order._sequences[source]
     _, q = order._queue(np.array([position]))
     ((_, where, _),) = sequence._by_window(q)
@@ -238,20 +236,20 @@ def test_a_substitute_is_another_sample_of_the_window(arguments, position, attem
 def test_attempts_reach_all_other_samples_of_the_window():
     order = Order([Source([3, 4])], seed=0, window=2)
     original = triples(order.locate(5))[0]
-    assert {order.substitute(5, a) for a in range(200)} == {
-        (0, i, k) for i, c in enumerate([3, 4]) for k in range(c)
-    } - {original}
+    assert {order.substitute(5, a) for a in range(200)} == {(0, i, k) for i, c in enumerate([3, 4]) for k in range(c)} - {
+        original
+    }
 
 
 # ---- numbers that must never change ----------------------------------------------------------------------------------
 
 GOLDEN = {
-    "plain": (dict(sources=[Source([100] * 50)], seed=0), "411f8a108e872f71"),
-    "uneven": (dict(sources=[Source(list(range(60)))], seed=1, window=7), "0dfec14615b7faf9"),
-    "weighted": (dict(sources=[Source([100] * 50, 3), Source([10, 20, 30], 1)], seed=2**33), "285f4464d0a3afed"),
-    "streams": (dict(sources=[Source([100] * 50, 1), Source([500] * 9, 0.3)], seed=2, streams=4), "aa478f4572fd2c5f"),
-    "blocks": (dict(sources=[Source([100] * 50)], seed=2, streams=8, block=13), "e52b898ce62429a7"),
-    "replacement": (dict(sources=[Source(list(range(60)))], seed=3, replacement=True), "e4040bc143c01516"),
+    "plain": ({"sources": [Source([100] * 50)], "seed": 0}, "411f8a108e872f71"),
+    "uneven": ({"sources": [Source(list(range(60)))], "seed": 1, "window": 7}, "0dfec14615b7faf9"),
+    "weighted": ({"sources": [Source([100] * 50, 3), Source([10, 20, 30], 1)], "seed": 2**33}, "285f4464d0a3afed"),
+    "streams": ({"sources": [Source([100] * 50, 1), Source([500] * 9, 0.3)], "seed": 2, "streams": 4}, "aa478f4572fd2c5f"),
+    "blocks": ({"sources": [Source([100] * 50)], "seed": 2, "streams": 8, "block": 13}, "e52b898ce62429a7"),
+    "replacement": ({"sources": [Source(list(range(60)))], "seed": 3, "replacement": True}, "e4040bc143c01516"),
 }
 
 
@@ -271,16 +269,16 @@ def test_golden(name):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(sources=[]), "names no source"),
-        (dict(sources=[Source([0, 0])]), "source 0 of data.train holds no samples"),
-        (dict(sources=[Source([5]), Source([])]), "source 1 of data.train holds no samples"),
-        (dict(sources=[Source([5], 0.0), Source([5])]), "weight 0.0 of source 0 must be a positive number"),
-        (dict(sources=[Source([5], float("nan"))]), "weight nan of source 0"),
-        (dict(sources=[Source([5], 1), Source([5], 1e-6)]), "weight 1e-06 of source 1 is less than 1/65536"),
-        (dict(sources=[Source([5])], window=0), "data.window=0"),
-        (dict(sources=[Source([5])], streams=0), "data.streams=0"),
-        (dict(sources=[Source([10])], streams=4, block=3), "enough for blocks of at most 2"),
-        (dict(sources=[Source([2**30] * 3)], window=3), "permuted together"),
+        ({"sources": []}, "names no source"),
+        ({"sources": [Source([0, 0])]}, "source 0 of data.train holds no samples"),
+        ({"sources": [Source([5]), Source([])]}, "source 1 of data.train holds no samples"),
+        ({"sources": [Source([5], 0.0), Source([5])]}, "weight 0.0 of source 0 must be a positive number"),
+        ({"sources": [Source([5], float("nan"))]}, "weight nan of source 0"),
+        ({"sources": [Source([5], 1), Source([5], 1e-6)]}, "weight 1e-06 of source 1 is less than 1/65536"),
+        ({"sources": [Source([5])], "window": 0}, "data.window=0"),
+        ({"sources": [Source([5])], "streams": 0}, "data.streams=0"),
+        ({"sources": [Source([10])], "streams": 4, "block": 3}, "enough for blocks of at most 2"),
+        ({"sources": [Source([2**30] * 3)], "window": 3}, "permuted together"),
     ],
 )
 def test_refused(arguments, message):
@@ -313,7 +311,7 @@ def test_epochs_are_steps():
 
 
 def test_the_digest_tells_data_apart():
-    base = dict(sources=[Source([20] * 5), Source([3, 4])], seed=0, window=2)
+    base = {"sources": [Source([20] * 5), Source([3, 4])], "seed": 0, "window": 2}
     others = [
         base,
         base | {"seed": 1},

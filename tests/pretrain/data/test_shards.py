@@ -1,0 +1,518 @@
+"""Finding, counting, indexing and reading shards, against Python's tarfile and webdataset; every way a tar can be broken."""
+
+import gc
+import io
+import json
+import logging
+import os
+import pickle
+import random
+import shutil
+import tarfile
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset as wds
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pretrain.config import ConfigError, UserError
+from pretrain.data import BadSample, cache
+from pretrain.data.cache import Cache
+from pretrain.data.index import index
+from pretrain.data.reader import Reader
+from pretrain.data.shards import counts, expand
+from pretrain.data.tar import DamagedTarError, walk
+
+
+def write_tar(path, members, format=tarfile.USTAR_FORMAT):
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+def samples(n, start=0, size=900):
+    rng = random.Random(start)
+    out = []
+    for i in range(start, start + n):
+        out += [(f"{i:05d}.jpg", rng.randbytes(rng.randrange(size))), (f"{i:05d}.txt", b"caption %d" % i)]
+    return out
+
+
+@pytest.fixture
+def shard(tmp_path):
+    return write_tar(tmp_path / "a-0000.tar", samples(20))
+
+
+# webdataset leaves its files to the garbage collector, which Python reports
+theirs = pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::UserWarning"
+)
+
+
+def in_webdataset(path):
+    found = list(wds.WebDataset(str(path), shardshuffle=False, empty_check=False, handler=wds.warn_and_stop))
+    gc.collect()
+    return found
+
+
+def walked(path):
+    with open(path, "rb") as f:
+        return walk(f.fileno(), str(path))
+
+
+def in_tarfile(path):
+    with tarfile.open(path) as tar:
+        return [(m.name, m.offset_data, m.size) for m in tar if m.isreg()]
+
+
+# ---- the walk over headers ---------------------------------------------------------------------------------------------
+
+names = st.text(st.characters(codec="utf-8", exclude_characters="\0/", exclude_categories=["C"]), min_size=1, max_size=90)
+paths = st.lists(names.filter(lambda n: n not in (".", "..")), min_size=1, max_size=4).map("/".join)
+
+
+@given(
+    st.lists(st.tuples(paths, st.binary(max_size=2000)), max_size=20),
+    st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
+)
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_members_are_those_of_tarfile(tmp_path, members, format):
+    path = write_tar(tmp_path / "x.tar", members, format)
+    assert list(zip(*walked(path), strict=True)) == in_tarfile(path)
+
+
+def test_members_that_are_no_files_are_left_out(tmp_path):
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w") as tar:
+        for kind, name in [
+            (tarfile.DIRTYPE, "d"),
+            (tarfile.SYMTYPE, "s.jpg"),
+            (tarfile.LNKTYPE, "l.jpg"),
+            (tarfile.FIFOTYPE, "f"),
+        ]:
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "/etc/passwd"
+            tar.addfile(info)
+        info = tarfile.TarInfo("d/a.txt")
+        info.size = 3
+        tar.addfile(info, io.BytesIO(b"abc"))
+    assert list(zip(*walked(path), strict=True)) == in_tarfile(path)
+    assert walked(path).names == ["d/a.txt"]
+
+
+def test_ustar_prefixes_and_what_tar_itself_writes(tmp_path):
+    long = "/".join(["directory-with-a-long-name"] * 5) + "/file.jpg"
+    path = write_tar(tmp_path / "x.tar", [(long, b"x" * 600), ("b.jpg", b"")], tarfile.USTAR_FORMAT)
+    assert walked(path).names == [long, "b.jpg"]
+    for i, options in enumerate([["--format=gnu"], ["--format=pax"], ["--format=v7"], ["-b", "1"]]):
+        folder = tmp_path / "folder"
+        folder.mkdir(exist_ok=True)
+        (folder / "a.txt").write_bytes(b"x" * 513)
+        path = tmp_path / f"t{i}.tar"
+        assert os.system(f"tar -C {tmp_path} {' '.join(options)} -cf {path} folder") == 0
+        assert list(zip(*walked(path), strict=True)) == in_tarfile(path)
+
+
+def test_sizes_beyond_eight_gigabytes(tmp_path):
+    """Octal digits end there: GNU goes on in base 256, pax in an extended header. The test's file is sparse."""
+    for format in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        info = tarfile.TarInfo("a.bin")
+        info.size = 9 * 2**30 + 5
+        header = info.tobuf(format)
+        path = tmp_path / "big.tar"
+        path.write_bytes(header)
+        os.truncate(path, len(header) + 9 * 2**30 + 512 + 1024)
+        assert list(zip(*walked(path), strict=True)) == [("a.bin", len(header), info.size)]
+
+
+# ---- broken archives ---------------------------------------------------------------------------------------------------
+
+
+def refused(path, message):
+    with pytest.raises(DamagedTarError, match=message) as e:
+        walked(path)
+    assert str(path) in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+def test_damaged_header_in_the_middle_is_named(shard):
+    offsets = [o for _, o, _ in in_tarfile(shard)]
+    for place in (0, 100, 124, 148, 156, 257):  # name, mode, size, checksum, type, magic
+        with open(shard, "r+b") as f:
+            f.seek(offsets[20] - 512 + place)
+            old = f.read(1)
+            f.seek(-1, 1)
+            f.write(bytes([old[0] ^ 0x41]))
+        refused(shard, rf"damaged at byte {offsets[20] - 512:,} of .*after member '00009.txt': the header is damaged")
+        with open(shard, "r+b") as f:
+            f.seek(offsets[20] - 512 + place)
+            f.write(old)
+    assert len(walked(shard).names) == 40
+
+
+def test_a_hole_of_zeros_is_not_the_end(shard):
+    offset = in_tarfile(shard)[20][1]
+    with open(shard, "r+b") as f:
+        f.seek(offset - 512)
+        f.write(bytes(512))
+    refused(shard, f"byte {offset - 512:,} .*a block of zeros, and data after it")
+    size = os.path.getsize(shard)
+    os.truncate(shard, offset - 512)
+    os.truncate(shard, size + 2**21)  # a copy that reserved its space and then died
+    refused(shard, "bytes follow the block of zeros")
+
+
+@theirs
+def test_every_truncation_is_found(shard):
+    """Anywhere up to the end marker, also between two members, where other readers see a shorter archive and nothing else."""
+    whole = Path(shard).read_bytes()
+    members = in_tarfile(shard)
+    end = members[-1][1] + 512
+    rng = random.Random(0)
+    for length in {m[1] - 512 for m in members[1:]} | {end, *rng.sample(range(1, end), 60)}:
+        with open(shard, "wb") as f:
+            f.write(whole[:length])
+        refused(shard, "cut short|middle of a header|not a tar file")
+    assert len(in_webdataset(shard)) < 20
+
+
+def test_things_that_are_no_shards(tmp_path):
+    path = tmp_path / "x.tar"
+    path.write_bytes(b"")
+    refused(path, r"is empty \(0 bytes\), not a tar file")
+    for content in (b"short", b"long" * 1000, os.urandom(5000), b"<html>" + bytes(5000)):
+        path.write_bytes(content)
+        refused(path, "is not a tar file")
+    for suffix, name in (("gz", "gzip"), ("bz2", "bzip2"), ("xz", "xz")):
+        with tarfile.open(path, f"w:{suffix}"):
+            pass
+        refused(path, f"is {name}-compressed")
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("a.txt")
+        info.pax_headers = {"GNU.sparse.major": "1"}
+        tar.addfile(info)
+    refused(path, "sparse")
+
+
+def test_damaged_extended_headers(tmp_path):
+    for records in (b"99 path=x\n", b"path=x\n", b"11 size=xx\n", b"3 a=\n"):
+        info = tarfile.TarInfo("x")
+        info.type, info.size = tarfile.XHDTYPE, len(records)
+        path = tmp_path / "x.tar"
+        path.write_bytes(info.tobuf(tarfile.USTAR_FORMAT) + records.ljust(512, b"\0") + bytes(1024))
+        refused(path, "extended header is damaged|no valid size")
+
+
+# ---- index -------------------------------------------------------------------------------------------------------------
+
+
+@theirs
+def test_samples_are_those_of_webdataset(tmp_path):
+    members = [
+        ("a.jpg", b"1"),
+        ("a.seg.png", b"2"),
+        ("a.TXT", b"3"),
+        ("folder.v1/b.jpg", b"4"),
+        ("folder.v1/b.txt", b"5"),
+        ("./c.jpg", b"6"),
+        ("no_extension", b"7"),
+        ("__meta__/x.json", b"8"),
+        ("__notes__", b"9"),
+        (".hidden.txt", b"10"),
+        ("d.txt", b"11"),
+        ("\N{SNOWMAN}.txt", "\N{SNOWMAN}".encode()),
+    ]
+    path = write_tar(tmp_path / "x.tar", members, tarfile.PAX_FORMAT)
+    reader = Reader([path])
+    ours = [reader.read(0, i) for i in range(index(path).count)]
+    reference = in_webdataset(path)
+    assert [s.key for s in ours] == [f"x/{s['__key__']}" for s in reference]
+    assert [s.members for s in ours] == [{k: v for k, v in s.items() if not k.startswith("__")} for s in reference]
+
+
+def test_the_index_is_saved_and_fits(shard, monkeypatch):
+    first = index(shard)
+    assert os.path.exists(f"{shard}.idx")
+    monkeypatch.setattr("pretrain.data.index.walk", None)  # not walked again
+    second = index(shard)
+    assert second.keys == first.keys == [f"{i:05d}" for i in range(20)]
+    assert (second.members == first.members).all()
+    assert second.extensions == ["jpg", "txt"]
+
+
+@pytest.mark.parametrize("keep_times", [False, True])
+def test_a_stale_index_is_rebuilt(tmp_path, caplog, keep_times):
+    shard = write_tar(tmp_path / "s.tar", samples(20, size=2))
+    before, stat = index(shard), os.stat(shard)
+    write_tar(shard, samples(20, start=500, size=2))  # same size
+    assert os.path.getsize(shard) == before.size
+    os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns if keep_times else stat.st_mtime_ns + 1))
+    with caplog.at_level(logging.WARNING):
+        assert index(shard).keys[0] == "00500"
+    assert "s.tar.idx is stale" in caplog.text
+
+
+def test_a_damaged_index_is_rebuilt(shard, caplog):
+    index(shard)
+    whole = Path(f"{shard}.idx").read_bytes()
+    for content in (b"", whole[:-100], whole[:2000] + b"damage" + whole[2006:], b"PK garbage"):
+        with open(f"{shard}.idx", "wb") as f:
+            f.write(content)
+        assert index(shard).count == 20
+    assert "cannot be used" in caplog.text
+    with open(f"{shard}.idx", "wb") as f:  # never unpickled
+        np.savez(f, meta=np.array([{"version": 1}], dtype=object))
+    assert index(shard).count == 20
+
+
+def test_a_read_only_place_leaves_the_index_in_the_cache(shard, tmp_path, monkeypatch):
+    folder = tmp_path / "cache"
+    os.mkdir(f"{shard}.idx.in-the-way")
+    os.rename(f"{shard}.idx.in-the-way", f"{shard}.idx")  # a folder by that name: writing there fails, for root as well
+    assert index(shard, Cache(str(folder))).count == 20
+    (saved,) = (folder / "index").iterdir()
+    assert saved.name.endswith("a-0000.tar.idx")
+    monkeypatch.setattr("pretrain.data.index.walk", None)
+    assert index(shard, Cache(str(folder))).count == 20
+
+
+def test_nowhere_to_write_is_no_error(shard, tmp_path):
+    (tmp_path / "file").write_text("")
+    os.mkdir(f"{shard}.idx")
+    assert index(shard, Cache(str(tmp_path / "file"))).count == 20
+    assert not [f for f in os.listdir(tmp_path) if "partial" in f]
+
+
+def test_stats_that_disagree_are_refused(shard, tmp_path):
+    (tmp_path / "a-0000_stats.json").write_text(json.dumps({"successes": 25}))
+    assert counts([shard]) == [25]  # taken at its word until the shard is opened
+    with pytest.raises(UserError, match=r"a-0000.tar holds 20 samples, but .*a-0000_stats.json says 25"):
+        index(shard)
+    (tmp_path / "a-0000_stats.json").write_text("not json")
+    (tmp_path / "sizes.json").write_text(json.dumps({"a-0000.tar": 21}))
+    with pytest.raises(UserError, match=r"sizes.json says 21"):
+        index(shard)
+    (tmp_path / "sizes.json").write_text(json.dumps({"a-0000.tar": 20}))
+    assert index(shard).count == 20
+
+
+# ---- find and count ----------------------------------------------------------------------------------------------------
+
+
+def test_expand(tmp_path, monkeypatch):
+    for i in range(12):
+        write_tar(tmp_path / f"s-{i:04d}.tar", [])
+    (tmp_path / "s-0000.tar.idx").write_text("")
+    every = [str(tmp_path / f"s-{i:04d}.tar") for i in range(12)]
+    assert expand(str(tmp_path)) == every
+    assert expand(f"{tmp_path}/s-*.tar") == every
+    assert expand(f"{tmp_path}/s-{{0000..0011}}.tar") == every
+    assert expand([f"{tmp_path}/s-000{{3,1}}.tar", f"{tmp_path}/s-0001.tar"]) == [every[1], every[3]]
+    assert expand(f"file://{tmp_path}/s-0001.tar") == [every[1]]
+    assert expand("https://host/x-{00..02}.tar") == [f"https://host/x-0{i}.tar" for i in range(3)]
+    assert expand("pipe:cat {a,b} | sort") == ["pipe:cat {a,b} | sort"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert expand("~/s-0001.tar") == [every[1]]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("{}/none-*.tar", "no file matches .*none-"),
+        ("{}", r"no \*.tar in this folder"),
+        ("{}/x-{{00..02}}.tar", r"no file matches .*x-00.tar \(and 2 more\)"),
+        ("{}/x-{{00..02.tar", "braces are not balanced"),
+    ],
+)
+def test_nothing_found(tmp_path, spec, message):
+    with pytest.raises(ConfigError, match=f"^data.val=.*{message}"):
+        expand(spec.format(tmp_path), "data.val")
+    with pytest.raises(ConfigError, match="names no shards"):
+        expand([])
+
+
+def test_counts_in_parallel_and_from_saved(tmp_path, monkeypatch):
+    paths = [write_tar(tmp_path / f"{i}.tar", samples(i)) for i in range(9)]
+    seen = []
+    assert counts(paths, workers=2, progress=lambda done, of: seen.append((done, of))) == list(range(9))
+    assert seen[-1] == (9, 9)
+    monkeypatch.setattr("pretrain.data.index.walk", None)
+    assert counts(paths, workers=1) == list(range(9))
+
+
+def test_counts_name_what_is_damaged(tmp_path):
+    paths = [write_tar(tmp_path / f"{i}.tar", samples(3)) for i in range(5)]
+    os.truncate(paths[2], 1536)
+    (tmp_path / "3.tar").write_bytes(b"")
+    with pytest.raises(UserError, match=r"2.tar is damaged .*\(and 1 more shards; `clipfuse data check` lists them\)"):
+        counts(paths, workers=2)
+    with pytest.raises(UserError, match=r"cannot read .*none.tar"):
+        counts([str(tmp_path / "none.tar")])
+
+
+# ---- read --------------------------------------------------------------------------------------------------------------
+
+
+def test_reads_what_tarfile_reads(tmp_path):
+    paths = [write_tar(tmp_path / f"{i}.tar", samples(30, start=30 * i, size=30000)) for i in range(5)]
+    want = {}
+    for i, path in enumerate(paths):
+        with tarfile.open(path) as tar:
+            for m in tar:
+                want.setdefault((i, m.name[:5]), {})[m.name[6:]] = tar.extractfile(m).read()
+    reader = Reader(paths, keep=2)
+    places = [(i, k) for i in range(5) for k in range(30)]
+    random.Random(1).shuffle(places)
+    for shard, sample in places:
+        raw = reader.read(shard, sample)
+        assert raw.members == want[shard, raw.key.partition("/")[2]]
+        assert raw.key == reader.key(shard, sample)
+        assert reader.read(shard, sample, ["txt"]).members == {"txt": raw.members["txt"]}
+    assert len(reader._open) == 2
+    again = pickle.loads(pickle.dumps(reader))
+    assert again.read(0, 0).members == reader.read(0, 0).members
+
+
+def test_odd_samples_are_bad_ones(tmp_path):
+    members = [("a.txt", b"1"), ("a.TXT", b"2"), ("b.txt", b"3"), ("c.txt", b"4"), ("b.txt", b"5"), ("d.txt", b"66666")]
+    path = write_tar(tmp_path / "x.tar", members)
+    reader = Reader([path], max_bytes=4)
+    with pytest.raises(BadSample, match="duplicate member"):
+        reader.read(0, 0)
+    assert reader.read(0, 1).members == {"txt": b"3"}
+    with pytest.raises(BadSample, match="duplicate key: x/b"):
+        reader.read(0, 3)
+    with pytest.raises(BadSample, match="member too large"):
+        reader.read(0, 4)
+
+
+def test_a_shard_that_shrinks_or_changes_stops_the_run(shard, monkeypatch):
+    monkeypatch.setattr(cache, "RETRY_SECONDS", (0.0,))
+    reader = Reader([shard])
+    reader.read(0, 0)
+    os.truncate(shard, 2000)
+    with pytest.raises(UserError, match=r"a-0000.tar ends at byte 2,000, before one of its samples"):
+        reader.read(0, 19)
+    write_tar(shard, samples(7))
+    with pytest.raises(UserError, match="holds 7 samples, but 20 when the run began"):
+        Reader([shard], counts=[20]).read(0, 0)
+
+
+def test_errors_of_the_disk_are_tried_again(shard, monkeypatch):
+    monkeypatch.setattr(cache, "RETRY_SECONDS", (0.0, 0.0))
+    real, fails = os.pread, []
+
+    def pread(fd, n, at):
+        if fails:
+            raise fails.pop()
+        return real(fd, n, at)
+
+    reader = Reader([shard])
+    want = reader.read(0, 3).members
+    monkeypatch.setattr("pretrain.data.reader.os.pread", pread)
+    fails[:] = [OSError(5, "Input/output error")] * 3
+    assert reader.read(0, 3).members == want
+    fails[:] = [OSError(5, "Input/output error")] * 4
+    with pytest.raises(UserError, match=r"cannot read .*a-0000.tar: \[Errno 5\] Input/output error, tried 3 times"):
+        reader.read(0, 3)
+
+
+# ---- from elsewhere ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server(tmp_path):
+    """Serves tmp_path/www; yields (url, list of what was asked for)."""
+    asked = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_request(self, *args):
+            asked.append(self.path)
+
+        def log_message(self, *args):
+            pass
+
+        def end_headers(self):
+            super().end_headers()
+
+        def copyfile(self, source, out):
+            if "short" in self.path:
+                out.write(source.read(700))  # the connection dies
+            else:
+                shutil.copyfileobj(source, out)
+
+    (tmp_path / "www").mkdir()
+    http = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path / "www")))
+    thread = threading.Thread(target=http.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{http.server_port}", asked
+    http.shutdown()
+    http.server_close()
+    thread.join()
+
+
+def test_remote_shards_are_fetched_once(tmp_path, server):
+    url, asked = server
+    for i in range(3):
+        write_tar(tmp_path / f"www/s-{i}.tar", samples(5, start=10 * i))
+    kept = Cache(str(tmp_path / "cache"))
+    paths = expand(url + "/s-{0..2}.tar")
+    assert counts(paths, kept) == [5, 5, 5]
+    reader = Reader(paths, kept)
+    assert reader.read(2, 0).members["txt"] == b"caption 20"
+    assert Reader(paths, kept).read(2, 1).members["txt"] == b"caption 21"
+    assert sorted(a for a in asked if a.endswith(".tar")) == ["/s-0.tar", "/s-1.tar", "/s-2.tar"]
+    files = sorted(f.name.partition("-")[2] for f in (tmp_path / "cache/shards").iterdir() if not f.name.endswith(".lock"))
+    assert files == ["s-0.tar", "s-0.tar.idx", "s-1.tar", "s-1.tar.idx", "s-2.tar", "s-2.tar.idx"]
+
+
+def test_remote_counts_need_no_shard(tmp_path, server):
+    url, asked = server
+    (tmp_path / "www/sizes.json").write_text(json.dumps({f"t-{i}.tar": i for i in range(50)}))
+    assert counts([f"{url}/t-{i}.tar" for i in range(50)], Cache(str(tmp_path / "cache"))) == list(range(50))
+    assert not any(a.endswith(".tar") for a in asked)
+
+
+def test_an_interrupted_download_leaves_nothing(tmp_path, server, monkeypatch):
+    monkeypatch.setattr(cache, "RETRY_SECONDS", (0.0,))
+    url, asked = server
+    write_tar(tmp_path / "www/short.tar", samples(5))
+    with pytest.raises(UserError, match=r"cannot read .*short.tar: the connection ended [\d,]+ bytes early, tried 2 times"):
+        counts([f"{url}/short.tar"], Cache(str(tmp_path / "cache")))
+    assert [f.name for f in (tmp_path / "cache/shards").iterdir() if not f.name.endswith(".lock")] == []
+    with pytest.raises(UserError, match=r"cannot read .*absent.tar: HTTP Error 404: File not found$"):
+        counts([f"{url}/absent.tar"], Cache(str(tmp_path / "cache")))
+    assert sum(a == "/absent.tar" for a in asked) == 1
+
+
+def test_the_cache_has_a_limit(tmp_path, server):
+    url, _ = server
+    for i in range(4):
+        write_tar(tmp_path / f"www/s-{i}.tar", [("a.txt", bytes(300_000))])
+    kept = Cache(str(tmp_path / "cache"), gib=0.5e6 / 2**30)
+    reader = Reader([f"{url}/s-{i}.tar" for i in range(4)], kept, keep=2)
+    for i in (0, 1, 2, 3, 0):
+        assert len(reader.read(i, 0).members["txt"]) == 300_000
+    assert len(list((tmp_path / "cache/shards").glob("*.tar"))) <= 3
+
+
+def test_commands_are_off_unless_asked_for(tmp_path, shard, monkeypatch):
+    kept = str(tmp_path / "cache")
+    command = f"pipe:cat {shard}"
+    with pytest.raises(UserError, match=r"would run a shell command: set data\.commands=true"):
+        counts([command], Cache(kept))
+    assert counts([command], Cache(kept, commands=True)) == [20]
+    monkeypatch.setenv("GOPEN_REWRITE", "http://=https://")
+    with pytest.raises(UserError, match="GOPEN_REWRITE is set"):
+        counts(["http://host/x.tar"], Cache(kept))
+    monkeypatch.delenv("GOPEN_REWRITE")
+    with pytest.raises(UserError, match="no way is known to open gopher urls"):
+        counts(["gopher://host/x.tar"], Cache(kept))
