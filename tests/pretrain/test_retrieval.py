@@ -58,7 +58,8 @@ def test_several_captions_against_brute_force(tile: int) -> None:
     assert ours["image_to_text_median_rank"] == np.median(text_ranks)
     assert ours["text_to_image_median_rank"] == np.median(image_ranks)
     first, second = ranks(image, text, owner, tile)
-    assert first.tolist() == text_ranks and second.tolist() == image_ranks
+    assert first.tolist() == text_ranks
+    assert second.tolist() == image_ranks
 
 
 def test_constant_model_gets_chance() -> None:

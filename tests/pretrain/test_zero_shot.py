@@ -21,7 +21,9 @@ def test_phrases_read_well() -> None:
 def test_imagenet_names_are_a_thousand_different_ones() -> None:
     names = imagenet_names()
     assert len({name.lower() for name in names}) == len(names) == 1000
-    assert names[1] == "goldfish" and names[134] != names[517] and names[517].startswith("crane, ")
+    assert names[1] == "goldfish"
+    assert names[134] != names[517]
+    assert names[517].startswith("crane, ")
     assert class_names("imagenet") == names
 
 
@@ -30,7 +32,7 @@ def test_class_names_from_list_commas_and_file(tmp_path: Path) -> None:
     file.write_text("cat\n\ndog \nhot air balloon\n")
     assert class_names(str(file)) == ["cat", "dog", "hot air balloon"]
     assert class_names("cat, dog") == class_names(["cat", "dog"]) == ["cat", "dog"]
-    with pytest.raises(ConfigError, match="no classes 'cats.txt'.*imagenet"):
+    with pytest.raises(ConfigError, match=r"no classes 'cats.txt'.*imagenet"):
         class_names("cats.txt")
     with pytest.raises(ConfigError, match="names 'cat' more than once"):
         class_names("cat,dog,cat")
@@ -41,7 +43,7 @@ def test_class_names_from_list_commas_and_file(tmp_path: Path) -> None:
 def test_labels_are_numbers_or_names() -> None:
     names = ["Cat", "dog"]
     assert label_ids([0, "dog", "cat", "1"], names).tolist() == [0, 1, 0, 1]
-    with pytest.raises(UserError, match="sample 1 has label 'dg'.*did you mean 'dog'"):
+    with pytest.raises(UserError, match=r"sample 1 has label 'dg'.*did you mean 'dog'"):
         label_ids([0, "dg"], names)
     with pytest.raises(UserError, match="label 2; the 2 classes"):
         label_ids([2], names)
@@ -75,4 +77,5 @@ def test_top_k_against_sorting_and_ties() -> None:
     for k in (1, 5):
         assert got[f"top{k}"] == pytest.approx((order[:, :k] == labels[:, None]).any(1).double().mean().item())
     constant = top_k(torch.ones(10, 8), labels[:10], torch.ones(12, 8))
-    assert constant["top1"] == pytest.approx(1 / 12) and constant["top5"] == pytest.approx(5 / 12)
+    assert constant["top1"] == pytest.approx(1 / 12)
+    assert constant["top5"] == pytest.approx(5 / 12)

@@ -1,0 +1,8 @@
+"""launch: the clipfuse command, ways to start processes, and the report of a run.
+
+    cli.py       the command
+    demo.py      what `make demo` does, command by command
+    report/      a run folder -> one self-contained HTML page
+
+May import pretrain; nothing imports this room.
+"""
