@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pretrain.config import ConfigError, UserError
 from pretrain.data import BadSample
@@ -18,6 +19,9 @@ from pretrain.data.captions import captions
 from pretrain.data.index import index
 from pretrain.data.reader import Reader
 from pretrain.data.shards import expand
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 """In the order of their ids, the last of the vocabulary."""
@@ -29,12 +33,12 @@ LEAST = 256 + 3
 def train_tokenizer(
     shards: str | Sequence[str],
     out: str | Path,
-    vocab: int = 32_768,
+    vocab: int = 8192,
     caption: str = "txt",
     length: int = 77,
     lowercase: bool = True,
     limit: int = 10_000_000,
-) -> int:
+) -> PreTrainedTokenizerFast:
     """Writes a tokenizer into a folder, from which AutoTokenizer loads it without network. The same shards give the same.
 
     Args:
@@ -47,7 +51,7 @@ def train_tokenizer(
         limit: captions read at most, from the start.
 
     Returns:
-        The number of tokens in the vocabulary.
+        The tokenizer; its len() is the size of the vocabulary.
 
     Raises:
         UserError: nothing to learn from, or the folder cannot be written.
@@ -65,8 +69,8 @@ def train_tokenizer(
 
 
 def train_on(
-    texts: Iterable[str], out: Path, vocab: int = 32_768, length: int = 77, lowercase: bool = True, source: str = "the input"
-) -> int:
+    texts: Iterable[str], out: Path, vocab: int = 8192, length: int = 77, lowercase: bool = True, source: str = "the input"
+) -> PreTrainedTokenizerFast:
     """The same from any captions."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -111,7 +115,7 @@ def train_on(
         tokenizer.save_pretrained(out)
     except OSError as error:
         raise UserError(f"cannot write a tokenizer to {out}: {error.strerror or error}") from error
-    return len(tokenizer)
+    return tokenizer
 
 
 def read_captions(paths: Sequence[str], caption: str = "txt") -> Iterator[str]:

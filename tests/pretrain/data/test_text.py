@@ -279,7 +279,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_a_trained_tokenizer_loads_anywhere(shards: str, tmp_path: Path) -> None:
-    size = train_tokenizer(shards, tmp_path / "tok", vocab=400, length=32)
+    size = len(train_tokenizer(shards, tmp_path / "tok", vocab=400, length=32))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tok", local_files_only=True)
     assert size == len(tokenizer) <= 400
     assert (tokenizer.pad_token, tokenizer.bos_token, tokenizer.eos_token) == ("<pad>", "<bos>", "<eos>")
