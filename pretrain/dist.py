@@ -37,8 +37,8 @@ def local_rank() -> int:
 
 
 def local_world_size() -> int:
-    """Processes of the run on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) if initialized() else 1
+    """Processes of the run on this machine (LOCAL_SIZE is DeepSpeed's name for it)."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size()) if initialized() else 1
 
 
 def nodes() -> int:
@@ -67,6 +67,34 @@ def setup(timeout_seconds: float = 600.0) -> None:
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     td.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_seconds))
+    global _said
+    # A connection of its own, which outlives the group: errors are said after leaving it.
+    _said = td.PrefixStore("said", td.distributed_c10d._get_default_store().clone())
+
+
+def limit(timeout_seconds: float) -> None:
+    """Another bound for every collective from here on."""
+    if world_size() > 1:
+        change = getattr(td, "set_timeout", None) or td.distributed_c10d._set_pg_timeout
+        change(datetime.timedelta(seconds=timeout_seconds))
+
+
+_said: td.Store | None = None
+
+
+def first_to_say(line: str) -> bool:
+    """Whether no other process of the run has said this line: N processes print an error they share once."""
+    try:
+        return _said is None or _said.add(line, 1) == 1
+    except RuntimeError:  # the store is gone
+        return True
+
+
+def require_group() -> None:
+    """A group of one where no launcher described any: what wraps a model (DDP, FSDP, DeepSpeed) wants one."""
+    if not initialized():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        td.init_process_group(backend, store=td.HashStore(), rank=0, world_size=1)
 
 
 def shutdown() -> None:

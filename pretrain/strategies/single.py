@@ -1,23 +1,21 @@
-"""single: one process, the model as it is."""
+"""single: one process, the model as it is. Also the base of the strategies whose optimizer is torch's own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pretrain import dist
 from pretrain import optim as optimizers
-from pretrain.checkpoint import load_tensors, save_tensors
-from pretrain.config import ConfigError, UserError
 from pretrain.optim import OptimConfig
-from pretrain.strategies import Applied, Precision, Strategy
+from pretrain.strategies import Applied, Moments, Precision, Strategy
 
 
 class Single(Strategy):
-    """Also the base of the strategies whose optimizer sees ordinary whole tensors."""
+    """Subclasses whose parameters are parts of the weights say how a part becomes whole (`_join`) and back (`_part`)."""
 
     word = "single"
 
@@ -31,8 +29,24 @@ class Single(Strategy):
         self.scaler = torch.amp.GradScaler(self.device.type) if self.precision == "fp16" else None
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
 
+    def _join(self, part: Tensor) -> Tensor:
+        """A parameter, or a tensor shaped like one, whole. Collective."""
+        return part.detach()
+
+    def _part(self, whole: Tensor, like: Tensor) -> Tensor:
+        """The part of a whole tensor that stands where `like` stands."""
+        return whole.to(like.device)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # One step
+
     def backward(self, loss: Tensor) -> None:
         (self.scaler.scale(loss) if self.scaler else loss).backward()
+
+    def gradients(self) -> dict[str, Tensor]:
+        scale = self.scaler.get_scale() if self.scaler else 1.0
+        found = [(name, p.grad) for name, p in self._named()]
+        return {name: self._join(grad) / scale for name, grad in found if grad is not None}
 
     def apply(self, lr: float) -> Applied:
         for group in self.optimizer.param_groups:
@@ -58,38 +72,63 @@ class Single(Strategy):
         limit = self.optim.clip_norm or float("inf")
         return torch.nn.utils.clip_grad_norm_(self.parameters, limit, foreach=True)
 
+    # -----------------------------------------------------------------------------------------------------------------
+    # Weights
+
+    def pieces(self) -> dict[str, Tensor]:
+        return {name: p.detach() for name, p in self._named()}
+
+    @torch.no_grad()
+    def put(self, weights: dict[str, Tensor]) -> None:
+        for name, p in self._named():
+            p.copy_(self._part(weights[name], p))
+        self.refresh()
+
+    @torch.no_grad()
     def weights(self) -> dict[str, Tensor]:
-        return {name: value.detach().cpu() for name, value in self.module.state_dict().items()}
+        found = {}
+        for name, value in self.module.state_dict().items():
+            value = self._join(value)  # every rank takes part, rank 0 keeps
+            if dist.is_main():
+                found[name] = value.to("cpu", copy=True)
+        return found
 
-    def save(self, folder: Path) -> None:
-        state: dict[str, Any] = {"optimizer": self._by_name(self.optimizer.state_dict())}
+    # -----------------------------------------------------------------------------------------------------------------
+    # There and back
+
+    @torch.no_grad()
+    def moments(self) -> Moments:
+        found: Moments = {}
+        for name, p in self._named():
+            if p not in self.optimizer.state:
+                continue
+            values = {key: self._join(value) for key, value in self.optimizer.state[p].items()}
+            if dist.is_main():
+                found[name] = {key: value.cpu() for key, value in values.items()}
+        return found
+
+    @torch.no_grad()
+    def put_moments(self, moments: Moments) -> None:
+        for name, p in self._named():
+            if name in moments:
+                self.optimizer.state[p] = {
+                    key: self._part(value, p).to(p.dtype).clone() if value.ndim else value.to(self.device, torch.float32)
+                    for key, value in moments[name].items()
+                }
+
+    def scaling(self) -> dict[str, Any]:
+        return self.scaler.state_dict() if self.scaler else {}
+
+    def put_scaling(self, state: dict[str, Any]) -> None:
         if self.scaler:
-            state["scaler"] = self.scaler.state_dict()
-        save_tensors(folder / "optimizer.pt", state)
+            self.scaler.load_state_dict(state)
 
-    def load(self, folder: Path) -> None:
-        path = folder / "optimizer.pt"
-        if not path.exists():
-            raise UserError(f"{folder} holds no optimizer.pt: it was written by another strategy than {self.word}")
-        state = load_tensors(path)
-        moments = state["optimizer"]
-        names = self._names()
-        if set(moments) - set(names):
-            raise ConfigError(f"{path} has moments of {sorted(set(moments) - set(names))[0]}, which does not train now")
-        mine = self.optimizer.state_dict()
-        mine["state"] = {i: moments[name] for i, name in enumerate(names) if name in moments}
-        self.optimizer.load_state_dict(mine)
-        if self.scaler and "scaler" in state:
-            self.scaler.load_state_dict(state["scaler"])
+    def trainable(self) -> list[str]:
+        return [name for name, _ in self._named()]
 
-    def _names(self) -> list[str]:
-        """Names of the optimizer's parameters, in its own order."""
-        name_of = {id(p): name for name, p in self.module.named_parameters()}
-        return [name_of[id(p)] for p in self.parameters]
-
-    def _by_name(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Moments by parameter name: the grouping may change between stop and resume."""
-        return {name: state["state"][i] for i, name in enumerate(self._names()) if i in state["state"]}
+    def _named(self) -> list[tuple[str, nn.Parameter]]:
+        """The optimizer's parameters with their names, in the order of the model: the same on every rank."""
+        return [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
 
 
 def build(precision: Precision, optim: OptimConfig, device: torch.device) -> Single:

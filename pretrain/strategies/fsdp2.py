@@ -1,0 +1,99 @@
+"""fsdp2: weights, gradients and moments are cut into shares, one a process (torch's fully_shard).
+
+Each block of a tower gathers its weights just before it runs and drops them after; everything else (embeddings,
+projections, scalars) is one more group that stays gathered from the forward to the backward pass. Shares and moments are
+float32. Under bf16 and fp16 the blocks gather and compute in that type; gradients travel and add up in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as td
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from pretrain import dist
+from pretrain.optim import OptimConfig
+from pretrain.strategies import DTYPES, Applied, Precision
+from pretrain.strategies.batch_norm import synchronised
+from pretrain.strategies.replica import filled, shell
+from pretrain.strategies.single import Single
+
+
+class FSDP2(Single):
+    """Bytes a step and process: 3 x 4 x parameters (gather twice, reduce once); blocks gather 2 bytes under bf16."""
+
+    word = "fsdp2"
+
+    def setup(self, model: nn.Module) -> None:
+        dist.require_group()
+        model = synchronised(model).to(self.device)
+        self._shell = shell(model)
+        with torch.no_grad():
+            for tensor in [*model.parameters(), *model.buffers()]:
+                td.broadcast(tensor, 0)  # shares of different models would make no model
+        mesh = init_device_mesh(self.device.type, (dist.world_size(),))
+        self.blocks = blocks(model)
+        low = None if self.precision == "fp32" else DTYPES[self.precision]
+        for block in self.blocks:
+            fully_shard(block, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=low, reduce_dtype=_exact(block)))
+        fully_shard(model, mesh=mesh)
+        self.module = self.model = model
+        assert isinstance(model, FSDPModule)
+        for name, p in model.named_parameters():
+            assert isinstance(p, DTensor) and p.device_mesh.size() == dist.world_size(), f"{name} is not sharded"
+        self._prepare()
+
+    def compile(self) -> None:
+        for block in self.blocks:  # whole graphs between the hooks that gather
+            block.compile()
+
+    def sync(self, on: bool) -> AbstractContextManager[Any]:
+        assert isinstance(self.model, FSDPModule)
+        self.model.set_requires_gradient_sync(on)
+        return nullcontext()
+
+    def _clip(self) -> Tensor:
+        norm = super()._clip()
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def _join(self, part: Tensor) -> Tensor:
+        return part.detach().full_tensor() if isinstance(part, DTensor) else part.detach()
+
+    def _part(self, whole: Tensor, like: Tensor) -> Tensor:
+        assert isinstance(like, DTensor)
+        return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+    def pieces(self) -> dict[str, Tensor]:
+        return {name: p.to_local() for name, p in super().pieces().items() if isinstance(p, DTensor)}
+
+    @contextmanager
+    def whole(self) -> Iterator[nn.Module]:
+        weights = ((name, self._join(p)) for name, p in self.module.named_parameters())
+        with filled(self._shell, weights, self.module.named_buffers(), self.device) as module:
+            yield module
+
+
+def _exact(block: nn.Module) -> torch.dtype:
+    """The type gradients are reduced in: the weights' own (float32; float64 in tests)."""
+    return next(block.parameters()).dtype
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The outermost repeated layers: the children, if they have weights, of every list or sequence with two or more such."""
+    if isinstance(model, nn.ModuleList | nn.Sequential):
+        repeated = [child for child in model.children() if next(child.parameters(), None) is not None]
+        if len(repeated) > 1:
+            return repeated
+    return [block for child in model.children() for block in blocks(child)]
+
+
+def build(precision: Precision, optim: OptimConfig, device: torch.device) -> FSDP2:
+    """The strategy."""
+    return FSDP2(precision, optim, device)

@@ -1,0 +1,45 @@
+"""A whole copy of a sharded model for evaluation.
+
+Forward passes of a sharded model are collective: two processes that evaluate different numbers of batches would wait for
+each other for ever. So evaluation gets a plain model, filled by every process together, then used by each alone.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+def shell(model: nn.Module) -> nn.Module:
+    """The model with parameters that have shapes but no memory (meta device), and its own buffers."""
+    empty = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False) for p in model.parameters()
+    }
+    return copy.deepcopy(model, empty)
+
+
+@contextmanager
+def filled(
+    shell: nn.Module, weights: Iterable[tuple[str, Tensor]], buffers: Iterable[tuple[str, Tensor]], device: torch.device
+) -> Iterator[nn.Module]:
+    """The shell holding the whole weights and buffers inside, on `device`; empty again afterwards."""
+    empty = dict(shell.named_parameters())
+    try:
+        for name, value in weights:
+            _place(shell, name, nn.Parameter(value.detach().to(device, copy=True), requires_grad=False))
+        live = dict(buffers)
+        for name, buffer in list(shell.named_buffers()):
+            _place(shell, name, live.get(name, buffer).detach().to(device, copy=True))
+        yield shell
+    finally:
+        for name, p in empty.items():
+            _place(shell, name, p)
+
+
+def _place(model: nn.Module, name: str, value: Tensor) -> None:
+    module, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(module), leaf, value)
