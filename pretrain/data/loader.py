@@ -1,0 +1,296 @@
+"""The loader: worker processes read and decode; what they hand over does not depend on how many they are.
+
+    build_loader(data, decoders, ...) -> Loader       training: endless, resumes from state()
+    sequential(shards, decoders, ...) -> Sequential   evaluation: each sample exactly once, over any number of processes
+
+Workers get positions and return collated pieces of batches, in order. The loader counts what the trainer took, not what was
+read ahead, so a position is all there is to its state.
+
+Legend: B global batch size, b = B / world this process's share.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import resource
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+import numpy as np
+import torch
+
+from pretrain.config import ConfigError, UserError
+from pretrain.data import synthetic
+from pretrain.data.batch import Batch, Decoder, merge
+from pretrain.data.cache import Cache
+from pretrain.data.images import AugmentConfig
+from pretrain.data.order import Order, Source
+from pretrain.data.pool import running
+from pretrain.data.reader import Reader
+from pretrain.data.sequence import Ints
+from pretrain.data.sequential import Sequential, sequential
+from pretrain.data.sources import counted, entries, sources_of
+from pretrain.data.worker import Bad, Piece, Store, Training
+
+__all__ = ["Batch", "DataConfig", "Decoder", "Loader", "Sequential", "build_loader", "sequential"]
+
+log = logging.getLogger(__name__)
+
+PIECE = 256
+"""Samples a worker decodes at a time: larger shares of a batch are spread over workers."""
+ENOUGH = 1000
+"""Samples from which on the rate of bad ones is judged; before, as if there had been so many."""
+NAMED = 20
+"""Bad samples that are named in the log; all are counted."""
+
+
+# ---- configuration ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class DataConfig:
+    """What is read, in which order, by how many."""
+
+    train: Any = "synthetic"
+    """Training shards: a glob, brace pattern, folder or url; a list of them; a list of {shards, weight} where several
+    sources are mixed (weight: share of the positions; none = in proportion to their samples); or `synthetic`."""
+    val: Any = None
+    """Shards to evaluate on, in the same words; none = no evaluation."""
+    batch_size: int = 128
+    """Samples that share negatives, over all processes; train.chunks divides each process's share for memory only."""
+    workers: int = 1
+    """Processes that read and decode, per training process; 0 does it in the training process."""
+    window: int = 16
+    """Shards whose samples are shuffled together; with shards of 1,000 to 10,000 samples 16 mixes well."""
+    streams: int = 1
+    """Parts of the sequence that nodes read on their own, a multiple of the number of nodes; 1 unless many nodes share
+    slow storage. Changing it changes the order."""
+    block: int = 0
+    """Consecutive samples of a stream; 0 = as many as a window holds. Of no effect with one stream."""
+    replacement: bool = False
+    """Draw samples independently of what was drawn before, instead of each once an epoch."""
+    caption: str = "txt"
+    """Where captions are: txt, or the name of a json field (a string, or a list of which one is drawn)."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """Random changes to training pictures."""
+    max_bad_rate: float = 0.01
+    """Share of samples with unusable content above which the run stops; below, they are replaced and counted."""
+    max_bad_run: int = 100
+    """Samples with unusable content in a row above which the run stops."""
+    cache: str | None = None
+    """Folder of this machine for fetched shards and for indices that cannot lie beside their shard; none = clipfuse's
+    folder in the user's cache."""
+    cache_gib: float = 0.0
+    """GiB that fetched shards may take, then those used longest ago are removed; 0 = no limit."""
+    commands: bool = False
+    """Allow `pipe:` urls, which run shell commands, and GOPEN_REWRITE, which rewrites urls."""
+
+    def check(self) -> None:
+        """Refuses numbers out of range and shards given in words that mean nothing."""
+        for name, least in (("batch_size", 1), ("workers", 0), ("window", 1), ("streams", 1), ("block", 0), ("max_bad_run", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"data.{name}={getattr(self, name)} must be at least {least}")
+        if not 0 <= self.max_bad_rate <= 1:
+            raise ConfigError(f"data.max_bad_rate={self.max_bad_rate} must be a share, 0 to 1")
+        if self.cache_gib < 0:
+            raise ConfigError(f"data.cache_gib={self.cache_gib} must be 0 (no limit) or more")
+        entries(self.train, "data.train")
+        if self.val is not None:
+            entries(self.val, "data.val")
+
+    def store(self) -> Cache:
+        """Where this machine keeps what it fetched."""
+        return Cache(self.cache, self.commands, self.cache_gib)
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+class Loader:
+    """Endless batches of this process's share, from `load`ed state or the beginning.
+
+    Args:
+        order: what is read when.
+        store: reads samples by shard, the shards of all sources counted through.
+        decoders: by modality.
+        batch_size: B, over all processes.
+        rank: this process, of `world` on `nodes` machines.
+        workers: processes that read and decode; 0 does it in this process.
+        max_bad_rate: share of unusable samples above which the run stops.
+        max_bad_run: unusable samples in a row after which it stops.
+        pin: batches in page-locked memory.
+        piece: samples a worker decodes at a time.
+        names: of all shards, for `digest`.
+
+    Raises:
+        ConfigError: a batch size that cannot be divided so.
+    """
+
+    def __init__(
+        self,
+        order: Order,
+        store: Store,
+        decoders: Mapping[str, Decoder],
+        batch_size: int,
+        rank: int = 0,
+        world: int = 1,
+        nodes: int = 1,
+        workers: int = 0,
+        max_bad_rate: float = 0.01,
+        max_bad_run: int = 100,
+        pin: bool = False,
+        piece: int = PIECE,
+        names: Sequence[str] = (),
+    ) -> None:
+        order.check(batch_size, world, nodes)
+        self.order, self.decoders, self.batch_size = order, decoders, batch_size
+        self.rank, self.world, self.nodes, self.workers, self.pin = rank, world, nodes, workers, pin
+        self.max_bad_rate, self.max_bad_run = max_bad_rate, max_bad_run
+        self.pieces = -(-batch_size // world // piece)
+        self.names = names
+        self.bad: Counter[str] = Counter()
+        """Unusable samples met so far by this process, by reason."""
+        self._training = Training(order, store, decoders, max_attempts=max_bad_run)
+        self._batch = 0  # the next the trainer will take
+        self._seen = 0  # slots filled
+        self._run = 0  # unusable samples since the last usable one
+        self._named = 0
+
+    @property
+    def shard_count(self) -> int:
+        """Shards of all sources."""
+        return sum(len(source.counts) for source in self.order.sources)
+
+    def digest(self) -> str:
+        """A name for data and order: a run resumes only where it is the same. Folders may have moved."""
+        return hashlib.blake2b("\n".join([self.order.digest(), *self.names]).encode(), digest_size=8).hexdigest()
+
+    def state(self) -> dict[str, Any]:
+        """Where the trainer is, to be saved; plain numbers and words, less than 10 KB."""
+        return {
+            "position": self._batch * self.batch_size,
+            "batch_size": self.batch_size,
+            "data": self.digest(),
+            "seen": self._seen,
+            "run": self._run,
+            "bad": {reason[:100]: n for reason, n in self.bad.most_common(50)},
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a saved state. Raises UserError where data, seed or batch size are not those of the state."""
+        if state["data"] != self.digest():
+            raise UserError(
+                "the checkpoint was made with other data (shards, their counts, weights), another seed, or another "
+                "data.window, data.streams, data.block or data.replacement: to resume they must be the same"
+            )
+        if state["batch_size"] != self.batch_size:
+            raise UserError(
+                f"data.batch_size={self.batch_size}, but the checkpoint was made with {state['batch_size']}: to resume it "
+                "must be the same"
+            )
+        self._batch, self._seen, self._run = state["position"] // self.batch_size, state["seen"], state["run"]
+        self.bad = Counter(state["bad"])
+
+    def __iter__(self) -> Iterator[Batch]:
+        with running(self._training, self._positions(self._batch), self.workers) as pieces:
+            while True:
+                parts = [self._checked(next(pieces)) for _ in range(self.pieces)]
+                batch = merge(parts, self.decoders, self.pin)
+                self._batch += 1
+                yield batch
+
+    def _positions(self, start: int) -> Iterator[Ints]:
+        """What each piece holds, batch after batch."""
+        for batch in count(start):
+            mine = self.order.positions(batch, self.batch_size, self.rank, self.world, self.nodes)
+            yield from np.array_split(mine, self.pieces)
+
+    def _checked(self, piece: Piece) -> Batch:
+        """Counts what was bad in a piece, in the order of the samples. Raises UserError where it is too much."""
+        if piece.problem:
+            raise UserError(piece.problem)
+        last = -1
+        for bad in piece.bad:
+            if bad.slot > last + 1:
+                self._run = 0
+            last = bad.slot
+            self._run += 1
+            self._count(bad)
+            if self._run > self.max_bad_run:
+                raise UserError(
+                    f"{self._run} samples in a row cannot be used, more than data.max_bad_run={self.max_bad_run}; "
+                    f"the last is {bad.key} ({bad.reason}: {bad.detail}); {self._reasons()}"
+                )
+        self._run = self._run if last == piece.slots - 1 else 0
+        self._seen += piece.slots
+        total = self.bad.total()
+        if piece.bad and total > self.max_bad_rate * max(self._seen, ENOUGH):
+            raise UserError(
+                f"{total:,} of {self._seen:,} samples cannot be used, more than data.max_bad_rate={self.max_bad_rate}; "
+                f"the last is {piece.bad[-1].key} ({piece.bad[-1].reason}: {piece.bad[-1].detail}); {self._reasons()}"
+            )
+        assert piece.batch is not None
+        return piece.batch
+
+    def _count(self, bad: Bad) -> None:
+        self.bad[bad.reason] += 1
+        self._named += 1
+        if self._named <= NAMED:
+            more = " (further ones are only counted)" if self._named == NAMED else ""
+            log.warning("%s cannot be used and is replaced: %s: %s%s", bad.key, bad.reason, bad.detail, more)
+
+    def _reasons(self) -> str:
+        return "by reason: " + ", ".join(f"{reason} {n:,}" for reason, n in self.bad.most_common(5))
+
+
+def build_loader(
+    data: DataConfig, decoders: Mapping[str, Decoder], seed: int, rank: int = 0, world: int = 1, nodes: int = 1
+) -> Loader:
+    """The training loader that a configuration asks for. Collective where there is a process group.
+
+    Raises:
+        ConfigError: no shards, numbers that do not fit one another, a batch larger than the data.
+        UserError: shards that are damaged or cannot be read.
+    """
+    store: Store
+    if data.train == "synthetic":
+        sources = [Source([synthetic.SAMPLES] * synthetic.SHARDS)]
+        store, names = synthetic.Synthetic(data.caption), ["synthetic"]
+        decoders = {name: synthetic.Noise(each) if hasattr(each, "size") else each for name, each in decoders.items()}
+    else:
+        given = sources_of(data.train, "data.train")
+        paths = [path for source in given for path in source.shards]
+        numbers = counted(paths, data.store(), "data.train")
+        sources, at = [], 0
+        for source in given:
+            own = numbers[at : at + len(source.shards)]
+            sources.append(Source(own, source.weight if source.weight is not None else float(max(sum(own), 1))))
+            at += len(own)
+        held = 2 * data.window * len(sources) * max(1, data.streams // nodes)  # windows in use, and the next ones
+        store = Reader(paths, data.store(), numbers, keep=min(held, _descriptors()))
+        names = [path.rsplit("/", 1)[-1] for path in paths]
+    order = Order(sources, seed, data.window, data.streams, data.block, data.replacement)
+    return Loader(
+        order,
+        store,
+        decoders,
+        data.batch_size,
+        rank,
+        world,
+        nodes,
+        data.workers,
+        data.max_bad_rate,
+        data.max_bad_run,
+        pin=torch.cuda.is_available(),
+        names=names,
+    )
+
+
+def _descriptors() -> int:
+    """Files a worker may hold open: a quarter of what the system allows a process."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 512 if soft == resource.RLIM_INFINITY else max(16, min(512, soft // 4))

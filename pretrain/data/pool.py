@@ -1,0 +1,70 @@
+"""Worker processes: pieces made for jobs, in order, whoever makes them. torch's DataLoader underneath."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from pretrain.config import UserError
+from pretrain.data import worker
+from pretrain.data.worker import Piece
+
+
+@contextmanager
+def running(dataset: Any, jobs: Iterator[Any], workers: int) -> Iterator[Iterator[Piece]]:
+    """The pieces for the jobs, in order, made by worker processes (or here, for 0), which end with the context."""
+    sigchld = signal.getsignal(signal.SIGCHLD)
+    loader: DataLoader[Any] = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=jobs,
+        collate_fn=_as_it_is,
+        num_workers=workers,
+        worker_init_fn=worker.start if workers else None,
+        generator=torch.Generator().manual_seed(0),  # its own: the global generator is not drawn from
+        # Forked workers start at once; on Linux nothing we use minds.
+        multiprocessing_context=multiprocessing.get_context("fork") if workers and sys.platform == "linux" else None,
+    )
+    pieces: Any = iter(loader)
+    # torch raises from SIGCHLD when a worker dies, in whatever the trainer is doing then; asking for the next piece finds
+    # out as well.
+    if signal.getsignal(signal.SIGCHLD) is not sigchld:
+        signal.signal(signal.SIGCHLD, sigchld)
+    try:
+        yield _survived(pieces)
+    finally:
+        end = getattr(pieces, "_shutdown_workers", None)  # otherwise whenever it is collected
+        if end is not None:
+            end()
+
+
+def _survived(pieces: Any) -> Iterator[Piece]:
+    """The same pieces; a worker that died is a UserError."""
+    while True:
+        try:
+            piece = next(pieces)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            dead = [w for w in getattr(pieces, "_workers", []) if not w.is_alive() and w.exitcode]
+            if not dead or "DataLoader worker" not in str(error):
+                raise
+            code = dead[0].exitcode
+            how = f"was killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"ended with code {code}"
+            why = {
+                -signal.SIGKILL: ": most often the machine ran out of memory; lower data.workers or data.window",
+                -signal.SIGBUS: ": most often /dev/shm is full; enlarge it (docker: --shm-size) or lower data.workers",
+            }.get(code, "")
+            raise UserError(f"a data worker (process {dead[0].pid}) {how}{why}") from None
+        yield piece
+
+
+def _as_it_is(piece: Any) -> Any:
+    return piece

@@ -1,0 +1,51 @@
+"""data.train=synthetic: data that needs no files, for measuring everything but the reading of data."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+from pretrain.data.shards import RawSample
+
+SHARDS, SAMPLES = 100, 10_000
+"""What data.train=synthetic pretends to be: shards, and samples in each."""
+
+_WORDS = ("red", "blue", "small", "large", "dog", "cat", "car", "house", "boat", "on", "under", "near", "a", "two")
+
+
+class Synthetic:
+    """Random captions, and pictures of noise from `Noise`."""
+
+    def __init__(self, caption: str = "txt") -> None:
+        self.caption = caption
+
+    def read(self, shard: int, sample: int) -> RawSample:
+        """A caption of 5 to 15 words, a function of the numbers."""
+        rng = random.Random(shard * SAMPLES + sample)
+        text = " ".join(rng.choices(_WORDS, k=rng.randint(5, 15)))
+        return RawSample(self.key(shard, sample), {"txt": text.encode(), "json": json.dumps({self.caption: text}).encode()})
+
+    def key(self, shard: int, sample: int) -> str:
+        """ "synthetic-0001/00000002"."""
+        return f"synthetic-{shard:04d}/{sample:08d}"
+
+
+class Noise:
+    """Takes the place of a picture's decoder: noise, at the price of a copy."""
+
+    def __init__(self, decoder: Any) -> None:
+        self.decoder, self.shape = decoder, (3, decoder.size, decoder.size)
+        self.noise = torch.from_numpy(np.random.default_rng(0).integers(0, 256, 3 * decoder.size**2 + 65536, dtype=np.uint8))
+
+    def __call__(self, sample: RawSample, rng: np.random.Generator, train: bool) -> torch.Tensor:
+        """(3, size, size) uint8."""
+        start = int(rng.integers(65536))
+        return self.noise[start : start + len(self.noise) - 65536].view(self.shape)
+
+    def collate(self, items: list[torch.Tensor]) -> tuple[torch.Tensor, None]:
+        """(b, 3, size, size) uint8."""
+        return torch.stack(items), None
