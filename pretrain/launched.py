@@ -1,0 +1,152 @@
+"""Is this the world that was asked for? What launchers get wrong is refused here, before anything trains.
+
+A launcher can start the wrong number of processes, or processes that do not know each other; machines of one run can hold
+unequal data, code or configuration. Either trains N lonely or contradicting copies without a word. So every process checks
+its environment first (`check_launcher`), and all compare fingerprints once they are joined (`agree`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain import dist
+from pretrain.config import ConfigError, UserError
+
+TASKS = {
+    "SLURM_STEP_NUM_TASKS": "srun",
+    "OMPI_COMM_WORLD_SIZE": "mpirun",
+    "PMI_SIZE": "mpirun",
+    "MV2_COMM_WORLD_SIZE": "mpirun",
+}
+"""Variables in which task starters say how many tasks they started, and who they are. (SLURM_NTASKS is set in a batch
+script as well, where there is one process only.)"""
+
+
+def check_launcher(env: Mapping[str, str] = os.environ, gpus: int | None = None) -> None:
+    """Refuses processes that a launcher started in the wrong number, or that do not know each other.
+
+    gpus: how many this process sees; None asks torch. Raises ConfigError.
+    """
+    world = env.get("WORLD_SIZE")
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in env]
+    if world is None and "ACCELERATE_MIXED_PRECISION" in env and "MASTER_ADDR" in env:
+        # accelerate's launcher for one process writes the address only when several were asked for.
+        raise ConfigError(
+            "accelerate launch was asked for several processes and started ONE (it does so without a GPU and with --cpu); "
+            "use --multi_gpu, which starts them on CPUs too, or clipfuse pretrain CONFIG --nproc N"
+        )
+    if world is not None and int(world) > 1 and missing:
+        raise ConfigError(
+            f"WORLD_SIZE={world} without {', '.join(missing)}: the processes cannot find each other; "
+            "a launcher sets all of them (clipfuse pretrain CONFIG --nproc N, torchrun, deepspeed)"
+        )
+    _check_tasks(env, int(world or 1))
+    _check_gpus(env, torch.cuda.device_count() if gpus is None else gpus)
+
+
+def _check_tasks(env: Mapping[str, str], world: int) -> None:
+    """srun or mpirun started n tasks: one world must hold them all."""
+    for name, starter in TASKS.items():
+        tasks = int(env.get(name, "1"))
+        if tasks < 2:
+            continue
+        agents = int(env.get("GROUP_WORLD_SIZE", tasks if world >= tasks else 1))
+        if agents < tasks:
+            raise ConfigError(
+                f"{starter} started {tasks} tasks that do not know each other ({name}={tasks}, this run has {world} "
+                f"process{'es' if world > 1 else ''}): each would train a copy of its own; start one task, or on Slurm "
+                "clipfuse pretrain CONFIG --on slurm --nodes N --nproc M"
+            )
+
+
+def _check_gpus(env: Mapping[str, str], gpus: int) -> None:
+    local = int(env.get("LOCAL_RANK", "0"))
+    if gpus and local >= gpus:
+        raise ConfigError(
+            f"process {env.get('RANK', '0')} is number {local} on its machine, which has {gpus} GPU{'s' if gpus > 1 else ''} "
+            f"(CUDA_VISIBLE_DEVICES={env.get('CUDA_VISIBLE_DEVICES', 'unset')}); start one process a GPU"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fingerprints
+
+
+def agree(name: str, value: Any) -> None:
+    """Refuses a value that differs between processes. Collective. Raises UserError with the same line everywhere.
+
+    value: plain values (str, numbers, dict, list); of a dict the error names the first key that differs.
+    """
+    everyone = dist.gather_objects((os.uname().nodename, value))
+    differing = [rank for rank, (_, other) in enumerate(everyone) if other != everyone[0][1]]
+    if not differing:
+        return
+    rank = differing[0]
+    key, mine, theirs = _difference(everyone[0][1], everyone[rank][1])
+    more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
+    raise UserError(
+        f"{name} differs between processes: {key + ' is ' if key else ''}{mine} on process 0 ({everyone[0][0]}) and "
+        f"{theirs} on process {rank} ({everyone[rank][0]}){more}; make it equal on every machine"
+    )
+
+
+def _difference(left: Any, right: Any, prefix: str = "") -> tuple[str, str, str]:
+    """Where two plain values part: dotted key, and both sides."""
+    if isinstance(left, dict) and isinstance(right, dict):
+        for key in sorted({*left, *right}, key=str):
+            if left.get(key) != right.get(key):
+                return _difference(left.get(key), right.get(key), f"{prefix}.{key}" if prefix else str(key))
+    return prefix, _short(left), _short(right)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def code_fingerprint(*packages: str) -> dict[str, str]:
+    """Digest of every source file of the packages (default: pretrain), and the versions that numbers depend on."""
+    prints = {"python": ".".join(map(str, sys.version_info[:2])), "torch": torch.__version__}
+    for package in packages or ("pretrain",):
+        origin = sys.modules[package].__file__ if package in sys.modules else None
+        if origin is None:
+            continue
+        folder = Path(origin).parent
+        for path in sorted(folder.rglob("*.py")):
+            name = f"{package}/{path.relative_to(folder).as_posix()}"
+            prints[name] = hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
+    return prints
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Orphans
+
+
+def watch_parent(env: Mapping[str, str] = os.environ, every_seconds: float = 1.0) -> None:
+    """Ends this process when the launcher that started it is gone.
+
+    A launcher that is killed -9 leaves its processes running: they would hold GPUs and the run folder while a new launcher
+    starts the same run again. Only for launchers that outlive their processes (torch's, so ours and accelerate's, and
+    DeepSpeed's): what a person's own script starts may outlive the script.
+    """
+    if "TORCHELASTIC_RUN_ID" not in env and "CROSS_SIZE" not in env:
+        return
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(every_seconds)
+        print(f"clipfuse: the launcher (process {parent}) is gone; process {env.get('RANK', '0')} ends", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="watch-parent", daemon=True).start()
