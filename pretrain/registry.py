@@ -47,7 +47,8 @@ def part(room: str, name: str) -> ModuleType:
         choices = names(room)
         if name not in choices:
             raise ConfigError(f"no {name!r} in {room}{closest(name, choices)}; the choices are {', '.join(choices)}")
-        package = next(p for p in _packages if importlib.util.find_spec(f"{p}.{room}.{name}") is not None)
+        with_room = (p for p in _packages if importlib.util.find_spec(f"{p}.{room}") is not None)
+        package = next(p for p in with_room if importlib.util.find_spec(f"{p}.{room}.{name}") is not None)
         module = importlib.import_module(f"{package}.{room}.{name}")
     if not hasattr(module, "Config"):
         raise ConfigError(f"{module.__name__} cannot be used in {room}: it has no Config dataclass")

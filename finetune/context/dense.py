@@ -1,0 +1,33 @@
+"""Every query sees every token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from finetune.attention import Keys, attend, over_heads
+from finetune.context import Asking, Context
+from finetune.trace import Weights
+
+
+@dataclass
+class Config:
+    """Dense attention: time grows with Q x N, memory (fast path) with Q + N."""
+
+    name: str = "dense"
+    """This file."""
+
+
+class Dense(Context):
+    """softmax(q k^T / sqrt(D)) v over all keys."""
+
+    def forward(self, asking: Asking, keys: Keys, exact: bool = False) -> tuple[Tensor, Weights | None]:
+        """See Context."""
+        out, used = attend(asking.q, *keys.projected(), mask=over_heads(keys.tokens.mask), exact=exact)
+        return out, None if used is None else Weights(used)
+
+
+def build(config: Config, width: int) -> Dense:
+    """`width` is not needed: dense attention has no parameters of its own."""
+    return Dense()

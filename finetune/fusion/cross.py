@@ -1,0 +1,101 @@
+"""One modality asks, the other answers and stays as it is: text tokens read image regions.
+
+ALBEF (arXiv 2107.07651) and BLIP (arXiv 2201.12086). Linear in the pixels; what one picture answers is computed once
+for all texts about it. With `causal` each token sees only those before it: a captioning decoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from finetune.attention import Tokens
+from finetune.fusion.blocks import FeedForward, Fusion, FusionConfig, Look, Seen, check_names, note, see
+from finetune.trace import Trace
+from pretrain.config import ConfigError
+
+
+@dataclass
+class Config(FusionConfig):
+    """`query` asks `context`."""
+
+    name: str = "cross"
+    """This file."""
+    causal: bool = False
+    """Self-attention sees only earlier tokens, as a decoder needs."""
+
+
+class Block(nn.Module):
+    """self -> cross -> feed-forward on the tokens that ask."""
+
+    def __init__(self, config: Config, width: int, context_width: int) -> None:
+        super().__init__()
+        self.config = config
+        self.self_norm = nn.LayerNorm(width)
+        self.self_look = Look(width, width, config)
+        self.cross_norm = nn.LayerNorm(width)
+        self.cross_look = Look(width, context_width, config)
+        self.feedforward = FeedForward(width, config)
+
+    def forward(
+        self, x: Tensor, query: Tokens, itself: Tokens, how: nn.Module, seen: Seen, layer: int, rows: int, trace: Trace | None
+    ) -> Tensor:
+        """x (B, Q, C) -> (B, Q, C). `query` has its mask and grid, `itself` those with which it asks itself, and `how`."""
+        asks, asked, exact = self.config.query, self.config.context, trace is not None
+
+        n = itself._replace(states=self.self_norm(x))
+        x, weights = self.self_look(x, n, see(how, n, exact), layer=layer, home=True, exact=exact)
+        note(trace, "self", layer, (asks, (asks,), weights))
+
+        n = query._replace(states=self.cross_norm(x))
+        x, weights = self.cross_look(x, n, seen, layer=layer, rows=rows, exact=exact)
+        note(trace, "cross", layer, (asks, (asked,), weights))
+
+        out: Tensor = self.feedforward(x)
+        return out
+
+
+class Cross(Fusion):
+    """The context is normalised, and where `pooled` summarised, once for all layers."""
+
+    shares: ClassVar[bool] = True
+
+    def __init__(self, config: Config, widths: dict[str, int], context: Any, pictures: Collection[str]) -> None:
+        super().__init__(config, widths, [config.query], context, pictures)
+        self.causal = config.causal
+        self.context_norm = nn.LayerNorm(widths[config.context])
+        blocks = (Block(config, widths[config.query], widths[config.context]) for _ in range(config.layers))
+        self.layers.extend(blocks)
+
+    def fuse(self, tokens: dict[str, Tokens], rows: int, trace: Trace | None) -> dict[str, Tensor]:
+        """Only the query changes."""
+        query, context = tokens[self.config.query], tokens[self.config.context]
+        context = context._replace(states=self.context_norm(context.states))
+        seen = see(self.contexts[self.config.context], context, trace is not None)
+        itself = query._replace(mask=_causal(query)) if self.causal else query
+        x, how = query.states, self.contexts[self.config.query]
+        for i, block in enumerate(self.layers):
+            x = self.run(block, x, query, itself, how, seen, i, rows, trace)
+        return {self.config.query: x}
+
+
+def _causal(tokens: Tokens) -> Tensor:
+    """(B or 1, Q, Q) bool: the token itself and those before it that are real."""
+    Q = tokens.states.shape[1]
+    earlier = torch.ones(Q, Q, dtype=torch.bool, device=tokens.states.device).tril()
+    return earlier[None] if tokens.mask is None else earlier & tokens.mask[:, None]
+
+
+def build(config: Config, widths: dict[str, int], context: Any = None, pictures: Collection[str] = ("image",)) -> Cross:
+    """`widths` of the modalities, `context`: a Config of the context room (None: dense), `pictures`: those with a grid.
+
+    Raises ConfigError.
+    """
+    check_names(config, widths)
+    if config.causal and config.query in pictures:
+        raise ConfigError(f"fusion.causal=true needs a query that is a sequence; {config.query} is a picture")
+    return Cross(config, {name: widths[name] for name in (config.query, config.context)}, context, pictures)
