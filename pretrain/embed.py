@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pretrain import dist
 from pretrain.data.loader import Batch
+from pretrain.model import DualEncoder
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -44,7 +45,7 @@ class Embedded:
 
 
 def embed_split(
-    model: nn.Module,
+    model: DualEncoder,
     batches: Iterable[Batch],
     decoders: Mapping[str, Any],
     device: torch.device,
@@ -59,22 +60,32 @@ def embed_split(
         batches: of the images and targets["captions"], a list of captions a sample; targets["json"] for classes.
         texts: encode the captions too, all of them; pooled: keep the image tower's output as well.
     """
-    images, poolings, captions_of, keys, labels = [], [], [], [], []
-    written: list[str] = []
+    images: list[Tensor] = []
+    poolings: list[Tensor] = []
+    captions_of: list[Tensor] = []
     owner: list[int] = []
+    written: list[str] = []
+    keys: list[str] = []
+    labels: list[Any] = []
     encode = text_encoder(model, decoders, device, precision)
     with evaluating(model), torch.inference_mode(), _autocast(device, precision):
         for batch in batches:
             batch = batch.to(device, non_blocking=True)
             inputs, mask = batch.inputs["image"], batch.masks.get("image")
-            images.append(_rows(model.encode("image", inputs, mask)))
-            if pooled:
-                poolings.append(model.towers["image"](inputs, mask).pooled.float().cpu())
+            if pooled:  # encode() in its two halves
+                output = model.towers["image"](inputs, mask).pooled
+                poolings.append(output.float().cpu())
+                images.append(_rows(model.projections["image"](output)))
+            else:
+                images.append(_rows(model.encode("image", inputs, mask)))
             if texts:
                 captions = batch.targets["captions"]
                 owner += [len(keys) + i for i, own in enumerate(captions) for _ in own]
                 written += [caption for own in captions for caption in own]
-                captions_of.append(encode([caption for own in captions for caption in own], len(batch)))
+                if all(len(own) == 1 for own in captions):  # the loader's workers have tokenized these
+                    captions_of.append(_rows(model.encode("text", batch.inputs["text"], batch.masks.get("text"))))
+                else:
+                    captions_of.append(encode([caption for own in captions for caption in own], len(batch)))
             keys += batch.keys
             labels += [json.get(label) for json in batch.targets.get("json", [{}] * len(batch))]
     # Outside inference mode these are ordinary tensors again, which the linear probe may compute with.
@@ -104,7 +115,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def text_encoder(
-    model: nn.Module, decoders: Mapping[str, Any], device: torch.device, precision: str = "fp32", size: int = 256
+    model: DualEncoder, decoders: Mapping[str, Any], device: torch.device, precision: str = "fp32", size: int = 256
 ) -> Callable[..., Tensor]:
     """(texts, texts at a time) -> (m, D) float32 on the CPU, L2-normalised: sentences in the shared space."""
 

@@ -19,12 +19,14 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from torch import nn
 
 from pretrain import dist, linear_probe, zero_shot
 from pretrain.config import ConfigError, UserError, closest
 from pretrain.data import loader
+from pretrain.data.cache import Cache
 from pretrain.embed import Embedded, embed_split, text_encoder
+from pretrain.inference import Loaded
+from pretrain.model import DualEncoder
 from pretrain.retrieval import chance, retrieval
 
 __all__ = ["TASKS", "Embedded", "EvalConfig", "embed_split", "evaluate", "retrieval", "run", "summary"]
@@ -45,7 +47,7 @@ class EvalConfig:
     max_samples: int = 0
     """Evaluate on the first so many samples only; 0 = all."""
     classes: str = "imagenet"
-    """Names of the classes: imagenet, a file with one name a line, or the names with commas between."""
+    """Names of the classes: imagenet, scenes, a file with one name a line, or the names with commas between."""
     templates: list[str] = field(default_factory=lambda: list(zero_shot.TEMPLATES))
     """Sentences that name a class, {} where its name goes; their embeddings are averaged."""
     label: str = "label"
@@ -67,14 +69,21 @@ class EvalConfig:
 
 
 def evaluate(
-    model: nn.Module,
+    model: DualEncoder,
     decoders: Mapping[str, Any],
-    shards: str | list[str],
+    shards: Any,
     config: EvalConfig,
     device: torch.device,
     precision: str = "fp32",
+    cache: Cache | None = None,
 ) -> dict[str, float]:
     """The figures of config.tasks on `shards`; the same dict on every process. Collective.
+
+    Args:
+        decoders: by modality, for evaluation.
+        shards: what data.val may say.
+        precision: of the towers' matrix products: fp32, bf16, fp16.
+        cache: where fetched shards and indices go.
 
     Besides the figures: `samples` (pictures scored), `captions`, and `bad_samples` (left out because of their content).
 
@@ -85,15 +94,17 @@ def evaluate(
     if wants_pooled and not config.probe_train:
         raise ConfigError("linear_probe learns from labelled pictures: give their shards as eval.probe_train")
 
-    def embed(where: str | list[str], texts: bool) -> tuple[Embedded, int]:
+    def embed(where: Any, texts: bool) -> tuple[Embedded, int]:
         batches = loader.sequential(
             where,
-            decoders,
+            # Pictures for classification need no caption.
+            {name: each for name, each in decoders.items() if name == "image" or (texts and name == "text")},
             config.batch_size,
             workers=config.workers,
             rank=dist.rank(),
             world=dist.world_size(),
             max_samples=config.max_samples,
+            cache=cache,
         )
         embedded = embed_split(model, batches, decoders, device, precision, texts, wants_pooled, config.label)
         bad: Counter[str] = sum(dist.gather_objects(Counter(batches.bad)), Counter())
@@ -130,9 +141,7 @@ def evaluate(
     return _on_main(figures)
 
 
-def run(
-    loaded: Any, shards: str | list[str], config: EvalConfig, device: torch.device, precision: str = "fp32"
-) -> dict[str, Any]:
+def run(loaded: Loaded, shards: Any, config: EvalConfig, device: torch.device, precision: str = "fp32") -> dict[str, Any]:
     """`evaluate` of a checkpoint, with what was measured on what: plain values, for --json and `summary`.
 
     Args:
@@ -144,7 +153,7 @@ def run(
     return {
         "checkpoint": str(loaded.folder),
         "step": loaded.step,
-        "data": shards if isinstance(shards, str) else list(shards),
+        "data": shards,
         "tasks": list(config.tasks),
         "metrics": metrics,
         "chance": _chances(metrics),

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.config import ConfigError, UserError, closest
+from pretrain.data.scene_plan import CLASSES
 from pretrain.retrieval import TIE, check_finite
 
 # A class in many settings: averaged, they leave what the settings share, which is the class.
@@ -60,8 +61,8 @@ def class_names(spec: str | Sequence[str]) -> list[str]:
     """The classes, in the order of their integer labels.
 
     Args:
-        spec: a list; or "imagenet" (the 1,000 classes, named by timm's own data); or a file with one name a line; or the
-            names themselves with commas between.
+        spec: a list; or "imagenet" (the 1,000 classes, named by timm's own data); or "scenes" (the things of the built-in
+            data set); or a file with one name a line; or the names themselves with commas between.
 
     Raises:
         ConfigError: fewer than two names, a name twice, or a file that is not there.
@@ -70,6 +71,8 @@ def class_names(spec: str | Sequence[str]) -> list[str]:
         names, where = [str(name) for name in spec], "the list of classes"
     elif spec.lower() in ("imagenet", "imagenet-1k"):
         names, where = imagenet_names(), "imagenet"
+    elif spec.lower() == "scenes":
+        names, where = list(CLASSES), "scenes"
     elif "," in spec:
         names, where = spec.split(","), "the list of classes"
     else:
@@ -77,7 +80,7 @@ def class_names(spec: str | Sequence[str]) -> list[str]:
             names, where = Path(spec).read_text(encoding="utf-8").splitlines(), spec
         except OSError:
             raise ConfigError(
-                f'no classes {spec!r}; give "imagenet", a file with one name a line, or the names with commas between'
+                f'no classes {spec!r}; give "imagenet", "scenes", a file with one name a line, or the names with commas between'
             ) from None
     names = [name.strip() for name in names if name.strip()]
     if len(names) < 2:
@@ -154,7 +157,7 @@ def top_k(image: Tensor, labels: Tensor, weights: Tensor, ks: Sequence[int] = (1
     check_finite("class", weights)
     if len(image) == 0:
         raise UserError("nothing to classify: no pictures")
-    hits = {k: 0.0 for k in ks}
+    hits = dict.fromkeys(ks, 0.0)
     for start in range(0, len(image), tile):
         rows = image[start : start + tile].double() @ weights.double().T  # (rows, C)
         right = labels[start : start + tile].to(rows.device)

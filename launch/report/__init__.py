@@ -33,9 +33,7 @@ from pretrain import dist, inference
 from pretrain.config import UserError
 
 
-def write(
-    run: str | Path, data: str | list[str] | None = None, out: Path | None = None, pictures: int = 2000, workers: int = 2
-) -> Path:
+def write(run: str | Path, data: Any = None, out: Path | None = None, pictures: int = 2000, workers: int = 2) -> Path:
     """Writes the page and returns its path.
 
     Args:
@@ -53,10 +51,10 @@ def write(
     try:
         loaded = inference.load_model(record.folder)
         weights = {name: sum(p.numel() for p in tower.parameters()) for name, tower in loaded.model.towers.items()}
-        shards = data or figures.shards(record.get("data.val"))
+        shards = data or record.get("data.val")
         if shards and pictures:
             gallery = galleries.build(loaded, shards, dist.device(), workers, pictures)
-            missing = "" if gallery else f"No sample of {shards} could be used."
+            missing = "" if gallery else f"No sample of {', '.join(figures.shards(shards))} could be used."
         else:
             missing = "The run names no validation shards (data.val); give some with --data."
     except UserError as error:
@@ -106,7 +104,7 @@ def render(
         resume=record.environment.get("command") or "clipfuse pretrain CONFIG",
         config=record.config_text.strip(),
         environment=figures.environment_rows(record),
-        data=figures.shards(record.get("data.val")) or "SHARDS",
+        data=" ".join(figures.shards(record.get("data.val"))[:1]) or "SHARDS",
         made=datetime.now(UTC).strftime("%d %B %Y, %H:%M UTC"),
     )
 
@@ -132,7 +130,7 @@ def learning_charts(record: Record) -> list[dict[str, Any]]:
 def speed_charts(record: Record) -> list[dict[str, Any]]:
     """Throughput, waiting for data, memory."""
     return [
-        *_chart(record, "samples_per_second", "Throughput", "samples a second, over all processes", smooth=True, zero=True),
+        *_chart(record, "samples_per_second", "Throughput", "samples a second", smooth=True, zero=True),
         *_chart(record, "data_wait_share", "Waiting for data", "share of the time on steps", "%", smooth=True, zero=True),
         *_chart(record, "memory_gib", "Peak memory", "of one process so far", " GiB", zero=True),
     ]

@@ -23,10 +23,9 @@ def sentence(record: Record) -> str:
     if record.get("image.pretrained") or record.get("text.name"):
         start = "from published weights"
     loss = record.get("loss.name", "contrastive")
-    data = shards(record.get("data.train"))
     return (
         f"{image}{size} and {text or 'a text tower'} learn to match pictures and captions, {start}, with the {loss} loss, "
-        f"on {data if isinstance(data, str) else ', '.join(data)}."
+        f"on {', '.join(shards(record.get('data.train'))) or 'unknown data'}."
     )
 
 
@@ -143,8 +142,10 @@ def _goal(record: Record) -> int:
     return steps or (math.ceil(samples / batch) if samples and batch else 0)
 
 
-def shards(value: Any) -> str | list[str]:
-    """data.train or data.val as shards: a string, or a list of {shards, weight}."""
+def shards(value: Any) -> list[str]:
+    """What data.train or data.val says, as the shards it names: a string, or a list of strings or of {shards, weight}."""
+    if isinstance(value, dict):
+        return shards(value.get("shards"))
     if isinstance(value, list):
-        return [str(item.get("shards", "")) if isinstance(item, dict) else str(item) for item in value]
-    return str(value) if value else ""
+        return [name for item in value for name in shards(item)]
+    return [str(value)] if value else []

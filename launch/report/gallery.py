@@ -17,9 +17,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from launch.report import figures
 from pretrain.data import loader
 from pretrain.data.loader import Batch
 from pretrain.embed import Embedded, embed_split
+from pretrain.inference import Loaded
 from pretrain.retrieval import ranks, retrieval
 
 SHOWN = 5  # answers per query
@@ -60,11 +62,11 @@ class Gallery:
     metrics: dict[str, float]
 
 
-def build(loaded: Any, shards: str | list[str], device: torch.device, workers: int = 2, pictures: int = 2000) -> Gallery | None:
+def build(loaded: Loaded, shards: Any, device: torch.device, workers: int = 2, pictures: int = 2000) -> Gallery | None:
     """Embeds the first `pictures` of `shards` with a loaded checkpoint; None where no sample is usable.
 
     Args:
-        loaded: what checkpoint.load_model gives: model, decoders.
+        shards: what data.val may say.
     """
     thumbnails: list[bytes] = []
 
@@ -77,11 +79,10 @@ def build(loaded: Any, shards: str | list[str], device: torch.device, workers: i
     split = embed_split(loaded.model.to(device), watched(batches), loaded.decoders, device)
     if len(split.image) == 0 or len(split.text) == 0:
         return None
-    name = shards if isinstance(shards, str) else ", ".join(shards)
     return Gallery(
         pictures=len(split.image),
         captions=len(split.text),
-        data=name,
+        data=", ".join(figures.shards(shards)),
         by_caption=by_caption(split, thumbnails, 12),
         by_picture=by_picture(split, thumbnails, 6),
         metrics=retrieval(split.image, split.text, split.owner),

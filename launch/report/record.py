@@ -90,7 +90,8 @@ def read(run: str | Path) -> Record:
     if not any((folder / name).exists() for name in names):
         raise UserError(f"{folder} is not a run folder: it has none of {', '.join(names)}; give runs/NAME")
     text = _text(folder / "config.yaml")
-    steps, evaluations = [], []
+    steps: list[Line] = []
+    evaluations: list[Line] = []
     for line in _lines(folder / "metrics.jsonl"):
         (evaluations if any(name.startswith("val/") for name in line) else steps).append(line)
     return Record(
