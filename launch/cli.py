@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from pretrain.__main__ import DONE, FAILED, USAGE, guarded
+from pretrain.__main__ import DONE, FAILED, guarded
 from pretrain.config import ConfigError
 
 Command = Callable[[argparse.Namespace], int]
@@ -74,3 +74,132 @@ def _command(
     parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
     parser.set_defaults(work=work)
     return parser
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data, tokenizer
+
+
+def _data(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    p = _command(commands, "scenes", _scenes, "draw the built-in data set into DIR/{train,val,test,unseen,hard}-*.tar")
+    p.add_argument("dir", metavar="DIR", type=Path)
+    p.add_argument("--num", type=int, default=4000, metavar="N", help="training scenes; the other splits follow (default 4000)")
+    p.add_argument("--size", type=int, default=96, metavar="PX", help="side of the pictures, 64 to 2048 (default 96)")
+    p.add_argument("--seed", type=int, default=0, metavar="S", help="another seed, other scenes (default 0)")
+    p.add_argument("--scale", type=float, default=1.0, help="size of every thing: 0.25 = small things in large pictures")
+    p.add_argument("--things", default="1-4", metavar="A-B", help="things in a scene, within 1 to 4 (default 1-4)")
+    p.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
+
+    p = _command(commands, "pack", _pack, "folder | csv | tsv | jsonl | parquet | tars -> shards, in parallel")
+    p.add_argument("source", metavar="SOURCE", help="a folder of pictures, a table, or tars")
+    p.add_argument("dir", metavar="DIR", type=Path, help="where the shards go")
+    p.add_argument("--image-column", default="image", metavar="NAME", help="column with the picture's path (default image)")
+    p.add_argument("--caption-column", default="caption", metavar="NAME", help="column with the text (default caption)")
+    p.add_argument("--caption-from", default="txt", choices=["txt", "path"], help="folders: NAME.txt beside NAME.jpg, or its path")
+    p.add_argument("--size", type=int, metavar="PX", help="shrink pictures whose shorter side is longer than this")
+    p.add_argument("--shard-size", type=int, default=1000, metavar="N", help="samples a shard (default 1000)")
+    p.add_argument("--prefix", default="shard", metavar="NAME", help="shards are NAME-0000.tar, ... (default shard)")
+    p.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
+
+    p = _command(commands, "check", _check, "index and verify shards: counts, bad samples by reason")
+    p.add_argument("shards", metavar="SHARDS", nargs="+", help="globs, brace patterns, folders or urls")
+    p.add_argument("--no-decode", action="store_true", help="verify the archives only, not every picture and caption")
+    p.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
+    p.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _scenes(args: argparse.Namespace) -> int:
+    from launch.progress import counted
+    from pretrain.data.scenes import draw_dataset
+
+    low, _, high = args.things.partition("-")
+    if not low.isdigit() or not (high or low).isdigit():
+        raise ConfigError(f"--things {args.things!r} must be A-B, for example 1-2")
+    things = (int(low), int(high or low))
+    with counted("drawing scenes") as progress:
+        made = draw_dataset(
+            args.dir, args.num, args.size, args.seed, args.workers, scale=args.scale, things=things, progress=progress
+        )
+    print(f"{args.dir}: " + ", ".join(f"{count:,} {split}" for split, count in made.items()))
+    return DONE
+
+
+def _pack(args: argparse.Namespace) -> int:
+    from launch.progress import counted
+    from pretrain.data.pack import pack
+
+    with counted("packing") as progress:
+        summary = pack(
+            args.source,
+            args.dir,
+            image_column=args.image_column,
+            caption_column=args.caption_column,
+            caption_from=args.caption_from,
+            size=args.size,
+            shard_size=args.shard_size,
+            prefix=args.prefix,
+            workers=args.workers,
+            progress=progress,
+        )
+    print(summary)
+    return DONE
+
+
+def _check(args: argparse.Namespace) -> int:
+    from launch.progress import counted
+    from pretrain.data.check import check
+
+    with counted("checking") as progress:
+        report = check(args.shards, decode=not args.no_decode, workers=args.workers, progress=progress)
+    print(json.dumps(report.to_dict()) if args.json else report)
+    return DONE if report.sound else FAILED
+
+
+def _tokenizer(args: argparse.Namespace) -> int:
+    from pretrain.data.text import train_tokenizer
+
+    made = train_tokenizer(args.shards, args.dir, vocab=args.vocab, caption=args.caption)
+    print(f"{args.dir}: {len(made):,} tokens, in transformers' format")
+    return DONE
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# pretrain, evaluate, report
+
+
+def _pretrain(args: argparse.Namespace) -> int:
+    from pretrain.__main__ import run
+
+    return run(args.config, args.settings, args.dry_run)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from pretrain import dist, evaluate
+    from pretrain.inference import load_model
+
+    config = evaluate.EvalConfig(tasks=[args.task], probe_train=args.train_data)
+    if args.classes:
+        config.classes = args.classes
+    config.check()
+    result = evaluate.run(load_model(args.run), args.data, config, dist.device())
+    if args.json:
+        print(json.dumps(result))
+    else:
+        Console().print(evaluate.summary(result))
+    return DONE
+
+
+def _report(args: argparse.Namespace) -> int:
+    from launch import report
+
+    path = report.write(args.run, args.data)
+    print(f"wrote {path}")
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -55,6 +56,7 @@ def run(config: str, settings: list[str], dry_run: bool) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are the parallelism
     from pretrain import dist, recipe
     from pretrain.config import load
+    from pretrain.runlog import say
 
     path = find_config(config, "pretrain")
     dist.setup()
@@ -64,7 +66,13 @@ def run(config: str, settings: list[str], dry_run: bool) -> int:
             recipe.describe(loaded)
             return DONE
         outcome = recipe.train(loaded)
-        return STOPPED if outcome.state == "stopped" else DONE
+        if outcome.state == "stopped":
+            command = shlex.join(["clipfuse", "pretrain", config, *settings])
+            say(f"{outcome.why} at step {outcome.step}, saved; go on with: {command}")
+            return STOPPED
+        results = ", ".join(f"{name} {value:.4g}" for name, value in outcome.results.items())
+        say(f"done: {outcome.step} steps in {loaded.run}" + (f"; {results}" if results else ""))
+        return DONE
     finally:
         dist.shutdown()
 

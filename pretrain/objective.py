@@ -50,4 +50,5 @@ class Contrastive:
             if name not in SCALARS
         }
         loss, report = self.score(pairs, features["logit_scale"], features.get("logit_bias"), targets)
-        return loss, report
+        scalars = {name: features[name].detach().squeeze() for name in SCALARS if name in features}
+        return loss, {**report, **scalars}

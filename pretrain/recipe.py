@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from pretrain import checkpoint, dist, registry
+from pretrain import checkpoint, dist, inference, registry, strategies
 from pretrain import config as configuration
-from pretrain.config import ConfigError, section
+from pretrain import model as models
+from pretrain.config import ConfigError, UserError, section
 from pretrain.data import loader as loading
 from pretrain.data.loader import DataConfig, Loader
-from pretrain.evaluate import EvalConfig
-from pretrain.loop import Plan, TrainConfig
+from pretrain.data.text import load_tokenizer
+from pretrain.evaluate import EvalConfig, evaluate
+from pretrain.loop import Outcome, Plan, TrainConfig, fit, pin_threads
 from pretrain.model import DualEncoder, ModelSchema
 from pretrain.objective import Contrastive
 from pretrain.optim import OptimConfig
@@ -51,9 +53,136 @@ class PretrainConfig(ModelSchema):
                 f"data.batch_size={self.data.batch_size} must be divisible by processes x train.chunks = "
                 f"{dist.world_size()} x {self.train.chunks}"
             )
-        if self.train.strategy == "single" and dist.world_size() > 1:
-            raise ConfigError(f"train.strategy=single runs in one process, not {dist.world_size()}")
-        if self.train.precision == "fp16" and not torch.cuda.is_available():
-            raise ConfigError("train.precision=fp16 needs a GPU; use bf16 or fp32 on a CPU")
         if self.train.eval_every and not self.data.val:
             raise ConfigError(f"train.eval_every={self.train.eval_every} needs data.val, the shards to evaluate on")
+
+
+@dataclass
+class Parts:
+    """What a run is made of."""
+
+    tokenizer: Any
+    model: DualEncoder
+    decoders: dict[str, Any]
+    """For evaluation."""
+    loader: Loader
+
+
+def assemble(config: PretrainConfig) -> Parts:
+    """Builds everything that can be wrong, in the order of what fails fastest. The same weights on every process."""
+    loss = registry.part("losses", config.loss.name)
+    if config.model.logit_scale is None:
+        config.model.logit_scale = loss.LOGIT_SCALE
+    if config.model.logit_bias is None:
+        config.model.logit_bias = loss.LOGIT_BIAS
+    tokenizer = load_tokenizer(config.text.tokenizer or config.text.name) if config.text is not None else None
+    torch.manual_seed(config.seed)
+    model = models.build(inference.towers(config), config.model, tokenizer)
+    kinds = (config, tokenizer, model, config.data.caption)
+    loader = loading.build_loader(
+        config.data,
+        inference.decoders(*kinds, augment=config.data.augment),
+        seed=config.seed,
+        rank=dist.rank(),
+        world=dist.world_size(),
+        nodes=dist.nodes(),
+    )
+    return Parts(tokenizer, model, inference.decoders(*kinds), loader)
+
+
+def train(config: PretrainConfig) -> Outcome:
+    """One process of a run, from configuration to outcome."""
+    threads = pin_threads(config.train.threads)
+    device = dist.device()
+    folder = RunFolder(config.run)
+    folder.open()
+    try:
+        source = _resume_from(config, folder)
+        parts = assemble(config)
+        if source is None and config.init is not None:
+            start = checkpoint.find(config.init)
+            checkpoint.load_weights(parts.model, checkpoint.read_weights(start), start)
+            say(f"weights start from {start}")
+        kept = inference.portable(config, parts.model)
+        if dist.is_main():
+            configuration.save(config, folder.path / "config.yaml")
+        folder.environment(threads)
+        plan = Plan(
+            seed=config.seed,
+            batch_size=config.data.batch_size,
+            total_steps=config.train.total_steps(config.data.batch_size, parts.loader.order.epoch_size),
+            train=config.train,
+            optim=config.optim,
+            resolved=configuration.to_dict(config),
+            identity={"seed": config.seed, "data.batch_size": config.data.batch_size, "data": parts.loader.digest()},
+            files=lambda at: _files(at, kept, parts.tokenizer),
+            primary="image_to_text_R@1",
+        )
+        train = config.train
+        strategy = strategies.choose(train.strategy, train.precision, config.optim, device, train.offload)
+        objective = Contrastive(registry.part("losses", config.loss.name).build(config.loss).to(device))
+        return fit(plan, folder, strategy, parts.model, objective, parts.loader, _evaluation(config, parts, device), source)
+    finally:
+        folder.close()
+
+
+def _files(folder: Path, config: ModelSchema, tokenizer: Any) -> None:
+    """What belongs beside the weights of a checkpoint."""
+    configuration.save(config, folder / "config.yaml")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder / inference.TOKENIZER)
+
+
+def _evaluation(
+    config: PretrainConfig, parts: Parts, device: torch.device
+) -> Callable[[nn.Module], dict[str, float]] | None:
+    if not config.data.val:
+        return None
+    return lambda model: evaluate(model, parts.decoders, config.data.val, config.eval, device, config.train.precision)
+
+
+def _resume_from(config: PretrainConfig, folder: RunFolder) -> Path | None:
+    """The checkpoint to go on from, the same on every process. Raises UserError."""
+    found: Path | None = None
+    problem: str | None = None
+    if dist.is_main():
+        try:
+            found = _choose(config, folder)
+        except UserError as error:
+            problem = str(error)
+    found, problem = dist.broadcast_object((found, problem))
+    if problem:
+        raise UserError(problem)
+    return found
+
+
+def _choose(config: PretrainConfig, folder: RunFolder) -> Path | None:
+    there = checkpoint.complete(folder.checkpoints)
+    if config.resume == "never":
+        if there or (folder.path / "metrics.jsonl").exists():
+            raise ConfigError(f"resume=never would overwrite the run in {folder.path}; give this one another run=NAME")
+        return None
+    if config.resume != "auto":
+        return checkpoint.find(config.resume)
+    newest = checkpoint.newest(folder.checkpoints, say)
+    if newest is None and there:
+        raise UserError(f"no checkpoint in {folder.checkpoints} can be used (named above); resume=PATH goes on from another")
+    return newest
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --dry-run
+
+
+def describe(config: PretrainConfig) -> None:
+    """Prints what would run: the resolved configuration, parameters of each tower, shards and samples."""
+    parts = assemble(config)
+    epoch = parts.loader.order.epoch_size
+    total = config.train.total_steps(config.data.batch_size, epoch)
+    if not dist.is_main():
+        return
+    print(configuration.to_yaml(config))
+    for name, (count, trainable) in parts.model.parameter_counts().items():
+        print(f"{name:12} {count:>14,} parameters, {trainable:,} trainable")
+    print(f"{'data':12} {parts.loader.shard_count:>14,} shards, {epoch:,} samples an epoch")
+    print(f"{'run':12} {total:>14,} steps of {config.data.batch_size:,} samples, {total * config.data.batch_size / epoch:.2f} epochs")

@@ -176,11 +176,13 @@ class RunLog:
 
 def _tracker(name: str, folder: RunFolder, config: dict[str, Any]) -> Any:
     """A tracker of accelerate. Raises ConfigError for one it does not know or that is not installed."""
+    from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
     if name not in LOGGER_TYPE_TO_CLASS:
         raise ConfigError(f"train.trackers: no {name!r}; the choices are {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
     cls = LOGGER_TYPE_TO_CLASS[name]
+    PartialState(cpu=not torch.cuda.is_available())  # accelerate's logger wants it; a group that exists is taken as it is
     try:
         if cls.requires_logging_directory:
             tracker = cls(run_name=name, logging_dir=str(folder.path))

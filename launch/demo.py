@@ -1,0 +1,56 @@
+"""make demo: drawn scenes in, aligned encoders and a report out, by the commands a person would type.
+
+Each command is printed before it runs, so that the demo is also the shortest tour of the project. Everything lands in one
+folder; a demo that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import time
+from pathlib import Path
+
+from launch import cli
+from pretrain.__main__ import DONE
+from pretrain.runlog import duration
+
+STEPS_PER_MINUTE = 100
+"""Steps of configs/pretrain/scenes.yaml that two CPU cores take in a minute, a little less than measured."""
+
+
+def commands(folder: Path, minutes: float) -> list[list[str]]:
+    """The demo, command by command."""
+    scenes, run = folder / "scenes", folder / "run"
+    steps = max(20, round(minutes * STEPS_PER_MINUTE))
+    data = [f"data.train={scenes}/train-*.tar", f"data.val={scenes}/val-*.tar", f"text.tokenizer={scenes}/tokenizer"]
+    train = [f"train.steps={steps}", f"train.eval_every={max(10, steps // 4)}", f"optim.warmup={min(50, steps // 5)}"]
+    return [
+        ["data", "scenes", str(scenes), "--num", "20000" if minutes > 2 else "2000"],
+        ["tokenizer", f"{scenes}/train-*.tar", f"{scenes}/tokenizer", "--vocab", "512"],
+        ["pretrain", "scenes", f"run={run}", *data, *train],
+        ["evaluate", str(run), "--data", f"{scenes}/test-*.tar"],
+        ["evaluate", str(run), "--data", f"{scenes}/unseen-*.tar"],
+        ["report", str(run), "--data", f"{scenes}/test-*.tar"],
+    ]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the demo; returns the exit code of the first command that does not end well."""
+    parser = argparse.ArgumentParser(prog="python -m launch.demo", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=6.0, help="training time on two cores (default 6)")
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for all that is made (default demo)")
+    args = parser.parse_args(argv)
+    begin = time.monotonic()
+    for words in commands(args.out, args.minutes):
+        print(f"\n$ clipfuse {shlex.join(words)}", flush=True)
+        code = cli.main(words)
+        if code != DONE:
+            return code
+    print(f"\nDone in {duration(time.monotonic() - begin)}. Open {args.out / 'run' / 'report.html'} in a browser.")
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

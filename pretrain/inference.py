@@ -1,0 +1,85 @@
+"""A checkpoint -> model, tokenizer and decoders, ready to encode: what evaluation, export and fine-tuning start from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pretrain import checkpoint, registry
+from pretrain import config as configuration
+from pretrain import model as models
+from pretrain.config import ConfigError, UserError
+from pretrain.data.images import AugmentConfig, ImageDecoder
+from pretrain.data.text import TextDecoder, load_tokenizer
+from pretrain.model import DualEncoder, ModelSchema
+
+TOKENIZER = "tokenizer"
+"""The tokenizer's folder inside a checkpoint."""
+
+
+@dataclass
+class Loaded:
+    """A trained model and all that turns samples into its inputs."""
+
+    model: DualEncoder
+    config: ModelSchema
+    tokenizer: Any
+    decoders: dict[str, Any]
+    """By modality, for evaluation."""
+    folder: Path
+    step: int
+
+
+def load_model(run: str | Path) -> Loaded:
+    """RUN is a run folder (its best, else newest checkpoint) or a checkpoint folder. Raises UserError."""
+    folder = checkpoint.find(run)
+    path = folder / "config.yaml"
+    if not path.exists():
+        raise UserError(f"{folder} has no config.yaml: it is not a checkpoint of clipfuse")
+    values = configuration.read_yaml(path)
+    config = configuration.build(ModelSchema, values, str(path), partial=True)
+    caption = (values.get("data") or {}).get("caption", "txt")
+    tokenizer = load_tokenizer(str(folder / TOKENIZER))
+    model = models.build(towers(config), config.model, tokenizer)
+    checkpoint.load_weights(model, checkpoint.read_weights(folder), folder)
+    model.eval()
+    return Loaded(model, config, tokenizer, decoders(config, tokenizer, model, caption), folder, checkpoint.step_of(folder))
+
+
+def towers(config: ModelSchema) -> dict[str, Any]:
+    """The tower configurations by modality; a modality set to null is left out."""
+    all_of = {"image": config.image, "text": config.text, **config.others}
+    found = {modality: tower for modality, tower in all_of.items() if tower is not None}
+    if len(found) < 2:
+        raise ConfigError(f"a contrastive model needs two towers; the configuration has {', '.join(found) or 'none'}")
+    return found
+
+
+def decoders(
+    config: ModelSchema, tokenizer: Any, model: DualEncoder, caption: str, augment: AugmentConfig | None = None
+) -> dict[str, Any]:
+    """What turns a raw sample into each tower's input. A tower's file may bring its own `decoder(config, tokenizer)`."""
+    made: dict[str, Any] = {}
+    for modality, tower in towers(config).items():
+        module = registry.part("towers", tower.tower)
+        if hasattr(module, "decoder"):
+            made[modality] = module.decoder(tower, tokenizer)
+        elif modality == "image":
+            made[modality] = ImageDecoder(tower.size, augment, tower.resize, tower.interpolation)
+        elif modality == "text":
+            made[modality] = TextDecoder(tokenizer, tower.length, caption, trim=model.towers[modality].trims)
+        else:
+            raise ConfigError(f"{modality}.tower={tower.tower}: {module.__name__} has no decoder(config, tokenizer)")
+    return made
+
+
+def portable(config: ModelSchema, model: DualEncoder) -> ModelSchema:
+    """The configuration as a checkpoint keeps it: every architecture inline, so that loading needs no hub and no folder."""
+    inlined: dict[str, Any] = {}
+    for modality, tower in towers(config).items():
+        settings = getattr(model.towers[modality], "settings", None)
+        changes = settings() if settings is not None else {}
+        inlined[modality] = replace(tower, **changes)
+    others = {modality: inlined.pop(modality) for modality in config.others}
+    return replace(config, **inlined, others=others)

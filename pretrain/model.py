@@ -1,0 +1,132 @@
+"""DualEncoder: a tower and a projection for each modality, one shared space, one logit scale.
+
+Legend: b = samples, N = tokens, P = width of a tower's pooled vector, C = width of its tokens, D = width of the space.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pretrain import registry
+from pretrain.config import ConfigError
+from pretrain.towers import TokenSequence, Tower
+
+MAX_LOGIT_SCALE = math.log(100)
+"""CLIP keeps the scale at or below 100, for stability."""
+
+
+@dataclass
+class ModelConfig:
+    """What joins the towers."""
+
+    dim: int = 512
+    """D, the width of the shared space."""
+    logit_scale: float | None = None
+    """Logarithm of the scale at the start; null takes the loss's own."""
+    logit_bias: float | None = None
+    """Bias of the logits at the start; null takes the loss's own, which may be none."""
+
+    def check(self) -> None:
+        """Raises ConfigError."""
+        if self.dim < 1:
+            raise ConfigError(f"model.dim={self.dim} must be at least 1")
+        if self.logit_scale is not None and not 0 <= self.logit_scale <= MAX_LOGIT_SCALE:
+            raise ConfigError(
+                f"model.logit_scale={self.logit_scale} is a logarithm and is kept between 0 and {MAX_LOGIT_SCALE:.3f}"
+            )
+
+
+class DualEncoder(nn.Module):
+    """Encodes each modality into one space. Two modalities in practice; the names are the towers', any number works."""
+
+    def __init__(self, towers: dict[str, Tower], dim: int, logit_scale: float, logit_bias: float | None) -> None:
+        super().__init__()
+        self.towers = nn.ModuleDict(towers)
+        self.projections = nn.ModuleDict(
+            {name: nn.Linear(tower.pooled_width, dim, bias=False) for name, tower in towers.items()}
+        )
+        for name, tower in towers.items():
+            nn.init.normal_(self.projection(name).weight, std=tower.pooled_width**-0.5)
+        self.logit_scale = nn.Parameter(torch.full((1,), logit_scale))  # never 0-d: ZeRO and FSDP2 refuse that
+        self.logit_bias = None if logit_bias is None else nn.Parameter(torch.full((1,), logit_bias))
+
+    def forward(self, inputs: dict[str, Tensor], masks: dict[str, Tensor]) -> dict[str, Tensor]:
+        """{modality: (b, ...)}, {modality: (b, N)} -> {modality: (b, D) normalised, "logit_scale": (1,) exponentiated,
+        "logit_bias": (1,) if there is one}. Modalities that the batch lacks are left out."""
+        out = {name: self.encode(name, inputs[name], masks.get(name)) for name in self.towers if name in inputs}
+        out["logit_scale"] = self.logit_scale.exp()
+        if self.logit_bias is not None:
+            out["logit_bias"] = self.logit_bias
+        return out
+
+    def encode(self, modality: str, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(b, ...) -> (b, D), L2-normalised, in float32 at least."""
+        embedding = self.projection(modality)(self.tower(modality)(inputs, mask).pooled)
+        return F.normalize(embedding.to(torch.promote_types(embedding.dtype, torch.float32)), dim=-1)
+
+    def tokens(self, modality: str, inputs: Tensor, mask: Tensor | None = None) -> TokenSequence:
+        """The tower's tokens in the shared space: states (b, N, D), whose masked mean is the embedding before it is
+        normalised. Raises ConfigError where the tower pools otherwise: its tokens are then not trained to lie there.
+        """
+        tower = self.tower(modality)
+        if not tower.pools_mean:
+            raise ConfigError(
+                f"the {modality} tower does not pool by the mean of its tokens, so they have no place in the shared "
+                f"space; pretrain with {modality}.pool=avg, or use the tower's own states"
+            )
+        found: TokenSequence = tower(inputs, mask)
+        project = self.projection(modality)
+        return found._replace(states=project(found.states), pooled=project(found.pooled))
+
+    def tower(self, modality: str) -> Tower:
+        """The tower of a modality. Raises ConfigError for one the model does not have."""
+        if modality not in self.towers:
+            raise ConfigError(f"the model has no tower for {modality!r}; it has {', '.join(self.towers)}")
+        return cast(Tower, self.towers[modality])
+
+    def projection(self, modality: str) -> nn.Linear:
+        """(.., P) -> (.., D), no bias."""
+        return cast(nn.Linear, self.projections[modality])
+
+    @torch.no_grad()
+    def clamp_(self) -> None:
+        """Keeps logit_scale in [0, ln 100]; called after each step."""
+        self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+
+    def parameter_counts(self) -> dict[str, dict[str, int]]:
+        """{modality: {"total": n, "trainable": n}}, each with its projection, and "scalars"."""
+        scalars = [self.logit_scale] if self.logit_bias is None else [self.logit_scale, self.logit_bias]
+        parts: dict[str, list[nn.Parameter]] = {
+            name: [*self.tower(name).parameters(), *self.projection(name).parameters()] for name in self.towers
+        }
+        return {
+            name: {
+                "total": sum(p.numel() for p in part),
+                "trainable": sum(p.numel() for p in part if p.requires_grad),
+            }
+            for name, part in {**parts, "scalars": scalars}.items()
+        }
+
+
+def build(towers: dict[str, Any], config: ModelConfig, tokenizer: Any = None, loss: str = "clip") -> DualEncoder:
+    """{modality: a tower's Config} -> DualEncoder. `loss` names the loss whose constants the scalars start with.
+
+    Raises ConfigError. Random numbers come from torch's global generator: seed it before.
+    """
+    made: dict[str, Tower] = {}
+    for name, part in towers.items():
+        made[name] = registry.part("towers", part.tower).build(part, tokenizer)
+        if made[name].modality != name:
+            raise ConfigError(f"{name}.tower={part.tower} encodes {made[name].modality}, not {name}")
+    score = registry.part("losses", loss)
+    if config.logit_bias is not None and score.LOGIT_BIAS is None:
+        raise ConfigError(f"model.logit_bias={config.logit_bias}: the {loss} loss has no bias; leave it out")
+    scale = score.LOGIT_SCALE if config.logit_scale is None else config.logit_scale
+    bias = score.LOGIT_BIAS if config.logit_bias is None else config.logit_bias
+    return DualEncoder(made, config.dim, scale, bias)

@@ -1,0 +1,101 @@
+"""Pretraining samples/s of ours and of open_clip's own training script, in turn, on the same shards; one JSON line.
+
+    python -m tests.bench.pretrain --train 'SHARDS' --peer PYTHON [--epochs 3 --rounds 2]
+
+PYTHON is the interpreter of an environment with open-clip-torch 3.3.0 and webdataset 0.2.86 (which open_clip needs and we
+do not). Both train towers of the same size (configs/pretrain/clipart.yaml) at the same batch in fp32. Samples/s are those
+of the second and later epochs, so neither start nor evaluation counts. Without --train, scenes are drawn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from datetime import datetime
+from pathlib import Path
+
+from pretrain.data.shards import counts, expand
+from tests.support import clipfuse, environment, lines
+
+TOWERS = {
+    "embed_dim": 192,
+    "vision_cfg": {"image_size": 112, "layers": 6, "width": 192, "head_width": 64, "patch_size": 16},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 192, "heads": 3, "layers": 4},
+}
+PEER = """
+import json, runpy, sys
+import open_clip
+open_clip.add_model_config(sys.argv.pop(1))
+sys.argv[0] = "main"
+runpy.run_module("open_clip_train.main", run_name="__main__")
+"""
+
+
+def ours(folder: Path, train: str, tokenizer: Path, batch: int, epochs: int, samples: int, extra: list[str]) -> float:
+    """Samples/s of our run."""
+    settings = [f"run={folder}", f"data.train={train}", "data.val=null", f"text.tokenizer={tokenizer}"]
+    settings += [f"data.batch_size={batch}", f"train.epochs={epochs}", "train.log_every=1", *extra]
+    clipfuse("pretrain", "clipart", *settings, cwd=folder.parent, timeout=7200)
+    rows = [line for line in lines(folder / "metrics.jsonl") if "loss" in line]
+    first = next(i for i, line in enumerate(rows) if line["samples_seen"] >= samples)
+    return (rows[-1]["samples_seen"] - rows[first]["samples_seen"]) / (rows[-1]["time"] - rows[first]["time"])
+
+
+def theirs(folder: Path, train: list[str], python: str, batch: int, epochs: int, samples: int) -> float:
+    """Samples/s of open_clip's run, from the times in its log."""
+    folder.mkdir()
+    (folder / "bench_towers.json").write_text(json.dumps(TOWERS))
+    flags = {
+        "--model": "bench_towers", "--dataset-type": "webdataset", "--train-data": "::".join(train),
+        "--train-num-samples": samples, "--batch-size": batch, "--workers": 1, "--epochs": epochs, "--lr": 1e-3,
+        "--warmup": 20, "--wd": 0.1, "--precision": "fp32", "--device": "cpu", "--logs": folder, "--name": "run",
+        "--log-every-n-steps": 1,
+    }  # fmt: skip
+    words = [str(word) for pair in flags.items() for word in pair]
+    command = [python, "-c", PEER, str(folder / "bench_towers.json"), *words]
+    subprocess.run(command, cwd=folder, env=environment(PYTHONPATH=""), check=True, capture_output=True, timeout=7200)
+    stamps = re.findall(r"^(\S+,\d\d:\d\d:\d\d) .*Train Epoch: (\d+) \[", (folder / "run/out.log").read_text(), re.M)
+    times = [(int(epoch), datetime.strptime(when, "%Y-%m-%d,%H:%M:%S")) for when, epoch in stamps]
+    steps = [when for epoch, when in times if epoch >= 1]
+    return (len(steps) - 1) * batch / (steps[-1] - steps[0]).total_seconds()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", help="shards; drawn scenes where missing")
+    parser.add_argument("--peer", help="Python of the peer's environment; without it only ours is measured")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--vocab", type=int, default=49408, help="ours; open_clip's own is 49,408")
+    parser.add_argument("settings", nargs="*", help="key=value settings for ours")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        train = given.train
+        if train is None:
+            clipfuse("data", "scenes", root / "scenes", "--num", "2000", cwd=root)
+            train = f"{root}/scenes/train-*.tar"
+        clipfuse("tokenizer", train, root / "tokenizer", "--vocab", str(given.vocab), cwd=root)
+        paths = expand(train)
+        samples = sum(counts(paths))
+        size = (given.batch, given.epochs, samples)
+        a, b = [], []
+        for i in range(given.rounds):
+            a.append(ours(root / f"ours-{i}", train, root / "tokenizer", *size, given.settings))
+            if given.peer:
+                b.append(theirs(root / f"theirs-{i}", paths, given.peer, *size))
+        line = {"bench": "pretrain", "samples": samples, "batch": given.batch, "ours_samples_per_second": a}
+        if b:
+            ratios = [x / y for x, y in zip(a, b, strict=True)]
+            line |= {"open_clip_samples_per_second": b, "ratio": statistics.median(ratios), "ratios": ratios}
+        print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""What tests share: small real data, small real configurations, real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+TINY_TOWERS: list[str] = [
+    "image.name=vit_tiny_patch16_224",
+    "image.size=32",
+    "image.args={patch_size: 16, embed_dim: 32, depth: 2, num_heads: 2, global_pool: avg, fc_norm: false}",
+    "text.args={model_type: clip_text_model, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, "
+    "num_attention_heads: 2}",
+    "text.length=24",
+    "model.dim=16",
+]
+"""Settings that shrink any configuration with a ViT and a CLIP text tower to milliseconds a step."""
+
+
+@dataclass(frozen=True)
+class Small:
+    """Drawn scenes in shards, with a tokenizer."""
+
+    root: Path
+
+    @property
+    def train(self) -> str:
+        return f"{self.root}/scenes/train-*.tar"
+
+    @property
+    def val(self) -> str:
+        return f"{self.root}/scenes/val-*.tar"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.root / "tokenizer"
+
+    def settings(self, run: Path | str, *more: str) -> list[str]:
+        """key=value words of a tiny run on these shards."""
+        return [
+            f"run={run}",
+            f"data.train={self.train}",
+            f"text.tokenizer={self.tokenizer}",
+            "data.batch_size=16",
+            "data.workers=0",
+            "train.log_every=1",
+            "train.trackers=[]",
+            "optim.warmup=2",
+            "train.epochs=0",
+            "train.samples=0",
+            "train.eval_every=0",
+            "train.threads=1",
+            *TINY_TOWERS,
+            *more,
+        ]
+
+
+def make_small(root: Path) -> Small:
+    """Draws the scenes and trains the tokenizer."""
+    from pretrain.data.scenes import draw_dataset
+    from pretrain.data.text import train_tokenizer
+
+    small = Small(root)
+    draw_dataset(root / "scenes", {"train": 300, "val": 64, "test": 64}, size=64, seed=0, workers=1)
+    train_tokenizer(small.train, small.tokenizer, vocab=400)
+    return small
+
+
+def clipfuse(*words: str | Path, cwd: Path, timeout: float = 240, check: int | None = 0) -> subprocess.CompletedProcess[str]:
+    """The console command in a process of its own; fails the test where its exit code is not `check`."""
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.cli", *map(str, words)],
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    if check is not None and done.returncode != check:
+        raise AssertionError(f"exit code {done.returncode}, not {check}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
+    return done
+
+
+def environment(**more: str) -> dict[str, str]:
+    """The environment of a child: this checkout importable, no launcher's variables, no network."""
+    inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    path = os.pathsep.join(filter(None, [str(ROOT), inherited.get("PYTHONPATH", "")]))
+    return {**inherited, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", **more}
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """A jsonl file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def losses(run: Path) -> dict[int, float]:
+    """step -> loss of the training lines of a run."""
+    return {line["step"]: line["loss"] for line in lines(run / "metrics.jsonl") if "loss" in line}
+
+
+def keys(run: Path, rank: int = 0) -> dict[int, list[str]]:
+    """step -> sample keys of an audited run."""
+    return {line["step"]: line["keys"] for line in lines(run / f"audit-{rank}.jsonl")}

@@ -1,0 +1,80 @@
+"""What README and the rooms' docstrings say of the disk is true."""
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from launch import cli
+from pretrain.__main__ import find_config
+from tests.support import ROOT
+
+README = (ROOT / "README.md").read_text()
+ROOMS = [path.parent for top in ("pretrain", "launch") for path in sorted((ROOT / top).rglob("__init__.py"))]
+
+
+def tree() -> dict[str, bool]:
+    """path -> whether it is a folder, from the README's tree."""
+    block = README.split("## The rooms", 1)[1].split("\n\n")[1]
+    found: dict[str, bool] = {}
+    stack: list[tuple[int, str]] = []
+    for line in block.splitlines():
+        if not line.startswith("    ") or not line.strip():
+            continue
+        indent = len(line) - len(line.lstrip())
+        name = line.split()[0]
+        while stack and stack[-1][0] >= indent:
+            stack.pop()
+        path = "".join(part for _, part in stack) + name
+        found[path.rstrip("/")] = name.endswith("/")
+        if name.endswith("/"):
+            stack.append((indent, name))
+    return found
+
+
+def test_the_tree_is_the_disk() -> None:
+    said = tree()
+    assert len(said) > 20
+    for path, is_folder in said.items():
+        assert (ROOT / path).is_dir() if is_folder else (ROOT / path).is_file(), path
+    folders = {path for path, is_folder in said.items() if is_folder}
+    for top in ("pretrain", "launch"):
+        for path in (ROOT / top).rglob("*.py"):
+            parts = path.relative_to(ROOT).parts
+            assert "/".join(parts[:-1]) in folders, path
+    tops = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")} - {"runs", "demo", "clipfuse.egg-info"}
+    assert tops - {"README.md"} <= {path.split("/")[0] for path in said}
+
+
+@pytest.mark.parametrize("room", ROOMS, ids=lambda room: str(room.relative_to(ROOT)))
+def test_a_rooms_docstring_names_every_file_in_it(room: Path) -> None:
+    said = ast.get_docstring(ast.parse((room / "__init__.py").read_text())) or ""
+    for path in room.glob("*.py"):
+        if path.name != "__init__.py":
+            assert path.name in said, f"{room.name}/__init__.py does not say what {path.name} is for"
+    for name in re.findall(r"\b(\w+\.py)\b", said):
+        assert list(room.rglob(name)), f"{room.name}/__init__.py speaks of {name}, which is not there"
+
+
+def commands() -> list[list[str]]:
+    """Every `clipfuse` line in README's code blocks and in the first line of each configuration."""
+    found = [line.strip() for line in README.splitlines() if re.match(r"\s+clipfuse ", line)]
+    found += [path.read_text().splitlines()[0].lstrip("# ") for path in sorted(ROOT.glob("configs/**/*.yaml"))]
+    return [shlex.split(line[line.index("clipfuse ") :], comments=True)[1:] for line in found]
+
+
+@pytest.mark.parametrize("words", commands(), ids=lambda words: " ".join(words)[:60])
+def test_every_command_is_one_the_parser_knows(words: list[str]) -> None:
+    args, rest = cli.build_parser().parse_known_args(words)
+    assert all("=" in word and not word.startswith("-") for word in rest)
+    if words[0] == "pretrain":
+        assert find_config(args.config, "pretrain").is_file()
+
+
+def test_links_lead_somewhere() -> None:
+    for page in [ROOT / "README.md", *ROOT.glob("*/README.md"), ROOT / "CONTRIBUTING.md"]:
+        if page.exists():
+            for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+                assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
