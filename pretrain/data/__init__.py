@@ -1,12 +1,14 @@
 """Shards in, batches out.
 
-    shards.py   find, count, index and verify tar shards
-    order.py    which sample is read when: pure functions of (seed, position); sequence.py: one source of it
-    loader.py   worker processes, Batch, state out and in
-    images.py   decode, augment
-    text.py     tokenizer, trimming
-    pack.py     anything -> shards
-    scenes.py   the built-in data set
+    shards.py      find and count tar shards; index.py: where their samples lie; tar.py: their format; cache.py: remote ones
+    reader.py      any sample by byte range; check.py: are they all good?
+    order.py       which sample is read when: pure functions of (seed, position); sequence.py: one source of it
+    loader.py      training batches, state out and in; sequential.py: evaluation's, each sample once
+                   (batch.py, sources.py, synthetic.py; worker.py: what a worker process does; pool.py: keeps them)
+    images.py      augment, resize; decode.py: bytes to pixels
+    text.py        token ids, trimmed; captions.py: which text; tokenizer.py: trains one
+    pack.py        anything -> shards, with pack_*.py and tables.py
+    scenes.py      the built-in data set, with scene_*.py
 
 May import `pretrain.dist`, `pretrain.registry` and `pretrain.config`; nothing above them.
 """

@@ -159,6 +159,7 @@ class Loader:
         self._seen = 0  # slots filled
         self._run = 0  # unusable samples since the last usable one
         self._named = 0
+        self._last: Bad | None = None
 
     @property
     def shard_count(self) -> int:
@@ -199,6 +200,7 @@ class Loader:
         with running(self._training, self._positions(self._batch), self.workers) as pieces:
             while True:
                 parts = [self._checked(next(pieces)) for _ in range(self.pieces)]
+                self._judge()
                 batch = merge(parts, self.decoders, self.pin)
                 self._batch += 1
                 yield batch
@@ -227,18 +229,23 @@ class Loader:
                 )
         self._run = self._run if last == piece.slots - 1 else 0
         self._seen += piece.slots
-        total = self.bad.total()
-        if piece.bad and total > self.max_bad_rate * max(self._seen, ENOUGH):
-            raise UserError(
-                f"{total:,} of {self._seen:,} samples cannot be used, more than data.max_bad_rate={self.max_bad_rate}; "
-                f"the last is {piece.bad[-1].key} ({piece.bad[-1].reason}: {piece.bad[-1].detail}); {self._reasons()}"
-            )
         assert piece.batch is not None
         return piece.batch
+
+    def _judge(self) -> None:
+        """Once a batch, so that the size of pieces makes no difference. Raises UserError for too high a rate."""
+        total = self.bad.total()
+        if total > self.max_bad_rate * max(self._seen, ENOUGH):
+            last = f"the last is {self._last.key} ({self._last.reason}: {self._last.detail}); " if self._last else ""
+            raise UserError(
+                f"{total:,} of {self._seen:,} samples cannot be used, more than data.max_bad_rate={self.max_bad_rate}; "
+                f"{last}{self._reasons()}"
+            )
 
     def _count(self, bad: Bad) -> None:
         self.bad[bad.reason] += 1
         self._named += 1
+        self._last = bad
         if self._named <= NAMED:
             more = " (further ones are only counted)" if self._named == NAMED else ""
             log.warning("%s cannot be used and is replaced: %s: %s%s", bad.key, bad.reason, bad.detail, more)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,18 +22,20 @@ from pretrain.data.worker import Piece
 def running(dataset: Any, jobs: Iterator[Any], workers: int) -> Iterator[Iterator[Piece]]:
     """The pieces for the jobs, in order, made by worker processes (or here, for 0), which end with the context."""
     sigchld = signal.getsignal(signal.SIGCHLD)
-    loader: DataLoader[Any] = DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=jobs,
-        collate_fn=_as_it_is,
-        num_workers=workers,
-        worker_init_fn=worker.start if workers else None,
-        generator=torch.Generator().manual_seed(0),  # its own: the global generator is not drawn from
-        # Forked workers start at once; on Linux nothing we use minds.
-        multiprocessing_context=multiprocessing.get_context("fork") if workers and sys.platform == "linux" else None,
-    )
-    pieces: Any = iter(loader)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)  # more workers than cores: as told
+        loader: DataLoader[Any] = DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=jobs,
+            collate_fn=_as_it_is,
+            num_workers=workers,
+            worker_init_fn=worker.start if workers else None,
+            generator=torch.Generator().manual_seed(0),  # its own: the global generator is not drawn from
+            # Forked workers start at once; on Linux nothing we use minds.
+            multiprocessing_context=multiprocessing.get_context("fork") if workers and sys.platform == "linux" else None,
+        )
+        pieces: Any = iter(loader)
     # torch raises from SIGCHLD when a worker dies, in whatever the trainer is doing then; asking for the next piece finds
     # out as well.
     if signal.getsignal(signal.SIGCHLD) is not sigchld:

@@ -80,6 +80,11 @@ class Reader:
         _, where = self._shard(shard)
         return f"{where.name}/{where.key(sample)}"
 
+    def extensions(self, shard: int, sample: int) -> list[str]:
+        """What a sample has, without reading it."""
+        _, where = self._shard(shard)
+        return [where.extensions[kind] for kind in where.members[where.starts[sample] : where.starts[sample + 1], 0]]
+
     def close(self) -> None:
         """Closes what is open; reading opens it again."""
         while self._open:

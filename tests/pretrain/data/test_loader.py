@@ -1,0 +1,510 @@
+"""The loader: the same batches whoever makes them, from anywhere, whatever is wrong with the data."""
+
+import io
+import itertools
+import json
+import os
+import random
+import signal
+import struct
+import tarfile
+import time
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pretrain.config import ConfigError, UserError
+from pretrain.data import cache
+from pretrain.data.captions import caption_id
+from pretrain.data.images import AugmentConfig, ImageDecoder
+from pretrain.data.loader import DataConfig, Loader, build_loader, sequential
+from pretrain.data.order import Order, Source
+from pretrain.data.text import TextDecoder, load_tokenizer, train_tokenizer
+
+
+def jpeg(i, size=40):
+    out = io.BytesIO()
+    pixels = np.random.default_rng(i).integers(0, 256, (size // 4, size // 4, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((size, size)).save(out, "JPEG")
+    return out.getvalue()
+
+
+def caption(i):
+    return " ".join(random.Random(i).choices(["red", "blue", "car", "house", "tree", "dog"], k=1 + i % 17))
+
+
+def write_shard(path, samples):
+    """samples: {key: {extension: bytes}}"""
+    with tarfile.open(path, "w") as tar:
+        for key, members in samples.items():
+            for extension, data in members.items():
+                info = tarfile.TarInfo(f"{key}.{extension}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+def good(i):
+    note = {"number": i, "captions": [caption(i), f"a picture of {caption(i)}"]}
+    return {"jpg": jpeg(i), "txt": caption(i).encode(), "json": json.dumps(note).encode()}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Ten shards of 20 samples, and a tokenizer."""
+    folder = tmp_path_factory.mktemp("data")
+    for s in range(10):
+        write_shard(folder / f"t-{s:02d}.tar", {f"{i:04d}": good(i) for i in range(20 * s, 20 * s + 20)})
+    train_tokenizer(str(folder), folder / "tokenizer", vocab=300)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def decoders(data):
+    return decoders_for(data)
+
+
+def decoders_for(data, **text):
+    tokenizer = load_tokenizer(data / "tokenizer")
+    return {"image": ImageDecoder(32, AugmentConfig(scale=[0.5, 1.0], flip=True)), "text": TextDecoder(tokenizer, 32, **text)}
+
+
+def loader(data, decoders, piece=None, **changes):
+    config = DataConfig(**{"train": str(data), "batch_size": 24, "workers": 0, "window": 3} | changes)
+    config.check()
+    made = build_loader(config, decoders, seed=1)
+    if piece:
+        made.pieces = -(-24 // piece)
+    return made
+
+
+def take(batches, n):
+    iterator = iter(batches)
+    try:
+        return list(itertools.islice(iterator, n))
+    finally:
+        iterator.close()
+
+
+def same(a, b):
+    assert [each.keys for each in a] == [each.keys for each in b]
+    for x, y in zip(a, b, strict=True):
+        for mine, other in ((x.inputs, y.inputs), (x.masks, y.masks), (x.targets, y.targets)):
+            assert mine.keys() == other.keys()
+            for name in mine:
+                assert torch.equal(mine[name], other[name]), name
+
+
+@pytest.fixture(scope="module")
+def reference(data, decoders):
+    """Two epochs and a bit."""
+    return take(loader(data, decoders), 20)
+
+
+# ---- the same batches ------------------------------------------------------------------------------------------------
+
+
+def test_batches_are_what_the_order_says(data, decoders, reference):
+    order = Order([Source([20] * 10)], seed=1, window=3)
+    _, shard, sample = order.locate(np.arange(20 * 24))
+    numbers = (20 * shard + sample).tolist()
+    assert [key for batch in reference for key in batch.keys] == [f"t-{n // 20:02d}/{n:04d}" for n in numbers]
+    tokenizer = decoders["text"].tokenizer
+    for g, batch in enumerate(reference):
+        assert batch.inputs["image"].shape == (24, 3, 32, 32)
+        assert batch.inputs["image"].dtype == torch.uint8
+        own = numbers[24 * g : 24 * g + 24]
+        texts = [
+            tokenizer.decode(i[m], skip_special_tokens=True).strip()
+            for i, m in zip(batch.inputs["text"], batch.masks["text"], strict=True)
+        ]
+        assert texts == [caption(n) for n in own]
+        assert batch.targets["caption_id"].tolist() == [caption_id(caption(n)) for n in own]
+        assert batch.masks["text"].dtype == torch.bool
+    assert {batch.inputs["text"].shape[1] for batch in reference} == {24}  # trimmed from 32; pieces need 8, 16 or 24
+
+
+@pytest.mark.parametrize(("workers", "piece"), [(0, 7), (1, 24), (1, 3), (3, 24), (3, 5)])
+def test_any_number_of_workers_and_any_piece(data, decoders, reference, workers, piece):
+    same(take(loader(data, decoders, workers=workers, piece=piece), 20), reference)
+
+
+def test_any_number_of_processes(data, decoders, reference):
+    for world, nodes in ((2, 1), (4, 2), (3, 3)):
+        shares = []
+        for rank in range(world):
+            one = loader(data, decoders)
+            shares.append(Loader(one.order, one._training.store, decoders, 24, rank, world, nodes))
+        for parts, whole in zip(zip(*(take(each, 3) for each in shares), strict=True), reference, strict=False):
+            assert [key for part in parts for key in part.keys] == whole.keys
+            assert torch.equal(torch.cat([part.inputs["image"] for part in parts]), whole.inputs["image"])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resumes_where_the_trainer_was(data, decoders, reference, workers):
+    first = loader(data, decoders, workers=workers)
+    iterator = iter(first)
+    for n in range(1, 5):
+        next(iterator)
+        assert first.state()["position"] == 24 * n  # not what was read ahead
+    state = json.loads(json.dumps(first.state()))
+    iterator.close()
+    again = loader(data, decoders, workers=2 - workers)
+    again.load(state)
+    same(take(again, 16), reference[4:])
+    assert again.state()["position"] == 20 * 24
+    assert first.state()["position"] == 4 * 24
+
+
+def test_the_state_is_small_and_knows_its_data(data, decoders, tmp_path):
+    one = loader(data, decoders)
+    one.bad.update({f"reason {i} " + "x" * 500: i for i in range(500)})
+    assert len(json.dumps(one.state())) < 10_000
+    for changes, message in (
+        ({"window": 4}, "other data"),
+        ({"train": f"{data}/t-0*.tar"}, None),
+        ({"train": f"{data}/t-00.tar", "batch_size": 8}, "other data"),
+        ({"batch_size": 8}, "data.batch_size=8, but the checkpoint was made with 24"),
+    ):
+        other = loader(data, decoders, **changes)
+        if message is None:
+            other.load(one.state())
+            continue
+        with pytest.raises(UserError, match=message):
+            other.load(one.state())
+
+
+def test_the_digest_is_that_of_the_data_not_of_its_place(data, decoders, tmp_path):
+    for s in range(10):
+        os.symlink(data / f"t-{s:02d}.tar", tmp_path / f"t-{s:02d}.tar")
+    assert loader(tmp_path, decoders).digest() == loader(data, decoders).digest()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_global_generators_are_left_alone(data, decoders, workers):
+    torch.manual_seed(0)
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    take(loader(data, decoders, workers=workers), 3)
+    list(sequential(str(data), decoders, 50, workers=workers))
+    after = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    assert torch.equal(before[0], after[0])
+    assert before[1:] == after[1:]
+
+
+def test_one_of_several_captions_is_drawn_by_position(data):
+    both = decoders_for(data, caption="captions")
+    first, second = take(loader(data, both), 17), take(loader(data, both, workers=1), 17)
+    same(first, second)
+    long = [int(mask.sum()) for batch in first for mask in batch.masks["text"]]
+    assert len(set(long)) > 2
+    one = {"text": both["text"]}  # without pictures the same captions are drawn: modalities have their own generators
+    assert all(torch.equal(a.inputs["text"], b.inputs["text"]) for a, b in zip(take(loader(data, one), 5), first, strict=False))
+
+
+def test_several_sources(data, decoders):
+    parts = [f"{data}/t-0[0-3].tar", f"{data}/t-0[4-9].tar"]
+    weighted = [{"shards": parts[0], "weight": 3}, {"shards": parts[1], "weight": 1}]
+    keys = [key for batch in take(loader(data, decoders, train=weighted), 10) for key in batch.keys]
+    assert abs(sum(key < "t-04" for key in keys) - 180) <= 4
+    even = [key for batch in take(loader(data, decoders, train=[{"shards": p} for p in parts]), 10) for key in batch.keys]
+    assert abs(sum(key < "t-04" for key in even) - 96) <= 4
+    assert loader(data, decoders, train=weighted).shard_count == 10
+
+
+# ---- bad content -----------------------------------------------------------------------------------------------------
+
+
+def bomb(side=30_000):
+    """A PNG that says it is 30,000 x 30,000 pixels."""
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    )
+
+
+BAD = {
+    "no image": {"txt": b"red"},
+    "no caption": {"jpg": jpeg(0)},
+    "image empty": {"jpg": b"", "txt": b"red"},
+    "image truncated": {"jpg": jpeg(0)[:400], "txt": b"red"},
+    "image too large": {"png": bomb(), "txt": b"red"},
+    "image unreadable": {"jpg": b"<html>not found</html>", "txt": b"red"},
+    "empty caption": {"jpg": jpeg(0), "txt": b" \n "},
+    "caption not UTF-8": {"jpg": jpeg(0), "txt": b"\xff\xfe\x00"},
+}
+
+
+@pytest.fixture(scope="module")
+def spoilt(data, tmp_path_factory):
+    """The same shards, a sample in each of eight replaced by a bad one; {key: reason}."""
+    folder = tmp_path_factory.mktemp("spoilt")
+    reasons = {}
+    for s in range(10):
+        samples = {f"{i:04d}": good(i) for i in range(20 * s, 20 * s + 20)}
+        if s < len(BAD):
+            reason, members = list(BAD.items())[s]
+            samples[f"{20 * s + 7:04d}"] = members
+            reasons[f"t-{s:02d}/{20 * s + 7:04d}"] = reason
+        write_shard(folder / f"t-{s:02d}.tar", samples)
+    return folder, reasons
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_samples_are_replaced_from_their_window(data, decoders, reference, spoilt, workers, caplog):
+    folder, reasons = spoilt
+    one = loader(folder, decoders, workers=workers, max_bad_rate=0.05)
+    batches = take(one, 20)
+    expected, met = [], []
+    for position, key in enumerate(key for batch in reference for key in batch.keys):
+        attempt = 0
+        while key in reasons:
+            met.append(reasons[key])
+            _, shard, sample = one.order.substitute(position, attempt)
+            key, attempt = f"t-{shard:02d}/{20 * shard + sample:04d}", attempt + 1
+        expected.append(key)
+    assert [key for batch in batches for key in batch.keys] == expected
+    assert dict(one.bad) == {reason: met.count(reason) for reason in met}
+    assert set(one.bad) == set(BAD)
+    assert "t-05/0107 cannot be used and is replaced: image unreadable" in caplog.text
+    for batch, untouched in zip(batches, reference, strict=True):  # other slots are as they were, augmentation included
+        for i, key in enumerate(untouched.keys):
+            assert key in reasons or torch.equal(batch.inputs["image"][i], untouched.inputs["image"][i])
+
+
+def test_counts_of_bad_samples_survive_a_stop(data, decoders, spoilt):
+    folder, _ = spoilt
+    whole = loader(folder, decoders, max_bad_rate=0.05)
+    take(whole, 20)
+    half = loader(folder, decoders, max_bad_rate=0.05)
+    take(half, 9)
+    rest = loader(folder, decoders, max_bad_rate=0.05, workers=1)
+    rest.load(half.state())
+    take(rest, 11)
+    assert rest.state() == whole.state()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_bad_samples_stop_the_run(decoders, tmp_path, workers):
+    write_shard(tmp_path / "a.tar", {f"{i:03d}": good(i) if i % 3 else BAD["no image"] for i in range(300)})
+    with pytest.raises(
+        UserError, match=r"12 of 24 samples cannot be used, more than data.max_bad_rate=0.01; .* no image 12"
+    ) as e:
+        take(loader(tmp_path, decoders, workers=workers), 50)
+    assert "\n" not in str(e.value)
+    with pytest.raises(UserError, match=r"12 of 24 samples cannot be used, more than data.max_bad_rate=0.0;"):
+        take(loader(tmp_path, decoders, workers=workers, max_bad_rate=0.0), 50)
+    take(loader(tmp_path, decoders, workers=workers, max_bad_rate=1.0), 30)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_in_a_row_stop_the_run(decoders, tmp_path, workers):
+    write_shard(tmp_path / "a.tar", {f"{i:03d}": BAD["no caption"] for i in range(100)})
+    with pytest.raises(UserError, match=r"21 samples in a row cannot be used, more than data.max_bad_run=20; the last is a/0"):
+        take(loader(tmp_path, decoders, workers=workers, max_bad_rate=1.0, max_bad_run=20), 1)
+    write_shard(tmp_path / "a.tar", {f"{i:03d}": good(i) if i % 2 else BAD["no caption"] for i in range(100)})
+    take(loader(tmp_path, decoders, workers=workers, max_bad_rate=1.0, max_bad_run=20), 10)
+
+
+def test_a_bug_is_not_a_bad_sample(data):
+    class Broken:
+        def __call__(self, sample, rng, train):
+            return {}["a bug"]
+
+    for workers in (0, 1):
+        with pytest.raises(KeyError) as e:
+            take(loader(data, {"image": Broken()}, workers=workers), 1)
+        assert "while decoding sample t-0" in str(e.value) + "".join(getattr(e.value, "__notes__", []))
+
+
+# ---- bad shards, bad settings ----------------------------------------------------------------------------------------
+
+
+def test_damaged_shards_are_refused_before_training(data, decoders, tmp_path):
+    content = (data / "t-00.tar").read_bytes()
+    with tarfile.open(data / "t-00.tar") as tar:
+        header = tar.getmembers()[20].offset
+    for name, damage, message in (
+        ("a", content[: len(content) // 2], "a.tar is damaged at byte"),
+        ("b", content[: header + 8] + b"X" + content[header + 9 :], f"b.tar is damaged at byte {header:,}"),
+        ("c", b"", "c.tar is empty"),
+        ("d", bytes(10240), r"data.train: no samples in .*d.tar"),
+        ("e", b"hello" * 1000, "e.tar is not a tar file"),
+    ):
+        (tmp_path / f"{name}.tar").write_bytes(damage)
+        with pytest.raises(UserError, match=message):
+            loader(data, decoders, train=str(tmp_path / f"{name}.tar"))
+    with pytest.raises(ConfigError, match=r"data.train=.*no file matches"):
+        loader(data, decoders, train=str(tmp_path / "none-*.tar"))
+
+
+def test_an_empty_shard_among_others_is_only_reported(data, decoders, tmp_path, caplog):
+    (tmp_path / "empty.tar").write_bytes(bytes(10240))
+    one = loader(data, decoders, train=[str(data), str(tmp_path)])
+    assert one.order.epoch_size == 200
+    assert "empty.tar holds no samples" in caplog.text
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_that_is_not_what_its_stats_say_stops_the_run(data, decoders, tmp_path, workers):
+    content = (data / "t-00.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(content[: len(content) // 2])
+    (tmp_path / "a_stats.json").write_text(json.dumps({"successes": 30}))
+    with pytest.raises(UserError, match=r"a\.tar is damaged"):
+        take(loader(data, decoders, train=str(tmp_path), workers=workers), 1)
+    (tmp_path / "a.tar").write_bytes(content)
+    with pytest.raises(UserError, match=r"a.tar holds 20 samples, but .*a_stats.json says 30"):
+        take(loader(data, decoders, train=str(tmp_path), workers=workers), 1)
+
+
+def test_errors_of_the_disk_stop_the_run(data, decoders, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "RETRY_SECONDS", (0.0, 0.0))
+    write_shard(tmp_path / "a.tar", {f"{i:03d}": good(i) for i in range(50)})
+    one = loader(data, decoders, train=str(tmp_path), workers=1)
+
+    def fails(*args):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("pretrain.data.reader.os.pread", fails)
+    with pytest.raises(UserError, match=r"cannot read .*a.tar: \[Errno 5\] Input/output error, tried 3 times"):
+        take(one, 1)
+    assert not one.bad
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 201}, "data.batch_size=201 is more than data.train holds: 200 samples"),
+        ({"batch_size": 0}, "data.batch_size=0 must be at least 1"),
+        ({"workers": -1}, "data.workers=-1 must be at least 0"),
+        ({"max_bad_rate": 2.0}, "data.max_bad_rate=2.0 must be a share"),
+        ({"streams": 5}, "data.batch_size=24 does not divide among data.streams=5"),
+        ({"train": 3}, "data.train=3 must be a string of shards"),
+        ({"train": []}, r"data.train=\[\] must be a string of shards"),
+        ({"train": [{"shard": "x"}]}, r"data.train: {'shard': 'x'} must be"),
+        ({"train": [{"shards": "x", "wieght": 1}]}, "no 'wieght' in an entry; did you mean 'weight'"),
+        ({"train": [{"shards": "x", "weight": -1}]}, "weight=-1 of x must be a positive number"),
+        ({"train": [{"shards": "x", "weight": 1}, {"shards": "y"}]}, "y has no weight, others have"),
+        ({"val": {"a": 1}}, "data.val={'a': 1} must be"),
+    ],
+)
+def test_settings_refused(data, decoders, changes, message):
+    with pytest.raises(ConfigError, match=message) as e:
+        loader(data, decoders, **changes)
+    assert "\n" not in str(e.value)
+
+
+# ---- processes -------------------------------------------------------------------------------------------------------
+
+
+def children():
+    me = str(os.getpid())
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/stat") as f:
+                state, parent = f.read().rpartition(")")[2].split()[:2]
+        except OSError:
+            continue
+        if parent == me and state != "Z":
+            found.append(int(pid))
+    return found
+
+
+def test_a_killed_worker_is_a_clear_error(data, decoders):
+    handler = signal.getsignal(signal.SIGCHLD)
+    before = set(children())
+    iterator = iter(loader(data, decoders, workers=2))
+    next(iterator)
+    assert signal.getsignal(signal.SIGCHLD) is handler
+    os.kill((set(children()) - before).pop(), signal.SIGKILL)
+    start = time.monotonic()
+    with pytest.raises(UserError, match=r"a data worker \(process \d+\) was killed by signal 9 \(SIGKILL\): most often"):
+        list(itertools.islice(iterator, 1000))
+    assert time.monotonic() - start < 60
+    assert set(children()) <= before
+
+
+def test_workers_leave_signals_to_the_trainer(data, decoders):
+    before = set(children())
+    iterator = iter(loader(data, decoders, workers=2))
+    next(iterator)
+    workers = set(children()) - before
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+        for pid in workers:
+            os.kill(pid, number)
+        for _ in range(10):
+            next(iterator)
+    iterator.close()
+    assert set(children()) <= before
+
+
+# ---- evaluation ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("world", "workers"), [(1, 0), (1, 2), (2, 1), (7, 0)])
+def test_evaluation_reads_each_sample_once(data, world, workers):
+    both = decoders_for(data, caption="captions")
+    shares = [list(sequential(str(data), both, 30, workers=workers, rank=rank, world=world)) for rank in range(world)]
+    batches = [batch for share in shares for batch in share]
+    assert [key for batch in batches for key in batch.keys] == [f"t-{n // 20:02d}/{n:04d}" for n in range(200)]
+    assert [note["number"] for batch in batches for note in batch.targets["json"]] == list(range(200))
+    texts = [captions for batch in batches for captions in batch.targets["captions"]]
+    assert texts == [[caption(n), f"a picture of {caption(n)}"] for n in range(200)]
+    sizes = [[len(batch) for batch in share] for share in shares]
+    assert all(size == 30 for share in sizes for size in share[:-1])
+    assert max(map(sum, sizes)) - min(map(sum, sizes)) <= 1
+    image = next(b.inputs["image"][0] for b in batches if b.keys[0] == "t-00/0000")
+    assert torch.equal(image, both["image"].evaluation(jpeg(0)))
+
+
+def test_evaluation_leaves_bad_samples_out(decoders, spoilt):
+    folder, reasons = spoilt
+    batches = sequential(str(folder), decoders, 1, workers=2)
+    for _ in range(2):  # again
+        keys = [key for batch in batches for key in batch.keys]
+        assert len(keys) == 192
+        assert not set(keys) & set(reasons)
+        assert dict(batches.bad) == dict.fromkeys(BAD, 1)
+
+
+def test_evaluation_of_the_first_samples(data, decoders):
+    for world in (1, 3):
+        keys = [
+            key
+            for rank in range(world)
+            for batch in sequential(f"{data}/t-0*.tar", decoders, 8, rank=rank, world=world, max_samples=25)
+            for key in batch.keys
+        ]
+        assert keys == [f"t-{n // 20:02d}/{n:04d}" for n in range(25)]
+    with pytest.raises(ConfigError, match=r"^data.val=.*no file matches"):
+        sequential(f"{data}/x-*.tar", decoders, 8)
+
+
+# ---- batches, synthetic data -----------------------------------------------------------------------------------------
+
+
+def test_batches_are_cut_and_moved(reference):
+    (batch, *_) = reference
+    parts = batch.chunks(5)
+    assert [len(part) for part in parts] == [4, 5, 5, 5, 5]
+    assert [key for part in parts for key in part.keys] == batch.keys
+    assert torch.equal(torch.cat([part.inputs["image"] for part in parts]), batch.inputs["image"])
+    assert torch.equal(torch.cat([part.targets["caption_id"] for part in parts]), batch.targets["caption_id"])
+    assert batch.to("meta").inputs["text"].device.type == "meta"
+    assert batch.slice(3, 5).masks["text"].shape == (2, batch.masks["text"].shape[1])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_synthetic_data_needs_no_files(decoders, workers):
+    one = loader(None, decoders, train="synthetic", workers=workers)
+    assert one.order.epoch_size == 1_000_000
+    first, second = take(one, 2)
+    assert first.inputs["image"].shape == (24, 3, 32, 32)
+    assert not torch.equal(first.inputs["image"], second.inputs["image"])
+    assert first.masks["text"].sum(1).min() > 3
+    assert not set(first.keys) & set(second.keys)
+    same(take(loader(None, decoders, train="synthetic"), 2), [first, second])
