@@ -17,6 +17,9 @@ from PIL import Image
 
 from pretrain.data import BadSample
 
+EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+"""The members of a sample that are its picture; the bytes, not the name, say how to decode it."""
+
 MAX_PIXELS = 1 << 26
 """Default cap on height x width (8192 x 8192: 192 MiB decoded)."""
 

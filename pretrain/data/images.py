@@ -23,13 +23,10 @@ from PIL import Image
 
 from pretrain.config import ConfigError
 from pretrain.data import BadSample
-from pretrain.data.decode import MAX_PIXELS, decode, pixels_of, read_header, reduction
+from pretrain.data.decode import EXTENSIONS, MAX_PIXELS, decode, pixels_of, read_header, reduction
 
 if TYPE_CHECKING:
     from pretrain.data.shards import RawSample
-
-EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-"""The members of a sample that are its picture; the bytes, not the name, say how to decode it."""
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
