@@ -56,6 +56,9 @@ class Summary:
             known = self.examples.setdefault(reason, [])
             known += names[: 3 - len(known)]
 
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
     def lines(self) -> list[str]:
         """For a person."""
         kept = f" ({self.kept:,} were there already)" if self.kept else ""
