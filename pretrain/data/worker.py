@@ -21,7 +21,7 @@ from pretrain.config import UserError
 from pretrain.data import BadSample
 from pretrain.data.batch import Batch, Decoder, collate
 from pretrain.data.order import Order
-from pretrain.data.sequence import Ints, key
+from pretrain.data.sequence import Generators, Ints
 from pretrain.data.shards import RawSample
 
 
@@ -65,15 +65,15 @@ class _Decoding:
 
     def __init__(self, store: Store, decoders: Mapping[str, Decoder], train: bool) -> None:
         self.store, self.decoders, self.train = store, decoders, train
+        self.generators = Generators()
 
     def decode(self, shard: int, sample: int, *seed: int | str) -> tuple[RawSample, dict[str, Any]]:
-        """The raw sample, and its item in each modality; each draws from its own generator. Raises BadSample."""
+        """The raw sample, and its item in each modality, each with its own random numbers. Raises BadSample."""
         raw = self.store.read(shard, sample)
         try:
             items = {}
             for name, decoder in self.decoders.items():
-                rng = np.random.Generator(np.random.Philox(key=key(*seed, name)))
-                items[name] = decoder(raw, rng, self.train)
+                items[name] = decoder(raw, self.generators.of(*seed, name), self.train)
             return raw, items
         except BadSample:
             raise

@@ -1,0 +1,131 @@
+"""Images/s on one core, JPEGs of 500 x 375 to training pictures of 224: our loader against open_clip's; one JSON line.
+
+    python -m tests.bench.loader [--images 1000 --rounds 3]
+
+Pictures with the spectrum of photographs (about 60 KB each) are drawn on the spot and lie in the page cache for
+both. Both run in this process with one thread, from the tars to batches of pictures and token ids. open_clip's pipeline is
+put together from the parts, in the order and with the settings of open_clip_train.data.get_wds_dataset (3.3.0); its own
+transform and tokenizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import statistics
+import tarfile
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import open_clip
+import torch
+import webdataset as wds
+from open_clip.transform import image_transform
+from PIL import Image
+
+from pretrain.data.images import AugmentConfig, ImageDecoder
+from pretrain.data.loader import DataConfig, build_loader
+from pretrain.data.shards import expand
+from pretrain.data.text import TextDecoder, load_tokenizer, train_tokenizer
+
+BATCH = 50
+WORDS = "a red blue old dog cat house tree boat on the under of near with street people mountain photo water".split()  # noqa: SIM905
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        size = draw(Path(folder), args.images)
+        train_tokenizer(folder, Path(folder) / "tokenizer", vocab=400)
+        decoders = {
+            "image": ImageDecoder(224, AugmentConfig()),
+            "text": TextDecoder(load_tokenizer(Path(folder) / "tokenizer"), 77),
+        }
+        own = iter(build_loader(DataConfig(train=folder, batch_size=BATCH, workers=0), decoders, seed=0))
+        peer = open_clip_batches(expand(folder))
+        first = next(own), next(peer)
+        assert first[0].inputs["image"].shape == first[1][0].shape == (BATCH, 3, 224, 224)
+        rounds = [(rate(peer, args.images), rate(own, args.images)) for _ in range(args.rounds)]
+    theirs, ours = (statistics.median(each) for each in zip(*rounds, strict=True))
+    figures = {
+        "bench": "loader",
+        "kilobytes_per_image": round(size / 1000, 1),
+        "open_clip_images_per_second": round(theirs, 1),
+        "images_per_second": round(ours, 1),
+        "ratio": round(ours / theirs, 2),
+    }
+    print(json.dumps(figures))
+
+
+def rate(batches: Iterator[Any], images: int) -> float:
+    """Images a second of processor time."""
+    start = time.process_time()
+    for _ in range(images // BATCH):
+        next(batches)
+    return images // BATCH * BATCH / (time.process_time() - start)
+
+
+def open_clip_batches(paths: list[str]) -> Iterator[Any]:
+    """What open_clip's training script iterates over, endlessly."""
+    preprocess = image_transform(224, is_train=True)
+    tokenizer = open_clip.get_tokenizer("ViT-B-32")
+    while True:
+        yield from wds.DataPipeline(
+            wds.SimpleShardList(paths),
+            wds.tarfile_to_samples(),
+            wds.shuffle(bufsize=5000, initial=1000),
+            wds.select(lambda sample: "txt" in sample and "jpg" in sample),
+            wds.decode("pilrgb"),
+            wds.rename(image="jpg;png;jpeg;webp", text="txt"),
+            wds.map_dict(image=preprocess, text=lambda text: tokenizer(text)[0]),
+            wds.to_tuple("image", "text"),
+            wds.batched(BATCH, partial=False),
+        )
+
+
+def draw(folder: Path, images: int) -> float:
+    """Shards of pictures and captions; bytes of an image on average."""
+    rng = np.random.default_rng(0)
+    size = 0
+    for shard in range(4):
+        with tarfile.open(folder / f"{shard:04d}.tar", "w") as tar:
+            for i in range(images // 4):
+                data = io.BytesIO()
+                Image.fromarray(photograph(rng)).save(data, "JPEG", quality=88)
+                size += len(data.getvalue())
+                caption = " ".join(rng.choice(WORDS, int(rng.integers(5, 20)))).encode()
+                for name, content in (("jpg", data.getvalue()), ("txt", caption)):
+                    info = tarfile.TarInfo(f"{shard:04d}{i:05d}.{name}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    return size / images
+
+
+def photograph(rng: np.random.Generator) -> np.ndarray:
+    """(375, 500, 3) uint8 whose amplitudes fall with frequency."""
+    height, width = 375, 500
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    frequency[0, 0] = 1
+    frequency **= 1.2
+    grey = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((height, width))) / frequency, (height, width))
+    tint = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((3, height, width))) / frequency**1.25, (height, width))
+    pixels = 128 + 50 * grey[..., None] / grey.std() + 15 * np.moveaxis(tint, 0, -1) / tint.std()
+    return pixels.clip(0, 255).astype(np.uint8)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Samples/s on one core, without decoding: our reads in random order against webdataset's stream; one JSON line.
+
+    python -m tests.bench.reads [--samples 10000 --rounds 3]
+
+Shards are drawn on the spot (a picture of 8 to 15 KB, a caption and a json each) and lie in the page cache for both. Rounds
+alternate; the figures are medians of processor time, so that a busy machine disturbs less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import statistics
+import tarfile
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import webdataset as wds
+
+from pretrain.data.index import index
+from pretrain.data.order import Order, Source
+from pretrain.data.reader import Reader
+from pretrain.data.shards import counts, expand
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--samples", type=int, default=10_000)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")  # webdataset's, about names and unclosed files
+    with tempfile.TemporaryDirectory() as folder:
+        draw(Path(folder), args.samples)
+        paths = expand(folder)
+        start = time.process_time()
+        for path in paths:
+            index(path)
+        indexing = args.samples / (time.process_time() - start)
+        order = Order([Source(counts(paths))], seed=0)
+        reader = Reader(paths)
+
+        def ours() -> int:
+            located = order.locate(np.arange(args.samples))
+            return sum(
+                len(reader.read(*at).members) for at in zip(located.shard.tolist(), located.sample.tolist(), strict=True)
+            )
+
+        def theirs() -> int:
+            found = wds.WebDataset(paths, shardshuffle=False)
+            return sum(len([name for name in sample if not name.startswith("__")]) for sample in found)
+
+        rounds = [(rate(theirs, args.samples), rate(ours, args.samples)) for _ in range(args.rounds)]
+    stream, random = (statistics.median(each) for each in zip(*rounds, strict=True))
+    figures = {
+        "bench": "reads",
+        "webdataset_samples_per_second": round(stream),
+        "samples_per_second": round(random),
+        "ratio": round(random / stream, 2),
+        "indexing_samples_per_second": round(indexing),
+    }
+    print(json.dumps(figures))
+
+
+def draw(folder: Path, samples: int) -> None:
+    """Ten shards; what they hold is not decoded here, so noise will do."""
+    rng = np.random.default_rng(0)
+    for shard in range(10):
+        with tarfile.open(folder / f"{shard:04d}.tar", "w") as tar:
+            for i in range(samples // 10):
+                for name, length in (("jpg", int(rng.integers(8_000, 15_000))), ("txt", 60), ("json", 400)):
+                    info = tarfile.TarInfo(f"{shard:04d}{i:05d}.{name}")
+                    info.size = length
+                    tar.addfile(info, io.BytesIO(rng.bytes(length)))
+
+
+def rate(read: Callable[[], int], samples: int) -> float:
+    """Samples a second of processor time; what was read must be whole."""
+    start = time.process_time()
+    members = read()
+    taken = time.process_time() - start
+    assert members == 3 * samples, members
+    return samples / taken
+
+
+if __name__ == "__main__":
+    main()
