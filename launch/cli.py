@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from pretrain.__main__ import DONE, FAILED, guarded
+from pretrain.__main__ import DONE, FAILED, find_config, guarded
 from pretrain.config import ConfigError
 
 Command = Callable[[argparse.Namespace], int]
@@ -52,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     p = _command(commands, "pretrain", _pretrain, "shards -> aligned encoders")
     p.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a shipped one")
     p.add_argument("--dry-run", action="store_true", help="print configuration, parameters and samples, and exit")
+    _processes(p)
     p.add_argument("settings", nargs="*", metavar="key=value", help="settings that replace the file's")
 
     p = _command(commands, "evaluate", _evaluate, "retrieval recall, zero-shot accuracy, linear probe")
@@ -97,7 +98,9 @@ def _data(parser: argparse.ArgumentParser) -> None:
     p.add_argument("dir", metavar="DIR", type=Path, help="where the shards go")
     p.add_argument("--image-column", default="image", metavar="NAME", help="column with the picture's path (default image)")
     p.add_argument("--caption-column", default="caption", metavar="NAME", help="column with the text (default caption)")
-    p.add_argument("--caption-from", default="txt", choices=["txt", "path"], help="folders: NAME.txt beside NAME.jpg, or its path")
+    p.add_argument(
+        "--caption-from", default="txt", choices=["txt", "path"], help="folders: NAME.txt beside NAME.jpg, or its path"
+    )
     p.add_argument("--size", type=int, metavar="PX", help="shrink pictures whose shorter side is longer than this")
     p.add_argument("--shard-size", type=int, default=1000, metavar="N", help="samples a shard (default 1000)")
     p.add_argument("--prefix", default="shard", metavar="NAME", help="shards are NAME-0000.tar, ... (default shard)")
@@ -169,10 +172,33 @@ def _tokenizer(args: argparse.Namespace) -> int:
 # pretrain, evaluate, report
 
 
-def _pretrain(args: argparse.Namespace) -> int:
-    from pretrain.__main__ import run
+def _processes(p: argparse.ArgumentParser) -> None:
+    """The options of a run on several processes or nodes."""
+    p.add_argument("--nproc", metavar="N", help="processes on each node: a number, or gpus for one a GPU (default 1)")
+    p.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes in the run (default 1)")
+    p.add_argument("--on", choices=["local", "slurm"], default="local", help="here, or as a Slurm job (default local)")
+    here = p.add_argument_group("processes here (--on local)")
+    here.add_argument("--rdzv", metavar="HOST:PORT", help="with --nodes: where the nodes meet; the same on every node")
+    here.add_argument("--restarts", type=int, metavar="N", help="starts after a lost process (default 0; 3 on several nodes)")
+    here.add_argument("--grace", type=float, default=600, metavar="SECONDS", help="to save in after a signal (default 600)")
 
-    return run(args.config, args.settings, args.dry_run)
+
+def _pretrain(args: argparse.Namespace) -> int:
+    return _launch(args, "pretrain")
+
+
+def _launch(args: argparse.Namespace, module: str) -> int:
+    """One process runs here; several are torch's elastic launcher's, or Slurm's, to start."""
+    import importlib
+
+    words = [args.config, *(["--dry-run"] if args.dry_run else []), *args.settings]
+    if args.nproc is None and args.nodes == 1:
+        return int(importlib.import_module(f"{module}.__main__").run(args.config, args.settings, args.dry_run))
+    from launch import local
+
+    find_config(args.config, module)  # before any process is started
+    world = local.World(local.processes(args.nproc), args.nodes, args.rdzv, args.restarts, args.grace)
+    return local.launch(module, words, world)
 
 
 def _evaluate(args: argparse.Namespace) -> int:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -88,6 +89,8 @@ def launch(module: str, words: list[str], world: World) -> int:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     cores = len(os.sched_getaffinity(0))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // world.nproc)))
+    options = [f"--nproc={world.nproc}", *([f"--nodes={world.nodes}", f"--rdzv={world.rdzv}"] if world.nodes > 1 else [])]
+    os.environ["CLIPFUSE_COMMAND"] = shlex.join(["clipfuse", module, *words[:1], *options, *words[1:]])
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # the others are forwarded, see _Agent.signals
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # one clear line instead
     logging.getLogger("torch.distributed.run").setLevel(logging.CRITICAL)
@@ -244,7 +247,8 @@ class _Agent(LocalElasticAgent):
             if self._remaining_restarts:
                 left = self._remaining_restarts - 1
                 self._say(f"{self._blame() or 'a process failed'}; again from the last checkpoint ({left} restarts left)")
-        return super()._monitor_workers(worker_group)
+        result: RunResult = super()._monitor_workers(worker_group)
+        return result
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
         # A node that comes back may become the first one; without this the others keep the address of the one that was.

@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from pretrain.config import ConfigError, UserError
 
@@ -30,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pretrain", description=__doc__)
     parser.add_argument("config", help="a YAML file, or the name of a shipped one")
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and exit")
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that replace the file's")
     args, rest = parser.parse_known_args(argv)
     return guarded(lambda: run(args.config, args.settings + rest, args.dry_run))
@@ -41,33 +46,70 @@ def guarded(work: object) -> int:
     try:
         return int(work())
     except ConfigError as error:
-        print(f"clipfuse: {error}", file=sys.stderr)
+        _tell(str(error))
         return USAGE
     except UserError as error:
-        print(f"clipfuse: {error}", file=sys.stderr)
+        _tell(str(error))
         return FAILED
+    except EarlyStop as stop:
+        _tell(f"stopped by {stop} before training began; the same command goes on")
+        return STOPPED
     except KeyboardInterrupt:
-        print("clipfuse: interrupted before a checkpoint could be written; the last one is intact", file=sys.stderr)
+        _tell("interrupted before a checkpoint could be written; the last one is intact")
         return FAILED
+
+
+def _tell(line: str) -> None:
+    """The one line, from one of the processes that have it to say."""
+    dist = sys.modules.get("pretrain.dist")
+    if dist is None or dist.first_to_say(line):
+        print(f"clipfuse: {line}", file=sys.stderr, flush=True)
+
+
+class EarlyStop(BaseException):
+    """A signal to stop came while the run was being built; there is nothing to save yet."""
+
+
+@contextmanager
+def stopping_early() -> Iterator[None]:
+    """SIGTERM, SIGINT and SIGUSR1 raise EarlyStop inside; fit() has handlers of its own."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise EarlyStop(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run(config: str, settings: list[str], dry_run: bool) -> int:
     """One process of a pretraining run."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are the parallelism
-    from pretrain import dist, recipe
+    with stopping_early():
+        return _run(config, settings, dry_run)
+
+
+def _run(config: str, settings: list[str], dry_run: bool) -> int:
+    from pretrain import dist, launched, recipe
     from pretrain.config import load
     from pretrain.runlog import say
 
     path = find_config(config, "pretrain")
+    launched.check_launcher()
+    launched.watch_parent()
     dist.setup()
     try:
         loaded = load(recipe.PretrainConfig, path, settings)
+        dist.limit(loaded.train.timeout)
         if dry_run:
             recipe.describe(loaded)
             return DONE
         outcome = recipe.train(loaded)
         if outcome.state == "stopped":
-            command = shlex.join(["clipfuse", "pretrain", config, *settings])
+            command = os.environ.get("CLIPFUSE_COMMAND") or shlex.join(["clipfuse", "pretrain", config, *settings])
             say(f"{outcome.why} at step {outcome.step}, saved; go on with: {command}")
             return STOPPED
         results = ", ".join(f"{name} {value:.4g}" for name, value in outcome.results.items())

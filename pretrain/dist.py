@@ -68,8 +68,16 @@ def setup(timeout_seconds: float = 600.0) -> None:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     td.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_seconds))
     global _said
-    # A connection of its own, which outlives the group: errors are said after leaving it.
-    _said = td.PrefixStore("said", td.distributed_c10d._get_default_store().clone())
+    _said = shared_store("said")
+
+
+def shared_store(name: str) -> td.Store:
+    """Keys and values that all processes of this world see, over a connection of its own that outlives the group.
+
+    A launcher that starts processes again may keep its store: the keys of an earlier world are not ours. Collective.
+    """
+    world = broadcast_object(os.urandom(8).hex())
+    return td.PrefixStore(f"{name}/{world}", td.distributed_c10d._get_default_store().clone())
 
 
 def limit(timeout_seconds: float) -> None:

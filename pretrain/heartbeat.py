@@ -41,8 +41,8 @@ _ENDS = "; the run ends, the last checkpoint is intact"
 class Heartbeat:
     """`with Heartbeat(timeout, record) as pulse`, `pulse.at(step, "what")` at the same places on every process.
 
-    timeout: seconds after which a silent or hung process ends the run. record(why) is called before a verdict ends this
-    process. Without a group of two or more it does nothing.
+    timeout: seconds after which a silent or hung process ends the run. record(why) is called by the first process that
+    knows who was lost, whichever that is. Without a group of two or more it does nothing.
     """
 
     def __init__(self, timeout: float, record: Callable[[str], None]) -> None:
@@ -62,10 +62,8 @@ class Heartbeat:
 
     def __enter__(self) -> Heartbeat:
         if dist.world_size() > 1:
-            # A connection of its own: the main thread may hold the other one in a blocking call.
-            store = td.distributed_c10d._get_default_store().clone()
-            store.set_timeout(datetime.timedelta(seconds=max(5.0, self.limit)))
-            self._store = td.PrefixStore("heartbeat", store)
+            self._store = dist.shared_store("heartbeat")
+            self._store.set_timeout(datetime.timedelta(seconds=max(5.0, self.limit)))
             self._beat()
             dist.barrier()  # from here on every process has a beat to read
             self._look(everyone=True)
@@ -178,9 +176,12 @@ class Heartbeat:
             if own is not None:
                 return None
             self._explaining.set()
-            return self._call_roll()
+            told = self._call_roll()
         except (RuntimeError, ValueError):  # torch's store errors
-            return UserError(f"process 0, or the launcher that holds the rendezvous, is gone{_ENDS}")
+            told = UserError(f"process 0, or the launcher that holds the rendezvous, is gone{_ENDS}")
+        if told is not None and dist.first_to_say(f"recorded: {told}"):
+            self._record(str(told))
+        return told
 
     def _call_roll(self) -> UserError | None:
         assert self._store is not None

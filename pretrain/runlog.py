@@ -69,9 +69,9 @@ class RunFolder:
             self._lock.close()
             self._lock = None
 
-    def status(self, state: str, why: str, step: int) -> None:
-        """status.json: running | done | stopped | failed, and why."""
-        if dist.is_main() and self.path.is_dir():
+    def status(self, state: str, why: str, step: int, anyone: bool = False) -> None:
+        """status.json: running | done | stopped | failed, and why. anyone: rank 0 may be the one that was lost."""
+        if (anyone or dist.is_main()) and self.path.is_dir():
             write_json(self.path / "status.json", {"state": state, "why": why, "step": step, "time": time.time()})
 
     def environment(self, threads: int) -> None:
