@@ -6,7 +6,7 @@ Legend: b = samples, N = tokens, P = width of a tower's pooled vector, C = width
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain import registry
-from pretrain.config import ConfigError
+from pretrain.config import ConfigError, collected, section
 from pretrain.towers import TokenSequence, Tower
 
+LOGIT_SCALE = math.log(1 / 0.07)
+"""CLIP's start."""
 MAX_LOGIT_SCALE = math.log(100)
 """CLIP keeps the scale at or below 100, for stability."""
 
@@ -40,6 +42,20 @@ class ModelConfig:
             raise ConfigError(
                 f"model.logit_scale={self.logit_scale} is a logarithm and is kept between 0 and {MAX_LOGIT_SCALE:.3f}"
             )
+
+
+@dataclass
+class ModelSchema:
+    """The part of a run's configuration that says what the model is: all that loading a checkpoint reads."""
+
+    image: Any = section("towers", "tower", "timm")
+    """What encodes pictures."""
+    text: Any = section("towers", "tower", "transformers")
+    """What encodes texts."""
+    others: dict[str, Any] = collected("towers", "tower")
+    """Towers of further modalities, by name: any other section with a `tower` (audio: {tower: my.module})."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """What joins them."""
 
 
 class DualEncoder(nn.Module):
@@ -114,8 +130,8 @@ class DualEncoder(nn.Module):
         }
 
 
-def build(towers: dict[str, Any], config: ModelConfig, tokenizer: Any = None, loss: str = "clip") -> DualEncoder:
-    """{modality: a tower's Config} -> DualEncoder. `loss` names the loss whose constants the scalars start with.
+def build(towers: dict[str, Any], config: ModelConfig, tokenizer: Any = None) -> DualEncoder:
+    """{modality: a tower's Config} -> DualEncoder. A bias is made only where the configuration gives one.
 
     Raises ConfigError. Random numbers come from torch's global generator: seed it before.
     """
@@ -124,9 +140,5 @@ def build(towers: dict[str, Any], config: ModelConfig, tokenizer: Any = None, lo
         made[name] = registry.part("towers", part.tower).build(part, tokenizer)
         if made[name].modality != name:
             raise ConfigError(f"{name}.tower={part.tower} encodes {made[name].modality}, not {name}")
-    score = registry.part("losses", loss)
-    if config.logit_bias is not None and score.LOGIT_BIAS is None:
-        raise ConfigError(f"model.logit_bias={config.logit_bias}: the {loss} loss has no bias; leave it out")
-    scale = score.LOGIT_SCALE if config.logit_scale is None else config.logit_scale
-    bias = score.LOGIT_BIAS if config.logit_bias is None else config.logit_bias
-    return DualEncoder(made, config.dim, scale, bias)
+    scale = LOGIT_SCALE if config.logit_scale is None else config.logit_scale
+    return DualEncoder(made, config.dim, scale, config.logit_bias)

@@ -1,0 +1,201 @@
+"""Texts: any transformers text model, from the hub, a folder, or described inline.
+
+    text: {name: FacebookAI/roberta-base, tokenizer: FacebookAI/roberta-base, pool: avg}
+    text: {args: {model_type: clip_text_model, hidden_size: 192, num_hidden_layers: 4, ...}, tokenizer: runs/tokenizer}
+
+What differs between architectures is measured when a tower is built, not looked up in a table: whether the model looks
+only to the left (then it needs no padding mask), whether trimmed padding leaves its result unchanged (`trims`), and which
+parameters its forward reaches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sized
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.config import ConfigError
+from pretrain.towers import TokenSequence, Tower, hub, last_valid, masked_mean, reached
+from pretrain.towers.lengths import encode_grouped
+
+
+@dataclass
+class Config:
+    """A text tower. Names a published model, or describes a new one in `args`."""
+
+    tower: str = "transformers"
+    """This file."""
+    name: str | None = None
+    """A hub name or a local folder; null builds a new model from `args`."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """The model's own configuration: `model_type` and sizes for a new model, changes for a named one."""
+    pretrained: bool = True
+    """Whether a named model comes with its weights."""
+    tokenizer: str = ""
+    """Hub name or local folder of the tokenizer; empty takes `name`'s own."""
+    length: int = 77
+    """Longest text, in tokens; CLIP's."""
+    pool: Literal["eot", "cls", "avg", "tower"] = "eot"
+    """eot: the last valid position (CLIP). cls: the first. avg: the mean over valid positions. tower: the model's own
+    pooler (SigLIP: last position whatever it holds, no padding mask)."""
+    groups: int = 4
+    """On the CPU a batch is encoded in at most so many groups of similar length; 1 encodes it in one piece."""
+    trainable_blocks: int = -1
+    """-1 trains everything, 0 freezes the tower, n trains the last n blocks and the final norm."""
+    checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+
+    def check(self) -> None:
+        """Raises ConfigError."""
+        if self.name is None and "model_type" not in self.args:
+            raise ConfigError("text: give text.name (hub name or folder) or text.args.model_type (a new model)")
+        if self.length < 2 or self.groups < 1 or self.trainable_blocks < -1:
+            raise ConfigError(
+                f"text.length={self.length} (from 2), text.groups={self.groups} (from 1), "
+                f"text.trainable_blocks={self.trainable_blocks} (from -1) do not fit together"
+            )
+
+
+class TextTower(Tower):
+    """A transformers model with one way of pooling. inputs (b, T) int64 right-padded, mask (b, T) bool."""
+
+    modality = "text"
+    round_to = 4
+    """Group lengths are multiples of this, in tokens."""
+
+    def __init__(self, model: nn.Module, config: Config) -> None:
+        super().__init__()
+        self.model = model
+        self.pool = config.pool
+        self.groups = config.groups
+        self.length = config.length
+        self.pools_mean = config.pool == "avg"
+        self.causal = False
+        """Whether a state depends only on what stands left of it: padding on the right is then invisible by itself."""
+        blocks = max(
+            (m for m in model.named_modules() if isinstance(m[1], nn.ModuleList)),
+            key=lambda m: sum(p.numel() for p in m[1].parameters()),
+            default=("", nn.ModuleList()),
+        )
+        self._blocks, self.depth = blocks[0], len(blocks[1])
+
+    def forward(self, inputs: Tensor, mask: Tensor | None = None) -> TokenSequence:
+        """inputs (b, T) int64, mask (b, T) bool or None (all valid) -> states (b, T, C), pooled (b, P)."""
+        mask = torch.ones_like(inputs, dtype=torch.bool) if mask is None else mask.bool()
+        sorting = self.groups > 1 and self.trims and inputs.device.type == "cpu" and inputs.shape[0] > 1
+        if sorting and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+            return encode_grouped(self._encode, inputs, mask, self.groups, self.round_to)
+        return self._encode(inputs, mask)
+
+    def _encode(self, inputs: Tensor, mask: Tensor) -> TokenSequence:
+        out = self.model(input_ids=inputs, attention_mask=self._attention_mask(mask))
+        states: Tensor = out.last_hidden_state
+        if self.pool == "tower":
+            pooled: Tensor = out.pooler_output
+        elif self.pool == "cls":
+            pooled = states[:, 0]
+        else:
+            pooled = (masked_mean if self.pool == "avg" else last_valid)(states, mask)
+        return TokenSequence(states, mask, None, pooled)
+
+    def _attention_mask(self, mask: Tensor) -> Tensor | None:
+        """None where the model needs none: SigLIP was trained without, and a causal one never sees padding on the right.
+        Without a mask attention takes its fastest path."""
+        if self.causal or (self.pool == "tower" and hub.unmasked(self.model)):
+            return None
+        return mask.long()
+
+    def layer_ids(self) -> dict[str, int]:
+        """Embeddings 0, blocks 1..L, what the model registers after its blocks L + 1."""
+        ids, behind, start = {}, False, f"model.{self._blocks}."
+        for name, _ in self.named_parameters():
+            if name.startswith(start):
+                behind = True
+                ids[name] = 1 + int(name[len(start) :].split(".")[0])
+            else:
+                shared = "embed" in name or "relative" in name  # positions that all blocks share
+                ids[name] = self.depth + 1 if behind and not shared else 0
+        return ids
+
+    def settings(self) -> dict[str, Any]:
+        """The whole architecture inline, where it came from a name."""
+        return {"name": None, "pretrained": False, "args": hub.inline(self.model)}
+
+    def set_checkpointing(self, on: bool) -> None:
+        """Raises ConfigError where transformers has none for this model."""
+        model: Any = self.model
+        if not on:
+            model.gradient_checkpointing_disable()
+        elif not getattr(model, "supports_gradient_checkpointing", False):
+            raise ConfigError(f"text.checkpointing: {type(model).__name__} cannot recompute activations")
+        else:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Found out when built
+
+    def measure(self, vocabulary: int, pad: int) -> None:
+        """Runs two short texts, full length and trimmed: sets width, pooled_width, causal, trims, asleep.
+
+        Uses no random numbers. Raises ConfigError where the model cannot encode `length` tokens.
+        """
+        training, short = self.training, max(1, min(8, self.length // 2))
+        self.eval()
+        ids = torch.arange(2 * self.length).reshape(2, -1) * 7 % max(1, vocabulary - 3) + 3
+        ids[ids == pad] = (pad + 1) % vocabulary
+        end = getattr(self.model.config, "eos_token_id", None)
+        if isinstance(end, int) and end < vocabulary:
+            ids[:, short - 1] = end  # every text has one, and CLIP's own pooling looks for it
+        padded, changed = ids.clone(), ids.clone()
+        padded[:, short:] = pad
+        changed[:, short:] = ids[:, :1]
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        mask[:, short:] = False
+        with torch.no_grad():
+            self.causal = True  # so that _encode gives no mask
+            plain, other = self._encode(ids, mask | True).states, self._encode(changed, mask | True).states
+            self.causal = _same(plain[:, :short], other[:, :short])
+            full = self._encode(padded, mask)
+        trimmed = self._encode(ids[:, :short], mask[:, :short])
+        self.trims = _same(full.pooled, trimmed.pooled) and _same(full.states[:, :short], trimmed.states)
+        self.width, self.pooled_width = full.states.shape[-1], full.pooled.shape[-1]
+        self.sleep(reached(trimmed.pooled, dict(self.named_parameters())))
+        self.train(training)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Equal but for float32 rounding: a fresh and tiny model that looks at its padding already differs by 1e-3."""
+    return bool((a - b).abs().max() <= 3e-5 * b.abs().max())
+
+
+def build(config: Config, tokenizer: Any = None) -> TextTower:
+    """A TextTower. With a tokenizer, a new model takes its vocabulary and special tokens from it.
+
+    Raises ConfigError: an unknown model or argument, a vocabulary smaller than the tokenizer's, too few positions.
+    """
+    model = hub.load(config, tokenizer)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if isinstance(tokenizer, Sized) and len(tokenizer) > rows:
+        raise ConfigError(
+            f"text.tokenizer {config.tokenizer or config.name!r} has {len(tokenizer)} tokens, "
+            f"the model only {rows} embeddings; leave out text.args.vocab_size, or take the model's own tokenizer"
+        )
+    if config.pool != "tower":
+        hub.drop_pooler(model)
+    tower = TextTower(model, config)
+    pad = getattr(tokenizer, "pad_token_id", None)
+    pad = getattr(model.config, "pad_token_id", None) if pad is None else pad
+    try:
+        tower.measure(rows, min(pad or 0, rows - 1))
+    except (IndexError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        positions = getattr(model.config, "max_position_embeddings", None)
+        reason = f"it has {positions} positions" if positions and positions < config.length + 4 else hub.line(error)
+        raise ConfigError(
+            f"text: {type(model).__name__} cannot encode {config.length} tokens with pool={config.pool}: {reason}"
+        ) from error
+    tower.freeze(config.trainable_blocks)
+    tower.set_checkpointing(config.checkpointing)
+    return tower
