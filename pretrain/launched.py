@@ -12,7 +12,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,10 @@ TASKS = {
 }
 """Variables in which task starters say how many tasks they started, and who they are. (SLURM_NTASKS is set in a batch
 script as well, where there is one process only.)"""
+
+
+PROBES = 64
+"""Shards looked into to tell data apart."""
 
 
 def check_launcher(env: Mapping[str, str] = os.environ, gpus: int | None = None) -> None:
@@ -84,11 +89,19 @@ def _check_gpus(env: Mapping[str, str], gpus: int) -> None:
 def agree(name: str, value: Any) -> None:
     """Refuses a value that differs between processes. Collective. Raises UserError with the same line everywhere.
 
-    value: plain values (str, numbers, dict, list); of a dict the error names the first key that differs.
+    value: plain values (str, numbers, dict, list), or a function that makes them and may raise UserError: raised as it is
+    where it meets all processes. Of a dict the error names the first key that differs.
     """
+    failed: UserError | None = None
+    try:
+        value = value() if callable(value) else value
+    except UserError as error:
+        failed, value = error, str(error)
     everyone = dist.gather_objects((os.uname().nodename, value))
     differing = [rank for rank, (_, other) in enumerate(everyone) if other != everyone[0][1]]
     if not differing:
+        if failed is not None:
+            raise failed
         return
     rank = differing[0]
     key, mine, theirs = _difference(everyone[0][1], everyone[rank][1])
@@ -102,7 +115,7 @@ def agree(name: str, value: Any) -> None:
 def _difference(left: Any, right: Any, prefix: str = "") -> tuple[str, str, str]:
     """Where two plain values part: dotted key, and both sides."""
     if isinstance(left, dict) and isinstance(right, dict):
-        for key in sorted({*left, *right}, key=str):
+        for key in {**left, **right}:
             if left.get(key) != right.get(key):
                 return _difference(left.get(key), right.get(key), f"{prefix}.{key}" if prefix else str(key))
     return prefix, _short(left), _short(right)
@@ -125,6 +138,20 @@ def code_fingerprint(*packages: str) -> dict[str, str]:
             name = f"{package}/{path.relative_to(folder).as_posix()}"
             prints[name] = hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
     return prints
+
+
+def data_fingerprint(paths: Sequence[str]) -> dict[str, Any]:
+    """What tells two machines' shards apart without reading them: their names, and size and beginning of a few.
+
+    paths: shards, local ones or urls.
+    """
+    names = [path.rsplit("/", 1)[-1] for path in paths]
+    prints: dict[str, Any] = {"number of shards": len(paths)}
+    for path, name in list(zip(paths, names, strict=True))[:: max(1, len(paths) // PROBES)]:
+        with suppress(OSError), open(path, "rb") as file:  # urls and unreadable files are met when they are read
+            beginning = hashlib.blake2b(file.read(4096), digest_size=8).hexdigest()
+            prints[name] = f"{os.fstat(file.fileno()).st_size:,} bytes, beginning {beginning}"
+    return {**prints, "names of shards": hashlib.blake2b("\n".join(names).encode(), digest_size=8).hexdigest()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
