@@ -16,24 +16,22 @@ import logging
 import resource
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
 import numpy as np
 import torch
 
-from pretrain.config import ConfigError, UserError
+from pretrain.config import UserError
 from pretrain.data import synthetic
 from pretrain.data.batch import Batch, Decoder, merge
-from pretrain.data.cache import Cache
-from pretrain.data.images import AugmentConfig
 from pretrain.data.order import Order, Source
 from pretrain.data.pool import running
 from pretrain.data.reader import Reader
+from pretrain.data.scout import needed, scouting
 from pretrain.data.sequence import Ints
 from pretrain.data.sequential import Sequential, sequential
-from pretrain.data.sources import counted, entries, sources_of
+from pretrain.data.sources import DataConfig, counted, sources_of
 from pretrain.data.worker import Bad, Piece, Store, Training
 
 __all__ = ["Batch", "DataConfig", "Decoder", "Loader", "Sequential", "build_loader", "sequential"]
@@ -46,68 +44,6 @@ ENOUGH = 1000
 """Samples from which on the rate of bad ones is judged; before, as if there had been so many."""
 NAMED = 20
 """Bad samples that are named in the log; all are counted."""
-
-
-# ---- configuration ---------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class DataConfig:
-    """What is read, in which order, by how many."""
-
-    train: Any = "synthetic"
-    """Training shards: a glob, brace pattern, folder or url; a list of them; a list of {shards, weight} where several
-    sources are mixed (weight: share of the positions; none = in proportion to their samples); or `synthetic`."""
-    val: Any = None
-    """Shards to evaluate on, in the same words; none = no evaluation."""
-    batch_size: int = 128
-    """Samples that share negatives, over all processes; train.chunks divides each process's share for memory only."""
-    workers: int = 1
-    """Processes that read and decode, per training process; 0 does it in the training process."""
-    window: int = 16
-    """Shards whose samples are shuffled together; with shards of 1,000 to 10,000 samples 16 mixes well."""
-    streams: int = 1
-    """Parts of the sequence that nodes read on their own, a multiple of the number of nodes; 1 unless many nodes share
-    slow storage. Changing it changes the order."""
-    block: int = 0
-    """Consecutive samples of a stream; 0 = as many as a window holds. Of no effect with one stream."""
-    replacement: bool = False
-    """Draw samples independently of what was drawn before, instead of each once an epoch."""
-    caption: str = "txt"
-    """Where captions are: txt, or the name of a json field (a string, or a list of which one is drawn)."""
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-    """Random changes to training pictures."""
-    max_bad_rate: float = 0.01
-    """Share of samples with unusable content above which the run stops; below, they are replaced and counted."""
-    max_bad_run: int = 100
-    """Samples with unusable content in a row above which the run stops."""
-    cache: str | None = None
-    """Folder of this machine for fetched shards and for indices that cannot lie beside their shard; none = clipfuse's
-    folder in the user's cache."""
-    cache_gib: float = 0.0
-    """GiB that fetched shards may take, then those used longest ago are removed; 0 = no limit."""
-    commands: bool = False
-    """Allow `pipe:` urls, which run shell commands, and GOPEN_REWRITE, which rewrites urls."""
-
-    def check(self) -> None:
-        """Refuses numbers out of range and shards given in words that mean nothing."""
-        for name, least in (("batch_size", 1), ("workers", 0), ("window", 1), ("streams", 1), ("block", 0), ("max_bad_run", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"data.{name}={getattr(self, name)} must be at least {least}")
-        if not 0 <= self.max_bad_rate <= 1:
-            raise ConfigError(f"data.max_bad_rate={self.max_bad_rate} must be a share, 0 to 1")
-        if self.cache_gib < 0:
-            raise ConfigError(f"data.cache_gib={self.cache_gib} must be 0 (no limit) or more")
-        entries(self.train, "data.train")
-        if self.val is not None:
-            entries(self.val, "data.val")
-
-    def store(self) -> Cache:
-        """Where this machine keeps what it fetched."""
-        return Cache(self.cache, self.commands, self.cache_gib)
-
-
-# ---- training --------------------------------------------------------------------------------------------------------
 
 
 class Loader:
@@ -125,6 +61,7 @@ class Loader:
         pin: batches in page-locked memory.
         piece: samples a worker decodes at a time.
         names: of all shards, for `digest`.
+        scouted: a Reader whose shards are fetched and indexed ahead; None where they are at hand.
 
     Raises:
         ConfigError: a batch size that cannot be divided so.
@@ -145,13 +82,14 @@ class Loader:
         pin: bool = False,
         piece: int = PIECE,
         names: Sequence[str] = (),
+        scouted: Reader | None = None,
     ) -> None:
         order.check(batch_size, world, nodes)
         self.order, self.decoders, self.batch_size = order, decoders, batch_size
         self.rank, self.world, self.nodes, self.workers, self.pin = rank, world, nodes, workers, pin
         self.max_bad_rate, self.max_bad_run = max_bad_rate, max_bad_run
         self.pieces = -(-batch_size // world // piece)
-        self.names = names
+        self.names, self.scouted = names, scouted
         self.bad: Counter[str] = Counter()
         """Unusable samples met so far by this process, by reason."""
         self._training = Training(order, store, decoders, max_attempts=max_bad_run)
@@ -197,13 +135,30 @@ class Loader:
         self.bad = Counter(state["bad"])
 
     def __iter__(self) -> Iterator[Batch]:
-        with running(self._training, self._positions(self._batch), self.workers) as pieces:
+        with (
+            running(self._training, self._positions(self._batch), self.workers) as pieces,
+            scouting(self.scouted, self._ahead, self._batch, self._reach()) as tell,
+        ):
             while True:
                 parts = [self._checked(next(pieces)) for _ in range(self.pieces)]
                 self._judge()
                 batch = merge(parts, self.decoders, self.pin)
                 self._batch += 1
+                tell(self._batch)
                 yield batch
+
+    def _ahead(self, batch: int) -> list[int]:
+        """The shards of a batch that this node serves."""
+        node = self.rank * self.nodes // self.world
+        positions = self.order.positions(batch, self.batch_size, node, self.nodes, self.nodes)
+        source, shard, _ = self.order.locate(positions)
+        shards: list[int] = np.unique(self._training.first[source] + shard).tolist()
+        return shards
+
+    def _reach(self) -> int:
+        """Batches until every window in use is over."""
+        streams = max(1, self.order.streams // self.nodes)
+        return 1 + self.order.window_samples * streams * self.nodes // self.batch_size
 
     def _positions(self, start: int) -> Iterator[Ints]:
         """What each piece holds, batch after batch."""
@@ -264,6 +219,7 @@ def build_loader(
         UserError: shards that are damaged or cannot be read.
     """
     store: Store
+    scouted: Reader | None = None
     if data.train == "synthetic":
         sources = [Source([synthetic.SAMPLES] * synthetic.SHARDS)]
         store, names = synthetic.Synthetic(data.caption), ["synthetic"]
@@ -279,6 +235,7 @@ def build_loader(
             at += len(own)
         held = 2 * data.window * len(sources) * max(1, data.streams // nodes)  # windows in use, and the next ones
         store = Reader(paths, data.store(), numbers, keep=min(held, _descriptors()))
+        scouted = store if rank % (world // nodes) == 0 and needed(paths, store.cache) else None
         names = [path.rsplit("/", 1)[-1] for path in paths]
     order = Order(sources, seed, data.window, data.streams, data.block, data.replacement)
     return Loader(
@@ -294,6 +251,7 @@ def build_loader(
         data.max_bad_run,
         pin=torch.cuda.is_available(),
         names=names,
+        scouted=scouted,
     )
 
 

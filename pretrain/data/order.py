@@ -17,6 +17,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from math import ceil
 from typing import Any, NamedTuple
 
@@ -116,6 +117,11 @@ class Order:
         """Samples in all sources together (N)."""
         return sum(each.size for each in self._sequences)
 
+    @property
+    def window_samples(self) -> int:
+        """Samples in one window of each source."""
+        return sum(each.mean_window for each in self._sequences)
+
     def steps(self, epochs: float, batch_size: int) -> int:
         """Steps that `epochs` epochs take: ceil(epochs x N / B), exact for decimals such as 0.1."""
         return ceil(Fraction(str(epochs)) * self.epoch_size / batch_size)
@@ -196,6 +202,7 @@ def _require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+@cache
 def _reversed_bits() -> Ints:
     """The bits of 0 .. PERIOD - 1 in reverse: the first PERIOD points of the van der Corput sequence, times PERIOD."""
     t, out = np.arange(PERIOD), np.zeros(PERIOD, dtype=np.int64)

@@ -1,18 +1,76 @@
-"""What data.train and data.val may say: which shards, in which shares; and how many samples they hold."""
+"""The `data` section of the configuration; which shards it means, in which shares, and how many samples they hold."""
 
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from pretrain import dist
 from pretrain.config import ConfigError, UserError, closest
 from pretrain.data.cache import Cache
+from pretrain.data.images import AugmentConfig
 from pretrain.data.shards import counts, expand
 
 log = logging.getLogger(__name__)
 
 _NAMED = 20  # shards without samples that are named in the log
+
+
+@dataclass
+class DataConfig:
+    """What is read, in which order, by how many."""
+
+    train: Any = "synthetic"
+    """Training shards: a glob, brace pattern, folder or url; a list of them; a list of {shards, weight} where several
+    sources are mixed (weight: share of the positions; none = in proportion to their samples); or `synthetic`."""
+    val: Any = None
+    """Shards to evaluate on, in the same words; none = no evaluation."""
+    batch_size: int = 128
+    """Samples that share negatives, over all processes; train.chunks divides each process's share for memory only."""
+    workers: int = 1
+    """Processes that read and decode, per training process; 0 does it in the training process."""
+    window: int = 16
+    """Shards whose samples are shuffled together; with shards of 1,000 to 10,000 samples 16 mixes well."""
+    streams: int = 1
+    """Parts of the sequence that nodes read on their own, a multiple of the number of nodes; 1 unless many nodes share
+    slow storage. Changing it changes the order."""
+    block: int = 0
+    """Consecutive samples of a stream; 0 = as many as a window holds. Of no effect with one stream."""
+    replacement: bool = False
+    """Draw samples independently of what was drawn before, instead of each once an epoch."""
+    caption: str = "txt"
+    """Where captions are: txt, or the name of a json field (a string, or a list of which one is drawn)."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """Random changes to training pictures."""
+    max_bad_rate: float = 0.01
+    """Share of samples with unusable content above which the run stops; below, they are replaced and counted."""
+    max_bad_run: int = 100
+    """Samples with unusable content in a row above which the run stops."""
+    cache: str | None = None
+    """Folder of this machine for fetched shards and for indices that cannot lie beside their shard; none = clipfuse's
+    folder in the user's cache."""
+    cache_gib: float = 0.0
+    """GiB that fetched shards may take, then those used longest ago are removed; 0 = no limit."""
+    commands: bool = False
+    """Allow `pipe:` urls, which run shell commands, and GOPEN_REWRITE, which rewrites urls."""
+
+    def check(self) -> None:
+        """Refuses numbers out of range and shards given in words that mean nothing."""
+        for name, least in (("batch_size", 1), ("workers", 0), ("window", 1), ("streams", 1), ("block", 0), ("max_bad_run", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"data.{name}={getattr(self, name)} must be at least {least}")
+        if not 0 <= self.max_bad_rate <= 1:
+            raise ConfigError(f"data.max_bad_rate={self.max_bad_rate} must be a share, 0 to 1")
+        if self.cache_gib < 0:
+            raise ConfigError(f"data.cache_gib={self.cache_gib} must be 0 (no limit) or more")
+        entries(self.train, "data.train")
+        if self.val is not None:
+            entries(self.val, "data.val")
+
+    def store(self) -> Cache:
+        """Where this machine keeps what it fetched."""
+        return Cache(self.cache, self.commands, self.cache_gib)
 
 
 class Given(NamedTuple):

@@ -442,6 +442,34 @@ def test_workers_leave_signals_to_the_trainer(data, decoders):
     assert set(children()) <= before
 
 
+def test_a_scout_goes_ahead(data, decoders, tmp_path):
+    for s in range(9):
+        write_shard(tmp_path / f"s-{s}.tar", {f"{i}": good(i) for i in range(30)})
+        (tmp_path / f"s-{s}_stats.json").write_text(json.dumps({"successes": 30}))
+    before = set(children())
+    iterator = iter(loader(data, decoders, train=str(tmp_path), window=3, batch_size=10))
+    next(iterator)
+    indexed = 0
+    for _ in range(300):
+        indexed = len(list(tmp_path.glob("*.idx")))
+        if indexed == 6:
+            break
+        time.sleep(0.1)
+    assert indexed == 6  # this window's and the next one's
+    for _ in range(9):
+        next(iterator)
+    for _ in range(300):
+        if len(list(tmp_path.glob("*.idx"))) == 9:
+            break
+        time.sleep(0.1)
+    else:
+        raise AssertionError("the scout did not follow")
+    iterator.close()
+    assert set(children()) <= before
+    again = loader(data, decoders, train=str(tmp_path), window=3, batch_size=10)
+    assert again.scouted is None  # nothing left to do
+
+
 # ---- evaluation ------------------------------------------------------------------------------------------------------
 
 

@@ -86,7 +86,7 @@ def slow_order(sources, seed, window, streams, block, length, shares):
 
 
 @given(orders())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_agrees_with_the_design_written_out(arguments):
     order = Order(**arguments)
     length = 150
@@ -99,7 +99,7 @@ def test_agrees_with_the_design_written_out(arguments):
 
 
 @given(orders(max_sources=1), st.integers(1, 3))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_each_sample_once_per_epoch(arguments, epochs):
     arguments |= {"streams": 1}
     (source,), order = arguments["sources"], Order(**arguments)
@@ -127,7 +127,7 @@ def test_each_sample_once_per_epoch_of_its_source_with_streams_and_weights(argum
 
 
 @given(orders(replacement=st.booleans()), st.lists(st.integers(0, 10**12), min_size=1, max_size=30))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_any_position_can_be_looked_up_alone(arguments, positions):
     order, together = Order(**arguments), Order(**arguments)
     assert [triples(order.locate(p))[0] for p in positions] == triples(together.locate(positions))
@@ -150,7 +150,7 @@ def test_sequential_and_random_access_agree():
     share=st.integers(1, 3),
     batch=st.integers(0, 10**6),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_a_batch_is_the_same_for_any_world(nodes, per_node, streams, share, batch):
     world, c = nodes * per_node, nodes * streams
     size = world * c * share
@@ -164,7 +164,7 @@ def test_a_batch_is_the_same_for_any_world(nodes, per_node, streams, share, batc
 
 
 @given(st.lists(weights, min_size=1, max_size=5), st.integers(1, 300_000))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_every_stretch_has_its_share_of_each_source(w, length):
     """Béjian and Faure (1977): n points of van der Corput miss an interval's share by log2(n) / 3 + 1 at most."""
     order = Order([Source([5] * 3, x) for x in w], seed=0)
@@ -225,7 +225,7 @@ def test_with_replacement_every_sample_has_the_same_chance():
 
 
 @given(orders(replacement=st.booleans()), st.integers(0, 10**6), st.integers(0, 50))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_a_substitute_is_another_sample_of_the_window(arguments, position, attempt):
     order = Order(**arguments)
     original = triples(order.locate(position))[0]
