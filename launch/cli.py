@@ -6,6 +6,7 @@ Heavy libraries are imported by the functions, so that `clipfuse --help` answers
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -101,13 +102,16 @@ def _data(parser: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--caption-from", default="txt", choices=["txt", "path"], help="folders: NAME.txt beside NAME.jpg, or its path"
     )
-    p.add_argument("--size", type=int, metavar="PX", help="shrink pictures whose shorter side is longer than this")
+    p.add_argument("--size", type=int, metavar="PX", help="shrink larger pictures to this side")
+    p.add_argument("--side", default="shortest", choices=["shortest", "longest"], help="the side --size speaks of")
+    p.add_argument("--outside", action="store_true", help="tables: allow pictures outside the table's folder")
     p.add_argument("--shard-size", type=int, default=1000, metavar="N", help="samples a shard (default 1000)")
     p.add_argument("--prefix", default="shard", metavar="NAME", help="shards are NAME-0000.tar, ... (default shard)")
     p.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
 
     p = _command(commands, "check", _check, "index and verify shards: counts, bad samples by reason")
     p.add_argument("shards", metavar="SHARDS", nargs="+", help="globs, brace patterns, folders or urls")
+    p.add_argument("--caption", default="txt", metavar="FIELD", help="txt, or a field of the json (default txt)")
     p.add_argument("--no-decode", action="store_true", help="verify the archives only, not every picture and caption")
     p.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
     p.add_argument("--json", action="store_true", help="print one JSON object")
@@ -141,6 +145,8 @@ def _pack(args: argparse.Namespace) -> int:
             caption_column=args.caption_column,
             caption_from=args.caption_from,
             size=args.size,
+            side=args.side,
+            outside=args.outside,
             shard_size=args.shard_size,
             prefix=args.prefix,
             workers=args.workers,
@@ -153,11 +159,19 @@ def _pack(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> int:
     from launch.progress import counted
     from pretrain.data.check import check
+    from pretrain.data.shards import expand
 
     with counted("checking") as progress:
-        report = check(args.shards, decode=not args.no_decode, workers=args.workers, progress=progress)
-    print(json.dumps(report.to_dict()) if args.json else report)
-    return DONE if report.sound else FAILED
+        report = check(expand(args.shards, "SHARDS"), not args.no_decode, args.workers, progress, args.caption)
+    if args.json:
+        print(json.dumps(dataclasses.asdict(report)))
+        return DONE if report.ok else FAILED
+    print(f"{report.shards:,} shards, {report.samples:,} samples, {report.bad_samples:,} of them bad")
+    for reason, count in report.bad.most_common():
+        print(f"  {count:,} {reason}: {', '.join(report.names[reason][:3])}{', ...' if count > 3 else ''}")
+    for line in [*report.damaged, *(f"{path} holds no samples" for path in report.empty)]:
+        print(f"  {line}")
+    return DONE if report.ok else FAILED
 
 
 def _tokenizer(args: argparse.Namespace) -> int:

@@ -6,8 +6,8 @@ Everything that can be wrong with a configuration is found here, before anything
 nearest one that exists), a value of the wrong type, a component nobody wrote, a combination that a dataclass's
 `check()` refuses. Each is one ConfigError with one line.
 
-A schema field made by `section(room)` holds the Config of a component that the registry finds by name: `loss.name=clip`
-gives `loss` the fields of pretrain/losses/clip.py. This floor imports nothing of the project but the registry, late.
+A schema field made by `section` holds the Config of a component that the registry finds by name: `loss.name=clip` gives
+`loss` the fields of pretrain/losses/clip.py. This floor imports nothing of the project.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import typing
+from collections.abc import Callable
 from dataclasses import MISSING, Field, field, fields, is_dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 import yaml
@@ -40,14 +42,18 @@ def closest(name: str, choices: list[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def section(room: str, key: str, default: str) -> Any:
+Find = Callable[[str, str], ModuleType]
+"""(room, name) -> module: registry.part, which stands one floor higher."""
+
+
+def section(find: Find, room: str, key: str, default: str) -> Any:
     """A schema field that holds the Config of a component of `room`, chosen by the field's own `key`."""
-    return field(default=None, metadata={"room": room, "key": key, "default": default})
+    return field(default=None, metadata={"find": find, "room": room, "key": key, "default": default})
 
 
-def collected(room: str, key: str) -> Any:
+def collected(find: Find, room: str, key: str) -> Any:
     """A schema field that gathers every other section holding `key` (audio: {tower: ...}) as components of `room`."""
-    return field(default_factory=dict, metadata={"room": room, "key": key, "collects": True})
+    return field(default_factory=dict, metadata={"find": find, "room": room, "key": key, "collects": True})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -70,7 +76,7 @@ def build(schema: type[T], given: dict[str, Any], where: str, partial: bool = Fa
         given = {k: v for k, v in given.items() if k in known or (isinstance(v, dict) and any(key in v for key in keys))}
     made = _build(schema, given, "", where)
     _check(made)
-    return made
+    return typing.cast(T, made)
 
 
 def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -79,16 +85,14 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path in seen:
         raise ConfigError(f"{path}: `base` leads back to itself: {' -> '.join(p.name for p in (*seen, path))}")
     try:
-        values = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        read: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except (FileNotFoundError, IsADirectoryError):
         raise ConfigError(f"no configuration file {path}") from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
-    if values == [] or values is None:
-        values = {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold `key: value` pairs, not a {type(values).__name__}")
-    values = {str(key): value for key, value in values.items()}
+    if not isinstance(read, dict):
+        raise ConfigError(f"{path} must hold `key: value` pairs, not a {type(read).__name__}")
+    values = {str(key): value for key, value in read.items()}
     base = values.pop("base", None)
     if base is None:
         return values
@@ -164,8 +168,6 @@ def _collect(schema: type[Any], given: dict[str, Any], prefix: str, where: str) 
 
 
 def _component(spec: Field[Any], given: Any, prefix: str, where: str) -> Any:
-    from pretrain import registry
-
     room, key = spec.metadata["room"], spec.metadata["key"]
     if given is None:
         return None
@@ -174,7 +176,7 @@ def _component(spec: Field[Any], given: Any, prefix: str, where: str) -> Any:
     name = given.get(key, spec.metadata.get("default"))
     if not isinstance(name, str):
         raise ConfigError(f"{prefix}{key} in {where} must be a word, not {name!r}")
-    return _build(registry.part(room, name).Config, {key: name, **given}, prefix, where)
+    return _build(spec.metadata["find"](room, name).Config, {key: name, **given}, prefix, where)
 
 
 def _leaves(

@@ -68,7 +68,7 @@ def decoders(
         elif modality == "image":
             made[modality] = ImageDecoder(tower.size, augment, tower.resize, tower.interpolation)
         elif modality == "text":
-            made[modality] = TextDecoder(tokenizer, tower.length, caption, trim=model.towers[modality].trims)
+            made[modality] = TextDecoder(tokenizer, tower.length, caption, trim=model.tower(modality).trims)
         else:
             raise ConfigError(f"{modality}.tower={tower.tower}: {module.__name__} has no decoder(config, tokenizer)")
     return made

@@ -25,18 +25,22 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pretrain import checkpoint, dist
+from pretrain import checkpoint, dist, oom, strategies
 from pretrain.config import ConfigError, UserError
 from pretrain.data.loader import Loader
+from pretrain.heartbeat import Heartbeat
 from pretrain.objective import Objective
 from pretrain.optim import Average, OptimConfig, learning_rate
 from pretrain.runlog import Bar, RunFolder, RunLog, say
 from pretrain.step import train_step
-from pretrain.strategies import WORDS, Precision, Strategy
+from pretrain.strategies import Precision, Strategy
+from pretrain.strategies.batch_norm import refuse_chunks
 
 
 @dataclass
 class TrainConfig:
+    """How long a run is, how precise, how spread, how often it speaks."""
+
     steps: int = 0
     """Length of the run in optimizer steps. Exactly one of steps, samples, epochs is given."""
     samples: int = 0
@@ -46,7 +50,10 @@ class TrainConfig:
     precision: Precision = "fp32"
     """fp32, bf16 or fp16 matrix products; weights and moments stay float32."""
     strategy: str = "single"
-    """How the model is spread over processes."""
+    """How the model is spread over processes: single (one process), ddp (a copy on each), fsdp2 (weights, gradients and
+    moments cut into shares), zero1 (moments), zero2 (and gradients), zero3 (and weights) by DeepSpeed."""
+    offload: bool = False
+    """zero1 to zero3: keep moments (and under zero3 the weights) in CPU memory and step there; slower, for large models."""
     chunks: int = 1
     """Divides each process's share of the batch for memory only: same gradient, same steps (cached step)."""
     save_every: int = 1000
@@ -84,8 +91,7 @@ class TrainConfig:
         for name in ("keep", "eval_every", "threads"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"train.{name}={getattr(self, name)} must be at least 0")
-        if self.strategy not in WORDS:
-            raise ConfigError(f"train.strategy={self.strategy!r} is not a strategy; the choices are {', '.join(WORDS)}")
+        strategies.check(self.strategy, self.precision, self.compile, self.offload)
 
     def total_steps(self, batch_size: int, epoch_size: int) -> int:
         """Steps of the whole run; epoch_size in samples."""
@@ -138,20 +144,25 @@ def fit(
 ) -> Outcome:
     """Trains `model` from `resume_from` (or from where it is) to plan.total_steps. Collective; one run a folder."""
     run = _Run(plan, folder, strategy, model, objective, loader, evaluate)
-    step = run.restore(resume_from)
-    folder.status("running", "", step)
-    log = RunLog(folder, plan.resolved, plan.train.trackers, plan.train.audit, step)
-    bar = Bar(plan.total_steps, step)
-    try:
-        with _signals() as stop:
-            return run.go(step, log, bar, stop)
-    except BaseException as error:
-        why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        folder.status("failed", why, run.step)
-        raise
-    finally:
-        bar.close()
-        log.close()
+    with Heartbeat(plan.train.timeout, lambda why: folder.status("failed", why, run.step, anyone=True)) as pulse:
+        step = run.restore(resume_from)
+        folder.status("running", "", step)
+        log = RunLog(folder, plan.resolved, plan.train.trackers, plan.train.audit, step)
+        bar = Bar(plan.total_steps, step)
+        try:
+            with _signals() as stop:
+                return run.go(step, log, bar, stop, pulse)
+        except BaseException as error:
+            told = oom.explain(error, plan.resolved, run.step, dist.world_size(), strategy.device) or error
+            told = pulse.explain(told) or told
+            why = str(told) if isinstance(told, UserError) else f"{type(told).__name__}: {told}"
+            folder.status("failed", why, run.step)
+            if told is error:
+                raise
+            raise told from error
+        finally:
+            bar.close()
+            log.close()
 
 
 class _Run:
@@ -190,20 +201,21 @@ class _Run:
                         f"cannot resume {source}: {name} is {value!r} now and was {trainer['identity'].get(name)!r}; "
                         "a run goes on with the same data, seed, batch size and model (resume=never run=NEW starts another)"
                     )
-            raw = source / "state" / "weights"
-            checkpoint.load_weights(self.bare, checkpoint.read_weights(raw if raw.exists() else source), source)
+            checkpoint.load_weights(self.bare, checkpoint.read_weights(_raw(source)), source)
+        refuse_chunks(self.bare, self.plan.train.chunks)
         self.strategy.setup(self.bare)
         if self.plan.train.compile:
-            self.strategy.module.compile()
-        if self.plan.optim.average:
-            self.average = Average(self.strategy.module.named_parameters(), self.plan.optim.average)
+            self.strategy.compile()
         if source is None or trainer is None:
+            if self.plan.optim.average:
+                self.average = Average(self.strategy.pieces().items(), self.plan.optim.average)
             return 0
         self.strategy.load(source / "state")
-        if self.average is not None:
-            averaged = checkpoint.read_weights(source)
-            for name, value in self.average.weights.items():
-                value.copy_(averaged[name])
+        if self.plan.optim.average:
+            raw = checkpoint.read_weights(_raw(source))
+            self.strategy.put(checkpoint.read_weights(source))  # cuts the average the way the strategy cuts weights
+            self.average = Average(self.strategy.pieces().items(), self.plan.optim.average)
+            self.strategy.put(raw)
         self.loader.load(trainer["loader"])
         self.skipped, self.best, self.step = trainer["skipped"], trainer["best"], trainer["step"]
         self.results, self.saved = trainer["results"], trainer["step"]
@@ -212,10 +224,10 @@ class _Run:
 
     def save(self, best: bool = False) -> None:
         """A checkpoint of the step reached."""
-        raw = self.strategy.weights()
-        weights = dict(raw)
+        raw = weights = self.strategy.weights()
         if self.average is not None:
-            weights.update({name: value.cpu() for name, value in self.average.weights.items()})
+            with self.averaged():
+                weights = self.strategy.weights()
 
         def state(folder: Path) -> None:
             self.strategy.save(folder)
@@ -231,9 +243,7 @@ class _Run:
                 checkpoint.save_tensors(folder / "trainer.pt", trainer)
                 if self.average is not None:
                     (folder / "weights").mkdir()
-                    save_file(
-                        {name: value.contiguous() for name, value in raw.items()}, folder / "weights/model.safetensors"
-                    )
+                    save_file({name: value.contiguous() for name, value in raw.items()}, folder / "weights/model.safetensors")
 
         keep = self.plan.train.keep
         checkpoint.save(self.folder.checkpoints, self.step, weights, self.plan.files, state, keep=keep, best=best)
@@ -245,23 +255,22 @@ class _Run:
         if self.average is None:
             yield
             return
-        kept = {}
-        parameters = dict(self.strategy.module.named_parameters())
+        pieces = self.strategy.pieces()
+        kept = {name: piece.clone() for name, piece in pieces.items()}
         with torch.no_grad():
-            for name, value in self.average.weights.items():
-                kept[name] = parameters[name].detach().clone()
-                parameters[name].copy_(value)
+            torch._foreach_copy_(list(pieces.values()), list(self.average.weights.values()))
+        self.strategy.refresh()
         try:
             yield
         finally:
             with torch.no_grad():
-                for name, value in kept.items():
-                    parameters[name].copy_(value)
+                torch._foreach_copy_(list(pieces.values()), list(kept.values()))
+            self.strategy.refresh()
 
     # -----------------------------------------------------------------------------------------------------------------
     # Forward
 
-    def go(self, begin: int, log: RunLog, bar: Bar, stop: _Stop) -> Outcome:
+    def go(self, begin: int, log: RunLog, bar: Bar, stop: _Stop, pulse: Heartbeat) -> Outcome:
         plan, train = self.plan, self.plan.train
         batches = iter(self.loader)
         meter = _Meter(plan, self.strategy.device, begin)
@@ -272,15 +281,17 @@ class _Run:
         for step in range(begin, plan.total_steps):
             # -- one batch, one optimizer step
             waited = time.perf_counter()
+            pulse.at(step, "waiting for data")
             batch = next(batches)
             meter.wait += time.perf_counter() - waited
+            pulse.at(step, "computing")
             lr = learning_rate(step, plan.total_steps, plan.optim)
             out = train_step(self.strategy, self.objective, batch, train.chunks, lr, (plan.seed, step, dist.rank()))
             self.step = step + 1
             skipped += out["skipped"]
             in_a_row = (in_a_row + 1) * out["skipped"]
             if self.average is not None:
-                self.average.update(self.strategy.module.named_parameters(), step, 1 - out["skipped"])
+                self.average.update(self.strategy.pieces().items(), step, 1 - out["skipped"])
             log.audit(self.step, batch.keys)
             bar.step(self.step)
 
@@ -298,10 +309,12 @@ class _Run:
             # -- evaluation, checkpoint, stop
             best = False
             if self.evaluate is not None and (last or (train.eval_every and self.step % train.eval_every == 0)):
+                pulse.at(step, "evaluating")
                 with meter.paused():
-                    best = self._evaluate(log)
+                    best = self._evaluate_or_save(log)
             stopping = stop.agreed()
             if last or stopping or best or self.step % train.save_every == 0:
+                pulse.at(step, "saving")
                 with meter.paused():
                     self.skipped += int(skipped)
                     skipped.zero_()
@@ -315,11 +328,19 @@ class _Run:
         self.folder.status("done", "", self.step)
         return Outcome("done", "", self.step, self.results)
 
+    def _evaluate_or_save(self, log: RunLog) -> bool:
+        """An evaluation that fails (its shards are gone, say) costs no training."""
+        try:
+            return self._evaluate(log)
+        except UserError:
+            self.save()
+            raise
+
     def _evaluate(self, log: RunLog) -> bool:
         """Runs the evaluation; whether it is the best so far."""
         assert self.evaluate is not None
-        with self.averaged():
-            self.results = self.evaluate(self.strategy.model)
+        with self.averaged(), self.strategy.whole() as model:
+            self.results = self.evaluate(model)
         self.strategy.model.train()
         seen = self.step * self.plan.batch_size
         named = {f"val/{name}": value for name, value in self.results.items()}
@@ -338,6 +359,12 @@ class _Run:
             )
 
 
+def _raw(source: Path) -> Path:
+    """The folder of a checkpoint's weights as training left them: apart where model.safetensors holds their average."""
+    apart = source / "state" / "weights"
+    return apart if apart.exists() else source
+
+
 class _Meter:
     """Speed between two log steps; evaluation and saving do not count."""
 
@@ -354,9 +381,7 @@ class _Meter:
         yield
         self._paused += time.perf_counter() - begin
 
-    def line(
-        self, step: int, lr: float, out: dict[str, Tensor], skipped: int, bad: dict[str, int]
-    ) -> dict[str, Any]:
+    def line(self, step: int, lr: float, out: dict[str, Tensor], skipped: int, bad: dict[str, int]) -> dict[str, Any]:
         """A line of metrics.jsonl. Fetching `out` waits for the device."""
         numbers = {name: float(dist.mean(value.float())) for name, value in out.items() if name != "skipped"}
         now = time.perf_counter()
@@ -443,4 +468,3 @@ def pin_threads(wanted: int) -> int:
     threads = wanted or max(1, len(os.sched_getaffinity(0)) // dist.local_world_size())
     torch.set_num_threads(threads)
     return threads
-

@@ -48,11 +48,11 @@ class ModelConfig:
 class ModelSchema:
     """The part of a run's configuration that says what the model is: all that loading a checkpoint reads."""
 
-    image: Any = section("towers", "tower", "timm")
+    image: Any = section(registry.part, "towers", "tower", "timm")
     """What encodes pictures."""
-    text: Any = section("towers", "tower", "transformers")
+    text: Any = section(registry.part, "towers", "tower", "transformers")
     """What encodes texts."""
-    others: dict[str, Any] = collected("towers", "tower")
+    others: dict[str, Any] = collected(registry.part, "towers", "tower")
     """Towers of further modalities, by name: any other section with a `tower` (audio: {tower: my.module})."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """What joins them."""

@@ -19,6 +19,8 @@ from pretrain.config import ConfigError
 
 @dataclass
 class OptimConfig:
+    """How weights move."""
+
     lr: float = 5e-4
     """Peak learning rate (CLIP's for a batch of 32k is 5e-4)."""
     lr_scale: dict[str, float] = field(default_factory=dict)
@@ -133,7 +135,7 @@ def adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Adam
 
 
 class Average:
-    """Exponential moving average of the trainable weights, kept in float32 beside them.
+    """Exponential moving average of the trainable weights, kept in float32 beside them: of each process's own pieces.
 
     The decay is warmed up as min(decay, (1 + n) / (10 + n)) so that the first thousand steps do not average in the
     random start (as in TensorFlow's ExponentialMovingAverage). A skipped step (weight 0) leaves it unchanged.
@@ -141,15 +143,15 @@ class Average:
 
     def __init__(self, parameters: Iterable[tuple[str, Tensor]], decay: float) -> None:
         self.decay = decay
-        self.weights = {name: p.detach().float().clone() for name, p in parameters if p.requires_grad}
+        self.weights = {name: p.detach().float().clone() for name, p in parameters}
 
     @torch.no_grad()
     def update(self, parameters: Iterable[tuple[str, Tensor]], step: int, applied: Tensor | float = 1.0) -> None:
         """Moves towards the weights after step `step` (from 0); applied is 0 where the step was skipped."""
         pull = (1 - min(self.decay, (1 + step) / (10 + step))) * applied
-        pairs = [(self.weights[name], p.detach()) for name, p in parameters if name in self.weights]
+        pairs = [(self.weights[name], p.detach()) for name, p in parameters]
         if not isinstance(pull, Tensor):
             torch._foreach_lerp_([mine for mine, _ in pairs], [p.float() for _, p in pairs], pull)
             return
         for mine, p in pairs:
-            mine.lerp_(p.float(), pull)
+            mine.lerp_(p.float(), pull.to(mine.device))  # offloaded pieces are not where the loss is

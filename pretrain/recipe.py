@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from pretrain import checkpoint, dist, inference, registry, strategies
+from pretrain import checkpoint, dist, inference, launched, registry, strategies
 from pretrain import config as configuration
 from pretrain import model as models
 from pretrain.config import ConfigError, UserError, section
 from pretrain.data import loader as loading
 from pretrain.data.loader import DataConfig, Loader
+from pretrain.data.sources import sources_of
 from pretrain.data.text import load_tokenizer
 from pretrain.evaluate import EvalConfig, evaluate
 from pretrain.loop import Outcome, Plan, TrainConfig, fit, pin_threads
@@ -27,6 +27,8 @@ from pretrain.runlog import RunFolder, say
 
 @dataclass
 class PretrainConfig(ModelSchema):
+    """A pretraining run: everything a YAML file or a key=value may say."""
+
     run: str = "pretrain"
     """Name of the run: its folder is runs/NAME; with a slash it is the folder itself."""
     seed: int = 0
@@ -37,7 +39,7 @@ class PretrainConfig(ModelSchema):
     """A run or checkpoint whose weights the towers and projections start from."""
     data: DataConfig = field(default_factory=DataConfig)
     """What is read, and how."""
-    loss: Any = section("losses", "name", "clip")
+    loss: Any = section(registry.part, "losses", "name", "clip")
     """What is minimised."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """How weights move."""
@@ -75,6 +77,8 @@ def assemble(config: PretrainConfig) -> Parts:
         config.model.logit_scale = loss.LOGIT_SCALE
     if config.model.logit_bias is None:
         config.model.logit_bias = loss.LOGIT_BIAS
+    if config.data.val is not None:
+        sources_of(config.data.val, "data.val")  # now, not after the first thousand steps
     tokenizer = load_tokenizer(config.text.tokenizer or config.text.name) if config.text is not None else None
     torch.manual_seed(config.seed)
     model = models.build(inference.towers(config), config.model, tokenizer)
@@ -92,6 +96,7 @@ def assemble(config: PretrainConfig) -> Parts:
 
 def train(config: PretrainConfig) -> Outcome:
     """One process of a run, from configuration to outcome."""
+    _agree(config)
     threads = pin_threads(config.train.threads)
     device = dist.device()
     folder = RunFolder(config.run)
@@ -126,6 +131,18 @@ def train(config: PretrainConfig) -> Outcome:
         folder.close()
 
 
+def _agree(config: PretrainConfig) -> None:
+    """Every process has the same configuration, code and data. Raises UserError."""
+    if dist.world_size() > 1:
+        launched.agree("the configuration", configuration.to_dict(config))
+        launched.agree("the code", launched.code_fingerprint())
+        if config.data.train != "synthetic":
+            given = config.data.train
+            launched.agree(
+                "data.train", lambda: launched.data_fingerprint([p for s in sources_of(given, "data.train") for p in s.shards])
+            )
+
+
 def _files(folder: Path, config: ModelSchema, tokenizer: Any) -> None:
     """What belongs beside the weights of a checkpoint."""
     configuration.save(config, folder / "config.yaml")
@@ -133,9 +150,7 @@ def _files(folder: Path, config: ModelSchema, tokenizer: Any) -> None:
         tokenizer.save_pretrained(folder / inference.TOKENIZER)
 
 
-def _evaluation(
-    config: PretrainConfig, parts: Parts, device: torch.device
-) -> Callable[[nn.Module], dict[str, float]] | None:
+def _evaluation(config: PretrainConfig, parts: Parts, device: torch.device) -> Callable[[Any], dict[str, float]] | None:
     if not config.data.val:
         return None
     return lambda model: evaluate(model, parts.decoders, config.data.val, config.eval, device, config.train.precision)
@@ -182,7 +197,9 @@ def describe(config: PretrainConfig) -> None:
     if not dist.is_main():
         return
     print(configuration.to_yaml(config))
-    for name, (count, trainable) in parts.model.parameter_counts().items():
-        print(f"{name:12} {count:>14,} parameters, {trainable:,} trainable")
+    for name, sizes in parts.model.parameter_counts().items():
+        print(f"{name:12} {sizes['total']:>14,} parameters, {sizes['trainable']:,} trainable")
     print(f"{'data':12} {parts.loader.shard_count:>14,} shards, {epoch:,} samples an epoch")
-    print(f"{'run':12} {total:>14,} steps of {config.data.batch_size:,} samples, {total * config.data.batch_size / epoch:.2f} epochs")
+    print(
+        f"{'run':12} {total:>14,} steps of {config.data.batch_size:,} samples, {total * config.data.batch_size / epoch:.2f} epochs"
+    )

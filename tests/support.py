@@ -47,6 +47,7 @@ class Small:
         return [
             f"run={run}",
             f"data.train={self.train}",
+            "data.val=null",
             f"text.tokenizer={self.tokenizer}",
             "data.batch_size=16",
             "data.workers=0",

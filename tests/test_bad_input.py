@@ -48,7 +48,8 @@ def refused(capsys: pytest.CaptureFixture[str], words: list[str], code: int, *sa
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        ("data.train=gone-*.tar", ["gone-*.tar"]),
+        ("data.train=gone-*.tar", ["data.train", "gone-*.tar"]),
+        ("data.val=gone-*.tar", ["data.val", "gone-*.tar"]),
         ("image.tower=tim", ["'tim'", "timm", "transformers"]),
         ("image.name=vit_bas_patch16_224", ["vit_bas_patch16_224", "vit_base_patch16_224"]),
         ("loss.name=clipp", ["'clipp'", "clip", "siglip"]),

@@ -29,7 +29,7 @@ def test_the_run_folder_is_what_the_contract_says(run: Path) -> None:
     assert json.loads((run / "status.json").read_text())["state"] == "done"
     environment = json.loads((run / "environment.json").read_text())
     assert environment["threads"] == 1
-    assert environment["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(environment["versions"]["torch"])
     for pointer in ("latest", "best"):
         folder = run / "checkpoints" / (run / "checkpoints" / pointer).read_text().strip()
         assert {path.name for path in folder.iterdir()} == {
@@ -41,7 +41,16 @@ def test_metrics_have_the_fields_of_the_contract_and_the_loss_falls(run: Path) -
     written = lines(run / "metrics.jsonl")
     trained = [line for line in written if "loss" in line]
     assert [line["step"] for line in trained] == list(range(1, 61))
-    for name in ("samples_seen", "lr", "logit_scale", "samples_per_second", "data_wait_seconds", "memory_gib", "mfu", "skipped"):
+    for name in (
+        "samples_seen",
+        "lr",
+        "logit_scale",
+        "samples_per_second",
+        "data_wait_seconds",
+        "memory_gib",
+        "mfu",
+        "skipped",
+    ):
         assert all(name in line for line in trained), name
     assert trained[-1]["samples_seen"] == 60 * 16
     first, last = (sum(line["loss"] for line in part) / 10 for part in (trained[:10], trained[-10:]))

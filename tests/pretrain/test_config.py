@@ -7,6 +7,7 @@ from typing import Any, Literal
 import pytest
 
 from pretrain.config import ConfigError, build, closest, collected, load, save, section, to_dict
+from pretrain.registry import part
 
 
 @dataclass
@@ -33,8 +34,8 @@ class Outer:
 
 @dataclass
 class WithParts:
-    loss: Any = section("losses", "name", "clip")
-    others: dict[str, Any] = collected("towers", "tower")
+    loss: Any = section(part, "losses", "name", "clip")
+    others: dict[str, Any] = collected(part, "towers", "tower")
 
 
 def test_yaml_then_base_then_dotlist(tmp_path: Path) -> None:

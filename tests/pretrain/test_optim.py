@@ -86,7 +86,15 @@ def test_a_part_that_is_not_there_and_nothing_to_train_are_refused() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"lr": 0.0}, {"betas": [0.9]}, {"betas": [0.9, 1.0]}, {"layer_decay": 0.0}, {"average": 1.0}, {"warmup": -1}, {"decay": 2.0}],
+    [
+        {"lr": 0.0},
+        {"betas": [0.9]},
+        {"betas": [0.9, 1.0]},
+        {"layer_decay": 0.0},
+        {"average": 1.0},
+        {"warmup": -1},
+        {"decay": 2.0},
+    ],
 )
 def test_values_that_cannot_train_are_refused(wrong: dict) -> None:
     with pytest.raises(ConfigError, match=f"optim.{next(iter(wrong))}"):
