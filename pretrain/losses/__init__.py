@@ -3,8 +3,8 @@
     Loss.forward(features {modality: (b, D)}, scale (1,), bias (1,) | None, targets) -> (loss (), report {name: ()})
 
 A loss sees this process's b rows and gathers what it needs of the others itself, with gradient; it returns the mean over
-LOCAL rows, which is exact under every strategy that averages gradients over ranks. tiles.py computes losses without
-holding the B x B matrix. May import pretrain.config, registry and dist.
+LOCAL rows, which is exact under every strategy that averages gradients over ranks. clip.py: softmax; siglip.py: sigmoid;
+tiles.py computes both without holding the B x B matrix. May import pretrain.config, registry and dist.
 """
 
 from __future__ import annotations

@@ -1,5 +1,9 @@
 """How one step runs on one or many processes: one file a strategy, one word of configuration.
 
+    single.py   one process                       ddp.py    a copy on each process
+    fsdp2.py    weights cut into shares           zero.py   DeepSpeed's stages 1 to 3
+    replica.py  a whole copy of sharded weights   batch_norm.py   where statistics cross processes
+
 A Strategy owns the wrapped model and the optimizer. The step calls it in this order, whatever it is:
 
     with strategy.sync(last_chunk):  features = objective.encode(strategy.model, chunk); strategy.backward(loss)
@@ -193,7 +197,9 @@ def check(word: str, precision: Precision, compiled: bool, offload: bool) -> Non
     if precision == "fp16" and not torch.cuda.is_available():
         raise ConfigError("train.precision=fp16 needs a GPU; use bf16 or fp32 on a CPU")
     if precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise ConfigError("train.precision=bf16 needs a GPU of Nvidia's Ampere generation or later; use fp16 or fp32 on this one")
+        raise ConfigError(
+            "train.precision=bf16 needs a GPU of Nvidia's Ampere generation or later; use fp16 or fp32 on this one"
+        )
     if compiled and word == "zero3":
         raise ConfigError(
             "train.compile=true does not go with train.strategy=zero3: DeepSpeed gathers weights in hooks of every module, and "
@@ -202,12 +208,12 @@ def check(word: str, precision: Precision, compiled: bool, offload: bool) -> Non
     if offload and not zero:
         raise ConfigError(f"train.offload=true needs train.strategy=zero1, zero2 or zero3, not {word}")
     if offload and not torch.cuda.is_available():
-        raise ConfigError("train.offload=true moves the optimizer from GPU to CPU memory, and this machine has no GPU; leave it out")
+        raise ConfigError(
+            "train.offload=true moves the optimizer from GPU to CPU memory, and this machine has no GPU; leave it out"
+        )
 
 
-def choose(
-    word: str, precision: Precision, optim: OptimConfig, device: torch.device, offload: bool = False
-) -> Strategy:
+def choose(word: str, precision: Precision, optim: OptimConfig, device: torch.device, offload: bool = False) -> Strategy:
     """The strategy of a word. Raises ConfigError for a word that is none, listing those that are."""
     if word not in WORDS:
         raise ConfigError(f"train.strategy={word!r} is not a strategy; the choices are {', '.join(WORDS)}")
