@@ -2,7 +2,7 @@
 
     python -m tests.bench.loader [--images 1000 --rounds 3]
 
-Pictures with the spectrum of photographs (about 60 KB each) are drawn on the spot and lie in the page cache for
+Pictures with the spectrum of photographs (about 80 KB each) are drawn on the spot and lie in the page cache for
 both. Both run in this process with one thread, from the tars to batches of pictures and token ids. open_clip's pipeline is
 put together from the parts, in the order and with the settings of open_clip_train.data.get_wds_dataset (3.3.0); its own
 transform and tokenizer.
