@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as td
@@ -28,7 +29,7 @@ def rank() -> int:
 
 def world_size() -> int:
     """Processes in the run."""
-    return td.get_world_size() if initialized() else 1
+    return td.get_world_size() if initialized() else _planned.processes
 
 
 def local_rank() -> int:
@@ -38,7 +39,9 @@ def local_rank() -> int:
 
 def local_world_size() -> int:
     """Processes of the run on this machine (LOCAL_SIZE is DeepSpeed's name for it)."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size()) if initialized() else 1
+    if not initialized():
+        return _planned.processes // _planned.nodes
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size())
 
 
 def nodes() -> int:
@@ -54,6 +57,34 @@ def is_main() -> bool:
 def device() -> torch.device:
     """Where this process computes: its own GPU, or the CPU."""
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def has_gpu() -> bool:
+    """Whether the processes of the run compute on GPUs."""
+    return torch.cuda.is_available() if _planned.gpu is None else _planned.gpu
+
+
+class _World(NamedTuple):
+    processes: int = 1
+    nodes: int = 1
+    gpu: bool | None = None
+
+
+_planned = _World()
+
+
+@contextmanager
+def planned(processes: int, nodes: int, gpu: bool) -> Iterator[None]:
+    """Inside, this process answers for a run that will be elsewhere, so that its configuration can be checked here.
+
+    Only where there is no group; nothing can be gathered inside.
+    """
+    global _planned
+    before, _planned = _planned, _World(processes, nodes, gpu)
+    try:
+        yield
+    finally:
+        _planned = before
 
 
 def setup(timeout_seconds: float = 600.0) -> None:
@@ -183,6 +214,20 @@ def maximum(value: Tensor) -> Tensor:
     value = value.detach().clone()
     td.all_reduce(value, op=td.ReduceOp.MAX)
     return value
+
+
+def maximum_later(value: int) -> Callable[[], int]:
+    """`maximum` of a small number on the CPU that nobody waits for now: the function gives the answer. Collective."""
+    if world_size() == 1:
+        return lambda: value
+    flag = torch.tensor(value)
+    work = td.all_reduce(flag, op=td.ReduceOp.MAX, async_op=True)
+
+    def answer() -> int:
+        work.wait()
+        return int(flag)
+
+    return answer
 
 
 def gather_objects(item: Any) -> list[Any]:

@@ -194,9 +194,14 @@ def check(word: str, precision: Precision, compiled: bool, offload: bool) -> Non
         )
     if zero and importlib.util.find_spec("deepspeed") is None:
         raise ConfigError(f"train.strategy={word} needs DeepSpeed, which is not installed: pip install 'clipfuse[deepspeed]'")
-    if precision == "fp16" and not torch.cuda.is_available():
+    if precision == "fp16" and not dist.has_gpu():
         raise ConfigError("train.precision=fp16 needs a GPU; use bf16 or fp32 on a CPU")
-    if precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if (
+        precision == "bf16"
+        and dist.has_gpu()
+        and torch.cuda.is_available()
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
         raise ConfigError(
             "train.precision=bf16 needs a GPU of Nvidia's Ampere generation or later; use fp16 or fp32 on this one"
         )
@@ -207,7 +212,7 @@ def check(word: str, precision: Precision, compiled: bool, offload: bool) -> Non
         )
     if offload and not zero:
         raise ConfigError(f"train.offload=true needs train.strategy=zero1, zero2 or zero3, not {word}")
-    if offload and not torch.cuda.is_available():
+    if offload and not dist.has_gpu():
         raise ConfigError(
             "train.offload=true moves the optimizer from GPU to CPU memory, and this machine has no GPU; leave it out"
         )
