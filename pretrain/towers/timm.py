@@ -21,6 +21,7 @@ from torch.func import functional_call
 
 from pretrain.config import ConfigError, closest
 from pretrain.towers import TokenSequence, Tower, reached
+from pretrain.towers.pooling import head_norm, repool
 
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
@@ -103,7 +104,7 @@ class ImageTower(Tower):
     def encode(self, inputs: Tensor) -> tuple[Tensor, TokenSequence]:
         """The model's own feature map or tokens, and what forward() makes of them."""
         features = self._model("forward_features", self.normalise(inputs))
-        norm = _head_norm(self.model) if self.mean_pool else None
+        norm = head_norm(self.model) if self.mean_pool else None
         if norm is not None:
             features = norm(features)
         states, grid = self._tokens(features)
@@ -217,54 +218,6 @@ def _order(name: str, matcher: Any) -> tuple[float, ...] | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pooling
-
-
-def _repool(model: Any, config: Config) -> None:
-    """Makes the model's own head pool as configured, where it can; else raises ConfigError.
-
-    For avg and cls the final norm acts on the tokens, so that the states are normalised and their mean is the pooled
-    vector; a model whose norm stands behind the pooling (timm's fc_norm) gets it moved, weights and all.
-    """
-    transformer = hasattr(model, "fc_norm") and hasattr(model, "blocks")
-    if config.pool == "tower" or (config.pool == "avg" and not transformer):
-        return
-    name = config.name
-    if not transformer or (config.pool == "cls" and getattr(model, "cls_token", None) is None):
-        kind = "has no class token" if config.pool == "cls" else "cannot take attention pooling"
-        raise ConfigError(f"image.pool={config.pool}: {name} {kind}; use pool: tower or avg")
-    if isinstance(model.norm, nn.Identity):
-        model.norm, model.fc_norm = model.fc_norm, model.norm
-    model.global_pool = {"cls": "token"}.get(config.pool, config.pool)
-    if config.pool != "map":
-        model.attn_pool = None
-    elif getattr(model, "attn_pool", None) is None:
-        model.attn_pool = _attention_pool(model)
-
-
-def _attention_pool(model: Any) -> nn.Module:
-    from timm.layers import AttentionPoolLatent
-    from timm.models.vision_transformer import init_weights_vit_timm
-
-    attention = model.blocks[0].attn
-    if not hasattr(model, "attn_pool"):
-        raise ConfigError(f"image.pool=map: {type(model).__name__} has no place for attention pooling")
-    norm = type(model.norm) if isinstance(model.norm, nn.LayerNorm) else nn.LayerNorm
-    pool = AttentionPoolLatent(model.embed_dim, num_heads=attention.num_heads, norm_layer=norm)
-    for part in pool.modules():
-        if isinstance(part, nn.Linear):
-            init_weights_vit_timm(part)
-    return pool
-
-
-def _head_norm(model: nn.Module) -> nn.Module | None:
-    """The norm that a convolutional head (ConvNeXt) applies to the pooled map; it acts on each position alike."""
-    head = getattr(model, "head", None)
-    norm = getattr(head, "norm", None)
-    return norm if isinstance(norm, nn.Module) and any(True for _ in norm.parameters()) else None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Building
 
 
@@ -275,7 +228,7 @@ def build(config: Config, tokenizer: Any = None) -> ImageTower:
     side = patch[0] if isinstance(patch, tuple) else patch
     if isinstance(side, int) and config.size % side:
         raise ConfigError(f"image.size={config.size} is not a multiple of {config.name}'s patch of {side} px")
-    _repool(model, config)
+    repool(model, config.pool, config.name)
     try:
         tower = ImageTower(model, config)
     except (RuntimeError, AssertionError, ValueError, TypeError, AttributeError) as error:
