@@ -81,13 +81,30 @@ class Tokens(NamedTuple):
     """(H, W): the first H W tokens are a picture, row-major; any others stand beside it."""
 
 
+class Gate(nn.Linear):
+    """The last projection of a residual branch, all zero at first: what is added to x is nothing, exactly, until learned.
+
+    A matrix of zeros learns as fast as an ordinary one, because each of its weights has a gradient of its own from the
+    first step. A gate a channel behind an ordinary projection took 2 to 6 times the steps on a toy question task
+    (100 against 200, with ten times the learning rate for the gates, and 580).
+    """
+
+    def reset_parameters(self) -> None:
+        """All zero."""
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
 class Attention(nn.Module):
     """Queries of one width ask tokens of another: projections q, k, v to `inner` = heads x D, and out, back to `width`.
 
-    A small `inner` keeps wide towers cheap: time and memory of the attention itself grow with it alone.
+    A small `inner` keeps wide towers cheap: time and memory of the attention itself grow with it alone. `gated`: the
+    projection out is a Gate.
     """
 
-    def __init__(self, width: int, context_width: int | None = None, inner: int | None = None, heads: int = 8) -> None:
+    def __init__(
+        self, width: int, context_width: int | None = None, inner: int | None = None, heads: int = 8, gated: bool = False
+    ) -> None:
         super().__init__()
         context_width, inner = context_width or width, inner or width
         if inner % heads:
@@ -96,8 +113,8 @@ class Attention(nn.Module):
         self.q = nn.Linear(width, inner)
         self.k = nn.Linear(context_width, inner)
         self.v = nn.Linear(context_width, inner)
-        self.out = nn.Linear(inner, width)
-        for linear in (self.q, self.k, self.v, self.out):
+        self.out = (Gate if gated else nn.Linear)(inner, width)
+        for linear in (self.q, self.k, self.v):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
 

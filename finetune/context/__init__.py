@@ -45,6 +45,10 @@ class Context(nn.Module):
     needs: ClassVar[Literal["picture", "self-attention"]] = "picture"
     """What must be there for it to mean anything: a picture that is asked, or a picture that asks itself."""
 
+    def shares_a_choice(self) -> bool:
+        """Whether one query changes what another sees: then a decoder would look into the future."""
+        return False
+
     def summarize(self, tokens: Tokens, exact: bool = False) -> tuple[Tokens, Weights | None]:
         """The tokens to be asked in place of a picture's, and with `exact` how they were read; here: its own."""
         return tokens, None

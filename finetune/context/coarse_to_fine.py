@@ -63,6 +63,10 @@ class CoarseToFine(Context):
         super().__init__()
         self.config = config
 
+    def shares_a_choice(self) -> bool:
+        """The words of a text choose together, unless each chooses for itself."""
+        return self.config.choose == "text"
+
     def forward(self, asking: Asking, keys: Keys, exact: bool = False) -> tuple[Tensor, Weights | None]:
         """See Context. Raises ConfigError for a picture that has lost its grid."""
         if keys.tokens.grid is None:
@@ -114,11 +118,12 @@ class CoarseToFine(Context):
         if asking.home:  # the mean query of a region chooses for all of them
             total = (q_BGHUD * valid_BRP[:, :, None, :, None]).sum(dim=3, keepdim=True)
             q_BGHUD = total / count.transpose(1, 2).clamp(min=1)[:, :, :, None, None]
-        coarse_BGR = count.float().log().expand(-1, q_BGHUD.shape[1], -1)
-        scores = (q_BGHUD @ k_BHRD[:, None].transpose(-1, -2)).float() * q_BGHUD.shape[-1] ** -0.5
+        wide = torch.promote_types(q_BGHUD.dtype, torch.float32)
+        coarse_BGR = count.to(wide).log().expand(-1, q_BGHUD.shape[1], -1)
+        scores = (q_BGHUD @ k_BHRD[:, None].transpose(-1, -2)).to(wide) * q_BGHUD.shape[-1] ** -0.5
         drawn = (scores + coarse_BGR[:, :, None, None]).softmax(dim=-1)
         if asking.mask is not None and not asking.home:  # padding does not choose
-            drawn = drawn.masked_fill(~asking.mask.view(len(count), drawn.shape[1], 1, -1, 1), 0.0)
+            drawn = drawn.masked_fill(~asking.mask.reshape(len(count), drawn.shape[1], 1, -1, 1), 0.0)
         drawn_BGR = drawn.sum(dim=(2, 3)).nan_to_num()  # NaN: no region has a cell
         index = drawn_BGR.topk(min(self.config.keep, drawn_BGR.shape[2]), dim=2).indices
         coarse = coarse_BGR.scatter(2, index, float("-inf"))
@@ -159,7 +164,7 @@ def _spread(w_BGHUK: Tensor, tiling: Tiling, regions_BGn: Tensor, valid_BRP: Ten
     where = regions_BGn[:, :, None, None, :, None].expand(B, G, H, U, n, P)
     cells = w_BGHUK.new_zeros(B, G, H, U, R, P).scatter(4, where, fine.unflatten(4, (n, P)))
     if coarse.shape[4]:
-        share_BRP = valid_BRP / valid_BRP.sum(dim=2, keepdim=True).clamp(min=1)
+        share_BRP = valid_BRP.to(w_BGHUK.dtype) / valid_BRP.sum(dim=2, keepdim=True).clamp(min=1)
         cells = cells + coarse[..., None] * share_BRP[:, None, None, None]
     spread = torch.cat([cells.flatten(4)[..., tiling.places(w_BGHUK.device)], beside], dim=4)
     return tiling.join(spread) if home else _ungroup(spread)

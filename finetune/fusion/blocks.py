@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from finetune.attention import Attention, Tokens
+from finetune.attention import Attention, Gate, Tokens
 from finetune.context import Asking, Context, build_contexts
 from finetune.trace import Sight, Step, Trace, Weights
 from pretrain.config import ConfigError
@@ -58,36 +58,20 @@ class FusionConfig:
 # Branches
 
 
-class Gate(nn.Module):
-    """x + gate * dropout(branch), one gate a channel, all zero at first: the network starts as the identity.
-
-    ReZero, arXiv 2003.04887; LayerScale, arXiv 2103.17239; Flamingo's gated cross-attention, arXiv 2204.14198.
-    """
-
-    def __init__(self, width: int, dropout: float) -> None:
-        super().__init__()
-        self.gate = nn.Parameter(torch.zeros(width))
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor, branch: Tensor) -> Tensor:
-        """(B, Q, C) twice -> (B, Q, C)."""
-        return x + self.gate * cast(Tensor, self.dropout(branch))
-
-
 class FeedForward(nn.Module):
-    """x + gate * W2 gelu(W1 norm(x))."""
+    """x + W2 gelu(W1 norm(x)), with W2 a Gate."""
 
     def __init__(self, width: int, config: FusionConfig) -> None:
         super().__init__()
         hidden = round(width * config.feedforward)
         self.norm = nn.LayerNorm(width)
         self.up = nn.Linear(width, hidden)
-        self.down = nn.Linear(hidden, width)
-        self.gate = Gate(width, config.dropout)
+        self.down = Gate(hidden, width)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, Q, C) -> (B, Q, C)."""
-        out: Tensor = self.gate(x, self.down(nn.functional.gelu(self.up(self.norm(x)))))
+        out: Tensor = x + self.dropout(self.down(nn.functional.gelu(self.up(self.norm(x)))))
         return out
 
 
@@ -117,12 +101,12 @@ def see(how: nn.Module, tokens: Tokens, exact: bool) -> Seen:
 
 
 class Look(nn.Module):
-    """One attention branch: x + gate * out(attention(q(n), k(seen), v(seen)))."""
+    """One attention branch: x + out(attention(q(n), k(seen), v(seen))), with out a Gate."""
 
     def __init__(self, width: int, context_width: int, config: FusionConfig) -> None:
         super().__init__()
-        self.attention = Attention(width, context_width, config.inner, config.heads)
-        self.gate = Gate(width, config.dropout)
+        self.attention = Attention(width, context_width, config.inner, config.heads, gated=True)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(
         self, x: Tensor, n: Tokens, seen: Seen, *, layer: int, home: bool = False, rows: int = 1, exact: bool = False
@@ -136,7 +120,7 @@ class Look(nn.Module):
         asking = Asking(self.attention.queries(states), mask, home, rows, layer)
         out, weights = seen.how(asking, self.attention.keys(seen.tokens), exact)
         weights = weights and replace(weights, within=(seen.run,))
-        return self.gate(x, self.attention.merge(out).reshape(B, Q, C)), weights
+        return x + self.dropout(self.attention.merge(out).reshape(B, Q, C)), weights
 
 
 def note(trace: Trace | None, kind: Literal["self", "cross", "joint"], layer: int, *sights: Sighting) -> None:

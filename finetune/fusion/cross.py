@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from finetune.attention import Tokens
+from finetune.context import Context
 from finetune.fusion.blocks import FeedForward, Fusion, FusionConfig, Look, Seen, check_names, note, see
 from finetune.trace import Trace
 from pretrain.config import ConfigError
@@ -66,6 +67,8 @@ class Cross(Fusion):
 
     def __init__(self, config: Config, widths: dict[str, int], context: Any, pictures: Collection[str]) -> None:
         super().__init__(config, widths, [config.query], context, pictures)
+        if config.causal and cast(Context, self.contexts[config.context]).shares_a_choice():
+            raise ConfigError("fusion.causal=true: later words would choose what earlier ones see; set context.choose=word")
         self.causal = config.causal
         self.context_norm = nn.LayerNorm(widths[config.context])
         blocks = (Block(config, widths[config.query], widths[config.context]) for _ in range(config.layers))

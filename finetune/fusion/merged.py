@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from finetune.attention import Attention, Tokens
 from finetune.context import Asking
-from finetune.fusion.blocks import FeedForward, Fusion, FusionConfig, Gate, check_names, note, see
+from finetune.fusion.blocks import FeedForward, Fusion, FusionConfig, check_names, note, see
 from finetune.trace import Trace
 
 
@@ -37,8 +37,8 @@ class Block(nn.Module):
         self.pictures = [name for name in self.names if name in pictures]
         self.norm = nn.LayerNorm(width)
         self.modality = nn.ParameterDict({name: nn.Parameter(0.02 * torch.randn(width)) for name in self.names})
-        self.attention = Attention(width, inner=config.inner, heads=config.heads)
-        self.gate = Gate(width, config.dropout)
+        self.attention = Attention(width, inner=config.inner, heads=config.heads, gated=True)
+        self.dropout = nn.Dropout(config.dropout)
         self.feedforward = FeedForward(width, config)
 
     def forward(
@@ -57,7 +57,7 @@ class Block(nn.Module):
                 keys[order] = self.attention.keys(_joined(first.tokens, second.tokens))
             asking = Asking(self.attention.queries(n.states), n.mask, home=order[0] == name, layer=layer)
             out, weights = first.how(asking, keys[order], exact)
-            new[name] = self.gate(x[name], self.attention.merge(out))
+            new[name] = x[name] + self.dropout(self.attention.merge(out))
             sights.append((name, order, weights and replace(weights, within=(first.run, second.run))))
         note(trace, "joint", layer, *sights)
         return {name: self.feedforward(states) for name, states in new.items()}

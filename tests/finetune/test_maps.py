@@ -1,0 +1,263 @@
+"""Maps against cases worked out by hand, against matrices written out whole, and alike over contexts that are alike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from finetune.maps import METHODS, attention_maps, relevance, rollout
+from finetune.trace import Trace
+from pretrain import registry
+from pretrain.config import ConfigError
+from tests.finetune.reference import WIDTHS, open_gates, tokens
+from tests.finetune.test_fusion import PAIRS, SMALL
+
+T, P = "text", "image"
+
+
+def m(*rows: list[float]) -> Tensor:
+    return torch.tensor([rows], dtype=torch.float64)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The rules of Chefer et al., two layers by hand
+
+
+def test_relevance_by_hand_where_words_ask() -> None:
+    """Two words, two patches. Equation numbers as in arXiv 2103.15679."""
+    steps = [
+        ("self", {(T, T): m([0, 1], [0, 0])}),
+        # (6) R_tt = I + A = [1 1; 0 1]                                  (7) R_ti = 0
+        ("cross", {(T, P): m([1, 0], [0, 2])}),
+        # (8, 9) norm R_tt = I + [0 1; 0 0]/rows [1, 0] = [1 1; 0 1]
+        # (10) R_ti = [1 0; 1 1][1 0; 0 2] = [1 0; 1 2]                 (11) R_tt += A R_it = 0
+        ("self", {(T, T): m([0, 0], [2, 0])}),
+        # (6) R_tt = [1 1; 0 1] + [0 0; 2 2] = [1 1; 2 3]               (7) R_ti = [1 0; 1 2] + [0 0; 2 0] = [1 0; 3 2]
+        ("cross", {(T, P): m([0, 3], [1, 0])}),
+        # (8, 9) norm R_tt = I + [0 1; 2 2]/rows [1, 4] = [1 1; .5 1.5]
+        # (10) R_ti += [1 .5; 1 1.5][0 3; 1 0] = [.5 3; 1.5 3]
+    ]
+    R = relevance(steps)
+    torch.testing.assert_close(R[T, P], m([1.5, 3], [4.5, 5]))
+    torch.testing.assert_close(R[T, T], m([1, 1], [2, 3]))
+
+
+def test_relevance_by_hand_where_both_ask() -> None:
+    steps = [
+        ("self", {(T, T): m([0, 1], [0, 0]), (P, P): m([0, 0], [1, 0])}),
+        # R_tt = [1 1; 0 1], R_ii = [1 0; 1 1]; their norms are themselves
+        ("cross", {(T, P): m([1, 0], [0, 2]), (P, T): m([0, 1], [1, 0])}),
+        # (10) R_ti = [1 0; 1 1][1 0; 0 2][1 0; 1 1] = [1 0; 3 2], R_it = [1 1; 0 1][0 1; 1 0][1 1; 0 1] = [1 2; 1 1]
+        # (11) nothing: both read R_it = R_ti = 0
+        ("self", {(T, T): m([0, 0], [2, 0]), (P, P): m([0, 1], [0, 0])}),
+        # R_tt = [1 1; 2 3], R_ti = [1 0; 5 2], R_ii = [2 1; 1 1], R_it = [2 3; 1 1]
+        ("cross", {(T, P): m([0, 1], [1, 0]), (P, T): m([1, 0], [0, 1])}),
+        # norm R_tt = I + [0 1; 2 2]/[1, 4] = [1 1; .5 1.5], norm R_ii = I + [1 1; 1 0]/[2, 1] = [1.5 .5; 1 1]
+        # (10) R_ti += [1 .5; 1 1.5][0 1; 1 0][1.5 .5; 1 1] = [1.75 1.25; 3.25 1.75]
+        #      R_it += [1.5 1; .5 1][1 1; .5 1.5] = [2 3; 1 2]
+        # (11) R_tt += [0 1; 1 0][2 3; 1 1] = [1 1; 2 3], R_ii += [1 0; 5 2]
+    ]
+    R = relevance(steps)
+    torch.testing.assert_close(R[T, P], m([2.75, 1.25], [8.25, 3.75]))
+    torch.testing.assert_close(R[P, T], m([4, 6], [2, 3]))
+    torch.testing.assert_close(R[T, T], m([2, 2], [4, 6]))
+    torch.testing.assert_close(R[P, P], m([3, 1], [6, 3]))
+
+
+def test_relevance_by_hand_in_one_stream() -> None:
+    """One word, two patches: only rule (6), on the 3 x 3 whole."""
+    steps = [
+        ("joint", {(T, T): m([0]), (T, P): m([1, 0]), (P, T): m([0], [1]), (P, P): m([0, 1], [0, 0])}),
+        # R = I + A = [1 1 0; 0 1 1; 1 0 1]
+        ("joint", {(T, T): m([0]), (T, P): m([0, 2]), (P, T): m([0], [0]), (P, P): m([0, 0], [1, 0])}),
+        # R += [0 0 2; 0 0 0; 0 1 0] R = [2 0 2; 0 0 0; 0 1 1]  ->  [3 1 2; 0 1 1; 1 1 2]
+    ]
+    R = relevance(steps)
+    torch.testing.assert_close(R[T, P], m([1, 2]))
+    torch.testing.assert_close(R[T, T], m([3]))
+    torch.testing.assert_close(R[P, P], m([1, 1], [1, 2]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Real fusions against matrices over all tokens at once
+
+
+def traced(name: str, how: str = "dense", settings: dict[str, Any] | None = None, **config: Any) -> tuple[Trace, Tensor]:
+    """A trained-looking fusion's trace, and a score (B,)."""
+    torch.manual_seed(0)
+    part, asked = registry.part("fusion", name), registry.part("context", how)
+    chosen = asked.Config(**(SMALL.get(how, {}) if settings is None else settings))
+    fusion = part.build(part.Config(**{"layers": 2, "heads": 2, "inner": 16, **config}), WIDTHS, chosen).double()
+    open_gates(fusion)
+    trace = Trace()
+    fused = fusion(tokens(dtype=torch.float64), trace=trace)
+    weights = torch.linspace(-1, 1, 24, dtype=torch.float64)
+    return trace, (fused[T].pooled * weights).sum(dim=1)
+
+
+def whole(trace: Trace, blocks: dict[tuple[str, str], Tensor], empty: float) -> Tensor:
+    """Blocks as one matrix over (text, image), `empty` on the diagonal of those who did not ask."""
+    out = torch.zeros(2, 40, 40, dtype=torch.float64)
+    where = {T: slice(0, 5), P: slice(5, 40)}
+    for name in (T, P):
+        if not any(s == name for s, _ in blocks):
+            out[:, where[name], where[name]] = empty * torch.eye(trace.sizes[name], dtype=torch.float64)
+    for (s, q), block in blocks.items():
+        out[:, where[s], where[q]] = block
+    return out
+
+
+@pytest.mark.parametrize("name", registry.names("fusion"))
+def test_rollout_is_a_product_of_matrices(name: str) -> None:
+    trace, _ = traced(name)
+    product = torch.eye(40, dtype=torch.float64).expand(2, -1, -1)
+    for step in trace.steps:
+        A = whole(trace, trace.blocks(step), empty=1.0)
+        product = (0.5 * torch.eye(40, dtype=torch.float64) + 0.5 * A) @ product
+    maps = attention_maps(trace, "rollout")
+    torch.testing.assert_close(maps.flatten(2), product[:, :5, 5:])
+    total = rollout([(step.kind, trace.blocks(step)) for step in trace.steps])
+    rows = total[T, T].sum(dim=2) + total[T, P].sum(dim=2)
+    torch.testing.assert_close(rows, torch.ones_like(rows))
+
+
+@pytest.mark.parametrize("name", registry.names("fusion"))
+def test_relevance_and_gradcam_sample_by_sample(name: str) -> None:
+    """The published procedure on one sample, with its own gradients, over explicit matrices."""
+    trace, score = traced(name)
+    maps = {method: attention_maps(trace, method, score).flatten(2) for method in ("relevance", "gradcam")}
+    for b in (0, 1):
+        cams: list[tuple[str, dict[tuple[str, str], Tensor]]] = []
+        for step in trace.steps:
+            found: dict[tuple[str, str], Tensor] = {}
+            for sight in step.sights:
+                used = sight.weights.used
+                (gradient,) = torch.autograd.grad(score[b], used, retain_graph=True, allow_unused=True)
+                gradient = torch.zeros_like(used) if gradient is None else gradient
+                cam = torch.relu(used * gradient)[b].mean(dim=0).detach()
+                first = 0
+                for asked in sight.asked:
+                    found[sight.asker, asked] = cam[:, first : first + trace.sizes[asked]]
+                    first += trace.sizes[asked]
+            cams.append((step.kind, found))
+        R = {(T, T): torch.eye(5).double(), (P, P): torch.eye(35).double()}
+        R[T, P], R[P, T] = torch.zeros(5, 35).double(), torch.zeros(35, 5).double()
+        for kind, A in cams:
+            old = dict(R)
+            for s, q in ((T, P), (P, T)):
+                if kind == "joint":
+                    for u in (T, P):
+                        R[s, u] = old[s, u] + A[s, s] @ old[s, u] + A[s, q] @ old[q, u]
+                elif (s, s) in A:
+                    R[s, s], R[s, q] = old[s, s] + A[s, s] @ old[s, s], old[s, q] + A[s, s] @ old[s, q]
+                elif (s, q) in A:
+                    R[s, q] = old[s, q] + norm(old[s, s]).T @ A[s, q] @ norm(old[q, q])
+                    R[s, s] = old[s, s] + A[s, q] @ old[q, s]
+        torch.testing.assert_close(maps["relevance"][b], R[T, P])
+        crossing = [A[T, P] for _, A in cams if (T, P) in A]
+        torch.testing.assert_close(maps["gradcam"][b], sum(crossing) / len(crossing))
+
+
+def norm(R: Tensor) -> Tensor:
+    rest = R - torch.eye(len(R), dtype=R.dtype)
+    sums = rest.sum(dim=1, keepdim=True)
+    sums[sums == 0] = 1
+    return rest / sums + torch.eye(len(R), dtype=R.dtype)
+
+
+def test_raw_is_the_mean_over_heads_row_by_row_on_the_grid() -> None:
+    trace, _ = traced("cross")
+    maps = attention_maps(trace, "raw", layer=-1)
+    used = trace.steps[-1].sights[0].weights.used
+    for row, col in ((0, 0), (1, 2), (4, 6)):
+        torch.testing.assert_close(maps[:, :, row, col], used[:, :, :, 7 * row + col].mean(dim=1).detach())
+    layers = [attention_maps(trace, "raw", layer=i) for i in (0, 1)]
+    torch.testing.assert_close(attention_maps(trace, "raw"), sum(layers) / 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Every fusion, every context, every method
+
+
+@pytest.mark.parametrize(("name", "context"), PAIRS)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_map_for_each_word_on_the_pictures_grid(name: str, context: str, method: str) -> None:
+    trace, score = traced(name, context)
+    maps = attention_maps(trace, method, score)
+    assert maps.shape == (2, 5, 5, 7)
+    assert torch.isfinite(maps).all()
+    assert (maps >= 0).all()
+    assert (maps[:, 0].flatten(1).std(dim=1) > 0).all()
+    assert not maps.requires_grad
+    if method == "raw" and name != "merged":
+        torch.testing.assert_close(maps.sum(dim=(2, 3)), torch.ones(2, 5, dtype=torch.float64))
+
+
+SEE_ALL: dict[str, dict[str, int]] = {"local": {"window": 9}, "coarse_to_fine": {"region": 2, "keep": 99}}
+
+
+@pytest.mark.parametrize(("name", "context"), [pair for pair in PAIRS if pair[1] in SEE_ALL])
+def test_contexts_that_see_everything_have_dense_maps(name: str, context: str) -> None:
+    for method in METHODS:
+        (trace, score), (other, other_score) = traced(name), traced(name, context, SEE_ALL[context])
+        torch.testing.assert_close(attention_maps(other, method, other_score), attention_maps(trace, method, score))
+
+
+def test_where_only_the_picture_asks_a_words_map_is_what_it_gave() -> None:
+    trace, _ = traced("cross", query="image", context="text")
+    raw = attention_maps(trace, "raw", layer=-1)
+    used = trace.steps[-1].sights[0].weights.used
+    torch.testing.assert_close(raw[:, :, 1, 2], used[:, :, 9].mean(dim=1).detach())
+    assert attention_maps(trace, "rollout").shape == (2, 5, 5, 7)
+
+
+def test_several_texts_about_one_picture_have_maps_of_their_own() -> None:
+    part, how = registry.part("fusion", "cross"), registry.part("context", "pooled")
+    torch.manual_seed(0)
+    fusion = part.build(part.Config(layers=2, heads=2), WIDTHS, how.Config(latents=4, heads=2))
+    open_gates(fusion)
+    texts, pictures = tokens(batch=4)["text"], tokens(batch=2)["image"]
+    trace = Trace()
+    score = fusion({"text": texts, "image": pictures}, trace=trace)["text"].pooled.sum(dim=1)
+    together = attention_maps(trace, "relevance", score)
+    assert together.shape == (4, 5, 5, 7)
+    one = type(texts)(texts.states[3:], texts.mask[3:], None, texts.pooled[3:])
+    picture = type(texts)(pictures.states[1:], pictures.mask[1:], pictures.grid, pictures.pooled[1:])
+    alone = attention_maps(trace, "relevance", fusion({"text": one, "image": picture}, trace=trace)["text"].pooled.sum(dim=1))
+    torch.testing.assert_close(together[3:], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_a_frozen_fusion_has_maps_too() -> None:
+    part = registry.part("fusion", "cross")
+    fusion = part.build(part.Config(layers=2, heads=2), WIDTHS).eval()
+    open_gates(fusion)
+    fusion.requires_grad_(False)
+    trace = Trace()
+    score = fusion(tokens(), trace=trace)["text"].pooled.sum(dim=1)
+    assert attention_maps(trace, "relevance", score).sum() > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What they refuse
+
+
+def test_errors_say_what_is_wrong() -> None:
+    trace, score = traced("cross")
+    for method, given, message in (
+        ("rolout", None, "did you mean 'rollout'"),
+        ("gradcam", None, "need `score`"),
+        ("relevance", score.detach(), "not under torch.no_grad"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            attention_maps(trace, method, given)
+    with pytest.raises(ConfigError, match="no 'audio' in this trace; it has text, image"):
+        attention_maps(trace, "raw", text="audio")
+    with pytest.raises(ConfigError, match="text has no grid"):
+        attention_maps(trace, "raw", text="image", image="text")
+    with pytest.raises(ConfigError, match="no layer 2: the trace has 2"):
+        attention_maps(trace, "raw", layer=2)
+    with pytest.raises(ConfigError, match="hand it to a fusion"):
+        attention_maps(Trace(), "raw")
