@@ -194,6 +194,14 @@ def _processes(p: argparse.ArgumentParser) -> None:
     here = p.add_argument_group("processes here (--on local)")
     here.add_argument("--rdzv", metavar="HOST:PORT", help="with --nodes: where the nodes meet; the same on every node")
     here.add_argument("--restarts", type=int, metavar="N", help="starts after a lost process (default 0; 3 on several nodes)")
+    job = p.add_argument_group("a job (--on slurm)")
+    job.add_argument("--time", metavar="LIMIT", help="as sbatch reads it: 12:00:00 (default: the partition's)")
+    for name in ("partition", "account", "qos"):
+        job.add_argument(f"--{name}", metavar="NAME")
+    job.add_argument("--gpus-per-node", type=int, metavar="N", help="default: one a process; 0 = none")
+    job.add_argument("--warning", type=int, default=300, metavar="SECONDS", help="save so long before the limit (default 300)")
+    job.add_argument("--no-requeue", action="store_true", help="do not line up again when preempted or out of time")
+    job.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="any other: --sbatch=--mem=64G")
     here.add_argument("--grace", type=float, default=600, metavar="SECONDS", help="to save in after a signal (default 600)")
 
 
@@ -205,6 +213,25 @@ def _launch(args: argparse.Namespace, module: str) -> int:
     """One process runs here; several are torch's elastic launcher's, or Slurm's, to start."""
     import importlib
 
+    if args.on == "slurm":
+        from launch import slurm
+
+        if not (args.nproc or "").isdigit():
+            raise ConfigError("--on slurm needs --nproc N, a number: the nodes may have other GPUs than this machine")
+        job = slurm.Job(
+            nodes=args.nodes,
+            nproc=int(args.nproc),
+            time=args.time,
+            partition=args.partition,
+            account=args.account,
+            qos=args.qos,
+            gpus=args.gpus_per_node,
+            warning=args.warning,
+            requeue=not args.no_requeue,
+            more=args.sbatch,
+        )
+        slurm.submit(module, args.config, args.settings, job, args.dry_run)
+        return DONE
     words = [args.config, *(["--dry-run"] if args.dry_run else []), *args.settings]
     if args.nproc is None and args.nodes == 1:
         return int(importlib.import_module(f"{module}.__main__").run(args.config, args.settings, args.dry_run))

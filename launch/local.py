@@ -90,7 +90,7 @@ def launch(module: str, words: list[str], world: World) -> int:
     cores = len(os.sched_getaffinity(0))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // world.nproc)))
     options = [f"--nproc={world.nproc}", *([f"--nodes={world.nodes}", f"--rdzv={world.rdzv}"] if world.nodes > 1 else [])]
-    os.environ["CLIPFUSE_COMMAND"] = shlex.join(["clipfuse", module, *words[:1], *options, *words[1:]])
+    os.environ.setdefault("CLIPFUSE_COMMAND", shlex.join(["clipfuse", module, *words[:1], *options, *words[1:]]))
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # the others are forwarded, see _Agent.signals
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # one clear line instead
     logging.getLogger("torch.distributed.run").setLevel(logging.CRITICAL)
