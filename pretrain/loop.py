@@ -31,7 +31,7 @@ from pretrain.data.loader import Loader
 from pretrain.heartbeat import Heartbeat
 from pretrain.objective import Objective
 from pretrain.optim import Average, OptimConfig, learning_rate
-from pretrain.runlog import Bar, RunFolder, RunLog, say
+from pretrain.runlog import Bar, RunFolder, RunLog, check_trackers, say
 from pretrain.step import train_step
 from pretrain.strategies import Precision, Strategy
 from pretrain.strategies.batch_norm import refuse_chunks
@@ -91,6 +91,7 @@ class TrainConfig:
         for name in ("keep", "eval_every", "threads"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"train.{name}={getattr(self, name)} must be at least 0")
+        check_trackers(self.trackers)
         strategies.check(self.strategy, self.precision, self.compile, self.offload)
 
     def total_steps(self, batch_size: int, epoch_size: int) -> int:
@@ -437,16 +438,24 @@ class _Stop:
 
     def __init__(self) -> None:
         self.wish = 0
+        self._asked: Callable[[], int] | None = None
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         if self.wish and number == signal.SIGINT:
             raise KeyboardInterrupt  # the second Ctrl-C does not wait for a checkpoint
+        if not self.wish:  # Slurm and the launcher may both pass a signal on
+            say(f"{signal.Signals(number).name}: saving after this step, then stopping")
         self.wish = number
-        say(f"{signal.Signals(number).name}: saving after this step, then stopping")
 
     def agreed(self) -> str:
-        """The name of the signal that any process got, or nothing. Collective."""
-        number = int(dist.maximum(torch.tensor(self.wish))) if dist.world_size() > 1 else self.wish
+        """The name of the signal that any process got, or nothing. Collective.
+
+        With several processes the answer is the one to the question of the step before: no step waits for it.
+        """
+        number = self.wish
+        if dist.world_size() > 1:
+            number = self._asked() if self._asked is not None else 0
+            self._asked = dist.maximum_later(self.wish)
         return signal.Signals(number).name if number else ""
 
 
