@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from pretrain import checkpoint, dist, oom, strategies
 from pretrain.config import ConfigError, UserError
 from pretrain.data.loader import Loader
+from pretrain.data.order import Order
 from pretrain.heartbeat import Heartbeat
 from pretrain.objective import Objective
 from pretrain.optim import Average, OptimConfig, learning_rate
@@ -94,11 +95,11 @@ class TrainConfig:
         check_trackers(self.trackers)
         strategies.check(self.strategy, self.precision, self.compile, self.offload)
 
-    def total_steps(self, batch_size: int, epoch_size: int) -> int:
-        """Steps of the whole run; epoch_size in samples."""
+    def total_steps(self, batch_size: int, order: Order) -> int:
+        """Steps of the whole run."""
         if self.steps:
             return self.steps
-        return math.ceil((self.samples or self.epochs * epoch_size) / batch_size)
+        return math.ceil(self.samples / batch_size) if self.samples else order.steps(self.epochs, batch_size)
 
 
 @dataclass

@@ -115,7 +115,7 @@ def train(config: PretrainConfig) -> Outcome:
         plan = Plan(
             seed=config.seed,
             batch_size=config.data.batch_size,
-            total_steps=config.train.total_steps(config.data.batch_size, parts.loader.order.epoch_size),
+            total_steps=config.train.total_steps(config.data.batch_size, parts.loader.order),
             train=config.train,
             optim=config.optim,
             resolved=configuration.to_dict(config),
@@ -158,16 +158,15 @@ def _evaluation(config: PretrainConfig, parts: Parts, device: torch.device) -> C
 
 def _resume_from(config: PretrainConfig, folder: RunFolder) -> Path | None:
     """The checkpoint to go on from, the same on every process. Raises UserError."""
-    found: Path | None = None
-    problem: str | None = None
+    found: Path | UserError | None = None
     if dist.is_main():
         try:
             found = _choose(config, folder)
         except UserError as error:
-            problem = str(error)
-    found, problem = dist.broadcast_object((found, problem))
-    if problem:
-        raise UserError(problem)
+            found = error
+    found = dist.broadcast_object(found)
+    if isinstance(found, UserError):
+        raise found
     return found
 
 
@@ -193,7 +192,7 @@ def describe(config: PretrainConfig) -> None:
     """Prints what would run: the resolved configuration, parameters of each tower, shards and samples."""
     parts = assemble(config)
     epoch = parts.loader.order.epoch_size
-    total = config.train.total_steps(config.data.batch_size, epoch)
+    total = config.train.total_steps(config.data.batch_size, parts.loader.order)
     if not dist.is_main():
         return
     print(configuration.to_yaml(config))

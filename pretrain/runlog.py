@@ -148,9 +148,9 @@ class RunLog:
     """metrics.jsonl and trackers, on rank 0; audit-RANK.jsonl on every rank that is asked for it."""
 
     def __init__(self, folder: RunFolder, config: dict[str, Any], trackers: list[str], audit: bool, after: int) -> None:
+        self._trackers = [_tracker(name, folder, config) for name in trackers] if dist.is_main() else []
         self._metrics = Lines(folder.path / "metrics.jsonl", after) if dist.is_main() else None
         self._audit = Lines(folder.path / f"audit-{dist.rank()}.jsonl", after) if audit else None
-        self._trackers = [_tracker(name, folder, config) for name in trackers] if dist.is_main() else []
 
     def metrics(self, line: dict[str, Any]) -> None:
         """One line of numbers; non-finite ones become null, as JSON has no others."""
@@ -174,13 +174,20 @@ class RunLog:
             tracker.finish()
 
 
+def check_trackers(names: list[str]) -> None:
+    """Raises ConfigError for a tracker that accelerate does not know."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise ConfigError(f"train.trackers: no {name!r}; the choices are {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
+
+
 def _tracker(name: str, folder: RunFolder, config: dict[str, Any]) -> Any:
-    """A tracker of accelerate. Raises ConfigError for one it does not know or that is not installed."""
+    """A tracker of accelerate. Raises ConfigError for one that is not installed."""
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    if name not in LOGGER_TYPE_TO_CLASS:
-        raise ConfigError(f"train.trackers: no {name!r}; the choices are {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
     cls = LOGGER_TYPE_TO_CLASS[name]
     PartialState(cpu=not torch.cuda.is_available())  # accelerate's logger wants it; a group that exists is taken as it is
     try:

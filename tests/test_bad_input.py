@@ -88,10 +88,12 @@ def test_damaged_tars_are_refused_at_start_with_their_name(
     small: Small, in_tmp: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = shard(in_tmp / "whole.tar", good(40)).read_bytes()
+    with tarfile.open(in_tmp / "whole.tar") as tar:
+        header = tar.getmembers()[20].offset
     damaged = {
         "empty.tar": b"",
         "cut.tar": whole[: len(whole) // 2 + 100],
-        "header.tar": whole[: 512 * 6] + b"\xff" * 512 + whole[512 * 7 :],
+        "header.tar": whole[:header] + b"\xff" * 512 + whole[header + 512 :],
         "text.tar": b"this is no archive" * 100,
     }
     for name, data in damaged.items():
@@ -119,10 +121,10 @@ def test_bad_samples_are_counted_by_reason_and_replaced(small: Small, in_tmp: Pa
         {"jpg": jpeg(), "txt": b"   "},
     ]
     shard(in_tmp / "mixed.tar", good(57) + bad)
-    settings = small.settings("mixed", "train.epochs=2", f"data.train={in_tmp}/mixed.tar", "train.audit=true")
+    settings = small.settings("mixed", "train.steps=8", f"data.train={in_tmp}/mixed.tar", "train.audit=true")
     clipfuse("pretrain", "scenes", *settings, "data.max_bad_rate=0.5", cwd=in_tmp)
     last = lines(in_tmp / "runs/mixed/metrics.jsonl")[-1]
-    assert last["bad_samples"] == 2 * len(bad)
+    assert last["bad_samples"] >= 2 * len(bad)  # and the bad ones that were drawn as substitutes
     assert len([name for name in last if name.startswith("bad/")]) >= 5
     audited = [key for line in lines(in_tmp / "runs/mixed/audit-0.jsonl") for key in line["keys"]]
     assert len(audited) == 128
@@ -169,7 +171,7 @@ def test_what_a_resumed_run_must_not_change(small: Small, in_tmp: Path, capsys: 
     refused(capsys, words("train.steps=4", "data.batch_size=8"), 2, "data.batch_size is 8 now and was 16")
     refused(capsys, words("train.steps=4", f"data.train={small.val}"), 2, "cannot resume", "data is")
     refused(capsys, words("train.steps=4", "model.dim=8"), 1, "another architecture", "projections")
-    refused(capsys, words("train.steps=4", "resume=never"), 2, "resume=never would overwrite", "run=NEW")
+    refused(capsys, words("train.steps=4", "resume=never"), 2, "resume=never would overwrite", "another run=NAME")
     assert cli.main(words("train.steps=4", "data.workers=1")) == 0
 
 
