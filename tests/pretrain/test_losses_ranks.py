@@ -1,0 +1,93 @@
+"""Losses over several processes: averaged over ranks, gradients are those of one process with the whole batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as td
+from torch import Tensor
+from torch.nn import functional as F
+
+from pretrain import dist, registry
+from tests.pretrain.strategies import world
+
+B, D = 12, 5
+CELLS = [
+    (name, tile, same, modalities, scale)
+    for name in ("clip", "siglip")
+    for tile in (0, 2, 5, 100)
+    for same in ("keep", "ignore")
+    for modalities, scale in ((("image", "text"), 14.3), (("image", "text", "audio"), 100.0))
+]
+
+
+def cell(name: str, tile: int, same: str, modalities: tuple[str, ...], scale: float) -> list[Tensor]:
+    """Loss, then gradients of a linear encoder per modality and of the scalars, averaged over ranks as DDP does."""
+    g = torch.Generator().manual_seed(3)
+    inputs = {m: torch.randn(B, 4, generator=g, dtype=torch.float64) for m in modalities}
+    weights = {m: torch.randn(4, D, generator=g, dtype=torch.float64).requires_grad_() for m in modalities}
+    ids = torch.tensor([0, 1, 2, 0, 3, 4, 5, 1, 0, 6, 7, 5])
+    scalars = [torch.tensor([scale], dtype=torch.float64, requires_grad=True)]
+    if name == "siglip":
+        scalars.append(torch.tensor([-2.0], dtype=torch.float64, requires_grad=True))
+    b = B // dist.world_size()
+    own = slice(dist.rank() * b, (dist.rank() + 1) * b)
+    features = {m: F.normalize(inputs[m][own] @ weights[m], dim=1) for m in modalities}
+    module = registry.part("losses", name)
+    loss, report = module.build(module.Config(tile=tile, same_caption=same))(
+        features, scalars[0], scalars[1] if scalars[1:] else None, {"caption_id": ids[own]}
+    )
+    loss.backward()
+    leaves: list[Any] = [*weights.values(), *scalars]
+    return [dist.mean(x) for x in (loss.detach(), *(leaf.grad for leaf in leaves), report["image_to_text_accuracy"])]
+
+
+def all_cells() -> list[list[Tensor]]:
+    return [cell(*c) for c in CELLS]
+
+
+def moved(name: str, tile: int) -> list[int]:
+    """Bytes that each collective of one loss and its backward hands to the group."""
+    sizes: list[int] = []
+    names = ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce")
+    kept = {n: getattr(td, n) for n in names}
+
+    def counting(n: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            sizes.append(max(a.numel() * a.element_size() for a in args if isinstance(a, Tensor)))
+            return kept[n](*args, **kwargs)
+
+        return call
+
+    for n in names:
+        setattr(td, n, counting(n))
+    try:
+        features = {m: torch.ones(B // dist.world_size(), D, requires_grad=True) for m in ("image", "text")}
+        module = registry.part("losses", name)
+        scale, bias = torch.ones(1), torch.ones(1) if name == "siglip" else None
+        module.build(module.Config(tile=tile))(features, scale, bias, {})[0].backward()
+    finally:
+        for n in names:
+            setattr(td, n, kept[n])
+    return sizes
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_as_one_process(processes: int) -> None:
+    expected = all_cells()
+    for rank in world.run(all_cells, processes):
+        for what, got, want in zip(CELLS, rank, expected, strict=True):
+            for x, y in zip(got, want, strict=True):
+                error = torch.linalg.norm(x.double() - y.double())
+                floor = max(1e-3 * max(float(torch.linalg.norm(w)) for w in want[1:-1]), float(torch.linalg.norm(y)))
+                assert error <= 1e-10 * floor, what
+
+
+def test_tiles_move_half() -> None:
+    """Dense softmax: both modalities in one collective out, one back. In tiles only the second, and B numbers a rank."""
+    matrix, processes = B * D * 4, 2
+    assert world.run(moved, processes, "clip", 0) == [[2 * matrix, 2 * matrix]] * processes
+    assert world.run(moved, processes, "clip", 4) == [[matrix, processes * B * 4, matrix]] * processes
+    assert world.run(moved, processes, "siglip", 4) == [[matrix, matrix]] * processes
