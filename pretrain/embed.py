@@ -73,9 +73,9 @@ def embed_split(
             batch = batch.to(device, non_blocking=True)
             inputs, mask = batch.inputs["image"], batch.masks.get("image")
             if pooled:  # encode() in its two halves
-                output = model.towers["image"](inputs, mask).pooled
+                output = model.tower("image")(inputs, mask).pooled
                 poolings.append(output.float().cpu())
-                images.append(_rows(model.projections["image"](output)))
+                images.append(_rows(model.projection("image")(output)))
             else:
                 images.append(_rows(model.encode("image", inputs, mask)))
             if texts:

@@ -164,10 +164,13 @@ def run(loaded: Loaded, shards: Any, config: EvalConfig, device: torch.device, p
 def summary(result: dict[str, Any]) -> Table:
     """The result of `run` as a table for people: figures in percent, chance beside them."""
     metrics, blind = result["metrics"], result["chance"]
-    caption = f"{int(metrics['samples']):,} pictures, {int(metrics['captions']):,} captions"
+    caption = f"{int(metrics['samples']):,} pictures"
+    if metrics["captions"]:
+        caption += f", {int(metrics['captions']):,} captions"
     if metrics["bad_samples"]:
         caption += f", {int(metrics['bad_samples']):,} bad samples left out"
-    table = Table(title=f"{result['checkpoint']}, step {result['step']:,}", caption=f"{caption}, {result['seconds']:.0f} s")
+    title = f"{result['checkpoint']}, step {result['step']:,}"
+    table = Table(title=title, caption=f"{caption}, {result['seconds']:.0f} s", min_width=len(title))
     table.add_column("measure")
     table.add_column("result", justify="right")
     table.add_column("chance", justify="right", style="dim")

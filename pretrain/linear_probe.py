@@ -83,25 +83,29 @@ def fit(
     scale = torch.where(scale > 0, scale, 1)  # a feature that never changes stays at 0
     rows = _with_one((features - mean) / scale)
     strengths = sorted(strengths)
-    best = strengths[0]
+    best, start = strengths[0], None
     if len(strengths) > 1:
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).to(rows.device)
         held = max(1, round(held_out * len(rows)))
         judge, learn = order[:held], order[held:]
         scores: dict[float, float] = {}
-        weights = None
+        found: dict[float, Tensor] = {}
         for strength in strengths:  # each starts where the stronger one ended
-            weights = solve(rows[learn], labels[learn], classes, strength, weights)
-            scores[strength] = top_k(rows[judge], labels[judge], weights, (1,))["top1"]
+            found[strength] = start = solve(rows[learn], labels[learn], classes, strength, start, tolerance=1e-4)
+            scores[strength] = top_k(rows[judge], labels[judge], start, (1,))["top1"]
         best = max(strengths, key=lambda strength: scores[strength])  # of equals, the strongest
-    return Probe(solve(rows, labels, classes, best), mean, scale, best)
+        start = found[best]
+    return Probe(solve(rows, labels, classes, best, start), mean, scale, best)
 
 
-def solve(rows: Tensor, labels: Tensor, classes: int, strength: float, start: Tensor | None = None) -> Tensor:
+def solve(
+    rows: Tensor, labels: Tensor, classes: int, strength: float, start: Tensor | None = None, tolerance: float = 1e-7
+) -> Tensor:
     """(K, D + 1) minimiser for rows (n, D + 1) that end in 1; `strength` is scikit-learn's C.
 
-    The objective is divided by n, which leaves the minimiser. The search runs in variables divided by the curvature
-    of their own axis (L2 plus the cross-entropy's at the start), so that one tolerance fits every strength.
+    It stops where no entry of the gradient is above `tolerance`, or after 1000 iterations. The objective is divided by n,
+    which leaves the minimiser. The search runs in variables divided by the curvature of their own axis (L2 plus the
+    cross-entropy's at the start), so that one tolerance fits every strength.
     """
     weights = torch.zeros(classes, rows.shape[1], dtype=rows.dtype, device=rows.device) if start is None else start
     decay = rows.new_full((rows.shape[1],), 1 / (strength * len(rows)))
@@ -109,7 +113,12 @@ def solve(rows: Tensor, labels: Tensor, classes: int, strength: float, start: Te
     axes = (decay + (classes - 1) / classes**2).rsqrt()
     scaled = weights / axes
     optimizer = torch.optim.LBFGS(
-        [scaled], max_iter=1000, tolerance_grad=1e-7, tolerance_change=1e-16, history_size=20, line_search_fn="strong_wolfe"
+        [scaled],
+        max_iter=1000,
+        tolerance_grad=tolerance,
+        tolerance_change=1e-16,
+        history_size=20,
+        line_search_fn="strong_wolfe",
     )
 
     def closure() -> float:

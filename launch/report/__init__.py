@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -82,17 +83,20 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    best = record.best()
+    best, where = record.best(), "the validation pairs"
+    if best is None and gallery is not None:
+        best, where = gallery.line(record.step), f"pairs from {gallery.data}, measured for this page"
     return environment.get_template("page.html.j2").render(
         name=record.folder.resolve().name,
-        folder=_shown_path(record.folder),
+        folder=shlex.quote(_shown_path(record.folder)),
         state=record.status["state"],
         why=record.status["why"],
         sentence=figures.sentence(record),
         facts=figures.facts(record, weights or {}),
         recalls=figures.recalls(best) if best else [],
         best=best,
-        last=record.evaluations[-1] if record.evaluations else None,
+        where=where,
+        earlier=len(record.evaluations) if best and record.evaluations and record.evaluations[-1]["step"] > best["step"] else 0,
         classification=figures.classification(best) if best else [],
         learning=learning_charts(record),
         progress=progress_charts(record),
@@ -101,10 +105,10 @@ def render(
         gallery=gallery,
         missing=missing,
         bad=figures.bad_samples(record),
-        resume=record.environment.get("command") or "clipfuse pretrain CONFIG",
+        resume=figures.command(record),
         config=record.config_text.strip(),
         environment=figures.environment_rows(record),
-        data=" ".join(figures.shards(record.get("data.val"))[:1]) or "SHARDS",
+        data=" ".join(shlex.quote(name) for name in figures.shards(record.get("data.val"))[:1]) or "SHARDS",
         made=datetime.now(UTC).strftime("%d %B %Y, %H:%M UTC"),
     )
 
@@ -150,9 +154,7 @@ def progress_charts(record: Record) -> list[dict[str, Any]]:
         ]
         svg = line_chart(series, "%", zero=True, label=f"{title}: recall over steps")
         if svg:
-            out.append(
-                {"title": title, "note": "recall on held-out pairs", "svg": Markup(svg), "legend": [s.name for s in series]}
-            )
+            out.append({"title": title, "note": "recall", "svg": Markup(svg), "legend": [s.name for s in series]})
     return out
 
 

@@ -60,7 +60,7 @@ def line_chart(
         reference = None
     if zero:
         y_low = min(0.0, y_low)
-    y_ticks = ticks(y_low, y_high, 4, unit)
+    y_ticks = ticks(y_low, y_high, 5, unit)
     y_low, y_high = min(y_low, y_ticks[0]), max(y_high, y_ticks[-1])
     x_ticks = [t for t in ticks(x_low, x_high, 4) if x_low <= t <= x_high]
 
@@ -125,14 +125,17 @@ def downsample(series: Series, points: int = POINTS) -> list[tuple[float, float 
 
 
 def running_mean(values: Sequence[float | None]) -> list[float | None]:
-    """Exponential mean over about a fortieth of the run, corrected for its start; gaps stay gaps."""
-    keep = 1 - 1 / max(4.0, len(values) / 40)
-    total = weight = 0.0
-    out: list[float | None] = []
+    """The mean over a fortieth of the run around each point, less at its ends; gaps stay gaps."""
+    half = max(2, len(values) // 80)
+    sums, known = [0.0], [0]
     for value in values:
-        if value is not None:
-            total, weight = keep * total + value, keep * weight + 1
-        out.append(total / weight if value is not None else None)
+        sums.append(sums[-1] + (value or 0.0))
+        known.append(known[-1] + (value is not None))
+    out: list[float | None] = []
+    for i, value in enumerate(values):
+        reach = min(half, i, len(values) - 1 - i)  # the same on both sides, so that a slope is not bent
+        low, high = i - reach, i + reach + 1
+        out.append((sums[high] - sums[low]) / (known[high] - known[low]) if value is not None else None)
     return out
 
 
@@ -165,13 +168,11 @@ def number(value: float, digits: int = 3) -> str:
 
 
 def _tick(value: float, all_ticks: Sequence[float], unit: str = "") -> str:
-    """A tick's label: percent where fractions are shown, else as short as tells it from its neighbours."""
+    """A tick's label: percent where fractions are shown, else with the fewest digits that are exact for all of them."""
     if unit == "%":
         return f"{_trim(f'{100 * value:.2f}')}%"
-    labels = next(
-        (texts for digits in (2, 3, 4, 5) if len(set(texts := [number(t, digits) for t in all_ticks])) == len(all_ticks)), None
-    )
-    return labels[list(all_ticks).index(value)] if labels else f"{value:g}"
+    digits = next((d for d in (1, 2, 3, 4, 5) if all(number(t, d) == number(t, d + 3) for t in all_ticks)), 6)
+    return number(value, digits)
 
 
 def _trim(text: str) -> str:

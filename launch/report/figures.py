@@ -18,15 +18,24 @@ def sentence(record: Record) -> str:
     image, text = record.get("image.name"), record.get("text.name") or record.get("text.args.model_type")
     if not image:
         return "A run whose configuration is missing."
-    size = f" at {record.get('image.size')} px" if record.get("image.size") else ""
+    size = f"{record.get('image.size')} px" if record.get("image.size") else ""
+    image_args, text_args = record.get("image.args") or {}, record.get("text.args") or {}
     start = "from given weights" if record.get("init") else "from scratch"
     if record.get("image.pretrained") or record.get("text.name"):
         start = "from published weights"
-    loss = record.get("loss.name", "contrastive")
     return (
-        f"{image}{size} and {text or 'a text tower'} learn to match pictures and captions, {start}, with the {loss} loss, "
+        f"{image}{_details(image_args, size)} and {text or 'a text tower'}{_details(text_args)} learn to match pictures and "
+        f"captions, {start}, with the {record.get('loss.name', 'contrastive')} loss, "
         f"on {', '.join(shards(record.get('data.train'))) or 'unknown data'}."
     )
+
+
+def _details(args: dict[str, Any], size: str = "") -> str:
+    """What the configuration changed of a named architecture: " (96 px, patch 8, width 192, 4 layers)"."""
+    patch, width = args.get("patch_size"), args.get("embed_dim") or args.get("hidden_size")
+    depth = args.get("depth") or args.get("num_hidden_layers")
+    said = [size, f"patch {patch}" if patch else "", f"width {width}" if width else "", f"{depth} layers" if depth else ""]
+    return f" ({', '.join(filter(None, said))})" if any(said) else ""
 
 
 def facts(record: Record, weights: dict[str, int]) -> list[tuple[str, str, str]]:
@@ -140,6 +149,13 @@ def _goal(record: Record) -> int:
     """The length of the run in steps, where the configuration says it without knowing the data."""
     steps, samples, batch = (int(record.get(key) or 0) for key in ("train.steps", "train.samples", "data.batch_size"))
     return steps or (math.ceil(samples / batch) if samples and batch else 0)
+
+
+def command(record: Record) -> str:
+    """What started the run, as a person types it."""
+    program, _, words = str(record.environment.get("command") or "clipfuse pretrain CONFIG").partition(" ")
+    names = {"cli.py": "clipfuse", "__main__.py": "python -m pretrain"}
+    return f"{names.get(program.rsplit('/', 1)[-1], program)} {words}".strip()
 
 
 def shards(value: Any) -> list[str]:

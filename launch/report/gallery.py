@@ -61,6 +61,11 @@ class Gallery:
     by_picture: list[Query]
     metrics: dict[str, float]
 
+    def line(self, step: int) -> dict[str, Any]:
+        """The metrics as an evaluation line of metrics.jsonl."""
+        named = {f"val/{name}": value for name, value in self.metrics.items()}
+        return {"step": step, **named, "val/samples": self.pictures, "val/captions": self.captions}
+
 
 def build(loaded: Loaded, shards: Any, device: torch.device, workers: int = 2, pictures: int = 2000) -> Gallery | None:
     """Embeds the first `pictures` of `shards` with a loaded checkpoint; None where no sample is usable.

@@ -1,5 +1,7 @@
 """The report of runs in every condition, its charts, its gallery, and its distrust of captions."""
 
+import base64
+import io
 import json
 import math
 import re
@@ -10,18 +12,25 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from PIL import Image
 
 from launch import report
-from launch.report import gallery, record
-from launch.report.charts import POINTS, Series, downsample, line_chart, number, ticks
+from launch.report import figures, gallery, record
+from launch.report.charts import POINTS, Series, downsample, line_chart, number, running_mean, ticks
+from pretrain import config as configuration
+from pretrain import inference
+from pretrain import model as models
 from pretrain.config import UserError
+from pretrain.data.text import load_tokenizer
 from pretrain.embed import Embedded
+from pretrain.model import ModelSchema
+from tests.support import TINY_TOWERS, Small
 
 CONFIG = """
 run: tiny
 data: {train: 'a/train-*.tar', val: 'a/val-*.tar', batch_size: 128}
 image: {tower: timm, name: vit_base_patch16_224, size: 96, args: {}}
-text: {tower: transformers, name: null, args: {model_type: clip_text_model}, tokenizer: tok}
+text: {tower: transformers, name: null, args: {model_type: clip_text_model, hidden_size: 64}, tokenizer: tok}
 loss: {name: clip}
 train: {steps: 400}
 """
@@ -86,7 +95,7 @@ def test_page_of_a_finished_run(run: Path) -> None:
     assert path == run / "report.html"
     page = Page(path.read_text())
     assert "done" in page.text
-    assert "vit_base_patch16_224 at 96 px" in page.text
+    assert "vit_base_patch16_224 (96 px) and clip_text_model (width 64) learn" in page.text
     assert "5.0 %" in page.text
     assert "after step 200, the best of 2 evaluations" in page.text
     assert "chance 0.2 %" in page.text
@@ -164,6 +173,16 @@ def test_read_only_folder_is_one_line(run: Path, tmp_path: Path) -> None:
         report.write(run, out=tmp_path / "nowhere" / "report.html")
 
 
+def test_command_reads_as_typed(run: Path) -> None:
+    for given, typed in [
+        ("/some/where/launch/cli.py pretrain a.yaml seed=1", "clipfuse pretrain a.yaml seed=1"),
+        ("/some/where/pretrain/__main__.py a.yaml", "python -m pretrain a.yaml"),
+        ("clipfuse pretrain a.yaml", "clipfuse pretrain a.yaml"),
+    ]:
+        (run / "environment.json").write_text(json.dumps({"command": given}))
+        assert figures.command(record.read(run)) == typed
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Untrusted words
 
@@ -224,6 +243,16 @@ def test_gallery_shows_right_and_wrong_with_their_places() -> None:
     assert [answer.right for answer in first.answers[:2]] == [True, True]
 
 
+def test_a_run_never_evaluated_shows_what_the_gallery_measured(run: Path) -> None:
+    write_lines(run, [training(10)])
+    split, pictures = small_split()
+    metrics = gallery.retrieval(split.image, split.text, split.owner)
+    shown = gallery.Gallery(8, 9, "new/*.tar", gallery.by_caption(split, pictures, 2), [], metrics)
+    text = Page(report.render(record.read(run), shown)).text
+    assert "On pairs from new/*.tar, measured for this page (8 pictures)" in text
+    assert "75.0 %" in text  # six of eight pictures find a caption of theirs
+
+
 def test_gallery_draws_the_same_each_time_and_fills_up() -> None:
     rank = torch.tensor([1.0, 1, 1, 7, 1, 1, 1, 1])
     assert gallery.choose(rank, 6) == gallery.choose(rank, 6)
@@ -273,6 +302,14 @@ def test_downsampling_keeps_spikes_and_ends() -> None:
     assert [x for x, _ in points] == sorted(x for x, _ in points)
 
 
+def test_running_mean_does_not_lag() -> None:
+    line: list[float | None] = [2.0 * i for i in range(400)]
+    assert running_mean(line) == pytest.approx(line)
+    line[50] = None
+    assert running_mean(line)[50] is None
+    assert running_mean(line)[300] == pytest.approx(600)
+
+
 def test_ticks_are_round_and_enclose() -> None:
     for low, high in [(0, 1), (0.013, 0.87), (-3, 12000), (4.9999, 5.0001), (2, 2), (0, 0), (1e-5, 3e-4)]:
         found = ticks(low, high, 4)
@@ -282,6 +319,14 @@ def test_ticks_are_round_and_enclose() -> None:
         assert found == sorted(set(found))
 
 
+def test_tick_labels_are_exact() -> None:
+    svg = line_chart([Series("memory", [1, 2, 3], [0.97, 1.02, 1.03])], zero=True)
+    labels = re.findall(r'class="tick end"[^>]*>([^<]*)<', svg)
+    assert labels == ["0", "0.25", "0.5", "0.75", "1", "1.25"]
+    svg = line_chart([Series("scale", [100_000, 150_000, 200_000], [14.0, 14.1, 14.2])])
+    assert re.findall(r'class="tick mid"[^>]*>([^<]*)<', svg) == ["100k", "125k", "150k", "175k", "200k"]
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [(0, "0"), (0.0005, "5e-4"), (0.25, "0.25"), (12.5, "12.5"), (999.9, "1,000"), (1234, "1,234"), (52224, "52.2k"),
@@ -289,3 +334,28 @@ def test_ticks_are_round_and_enclose() -> None:
 )  # fmt: skip
 def test_numbers_are_short(value: float, text: str) -> None:
     assert number(value) == text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# With a model
+
+
+def test_gallery_of_a_model_holds_pictures_as_it_sees_them(small: Small) -> None:
+    config = configuration.load(ModelSchema, None, [*TINY_TOWERS, f"text.tokenizer={small.tokenizer}"])
+    tokenizer = load_tokenizer(small.tokenizer)
+    model = models.build(inference.towers(config), config.model, tokenizer)
+    decoders = inference.decoders(config, tokenizer, model, "txt")
+    loaded = inference.Loaded(model, config, tokenizer, decoders, Path("step-0000000"), 0)
+    shown = gallery.build(loaded, [{"shards": small.val, "weight": 1.0}], torch.device("cpu"), workers=0, pictures=40)
+    assert shown is not None
+    assert shown.pictures == 40
+    assert shown.data == small.val
+    assert len(shown.by_caption) == 12
+    assert len(shown.by_picture) == 6
+    for query in [*shown.by_caption, *shown.by_picture]:
+        kind, _, data = query.picture.partition(";base64,")
+        assert kind == "data:image/jpeg"
+        assert Image.open(io.BytesIO(base64.b64decode(data))).size == (32, 32)
+        assert sum(answer.right for answer in query.answers) == 1
+    first = sum(query.rank == 1 for query in shown.by_caption)
+    assert (first > 0) == (shown.metrics["text_to_image_R@1"] > 0)
