@@ -4,7 +4,8 @@
     reader.py      any sample by byte range; check.py: are they all good?
     order.py       which sample is read when: pure functions of (seed, position); sequence.py: one source of it
     loader.py      training batches, state out and in; sequential.py: evaluation's, each sample once
-                   (batch.py, sources.py, synthetic.py; worker.py: what a worker process does; pool.py: keeps them; scout.py: fetches ahead)
+                   (batch.py, sources.py, synthetic.py; worker.py: what a worker process does; pool.py: keeps them;
+                   scout.py: fetches ahead)
     images.py      augment, resize; decode.py: bytes to pixels
     text.py        token ids, trimmed; captions.py: which text; tokenizer.py: trains one
     pack.py        anything -> shards, with pack_*.py and tables.py
