@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain import dist
+from pretrain.config import UserError
 from pretrain.data.loader import Batch
 from pretrain.model import DualEncoder
 
@@ -59,7 +60,33 @@ def embed_split(
     Args:
         batches: of the images and targets["captions"], a list of captions a sample; targets["json"] for classes.
         texts: encode the captions too, all of them; pooled: keep the image tower's output as well.
+
+    Raises:
+        UserError: on every process where one cannot read its share.
     """
+    mine, problem = None, None
+    try:
+        mine = _share(model, batches, decoders, device, precision, texts, pooled, label)
+    except UserError as error:
+        problem = error
+    problems = [said for said in dist.gather_objects(str(problem) if problem else None) if said]
+    if problem or problems:
+        raise problem or UserError(problems[0])
+    assert mine is not None
+    return mine if dist.world_size() == 1 else _whole(mine)
+
+
+def _share(
+    model: DualEncoder,
+    batches: Iterable[Batch],
+    decoders: Mapping[str, Any],
+    device: torch.device,
+    precision: str,
+    texts: bool,
+    pooled: bool,
+    label: str,
+) -> Embedded:
+    """What this process encodes."""
     images: list[Tensor] = []
     poolings: list[Tensor] = []
     captions_of: list[Tensor] = []
@@ -90,7 +117,7 @@ def embed_split(
             labels += [json.get(label) for json in batch.targets.get("json", [{}] * len(batch))]
     # Outside inference mode these are ordinary tensors again, which the linear probe may compute with.
     width = images[0].shape[1] if images else 0
-    mine = Embedded(
+    return Embedded(
         image=_cat(images, width),
         text=_cat(captions_of, width),
         owner=torch.tensor(owner, dtype=torch.int64),
@@ -99,7 +126,6 @@ def embed_split(
         captions=written,
         labels=labels,
     )
-    return mine if dist.world_size() == 1 else _whole(mine)
 
 
 @contextmanager

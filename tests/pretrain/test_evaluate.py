@@ -4,6 +4,7 @@ import io
 import json
 import os
 import tarfile
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from pretrain import config as configuration
 from pretrain import dist, inference
 from pretrain import model as models
 from pretrain.config import ConfigError, UserError
-from pretrain.data.loader import sequential
+from pretrain.data.loader import Batch, Sequential, sequential
 from pretrain.data.text import load_tokenizer
 from pretrain.embed import embed_split, evaluating
 from pretrain.evaluate import EvalConfig, evaluate, run, summary
@@ -215,8 +216,18 @@ def child(rank: int, world: int, root: Path, port: int, out: Path) -> None:
         evaluate(loaded.model, loaded.decoders, small.val, settings(), CPU)
     except UserError as error:  # on every rank, not only where it was found
         got["error"] = {"said": str(error)}
+    batches = sequential(small.val, loaded.decoders, 10, rank=rank, world=world)
+    try:  # only one process cannot read its share
+        embed_split(loaded.model, lost(batches) if rank == 1 else batches, loaded.decoders, CPU)
+    except UserError as error:
+        got["lost"] = {"said": str(error)}
     (out / f"{rank}.json").write_text(json.dumps(got))
     dist.shutdown()
+
+
+def lost(batches: Sequential) -> Iterator[Batch]:
+    yield next(iter(batches))
+    raise UserError("the disk went away")
 
 
 def test_two_processes_find_what_one_finds(small: Small, tmp_path: Path, free_port: int) -> None:
@@ -230,6 +241,7 @@ def test_two_processes_find_what_one_finds(small: Small, tmp_path: Path, free_po
         assert got["all"] == pytest.approx(alone, abs=1e-9)
         assert got["few"] == pytest.approx(few)
         assert "not finite" in got["error"]["said"]
+        assert got["lost"]["said"] == "the disk went away"
 
 
 @pytest.fixture
