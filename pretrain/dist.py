@@ -142,6 +142,13 @@ def shutdown() -> None:
         td.destroy_process_group()
 
 
+def pin_threads(wanted: int) -> int:
+    """Sets the CPU threads of this process and returns them: 0 shares the cores among the machine's processes."""
+    threads = wanted or max(1, len(os.sched_getaffinity(0)) // local_world_size())
+    torch.set_num_threads(threads)
+    return threads
+
+
 def barrier() -> None:
     """Waits for every process."""
     if world_size() > 1:

@@ -9,31 +9,28 @@ in a step is seeded from (seed, step, rank, chunk). That is all there is to resu
 from __future__ import annotations
 
 import math
-import os
-import resource
-import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from pretrain import checkpoint, dist, oom, strategies
 from pretrain.config import ConfigError, UserError
-from pretrain.data.loader import Loader
+from pretrain.data.loader import Batch, Loader
 from pretrain.data.order import Order
 from pretrain.heartbeat import Heartbeat
+from pretrain.meter import Meter
 from pretrain.objective import Objective
 from pretrain.optim import Average, OptimConfig, learning_rate
 from pretrain.runlog import Bar, RunFolder, RunLog, check_trackers, say
 from pretrain.step import train_step
+from pretrain.stop import Stop, on_signals
 from pretrain.strategies import Precision, Strategy
 from pretrain.strategies.batch_norm import refuse_chunks
 
@@ -120,8 +117,8 @@ class Plan:
     """Writes config.yaml and tokenizer/ into a checkpoint."""
     primary: str = ""
     """The evaluation number, higher is better, that decides `best`."""
-    flops_per_sample: float = 0.0
-    """Executed forward and backward floating-point operations a sample, for MFU; 0 = unknown."""
+    flops: Callable[[Batch], float] | None = None
+    """Forward and backward operations of this process's share of a batch, for MFU; None = unknown."""
 
 
 @dataclass
@@ -152,7 +149,7 @@ def fit(
         log = RunLog(folder, plan.resolved, plan.train.trackers, plan.train.audit, step)
         bar = Bar(plan.total_steps, step)
         try:
-            with _signals() as stop:
+            with on_signals() as stop:
                 return run.go(step, log, bar, stop, pulse)
         except BaseException as error:
             told = oom.explain(error, plan.resolved, run.step, dist.world_size(), strategy.device) or error
@@ -272,24 +269,24 @@ class _Run:
     # -----------------------------------------------------------------------------------------------------------------
     # Forward
 
-    def go(self, begin: int, log: RunLog, bar: Bar, stop: _Stop, pulse: Heartbeat) -> Outcome:
+    def go(self, begin: int, log: RunLog, bar: Bar, stop: Stop, pulse: Heartbeat) -> Outcome:
         plan, train = self.plan, self.plan.train
         batches = iter(self.loader)
-        meter = _Meter(plan, self.strategy.device, begin)
+        meter = Meter(plan.batch_size, plan.total_steps, begin, self.strategy.device, plan.flops)
         in_a_row = torch.zeros((), device=self.strategy.device)
         skipped = torch.zeros((), device=self.strategy.device)
         self.strategy.model.train()
 
         for step in range(begin, plan.total_steps):
             # -- one batch, one optimizer step
-            waited = time.perf_counter()
             pulse.at(step, "waiting for data")
-            batch = next(batches)
-            meter.wait += time.perf_counter() - waited
+            with meter.waiting():
+                batch = next(batches)
             pulse.at(step, "computing")
             lr = learning_rate(step, plan.total_steps, plan.optim)
             out = train_step(self.strategy, self.objective, batch, train.chunks, lr, (plan.seed, step, dist.rank()))
             self.step = step + 1
+            meter.stepped(batch)
             skipped += out["skipped"]
             in_a_row = (in_a_row + 1) * out["skipped"]
             if self.average is not None:
@@ -365,116 +362,3 @@ def _raw(source: Path) -> Path:
     """The folder of a checkpoint's weights as training left them: apart where model.safetensors holds their average."""
     apart = source / "state" / "weights"
     return apart if apart.exists() else source
-
-
-class _Meter:
-    """Speed between two log steps; evaluation and saving do not count."""
-
-    def __init__(self, plan: Plan, device: torch.device, step: int) -> None:
-        self.plan, self.device, self._step = plan, device, step
-        self.wait = 0.0
-        self._begin = time.perf_counter()
-        self._paused = 0.0
-        self._rate = math.nan
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        begin = time.perf_counter()
-        yield
-        self._paused += time.perf_counter() - begin
-
-    def line(self, step: int, lr: float, out: dict[str, Tensor], skipped: int, bad: dict[str, int]) -> dict[str, Any]:
-        """A line of metrics.jsonl. Fetching `out` waits for the device."""
-        numbers = {name: float(dist.mean(value.float())) for name, value in out.items() if name != "skipped"}
-        now = time.perf_counter()
-        seconds = max(1e-9, now - self._begin - self._paused)
-        rate = (step - self._step) * self.plan.batch_size / seconds
-        self._rate = rate
-        wait, self.wait = self.wait, 0.0
-        self._begin, self._paused, self._step = now, 0.0, step
-        return {
-            "step": step,
-            "samples_seen": step * self.plan.batch_size,
-            "time": time.time(),
-            "lr": lr,
-            **numbers,
-            "samples_per_second": rate,
-            "data_wait_seconds": wait,
-            "data_wait_share": wait / seconds,
-            "memory_gib": _memory(self.device),
-            "mfu": self._mfu(rate),
-            "skipped": skipped,
-            "bad_samples": sum(bad.values()),
-            **{f"bad/{reason}": count for reason, count in bad.items()},
-        }
-
-    def eta(self, step: int) -> float:
-        return (self.plan.total_steps - step) * self.plan.batch_size / self._rate
-
-    def _mfu(self, rate: float) -> float | None:
-        peak = _PEAK.get(torch.cuda.get_device_name(), 0.0) if self.device.type == "cuda" else 0.0
-        if not peak or not self.plan.flops_per_sample:
-            return None
-        return rate * self.plan.flops_per_sample / (peak * dist.world_size())
-
-
-_PEAK = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12}
-"""Dense bf16 operations a second, from the vendor's data sheets."""
-
-
-def _memory(device: torch.device) -> float:
-    """Peak GiB so far: of the GPU's allocator, or of the process where there is no GPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    scale = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Stopping
-
-
-class _Stop:
-    """A wish to stop, by signal; all processes agree on it before any acts."""
-
-    def __init__(self) -> None:
-        self.wish = 0
-        self._asked: Callable[[], int] | None = None
-
-    def handle(self, number: int, frame: FrameType | None) -> None:
-        if self.wish and number == signal.SIGINT:
-            raise KeyboardInterrupt  # the second Ctrl-C does not wait for a checkpoint
-        if not self.wish:  # Slurm and the launcher may both pass a signal on
-            say(f"{signal.Signals(number).name}: saving after this step, then stopping")
-        self.wish = number
-
-    def agreed(self) -> str:
-        """The name of the signal that any process got, or nothing. Collective.
-
-        With several processes the answer is the one to the question of the step before: no step waits for it.
-        """
-        number = self.wish
-        if dist.world_size() > 1:
-            number = self._asked() if self._asked is not None else 0
-            self._asked = dist.maximum_later(self.wish)
-        return signal.Signals(number).name if number else ""
-
-
-@contextmanager
-def _signals() -> Iterator[_Stop]:
-    """Ctrl-C, SIGTERM and SIGUSR1 become a wish to stop inside."""
-    stop = _Stop()
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    before = {number: signal.signal(number, stop.handle) for number in numbers}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def pin_threads(wanted: int) -> int:
-    """Sets the CPU threads of this process and returns them: 0 shares the cores among the machine's processes."""
-    threads = wanted or max(1, len(os.sched_getaffinity(0)) // dist.local_world_size())
-    torch.set_num_threads(threads)
-    return threads

@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 
-from pretrain import checkpoint, dist, inference, launched, registry, strategies
+from pretrain import checkpoint, dist, flops, inference, launched, registry, strategies
 from pretrain import config as configuration
 from pretrain import model as models
 from pretrain.config import ConfigError, UserError, section
 from pretrain.data import loader as loading
-from pretrain.data.loader import DataConfig, Loader
+from pretrain.data.loader import Batch, DataConfig, Loader
 from pretrain.data.sources import sources_of
 from pretrain.data.text import load_tokenizer
 from pretrain.evaluate import EvalConfig, evaluate
-from pretrain.loop import Outcome, Plan, TrainConfig, fit, pin_threads
+from pretrain.loop import Outcome, Plan, TrainConfig, fit
 from pretrain.model import DualEncoder, ModelSchema
 from pretrain.objective import Contrastive
 from pretrain.optim import OptimConfig
@@ -97,7 +97,7 @@ def assemble(config: PretrainConfig) -> Parts:
 def train(config: PretrainConfig) -> Outcome:
     """One process of a run, from configuration to outcome."""
     _agree(config)
-    threads = pin_threads(config.train.threads)
+    threads = dist.pin_threads(config.train.threads)
     device = dist.device()
     folder = RunFolder(config.run)
     folder.open()
@@ -122,6 +122,7 @@ def train(config: PretrainConfig) -> Outcome:
             identity={"seed": config.seed, "data.batch_size": config.data.batch_size, "data": parts.loader.digest()},
             files=lambda at: _files(at, kept, parts.tokenizer),
             primary="image_to_text_R@1",
+            flops=_flops(config, parts) if device.type == "cuda" else None,
         )
         train = config.train
         strategy = strategies.choose(train.strategy, train.precision, config.optim, device, train.offload)
@@ -141,6 +142,13 @@ def _agree(config: PretrainConfig) -> None:
             launched.agree(
                 "data.train", lambda: launched.data_fingerprint([p for s in sources_of(given, "data.train") for p in s.shards])
             )
+
+
+def _flops(config: PretrainConfig, parts: Parts) -> Callable[[Batch], float] | None:
+    """Counted for pictures and texts; None where another modality takes part."""
+    if config.others or config.image is None or config.text is None:
+        return None
+    return flops.per_batch(parts.model, flops.one_sample(config.image.size, config.text.length))
 
 
 def _files(folder: Path, config: ModelSchema, tokenizer: Any) -> None:
@@ -199,6 +207,5 @@ def describe(config: PretrainConfig) -> None:
     for name, sizes in parts.model.parameter_counts().items():
         print(f"{name:12} {sizes['total']:>14,} parameters, {sizes['trainable']:,} trainable")
     print(f"{'data':12} {parts.loader.shard_count:>14,} shards, {epoch:,} samples an epoch")
-    print(
-        f"{'run':12} {total:>14,} steps of {config.data.batch_size:,} samples, {total * config.data.batch_size / epoch:.2f} epochs"
-    )
+    size = config.data.batch_size
+    print(f"{'run':12} {total:>14,} steps of {size:,} samples, {total * size / epoch:.2f} epochs")

@@ -1,0 +1,96 @@
+"""How fast a run is: samples/s, data wait, memory, MFU, between two log steps."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pretrain import dist
+from pretrain.data.batch import Batch
+
+PEAK = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12}
+"""Dense bf16 operations a second, from the vendor's data sheets."""
+
+
+class Meter:
+    """Counts from one log line to the next; evaluation and saving do not count.
+
+    Args:
+        batch_size: samples a step, over all processes. total_steps: of the run. step: where it starts.
+        flops: forward and backward operations of this process's share of a batch, for MFU; None = unknown.
+    """
+
+    def __init__(
+        self, batch_size: int, total_steps: int, step: int, device: torch.device, flops: Callable[[Batch], float] | None
+    ) -> None:
+        self._batch_size, self._total, self._step, self._device = batch_size, total_steps, step, device
+        self._peak = PEAK.get(torch.cuda.get_device_name(), 0.0) if device.type == "cuda" else 0.0
+        self._flops = flops if self._peak else None
+        self._wait = self._paused = self._work = 0.0
+        self._rate = math.nan
+        self._begin = time.perf_counter()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time in here is data wait."""
+        begin = time.perf_counter()
+        yield
+        self._wait += time.perf_counter() - begin
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time in here is no training time."""
+        begin = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - begin
+
+    def stepped(self, batch: Batch) -> None:
+        """A step was taken on this batch."""
+        if self._flops is not None:
+            self._work += self._flops(batch)
+
+    def line(self, step: int, lr: float, out: dict[str, Tensor], skipped: int, bad: dict[str, int]) -> dict[str, Any]:
+        """A line of metrics.jsonl. Fetching `out` waits for the device."""
+        numbers = {name: float(dist.mean(value.float())) for name, value in out.items() if name != "skipped"}
+        now = time.perf_counter()
+        seconds = max(1e-9, now - self._begin - self._paused)
+        self._rate = (step - self._step) * self._batch_size / seconds
+        mfu = self._work / seconds / self._peak if self._flops is not None else None
+        wait = self._wait
+        self._begin, self._step = now, step
+        self._wait = self._paused = self._work = 0.0
+        return {
+            "step": step,
+            "samples_seen": step * self._batch_size,
+            "time": time.time(),
+            "lr": lr,
+            **numbers,
+            "samples_per_second": self._rate,
+            "data_wait_seconds": wait,
+            "data_wait_share": wait / seconds,
+            "memory_gib": peak_memory(self._device),
+            "mfu": mfu,
+            "skipped": skipped,
+            "bad_samples": sum(bad.values()),
+            **{f"bad/{reason}": count for reason, count in bad.items()},
+        }
+
+    def eta(self, step: int) -> float:
+        """Seconds to the end at the last rate."""
+        return (self._total - step) * self._batch_size / self._rate
+
+
+def peak_memory(device: torch.device) -> float:
+    """Peak GiB so far: of the GPU's allocator, or of the process where there is no GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30
