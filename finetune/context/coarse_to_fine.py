@@ -76,11 +76,12 @@ class CoarseToFine(Context):
 
         # The coarse pass: a mean of states is projected once, which is the mean of the projected states.
         N, mask = keys.picture, keys.tokens.mask
-        cells_BRPC = tiling.split(keys.tokens.states[:, None, :N])[:, :, 0]
+        T = keys.tokens.states.shape[1] - N
+        states_BNC = keys.tokens.states[:, :N] if T else keys.tokens.states
+        cells_BRPC = tiling.split(states_BNC[:, None])[:, :, 0]
         valid_BRP = tiling.valid(None if mask is None else mask[:, :N], q_BGHUD.device).expand(len(cells_BRPC), -1, -1)
-        count_BR = valid_BRP.sum(dim=2)
-        mean_BRC = (cells_BRPC * valid_BRP[..., None]).sum(dim=2) / count_BR.clamp(min=1)[..., None]
-        k_BHRD, v_BHRD = keys.project(mean_BRC.to(cells_BRPC.dtype))
+        share_BRP = _shares(valid_BRP, cells_BRPC.dtype)
+        k_BHRD, v_BHRD = keys.project((share_BRP[:, :, None] @ cells_BRPC)[:, :, 0])
         chosen = self._choose(asking, q_BGHUD, k_BHRD, valid_BRP)
 
         # The fine pass: opened cells, then means, then what stands beside the picture.
@@ -90,7 +91,6 @@ class CoarseToFine(Context):
         if opened < R:
             k_BGHKD, v_BGHKD = _append(k_BGHKD, k_BHRD), _append(v_BGHKD, v_BHRD)
             bias.append(chosen.coarse)
-        T = keys.tokens.states.shape[1] - N
         if T:
             k_BHTD, v_BHTD = keys.project(keys.tokens.states[:, N:])
             k_BGHKD, v_BGHKD = _append(k_BGHKD, k_BHTD), _append(v_BGHKD, v_BHTD)
@@ -143,6 +143,11 @@ class CoarseToFine(Context):
         return k, v
 
 
+def _shares(valid_BRP: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, R, P): 1 / n for the n real cells of a region, 0 for its padding."""
+    return valid_BRP.to(dtype) / valid_BRP.sum(dim=2, keepdim=True).clamp(min=1)
+
+
 def _append(group_BGHKD: Tensor, shared_BHRD: Tensor) -> Tensor:
     return torch.cat([group_BGHKD, shared_BHRD[:, None].expand(-1, group_BGHKD.shape[1], -1, -1, -1)], dim=3)
 
@@ -164,8 +169,7 @@ def _spread(w_BGHUK: Tensor, tiling: Tiling, regions_BGn: Tensor, valid_BRP: Ten
     where = regions_BGn[:, :, None, None, :, None].expand(B, G, H, U, n, P)
     cells = w_BGHUK.new_zeros(B, G, H, U, R, P).scatter(4, where, fine.unflatten(4, (n, P)))
     if coarse.shape[4]:
-        share_BRP = valid_BRP.to(w_BGHUK.dtype) / valid_BRP.sum(dim=2, keepdim=True).clamp(min=1)
-        cells = cells + coarse[..., None] * share_BRP[:, None, None, None]
+        cells = cells + coarse[..., None] * _shares(valid_BRP, w_BGHUK.dtype)[:, None, None, None]
     spread = torch.cat([cells.flatten(4)[..., tiling.places(w_BGHUK.device)], beside], dim=4)
     return tiling.join(spread) if home else _ungroup(spread)
 

@@ -155,7 +155,7 @@ class Fusion(nn.Module):
         A mask may be None: every token is real.
         """
         config, given = self.config, dict(tokens)
-        rows, rest = divmod(len(given[config.query].states), len(given[config.context].states))
+        rows, rest = divmod(len(given[config.query].states), max(1, len(given[config.context].states)))
         if rest or not rows:
             counts = ", ".join(f"{len(given[name].states)} of {name}" for name in (config.query, config.context))
             raise ValueError(f"{config.query} rows must be a multiple of {config.context} rows, not {counts}")
@@ -184,6 +184,12 @@ def check_names(config: FusionConfig, widths: dict[str, int]) -> None:
     for key, name in (("query", config.query), ("context", config.context)):
         if name not in widths:
             raise ConfigError(f"fusion.{key}={name!r} is no modality of this model; it has {', '.join(widths)}")
+
+
+def fused_by_layer(config: FusionConfig, fused: str) -> list[tuple[str, ...]]:
+    """Who is changed by each block: both, but in the last one only the query where nobody reads the rest."""
+    both = (config.query, config.context)
+    return [both] * (config.layers - 1) + [both if fused == "both" else both[:1]]
 
 
 def repeat(tokens: TokenSequence, times: int) -> TokenSequence:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from finetune.attention import Tokens
-from finetune.fusion.blocks import FeedForward, Fusion, FusionConfig, Look, check_names, note, see
+from finetune.fusion.blocks import FeedForward, Fusion, FusionConfig, Look, check_names, fused_by_layer, note, see
 from finetune.trace import Trace
 
 
@@ -22,34 +22,37 @@ class Config(FusionConfig):
 
     name: str = "co"
     """This file."""
+    fused: Literal["both", "query"] = "both"
+    """What leaves fused. query: the last block leaves out what only the context would gain, which then returns as it came."""
 
 
 class Stream(nn.Module):
-    """One modality's half of a block."""
+    """One modality's half of a block; `answers`: it is only asked, by the other one."""
 
-    def __init__(self, config: Config, width: int, other_width: int) -> None:
+    def __init__(self, config: Config, width: int, other_width: int, answers: bool = False) -> None:
         super().__init__()
         self.self_norm = nn.LayerNorm(width)
         self.self_look = Look(width, width, config)
         self.cross_norm = nn.LayerNorm(width)
-        self.cross_look = Look(width, other_width, config)
-        self.feedforward = FeedForward(width, config)
+        if not answers:
+            self.cross_look = Look(width, other_width, config)
+            self.feedforward = FeedForward(width, config)
 
 
 class Block(nn.Module):
-    """Both ask themselves; both ask each other, reading the same states; both think."""
+    """Both ask themselves; both ask each other, reading the same states; both think. `fused`: those who do all that."""
 
-    def __init__(self, config: Config, widths: dict[str, int]) -> None:
+    def __init__(self, config: Config, widths: dict[str, int], fused: tuple[str, ...]) -> None:
         super().__init__()
         a, b = config.query, config.context
         self.first = Stream(config, widths[a], widths[b])
-        self.second = Stream(config, widths[b], widths[a])
-        self.names = (a, b)
+        self.second = Stream(config, widths[b], widths[a], answers=b not in fused)
+        self.names, self.fused = (a, b), fused
 
     def forward(
         self, x: dict[str, Tensor], tokens: dict[str, Tokens], hows: nn.ModuleDict, layer: int, trace: Trace | None
     ) -> dict[str, Tensor]:
-        """name -> states (B, N, C). `tokens` have the masks and grids, `hows` says how each modality is asked."""
+        """name -> states (B, N, C), of those fused. `tokens` have masks and grids, `hows` says how each is asked."""
         exact = trace is not None
         streams = dict(zip(self.names, (self.first, self.second), strict=True))
         others = dict(zip(self.names, reversed(self.names), strict=True))
@@ -65,14 +68,14 @@ class Block(nn.Module):
         normed = {name: tokens[name]._replace(states=s.cross_norm(x[name])) for name, s in streams.items()}
         seen = {name: see(hows[name], n, exact) for name, n in normed.items()}
         sights = []
-        for name, stream in streams.items():
+        for name in self.fused:
             other = others[name]
-            new, weights = stream.cross_look(x[name], normed[name], seen[other], layer=layer, exact=exact)
+            new, weights = streams[name].cross_look(x[name], normed[name], seen[other], layer=layer, exact=exact)
             x = x | {name: new}
             sights.append((name, (other,), weights))
         note(trace, "cross", layer, *sights)
 
-        return {name: stream.feedforward(x[name]) for name, stream in streams.items()}
+        return {name: streams[name].feedforward(x[name]) for name in self.fused}
 
 
 class Co(Fusion):
@@ -80,10 +83,10 @@ class Co(Fusion):
 
     def __init__(self, config: Config, widths: dict[str, int], context: Any, pictures: Collection[str]) -> None:
         super().__init__(config, widths, list(widths), context, pictures)
-        self.layers.extend(Block(config, widths) for _ in range(config.layers))
+        self.layers.extend(Block(config, widths, fused) for fused in fused_by_layer(config, config.fused))
 
     def fuse(self, tokens: dict[str, Tokens], rows: int, trace: Trace | None) -> dict[str, Tensor]:
-        """Both change."""
+        """Both change, or, at the end, the query alone."""
         x = {name: t.states for name, t in tokens.items()}
         for i, block in enumerate(self.layers):
             x = self.run(block, x, tokens, self.contexts, i, trace)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from finetune.attention import Attention, Tokens
 from finetune.context import Asking
-from finetune.fusion.blocks import FeedForward, Fusion, FusionConfig, check_names, note, see
+from finetune.fusion.blocks import FeedForward, Fusion, FusionConfig, check_names, fused_by_layer, note, see
 from finetune.trace import Trace
 
 
@@ -26,14 +26,16 @@ class Config(FusionConfig):
 
     name: str = "merged"
     """This file."""
+    fused: Literal["both", "query"] = "both"
+    """What leaves fused. query: the last block leaves out what only the context would gain, which then returns as it came."""
 
 
 class Block(nn.Module):
-    """Joint self-attention -> feed-forward, on the tokens of both."""
+    """Joint self-attention -> feed-forward, on the tokens of both. `fused`: those who ask."""
 
-    def __init__(self, config: Config, width: int, pictures: Collection[str]) -> None:
+    def __init__(self, config: Config, width: int, pictures: Collection[str], fused: tuple[str, ...]) -> None:
         super().__init__()
-        self.names = (config.query, config.context)
+        self.names, self.fused = (config.query, config.context), fused
         self.pictures = [name for name in self.names if name in pictures]
         self.norm = nn.LayerNorm(width)
         self.modality = nn.ParameterDict({name: nn.Parameter(0.02 * torch.randn(width)) for name in self.names})
@@ -44,14 +46,14 @@ class Block(nn.Module):
     def forward(
         self, x: dict[str, Tensor], tokens: dict[str, Tokens], hows: nn.ModuleDict, layer: int, trace: Trace | None
     ) -> dict[str, Tensor]:
-        """name -> states (B, N, C), all of one width. `hows` says how each modality is asked."""
+        """name -> states (B, N, C), all of one width, of those fused. `hows` says how each modality is asked."""
         exact = trace is not None
         normed = {name: tokens[name]._replace(states=self.norm(x[name]) + self.modality[name]) for name in self.names}
         seen = {name: see(hows[name], n, exact) for name, n in normed.items()}
 
-        new, sights, keys = dict(x), [], {}
-        for name, n in normed.items():
-            order = self._order(name)
+        new, sights, keys = {}, [], {}
+        for name in self.fused:
+            n, order = normed[name], self._order(name)
             first, second = (seen[other] for other in order)
             if order not in keys:
                 keys[order] = self.attention.keys(_joined(first.tokens, second.tokens))
@@ -86,10 +88,10 @@ class Merged(Fusion):
         width = max(widths.values())
         super().__init__(config, dict.fromkeys(widths, width), list(widths), context, pictures)
         self.width = width
-        self.layers.extend(Block(config, width, pictures) for _ in range(config.layers))
+        self.layers.extend(Block(config, width, pictures, fused) for fused in fused_by_layer(config, config.fused))
 
     def fuse(self, tokens: dict[str, Tokens], rows: int, trace: Trace | None) -> dict[str, Tensor]:
-        """Both change."""
+        """Both change, or, at the end, the query alone."""
         x = {name: F.pad(t.states, (0, self.width - t.states.shape[2])) for name, t in tokens.items()}
         for i, block in enumerate(self.layers):
             x = self.run(block, x, tokens, self.contexts, i, trace)

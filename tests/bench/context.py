@@ -4,9 +4,10 @@
 
 `self`: the picture asks itself; `cross`: 32 words ask it. One picture, width 256, 8 heads, float32; projections are
 counted, and for `pooled` reading the summaries. Prints a JSON line a case: the median seconds of a forward and
-backward pass, the peak memory it adds in MiB (resident set on the CPU, each case in a process of its own; allocated
-bytes on CUDA), and both as shares of dense attention's. `region` is the setting a large grid wants: its side grows
-with the grid's, so that regions stay few.
+backward pass (on the CPU the time of one core, which other work on the machine hardly changes), the peak memory it
+adds in MiB (resident set on the CPU, each case in a process of its own; allocated bytes on CUDA), and both as shares
+of dense attention's. `region` is the setting a large grid wants: its side grows with the grid's, so that regions stay
+few.
 """
 
 from __future__ import annotations
@@ -70,13 +71,14 @@ def measure(what: str, name: str, patches: int, device: str, seconds: float) -> 
         before = torch.cuda.memory_allocated() / 2**20
     else:
         before = _resident_mib()
-    times, start = [], time.perf_counter()
-    while not times or (time.perf_counter() - start < seconds and len(times) < 50):
-        begun = time.perf_counter()
+    clock = time.perf_counter if device == "cuda" else time.process_time
+    times, start = [], clock()
+    while not times or (clock() - start < seconds and len(times) < 50):
+        begun = clock()
         step()
         if device == "cuda":
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - begun)
+        times.append(clock() - begun)
     peak = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else _resident_mib()
     return {"seconds": statistics.median(times[1:] or times), "mib": peak - before}
 
@@ -93,6 +95,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=2.0, help="time spent on each case, at least one pass")
     args = parser.parse_args()
+    torch.set_num_threads(1)
     for patches in args.patches:
         dense: dict[str, dict[str, float]] = {}
         for what, name in CASES:
@@ -108,7 +111,6 @@ def main() -> None:
             line = {
                 "bench": "context",
                 "device": args.device,
-                "threads": torch.get_num_threads(),
                 "patches": patches,
                 "what": what,
                 "context": name,

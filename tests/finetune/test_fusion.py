@@ -60,6 +60,14 @@ def test_step_0_passes_the_tokens_through_bit_for_bit(name: str, context: str, d
 
 
 @pytest.mark.parametrize(("name", "context"), PAIRS)
+def test_step_0_under_autocast(name: str, context: str) -> None:
+    fusion, given = build(name, context), tokens()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fused = fusion(given)
+    assert all(torch.equal(fused[modality].states, given[modality].states) for modality in given)
+
+
+@pytest.mark.parametrize(("name", "context"), PAIRS)
 def test_closing_the_gates_of_a_trained_fusion_makes_it_the_identity_again(name: str, context: str) -> None:
     fusion, given = build(name, context), tokens()
     nn.init.normal_(next(p for n, p in fusion.named_parameters() if "norm" in n and n.endswith("bias")))
@@ -215,6 +223,22 @@ def test_checkpointing_leaves_the_gradients_as_they_are(name: str, context: str)
         assert (plain is None) == (recomputed is None)
         if plain is not None and recomputed is not None:
             torch.testing.assert_close(plain, recomputed)
+
+
+@pytest.mark.parametrize("context", ["dense", "pooled"])
+@pytest.mark.parametrize("name", ["co", "merged"])
+def test_a_fusion_of_which_only_the_query_is_read(name: str, context: str) -> None:
+    """The query is the same, the context returns as it came, and no parameter waits for a gradient that never comes."""
+    both, given = build(name, context), tokens()
+    open_gates(both)
+    one = build(name, context, fused="query")
+    one.load_state_dict({key: value for key, value in both.state_dict().items() if key in one.state_dict()})
+    for trace in (None, Trace()):
+        out = one(given, trace=trace)
+        torch.testing.assert_close(out["text"].states, both(given)["text"].states)
+    assert out["image"] is given["image"]
+    one(given)["text"].states.square().sum().backward()
+    assert all(p.grad is not None for p in one.parameters())
 
 
 @pytest.mark.parametrize(("name", "context"), PAIRS)
