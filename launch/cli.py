@@ -61,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--data", required=True, metavar="SHARDS", help="shards to evaluate on")
     p.add_argument("--task", default="retrieval", choices=["retrieval", "zero_shot", "linear_probe"])
     p.add_argument("--train-data", metavar="SHARDS", help="linear_probe: labelled shards the probe is trained on")
-    p.add_argument("--classes", metavar="NAMES", help="zero_shot: imagenet, a comma list, or a file with a name a line")
+    p.add_argument("--classes", metavar="NAMES", help="zero_shot: imagenet, scenes, a comma list, or a file with a name a line")
     p.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
     p = _command(commands, "report", _report, "curves, recalls and a gallery in one HTML file")

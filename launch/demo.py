@@ -27,7 +27,7 @@ def commands(folder: Path, minutes: float) -> list[list[str]]:
     data = [f"data.train={scenes}/train-*.tar", f"data.val={scenes}/val-*.tar", f"text.tokenizer={scenes}/tokenizer"]
     train = [f"train.steps={steps}", f"train.eval_every={max(10, steps // 4)}", f"optim.warmup={min(50, steps // 5)}"]
     return [
-        ["data", "scenes", str(scenes), "--num", "20000" if minutes > 2 else "2000"],
+        ["data", "scenes", str(scenes), "--num", "8000" if minutes > 2 else "2000"],
         ["tokenizer", f"{scenes}/train-*.tar", f"{scenes}/tokenizer", "--vocab", "512"],
         ["pretrain", "scenes", f"run={run}", *data, *train],
         ["evaluate", str(run), "--data", f"{scenes}/test-*.tar"],

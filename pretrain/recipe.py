@@ -161,7 +161,8 @@ def _files(folder: Path, config: ModelSchema, tokenizer: Any) -> None:
 def _evaluation(config: PretrainConfig, parts: Parts, device: torch.device) -> Callable[[Any], dict[str, float]] | None:
     if not config.data.val:
         return None
-    return lambda model: evaluate(model, parts.decoders, config.data.val, config.eval, device, config.train.precision)
+    cache = config.data.store()
+    return lambda model: evaluate(model, parts.decoders, config.data.val, config.eval, device, config.train.precision, cache)
 
 
 def _resume_from(config: PretrainConfig, folder: RunFolder) -> Path | None:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -83,7 +84,7 @@ class RunFolder:
         write_json(
             self.path / "environment.json",
             {
-                "command": " ".join(sys.argv),
+                "command": shlex.join(sys.argv),
                 "git": _revision(),
                 "python": platform.python_version(),
                 "platform": platform.platform(),
