@@ -86,7 +86,8 @@ class Tower(nn.Module):
         still = {name for name, layer in ids.items() if layer < first}
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name not in still and name not in self.asleep)
-        self._frozen = [""] if first > self.depth + 1 else list(_whole(self, still))
+        frozen = {id(p) for name, p in self.named_parameters() if name in still}
+        self._frozen = [""] if first > self.depth + 1 else list(_whole(self, frozen))
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Tower:
@@ -106,14 +107,14 @@ class Tower(nn.Module):
                 parameter.requires_grad_(False)
 
 
-def _whole(module: nn.Module, names: set[str], prefix: str = "") -> Iterable[str]:
-    """The largest modules that have parameters, all of them in `names`."""
-    own = [prefix + name for name, _ in module.named_parameters()]
-    if own and names.issuperset(own):
+def _whole(module: nn.Module, frozen: set[int], prefix: str = "") -> Iterable[str]:
+    """The largest modules that have parameters, all of them among `frozen` (by id: a tied one has several names)."""
+    own = [id(p) for p in module.parameters()]
+    if own and frozen.issuperset(own):
         yield prefix.removesuffix(".")
         return
     for name, child in module.named_children():
-        yield from _whole(child, names, f"{prefix}{name}.")
+        yield from _whole(child, frozen, f"{prefix}{name}.")
 
 
 def reached(output: Tensor, tensors: dict[str, Tensor]) -> list[str]:

@@ -274,6 +274,8 @@ def _unexpected(config: Config, error: TypeError) -> str:
     found = re.search(r"argument '(\w+)'", str(error))
     if found is None:
         return f"image.args={config.args} does not fit {config.name}: {' '.join(str(error).split())[:200]}"
+    if "multiple values" in str(error):
+        return f"image.args.{found[1]} is fixed by {config.name}: choose another model, or leave it out"
     if found[1] == "patch_drop_rate":
         return f"image.patch_dropout: {config.name} has no patch dropout; it is for plain vision transformers"
     model = type(timm.create_model(config.name, num_classes=0))

@@ -127,12 +127,15 @@ class TextTower(Tower):
     def set_checkpointing(self, on: bool) -> None:
         """Raises ConfigError where transformers has none for this model."""
         model: Any = self.model
-        if not on:
-            model.gradient_checkpointing_disable()
-        elif not getattr(model, "supports_gradient_checkpointing", False):
+        if on and not getattr(model, "supports_gradient_checkpointing", False):
             raise ConfigError(f"text.checkpointing: {type(model).__name__} cannot recompute activations")
+        new = hasattr(model, "activation_checkpointing_enable")  # the name since transformers 5.2x
+        kind = "activation" if new else "gradient"
+        if on:
+            options = {f"{kind}_checkpointing_kwargs": {"use_reentrant": False}}
+            getattr(model, f"{kind}_checkpointing_enable")(**options)
         else:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            getattr(model, f"{kind}_checkpointing_disable")()
 
     # -----------------------------------------------------------------------------------------------------------------
     # Found out when built
@@ -197,5 +200,6 @@ def build(config: Config, tokenizer: Any = None) -> TextTower:
             f"text: {type(model).__name__} cannot encode {config.length} tokens with pool={config.pool}: {reason}"
         ) from error
     tower.freeze(config.trainable_blocks)
-    tower.set_checkpointing(config.checkpointing)
+    if config.checkpointing:
+        tower.set_checkpointing(True)
     return tower
