@@ -16,7 +16,6 @@ from pretrain.strategies import Precision
 from pretrain.strategies.batch_norm import synchronised
 from pretrain.strategies.single import Single
 
-
 # Buffers are constants, or statistics that every process computes alike: no need to send them at each forward pass.
 # The argument's name changed in torch 2.15.
 _NEW = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters

@@ -20,9 +20,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pretrain import dist
 from pretrain.optim import OptimConfig
-from pretrain.strategies import DTYPES, Applied, Precision
+from pretrain.strategies import DTYPES, Precision
 from pretrain.strategies.batch_norm import synchronised
-from pretrain.strategies.replica import filled, shell
+from pretrain.strategies.replica import filled, in_step, shell
 from pretrain.strategies.single import Single
 
 
@@ -35,6 +35,7 @@ class FSDP2(Single):
         dist.require_group()
         model = synchronised(model).to(self.device)
         self._shell = shell(model)
+        in_step(model)
         with torch.no_grad():
             for tensor in [*model.parameters(), *model.buffers()]:
                 td.broadcast(tensor, 0)  # shares of different models would make no model
@@ -47,7 +48,8 @@ class FSDP2(Single):
         self.module = self.model = model
         assert isinstance(model, FSDPModule)
         for name, p in model.named_parameters():
-            assert isinstance(p, DTensor) and p.device_mesh.size() == dist.world_size(), f"{name} is not sharded"
+            assert isinstance(p, DTensor), f"{name} is not sharded"
+            assert p.device_mesh.size() == dist.world_size(), f"{name} is sharded over {p.device_mesh.size()} processes"
         self._prepare()
 
     def compile(self) -> None:
@@ -60,11 +62,13 @@ class FSDP2(Single):
         return nullcontext()
 
     def _clip(self) -> Tensor:
-        norm = super()._clip()
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return self._join(super()._clip())
 
     def _join(self, part: Tensor) -> Tensor:
-        return part.detach().full_tensor() if isinstance(part, DTensor) else part.detach()
+        if not isinstance(part, DTensor):
+            return part.detach()
+        whole: Tensor = part.full_tensor()
+        return whole.detach()
 
     def _part(self, whole: Tensor, like: Tensor) -> Tensor:
         assert isinstance(like, DTensor)

@@ -1,7 +1,8 @@
-"""A whole copy of a sharded model for evaluation.
+"""What sharded weights ask for: forward passes in step, and a whole copy for evaluation.
 
-Forward passes of a sharded model are collective: two processes that evaluate different numbers of batches would wait for
-each other for ever. So evaluation gets a plain model, filled by every process together, then used by each alone.
+Forward passes of a sharded model are collective: two processes that ran different numbers of them would wait for each other
+for ever. In training each process runs the same number. In evaluation they need not: it gets a plain model, filled by every
+process together, then used by each alone.
 """
 
 from __future__ import annotations
@@ -14,11 +15,16 @@ import torch
 from torch import Tensor, nn
 
 
+def in_step(model: nn.Module) -> None:
+    """Towers that encode a batch in as many groups as its lengths ask for do it in one piece."""
+    for tower in getattr(model, "towers", nn.ModuleDict()).values():
+        if getattr(tower, "groups", 1) > 1:
+            tower.groups = 1
+
+
 def shell(model: nn.Module) -> nn.Module:
     """The model with parameters that have shapes but no memory (meta device), and its own buffers."""
-    empty = {
-        id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False) for p in model.parameters()
-    }
+    empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False) for p in model.parameters()}
     return copy.deepcopy(model, empty)
 
 

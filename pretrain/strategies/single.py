@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -63,7 +62,8 @@ class Single(Strategy):
             self.optimizer.grad_scale = None  # type: ignore[attr-defined]
             self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
             self.optimizer.step()
-        clamp: Callable[[], None] = self.module.clamp_
+        clamp = self.module.clamp_
+        assert callable(clamp)
         clamp()
         self.optimizer.zero_grad(set_to_none=True)
         return Applied(norm, skipped)
@@ -112,7 +112,8 @@ class Single(Strategy):
         for name, p in self._named():
             if name in moments:
                 self.optimizer.state[p] = {
-                    key: self._part(value, p).to(p.dtype).clone() if value.ndim else value.to(self.device, torch.float32)
+                    # Copies: what is given may lie in a mapped file.
+                    key: self._part(value, p).to(p.dtype, copy=True) if value.ndim else value.to(self.device, copy=True)
                     for key, value in moments[name].items()
                 }
 

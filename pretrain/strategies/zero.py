@@ -23,9 +23,11 @@ from pretrain import optim as optimizers
 from pretrain.optim import OptimConfig
 from pretrain.strategies import DTYPES, Applied, Moments, Precision, Strategy
 from pretrain.strategies.batch_norm import synchronised
-from pretrain.strategies.replica import filled, shell
+from pretrain.strategies.replica import filled, in_step, shell
 
 KINDS = ("exp_avg", "exp_avg_sq")
+RECOMPUTES = ("grad_checkpointing", "gradient_checkpointing")
+"""What timm's and transformers' modules say when they recompute activations in the backward pass."""
 BUCKET = 50_000_000
 """Elements sent at a time, and gathered ahead of use: 200 MB."""
 
@@ -47,17 +49,16 @@ class Zero(Strategy):
     def setup(self, model: nn.Module) -> None:
         dist.require_group()
         self.module = synchronised(model).to(self.device)
-        self._before_engine()
         deepspeed = _deepspeed()
         inside = _Autocast(self.module, self.device.type, self.precision) if self.precision != "fp32" else self.module
+        self._before_engine(inside)
         client = optimizers.adamw(optimizers.parameter_groups(self.module, self.optim), self.optim)
-        engine, self.zero, _, _ = deepspeed.initialize(
-            model=inside, optimizer=client, config=self._config(), dist_init_required=False
-        )
+        engine = deepspeed.initialize(model=inside, optimizer=client, config=self._config(), dist_init_required=False)[0]
         self.model = self.engine = engine
+        self.zero: Any = engine.optimizer
         self.optimizer = self.zero.optimizer
         assert engine.zero_optimization_stage() == self.stage, engine.zero_optimization_stage()
-        assert engine.dp_world_size == dist.world_size(), f"DeepSpeed runs {engine.dp_world_size} of {dist.world_size()} processes"
+        assert engine.dp_world_size == dist.world_size(), f"{engine.dp_world_size} of {dist.world_size()} processes"
         assert isinstance(self.zero, self._engine_class()), type(self.zero)
         if self._scale:
             self.zero.override_loss_scale(self._scale.scale)
@@ -99,10 +100,10 @@ class Zero(Strategy):
             },
         }
 
-    def _before_engine(self) -> None:
-        """What needs the model before DeepSpeed has it."""
+    def _before_engine(self, inside: nn.Module) -> None:
+        """What needs the model, and what of it DeepSpeed gets, before it does."""
 
-    def _engine_class(self) -> type:
+    def _engine_class(self) -> Any:
         raise NotImplementedError
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -259,7 +260,7 @@ class Zero12(Zero):
         self.stage = stage
         super().__init__(precision, optim, device, offload)
 
-    def _engine_class(self) -> type:
+    def _engine_class(self) -> Any:
         from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
         return DeepSpeedZeroOptimizer
@@ -305,10 +306,24 @@ class Zero3(Zero):
 
     stage = 3
 
-    def _before_engine(self) -> None:
+    def _before_engine(self, inside: nn.Module) -> None:
         self._shell = shell(self.module)
+        in_step(self.module)
+        self._surprises = any(getattr(m, flag, False) for m in self.module.modules() for flag in RECOMPUTES)
+        inside.register_forward_pre_hook(self._forget)  # before DeepSpeed's own hook, which reads the trace
 
-    def _engine_class(self) -> type:
+    def _forget(self, *_: Any) -> None:
+        """Drops the trace of which module runs when, by which DeepSpeed gathers weights ahead of use.
+
+        Recomputed activations and forward passes without backward pass (the cached step) do not follow it, and DeepSpeed
+        0.19.8 then either drops it itself or ends the run with a "tracing error". Weights are gathered when needed instead.
+        """
+        self._surprises = self._surprises or not torch.is_grad_enabled()
+        trace = self.zero.parameter_offload.get_param_coordinator()
+        if self._surprises and not trace.is_invalid_trace():
+            trace._invalidate_trace()
+
+    def _engine_class(self) -> Any:
         from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
         return DeepSpeedZeroOptimizer_Stage3
@@ -318,8 +333,9 @@ class Zero3(Zero):
         return flats
 
     def _master(self, p: nn.Parameter, kind: str | None) -> Tensor:
-        whole: Tensor = self.zero.get_full_hp_param(p, kind)
-        return whole.view(p.ds_shape)  # type: ignore[attr-defined]
+        shape: torch.Size = p.ds_shape  # type: ignore[attr-defined]
+        whole: Tensor = self.zero.get_full_hp_param(p, kind).view(shape)
+        return whole
 
     def _put_master(self, p: nn.Parameter, value: Tensor, kind: str | None) -> None:
         share = self._share(p, kind)
@@ -331,7 +347,8 @@ class Zero3(Zero):
     def _share(self, p: nn.Parameter, kind: str | None) -> Tensor:
         group, begin, count = self.zero.grad_position[self.zero.get_param_id(p)]
         flat = self._flat()[group]
-        return (flat if kind is None else self.optimizer.state[flat][kind]).narrow(0, begin, count)
+        whole: Tensor = flat if kind is None else self.optimizer.state[flat][kind]
+        return whole.narrow(0, begin, count)
 
     def _copies(self, p: nn.Parameter) -> list[Tensor]:
         return [self._share(p, None).data, p.ds_tensor.data]  # type: ignore[attr-defined]
@@ -343,6 +360,7 @@ class Zero3(Zero):
             return p.detach().clone()
 
     def refresh(self) -> None:
+        self.zero._partition_all_parameters()  # what is whole already would not be gathered anew
         for group in range(len(self._flat())):
             self.zero._reassign_or_swap_out_partitioned_parameters(group)
         self.zero._post_step(set())
@@ -395,6 +413,7 @@ def _size(p: nn.Parameter) -> int:
 def _deepspeed() -> Any:
     """DeepSpeed, quiet, on the process group that is there."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    os.environ.setdefault("LOCAL_RANK", str(dist.local_rank()))  # asserted on, also in a run of one process
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.ERROR)

@@ -1,0 +1,103 @@
+"""Invariant 1: the gradient of every strategy, on any number of processes, plain or cached, is the whole batch's own.
+
+One world a (strategy, processes) runs all its cells: losses x chunks x tiles x precision. The reference is one process on the
+whole batch with the loss in closed form, in float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from pretrain import dist
+from pretrain.optim import OptimConfig
+from pretrain.step import train_step
+from pretrain.strategies import Strategy, choose
+from tests.pretrain.strategies import tiny, world
+
+EXACT = {"single": 1e-10, "ddp": 1e-10, "fsdp2": 1e-10, "zero1": 1e-5, "zero2": 1e-5, "zero3": 1e-5}
+"""DeepSpeed asserts on float64, so its gradients are float32."""
+ROUGH = {**dict.fromkeys(EXACT, 5e-2), "fsdp2": 1e-1}
+"""bfloat16 has 8 bits: 4e-3 an operation; under fsdp2 whole blocks compute in it, elsewhere the matrix products do."""
+FLOOR = {"fp32": 1e-3, "bf16": 2e-2}
+"""Gradients that cancel (a key bias: to zero) keep bfloat16's noise, whose size is that of the whole gradient."""
+LOSSES, CHUNKS, TILES = ("clip", "siglip"), (1, 2, 4), (0, 3)
+CPU = torch.device("cpu")
+WORLDS = [("single", 1), *((word, n) for word in list(EXACT)[1:] for n in (1, 2, 4))]
+
+
+@dataclass
+class Cell:
+    precision: str
+    loss: str
+    chunks: int
+    tile: int
+    worst: float
+    where: str
+    value: float
+
+
+def gradients_of_one_step(
+    strategy: Strategy, loss: str, chunks: int, step: int, **settings: Any
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """(loss over all processes, whole gradients) of a step with learning rate 0 on this process's share of the batch."""
+    share = tiny.SAMPLES // dist.world_size()
+    mine = tiny.batch().slice(share * dist.rank(), share * (dist.rank() + 1))
+    found: dict[str, torch.Tensor] = {}
+    apply = strategy.apply
+
+    def spy(lr: float) -> Any:
+        found.update(strategy.gradients())
+        return apply(lr)
+
+    strategy.apply = spy  # type: ignore[method-assign]
+    try:
+        out = train_step(strategy, tiny.objective(loss, **settings), mine, chunks, 0.0, (0, step, dist.rank()))
+    finally:
+        strategy.apply = apply  # type: ignore[method-assign]
+    assert out["skipped"].item() == 0
+    return dist.mean(out["loss"]).item(), found
+
+
+def start(word: str, loss: str, precision: str, **settings: Any) -> Strategy:
+    """A strategy holding the tiny model; zero3 cuts its matrices."""
+    strategy = choose(word, precision, OptimConfig(clip_norm=0.0), CPU)  # type: ignore[arg-type]
+    strategy.small = 100  # type: ignore[attr-defined]
+    double = precision == "fp32" and EXACT[word] < 1e-6
+    strategy.setup(tiny.model(loss, torch.float64 if double else torch.float32, **settings))
+    strategy.model.train()
+    return strategy
+
+
+def cells(word: str) -> list[Cell]:
+    found = []
+    for loss in LOSSES:
+        value, expected = tiny.reference(loss, tiny.batch())
+        for precision in ("fp32", "bf16"):
+            strategy = start(word, loss, precision)
+            for chunks in CHUNKS:
+                for tile in TILES if precision == "fp32" else TILES[:1]:  # the loss is float32 either way
+                    got_value, got = gradients_of_one_step(strategy, loss, chunks, 0, tile=tile)
+                    where, worst = max(tiny.errors(got, expected, FLOOR[precision]).items(), key=lambda item: item[1])
+                    error = abs(got_value - value) / abs(value)
+                    found.append(Cell(precision, loss, chunks, tile, worst, where, error))
+    return found
+
+
+@pytest.mark.parametrize(("word", "processes"), WORLDS, ids=[f"{w}-{n}" for w, n in WORLDS])
+def test_gradients_are_those_of_one_process(word: str, processes: int, record_property: Any) -> None:
+    if word.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    ranks = world.run(cells, processes, word)
+    assert len(ranks[0]) == len(LOSSES) * len(CHUNKS) * (len(TILES) + 1)
+    for found in ranks:
+        for precision, bound in (("fp32", EXACT[word]), ("bf16", ROUGH[word])):
+            mine = [cell for cell in found if cell.precision == precision]
+            worst = max(mine, key=lambda cell: cell.worst)
+            record_property(f"worst {precision}", worst.worst)
+            print(f"{word} on {processes}: worst gradient {precision} {worst}")
+            assert worst.worst <= bound, worst
+            assert max(cell.value for cell in mine) <= bound
