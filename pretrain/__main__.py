@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -40,16 +41,24 @@ def main(argv: list[str] | None = None) -> int:
     return guarded(lambda: run(args.config, args.settings + rest, args.dry_run))
 
 
-def guarded(work: object) -> int:
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+"""What a full or read-only disk answers, wherever it is met."""
+
+
+def guarded(work: Callable[[], int]) -> int:
     """Calls `work`; an expected failure becomes one line and its exit code."""
-    assert callable(work)
     try:
-        return int(work())
+        return work()
     except ConfigError as error:
         _tell(str(error))
         return USAGE
     except UserError as error:
         _tell(str(error))
+        return FAILED
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        _tell(f"cannot write: {error}; what was saved before is intact")
         return FAILED
     except EarlyStop as stop:
         _tell(f"stopped by {stop} before training began; the same command goes on")

@@ -181,3 +181,19 @@ def test_a_loss_that_is_not_finite_is_skipped_counted_and_fatal(small: Small, in
     assert "not finite for 4 steps in a row" in ended.stderr
     assert "optim.lr" in ended.stderr
     assert lines(in_tmp / "runs/nan/metrics.jsonl")[-1]["skipped"] == 4
+
+
+def test_a_table_without_the_column_names_those_it_has(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (in_tmp / "pairs.csv").write_text("file,title\na.jpg,a thing\n")
+    words = ["data", "pack", "pairs.csv", "out", "--image-column", "file", "--caption-column", "caption"]
+    assert cli.main(words) in (1, 2)
+    message = capsys.readouterr().err
+    for word in ("caption", "file", "title"):
+        assert word in message
+
+
+def test_a_checkpoint_of_another_architecture(small: Small, in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["pretrain", "scenes", *small.settings("a", "train.steps=1")]) == 0
+    capsys.readouterr()
+    words = ["pretrain", "scenes", *small.settings("b", "train.steps=1", "model.dim=8"), "init=runs/a"]
+    refused(capsys, words, 1, "another architecture", "projections")

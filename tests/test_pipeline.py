@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoTokenizer
 
 from launch import cli
@@ -137,3 +138,24 @@ def test_help_shows_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     for command in ("data", "tokenizer", "pretrain", "evaluate", "report"):
         assert command in shown
+
+
+def test_my_own_pictures_become_shards_that_train(small: Small, tmp_path: Path) -> None:
+    """pack a folder, check it, pack it again as a table, train a step on it."""
+    folder = tmp_path / "pictures/deep"
+    folder.mkdir(parents=True)
+    rows = ["file,title"]
+    for i in range(24):
+        Image.new("RGB", (40 + i, 50), (10 * i, 0, 99)).save(folder / f"p{i}.jpg")
+        (folder / f"p{i}.txt").write_text(f"a colour number {i}")
+        rows.append(f"deep/p{i}.jpg,a colour number {i}")
+    (tmp_path / "pictures/pairs.csv").write_text("\n".join(rows) + "\n")
+    assert "24" in clipfuse("data", "pack", "pictures", "one", cwd=tmp_path).stdout
+    table = ("--image-column", "file", "--caption-column", "title", "--shard-size", "10")
+    clipfuse("data", "pack", "pictures/pairs.csv", "two", *table, cwd=tmp_path)
+    assert len(list((tmp_path / "two").glob("*.tar"))) == 3
+    for out in ("one", "two"):
+        checked = json.loads(clipfuse("data", "check", out, "--json", cwd=tmp_path).stdout)
+        assert (checked["samples"], checked["bad_samples"]) == (24, 0)
+    settings = small.settings("r", "train.steps=2", f"data.train={tmp_path}/two", "data.batch_size=12")
+    clipfuse("pretrain", "scenes", *settings, cwd=tmp_path)
