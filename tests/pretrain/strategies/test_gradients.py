@@ -14,7 +14,7 @@ import torch
 
 from pretrain import dist
 from pretrain.optim import OptimConfig
-from pretrain.step import train_step
+from pretrain.step import seed_of, train_step
 from pretrain.strategies import Strategy, choose
 from tests.pretrain.strategies import tiny, world
 
@@ -101,3 +101,51 @@ def test_gradients_are_those_of_one_process(word: str, processes: int, record_pr
             print(f"{word} on {processes}: worst gradient {precision} {worst}")
             assert worst.worst <= bound, worst
             assert max(cell.value for cell in mine) <= bound
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# With stochastic layers on
+
+
+STOCHASTIC = {
+    "image": {"patch_dropout": 0.5, "args": {"proj_drop_rate": 0.2, "attn_drop_rate": 0.2, "drop_path_rate": 0.2}},
+    "text": {"groups": 1, "args": {"attention_dropout": 0.2}},  # one group: the same random numbers whoever encodes
+}
+
+
+def stochastic_reference(processes: int, chunks: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """One graph over all chunks of all processes, each drawn from its own seed; the closed form on top."""
+    net = tiny.model("clip", dtype, **STOCHASTIC)
+    whole, parts = tiny.batch(), []
+    share = tiny.SAMPLES // processes
+    for rank in range(processes):
+        for k, chunk in enumerate(whole.slice(share * rank, share * (rank + 1)).chunks(chunks)):
+            torch.manual_seed(seed_of(0, 5, rank, k))
+            parts.append(net(chunk.inputs, chunk.masks))
+    features = {name: torch.cat([part[name] for part in parts]) for name in ("image", "text")}
+    tiny.closed_form("clip", {**features, "logit_scale": parts[0]["logit_scale"]}).backward()
+    return {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+
+
+def stochastic_cells(word: str) -> list[float]:
+    strategy = start(word, "clip", "fp32", **STOCHASTIC)
+    dtype = torch.float64 if EXACT[word] < 1e-6 else torch.float32
+    found = []
+    for chunks in CHUNKS:
+        expected = stochastic_reference(dist.world_size(), chunks, dtype)
+        _, got = gradients_of_one_step(strategy, "clip", chunks, 5)
+        found.append(max(tiny.errors(got, expected).values()))
+    return found
+
+
+@pytest.mark.parametrize(("word", "processes"), [("single", 1), ("ddp", 2), ("fsdp2", 2), ("zero2", 2), ("zero3", 2)])
+def test_cached_equals_plain_for_the_same_seeds_with_dropout_on(word: str, processes: int) -> None:
+    if word.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    for found in world.run(stochastic_cells, processes, word):
+        assert max(found) <= 2 * EXACT[word], found  # the reference of ZeRO is float32 too
+
+
+def test_dropout_is_on_in_that_test() -> None:
+    one, other = (stochastic_reference(1, chunks, torch.float64) for chunks in (1, 2))
+    assert max(tiny.errors(one, other).values()) > 0.1
