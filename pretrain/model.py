@@ -83,7 +83,8 @@ class DualEncoder(nn.Module):
 
     def encode(self, modality: str, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
         """(b, ...) -> (b, D), L2-normalised, in float32 at least."""
-        embedding = self.projection(modality)(self.tower(modality)(inputs, mask).pooled)
+        pooled = self.tower(modality)(inputs, mask).pooled
+        embedding = self.projection(modality)(pooled)
         return F.normalize(embedding.to(torch.promote_types(embedding.dtype, torch.float32)), dim=-1)
 
     def tokens(self, modality: str, inputs: Tensor, mask: Tensor | None = None) -> TokenSequence:

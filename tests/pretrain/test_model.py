@@ -1,0 +1,296 @@
+"""DualEncoder: the same embeddings as open_clip and transformers from the same weights, and what is its own."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pretrain import model as models
+from pretrain import registry
+from pretrain.config import ConfigError, load
+from pretrain.model import DualEncoder, ModelConfig, ModelSchema
+from pretrain.towers import timm as images
+from pretrain.towers import transformers as texts
+from tests.pretrain import audio_tower
+
+D, SIZE, LENGTH = 16, 32, 20
+TEXT = {"vocab_size": 60, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96}
+VISION = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+VIT = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+
+
+def clip(act: str = "quick_gelu", seed: int = 0, **more: Any) -> DualEncoder:
+    torch.manual_seed(seed)
+    text = {"model_type": "clip_text_model", **TEXT, "hidden_act": act, "max_position_embeddings": LENGTH}
+    image = {**VIT, "act_layer": act}
+    towers = {
+        "image": images.Config(name="vit_base_patch32_clip_224", size=SIZE, args=image, **more.pop("image", {})),
+        "text": texts.Config(args=text, length=LENGTH, **more.pop("text", {})),
+    }
+    return models.build(towers, ModelConfig(dim=D, **more))
+
+
+def batch(b: int = 6) -> tuple[Tensor, Tensor, Tensor]:
+    """Pictures (b, 3, S, S) already normalised, ids (b, T) with the end token 59 last and the padding 1, mask (b, T)."""
+    g = torch.Generator().manual_seed(1)
+    ids = torch.randint(4, 58, (b, LENGTH), generator=g)
+    lengths = torch.randint(2, LENGTH + 1, (b,), generator=g)
+    ids[torch.arange(b), lengths - 1] = 59
+    mask = torch.arange(LENGTH) < lengths[:, None]
+    return torch.randn(b, 3, SIZE, SIZE, generator=g), ids.masked_fill(~mask, 1), mask
+
+
+def agree(mine: DualEncoder, image: Tensor, text: Tensor, logits: Tensor) -> None:
+    """Embeddings (b, D) before or after normalisation, and logits (b, b) image by text."""
+    pictures, ids, mask = batch()
+    with torch.no_grad():
+        out = mine.eval()({"image": pictures, "text": ids}, {"text": mask})
+    torch.testing.assert_close(out["image"], F.normalize(image, dim=1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out["text"], F.normalize(text, dim=1), rtol=1e-5, atol=1e-5)
+    ours = out["logit_scale"] * out["image"] @ out["text"].t() + out.get("logit_bias", torch.zeros(1))
+    torch.testing.assert_close(ours, logits, rtol=1e-5, atol=1e-4)  # 1e-5 of a scale of 14
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same weights elsewhere
+
+
+def timm_from_transformers(state: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
+    """Weights of a transformers vision model (CLIP, SigLIP) under timm's names."""
+    new = {
+        "patch_embed.proj.weight": state["embeddings.patch_embedding.weight"],
+        "pos_embed": state["embeddings.position_embedding.weight"][None],
+        "norm.weight": state["post_layernorm.weight"],
+        "norm.bias": state["post_layernorm.bias"],
+    }
+    names = {"layer_norm1": "norm1", "layer_norm2": "norm2", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
+    for i in range(layers):
+        old, block = f"encoder.layers.{i}.", f"blocks.{i}."
+        for kind in ("weight", "bias"):
+            for theirs, ours in {**names, "self_attn.out_proj": "attn.proj"}.items():
+                new[f"{block}{ours}.{kind}"] = state[f"{old}{theirs}.{kind}"]
+            new[f"{block}attn.qkv.{kind}"] = torch.cat([state[f"{old}self_attn.{p}_proj.{kind}"] for p in "qkv"])
+    return new
+
+
+def test_clip_of_transformers() -> None:
+    from transformers import CLIPConfig, CLIPModel
+
+    torch.manual_seed(0)
+    text = {**TEXT, "eos_token_id": 59, "max_position_embeddings": LENGTH}
+    theirs = CLIPModel(
+        CLIPConfig(text_config=text, vision_config={**VISION, "image_size": SIZE, "patch_size": 8}, projection_dim=D)
+    ).eval()
+    vision = theirs.vision_model.state_dict()
+    image = timm_from_transformers(vision, 2) | {
+        "cls_token": vision["embeddings.class_embedding"][None, None],
+        "norm_pre.weight": vision["pre_layrnorm.weight"],
+        "norm_pre.bias": vision["pre_layrnorm.bias"],
+    }
+    mine = clip()
+    mine.tower("image").get_submodule("model").load_state_dict(image)
+    mine.tower("text").get_submodule("model").load_state_dict(theirs.text_model.state_dict())
+    mine.projection("image").load_state_dict(theirs.visual_projection.state_dict())
+    mine.projection("text").load_state_dict(theirs.text_projection.state_dict())
+    with torch.no_grad():
+        mine.logit_scale.fill_(theirs.logit_scale.item())
+        pictures, ids, mask = batch()
+        out = theirs(input_ids=ids, attention_mask=mask.long(), pixel_values=pictures)
+    agree(mine, out.image_embeds, out.text_embeds, out.logits_per_image)
+
+
+def test_siglip_of_transformers() -> None:
+    """Attention pooling, text without a mask, identity projections, a bias."""
+    from transformers import SiglipConfig, SiglipModel
+
+    torch.manual_seed(0)
+    text = {**TEXT, "max_position_embeddings": LENGTH, "projection_size": 32}
+    theirs = SiglipModel(SiglipConfig(text_config=text, vision_config={**VISION, "image_size": SIZE, "patch_size": 8})).eval()
+    vision = theirs.vision_model.state_dict()
+    image = timm_from_transformers(vision, 2) | {"patch_embed.proj.bias": vision["embeddings.patch_embedding.bias"]}
+    image["attn_pool.latent"] = vision["head.probe"]
+    for kind in ("weight", "bias"):
+        q, k, v = vision[f"head.attention.in_proj_{kind}"].chunk(3)
+        image |= {f"attn_pool.q.{kind}": q, f"attn_pool.kv.{kind}": torch.cat([k, v])}
+        for name, part in {
+            "attention.out_proj": "proj",
+            "layernorm": "norm",
+            "mlp.fc1": "mlp.fc1",
+            "mlp.fc2": "mlp.fc2",
+        }.items():
+            image[f"attn_pool.{part}.{kind}"] = vision[f"head.{name}.{kind}"]
+    args = {"model_type": "siglip_text_model", **text}
+    towers = {
+        "image": images.Config(name="vit_base_patch16_siglip_224", size=SIZE, args={**VIT, "act_layer": "gelu_tanh"}),
+        "text": texts.Config(args=args, length=LENGTH, pool="tower"),
+    }
+    mine = models.build(towers, ModelConfig(dim=32, logit_scale=math.log(10), logit_bias=-10.0))
+    mine.tower("image").get_submodule("model").load_state_dict(image)
+    mine.tower("text").get_submodule("model").load_state_dict(theirs.text_model.state_dict())
+    assert not mine.tower("text").trims
+    with torch.no_grad():
+        for modality in ("image", "text"):
+            mine.projection(modality).weight.copy_(torch.eye(32))
+        mine.logit_scale.fill_(theirs.logit_scale.item())
+        assert mine.logit_bias is not None
+        mine.logit_bias.fill_(theirs.logit_bias.item())
+        pictures, ids, _ = batch()
+        out = theirs(input_ids=ids, pixel_values=pictures)
+    agree(mine, out.image_embeds, out.text_embeds, out.logits_per_image)
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_clip_of_open_clip(quick: bool) -> None:
+    from open_clip.model import CLIP
+
+    torch.manual_seed(0)
+    vision = {"layers": 2, "width": 32, "head_width": 16, "patch_size": 8, "image_size": SIZE}
+    text = {"context_length": LENGTH, "vocab_size": 60, "width": 24, "heads": 2, "layers": 2}
+    theirs = CLIP(D, vision, text, quick_gelu=quick).eval()
+    state = theirs.state_dict()
+    image = {
+        "cls_token": state["visual.class_embedding"][None, None],
+        "pos_embed": state["visual.positional_embedding"][None],
+        "patch_embed.proj.weight": state["visual.conv1.weight"],
+    }
+    words = {
+        "embeddings.token_embedding.weight": state["token_embedding.weight"],
+        "embeddings.position_embedding.weight": state["positional_embedding"],
+    }
+    for kind in ("weight", "bias"):
+        image |= {f"norm_pre.{kind}": state[f"visual.ln_pre.{kind}"], f"norm.{kind}": state[f"visual.ln_post.{kind}"]}
+        words[f"final_layer_norm.{kind}"] = state[f"ln_final.{kind}"]
+        for i in range(2):
+            old, block = f"visual.transformer.resblocks.{i}.", f"blocks.{i}."
+            for a, b in {"ln_1": "norm1", "ln_2": "norm2", "attn.out_proj": "attn.proj", "mlp.c_fc": "mlp.fc1"}.items():
+                image[f"{block}{b}.{kind}"] = state[f"{old}{a}.{kind}"]
+            image[f"{block}mlp.fc2.{kind}"] = state[f"{old}mlp.c_proj.{kind}"]
+            image[f"{block}attn.qkv.{kind}"] = state[f"{old}attn.in_proj_{kind}"]
+            old, block = f"transformer.resblocks.{i}.", f"encoder.layers.{i}."
+            for a, b in {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}.items():
+                words[f"{block}{b}.{kind}"] = state[f"{old}{a}.{kind}"]
+            words[f"{block}self_attn.out_proj.{kind}"] = state[f"{old}attn.out_proj.{kind}"]
+            for part, rows in zip("qkv", state[f"{old}attn.in_proj_{kind}"].chunk(3), strict=True):
+                words[f"{block}self_attn.{part}_proj.{kind}"] = rows
+    mine = clip("quick_gelu" if quick else "gelu")
+    mine.tower("image").get_submodule("model").load_state_dict(image)
+    mine.tower("text").get_submodule("model").load_state_dict(words)
+    pictures, ids, _ = batch()
+    ids = ids.masked_fill(ids == 1, 0)  # open_clip pads with 0 and looks for the largest id
+    with torch.no_grad():
+        mine.projection("image").weight.copy_(state["visual.proj"].t())
+        mine.projection("text").weight.copy_(state["text_projection"].t())
+        mine.logit_scale.fill_(theirs.logit_scale.item())
+        image_out, text_out = theirs.encode_image(pictures), theirs.encode_text(ids)
+        logits, _ = theirs.get_logits(pictures, ids)
+    agree(mine, image_out, text_out, logits)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Its own
+
+
+def test_starts_as_clip_does() -> None:
+    mine = clip(seed=3)
+    assert mine.logit_scale.shape == (1,)
+    assert mine.logit_scale.item() == pytest.approx(math.log(1 / 0.07))
+    assert mine.logit_bias is None
+    big = models.DualEncoder({"image": mine.tower("image")}, 4096, 1.0, -10.0)
+    assert big.projection("image").weight.std().item() == pytest.approx(32**-0.5, rel=0.02)
+    assert big.logit_bias is not None
+    assert big.logit_bias.shape == (1,)
+
+
+def test_scale_is_kept_between_1_and_100() -> None:
+    mine = clip()
+    for start, end in ((9.0, math.log(100)), (-1.0, 0.0), (3.0, 3.0)):
+        with torch.no_grad():
+            mine.logit_scale.fill_(start)
+        mine.clamp_()
+        assert mine.logit_scale.item() == pytest.approx(end)
+    with pytest.raises(ConfigError, match=r"logit_scale=14\.3 is a logarithm"):
+        ModelConfig(logit_scale=14.3).check()
+
+
+def test_every_parameter_learns_from_the_loss() -> None:
+    for loss in registry.names("losses"):
+        module = registry.part("losses", loss)
+        mine = clip(logit_scale=module.LOGIT_SCALE, logit_bias=module.LOGIT_BIAS).train()
+        pictures, ids, mask = batch()
+        out = mine({"image": pictures, "text": ids}, {"text": mask})
+        value, _ = module.build(module.Config())(
+            {m: out[m] for m in ("image", "text")}, out["logit_scale"], out.get("logit_bias"), {}
+        )
+        value.backward()
+        assert all(p.grad is not None for p in mine.parameters())
+
+
+def test_embeddings_are_normalised_in_float32() -> None:
+    mine = clip().eval()
+    pictures, ids, mask = batch()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        out = mine({"image": pictures, "text": ids}, {"text": mask})
+    assert out["image"].dtype == torch.float32
+    torch.testing.assert_close(out["image"].norm(dim=1), torch.ones(6), rtol=0, atol=1e-6)
+
+
+def test_tokens_lie_in_the_shared_space_where_pooling_is_the_mean() -> None:
+    mine = clip(image={"pool": "avg"}, text={"pool": "avg"}).eval()
+    pictures, ids, mask = batch()
+    with torch.no_grad():
+        for modality, inputs, valid in (("image", pictures, None), ("text", ids, mask)):
+            states, where, grid, pooled = mine.tokens(modality, inputs, valid)
+            assert states.shape[2] == D
+            mean = torch.stack([row[w].mean(dim=0) for row, w in zip(states, where, strict=True)])
+            torch.testing.assert_close(mean, pooled, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(F.normalize(mean, dim=1), mine.encode(modality, inputs, valid), rtol=1e-4, atol=1e-5)
+            assert grid == ((4, 4) if modality == "image" else None)
+    with pytest.raises(ConfigError, match=r"text tower does not pool by the mean .* text\.pool=avg"):
+        clip().tokens("text", ids, mask)
+
+
+def test_parameters_are_counted_by_tower() -> None:
+    mine = clip(image={"trainable_blocks": 0})
+    counts = mine.parameter_counts()
+    assert set(counts) == {"image", "text", "scalars"}
+    assert sum(part["total"] for part in counts.values()) == sum(p.numel() for p in mine.parameters())
+    assert counts["image"]["trainable"] == 32 * D
+    assert counts["scalars"] == {"total": 1, "trainable": 1}
+
+
+def test_a_third_modality_is_one_new_file() -> None:
+    """A dotted path in the configuration; encoder and losses take it as they take the others."""
+    settings = [
+        "audio.tower=tests.pretrain.audio_tower",
+        f"image.args={{{', '.join(f'{k}: {v}' for k, v in VIT.items())}}}",
+        f"image.size={SIZE}",
+        f"text.args={{model_type: clip_text_model, {', '.join(f'{k}: {v}' for k, v in TEXT.items())}}}",
+        f"text.length={LENGTH}",
+        f"model.dim={D}",
+    ]
+    config = load(ModelSchema, None, settings)
+    assert isinstance(config.others["audio"], audio_tower.Config)
+    torch.manual_seed(0)
+    mine = models.build({"image": config.image, "text": config.text, **config.others}, config.model)
+    pictures, ids, mask = batch()
+    sound, valid = torch.randn(6, 9, 8), torch.arange(9) < torch.tensor([9, 3, 5, 1, 2, 9])[:, None]
+    out = mine({"image": pictures, "text": ids, "audio": sound}, {"text": mask, "audio": valid})
+    assert {m: out[m].shape for m in mine.towers} == dict.fromkeys(("image", "text", "audio"), (6, D))
+    module = registry.part("losses", "clip")
+    loss, report = module.build(module.Config())({m: out[m] for m in mine.towers}, out["logit_scale"], None, {})
+    loss.backward()
+    assert all(p.grad is not None for p in mine.parameters())
+    assert set(report) == {"image_to_text_accuracy", "image_to_audio_accuracy", "text_to_audio_accuracy"}
+    assert set(mine({"audio": sound}, {"audio": valid})) == {"audio", "logit_scale"}
+    with pytest.raises(ConfigError, match="no tower for 'video'; it has image, text, audio"):
+        mine.encode("video", sound)
+
+
+def test_a_tower_for_the_wrong_modality() -> None:
+    with pytest.raises(ConfigError, match=r"text\.tower=timm encodes image, not text"):
+        models.build({"text": images.Config(size=SIZE, args=VIT)}, ModelConfig())
