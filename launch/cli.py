@@ -64,6 +64,14 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--classes", metavar="NAMES", help="zero_shot: imagenet, scenes, a comma list, or a file with a name a line")
     p.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
+    p = _command(commands, "plan", _plan, "memory, network and steps before renting anything")
+    p.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a shipped one")
+    p.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs in the run, over all nodes")
+    p.add_argument("--gpu", default="h100", metavar="NAME", help="h100 (default), h200, b200, a100, a100-40, l40s, 4090, ...")
+    p.add_argument("--samples", type=int, metavar="N", help="samples of an epoch, where the shards are not here")
+    p.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    p.add_argument("settings", nargs="*", metavar="key=value", help="settings that replace the file's")
+
     p = _command(commands, "report", _report, "curves, recalls and a gallery in one HTML file")
     p.add_argument("run", metavar="RUN", help="a run folder")
     p.add_argument("--data", metavar="SHARDS", help="shards of the gallery (default: the run's data.val)")
@@ -257,6 +265,13 @@ def _evaluate(args: argparse.Namespace) -> int:
         print(json.dumps(result))
     else:
         Console().print(evaluate.summary(result))
+    return DONE
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from launch import plan
+
+    plan.report(plan.plan(args.config, args.settings, args.gpus, args.gpu, args.samples), args.json)
     return DONE
 
 

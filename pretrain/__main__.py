@@ -112,6 +112,7 @@ def _run(config: str, settings: list[str], dry_run: bool) -> int:
     dist.setup()
     try:
         loaded = load(recipe.PretrainConfig, path, settings)
+        launched.check_asked(loaded.train.precision, loaded.train.strategy)
         dist.limit(loaded.train.timeout)
         if dry_run:
             recipe.describe(loaded)

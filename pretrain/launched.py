@@ -82,6 +82,23 @@ def _check_gpus(env: Mapping[str, str], gpus: int) -> None:
         )
 
 
+def check_asked(precision: str, strategy: str, env: Mapping[str, str] = os.environ) -> None:
+    """Refuses settings of accelerate's launcher that our own configuration contradicts. Raises ConfigError."""
+    names = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+    mixed = env.get("ACCELERATE_MIXED_PRECISION", "no")
+    if mixed not in ("no", names[precision]):
+        raise ConfigError(
+            f"accelerate launch says mixed_precision={mixed}, the run train.precision={precision}: ours is what counts; give "
+            "accelerate `--mixed_precision no`, or both the same"
+        )
+    for name, what, fitting in (("FSDP", "FSDP", ("fsdp2",)), ("DEEPSPEED", "DeepSpeed", ("zero1", "zero2", "zero3"))):
+        if env.get(f"ACCELERATE_USE_{name}", "").lower() in ("true", "1") and strategy not in fitting:
+            raise ConfigError(
+                f"accelerate launch says {what}, the run train.strategy={strategy}: ours is what counts; take {what} out of "
+                f"accelerate's configuration, or choose train.strategy={' or '.join(fitting)}"
+            )
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Fingerprints
 

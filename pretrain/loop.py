@@ -52,6 +52,8 @@ class TrainConfig:
     moments cut into shares), zero1 (moments), zero2 (and gradients), zero3 (and weights) by DeepSpeed."""
     offload: bool = False
     """zero1 to zero3: keep moments (and under zero3 the weights) in CPU memory and step there; slower, for large models."""
+    deepspeed: str | None = None
+    """zero1 to zero3: a JSON file with DeepSpeed's settings of how bytes move (launch/deepspeed/); null = ours."""
     chunks: int = 1
     """Divides each process's share of the batch for memory only: same gradient, same steps (cached step)."""
     save_every: int = 1000
@@ -90,7 +92,7 @@ class TrainConfig:
             if getattr(self, name) < 0:
                 raise ConfigError(f"train.{name}={getattr(self, name)} must be at least 0")
         check_trackers(self.trackers)
-        strategies.check(self.strategy, self.precision, self.compile, self.offload)
+        strategies.check(self.strategy, self.precision, self.compile, self.offload, self.deepspeed)
 
     def total_steps(self, batch_size: int, order: Order) -> int:
         """Steps of the whole run."""

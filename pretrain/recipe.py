@@ -125,7 +125,7 @@ def train(config: PretrainConfig) -> Outcome:
             flops=_flops(config, parts) if device.type == "cuda" else None,
         )
         train = config.train
-        strategy = strategies.choose(train.strategy, train.precision, config.optim, device, train.offload)
+        strategy = strategies.choose(train.strategy, train.precision, config.optim, device, train.offload, train.deepspeed)
         objective = Contrastive(registry.part("losses", config.loss.name).build(config.loss).to(device))
         return fit(plan, folder, strategy, parts.model, objective, parts.loader, _evaluation(config, parts, device), source)
     finally:

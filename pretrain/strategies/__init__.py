@@ -3,6 +3,7 @@
     single.py   one process                       ddp.py    a copy on each process
     fsdp2.py    weights cut into shares           zero.py   DeepSpeed's stages 1 to 3
     replica.py  a whole copy of sharded weights   batch_norm.py   where statistics cross processes
+    tuning.py   a file of DeepSpeed's settings
 
 A Strategy owns the wrapped model and the optimizer. The step calls it in this order, whatever it is:
 
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 from pretrain import dist
 from pretrain.config import ConfigError, UserError
 from pretrain.optim import OptimConfig
+from pretrain.strategies import tuning
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Moments = dict[str, dict[str, Tensor]]
@@ -77,9 +79,9 @@ class Strategy(ABC):
     def setup(self, model: nn.Module) -> None:
         """Moves and wraps the model and builds its optimizer. Collective."""
 
-    def compile(self) -> None:
+    def compile(self, backend: str = "inductor") -> None:
         """torch.compile, after setup."""
-        self.module.compile()
+        self.module.compile(backend=backend)
 
     # -----------------------------------------------------------------------------------------------------------------
     # One step
@@ -183,7 +185,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Choosing
 
 
-def check(word: str, precision: Precision, compiled: bool, offload: bool) -> None:
+def check(word: str, precision: Precision, compiled: bool, offload: bool, deepspeed: str | None = None) -> None:
     """Refuses, before anything is built, what cannot run on this machine with this many processes. Raises ConfigError."""
     if word not in WORDS:
         raise ConfigError(f"train.strategy={word!r} is not a strategy; the choices are {', '.join(WORDS)}")
@@ -216,15 +218,28 @@ def check(word: str, precision: Precision, compiled: bool, offload: bool) -> Non
         raise ConfigError(
             "train.offload=true moves the optimizer from GPU to CPU memory, and this machine has no GPU; leave it out"
         )
+    if deepspeed is not None:
+        if not zero:
+            raise ConfigError(f"train.deepspeed={deepspeed} needs train.strategy=zero1, zero2 or zero3, not {word}")
+        tuning.read(deepspeed, WORDS[word][1]["stage"])
 
 
-def choose(word: str, precision: Precision, optim: OptimConfig, device: torch.device, offload: bool = False) -> Strategy:
+def choose(
+    word: str,
+    precision: Precision,
+    optim: OptimConfig,
+    device: torch.device,
+    offload: bool = False,
+    deepspeed: str | None = None,
+) -> Strategy:
     """The strategy of a word. Raises ConfigError for a word that is none, listing those that are."""
     if word not in WORDS:
         raise ConfigError(f"train.strategy={word!r} is not a strategy; the choices are {', '.join(WORDS)}")
     file, arguments = WORDS[word]
     if offload:
         arguments = {**arguments, "offload": True}
+    if deepspeed:
+        arguments = {**arguments, "deepspeed": deepspeed}
     made: Strategy = importlib.import_module(f"pretrain.strategies.{file}").build(
         precision=precision, optim=optim, device=device, **arguments
     )

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from pretrain import dist
 from pretrain import optim as optimizers
 from pretrain.optim import OptimConfig
-from pretrain.strategies import DTYPES, Applied, Moments, Precision, Strategy
+from pretrain.strategies import DTYPES, Applied, Moments, Precision, Strategy, tuning
 from pretrain.strategies.batch_norm import synchronised
 from pretrain.strategies.replica import filled, in_step, shell
 
@@ -36,6 +36,8 @@ class Zero(Strategy):
     """What the three stages share. Bytes a step and process: 2 x 4 x parameters; 3 x 4 under zero3."""
 
     stage: int
+    tuning: dict[str, Any] = {}  # noqa: RUF012
+    """Settings of a train.deepspeed file."""
     small = 100_000
     """zero3: parameters below so many elements stay whole on every process."""
 
@@ -65,6 +67,9 @@ class Zero(Strategy):
 
     def _config(self) -> dict[str, Any]:
         """DeepSpeed's settings: every default that changes what is computed is written out."""
+        return tuning.lay_over(self._ours(), self.tuning)
+
+    def _ours(self) -> dict[str, Any]:
         place = {"device": "cpu", "pin_memory": torch.cuda.is_available()} if self.offload else {"device": "none"}
         return {
             "train_micro_batch_size_per_gpu": 1,  # only for DeepSpeed's own reports
@@ -424,8 +429,16 @@ def _deepspeed() -> Any:
     return deepspeed
 
 
-def build(precision: Precision, optim: OptimConfig, device: torch.device, stage: int, offload: bool = False) -> Zero:
-    """The strategy of a stage."""
-    if stage == 3:
-        return Zero3(precision, optim, device, offload)
-    return Zero12(stage, precision, optim, device, offload)
+def build(
+    precision: Precision,
+    optim: OptimConfig,
+    device: torch.device,
+    stage: int,
+    offload: bool = False,
+    deepspeed: str | None = None,
+) -> Zero:
+    """The strategy of a stage. deepspeed: a file of tuning.py."""
+    three = stage == 3
+    made = Zero3(precision, optim, device, offload) if three else Zero12(stage, precision, optim, device, offload)
+    made.tuning = tuning.read(deepspeed, stage) if deepspeed else {}
+    return made

@@ -1,0 +1,53 @@
+"""A group, a heartbeat and an all_reduce a step: what test_heartbeat.py starts. Arguments: MODE TIMEOUT."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+import torch
+
+from pretrain import dist
+from pretrain.__main__ import DONE, guarded
+from pretrain.config import UserError
+from pretrain.heartbeat import Heartbeat
+
+
+def main() -> int:
+    mode, timeout = sys.argv[1], float(sys.argv[2])
+    dist.setup(60)
+    dist.limit(timeout)
+    with Heartbeat(timeout, lambda why: print(f"recorded: {why}", flush=True)) as pulse:
+        try:
+            for step in range(30):
+                disturbed = step == 10 and dist.rank() == 1
+                pulse.at(step, "waiting for data")
+                if disturbed and mode == "die":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                if disturbed and mode == "freeze":
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                if disturbed and mode == "raise":
+                    raise ValueError("boom")
+                if disturbed and mode == "refuse":
+                    raise UserError("the disk is full")
+                if disturbed and mode == "data":
+                    time.sleep(1000)
+                pulse.at(step, "computing")
+                if disturbed and mode == "compute":
+                    time.sleep(1000)
+                time.sleep(0.05)
+                dist.maximum(torch.tensor(0))
+        except Exception as error:
+            told = pulse.explain(error)
+            if told is not None:
+                raise told from error
+            raise
+    dist.barrier()
+    dist.shutdown()
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))

@@ -1,0 +1,161 @@
+"""What a launcher got wrong, and machines that are not alike: refused before anything trains."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain import dist, launched
+from pretrain.config import ConfigError
+from tests.launch.worlds import free_port
+from tests.support import ROOT, environment
+
+GROUP = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1", "LOCAL_RANK": "0"}
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        {},
+        GROUP,
+        GROUP | {"SLURM_STEP_NUM_TASKS": "2", "GROUP_WORLD_SIZE": "2"},  # our own job: an agent a task
+        GROUP | {"SLURM_STEP_NUM_TASKS": "2"},  # ranks given by hand to two tasks
+        {"SLURM_STEP_NUM_TASKS": "1"},
+        {"SLURM_NTASKS": "2"},  # a batch script, not its tasks
+        {"ACCELERATE_MIXED_PRECISION": "no"},  # accelerate launch with one process
+        {"MASTER_ADDR": "left over"},
+    ],
+)
+def test_sound_worlds_pass(env: dict[str, str]) -> None:
+    launched.check_launcher(env, gpus=0)
+
+
+@pytest.mark.parametrize(
+    ("env", "line"),
+    [
+        ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"}, "accelerate launch was asked for several"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE=2 without MASTER_ADDR, MASTER_PORT"),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, "srun started 2 tasks that do not know each other"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "mpirun started 4 tasks that do not know each other"),
+        # two tasks, each with a torchrun of its own
+        (GROUP | {"SLURM_STEP_NUM_TASKS": "2", "GROUP_WORLD_SIZE": "1"}, "srun started 2 tasks that do not know each other"),
+        (GROUP | {"LOCAL_RANK": "2", "RANK": "2", "WORLD_SIZE": "4"}, "number 2 on its machine, which has 2 GPUs"),
+    ],
+)
+def test_lonely_copies_are_refused(env: dict[str, str], line: str) -> None:
+    with pytest.raises(ConfigError, match=line):
+        launched.check_launcher(env, gpus=2 if "LOCAL_RANK" in env else 0)
+
+
+def test_what_accelerate_was_asked_for_is_what_runs() -> None:
+    launched.check_asked("bf16", "ddp", {"ACCELERATE_MIXED_PRECISION": "bf16"})
+    launched.check_asked("fp32", "ddp", {"ACCELERATE_MIXED_PRECISION": "no"})
+    launched.check_asked("bf16", "fsdp2", {"ACCELERATE_USE_FSDP": "true"})
+    with pytest.raises(ConfigError, match=r"mixed_precision=bf16.*train.precision=fp32"):
+        launched.check_asked("fp32", "ddp", {"ACCELERATE_MIXED_PRECISION": "bf16"})
+    with pytest.raises(ConfigError, match=r"FSDP.*train.strategy=ddp"):
+        launched.check_asked("fp32", "ddp", {"ACCELERATE_USE_FSDP": "true"})
+    with pytest.raises(ConfigError, match=r"DeepSpeed.*train.strategy=ddp"):
+        launched.check_asked("fp32", "ddp", {"ACCELERATE_USE_DEEPSPEED": "true"})
+
+
+CASES: list[tuple[str, Any, Any, str | None]] = [
+    ("equal", {"a": [1, 2], "b": {"c": "x"}}, {"a": [1, 2], "b": {"c": "x"}}, None),
+    ("the configuration", {"optim": {"lr": 1e-3, "eps": 1}}, {"optim": {"lr": 2e-3, "eps": 1}},
+     "the configuration differs between processes: optim.lr is 0.001 on process 0 (HOST) and 0.002 on process 1 (HOST)"),
+    ("the code", {"torch": "2", "x.py": "aa"}, {"torch": "2", "x.py": "bb"},
+     "the code differs between processes: x.py is 'aa' on process 0"),
+    ("missing", {"x": 1}, {"x": 1, "y": 2}, "missing differs between processes: y is None on process 0"),
+]  # fmt: skip
+
+SCRIPT = """
+import sys
+from pretrain import dist, launched
+from pretrain.config import UserError
+from tests.pretrain.test_launched import CASES
+dist.setup(60)
+for name, zero, one, _ in CASES:
+    try:
+        launched.agree(name, zero if dist.rank() == 0 else one)
+        print("agreed", flush=True)
+    except UserError as error:
+        print(f"refused: {error}", flush=True)
+folder = sys.argv[1 + dist.rank()]
+try:
+    launched.agree("data.train", lambda: launched.data_fingerprint([f"{folder}/a.tar", f"{folder}/b.tar"]))
+    print("agreed", flush=True)
+except UserError as error:
+    print(f"refused: {error}", flush=True)
+def missing():
+    raise UserError("no file matches")
+try:
+    launched.agree("data.train", missing)
+except UserError as error:
+    print(f"refused: {error}", flush=True)
+try:
+    launched.agree("data.train", missing if dist.rank() else {"number of shards": 2})
+except UserError as error:
+    print(f"refused: {error}", flush=True)
+print(dist.first_to_say("once"), flush=True)
+dist.shutdown()
+"""
+
+
+def test_processes_agree_or_end_with_the_same_line(tmp_path: Path) -> None:
+    import os
+
+    for name, content in (("zero", b"first"), ("one", b"first")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.tar").write_bytes(content * 1000)
+    (tmp_path / "zero" / "b.tar").write_bytes(b"second" * 1000)
+    (tmp_path / "one" / "b.tar").write_bytes(b"sekond" * 1000)  # the same size, another beginning
+    port = str(free_port())
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, str(tmp_path / "zero"), str(tmp_path / "one")],
+            cwd=ROOT,
+            env=environment(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS="1"),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=200)[0].splitlines() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert outputs[0][:-1] == outputs[1][:-1]
+    assert sorted([outputs[0][-1], outputs[1][-1]]) == ["False", "True"]  # said once
+    for line, (_, _, _, expected) in zip(outputs[0], CASES, strict=False):
+        if expected is None:
+            assert line == "agreed"
+        else:
+            assert line.startswith("refused: " + expected.replace("HOST", os.uname().nodename)), line
+    data, everywhere, somewhere = outputs[0][len(CASES) : -1]
+    assert data.startswith("refused: data.train differs between processes: b.tar is '6,000 bytes, beginning ")
+    assert everywhere == "refused: no file matches"  # as it is where all have it
+    assert somewhere.startswith("refused: data.train differs between processes: ")
+    assert "no file matches" in somewhere
+
+
+def test_code_is_told_apart_by_a_comment(tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(ROOT / "pretrain", tmp_path / "pretrain", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "pretrain" / "step.py").write_text((ROOT / "pretrain" / "step.py").read_text() + "# another\n")
+    code = "import pretrain, json; from pretrain.launched import code_fingerprint; print(json.dumps(code_fingerprint()))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment(PYTHONPATH=""), capture_output=True, text=True, check=True
+    )
+    import json
+
+    theirs, mine = json.loads(done.stdout), launched.code_fingerprint()
+    assert {name for name in mine if mine[name] != theirs.get(name)} == {"pretrain/step.py"}
+    assert mine.keys() == theirs.keys()
+
+
+def test_a_configuration_is_checked_for_a_world_elsewhere() -> None:
+    assert (dist.world_size(), dist.nodes()) == (1, 1)
+    with dist.planned(16, 2, True):
+        assert (dist.world_size(), dist.nodes(), dist.local_world_size(), dist.has_gpu()) == (16, 2, 8, True)
+    assert (dist.world_size(), dist.nodes()) == (1, 1)
