@@ -1,10 +1,14 @@
 """Fixtures that many rooms share: a few drawn scenes and a tokenizer trained on them."""
 
+import os
 from pathlib import Path
 
 import pytest
 
-from tests.support import Small, make_small
+# Tiny models gain nothing from a second thread, and two test processes on two cores would wait for each other's.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from tests.support import Small, make_small  # noqa: E402
 
 
 @pytest.fixture(scope="session")
