@@ -8,7 +8,7 @@ import pytest
 # Tiny models gain nothing from a second thread, and two test processes on two cores would wait for each other's.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from tests.support import Small, make_small  # noqa: E402
+from tests.support import Small, make_small
 
 
 @pytest.fixture(scope="session")
