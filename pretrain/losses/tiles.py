@@ -33,6 +33,10 @@ ACCELERATOR = 8192
 """Side of a tile elsewhere: 256 MiB in float32, so that the fixed cost of a kernel does not count."""
 
 
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+"""Whether torch has oneDNN's product for the CPU. torch.mm asks MKL, which on AMD's processors is a fifth slower."""
+
+
 class Tile(NamedTuple):
     """Rows i, columns j of the matrix, and the entries that are partners."""
 
@@ -45,14 +49,14 @@ class Tile(NamedTuple):
 
 
 class Walk:
-    """The tiles of a b x B matrix, row block by row block; two buffers of one tile serve all of them."""
+    """The tiles of a b x B matrix, row block by row block."""
 
     def __init__(self, rows: Tensor, columns: Tensor, offset: int, ids: tuple[Tensor, Tensor] | None, tile: int) -> None:
         self.b, self.B, self.offset, self.ids = rows.shape[0], columns.shape[0], offset, ids
         cpu = rows.device.type == "cpu"
         self.height = min(self.b, tile or (ROWS if cpu else ACCELERATOR))
         self.width = min(self.B, tile or (COLUMNS if cpu else ACCELERATOR))
-        self.buffers = rows.new_empty(2, self.height * self.width)
+        self.spare = rows.new_empty(self.height * self.width)
 
     def __iter__(self) -> Iterator[Tile]:
         for top in range(0, self.b, self.height):
@@ -64,7 +68,7 @@ class Walk:
         first, last = max(i.start, j.start - self.offset), min(i.stop, j.stop - self.offset)
         diagonal = None
         if first < last:
-            steps = torch.arange(first, last, device=self.buffers.device)
+            steps = torch.arange(first, last, device=self.spare.device)
             diagonal = (steps - i.start, steps + (self.offset - j.start))
         duplicates = None
         if self.ids is not None:
@@ -74,10 +78,17 @@ class Walk:
         return Tile(i, j, diagonal, duplicates)
 
     def product(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """(h, D), (w, D) -> their product (h, w) and a second tensor of that size to work in: both are the buffers'."""
+        """(h, D), (w, D) -> their product (h, w) and a second tensor of that size to work in, which is reused."""
         size = rows.shape[0], columns.shape[0]
-        part, spare = (buffer[: size[0] * size[1]].view(size) for buffer in self.buffers)
-        return torch.mm(rows, columns.t(), out=part), spare
+        return _times(rows, columns), self.spare[: size[0] * size[1]].view(size)
+
+
+def _times(x: Tensor, y: Tensor) -> Tensor:
+    """(n, k), (m, k) -> x y^T (n, m), without gradient."""
+    if ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu":
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, y, None, "none", [], "")
+        return product
+    return x @ y.t()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -92,7 +103,7 @@ class _Softmax(torch.autograd.Function):
         ctx.dtypes = rows.dtype, columns.dtype, scale.dtype
         rows, columns, factor = _wide(rows), _wide(columns), _wide(scale)
         walk = Walk(rows, columns, offset, ids, tile)
-        positives = factor * (rows * columns[offset : offset + walk.b]).sum(dim=1)
+        positives = factor * _dots(rows, columns[offset : offset + walk.b])
         bounded = _bounded(rows, columns, factor)
         collect = _sums_bounded if bounded else _sums
         lse_rows, lse_columns, best = collect(walk, rows, columns, factor, positives)
@@ -123,7 +134,7 @@ class _Softmax(torch.autograd.Function):
                 part.masked_fill_(t.duplicates, 0)
             if t.diagonal is not None:
                 part[t.diagonal] -= 2
-            grad_rows[t.i].addmm_(part, columns[t.j])
+            grad_rows[t.i].add_(_times(part, columns[t.j].t()))
             grad_columns[t.j].addmm_(part.t(), rows[t.i])
         return *_grads(ctx, rows, scale, grad_rows, grad_columns, grads[0] / (2 * walk.b)), None, None, None
 
@@ -227,7 +238,7 @@ class _Sigmoid(torch.autograd.Function):
             part.sigmoid_()
             if t.diagonal is not None:
                 part[t.diagonal] = -part[t.diagonal]
-            grad_rows[t.i].addmm_(part, columns[t.j])
+            grad_rows[t.i].add_(_times(part, columns[t.j].t()))
             grad_columns[t.j].addmm_(part.t(), rows[t.i])
             grad_bias += part.sum()
         best = own >= largest
@@ -271,6 +282,11 @@ def _wide(x: Tensor) -> Tensor:
     return x.detach().to(torch.promote_types(x.dtype, torch.float32)).contiguous()
 
 
+def _dots(x: Tensor, y: Tensor) -> Tensor:
+    """(n, D), (n, D) -> (n,): row by row, without a product of that size in between."""
+    return torch.cat([(a * b).sum(dim=1) for a, b in zip(x.split(ROWS), y.split(ROWS), strict=True)])
+
+
 def _grads(
     ctx: Any, rows: Tensor, scale: Tensor, grad_rows: Tensor, grad_columns: Tensor, factor: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -279,7 +295,7 @@ def _grads(
     In place: grad_rows and grad_columns are used up.
     d loss / d scale = sum_ij G_ij <r_i, c_j> = sum_i <r_i, (G C)_i>: it needs no further look at the matrix.
     """
-    grad_scale = ((rows * grad_rows).sum() * factor).reshape(1)
+    grad_scale = (_dots(rows, grad_rows).sum() * factor).reshape(1)
     factor = scale * factor
     kinds = ctx.dtypes
     return grad_rows.mul_(factor).to(kinds[0]), grad_columns.mul_(factor).to(kinds[1]), grad_scale.to(kinds[2])
