@@ -6,6 +6,7 @@ live. So the figure covers any tower, precision and recomputation, in seconds, o
 
 from __future__ import annotations
 
+import gc
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -66,13 +67,30 @@ def _pass(model: nn.Module, sample: Batch, size: int, dtype: torch.dtype | None)
             for p in parameters.values():
                 if p.requires_grad:
                     p.register_post_accumulate_grad_hook(watch.gradient)
-            with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
-                out = functional_call(model, {**parameters, **buffers}, (inputs, masks))
-            features = [value for value in out.values() if value.requires_grad]
-            torch.autograd.backward(features, [torch.empty_like(value) for value in features])
+            named = {f"model.{name}": value for name, value in {**parameters, **buffers}.items()}
+            gc.collect()
+            gc.freeze()  # so that collecting while the pass goes on looks at its own objects only
+            try:
+                functional_call(_ForwardBackward(model, dtype), named, (inputs, masks))
+            finally:
+                gc.unfreeze()
     watch.flops = counter.get_total_flops()
     model.train(training)
     return watch
+
+
+class _ForwardBackward(nn.Module):
+    """Both passes in one call: blocks that are recomputed in the backward pass want the same weights there."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.model, self.dtype = model, dtype
+
+    def forward(self, inputs: dict[str, Tensor], masks: dict[str, Tensor]) -> None:
+        with torch.autocast("cpu", dtype=self.dtype, enabled=self.dtype is not None):
+            out = self.model(inputs, masks)
+        features = [value for value in out.values() if value.requires_grad]
+        torch.autograd.backward(features, [torch.empty_like(value) for value in features])
 
 
 class _Watch(TorchDispatchMode):
@@ -112,6 +130,7 @@ class _Watch(TorchDispatchMode):
 
     def gradient(self, parameter: Tensor) -> None:
         """Hook of a parameter: from here on these bytes are a gradient's."""
+        gc.collect()  # recomputed tensors without contents sit in reference cycles; real ones do not
         assert parameter.grad is not None
         storage = parameter.grad.untyped_storage()
         if storage._cdata not in self._gradients:

@@ -192,7 +192,7 @@ def _network(config: PretrainConfig, model: Model, share: int, world: int) -> di
 # The model
 
 
-class _AnyTokenizer:
+class AnyTokenizer:
     """Stands in where the tokenizer is not on this machine: a vocabulary of CLIP's size."""
 
     pad_token_id, bos_token_id, eos_token_id = 0, 1, 2
@@ -219,7 +219,7 @@ def measure(config: PretrainConfig) -> tuple[Model, list[str]]:
             tokenizer = load_tokenizer(config.text.tokenizer or config.text.name)
         except UserError:
             size = int(config.text.args.get("vocab_size", 49408))
-            tokenizer = _AnyTokenizer(size)
+            tokenizer = AnyTokenizer(size)
             notes.append(f"tokenizer {config.text.tokenizer!r} is not here: a vocabulary of {size:,} is assumed")
     built = models.build(towers, config.model, tokenizer)
     sample = flops.one_sample(

@@ -217,13 +217,17 @@ class _Seen:
 
 
 def _alive(pid: int) -> bool:
+    """Whether the process runs; one that ended and waits for its launcher to notice does not."""
     try:
         os.kill(pid, 0)
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()[0] not in ("Z", "X")
     except ProcessLookupError:
         return False
+    except FileNotFoundError:
+        return not os.path.exists("/proc/self")  # gone between the two, or a system without /proc
     except PermissionError:
-        pass
-    return True
+        return True
 
 
 def _namespace() -> int:

@@ -1,0 +1,153 @@
+"""Holds `clipfuse plan` against measured runs on the CPU; one JSON line a case.
+
+    python -m tests.bench.plan [--quick]
+
+Each case trains two steps on fixed random samples of full length, in processes of its own. `measured_mib` is the peak of
+what torch allocated since before the model was built (the profiler's memory events, which are the allocator's own);
+`resident_mib` by how much the process's resident memory grew at its peak, which also has the workspaces of the kernels.
+`estimated_mib` is the plan's total without its allowance for CUDA and NCCL; `error` is estimated / measured - 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+MIB = 2**20
+BASE = [
+    "image.size=96",
+    "image.args={patch_size: 8, embed_dim: 192, depth: 4, num_heads: 3, global_pool: avg, fc_norm: false}",
+    "text.args={model_type: clip_text_model, vocab_size: 8192, hidden_size: 192, intermediate_size: 768, "
+    "num_hidden_layers: 3, num_attention_heads: 3}",
+    "text.length=48",
+    "text.groups=1",
+    "text.tokenizer=none",
+    "data.train=synthetic",
+    "data.val=null",
+    "train.eval_every=0",
+    "train.steps=2",
+    "train.threads=1",
+]
+WIDE = [
+    "image.args={patch_size: 16, embed_dim: 512, depth: 6, num_heads: 8, global_pool: avg, fc_norm: false}",
+    "text.args={model_type: clip_text_model, vocab_size: 8192, hidden_size: 512, intermediate_size: 2048, "
+    "num_hidden_layers: 6, num_attention_heads: 8}",
+]
+"""40 million parameters and few tokens: weights count, not activations."""
+LARGE_BATCH = ["image.size=32", "image.args.depth=1", "text.args.num_hidden_layers=1", "text.length=8", "model.dim=512"]
+"""Where the loss counts."""
+CASES: dict[str, tuple[int, list[str]]] = {
+    "single": (1, ["data.batch_size=48"]),
+    "single, 4 chunks": (1, ["data.batch_size=96", "train.chunks=4"]),
+    "single, checkpointing": (1, ["data.batch_size=48", "image.checkpointing=true", "text.checkpointing=true"]),
+    "single, bf16": (1, ["data.batch_size=48", "train.precision=bf16"]),
+    "single, frozen images": (1, ["data.batch_size=48", "image.trainable_blocks=0"]),
+    "single, wide": (1, [*WIDE, "data.batch_size=8"]),
+    "single, convolutions": (1, ["data.batch_size=16", "image.name=resnet18", "image.args={}"]),
+    "single, batch of 2048": (1, [*LARGE_BATCH, "data.batch_size=2048"]),
+    "ddp": (2, ["data.batch_size=64", "train.strategy=ddp"]),
+    "ddp, wide": (2, [*WIDE, "data.batch_size=16", "train.strategy=ddp"]),
+    "fsdp2": (2, ["data.batch_size=64", "train.strategy=fsdp2"]),
+    "fsdp2, wide": (2, [*WIDE, "data.batch_size=16", "train.strategy=fsdp2"]),
+    "fsdp2, wide, 2 chunks": (2, [*WIDE, "data.batch_size=16", "train.strategy=fsdp2", "train.chunks=2"]),
+    "zero1, wide": (2, [*WIDE, "data.batch_size=16", "train.strategy=zero1"]),
+    "zero2, wide": (2, [*WIDE, "data.batch_size=16", "train.strategy=zero2"]),
+    "zero3, wide": (2, [*WIDE, "data.batch_size=16", "train.strategy=zero3"]),
+}
+QUICK = ("single", "single, 4 chunks", "single, checkpointing", "single, wide", "ddp, wide")
+
+
+def configuration(settings: list[str]) -> Any:
+    from pretrain.__main__ import find_config
+    from pretrain.config import load
+    from pretrain.recipe import PretrainConfig
+
+    return load(PretrainConfig, find_config("scenes", "pretrain"), [*BASE, *settings])
+
+
+def estimated(settings: list[str], world: int) -> float:
+    """MiB."""
+    from launch import plan
+    from pretrain import dist
+
+    with dist.planned(world, 1, False):
+        config = configuration(settings)
+    model, _ = plan.measure(config)
+    return plan.estimate(config, model, world, overhead=False).total / MIB
+
+
+def measured(settings: list[str]) -> dict[str, float]:
+    """Two steps in this process (one of a group, where there is one): MiB."""
+    from launch.plan import AnyTokenizer
+    from pretrain import dist, flops, inference, objective, registry, strategies
+    from pretrain import model as models
+    from pretrain.data.batch import Batch
+    from pretrain.step import train_step
+
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    config = configuration(settings)
+    tokenizer: Any = AnyTokenizer(8192)
+    share = config.data.batch_size // dist.world_size()
+    one = flops.one_sample(config.image.size, config.text.length)
+    inputs = {name: x.expand(share, *x.shape[1:]).contiguous() for name, x in one.inputs.items()}
+    masks = {name: x.expand(share, *x.shape[1:]).contiguous() for name, x in one.masks.items()}
+    batch = Batch(inputs, masks, [str(i) for i in range(share)])
+    train = config.train
+    before = _resident(reset=True)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        loss = registry.part("losses", config.loss.name)
+        scaled = replace(config.model, logit_scale=loss.LOGIT_SCALE, logit_bias=loss.LOGIT_BIAS)
+        model = models.build(inference.towers(config), scaled, tokenizer)
+        strategy = strategies.choose(train.strategy, train.precision, config.optim, torch.device("cpu"))
+        strategy.setup(model)
+        strategy.model.train()
+        task = objective.Contrastive(loss.build(config.loss))
+        for step in range(2):
+            train_step(strategy, task, batch, train.chunks, 1e-4, (0, step, dist.rank()))
+    resident = _resident() - before
+    events = profile.profiler.kineto_results.events()
+    sizes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    live = peak = 0
+    for _, size in sizes:
+        live += size
+        peak = max(peak, live)
+    return {"measured_mib": peak / MIB, "resident_mib": resident / MIB}
+
+
+def _resident(reset: bool = False) -> int:
+    """Peak resident bytes since the last reset; at a reset, resident bytes now."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def case(name: str) -> dict[str, Any]:
+    """Estimate against measure, in processes of their own."""
+    from tests.pretrain.strategies import world
+
+    processes, settings = CASES[name]
+    found = world.run(measured, processes, settings)[0]
+    guess = estimated(settings, processes)
+    return {"case": name, "estimated_mib": guess, **found, "error": guess / found["measured_mib"] - 1}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="five cases")
+    parser.add_argument("--case", action="append", choices=list(CASES))
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    for name in arguments.case or (QUICK if arguments.quick else CASES):
+        print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in case(name).items()}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

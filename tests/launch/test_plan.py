@@ -1,0 +1,158 @@
+"""clipfuse plan against measured runs, closed forms, and torch's own counts."""
+
+import json
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from launch import plan
+from launch.footprint import Footprint
+from pretrain.config import ConfigError
+from tests.bench import plan as bench
+from tests.launch.worlds import clipfuse_words, started
+from tests.pretrain.strategies import world
+
+MODEL = plan.Model(
+    total=1_000_000, trainable=900_000, buffers=100, block=50_000, root=200_000, modalities=2,
+    foot=Footprint(activations=(1000.0, 500.0), both=(1000.0, 600.0), flops=3e9),
+)  # fmt: skip
+
+
+def config(*settings: str) -> Any:
+    return bench.configuration(["data.batch_size=64", *settings])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", bench.QUICK)
+def test_memory_is_what_a_run_takes(name: str) -> None:
+    """Peak of two training steps by torch's profiler, whose events are the allocator's own."""
+    processes, settings = bench.CASES[name]
+    found = world.run(bench.measured, processes, settings)[0]["measured_mib"]
+    assert bench.estimated(settings, processes) == pytest.approx(found, rel=0.1)
+
+
+def test_the_pass_without_contents_counts_a_known_network() -> None:
+    """One linear layer and a ReLU: weights' gradients, the layer's output (kept by the ReLU), and its gradient at the peak."""
+    from launch.footprint import footprint
+    from pretrain.data.batch import Batch
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(100, 1000, bias=False)
+
+        def forward(self, inputs: dict[str, Any], masks: dict[str, Any]) -> dict[str, Any]:
+            return {"x": torch.relu(self.layer(inputs["x"]))}
+
+    foot = footprint(Net(), Batch({"x": torch.zeros(1, 100)}, {}, ["a"]), None)
+    row = 4 * 1000  # one sample's output
+    # relu(y) lives on, y does not; in the backward pass the gradient of relu(y), given, and that of y live beside it
+    assert foot.activations[1] == 3 * row
+    assert foot.flops == 2 * 2 * 100 * 1000  # forward, and the weight's gradient: the inputs want none
+    assert foot.at(10, gradients=True) - foot.at(10) == pytest.approx(0, abs=4 * 100 * 1000)
+
+
+def test_strategies_spread_what_they_say() -> None:
+    """At 10 processes, in bytes: what DeepSpeed's paper (Rajbhandari et al., arXiv:1910.02054, figure 1) spreads."""
+    made = {word: plan.estimate(config(f"train.strategy={word}"), MODEL, 10).memory for word in plan.WORDS if word != "single"}
+    P, T = 4 * MODEL.total, 4 * MODEL.trainable
+    assert {word: parts["optimizer"] for word, parts in made.items()} == {
+        "ddp": 2 * T, "fsdp2": 2 * T // 10, "zero1": 2 * T // 10, "zero2": 2 * T // 10, "zero3": 2 * T // 10,
+    }  # fmt: skip
+    assert made["ddp"]["gradients"] == made["zero1"]["gradients"] == T
+    assert made["ddp"]["weights"] == P + MODEL.buffers
+    assert made["fsdp2"]["weights"] < P < made["zero1"]["weights"]
+    for parts in made.values():
+        assert parts["activations"] == 1000 + 500 * 6  # 64 // 10 samples at once
+
+
+def test_chunks_lower_activations_only() -> None:
+    whole, parts = (plan.estimate(config("train.strategy=ddp", f"train.chunks={k}"), MODEL, 4) for k in (1, 4))
+    assert (whole.share, parts.share) == (16, 16)
+    assert whole.memory["activations"] == 1000 + 16 * 500
+    assert parts.memory["activations"] == 1000 + 4 * 500
+    assert {k: v for k, v in whole.memory.items() if k != "activations"} == {
+        k: v for k, v in parts.memory.items() if k != "activations"
+    }
+    assert parts.flops == pytest.approx(whole.flops * 4 / 3)  # the second forward pass
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Network
+
+
+def test_network_is_what_rings_send() -> None:
+    ddp = plan.estimate(config("train.strategy=ddp"), MODEL, 4).network
+    assert ddp["gradients"] == round(2 * 3 / 4 * 4 * MODEL.trainable)  # all-reduce
+    assert ddp["weights"] == 0
+    assert ddp["features"] == round(2 * 3 / 4 * 64 * 192 * 2 * 4)  # two modalities there, gradients back
+    fsdp = plan.estimate(config("train.strategy=fsdp2"), MODEL, 4).network
+    assert fsdp["gradients"] == round(3 / 4 * 4 * MODEL.trainable)  # reduce-scatter
+    assert fsdp["weights"] == round(2 * 3 / 4 * 4 * MODEL.total)  # gathered forward and backward
+    low = plan.estimate(config("train.strategy=fsdp2", "train.precision=bf16"), MODEL, 4).network
+    assert low["weights"] == round(2 * 3 / 4 * (2 * (MODEL.total - MODEL.root) + 4 * MODEL.root))
+    assert plan.estimate(config("train.strategy=single"), MODEL, 1).network == {"gradients": 0, "weights": 0, "features": 0}
+    chunked = plan.estimate(config("train.strategy=fsdp2", "train.chunks=4"), MODEL, 4).network
+    assert chunked["weights"] == 6 * fsdp["weights"]  # each chunk forward, forward again, backward
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+@pytest.fixture(scope="module")
+def made() -> plan.Plan:
+    settings = ["train.strategy=ddp", "train.precision=bf16", "train.epochs=2", "train.steps=0"]
+    return plan.plan("vit-b-32", settings, 64, "h100", samples=1_000_000)
+
+
+def test_counts_are_the_models_own(made: plan.Plan) -> None:
+    """ViT-B/32 and CLIP's text model: 151.3 million parameters (OpenAI)."""
+    assert made.parameters == pytest.approx(151.3e6, rel=0.002)
+    # 4.4 GMACs for the image (timm's table), about 2.9 for 77 tokens; a MAC is two operations, backward twice the forward
+    assert made.chosen.flops / made.chosen.share == pytest.approx(3 * 2 * (4.4e9 + 2.95e9), rel=0.05)
+
+
+def test_steps_and_table(made: plan.Plan) -> None:
+    plain = made.to_dict()
+    assert plain["steps_per_epoch"] == math.ceil(1_000_000 / 4096)
+    text = "\n".join(made.lines())
+    assert f"1,000,000 samples = {plain['steps_per_epoch']:,} steps; the run: {math.ceil(2_000_000 / 4096):,} steps" in text
+    assert "of 74.5: fits" in text
+    for word in ("ddp", "fsdp2", "zero1", "zero2", "zero3"):
+        assert f"train.strategy={word}" in text
+    assert "train.strategy=single" not in text
+    assert plain["chosen"]["memory_total_bytes"] == sum(plain["chosen"]["memory_bytes"].values())
+
+
+def test_what_does_not_fit_is_marked(made: plan.Plan) -> None:
+    text = "\n".join(replace(made, gpu="t4", chosen=replace(made.chosen, memory={"weights": 20 * 10**9})).lines())
+    assert "does NOT fit" in text
+
+
+def test_what_could_not_run_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--gpu h1000: the choices are h100"):
+        plan.plan("vit-b-32", [], 8, "h1000")
+    with pytest.raises(ConfigError, match=r"data\.batch_size=4096 must be divisible"):
+        plan.plan("vit-b-32", ["train.strategy=ddp"], 7, "h100")
+    with pytest.raises(ConfigError, match=r"train\.strategy=single runs in one process, not 8"):
+        plan.plan("vit-b-32", ["train.strategy=single"], 8, "h100")
+
+
+def test_the_command_prints_json_without_data_tokenizer_or_gpu(tmp_path: Any) -> None:
+    words = clipfuse_words(
+        "plan", "vit-b-32", "--gpus", "2", "--gpu", "a100", "--json", "train.strategy=fsdp2", "train.chunks=2"
+    )
+    with started(*words, cwd=tmp_path) as run:
+        output = run.end(0)
+    found = json.loads(output.splitlines()[-1])
+    assert (found["gpus"], found["gpu"], found["samples_per_epoch"]) == (2, "a100", None)
+    assert (found["chosen"]["strategy"], found["chosen"]["chunks"]) == ("fsdp2", 2)
