@@ -322,8 +322,8 @@ class Plan:
         for word in dict.fromkeys(other.strategy for other in self.others):
             row = [other for other in self.others if other.strategy == word]
             cells = [f"{one.total / GIB:.2f}{' ' if one.total <= self.capacity else '!'}" for one in row]
-            sent = [sum(one.network.values()) / 1e6 for one in (row[0], row[-1])]
-            each = f"{sent[0]:10,.0f}" + (f" to {sent[1]:,.0f}" if sent[1] > sent[0] else "")
+            least, most = (sum(one.network.values()) / 1e6 for one in (row[0], row[-1]))
+            each = f"{least:10,.0f}" + (f" to {most:,.0f}" if most > least else "")
             yield f"  train.strategy={word:8}" + "".join(f"{cell:>8}" for cell in cells) + f"  {each}"
         yield f"  (! does not fit in {self.capacity / GIB:.1f})"
         for note in self.notes:

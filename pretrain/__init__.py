@@ -9,7 +9,7 @@ losses/         what is minimised, without the B x B matrix where it is large
 optim.py        parameter groups, schedules, weight averaging
 objective.py    encode and loss apart; step.py: one optimizer step, plain or cached
 strategies/     how a step runs on one or many processes
-loop.py         fit(): the only training loop; runlog.py says what it does
+loop.py         fit(): the only training loop; stop.py: signals; meter.py, flops.py: how fast; runlog.py: what it says
 launched.py     do the processes know each other; heartbeat.py: do they still live; oom.py: memory ran out
 checkpoint.py   written atomically, verified, rotated; inference.py: loaded, ready to encode
 recipe.py       the schema of a run, and its assembly
