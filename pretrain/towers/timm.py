@@ -21,6 +21,7 @@ from torch.func import functional_call
 
 from pretrain.config import ConfigError, closest
 from pretrain.towers import TokenSequence, Tower, reached
+from pretrain.towers.linear import use_onednn
 from pretrain.towers.pooling import head_norm, repool
 
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
@@ -234,6 +235,7 @@ def build(config: Config, tokenizer: Any = None) -> ImageTower:
     except (RuntimeError, AssertionError, ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"image.name={config.name} cannot be used at image.size={config.size}: {reason}") from error
+    use_onednn(model)
     tower.freeze(config.trainable_blocks)
     if config.checkpointing:
         tower.set_checkpointing(True)

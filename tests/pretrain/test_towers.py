@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from pretrain.towers import Tower
 from pretrain.towers import timm as images
 from pretrain.towers import transformers as texts
 from pretrain.towers.lengths import ENTRY, cut
+from pretrain.towers.linear import use_onednn
 
 VIT = {"patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}
 IMAGES: dict[str, dict[str, Any]] = {
@@ -450,3 +452,33 @@ def test_named_text_models_from_folders(tmp_path: Path) -> None:
 def test_the_registry_finds_towers_and_not_their_helpers() -> None:
     assert registry.names("towers") == ["timm", "transformers"]
     assert registry.names("losses") == ["clip", "siglip"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# oneDNN
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("needs", [(True, True), (False, True), (True, False)])
+def test_onednn_linear_is_linear(bias: bool, needs: tuple[bool, bool]) -> None:
+    torch.manual_seed(0)
+    plain = nn.Linear(24, 40, bias=bias)
+    plain.weight.requires_grad_(needs[1])
+    fast = nn.Sequential(copy.deepcopy(plain))
+    use_onednn(fast)
+    assert isinstance(fast[0], nn.Linear)
+    assert fast.state_dict().keys() == {f"0.{name}" for name in plain.state_dict()}
+    x = torch.randn(5, 7, 24)
+    ours, theirs = x.clone().requires_grad_(needs[0]), x.clone().requires_grad_(needs[0])
+    a, b = fast(ours), plain(theirs)
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    a.square().sum().backward()
+    b.square().sum().backward()
+    for mine, reference in [(ours, theirs), *zip(fast.parameters(), plain.parameters(), strict=True)]:
+        assert (mine.grad is None) == (reference.grad is None)
+        if reference.grad is not None:
+            torch.testing.assert_close(mine.grad, reference.grad, rtol=1e-5, atol=1e-4)
+    with torch.no_grad():
+        assert torch.equal(fast.double()(x.double()), plain.double()(x.double()))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert fast.float()(x).dtype == torch.bfloat16
