@@ -324,7 +324,7 @@ class _Run:
                 why = f"stopped by {stopping}"
                 self.folder.status("stopped", why, self.step)
                 return Outcome("stopped", why, self.step, self.results)
-        if self.saved != plan.total_steps:  # resumed at or after the end: a shorter horizon than was trained
+        if begin >= plan.total_steps:
             say(f"nothing left to do: step {self.step} of {plan.total_steps} is done")
         self.folder.status("done", "", self.step)
         return Outcome("done", "", self.step, self.results)

@@ -52,9 +52,9 @@ class FSDP2(Single):
             assert p.device_mesh.size() == dist.world_size(), f"{name} is sharded over {p.device_mesh.size()} processes"
         self._prepare()
 
-    def compile(self) -> None:
+    def compile(self, backend: str = "inductor") -> None:
         for block in self.blocks:  # whole graphs between the hooks that gather
-            block.compile()
+            block.compile(backend=backend)
 
     def sync(self, on: bool) -> AbstractContextManager[Any]:
         assert isinstance(self.model, FSDPModule)

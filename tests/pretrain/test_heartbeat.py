@@ -61,7 +61,11 @@ def world(mode: str, size: int = 2) -> tuple[list[int | None], str, float]:
 )
 def test_the_lost_process_is_named(mode: str, line: str | None, codes: list[int | None]) -> None:
     got, output, _ = world(mode)
-    assert got == codes, output
+    if mode == "data":  # the hung process wakes up to a store that is gone: how it ends is up to the moment
+        assert got[0] == codes[0], output
+        assert got[1] != 0, output
+    else:
+        assert got == codes, output
     own = said(output)
     if line is None:
         assert own == []
@@ -69,7 +73,7 @@ def test_the_lost_process_is_named(mode: str, line: str | None, codes: list[int 
     named = [one for one in own if re.search(line, one)]
     assert len(named) == 1, f"said {len(named)} times\n{output}"
     assert "the run ends, the last checkpoint is intact" in named[0]
-    if mode != "refuse":  # its own error is said as well
+    if mode not in ("refuse", "data"):  # its own error is said as well
         assert len(own) == 1, output
     assert f"recorded: {named[0].removeprefix('clipfuse: ')}" in output
 
