@@ -10,7 +10,15 @@ from pretrain.recipe import PretrainConfig
 from tests.support import ROOT, Small
 
 SHIPPED = sorted((ROOT / "configs/pretrain").glob("*.yaml"))
-FOR_ALL = ["data.train=synthetic", "data.val=null", "data.batch_size=64", "data.workers=0", "train.epochs=0", "train.steps=1"]
+FOR_ALL = [
+    "data.train=synthetic",
+    "data.val=null",
+    "data.batch_size=64",
+    "data.workers=0",
+    "train.epochs=0",
+    "train.steps=1",
+    "train.eval_every=0",
+]
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
