@@ -3,7 +3,7 @@
     single.py   one process                       ddp.py    a copy on each process
     fsdp2.py    weights cut into shares           zero.py   DeepSpeed's stages 1 to 3
     replica.py  a whole copy of sharded weights   batch_norm.py   where statistics cross processes
-    tuning.py   a file of DeepSpeed's settings
+    stages.py   where DeepSpeed keeps the shares  tuning.py   a file of DeepSpeed's settings
 
 A Strategy owns the wrapped model and the optimizer. The step calls it in this order, whatever it is:
 
@@ -21,10 +21,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -196,6 +198,11 @@ def check(word: str, precision: Precision, compiled: bool, offload: bool, deepsp
         )
     if zero and importlib.util.find_spec("deepspeed") is None:
         raise ConfigError(f"train.strategy={word} needs DeepSpeed, which is not installed: pip install 'clipfuse[deepspeed]'")
+    if zero and [int(n) for n in re.findall(r"\d+", metadata.version("deepspeed"))[:3]] < [0, 19, 8]:
+        raise ConfigError(
+            f"train.strategy={word} needs DeepSpeed 0.19.8 or later (older ones reduce gradients once a chunk); "
+            f"this is {metadata.version('deepspeed')}: pip install -U 'clipfuse[deepspeed]'"
+        )
     if precision == "fp16" and not dist.has_gpu():
         raise ConfigError("train.precision=fp16 needs a GPU; use bf16 or fp32 on a CPU")
     if (

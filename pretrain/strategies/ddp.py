@@ -11,8 +11,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pretrain import dist
+from pretrain.config import ConfigError
 from pretrain.optim import OptimConfig
-from pretrain.strategies import Precision
+from pretrain.strategies import Applied, Precision
 from pretrain.strategies.batch_norm import synchronised
 from pretrain.strategies.single import Single
 
@@ -38,6 +39,16 @@ class DDP(Single):
             gradient_as_bucket_view=True,  # one copy of the gradients, not two
         )
         assert self.model.process_group.size() == dist.world_size()
+
+    def apply(self, lr: float) -> Applied:
+        if not self.optimizer.state:  # torch would only say at the second step that it still waits for a gradient
+            unused = [name for name, p in self._named() if p.grad is None]
+            if unused:
+                raise ConfigError(
+                    f"train.strategy=ddp: {len(unused)} trainable parameters take no part in the loss (first {unused[0]}); "
+                    "freeze them, or let the tower say so (Tower.sleep)"
+                )
+        return super().apply(lr)
 
     def sync(self, on: bool) -> AbstractContextManager[Any]:
         return nullcontext() if on else self.model.no_sync()  # type: ignore[operator]

@@ -18,6 +18,7 @@ from pretrain.step import seed_of, train_step
 from pretrain.strategies import Strategy, choose
 from tests.pretrain.strategies import tiny, world
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # seconds each on an idle machine, minutes on a busy one
 EXACT = {"single": 1e-10, "ddp": 1e-10, "fsdp2": 1e-10, "zero1": 1e-5, "zero2": 1e-5, "zero3": 1e-5}
 """DeepSpeed asserts on float64, so its gradients are float32."""
 ROUGH = {**dict.fromkeys(EXACT, 5e-2), "fsdp2": 1e-1}
@@ -149,3 +150,30 @@ def test_cached_equals_plain_for_the_same_seeds_with_dropout_on(word: str, proce
 def test_dropout_is_on_in_that_test() -> None:
     one, other = (stochastic_reference(1, chunks, torch.float64) for chunks in (1, 2))
     assert max(tiny.errors(one, other).values()) > 0.1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compiled
+
+
+def compiled_cells(word: str) -> tuple[list[float], int]:
+    """Gradients of compiled models, and how many graphs were made: without the code generator, which takes minutes."""
+    from torch._dynamo.utils import counters
+
+    _, expected = tiny.reference("clip", tiny.batch())
+    strategy = start(word, "clip", "fp32")
+    strategy.compile(backend="eager")
+    found = []
+    for chunks in (1, 2):
+        _, got = gradients_of_one_step(strategy, "clip", chunks, 0)
+        found.append(max(tiny.errors(got, expected).values()))
+    return found, counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("word", ["ddp", "fsdp2", "zero2"])
+def test_compiled_models_have_the_same_gradients(word: str) -> None:
+    if word.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    for found, graphs in world.run(compiled_cells, 2, word):
+        assert max(found) <= EXACT[word], found
+        assert graphs > 0

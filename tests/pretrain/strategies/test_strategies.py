@@ -19,6 +19,7 @@ from pretrain.step import train_step
 from pretrain.strategies import WORDS, Strategy, check, choose
 from tests.pretrain.strategies import tiny, world
 
+pytestmark = pytest.mark.timeout(600)
 CPU = torch.device("cpu")
 SETTINGS = OptimConfig(lr=3e-3, clip_norm=0.5, weight_decay=0.1, lr_scale={"image": 0.5})
 SHARDED = [word for word in WORDS if word != "single"]
@@ -29,8 +30,8 @@ def needs(word: str) -> None:
         pytest.importorskip("deepspeed")
 
 
-def start(word: str, precision: str = "fp32", loss: str = "siglip", **settings: Any) -> Strategy:
-    strategy = choose(word, precision, SETTINGS, CPU)  # type: ignore[arg-type]
+def start(word: str, precision: str = "fp32", loss: str = "siglip", offload: bool = False, **settings: Any) -> Strategy:
+    strategy = choose(word, precision, SETTINGS, CPU, offload)  # type: ignore[arg-type]
     strategy.small = 100  # type: ignore[attr-defined]
     strategy.setup(tiny.model(loss, **settings))
     strategy.model.train()
@@ -226,11 +227,11 @@ def test_what_is_asked_of_every_strategy(word: str) -> None:
 
 
 def frozen_and_checkpointed(word: str) -> list[dict[str, torch.Tensor]]:
-    """Weights after two steps: half of each tower frozen, activations recomputed, fp16 and bf16 too."""
+    """Weights after four steps: half of each tower frozen, activations recomputed; each precision, then offloaded."""
     tower = {"trainable_blocks": 1, "checkpointing": True}
     found = []
-    for precision in ("fp32", "bf16", "fp16"):
-        strategy = start(word, precision, image=tower, text=tower)
+    for precision, offload in (("fp32", False), ("bf16", False), ("fp16", False), ("fp32", True)):
+        strategy = start(word, precision, offload=offload and word.startswith("zero"), image=tower, text=tower)
         for number in range(4):
             step(strategy, number, 1 + number % 2)
         found.append(strategy.weights())
@@ -243,7 +244,7 @@ def test_frozen_parts_recomputed_activations_and_every_precision(word: str) -> N
     tower = {"trainable_blocks": 1, "checkpointing": True}
     got = world.run(frozen_and_checkpointed, 2, word)[0]
     at_first = tiny.model("siglip").state_dict()
-    for precision, bound, weights in zip(("fp32", "bf16", "fp16"), (1e-4, 0.2, 0.2), got, strict=True):
+    for precision, bound, weights in zip(("fp32", "bf16", "fp16", "fp32"), (1e-4, 0.2, 0.2, 1e-4), got, strict=True):
         straight = start("single", precision, image=tower, text=tower)
         for number in range(4):
             step(straight, number)
@@ -310,3 +311,29 @@ def test_batch_norm_is_refused_where_it_cannot_be_exact() -> None:
     said = world.run(refused, 2, "ddp")[0]
     assert "single runs in one process, not 2" in said
     assert "train in one process" in said
+
+
+class Idle(nn.Module):
+    """A model with a weight that nothing uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.idle = nn.Linear(2, 2), nn.Linear(2, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.used(x)
+
+
+def idle(word: str) -> str:
+    strategy = choose(word, "fp32", SETTINGS, CPU)
+    strategy.setup(Idle())
+    strategy.backward(strategy.model(torch.ones(1, 2)).sum())
+    try:
+        strategy.apply(0.1)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_a_weight_without_gradient_is_named_at_the_first_step() -> None:
+    assert "2 trainable parameters take no part in the loss (first idle.weight)" in world.run(idle, 2, "ddp")[0]

@@ -34,7 +34,7 @@ ENVIRONMENT = {
 PRELOAD = ["torch", "torch.distributed.tensor", "timm", "transformers", "deepspeed"]
 
 
-def run(work: Callable[..., Any], processes: int, *args: Any, timeout: float = 240.0) -> list[Any]:
+def run(work: Callable[..., Any], processes: int, *args: Any, timeout: float = 540.0) -> list[Any]:
     """work(*args) on each of `processes` ranks of one gloo group; what each returned, by rank. Fails as a whole."""
     with tempfile.TemporaryDirectory() as folder:
         context = _server()
@@ -95,7 +95,7 @@ def _main(rank: int, processes: int, folder: str, result: Connection, work: Call
     try:
         if processes > 1:
             store = td.FileStore(str(Path(folder) / "store"), processes)
-            limit = datetime.timedelta(seconds=120)
+            limit = datetime.timedelta(seconds=300)
             td.init_process_group("gloo", store=store, rank=rank, world_size=processes, timeout=limit)
         value = io.BytesIO()
         torch.save(work(*args), value)  # a tensor sent as such would live only as long as this process
