@@ -41,7 +41,7 @@ class Config:
     pool: Literal["eot", "cls", "avg", "tower"] = "eot"
     """eot: the last valid position (CLIP). cls: the first. avg: the mean over valid positions. tower: the model's own
     pooler (SigLIP: last position whatever it holds, no padding mask)."""
-    groups: int = 4
+    groups: int = 6
     """On the CPU a batch is encoded in at most so many groups of similar length; 1 encodes it in one piece."""
     trainable_blocks: int = -1
     """-1 trains everything, 0 freezes the tower, n trains the last n blocks and the final norm."""
