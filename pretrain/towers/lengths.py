@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from pretrain.towers import TokenSequence
 
 ENTRY = 96
-"""What one more group costs, in tokens: the fixed cost of running all layers once more. Measured at width 192, 4 layers, forward
-and backward: 10 ms a group, and 0.2 ms a token on one core, 0.1 on two."""
+"""What one more group costs, in tokens: the fixed cost of running all layers once more. Measured at width 192, 4 layers,
+forward and backward: 10 ms a group, and 0.2 ms a token on one core, 0.1 on two."""
 
 
 def cut(lengths: list[int], most: int, multiple: int, longest: int) -> list[tuple[int, int, int]]:
