@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.data.batch import Batch
+from pretrain.towers import linear
+
+
+def _product(x: torch.Size, y: torch.Size, *_: Any, **__: Any) -> int:
+    """Of (..., k) and (m, k)."""
+    return 2 * x.numel() * y[0]
+
+
+OURS = {torch.ops.mkldnn._linear_pointwise: _product} if linear.AVAILABLE else {}
+"""Operations that torch's counter does not know."""
 
 
 def per_batch(model: nn.Module, sample: Batch) -> Callable[[Batch], float]:
@@ -23,7 +34,7 @@ def per_batch(model: nn.Module, sample: Batch) -> Callable[[Batch], float]:
     training = model.training
     for modality, inputs in sample.inputs.items():
         masks = {modality: sample.masks[modality]} if modality in sample.masks else {}
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=OURS) as counter:
             features = model({modality: inputs}, masks)
             features[modality].sum().backward()
         if masks:

@@ -11,6 +11,8 @@ import torch
 from pretrain.config import UserError
 
 GIB = 2**30
+MATRICES = 2**28
+"""Bytes from which on the similarities (they, their softmax, their gradient) are worth a word."""
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -58,7 +60,7 @@ def advice(resolved: dict[str, Any], world: int, gpu: bool) -> list[str]:
         found.append("train.precision=bf16 (half the activations)")
     if world > 1 and train["strategy"] == "ddp":
         found.append(f"train.strategy=fsdp2 (weights, gradients and moments spread over {world} processes)")
-    if resolved.get("loss", {}).get("tile") == 0:
+    if resolved.get("loss", {}).get("tile") == 0 and 3 * 4 * share * batch > MATRICES:
         found.append("loss.tile=1024 (the similarity matrix never whole)")
     found.append(f"data.batch_size={max(1, batch // 2)} (another training: fewer negatives a step)")
     if resolved["data"].get("workers"):

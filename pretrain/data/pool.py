@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
 import signal
 import sys
 import warnings
@@ -55,9 +56,9 @@ def _survived(pieces: Any) -> Iterator[Piece]:
             piece = next(pieces)
         except StopIteration:
             return
-        except RuntimeError as error:
-            dead = [w for w in getattr(pieces, "_workers", []) if not w.is_alive() and w.exitcode]
-            if not dead or "DataLoader worker" not in str(error):
+        except (RuntimeError, ConnectionError, EOFError) as error:  # the latter two: it died while it handed a tensor over
+            dead = _dead(pieces)
+            if not dead or (isinstance(error, RuntimeError) and "DataLoader worker" not in str(error)):
                 raise
             code = dead[0].exitcode
             how = f"was killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"ended with code {code}"
@@ -67,6 +68,13 @@ def _survived(pieces: Any) -> Iterator[Piece]:
             }.get(code, "")
             raise UserError(f"a data worker (process {dead[0].pid}) {how}{why}") from None
         yield piece
+
+
+def _dead(pieces: Any) -> list[Any]:
+    """The workers that ended and should not have."""
+    workers = list(getattr(pieces, "_workers", []))
+    multiprocessing.connection.wait([w.sentinel for w in workers], timeout=1)  # a broken pipe may be first
+    return [w for w in workers if not w.is_alive() and w.exitcode]
 
 
 def _as_it_is(piece: Any) -> Any:

@@ -38,8 +38,8 @@ def one(arguments: argparse.Namespace) -> dict[str, float]:
     scale = torch.full((1,), module.LOGIT_SCALE, device=device).exp().requires_grad_()
     bias = None if module.LOGIT_BIAS is None else torch.full((1,), module.LOGIT_BIAS, device=device).requires_grad_()
     score = _score(arguments, module)
-    warm = {name: x[:256].detach().requires_grad_() for name, x in features.items()}
-    score(warm, scale, bias).backward()  # threads, libraries
+    warm = {name: x[:400].detach().requires_grad_() for name, x in features.items()}
+    score(warm, scale, bias).backward()  # threads, libraries, in tiles as well
     before = _memory(device)
     start = time.perf_counter()
     loss = score(features, scale, bias)

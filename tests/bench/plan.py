@@ -134,7 +134,7 @@ def case(name: str) -> dict[str, Any]:
     from tests.pretrain.strategies import world
 
     processes, settings = CASES[name]
-    found = world.run(measured, processes, settings)[0]
+    found = world.run(measured, processes, settings, timeout=1500.0)[0]
     guess = estimated(settings, processes)
     return {"case": name, "estimated_mib": guess, **found, "error": guess / found["measured_mib"] - 1}
 

@@ -49,9 +49,7 @@ def status(run: Path) -> dict[str, object]:
 @pytest.mark.parametrize(
     "launcher",
     [
-        pytest.param(
-            [BIN / "torchrun", "--nproc-per-node", "2", "--rdzv-endpoint", "localhost:0", "-m", "pretrain"], id="torchrun"
-        ),
+        pytest.param([BIN / "torchrun", "--nproc-per-node", "2", "--standalone", "-m", "pretrain"], id="torchrun"),
         pytest.param(
             [BIN / "accelerate", "launch", "--config_file", ROOT / "launch/accelerate/cpu.yaml", "-m", "pretrain"],
             id="accelerate",

@@ -37,12 +37,12 @@ class Started:
     """A launcher and all that it starts."""
 
     def __init__(self, words: list[str | Path], cwd: Path, **env: str) -> None:
-        self.log = cwd / f"log-{time.monotonic_ns()}"
+        self.log = cwd / f"log-{time.monotonic_ns()}.txt"
         with self.log.open("wb") as out:
             self.process = subprocess.Popen(
                 [str(word) for word in words],
                 cwd=cwd,
-                env=environment(OMP_NUM_THREADS="1", **env),
+                env=environment(**{"OMP_NUM_THREADS": "1", **env}),
                 stdout=out,
                 stderr=out,
                 start_new_session=True,

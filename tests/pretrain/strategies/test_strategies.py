@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -325,7 +326,7 @@ class Idle(nn.Module):
 
 
 def idle(word: str) -> str:
-    strategy = choose(word, "fp32", SETTINGS, CPU)
+    strategy = choose(word, "fp32", replace(SETTINGS, lr_scale={}), CPU)
     strategy.setup(Idle())
     strategy.backward(strategy.model(torch.ones(1, 2)).sum())
     try:
