@@ -5,9 +5,14 @@
     context/        how a picture is attended to: dense | local | coarse_to_fine | pooled
     fusion/         who asks whom: cross | co | merged
     maps.py         a trace -> one map a word on the picture's grid: raw | rollout | gradcam | relevance
+    model.py        encoder + fusion + a task's head
+    tasks/          what is learned: one file a task
+    config.py       the schema of a run, laid over what `init` brings
+    recipe.py       a run assembled and trained by pretrain's one loop; __main__.py is what launchers start
+    inference.py    load(RUN): a fine-tuned model, ready to answer
 
-Imports pretrain, never launch. Floors, each importing only those before it: trace, attention, context, fusion; maps
-needs trace alone. Importing this package makes its rooms known to pretrain.registry.
+Imports pretrain, never launch. Floors, each importing only those before it: trace, attention, context, fusion, model,
+tasks, config, inference, recipe; maps needs trace alone. Importing this package makes its rooms known to pretrain.registry.
 """
 
 from pretrain import registry

@@ -62,9 +62,12 @@ def collected(find: Find, room: str, key: str) -> Any:
 
 def load(schema: type[T], path: str | Path | None = None, dotlist: list[str] | None = None) -> T:
     """The configuration as an instance of `schema`. Raises ConfigError."""
-    given = read_yaml(Path(path)) if path is not None else {}
-    given = _merge(given, parse_dotlist(dotlist or []))
-    return build(schema, given, str(path) if path is not None else "the command line")
+    return build(schema, merged(path, dotlist or []), str(path) if path is not None else "the command line")
+
+
+def merged(path: str | Path | None, dotlist: list[str]) -> dict[str, Any]:
+    """What file and command line say, as plain values. Raises ConfigError."""
+    return over(read_yaml(Path(path)) if path is not None else {}, parse_dotlist(dotlist))
 
 
 def build(schema: type[T], given: dict[str, Any], where: str, partial: bool = False) -> T:
@@ -98,12 +101,12 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         return values
     if not isinstance(base, str):
         raise ConfigError(f"{path}: `base` must name one file, not {base!r}")
-    return _merge(read_yaml(path.parent / base, (*seen, path)), values)
+    return over(read_yaml(path.parent / base, (*seen, path)), values)
 
 
 def parse_dotlist(dotlist: list[str]) -> dict[str, Any]:
     """["optim.lr=1e-3"] -> {"optim": {"lr": 0.001}}."""
-    merged: dict[str, Any] = {}
+    laid: dict[str, Any] = {}
     for item in dotlist:
         key, equals, _ = item.partition("=")
         if item.startswith("-"):
@@ -114,17 +117,17 @@ def parse_dotlist(dotlist: list[str]) -> dict[str, Any]:
             value = OmegaConf.to_container(OmegaConf.from_dotlist([item]), resolve=False)
         except (OmegaConfBaseException, yaml.YAMLError) as error:
             raise ConfigError(f"{item!r} cannot be read: {' '.join(str(error).split())}") from error
-        merged = _merge(merged, typing.cast(dict[str, Any], value))
-    return merged
+        laid = over(laid, typing.cast(dict[str, Any], value))
+    return laid
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` wins, key by key; lists replace."""
-    merged = dict(base)
-    for key, value in over.items():
-        old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return merged
+def over(base: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `above` laid over it, key by key; lists replace."""
+    laid = dict(base)
+    for key, value in above.items():
+        old = laid.get(key)
+        laid[key] = over(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return laid
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -25,13 +25,16 @@ class Decoder(Protocol):
 
     A decoder whose batches have different shapes (texts trimmed to the longest) also has
     `merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]`, which gives what one `collate` over all would.
+
+    A decoder that knows answers as well has `targets(items) -> dict[str, Tensor | list]`, sample first, for Batch.targets.
+    Its `collate` may return None: it then gives targets only, and the batch has no input of its name.
     """
 
     def __call__(self, sample: RawSample, rng: np.random.Generator, train: bool) -> Any:
         """The item of one sample; random only through rng. Raises BadSample for content that cannot be used."""
         ...
 
-    def collate(self, items: list[Any]) -> tuple[Tensor, Tensor | None]:
+    def collate(self, items: list[Any]) -> tuple[Tensor, Tensor | None] | None:
         """(input, mask) of several items, batch first."""
         ...
 
@@ -80,9 +83,14 @@ def collate(items: Mapping[str, list[Any]], decoders: Mapping[str, Decoder], key
     """One batch of decoded items, by modality."""
     batch = Batch({}, {}, keys)
     for name, decoder in decoders.items():
-        batch.inputs[name], mask = decoder.collate(items[name])
-        if mask is not None:
-            batch.masks[name] = mask
+        made = decoder.collate(items[name])
+        if made is not None:
+            batch.inputs[name], mask = made
+            if mask is not None:
+                batch.masks[name] = mask
+        if hasattr(decoder, "targets"):
+            batch.targets.update(decoder.targets(items[name]))
+            continue
         if keys and isinstance(items[name][0], str):  # the caption drawn
             batch.targets["caption_id"] = torch.tensor([caption_id(text) for text in items[name]], dtype=torch.int64)
         elif keys and isinstance(items[name][0], list):  # all captions
@@ -96,6 +104,8 @@ def merge(parts: list[Batch], decoders: Mapping[str, Decoder], pin: bool = False
         return parts[0].pin() if pin else parts[0]
     whole = Batch({}, {}, [key for part in parts for key in part.keys])
     for name, decoder in decoders.items():
+        if name not in parts[0].inputs:
+            continue
         if hasattr(decoder, "merge"):
             whole.inputs[name], whole.masks[name] = decoder.merge([(p.inputs[name], p.masks[name]) for p in parts])
             continue

@@ -1,0 +1,88 @@
+"""The configuration of a fine-tuning run. Towers and shared space are those of `init`, unless a key says otherwise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finetune.adapt import AdaptConfig
+from finetune.model import Source
+from finetune.tasks import EvalConfig
+from pretrain import config as configuration
+from pretrain import dist, inference, registry
+from pretrain.config import ConfigError, section
+from pretrain.data.loader import DataConfig
+from pretrain.inference import Loaded
+from pretrain.loop import TrainConfig
+from pretrain.model import ModelSchema
+from pretrain.optim import OptimConfig
+
+
+@dataclass
+class FusionSchema(ModelSchema):
+    """The part of a run's configuration that says what the model is: all that loading a checkpoint reads."""
+
+    tokens: Source = "auto"
+    """What fusion reads: aligned (tokens in the shared space, for towers that pool by their mean), tower (the towers' own
+    states), auto (aligned where that has a meaning, by modality)."""
+    fusion: Any = section(registry.part, "fusion", "name", "cross")
+    """How the modalities read each other; null for a task that needs embeddings only."""
+    context: Any = section(registry.part, "context", "name", "dense")
+    """How a picture is attended to."""
+    task: Any = section(registry.part, "tasks", "name", "vqa")
+    """What is learned."""
+    adapt: AdaptConfig = field(default_factory=AdaptConfig)
+    """What of the pretrained model moves."""
+
+
+@dataclass
+class FinetuneConfig(FusionSchema):
+    """A fine-tuning run: everything a YAML file or a key=value may say."""
+
+    run: str = "finetune"
+    """Name of the run: its folder is runs/NAME; with a slash it is the folder itself."""
+    seed: int = 0
+    """Seeds the order of the data, augmentation, new weights and dropout."""
+    resume: str = "auto"
+    """auto = go on from the newest checkpoint in the run folder; never = start anew; or a checkpoint folder."""
+    init: str | None = None
+    """A pretraining run, a checkpoint, or a published CLIP: gives towers, projections, tokenizer. null only where `image`
+    and `text` describe a new model, which then learns everything from this task's data."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """What is read, and how."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """How weights move. lr_scale and weight_decay_of know the parts image, text, heads (projections), fusion, head."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """How long, how precise, how spread."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """How the task is evaluated on data.val."""
+
+    def check(self) -> None:
+        """Refuses combinations that cannot run."""
+        if self.data.batch_size % (dist.world_size() * self.train.chunks):
+            raise ConfigError(
+                f"data.batch_size={self.data.batch_size} must be divisible by processes x train.chunks = "
+                f"{dist.world_size()} x {self.train.chunks}"
+            )
+        if self.train.eval_every and not self.data.val:
+            raise ConfigError(f"train.eval_every={self.train.eval_every} needs data.val, the shards to evaluate on")
+        if self.data.train == "synthetic":
+            raise ConfigError("data.train=synthetic has no task to learn: give shards (`clipfuse data scenes DIR` draws some)")
+
+
+def load(path: str | Path, settings: list[str]) -> tuple[FinetuneConfig, Loaded | None]:
+    """The configuration with `init`'s architecture laid under it, and what init holds. Raises ConfigError, UserError."""
+    given = configuration.merged(path, settings)
+    init = given.get("init")
+    if init is None:
+        if not {"image", "text"} <= set(given):
+            raise ConfigError(
+                "init=RUN is missing: a pretraining run, a checkpoint, or a published CLIP to start from (a new model needs "
+                "both an `image` and a `text` section)"
+            )
+        return configuration.build(FinetuneConfig, given, str(path)), None
+    start = inference.load_model(str(init))
+    under = configuration.to_dict(start.config)
+    config = configuration.build(FinetuneConfig, configuration.over(under, given), str(path))
+    return config, start
