@@ -16,7 +16,7 @@ from launch import cli
 from pretrain.__main__ import DONE
 from pretrain.runlog import duration
 
-STEPS_PER_MINUTE = 100
+STEPS_PER_MINUTE = 45
 """Steps of configs/pretrain/scenes.yaml that two CPU cores take in a minute, a little less than measured."""
 
 
