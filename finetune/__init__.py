@@ -9,12 +9,28 @@
     tasks/          what is learned: one file a task
     config.py       the schema of a run, laid over what `init` brings
     recipe.py       a run assembled and trained by pretrain's one loop; __main__.py is what launchers start
-    inference.py    load(RUN): a fine-tuned model, ready to answer
+    inference.py    load(RUN): a fine-tuned model, ready to answer; evaluate.py measures it
 
 Imports pretrain, never launch. Floors, each importing only those before it: trace, attention, context, fusion, model,
 tasks, config, inference, recipe; maps needs trace alone. Importing this package makes its rooms known to pretrain.registry.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from pretrain import registry
 
+if TYPE_CHECKING:
+    from finetune.inference import Finetuned, load
+
+__all__ = ["Finetuned", "load"]
+
 registry.add_package("finetune")
+
+
+def __getattr__(name: str) -> Any:
+    """`finetune.load(RUN)`, imported when it is asked for: the rooms below import this package first."""
+    if name not in __all__:
+        raise AttributeError(f"module 'finetune' has no attribute {name!r}")
+    from finetune import inference
+
+    return getattr(inference, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,8 @@ class FinetuneConfig(FusionSchema):
             raise ConfigError("data.train=synthetic has no task to learn: give shards (`clipfuse data scenes DIR` draws some)")
 
 
-def load(path: str | Path, settings: list[str]) -> tuple[FinetuneConfig, Loaded | None]:
-    """The configuration with `init`'s architecture laid under it, and what init holds. Raises ConfigError, UserError."""
+def load(path: Path, settings: list[str]) -> FinetuneConfig:
+    """A file with key=value settings over it, and what `init` is under it. Raises ConfigError, UserError."""
     given = configuration.merged(path, settings)
     init = given.get("init")
     if init is None:
@@ -81,8 +82,16 @@ def load(path: str | Path, settings: list[str]) -> tuple[FinetuneConfig, Loaded 
                 "init=RUN is missing: a pretraining run, a checkpoint, or a published CLIP to start from (a new model needs "
                 "both an `image` and a `text` section)"
             )
-        return configuration.build(FinetuneConfig, given, str(path)), None
-    start = inference.load_model(str(init))
-    under = configuration.to_dict(start.config)
-    config = configuration.build(FinetuneConfig, configuration.over(under, given), str(path))
-    return config, start
+        return configuration.build(FinetuneConfig, given, str(path))
+    started = start(str(init))
+    under = configuration.to_dict(started.config)
+    named = (given.get("text") or {}).get("tokenizer")
+    if named is not None and named != under["text"]["tokenizer"]:
+        raise ConfigError(f"text.tokenizer={named}: the tokens of init={init} mean something else; leave it out")
+    return configuration.build(FinetuneConfig, configuration.over(under, given), str(path))
+
+
+@lru_cache(maxsize=1)
+def start(init: str) -> Loaded:
+    """What `init` holds, read once: configuration first, weights when the model is built."""
+    return inference.load_model(init)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from pretrain.config import ConfigError, UserError
 
@@ -30,15 +31,15 @@ def find_config(name: str, kind: str) -> Path:
     raise ConfigError(f"no configuration {name!r}: give a YAML file, or a shipped one: {', '.join(names)}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs a pretraining and returns the exit code: 0 done, 1 failed, 2 wrong usage, 75 stopped and resumable."""
-    parser = argparse.ArgumentParser(prog="python -m pretrain", description=__doc__)
+def main(argv: list[str] | None = None, module: str = "pretrain") -> int:
+    """Runs a training of `module` and returns the exit code: 0 done, 1 failed, 2 wrong usage, 75 stopped and resumable."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=__doc__)
     parser.add_argument("config", help="a YAML file, or the name of a shipped one")
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and exit")
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that replace the file's")
     args, rest = parser.parse_known_args(argv)
-    return guarded(lambda: run(args.config, args.settings + rest, args.dry_run))
+    return guarded(lambda: run(args.config, args.settings + rest, args.dry_run, module))
 
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
@@ -94,24 +95,26 @@ def stopping_early() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def run(config: str, settings: list[str], dry_run: bool) -> int:
-    """One process of a pretraining run."""
+def run(config: str, settings: list[str], dry_run: bool, module: str = "pretrain") -> int:
+    """One process of a run. MODULE.recipe says what that is: load(), describe(), train(); its configs are configs/MODULE."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are the parallelism
     with stopping_early():
-        return _run(config, settings, dry_run)
+        return _run(config, settings, dry_run, module)
 
 
-def _run(config: str, settings: list[str], dry_run: bool) -> int:
-    from pretrain import dist, launched, recipe
-    from pretrain.config import load
+def _run(config: str, settings: list[str], dry_run: bool, module: str) -> int:
+    import importlib
+
+    from pretrain import dist, launched
     from pretrain.runlog import say
 
-    path = find_config(config, "pretrain")
+    recipe: Any = importlib.import_module(f"{module}.recipe")
+    path = find_config(config, module)
     launched.check_launcher()
     launched.watch_parent()
     dist.setup()
     try:
-        loaded = load(recipe.PretrainConfig, path, settings)
+        loaded = recipe.load(path, settings)
         launched.check_asked(loaded.train.precision, loaded.train.strategy)
         dist.limit(loaded.train.timeout)
         if dry_run:
@@ -119,7 +122,7 @@ def _run(config: str, settings: list[str], dry_run: bool) -> int:
             return DONE
         outcome = recipe.train(loaded)
         if outcome.state == "stopped":
-            command = os.environ.get("CLIPFUSE_COMMAND") or shlex.join(["clipfuse", "pretrain", config, *settings])
+            command = os.environ.get("CLIPFUSE_COMMAND") or shlex.join(["clipfuse", module, config, *settings])
             say(f"{outcome.why} at step {outcome.step}, saved; go on with: {command}")
             return STOPPED
         results = ", ".join(f"{name} {value:.4g}" for name, value in outcome.results.items())

@@ -32,7 +32,10 @@ class Loaded:
 
 
 def load_model(run: str | Path) -> Loaded:
-    """RUN is a run folder (its best, else newest checkpoint) or a checkpoint folder. Raises UserError."""
+    """RUN is a run folder (its best, else newest checkpoint) or a checkpoint folder; of a fine-tuned one, the encoders.
+
+    Raises UserError.
+    """
     folder = checkpoint.find(run)
     path = folder / "config.yaml"
     if not path.exists():
@@ -42,7 +45,10 @@ def load_model(run: str | Path) -> Loaded:
     caption = (values.get("data") or {}).get("caption", "txt")
     tokenizer = load_tokenizer(str(folder / TOKENIZER))
     model = models.build(towers(config), config.model, tokenizer)
-    checkpoint.load_weights(model, checkpoint.read_weights(folder), folder)
+    weights = checkpoint.read_weights(folder)
+    if "task" in values:  # fine-tuned: the encoders stand among other parts
+        weights = {name.removeprefix("encoder."): w for name, w in weights.items() if name.startswith("encoder.")}
+    checkpoint.load_weights(model, weights, folder)
     model.eval()
     return Loaded(model, config, tokenizer, decoders(config, tokenizer, model, caption), folder, checkpoint.step_of(folder))
 

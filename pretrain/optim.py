@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,8 @@ class OptimConfig:
     lr: float = 5e-4
     """Peak learning rate (CLIP's for a batch of 32k is 5e-4)."""
     lr_scale: dict[str, float] = field(default_factory=dict)
-    """Factor on lr for one part of the model by name, for example {image: 0.1}; also `heads` for the projections."""
+    """Factor on lr for one part of the model by name, for example {image: 0.1}; also `heads` for the projections, and in
+    fine-tuning `fusion` and `task`, the new layers."""
     weight_decay: float = 0.2
     """Decoupled weight decay; spares every parameter of one dimension (gains, biases, logit_scale)."""
     weight_decay_of: dict[str, float] = field(default_factory=dict)
@@ -87,7 +88,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
     """Groups for AdamW: one per (part, layer, decayed or not) that has trainable parameters.
 
     Each has `lr_scale`, by which the loop multiplies the schedule, and a readable `name`. Parts are the model's towers by
-    modality and `heads` for all else. Raises ConfigError where lr_scale or weight_decay_of name a part that is not there.
+    modality, those that the model names itself (`parts`), and `heads` for all else. Raises ConfigError where lr_scale or weight_decay_of name a part that is not there.
     """
     part_of, layer_of, last_layer = _layout(model)
     parts = sorted(set(part_of.values()))
@@ -116,16 +117,25 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
 
 
 def _layout(model: nn.Module) -> tuple[dict[str, str], dict[str, int], dict[str, int]]:
-    """parameter -> part, parameter -> layer, part -> its last layer; towers say their own layers."""
-    part_of = {name: "heads" for name, _ in model.named_parameters()}
+    """parameter -> part, parameter -> layer, part -> its last layer; towers say their own layers, wherever they stand.
+
+    A model may name parts of its own in `parts`: {beginning of parameters' names: part}.
+    """
+    own: dict[str, str] = getattr(model, "parts", {})
+    part_of = {
+        name: next((part for beginning, part in own.items() if name.startswith(f"{beginning}.")), "heads")
+        for name, _ in model.named_parameters()
+    }
     layer_of: dict[str, int] = {}
     last: dict[str, int] = {}
-    for modality, tower in getattr(model, "towers", {}).items():
-        ids = tower.layer_ids()
-        last[modality] = max(ids.values(), default=0)
-        for name, layer in ids.items():
-            part_of[f"towers.{modality}.{name}"] = modality
-            layer_of[f"towers.{modality}.{name}"] = layer
+    for prefix, module in model.named_modules():
+        if prefix.endswith("towers") and isinstance(module, nn.ModuleDict):
+            for modality, tower in module.items():
+                ids: dict[str, int] = cast(Any, tower).layer_ids()
+                last[modality] = max(ids.values(), default=0)
+                for name, layer in ids.items():
+                    part_of[f"{prefix}.{modality}.{name}"] = modality
+                    layer_of[f"{prefix}.{modality}.{name}"] = layer
     return part_of, layer_of, last
 
 

@@ -70,6 +70,11 @@ class Parts:
     loader: Loader
 
 
+def load(path: Path, settings: list[str]) -> PretrainConfig:
+    """A file with key=value settings laid over it. Raises ConfigError."""
+    return configuration.load(PretrainConfig, path, settings)
+
+
 def assemble(config: PretrainConfig) -> Parts:
     """Builds everything that can be wrong, in the order of what fails fastest. The same weights on every process."""
     loss = registry.part("losses", config.loss.name)
@@ -96,13 +101,13 @@ def assemble(config: PretrainConfig) -> Parts:
 
 def train(config: PretrainConfig) -> Outcome:
     """One process of a run, from configuration to outcome."""
-    _agree(config)
+    agree(config, config.data)
     threads = dist.pin_threads(config.train.threads)
     device = dist.device()
     folder = RunFolder(config.run)
     folder.open()
     try:
-        source = _resume_from(config, folder)
+        source = resume_from(config.resume, folder)
         parts = assemble(config)
         if source is None and config.init is not None:
             start = checkpoint.find(config.init)
@@ -120,7 +125,7 @@ def train(config: PretrainConfig) -> Outcome:
             optim=config.optim,
             resolved=configuration.to_dict(config),
             identity={"seed": config.seed, "data.batch_size": config.data.batch_size, "data": parts.loader.digest()},
-            files=lambda at: _files(at, kept, parts.tokenizer),
+            files=lambda at: save_files(at, kept, parts.tokenizer),
             primary="image_to_text_R@1",
             flops=_flops(config, parts) if device.type == "cuda" else None,
         )
@@ -132,13 +137,13 @@ def train(config: PretrainConfig) -> Outcome:
         folder.close()
 
 
-def _agree(config: PretrainConfig) -> None:
+def agree(config: Any, data: DataConfig) -> None:
     """Every process has the same configuration, code and data. Raises UserError."""
     if dist.world_size() > 1:
         launched.agree("the configuration", configuration.to_dict(config))
         launched.agree("the code", launched.code_fingerprint())
-        if config.data.train != "synthetic":
-            given = config.data.train
+        if data.train != "synthetic":
+            given = data.train
             launched.agree(
                 "data.train", lambda: launched.data_fingerprint([p for s in sources_of(given, "data.train") for p in s.shards])
             )
@@ -151,7 +156,7 @@ def _flops(config: PretrainConfig, parts: Parts) -> Callable[[Batch], float] | N
     return flops.per_batch(parts.model, flops.one_sample(config.image.size, config.text.length))
 
 
-def _files(folder: Path, config: ModelSchema, tokenizer: Any) -> None:
+def save_files(folder: Path, config: ModelSchema, tokenizer: Any) -> None:
     """What belongs beside the weights of a checkpoint."""
     configuration.save(config, folder / "config.yaml")
     if tokenizer is not None:
@@ -165,12 +170,12 @@ def _evaluation(config: PretrainConfig, parts: Parts, device: torch.device) -> C
     return lambda model: evaluate(model, parts.decoders, config.data.val, config.eval, device, config.train.precision, cache)
 
 
-def _resume_from(config: PretrainConfig, folder: RunFolder) -> Path | None:
+def resume_from(resume: str, folder: RunFolder) -> Path | None:
     """The checkpoint to go on from, the same on every process. Raises UserError."""
     found: Path | UserError | None = None
     if dist.is_main():
         try:
-            found = _choose(config, folder)
+            found = _choose(resume, folder)
         except UserError as error:
             found = error
     found = dist.broadcast_object(found)
@@ -179,14 +184,14 @@ def _resume_from(config: PretrainConfig, folder: RunFolder) -> Path | None:
     return found
 
 
-def _choose(config: PretrainConfig, folder: RunFolder) -> Path | None:
+def _choose(resume: str, folder: RunFolder) -> Path | None:
     there = checkpoint.complete(folder.checkpoints)
-    if config.resume == "never":
+    if resume == "never":
         if there or (folder.path / "metrics.jsonl").exists():
             raise ConfigError(f"resume=never would overwrite the run in {folder.path}; give this one another run=NAME")
         return None
-    if config.resume != "auto":
-        return checkpoint.find(config.resume)
+    if resume != "auto":
+        return checkpoint.find(resume)
     newest = checkpoint.newest(folder.checkpoints, say)
     if newest is None and there:
         raise UserError(f"no checkpoint in {folder.checkpoints} can be used (named above); resume=PATH goes on from another")
@@ -200,13 +205,17 @@ def _choose(config: PretrainConfig, folder: RunFolder) -> Path | None:
 def describe(config: PretrainConfig) -> None:
     """Prints what would run: the resolved configuration, parameters of each tower, shards and samples."""
     parts = assemble(config)
-    epoch = parts.loader.order.epoch_size
-    total = config.train.total_steps(config.data.batch_size, parts.loader.order)
+    tell(config, config.train, config.data.batch_size, parts.model.parameter_counts(), parts.loader)
+
+
+def tell(config: Any, train: TrainConfig, size: int, counts: dict[str, dict[str, int]], loader: Loader) -> None:
+    """Prints a run, on one process; `size`: samples a step; `counts`: parameters by part of the model."""
+    epoch = loader.order.epoch_size
+    total = train.total_steps(size, loader.order)
     if not dist.is_main():
         return
     print(configuration.to_yaml(config))
-    for name, sizes in parts.model.parameter_counts().items():
+    for name, sizes in counts.items():
         print(f"{name:12} {sizes['total']:>14,} parameters, {sizes['trainable']:,} trainable")
-    print(f"{'data':12} {parts.loader.shard_count:>14,} shards, {epoch:,} samples an epoch")
-    size = config.data.batch_size
+    print(f"{'data':12} {loader.shard_count:>14,} shards, {epoch:,} samples an epoch")
     print(f"{'run':12} {total:>14,} steps of {size:,} samples, {total * size / epoch:.2f} epochs")

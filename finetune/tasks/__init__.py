@@ -1,6 +1,6 @@
 """Tasks: what aligned encoders learn to do. A task is ONE file with a Config and build(config, survey) -> Task.
 
-    vqa.py     answers to questions about a picture, from a vocabulary
+    vqa.py     answers to questions about a picture, from a vocabulary (questions.py reads them, answers.py scores them)
 
     part = registry.part("tasks", config.name)
     task = part.build(config, survey)
@@ -83,6 +83,10 @@ class Setting:
             cache=self.cache,
         )
 
+    def survey(self) -> Iterator[dict[str, Any]]:
+        """The json of this process's share of the training samples, all of them."""
+        return survey(self.train, self.config.workers, self.cache)
+
     @contextmanager
     def measuring(self, model: nn.Module) -> Iterator[None]:
         """Inside, `model` is in eval mode, no graph is kept, and products have `precision`; then each module is as it was."""
@@ -90,6 +94,12 @@ class Setting:
         cast = torch.autocast(self.device.type, DTYPES[self.precision]) if low else nullcontext()
         with evaluating(model), torch.inference_mode(), cast:
             yield
+
+
+def survey(shards: Any, workers: int, cache: Cache | None = None) -> Iterator[dict[str, Any]]:
+    """The json of this process's share of the samples in `shards`; nothing is decoded. Raises UserError."""
+    batches = loader.sequential(shards, {}, 256, workers, dist.rank(), dist.world_size(), cache=cache)
+    return (values for batch in batches for values in batch.targets["json"])
 
 
 @dataclass
@@ -107,6 +117,8 @@ class Task:
 
     primary_metric: ClassVar[str]
     """The figure of evaluate(), higher is better, that decides `best`."""
+    asks: ClassVar[bool] = False
+    """Whether its texts are questions about the picture."""
     splits: bool = True
     """Whether encode() of a batch is the concatenation of encode() of its chunks: what train.chunks > 1 needs."""
 

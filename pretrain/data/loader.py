@@ -134,6 +134,19 @@ class Loader:
         self._batch, self._seen, self._run = state["position"] // self.batch_size, state["seen"], state["run"]
         self.bad = Counter(state["bad"])
 
+    def sample(self, count: int) -> Batch:
+        """The first `count` samples of the run, read here and now: the same on every process, and none is used up.
+
+        Raises UserError where they cannot be used.
+        """
+        piece = self._training[np.arange(count)]
+        if piece.problem:
+            raise UserError(piece.problem)
+        if piece.batch is None:
+            bad = piece.bad[-1]
+            raise UserError(f"no sample can be used: the last tried is {bad.key} ({bad.reason}: {bad.detail})")
+        return piece.batch
+
     def __iter__(self) -> Iterator[Batch]:
         with (
             running(self._training, self._positions(self._batch), self.workers) as pieces,

@@ -14,12 +14,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from pretrain.towers import Tower
+
 
 def in_step(model: nn.Module) -> None:
     """Towers that encode a batch in as many groups as its lengths ask for do it in one piece."""
-    for tower in getattr(model, "towers", nn.ModuleDict()).values():
-        if getattr(tower, "groups", 1) > 1:
-            tower.groups = 1
+    for tower in model.modules():
+        if isinstance(tower, Tower) and getattr(tower, "groups", 1) > 1:
+            tower.groups = 1  # type: ignore[assignment]
 
 
 def shell(model: nn.Module) -> nn.Module:
