@@ -6,7 +6,7 @@ D = width of the shared space.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from pretrain.towers import TokenSequence
 Features = dict[str, Tensor]
 """What a head returns, by name: (b, ...) a sample each, so that chunks can be put together."""
 Source = Literal["auto", "aligned", "tower"]
+CAPTION = "caption"
+"""The input that asks for embeddings beside the task: texts (b, T) as the text tower reads them."""
 
 
 class Head(nn.Module):
@@ -66,9 +68,21 @@ class FusionModel(nn.Module):
         targets: dict[str, Any] | None = None,
         trace: Trace | None = None,
     ) -> Features:
-        """{modality: (b, ...)} -> what the head returns."""
-        found: Features = self.head(self, inputs, masks, targets or {}, trace)
-        return found
+        """{modality: (b, ...)} -> what the head returns. With an input `caption`, a text of its own for each picture, also
+        the embeddings of both and the scalars that a contrastive loss needs (aligned.py); the picture is encoded once."""
+        if CAPTION not in inputs:
+            found: Features = self.head(self, inputs, masks, targets or {}, trace)
+            return found
+        once = _Once(self)
+        found = self.head(cast(FusionModel, once), inputs, masks, targets or {}, trace)
+        kept = {
+            f"{CAPTION}_image": once.embed("image", inputs["image"]),
+            f"{CAPTION}_text": self.embed("text", inputs[CAPTION], masks[CAPTION]),
+            "logit_scale": self.encoder.logit_scale.exp(),
+        }
+        if self.encoder.logit_bias is not None:
+            kept["logit_bias"] = self.encoder.logit_bias
+        return {**found, **kept}
 
     # -----------------------------------------------------------------------------------------------------------------
     # What heads are made of
@@ -115,29 +129,53 @@ class FusionModel(nn.Module):
         self.encoder.clamp_()
 
     def layout(self) -> tuple[dict[str, str], dict[str, int]]:
-        """Parameter -> its part (a tower's modality, `heads` for projections and scale, `fusion`, `head`), and -> its layer
-        for those in towers."""
-        part_of: dict[str, str] = {}
+        """Parameter -> the part that optim.lr_scale knows it by (a tower's modality; `heads`: projections and scale; `fusion`;
+        `task`), and, for those in towers, -> layer."""
+        parts = {"encoder": "heads", "fusion": "fusion", "head": "task"}
+        part_of = {name: parts[name.split(".")[0]] for name, _ in self.named_parameters()}
         layer_of: dict[str, int] = {}
-        for name, _ in self.named_parameters():
-            top = name.split(".")[0]
-            part_of[name] = "heads" if top == "encoder" else top
         for modality in self.encoder.towers:
-            start = f"encoder.towers.{modality}."
             for name, layer in self.encoder.tower(modality).layer_ids().items():
-                part_of[start + name] = modality
-                layer_of[start + name] = layer
+                part_of[f"encoder.towers.{modality}.{name}"] = modality
+                layer_of[f"encoder.towers.{modality}.{name}"] = layer
         return part_of, layer_of
 
     def parameter_counts(self) -> dict[str, dict[str, int]]:
-        """{part: {"total": n, "trainable": n}}."""
-        part_of, _ = self.layout()
-        found: dict[str, dict[str, int]] = {}
-        for name, p in self.named_parameters():
-            count = found.setdefault(part_of.get(name, "heads"), {"total": 0, "trainable": 0})
-            count["total"] += p.numel()
-            count["trainable"] += p.numel() * p.requires_grad
+        """{part: {"total": n, "trainable": n}}: towers, scalars, fusion, task."""
+        found = self.encoder.parameter_counts()
+        for part, module in (("fusion", self.fusion), ("task", self.head)):
+            parameters = [] if module is None else list(module.parameters())
+            found[part] = {
+                "total": sum(p.numel() for p in parameters),
+                "trainable": sum(p.numel() for p in parameters if p.requires_grad),
+            }
         return found
+
+
+class _Once:
+    """A model that passes pictures through their tower once, whoever asks; all else is the model's own."""
+
+    def __init__(self, model: FusionModel) -> None:
+        self._model = model
+        self._read: tuple[Tensor, tuple[TokenSequence, Tensor | None]] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def read(
+        self, modality: str, inputs: Tensor, mask: Tensor | None = None, embed: bool = True
+    ) -> tuple[TokenSequence, Tensor | None]:
+        if modality != "image":
+            return self._model.read(modality, inputs, mask, embed)
+        if self._read is None or self._read[0] is not inputs:
+            self._read = inputs, self._model.read(modality, inputs, mask)
+        return self._read[1]
+
+    def tokens(self, modality: str, inputs: Tensor, mask: Tensor | None = None) -> TokenSequence:
+        return self.read(modality, inputs, mask, embed=False)[0]
+
+    def embed(self, modality: str, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
+        return cast(Tensor, self.read(modality, inputs, mask)[1])
 
 
 def _rows(ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:

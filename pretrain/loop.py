@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from pretrain import checkpoint, dist, oom, strategies
 from pretrain.config import ConfigError, UserError
@@ -121,6 +121,8 @@ class Plan:
     """The evaluation number, higher is better, that decides `best`."""
     flops: Callable[[Batch], float] | None = None
     """Forward and backward operations of this process's share of a batch, for MFU; None = unknown."""
+    plain: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
+    """Trained weights -> those that model.safetensors holds, where the two differ (adapters are merged); None = the same."""
 
 
 @dataclass
@@ -214,7 +216,8 @@ class _Run:
         self.strategy.load(source / "state")
         if self.plan.optim.average:
             raw = checkpoint.read_weights(_raw(source))
-            self.strategy.put(checkpoint.read_weights(source))  # cuts the average the way the strategy cuts weights
+            averaged = source / "state" / "average" if self.plan.plain is not None else source
+            self.strategy.put(checkpoint.read_weights(averaged))  # cuts the average the way the strategy cuts weights
             self.average = Average(self.strategy.pieces().items(), self.plan.optim.average)
             self.strategy.put(raw)
         self.loader.load(trainer["loader"])
@@ -226,9 +229,15 @@ class _Run:
     def save(self, best: bool = False) -> None:
         """A checkpoint of the step reached."""
         raw = weights = self.strategy.weights()
+        kept: dict[str, dict[str, Tensor]] = {}
+        """By folder below state/: what resuming reads where model.safetensors holds something else."""
         if self.average is not None:
+            kept["weights"] = raw
             with self.averaged():
                 weights = self.strategy.weights()
+        if self.plan.plain is not None:
+            kept |= {"weights": raw} if self.average is None else {"average": weights}
+            weights = self.plan.plain(weights)
 
         def state(folder: Path) -> None:
             self.strategy.save(folder)
@@ -242,9 +251,10 @@ class _Run:
                     "results": self.results,
                 }
                 checkpoint.save_tensors(folder / "trainer.pt", trainer)
-                if self.average is not None:
-                    (folder / "weights").mkdir()
-                    save_file({name: value.contiguous() for name, value in raw.items()}, folder / "weights/model.safetensors")
+                for name, tensors in kept.items():
+                    (folder / name).mkdir()
+                    whole = {key: value.contiguous() for key, value in tensors.items()}
+                    save_file(whole, folder / name / "model.safetensors")
 
         keep = self.plan.train.keep
         checkpoint.save(self.folder.checkpoints, self.step, weights, self.plan.files, state, keep=keep, best=best)

@@ -88,7 +88,8 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
     """Groups for AdamW: one per (part, layer, decayed or not) that has trainable parameters.
 
     Each has `lr_scale`, by which the loop multiplies the schedule, and a readable `name`. Parts are the model's towers by
-    modality, those that the model names itself (`parts`), and `heads` for all else. Raises ConfigError where lr_scale or weight_decay_of name a part that is not there.
+    modality and `heads` for all else, or what its own `layout()` says. Raises ConfigError where lr_scale or weight_decay_of
+    name a part that is not there.
     """
     part_of, layer_of, last_layer = _layout(model)
     parts = sorted(set(part_of.values()))
@@ -117,25 +118,21 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
 
 
 def _layout(model: nn.Module) -> tuple[dict[str, str], dict[str, int], dict[str, int]]:
-    """parameter -> part, parameter -> layer, part -> its last layer; towers say their own layers, wherever they stand.
+    """parameter -> part, parameter -> layer, part -> its last layer; towers say their own layers.
 
-    A model may name parts of its own in `parts`: {beginning of parameters' names: part}.
+    A model that has more than towers says parts and layers itself, in `layout()`.
     """
-    own: dict[str, str] = getattr(model, "parts", {})
-    part_of = {
-        name: next((part for beginning, part in own.items() if name.startswith(f"{beginning}.")), "heads")
-        for name, _ in model.named_parameters()
-    }
-    layer_of: dict[str, int] = {}
+    if hasattr(model, "layout"):
+        part_of, layer_of = cast(Any, model).layout()
+    else:
+        part_of, layer_of = {name: "heads" for name, _ in model.named_parameters()}, {}
+        for modality, tower in getattr(model, "towers", {}).items():
+            for name, layer in tower.layer_ids().items():
+                part_of[f"towers.{modality}.{name}"] = modality
+                layer_of[f"towers.{modality}.{name}"] = layer
     last: dict[str, int] = {}
-    for prefix, module in model.named_modules():
-        if prefix.endswith("towers") and isinstance(module, nn.ModuleDict):
-            for modality, tower in module.items():
-                ids: dict[str, int] = cast(Any, tower).layer_ids()
-                last[modality] = max(ids.values(), default=0)
-                for name, layer in ids.items():
-                    part_of[f"{prefix}.{modality}.{name}"] = modality
-                    layer_of[f"{prefix}.{modality}.{name}"] = layer
+    for name, layer in layer_of.items():
+        last[part_of[name]] = max(layer, last.get(part_of[name], 0))
     return part_of, layer_of, last
 
 

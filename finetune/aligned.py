@@ -1,0 +1,74 @@
+"""The contrastive loss kept on while a task is learned, so that embeddings stay searchable.
+
+    adapt: {contrastive: 0.5}
+
+Beside the task's own inputs each picture brings its caption (data.caption). One pass through the image tower serves both
+losses. The loss is the one the encoders were pretrained with: sigmoid where the model has a logit bias, softmax where not;
+pictures with the same caption are not each other's negatives.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from finetune.adapt import AdaptConfig
+from finetune.model import CAPTION, Features, FusionModel, Head
+from finetune.tasks import Prediction, Setting, Task
+from finetune.trace import Trace
+from pretrain import registry
+from pretrain.config import ConfigError
+from pretrain.data.loader import Batch
+
+
+class Aligned(Task):
+    """A task with the contrastive loss beside its own."""
+
+    def __init__(self, task: Task, weight: float) -> None:
+        self.task, self.weight = task, weight
+        self.primary_metric = task.primary_metric  # type: ignore[misc]
+        self.asks = task.asks  # type: ignore[misc]
+        self.splits = task.splits
+        self._score: nn.Module | None = None
+
+    def decoders(self, towers: dict[str, Any]) -> dict[str, Any]:
+        """The task's, and the caption's behind them: `caption_id` is the caption's, whatever the task reads."""
+        if not {"image", "text"} <= set(towers):
+            raise ConfigError(f"adapt.contrastive needs image and text towers; the model has {', '.join(towers)}")
+        return {**self.task.decoders(towers), CAPTION: towers["text"]}
+
+    def head(self, model: FusionModel) -> Head:
+        name = "clip" if model.encoder.logit_bias is None else "siglip"
+        loss = registry.part("losses", name)
+        self._score = loss.build(loss.Config(same_caption="ignore"))
+        return self.task.head(model)
+
+    def settings(self) -> dict[str, Any]:
+        return self.task.settings()
+
+    def encode(self, model: nn.Module, batch: Batch) -> Features:
+        return self.task.encode(model, batch)
+
+    def loss(self, features: Features, targets: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """task + weight x contrastive."""
+        assert self._score is not None, "head() comes first"
+        pairs = {name: features[f"{CAPTION}_{name}"] for name in ("image", "text")}
+        kept, _ = self._score(pairs, features["logit_scale"], features.get("logit_bias"), targets)
+        loss, report = self.task.loss(features, targets)
+        return loss + self.weight * kept, {**report, "task_loss": loss.detach(), "contrastive_loss": kept.detach()}
+
+    def evaluate(self, model: FusionModel, shards: Any, setting: Setting) -> dict[str, float]:
+        decoders = {name: decoder for name, decoder in setting.decoders.items() if name != CAPTION}
+        return self.task.evaluate(model, shards, replace(setting, decoders=decoders))
+
+    def predict(
+        self, model: FusionModel, inputs: dict[str, Tensor], masks: dict[str, Tensor], trace: Trace | None = None, top: int = 5
+    ) -> Prediction:
+        return self.task.predict(model, inputs, masks, trace, top)
+
+
+def keep_aligned(task: Task, config: AdaptConfig) -> Task:
+    """The task itself, or with config.contrastive > 0 the task with the contrastive loss beside it."""
+    return Aligned(task, config.contrastive) if config.contrastive > 0 else task

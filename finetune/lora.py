@@ -1,0 +1,104 @@
+"""LoRA (Hu et al. 2021, arXiv 2106.09685) through peft: a linear layer W x becomes W x + (alpha / rank) B A x, W frozen.
+
+While training the adapters are weights of their own (`...base_layer.weight`, `...lora_A.default.weight`); a checkpoint's
+model.safetensors holds the products merged into W, under the names of the plain model, so that evaluation, export and the
+next fine-tuning need neither peft nor this file. What resuming needs lies in the checkpoint's state/.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from pretrain.config import ConfigError, closest
+from pretrain.towers import Tower
+from pretrain.towers.linear import Linear
+
+ADAPTER = "default"
+"""peft's name of the first adapter, which stands in the parameters' names."""
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters."""
+
+    rank: int = 0
+    """Columns of B and rows of A; 0 = no adapters."""
+    alpha: float = 16.0
+    """What the adapters add is scaled by alpha / rank."""
+    dropout: float = 0.0
+    """On what enters A, 0 to below 1."""
+    towers: list[str] = field(default_factory=list)
+    """Towers that get adapters, by modality; [] = all."""
+    targets: list[str] = field(default_factory=list)
+    """Linear layers in the blocks that get one, by the last word of their names (qkv, fc1, q_proj); [] = all of them."""
+
+    def check(self) -> None:
+        """Raises ConfigError."""
+        if self.rank < 0 or self.alpha <= 0 or not 0 <= self.dropout < 1:
+            raise ConfigError(
+                f"adapt.lora.rank={self.rank} (from 0), adapt.lora.alpha={self.alpha} (above 0) and adapt.lora.dropout="
+                f"{self.dropout} (0 to below 1) do not fit together"
+            )
+
+
+def inject(tower: Tower, config: LoraConfig) -> None:
+    """Freezes a tower and gives the linear layers of its blocks adapters, in place. Random numbers: torch's generator.
+
+    Raises ConfigError: peft is missing, no such layers, or layers whose adapter the tower's forward would pass by.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise ConfigError("adapt.lora needs peft, which is not installed: pip install 'clipfuse[finetune]'") from error
+    ids = tower.layer_ids()
+    names = _targets(tower, config, ids)
+    settings = peft.LoraConfig(
+        r=config.rank, lora_alpha=cast(Any, config.alpha), lora_dropout=config.dropout, target_modules=names, bias="none"
+    )
+    peft.inject_adapter_in_model(settings, cast(Any, tower), ADAPTER)
+    renamed = {name: ids[plain_name(name)] for name, _ in tower.named_parameters()}
+    tower.layer_ids = functools.partial(dict, renamed)  # type: ignore[method-assign]
+
+
+def _targets(tower: Tower, config: LoraConfig, ids: dict[str, int]) -> list[str]:
+    """The names of the layers to adapt."""
+    inside = {name.rpartition(".")[0] for name, layer in ids.items() if 1 <= layer <= tower.depth}
+    # torch's own attention hands weights of a subclass of Linear to a function, past any adapter.
+    linear = [n for n, module in tower.named_modules() if n in inside and type(module) in (nn.Linear, Linear)]
+    if not linear:
+        raise ConfigError(
+            f"adapt.lora: the {tower.modality} tower has no linear layers in its blocks; use adapt.trainable_blocks"
+        )
+    words = sorted({name.rpartition(".")[2] for name in linear})
+    for target in config.targets:
+        if target not in words:
+            raise ConfigError(
+                f"adapt.lora.targets: no linear layer {target!r} in the blocks of the {tower.modality} tower"
+                f"{closest(target, words)}; it has {', '.join(words)}"
+            )
+    return [name for name in linear if not config.targets or name.rpartition(".")[2] in config.targets]
+
+
+def plain_name(name: str) -> str:
+    """The parameter of the plain model that a parameter of the adapted one belongs to."""
+    name = re.sub(rf"\.lora_[AB]\.{ADAPTER}\.", ".", name)
+    return name.replace(".base_layer.", ".")
+
+
+def merge(weights: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
+    """A state dict with adapters -> the plain model's: W + (alpha / rank) B A. One without passes unchanged."""
+    out: dict[str, Tensor] = {}
+    for name, value in weights.items():
+        if f".lora_A.{ADAPTER}." in name or f".lora_B.{ADAPTER}." in name:
+            continue
+        stem, layer, leaf = name.rpartition(".base_layer.")
+        if layer and leaf == "weight" and f"{stem}.lora_A.{ADAPTER}.weight" in weights:
+            down, up = (weights[f"{stem}.lora_{which}.{ADAPTER}.weight"] for which in "AB")
+            value = value + (alpha / len(down)) * (up.to(value.dtype) @ down.to(value.dtype))
+        out[plain_name(name)] = value
+    return out
