@@ -121,12 +121,18 @@ def parse_dotlist(dotlist: list[str]) -> dict[str, Any]:
     return laid
 
 
-def over(base: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `above` laid over it, key by key; lists replace."""
-    laid = dict(base)
+ALTERNATIVES = {"train": ("steps", "samples", "epochs")}
+"""Keys of a section that say one thing in different units."""
+
+
+def over(base: dict[str, Any], above: dict[str, Any], section: str = "") -> dict[str, Any]:
+    """`base` with `above` laid over it, key by key; lists replace, and one of several alternatives replaces the others."""
+    units = ALTERNATIVES.get(section, ())
+    given = any(above.get(key) for key in units)  # 0 says: not this one
+    laid = {key: value for key, value in base.items() if not (given and key in units)}
     for key, value in above.items():
         old = laid.get(key)
-        laid[key] = over(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        laid[key] = over(old, value, key) if isinstance(old, dict) and isinstance(value, dict) else value
     return laid
 
 

@@ -57,7 +57,7 @@ def refused(capsys: pytest.CaptureFixture[str], words: list[str], code: int, *sa
         ("optim.lr=fast", ["optim.lr", "fast", "a number"]),
         ("optim.learning_rate=1", ["optim.learning_rate", "valid"]),
         ("data.batch_size=1000", ["data.batch_size=1000", "300"]),
-        ("train.epochs=3", ["train.steps", "train.epochs"]),
+        ("train.epochs=-3", ["train.epochs=-3", "above 0"]),
         ("train.strategy=horovod", ["horovod", "single"]),
         ("train.chunks=3", ["train.chunks", "16"]),
         ("train.precision=int8", ["int8", "fp32", "bf16"]),

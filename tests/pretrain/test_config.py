@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 import pytest
 
-from pretrain.config import ConfigError, build, closest, collected, load, save, section, to_dict
+from pretrain.config import ConfigError, build, closest, collected, load, merged, save, section, to_dict
+from pretrain.recipe import PretrainConfig
 from pretrain.registry import part
 
 
@@ -43,6 +44,15 @@ def test_yaml_then_base_then_dotlist(tmp_path: Path) -> None:
     (tmp_path / "one.yaml").write_text("base: base.yaml\ncount: 2\ninner: {word: two}\n")
     got = load(Outer, tmp_path / "one.yaml", ["inner.lr=1e-2", "inner.anything=[1,{a: 2}]", "inner.more.x=y"])
     assert got == Outer("base", 2, False, Inner(0.01, [0.1], "two", None, [1, {"a": 2}], {"x": "y"}))
+
+
+def test_the_length_given_last_replaces_one_in_another_unit(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("train: {epochs: 12}\n")
+    assert merged(tmp_path / "a.yaml", ["train.steps=24"]) == {"train": {"steps": 24}}
+    assert merged(tmp_path / "a.yaml", ["train.steps=0"]) == {"train": {"epochs": 12, "steps": 0}}
+    (tmp_path / "b.yaml").write_text("train: {epochs: 12, steps: 24}\n")
+    with pytest.raises(ConfigError, match="exactly one of train.steps, train.samples, train.epochs"):
+        load(PretrainConfig, tmp_path / "b.yaml")
 
 
 def test_saved_configuration_reads_back_equal(tmp_path: Path) -> None:
