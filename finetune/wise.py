@@ -1,0 +1,150 @@
+"""Weights between the pretrained and the fine-tuned encoders: WiSE-FT (Wortsman et al. 2022, arXiv 2109.01903).
+
+    clipfuse evaluate RUN --data SHARDS --wise 0,0.25,0.5,0.75,1 [--out DIR]
+
+theta(alpha) = (1 - alpha) pretrained + alpha fine-tuned, for every weight that both have; fusion and head, which the pretrained
+model lacks, stay fine-tuned. Often a point between keeps most of what was learned and most of what was known before: the curve
+shows the task's figures beside how well the embeddings still find each other. `--out` keeps the best point as a run.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from finetune import adapt
+from finetune.inference import Finetuned
+from finetune.tasks import EvalConfig
+from pretrain import checkpoint, dist, evaluate, inference
+from pretrain import config as configuration
+from pretrain.config import ConfigError, UserError
+
+PREFIX = "encoder."
+"""Where a fine-tuned model keeps its encoders."""
+
+
+def interpolate(pretrained: dict[str, Tensor], tuned: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
+    """State dicts -> theta(alpha). What only `tuned` has, and counters, are taken from it. Raises UserError."""
+    out = dict(tuned)
+    for name, start in pretrained.items():
+        if name not in tuned or tuned[name].shape != start.shape:
+            raise UserError(
+                f"the two models differ: {name} has another shape, or is missing; only fine-tuning of the same model"
+            )
+        if tuned[name].is_floating_point():
+            out[name] = torch.lerp(start.to(tuned[name]), tuned[name], alpha)
+    return out
+
+
+def pretrained(tuned: Finetuned, start: str | None = None) -> dict[str, Tensor]:
+    """The weights that a run started from, under the names and at the picture size of the fine-tuned model. Raises UserError.
+
+    `start`: where they are, if not where the run's own `init` says.
+    """
+    if start is None:
+        start = configuration.read_yaml(tuned.folder / "config.yaml").get("init")
+    if start is None:
+        raise UserError(f"{tuned.folder} was trained from nothing (init=null): there is no pretrained model to mix it with")
+    try:
+        loaded = inference.load_model(start)
+    except UserError as error:
+        raise UserError(
+            f"the model this run started from is needed: {error}; if it moved, name it with --pretrained"
+        ) from error
+    size = getattr(tuned.config.image, "size", None)
+    if size is not None:
+        adapt.resize(loaded.model, size, loaded.config)
+    return {f"{PREFIX}{name}": value for name, value in loaded.model.state_dict().items()}
+
+
+def curve(
+    tuned: Finetuned, start: dict[str, Tensor], alphas: list[float], measure: Callable[[], dict[str, float]]
+) -> list[dict[str, float]]:
+    """`measure()` with the model at each alpha, in order; the model is as it was afterwards."""
+    for alpha in alphas:
+        if not 0 <= alpha <= 1:
+            raise ConfigError(f"--wise {alpha:g}: alpha must be from 0 (pretrained) to 1 (fine-tuned)")
+    model = tuned.model
+    kept = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    start = {name: value.to(kept[name].device) if name in kept else value for name, value in start.items()}
+    rows = []
+    try:
+        for alpha in alphas:
+            model.load_state_dict(interpolate(start, kept, alpha))
+            rows.append({"alpha": alpha, **measure()})
+    finally:
+        model.load_state_dict(kept)
+    return rows
+
+
+def run(
+    tuned: Finetuned, shards: Any, alphas: list[float], device: torch.device, start: str | None = None, out: Path | None = None
+) -> dict[str, Any]:
+    """The curve on `shards`, the task's figures and retrieval by the embeddings, as plain values. Collective. Raises UserError.
+
+    `best` is the alpha with the highest primary figure; `out`: a run folder to keep it in.
+    """
+    begin = time.perf_counter()
+    weights = pretrained(tuned, start)
+    tuned.model.to(device)
+    towers = inference.decoders(tuned.config, tuned.tokenizer, tuned.model.encoder, _caption(tuned))
+
+    def measure() -> dict[str, float]:
+        own = tuned.evaluate(shards, EvalConfig(), device)
+        found = evaluate.evaluate(tuned.model.encoder, towers, shards, evaluate.EvalConfig(), device)
+        return own | {name: value for name, value in found.items() if "_R@" in name}
+
+    primary = tuned.task.primary_metric
+    rows = curve(tuned, weights, alphas, measure)
+    best = max(rows, key=lambda row: row[primary])["alpha"]
+    if out is not None:
+        keep(tuned, interpolate({k: v.to(device) for k, v in weights.items()}, tuned.model.state_dict(), best), out)
+    return {
+        "checkpoint": str(tuned.folder),
+        "data": shards,
+        "primary": primary,
+        "curve": rows,
+        "best": best,
+        "kept": None if out is None else str(out),
+        "seconds": round(time.perf_counter() - begin, 3),
+    }
+
+
+def keep(tuned: Finetuned, weights: dict[str, Tensor], out: Path) -> None:
+    """Writes weights as the checkpoint of a run folder, with all that the fine-tuned one has beside them. Raises UserError."""
+    if (out / "checkpoints").exists():
+        raise ConfigError(f"{out} holds a run already: give --out another folder")
+
+    def files(folder: Path) -> None:
+        shutil.copy(tuned.folder / "config.yaml", folder / "config.yaml")
+        shutil.copytree(tuned.folder / inference.TOKENIZER, folder / inference.TOKENIZER)
+
+    if dist.is_main():
+        (out / "checkpoints").mkdir(parents=True)
+        shutil.copy(tuned.folder / "config.yaml", out / "config.yaml")
+    whole = {name: value.cpu() for name, value in weights.items()}
+    checkpoint.save(out / "checkpoints", tuned.step, whole, files, lambda folder: None, keep=0, best=True)
+
+
+def summary(result: dict[str, Any]) -> Table:
+    """The result of `run` for people: a row an alpha."""
+    shown = [result["primary"], "image_to_text_R@1", "text_to_image_R@1"]
+    kept = f", kept in {result['kept']}" if result["kept"] else ""
+    table = Table(title=result["checkpoint"], caption=f"best alpha {result['best']:g}{kept}, {result['seconds']:.0f} s")
+    for name in ("alpha", *shown):
+        table.add_column(name.replace("_", " "), justify="right")
+    for row in result["curve"]:
+        table.add_row(f"{row['alpha']:g}", *(f"{row[name]:.4f}" if name in row else "" for name in shown))
+    return table
+
+
+def _caption(tuned: Finetuned) -> str:
+    data = configuration.read_yaml(tuned.folder / "config.yaml").get("data") or {}
+    return str(data.get("caption", "txt"))
