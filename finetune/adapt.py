@@ -60,16 +60,18 @@ def apply(encoder: DualEncoder, config: AdaptConfig, schema: ModelSchema) -> Mod
         schema = resize(encoder, config.image_size, schema)
     for name in (*config.trainable_blocks, *config.lora.towers):
         encoder.tower(name)  # a wrong name is said now
+    adapters = (config.lora.towers or list(encoder.towers)) if config.lora.rank else []
+    adapters = [name for name in adapters if config.trainable_blocks.get(name, -1)]  # one that is frozen stays frozen
+    lora.check_targets([encoder.tower(name) for name in adapters], config.lora)
     for name in encoder.towers:
         blocks = config.trainable_blocks.get(name, -1)
-        adapted = config.lora.rank > 0 and name in (config.lora.towers or encoder.towers)
-        if adapted and blocks > 0:
+        if name in adapters and blocks > 0:
             raise ConfigError(
                 f"adapt.trainable_blocks.{name}={blocks} and adapt.lora both speak of the {name} tower: adapters replace the "
                 f"training of its weights; leave out one, or name the other towers in adapt.lora.towers"
             )
         freeze(encoder, name, blocks)
-        if adapted and blocks:  # 0: frozen, whoever else has adapters
+        if name in adapters:
             lora.inject(encoder.tower(name), config.lora)
     return schema
 

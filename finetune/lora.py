@@ -35,7 +35,8 @@ class LoraConfig:
     towers: list[str] = field(default_factory=list)
     """Towers that get adapters, by modality; [] = all."""
     targets: list[str] = field(default_factory=list)
-    """Linear layers in the blocks that get one, by the last word of their names (qkv, fc1, q_proj); [] = all of them."""
+    """Linear layers in the blocks that get one, by the last word of their names (qkv, fc1, q_proj); [] = all of them. A tower
+    that has none of these stays as it is."""
 
     def check(self) -> None:
         """Raises ConfigError."""
@@ -49,14 +50,17 @@ class LoraConfig:
 def inject(tower: Tower, config: LoraConfig) -> None:
     """Freezes a tower and gives the linear layers of its blocks adapters, in place. Random numbers: torch's generator.
 
-    Raises ConfigError: peft is missing, no such layers, or layers whose adapter the tower's forward would pass by.
+    Raises ConfigError: peft is missing, or no linear layers.
     """
     try:
         import peft
     except ImportError as error:
         raise ConfigError("adapt.lora needs peft, which is not installed: pip install 'clipfuse[finetune]'") from error
     ids = tower.layer_ids()
-    names = _targets(tower, config, ids)
+    names = [name for name in linear_layers(tower) if not config.targets or name.rpartition(".")[2] in config.targets]
+    if not names:
+        tower.requires_grad_(False)
+        return
     settings = peft.LoraConfig(
         r=config.rank, lora_alpha=cast(Any, config.alpha), lora_dropout=config.dropout, target_modules=names, bias="none"
     )
@@ -65,23 +69,28 @@ def inject(tower: Tower, config: LoraConfig) -> None:
     tower.layer_ids = functools.partial(dict, renamed)  # type: ignore[method-assign]
 
 
-def _targets(tower: Tower, config: LoraConfig, ids: dict[str, int]) -> list[str]:
-    """The names of the layers to adapt."""
-    inside = {name.rpartition(".")[0] for name, layer in ids.items() if 1 <= layer <= tower.depth}
+def linear_layers(tower: Tower) -> list[str]:
+    """The names of the linear layers in a tower's blocks. Raises ConfigError where there are none."""
+    inside = {name.rpartition(".")[0] for name, layer in tower.layer_ids().items() if 1 <= layer <= tower.depth}
     # torch's own attention hands weights of a subclass of Linear to a function, past any adapter.
-    linear = [n for n, module in tower.named_modules() if n in inside and type(module) in (nn.Linear, Linear)]
-    if not linear:
+    found = [name for name, module in tower.named_modules() if name in inside and type(module) in (nn.Linear, Linear)]
+    if not found:
         raise ConfigError(
             f"adapt.lora: the {tower.modality} tower has no linear layers in its blocks; use adapt.trainable_blocks"
         )
-    words = sorted({name.rpartition(".")[2] for name in linear})
+    return found
+
+
+def check_targets(towers: list[Tower], config: LoraConfig) -> None:
+    """Raises ConfigError for a target that none of the towers has."""
+    words = sorted({name.rpartition(".")[2] for tower in towers for name in linear_layers(tower)})
     for target in config.targets:
         if target not in words:
+            modalities = " or ".join(tower.modality for tower in towers)
             raise ConfigError(
-                f"adapt.lora.targets: no linear layer {target!r} in the blocks of the {tower.modality} tower"
-                f"{closest(target, words)}; it has {', '.join(words)}"
+                f"adapt.lora.targets: no linear layer {target!r} in the {modalities} tower's blocks{closest(target, words)}; "
+                f"they have {', '.join(words)}"
             )
-    return [name for name in linear if not config.targets or name.rpartition(".")[2] in config.targets]
 
 
 def plain_name(name: str) -> str:
