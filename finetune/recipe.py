@@ -12,6 +12,7 @@ import torch
 from finetune import adapt
 from finetune import config as schema
 from finetune import model as models
+from finetune.aligned import keep_aligned
 from finetune.config import FinetuneConfig
 from finetune.model import FusionModel
 from finetune.tasks import Setting, Task, survey
@@ -60,6 +61,7 @@ def assemble(config: FinetuneConfig) -> Parts:
     task = registry.part("tasks", config.task.name).build(
         config.task, lambda: survey(config.data.train, config.data.workers, config.data.store())
     )
+    task = keep_aligned(task, config.adapt)
     model = models.build(encoder, config.fusion, config.context, config.tokens)
     model.head = task.head(model)
     adapt.freeze_named(model, config.adapt.freeze)
@@ -107,6 +109,7 @@ def train(config: FinetuneConfig) -> Outcome:
             identity=identity,
             files=lambda at: save_files(at, kept, parts.tokenizer),
             primary=task.primary_metric,
+            plain=adapt.plain(config.adapt),
         )
         if config.train.chunks > 1 and not task.splits:
             raise ConfigError(
