@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,9 @@ from finetune.adapt import AdaptConfig
 from finetune.model import Source
 from finetune.tasks import EvalConfig
 from pretrain import config as configuration
-from pretrain import dist, inference, registry
+from pretrain import dist, inference, registry, start
 from pretrain.config import ConfigError, section
 from pretrain.data.loader import DataConfig
-from pretrain.inference import Loaded
 from pretrain.loop import TrainConfig
 from pretrain.model import ModelSchema
 from pretrain.optim import OptimConfig
@@ -47,13 +45,15 @@ class FinetuneConfig(FusionSchema):
     """Seeds the order of the data, augmentation, new weights and dropout."""
     resume: str = "auto"
     """auto = go on from the newest checkpoint in the run folder; never = start anew; or a checkpoint folder."""
-    init: str | None = None
-    """A pretraining run, a checkpoint, or a published CLIP: gives towers, projections, tokenizer. null only where `image`
-    and `text` describe a new model, which then learns everything from this task's data."""
+    init: Any = None
+    """A pretraining run, a checkpoint, or a published CLIP: gives towers, projections, tokenizer; {image: RUN, text: RUN} for
+    one tower each. null only where `image` and `text` describe a new model, which then learns all from this task's data."""
+    init_partial: bool = False
+    """Take what fits of init's weights and let the rest start anew; both are counted. Otherwise a difference is an error."""
     data: DataConfig = field(default_factory=DataConfig)
     """What is read, and how."""
     optim: OptimConfig = field(default_factory=OptimConfig)
-    """How weights move. lr_scale and weight_decay_of know the parts image, text, heads (projections), fusion, head."""
+    """How weights move. lr_scale and weight_decay_of know the parts image, text, heads (projections), fusion, task."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """How long, how precise, how spread."""
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -76,22 +76,13 @@ def load(path: Path, settings: list[str]) -> FinetuneConfig:
     """A file with key=value settings over it, and what `init` is under it. Raises ConfigError, UserError."""
     given = configuration.merged(path, settings)
     init = given.get("init")
-    if init is None:
-        if not {"image", "text"} <= set(given):
-            raise ConfigError(
-                "init=RUN is missing: a pretraining run, a checkpoint, or a published CLIP to start from (a new model needs "
-                "both an `image` and a `text` section)"
-            )
-        return configuration.build(FinetuneConfig, given, str(path))
-    started = start(str(init))
-    under = configuration.to_dict(started.config)
-    named = (given.get("text") or {}).get("tokenizer")
-    if named is not None and named != under["text"]["tokenizer"]:
-        raise ConfigError(f"text.tokenizer={named}: the tokens of init={init} mean something else; leave it out")
-    return configuration.build(FinetuneConfig, configuration.over(under, given), str(path))
-
-
-@lru_cache(maxsize=1)
-def start(init: str) -> Loaded:
-    """What `init` holds, read once: configuration first, weights when the model is built."""
-    return inference.load_model(init)
+    if init is None and not {"image", "text"} <= set(given):
+        raise ConfigError(
+            "init=RUN is missing: a pretraining run, a checkpoint, or a published CLIP to start from (a new model needs both "
+            "an `image` and a `text` section)"
+        )
+    laid = start.under(given)
+    if isinstance(init, str) and (given.get("adapt") or {}).get("contrastive"):
+        bias = inference.load_model(init).config.model.logit_bias  # says which loss it was pretrained with
+        laid["model"] = configuration.over({"logit_bias": bias}, laid.get("model") or {})
+    return configuration.build(FinetuneConfig, laid, str(path))

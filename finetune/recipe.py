@@ -16,14 +16,13 @@ from finetune.aligned import keep_aligned
 from finetune.config import FinetuneConfig
 from finetune.model import FusionModel
 from finetune.tasks import Setting, Task, survey
-from pretrain import checkpoint, dist, inference, registry, strategies
 from pretrain import config as configuration
+from pretrain import dist, inference, registry, start, strategies
 from pretrain import model as encoders
 from pretrain.config import ConfigError, UserError
 from pretrain.data import loader as loading
 from pretrain.data.loader import Batch, Loader
 from pretrain.data.sources import sources_of
-from pretrain.data.text import load_tokenizer
 from pretrain.embed import evaluating
 from pretrain.loop import Outcome, Plan, fit
 from pretrain.recipe import agree, resume_from, save_files, tell
@@ -50,13 +49,11 @@ def assemble(config: FinetuneConfig) -> Parts:
     """Builds everything that can be wrong, in the order of what fails fastest. The same weights on every process."""
     if config.data.val is not None:
         sources_of(config.data.val, "data.val")  # now, not after the first thousand steps
-    start = schema.start(config.init) if config.init is not None else None
-    tokenizer = start.tokenizer if start is not None else load_tokenizer(config.text.tokenizer or config.text.name)
+    tokenizer = start.tokenizer(config.init, config.text) if config.text is not None else None
     torch.manual_seed(config.seed)
     encoder = encoders.build(inference.towers(config), config.model, tokenizer)
-    if start is not None:
-        checkpoint.load_weights(encoder, start.model.state_dict(), start.folder)
-        schema.start.cache_clear()
+    if config.init is not None:
+        start.load(encoder, config.init, config.init_partial)
     config = adapt.apply(encoder, config.adapt, config)  # type: ignore[assignment]
     task = registry.part("tasks", config.task.name).build(
         config.task, lambda: survey(config.data.train, config.data.workers, config.data.store())

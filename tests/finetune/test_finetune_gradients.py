@@ -1,0 +1,107 @@
+"""Fine-tuning has the gradient of one process on the whole batch: however questions and chunks fall, under every strategy."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from finetune import model as models
+from finetune.adapt import freeze_unreached
+from finetune.model import FusionModel
+from finetune.tasks import vqa
+from pretrain import dist, registry
+from pretrain.data.batch import Batch
+from pretrain.optim import OptimConfig
+from pretrain.step import train_step
+from pretrain.strategies import choose
+from tests.pretrain.strategies import tiny, world
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+EXACT = {"ddp": 1e-10, "fsdp2": 1e-10, "zero2": 1e-5}
+"""DeepSpeed asserts on float64."""
+ANSWERS, M, B = ["red", "blue", "two", "yes"], 3, 8
+
+
+def built(dtype: torch.dtype) -> tuple[FusionModel, vqa.VQA]:
+    """The same weights at each call, gates open; what the loss never reaches is frozen, as a run does it."""
+    task = vqa.build(vqa.Config(answers=ANSWERS), None)
+    model = models.build(tiny.model("clip"), registry.part("fusion", "cross").Config(layers=1, heads=2), None)
+    torch.manual_seed(1)
+    model.head = task.head(model)
+    with torch.no_grad():
+        for p in [*model.fusion.parameters(), *model.head.parameters()]:  # type: ignore[union-attr]
+            p.add_(0.2 * torch.randn_like(p))
+    model = model.to(dtype)
+    small = whole().slice(0, 2)
+    freeze_unreached(model, [task.loss(task.encode(model, small), small.targets)[0]])
+    return model.train(), task
+
+
+def whole() -> Batch:
+    """The first half of the pictures has one question each, the second three: the two processes hold 4 and 12."""
+    pictures, texts = tiny.batch(0, B), tiny.batch(1, B * M)
+    g = torch.Generator().manual_seed(5)
+    asked = torch.ones(B, M)
+    asked[: B // 2, 1:] = 0
+    answers = torch.zeros(B, M, 10, dtype=torch.int64)
+    answers[..., 0] = torch.randint(0, len(ANSWERS), (B, M), generator=g)
+    scores = torch.zeros(B, M, 10)
+    scores[..., 0] = torch.rand(B, M, generator=g) * asked
+    return Batch(
+        {"image": pictures.inputs["image"], "text": texts.inputs["text"].unflatten(0, (B, M))},
+        {"text": texts.masks["text"].unflatten(0, (B, M))},
+        pictures.keys,
+        {"answers": answers, "scores": scores, "asked": asked},
+    )
+
+
+def reference() -> tuple[float, dict[str, torch.Tensor]]:
+    """One process, float64, every question written out."""
+    model, _ = built(torch.float64)
+    b = whole()
+    logits = model(b.inputs, b.masks, {})["logits"]
+    terms = []
+    for i in range(B):
+        for j in range(M):
+            if b.targets["asked"][i, j]:
+                p = logits[i, j].exp() / logits[i, j].exp().sum()
+                terms.append(-b.targets["scores"][i, j, 0].double() * p[b.targets["answers"][i, j, 0]].log())
+    value = torch.stack(terms).mean()
+    value.backward()
+    return value.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def cells() -> dict[str, tuple[float, str, float]]:
+    """(strategy, chunks) -> worst gradient, where, error of the loss."""
+    value, expected = reference()
+    share = B // dist.world_size()
+    mine = whole().slice(share * dist.rank(), share * (dist.rank() + 1))
+    found: dict[str, tuple[float, str, float]] = {}
+    for word, bound in EXACT.items():
+        strategy = choose(word, "fp32", OptimConfig(clip_norm=0.0), torch.device("cpu"))
+        model, task = built(torch.float64 if bound < 1e-6 else torch.float32)
+        strategy.setup(model)
+        strategy.model.train()
+        apply = strategy.apply
+        got: dict[str, torch.Tensor] = {}
+
+        def spy(lr: float, strategy: Any = strategy, apply: Any = apply, got: Any = got) -> Any:
+            got.update(strategy.gradients())
+            return apply(lr)
+
+        strategy.apply = spy  # type: ignore[method-assign]
+        for chunks in (1, 2):
+            out = train_step(strategy, task, mine, chunks, 0.0, (0, 0, dist.rank()))
+            where, worst = max(tiny.errors(got, expected).items(), key=lambda item: item[1])
+            found[f"{word} {chunks}"] = (worst, where, abs(dist.mean(out["loss"]).item() - value) / value)
+    return found
+
+
+def test_gradients_of_two_processes_with_unequal_numbers_of_questions() -> None:
+    pytest.importorskip("deepspeed")
+    for found in world.run(cells, 2):
+        assert len(found) == 2 * len(EXACT)
+        for cell, (worst, where, error) in found.items():
+            bound = EXACT[cell.split()[0]]
+            assert worst <= bound, (cell, where, worst)
+            assert error <= bound, (cell, error)

@@ -1,0 +1,312 @@
+"""Questions read, drawn and collated; the loss in closed form; answers one by one; what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from finetune import model as models
+from finetune.model import FusionModel
+from finetune.tasks import Setting, per_item, vqa
+from finetune.tasks.questions import Questions
+from finetune.trace import Trace
+from pretrain import registry
+from pretrain.config import ConfigError, UserError
+from pretrain.data import BadSample
+from pretrain.data.batch import Batch, collate, merge
+from pretrain.data.images import ImageDecoder
+from pretrain.data.shards import RawSample
+from pretrain.data.text import TextDecoder, load_tokenizer
+from tests.pretrain.strategies import tiny
+from tests.support import Small
+
+ANSWERS = ["red", "blue", "2", "yes"]
+
+
+def sample(key: str, questions: Any, name: str = "questions") -> RawSample:
+    return RawSample(f"shard/{key}", {"json": json.dumps({name: questions}).encode()})
+
+
+def ask(text: str, *answers: str, kind: str | None = None) -> dict[str, Any]:
+    return {"question": text, "answers": list(answers), **({"type": kind} if kind else {})}
+
+
+@pytest.fixture
+def questions(small: Small) -> Questions:
+    return Questions(TextDecoder(load_tokenizer(small.tokenizer), 24), "questions", 3, ANSWERS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def test_training_draws_without_repeating_and_fills_up(questions: Questions) -> None:
+    many = sample("a", [ask(f"is it {i}?", "yes") for i in range(9)])
+    draws = [[q.text for q in questions(many, np.random.default_rng(seed), True).questions] for seed in range(20)]
+    assert all(len(set(draw)) == 3 for draw in draws)
+    assert len({tuple(draw) for draw in draws}) > 10
+    assert questions(many, np.random.default_rng(1), True) == questions(many, np.random.default_rng(1), True)
+    few = questions(sample("b", [ask("what?", "red"), ask("who?", "blue")]), np.random.default_rng(0), True)
+    assert (len(few.questions), few.real) == (3, 2)
+    assert len(questions(many, np.random.default_rng(0), False).questions) == 9
+
+
+def test_targets_are_worth_their_official_accuracy(questions: Questions) -> None:
+    ten = ["red"] * 5 + ["Blue"] * 2 + ["The red."] + ["green"] * 2
+    item = questions(sample("a", [ask("what colour?", *ten), ask("how many?", "two")]), np.random.default_rng(0), False)
+    found = questions.targets([item])
+    worth = [
+        dict(zip(ids.tolist(), s.tolist(), strict=True)) for ids, s in zip(found["answers"][0], found["scores"][0], strict=True)
+    ]
+    assert found["scores"].shape == (1, 2, 10)
+    assert worth[0][ANSWERS.index("blue")] == pytest.approx(0.6)  # 2 of 10; "green" is not in the vocabulary
+    assert found["scores"][0, 0].sum() == pytest.approx(1 + 0.6)
+    assert found["scores"][0, 1].tolist() == [1.0] + [0.0] * 9
+    assert found["answers"][0, 1, 0] == ANSWERS.index("2")
+    assert found["questions"] == [item.questions]
+
+
+def test_answers_as_vqa_v2_writes_them(questions: Questions) -> None:
+    said = [
+        {"question": "what?", "answers": [{"answer": "red", "answer_id": 1}, {"answer": "Two"}]},
+        {"question": "who?", "answers": "yes"},
+    ]
+    item = questions(sample("a", said), np.random.default_rng(0), False)
+    assert [q.answers for q in item.questions] == [["red", "2"], ["yes"]]
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        RawSample("shard/x", {}),
+        RawSample("shard/x", {"json": b"{"}),
+        sample("x", [ask("what?", "red")], name="captions"),
+        sample("x", "what?"),
+        sample("x", []),
+        sample("x", [ask("  ", "red"), ask("what?"), {"answers": ["red"]}, "what?"]),
+    ],
+    ids=["no json", "not json", "other field", "no list", "none", "none whole"],
+)
+def test_samples_without_questions_are_bad(questions: Questions, raw: RawSample) -> None:
+    with pytest.raises(BadSample):
+        questions(raw, np.random.default_rng(0), True)
+
+
+def test_pieces_merged_are_the_batch_collated_in_one_go(questions: Questions) -> None:
+    words = ["what?", "how many red things are there in front of the big blue striped house over there?", "is it red?"]
+    items = [
+        questions(sample(str(i), [ask(words[i % 3], "red"), ask("who?", "yes")]), np.random.default_rng(i), True)
+        for i in range(5)
+    ]
+    decoders = {"text": questions}
+    keys = [f"k{i}" for i in range(5)]
+    whole = collate({"text": items}, decoders, keys)
+    parts = [collate({"text": items[a:b]}, decoders, keys[a:b]) for a, b in ((0, 1), (1, 5))]
+    merged = merge(parts, decoders)
+    assert whole.inputs["text"].shape[:2] == (5, 3)
+    assert torch.equal(merged.inputs["text"], whole.inputs["text"])
+    assert torch.equal(merged.masks["text"], whole.masks["text"])
+    for name in ("answers", "scores", "asked"):
+        assert torch.equal(merged.targets[name], whole.targets[name])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model and loss
+
+
+def made(**settings: Any) -> tuple[FusionModel, vqa.VQA]:
+    """A tiny fused model whose gates are open, and its task."""
+    task = vqa.build(vqa.Config(answers=ANSWERS, **settings), None)
+    fusion = registry.part("fusion", "cross").Config(layers=1, heads=2)
+    model = models.build(tiny.model("clip"), fusion, None)
+    torch.manual_seed(1)
+    model.head = task.head(model)
+    with torch.no_grad():
+        for p in [*model.fusion.parameters(), *model.head.parameters()]:  # type: ignore[union-attr]
+            p.add_(0.2 * torch.randn_like(p))
+    return model.eval(), task
+
+
+def batch(m: int = 3, samples: int = 4) -> Batch:
+    """Pictures with 1 to m real questions each."""
+    pictures, texts = tiny.batch(0, samples), tiny.batch(1, samples * m)
+    g = torch.Generator().manual_seed(5)
+    scores = torch.zeros(samples, m, 10)
+    scores[..., :2] = torch.rand(samples, m, 2, generator=g)
+    answers = torch.zeros(samples, m, 10, dtype=torch.int64)
+    answers[..., 0] = torch.randint(0, 2, (samples, m), generator=g)
+    answers[..., 1] = torch.randint(2, 4, (samples, m), generator=g)
+    asked = (torch.arange(m) < 1 + torch.arange(samples)[:, None] % m).float()
+    return Batch(
+        {"image": pictures.inputs["image"], "text": texts.inputs["text"].unflatten(0, (samples, m))},
+        {"text": texts.masks["text"].unflatten(0, (samples, m))},
+        pictures.keys,
+        {"answers": answers, "scores": scores * asked[..., None], "asked": asked},
+    )
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_loss_in_closed_form(loss: Any) -> None:
+    model, task = made(loss=loss)
+    b = batch()
+    features = task.encode(model, b)
+    value, report = task.loss(features, b.targets)
+    terms, right = [], []
+    for i in range(len(b)):
+        for j in range(3):
+            if not b.targets["asked"][i, j]:
+                continue
+            z = features["logits"][i, j].double()
+            worth = torch.zeros(4, dtype=torch.float64)
+            for answer, score in zip(b.targets["answers"][i, j], b.targets["scores"][i, j], strict=True):
+                worth[answer] += score
+            if loss == "softmax":
+                terms.append(-(worth * (z.exp() / z.exp().sum()).log()).sum())
+            else:
+                p = 1 / (1 + (-z).exp())
+                terms.append(-(worth * p.log() + (1 - worth) * (1 - p).log()).sum())
+            right.append(worth[z.argmax()])
+    assert value.item() == pytest.approx(torch.stack(terms).mean().item(), rel=1e-5)
+    assert report["accuracy"].item() == pytest.approx(torch.stack(right).mean().item(), rel=1e-5)
+
+
+def test_questions_of_a_picture_share_one_encoding_and_answer_as_if_alone() -> None:
+    model, task = made()
+    b = batch()
+    seen: list[int] = []
+    handle = model.encoder.tower("image").register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
+    together = task.encode(model, b)["logits"]
+    handle.remove()
+    assert seen == [4]  # pictures, not questions
+    for i in range(4):
+        for j in range(3):
+            alone = model(
+                {"image": b.inputs["image"][i : i + 1], "text": b.inputs["text"][i : i + 1, j]},
+                {"text": b.masks["text"][i : i + 1, j]},
+            )
+            assert torch.allclose(alone["logits"][0, 0], together[i, j], atol=1e-5)
+
+
+def test_the_blind_answer_without_the_picture_and_the_others_with_it() -> None:
+    b = batch()
+    for blind in (True, False):
+        model, task = made(blind=blind)
+        one = task.encode(model, b)["logits"]
+        b.inputs["image"] = b.inputs["image"].flip(0)
+        assert torch.equal(one, task.encode(model, b)["logits"]) == blind
+
+
+def test_predictions_have_probabilities_a_graph_and_maps() -> None:
+    model, task = made()
+    b = batch()
+    inputs, masks = {"image": b.inputs["image"], "text": b.inputs["text"][:, 0]}, {"text": b.masks["text"][:, 0]}
+    trace = Trace()
+    said = task.predict(model, inputs, masks, trace, top=9)
+    assert [len(row) for row in said.best] == [4] * 4  # all the answers there are
+    for row in said.best:
+        assert sum(p for _, p in row) == pytest.approx(1, abs=1e-5)
+        assert [p for _, p in row] == sorted((p for _, p in row), reverse=True)
+    assert said.score.shape == (4,)
+    assert said.score.requires_grad
+    assert trace.steps
+    masks["text"][1] = False
+    with pytest.raises(UserError, match="empty question"):
+        task.predict(model, inputs, masks)
+
+
+def test_items_are_weighed_over_all_even_where_there_are_none() -> None:
+    losses = torch.tensor([1.0, 2.0, 4.0])
+    assert per_item(losses, torch.tensor([1.0, 0.0, 1.0])).item() == pytest.approx(2.5)
+    assert per_item(losses, torch.zeros(3)).item() == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures
+
+
+def test_figures_are_the_mean_over_questions_one_by_one(small: Small) -> None:
+    """Against the json of the shards and the model asked one question at a time."""
+    import tarfile
+
+    tokenizer = load_tokenizer(small.tokenizer)
+    text = registry.part("towers", "transformers").Config(
+        length=24,
+        pool="avg",
+        args={
+            "model_type": "clip_text_model",
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+        },
+    )
+    image = registry.part("towers", "timm").Config(
+        name="vit_tiny_patch16_224", size=32, pool="avg", args={"embed_dim": 16, "depth": 1, "num_heads": 2}
+    )
+    from pretrain.model import ModelConfig, build
+
+    torch.manual_seed(0)
+    encoder = build({"image": image, "text": text}, ModelConfig(dim=8), tokenizer)
+    task = vqa.build(vqa.Config(answers=["red", "yes", "1", "left"]), None)
+    model = models.build(encoder, registry.part("fusion", "cross").Config(layers=1, heads=2), None)
+    model.head = task.head(model)
+    decoders = task.decoders({"image": ImageDecoder(32), "text": TextDecoder(tokenizer, 24)})
+    path = sorted(Path(small.val).parent.glob("val-*.tar"))[0]
+    setting = Setting(decoders, torch.device("cpu"), train=small.train)
+    setting.config.workers, setting.config.batch_size, setting.config.max_samples = 0, 5, 12
+    model.train()
+    figures = task.evaluate(model, str(path), setting)
+    assert model.training
+
+    model.eval()
+    right: dict[str, list[float]] = {}
+    with tarfile.open(path) as tar, torch.no_grad():
+        names = sorted({name.split(".")[0] for name in tar.getnames()})[:12]
+        for name in names:
+            read = {end: tar.extractfile(f"{name}.{end}").read() for end in ("jpg", "json")}  # type: ignore[union-attr]
+            picture = decoders["image"].evaluation(read["jpg"])[None]
+            for asked in json.loads(read["json"])["questions"]:
+                ids, mask = decoders["text"].encode([asked["question"]])
+                said = task.predict(model, {"image": picture, "text": ids}, {"text": mask}).best[0][0][0]
+                right.setdefault(asked["type"], []).append(float(said == asked["answers"][0]))
+    assert figures["questions"] == sum(map(len, right.values()))
+    assert figures["samples"] == 12
+    everything = [value for values in right.values() for value in values]
+    assert figures["accuracy"] == pytest.approx(sum(everything) / len(everything))
+    assert 0 < figures["accuracy"] < 1
+    for kind, values in right.items():
+        assert figures[f"accuracy_{kind}"] == pytest.approx(sum(values) / len(values))
+    assert 0 < figures["ceiling"] < 1
+    assert figures["blind_accuracy_existence"] == pytest.approx(0.5, abs=0.2)  # yes and no come in pairs
+    assert figures["blind_accuracy"] < 0.6
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Refused
+
+
+def test_the_vocabulary_is_built_from_what_is_read_and_kept(small: Small) -> None:
+    rows = [{"questions": [ask("what?", "Red"), ask("who?", "red"), ask("how?", "two")]}, {"caption": "nothing asked"}]
+    task = vqa.build(vqa.Config(vocabulary=1), lambda: iter(rows))
+    assert task.settings() == {"answers": ["red"]}
+    assert vqa.build(vqa.Config(answers=["red"]), None).settings() == {"answers": ["red"]}
+    with pytest.raises(UserError, match=r"task\.field=questions"):
+        vqa.build(vqa.Config(), lambda: iter([{"caption": "x"}]))
+    with pytest.raises(UserError, match="same answer"):
+        vqa.build(vqa.Config(), lambda: iter([{"questions": [ask("what?", "red")]}]))
+    with pytest.raises(UserError, match="not whole"):
+        vqa.build(vqa.Config(), None)
+
+
+def test_a_fusion_that_does_not_fit_is_refused() -> None:
+    task = vqa.build(vqa.Config(answers=ANSWERS), None)
+    with pytest.raises(ConfigError, match="needs a fusion"):
+        task.head(models.build(tiny.model("clip"), None, None))
+    turned = registry.part("fusion", "cross").Config(query="image", context="text", heads=2)
+    with pytest.raises(ConfigError, match=r"fusion\.query=text"):
+        task.head(models.build(tiny.model("clip"), turned, None))
+    with pytest.raises(ConfigError, match="from 1"):
+        vqa.Config(questions=0).check()
