@@ -11,8 +11,12 @@
     recipe.py       a run assembled and trained by pretrain's one loop; __main__.py is what launchers start
     inference.py    load(RUN): a fine-tuned model, ready to answer; evaluate.py measures it
 
+    attend.py       what each word looks at: maps of a model's own task; drawing.py draws them, words.py puts tokens together
+    grounding.py    do maps find what words speak of: pointing game, attention lift, colours exchanged, with controls
+                    phrases.py: which words speak of which objects; pointing.py: one map against boxes; probes.py: a batch
+
 Imports pretrain, never launch. Floors, each importing only those before it: trace, attention, context, fusion, model,
-tasks, config, inference, recipe; maps needs trace alone. Importing this package makes its rooms known to pretrain.registry.
+tasks, config, inference, recipe; attend and grounding stand on inference; maps needs trace alone. Importing this package makes its rooms known to pretrain.registry.
 """
 
 from typing import TYPE_CHECKING, Any

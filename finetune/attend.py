@@ -1,0 +1,231 @@
+"""What each word of a text looks at in a picture: for `clipfuse attend`, for the report, for grounding.
+
+    tuned = finetune.load("runs/vqa")
+    seen = look(tuned, Path("dog.jpg").read_bytes(), "what colour is the dog?")
+    seen.figure().save("dog.png")                   the picture, a heat map a word, and the answer
+
+`token_maps` is the core: a batch through the task's own predict(), its trace through maps.py. The model's weights are
+not touched. May import tasks, inference, maps, words, drawing.
+Shapes: b pictures, each with one text; T tokens; H, W cells of the picture's grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from finetune import drawing
+from finetune.inference import Finetuned
+from finetune.maps import attention_maps
+from finetune.model import FusionModel
+from finetune.pointing import Array, seen_part
+from finetune.tasks import Prediction, Task
+from finetune.tasks.questions import Question, questions_of
+from finetune.trace import Trace
+from finetune.words import Cut, word_maps
+from pretrain.config import UserError
+from pretrain.data import BadSample, loader
+from pretrain.data.decode import decode
+from pretrain.data.images import ImageDecoder
+from pretrain.data.text import TextDecoder
+from pretrain.embed import evaluating
+
+
+@dataclass
+class Seen:
+    """One picture and one text, and where each word of it looked."""
+
+    picture: Image.Image
+    """The part of the picture that the model saw, in the picture's own pixels."""
+    text: str
+    words: list[str]
+    maps: Array
+    """(words, H, W), nowhere negative, comparable within this text."""
+    answers: list[tuple[str, float]] = field(default_factory=list)
+    """What the task says, best first, with its probability or score."""
+    asks: bool = False
+    """Whether the text is a question."""
+    truth: str = ""
+    """The right answer, where it is known."""
+
+    def lines(self) -> list[str]:
+        """What stands above the figure."""
+        out = [f"“{self.text}”" if not self.asks else self.text]
+        if self.answers:
+            name, value = self.answers[0]
+            others = ", ".join(f"{other} {_said(score)}" for other, score in self.answers[1:3])
+            out.append(f"{name} {_said(value)}{f'   (then {others})' if others else ''}")
+        if self.truth:
+            out.append(f"right answer: {self.truth}")
+        return out
+
+    def figure(self) -> Image.Image:
+        """The picture and one tile a word."""
+        return drawing.figure(self.picture, self.words, self.maps, self.lines())
+
+    def tiles(self, side: int = drawing.TILE) -> list[tuple[str, Image.Image]]:
+        """(word, its heat map on the picture), for pages that do their own layout."""
+        strong = drawing.strengths(self.maps)
+        pairs = zip(self.words, self.maps, strong, strict=True)
+        return [(word, drawing.tile(self.picture, values, float(s), side)) for word, values, s in pairs]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The core
+
+
+def token_maps(
+    model: FusionModel,
+    task: Task,
+    images: Tensor,
+    ids: Tensor,
+    mask: Tensor,
+    method: str = "relevance",
+    layer: int | None = None,
+) -> tuple[Tensor, Prediction]:
+    """(b, 3, H, W) uint8 and (b, T) -> (b, T, H, W) float32 on the CPU, and what the task says.
+
+    Raises ConfigError for a wrong method or layer, and for a model whose fusion has no picture in it; UserError for a
+    task without predictions.
+    """
+    trace = Trace()
+    with _still(model), torch.enable_grad():
+        prediction = task.predict(model, {"image": images, "text": ids}, {"text": mask}, trace)
+        maps = attention_maps(trace, method, prediction.score, layer=layer)
+    return maps.float().cpu(), prediction
+
+
+@contextmanager
+def _still(model: nn.Module) -> Iterator[None]:
+    """In eval mode and without gradients for the weights: maps need those of the attention alone."""
+    trains = [p for p in model.parameters() if p.requires_grad]
+    with evaluating(model):
+        for p in trains:
+            p.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for p in trains:
+                p.requires_grad_(True)
+
+
+def look(tuned: Finetuned, picture: bytes, text: str, method: str = "relevance", layer: int | None = None) -> Seen:
+    """One encoded picture (JPEG, PNG, WebP, ...) and one text. Raises UserError for either that cannot be used."""
+    image, reader = readers(tuned)
+    cut = Cut(reader, text)
+    words = cut.words()
+    if not words:
+        raise UserError(f"the text {text!r} has no word to draw a map for")
+    try:
+        inputs, masks = tuned.inputs([picture], [cut.text])
+        whole = decode(picture)
+    except BadSample as error:
+        raise UserError(f"the picture cannot be used: {error.reason}: {error.detail}") from error
+    maps, said = token_maps(tuned.model, tuned.task, inputs["image"], inputs["text"], masks["text"], method, layer)
+    box = [round(edge) for edge in seen_part(whole.shape[0], whole.shape[1], image.size, image.resize)]
+    shown = Image.fromarray(whole).crop((box[0], box[1], box[2], box[3]))
+    values = word_maps(maps[0], words).double().numpy()
+    return Seen(shown, cut.text, [word.text for word in words], values, said.best[0], tuned.task.asks)
+
+
+def readers(tuned: Finetuned) -> tuple[ImageDecoder, TextDecoder]:
+    """What turns a picture and a text into the model's inputs, under whatever a task has put around it.
+
+    Raises UserError for a model without pictures or texts.
+    """
+    image, text = tuned.decoders.get("image"), tuned.decoders.get("text")
+    text = text if isinstance(text, TextDecoder) else getattr(text, "text", None)
+    if not isinstance(image, ImageDecoder) or not isinstance(text, TextDecoder):
+        raise UserError(f"maps need pictures and words; this model reads {', '.join(tuned.decoders)}")
+    return image, text
+
+
+def asked(json: dict[str, Any]) -> list[Question]:
+    """The questions in a sample's json; none where there are none."""
+    try:
+        return questions_of(json, "questions")
+    except BadSample:
+        return []
+
+
+def _said(value: float) -> str:
+    return f"{100 * value:.0f} %" if 0 <= value <= 1 else f"{value:.2f}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A sheet for the report
+
+
+def examples(
+    tuned: Finetuned, shards: Any, count: int = 8, method: str = "relevance", pictures: int = 400, workers: int = 0
+) -> list[Seen]:
+    """`count` pictures of the first `pictures` of `shards`, drawn by a fixed seed, with a text each.
+
+    Where the task reads questions: one of each type in turn, with the right answer. Else the first caption. Whether the
+    model is right plays no part in the choice.
+    """
+    image, text = readers(tuned)
+    decoders: dict[str, Any] = {"image": image} if tuned.task.asks else {"image": image, "text": text}
+    batches = loader.sequential(shards, decoders, 64, workers, max_samples=pictures)
+    found: list[tuple[Tensor, list[tuple[str, str, str]]]] = []
+    for batch in batches:
+        for i, picture in enumerate(batch.inputs["image"]):
+            if tuned.task.asks:
+                said = [(q.kind, q.text, q.answers[0]) for q in asked(batch.targets["json"][i])]
+            else:
+                said = [("caption", caption, "") for caption in batch.targets["captions"][i][:1]]
+            found += [(picture, said)] if said else []
+    kinds = list(dict.fromkeys(kind for _, said in found for kind, _, _ in said))
+    random = np.random.Generator(np.random.Philox(key=0))
+    out: list[Seen] = []
+    for at in random.permutation(len(found)).tolist():
+        picture, said = found[at]
+        wanted = [each for each in said if each[0] == kinds[len(out) % len(kinds)]]
+        if len(out) == count:
+            break
+        if wanted:
+            _, words, truth = wanted[int(random.integers(len(wanted)))]
+            out.append(replace(_seen(tuned, picture, Cut(text, words), method), truth=truth))
+    return out
+
+
+def _seen(tuned: Finetuned, picture: Tensor, cut: Cut, method: str) -> Seen:
+    """Of a decoded picture (3, H, W) uint8, shown as the model sees it."""
+    device = next(tuned.model.parameters()).device
+    ids, mask = tuned.decoders["text"].encode([cut.text])
+    maps, said = token_maps(tuned.model, tuned.task, picture[None].to(device), ids.to(device), mask.to(device), method)
+    words = cut.words()
+    shown = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
+    values = word_maps(maps[0], words).double().numpy()
+    return Seen(shown, cut.text, [word.text for word in words], values, said.best[0], tuned.task.asks)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# clipfuse attend
+
+
+def attend(
+    tuned: Finetuned, image: str | Path, text: str, out: str | Path, method: str = "relevance", layer: int | None = None
+) -> Seen:
+    """Writes the figure of one picture and one text to `out`. Raises UserError for files that cannot be read or written."""
+    try:
+        data = Path(image).read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read the picture {image}: {error.strerror or error}") from error
+    seen = look(tuned, data, text, method, layer)
+    path = Path(out)
+    try:
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_bytes(drawing.png(seen.figure()))
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    return seen

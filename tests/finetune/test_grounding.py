@@ -1,0 +1,211 @@
+"""Grounding from shards to figures, with maps that are known: a model that looks exactly at the boxes, and a blind one."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from finetune import model as models
+from finetune.attend import Seen, look
+from finetune.config import FusionSchema
+from finetune.grounding import GroundingConfig, figures, grounding, run, summary
+from finetune.inference import Finetuned
+from finetune.model import FusionModel
+from finetune.phrases import mentions
+from finetune.pointing import covered, to_cells
+from finetune.probes import Record, objects_of
+from finetune.tasks import Prediction, Task
+from finetune.trace import Sight, Step, Trace, Weights
+from finetune.words import Cut
+from pretrain import config as configuration
+from pretrain import inference
+from pretrain import model as encoders
+from pretrain.config import ConfigError, UserError
+from pretrain.data.text import TextDecoder, load_tokenizer
+from tests.support import TINY_TOWERS, Small
+
+CPU = torch.device("cpu")
+GRID = (8, 8)
+
+
+class Planted(Task):
+    """Says nothing and looks where `values` says."""
+
+    primary_metric = "none"
+
+    def __init__(self, small: Small, asks: bool, sight: str) -> None:
+        self.asks = asks  # type: ignore[misc]
+        self.sight = sight
+        self.decoder = TextDecoder(load_tokenizer(small.tokenizer), 64)
+        self.known: dict[bytes, dict[str, Any]] = {}
+
+    def predict(
+        self, model: FusionModel, inputs: dict[str, Tensor], masks: dict[str, Tensor], trace: Trace | None = None, top: int = 5
+    ) -> Prediction:
+        assert trace is not None
+        b, T = inputs["text"].shape
+        used = torch.zeros(b, 1, T, 64)
+        if self.sight == "blind":
+            used += 1 / 64
+        else:
+            for i in range(b):
+                self.plant(used[i, 0], inputs["image"][i], inputs["text"][i][masks["text"][i]])
+        trace.begin({"text": (T, None), "image": (64, GRID)})
+        trace.steps.append(Step("cross", 0, (Sight("text", ("image",), Weights(used)),)))
+        return Prediction([[("nothing", 0.5)]] * b, torch.zeros(b))
+
+    def plant(self, rows: Tensor, image: Tensor, ids: Tensor) -> None:
+        """Each word's tokens look at all that its boxes cover, shared over the word's tokens as they come."""
+        said = self.known[image.numpy().tobytes()]
+        text = self.decoder.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        cut = Cut(self.decoder, text)
+        for mention in mentions(text, said["objects"]):
+            boxes = to_cells(np.array([said["objects"][o]["box"] for o in mention.objects]), (0, 0, 64, 64), GRID)
+            for token in cut.tokens(mention.start, mention.end):
+                rows[token] = torch.from_numpy(covered(boxes, GRID)).flatten()
+
+
+def planted(small: Small, asks: bool, sight: str) -> Finetuned:
+    """A real tiny model whose task has planted sight."""
+    torch.manual_seed(0)
+    settings = [*TINY_TOWERS, "image.args.patch_size=8", f"text.tokenizer={small.tokenizer}", "image.size=64", "text.length=64"]
+    settings += ["fusion.layers=1", "fusion.heads=2"]
+    config = configuration.build(FusionSchema, configuration.merged(None, settings), "here")
+    tokenizer = load_tokenizer(small.tokenizer)
+    encoder = encoders.build(inference.towers(config), config.model, tokenizer)
+    model = models.build(encoder, config.fusion, config.context, config.tokens)
+    decoders = inference.decoders(config, tokenizer, encoder, "txt")
+    task = Planted(small, asks, sight)
+    for shard in sorted(small.root.glob("scenes/val-*.tar")):
+        with tarfile.open(shard) as tar:
+            files = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+        for name, data in files.items():
+            if name.endswith(".jpg"):
+                task.known[decoders["image"].evaluation(data).numpy().tobytes()] = json.loads(files[name[:-3] + "json"])
+    return Finetuned(model, task, config, tokenizer, decoders, Path("nowhere"), 0)
+
+
+@pytest.mark.parametrize("asks", [False, True])
+def test_a_model_that_looks_at_the_boxes(small: Small, asks: bool) -> None:
+    tuned = planted(small, asks, "boxes")
+    found = grounding(tuned, small.val, GroundingConfig(method="raw", controls=False, workers=0, resamples=200), CPU)
+    assert found["samples"] == 64
+    for kind in ("thing", "colour", "surface", "relation"):
+        assert found[f"pointing_{kind}"] == found[f"pointing_{kind}_low"] == 1, kind
+        assert 0.05 < found[f"pointing_{kind}_area"] < 0.6
+        assert 0 <= found[f"pointing_{kind}_centre"] < 1
+        assert found[f"lift_{kind}"] > 2
+        assert f"pointing_{kind}_untrained" not in found
+    words: Counter[str] = Counter()
+    for said in tuned.task.known.values():
+        texts = [q["question"] for q in said["questions"]] if asks else said["captions"][:1]  # KEY.txt
+        spoken = [[m.kind for m in mentions(text, said["objects"])] for text in texts]
+        spoken = [kinds for kinds in spoken if kinds]
+        few = spoken if len(spoken) <= 4 else [spoken[i * (len(spoken) - 1) // 3] for i in range(4)]
+        words.update(kind for kinds in few for kind in kinds)
+    assert {kind: found[f"words_{kind}"] for kind in words} == words
+    assert found["counterfactual_moved"] == found["counterfactual_after"] == found["counterfactual_before"] == 1
+    assert found["counterfactual_stayed"] == 0
+    assert found["swaps"] >= (20 if asks else 1)
+
+
+def test_a_blind_model_scores_what_chance_does(small: Small) -> None:
+    tuned = planted(small, True, "blind")
+    found = grounding(tuned, small.val, GroundingConfig(method="raw", controls=False, workers=0, resamples=200), CPU)
+    for kind in ("thing", "colour", "surface", "relation"):
+        assert found[f"pointing_{kind}"] == pytest.approx(found[f"pointing_{kind}_area"])
+        assert found[f"lift_{kind}"] == pytest.approx(1)
+    assert found["counterfactual_after"] == pytest.approx(found["counterfactual_area"])
+    assert found["counterfactual_moved"] < 0.5
+
+
+def test_lift_is_one_over_the_area(small: Small) -> None:
+    """All of the map inside the box: lift is exactly the picture's area over the boxes'."""
+    tuned = planted(small, False, "boxes")
+    found = grounding(tuned, small.val, GroundingConfig(method="raw", controls=False, workers=0, max_samples=8), CPU)
+    expected = []
+    for said in list(tuned.task.known.values())[:8]:
+        for mention in mentions(said["captions"][0], said["objects"]):
+            if mention.kind == "thing":
+                share = covered(
+                    to_cells(np.array([said["objects"][o]["box"] for o in mention.objects]), (0, 0, 64, 64), GRID), GRID
+                )
+                expected.append(float((share * share).sum() / share.sum() / share.mean()))
+    assert found["lift_thing"] == pytest.approx(np.mean(expected))
+
+
+def test_shuffled_text_looks_elsewhere(small: Small) -> None:
+    """The planted model knows where the other text's words would be in this picture: mostly nowhere."""
+    tuned = planted(small, False, "boxes")
+    tuned.task.head = lambda model: torch.nn.Identity()  # type: ignore[method-assign, assignment]
+    found = grounding(tuned, small.val, GroundingConfig(method="raw", workers=0, resamples=200), CPU)
+    assert found["pointing_thing"] == found["pointing_thing_untrained"] == 1  # the sight is the task's, not the fusion's
+    assert found["pointing_thing_shuffled"] < 0.6
+
+
+def test_figures_are_means_over_words_with_intervals_over_pictures() -> None:
+    records = [Record("a", "thing", "pointing", 1.0)] * 9 + [Record("b", "thing", "pointing", 0.0)]
+    records += [Record("a", "thing", "pointing_area", 0.25), Record("a", "swap", "moved", 1.0)]
+    found = figures(records, 400)
+    assert (found["pointing_thing"], found["words_thing"], found["pointing_thing_area"]) == (0.9, 10, 0.25)
+    assert (found["pointing_thing_low"], found["pointing_thing_high"]) == (0, 1)  # two pictures, one of each kind
+    assert found["swaps"] == 1
+    assert "pointing_relation" not in found
+
+
+def test_what_cannot_be_measured_is_said(small: Small, tmp_path: Path) -> None:
+    tuned = planted(small, False, "boxes")
+    with pytest.raises(ConfigError, match="did you mean 'relevance'"):
+        grounding(tuned, small.val, GroundingConfig(method="relevence"), CPU)
+    with pytest.raises(UserError, match="must be \\[x0, y0, x1, y1\\]"):
+        objects_of({"objects": [{"name": "car", "box": [1, 2, 3]}]}, "shard/0")
+    with pytest.raises(UserError, match="must be a list"):
+        objects_of({"objects": "car"}, "shard/0")
+    assert objects_of({}, "shard/0") == []
+    with tarfile.open(sorted(small.root.glob("scenes/val-*.tar"))[0]) as old, tarfile.open(tmp_path / "x-0.tar", "w") as new:
+        for member in [member for member in old if not member.name.endswith(".json")][:6]:
+            new.addfile(member, old.extractfile(member))
+    with pytest.raises(UserError, match="no word to point at in 3 samples"):
+        grounding(tuned, f"{tmp_path}/x-0.tar", GroundingConfig(workers=0, controls=False), CPU)
+
+
+def test_a_table_for_people(small: Small) -> None:
+    from rich.console import Console
+
+    result = run(planted(small, True, "boxes"), small.val, GroundingConfig(method="raw", controls=False, workers=0), CPU)
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(summary(result))
+    shown = console.export_text()
+    assert "pointing, thing" in shown
+    assert "100.0 %" in shown
+    assert json.loads(json.dumps(result))["metrics"]["pointing_thing"] == 1
+
+
+def test_one_picture_one_text(small: Small) -> None:
+    tuned = planted(small, False, "boxes")
+    shard = sorted(small.root.glob("scenes/val-*.tar"))[0]
+    with tarfile.open(shard) as tar:
+        name = next(member.name for member in tar if member.name.endswith(".jpg"))
+        picture = tar.extractfile(name).read()  # type: ignore[union-attr]
+        said = json.loads(tar.extractfile(name[:-3] + "json").read())  # type: ignore[union-attr]
+    seen: Seen = look(tuned, picture, said["captions"][0], "raw")
+    assert seen.words == [word.strip(",.:") for word in said["captions"][0].split()]
+    assert seen.picture.size == (64, 64)
+    thing = next(m for m in mentions(said["captions"][0], said["objects"]) if m.kind == "thing")
+    values = seen.maps[seen.words.index(thing.word)]
+    where = to_cells(np.array([said["objects"][o]["box"] for o in thing.objects]), (0, 0, 64, 64), GRID)
+    np.testing.assert_allclose(values, covered(where, GRID), atol=1e-6)
+    assert seen.figure().size[0] > 300
+    assert [word for word, _ in seen.tiles(80)] == seen.words
+    for bad, text, message in ((b"no picture", "a car", "cannot be used"), (picture, " ?! ", "has no word")):
+        with pytest.raises(UserError, match=message):
+            look(tuned, bad, text)

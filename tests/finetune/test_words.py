@@ -1,0 +1,62 @@
+"""Tokens put back together into words, with tokenizers of several kinds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from finetune.words import Cut, word_maps
+from pretrain.config import ConfigError
+from pretrain.data.text import TextDecoder, load_tokenizer
+from tests.support import Small
+
+
+def test_words_of_our_own_tokenizer(small: Small) -> None:
+    """Byte-level BPE of 400 tokens: rare words fall into many pieces; together they are the ids the model reads."""
+    decoder = TextDecoder(load_tokenizer(small.tokenizer), 48)
+    text = "what colour  is the unpronounceable car, naïve?\n"
+    cut, (ids, mask) = Cut(decoder, text), decoder.encode([text])
+    words = cut.words()
+    assert [word.text for word in words] == ["what", "colour", "is", "the", "unpronounceable", "car", "naïve"]
+    assert len(words[4].tokens) > 3
+    for word in words:
+        pieces = decoder.tokenizer.decode(ids[0, list(word.tokens)])
+        assert pieces.strip() == word.text
+    used = [token for word in words for token in word.tokens]
+    assert used == sorted(set(used))  # no token in two words
+    assert len(cut.spans) == int(mask.sum())  # positions are those of the encoded text, special tokens included
+
+
+def test_words_beyond_the_cut_have_no_tokens(small: Small) -> None:
+    decoder = TextDecoder(load_tokenizer(small.tokenizer), 8)
+    cut = Cut(decoder, "a red car on a black sofa in a meadow with unpronounceable things")
+    assert 0 < len(cut.words()) < 12
+    assert max(token for word in cut.words() for token in word.tokens) < 8
+
+
+def test_word_pieces() -> None:
+    """BERT's way: no spaces in tokens, ## in front of pieces, lower case."""
+    vocabulary = {"[UNK]": 0, "red": 1, "car": 2, "##s": 3, "left": 4, "-": 5}
+    core = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    core.normalizer, core.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.BertPreTokenizer()
+    decoder = TextDecoder(PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]", pad_token="[UNK]"), 16)
+    words = Cut(decoder, "RED Cars left-left, zebra").words()
+    assert [(word.text, word.tokens) for word in words] == [
+        ("RED", (0,)), ("Cars", (1, 2)), ("left-left", (3, 4, 5)), ("zebra", (7,))
+    ]  # fmt: skip
+    maps = torch.arange(8.0)[:, None, None].expand(8, 2, 3)
+    torch.testing.assert_close(word_maps(maps, words)[:, 0, 0], torch.tensor([0, 1.5, 4, 7]))
+    assert word_maps(maps, []).shape == (0, 2, 3)
+
+
+def test_a_tokenizer_without_offsets_is_refused(small: Small) -> None:
+    decoder = TextDecoder(load_tokenizer(small.tokenizer), 48)
+
+    class Slow:
+        is_fast = False
+
+    decoder.tokenizer = Slow()
+    with pytest.raises(ConfigError, match="Slow does not say"):
+        Cut(decoder, "a car")
