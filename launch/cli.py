@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from pretrain import embed_options
 from pretrain.__main__ import DONE, FAILED, find_config, guarded
 from pretrain.config import ConfigError
 
@@ -63,6 +64,13 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--train-data", metavar="SHARDS", help="linear_probe: labelled shards the probe is trained on")
     p.add_argument("--classes", metavar="NAMES", help="zero_shot: imagenet, scenes, a comma list, or a file with a name a line")
     p.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+
+    p = _command(commands, "embed", _embed, "embeddings of whole collections, in Parquet files")
+    embed_options.add(p)
+    p.add_argument("--nproc", metavar="N", help="processes on each node: a number, or gpus for one a GPU (default 1)")
+    p.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes that share DIR (default 1)")
+    p.add_argument("--rdzv", metavar="HOST:PORT", help="with --nodes: where the nodes meet; the same on every node")
+    p.add_argument("--restarts", type=int, metavar="N", help="starts after a lost process (default 0; 3 on several nodes)")
 
     p = _command(commands, "plan", _plan, "memory, network and steps before renting anything")
     p.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a shipped one")
@@ -266,6 +274,19 @@ def _evaluate(args: argparse.Namespace) -> int:
     else:
         Console().print(evaluate.summary(result))
     return DONE
+
+
+def _embed(args: argparse.Namespace) -> int:
+    words = embed_options.words(args)
+    if args.nproc is None and args.nodes == 1:
+        from pretrain import embed_files
+
+        return embed_files.run(args)
+    from launch import local
+
+    embed_options.options(args)  # before any process is started
+    world = local.World(local.processes(args.nproc), args.nodes, args.rdzv, args.restarts)
+    return local.launch("pretrain.embed_files", words, world)
 
 
 def _plan(args: argparse.Namespace) -> int:

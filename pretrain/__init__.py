@@ -13,6 +13,7 @@ loop.py         fit(): the only training loop; stop.py: signals; meter.py, flops
 launched.py     do the processes know each other; heartbeat.py: do they still live; oom.py: memory ran out
 checkpoint.py   written atomically, verified, rotated; inference.py: loaded, ready to encode
 recipe.py       the schema of a run, and its assembly
-embed.py        samples -> embeddings
+encode.py       batches -> embeddings; embed.py: of a split, in memory
+embed_files.py  of whole collections, into files: collection.py (what is there), parquet.py, embed_options.py
 evaluate.py     retrieval.py, zero_shot.py, linear_probe.py: the figures
 """

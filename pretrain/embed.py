@@ -1,28 +1,25 @@
-"""Samples -> embeddings, streamed; every process encodes its share, each sample once.
+"""A split -> embeddings in memory; every process encodes its share, each sample once.
 
-The model is left as it was found (each module's train or eval mode), and no global random generator is drawn from.
-
-Shapes: n = pictures, m = captions, b = pictures of a batch, D = embedding width, P = width of the image tower's pooled output.
+Shapes: n = pictures, m = captions, D = embedding width, P = width of the image tower's pooled output.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as td
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from pretrain import dist
 from pretrain.config import UserError
 from pretrain.data.loader import Batch
+from pretrain.encode import Encoder, evaluating, text_encoder
 from pretrain.model import DualEncoder
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+__all__ = ["Embedded", "embed_split", "evaluating", "text_encoder"]
 
 
 @dataclass
@@ -94,27 +91,19 @@ def _share(
     written: list[str] = []
     keys: list[str] = []
     labels: list[Any] = []
-    encode = text_encoder(model, decoders, device, precision)
-    with evaluating(model), torch.inference_mode(), _autocast(device, precision):
-        for batch in batches:
-            batch = batch.to(device, non_blocking=True)
-            inputs, mask = batch.inputs["image"], batch.masks.get("image")
-            if pooled:  # encode() in its two halves
-                output = model.tower("image")(inputs, mask).pooled
-                poolings.append(output.float().cpu())
-                images.append(_rows(model.projection("image")(output)))
-            else:
-                images.append(_rows(model.encode("image", inputs, mask)))
+    encoder = Encoder(model, decoders, device, precision, ("image", "text") if texts else ("image",), pooled=pooled)
+    with evaluating(model):
+        for _, batch in encoder.stream((None, batch) for batch in batches):
+            assert batch is not None
+            images.append(batch.rows["image"])
+            if pooled:
+                poolings.append(batch.pooled["image"])
             if texts:
-                captions = batch.targets["captions"]
-                owner += [len(keys) + i for i, own in enumerate(captions) for _ in own]
-                written += [caption for own in captions for caption in own]
-                if all(len(own) == 1 for own in captions):  # the loader's workers have tokenized these
-                    captions_of.append(_rows(model.encode("text", batch.inputs["text"], batch.masks.get("text"))))
-                else:
-                    captions_of.append(encode([caption for own in captions for caption in own], len(batch)))
+                owner += [len(keys) + i for i, own in enumerate(batch.captions) for _ in own]
+                written += [caption for own in batch.captions for caption in own]
+                captions_of.append(batch.rows["text"])
             keys += batch.keys
-            labels += [json.get(label) for json in batch.targets.get("json", [{}] * len(batch))]
+            labels += [json.get(label) for json in batch.json]
     # Outside inference mode these are ordinary tensors again, which the linear probe may compute with.
     width = images[0].shape[1] if images else 0
     return Embedded(
@@ -126,45 +115,6 @@ def _share(
         captions=written,
         labels=labels,
     )
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode inside; afterwards each module is in the mode it was in, frozen ones too."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-def text_encoder(
-    model: DualEncoder, decoders: Mapping[str, Any], device: torch.device, precision: str = "fp32", size: int = 256
-) -> Callable[..., Tensor]:
-    """(texts, texts at a time) -> (m, D) float32 on the CPU, L2-normalised: sentences in the shared space."""
-
-    def encode(texts: list[str], at_once: int = size) -> Tensor:
-        rows = []
-        with evaluating(model), torch.inference_mode(), _autocast(device, precision):
-            for start in range(0, len(texts), at_once):
-                ids, mask = decoders["text"].encode(texts[start : start + at_once])
-                rows.append(_rows(model.encode("text", ids.to(device), mask.to(device))))
-        return torch.cat(rows)
-
-    return encode
-
-
-def _autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    if precision == "fp32":
-        return nullcontext()
-    return torch.autocast(device.type, DTYPES[precision])
-
-
-def _rows(features: Tensor) -> Tensor:
-    """Unit length in float32 whatever the precision they came in, on the CPU."""
-    return F.normalize(features.float(), dim=-1).cpu()
 
 
 def _cat(parts: list[Tensor], width: int) -> Tensor:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from pretrain import dist, linear_probe, zero_shot
+from pretrain import collection, dist, linear_probe, zero_shot
 from pretrain.config import ConfigError, UserError, closest
 from pretrain.data import loader
 from pretrain.data.cache import Cache
@@ -76,6 +76,7 @@ def evaluate(
     device: torch.device,
     precision: str = "fp32",
     cache: Cache | None = None,
+    embedded: Embedded | None = None,
 ) -> dict[str, float]:
     """The figures of config.tasks on `shards`; the same dict on every process. Collective.
 
@@ -84,6 +85,7 @@ def evaluate(
         shards: what data.val may say.
         precision: of the towers' matrix products: fp32, bf16, fp16.
         cache: where fetched shards and indices go.
+        embedded: the samples of `shards`, where they are embedded already.
 
     Besides the figures: `samples` (pictures scored), `captions`, and `bad_samples` (left out because of their content).
 
@@ -110,7 +112,7 @@ def evaluate(
         bad: Counter[str] = sum(dist.gather_objects(Counter(batches.bad)), Counter())
         return embedded, sum(bad.values())
 
-    split, bad = embed(shards, wants_text)
+    split, bad = (embedded, 0) if embedded is not None else embed(shards, wants_text)
     train = embed(config.probe_train, False)[0] if wants_pooled and config.probe_train else None
     weights = None
     names: list[str] = []
@@ -146,10 +148,16 @@ def run(loaded: Loaded, shards: Any, config: EvalConfig, device: torch.device, p
 
     Args:
         loaded: what checkpoint.load_model gives: model, decoders, folder, step.
+        shards: what data.val may say, or a folder that `clipfuse embed` wrote with this model.
     """
     begin = time.perf_counter()
+    embedded = None
+    if collection.is_collection(shards):
+        if "linear_probe" in config.tasks:
+            raise ConfigError(f"linear_probe learns from the image tower's own output, which {shards} lacks: give shards")
+        embedded = collection.load(shards, loaded, config.label)
     model = loaded.model.to(device)
-    metrics = evaluate(model, loaded.decoders, shards, config, device, precision)
+    metrics = evaluate(model, loaded.decoders, shards, config, device, precision, embedded=embedded)
     return {
         "checkpoint": str(loaded.folder),
         "step": loaded.step,

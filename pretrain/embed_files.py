@@ -1,0 +1,400 @@
+"""python -m pretrain.embed_files RUN --data SHARDS --out DIR: a whole collection -> embeddings, on one process or many.
+
+    embed(load_model("runs/first"), Options(["shards"], "embeddings"), device) -> Summary
+
+`clipfuse embed` and torchrun start this module once per process. Workers read and decode, this process encodes, a thread
+writes; what there is to do, and what was done before a kill, is collection.py's to know. Exit codes as everywhere: 75 after
+SIGTERM, SIGINT or SIGUSR1; the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain import collection, dist, embed_options, launched
+from pretrain.__main__ import DONE, STOPPED, EarlyStop, guarded, stopping_early
+from pretrain.collection import Folder, Part, Plan
+from pretrain.config import ConfigError, UserError, closest
+from pretrain.data.batch import Batch
+from pretrain.data.cache import Cache
+from pretrain.data.pool import running
+from pretrain.data.reader import Reader
+from pretrain.data.shards import expand
+from pretrain.data.sources import counted
+from pretrain.data.worker import Evaluation
+from pretrain.embed_options import Options
+from pretrain.encode import Encoder, evaluating
+from pretrain.inference import Loaded, load_model
+from pretrain.oom import is_out_of_memory
+from pretrain.parquet import Layout, Writer
+from pretrain.runlog import console, duration, say
+
+PER_FILE = 16384
+"""Samples of a file: a few minutes' work of a CPU, seconds of a GPU."""
+SHARES = 4
+"""Files that a process should have at least to choose from, so that processes end together."""
+SAY_SECONDS = 10.0
+"""Between two lines of progress, where there is no terminal."""
+
+
+@dataclass
+class Summary:
+    """What there is now, and how long it took."""
+
+    out: str
+    files: int
+    samples: int
+    """Rows in all files."""
+    left_out: dict[str, int]
+    """Samples without a row because of their content, by reason."""
+    embedded: int
+    """Samples this command went through; the others were there."""
+    seconds: float
+    samples_per_second: float
+    encoder_samples_per_second: float
+    """Of the towers alone, all processes together: the rate if reading, decoding and writing took no time."""
+    encoder_share: float
+    """Share of the processes' time in which the towers worked."""
+
+    def __str__(self) -> str:
+        bad = sum(self.left_out.values())
+        reasons = ", ".join(f"{reason} {n:,}" for reason, n in Counter(self.left_out).most_common(5))
+        there = f"{self.out}: {self.samples:,} samples in {self.files:,} files"
+        there += f", {bad:,} left out because of their content ({reasons})" if bad else ""
+        if not self.embedded:
+            return f"{there}; complete, nothing to do"
+        return (
+            f"{there}; {self.samples_per_second:,.1f} samples/s, the encoder alone {self.encoder_samples_per_second:,.1f} "
+            f"(it worked {100 * self.encoder_share:.0f}% of the {duration(self.seconds)})"
+        )
+
+
+def embed(loaded: Loaded, options: Options, device: torch.device) -> Summary | None:
+    """Embeds what is not there yet; the summary on rank 0. Collective.
+
+    Raises:
+        ConfigError: options that do not fit the model, shards that are not there.
+        UserError: a folder of another model, of other data or of something else; shards that cannot be read.
+    """
+    layout, modalities = _layout(loaded, options)
+    paths: list[str] = []
+
+    def find() -> dict[str, Any]:
+        paths.extend(expand(options.data, "--data"))
+        return launched.data_fingerprint(paths)
+
+    launched.agree("the data", find)
+    numbers = counted(paths, Cache(), "--data")
+    names = [path.rsplit("/", 1)[-1] for path in paths]
+    manifest = _manifest(loaded, options, layout, paths, numbers)
+    folder, plan, problem = Folder(Path(options.out)), None, None
+    try:
+        if dist.is_main():
+            try:
+                plan = folder.open(manifest, names, numbers)
+            except UserError as error:
+                problem = str(error)
+        plan, problem = dist.broadcast_object((plan, problem))
+        if problem:
+            raise UserError(problem)
+        assert plan is not None
+        board = _Board()
+        decoders = {name: loaded.decoders[name] for name in modalities}
+        encoder = Encoder(
+            loaded.model.to(device), decoders, device, options.precision, modalities,
+            tokens=options.tokens or None, dtype=getattr(torch, options.dtype),
+        )  # fmt: skip
+        begin = time.perf_counter()
+        if plan.todo:
+            evaluation = Evaluation(Reader(paths, Cache(), numbers, keep=8), decoders)
+            about = {"model": manifest["model"]["fingerprint"]}
+            _work(plan, board, evaluation, encoder, lambda: Writer(folder.path, layout, about), options)
+        if not dist.is_main():
+            return None
+        everyone = board.results()
+        rows, bad = folder.seal(manifest, plan.parts)
+        seconds, done = time.perf_counter() - begin, sum(each["samples"] for each in everyone)
+        busy = sum(each["encoder"] for each in everyone)
+        return Summary(
+            out=options.out,
+            files=len(plan.parts),
+            samples=rows,
+            left_out=dict(bad),
+            embedded=int(done),
+            seconds=round(seconds, 3),
+            samples_per_second=round(done / seconds, 1),
+            encoder_samples_per_second=round(sum(e["samples"] / e["encoder"] for e in everyone if e["encoder"]), 1),
+            encoder_share=round(busy / (seconds * max(len(everyone), 1)), 4),
+        )
+    finally:
+        folder.close()
+
+
+def _layout(loaded: Loaded, options: Options) -> tuple[Layout, tuple[str, ...]]:
+    """The columns that the options ask for. Raises ConfigError for what this model does not have."""
+    model, text = loaded.model, loaded.decoders.get("text")
+    has = [name for name in model.towers if name in loaded.decoders]
+    if options.only and options.only not in has:
+        raise ConfigError(f"--only {options.only}: the model has {', '.join(has)}{closest(options.only, has)}")
+    modalities = tuple([options.only] if options.only else has)
+    if options.caption and text is not None:
+        text.caption = options.caption
+    several = "text" in modalities and text is not None and text.caption != "txt"
+    if options.tokens and several:
+        raise ConfigError(
+            f"--tokens {options.tokens}: captions in a json field may be several a sample, whose tokens have no column; "
+            "add --only image, or take captions from txt"
+        )
+    dim = model.projection(modalities[0]).out_features
+    tokens: dict[str, int] = {}
+    for name in modalities if options.tokens else ():
+        tower = model.tower(name)
+        if options.tokens == "shared" and not tower.pools_mean:
+            raise ConfigError(
+                f"--tokens shared: the {name} tower does not pool by the mean of its tokens, so they have no place in the "
+                "shared space; take --tokens own"
+            )
+        tokens[name] = dim if options.tokens == "shared" else tower.width
+    return Layout(modalities, dim, options.dtype, several, tokens), modalities
+
+
+def _manifest(loaded: Loaded, options: Options, layout: Layout, paths: list[str], numbers: list[int]) -> dict[str, Any]:
+    """Whose embeddings, of what; the same on every process. Raises UserError where it is not. Collective."""
+    model = collection.fingerprint(loaded)
+    launched.agree("the model", model)
+    share = -(-sum(numbers) // (SHARES * dist.world_size())) if dist.world_size() > 1 else PER_FILE
+    text = loaded.decoders.get("text")
+    return {
+        "format": collection.FORMAT,
+        "complete": False,
+        "model": {"fingerprint": model, "from": str(loaded.folder), "step": loaded.step},
+        "data": {
+            "shards": len(paths),
+            "samples": sum(numbers),
+            "fingerprint": collection.digest([launched.data_fingerprint(paths), numbers]),
+        },
+        "settings": {
+            "only": options.only,
+            "tokens": options.tokens,
+            "dtype": options.dtype,
+            "precision": options.precision,
+            "caption": text.caption if text is not None and "text" in layout.modalities else "",
+        },
+        "dim": layout.dim,
+        "per_file": options.per_file or max(options.batch_size, min(PER_FILE, share)),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One process
+
+
+def _work(
+    plan: Plan, board: _Board, evaluation: Evaluation, encoder: Encoder, write: Callable[[], Writer], options: Options
+) -> None:
+    """Takes parts until there are none. Rank 0 comes back when all have finished."""
+    workers = options.workers if options.workers is not None else _default_workers(encoder.device)
+    total = sum(part.samples for part in plan.parts)
+    left: dict[str, Counter[str]] = {}
+    mine = 0
+    writer: Writer | None = None
+    with _Shown(plan.there, total, board) as shown, evaluating(encoder.model):
+        try:
+            jobs = _Jobs(plan, board, options.batch_size)
+            with running(evaluation, iter(jobs), workers) as pieces:
+                writer = write()  # its thread starts after the workers were forked
+                for (part, slots, last), batch in encoder.stream(_batches(jobs, pieces, left)):
+                    footer = {"part": part.ranges, "bad": dict(left.pop(part.file, {}))} if last else None
+                    writer.put(part.file, batch, footer)
+                    mine += slots
+                    board.add("samples", slots)
+                    board.check()
+                    shown.update()
+            writer.close()
+            writer = None
+            board.finish({"samples": mine, "encoder": encoder.seconds})
+            if dist.is_main():
+                shown.until_finished()
+        except UserError as error:
+            board.fail(str(error))
+            raise
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                raise UserError(f"out of memory: lower --batch-size {options.batch_size}") from error
+            raise
+        finally:
+            if writer is not None:
+                writer.close(abandon=True)
+
+
+class _Jobs:
+    """What the workers decode next: a batch of places in a part, from parts that this process takes as it gets to them."""
+
+    def __init__(self, plan: Plan, board: _Board, size: int) -> None:
+        self.plan, self.board, self.size = plan, board, size
+        self.given: deque[tuple[Part, int, bool]] = deque()
+        """(part, places, whether they are its last) of the jobs handed out and not yet back."""
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        while (at := self.board.add("next", 1) - 1) < len(self.plan.todo):
+            part = self.plan.parts[self.plan.todo[at]]
+            places = [(shard, i) for shard, first, end in part.ranges for i in range(first, end)]
+            for start in range(0, len(places), self.size):
+                job = places[start : start + self.size]
+                self.given.append((part, len(job), start + self.size >= len(places)))
+                yield job
+
+
+def _batches(
+    jobs: _Jobs, pieces: Iterator[Any], left: dict[str, Counter[str]]
+) -> Iterator[tuple[tuple[Part, int, bool], Batch | None]]:
+    """What the workers made of the jobs. Raises UserError where a shard cannot be read."""
+    for piece in pieces:
+        job = jobs.given.popleft()
+        if piece.problem:
+            raise UserError(piece.problem)
+        for bad in piece.bad:
+            left.setdefault(job[0].file, Counter())[bad.reason] += 1
+        yield job, piece.batch
+
+
+def _default_workers(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1  # the towers have the cores
+    return max(1, min(16, len(os.sched_getaffinity(0)) // dist.local_world_size() - 1))
+
+
+class _Board:
+    """Counters that all processes of the run see."""
+
+    def __init__(self) -> None:
+        self._store = dist.shared_store("embed") if dist.world_size() > 1 else None
+        self._own: Counter[str] = Counter()
+        self._result: dict[str, float] = {}
+
+    def add(self, name: str, number: int) -> int:
+        """The new value."""
+        if self._store is not None:
+            return int(self._store.add(name, number))
+        self._own[name] += number
+        return self._own[name]
+
+    def fail(self, line: str) -> None:
+        """Tells the others to stop."""
+        if self._store is not None and self._store.add("failed", 1) == 1:
+            self._store.set("failure", line)
+
+    def check(self) -> None:
+        """Raises the UserError of another process."""
+        if self._store is not None and self._store.add("failed", 0):
+            raise UserError(self._store.get("failure").decode())
+
+    def finish(self, result: dict[str, float]) -> None:
+        """What this process brings to the end."""
+        if self._store is not None:
+            self._store.set(f"result/{dist.rank()}", json.dumps(result))
+        else:
+            self._result = result
+        self.add("finished", 1)
+
+    def results(self) -> list[dict[str, float]]:
+        """Of all processes, once they have finished; empty where there was nothing to do."""
+        if not self.add("finished", 0):
+            return []
+        if self._store is None:
+            return [self._result]
+        return [json.loads(self._store.get(f"result/{rank}")) for rank in range(dist.world_size())]
+
+
+class _Shown:
+    """Progress of all processes, on rank 0: a bar on a terminal, elsewhere a line now and then."""
+
+    def __init__(self, there: int, total: int, board: _Board) -> None:
+        self.there, self.total, self.board = there, total, board
+        self._begin = self._said = time.monotonic()
+        self._bar: Any = None
+
+    def __enter__(self) -> _Shown:
+        if dist.is_main() and console.is_terminal and self.there < self.total:
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            rate = TextColumn("{task.fields[rate]:,.1f} samples/s  eta")
+            self._bar = Progress(
+                TextColumn("embedding"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn(), console=console,
+                transient=True,
+            )  # fmt: skip
+            self._bar.start()
+            self._task = self._bar.add_task("embedding", total=self.total, completed=self.there, rate=0.0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self) -> None:
+        """After each batch."""
+        now = time.monotonic()
+        if not dist.is_main() or now - self._said < (0.2 if self._bar else SAY_SECONDS):
+            return
+        self._said = now
+        done = self.board.add("samples", 0)
+        rate = done / max(now - self._begin, 1e-9)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.there + done, rate=rate)
+            return
+        eta = duration((self.total - self.there - done) / rate) if rate else "?"
+        say(f"embedded {self.there + done:,} of {self.total:,}  {rate:,.1f} samples/s  eta {eta}")
+
+    def until_finished(self) -> None:
+        """Waits for the other processes: longer than any collective's time limit, if they need it."""
+        while self.board.add("finished", 0) < dist.world_size():
+            self.board.check()
+            self.update()
+            time.sleep(0.05)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def run(args: argparse.Namespace) -> int:
+    """One process of `clipfuse embed`; the exit code."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are the parallelism
+    options = embed_options.options(args)
+    try:
+        with stopping_early():
+            launched.check_launcher()
+            launched.watch_parent()
+            dist.setup()
+            dist.pin_threads(0)
+            summary = embed(load_model(args.run), options, dist.device())
+            if summary is not None:
+                print(json.dumps(asdict(summary)) if args.json else summary, flush=True)
+            return DONE
+    except EarlyStop as stop:
+        say(f"stopped by {stop}; the files that are whole stay, the same command goes on")
+        return STOPPED
+    finally:
+        dist.shutdown()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point for launchers."""
+    parser = argparse.ArgumentParser(prog="python -m pretrain.embed_files", description=__doc__)
+    embed_options.add(parser)
+    return guarded(lambda: run(parser.parse_args(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

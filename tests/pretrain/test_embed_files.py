@@ -1,0 +1,300 @@
+"""clipfuse embed: each sample once over processes and kills, the numbers of encoding one by one, nothing mixed."""
+
+import dataclasses
+import io
+import json
+import os
+import signal
+import tarfile
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pretrain import checkpoint, collection, inference
+from pretrain import config as configuration
+from pretrain import model as models
+from pretrain.collection import cut, load
+from pretrain.config import ConfigError, UserError
+from pretrain.data.loader import sequential
+from pretrain.data.text import load_tokenizer
+from pretrain.embed_files import Summary, embed
+from pretrain.embed_options import Options
+from pretrain.evaluate import EvalConfig
+from pretrain.evaluate import run as run_evaluation
+from pretrain.inference import Loaded, load_model
+from pretrain.model import ModelSchema
+from pretrain.parquet import numbers
+from tests.launch.worlds import clipfuse_words, started
+from tests.support import TINY_TOWERS, Small
+
+CPU = torch.device("cpu")
+
+
+def save(small: Small, root: Path, seed: int, *more: str) -> Path:
+    """A checkpoint of an untrained tiny model."""
+    config = configuration.load(ModelSchema, None, [*TINY_TOWERS, f"text.tokenizer={small.tokenizer}", *more])
+    tokenizer = load_tokenizer(small.tokenizer)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = models.build(inference.towers(config), config.model, tokenizer)
+
+    def files(folder: Path) -> None:
+        configuration.save(inference.portable(config, model), folder / "config.yaml")
+        tokenizer.save_pretrained(folder / inference.TOKENIZER)
+
+    return checkpoint.save(root / "checkpoints", seed, model.state_dict(), files, lambda _: None, keep=0)
+
+
+@pytest.fixture(scope="module")
+def run(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(small, tmp_path_factory.mktemp("run"), 0)
+
+
+@pytest.fixture
+def loaded(run: Path) -> Loaded:
+    return load_model(run)
+
+
+def options(small: Small, out: Path, **more: Any) -> Options:
+    return Options(**{"data": [small.val], "out": str(out), "batch_size": 10, "workers": 0, **more})
+
+
+def done(loaded: Loaded, asked: Options) -> Summary:
+    summary = embed(loaded, asked, CPU)
+    assert summary is not None
+    return summary
+
+
+def read(out: Path) -> pa.Table:
+    return pa.concat_tables([pq.read_table(path) for path in sorted(out.glob("*.parquet"))])
+
+
+def one_by_one(loaded: Loaded, shards: str) -> dict[str, dict[str, torch.Tensor]]:
+    """Key -> embeddings, without the code under test: each sample and caption alone, through the model's forward()."""
+    found = {}
+    with torch.no_grad():
+        for batch in sequential(shards, loaded.decoders, 1):
+            encoded = [loaded.decoders["text"].encode([caption]) for caption in batch.targets["captions"][0]]
+            outs = [loaded.model({"image": batch.inputs["image"], "text": ids}, {"text": mask}) for ids, mask in encoded]
+            found[batch.keys[0]] = {"image": outs[0]["image"][0], "text": torch.cat([out["text"] for out in outs])}
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes and kills
+
+
+@pytest.mark.slow
+def test_two_processes_killed_stopped_and_gone_on_with(small: Small, run: Path, loaded: Loaded, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ["embed", run, "--data", small.train, "--out", out, "--nproc", "2", "--dtype", "float32"]
+    words += ["--batch-size", "1", "--workers", "0", "--per-file", "4"]
+
+    def files() -> dict[str, int]:
+        return {path.name: path.stat().st_ino for path in out.glob("*.parquet")}
+
+    def wait_for(more: int, launched: Any) -> None:
+        end = time.monotonic() + 200
+        while len(files()) < more:
+            assert launched.process.poll() is None, launched.output
+            assert time.monotonic() < end, launched.output
+            time.sleep(0.002)
+
+    with started(*clipfuse_words(*words), cwd=tmp_path) as launched:
+        wait_for(1, launched)
+        os.killpg(launched.process.pid, signal.SIGKILL)
+        launched.end(-signal.SIGKILL)
+    killed = files()
+    assert 0 < len(killed) < 75
+    assert not json.loads((out / "manifest.json").read_text())["complete"]
+    with pytest.raises(UserError, match="is not a complete collection"):
+        load(out)
+
+    with started(*clipfuse_words(*words), cwd=tmp_path) as launched:
+        wait_for(len(killed) + 1, launched)
+        launched.process.send_signal(signal.SIGTERM)
+        output = launched.end(75)
+    assert "the same command goes on" in output
+    stopped = files()
+    assert killed.items() < stopped.items()
+    assert len(stopped) < 75
+
+    summary = done(loaded, options(small, out, data=[small.train], dtype="float32"))
+    assert (summary.files, summary.samples, summary.left_out) == (75, 300, {})
+    assert summary.embedded == 300 - 4 * len(stopped)
+    assert stopped.items() < files().items()
+    assert not list(out.glob(".*.partial"))
+    table, reference = read(out), one_by_one(loaded, small.train)
+    assert table["key"].to_pylist() == list(reference)
+    for name in ("image", "text"):
+        expected = torch.stack([each[name].view(-1) for each in reference.values()])
+        torch.testing.assert_close(torch.from_numpy(numbers(table[name])), expected, atol=2e-6, rtol=0)
+    # Nothing is left to do.
+    again = done(loaded, options(small, out, data=[small.train], dtype="float32"))
+    assert (again.embedded, again.samples) == (0, 300)
+
+
+@given(st.lists(st.integers(0, 40), max_size=12), st.integers(1, 25))
+def test_parts_hold_each_sample_once_and_no_more_than_asked(counts: list[int], most: int) -> None:
+    parts = cut([f"{i:04d}.tar" for i in range(len(counts))], counts, most)
+    every = [(shard, i) for part in parts for shard, first, end in part.ranges for i in range(first, end)]
+    assert every == [(shard, i) for shard, count in enumerate(counts) for i in range(count)]
+    assert all(0 < part.samples <= most for part in parts)
+    assert len({part.file for part in parts}) == len(parts)
+    shards_of = [{shard for shard, _, _ in part.ranges} for part in parts]
+    for a, b in pairwise(shards_of):  # small shards share a file where they fit
+        if not a & b:
+            assert sum(counts[i] for i in a) + counts[min(b)] > most
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is in the files
+
+
+def test_columns_half_precision_and_a_file_is_the_same_whenever_it_is_written(
+    small: Small, loaded: Loaded, tmp_path: Path
+) -> None:
+    asked = options(small, tmp_path / "out", per_file=25)
+    summary = done(loaded, asked)
+    assert (summary.samples, summary.files) == (64, 3)
+    assert summary.encoder_samples_per_second > summary.samples_per_second > 0
+    table, reference = read(tmp_path / "out"), one_by_one(loaded, small.val)
+    assert table.schema.names == ["key", "image", "text", "caption", "json"]
+    assert table.schema.field("image").type == pa.list_(pa.float16(), 16)
+    expected = torch.stack([each["image"] for each in reference.values()])
+    torch.testing.assert_close(torch.from_numpy(numbers(table["image"])).float(), expected, atol=5e-4, rtol=0)
+    first = next(iter(sequential(small.val, loaded.decoders, 1)))
+    assert table["caption"][0].as_py() == first.targets["captions"][0][0]
+    assert json.loads(table["json"][0].as_py()) == first.targets["json"][0]
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.parquet")}
+    sorted((tmp_path / "out").glob("*.parquet"))[1].unlink()
+    assert done(loaded, asked).embedded in (21, 22)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.parquet")} == before
+
+
+def test_token_features(small: Small, loaded: Loaded, tmp_path: Path) -> None:
+    done(loaded, options(small, tmp_path / "own", tokens="own", dtype="float32"))
+    table = read(tmp_path / "own")
+    with torch.no_grad():
+        for i, batch in enumerate(sequential(small.val, loaded.decoders, 1, max_samples=3)):
+            image = loaded.model.tower("image")(batch.inputs["image"]).states[0]
+            text = loaded.model.tower("text")(batch.inputs["text"], batch.masks["text"]).states[0][batch.masks["text"][0]]
+            np.testing.assert_allclose(table["image_tokens"][i].as_py(), image, atol=1e-5)
+            np.testing.assert_allclose(table["text_tokens"][i].as_py(), text, atol=1e-5)
+    done(loaded, options(small, tmp_path / "shared", tokens="shared", only="image", dtype="float32"))
+    table = read(tmp_path / "shared")
+    assert table.schema.names == ["key", "image", "json", "image_tokens"]
+    tokens = torch.tensor(table["image_tokens"].to_pylist())
+    means = torch.nn.functional.normalize(tokens.mean(dim=1), dim=-1)  # the tower pools by the mean
+    torch.testing.assert_close(means, torch.from_numpy(numbers(table["image"])), atol=1e-5, rtol=0)
+
+
+def test_several_captions_and_evaluation_from_the_files(small: Small, loaded: Loaded, tmp_path: Path) -> None:
+    done(loaded, options(small, tmp_path / "out", caption="captions", dtype="float32"))
+    table, reference = read(tmp_path / "out"), one_by_one(loaded, small.val)
+    for key, captions, text in zip(*(table[name].to_pylist() for name in ("key", "captions", "text")), strict=True):
+        assert len(captions) == len(text) >= 1
+        np.testing.assert_allclose(text, reference[key]["text"], atol=2e-6)
+    settings = EvalConfig(tasks=["retrieval", "zero_shot"], classes="scenes", batch_size=10, workers=0)
+    captions = load_model(loaded.folder)
+    captions.decoders["text"].caption = "captions"
+    of_files, of_shards = (run_evaluation(captions, of, settings, CPU) for of in (str(tmp_path / "out"), small.val))
+    assert of_files["metrics"] == pytest.approx(of_shards["metrics"])
+    with pytest.raises(ConfigError, match="give shards"):
+        run_evaluation(captions, str(tmp_path / "out"), EvalConfig(tasks=["linear_probe"], probe_train=small.val), CPU)
+
+
+def test_bad_samples_are_left_out_and_counted(small: Small, loaded: Loaded, tmp_path: Path) -> None:
+    shard = tmp_path / "some.tar"
+    with tarfile.open(sorted((small.root / "scenes").glob("val-*.tar"))[0]) as good:
+        picture = next(m for m in good.getmembers() if not m.name.endswith((".txt", ".json")))
+        data = good.extractfile(picture).read()  # type: ignore[union-attr]
+    with tarfile.open(shard, "w") as tar:
+        for i in range(6):
+            members = {Path(picture.name).suffix: data[: len(data) if i != 2 else 20], ".txt": b"a cup" if i != 4 else b" "}
+            members[".json"] = json.dumps({"note": f"n{i}", "odd": "\ud800"}).encode()
+            for suffix, content in members.items():
+                info = tarfile.TarInfo(f"{i:03d}{suffix}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    summary = done(loaded, options(small, tmp_path / "out", data=[str(shard)], batch_size=1, per_file=2))
+    assert summary.samples == 4
+    assert sum(summary.left_out.values()) == 2
+    assert summary.left_out["empty caption"] == 1
+    assert read(tmp_path / "out")["key"].to_pylist() == ["some/000", "some/001", "some/003", "some/005"]
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert (manifest["rows"], manifest["left_out"], manifest["complete"]) == (4, summary.left_out, True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused
+
+
+def test_nothing_is_mixed_in(small: Small, run: Path, loaded: Loaded, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done(loaded, options(small, out))
+    other = load_model(save(small, tmp_path / "other", 1))
+    squashed = load_model(save(small, tmp_path / "squashed", 0, "image.resize=squash"))
+    for model, changes, line in (
+        (other, {}, rf"holds embeddings of another model, {run} \(step 0, \w+\); this one is {other.folder} \(step 1, "),
+        (squashed, {}, "holds embeddings of another model"),
+        (loaded, {"data": [small.train]}, "holds embeddings of other data, 64 samples in 1 shards; these are 300 samples"),
+        (loaded, {"dtype": "float32"}, "was begun with dtype float16, now it is float32"),
+        (loaded, {"tokens": "own"}, "was begun with tokens left at its default, now it is own"),
+    ):
+        with pytest.raises(UserError, match=line):
+            embed(model, options(small, out, **changes), CPU)
+    with pytest.raises(UserError, match="holds embeddings of"):
+        load(out, other)
+    assert len(load(out, load_model(run)).keys) == 64
+    # A file of another collection, copied in.
+    done(other, options(small, tmp_path / "others"))
+    name = next(out.glob("*.parquet")).name
+    (out / name).write_bytes((tmp_path / "others" / name).read_bytes())
+    with pytest.raises(UserError, match=f"{name} holds embeddings of another model"):
+        embed(loaded, options(small, out), CPU)
+
+
+def test_the_model_is_its_numbers_not_its_place(small: Small, run: Path, tmp_path: Path) -> None:
+    same = collection.fingerprint(load_model(save(small, tmp_path / "elsewhere", 0)))
+    assert same == collection.fingerprint(load_model(run))
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"only": "imag"}, "--only imag: the model has image, text; did you mean 'image'"),
+        ({"caption": "captions", "tokens": "own"}, "add --only image"),
+        ({"data": ["nowhere/*.tar"]}, "--data=nowhere"),
+        ({"out": "taken"}, "taken exists and holds other files"),
+    ],
+)
+def test_wrong_use(small: Small, loaded: Loaded, in_tmp: Path, changes: dict[str, Any], line: str) -> None:
+    (in_tmp / "taken").mkdir()
+    (in_tmp / "taken/thesis.doc").touch()
+    with pytest.raises(UserError, match=line):
+        embed(loaded, dataclasses.replace(options(small, in_tmp / "out"), **changes), CPU)
+    assert not (in_tmp / "out").exists() or not list((in_tmp / "out").glob("*.parquet"))
+
+
+def test_a_model_that_has_diverged_and_towers_without_places(small: Small, tmp_path: Path) -> None:
+    diverged = load_model(save(small, tmp_path, 2))
+    with torch.no_grad():
+        diverged.model.projections["text"].weight[0, 0] = torch.nan
+    with pytest.raises(UserError, match="text embeddings are not finite in the batch of samples val-0000"):
+        embed(diverged, options(small, tmp_path / "out"), CPU)
+    assert [path.name for path in (tmp_path / "out").iterdir() if not path.name.startswith(".")] == ["manifest.json"]
+    pooled = load_model(save(small, tmp_path, 3, "text.pool=eot"))
+    with pytest.raises(ConfigError, match="--tokens shared: the text tower does not pool by the mean"):
+        embed(pooled, options(small, tmp_path / "shared", tokens="shared"), CPU)
+    with pytest.raises(ConfigError, match="--batch-size 0 must be at least 1"):
+        options(small, tmp_path, batch_size=0).check()
