@@ -14,6 +14,7 @@ launched.py     do the processes know each other; heartbeat.py: do they still li
 checkpoint.py   written atomically, verified, rotated; inference.py: loaded, ready to encode
 recipe.py       the schema of a run, and its assembly
 encode.py       batches -> embeddings; embed.py: of a split, in memory
-embed_files.py  of whole collections, into files: collection.py (what is there), parquet.py, embed_options.py
+embed_files.py  of whole collections, into files: collection.py (what is there), parquet.py, board.py (who does
+                what), embed_options.py
 evaluate.py     retrieval.py, zero_shot.py, linear_probe.py: the figures
 """

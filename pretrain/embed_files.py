@@ -24,6 +24,7 @@ import torch
 
 from pretrain import collection, dist, embed_options, launched
 from pretrain.__main__ import DONE, STOPPED, EarlyStop, guarded, stopping_early
+from pretrain.board import Board, Shown
 from pretrain.collection import Folder, Part, Plan
 from pretrain.config import ConfigError, UserError, closest
 from pretrain.data.batch import Batch
@@ -38,14 +39,12 @@ from pretrain.encode import Encoder, evaluating
 from pretrain.inference import Loaded, load_model
 from pretrain.oom import is_out_of_memory
 from pretrain.parquet import Layout, Writer
-from pretrain.runlog import console, duration, say
+from pretrain.runlog import duration, say
 
 PER_FILE = 16384
 """Samples of a file: a few minutes' work of a CPU, seconds of a GPU."""
 SHARES = 4
 """Files that a process should have at least to choose from, so that processes end together."""
-SAY_SECONDS = 10.0
-"""Between two lines of progress, where there is no terminal."""
 
 
 @dataclass
@@ -109,7 +108,7 @@ def embed(loaded: Loaded, options: Options, device: torch.device) -> Summary | N
         if problem:
             raise UserError(problem)
         assert plan is not None
-        board = _Board()
+        board = Board()
         decoders = {name: loaded.decoders[name] for name in modalities}
         encoder = Encoder(
             loaded.model.to(device), decoders, device, options.precision, modalities,
@@ -201,7 +200,7 @@ def _manifest(loaded: Loaded, options: Options, layout: Layout, paths: list[str]
 
 
 def _work(
-    plan: Plan, board: _Board, evaluation: Evaluation, encoder: Encoder, write: Callable[[], Writer], options: Options
+    plan: Plan, board: Board, evaluation: Evaluation, encoder: Encoder, write: Callable[[], Writer], options: Options
 ) -> None:
     """Takes parts until there are none. Rank 0 comes back when all have finished."""
     workers = options.workers if options.workers is not None else _default_workers(encoder.device)
@@ -209,7 +208,7 @@ def _work(
     left: dict[str, Counter[str]] = {}
     mine = 0
     writer: Writer | None = None
-    with _Shown(plan.there, total, board) as shown, evaluating(encoder.model):
+    with Shown(plan.there, total, board) as shown, evaluating(encoder.model):
         try:
             jobs = _Jobs(plan, board, options.batch_size)
             with running(evaluation, iter(jobs), workers) as pieces:
@@ -241,7 +240,7 @@ def _work(
 class _Jobs:
     """What the workers decode next: a batch of places in a part, from parts that this process takes as it gets to them."""
 
-    def __init__(self, plan: Plan, board: _Board, size: int) -> None:
+    def __init__(self, plan: Plan, board: Board, size: int) -> None:
         self.plan, self.board, self.size = plan, board, size
         self.given: deque[tuple[Part, int, bool]] = deque()
         """(part, places, whether they are its last) of the jobs handed out and not yet back."""
@@ -273,95 +272,6 @@ def _default_workers(device: torch.device) -> int:
     if device.type != "cuda":
         return 1  # the towers have the cores
     return max(1, min(16, len(os.sched_getaffinity(0)) // dist.local_world_size() - 1))
-
-
-class _Board:
-    """Counters that all processes of the run see."""
-
-    def __init__(self) -> None:
-        self._store = dist.shared_store("embed") if dist.world_size() > 1 else None
-        self._own: Counter[str] = Counter()
-        self._result: dict[str, float] = {}
-
-    def add(self, name: str, number: int) -> int:
-        """The new value."""
-        if self._store is not None:
-            return int(self._store.add(name, number))
-        self._own[name] += number
-        return self._own[name]
-
-    def fail(self, line: str) -> None:
-        """Tells the others to stop."""
-        if self._store is not None and self._store.add("failed", 1) == 1:
-            self._store.set("failure", line)
-
-    def check(self) -> None:
-        """Raises the UserError of another process."""
-        if self._store is not None and self._store.add("failed", 0):
-            raise UserError(self._store.get("failure").decode())
-
-    def finish(self, result: dict[str, float]) -> None:
-        """What this process brings to the end."""
-        if self._store is not None:
-            self._store.set(f"result/{dist.rank()}", json.dumps(result))
-        else:
-            self._result = result
-        self.add("finished", 1)
-
-    def results(self) -> list[dict[str, float]]:
-        """Of all processes, once they have finished; empty where there was nothing to do."""
-        if not self.add("finished", 0):
-            return []
-        if self._store is None:
-            return [self._result]
-        return [json.loads(self._store.get(f"result/{rank}")) for rank in range(dist.world_size())]
-
-
-class _Shown:
-    """Progress of all processes, on rank 0: a bar on a terminal, elsewhere a line now and then."""
-
-    def __init__(self, there: int, total: int, board: _Board) -> None:
-        self.there, self.total, self.board = there, total, board
-        self._begin = self._said = time.monotonic()
-        self._bar: Any = None
-
-    def __enter__(self) -> _Shown:
-        if dist.is_main() and console.is_terminal and self.there < self.total:
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            rate = TextColumn("{task.fields[rate]:,.1f} samples/s  eta")
-            self._bar = Progress(
-                TextColumn("embedding"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn(), console=console,
-                transient=True,
-            )  # fmt: skip
-            self._bar.start()
-            self._task = self._bar.add_task("embedding", total=self.total, completed=self.there, rate=0.0)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def update(self) -> None:
-        """After each batch."""
-        now = time.monotonic()
-        if not dist.is_main() or now - self._said < (0.2 if self._bar else SAY_SECONDS):
-            return
-        self._said = now
-        done = self.board.add("samples", 0)
-        rate = done / max(now - self._begin, 1e-9)
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self.there + done, rate=rate)
-            return
-        eta = duration((self.total - self.there - done) / rate) if rate else "?"
-        say(f"embedded {self.there + done:,} of {self.total:,}  {rate:,.1f} samples/s  eta {eta}")
-
-    def until_finished(self) -> None:
-        """Waits for the other processes: longer than any collective's time limit, if they need it."""
-        while self.board.add("finished", 0) < dist.world_size():
-            self.board.check()
-            self.update()
-            time.sleep(0.05)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
