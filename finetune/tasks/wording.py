@@ -31,7 +31,9 @@ def scores(generated: list[str], references: list[list[str]]) -> dict[str, float
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
 
-    said, written = _words([[text] for text in generated]), _words(references)
+    both = _words([[text] for text in generated] + references)  # in one go: it may start a program of its own
+    said = {i: both[i] for i in range(len(generated))}
+    written = {i: both[i + len(generated)] for i in range(len(generated))}
     if len(generated) == 1:
         say("CIDEr of a single picture is 0 by definition: it weighs words by how rare they are among pictures")
     with contextlib.redirect_stdout(io.StringIO()):  # it prints as it goes
@@ -42,15 +44,14 @@ def scores(generated: list[str], references: list[list[str]]) -> dict[str, float
 
 def _words(texts: list[list[str]]) -> dict[int, list[str]]:
     """Words in lower case with spaces between, punctuation left out: by the Penn Treebank rules where Java is, as published
-    figures are; else by `plain`, which differs in contractions and abbreviations only."""
+    figures are; else by `plain`, which differs in contractions, abbreviations and brackets only."""
     if shutil.which("java") is None:
         say("CIDEr and BLEU without Java: words are cut by a plain rule, close to but not the Penn Treebank's")
         return {i: [plain(text) for text in group] for i, group in enumerate(texts)}
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     given = {i: [{"caption": text} for text in group] for i, group in enumerate(texts)}
-    with contextlib.redirect_stderr(io.StringIO()):
-        found: dict[int, list[str]] = PTBTokenizer().tokenize(given)
+    found: dict[int, list[str]] = PTBTokenizer().tokenize(given)
     return found
 
 

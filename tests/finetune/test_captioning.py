@@ -1,0 +1,288 @@
+"""The decoder sees no future, its loss in closed form, it learns sentences word for word; runs that stop, go on and mix."""
+
+import json
+import shutil
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional as F
+
+import finetune
+from finetune import model as models
+from finetune.model import FusionModel
+from finetune.tasks import captioning, wording
+from finetune.tasks.captioning import Captions
+from finetune.trace import Trace
+from launch import cli
+from pretrain import registry
+from pretrain.config import ConfigError
+from pretrain.data.text import TextDecoder, load_tokenizer
+from pretrain.inference import load_model
+from tests.pretrain.strategies import tiny
+from tests.support import Small, losses
+
+BERT = {"model_type": "bert", "num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 32}
+TEXTS = ["a red car left of a blue house", "two green trees", "a dog", "a cat under the yellow moon"]
+
+
+def made(text: dict[str, Any] | None = None, **settings: Any) -> tuple[FusionModel, captioning.Captioning]:
+    """A tiny decoder whose gates are open, and its task."""
+    model = models.build(tiny.model("clip", text=text), _causal(), None)
+    task = captioning.build(captioning.Config(**settings), None)
+    torch.manual_seed(1)
+    model.head = task.head(model)
+    with torch.no_grad():
+        for p in [*model.fusion.parameters(), *model.head.parameters()]:  # type: ignore[union-attr]
+            p.add_(0.2 * torch.randn_like(p))
+    return model.eval(), task
+
+
+def _causal(**settings: Any) -> Any:
+    return registry.part("fusion", "cross").Config(**{"layers": 1, "heads": 2, "causal": True, **settings})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+@pytest.mark.parametrize("words", ["tower", "new"])
+@pytest.mark.parametrize("text", [None, {"args": BERT, "pool": "avg"}], ids=["clip", "bert"])
+def test_no_word_depends_on_those_behind_it(words: Any, text: Any) -> None:
+    if text is not None and words == "tower":
+        with pytest.raises(ConfigError, match="looks both ways"):
+            made(text, words=words)
+        return
+    model, task = made(text, words=words)
+    batch = tiny.batch(samples=4)
+    batch.masks["text"][:] = True
+    before = task.encode(model, batch)["likelihood"]
+    changed = batch.inputs["text"].clone()
+    changed[:, 7:] = (changed[:, 7:] + 5) % tiny.VOCABULARY
+    batch.inputs["text"] = changed
+    after = task.encode(model, batch)["likelihood"]
+    torch.testing.assert_close(after[:, :6], before[:, :6], rtol=1e-5, atol=1e-5)  # position t speaks of token t + 1
+    assert (after[:, 6:] - before[:, 6:]).abs().min(dim=1).values.max() > 1e-3
+    batch.inputs["image"] = batch.inputs["image"].flip(0)
+    assert (task.encode(model, batch)["likelihood"] - after).abs().max() > 1e-3  # and each on the picture
+
+
+def test_loss_is_torchs_smoothed_cross_entropy_over_the_real_words() -> None:
+    model, task = made(smoothing=0.2)
+    batch = tiny.batch(samples=6)
+    value, report = task.loss(task.encode(model, batch), {})
+    image = model.tokens("image", batch.inputs["image"])
+    logits = model.head.logits(model, image, batch.inputs["text"], batch.masks["text"])  # type: ignore[operator]
+    rows, wanted = [], []
+    for i in range(6):
+        count = int(batch.masks["text"][i].sum())
+        rows.append(logits[i, : count - 1])
+        wanted.append(batch.inputs["text"][i, 1:count])
+    every, target = torch.cat(rows), torch.cat(wanted)
+    torch.testing.assert_close(value, F.cross_entropy(every, target, label_smoothing=0.2), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(report["likelihood"], -F.cross_entropy(every, target), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{"causal": False}, {"query": "image", "context": "text", "causal": False}])
+def test_a_fusion_that_cannot_write_is_refused(settings: dict[str, Any]) -> None:
+    model = models.build(tiny.model("clip"), _causal(**settings), None)
+    task = captioning.build(captioning.Config(), None)
+    with pytest.raises(ConfigError, match=r"fusion\.causal=true"):
+        task.head(model)
+    model.fusion = None
+    with pytest.raises(ConfigError, match=r"fusion\.name=cross"):
+        task.head(model)
+
+
+def plain_tokenizer() -> Any:
+    """Words and an end token, which it does not write by itself."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["[PAD]", "<end>", "<unk>", *sorted({word for text in TEXTS for word in text.split()})]
+    made = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    made.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>", pad_token="[PAD]", unk_token="<unk>")
+
+
+def test_sentences_have_a_first_token_whatever_the_tokenizer_writes(small: Small) -> None:
+    ours = load_tokenizer(small.tokenizer)
+    decoder = Captions(TextDecoder(ours, 24))
+    ids, mask = decoder.encode(TEXTS)
+    assert decoder.start == [ours.bos_token_id]
+    assert decoder.end == ours.eos_token_id
+    assert torch.equal(ids, TextDecoder(ours, 24).encode(TEXTS)[0])
+
+    decoder = Captions(TextDecoder(plain_tokenizer(), 12))
+    ids, mask = decoder.encode(TEXTS)
+    assert (decoder.start, decoder.end) == ([1], 1)
+    assert ids[:, 0].tolist() == [1] * 4
+    rows = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
+    assert all(row[-1] == 1 and 1 not in row[1:-1] for row in rows)
+    assert [decoder.decode(row) for row in rows] == TEXTS
+    assert set(decoder.banned) == {0, 2}
+
+
+@pytest.mark.parametrize("words", ["tower", "new"])
+def test_it_learns_sentences_word_for_word(words: Any) -> None:
+    tokenizer = plain_tokenizer()
+    model, task = made({"args": {"vocab_size": len(tokenizer) + 3}}, words=words, smoothing=0.0)
+    towers = {"image": None, "text": TextDecoder(tokenizer, tiny.LENGTH)}
+    captions = task.decoders(towers)["text"]
+    batch = tiny.batch(samples=4)
+    batch.inputs["text"], batch.masks["text"] = captions.encode(TEXTS)
+    adam = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(120):
+        loss, report = task.loss(task.encode(model, batch), {})
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    assert report["likelihood"] > -0.1
+    for search in ("greedy", "beam", "nucleus"):
+        task.config.search = search  # type: ignore[assignment]
+        with torch.no_grad():
+            written = task.write(model, batch.inputs["image"], batch.keys)
+        assert [captions.decode(ids) for ids in written.ids] == TEXTS
+        with torch.no_grad():
+            alone = task.encode(model, batch)
+        given = (alone["likelihood"] * alone["weights"]).sum(dim=1)  # of all tokens: some are never written
+        torch.testing.assert_close(written.scores.float(), given, rtol=0, atol=0.02)
+    trace = Trace()
+    said = task.predict(model, {"image": batch.inputs["image"], "text": batch.inputs["text"]}, batch.masks, trace)
+    assert [row[0][0] for row in said.best] == TEXTS
+    assert trace.steps
+    assert said.score.requires_grad
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How good a sentence is
+
+
+def test_scores_against_what_they_are_by_definition(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", "")  # without Java
+    exact = wording.scores(TEXTS, [[text, "something else"] for text in TEXTS])
+    assert exact["BLEU_1"] == pytest.approx(1)
+    assert (
+        wording.scores(TEXTS, [[text] for text in TEXTS])["CIDEr"] > wording.scores(TEXTS, [[t] for t in TEXTS[::-1]])["CIDEr"]
+    )
+    assert wording.scores([TEXTS[0]], [[TEXTS[0]]])["CIDEr"] == 0  # one picture: every word is in all of them
+    # 3 of 4 words are right, and the sentence is as long as the reference
+    assert wording.scores(["A red car, flying!"], [["a red car standing"]])["BLEU_1"] == pytest.approx(0.75)
+    assert capsys.readouterr().out == ""
+
+
+def test_without_the_library_there_is_a_line_and_no_score(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "pycocoevalcap", None)
+    assert wording.scores(["a"], [["a"]]) == {}
+    assert "pip install 'clipfuse[finetune]'" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(shutil.which("java") is None, reason="the Penn Treebank's rules come as a Java program")
+def test_the_plain_rule_cuts_ordinary_captions_as_the_penn_treebank_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["A red car, left of a blue house.", "Two big green trees!", "a cat under 3 yellow moons"]
+    theirs = wording._words([[text] for text in texts])
+    monkeypatch.setenv("PATH", "")
+    assert wording._words([[text] for text in texts]) == theirs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+@pytest.fixture(scope="module")
+def encoders(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pretrained run, of two steps."""
+    run = tmp_path_factory.mktemp("encoders") / "run"
+    assert cli.main(["pretrain", "scenes", *small.settings(run, "train.steps=2")]) == 0
+    return run
+
+
+def words(small: Small, encoders: Path, run: Path, *more: str) -> list[str]:
+    return [
+        "finetune", "captioning", f"run={run}", f"init={encoders}", f"data.train={small.train}", f"data.val={small.val}",
+        "data.batch_size=16", "data.workers=0", "eval.workers=0", "eval.max_samples=8", "fusion.layers=1", "fusion.heads=2",
+        "optim.warmup=2", "train.log_every=1", "train.trackers=[]", "train.threads=1", "train.eval_every=0",
+        "train.save_every=2", "train.steps=4", "adapt.lora={rank: 2, dropout: 0.1}", "adapt.contrastive=0.5",
+        "optim.average=0.5", "task.length=6", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def straight(small: Small, encoders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("straight") / "run"
+    assert cli.main(words(small, encoders, run)) == 0
+    return run
+
+
+def test_a_checkpoint_with_adapters_is_that_of_the_plain_model(encoders: Path, straight: Path) -> None:
+    weights = load_file(straight / "checkpoints/step-0000004/model.safetensors")
+    before = load_model(encoders).model.state_dict()
+    assert {name.removeprefix("encoder.") for name in weights if name.startswith("encoder.")} == before.keys()
+    moved = {name for name, value in before.items() if not torch.equal(value, weights[f"encoder.{name}"])}
+    assert "projections.image.weight" in moved
+    assert any("qkv.weight" in name for name in moved)
+    assert not any("norm" in name or "embed" in name for name in moved)
+    tuned = finetune.load(straight)
+    assert tuned.model.encoder.state_dict().keys() == before.keys()
+    report = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["contrastive_loss"] > 0 for line in report if "loss" in line)
+
+
+def test_adapters_resume_bit_for_bit(small: Small, encoders: Path, straight: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    for path in (run / "checkpoints").iterdir():
+        if path.name != "step-0000002":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert cli.main(words(small, encoders, run)) == 0
+    assert losses(run) == losses(straight)
+    ours, theirs = (load_file(each / "checkpoints/step-0000004/model.safetensors") for each in (run, straight))
+    assert all(torch.equal(value, ours[name]) for name, value in theirs.items())
+
+
+def test_figures_and_the_mixture_with_the_pretrained_model(
+    small: Small, encoders: Path, straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "mixed"
+    options = ["--data", small.val, "--wise", "0,0.5,1", "--out", str(out), "--json"]
+    assert cli.main(["evaluate", str(straight), *options]) == 0
+    found = json.loads(capsys.readouterr().out)
+    rows = {row["alpha"]: row for row in found["curve"]}
+    assert set(rows) == {0.0, 0.5, 1.0}
+    assert all({"likelihood", "CIDEr", "BLEU_4", "image_to_text_R@1"} <= row.keys() for row in rows.values())
+
+    tuned = finetune.load(straight)
+    own = tuned.evaluate(small.val, finetune.tasks.EvalConfig(workers=0), torch.device("cpu"))
+    assert own["likelihood"] == pytest.approx(rows[1.0]["likelihood"], rel=1e-6)
+    assert own["perplexity"] == pytest.approx(torch.tensor(-own["likelihood"]).exp().item(), rel=1e-5)
+    assert own["samples"] == 64
+    mixed, start = finetune.load(out).model.state_dict(), load_model(encoders).model.state_dict()
+    best, after = found["best"], tuned.model.state_dict()
+    name = "encoder.projections.image.weight"
+    expected: Tensor = (1 - best) * start[name.removeprefix("encoder.")] + best * after[name]
+    torch.testing.assert_close(mixed[name], expected)
+    assert cli.main(["evaluate", str(straight), "--data", small.val, "--wise", "half"]) == 2
+
+
+def test_a_picture_is_described(small: Small, straight: Path) -> None:
+    with tarfile.open(next(small.root.glob("scenes/val-*.tar"))) as shard:
+        member = next(each for each in shard.getmembers() if each.name.endswith((".jpg", ".png")))
+        file = shard.extractfile(member)
+        assert file is not None
+        picture = file.read()
+    tuned = finetune.load(straight)
+    first, again = (tuned.predict([picture], [""]).best[0][0] for _ in range(2))
+    assert first == again
+    assert isinstance(first[0], str)
+    assert first[1] < 0
