@@ -62,9 +62,12 @@ class Seen:
         if self.answers:
             name, value = self.answers[0]
             others = ", ".join(f"{other} {_said(score)}" for other, score in self.answers[1:3])
-            out.append(f"{name} {_said(value)}{f'   (then {others})' if others else ''}")
+            lead = "answer: " if self.asks else ""
+            out.append(f"{lead}{name}, {_said(value)}{f' (then {others})' if others else ''}")
         if self.truth:
-            out.append(f"right answer: {self.truth}")
+            out.append(
+                "which is right" if self.answers and self.answers[0][0] == self.truth else f"right would be: {self.truth}"
+            )
         return out
 
     def figure(self) -> Image.Image:

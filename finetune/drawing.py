@@ -1,8 +1,8 @@
 """Heat maps drawn on pictures, with Pillow alone: one tile a word, and a figure of all words of a text.
 
-A map is enlarged smoothly and laid over the greyed picture: nothing where it is 0, bright where it peaks, a ring on the
-peak. Words of one text share a scale, softened by a square root, so that a word that looked hard stands out from one
-that glanced. Shapes: H, W = cells of a map.
+A map is enlarged smoothly and laid over the greyed picture: nothing where it is 0, bright where it is high, a ring on
+the peak. Words of one text share a scale, softened by a square root: a word that looked hard glows, one that glanced is
+a shade, without a ring. Shapes: H, W = cells of a map.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ Box = tuple[float, float, float, float]
 TILE = 176  # px, side of a tile
 ACROSS = 6  # tiles in a row at most
 _GAP, _LABEL = 12, 24
+_GLANCE = 0.2  # of the strongest peak: below it a word gets no ring
 _INK, _SOFT, _PAPER = (28, 30, 34), (110, 114, 120), (255, 255, 255)
 
 # Dark red to yellow, in steps that look equally large; at 0 it is transparent.
@@ -40,25 +41,25 @@ def tile(
 
     Args:
         picture: the part of the picture that the model saw.
-        values: (H, W), nowhere negative; drawn relative to its peak.
-        strength: 0 to 1, how opaque the peak is.
+        values: (H, W), nowhere negative.
+        strength: 0 to 1, how high its peak is on the scale that it shares with others.
         boxes: outlined: where it should look, in parts of the picture's sides.
     """
     grey = np.asarray(picture.convert("L").resize((side, side), Image.Resampling.LANCZOS), dtype=np.float64)
     ground = np.repeat((70 + 0.7 * grey)[:, :, None], 3, axis=2)
-    peak = values.max()
-    large = _enlarged(values / peak, side) if peak > 0 else np.zeros((side, side))
+    peak, scale = values.max(), np.sqrt(strength)
+    large = scale * _enlarged(values / peak, side) if peak > 0 else np.zeros((side, side))
     where = large * (len(_HEAT) - 1)
     low = np.clip(where.astype(int), 0, len(_HEAT) - 2)
     part = (where - low)[:, :, None]
     heat = _HEAT[low] * (1 - part) + _HEAT[low + 1] * part
-    alpha = (0.88 * np.sqrt(strength) * np.clip(1.6 * large - 0.08, 0, 1))[:, :, None]
+    alpha = (0.88 * np.clip(1.6 * large - 0.12, 0, 1))[:, :, None]
     out = Image.fromarray(np.clip(ground * (1 - alpha) + heat * alpha, 0, 255).astype(np.uint8))
     draw = ImageDraw.Draw(out)
     for x0, y0, x1, y1 in boxes:
         outline = (round(x0 * side), round(y0 * side), round(x1 * side) - 1, round(y1 * side) - 1)
         draw.rectangle(outline, outline=_PAPER, width=2)
-    if peak > 0 and strength > 0:
+    if peak > 0 and strength >= _GLANCE:
         H, W = values.shape
         row, column = divmod(int(values.argmax()), W)
         x, y, r = (column + 0.5) * side / W, (row + 0.5) * side / H, max(4, side // 40)
@@ -98,7 +99,8 @@ def figure(
         page.paste(each, (x, y))
         draw.rectangle((x, y, x + TILE - 1, y + TILE - 1), outline=(200, 203, 208))
         label = shortened(word, TILE, 15)
-        draw.text((x + TILE / 2, y + TILE + 4), label, fill=_INK, font=font(15, label), anchor="ma")
+        colour = _INK if n == 0 or strong[n - 1] >= _GLANCE else _SOFT
+        draw.text((x + TILE / 2, y + TILE + 4), label, fill=colour, font=font(15, label), anchor="ma")
     return page
 
 
@@ -167,6 +169,6 @@ def shortened(text: str, width: int, size: int) -> str:
 def _enlarged(values: Array, side: int) -> Array:
     """(H, W) -> (side, side), 0 to 1, smooth, the peak kept at 1."""
     small = Image.fromarray(values.astype(np.float32))
-    large = np.asarray(small.resize((side, side), Image.Resampling.BICUBIC), dtype=np.float64)
-    large = np.clip(large, 0, None)
-    return large / large.max()
+    large: Array = np.asarray(small.resize((side, side), Image.Resampling.BICUBIC), dtype=np.float64)
+    out: Array = np.clip(large / large.max(), 0, 1)
+    return out

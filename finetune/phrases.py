@@ -100,10 +100,10 @@ def mentions(text: str, objects: Objects) -> list[Mention]:
             out.append(Mention(head, phrase.head_start, phrase.end, "thing", found))
     for (first, second), (a, b) in zip(pairwise(phrases), pairwise(fitting), strict=True):
         between = text[first.end : second.start]
-        match = _BESIDE.fullmatch(between) or _UPON.fullmatch(between)
-        if match and a and b:
-            start, end = (first.end + at for at in match.span(1))
-            out.append(Mention(match.group(1).lower(), start, end, "relation", tuple(sorted({*a, *b}))))
+        joins = _BESIDE.fullmatch(between) or _UPON.fullmatch(between)
+        if joins and a and b:
+            start, end = (first.end + at for at in joins.span(1))
+            out.append(Mention(joins.group(1).lower(), start, end, "relation", tuple(sorted({*a, *b}))))
     return sorted(out, key=lambda mention: mention.start)
 
 

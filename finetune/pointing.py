@@ -40,7 +40,7 @@ def to_cells(boxes: Array, part: tuple[float, float, float, float], grid: tuple[
     x0, y0, x1, y1 = part
     H, W = grid
     scale = np.array([W / (x1 - x0), H / (y1 - y0)] * 2)
-    cells = np.clip((boxes - [x0, y0, x0, y0]) * scale, 0, [W, H, W, H])
+    cells: Array = np.clip((boxes - [x0, y0, x0, y0]) * scale, 0, [W, H, W, H])
     return cells[(cells[:, 2] > cells[:, 0]) & (cells[:, 3] > cells[:, 1])]
 
 
@@ -75,11 +75,13 @@ def centre_map(grid: tuple[int, int]) -> Array:
     """(H, W): a bell about the middle of the picture, a quarter of its sides wide: where photographers put things."""
     y, x = _middles(grid)
     H, W = grid
-    return np.exp(-(((x - W / 2) / (W / 4)) ** 2 + ((y - H / 2) / (H / 4)) ** 2) / 2)
+    bell: Array = np.exp(-(((x - W / 2) / (W / 4)) ** 2 + ((y - H / 2) / (H / 4)) ** 2) / 2)
+    return bell
 
 
 def _middles(grid: tuple[int, int]) -> tuple[Array, Array]:
-    return np.arange(grid[0])[:, None] + 0.5, np.arange(grid[1])[None] + 0.5
+    y, x = (np.arange(cells, dtype=np.float64) + 0.5 for cells in grid)
+    return y[:, None], x[None]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from pretrain.__main__ import DONE, FAILED, find_config, guarded
 from pretrain.config import ConfigError
 
 Command = Callable[[argparse.Namespace], int]
+_MAPS = "raw, rollout, gradcam, relevance"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,13 +58,33 @@ def build_parser() -> argparse.ArgumentParser:
     _processes(p)
     p.add_argument("settings", nargs="*", metavar="key=value", help="settings that replace the file's")
 
-    p = _command(commands, "evaluate", _evaluate, "retrieval recall, zero-shot accuracy, linear probe")
+    p = _command(commands, "finetune", _finetune, "aligned encoders -> answers, re-ranking, classes, descriptions")
+    p.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a shipped one")
+    p.add_argument("--dry-run", action="store_true", help="print configuration, parameters and samples, and exit")
+    _processes(p)
+    p.add_argument("settings", nargs="*", metavar="key=value", help="settings that replace the file's; init=RUN starts from it")
+
+    p = _command(commands, "evaluate", _evaluate, "recall, zero-shot accuracy, a linear probe, or a run's own task")
     p.add_argument("run", metavar="RUN", help="a run folder or a checkpoint folder")
     p.add_argument("--data", required=True, metavar="SHARDS", help="shards to evaluate on")
-    p.add_argument("--task", default="retrieval", choices=["retrieval", "zero_shot", "linear_probe"])
-    p.add_argument("--train-data", metavar="SHARDS", help="linear_probe: labelled shards the probe is trained on")
+    p.add_argument(
+        "--task", help="retrieval (default), zero_shot, linear_probe; of a fine-tuned run its own task (default), grounding"
+    )
+    p.add_argument("--train-data", metavar="SHARDS", help="linear_probe, vqa: the shards that probe or baseline learns from")
     p.add_argument("--classes", metavar="NAMES", help="zero_shot: imagenet, scenes, a comma list, or a file with a name a line")
+    p.add_argument("--maps", default="relevance", metavar="METHOD", help=f"grounding: {_MAPS} (default relevance)")
+    p.add_argument("--wise", metavar="A,B,...", help="a fine-tuned run mixed with the model it began from: 0,0.25,0.5,0.75,1")
+    p.add_argument("--pretrained", metavar="RUN", help="--wise: that model, where it is not where the run found it")
+    p.add_argument("--out", type=Path, metavar="DIR", help="--wise: a run folder for the best mixture")
     p.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+
+    p = _command(commands, "attend", _attend, "what each word of a text looks at in a picture")
+    p.add_argument("run", metavar="RUN", help="a fine-tuned run or checkpoint folder")
+    p.add_argument("image", metavar="IMAGE", type=Path, help="a picture: JPEG, PNG, WebP, ...")
+    p.add_argument("text", metavar="TEXT", help="what is said of it, or asked")
+    p.add_argument("--out", required=True, metavar="PNG", type=Path, help="where the figure goes: a heat map a word")
+    p.add_argument("--maps", default="relevance", metavar="METHOD", help=f"{_MAPS} (default relevance)")
+    p.add_argument("--layer", type=int, metavar="N", help="raw, gradcam: one layer, -1 the last (default: their mean)")
 
     p = _command(commands, "embed", _embed, "embeddings of whole collections, in Parquet files")
     embed_options.add(p)
@@ -71,6 +92,12 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes that share DIR (default 1)")
     p.add_argument("--rdzv", metavar="HOST:PORT", help="with --nodes: where the nodes meet; the same on every node")
     p.add_argument("--restarts", type=int, metavar="N", help="starts after a lost process (default 0; 3 on several nodes)")
+
+    p = _command(commands, "export", _export, "a folder that transformers, open_clip or onnxruntime loads")
+    p.add_argument("run", metavar="RUN", help="a run, a checkpoint, or a model of transformers or open_clip")
+    p.add_argument("dir", metavar="DIR", type=Path, help="the folder to make")
+    p.add_argument("--format", required=True, choices=["hf", "open_clip", "onnx"], help="hf: transformers")
+    p.add_argument("--license", metavar="NAME", help="licence of the weights, for the model card (apache-2.0, cc-by-4.0, ...)")
 
     p = _command(commands, "plan", _plan, "memory, network and steps before renting anything")
     p.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a shipped one")
@@ -225,6 +252,10 @@ def _pretrain(args: argparse.Namespace) -> int:
     return _launch(args, "pretrain")
 
 
+def _finetune(args: argparse.Namespace) -> int:
+    return _launch(args, "finetune")
+
+
 def _launch(args: argparse.Namespace, module: str) -> int:
     """One process runs here; several are torch's elastic launcher's, or Slurm's, to start."""
     import importlib
@@ -261,18 +292,76 @@ def _launch(args: argparse.Namespace, module: str) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from finetune import inference as finetuned
     from pretrain import dist, evaluate
     from pretrain.inference import load_model
 
-    config = evaluate.EvalConfig(tasks=[args.task], probe_train=args.train_data)
-    if args.classes:
-        config.classes = args.classes
-    config.check()
-    result = evaluate.run(load_model(args.run), args.data, config, dist.device())
+    if args.task == "grounding":
+        return _grounding(args)
+    if args.wise is not None:
+        return _wise(args)
+    tuned = finetuned.load(args.run) if finetuned.is_finetuned(args.run) else None
+    if tuned is not None and args.task in (None, tuned.config.task.name):
+        from finetune import evaluate as own
+
+        result = own.run(tuned, args.data, dist.device(), train=args.train_data)
+        table = own.summary(result)
+    else:
+        config = evaluate.EvalConfig(tasks=[args.task or "retrieval"], probe_train=args.train_data)
+        if args.classes:
+            config.classes = args.classes
+        config.check()
+        result = evaluate.run(load_model(args.run), args.data, config, dist.device())
+        table = evaluate.summary(result)
     if args.json:
         print(json.dumps(result))
     else:
-        Console().print(evaluate.summary(result))
+        Console().print(table)
+    return DONE
+
+
+def _wise(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from finetune import inference, wise
+    from pretrain import dist
+
+    try:
+        alphas = [float(word) for word in args.wise.split(",")]
+    except ValueError:
+        raise ConfigError(f"--wise {args.wise!r} must be numbers with commas between, for example 0,0.5,1") from None
+    result = wise.run(inference.load(args.run), args.data, alphas, dist.device(), args.pretrained, args.out)
+    if args.json:
+        print(json.dumps(result))
+    else:
+        Console().print(wise.summary(result))
+    return DONE
+
+
+def _grounding(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from finetune import grounding, inference
+    from pretrain import dist
+
+    config = grounding.GroundingConfig(method=args.maps)
+    config.check()
+    result = grounding.run(inference.load(args.run), args.data, config, dist.device())
+    if args.json:
+        print(json.dumps(result))
+    else:
+        Console().print(grounding.summary(result))
+    return DONE
+
+
+def _attend(args: argparse.Namespace) -> int:
+    from finetune import attend, inference
+    from pretrain import dist
+
+    tuned = inference.load(args.run)
+    tuned.model.to(dist.device())
+    seen = attend.attend(tuned, args.image, args.text, args.out, args.maps, args.layer)
+    print(*seen.lines(), f"wrote {args.out}", sep="\n")
     return DONE
 
 
@@ -287,6 +376,15 @@ def _embed(args: argparse.Namespace) -> int:
     embed_options.options(args)  # before any process is started
     world = local.World(local.processes(args.nproc), args.nodes, args.rdzv, args.restarts)
     return local.launch("pretrain.embed_files", words, world)
+
+
+def _export(args: argparse.Namespace) -> int:
+    from pretrain import export
+    from pretrain.inference import load_model
+
+    export.finished(args.run)
+    print(f"wrote {export.export(load_model(args.run), args.dir, args.format, args.license)}")
+    return DONE
 
 
 def _plan(args: argparse.Namespace) -> int:
