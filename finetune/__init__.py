@@ -6,6 +6,7 @@
     fusion/         who asks whom: cross | co | merged
     maps.py         a trace -> one map a word on the picture's grid: raw | rollout | gradcam | relevance
     model.py        encoder + fusion + a task's head
+    mining.py       hard negatives, over all processes
     tasks/          what is learned: one file a task
     config.py       the schema of a run, laid over what `init` brings
     recipe.py       a run assembled and trained by pretrain's one loop; __main__.py is what launchers start

@@ -193,6 +193,46 @@ def gather_many(tensors: Sequence[Tensor]) -> list[Tensor]:
     return list(gather(torch.cat(list(tensors), dim=1)).split(widths, dim=1))
 
 
+class _Fetch(torch.autograd.Function):
+    """Forward: each rank gets the rows it named, and no others. Backward: their gradients go home and are added up."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, wanted: Tensor, order: Tensor, sent: list[int], got: list[int]) -> Tensor:
+        ctx.save_for_backward(wanted, order)
+        ctx.shape, ctx.sent, ctx.got = rows.shape, sent, got
+        received = rows.new_empty(len(order), *rows.shape[1:])
+        td.all_to_all_single(received, rows[wanted], got, sent)
+        return torch.empty_like(received).index_copy_(0, order, received)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        wanted, order = ctx.saved_tensors
+        home = grads[0].new_empty(len(wanted), *ctx.shape[1:])
+        td.all_to_all_single(home, grads[0][order], ctx.sent, ctx.got)
+        return grads[0].new_zeros(ctx.shape).index_add_(0, wanted, home), None, None, None, None
+
+
+def fetch(tensors: Sequence[Tensor], index: Tensor) -> list[Tensor]:
+    """[(b, ...)], (q,) rows of all B, rank-major -> [(q, ...)]: those rows, with gradient.
+
+    What `gather` and indexing would give, but only the rows asked for travel and are held. b and q are the same on every
+    rank, and so are shapes and dtypes. Integers and bools have no gradient.
+    """
+    if world_size() == 1:
+        return [rows[index] for rows in tensors]
+    b = len(tensors[0])
+    asked = gather_plain(index).view(world_size(), -1).cpu()  # whom, and for what, everybody asks
+    by_rank = [asks[asks // b == rank()] % b for asks in asked]
+    wanted = torch.cat(by_rank).to(index.device)
+    order = (index // b).argsort(stable=True)
+    got = (asked[rank()] // b).bincount(minlength=world_size()).tolist()
+    plan = (wanted, order, [len(asks) for asks in by_rank], got)
+    return [
+        _Fetch.apply(rows.to(torch.uint8), *plan).bool() if rows.dtype == torch.bool else _Fetch.apply(rows, *plan)
+        for rows in tensors
+    ]
+
+
 @torch.no_grad()
 def gather_plain(rows: Tensor) -> Tensor:
     """`gather` without gradient, for any dtype (bool and integers too)."""

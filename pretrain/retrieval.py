@@ -53,8 +53,8 @@ def retrieval(image: Tensor, text: Tensor, owner: Tensor, ks: Sequence[int] = (1
         ("text_to_image", places.text_better, torch.ones_like(places.text_better), places.text_tied),
     ):
         for k in ks:
-            out[f"{name}_R@{k}"] = float(_found(better, own, wrong, k).mean())
-        out[f"{name}_median_rank"] = float(_rank(better, own, wrong).quantile(0.5))
+            out[f"{name}_R@{k}"] = float(found(better, own, wrong, k).mean())
+        out[f"{name}_median_rank"] = float(expected_rank(better, own, wrong).quantile(0.5))
     return out
 
 
@@ -65,8 +65,8 @@ def ranks(image: Tensor, text: Tensor, owner: Tensor, tile: int = 2048) -> tuple
     """
     places = Places(image, text, owner.to(image.device), tile)
     return (
-        _rank(places.image_better, places.image_own, places.image_tied),
-        _rank(places.text_better, torch.ones_like(places.text_better), places.text_tied),
+        expected_rank(places.image_better, places.image_own, places.image_tied),
+        expected_rank(places.text_better, torch.ones_like(places.text_better), places.text_tied),
     )
 
 
@@ -118,7 +118,7 @@ class Places:
         self.text_tied = (self.text_tied - 1).clamp_(min=0)
 
 
-def _found(better: Tensor, own: Tensor, wrong: Tensor, k: int) -> Tensor:
+def found(better: Tensor, own: Tensor, wrong: Tensor, k: int) -> Tensor:
     """(q,) probability that one of `own` right answers is among the first k, when `better` stand above the tie of own
     right and `wrong` wrong ones: one minus the chance that the free places all go to wrong ones (hypergeometric)."""
     free = (k - better).clamp(min=0)
@@ -129,6 +129,6 @@ def _found(better: Tensor, own: Tensor, wrong: Tensor, k: int) -> Tensor:
     return 1 - missed
 
 
-def _rank(better: Tensor, own: Tensor, wrong: Tensor) -> Tensor:
+def expected_rank(better: Tensor, own: Tensor, wrong: Tensor) -> Tensor:
     """(q,) expected place of the first right answer of a tie, from 1."""
     return better + 1 + wrong / (own + 1)

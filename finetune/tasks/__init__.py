@@ -1,6 +1,8 @@
 """Tasks: what aligned encoders learn to do. A task is ONE file with a Config and build(config, survey) -> Task.
 
     vqa.py     answers to questions about a picture, from a vocabulary (questions.py reads them, answers.py scores them)
+    retrieval.py        embeddings rank, cross-attention looks again (reranking.py); negatives from the batch and foils.py
+    classification.py   one label or several, of a picture, a pair, two pictures with a text (labels.py reads and scores)
 
     part = registry.part("tasks", config.name)
     task = part.build(config, survey)

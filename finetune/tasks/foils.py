@@ -1,0 +1,58 @@
+"""Captions that are wrong about their picture, in one word or more: negatives that the data brings.
+
+Shapes: b = samples, F = foils a sample, T = tokens of the longest.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pretrain.data import BadSample
+from pretrain.data.shards import RawSample
+from pretrain.data.text import TextDecoder, clean
+
+
+class Foils(TextDecoder):
+    """A text decoder whose items are captions that are wrong about their picture."""
+
+    def __init__(self, text: TextDecoder, field: str, draw: int) -> None:
+        super().__init__(text.tokenizer, text.length, text.caption, text.trim, text.multiple)
+        self.field, self.draw = field, draw
+
+    def __call__(self, sample: RawSample, rng: np.random.Generator, train: bool) -> tuple[str, ...]:  # type: ignore[override]
+        """Up to `draw` of them, in evaluation the first ones. Raises BadSample where the field holds something else."""
+        found = foils_of(sample, self.field)
+        order = rng.permutation(len(found)) if train else range(len(found))
+        return tuple(found[int(i)] for i in order)[: self.draw]
+
+    def collate(self, items: list[tuple[str, ...]]) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """(b, F, T) int64, (b, F, T) bool; where there are too few, an empty text that is not counted."""
+        ids, mask = self.encode([text for item in items for text in [*item, *[""] * (self.draw - len(item))]])
+        return ids.unflatten(0, (-1, self.draw)), mask.unflatten(0, (-1, self.draw))
+
+    def merge(self, parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """As collated in one go."""
+        ids, mask = super().merge([(ids.flatten(0, 1), mask.flatten(0, 1)) for ids, mask in parts])
+        return ids.unflatten(0, (-1, self.draw)), mask.unflatten(0, (-1, self.draw))
+
+    def targets(self, items: list[tuple[str, ...]]) -> dict[str, Any]:
+        """foiled (b, F) bool: which texts are foils and not there to fill up."""
+        return {"foiled": torch.tensor([[i < len(item) for i in range(self.draw)] for item in items])}
+
+
+def foils_of(sample: RawSample, field: str) -> list[str]:
+    """The wrong captions of a sample; [] where it has none. Raises BadSample for a field of another kind."""
+    try:
+        values = json.loads(sample.members.get("json", b"{}"))
+    except (ValueError, RecursionError) as error:
+        raise BadSample("json unreadable", str(error)) from error
+    given = (values.get(field) if isinstance(values, dict) else None) or []
+    if not isinstance(given, list):
+        raise BadSample("foils unreadable", f"{field} is no list: {given!r}"[:200])
+    texts = [item.get("caption") if isinstance(item, dict) else item for item in given]
+    return [clean(text) for text in texts if isinstance(text, str) and clean(text)]

@@ -1,0 +1,266 @@
+"""Retrieval that looks twice: a contrastive loss, and a matching loss on the pairs that it finds hardest to tell apart.
+
+    task: {name: retrieval, rerank: 16}
+
+ALBEF (arXiv 2107.07651): two encoders rank, cross-attention decides. Each picture meets its caption, a wrong caption and
+each caption a wrong picture, drawn where the contrastive similarities are high over the batch of all processes (mining.py);
+with `foils`, also captions that are wrong in one word, where the data has such. Evaluation ranks by embeddings, and orders
+the first `rerank` again by the matching score. Momentum distillation and masked language modelling are not part of this task.
+
+Shapes: b = samples of this process, B = of all, F = foils a sample, S = 3 + F pairs a sample, T = tokens of a text,
+C = width of a token, D = width of the shared space.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from finetune import mining
+from finetune.model import Features, FusionModel, Head
+from finetune.tasks import Prediction, Setting, Survey, Task, per_item
+from finetune.tasks.foils import Foils
+from finetune.tasks.reranking import search
+from finetune.trace import Trace
+from pretrain import dist, registry
+from pretrain.config import ConfigError
+from pretrain.data.batch import Batch
+from pretrain.objective import SCALARS
+from pretrain.runlog import say
+from pretrain.towers import TokenSequence
+
+WINDOW = 200
+"""Steps over which the matching loss is compared with that of a constant answer."""
+
+
+@dataclass
+class Config:
+    """Ranking by embeddings, and again by cross-attention."""
+
+    name: str = "retrieval"
+    """This file."""
+    contrastive: float = 1.0
+    """Weight of the contrastive loss; 0 leaves the embeddings as they came."""
+    matching: float = 1.0
+    """Weight of the matching loss."""
+    same_caption: Literal["keep", "ignore"] = "ignore"
+    """ignore: samples with the caption of this one are not its negatives in the contrastive loss; in matching never."""
+    foils: str | None = None
+    """Field of a sample's json with captions that are wrong about its picture: a list of texts or of {caption: text}. null:
+    negatives come from the batch alone. A sample without any is used without."""
+    draw: int = 1
+    """F, foils drawn a sample and step, where there is a field of them."""
+    rerank: int = 16
+    """Candidates of each query that evaluation looks at twice; at most the whole gallery."""
+    score: Literal["sum", "matching"] = "sum"
+    """What orders the candidates. sum: matching logit + contrastive logit, the odds of a pair where negatives are drawn by
+    contrastive similarity. matching: the matching logit alone (ALBEF)."""
+    hidden: float = 2.0
+    """Hidden width of the matching head, in widths of a text token."""
+
+    def check(self) -> None:
+        """Raises ConfigError."""
+        if self.contrastive < 0 or self.matching <= 0:
+            raise ConfigError(
+                f"task.contrastive={self.contrastive} (at least 0) and task.matching={self.matching} (above 0) are weights of "
+                "losses; without matching, `clipfuse pretrain` trains the same model"
+            )
+        if self.draw < 1 or self.rerank < 1 or self.hidden <= 0:
+            raise ConfigError(
+                f"task.draw={self.draw} (from 1), task.rerank={self.rerank} (from 1) and task.hidden={self.hidden} (above 0) "
+                "do not fit together"
+            )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model's part
+
+
+class Matcher(Head):
+    """Fused words -> their mean and their maximum -> the logit that text and picture belong together."""
+
+    def __init__(self, width: int, config: Config) -> None:
+        super().__init__()
+        hidden = max(1, round(width * config.hidden))
+        self.norm = nn.LayerNorm(2 * width)
+        self.up = nn.Linear(2 * width, hidden)
+        self.out = nn.Linear(hidden, 1)
+
+    def forward(
+        self,
+        model: FusionModel,
+        inputs: dict[str, Tensor],
+        masks: dict[str, Tensor],
+        targets: dict[str, Any],
+        trace: Trace | None = None,
+    ) -> Features:
+        """With targets["ids"] (b, 2), see mining.sample_ids: image and text (b, D), logit_scale (1,), match (b, S) logits of
+        own pair, drawn caption, foils, drawn picture; real (b, S) bool, whether there is such a pair. Without: match (b,)."""
+        if "ids" not in targets:
+            text, image = model.tokens("text", inputs["text"], masks["text"]), model.tokens("image", inputs["image"])
+            return {"match": self.match(model, text, image, trace)}
+        text, text_row = model.read("text", inputs["text"], masks["text"])
+        image, image_row = model.read("image", inputs["image"])
+        assert text_row is not None
+        assert image_row is not None
+        scale = model.encoder.logit_scale.exp()
+        found = {"image": image_row, "text": text_row, "logit_scale": scale}
+        if model.encoder.logit_bias is not None:
+            found["logit_bias"] = model.encoder.logit_bias
+
+        wrong_text, wrong_image = _mine(image_row, text_row, scale, targets["ids"])
+        foils = model.tokens("text", inputs["foils"], masks["foils"]) if "foils" in inputs else None
+        longest = mining.longest(text if foils is None or foils.states.shape[1] < text.states.shape[1] else foils)
+        text = mining.padded(text, longest)
+        about = [text, mining.fetch(text, wrong_text.row)]  # texts about the own picture, which is asked once for all
+        real = [torch.ones_like(wrong_text.valid), wrong_text.valid]
+        if foils is not None:
+            foils = mining.padded(foils, longest)
+            drawn = inputs["foils"].shape[1]
+            about += [foils._replace(states=foils.states[i::drawn], mask=foils.mask[i::drawn]) for i in range(drawn)]
+            real += list(targets["foiled"].unbind(dim=1))
+        own = self.match(model, _interleaved(about), image).unflatten(0, (-1, len(about)))
+        other = self.match(model, text, mining.fetch(image, wrong_image.row))
+        found["match"] = torch.cat([own, other[:, None]], dim=1)
+        found["real"] = torch.stack([*real, wrong_image.valid], dim=1)
+        return found
+
+    def match(self, model: FusionModel, text: TokenSequence, image: TokenSequence, trace: Trace | None = None) -> Tensor:
+        """Texts (m b, T, C), m about each of b pictures -> (m b,) logits."""
+        fused = model.fuse({"text": text, "image": image}, trace)["text"]
+        highest = fused.states.masked_fill(~fused.mask[..., None], torch.finfo(fused.states.dtype).min).amax(dim=1)
+        highest = torch.where(fused.mask.any(dim=1, keepdim=True), highest, 0.0)
+        logits: Tensor = self.out(F.gelu(self.up(self.norm(torch.cat([fused.pooled, highest], dim=1)))))
+        return logits[:, 0]
+
+
+def _mine(image: Tensor, text: Tensor, scale: Tensor, ids: Tensor) -> tuple[mining.Negatives, mining.Negatives]:
+    """A caption for each picture, a picture for each caption. Collective."""
+    with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
+        first, second = mining.draws(len(image), 2, image.device)
+        images, texts = dist.gather_plain(image.detach()), dist.gather_plain(text.detach())
+        same, offset = mining.same_ids(ids), dist.rank() * len(image)
+        forth, back = scale * image @ texts.T, scale * text @ images.T
+        return mining.mine(forth, same, first, offset), mining.mine(back, same, second, offset)
+
+
+def _interleaved(texts: list[TokenSequence]) -> TokenSequence:
+    """Several texts a picture, each (b, T, C) -> (b m, T, C), those about a picture side by side."""
+    states = torch.stack([text.states for text in texts], dim=1).flatten(0, 1)
+    mask = torch.stack([text.mask for text in texts], dim=1).flatten(0, 1)
+    return texts[0]._replace(states=states, mask=mask)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The task
+
+
+class Retrieval(Task):
+    """See the file."""
+
+    primary_metric = "reranked_R@1"
+    splits = False  # a sample's negatives come from the whole batch
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.contrast: dict[bool, nn.Module] = {}
+        for biased, name in ((False, "clip"), (True, "siglip")):
+            part = registry.part("losses", name)
+            self.contrast[biased] = part.build(part.Config(name=name, same_caption=config.same_caption))
+        self._above: list[Tensor] = []  # matching loss less that of a constant answer, of the last steps
+        self._warned = False
+
+    def decoders(self, towers: dict[str, Any]) -> dict[str, Any]:
+        for name in ("image", "text"):
+            if name not in towers:
+                raise ConfigError(f"task.name=retrieval needs an {name} tower; the model has {', '.join(towers)}")
+        found = {"image": towers["image"], "text": towers["text"]}
+        if self.config.foils is not None:
+            found["foils"] = Foils(towers["text"], self.config.foils, self.config.draw)
+        return found
+
+    def head(self, model: FusionModel) -> Matcher:
+        if model.fusion is None or (model.fusion.config.query, model.fusion.config.context) != ("text", "image"):
+            raise ConfigError(
+                "task.name=retrieval asks pictures with texts: it needs a fusion with fusion.query=text, fusion.context=image"
+            )
+        return Matcher(model.widths["text"], self.config)
+
+    def encode(self, model: nn.Module, batch: Batch) -> Features:
+        """Names each sample, so that the model can tell negatives from what is right."""
+        ids = mining.sample_ids(batch.keys, batch.targets["caption_id"])
+        features: Features = model(batch.inputs, batch.masks, {**batch.targets, "ids": ids})
+        return features
+
+    def loss(self, features: Features, targets: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Contrastive + matching (a binary cross-entropy, its mean over the pairs of all processes)."""
+        match, real = _wide(features["match"]), features["real"]
+        labels = torch.zeros_like(match)
+        labels[:, 0] = 1
+        each = F.binary_cross_entropy_with_logits(match, labels, reduction="none")
+        matching = per_item(each.flatten(), real.flatten().to(each.dtype))
+        report = self._matching_report(match.detach(), each.detach(), labels, real)
+        loss = self.config.matching * matching
+        if self.config.contrastive:
+            pairs = {name: _wide(features[name]) for name in ("image", "text")}
+            bias = features.get("logit_bias")
+            contrast, more = self.contrast[bias is not None](pairs, features["logit_scale"], bias, targets)
+            loss = loss + self.config.contrastive * contrast
+            scalars = {name: features[name].detach().squeeze() for name in SCALARS if name in features}
+            report |= {"contrastive_loss": contrast.detach(), **more, **scalars}
+        return loss, report
+
+    @torch.no_grad()
+    def _matching_report(self, match: Tensor, each: Tensor, labels: Tensor, real: Tensor) -> dict[str, Tensor]:
+        count = real.sum()
+        loss = (each * real).sum() / count
+        accuracy = (((match > 0) == (labels > 0.5)) & real).sum() / count
+        p = len(match) / count  # the share of right pairs: all that a constant answer can know
+        constant = -(p * p.log() + torch.special.xlogy(1 - p, 1 - p))
+        self._watch(loss - constant, constant)
+        return {"matching_loss": loss, "matching_accuracy": accuracy}
+
+    def _watch(self, above: Tensor, constant: Tensor) -> None:
+        """Warns once where the loss of the last steps is that of a constant answer; looks at it rarely, as looking waits."""
+        if self._warned:
+            return
+        self._above.append(above)
+        if len(self._above) < WINDOW:
+            return
+        mean = float(torch.stack(self._above).mean())
+        self._above.clear()
+        if mean > -0.01:
+            self._warned = True
+            say(
+                f"warning: over the last {WINDOW} steps the matching loss was {mean + float(constant):.4f}; a constant answer "
+                f"has {float(constant):.4f}, so nothing is learned from the pairs. Raise optim.lr_scale of fusion and task, or "
+                "lengthen optim.warmup; see whether captions and pictures belong together"
+            )
+
+    def evaluate(self, model: FusionModel, shards: Any, setting: Setting) -> dict[str, float]:
+        """`image_to_text_R@K`, `text_to_image_R@K` by embeddings, the same `reranked_...`, and for both their mean: `R@1`,
+        `reranked_R@1`; `..._ceiling`, the recall that no order of the candidates can exceed; `rerank_k`, candidates a query,
+        and `rerank_ms`, milliseconds a query; `samples`, `captions`, `bad_samples`. Collective."""
+        head = cast(Matcher, model.head)
+        return search(model, shards, setting, head.match, self.config.rerank, self.config.score == "sum")
+
+    def predict(
+        self, model: FusionModel, inputs: dict[str, Tensor], masks: dict[str, Tensor], trace: Trace | None = None, top: int = 5
+    ) -> Prediction:
+        """How likely text and picture belong together; `score` is the matching logit."""
+        logits = model({name: inputs[name] for name in ("image", "text")}, masks, {}, trace)["match"].float()
+        return Prediction([[("match", p)] for p in logits.detach().sigmoid().tolist()], logits)
+
+
+def _wide(values: Tensor) -> Tensor:
+    """Half precisions as float32."""
+    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+
+
+def build(config: Config, survey: Survey | None) -> Retrieval:
+    """Nothing is learnt from the data before training."""
+    return Retrieval(config)

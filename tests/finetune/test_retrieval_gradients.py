@@ -1,0 +1,145 @@
+"""Retrieval on two processes has the gradient of one process on the whole batch, mined negatives, foils and all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from finetune import mining
+from finetune import model as models
+from finetune.adapt import freeze_unreached
+from finetune.model import FusionModel
+from finetune.tasks import retrieval
+from pretrain import dist, registry
+from pretrain.data.batch import Batch
+from pretrain.optim import OptimConfig
+from pretrain.step import seed_of, train_step
+from pretrain.strategies import choose
+from tests.pretrain.strategies import tiny, world
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+EXACT = {"ddp": 1e-10, "fsdp2": 1e-10, "zero2": 1e-5}
+"""DeepSpeed asserts on float64."""
+B, FOILS = 8, 2
+
+
+def built(dtype: torch.dtype) -> tuple[FusionModel, retrieval.Retrieval]:
+    """The same weights at each call, gates open; what the loss never reaches is frozen, as a run does it."""
+    task = retrieval.build(retrieval.Config(foils="foils", draw=FOILS, contrastive=0.7, matching=1.3), None)
+    model = models.build(tiny.model("clip"), registry.part("fusion", "cross").Config(layers=1, heads=2), None)
+    torch.manual_seed(1)
+    model.head = task.head(model)
+    with torch.no_grad():
+        for p in [*model.fusion.parameters(), *model.head.parameters()]:  # type: ignore[union-attr]
+            p.add_(0.2 * torch.randn_like(p))
+    model = model.to(dtype)
+    freeze_unreached(model, [task.loss(task.encode(model, whole().slice(0, 2)), whole().slice(0, 2).targets)[0]])
+    return model.train(), task
+
+
+def whole() -> Batch:
+    """Two captions are equal, in two processes; the second process has fewer foils, and shorter texts."""
+    pictures, foils = tiny.batch(0, B), tiny.batch(1, B * FOILS)
+    text, mask = pictures.inputs["text"], pictures.masks["text"].clone()
+    mask[B // 2 :, 8:] = False
+    foiled = torch.ones(B, FOILS, dtype=torch.bool)
+    foiled[5:, 1] = foiled[6, 0] = False
+    ids = torch.arange(B)
+    ids[6] = ids[1]
+    inputs = {"image": pictures.inputs["image"], "text": text, "foils": foils.inputs["text"].unflatten(0, (B, FOILS))}
+    masks = {"text": mask, "foils": foils.masks["text"].unflatten(0, (B, FOILS))}
+    return Batch(inputs, masks, pictures.keys, {"caption_id": ids, "foiled": foiled})
+
+
+def share() -> Batch:
+    """This process's part, trimmed as its loader would."""
+    b = B // dist.world_size()
+    mine = whole().slice(b * dist.rank(), b * (dist.rank() + 1))
+    longest = int(mine.masks["text"].sum(dim=1).max())
+    mine.inputs["text"], mine.masks["text"] = mine.inputs["text"][:, :longest], mine.masks["text"][:, :longest]
+    return mine
+
+
+def reference() -> tuple[float, dict[str, Tensor], int]:
+    """One process, float64, pair by pair; the number of pairs too."""
+    model, _ = built(torch.float64)
+    batch, head = whole(), model.head
+    texts, text = model.read("text", batch.inputs["text"], batch.masks["text"])
+    images, image = model.read("image", batch.inputs["image"])
+    foils = model.tokens("text", batch.inputs["foils"], batch.masks["foils"])
+    assert text is not None
+    assert image is not None
+
+    # -- contrastive: equal captions are no negatives
+    s = model.encoder.logit_scale.exp() * image @ text.T
+    ids = batch.targets["caption_id"]
+    kept = (ids[:, None] != ids[None]) | torch.eye(B, dtype=torch.bool)
+    total = torch.zeros((), dtype=torch.float64)
+    for i in range(B):
+        total = total - (s[i, i] - s[i][kept[i]].exp().sum().log()) / 2 - (s[i, i] - s[:, i][kept[i]].exp().sum().log()) / 2
+
+    # -- matching
+    torch.manual_seed(seed_of(0, 0, 0, 0))
+    first, second = mining.draws(B, 2, torch.device("cpu"))
+    forth, back = mining.mine(s.detach(), ~kept, first), mining.mine(s.detach().T, ~kept, second)
+
+    def pick(tokens: Any, i: int) -> Any:
+        return tokens._replace(states=tokens.states[i : i + 1], mask=tokens.mask[i : i + 1], pooled=tokens.pooled[i : i + 1])
+
+    terms = []
+    for i in range(B):
+        pairs = [(pick(texts, i), i, 1.0), (pick(texts, int(forth.row[i])), i, 0.0), (pick(texts, i), int(back.row[i]), 0.0)]
+        pairs += [(pick(foils, i * FOILS + f), i, 0.0) for f in range(FOILS) if batch.targets["foiled"][i, f]]
+        for words, picture, label in pairs:
+            p = head.match(model, words, pick(images, picture)).sigmoid()  # type: ignore[operator]
+            terms.append(-p.log() if label else -(1 - p).log())
+    value = 0.7 * total / B + 1.3 * torch.cat(terms).mean()
+    value.backward()
+    return value.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, len(terms)
+
+
+def cells() -> dict[str, tuple[float, str, float]]:
+    """strategy -> worst gradient, where, error of the loss."""
+    value, expected, _ = reference_alone()
+    found: dict[str, tuple[float, str, float]] = {}
+    for word, bound in EXACT.items():
+        strategy = choose(word, "fp32", OptimConfig(clip_norm=0.0), torch.device("cpu"))
+        model, task = built(torch.float64 if bound < 1e-6 else torch.float32)
+        strategy.setup(model)
+        strategy.model.train()
+        apply = strategy.apply
+        got: dict[str, Tensor] = {}
+
+        def spy(lr: float, strategy: Any = strategy, apply: Any = apply, got: Any = got) -> Any:
+            got.update(strategy.gradients())
+            return apply(lr)
+
+        strategy.apply = spy  # type: ignore[method-assign]
+        out = train_step(strategy, task, share(), 1, 0.0, (0, 0, dist.rank()))
+        where, worst = max(tiny.errors(got, expected).items(), key=lambda item: item[1])
+        found[word] = (worst, where, abs(dist.mean(out["loss"]).item() - value) / value)
+    return found
+
+
+def reference_alone() -> tuple[float, dict[str, Tensor], int]:
+    """The reference as a world of one computes it, inside one of two."""
+    kept = dist.world_size, dist.rank
+    dist.world_size, dist.rank = lambda: 1, lambda: 0
+    try:
+        return reference()
+    finally:
+        dist.world_size, dist.rank = kept
+
+
+def test_gradients_of_two_processes() -> None:
+    pytest.importorskip("deepspeed")
+    pairs = reference()[2]
+    assert pairs == 3 * B + 12  # every sample found negatives; 12 foils of 16 are there
+    for found in world.run(cells, 2):
+        assert len(found) == len(EXACT)
+        for word, (worst, where, error) in found.items():
+            assert worst <= EXACT[word], (word, where, worst)
+            assert error <= EXACT[word], (word, error)

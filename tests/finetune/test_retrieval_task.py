@@ -1,0 +1,271 @@
+"""Search that looks twice, against figures worked out pair by pair."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import math
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import finetune
+from finetune import model as models
+from finetune.tasks import EvalConfig, reranking, retrieval
+from finetune.tasks.foils import Foils
+from launch import cli
+from pretrain import registry
+from pretrain.config import UserError
+from pretrain.data import BadSample, loader
+from pretrain.data.batch import Batch
+from pretrain.data.shards import RawSample
+from pretrain.data.text import TextDecoder, load_tokenizer
+from tests.pretrain.strategies import tiny
+from tests.support import Small, lines
+
+CPU = torch.device("cpu")
+
+
+def words(small: Small, encoders: Path, run: Path, *more: str) -> list[str]:
+    return [
+        "finetune", "retrieval", f"run={run}", f"init={encoders}", f"data.train={small.train}", f"data.val={small.val}",
+        "data.batch_size=16", "data.workers=0", "eval.workers=0", "eval.max_samples=16", "task.rerank=5", "fusion.layers=1",
+        "fusion.heads=2", "optim.warmup=2", "train.log_every=1", "train.trackers=[]", "train.threads=1",
+        "train.eval_every=0", "train.save_every=4", "train.steps=4", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def encoders(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("encoders") / "run"
+    assert cli.main(["pretrain", "scenes", *small.settings(run, "train.steps=20")]) == 0
+    return run
+
+
+@pytest.fixture(scope="module")
+def run(small: Small, encoders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four steps, foils and all; it evaluates at its end."""
+    folder = tmp_path_factory.mktemp("retrieval") / "run"
+    assert cli.main(words(small, encoders, folder, "task.foils=foils", "task.draw=2", "optim.lr=0.005")) == 0
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures
+
+
+def test_recall_counts_ties_by_expectation() -> None:
+    """Against all orders that the scores allow."""
+    right = torch.tensor([[True, False, False, False], [False, True, True, False], [False, False, False, False]])
+    scores = torch.tensor([[1.0, 1.0, 2.0, 1.0], [0.0, 3.0, 1.0, 3.0], [1.0, 2.0, 3.0, 4.0]])
+    for k in (1, 2, 3):
+        found = reranking.recall(right, scores, k).tolist()
+        for q in range(3):
+            orders = [
+                p
+                for p in itertools.permutations(range(4))
+                if all(scores[q, a] >= scores[q, b] for a, b in itertools.pairwise(p))
+            ]
+            hits = [any(bool(right[q, i]) for i in order[:k]) for order in orders]
+            assert found[q] == pytest.approx(np.mean(hits)), (q, k)
+
+
+def test_k_is_cut_to_the_gallery_and_beyond_k_nothing_changes() -> None:
+    g = torch.Generator().manual_seed(0)
+    queries, gallery = torch.randn(3, 4, generator=g), torch.randn(6, 4, generator=g)
+    rows, values = reranking.candidates(queries, gallery, 99)
+    assert rows.sort(dim=1).values.tolist() == [list(range(6))] * 3
+    assert torch.equal(values, (queries.double() @ gallery.double().T).gather(1, rows))
+    assert (values.diff(dim=1) <= 0).all()
+    right = rows == torch.tensor([[0], [1], [2]])
+    out = reranking.figures("way", right[:, :3], values[:, :3], {"way_R@1": 0.1, "way_R@5": 0.7, "way_R@10": 0.9})
+    assert (out["reranked_way_R@5"], out["reranked_way_R@10"]) == (0.7, 0.9)
+    assert out["way_ceiling"] == pytest.approx(float(right[:, :3].any(dim=1).double().mean()))
+
+
+@pytest.mark.parametrize("score", ["sum", "matching"])
+def test_search_is_what_sorting_every_pair_gives(small: Small, run: Path, score: str) -> None:
+    """Each picture with each caption through the whole model, one text a picture; then plain sorting."""
+    loaded = finetune.load(run)
+    loaded.task.config.score = score  # type: ignore[attr-defined]
+    n, k = 18, 5
+    out = loaded.evaluate(small.val, EvalConfig(batch_size=7, workers=0, max_samples=n), CPU)
+    batches = read(loaded, small.val, n)
+    image = torch.cat([b.inputs["image"] for b in batches])
+    texts = [own[0] for b in batches for own in b.targets["captions"]]
+    ids, mask = loaded.decoders["text"].encode(texts)
+    with torch.inference_mode():
+        near = loaded.model.embed("image", image).double() @ loaded.model.embed("text", ids, mask).double().T
+        rows = []
+        for i in range(n):
+            repeated = image[i : i + 1].expand(n, -1, -1, -1)
+            rows.append(loaded.task.predict(loaded.model, {"image": repeated, "text": ids}, {"text": mask}).score.double())
+        match = torch.stack(rows)
+        scale = loaded.model.encoder.logit_scale.exp().double() if score == "sum" else 0.0
+    second = match + scale * near
+    for name, first, again in (("image_to_text", near, second), ("text_to_image", near.T, second.T)):
+        hits = dict.fromkeys((1, 5), 0)
+        inside = 0
+        for q in range(n):
+            order = first[q].argsort(descending=True)[:k].tolist()
+            inside += q in order
+            order.sort(key=lambda c, q=q, again=again: -float(again[q, c]))  # type: ignore[misc]
+            for at in hits:
+                hits[at] += q in order[:at]
+        assert out[f"reranked_{name}_R@1"] == pytest.approx(hits[1] / n)
+        assert out[f"reranked_{name}_R@5"] == pytest.approx(hits[5] / n)
+        assert out[f"{name}_ceiling"] == out[f"{name}_R@5"] == pytest.approx(inside / n)
+    assert (out["samples"], out["captions"], out["rerank_k"]) == (n, n, k)
+    assert out["rerank_ms"] > 0
+    assert out["reranked_R@1"] == (out["reranked_image_to_text_R@1"] + out["reranked_text_to_image_R@1"]) / 2
+
+
+def read(loaded: Any, shards: str, count: int) -> list[Batch]:
+    return list(loader.sequential(shards, {n: loaded.decoders[n] for n in ("image", "text")}, 8, max_samples=count))
+
+
+def test_several_captions_and_words_without_padding(small: Small, run: Path, tmp_path: Path) -> None:
+    """A caption said twice changes neither ceiling nor recall from text; k larger than the gallery is cut."""
+    loaded = finetune.load(run)
+    loaded.task.config.rerank = 1000  # type: ignore[attr-defined]
+    samples = read(loaded, small.val, 6)
+    with tarfile.open(small.val.replace("*", "0000")) as tar:
+        pictures = [tar.extractfile(m).read() for m in tar.getmembers() if m.name.endswith("jpg")][:6]  # type: ignore[union-attr]
+    texts = [own[0] for b in samples for own in b.targets["captions"]]
+    with tarfile.open(tmp_path / "twice-0000.tar", "w") as tar:
+        for i, (picture, text) in enumerate(zip(pictures, texts, strict=True)):
+            content = {"jpg": picture, "json": json.dumps({"said": [text, text]}).encode()}
+            for extension, data in content.items():
+                member = tarfile.TarInfo(f"{i:04}.{extension}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    once = loaded.evaluate(small.val, EvalConfig(batch_size=4, workers=0, max_samples=6), CPU)
+    loaded.decoders["text"].caption = "said"
+    twice = loaded.evaluate(str(tmp_path), EvalConfig(batch_size=4, workers=0), CPU)
+    assert (twice["captions"], twice["samples"], once["rerank_k"]) == (12, 6, 6)
+    assert once["image_to_text_ceiling"] == twice["text_to_image_ceiling"] == 1.0
+    assert twice["reranked_text_to_image_R@1"] == pytest.approx(once["reranked_text_to_image_R@1"])
+    assert twice["reranked_image_to_text_R@1"] == pytest.approx(once["reranked_image_to_text_R@1"])
+
+
+def test_nothing_to_rank_is_one_line(run: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "bad-0000.tar", "w") as tar:
+        member = tarfile.TarInfo("a.txt")
+        member.size = 4
+        tar.addfile(member, io.BytesIO(b"word"))
+    with pytest.raises(UserError, match=r"nothing to rank in .*: 1 samples were left out"):
+        finetune.load(run).evaluate(str(tmp_path), EvalConfig(workers=0), CPU)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def test_a_run_reports_both_losses_and_evaluates(run: Path) -> None:
+    trained = [line for line in lines(run / "metrics.jsonl") if "loss" in line]
+    assert len(trained) == 4
+    for line in trained:
+        assert line["loss"] == pytest.approx(line["contrastive_loss"] + line["matching_loss"], rel=1e-4)
+    last = [line for line in lines(run / "metrics.jsonl") if "val/reranked_R@1" in line][-1]
+    assert last["val/samples"] == 16
+
+
+def tiny_task(**settings: Any) -> tuple[Any, retrieval.Retrieval]:
+    task = retrieval.build(retrieval.Config(**settings), None)
+    model = models.build(tiny.model("clip"), registry.part("fusion", "cross").Config(layers=1, heads=2), None)
+    model.head = task.head(model)
+    return model, task
+
+
+def test_batches_without_a_negative_do_not_crash() -> None:
+    model, task = tiny_task()
+    for batch in (tiny.batch(0, 4).slice(0, 1), tiny.batch(0, 4)):
+        batch.targets["caption_id"] = torch.zeros(len(batch), dtype=torch.int64)
+        features = task.encode(model, batch)
+        assert features["real"].tolist() == [[True, False, False]] * len(batch)
+        loss, report = task.loss(features, batch.targets)
+        loss.backward()
+        expected = torch.nn.functional.softplus(-features["match"][:, 0]).mean()  # the right pairs alone
+        torch.testing.assert_close(report["matching_loss"], expected.detach())
+        assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_siglip_encoders_keep_their_own_loss() -> None:
+    task = retrieval.build(retrieval.Config(), None)
+    model = models.build(tiny.model("siglip"), registry.part("fusion", "cross").Config(layers=1, heads=2), None)
+    model.head = task.head(model)
+    batch = tiny.batch(0, 8)
+    features = task.encode(model, batch)
+    _, report = task.loss(features, batch.targets)
+    expected = tiny.closed_form("siglip", features)
+    torch.testing.assert_close(report["contrastive_loss"], expected.detach())
+
+
+def test_a_constant_answer_is_warned_of_once(capsys: pytest.CaptureFixture[str]) -> None:
+    _, task = tiny_task(contrastive=0.0)
+    constant = {"match": torch.full((4, 3), math.log(0.5)), "real": torch.ones(4, 3, dtype=torch.bool)}
+    for _ in range(3 * retrieval.WINDOW):
+        _, report = task.loss(constant, {})
+    assert float(report["matching_loss"]) == pytest.approx(0.6365, abs=1e-4)
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("warning") == 1
+    assert "the matching loss was 0.6365; a constant answer has 0.6365" in said
+
+    _, task = tiny_task(contrastive=0.0)
+    learns = constant["match"] + torch.tensor([0.5, 0.0, 0.0])
+    for _ in range(retrieval.WINDOW):
+        task.loss({**constant, "match": learns}, {})
+    assert "warning" not in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Foils, one text a picture, refusals
+
+
+def test_foils_of_a_sample(small: Small) -> None:
+    decoder = Foils(TextDecoder(load_tokenizer(small.tokenizer), 24), "foils", 2)
+
+    def items(*fields: Any, train: bool = True) -> list[tuple[str, ...]]:
+        made = [RawSample("s/0", {"json": json.dumps(field).encode()}) for field in fields]
+        return [decoder(sample, np.random.default_rng(i), train) for i, sample in enumerate(made)]
+
+    found = items({"foils": [{"caption": " a  red car", "changed": "colour"}, "a car", "", 3]}, {"foils": []}, {"other": 1})
+    assert [sorted(item) for item in found] == [["a car", "a red car"], [], []]
+    assert decoder.targets(found)["foiled"].tolist() == [[True, True], [False, False], [False, False]]
+    ids, mask = decoder.collate(found)
+    assert ids.shape[:2] == mask.shape[:2] == (3, 2)
+    assert torch.equal(decoder.merge([decoder.collate(found[:1]), decoder.collate(found[1:])])[0], ids)
+    with pytest.raises(BadSample, match="foils is no list"):
+        items({"foils": "a red car"})
+
+
+def test_one_text_a_picture(small: Small, run: Path) -> None:
+    loaded = finetune.load(run)
+    batch = read(loaded, small.val, 3)[0]
+    said = loaded.task.predict(loaded.model, {**batch.inputs}, batch.masks)
+    assert [[name for name, _ in row] for row in said.best] == [["match"]] * 3
+    for row, score in zip(said.best, said.score.tolist(), strict=True):
+        assert row[0][1] == pytest.approx(1 / (1 + math.exp(-score)))
+    said.score.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("setting", "line"),
+    [
+        ("fusion=null", "fusion.query=text"),
+        ("fusion.query=image fusion.context=text", "fusion.query=text"),
+        ("train.chunks=2", "train.chunks=2: retrieval compares samples"),
+        ("task.matching=0", "task.matching=0"),
+        ("task.rerank=0", "task.rerank=0"),
+    ],
+)
+def test_refused_in_one_line(
+    setting: str, line: str, small: Small, encoders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(words(small, encoders, tmp_path / "run", *setting.split())) == 2
+    assert line in " ".join(capsys.readouterr().err.split())
