@@ -12,9 +12,10 @@ strategies/     how a step runs on one or many processes
 loop.py         fit(): the only training loop; stop.py: signals; meter.py, flops.py: how fast; runlog.py: what it says
 launched.py     do the processes know each other; heartbeat.py: do they still live; oom.py: memory ran out
 checkpoint.py   written atomically, verified, rotated; inference.py: loaded, ready to encode
-recipe.py       the schema of a run, and its assembly
+recipe.py       the schema of a run, and its assembly; start.py: what it starts from
 encode.py       batches -> embeddings; embed.py: of a split, in memory
 embed_files.py  of whole collections, into files: collection.py (what is there), parquet.py, board.py (who does
                 what), embed_options.py
+export.py       a run as transformers, open_clip and onnxruntime load it; formats/: how they name and hold it, there and back
 evaluate.py     retrieval.py, zero_shot.py, linear_probe.py: the figures
 """

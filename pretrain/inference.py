@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from pretrain import checkpoint, registry
 from pretrain import config as configuration
@@ -12,10 +15,14 @@ from pretrain import model as models
 from pretrain.config import ConfigError, UserError
 from pretrain.data.images import AugmentConfig, ImageDecoder
 from pretrain.data.text import TextDecoder, load_tokenizer
+from pretrain.formats import Found, read_hf, read_open_clip
 from pretrain.model import DualEncoder, ModelSchema
 
 TOKENIZER = "tokenizer"
 """The tokenizer's folder inside a checkpoint."""
+
+WEIGHT_FILES = (".pt", ".pth", ".bin", ".safetensors")
+"""What open_clip's files of weights end in."""
 
 
 @dataclass
@@ -32,10 +39,15 @@ class Loaded:
 
 
 def load_model(run: str | Path) -> Loaded:
-    """RUN is a run folder (its best, else newest checkpoint) or a checkpoint folder; of a fine-tuned one, the encoders.
+    """RUN is a run folder (its best, else newest checkpoint) or a checkpoint folder; of a fine-tuned one, the encoders. Or a
+    model of transformers (a folder, a hub name) or open_clip (a folder, MODEL:FILE).
 
     Raises UserError.
     """
+    read = foreign(run)
+    if read is not None:
+        found = read(str(run))
+        return _built(found.config, found.weights, found.tokenizer, "txt", Path(run), 0)
     folder = checkpoint.find(run)
     path = folder / "config.yaml"
     if not path.exists():
@@ -44,13 +56,31 @@ def load_model(run: str | Path) -> Loaded:
     config = configuration.build(ModelSchema, values, str(path), partial=True)
     caption = (values.get("data") or {}).get("caption", "txt")
     tokenizer = load_tokenizer(str(folder / TOKENIZER))
-    model = models.build(towers(config), config.model, tokenizer)
     weights = checkpoint.read_weights(folder)
     if "task" in values:  # fine-tuned: the encoders stand among other parts
         weights = {name.removeprefix("encoder."): w for name, w in weights.items() if name.startswith("encoder.")}
+    return _built(config, weights, tokenizer, caption, folder, checkpoint.step_of(folder))
+
+
+def _built(config: ModelSchema, weights: dict[str, Tensor], tokenizer: Any, caption: str, folder: Path, step: int) -> Loaded:
+    model = models.build(towers(config), config.model, tokenizer)
     checkpoint.load_weights(model, weights, folder)
     model.eval()
-    return Loaded(model, config, tokenizer, decoders(config, tokenizer, model, caption), folder, checkpoint.step_of(folder))
+    return Loaded(model, config, tokenizer, decoders(config, tokenizer, model, caption), folder, step)
+
+
+def foreign(run: str | Path) -> Callable[[str], Found] | None:
+    """What reads RUN where it is not ours but a model of transformers or open_clip; None where it is ours, or nothing."""
+    path, text = Path(run), str(run)
+    if path.is_dir():
+        if (path / "open_clip_config.json").is_file():
+            return read_open_clip.read
+        ours = (path / "config.yaml").exists() or (path / "checkpoints").exists()
+        return read_hf.read if (path / "config.json").is_file() and not ours else None
+    if path.is_file() or (":" in text and Path(text.rpartition(":")[2]).suffix in WEIGHT_FILES):
+        return read_open_clip.read
+    hub_name = text.count("/") == 1 and not text.startswith((".", "/", "~", "runs/"))
+    return read_hf.read if hub_name and not path.parent.exists() else None
 
 
 def towers(config: ModelSchema) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ class ModelConfig:
 
     dim: int = 512
     """D, the width of the shared space."""
+    projection: Literal["linear", "none"] = "linear"
+    """linear: a matrix without bias from each tower's pooled vector. none: that vector is the embedding (SigLIP)."""
     logit_scale: float | None = None
     """Logarithm of the scale at the start; null takes the loss's own."""
     logit_bias: float | None = None
@@ -61,14 +63,15 @@ class ModelSchema:
 class DualEncoder(nn.Module):
     """Encodes each modality into one space. Two modalities in practice; the names are the towers', any number works."""
 
-    def __init__(self, towers: dict[str, Tower], dim: int, logit_scale: float, logit_bias: float | None) -> None:
+    def __init__(
+        self, towers: dict[str, Tower], dim: int, logit_scale: float, logit_bias: float | None, projected: bool = True
+    ) -> None:
         super().__init__()
         self.towers = nn.ModuleDict(towers)
-        self.projections = nn.ModuleDict(
-            {name: nn.Linear(tower.pooled_width, dim, bias=False) for name, tower in towers.items()}
-        )
-        for name, tower in towers.items():
-            nn.init.normal_(self.projection(name).weight, std=tower.pooled_width**-0.5)
+        made = {name: nn.Linear(tower.pooled_width, dim, bias=False) for name, tower in towers.items()} if projected else {}
+        for name, matrix in made.items():
+            nn.init.normal_(matrix.weight, std=towers[name].pooled_width**-0.5)
+        self.projections = nn.ModuleDict(made or {name: NoProjection(dim) for name in towers})
         self.logit_scale = nn.Parameter(torch.full((1,), logit_scale))  # never 0-d: ZeRO and FSDP2 refuse that
         self.logit_bias = None if logit_bias is None else nn.Parameter(torch.full((1,), logit_bias))
 
@@ -107,9 +110,9 @@ class DualEncoder(nn.Module):
             raise ConfigError(f"the model has no tower for {modality!r}; it has {', '.join(self.towers)}")
         return cast(Tower, self.towers[modality])
 
-    def projection(self, modality: str) -> nn.Linear:
+    def projection(self, modality: str) -> nn.Linear | NoProjection:
         """(.., P) -> (.., D), no bias."""
-        return cast(nn.Linear, self.projections[modality])
+        return cast("nn.Linear | NoProjection", self.projections[modality])
 
     @torch.no_grad()
     def clamp_(self) -> None:
@@ -131,6 +134,18 @@ class DualEncoder(nn.Module):
         }
 
 
+class NoProjection(nn.Module):
+    """The pooled vector is the embedding."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.in_features = self.out_features = width
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """(.., D) -> the same."""
+        return pooled
+
+
 def build(towers: dict[str, Any], config: ModelConfig, tokenizer: Any = None) -> DualEncoder:
     """{modality: a tower's Config} -> DualEncoder. A bias is made only where the configuration gives one.
 
@@ -142,4 +157,11 @@ def build(towers: dict[str, Any], config: ModelConfig, tokenizer: Any = None) ->
         if made[name].modality != name:
             raise ConfigError(f"{name}.tower={part.tower} encodes {made[name].modality}, not {name}")
     scale = LOGIT_SCALE if config.logit_scale is None else config.logit_scale
-    return DualEncoder(made, config.dim, scale, config.logit_bias)
+    projected = config.projection == "linear"
+    for name, tower in made.items():
+        if not projected and tower.pooled_width != config.dim:
+            raise ConfigError(
+                f"model.projection=none needs towers as wide as the shared space: the {name} tower's vectors have "
+                f"{tower.pooled_width} numbers, model.dim={config.dim}"
+            )
+    return DualEncoder(made, config.dim, scale, config.logit_bias, projected)

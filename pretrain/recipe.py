@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 
-from pretrain import checkpoint, dist, flops, inference, launched, registry, strategies
+from pretrain import checkpoint, dist, flops, inference, launched, registry, start, strategies
 from pretrain import config as configuration
 from pretrain import model as models
 from pretrain.config import ConfigError, UserError, section
 from pretrain.data import loader as loading
 from pretrain.data.loader import Batch, DataConfig, Loader
 from pretrain.data.sources import sources_of
-from pretrain.data.text import load_tokenizer
 from pretrain.evaluate import EvalConfig, evaluate
 from pretrain.loop import Outcome, Plan, TrainConfig, fit
 from pretrain.model import DualEncoder, ModelSchema
@@ -35,8 +34,11 @@ class PretrainConfig(ModelSchema):
     """Seeds the order of the data, augmentation, initial weights and dropout."""
     resume: str = "auto"
     """auto = go on from the newest checkpoint in the run folder; never = start anew; or a checkpoint folder."""
-    init: str | None = None
-    """A run or checkpoint whose weights the towers and projections start from."""
+    init: Any = None
+    """A run, a checkpoint or a published CLIP whose weights towers and projections start from; {image: RUN, text: RUN} for
+    one tower each. Sections that name no architecture take its own."""
+    init_partial: bool = False
+    """Take what fits of init's weights and let the rest start anew; both are counted. Otherwise a difference is an error."""
     data: DataConfig = field(default_factory=DataConfig)
     """What is read, and how."""
     loss: Any = section(registry.part, "losses", "name", "clip")
@@ -50,6 +52,7 @@ class PretrainConfig(ModelSchema):
 
     def check(self) -> None:
         """Refuses combinations that cannot run."""
+        start.check(self.init)
         if self.data.batch_size % (dist.world_size() * self.train.chunks):
             raise ConfigError(
                 f"data.batch_size={self.data.batch_size} must be divisible by processes x train.chunks = "
@@ -71,8 +74,8 @@ class Parts:
 
 
 def load(path: Path, settings: list[str]) -> PretrainConfig:
-    """A file with key=value settings laid over it. Raises ConfigError."""
-    return configuration.load(PretrainConfig, path, settings)
+    """A file with key=value settings laid over it, and what `init` is under it. Raises ConfigError."""
+    return configuration.build(PretrainConfig, start.under(configuration.merged(path, settings)), str(path))
 
 
 def assemble(config: PretrainConfig) -> Parts:
@@ -84,7 +87,7 @@ def assemble(config: PretrainConfig) -> Parts:
         config.model.logit_bias = loss.LOGIT_BIAS
     if config.data.val is not None:
         sources_of(config.data.val, "data.val")  # now, not after the first thousand steps
-    tokenizer = load_tokenizer(config.text.tokenizer or config.text.name) if config.text is not None else None
+    tokenizer = start.tokenizer(config.init, config.text) if config.text is not None else None
     torch.manual_seed(config.seed)
     model = models.build(inference.towers(config), config.model, tokenizer)
     kinds = (config, tokenizer, model, config.data.caption)
@@ -110,9 +113,7 @@ def train(config: PretrainConfig) -> Outcome:
         source = resume_from(config.resume, folder)
         parts = assemble(config)
         if source is None and config.init is not None:
-            start = checkpoint.find(config.init)
-            checkpoint.load_weights(parts.model, checkpoint.read_weights(start), start)
-            say(f"weights start from {start}")
+            start.load(parts.model, config.init, config.init_partial)
         kept = inference.portable(config, parts.model)
         if dist.is_main():
             configuration.save(config, folder.path / "config.yaml")

@@ -1,0 +1,108 @@
+"""A run -> a folder that other libraries load: transformers, open_clip, or graphs for onnxruntime.
+
+    export(loaded, Path("DIR"), "hf") -> Path
+
+What is written is loaded back the way a stranger would, and its embeddings are compared with the run's: a folder that is
+there gives the same. It is made under another name and renamed, so it is whole or not there.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain import checkpoint
+from pretrain.config import ConfigError, UserError
+from pretrain.formats import Encoders, card
+from pretrain.formats.tokens import PROBES
+from pretrain.inference import Loaded
+
+FORMATS = ("hf", "open_clip", "onnx")
+TOLERANCE = 1e-5
+"""Largest difference of an embedding's component in float32; embeddings have length 1."""
+
+
+def finished(run: str | Path) -> None:
+    """Refuses a run folder whose run did not end. Raises UserError. A checkpoint folder names itself, and passes."""
+    path = next((p for p in (Path(run), Path("runs") / run) if (p / "status.json").is_file()), None)
+    if path is None:
+        return
+    status = json.loads((path / "status.json").read_text())
+    if status.get("state") != "done":
+        newest = checkpoint.complete(path / "checkpoints")
+        other = f"; its newest checkpoint can be exported by name: {newest[-1]}" if newest else ""
+        why = f", {status['why']}" if status.get("why") else ""
+        raise UserError(f"{path} is not finished ({status.get('state')} at step {status.get('step')}{why}){other}")
+
+
+def export(loaded: Loaded, folder: Path, form: str, license: str | None = None) -> Path:
+    """Writes `folder`, which must not exist yet. Returns it.
+
+    Args:
+        loaded: a run, a checkpoint, or a published model, as inference.load_model gives it.
+        form: hf, open_clip or onnx.
+        license: of the weights, as the hub names licences; the model card states it.
+
+    Raises:
+        UserError: the folder exists, the format has no place for a part of the model (and which formats have).
+    """
+    if form not in FORMATS:
+        raise ConfigError(f"--format {form}: the choices are {', '.join(FORMATS)}")
+    if folder.exists():
+        raise UserError(f"{folder} exists already; give a folder that does not")
+    encoders = encoders_of(loaded)
+    module = _module(form)
+    if wrong := module.problem(encoders):
+        others = [name for name in FORMATS if name != form and _module(name).problem(encoders) is None]
+        can = f"; --format {' or '.join(others)} can hold it" if others else ""
+        raise UserError(f"{form} cannot hold {wrong}{can}")
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        module.write(encoders, partial)
+        difference = compare(encoders, module.load(partial))
+        (partial / "README.md").write_text(card.text(encoders, loaded.folder, form, folder.name, license, difference))
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def encoders_of(loaded: Loaded) -> Encoders:
+    """What formats write of a loaded model."""
+    text = loaded.decoders.get("text")
+    if text is None:
+        raise UserError(f"{loaded.folder} has no text tower: there is nothing to export as a pair")
+    return Encoders(loaded.model.to("cpu").eval(), loaded.config, text)
+
+
+@torch.no_grad()
+def compare(encoders: Encoders, embed: Any) -> float | None:
+    """The largest difference between our embeddings and those of the written folder; None where its library is missing.
+
+    Raises UserError beyond TOLERANCE.
+    """
+    if embed is None:
+        return None
+    size = encoders.preprocess.size
+    noise = torch.randint(0, 256, (4, 3, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    tower = encoders.image_tower
+    assert tower is not None
+    theirs = embed(tower.normalise(noise), PROBES)
+    ours = (encoders.model.encode("image", noise), encoders.model.encode("text", *encoders.text.encode(PROBES)))
+    difference = max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
+    if not difference <= TOLERANCE:
+        raise UserError(
+            f"what was written gives other embeddings than the run, by {difference:.1g}: nothing was kept; please report it"
+        )
+    return difference
+
+
+def _module(form: str) -> Any:
+    return importlib.import_module(f"pretrain.formats.{form}")
