@@ -7,6 +7,7 @@ end of a text as the maximum of its ids.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -45,7 +46,7 @@ def train_tokenizer(
         shards: as for `data.train`.
         out: the folder; made if it is not there.
         vocab: most tokens, the 256 bytes and 3 special ones included; captions may hold too little text for as many.
-        caption: "txt", or a json field (all captions of a list are used).
+        caption: "txt", or a json field (all captions of a list are used), or several with commas between: "txt,questions".
         length: what the tokenizer states as its longest text, in tokens.
         lowercase: make no difference between cases.
         limit: captions read at most, from the start.
@@ -120,13 +121,26 @@ def train_on(
 
 def read_captions(paths: Sequence[str], caption: str = "txt") -> Iterator[str]:
     """Every caption of these shards in order; samples without one are passed over. Raises UserError for a damaged shard."""
-    reader = Reader(paths)
+    reader, fields = Reader(paths), [field.strip() for field in caption.split(",")]
+    members = sorted({"txt" if field == "txt" else "json" for field in fields})
     for shard, path in enumerate(paths):
         for sample in range(index(path).count):
-            try:
-                yield from captions(reader.read(shard, sample, ["txt" if caption == "txt" else "json"]).members, caption)
-            except BadSample:
-                continue
+            read = reader.read(shard, sample, members).members
+            for field in fields:
+                try:
+                    yield from _questions(read) if field == "questions" else captions(read, field)
+                except BadSample:
+                    continue
+
+
+def _questions(members: dict[str, bytes]) -> list[str]:
+    """The questions of a sample: what is asked is read by the same tower as what is said."""
+    try:
+        values = json.loads(members.get("json", b"{}"))
+    except (ValueError, RecursionError) as error:
+        raise BadSample("json unreadable", str(error)) from error
+    asked = values.get("questions") if isinstance(values, dict) else None
+    return [item["question"] for item in asked or [] if isinstance(item, dict) and isinstance(item.get("question"), str)]
 
 
 class _Counted:
