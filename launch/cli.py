@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("shards", metavar="SHARDS", help="glob, brace pattern, folder or url")
     p.add_argument("dir", metavar="DIR", type=Path, help="folder to save the tokenizer in, in transformers' format")
     p.add_argument("--vocab", type=int, default=8192, metavar="N", help="size of the vocabulary (default 8192)")
-    p.add_argument("--caption", default="txt", metavar="FIELD", help="txt, or a field of the json (default txt)")
+    p.add_argument("--caption", default="txt", metavar="FIELD", help="txt (default), a field of the json, or txt,questions")
 
     p = _command(commands, "pretrain", _pretrain, "shards -> aligned encoders")
     p.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a shipped one")
