@@ -34,3 +34,29 @@ def test_dry_builds(path: Path, small: Small, in_tmp: Path, capsys: pytest.Captu
     settings = [*FOR_ALL, f"text.tokenizer={small.tokenizer}", "image.pretrained=false"]
     assert cli.main(["pretrain", path.stem, "--dry-run", *settings]) == 0
     assert "trainable" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fine-tuning
+
+FINETUNE = sorted((ROOT / "configs/finetune").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def encoders(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `init` names: a run of one step."""
+    run = tmp_path_factory.mktemp("encoders") / "run"
+    assert cli.main(["pretrain", "scenes", *small.settings(run, "train.steps=1")]) == 0
+    return run
+
+
+@pytest.mark.parametrize("path", FINETUNE, ids=lambda path: path.stem)
+def test_fine_tuning_dry_builds(
+    path: Path, small: Small, encoders: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert path.read_text().startswith(f"# clipfuse finetune {path.stem} ")
+    data = [f"data.train={small.train}", f"data.val={small.val}", "data.workers=0"]
+    assert cli.main(["finetune", path.stem, "--dry-run", f"init={encoders}", *data, "data.batch_size=16"]) == 0
+    shown = capsys.readouterr().out
+    assert "trainable" in shown
+    assert f"name: {path.stem}" in shown

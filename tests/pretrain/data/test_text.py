@@ -30,7 +30,7 @@ from transformers import AutoTokenizer, BertTokenizer, ByT5Tokenizer, PreTrained
 from pretrain.config import ConfigError, UserError
 from pretrain.data import BadSample
 from pretrain.data.text import TextDecoder, caption_id, captions, clean, load_tokenizer, train_tokenizer
-from tests.support import ROOT
+from tests.support import ROOT, Small
 
 TEXTS = [
     "a red car on a bridge",
@@ -317,6 +317,15 @@ def test_training_is_deterministic(shards: str, tmp_path: Path) -> None:
 def test_captions_of_a_json_field(shards: str, tmp_path: Path) -> None:
     train_tokenizer(shards, tmp_path, vocab=330, caption="alt")
     assert len(load_tokenizer(tmp_path)("rotes")["input_ids"]) == 3
+
+
+def test_words_of_questions_become_tokens_where_they_are_asked_for(small: Small, tmp_path: Path) -> None:
+    """No caption says "how many": without the questions it falls apart."""
+    train_tokenizer(small.train, tmp_path / "both", vocab=500, caption="txt,questions")
+    both = load_tokenizer(tmp_path / "both")
+    assert len(both("how many")["input_ids"]) == 4  # <bos> how many <eos>
+    assert len(load_tokenizer(small.tokenizer)("how many")["input_ids"]) > 4
+    assert len(both("a car")["input_ids"]) == len(load_tokenizer(small.tokenizer)("a car")["input_ids"])
 
 
 def test_what_cannot_be_trained_is_said_in_a_line(shards: str, tmp_path: Path) -> None:
