@@ -106,7 +106,7 @@ def freeze_unreached(model: nn.Module, outputs: Iterable[Tensor]) -> list[str]:
     A task that reads tokens only never reaches a pooler or logit_scale: without this DDP and ZeRO would wait for their
     gradients. `outputs` are those of one small forward pass with gradients on; nothing is computed here.
     """
-    tensors = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    tensors: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
     used = {name for out in outputs if out.requires_grad for name in reached(out, tensors)}
     still = [name for name in tensors if name not in used]
     for name in still:

@@ -262,7 +262,7 @@ class Captioning(Task):
     def _scored(self, model: FusionModel, batches: Any, setting: Setting) -> list[tuple[str, float, float, str, list[str]]]:
         """Of each sample of this process's share: key, log-probability of its first caption, its tokens, what was written,
         all captions."""
-        found = []
+        found: list[tuple[str, float, float, str, list[str]]] = []
         captions = self._captions()
         with setting.measuring(model):
             for batch in batches:
