@@ -7,6 +7,8 @@
     maps.py         a trace -> one map a word on the picture's grid: raw | rollout | gradcam | relevance
     model.py        encoder + fusion + a task's head
     mining.py       hard negatives, over all processes
+    adapt.py        what of the encoders moves: freezing, another picture size, lora.py; aligned.py keeps the contrastive loss on
+    wise.py         weights between the pretrained and the fine-tuned encoders
     tasks/          what is learned: one file a task
     config.py       the schema of a run, laid over what `init` brings
     recipe.py       a run assembled and trained by pretrain's one loop; __main__.py is what launchers start

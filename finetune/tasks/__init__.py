@@ -2,6 +2,7 @@
 
     vqa.py     answers to questions about a picture, from a vocabulary (questions.py reads them, answers.py scores them)
     retrieval.py        embeddings rank, cross-attention looks again (reranking.py); negatives from the batch and foils.py
+    captioning.py       sentences about a picture, word after word (generate.py searches, wording.py scores)
     classification.py   one label or several, of a picture, a pair, two pictures with a text (labels.py reads and scores)
 
     part = registry.part("tasks", config.name)
