@@ -7,7 +7,8 @@
     maps.py         a trace -> one map a word on the picture's grid: raw | rollout | gradcam | relevance
     model.py        encoder + fusion + a task's head
     mining.py       hard negatives, over all processes
-    adapt.py        what of the encoders moves: freezing, another picture size, lora.py; aligned.py keeps the contrastive loss on
+    adapt.py        what of the encoders moves: freezing, another picture size, lora.py
+    aligned.py      a task with the contrastive loss kept on
     wise.py         weights between the pretrained and the fine-tuned encoders
     tasks/          what is learned: one file a task
     config.py       the schema of a run, laid over what `init` brings
@@ -19,7 +20,8 @@
                     phrases.py: which words speak of which objects; pointing.py: one map against boxes; probes.py: a batch
 
 Imports pretrain, never launch. Floors, each importing only those before it: trace, attention, context, fusion, model,
-tasks, config, inference, recipe; attend and grounding stand on inference; maps needs trace alone. Importing this package makes its rooms known to pretrain.registry.
+tasks, config, inference, recipe; attend and grounding stand on inference; maps needs trace alone. Importing this package
+makes its rooms known to pretrain.registry.
 """
 
 from typing import TYPE_CHECKING, Any
