@@ -103,6 +103,9 @@ def token_maps(
     with _still(model), torch.enable_grad():
         prediction = task.predict(model, {"image": images, "text": ids}, {"text": mask}, trace)
         maps = attention_maps(trace, method, prediction.score, layer=layer)
+    if getattr(model.fusion and model.fusion.config, "causal", False):
+        # A decoder looks for a word at the position before it.
+        maps = torch.cat([torch.zeros_like(maps[:, :1]), maps[:, :-1]], dim=1)
     return maps.float().cpu(), prediction
 
 

@@ -54,8 +54,8 @@ class GroundingConfig:
     """Texts of a picture at most: its captions, or its questions."""
     batch_size: int = 32
     """Pictures read at a time, and texts run at a time, per process."""
-    workers: int = 2
-    """Processes that read and decode, per process; 0 reads in the process itself."""
+    workers: int = 0
+    """Processes that read and decode, per process; 0 reads in the process itself: the maps take far longer."""
     max_samples: int = 0
     """Only the first so many pictures; 0 = all."""
     controls: bool = True
