@@ -107,6 +107,7 @@ class VQA(Task):
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self._known = frozenset(config.answers)
         self._guessers: dict[str, Blind] = {}
 
     def decoders(self, towers: dict[str, Any]) -> dict[str, Any]:
@@ -164,7 +165,7 @@ class VQA(Task):
         guesser = self._guesser(setting)
         figures: dict[str, list[float]] = {}
         for question, said in rows:
-            values = {"accuracy": said, "ceiling": max(accuracy(a, question.answers) for a in self._givable(question))}
+            values = {"accuracy": said, "ceiling": self._ceiling(question)}
             if guesser is not None:
                 values["blind_accuracy"] = accuracy(guesser(question.kind, question.text), question.answers)
             for name, value in values.items():
@@ -184,9 +185,10 @@ class VQA(Task):
                     for question, answer in zip(asked, answered, strict=False):  # those behind only fill up
                         yield question, accuracy(self.config.answers[answer], question.answers)
 
-    def _givable(self, question: Question) -> list[str]:
-        known = set(self.config.answers)
-        return [answer for answer in question.answers if answer in known] or [""]
+    def _ceiling(self, question: Question) -> float:
+        """What the best answer of the vocabulary is worth."""
+        known = (answer for answer in set(question.answers) if answer in self._known)
+        return max((accuracy(answer, question.answers) for answer in known), default=0.0)
 
     def _guesser(self, setting: Setting) -> Blind | None:
         if setting.train is None:
