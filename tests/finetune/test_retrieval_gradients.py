@@ -1,4 +1,4 @@
-"""Retrieval on two processes has the gradient of one process on the whole batch, mined negatives, foils and all."""
+"""Retrieval on two processes: the gradient of one process on the whole batch, mined negatives, foils and all; its figures."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from finetune import mining
 from finetune import model as models
 from finetune.adapt import freeze_unreached
 from finetune.model import FusionModel
-from finetune.tasks import retrieval
+from finetune.tasks import EvalConfig, Setting, retrieval
 from pretrain import dist, registry
 from pretrain.data.batch import Batch
+from pretrain.data.images import ImageDecoder
+from pretrain.data.text import TextDecoder, load_tokenizer
 from pretrain.optim import OptimConfig
 from pretrain.step import seed_of, train_step
 from pretrain.strategies import choose
 from tests.pretrain.strategies import tiny, world
+from tests.support import Small
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 EXACT = {"ddp": 1e-10, "fsdp2": 1e-10, "zero2": 1e-5}
@@ -101,8 +104,23 @@ def reference() -> tuple[float, dict[str, Tensor], int]:
     return value.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, len(terms)
 
 
-def cells() -> dict[str, tuple[float, str, float]]:
-    """strategy -> worst gradient, where, error of the loss."""
+def searched(small: Small) -> dict[str, float]:
+    """The figures of search over seven pictures: two processes hold three and four."""
+    encoder = tiny.model("clip", text={"args": {"vocab_size": 512}})
+    task = retrieval.build(retrieval.Config(rerank=3), None)
+    model = models.build(encoder, registry.part("fusion", "cross").Config(layers=1, heads=2), None)
+    torch.manual_seed(2)
+    model.head = task.head(model)
+    with torch.no_grad():
+        for p in [*model.fusion.parameters(), *model.head.parameters()]:  # type: ignore[union-attr]
+            p.add_(0.2 * torch.randn_like(p))
+    decoders = {"image": ImageDecoder(16), "text": TextDecoder(load_tokenizer(small.tokenizer), tiny.LENGTH, "captions")}
+    config = EvalConfig(batch_size=2, workers=0, max_samples=7)
+    return task.evaluate(model, small.val, Setting(task.decoders(decoders), torch.device("cpu"), config=config))
+
+
+def cells(small: Small) -> tuple[dict[str, tuple[float, str, float]], dict[str, float]]:
+    """strategy -> worst gradient, where, error of the loss; and the figures of search."""
     value, expected, _ = reference_alone()
     found: dict[str, tuple[float, str, float]] = {}
     for word, bound in EXACT.items():
@@ -121,7 +139,7 @@ def cells() -> dict[str, tuple[float, str, float]]:
         out = train_step(strategy, task, share(), 1, 0.0, (0, 0, dist.rank()))
         where, worst = max(tiny.errors(got, expected).items(), key=lambda item: item[1])
         found[word] = (worst, where, abs(dist.mean(out["loss"]).item() - value) / value)
-    return found
+    return found, searched(small)
 
 
 def reference_alone() -> tuple[float, dict[str, Tensor], int]:
@@ -134,12 +152,16 @@ def reference_alone() -> tuple[float, dict[str, Tensor], int]:
         dist.world_size, dist.rank = kept
 
 
-def test_gradients_of_two_processes() -> None:
+def test_gradients_and_search_of_two_processes(small: Small) -> None:
     pytest.importorskip("deepspeed")
     pairs = reference()[2]
     assert pairs == 3 * B + 12  # every sample found negatives; 12 foils of 16 are there
-    for found in world.run(cells, 2):
+    alone = searched(small)
+    assert alone["captions"] > alone["samples"] == 7
+    for found, figures in world.run(cells, 2, small):
         assert len(found) == len(EXACT)
         for word, (worst, where, error) in found.items():
             assert worst <= EXACT[word], (word, where, worst)
             assert error <= EXACT[word], (word, error)
+        same = {name: value for name, value in figures.items() if name != "rerank_ms"}
+        assert same == pytest.approx({name: value for name, value in alone.items() if name != "rerank_ms"})

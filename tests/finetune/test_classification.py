@@ -1,0 +1,266 @@
+"""Classification: labels, losses and figures against scikit-learn and torch; runs on pictures, pairs and two pictures."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn import metrics as sk
+from sklearn.utils.class_weight import compute_class_weight
+from torch.nn import functional as F
+
+import finetune
+from finetune.tasks import EvalConfig, classification, labels
+from finetune.tasks.classification import Config
+from launch import cli
+from pretrain.config import ConfigError, UserError
+from pretrain.data import BadSample
+from pretrain.data.shards import RawSample
+from tests.support import Small, lines
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures and losses
+
+
+def test_figures_of_single_labels_are_those_of_scikit_learn() -> None:
+    """Class 4 of six is never right and never said, class 2 always absent from the labels."""
+    g = torch.Generator().manual_seed(0)
+    label = torch.tensor([0, 1, 3, 5])[torch.randint(0, 4, (80,), generator=g)]
+    logits = torch.randn(80, 6, generator=g) + 2 * F.one_hot(label, 6)
+    logits[:, 4] = -50
+    got = labels.single(logits, label, [1, 3, 9])
+    share, said = logits.softmax(dim=1).numpy(), logits.argmax(dim=1).numpy()
+    assert got["top1"] == pytest.approx(sk.accuracy_score(label, said))
+    assert got["top3"] == pytest.approx(sk.top_k_accuracy_score(label, share, k=3, labels=range(6)))
+    assert got["top9"] == 1.0
+    assert got["macro_f1"] == pytest.approx(sk.f1_score(label, said, average="macro"))
+    expected = [sk.roc_auc_score(label == c, share[:, c]) for c in (0, 1, 3, 5)]
+    assert got["auc"] == pytest.approx(np.mean(expected), abs=1e-6)
+    assert "auc" not in labels.single(logits[:2], torch.tensor([1, 1]), [1])  # one class only has no curve
+
+
+def test_figures_of_several_labels_are_those_of_scikit_learn() -> None:
+    g = torch.Generator().manual_seed(0)
+    there = torch.rand(60, 4, generator=g) < torch.tensor([0.5, 0.2, 0.9, 0.0])
+    logits = torch.randn(60, 4, generator=g) + 2 * there - 1
+    got = labels.multi(logits, there.float())
+    said = (logits > 0).numpy()
+    assert got["macro_f1"] == pytest.approx(sk.f1_score(there[:, :4], said, average="macro", zero_division=0), abs=1e-6)
+    assert got["micro_f1"] == pytest.approx(sk.f1_score(there, said, average="micro"), abs=1e-6)
+    assert got["exact"] == pytest.approx(sk.accuracy_score(there, said))
+    expected = [sk.roc_auc_score(there[:, c], logits[:, c]) for c in range(3)]
+    assert got["auc"] == pytest.approx(np.mean(expected), abs=1e-6)
+
+
+def test_losses_are_torchs() -> None:
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(9, 3, generator=g)
+    label = torch.tensor([0, 0, 1, 0, 0, 2, 0, 1, 0])
+    weights = {"a": 0.5, "b": 3.0}
+    task = classification.build(Config(classes=["a", "b", "c"], class_weights=weights), None)
+    loss, report = task.loss({"logits": logits}, {"label": label})
+    torch.testing.assert_close(loss, F.cross_entropy(logits, label, weight=torch.tensor([0.5, 3.0, 1.0])))
+    assert report["accuracy"] == sk.accuracy_score(label, logits.argmax(dim=1))
+    task = classification.build(Config(classes=["a", "b", "c"], class_weights=weights, labels="multi"), None)
+    there = F.one_hot(label, 3).float()
+    expected = F.binary_cross_entropy_with_logits(logits, there, pos_weight=torch.tensor([0.5, 3.0, 1.0]))
+    torch.testing.assert_close(task.loss({"logits": logits}, {"labels": there})[0], expected)
+
+
+def test_balance_is_scikit_learns() -> None:
+    drawn = ["a"] * 7 + ["b"] * 2 + ["c"]
+    expected = compute_class_weight("balanced", classes=np.array(["a", "b", "c"]), y=drawn)
+    assert list(labels.balance(Counter(drawn), 10, several=False).values()) == pytest.approx(expected.tolist())
+    assert labels.balance(Counter({"a": 5, "b": 2}), 10, several=True) == {"a": 1.0, "b": 4.0}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Labels
+
+
+def read(value: Any, several: bool = False, classes: tuple[str, ...] = ("cat", "3", "true"), train: bool = True) -> list[int]:
+    sample = RawSample("s/0", {"json": json.dumps({"label": value, "other": 1}).encode()})
+    return labels.Labels("label", classes, several)(sample, np.random.default_rng(0), train)
+
+
+def test_labels_are_names_numbers_and_truths() -> None:
+    assert [read("cat"), read(3), read(3.0), read(True)] == [[0], [1], [1], [2]]
+    assert read(["cat", "cat", 3], several=True) == [0, 1]
+    assert read([], several=True) == []
+    assert read("dog", train=False) == [-1]
+    decoder = labels.Labels("label", ("a", "b"), several=True)
+    assert decoder.targets([[0], [], [1, -1]])["labels"].tolist() == [[1, 0], [0, 0], [0, 1]]
+    assert labels.in_order(["10", "b", "9", "a"]) == ["9", "10", "a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("value", "several", "reason"),
+    [("dog", False, "unknown label"), (None, False, "no label"), (["cat"], False, "wrong kind"), ("cat", True, "wrong kind"),
+     (1.5, False, "wrong kind"), ("", False, "wrong kind"), ({"a": 1}, False, "wrong kind")],
+)  # fmt: skip
+def test_other_labels_are_bad_samples(value: Any, several: bool, reason: str) -> None:
+    with pytest.raises(BadSample, match=reason):
+        read(value, several)
+
+
+def test_classes_come_from_the_data_and_bad_data_is_one_line() -> None:
+    def built(values: list[Any], **settings: Any) -> Config:
+        return classification.build(Config(**settings), lambda: iter([{"label": v} for v in values])).config
+
+    assert built([2, 10, 2, None, "x"]).classes == ["2", "10", "x"]
+    weighted = built(["a", "a", "a", "b"], balanced=True, class_weights={"b": 2.0})
+    assert weighted.class_weights == pytest.approx({"a": 4 / 6, "b": 4.0})
+    again = classification.build(weighted, None)  # from a checkpoint
+    assert again.weights is not None
+    assert again.weights.tolist() == pytest.approx([4 / 6, 4.0])
+    assert built([["a"], [], ["a", "b"]], labels="multi").classes == ["a", "b"]
+    with pytest.raises(UserError, match=r"no labels in the training data: task\.field=label"):
+        built([None, None])
+    with pytest.raises(ConfigError, match="every training sample has the same label, 'a'"):
+        built(["a", "a"])
+    with pytest.raises(ConfigError, match="'dog' is none of the classes"):
+        built(["a", "b"], class_weights={"dog": 1.0})
+    with pytest.raises(ConfigError, match="no training sample has the label 'c'"):
+        built(["a", "b"], classes=["a", "c"], balanced=True)
+    with pytest.raises(UserError, match="not whole"):
+        classification.build(Config(), None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+@pytest.fixture(scope="module")
+def encoders(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("encoders") / "run"
+    assert cli.main(["pretrain", "scenes", *small.settings(run, "train.steps=3")]) == 0
+    return run
+
+
+@pytest.fixture(scope="module")
+def pairs(small: Small, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """KEY.left.jpg, KEY.right.jpg; `said` is a caption of the left one or a foil, `label` whether it is true, `kinds` what
+    the left one shows; one sample lacks its right picture, one its label."""
+    folder = tmp_path_factory.mktemp("pairs")
+    with tarfile.open(small.train.replace("*", "0000")) as tar:
+        members = {m.name: tar.extractfile(m).read() for m in tar.getmembers()[:150]}  # type: ignore[union-attr]
+    keys = sorted({name.split(".")[0] for name in members})[:48]
+    with tarfile.open(folder / "pairs-0000.tar", "w") as tar:
+        for i, key in enumerate(keys):
+            said = json.loads(members[f"{key}.json"])
+            true = i % 2 == 0 or not said["foils"]
+            values: dict[str, Any] = {
+                "said": said["captions"][0] if true else said["foils"][0]["caption"],
+                "label": true,
+                "kinds": sorted({thing["name"] for thing in said["objects"]}),
+            }
+            content = {"left.jpg": members[f"{key}.jpg"], "right.jpg": members[f"{keys[i - 1]}.jpg"]}
+            if i == 7:
+                del content["right.jpg"]
+            if i == 9:
+                del values["label"]
+            for extension, data in {**content, "json": json.dumps(values).encode()}.items():
+                member = tarfile.TarInfo(f"{key}.{extension}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    return str(folder)
+
+
+def words(shards: str, encoders: Path, run: Path, *more: str) -> list[str]:
+    return [
+        "finetune", "classification", f"run={run}", f"init={encoders}", f"data.train={shards}", f"data.val={shards}",
+        "data.batch_size=16", "data.workers=0", "data.max_bad_rate=0.1", "eval.workers=0", "eval.max_samples=48",
+        "task.balanced=false", "optim.warmup=2", "train.log_every=1", "train.trackers=[]", "train.threads=1",
+        "train.eval_every=0", "train.save_every=1000", *more,
+    ]  # fmt: skip
+
+
+FUSED = ("fusion.name=cross", "fusion.layers=1", "fusion.heads=2")
+
+
+def test_one_label_of_a_picture(small: Small, encoders: Path, tmp_path: Path) -> None:
+    """By embeddings: the place, which the background shows; more is told than by who always says the same."""
+    run = tmp_path / "run"
+    learn = ("task.field=place", "task.balanced=true", "train.steps=40", "optim.lr=0.003", "data.batch_size=32")
+    assert cli.main(words(small.val, encoders, run, *learn)) == 0
+    trained = [line["loss"] for line in lines(run / "metrics.jsonl") if "loss" in line]
+    assert np.mean(trained[-5:]) < 0.8 * np.mean(trained[:5])
+    loaded = finetune.load(run)
+    figures = [line for line in lines(run / "metrics.jsonl") if "val/macro_f1" in line][-1]
+    assert figures["val/top1"] > figures["val/majority"]
+    assert figures["val/samples"] == 48
+    assert {"val/top5", "val/auc", "val/unknown_labels"} <= set(figures)
+    assert loaded.task.config.class_weights.keys() == set(loaded.task.config.classes)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("settings", "figures"),
+    [
+        (("task.text=said", "task.pictures=[left.jpg,right.jpg]", *FUSED), {"top1", "macro_f1", "auc"}),
+        (("task.text=said", "task.pictures=[left.jpg,right.jpg]", "task.features=embedding"), {"top1", "macro_f1"}),
+        (("task.text=said", "task.pictures=[left.jpg,left.jpg]", "fusion.name=merged", *FUSED[1:]), {"top1"}),
+        (("task.labels=multi", "task.field=kinds", "task.pictures=[left.jpg,right.jpg]"), {"micro_f1", "exact", "auc"}),
+    ],
+    ids=["two pictures and a text, fused", "as embeddings", "one stream", "several labels"],
+)
+def test_pairs(settings: tuple[str, ...], figures: set[str], pairs: str, encoders: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert cli.main(words(pairs, encoders, run, "train.steps=2", *settings)) == 0
+    found = [line for line in lines(run / "metrics.jsonl") if "val/macro_f1" in line][-1]
+    assert {f"val/{name}" for name in figures} <= set(found)
+    lacking = ("left.jpg,left.jpg" not in str(settings)) + ("kinds" not in str(settings))
+    assert (found["val/samples"], found["val/bad_samples"]) == (48 - lacking, lacking)
+
+
+def test_a_picture_swapped_for_the_other_changes_the_answer(pairs: str, encoders: Path, tmp_path: Path) -> None:
+    """Each of the two pictures is seen, and in its place."""
+    run = tmp_path / "run"
+    settings = ("task.text=said", "task.pictures=[left.jpg,right.jpg]", *FUSED, "train.steps=3", "optim.lr=0.01")
+    assert cli.main(words(pairs, encoders, run, *settings)) == 0
+    loaded = finetune.load(run)
+    g = torch.Generator().manual_seed(0)
+    two = torch.randint(0, 256, (1, 2, 3, 32, 32), generator=g, dtype=torch.uint8)
+    ids, mask = loaded.decoders["text"].encode(["a red car"])
+    with torch.no_grad():
+        said = [loaded.model({"image": pictures, "text": ids}, {"text": mask})["logits"] for pictures in (two, two.flip(1))]
+    assert (said[0] - said[1]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("settings", "code", "line"),
+    [
+        (FUSED, 2, "has no text (task.text) to look at pictures with"),
+        (("task.text=txt", "task.features=fused"), 2, "features=fused needs a fusion"),
+        (("task.features=fused",), 2, "nothing reads the picture without a text"),
+        (("task.pictures=[left.jpg]",), 2, "must name two members"),
+        (("task.field=nothing",), 1, "no labels in the training data: task.field=nothing"),
+        (("task.field=objects",), 1, "no labels in the training data: task.field=objects"),
+    ],
+)
+def test_refused_in_one_line(
+    settings: tuple[str, ...], code: int, line: str, small: Small, encoders: Path, tmp_path: Path, capsys: Any
+) -> None:
+    assert cli.main(words(small.val, encoders, tmp_path / "run", *settings)) == code
+    assert line in " ".join(capsys.readouterr().err.split())
+
+
+def test_labels_that_the_model_does_not_know(small: Small, encoders: Path, tmp_path: Path) -> None:
+    """Some at evaluation are counted apart; none known is an error."""
+    run = tmp_path / "run"
+    assert cli.main(words(small.val, encoders, run, "train.steps=1", "task.field=place")) == 0
+    loaded = finetune.load(run)
+    dropped = loaded.task.config.classes.pop()  # type: ignore[attr-defined]
+    loaded.decoders["labels"].ids.pop(dropped)
+    config = EvalConfig(workers=0)
+    found = loaded.evaluate(small.val, config, torch.device("cpu"))
+    assert found["unknown_labels"] > 0
+    loaded.decoders["labels"].ids.clear()
+    with pytest.raises(UserError, match="has a label among the"):
+        loaded.evaluate(small.val, config, torch.device("cpu"))
