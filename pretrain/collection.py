@@ -1,6 +1,6 @@
 """Embeddings of a whole collection: any number of shards, processes and interruptions, each sample exactly once.
 
-    manifest.json              whose embeddings, of which data, in which files; complete or not
+    _manifest.json             whose embeddings, of which data, in which files; complete or not
     00000-train-0000.parquet   of one shard, of a part of a large one, or of several small ones: see parquet.py
 
 The samples are cut into parts once, when the collection is begun; a part is a file. Processes take parts from a common
@@ -16,6 +16,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -33,7 +34,8 @@ from pretrain.embed import Embedded
 from pretrain.inference import Loaded
 
 FORMAT = "clipfuse embeddings 1"
-MANIFEST = "manifest.json"
+MANIFEST = "_manifest.json"
+"""Readers of Parquet folders pass over names that begin with an underscore."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def cut(names: list[str], numbers: list[int], most: int) -> list[Part]:
             else:
                 ranges.append([piece])
                 room = most - count if pieces == 1 else 0
-    stems = [names[each[0][0]].removesuffix(".tar") for each in ranges]
+    stems = [re.sub(r"[^\w.-]", "_", names[each[0][0]].removesuffix(".tar"))[:80] for each in ranges]
     return [Part(f"{i:05d}-{stem}.parquet", tuple(each)) for i, (each, stem) in enumerate(zip(ranges, stems, strict=True))]
 
 

@@ -69,7 +69,7 @@ class Summary:
     def __str__(self) -> str:
         bad = sum(self.left_out.values())
         reasons = ", ".join(f"{reason} {n:,}" for reason, n in Counter(self.left_out).most_common(5))
-        there = f"{self.out}: {self.samples:,} samples in {self.files:,} files"
+        there = f"{self.out}: {self.samples:,} samples in {self.files:,} file{'' if self.files == 1 else 's'}"
         there += f", {bad:,} left out because of their content ({reasons})" if bad else ""
         if not self.embedded:
             return f"{there}; complete, nothing to do"

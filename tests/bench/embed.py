@@ -3,14 +3,16 @@
     python -m tests.bench.embed [--data 'SHARDS' --config clipart --rounds 3 key=value ...]
 
 The encoder alone gets batches that were read and decoded before, in the same process, and its results go nowhere. What
-embed needs beyond that, reading, decoding, writing, and a worker process on the same cores, is the difference. Weights are
-random: speed does not depend on them. Without --data, scenes of 256 px are drawn. Figures are medians of rounds.
+embed needs beyond that, reading, decoding, writing, and a worker process on the same cores, is the difference; on a CPU
+`processor_time` says how much of it there is, which others on the machine disturb less. Weights are random: speed does not
+depend on them. Without --data, scenes of 256 px are drawn. Figures are medians of rounds.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
 import tempfile
 import time
@@ -56,24 +58,25 @@ def main() -> None:
         samples = sum(len(batch) for batch in batches)
         encoder = Encoder(loaded.model.to(device), loaded.decoders, device, given.precision, dtype=torch.float16)
 
-        def alone() -> float:
-            begin = time.perf_counter()
+        def alone() -> tuple[float, float]:
+            begin, used = time.perf_counter(), processor_time()
             with evaluating(loaded.model):
                 encoded = sum(len(batch.keys) for _, batch in encoder.stream((None, each) for each in batches) if batch)
             assert encoded == samples
-            return samples / (time.perf_counter() - begin)
+            return samples / (time.perf_counter() - begin), processor_time() - used
 
-        def files(round_: int) -> float:
+        def files(round_: int) -> tuple[float, float]:
             asked = Options([shards], str(root / f"out-{round_}"), precision=given.precision, batch_size=given.batch)
             asked.workers = given.workers
+            used = processor_time()
             summary = embed(loaded, asked, device)
             assert summary is not None
             assert summary.samples == samples
-            return summary.samples_per_second
+            return summary.samples_per_second, processor_time() - used
 
         alone()  # warm
-        rounds = [(alone(), files(i)) for i in range(given.rounds)]
-    encoders, embeds = ([round(each, 1) for each in side] for side in zip(*rounds, strict=True))
+        rounds = [(*alone(), *files(i)) for i in range(given.rounds)]
+    encoders, encoder_time, embeds, embed_time = ([round(each, 1) for each in side] for side in zip(*rounds, strict=True))
     figures = {
         "bench": "embed",
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {threads} threads",
@@ -82,9 +85,15 @@ def main() -> None:
         "encoder_samples_per_second": statistics.median(encoders),
         "embed_samples_per_second": statistics.median(embeds),
         "ratio": round(statistics.median(embeds) / statistics.median(encoders), 3),
+        "processor_time": round(statistics.median(embed_time) / statistics.median(encoder_time), 3),
         "rounds": [encoders, embeds],
     }
     print(json.dumps(figures))
+
+
+def processor_time() -> float:
+    """Seconds of all cores, of this process and of the workers that ended."""
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
 def build(config: str, settings: list[str], folder: Path) -> Loaded:

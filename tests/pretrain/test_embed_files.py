@@ -3,7 +3,6 @@
 import dataclasses
 import io
 import json
-import os
 import signal
 import tarfile
 import time
@@ -33,7 +32,7 @@ from pretrain.evaluate import run as run_evaluation
 from pretrain.inference import Loaded, load_model
 from pretrain.model import ModelSchema
 from pretrain.parquet import numbers
-from tests.launch.worlds import clipfuse_words, started
+from tests.launch.worlds import BIN, clipfuse_words, started
 from tests.support import TINY_TOWERS, Small
 
 CPU = torch.device("cpu")
@@ -94,10 +93,12 @@ def one_by_one(loaded: Loaded, shards: str) -> dict[str, dict[str, torch.Tensor]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_two_processes_killed_stopped_and_gone_on_with(small: Small, run: Path, loaded: Loaded, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    words = ["embed", run, "--data", small.train, "--out", out, "--nproc", "2", "--dtype", "float32"]
+    words = [run, "--data", small.train, "--out", out, "--dtype", "float32"]
     words += ["--batch-size", "1", "--workers", "0", "--per-file", "4"]
+    torchrun = [BIN / "torchrun", "--nproc-per-node", "2", "--standalone", "-m", "pretrain.embed_files"]
 
     def files() -> dict[str, int]:
         return {path.name: path.stat().st_ino for path in out.glob("*.parquet")}
@@ -109,17 +110,18 @@ def test_two_processes_killed_stopped_and_gone_on_with(small: Small, run: Path, 
             assert time.monotonic() < end, launched.output
             time.sleep(0.002)
 
-    with started(*clipfuse_words(*words), cwd=tmp_path) as launched:
+    with started(*torchrun, *words, cwd=tmp_path) as launched:
         wait_for(1, launched)
-        os.killpg(launched.process.pid, signal.SIGKILL)
+        for process in [*launched.ranks().values(), launched.process]:
+            process.kill()
         launched.end(-signal.SIGKILL)
     killed = files()
     assert 0 < len(killed) < 75
-    assert not json.loads((out / "manifest.json").read_text())["complete"]
+    assert not json.loads((out / "_manifest.json").read_text())["complete"]
     with pytest.raises(UserError, match="is not a complete collection"):
         load(out)
 
-    with started(*clipfuse_words(*words), cwd=tmp_path) as launched:
+    with started(*clipfuse_words("embed", *words, "--nproc", "2"), cwd=tmp_path) as launched:
         wait_for(len(killed) + 1, launched)
         launched.process.send_signal(signal.SIGTERM)
         output = launched.end(75)
@@ -231,7 +233,7 @@ def test_bad_samples_are_left_out_and_counted(small: Small, loaded: Loaded, tmp_
     assert sum(summary.left_out.values()) == 2
     assert summary.left_out["empty caption"] == 1
     assert read(tmp_path / "out")["key"].to_pylist() == ["some/000", "some/001", "some/003", "some/005"]
-    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    manifest = json.loads((tmp_path / "out/_manifest.json").read_text())
     assert (manifest["rows"], manifest["left_out"], manifest["complete"]) == (4, summary.left_out, True)
 
 
@@ -292,7 +294,7 @@ def test_a_model_that_has_diverged_and_towers_without_places(small: Small, tmp_p
         diverged.model.projections["text"].weight[0, 0] = torch.nan
     with pytest.raises(UserError, match="text embeddings are not finite in the batch of samples val-0000"):
         embed(diverged, options(small, tmp_path / "out"), CPU)
-    assert [path.name for path in (tmp_path / "out").iterdir() if not path.name.startswith(".")] == ["manifest.json"]
+    assert [path.name for path in (tmp_path / "out").iterdir() if not path.name.startswith(".")] == ["_manifest.json"]
     pooled = load_model(save(small, tmp_path, 3, "text.pool=eot"))
     with pytest.raises(ConfigError, match="--tokens shared: the text tower does not pool by the mean"):
         embed(pooled, options(small, tmp_path / "shared", tokens="shared"), CPU)
