@@ -11,7 +11,7 @@ from rich.table import Table
 from finetune.inference import Finetuned
 from finetune.tasks import EvalConfig
 
-COUNTS = ("samples", "questions", "bad_samples")
+COUNTS = ("samples", "captions", "questions", "bad_samples")
 """What is not a figure of its own: goes below the table."""
 
 
@@ -54,12 +54,13 @@ def summary(result: dict[str, Any]) -> Table:
     for name, value in metrics.items():
         if name in COUNTS or name.startswith("blind_"):
             continue
-        row = [name.replace("_", " "), _shown(value)]
+        row = [name.replace("_", " "), _shown(name, value)]
         if blind:
-            row.append(_shown(metrics[f"blind_{name}"]) if f"blind_{name}" in metrics else "")
+            row.append(_shown(name, metrics[f"blind_{name}"]) if f"blind_{name}" in metrics else "")
         table.add_row(*row)
     return table
 
 
-def _shown(value: float) -> str:
-    return f"{100 * value:.1f} %" if isinstance(value, float) and 0 <= value <= 1 else f"{value:g}"
+def _shown(name: str, value: float) -> str:
+    share = isinstance(value, float) and 0 <= value <= 1 and not name.endswith(("_rank", "_ms"))  # rank 1 is no 100 %
+    return f"{100 * value:.1f} %" if share else f"{round(value, 2):g}"
