@@ -148,6 +148,24 @@ def batch(m: int = 3, samples: int = 4) -> Batch:
     )
 
 
+def test_tokens_are_the_encoders_own_aligned_or_not() -> None:
+    b = tiny.batch(0, 4)
+    encoder = tiny.model("clip", image={"pool": "avg"}, text={"pool": "avg"}).eval()
+    aligned = models.build(encoder, None, None)  # auto: both pool their mean
+    text = aligned.tokens("text", b.inputs["text"], b.masks["text"])
+    assert torch.allclose(text.states, encoder.tokens("text", b.inputs["text"], b.masks["text"]).states)
+    assert aligned.widths == {"image": 8, "text": 8}
+    assert torch.allclose(aligned.embed("image", b.inputs["image"]), encoder.encode("image", b.inputs["image"]))
+    tokens, embedding = models.build(encoder, None, None, "tower").read("image", b.inputs["image"])
+    assert torch.equal(tokens.states, encoder.tower("image")(b.inputs["image"]).states)
+    assert embedding is not None
+    assert torch.allclose(embedding, encoder.encode("image", b.inputs["image"]))
+    ends = tiny.model("clip", text={"pool": "eot"})
+    assert models.build(ends, None, None).sources["text"] == "tower"
+    with pytest.raises(ConfigError, match="text tower does not pool the mean"):
+        models.build(tiny.model("clip", image={"pool": "avg"}, text={"pool": "eot"}), None, None, "aligned")
+
+
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
 def test_loss_in_closed_form(loss: Any) -> None:
     model, task = made(loss=loss)
