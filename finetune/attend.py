@@ -61,9 +61,9 @@ class Seen:
         out = [f"“{self.text}”" if not self.asks else self.text]
         if self.answers:
             name, value = self.answers[0]
-            others = ", ".join(f"{other} {_said(score)}" for other, score in self.answers[1:3])
+            others = ", ".join(f"{other} {share_of(score)}" for other, score in self.answers[1:3] if score >= 0.005)
             lead = "answer: " if self.asks else ""
-            out.append(f"{lead}{name}, {_said(value)}{f' (then {others})' if others else ''}")
+            out.append(f"{lead}{name}, {share_of(value)}{f' (then {others})' if others else ''}")
         if self.truth:
             out.append(
                 "which is right" if self.answers and self.answers[0][0] == self.truth else f"right would be: {self.truth}"
@@ -162,7 +162,8 @@ def asked(json: dict[str, Any]) -> list[Question]:
         return []
 
 
-def _said(value: float) -> str:
+def share_of(value: float) -> str:
+    """0.93 -> "93 %"; what is no probability, as a number."""
     return f"{100 * value:.0f} %" if 0 <= value <= 1 else f"{value:.2f}"
 
 

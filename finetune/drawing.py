@@ -21,7 +21,7 @@ Box = tuple[float, float, float, float]
 TILE = 176  # px, side of a tile
 ACROSS = 6  # tiles in a row at most
 _GAP, _LABEL = 12, 24
-_GLANCE = 0.2  # of the strongest peak: below it a word gets no ring
+GLANCE = 0.2  # of the strongest peak: below it a word gets no ring
 _INK, _SOFT, _PAPER = (28, 30, 34), (110, 114, 120), (255, 255, 255)
 
 # Dark red to yellow, in steps that look equally large; at 0 it is transparent.
@@ -59,7 +59,7 @@ def tile(
     for x0, y0, x1, y1 in boxes:
         outline = (round(x0 * side), round(y0 * side), round(x1 * side) - 1, round(y1 * side) - 1)
         draw.rectangle(outline, outline=_PAPER, width=2)
-    if peak > 0 and strength >= _GLANCE:
+    if peak > 0 and strength >= GLANCE:
         H, W = values.shape
         row, column = divmod(int(values.argmax()), W)
         x, y, r = (column + 0.5) * side / W, (row + 0.5) * side / H, max(4, side // 40)
@@ -99,7 +99,7 @@ def figure(
         page.paste(each, (x, y))
         draw.rectangle((x, y, x + TILE - 1, y + TILE - 1), outline=(200, 203, 208))
         label = shortened(word, TILE, 15)
-        colour = _INK if n == 0 or strong[n - 1] >= _GLANCE else _SOFT
+        colour = _INK if n == 0 or strong[n - 1] >= GLANCE else _SOFT
         draw.text((x + TILE / 2, y + TILE + 4), label, fill=colour, font=font(15, label), anchor="ma")
     return page
 

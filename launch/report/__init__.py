@@ -7,6 +7,7 @@
     figures.py      the words and numbers of the page
     charts.py       line charts as inline SVG
     gallery.py      what the model answers on held-out pictures and captions
+    tuned.py        of a fine-tuned run: its task's figures, its answers, and where each word looked
     page.html.j2    the page
 
 The page needs no network and no other file. A run that is unfinished, was resumed, never evaluated or has no checkpoint
@@ -25,13 +26,18 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from finetune import inference as inference_of_tasks
 from launch.report import figures
 from launch.report import gallery as galleries
 from launch.report import record as records
+from launch.report import tuned as tuning
 from launch.report.charts import Series, line_chart
 from launch.report.record import Record
+from launch.report.tuned import Tuned
 from pretrain import dist, inference
 from pretrain.config import UserError
+
+NO_SHARDS = "The run names no validation shards (data.val); give some with --data."
 
 
 def write(run: str | Path, data: Any = None, out: Path | None = None, pictures: int = 2000, workers: int = 2) -> Path:
@@ -49,15 +55,22 @@ def write(run: str | Path, data: Any = None, out: Path | None = None, pictures: 
     """
     record = records.read(run)
     gallery, missing, weights = None, "", {}
+    tuned = Tuned(record.get("task.name"), "") if record.get("task") else None
+    shards = data or record.get("data.val")
     try:
-        loaded = inference.load_model(record.folder)
-        weights = {name: sum(p.numel() for p in tower.parameters()) for name, tower in loaded.model.towers.items()}
-        shards = data or record.get("data.val")
-        if shards and pictures:
-            gallery = galleries.build(loaded, shards, dist.device(), workers, pictures)
-            missing = "" if gallery else f"No sample of {', '.join(figures.shards(shards))} could be used."
+        if tuned is not None:
+            model = inference_of_tasks.load(record.folder)
+            model.model.to(dist.device())
+            weights = {name: count["total"] for name, count in model.model.parameter_counts().items()}
+            tuned = tuning.build(model, shards if pictures else None, workers)
         else:
-            missing = "The run names no validation shards (data.val); give some with --data."
+            loaded = inference.load_model(record.folder)
+            weights = {name: sum(p.numel() for p in tower.parameters()) for name, tower in loaded.model.towers.items()}
+            if shards and pictures:
+                gallery = galleries.build(loaded, shards, dist.device(), workers, pictures)
+                missing = "" if gallery else f"No sample of {', '.join(figures.shards(shards))} could be used."
+            else:
+                missing = NO_SHARDS
     except UserError as error:
         if data:
             raise
@@ -65,7 +78,7 @@ def write(run: str | Path, data: Any = None, out: Path | None = None, pictures: 
     path = out or record.folder / "report.html"
     try:
         partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(render(record, gallery, missing, weights), encoding="utf-8")
+        partial.write_text(render(record, gallery, missing, weights, tuned), encoding="utf-8")
         partial.replace(path)
     except OSError as error:
         raise UserError(f"cannot write the report {path}: {error.strerror or error}") from error
@@ -73,9 +86,14 @@ def write(run: str | Path, data: Any = None, out: Path | None = None, pictures: 
 
 
 def render(
-    record: Record, gallery: galleries.Gallery | None = None, missing: str = "", weights: dict[str, int] | None = None
+    record: Record,
+    gallery: galleries.Gallery | None = None,
+    missing: str = "",
+    weights: dict[str, int] | None = None,
+    tuned: Tuned | None = None,
 ) -> str:
-    """The page as text. `missing` says why there is no gallery; `weights` are the towers' parameter counts."""
+    """The page as text. `missing` says why there are no pictures; `weights` are the parts' parameter counts."""
+    shown = _shown_path(record.folder)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -86,22 +104,31 @@ def render(
     best, where = record.best(), "the validation pairs"
     if best is None and gallery is not None:
         best, where = gallery.line(record.step), f"pairs from {gallery.data}, measured for this page"
+    if tuned is not None:
+        best, where = tuned.best(record), "the validation samples"
     return environment.get_template("page.html.j2").render(
+        tuned=tuned,
+        answered=tuned.rows(best) if tuned and best else [],
         name=record.folder.resolve().name,
-        folder=shlex.quote(_shown_path(record.folder)),
+        folder=shlex.quote(shown),
+        exported=shlex.quote(f"{shown}/hf"),
+        exported_text=repr(f"{shown}/hf"),
+        has_export=(record.folder / "hf/config.json").exists(),
+        embeddings=shlex.quote(f"{shown}/embeddings"),
+        embeddings_text=repr(f"{shown}/embeddings"),
         state=record.status["state"],
         why=record.status["why"],
-        sentence=figures.sentence(record),
+        sentence=tuning.sentence(record) if tuned else figures.sentence(record),
         facts=figures.facts(record, weights or {}),
-        recalls=figures.recalls(best) if best else [],
+        recalls=figures.recalls(best) if best and not tuned else [],
         best=best,
         where=where,
         earlier=len(record.evaluations) if best and record.evaluations and record.evaluations[-1]["step"] > best["step"] else 0,
-        classification=figures.classification(best) if best else [],
+        classification=figures.classification(best) if best and not tuned else [],
         learning=learning_charts(record),
-        progress=progress_charts(record),
+        progress=task_charts(record, tuned) if tuned else progress_charts(record),
         speed=speed_charts(record),
-        evaluations=figures.evaluation_table(record),
+        evaluations=tuned.table(record) if tuned else figures.evaluation_table(record),
         gallery=gallery,
         missing=missing,
         bad=figures.bad_samples(record),
@@ -156,6 +183,23 @@ def progress_charts(record: Record) -> list[dict[str, Any]]:
         if svg:
             out.append({"title": title, "note": "recall", "svg": Markup(svg), "legend": [s.name for s in series]})
     return out
+
+
+def task_charts(record: Record, tuned: Tuned) -> list[dict[str, Any]]:
+    """The primary figure over steps, with two evaluations or more; beside it that of who saw no picture."""
+    steps = [line["step"] for line in record.evaluations]
+    if len(steps) < 2 or tuned.best(record) is None:
+        return []
+    names = [(tuned.primary, tuned.primary.replace("_", " ")), (f"blind_{tuned.primary}", "without picture")]
+    series = [
+        Series(title, steps, [line.get(f"val/{name}") for line in record.evaluations])
+        for name, title in names
+        if any(line.get(f"val/{name}") is not None for line in record.evaluations)
+    ]
+    svg = line_chart(series, label=f"{tuned.primary} over steps")
+    return (
+        [{"title": names[0][1].capitalize(), "note": "", "svg": Markup(svg), "legend": [s.name for s in series]}] if svg else []
+    )
 
 
 def _chart(

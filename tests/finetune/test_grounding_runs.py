@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -17,7 +19,8 @@ from finetune.attend import examples, look, readers, token_maps
 from finetune.grounding import GroundingConfig, grounding
 from finetune.maps import METHODS
 from finetune.words import Cut
-from launch import cli
+from launch import cli, report
+from launch.report import record, tuned
 from tests.support import TINY_TOWERS, Small
 
 CPU = torch.device("cpu")
@@ -60,30 +63,30 @@ def test_a_figure_of_each_task(
     assert ("answer: " in said) == (task == "vqa")
     with Image.open(out) as drawn:
         assert drawn.width > 500
-    tuned = finetune.load(runs / task)
+    model = finetune.load(runs / task)
     for method in METHODS:
-        seen = look(tuned, picture.read_bytes(), TASKS[task], method)
+        seen = look(model, picture.read_bytes(), TASKS[task], method)
         assert seen.maps.shape == (len(seen.words), 4, 4)
         assert seen.picture.size == (60, 60)  # the middle, in the picture's own pixels
         assert np.isfinite(seen.maps).all()
         assert (seen.maps >= 0).all()
-    assert all(p.requires_grad for p in tuned.model.parameters())  # left as it was
+    assert all(p.requires_grad for p in model.model.parameters())  # left as it was
 
 
 def test_a_decoder_looks_before_it_writes(runs: Path, picture: Path) -> None:
     """The map of a word is the attention of the position that had to find it."""
-    tuned = finetune.load(runs / "captioning")
-    inputs, masks = tuned.inputs([picture.read_bytes()], ["a red car"])
-    maps, _ = token_maps(tuned.model, tuned.task, inputs["image"], inputs["text"], masks["text"], "raw")
+    model = finetune.load(runs / "captioning")
+    inputs, masks = model.inputs([picture.read_bytes()], ["a red car"])
+    maps, _ = token_maps(model.model, model.task, inputs["image"], inputs["text"], masks["text"], "raw")
     captured = []
-    fusion = tuned.model.fusion
+    fusion = model.model.fusion
     assert fusion is not None
     fusion.register_forward_pre_hook(lambda module, given: captured.append(given[1]))
-    token_maps(tuned.model, tuned.task, inputs["image"], inputs["text"], masks["text"], "raw")
+    token_maps(model.model, model.task, inputs["image"], inputs["text"], masks["text"], "raw")
     (trace,) = captured
     (crossing,) = [step for step in trace.steps if step.kind == "cross"]
     weights = crossing.sights[0].weights.used.mean(dim=1).detach()
-    cut = Cut(readers(tuned)[1], "a red car")
+    cut = Cut(readers(model)[1], "a red car")
     (car,) = cut.words()[2].tokens[:1]
     torch.testing.assert_close(maps[0, car].flatten(), weights[0, car - 1])
 
@@ -116,6 +119,24 @@ def test_examples_for_the_report(runs: Path, small: Small) -> None:
     assert not said.truth
 
 
+def test_the_report_shows_answers_and_maps(runs: Path, small: Small, tmp_path: Path) -> None:
+    run = shutil.copytree(runs / "vqa", tmp_path / "vqa")
+    line = {"step": 2, "val/accuracy": 0.75, "val/accuracy_colour": 0.5, "val/blind_accuracy_colour": 0.125, "val/samples": 64}
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n")
+    page = report.write(run, small.val, workers=0).read_text()
+    assert "fine-tuning report" in page
+    assert "75.0<small>%" in page
+    assert page.count('<article class="query looks">') == 8
+    for seen in examples(finetune.load(run), small.val, 8):
+        assert html.escape(seen.text, quote=False) in page
+        assert page.count(f"<figcaption>{seen.words[-1]}</figcaption>") >= 1
+    assert "width:50.0%" in page
+    assert 'style="left:12.5%"' in page
+    assert "Ask for a picture" not in page
+    assert "There is nothing to show" in report.render(record.read(run), tuned=tuned.Tuned("vqa", "accuracy", missing="no"))
+
+
 def test_what_goes_wrong_is_one_line(
     runs: Path, picture: Path, tmp_path: Path, small: Small, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -129,7 +150,7 @@ def test_what_goes_wrong_is_one_line(
         (["attend", run, str(picture), "a car", "--out", "x.png", "--maps", "grad"], 2, "did you mean 'gradcam'"),
         (["attend", run, str(picture), "a car", "--out", "x.png", "--maps", "raw", "--layer", "5"], 2, "no layer 5"),
         (["attend", str(tmp_path), str(picture), "a car", "--out", "x.png"], 1, "no complete checkpoint"),
-        (["evaluate", run, "--data", "none-*.tar", "--task", "grounding"], 1, "none-*.tar"),
+        (["evaluate", run, "--data", "none-*.tar", "--task", "grounding"], 2, "none-*.tar"),
         (["evaluate", run, "--data", small.val, "--task", "grounding", "--maps", "rolluot"], 2, "did you mean 'rollout'"),
     ]
     for words, code, message in cases:
