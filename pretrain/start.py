@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pretrain import checkpoint, inference
 from pretrain import config as configuration
-from pretrain.config import ConfigError
+from pretrain.config import ConfigError, UserError
 from pretrain.data.text import load_tokenizer
 from pretrain.inference import Loaded
 from pretrain.model import DualEncoder
@@ -114,8 +114,8 @@ def _put(module: Any, weights: dict[str, Tensor], where: str, partial: bool) -> 
     if not partial:
         try:
             checkpoint.load_weights(module, weights, where)
-        except configuration.UserError as error:
-            raise ConfigError(f"init={error}; init_partial=true takes what fits") from error
+        except UserError as error:
+            raise UserError(f"init={error}; init_partial=true takes what fits") from error
         return
     own = module.state_dict()
     fits = {name: value for name, value in weights.items() if name in own and own[name].shape == value.shape}

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from pretrain.data.shards import RawSample
 
-__all__ = ["TextDecoder", "caption_id", "captions", "clean", "load_tokenizer", "train_tokenizer"]
+__all__ = ["TextDecoder", "caption_id", "captions", "clean", "load_tokenizer", "train_tokenizer", "unreachable"]
 
 # The tokenizers library warns, and stops using threads, in processes forked after it used some: loaders fork, and have a
 # process a core already.
@@ -49,7 +49,7 @@ def load_tokenizer(name: str | Path | None) -> PreTrainedTokenizerBase:
     try:
         return _from_pretrained(str(name), local_files_only=True)  # what was fetched before needs no network
     except Exception as error:
-        if problem := _unreachable():
+        if problem := unreachable():
             raise ConfigError(f"text.tokenizer={name}: no folder here, not fetched before, and {problem}") from error
     try:
         return _from_pretrained(str(name))
@@ -82,7 +82,7 @@ def _from_pretrained(name: str, **options: bool) -> PreTrainedTokenizerBase:
     return found
 
 
-def _unreachable() -> str:
+def unreachable() -> str:
     """Why the hub cannot be asked, "" if it can: without network transformers itself tries for most of a minute."""
     from huggingface_hub import constants
 

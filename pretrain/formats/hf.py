@@ -43,7 +43,8 @@ def write(encoders: Encoders, folder: Path) -> None:
     made.save_pretrained(folder)
     tokenizer = tokens.portable(encoders.text)
     if made.config.model_type == "siglip":
-        tokenizer.model_input_names = ["input_ids"]  # its text model attends to padding
+        # Its text model attends to padding. Saved is the attribute, where it was given when the tokenizer was made.
+        tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = ["input_ids"]
     tokenizer.save_pretrained(folder)
     _processor(encoders, folder, made.config.model_type)
 

@@ -150,17 +150,29 @@ def _by_name(encoders: Encoders) -> dict[str, Any] | None:
     name = tower.config.name.split(".")[0]
     if not timm.is_model(name):
         return None
+    shapes = {key: value.shape for key, value in tower.model.state_dict().items()}
     for pool in ("", "avg", "token", "map"):
-        try:
-            other: Any = timm.create_model(name)
-            other.reset_classifier(0, **({"global_pool": pool} if pool else {}))
-            other.load_state_dict(tower.model.state_dict())
-        except (RuntimeError, AssertionError, TypeError, ValueError):
-            continue  # another architecture, or no such pooling
+        if _shapes(name, pool) != shapes:
+            continue  # another architecture, or no such pooling; seen without building it
+        other: Any = timm.create_model(name)
+        other.reset_classifier(0, **({"global_pool": pool} if pool else {}))
+        other.load_state_dict(tower.model.state_dict())
         if _same(tower, other.eval()):
-            size = tower.config.size
-            return {"timm_model_name": name, "timm_pool": pool, "image_size": size}
+            return {"timm_model_name": name, "timm_pool": pool, "image_size": tower.config.size}
     return None
+
+
+def _shapes(name: str, pool: str) -> dict[str, torch.Size]:
+    """Of the weights of a timm model as open_clip builds it; none where it cannot pool so. Nothing is computed."""
+    import timm
+
+    try:
+        with torch.device("meta"):
+            model: Any = timm.create_model(name)
+            model.reset_classifier(0, **({"global_pool": pool} if pool else {}))
+    except (RuntimeError, AssertionError, TypeError, ValueError, NotImplementedError):
+        return {}
+    return {name: value.shape for name, value in model.state_dict().items()}
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from pretrain import config as configuration
 from pretrain.config import UserError
 from pretrain.data.images import CLIP_MEAN, CLIP_STD
-from pretrain.data.text import load_tokenizer
+from pretrain.data.text import load_tokenizer, unreachable
 from pretrain.formats import Found, vision, words
 from pretrain.formats.vision import Plain
 from pretrain.model import ModelSchema
@@ -21,12 +22,7 @@ from pretrain.towers.hub import line
 
 def read(source: str) -> Found:
     """A CLIP, SigLIP or vision-text dual encoder, from a folder or by its hub name. Raises UserError."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{source}: transformers cannot read its configuration: {line(error)}") from error
+    config = _config(source)
     readers = {"clip": _read_clip, "siglip": _read_siglip, "vision-text-dual-encoder": _read_dual}
     if config.model_type not in readers:
         raise UserError(f"{source} is a {config.model_type}; {', '.join(readers)} can be read")
@@ -38,6 +34,22 @@ def read(source: str) -> Found:
     image = {"size": size, **image, **preprocess}
     values = {"image": image, "text": {"tokenizer": source, "pretrained": False, **text}, "model": model}
     return Found(configuration.build(ModelSchema, values, source), named, tokenizer)
+
+
+def _config(source: str) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(source, local_files_only=True)  # a folder, or fetched before
+    except Exception as error:
+        if Path(source).is_dir():
+            raise UserError(f"{source}: transformers cannot read its configuration: {line(error)}") from error
+        if problem := unreachable():
+            raise UserError(f"{source}: no run or folder here, not fetched before, and {problem}") from error
+    try:
+        return AutoConfig.from_pretrained(source)
+    except Exception as error:  # the hub and transformers raise what they like
+        raise UserError(f"{source}: no run or folder here, and the hub has no such model ({line(error)})") from error
 
 
 Read = tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Tensor]]

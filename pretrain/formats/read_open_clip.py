@@ -175,7 +175,9 @@ def _read_timm(given: dict[str, Any], weights: Weights, source: str, named: Weig
     import timm
 
     args: dict[str, Any] = {}
-    if pool and type(timm.create_model(name)).__name__ == "VisionTransformer":
+    with torch.device("meta"):  # to see what it is, not to use it
+        kind = type(timm.create_model(name)).__name__
+    if pool and kind == "VisionTransformer":
         args = {"global_pool": pool, "fc_norm": any(key.startswith("visual.trunk.fc_norm.") for key in weights)}
     size = given.get("image_size", 224)
     named |= {f"towers.image.model.{key}": value for key, value in _take(weights, "visual.trunk.").items()}

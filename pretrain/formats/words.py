@@ -58,12 +58,12 @@ def words(tower: TextTower) -> Words | str:
     config: Any = tower.model.config
     kind = config.model_type
     if kind not in ("clip_text_model", "siglip_text_model"):
-        return f"the text tower is a {kind}"
+        return f"the text tower, a {kind}"
     causal = kind == "clip_text_model"
     if tower.pool not in (("eot", "avg", "tower") if causal else ("tower",)):
-        return f"the text tower pools by {tower.pool}"
+        return f"the text tower's pooling, {tower.pool}"
     if config.hidden_act not in ACTS:
-        return f"the text tower's activation is {config.hidden_act}"
+        return f"the text tower's activation, {config.hidden_act}"
     return Words(
         vocab=config.vocab_size,
         positions=config.max_position_embeddings,

@@ -1,0 +1,303 @@
+"""Models of open_clip and transformers come in with their own embeddings, train on, and go out again unchanged."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import normalize
+from transformers import AutoModel, CLIPConfig, CLIPModel, PreTrainedTokenizerFast, SiglipConfig, SiglipModel
+
+from launch import cli
+from pretrain import config as configuration
+from pretrain import export
+from pretrain.config import ConfigError, UserError
+from pretrain.formats import tokens
+from pretrain.inference import Loaded, load_model
+from pretrain.recipe import PretrainConfig
+from tests.support import Small
+
+OPENAI: dict[str, Any] = {
+    "embed_dim": 16,
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8},
+    "text_cfg": {"context_length": 24, "width": 32, "heads": 2, "layers": 2},
+}
+SENTENCES = ["a red ball", "two green boxes on grass, left of a house"]
+
+
+def shaken(model: Any) -> Any:
+    """Random norms and biases too."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim:
+                parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    return model.eval()
+
+
+def pictures(size: int = 32) -> torch.Tensor:
+    return torch.randint(0, 256, (3, 3, size, size), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
+
+
+@torch.no_grad()
+def embedded(loaded: Loaded) -> tuple[torch.Tensor, torch.Tensor]:
+    text = loaded.decoders["text"]
+    return loaded.model.encode("image", pictures()), loaded.model.encode("text", *text.encode(SENTENCES))
+
+
+def normalised(loaded: Loaded) -> torch.Tensor:
+    tower: Any = loaded.model.towers["image"]
+    normalised: torch.Tensor = tower.normalise(pictures())
+    return normalised
+
+
+def openai_folder(folder: Path, tokenizer: Path, **vision: Any) -> Any:
+    """An OpenAI-shaped CLIP that open_clip builds, saved as it saves its own; returns the model."""
+    read = PreTrainedTokenizerFast.from_pretrained(tokenizer)
+    config = json.loads(json.dumps(OPENAI))
+    config["text_cfg"] |= {"vocab_size": len(read), "hf_tokenizer_name": "."}
+    config["vision_cfg"] |= vision
+    model = shaken(open_clip.CLIP(**config))
+    folder.mkdir()
+    recipe = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "interpolation": "bicubic", "resize_mode": "shortest"}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": recipe}))
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+    read.save_pretrained(folder)
+    return model
+
+
+@torch.no_grad()
+def open_clips(model: Any, folder: Path, loaded: Loaded) -> tuple[torch.Tensor, torch.Tensor]:
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+    return model.encode_image(normalised(loaded), normalize=True), model.encode_text(tokenizer(SENTENCES), normalize=True)
+
+
+def same(ours: tuple[torch.Tensor, ...], theirs: tuple[torch.Tensor, ...]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+def equal_weights(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> None:
+    """Name by name, to 1e-6."""
+    assert set(before) == set(after)
+    for name, value in before.items():
+        torch.testing.assert_close(after[name].reshape(value.shape), value, atol=1e-6, rtol=0, msg=name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# open_clip
+
+
+@pytest.mark.parametrize(
+    "vision", [{}, {"pool_type": "avg", "no_ln_pre": True}, {"pool_type": "avg", "final_ln_after_pool": True}]
+)
+def test_an_open_clip_folder_there_and_back(vision: dict[str, Any], small: Small, tmp_path: Path) -> None:
+    model = openai_folder(tmp_path / "in", small.tokenizer, **vision)
+    loaded = load_model(tmp_path / "in")
+    assert loaded.config.image.mean == [0.5, 0.5, 0.5]
+    same(embedded(loaded), open_clips(model, tmp_path / "in", loaded))
+    out = export.export(loaded, tmp_path / "out", "open_clip")
+    equal_weights(load_file(tmp_path / "in/open_clip_model.safetensors"), load_file(out / "open_clip_model.safetensors"))
+
+
+def test_a_file_of_open_clips_training(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MODEL:FILE, and a file in a folder whose params.txt names the model; the vocabulary is then OpenAI's."""
+    config = json.loads(json.dumps(OPENAI))
+    monkeypatch.setattr(open_clip, "get_model_config", lambda name: config if name == "tiny" else None)
+    model = shaken(open_clip.CLIP(**config))
+    (tmp_path / "logs/checkpoints").mkdir(parents=True)
+    file = tmp_path / "logs/checkpoints/epoch_1.pt"
+    torch.save({"epoch": 1, "state_dict": {f"module.{name}": value for name, value in model.state_dict().items()}}, file)
+    with pytest.raises(UserError, match=r"epoch_1\.pt does not say which model it is: give MODEL:"):
+        load_model(file)
+    (tmp_path / "logs/params.txt").write_text("batch_size: 64\nmodel: tiny\n")
+    by_name, by_notes = load_model(f"tiny:{file}"), load_model(file)
+    ids = open_clip.SimpleTokenizer(context_length=24)(SENTENCES)
+    with torch.no_grad():
+        theirs = model.encode_image(normalised(by_name), normalize=True), model.encode_text(ids, normalize=True)
+    same(embedded(by_name), theirs)
+    same(embedded(by_notes), theirs)
+    with pytest.raises(UserError, match="huge is not a model of open_clip"):
+        load_model(f"huge:{file}")
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (print, ("run",))
+
+
+def test_a_file_that_holds_more_than_weights_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"state_dict": Evil()}, tmp_path / "epoch_1.pt")
+    with pytest.raises(UserError, match="cannot be read as weights alone"):
+        load_model(f"ViT-B-32:{tmp_path / 'epoch_1.pt'}")
+    assert "run" not in capsys.readouterr().out
+
+
+def test_openais_vocabulary_is_open_clips() -> None:
+    ours = tokens.openai(77)
+    theirs = open_clip.SimpleTokenizer()
+    for text in [*SENTENCES, "Naïve café — 42% it's o'clock", "日本語 emoji 🙂"]:
+        ids = ours([text])["input_ids"][0]
+        assert ids == [i for i in theirs([text])[0].tolist() if i]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# transformers
+
+
+def clip_folder(folder: Path, tokenizer: Path) -> CLIPModel:
+    read = PreTrainedTokenizerFast.from_pretrained(tokenizer)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ends = {"eos_token_id": read.eos_token_id, "bos_token_id": read.bos_token_id, "pad_token_id": read.pad_token_id}
+    text = sizes | ends | {"vocab_size": len(read), "max_position_embeddings": 24}
+    config = CLIPConfig(text_config=text, vision_config=sizes | {"image_size": 32, "patch_size": 8}, projection_dim=16)
+    model = shaken(CLIPModel(config))
+    model.save_pretrained(folder)
+    read.save_pretrained(folder)
+    recipe = {"image_processor_type": "CLIPImageProcessor", "crop_size": {"height": 32, "width": 32}, "image_mean": [0.4] * 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(recipe | {"image_std": [0.3] * 3, "do_center_crop": True}))
+    found: CLIPModel = model
+    return found
+
+
+@torch.no_grad()
+def transformers_own(model: Any, loaded: Loaded, folder: Path, **how: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    words = PreTrainedTokenizerFast.from_pretrained(folder)(SENTENCES, return_tensors="pt", **how)
+    words.pop("token_type_ids", None)
+    out = model(pixel_values=normalised(loaded), **words)
+    return normalize(out.image_embeds, dim=-1), normalize(out.text_embeds, dim=-1)
+
+
+def test_a_clip_folder_there_and_back(small: Small, tmp_path: Path) -> None:
+    model = clip_folder(tmp_path / "in", small.tokenizer)
+    loaded = load_model(tmp_path / "in")
+    assert (loaded.config.image.mean, loaded.config.image.std) == ([0.4] * 3, [0.3] * 3)
+    same(embedded(loaded), transformers_own(model, loaded, tmp_path / "in", padding=True))
+    out = export.export(loaded, tmp_path / "out", "hf")
+    equal_weights(load_file(tmp_path / "in/model.safetensors"), load_file(out / "model.safetensors"))
+    again = export.export(load_model(out), tmp_path / "oc", "open_clip")  # and on into another library
+    same(embedded(load_model(again)), embedded(loaded))
+
+
+def test_a_siglip_folder_there_and_back(small: Small, tmp_path: Path) -> None:
+    read = PreTrainedTokenizerFast.from_pretrained(small.tokenizer)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = sizes | {"vocab_size": len(read), "max_position_embeddings": 64, "projection_size": 32}
+    model = shaken(SiglipModel(SiglipConfig(text_config=text, vision_config=sizes | {"image_size": 32, "patch_size": 8})))
+    with torch.no_grad():
+        model.logit_bias.fill_(-9.5)
+    read.model_input_names = read.init_kwargs["model_input_names"] = ["input_ids"]
+    model.save_pretrained(tmp_path / "in")
+    read.save_pretrained(tmp_path / "in")
+    loaded = load_model(tmp_path / "in")
+    same(embedded(loaded), transformers_own(model, loaded, tmp_path / "in", padding="max_length", max_length=64))
+    assert loaded.model.state_dict()["logit_bias"].item() == pytest.approx(-9.5)
+    out = export.export(loaded, tmp_path / "out", "hf")
+    equal_weights(load_file(tmp_path / "in/model.safetensors"), load_file(out / "model.safetensors"))
+
+
+def test_missing_and_extra_weights_are_counted_and_named(small: Small, tmp_path: Path) -> None:
+    openai_folder(tmp_path / "oc", small.tokenizer)
+    path = tmp_path / "oc/open_clip_model.safetensors"
+    weights = load_file(path)
+    del weights["visual.ln_post.weight"], weights["ln_final.bias"]
+    save_file(weights | {"visual.attn_pool.query": torch.zeros(4)}, path)
+    with pytest.raises(
+        UserError, match=r"2 weights are missing \(first .*norm\.weight\); 1 are not in the model \(first .*attn_pool"
+    ):
+        load_model(tmp_path / "oc")
+    clip_folder(tmp_path / "hf", small.tokenizer)
+    path = tmp_path / "hf/model.safetensors"
+    weights = load_file(path)
+    del weights["visual_projection.weight"]
+    save_file(weights | {"more": torch.zeros(1)}, path, {"format": "pt"})
+    with pytest.raises(
+        UserError, match=r"1 weights are missing \(first visual_proj.*1 weights are not in the model \(first more"
+    ):
+        load_model(tmp_path / "hf")
+
+
+def test_what_has_no_counterpart_is_named(small: Small, tmp_path: Path) -> None:
+    openai_folder(tmp_path / "in", small.tokenizer)
+    path = tmp_path / "in/open_clip_config.json"
+    content = json.loads(path.read_text())
+    content["model_cfg"]["vision_cfg"]["attentional_pool"] = True
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"vision_cfg\.attentional_pool=True has no counterpart"):
+        load_model(tmp_path / "in")
+    with pytest.raises(UserError, match="nobody/nothing"):
+        load_model("nobody/nothing")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# init=
+
+
+def settings(small: Small, run: Path, *more: str) -> list[str]:
+    """Of a run that says nothing of its towers."""
+    left = [word for word in small.settings(run, "train.steps=3", *more) if not word.startswith(("image.", "text.", "model."))]
+    return [word for word in left if word.partition("=")[0] != "optim.warmup"]
+
+
+def test_an_openai_shaped_clip_trains_on_and_is_loaded_by_transformers(
+    small: Small, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = openai_folder(tmp_path / "in", small.tokenizer)
+    config = tmp_path / "on.yaml"
+    config.write_text(f"init: {tmp_path / 'in'}\noptim: {{lr: 1.0e-4, warmup: 1}}\n")
+    words = settings(small, tmp_path / "run", "loss.name=siglip")  # a loss with a bias, which init lacks
+    assert cli.main(["pretrain", str(config), *words]) == 0
+    assert f"weights start from {tmp_path / 'in'}" in capfd.readouterr().err
+    out = tmp_path / "out"
+    assert cli.main(["export", str(tmp_path / "run"), str(out), "--format", "hf"]) == 0
+    back = AutoModel.from_pretrained(out).eval()
+    assert isinstance(back, CLIPModel)
+    loaded = load_model(tmp_path / "run")
+    same(embedded(loaded), transformers_own(back, loaded, out, padding=True))
+    moved = (loaded.model.projection("image").weight.t() - model.visual.proj).detach().abs().max()
+    assert 0 < float(moved) < 1e-3  # three steps of 1e-4 from where open_clip's were
+
+
+def test_each_tower_from_its_own(small: Small, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    picture, text = openai_folder(tmp_path / "a", small.tokenizer), clip_folder(tmp_path / "b", small.tokenizer)
+    config = tmp_path / "on.yaml"
+    config.write_text(f"init: {{image: {tmp_path / 'a'}, text: {tmp_path / 'b'}}}\nmodel: {{dim: 8}}\n")
+    words = settings(small, tmp_path / "run", "optim.lr=1e-9")
+    assert cli.main(["pretrain", str(config), *words]) == 0
+    weights = load_model(tmp_path / "run").model.state_dict()
+    first = picture.visual.conv1.weight
+    torch.testing.assert_close(weights["towers.image.model.patch_embed.proj.weight"], first.detach(), atol=1e-6, rtol=0)
+    second = text.text_model.embeddings.token_embedding.weight
+    torch.testing.assert_close(
+        weights["towers.text.model.embeddings.token_embedding.weight"], second.detach(), atol=1e-6, rtol=0
+    )
+    assert weights["projections.image.weight"].shape == (8, 64)
+
+
+def test_init_that_does_not_fit(small: Small, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    clip_folder(tmp_path / "in", small.tokenizer)
+    init = f"init={tmp_path / 'in'}"
+    assert cli.main(["pretrain", "clipart", *small.settings(tmp_path / "run", "train.steps=1", init)]) == 1
+    line = capfd.readouterr().err.strip().splitlines()[-1]
+    assert "weights are missing" in line
+    assert "init_partial=true" in line
+    words = small.settings(tmp_path / "run2", "train.steps=1", init, "init_partial=true")
+    assert cli.main(["pretrain", "clipart", *words]) == 0
+    assert "weights start from it" in capfd.readouterr().err
+    with pytest.raises(ConfigError, match="must name a run for each tower"):
+        configuration.load(PretrainConfig, None, ["init={image: 3}", "train.steps=1", "text.args={model_type: bert}"])
+
+
+def test_a_tokenizer_that_differs_is_refused(small: Small, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from pretrain.data.tokenizer import train_on
+
+    train_on(["other words than those"] * 3, tmp_path / "other", vocab=300)
+    clip_folder(tmp_path / "in", small.tokenizer)
+    config = tmp_path / "on.yaml"
+    config.write_text(f"init: {tmp_path / 'in'}\ntext: {{tokenizer: {tmp_path / 'other'}}}\n")
+    assert cli.main(["pretrain", str(config), *settings(small, tmp_path / "run")]) == 2
+    assert "differs from the tokenizer of init" in capfd.readouterr().err.strip().splitlines()[-1]
