@@ -55,9 +55,7 @@ def assemble(config: FinetuneConfig) -> Parts:
     if config.init is not None:
         start.load(encoder, config.init, config.init_partial)
     config = adapt.apply(encoder, config.adapt, config)  # type: ignore[assignment]
-    task = registry.part("tasks", config.task.name).build(
-        config.task, lambda: survey(config.data.train, config.data.workers, config.data.store())
-    )
+    task = registry.part("tasks", config.task.name).build(config.task, lambda: survey(config.data.train, config.data.store()))
     task = keep_aligned(task, config.adapt)
     model = models.build(encoder, config.fusion, config.context, config.tokens)
     model.head = task.head(model)

@@ -18,6 +18,7 @@ A dotted path names a task outside the project (task.name=my.module). May import
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -30,9 +31,11 @@ from finetune.model import Features, FusionModel, Head
 from finetune.trace import Trace
 from pretrain import dist
 from pretrain.config import ConfigError, UserError
-from pretrain.data import loader
+from pretrain.data import BadSample, loader
 from pretrain.data.cache import Cache
 from pretrain.data.loader import Batch, Sequential
+from pretrain.data.reader import Reader
+from pretrain.data.sources import counted, sources_of
 from pretrain.embed import evaluating
 from pretrain.strategies import DTYPES
 
@@ -88,7 +91,7 @@ class Setting:
 
     def survey(self) -> Iterator[dict[str, Any]]:
         """The json of this process's share of the training samples, all of them."""
-        return survey(self.train, self.config.workers, self.cache)
+        return survey(self.train, self.cache)
 
     @contextmanager
     def measuring(self, model: nn.Module) -> Iterator[None]:
@@ -99,10 +102,24 @@ class Setting:
             yield
 
 
-def survey(shards: Any, workers: int, cache: Cache | None = None) -> Iterator[dict[str, Any]]:
-    """The json of this process's share of the samples in `shards`; nothing is decoded. Raises UserError."""
-    batches = loader.sequential(shards, {}, 256, workers, dist.rank(), dist.world_size(), cache=cache)
-    return (values for batch in batches for values in batch.targets["json"])
+def survey(shards: Any, cache: Cache | None = None) -> Iterator[dict[str, Any]]:
+    """The json of this process's share of the samples in `shards`; pictures are not read. Samples whose json cannot be read
+    are passed over: training and evaluation count them. Raises UserError."""
+    paths = [path for source in sources_of(shards, "data.train") for path in source.shards]
+    cache = cache or Cache()
+    numbers = counted(paths, cache, "data.train")
+    reader = Reader(paths, cache, numbers, keep=8)
+    begin, end = (sum(numbers) * r // dist.world_size() for r in (dist.rank(), dist.rank() + 1))
+    at = 0
+    for shard, number in enumerate(numbers):
+        for sample in range(max(begin - at, 0), min(end - at, number)):
+            try:
+                values = json.loads(reader.read(shard, sample, ["json"]).members.get("json", b"{}"))
+            except (BadSample, ValueError, RecursionError):
+                continue
+            if isinstance(values, dict):
+                yield values
+        at += number
 
 
 @dataclass

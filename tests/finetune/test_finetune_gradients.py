@@ -1,4 +1,5 @@
-"""Fine-tuning has the gradient of one process on the whole batch: however questions and chunks fall, under every strategy."""
+"""Two processes: the gradient of one on the whole batch, however questions and chunks fall, under every strategy; and every
+training sample surveyed by one of them."""
 
 from typing import Any
 
@@ -8,13 +9,14 @@ import torch
 from finetune import model as models
 from finetune.adapt import freeze_unreached
 from finetune.model import FusionModel
-from finetune.tasks import vqa
+from finetune.tasks import survey, vqa
 from pretrain import dist, registry
 from pretrain.data.batch import Batch
 from pretrain.optim import OptimConfig
 from pretrain.step import train_step
 from pretrain.strategies import choose
 from tests.pretrain.strategies import tiny, world
+from tests.support import Small
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 EXACT = {"ddp": 1e-10, "fsdp2": 1e-10, "zero2": 1e-5}
@@ -71,6 +73,10 @@ def reference() -> tuple[float, dict[str, torch.Tensor]]:
     return value.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+def work(shards: list[str]) -> tuple[list[tuple[str, int]], dict[str, tuple[float, str, float]]]:
+    return [(values["split"], values["index"]) for values in survey(shards)], cells()
+
+
 def cells() -> dict[str, tuple[float, str, float]]:
     """(strategy, chunks) -> worst gradient, where, error of the loss."""
     value, expected = reference()
@@ -97,9 +103,12 @@ def cells() -> dict[str, tuple[float, str, float]]:
     return found
 
 
-def test_gradients_of_two_processes_with_unequal_numbers_of_questions() -> None:
+def test_gradients_of_two_processes_with_unequal_numbers_of_questions(small: Small) -> None:
     pytest.importorskip("deepspeed")
-    for found in world.run(cells, 2):
+    ranks = world.run(work, 2, [small.train, small.val])
+    assert len(ranks[0][0]) == len(ranks[1][0])
+    assert sorted(ranks[0][0] + ranks[1][0]) == [("train", i) for i in range(300)] + [("val", i) for i in range(64)]
+    for _, found in ranks:
         assert len(found) == 2 * len(EXACT)
         for cell, (worst, where, error) in found.items():
             bound = EXACT[cell.split()[0]]
