@@ -44,6 +44,8 @@ class AdaptConfig:
         """Raises ConfigError."""
         if self.contrastive < 0:
             raise ConfigError(f"adapt.contrastive={self.contrastive} is the weight of a loss: at least 0")
+        if self.image_size is not None and self.image_size < 1:
+            raise ConfigError(f"adapt.image_size={self.image_size} is a number of pixels: at least 1")
         for name, blocks in self.trainable_blocks.items():
             if blocks < -1:
                 raise ConfigError(
@@ -138,7 +140,7 @@ def resize(encoder: DualEncoder, size: int, schema: ModelSchema) -> ModelSchema:
     model = cast(Any, tower.model)
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
     side = patch[0] if isinstance(patch, tuple) else patch
-    if size < 1 or (isinstance(side, int) and size % side):
+    if isinstance(side, int) and size % side:
         raise ConfigError(f"adapt.image_size={size} is not a multiple of {schema.image.name}'s patch of {side} px")
     trains = {name: p.requires_grad for name, p in tower.named_parameters()}
     try:

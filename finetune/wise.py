@@ -12,6 +12,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from torch import Tensor
 from finetune import adapt
 from finetune.inference import Finetuned
 from finetune.tasks import EvalConfig
-from pretrain import checkpoint, dist, evaluate, inference
+from pretrain import checkpoint, dist, evaluate, inference, start
 from pretrain import config as configuration
+from pretrain import model as encoders
 from pretrain.config import ConfigError, UserError
 
 PREFIX = "encoder."
@@ -33,39 +35,43 @@ PREFIX = "encoder."
 def interpolate(pretrained: dict[str, Tensor], tuned: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
     """State dicts -> theta(alpha). What only `tuned` has, and counters, are taken from it. Raises UserError."""
     out = dict(tuned)
-    for name, start in pretrained.items():
-        if name not in tuned or tuned[name].shape != start.shape:
+    for name, value in pretrained.items():
+        if name not in tuned or tuned[name].shape != value.shape:
             raise UserError(
                 f"the two models differ: {name} has another shape, or is missing; only fine-tuning of the same model"
             )
         if tuned[name].is_floating_point():
-            out[name] = torch.lerp(start.to(tuned[name]), tuned[name], alpha)
+            out[name] = torch.lerp(value.to(tuned[name]), tuned[name], alpha)
     return out
 
 
-def pretrained(tuned: Finetuned, start: str | None = None) -> dict[str, Tensor]:
+def pretrained(tuned: Finetuned, init: Any = None) -> dict[str, Tensor]:
     """The weights that a run started from, under the names and at the picture size of the fine-tuned model. Raises UserError.
 
-    `start`: where they are, if not where the run's own `init` says.
+    `init`: where they are, if not where the run's own `init` says. Of a run that started from towers alone, those towers.
     """
-    if start is None:
-        start = configuration.read_yaml(tuned.folder / "config.yaml").get("init")
-    if start is None:
+    values = configuration.read_yaml(tuned.folder / "config.yaml")
+    init = values.get("init") if init is None else init
+    if init is None:
         raise UserError(f"{tuned.folder} was trained from nothing (init=null): there is no pretrained model to mix it with")
+    config, size = tuned.config, tuned.config.adapt.image_size
     try:
-        loaded = inference.load_model(start)
+        run = init if isinstance(init, str) else init.get("image")
+        if size is not None and run is not None:
+            config = replace(config, image=replace(config.image, size=inference.load_model(run).config.image.size))
+        with torch.random.fork_rng(devices=[]):
+            encoder = encoders.build(inference.towers(config), config.model, tuned.tokenizer)
+        start.load(encoder, init, bool(values.get("init_partial")))
     except UserError as error:
-        raise UserError(
-            f"the model this run started from is needed: {error}; if it moved, name it with --pretrained"
-        ) from error
-    size = getattr(tuned.config.image, "size", None)
+        raise UserError(f"--wise needs the model that this run began from: {error}; or name it with --pretrained") from error
     if size is not None:
-        adapt.resize(loaded.model, size, loaded.config)
-    return {f"{PREFIX}{name}": value for name, value in loaded.model.state_dict().items()}
+        adapt.resize(encoder, size, config)
+    known = tuple(f"towers.{name}." for name in init) if isinstance(init, dict) else ("",)
+    return {f"{PREFIX}{name}": value for name, value in encoder.state_dict().items() if name.startswith(known)}
 
 
 def curve(
-    tuned: Finetuned, start: dict[str, Tensor], alphas: list[float], measure: Callable[[], dict[str, float]]
+    tuned: Finetuned, began: dict[str, Tensor], alphas: list[float], measure: Callable[[], dict[str, float]]
 ) -> list[dict[str, float]]:
     """`measure()` with the model at each alpha, in order; the model is as it was afterwards."""
     for alpha in alphas:
@@ -73,11 +79,11 @@ def curve(
             raise ConfigError(f"--wise {alpha:g}: alpha must be from 0 (pretrained) to 1 (fine-tuned)")
     model = tuned.model
     kept = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    start = {name: value.to(kept[name].device) if name in kept else value for name, value in start.items()}
+    began = {name: value.to(kept[name].device) if name in kept else value for name, value in began.items()}
     rows = []
     try:
         for alpha in alphas:
-            model.load_state_dict(interpolate(start, kept, alpha))
+            model.load_state_dict(interpolate(began, kept, alpha))
             rows.append({"alpha": alpha, **measure()})
     finally:
         model.load_state_dict(kept)
@@ -85,14 +91,14 @@ def curve(
 
 
 def run(
-    tuned: Finetuned, shards: Any, alphas: list[float], device: torch.device, start: str | None = None, out: Path | None = None
+    tuned: Finetuned, shards: Any, alphas: list[float], device: torch.device, init: str | None = None, out: Path | None = None
 ) -> dict[str, Any]:
     """The curve on `shards`, the task's figures and retrieval by the embeddings, as plain values. Collective. Raises UserError.
 
     `best` is the alpha with the highest primary figure; `out`: a run folder to keep it in.
     """
     begin = time.perf_counter()
-    weights = pretrained(tuned, start)
+    weights = pretrained(tuned, init)
     tuned.model.to(device)
     towers = inference.decoders(tuned.config, tuned.tokenizer, tuned.model.encoder, _caption(tuned))
 
