@@ -1,4 +1,4 @@
-"""make demo: drawn scenes in, aligned encoders and a report out, by the commands a person would type.
+"""make demo: drawn scenes in; aligned encoders, their export, embeddings and a report out, by commands a person would type.
 
 Each command is printed before it runs, so that the demo is also the shortest tour of the project. Everything lands in one
 folder; a demo that was stopped goes on where it was.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -32,6 +33,8 @@ def commands(folder: Path, minutes: float) -> list[list[str]]:
         ["pretrain", "scenes", f"run={run}", *data, *train],
         ["evaluate", str(run), "--data", f"{scenes}/test-*.tar"],
         ["evaluate", str(run), "--data", f"{scenes}/unseen-*.tar"],
+        ["export", str(run), str(run / "hf"), "--format", "hf"],
+        ["embed", str(run), "--data", f"{scenes}/test-*.tar", "--out", str(run / "embeddings")],
         ["report", str(run), "--data", f"{scenes}/test-*.tar"],
     ]
 
@@ -43,6 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for all that is made (default demo)")
     args = parser.parse_args(argv)
     begin = time.monotonic()
+    for made in ("hf", "embeddings"):  # the run may have gone on since: what was made of it is made anew
+        shutil.rmtree(args.out / "run" / made, ignore_errors=True)
     for words in commands(args.out, args.minutes):
         print(f"\n$ clipfuse {shlex.join(words)}", flush=True)
         code = cli.main(words)

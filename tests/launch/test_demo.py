@@ -1,10 +1,14 @@
 """make demo, shortened: every command it shows runs, and the page is there."""
 
+import html
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.support import ROOT, environment, lines
 
@@ -15,11 +19,31 @@ def test_the_demo_runs_from_nothing_to_a_report(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "launch.demo", "--minutes", "0.1", "--out", "demo"]
     done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=550, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    for command in ("data scenes", "tokenizer", "pretrain scenes", "evaluate", "report"):
+    for command in ("data scenes", "tokenizer", "pretrain scenes", "evaluate", "export", "embed", "report"):
         assert f"$ clipfuse {command}" in done.stdout
     losses = [line["loss"] for line in lines(tmp_path / "demo/run/metrics.jsonl") if "loss" in line]
     assert losses[-1] < losses[0]
-    assert "<svg" in (tmp_path / "demo/run/report.html").read_text()
+    page = (tmp_path / "demo/run/report.html").read_text()
+    assert "<svg" in page
+    # What the page says of the export and of the embeddings is true.
+    load, read = (html.unescape(code) for code in re.findall(r'<pre class="python">(.*?)</pre>', page, re.S))
+    assert len(load.splitlines()) == 5
+    Image.new("RGB", (120, 90), "red").save(tmp_path / "picture.png")
+    script = f"{load}\n{read}\nprint(table.num_rows)\n"
+    shown = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=environment(PYTHONPATH=""),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert shown.returncode == 0, shown.stderr[-3000:]
+    shares, rows = shown.stdout.strip().splitlines()
+    assert re.match(r"tensor\(\[\[0?\.?\d", shares)
+    manifest = json.loads((tmp_path / "demo/run/embeddings/_manifest.json").read_text())
+    assert manifest["complete"]
+    assert manifest["rows"] == manifest["data"]["samples"] == int(rows)
 
 
 def test_the_makefile_starts_it_as_the_readme_says() -> None:
