@@ -41,8 +41,10 @@ class Finetuned:
         if len(pictures) != len(texts):
             raise UserError(f"{len(pictures)} pictures and {len(texts)} texts: give one text a picture")
         images = torch.stack([self.decoders["image"].evaluation(data) for data in pictures])
-        ids, mask = self.decoders["text"].encode(texts)
         device = next(self.model.parameters()).device
+        if "text" not in self.decoders:  # a task of pictures alone
+            return {"image": images.to(device)}, {}
+        ids, mask = self.decoders["text"].encode(texts)
         return {"image": images.to(device), "text": ids.to(device)}, {"text": mask.to(device)}
 
     def predict(self, pictures: list[bytes], texts: list[str], trace: Trace | None = None, top: int = 5) -> Prediction:

@@ -250,7 +250,10 @@ class Classification(Task):
     def predict(
         self, model: FusionModel, inputs: dict[str, Tensor], masks: dict[str, Tensor], trace: Trace | None = None, top: int = 5
     ) -> Prediction:
-        """The `top` likeliest classes with their probabilities; `score` is the logit of the first."""
+        """The `top` likeliest classes with their probabilities; `score` is the logit of the first. Raises UserError for one
+        picture where the task compares two: image (b, 2, 3, H, W)."""
+        if self.config.pictures and inputs["image"].dim() != 5:
+            raise UserError(f"this classification compares two pictures ({', '.join(self.config.pictures)}), not one")
         logits = model(inputs, masks, {}, trace)["logits"].float()
         likely = logits.softmax(dim=1) if self.config.labels == "single" else logits.sigmoid()
         values, order = likely.detach().topk(min(top, likely.shape[1]), dim=1)

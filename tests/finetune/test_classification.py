@@ -173,6 +173,12 @@ def pairs(small: Small, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
+def jpeg(shards: str) -> bytes:
+    """The first picture."""
+    with tarfile.open(shards.replace("*", "0000")) as tar:
+        return next(tar.extractfile(m).read() for m in tar.getmembers() if m.name.endswith("jpg"))  # type: ignore[union-attr]
+
+
 def words(shards: str, encoders: Path, run: Path, *more: str) -> list[str]:
     return [
         "finetune", "classification", f"run={run}", f"init={encoders}", f"data.train={shards}", f"data.val={shards}",
@@ -198,6 +204,11 @@ def test_one_label_of_a_picture(small: Small, encoders: Path, tmp_path: Path) ->
     assert figures["val/samples"] == 48
     assert {"val/top5", "val/auc", "val/unknown_labels"} <= set(figures)
     assert loaded.task.config.class_weights.keys() == set(loaded.task.config.classes)  # type: ignore[attr-defined]
+    picture = jpeg(small.val)
+    best = loaded.predict([picture], ["nothing reads this"], top=99).best[0]
+    assert len(best) == len(loaded.task.config.classes)  # type: ignore[attr-defined]
+    assert sum(value for _, value in best) == pytest.approx(1)
+    assert best == sorted(best, key=lambda item: -item[1])
 
 
 @pytest.mark.parametrize(
@@ -206,9 +217,12 @@ def test_one_label_of_a_picture(small: Small, encoders: Path, tmp_path: Path) ->
         (("task.text=said", "task.pictures=[left.jpg,right.jpg]", *FUSED), {"top1", "macro_f1", "auc"}),
         (("task.text=said", "task.pictures=[left.jpg,right.jpg]", "task.features=embedding"), {"top1", "macro_f1"}),
         (("task.text=said", "task.pictures=[left.jpg,left.jpg]", "fusion.name=merged", *FUSED[1:]), {"top1"}),
-        (("task.labels=multi", "task.field=kinds", "task.pictures=[left.jpg,right.jpg]"), {"micro_f1", "exact", "auc"}),
+        (
+            ("task.labels=multi", "task.field=kinds", "task.pictures=[left.jpg,right.jpg]", "train.precision=bf16"),
+            {"micro_f1", "exact", "auc"},
+        ),
     ],
-    ids=["two pictures and a text, fused", "as embeddings", "one stream", "several labels"],
+    ids=["two pictures and a text, fused", "as embeddings", "one stream", "several labels, in half precision"],
 )
 def test_pairs(settings: tuple[str, ...], figures: set[str], pairs: str, encoders: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
@@ -226,6 +240,8 @@ def test_a_picture_swapped_for_the_other_changes_the_answer(pairs: str, encoders
     assert cli.main(words(pairs, encoders, run, *settings)) == 0
     loaded = finetune.load(run)
     g = torch.Generator().manual_seed(0)
+    with pytest.raises(UserError, match=r"compares two pictures \(left\.jpg, right\.jpg\), not one"):
+        loaded.predict([jpeg(f"{pairs}/pairs-*.tar")], ["a red car"])
     two = torch.randint(0, 256, (1, 2, 3, 32, 32), generator=g, dtype=torch.uint8)
     ids, mask = loaded.decoders["text"].encode(["a red car"])
     with torch.no_grad():

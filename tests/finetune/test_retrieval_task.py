@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import math
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from pretrain.data.batch import Batch
 from pretrain.data.shards import RawSample
 from pretrain.data.text import TextDecoder, load_tokenizer
 from tests.pretrain.strategies import tiny
-from tests.support import Small, lines
+from tests.support import Small, lines, losses
 
 CPU = torch.device("cpu")
 
@@ -36,7 +37,7 @@ def words(small: Small, encoders: Path, run: Path, *more: str) -> list[str]:
         "finetune", "retrieval", f"run={run}", f"init={encoders}", f"data.train={small.train}", f"data.val={small.val}",
         "data.batch_size=16", "data.workers=0", "eval.workers=0", "eval.max_samples=16", "task.rerank=5", "fusion.layers=1",
         "fusion.heads=2", "optim.warmup=2", "train.log_every=1", "train.trackers=[]", "train.threads=1",
-        "train.eval_every=0", "train.save_every=4", "train.steps=4", *more,
+        "train.eval_every=0", "train.save_every=2", "train.steps=4", *more,
     ]  # fmt: skip
 
 
@@ -173,6 +174,24 @@ def test_a_run_reports_both_losses_and_evaluates(run: Path) -> None:
         assert line["loss"] == pytest.approx(line["contrastive_loss"] + line["matching_loss"], rel=1e-4)
     last = [line for line in lines(run / "metrics.jsonl") if "val/reranked_R@1" in line][-1]
     assert last["val/samples"] == 16
+
+
+def test_resumed_bit_for_bit_with_the_same_negatives(small: Small, encoders: Path, run: Path, tmp_path: Path) -> None:
+    """And in half precision it trains and ranks as well."""
+    again = tmp_path / "again"
+    settings = ("task.foils=foils", "task.draw=2", "optim.lr=0.005")
+    shutil.copytree(run, again)
+    for path in (again / "checkpoints").iterdir():
+        if path.name != "step-0000002":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert cli.main(words(small, encoders, again, *settings)) == 0
+    assert losses(again) == losses(run)
+
+    half = tmp_path / "half"
+    assert cli.main(words(small, encoders, half, *settings, "train.precision=bf16", "train.steps=2")) == 0
+    last = lines(half / "metrics.jsonl")[-1]
+    assert 0 <= last["val/reranked_R@1"] <= last["val/text_to_image_ceiling"] <= 1
+    assert all(math.isfinite(value) for value in losses(half).values())
 
 
 def tiny_task(**settings: Any) -> tuple[Any, retrieval.Retrieval]:
