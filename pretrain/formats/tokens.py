@@ -81,7 +81,7 @@ def openai(length: int) -> Any:
     path = Path(spec.submodule_search_locations[0]) / "bpe_simple_vocab_16e6.txt.gz"
     # As OpenAI's SimpleTokenizer: a version line, then merges; of them 49152 - 256 - 2 are in use.
     lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")[1 : 49152 - 256 - 2 + 1]
-    merges = [(left, right) for left, right in (one.split() for one in lines)]
+    merges: Any = [(left, right) for left, right in (one.split() for one in lines)]
     letters = list(_bytes_as_letters())
     words = [*letters, *(letter + "</w>" for letter in letters), *(left + right for left, right in merges)]
     words += ["<|startoftext|>", "<|endoftext|>"]
