@@ -45,14 +45,16 @@ def scores(generated: list[str], references: list[list[str]]) -> dict[str, float
 def _words(texts: list[list[str]]) -> dict[int, list[str]]:
     """Words in lower case with spaces between, punctuation left out: by the Penn Treebank rules where Java is, as published
     figures are; else by `plain`, which differs in contractions, abbreviations and brackets only."""
-    if shutil.which("java") is None:
-        say("CIDEr and BLEU without Java: words are cut by a plain rule, close to but not the Penn Treebank's")
-        return {i: [plain(text) for text in group] for i, group in enumerate(texts)}
-    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+    if shutil.which("java") is not None:
+        from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    given = {i: [{"caption": text} for text in group] for i, group in enumerate(texts)}
-    found: dict[int, list[str]] = PTBTokenizer().tokenize(given)
-    return found
+        given = {i: [{"caption": text} for text in group] for i, group in enumerate(texts)}
+        with contextlib.suppress(OSError):  # it writes beside its own file, which may be read-only
+            found: dict[int, list[str]] = PTBTokenizer().tokenize(given)
+            if {i: len(group) for i, group in found.items()} == {i: len(group) for i, group in enumerate(texts)}:
+                return found
+    say("CIDEr and BLEU without a working Java: words are cut by a plain rule, close to but not the Penn Treebank's")
+    return {i: [plain(text) for text in group] for i, group in enumerate(texts)}
 
 
 def plain(text: str) -> str:

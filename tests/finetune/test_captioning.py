@@ -192,8 +192,12 @@ def test_without_the_library_there_is_a_line_and_no_score(
 def test_the_plain_rule_cuts_ordinary_captions_as_the_penn_treebank_does(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = ["A red car, left of a blue house.", "Two big green trees!", "a cat under 3 yellow moons"]
     theirs = wording._words([[text] for text in texts])
+    said = ["", texts[0]]  # an untrained model may write nothing
+    figures = wording.scores(said, [[texts[1]], [texts[0]]])
     monkeypatch.setenv("PATH", "")
     assert wording._words([[text] for text in texts]) == theirs
+    assert wording.scores(said, [[texts[1]], [texts[0]]]) == figures
+    assert 0 < figures["BLEU_1"] < 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
