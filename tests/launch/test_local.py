@@ -257,13 +257,12 @@ def _host() -> str:
 
 
 def test_out_of_memory_is_one_line_with_the_peak_and_three_settings(small: Small, tmp_path: Path) -> None:
-    """A model whose first block needs more than the process may have."""
+    """A model whose gradients and moments are more than the process may have."""
     settings = [
         *tiny(small, tmp_path / "run", "train.steps=4")[1:],
         "train.strategy=single",
         "data.batch_size=64",
-        "image.size=256",
-        "image.args={patch_size: 4, embed_dim: 1024, depth: 2, num_heads: 2, global_pool: avg, fc_norm: false}",
+        "image.args={patch_size: 16, embed_dim: 4096, depth: 2, num_heads: 2, global_pool: avg, fc_norm: false}",
     ]
     limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (9 << 30, 9 << 30)); "
     code = limit + "from launch.cli import main; sys.exit(main(sys.argv[1:]))"

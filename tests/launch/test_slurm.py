@@ -126,7 +126,7 @@ def test_a_job_that_is_preempted_twice_has_the_losses_of_an_undisturbed_run(
 @needs_slurm
 def test_a_job_that_cannot_be_is_one_line(small: Small, slurm_cluster: Cluster, tmp_path: Path) -> None:
     words = tiny(small, tmp_path / "run", "train.steps=4")
-    options = ["--on", "slurm", "--nproc", "2", "--partition", "nowhere"]
+    options = ["--on", "slurm", "--nproc", "2", "--gpus-per-node", "0", "--partition", "nowhere"]
     env = environment(PATH=os.environ["PATH"], SLURM_CONF=str(slurm_cluster.conf))
     with started(*clipfuse_words("pretrain", *words, *options), cwd=tmp_path, **env) as refused:
         output = refused.end(1)
