@@ -228,6 +228,10 @@ def _work(
         except UserError as error:
             board.fail(str(error))
             raise
+        except OSError as error:
+            said = f"cannot write into {options.out}: {error.strerror or error}; whole files stay, the same command goes on"
+            board.fail(said)
+            raise UserError(said) from error
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
                 raise UserError(f"out of memory: lower --batch-size {options.batch_size}") from error

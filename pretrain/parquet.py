@@ -20,6 +20,7 @@ import os
 import queue
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -202,7 +203,8 @@ class _File:
         self.partial.replace(self.final)
 
     def drop(self) -> None:
-        self._writer.close()
+        with suppress(OSError):  # closing writes a footer, for which there may be no room
+            self._writer.close()
         self.partial.unlink(missing_ok=True)
 
 

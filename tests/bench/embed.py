@@ -50,7 +50,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         if given.data is None:
-            draw_dataset(root / "scenes", {"test": 2000}, size=256)
+            draw_dataset(root / "scenes", {"test": 1000}, size=256)
         shards = given.data or f"{root}/scenes/test-*.tar"
         train_tokenizer(shards, root / "tokenizer", vocab=4096)
         loaded = build(given.config, [f"text.tokenizer={root / 'tokenizer'}", *given.settings], root / "model")

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import resource
 import signal
 import tarfile
 import time
@@ -300,3 +301,17 @@ def test_a_model_that_has_diverged_and_towers_without_places(small: Small, tmp_p
         embed(pooled, options(small, tmp_path / "shared", tokens="shared"), CPU)
     with pytest.raises(ConfigError, match="--batch-size 0 must be at least 1"):
         options(small, tmp_path, batch_size=0).check()
+
+
+def test_a_full_disk_is_one_line_and_what_is_whole_stays(small: Small, loaded: Loaded, tmp_path: Path) -> None:
+    asked = options(small, tmp_path / "out", per_file=25, tokens="own", dtype="float32")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))  # no file may grow beyond
+    try:
+        with pytest.raises(UserError, match=r"cannot write into .*out: .*; whole files stay, the same command goes on"):
+            embed(loaded, asked, CPU)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list((tmp_path / "out").glob("*.parquet"))
+    assert not list((tmp_path / "out").glob(".*.partial"))
+    assert done(loaded, asked).samples == 64
