@@ -3,7 +3,8 @@ happens when a colour in the text is exchanged.
 
     grounding(tuned, shards, GroundingConfig(), device) -> {"pointing_thing": 0.93, "pointing_thing_low": 0.91, ...}
 
-For every word that speaks of objects (phrases.py) the map of its tokens is held against their boxes (pointing.py).
+For every word that speaks of objects (phrases.py) the map of its tokens is held against their boxes (pointing.py); of a text
+that speaks of the same objects throughout also the mean map of all its tokens (`text`): what the answer came from.
 Controls, on the same words:
 
     area        a peak anywhere at random: the part of the cells that would be a hit
@@ -28,7 +29,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from finetune.attend import readers
+from finetune.attend import METHOD, readers
 from finetune.inference import Finetuned
 from finetune.maps import METHODS
 from finetune.phrases import KINDS_OF_WORDS
@@ -46,7 +47,7 @@ CONTROLS = ("area", "centre", "untrained", "shuffled")
 class GroundingConfig:
     """What is measured, on how much."""
 
-    method: str = "relevance"
+    method: str = METHOD
     """Of the maps: raw, rollout, gradcam, relevance."""
     layer: int | None = None
     """For raw and gradcam: one layer of the fusion, -1 the last; null averages them."""
@@ -78,10 +79,10 @@ class GroundingConfig:
 def grounding(tuned: Finetuned, shards: Any, config: GroundingConfig, device: torch.device) -> dict[str, float]:
     """The figures, the same on every process; they move the model to `device`. Collective.
 
-    For each class of words that occurs (thing, colour, surface, relation): `pointing_CLASS` and `lift_CLASS`, each with
-    `_low` and `_high` (95 %), the controls as `pointing_CLASS_area` and so on, and `words_CLASS`. `counterfactual_moved`
-    (with `_low`, `_high`), `_before`, `_after`, `_stayed`, `_area` (a blind peak after the swap), and `swaps`. `samples`,
-    `bad_samples`.
+    For each class of words that occurs (thing, colour, surface, relation; text: all words of one): `pointing_CLASS` and
+    `lift_CLASS`, each with `_low` and `_high` (95 %), the controls as `pointing_CLASS_area` and so on, and `words_CLASS`.
+    `counterfactual_moved` (with `_low`, `_high`), `_before`, `_after`, `_stayed`, `_area` (a blind peak after the swap), and
+    `swaps`. `samples`, `bad_samples`.
 
     Raises:
         ConfigError: a wrong setting.
@@ -188,7 +189,8 @@ def summary(result: dict[str, Any]) -> Table:
             if key in metrics:
                 interval = f"{shown(metrics[f'{key}_low'])} to {shown(metrics[f'{key}_high'])}"
                 controls = [shown(metrics[f"{key}_{c}"]) if f"{key}_{c}" in metrics else "" for c in CONTROLS]
-                label = f"{name}, {kind}" if name == "pointing" else f"attention lift, {kind}"
+                of = "whole text" if kind == "text" else kind
+                label = f"pointing, {of}" if name == "pointing" else f"attention lift, {of}"
                 table.add_row(label, f"{int(metrics[f'words_{kind}']):,}", shown(metrics[key]), interval, *controls)
     if "counterfactual_moved" in metrics:
         moved = [metrics[f"counterfactual_moved{end}"] for end in ("", "_low", "_high")]

@@ -19,8 +19,9 @@ from typing import Any, Literal
 from pretrain.data.scene_things import KINDS
 from pretrain.data.scenes import COLORS, SIZES, SURFACES
 
-Kind = Literal["thing", "colour", "surface", "relation"]
-KINDS_OF_WORDS: tuple[Kind, ...] = ("thing", "colour", "surface", "relation")
+Kind = Literal["thing", "colour", "surface", "relation", "text"]
+KINDS_OF_WORDS: tuple[Kind, ...] = ("thing", "colour", "surface", "relation", "text")
+"""text: all words together, of a text that speaks of the same objects throughout."""
 
 Objects = Sequence[dict[str, Any]]
 
@@ -105,6 +106,12 @@ def mentions(text: str, objects: Objects) -> list[Mention]:
             start, end = (first.end + at for at in joins.span(1))
             out.append(Mention(joins.group(1).lower(), start, end, "relation", tuple(sorted({*a, *b}))))
     return sorted(out, key=lambda mention: mention.start)
+
+
+def whole(text: str, found: Sequence[Mention]) -> list[Mention]:
+    """The text as one mention, where all of `found`, its words, speak of the same objects; else nothing."""
+    spoken = {mention.objects for mention in found}
+    return [Mention(text, 0, len(text), "text", spoken.pop())] if len(spoken) == 1 else []
 
 
 def swaps(text: str, objects: Objects) -> list[Swap]:

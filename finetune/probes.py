@@ -20,7 +20,7 @@ from finetune.attend import asked, readers, token_maps
 from finetune.attention import Gate
 from finetune.inference import Finetuned
 from finetune.model import FusionModel
-from finetune.phrases import Mention, Objects, Swap, mentions, pairs, swaps
+from finetune.phrases import Mention, Objects, Swap, mentions, pairs, swaps, whole
 from finetune.pointing import Array, centre_map, covered, hit, lift, reached, seen_part, to_cells
 from finetune.words import Cut, word_map
 from pretrain.config import UserError
@@ -122,8 +122,9 @@ class Prober:
     def _probes(self, batch: Batch, objects: list[Objects], texts: int) -> list[Probe]:
         out = []
         for i, own in enumerate(objects):
-            said = [Probe(i, text, tuple(mentions(text, own))) for text in self._texts(batch, i)]
-            out += _spread([probe for probe in said if probe.words], texts)
+            said = [(text, mentions(text, own)) for text in self._texts(batch, i)]
+            probes = [Probe(i, text, (*found, *whole(text, found))) for text, found in said if found]
+            out += _spread(probes, texts)
         return out
 
     def _words(self, batch: Batch, objects: list[Objects], probes: list[Probe]) -> Iterator[Record]:

@@ -72,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--train-data", metavar="SHARDS", help="linear_probe, vqa: the shards that probe or baseline learns from")
     p.add_argument("--classes", metavar="NAMES", help="zero_shot: imagenet, scenes, a comma list, or a file with a name a line")
-    p.add_argument("--maps", default="relevance", metavar="METHOD", help=f"grounding: {_MAPS} (default relevance)")
+    p.add_argument("--maps", default="raw", metavar="METHOD", help=f"grounding: {_MAPS} (default raw)")
     p.add_argument("--wise", metavar="A,B,...", help="a fine-tuned run mixed with the model it began from: 0,0.25,0.5,0.75,1")
     p.add_argument("--pretrained", metavar="RUN", help="--wise: that model, where it is not where the run found it")
     p.add_argument("--out", type=Path, metavar="DIR", help="--wise: a run folder for the best mixture")
@@ -83,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("image", metavar="IMAGE", type=Path, help="a picture: JPEG, PNG, WebP, ...")
     p.add_argument("text", metavar="TEXT", help="what is said of it, or asked")
     p.add_argument("--out", required=True, metavar="PNG", type=Path, help="where the figure goes: a heat map a word")
-    p.add_argument("--maps", default="relevance", metavar="METHOD", help=f"{_MAPS} (default relevance)")
+    p.add_argument("--maps", default="raw", metavar="METHOD", help=f"{_MAPS} (default raw)")
     p.add_argument("--layer", type=int, metavar="N", help="raw, gradcam: one layer, -1 the last (default: their mean)")
 
     p = _command(commands, "embed", _embed, "embeddings of whole collections, in Parquet files")

@@ -204,7 +204,8 @@ class VQA(Task):
     def predict(
         self, model: FusionModel, inputs: dict[str, Tensor], masks: dict[str, Tensor], trace: Trace | None = None, top: int = 5
     ) -> Prediction:
-        """The `top` likeliest answers with their probabilities; `score` is the logit of the first."""
+        """The `top` likeliest answers with their probabilities; `score` is the logarithm of the first one's odds against all
+        others: its logit alone also rises with whatever raises all of them, and maps of that look past the thing."""
         if not bool(masks["text"].any(dim=-1).all()):
             raise UserError('an empty question has no answer: write one, for example "what colour is the car?"')
         logits = model(inputs, masks, {}, trace)["logits"][:, 0].float()
@@ -212,7 +213,10 @@ class VQA(Task):
         values, order = likely.detach().topk(min(top, likely.shape[-1]), dim=-1)
         names = [[self.config.answers[i] for i in row] for row in order.tolist()]
         best = [list(zip(row, value, strict=True)) for row, value in zip(names, values.tolist(), strict=True)]
-        return Prediction(best, logits.amax(dim=-1))
+        if self.config.loss == "sigmoid" or logits.shape[-1] == 1:
+            return Prediction(best, logits.amax(dim=-1))
+        others = logits.scatter(-1, order[:, :1], float("-inf")).logsumexp(dim=-1)
+        return Prediction(best, logits.amax(dim=-1) - others)
 
 
 def _counted(samples: Iterator[dict[str, Any]], name: str) -> Counter[tuple[str, str, str]]:

@@ -108,7 +108,8 @@ def test_a_model_that_looks_at_the_boxes(small: Small, asks: bool) -> None:
     words: Counter[str] = Counter()
     for said in tuned.task.known.values():
         texts = [q["question"] for q in said["questions"]] if asks else said["captions"][:1]  # KEY.txt
-        spoken = [[m.kind for m in mentions(text, said["objects"])] for text in texts]
+        found_in = [mentions(text, said["objects"]) for text in texts]
+        spoken = [[m.kind for m in ms] + ["text"] * (len({m.objects for m in ms}) == 1) for ms in found_in]
         spoken = [kinds for kinds in spoken if kinds]
         few = spoken if len(spoken) <= 4 else [spoken[i * (len(spoken) - 1) // 3] for i in range(4)]
         words.update(kind for kinds in few for kind in kinds)
