@@ -60,6 +60,7 @@ def same_ids(ids: Tensor) -> Tensor:
     return (ids[:, None] == everyone[None]).any(dim=2)
 
 
+@torch.compiler.disable
 def draws(b: int, count: int, device: torch.device) -> list[Tensor]:
     """`count` tensors (b,) uniform in [0, 1): this process's part of numbers that all processes have in common. Collective.
 
@@ -79,12 +80,14 @@ def sample_ids(keys: Sequence[str], caption_id: Tensor) -> Tensor:
     return torch.stack([own.to(caption_id.device), caption_id], dim=1)
 
 
+@torch.compiler.disable
 def fetch(tokens: TokenSequence, row: Tensor) -> TokenSequence:
     """(b, N, C), (q,) rows of all B -> (q, N, C), with gradient: only these travel. N is the same everywhere. Collective."""
     states, mask, pooled = dist.fetch([tokens.states, tokens.mask, tokens.pooled], row)
     return tokens._replace(states=states, mask=mask, pooled=pooled)
 
 
+@torch.compiler.disable
 def longest(tokens: TokenSequence) -> int:
     """N of the process that has most: what a batch in one process would be padded to. Collective."""
     return int(dist.maximum(torch.tensor(tokens.states.shape[1])))
