@@ -113,7 +113,7 @@ def train(config: PretrainConfig) -> Outcome:
         source = resume_from(config.resume, folder)
         parts = assemble(config)
         if source is None and config.init is not None:
-            start.load(parts.model, config.init, config.init_partial)
+            start.load(parts.model, config.init, config.init_partial, parts.tokenizer)
         kept = inference.portable(config, parts.model)
         if dist.is_main():
             configuration.save(config, folder.path / "config.yaml")

@@ -59,27 +59,29 @@ def under(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def tokenizer(init: Any, text: Any) -> Any:
-    """The tokenizer of the configuration, else init's. Raises ConfigError where they are two that differ."""
-    run = _towers(init, ("text",)).get("text")
-    named = text.tokenizer or text.name
-    if run is None or (not text.tokenizer and text.name):
-        return load_tokenizer(named)
+    """The tokenizer of the configuration, else init's."""
+    named, run = text.tokenizer or text.name, _towers(init, ("text",)).get("text")
+    return _loaded(run).tokenizer if run is not None and not named else load_tokenizer(named)
+
+
+def _same_words(ours: Any, run: str) -> None:
+    """Refuses a tokenizer that is not that of the text tower's weights. Raises ConfigError."""
     theirs = _loaded(run).tokenizer
-    if not named:
-        return theirs
-    ours = load_tokenizer(named)
     if ours.get_vocab() != theirs.get_vocab():
         a, b = len(ours), len(theirs)
         counts = f"{a} tokens, not {b}" if a != b else f"{a} tokens too, but other ones"
         raise ConfigError(
-            f"text.tokenizer={named} differs from the tokenizer of init={run} ({counts}): what its text tower learnt means "
-            "something else; leave text.tokenizer out"
+            f"text.tokenizer differs from the tokenizer of init={run} ({counts}): what its text tower learnt means something "
+            "else; leave text.tokenizer out"
         )
-    return ours
 
 
-def load(model: DualEncoder, init: Any, partial: bool) -> None:
-    """Puts init's weights into the model. Raises UserError, counting and naming, where they do not fit, unless `partial`."""
+def load(model: DualEncoder, init: Any, partial: bool, tokenizer: Any) -> None:
+    """Puts init's weights into the model. Raises UserError, counting and naming, where they do not fit, unless `partial`;
+    and where the texts are cut into other tokens than those the weights know."""
+    for run in _towers(init, ("text",)).values():
+        if tokenizer is not None:  # None: a model without texts
+            _same_words(tokenizer, run)
     if isinstance(init, str):
         loaded = _loaded(init)
         weights = _scalars(loaded.model.state_dict(), model, init)

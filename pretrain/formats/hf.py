@@ -11,6 +11,8 @@ they crop). It wants pictures in RGB.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,22 @@ PIPELINE_LENGTH = 64
 """To which transformers' pipelines fill up the texts of SigLIP."""
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' bars and remarks; what goes wrong is said in our one line."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
 def problem(encoders: Encoders) -> str | None:
     """Which part of the encoders transformers cannot hold, or None."""
     if wrong := strange(encoders):
@@ -38,9 +56,10 @@ def problem(encoders: Encoders) -> str | None:
 
 def write(encoders: Encoders, folder: Path) -> None:
     """Writes the folder, which exists. The encoders have no `problem`."""
-    made = _make(encoders)
-    assert not isinstance(made, str)
-    made.save_pretrained(folder)
+    with quiet():
+        made = _make(encoders)
+        assert not isinstance(made, str)
+        made.save_pretrained(folder)
     tokenizer = tokens.portable(encoders.text)
     if made.config.model_type == "siglip":
         # Its text model attends to padding. Saved is the attribute, where it was given when the tokenizer was made.
@@ -233,7 +252,8 @@ def load(folder: Path) -> Any:
     """What transformers makes of the folder: (images (b, 3, S, S), texts) -> embeddings."""
     from transformers import AutoModel, AutoTokenizer
 
-    model = AutoModel.from_pretrained(folder).eval()
+    with quiet():
+        model = AutoModel.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     length = tokenizer.model_max_length
     padding = "max_length" if model.config.model_type == "siglip" else True

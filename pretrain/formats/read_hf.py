@@ -14,6 +14,7 @@ from pretrain.config import UserError
 from pretrain.data.images import CLIP_MEAN, CLIP_STD
 from pretrain.data.text import load_tokenizer, unreachable
 from pretrain.formats import Found, vision, words
+from pretrain.formats.hf import quiet
 from pretrain.formats.vision import Plain
 from pretrain.model import ModelSchema
 from pretrain.towers import hub
@@ -22,7 +23,8 @@ from pretrain.towers.hub import line
 
 def read(source: str) -> Found:
     """A CLIP, SigLIP or vision-text dual encoder, from a folder or by its hub name. Raises UserError."""
-    config = _config(source)
+    with quiet():
+        config = _config(source)
     readers = {"clip": _read_clip, "siglip": _read_siglip, "vision-text-dual-encoder": _read_dual}
     if config.model_type not in readers:
         raise UserError(f"{source} is a {config.model_type}; {', '.join(readers)} can be read")
@@ -59,16 +61,12 @@ Read = tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Tensor]]
 def _weights(source: str) -> dict[str, Tensor]:
     """The weights as transformers loads them, nothing missing and nothing left over."""
     from transformers import AutoModel
-    from transformers.utils import logging
 
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
     try:
-        model, said = AutoModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+        with quiet():
+            model, said = AutoModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
     except Exception as error:  # the library raises what it likes for files that do not fit
         raise UserError(f"{source}: transformers cannot load its weights: {line(error)}") from error
-    finally:
-        logging.set_verbosity(before)
     wrong = []
     for key, word in (("missing_keys", "missing"), ("unexpected_keys", "not in the model")):
         names = sorted(name for name in said.get(key, ()) if not name.endswith("position_ids"))

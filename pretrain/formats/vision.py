@@ -80,7 +80,8 @@ def plain(model: Any) -> Plain | str:
     if strange := _strange(model, {"cls_token"}):
         return strange
     norm = model.norm if isinstance(model.norm, nn.LayerNorm) else model.fc_norm
-    if model.global_pool not in ("token", "avg") or not isinstance(norm, nn.LayerNorm):
+    prefix = model.global_pool == "avg" and getattr(model, "pool_include_prefix", False)
+    if model.global_pool not in ("token", "avg") or prefix or not isinstance(norm, nn.LayerNorm):
         return f"the image tower's pooling, {model.global_pool}"
     return _described(model, norm)
 
