@@ -53,7 +53,7 @@ def assemble(config: FinetuneConfig) -> Parts:
     torch.manual_seed(config.seed)
     encoder = encoders.build(inference.towers(config), config.model, tokenizer)
     if config.init is not None:
-        start.load(encoder, config.init, config.init_partial)
+        start.load(encoder, config.init, config.init_partial, tokenizer)
     config = adapt.apply(encoder, config.adapt, config)  # type: ignore[assignment]
     task = registry.part("tasks", config.task.name).build(config.task, lambda: survey(config.data.train, config.data.store()))
     task = keep_aligned(task, config.adapt)

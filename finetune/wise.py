@@ -61,7 +61,7 @@ def pretrained(tuned: Finetuned, init: Any = None) -> dict[str, Tensor]:
             config = replace(config, image=replace(config.image, size=inference.load_model(run).config.image.size))
         with torch.random.fork_rng(devices=[]):
             encoder = encoders.build(inference.towers(config), config.model, tuned.tokenizer)
-        start.load(encoder, init, bool(values.get("init_partial")))
+        start.load(encoder, init, bool(values.get("init_partial")), tuned.tokenizer)
     except UserError as error:
         raise UserError(f"--wise needs the model that this run began from: {error}; or name it with --pretrained") from error
     if size is not None:
