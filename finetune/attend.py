@@ -39,7 +39,7 @@ from pretrain.data.text import TextDecoder
 from pretrain.embed import evaluating
 
 METHOD = "raw"
-"""How maps are made unless somebody says otherwise: after a short training on scenes (400 steps of 16 pictures) raw attention
+"""How maps are made unless somebody says otherwise: after a short training on scenes (300 steps of 16 pictures) raw attention
 found things more often than the others did; `evaluate --task grounding --maps` says which does so for a model of yours."""
 
 
