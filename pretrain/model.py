@@ -70,7 +70,7 @@ class DualEncoder(nn.Module):
         self.towers = nn.ModuleDict(towers)
         made = {name: nn.Linear(tower.pooled_width, dim, bias=False) for name, tower in towers.items()} if projected else {}
         for name, matrix in made.items():
-            nn.init.normal_(matrix.weight, std=towers[name].pooled_width**-0.5)
+            nn.init.normal_(matrix.weight, std=towers[name].pooled_width ** -0.5)
         self.projections = nn.ModuleDict(made or {name: NoProjection(dim) for name in towers})
         self.logit_scale = nn.Parameter(torch.full((1,), logit_scale))  # never 0-d: ZeRO and FSDP2 refuse that
         self.logit_bias = None if logit_bias is None else nn.Parameter(torch.full((1,), logit_bias))
