@@ -1,4 +1,4 @@
-# make demo    draw scenes, pretrain, evaluate, write a report (MINUTES=n shortens the training)
+# make demo    draw scenes, pretrain, evaluate, export, embed, write a report (MINUTES=n shortens the training)
 # make test    every test           make check   ruff, mypy, import contract           make bench   measurements
 
 PYTHON ?= python3
