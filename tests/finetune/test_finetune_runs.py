@@ -216,7 +216,7 @@ eval: {{workers: 0}}
     [
         (["init=nowhere/at/all"], "nowhere/at/all"),
         (["init=null"], "init=RUN is missing"),
-        (["text.tokenizer=gpt2"], "tokens of init"),
+        (["text.tokenizer=./no-such-folder"], "./no-such-folder"),
         (["task.name=vqaa"], "did you mean 'vqa'"),
         (["task.field=captions"], "task.field=captions"),
         (["data.train=synthetic"], "no task to learn"),
