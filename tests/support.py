@@ -98,8 +98,9 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    """A jsonl file."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """A jsonl file, of a run that may be writing its last line."""
+    text = path.read_text()
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def losses(run: Path) -> dict[int, float]:
