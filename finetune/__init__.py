@@ -14,6 +14,7 @@
     config.py       the schema of a run, laid over what `init` brings
     recipe.py       a run assembled and trained by pretrain's one loop; __main__.py is what launchers start
     inference.py    load(RUN): a fine-tuned model, ready to answer; evaluate.py measures it
+    export.py       its graphs for onnxruntime: image, text, and the head with the fusion; card.py is their model card
 
     attend.py       what each word looks at: maps of a model's own task; drawing.py draws them, words.py puts tokens together
     grounding.py    do maps find what words speak of: pointing game, attention lift, colours exchanged, with controls

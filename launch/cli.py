@@ -379,11 +379,20 @@ def _embed(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
+    from finetune import inference as finetuned
     from pretrain import export
     from pretrain.inference import load_model
 
     export.finished(args.run)
+    tuned = finetuned.is_finetuned(args.run)
+    if tuned and args.format == "onnx":
+        from finetune import export as graphs
+
+        print(f"wrote {graphs.export(finetuned.load(args.run), args.dir, args.license)}")
+        return DONE
     print(f"wrote {export.export(load_model(args.run), args.dir, args.format, args.license)}")
+    if tuned:
+        print(f"these are the encoders alone: {args.format} has no place for the fusion and the task's head, onnx may have")
     return DONE
 
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 import importlib
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,25 +55,35 @@ def export(loaded: Loaded, folder: Path, form: str, license: str | None = None) 
     """
     if form not in FORMATS:
         raise ConfigError(f"--format {form}: the choices are {', '.join(FORMATS)}")
-    if folder.exists():
-        raise UserError(f"{folder} exists already; give a folder that does not")
     encoders = encoders_of(loaded)
     module = _module(form)
     if wrong := module.problem(encoders):
         others = [name for name in FORMATS if name != form and _module(name).problem(encoders) is None]
         can = f"; --format {' or '.join(others)} can hold it" if others else ""
         raise UserError(f"{form} cannot hold {wrong}{can}")
+    with whole(folder) as partial:
+        module.write(encoders, partial)
+        difference = compare(encoders, module.load(partial))
+        (partial / "README.md").write_text(card.text(encoders, loaded.folder, form, folder.name, license, difference))
+    return folder
+
+
+@contextmanager
+def whole(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder`, which must not exist, to write into: it takes the name at the end, if all went well.
+
+    Raises UserError.
+    """
+    if folder.exists():
+        raise UserError(f"{folder} exists already; give a folder that does not")
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        module.write(encoders, partial)
-        difference = compare(encoders, module.load(partial))
-        (partial / "README.md").write_text(card.text(encoders, loaded.folder, form, folder.name, license, difference))
+        yield partial
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return folder
 
 
 def encoders_of(loaded: Loaded) -> Encoders:

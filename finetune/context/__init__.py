@@ -45,6 +45,10 @@ class Context(nn.Module):
     needs: ClassVar[Literal["picture", "self-attention"]] = "picture"
     """What must be there for it to mean anything: a picture that is asked, or a picture that asks itself."""
 
+    chooses: ClassVar[bool] = False
+    """Whether it picks what is seen by comparing numbers: a rounding error may then pick otherwise, so no other library
+    gives the same."""
+
     def shares_a_choice(self) -> bool:
         """Whether one query changes what another sees: then a decoder would look into the future."""
         return False

@@ -14,7 +14,7 @@ those are projected), or each word for itself; a picture that asks itself choose
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,6 +58,8 @@ class Chosen(NamedTuple):
 
 class CoarseToFine(Context):
     """Legend, besides attention.py's: R regions of P cells, n of them opened, G groups of U queries, T tokens beside."""
+
+    chooses: ClassVar[bool] = True
 
     def __init__(self, config: Config) -> None:
         super().__init__()

@@ -51,7 +51,7 @@ class Pooled(Dense):
 
     def summarize(self, tokens: Tokens, exact: bool = False) -> tuple[Tokens, Weights | None]:
         """Tokens (B, N, C) -> summaries (B, L, C) without mask or grid, and with `exact` the Weights (B, L, N)."""
-        q_BHLD = self.read.queries(self.norm(self.latents)[None]).expand(len(tokens.states), -1, -1, -1)
+        q_BHLD = self.read.queries(self.norm(self.latents)[None]).expand(tokens.states.shape[0], -1, -1, -1)
         out, used = attend(q_BHLD, *self.read.keys(tokens).projected(), mask=over_heads(tokens.mask), exact=exact)
         states = self.latents + self.read.merge(out)
         states = self.out_norm(states + self.think(states))

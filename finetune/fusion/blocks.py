@@ -155,7 +155,8 @@ class Fusion(nn.Module):
         A mask may be None: every token is real.
         """
         config, given = self.config, dict(tokens)
-        rows, rest = divmod(len(given[config.query].states), max(1, len(given[config.context].states)))
+        asking, asked = (given[name].states.shape[0] for name in (config.query, config.context))
+        rows, rest = (1, 0) if asking == asked else divmod(asking, max(1, asked))
         if rest or not rows:
             counts = ", ".join(f"{len(given[name].states)} of {name}" for name in (config.query, config.context))
             raise ValueError(f"{config.query} rows must be a multiple of {config.context} rows, not {counts}")

@@ -12,6 +12,7 @@
     task.encode(model, batch), task.loss(...)         pretrain's Objective: fit() trains a task
     task.evaluate(model, shards, setting)             its figures; `primary_metric` decides which checkpoint is best
     task.predict(model, inputs, masks, trace)         for maps, reports and demonstrations
+    task.told()                                       which feature of the head is its answer, for exports
 
 A dotted path names a task outside the project (task.name=my.module). May import model.py and all before it.
 """
@@ -22,7 +23,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -132,6 +133,20 @@ class Prediction:
     """(rows,) with its graph where gradients are on: of the best of each row, or of what was asked about."""
 
 
+@dataclass(frozen=True)
+class Told:
+    """What a head says of one picture and one text, for those who read its numbers without the task."""
+
+    feature: str
+    """Which of the head's features it is."""
+    probabilities: Literal["softmax", "sigmoid"]
+    """What makes probabilities of it."""
+    names: list[str]
+    """What each column stands for; [] for a single number."""
+    more: dict[str, Any] = field(default_factory=dict)
+    """Anything else that is needed to use it."""
+
+
 class Task:
     """Base of all tasks; an Objective, so that pretrain's fit() trains it."""
 
@@ -176,6 +191,10 @@ class Task:
         """One text a picture: inputs image (b, 3, H, W) and text (b, T), as the decoders' `encode` and `evaluation` make
         them. Raises UserError for a task that has nothing to say about a picture and a text."""
         raise UserError(f"{type(self).__module__.rsplit('.', 1)[-1]} has no predictions for a picture and a text")
+
+    def told(self) -> Told:
+        """For exports. Raises UserError for a task whose answer does not come from one pass over a picture and a text."""
+        raise UserError(f"{type(self).__module__.rsplit('.', 1)[-1]} does not answer in one pass over a picture and a text")
 
 
 def per_item(losses: Tensor, weights: Tensor) -> Tensor:

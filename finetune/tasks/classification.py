@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from finetune.fusion.blocks import repeat
 from finetune.model import Features, FusionModel, Head
-from finetune.tasks import Prediction, Setting, Survey, Task, everywhere, per_item
+from finetune.tasks import Prediction, Setting, Survey, Task, Told, everywhere, per_item
 from finetune.tasks.labels import Labels, balance, check_measures, count, in_order, multi, single
 from finetune.trace import Trace
 from pretrain import dist
@@ -124,7 +124,7 @@ class Classifier(Head):
         text = repeat(text, p) if p > 1 else text
         fused = model.fuse({"text": text, "image": model.tokens("image", image)}, trace)
         pooled = torch.cat([fused["text"].pooled, fused["image"].states.mean(dim=1)], dim=1)
-        return pooled.reshape(len(pooled) // p, -1)
+        return pooled.reshape(pooled.shape[0] // p, -1)
 
     def _pooled(self, model: FusionModel, image: Tensor, inputs: dict[str, Tensor], masks: dict[str, Tensor], p: int) -> Tensor:
         """Embeddings; with a text or a second picture also their products and distances."""
@@ -195,6 +195,11 @@ class Classification(Task):
 
     def settings(self) -> dict[str, Any]:
         return {"classes": self.config.classes, "class_weights": self.config.class_weights, "balanced": False}
+
+    def told(self) -> Told:
+        if self.config.pictures:
+            raise UserError(f"this classification compares two pictures ({', '.join(self.config.pictures)})")
+        return Told("logits", "softmax" if self.config.labels == "single" else "sigmoid", self.config.classes)
 
     def loss(self, features: Features, targets: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy, its mean weighted by the classes over the samples of all processes; with several labels the binary

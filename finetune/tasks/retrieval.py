@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from finetune import mining
 from finetune.model import Features, FusionModel, Head
-from finetune.tasks import Prediction, Setting, Survey, Task, per_item
+from finetune.tasks import Prediction, Setting, Survey, Task, Told, per_item
 from finetune.tasks.foils import Foils
 from finetune.tasks.reranking import search
 from finetune.trace import Trace
@@ -189,6 +189,9 @@ class Retrieval(Task):
                 "task.name=retrieval asks pictures with texts: it needs a fusion with fusion.query=text, fusion.context=image"
             )
         return Matcher(model.widths["text"], self.config)
+
+    def told(self) -> Told:
+        return Told("match", "sigmoid", [], {"score": self.config.score})
 
     def encode(self, model: nn.Module, batch: Batch) -> Features:
         """Names each sample, so that the model can tell negatives from what is right."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from finetune.model import Features, FusionModel, Head
-from finetune.tasks import Prediction, Setting, Survey, Task, everywhere, per_item
+from finetune.tasks import Prediction, Setting, Survey, Task, Told, everywhere, per_item
 from finetune.tasks.answers import Blind, accuracy, vocabulary
 from finetune.tasks.questions import Question, Questions, questions_of
 from finetune.trace import Trace
@@ -89,13 +89,13 @@ class Answerer(Head):
         text, image = model.tokens("text", inputs["text"], masks["text"]), self._look(model, inputs, text=inputs["text"])
         fused = model.fuse({"text": text, "image": image}, trace)["text"].pooled
         logits: Tensor = self.out(self.dropout(F.gelu(self.up(self.norm(fused)))))
-        return {"logits": logits.unflatten(0, (len(inputs["image"]), -1))}
+        return {"logits": logits.unflatten(0, (inputs["image"].shape[0], -1))}
 
     def _look(self, model: FusionModel, inputs: dict[str, Tensor], text: Tensor) -> TokenSequence:
         """The picture's tokens; one token of zeros for the blind."""
         if not self.blind:
             return model.tokens("image", inputs["image"])
-        nothing = self.norm.weight.new_zeros(len(inputs["image"]), 1, model.widths["image"])
+        nothing = self.norm.weight.new_zeros(inputs["image"].shape[0], 1, model.widths["image"])
         return TokenSequence(nothing, nothing.new_ones(nothing.shape[:2], dtype=torch.bool), (1, 1), nothing[:, 0])
 
 
@@ -132,6 +132,9 @@ class VQA(Task):
 
     def settings(self) -> dict[str, Any]:
         return {"answers": self.config.answers}
+
+    def told(self) -> Told:
+        return Told("logits", self.config.loss, self.config.answers)
 
     def loss(self, features: Features, targets: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean over the questions of all processes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,6 @@ def text(encoders: Encoders, source: Path, form: str, name: str, license: str | 
         difference: largest difference of an embedding, measured when the folder was written; None: not measured.
     """
     library = {"hf": "transformers", "open_clip": "open_clip", "onnx": "onnx"}[form]
-    run = source.parent.parent if source.parent.name == "checkpoints" else None
     lines = [
         "---",
         f"license: {license or 'unknown'}",
@@ -59,14 +59,22 @@ def text(encoders: Encoders, source: Path, form: str, name: str, license: str | 
         "```",
         "",
         *_measured(difference),
-        *_model(encoders),
+        *about(encoders, source, license),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def about(encoders: Encoders, source: Path, license: str | None, more: Sequence[tuple[str, Any]] = ()) -> list[str]:
+    """What the model is (with `more` rows), what it learned from and how, what it reached, its licence; as `text` has it."""
+    run = source.parent.parent if source.parent.name == "checkpoints" else None
+    return [
+        *_model(encoders, more),
         *(_run(run) if run is not None else []),
         *_recalls(run),
         "## License",
         "",
         f"{license}." if license else "Not stated by those who exported it.",
     ]
-    return "\n".join(lines) + "\n"
 
 
 def _measured(difference: float | None) -> list[str]:
@@ -75,7 +83,7 @@ def _measured(difference: float | None) -> list[str]:
     return [f"Loaded back, its embeddings differ from the run's by at most {difference:.1g} in float32.", ""]
 
 
-def _model(encoders: Encoders) -> list[str]:
+def _model(encoders: Encoders, more: Sequence[tuple[str, Any]]) -> list[str]:
     recipe, model = encoders.preprocess, encoders.model
     counts = model.parameter_counts()
     tower = encoders.text_tower
@@ -92,7 +100,7 @@ def _model(encoders: Encoders) -> list[str]:
     ]
     if model.logit_bias is not None:
         rows.append(("logit bias", f"{float(model.logit_bias.detach()):.3f}"))
-    return ["## The model", "", *_table(rows)]
+    return ["## The model", "", *_table([*rows, *more])]
 
 
 def _run(run: Path) -> list[str]:

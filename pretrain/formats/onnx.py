@@ -16,7 +16,7 @@ import json
 import logging
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,10 @@ from torch import Tensor, nn
 from pretrain.config import UserError
 from pretrain.formats import Encoders, strange, tokens
 from pretrain.model import DualEncoder
+from pretrain.towers.transformers import TextTower
 
 OPSET = 18
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def problem(encoders: Encoders) -> str | None:
@@ -35,15 +37,20 @@ def problem(encoders: Encoders) -> str | None:
 
 def write(encoders: Encoders, folder: Path) -> None:
     """Writes the folder, which exists. Raises UserError where the exporter's libraries are missing."""
-    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"--format onnx needs {', '.join(missing)}, not installed here: pip install 'clipfuse[onnx]'")
+    needed()
     for precision, suffix in ((torch.float32, ""), (torch.float16, "-fp16")):
-        model = _plain(encoders.model, precision)
+        model = plain(encoders.model, precision)
         _image(model, encoders.preprocess.size, folder / f"image{suffix}.onnx")
         _text(model, encoders.text.length, folder / f"text{suffix}.onnx")
     (folder / "preprocess.json").write_text(json.dumps(encoders.preprocess.open_clip(), indent=1))
     tokens.save(encoders.text, folder)
+
+
+def needed() -> None:
+    """Raises UserError where the exporter's libraries are missing."""
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"--format onnx needs {', '.join(missing)}, not installed here: pip install 'clipfuse[onnx]'")
 
 
 class _Image(nn.Module):
@@ -64,12 +71,12 @@ class _Text(nn.Module):
         return self.model.encode("text", input_ids, attention_mask.bool())
 
 
-def _plain(model: DualEncoder, precision: torch.dtype) -> DualEncoder:
+def plain(model: Model, precision: torch.dtype) -> Model:
     """A copy without what a graph has no place for: groups by length, products by another route."""
     made = copy.deepcopy(model).to(precision).eval().requires_grad_(False)
-    text: Any = made.towers["text"]
-    text.groups = 1
     for module in made.modules():
+        if isinstance(module, TextTower):
+            module.groups = 1
         if isinstance(module, nn.Linear):
             module.__class__ = nn.Linear
     return made
@@ -77,31 +84,38 @@ def _plain(model: DualEncoder, precision: torch.dtype) -> DualEncoder:
 
 def _image(model: DualEncoder, size: int, path: Path) -> None:
     batch = torch.export.Dim("batch")
-    _export(_Image(model), (torch.zeros(2, 3, size, size),), ["pixel_values"], "image_embeds", ({0: batch},), path)
+    graph(_Image(model), (torch.zeros(2, 3, size, size),), ["pixel_values"], ["image_embeds"], ({0: batch},), path)
 
 
 def _text(model: DualEncoder, length: int, path: Path) -> None:
-    batch = torch.export.Dim("batch")
-    trims = model.tower("text").trims
-    shape: dict[int, Any] = {0: batch, 1: torch.export.Dim("length", max=length)} if trims else {0: batch}
-    ids = torch.ones(2, length - 1 if trims and length > 3 else length, dtype=torch.int64)
-    _export(_Text(model), (ids, torch.ones_like(ids)), ["input_ids", "attention_mask"], "text_embeds", (shape, shape), path)
+    ids, shape = words(model.tower("text").trims, length)
+    inputs = (ids, torch.ones_like(ids))
+    graph(_Text(model), inputs, ["input_ids", "attention_mask"], ["text_embeds"], (shape, shape), path)
+
+
+def words(trims: bool, length: int) -> tuple[Tensor, dict[int, Any]]:
+    """Ids (2, T) int64 to trace a text tower with, and what of their shape is free: the length only where it trims."""
+    shape: dict[int, Any] = {0: torch.export.Dim("batch")}
+    if trims:
+        shape[1] = torch.export.Dim("length", max=length)
+    return torch.ones(2, length - 1 if trims and length > 3 else length, dtype=torch.int64), shape
 
 
 @torch.no_grad()
-def _export(
-    graph: nn.Module, inputs: tuple[Tensor, ...], names: list[str], output: str, shapes: tuple[Any, ...], path: Path
+def graph(
+    module: nn.Module, inputs: tuple[Tensor, ...], names: list[str], outputs: list[str], shapes: tuple[Any, ...], path: Path
 ) -> None:
+    """Writes `module`, traced with `inputs`, as one file; `shapes`: as torch.export's dynamic_shapes."""
     before = logging.getLogger("torch.onnx").level
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                graph.eval(),
+                module.eval(),
                 inputs,
                 input_names=names,
-                output_names=[output],
+                output_names=outputs,
                 dynamic_shapes=shapes,
                 opset_version=OPSET,
                 dynamo=True,
@@ -110,7 +124,7 @@ def _export(
     finally:
         logging.getLogger("torch.onnx").setLevel(before)
     assert program is not None
-    program.save(str(path), external_data=_bytes(graph) > 1 << 30)  # one file holds 2 GiB
+    program.save(str(path), external_data=_bytes(module) > 1 << 30)  # one file holds 2 GiB
 
 
 def _bytes(module: nn.Module) -> int:
