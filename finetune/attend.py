@@ -28,7 +28,6 @@ from finetune.maps import attention_maps
 from finetune.model import FusionModel
 from finetune.pointing import Array, seen_part
 from finetune.tasks import Prediction, Task
-from finetune.tasks.questions import Question, questions_of
 from finetune.trace import Trace
 from finetune.words import Cut, word_maps
 from pretrain.config import UserError
@@ -158,14 +157,6 @@ def readers(tuned: Finetuned) -> tuple[ImageDecoder, TextDecoder]:
     return image, text
 
 
-def asked(json: dict[str, Any]) -> list[Question]:
-    """The questions in a sample's json; none where there are none."""
-    try:
-        return questions_of(json, "questions")
-    except BadSample:
-        return []
-
-
 def share_of(value: float) -> str:
     """0.93 -> "93 %"; what is no probability, as a number."""
     return f"{100 * value:.0f} %" if 0 <= value <= 1 else f"{value:.2f}"
@@ -190,7 +181,7 @@ def examples(
     for batch in batches:
         for i, picture in enumerate(batch.inputs["image"]):
             if tuned.task.asks:
-                said = [(q.kind, q.text, q.answers[0]) for q in asked(batch.targets["json"][i])]
+                said = [(q.kind, q.text, q.answers[0]) for q in tuned.task.questions(batch.targets["json"][i])]
             else:
                 said = [("caption", caption, "") for caption in batch.targets["captions"][i][:1]]
             found += [(picture, said)] if said else []

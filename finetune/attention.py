@@ -118,6 +118,15 @@ class Attention(nn.Module):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
 
+    @torch.no_grad()
+    def match_(self) -> None:
+        """Makes q and k the same projection, without changing lengths: a query looks first at what resembles it.
+
+        For tokens of one space, which contrastive training has filled; they need not find out anew what belongs together.
+        """
+        nn.init.orthogonal_(self.q.weight)
+        self.k.weight.copy_(self.q.weight)
+
     def forward(
         self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, exact: bool = False
     ) -> tuple[Tensor, Tensor | None]:

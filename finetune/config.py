@@ -23,8 +23,8 @@ class FusionSchema(ModelSchema):
     """The part of a run's configuration that says what the model is: all that loading a checkpoint reads."""
 
     tokens: Source = "auto"
-    """What fusion reads: aligned (tokens in the shared space, for towers that pool by their mean), tower (the towers' own
-    states), auto (aligned where that has a meaning, by modality)."""
+    """What fusion reads: aligned (tokens in the shared space, for towers that pool their mean or maximum), tower (the towers'
+    own states), auto (aligned where that has a meaning, by modality)."""
     fusion: Any = section(registry.part, "fusion", "name", "cross")
     """How the modalities read each other; null for a task that needs embeddings only."""
     context: Any = section(registry.part, "context", "name", "dense")

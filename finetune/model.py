@@ -188,16 +188,18 @@ def _rows(ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
 
 
 def sources_of(encoder: DualEncoder, tokens: Source) -> dict[str, str]:
-    """Where each modality's tokens come from; `auto`: the shared space where the tower pools their mean."""
+    """Where each modality's tokens come from; `auto`: the shared space where the tower pools the mean or the maximum of its
+    tokens, so that what was aligned is made of them."""
+    pools = {name: encoder.tower(name).pools_mean or encoder.tower(name).pools_max for name in encoder.towers}
     if tokens != "auto":
-        wrong = [name for name in encoder.towers if tokens == "aligned" and not encoder.tower(name).pools_mean]
+        wrong = [name for name, has in pools.items() if tokens == "aligned" and not has]
         if wrong:
             raise ConfigError(
-                f"tokens=aligned: the {wrong[0]} tower does not pool the mean of its tokens, so they have no place in the "
-                f"shared space; use tokens=tower (or auto), or pretrain with {wrong[0]}.pool=avg"
+                f"tokens=aligned: the {wrong[0]} tower does not pool the mean or the maximum of its tokens, so they have no "
+                f"place in the shared space; use tokens=tower (or auto), or pretrain with {wrong[0]}.pool=avg"
             )
         return dict.fromkeys(encoder.towers, tokens)
-    return {name: "aligned" if encoder.tower(name).pools_mean else "tower" for name in encoder.towers}
+    return {name: "aligned" if has else "tower" for name, has in pools.items()}
 
 
 def widths(encoder: DualEncoder, sources: dict[str, str]) -> dict[str, int]:
@@ -215,4 +217,6 @@ def build(encoder: DualEncoder, fusion: Any, context: Any, tokens: Source = "aut
     if fusion is not None:
         pictures = [name for name in encoder.towers if name == "image"]
         made = registry.part("fusion", fusion.name).build(fusion, widths(encoder, sources), context=context, pictures=pictures)
+        if set(sources.values()) == {"aligned"}:
+            made.match_()
     return FusionModel(encoder, made, sources)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune import model as models
-from finetune.attend import asked, readers, token_maps
+from finetune.attend import readers, token_maps
 from finetune.attention import Gate
 from finetune.inference import Finetuned
 from finetune.model import FusionModel
@@ -117,7 +117,7 @@ class Prober:
         if not self.tuned.task.asks:
             captions: list[str] = batch.targets["captions"][i]
             return captions
-        return [question.text for question in asked(batch.targets["json"][i])]
+        return [question.text for question in self.tuned.task.questions(batch.targets["json"][i])]
 
     def _probes(self, batch: Batch, objects: list[Objects], texts: int) -> list[Probe]:
         out = []

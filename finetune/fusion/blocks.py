@@ -58,6 +58,10 @@ class FusionConfig:
 # Branches
 
 
+CROSS = "cross_look"
+"""What a block calls the branch in which one modality asks another."""
+
+
 class FeedForward(nn.Module):
     """x + W2 gelu(W1 norm(x)), with W2 a Gate."""
 
@@ -167,6 +171,12 @@ class Fusion(nn.Module):
             trace.begin({name: (given[name].states.shape[1], given[name].grid) for name in (config.query, config.context)})
         fused = self.fuse({name: _unpack(name, given[name]) for name in (config.query, config.context)}, rows, trace)
         return given | {name: _pack(states, given[name]) for name, states in fused.items()}
+
+    def match_(self) -> None:
+        """For tokens that lie in one space: whoever asks another modality looks first at what resembles it."""
+        for name, module in self.named_modules():
+            if name.endswith(CROSS) and isinstance(module, Look):
+                module.attention.match_()
 
     def fuse(self, tokens: dict[str, Tokens], rows: int, trace: Trace | None) -> dict[str, Tensor]:
         """The states (B, N, C) of every modality that changes. `rows`: query rows a context row."""

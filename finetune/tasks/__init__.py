@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.model import Features, FusionModel, Head
+from finetune.tasks.questions import Question
 from finetune.trace import Trace
 from pretrain import dist
 from pretrain.config import ConfigError, UserError
@@ -191,6 +192,10 @@ class Task:
         """One text a picture: inputs image (b, 3, H, W) and text (b, T), as the decoders' `encode` and `evaluation` make
         them. Raises UserError for a task that has nothing to say about a picture and a text."""
         raise UserError(f"{type(self).__module__.rsplit('.', 1)[-1]} has no predictions for a picture and a text")
+
+    def questions(self, values: dict[str, Any]) -> list[Question]:
+        """What a sample's json asks about its picture, for a task that `asks`."""
+        return []
 
     def told(self) -> Told:
         """For exports. Raises UserError for a task whose answer does not come from one pass over a picture and a text."""

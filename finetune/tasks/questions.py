@@ -6,6 +6,7 @@ Shapes: b = pictures, m = questions a picture, T = tokens of the longest, K = an
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,8 +43,9 @@ class Asked:
     train: bool
 
 
-def questions_of(values: Any, field: str) -> list[Question]:
-    """What a sample's json asks, without questions that are empty or have no answer. Raises BadSample if none is left.
+def questions_of(values: Any, field: str, types: Collection[str] = ()) -> list[Question]:
+    """What a sample's json asks, without questions that are empty or have no answer, and of these `types` alone where any
+    are given. Raises BadSample if none is left.
 
     An item is {question, answers: [text, ...] or [{"answer": text}, ...], type}.
     """
@@ -65,16 +67,19 @@ def questions_of(values: Any, field: str) -> list[Question]:
             found.append(Question(clean(text), answers, str(item.get("type") or "other")))
     if not found:
         raise BadSample("no questions", f"none of the {len(given)} in {field!r} has both a question and an answer")
-    return found
+    wanted = [question for question in found if not types or question.kind in types]
+    if not wanted:
+        raise BadSample("no questions", f"none in {field!r} is of type {' or '.join(sorted(types))}")
+    return wanted
 
 
 class Questions(TextDecoder):
     """A text decoder whose items are questions about one picture."""
 
-    def __init__(self, text: TextDecoder, field: str, draw: int, answers: list[str]) -> None:
-        """`text`: the text tower's decoder; `draw`: m in training; `answers`: the vocabulary."""
+    def __init__(self, text: TextDecoder, field: str, draw: int, answers: list[str], types: Collection[str] = ()) -> None:
+        """`text`: the text tower's decoder; `draw`: m in training; `answers`: the vocabulary; `types`: as questions_of."""
         super().__init__(text.tokenizer, text.length, text.caption, text.trim, text.multiple)
-        self.field, self.draw = field, draw
+        self.field, self.draw, self.types = field, draw, types
         self.ids = {answer: i for i, answer in enumerate(answers)}
 
     def __call__(self, sample: RawSample, rng: np.random.Generator, train: bool) -> Asked:  # type: ignore[override]
@@ -83,7 +88,7 @@ class Questions(TextDecoder):
             values = json.loads(sample.members.get("json", b"{}"))
         except (ValueError, RecursionError) as error:
             raise BadSample("json unreadable", str(error)) from error
-        found = questions_of(values, self.field)
+        found = questions_of(values, self.field, self.types)
         if not train:
             return Asked(found, len(found), train)
         drawn = [found[int(i)] for i in rng.permutation(len(found))[: self.draw]]

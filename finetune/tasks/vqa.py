@@ -42,6 +42,8 @@ class Config:
     """Field of a sample's json: a list of {question, answers, type}."""
     questions: int = 4
     """m, questions drawn a picture and step; fewer where a picture has fewer. More of them cost less than more pictures."""
+    types: list[str] = dataclasses.field(default_factory=list)
+    """Types of question to learn and to be measured on; [] = all."""
     vocabulary: int = 3129
     """Answers that can be given: the most frequent in training. 3,129 is usual for VQA v2."""
     answers: list[str] = dataclasses.field(default_factory=list)
@@ -117,7 +119,7 @@ class VQA(Task):
                 raise ConfigError(f"task.name=vqa needs an {name} tower; the model has {', '.join(towers)}")
         return {
             "image": towers["image"],
-            "text": Questions(towers["text"], config.field, config.questions, config.answers),
+            "text": Questions(towers["text"], config.field, config.questions, config.answers, config.types),
         }
 
     def head(self, model: FusionModel) -> Answerer:
@@ -132,6 +134,13 @@ class VQA(Task):
 
     def settings(self) -> dict[str, Any]:
         return {"answers": self.config.answers}
+
+    def questions(self, values: dict[str, Any]) -> list[Question]:
+        """None where there are none."""
+        try:
+            return questions_of(values, self.config.field, self.config.types)
+        except BadSample:
+            return []
 
     def told(self) -> Told:
         return Told("logits", self.config.loss, self.config.answers)
@@ -198,7 +207,7 @@ class VQA(Task):
             return None
         key = repr(setting.train)
         if key not in self._guessers:
-            self._guessers[key] = Blind(everywhere(lambda: _counted(setting.survey(), self.config.field)))
+            self._guessers[key] = Blind(everywhere(lambda: _counted(setting.survey(), self.config)))
         return self._guessers[key]
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -222,12 +231,12 @@ class VQA(Task):
         return Prediction(best, logits.amax(dim=-1) - others)
 
 
-def _counted(samples: Iterator[dict[str, Any]], name: str) -> Counter[tuple[str, str, str]]:
+def _counted(samples: Iterator[dict[str, Any]], config: Config) -> Counter[tuple[str, str, str]]:
     """(type, question, answer) of a share of the training data."""
     found: Counter[tuple[str, str, str]] = Counter()
     for values in samples:
         try:
-            asked = questions_of(values, name)
+            asked = questions_of(values, config.field, config.types)
         except BadSample:
             continue  # counted where it is read to be learned from
         found.update((q.kind, q.text, answer) for q in asked for answer in q.answers)
@@ -240,13 +249,13 @@ def build(config: Config, survey: Survey | None) -> VQA:
         if survey is None:
             raise UserError("this checkpoint of task vqa holds no task.answers: it is not whole")
         counts: Counter[str] = Counter()
-        for counted in everywhere(lambda: _counted(survey(), config.field)):
+        for counted in everywhere(lambda: _counted(survey(), config)):
             for (_, _, answer), n in counted.items():
                 counts[answer] += n
         if not counts:
             raise UserError(
                 f"no questions in the training data: task.field={config.field} must name a field of the samples' json that "
-                "holds a list of {question, answers, type}"
+                f"holds a list of {{question, answers, type}}{f', of task.types {config.types}' if config.types else ''}"
             )
         config = dataclasses.replace(config, answers=vocabulary(counts, config.vocabulary))
         if len(counts) == 1:

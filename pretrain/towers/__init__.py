@@ -44,6 +44,8 @@ class Tower(nn.Module):
     """Whether leaving out padding on the right leaves `pooled` and the valid states unchanged."""
     pools_mean: bool = False
     """Whether `pooled` is the masked mean of `states`."""
+    pools_max: bool = False
+    """Whether `pooled` is the largest of `states`, channel by channel."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -171,15 +171,19 @@ class ImageTower(Tower):
         features, out = functional_call(_Encode(self), {**meta, **buffers}, (picture,))
         self.width, self.pooled_width = out.states.shape[-1], out.pooled.shape[-1]
         self.sleep(name.removeprefix("tower.") for name in reached(out.pooled, meta))
-        self.pools_mean = self.mean_pool or self._head_is_mean(features.shape)
+        mean, self.pools_max = self._head_pools(features.shape)
+        self.pools_mean = self.mean_pool or mean
+        self.pools_max &= not self.mean_pool
         self.train(training)
 
     @torch.no_grad()
-    def _head_is_mean(self, shape: torch.Size) -> bool:
-        """Whether the model's own head does nothing but average its grid tokens: tried on numbers."""
+    def _head_pools(self, shape: torch.Size) -> tuple[bool, bool]:
+        """Whether the model's own head does nothing but take the mean, or the maximum, of its grid tokens: tried on numbers."""
         features = torch.linspace(-2, 3, shape.numel()).sin().reshape(shape)
-        pooled, mean = self._model("forward_head", features, pre_logits=True), self._tokens(features)[0].mean(dim=1)
-        return pooled.shape == mean.shape and torch.allclose(pooled, mean, atol=1e-5)
+        pooled, tokens = self._model("forward_head", features, pre_logits=True), self._tokens(features)[0]
+        kinds = (tokens.mean(dim=1), tokens.amax(dim=1))
+        mean, largest = (pooled.shape == kind.shape and torch.allclose(pooled, kind, atol=1e-5) for kind in kinds)
+        return mean, largest
 
 
 class _Encode(nn.Module):

@@ -164,3 +164,18 @@ def test_a_frozen_module_still_has_gradients_of_its_weights() -> None:
     out, weights = attention(torch.randn(2, 5, 24), exact=True)
     (gradient,) = torch.autograd.grad(out.sum(), [weights])
     assert gradient.abs().sum() > 0
+
+
+def test_matched_projections_keep_what_resembles_what() -> None:
+    """With one head the weights are those of the plain products of queries and keys; a new one knows nothing of them."""
+    x, y = heads(2, 4, 16, seed=1), heads(2, 6, 16, seed=2)
+    plain = (x @ y.transpose(1, 2) / 16**0.5).softmax(dim=-1)
+    torch.manual_seed(0)
+    attention = Attention(16, 16, heads=1)
+    assert (attention(x, y, exact=True)[1] - plain[:, None]).abs().max() > 0.1
+    attention.match_()
+    torch.testing.assert_close(attention(x, y, exact=True)[1], plain[:, None], rtol=0, atol=1e-6)
+    narrow = Attention(16, 16, inner=8, heads=2)
+    narrow.match_()
+    assert torch.equal(narrow.q.weight, narrow.k.weight)
+    torch.testing.assert_close(narrow.q.weight @ narrow.q.weight.T, torch.eye(8), rtol=0, atol=1e-6)

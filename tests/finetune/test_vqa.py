@@ -95,6 +95,21 @@ def test_samples_without_questions_are_bad(questions: Questions, raw: RawSample)
         questions(raw, np.random.default_rng(0), True)
 
 
+def test_only_questions_of_the_types_that_are_wanted(small: Small) -> None:
+    mixed = [ask("what colour?", "red", kind="colour"), ask("how many?", "two", kind="count"), ask("is it?", "yes", kind="yes")]
+    text = TextDecoder(load_tokenizer(small.tokenizer), 24)
+    some = Questions(text, "questions", 3, ANSWERS, ["colour", "count"])
+    assert [q.kind for q in some(sample("a", mixed), np.random.default_rng(0), False).questions] == ["colour", "count"]
+    with pytest.raises(BadSample, match="colour or count"):
+        some(sample("b", mixed[2:]), np.random.default_rng(0), False)
+    task = vqa.build(vqa.Config(types=["colour", "count"]), lambda: iter([{"questions": mixed}]))
+    assert task.settings() == {"answers": ["2", "red"]}
+    assert [q.text for q in task.questions({"questions": mixed})] == ["what colour?", "how many?"]
+    assert task.questions({"caption": "nothing asked"}) == []
+    with pytest.raises(UserError, match=r"of task\.types \['hue'\]"):
+        vqa.build(vqa.Config(types=["hue"]), lambda: iter([{"questions": mixed}]))
+
+
 def test_pieces_merged_are_the_batch_collated_in_one_go(questions: Questions) -> None:
     words = ["what?", "how many red things are there in front of the big blue striped house over there?", "is it red?"]
     items = [
@@ -164,6 +179,21 @@ def test_tokens_are_the_encoders_own_aligned_or_not() -> None:
     assert models.build(ends, None, None).sources["text"] == "tower"
     with pytest.raises(ConfigError, match="text tower does not pool the mean"):
         models.build(tiny.model("clip", image={"pool": "avg"}, text={"pool": "eot"}), None, None, "aligned")
+
+
+@pytest.mark.parametrize("name", ["cross", "co", "merged"])
+def test_words_of_the_shared_space_look_first_where_they_are_alike(name: str) -> None:
+    """Queries and keys are read alike where both are aligned; towers' own states tell nothing, and merged has no such look."""
+    fusion = registry.part("fusion", name).Config(layers=1, heads=1)
+    encoder = tiny.model("clip", image={"pool": "avg"}, text={"pool": "avg"})
+    for tokens, alike in (("aligned", True), ("tower", False)):
+        torch.manual_seed(1)
+        model = models.build(encoder, fusion, None, tokens)
+        looks = [m for n, m in model.fusion.named_modules() if n.endswith("cross_look")]  # type: ignore[union-attr]
+        assert len(looks) == {"cross": 1, "co": 2, "merged": 0}[name]
+        for look in looks:
+            q, k = look.attention.q.weight, look.attention.k.weight
+            assert (q.shape == k.shape and torch.equal(q, k)) == alike
 
 
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])

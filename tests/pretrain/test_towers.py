@@ -135,6 +135,16 @@ def test_the_shipped_way_of_asking_for_the_mean() -> None:
     assert images.build(images.Config(name="vit_tiny_patch16_224", size=SIZE, args=args)).pools_mean
 
 
+def test_the_largest_of_each_channel_is_known_for_what_it_is() -> None:
+    args = {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 16], "output_stride": 8, "norm_layer": "groupnorm1"}
+    pictures = torch.randint(0, 256, (2, 3, SIZE, SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for pool, largest in (("max", True), ("avg", False)):
+        made = images.build(images.Config(name="resnet18", size=SIZE, args={**args, "global_pool": pool})).eval()
+        states, _, _, pooled = made(pictures)
+        assert (made.pools_max, made.pools_mean) == (largest, not largest)
+        assert torch.equal(states.amax(dim=1), pooled) == largest
+
+
 @pytest.mark.parametrize("name", [*IMAGES, *TEXTS])
 def test_layers_are_numbered_from_stem_to_pooler(name: str) -> None:
     made = tower(name)
