@@ -17,7 +17,7 @@ from pretrain import checkpoint, inference, registry
 from pretrain import config as configuration
 from pretrain import model as encoders
 from pretrain.config import UserError
-from pretrain.data.sources import sources_of
+from pretrain.data.sources import evaluated_caption, sources_of
 from pretrain.data.text import load_tokenizer
 
 
@@ -88,7 +88,7 @@ def load(run: str | Path) -> Finetuned:
     model.head = task.head(model)
     checkpoint.load_weights(model, checkpoint.read_weights(folder), folder)
     model.eval()
-    decoders = task.decoders(inference.decoders(config, tokenizer, encoder, data.get("caption", "txt")))
+    decoders = task.decoders(inference.decoders(config, tokenizer, encoder, evaluated_caption(data)))
     return Finetuned(model, task, config, tokenizer, decoders, folder, checkpoint.step_of(folder), _there(data.get("train")))
 
 

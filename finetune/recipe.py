@@ -60,17 +60,18 @@ def assemble(config: FinetuneConfig) -> Parts:
     model = models.build(encoder, config.fusion, config.context, config.tokens)
     model.head = task.head(model)
     adapt.freeze_named(model, config.adapt.freeze)
-    kinds = (config, tokenizer, encoder, config.data.caption)
+    kinds = (config, tokenizer, encoder)
+    held_out = config.data.val_caption or config.data.caption
     loader = loading.build_loader(
         config.data,
-        task.decoders(inference.decoders(*kinds, augment=config.data.augment)),
+        task.decoders(inference.decoders(*kinds, config.data.caption, config.data.augment)),
         seed=config.seed,
         rank=dist.rank(),
         world=dist.world_size(),
         nodes=dist.nodes(),
     )
     _freeze_unreached(model, task, loader.sample(2))
-    return Parts(config, tokenizer, model, task, task.decoders(inference.decoders(*kinds)), loader)
+    return Parts(config, tokenizer, model, task, task.decoders(inference.decoders(*kinds, held_out)), loader)
 
 
 def train(config: FinetuneConfig) -> Outcome:

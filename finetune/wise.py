@@ -27,6 +27,7 @@ from pretrain import checkpoint, dist, evaluate, inference, start
 from pretrain import config as configuration
 from pretrain import model as encoders
 from pretrain.config import ConfigError, UserError
+from pretrain.data.sources import evaluated_caption
 
 PREFIX = "encoder."
 """Where a fine-tuned model keeps its encoders."""
@@ -153,4 +154,4 @@ def summary(result: dict[str, Any]) -> Table:
 
 def _caption(tuned: Finetuned) -> str:
     data = configuration.read_yaml(tuned.folder / "config.yaml").get("data") or {}
-    return str(data.get("caption", "txt"))
+    return evaluated_caption(data)

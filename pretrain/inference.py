@@ -14,6 +14,7 @@ from pretrain import config as configuration
 from pretrain import model as models
 from pretrain.config import ConfigError, UserError
 from pretrain.data.images import AugmentConfig, ImageDecoder
+from pretrain.data.sources import evaluated_caption
 from pretrain.data.text import TextDecoder, load_tokenizer
 from pretrain.formats import Found, read_hf, read_open_clip
 from pretrain.model import DualEncoder, ModelSchema
@@ -54,7 +55,7 @@ def load_model(run: str | Path) -> Loaded:
         raise UserError(f"{folder} has no config.yaml: it is not a checkpoint of clipfuse")
     values = configuration.read_yaml(path)
     config = configuration.build(ModelSchema, values, str(path), partial=True)
-    caption = (values.get("data") or {}).get("caption", "txt")
+    caption = evaluated_caption(values.get("data") or {})
     tokenizer = load_tokenizer(str(folder / TOKENIZER))
     weights = checkpoint.read_weights(folder)
     if "task" in values:  # fine-tuned: the encoders stand among other parts

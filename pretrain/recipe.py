@@ -90,16 +90,17 @@ def assemble(config: PretrainConfig) -> Parts:
     tokenizer = start.tokenizer(config.init, config.text) if config.text is not None else None
     torch.manual_seed(config.seed)
     model = models.build(inference.towers(config), config.model, tokenizer)
-    kinds = (config, tokenizer, model, config.data.caption)
+    kinds = (config, tokenizer, model)
+    held_out = config.data.val_caption or config.data.caption
     loader = loading.build_loader(
         config.data,
-        inference.decoders(*kinds, augment=config.data.augment),
+        inference.decoders(*kinds, config.data.caption, config.data.augment),
         seed=config.seed,
         rank=dist.rank(),
         world=dist.world_size(),
         nodes=dist.nodes(),
     )
-    return Parts(tokenizer, model, inference.decoders(*kinds), loader)
+    return Parts(tokenizer, model, inference.decoders(*kinds, held_out), loader)
 
 
 def train(config: PretrainConfig) -> Outcome:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -41,6 +42,8 @@ class DataConfig:
     """Draw samples independently of what was drawn before, instead of each once an epoch."""
     caption: str = "txt"
     """Where captions are: txt, or the name of a json field (a string, or a list of which one is drawn)."""
+    val_caption: str | None = None
+    """Where evaluation finds them; null: as `caption`. A json field with a list of them: each is a caption of the picture."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """Random changes to training pictures."""
     max_bad_rate: float = 0.01
@@ -71,6 +74,11 @@ class DataConfig:
     def store(self) -> Cache:
         """Where this machine keeps what it fetched."""
         return Cache(self.cache, self.commands, self.cache_gib)
+
+
+def evaluated_caption(data: Mapping[str, Any]) -> str:
+    """Where evaluation finds captions, by the `data` section of a run's configuration."""
+    return str(data.get("val_caption") or data.get("caption") or "txt")
 
 
 class Given(NamedTuple):

@@ -16,6 +16,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from rich.console import Console
 
+from launch import cli
 from pretrain import config as configuration
 from pretrain import dist, inference
 from pretrain import model as models
@@ -25,7 +26,7 @@ from pretrain.data.text import load_tokenizer
 from pretrain.embed import embed_split, evaluating
 from pretrain.evaluate import EvalConfig, evaluate, run, summary
 from pretrain.model import ModelSchema
-from tests.support import TINY_TOWERS, Small
+from tests.support import TINY_TOWERS, Small, lines
 
 CPU = torch.device("cpu")
 
@@ -78,6 +79,17 @@ def test_each_sample_once_and_the_figures_of_encoding_one_by_one(small: Small, c
     assert got["samples"] == 64
     assert got["captions"] == len(text)
     assert got["bad_samples"] == 0
+
+
+def test_training_may_draw_captions_that_evaluation_does_not_read(small: Small, tmp_path: Path) -> None:
+    words = small.settings(tmp_path / "run", "train.steps=1", f"data.val={small.val}", "data.caption=captions")
+    assert cli.main(["pretrain", "scenes", *words, "data.val_caption=txt"]) == 0
+    (line,) = [line for line in lines(tmp_path / "run/metrics.jsonl") if "val/samples" in line]
+    assert line["val/captions"] == line["val/samples"] == 64
+    assert inference.load_model(tmp_path / "run").decoders["text"].caption == "txt"
+    assert cli.main(["pretrain", "scenes", *words, f"run={tmp_path / 'all'}"]) == 0
+    (line,) = [line for line in lines(tmp_path / "all/metrics.jsonl") if "val/samples" in line]
+    assert line["val/captions"] > 2 * line["val/samples"]
 
 
 def test_mode_and_random_generators_stay_as_they_were(small: Small) -> None:
