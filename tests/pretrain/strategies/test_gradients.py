@@ -14,7 +14,7 @@ import torch
 
 from pretrain import dist
 from pretrain.optim import OptimConfig
-from pretrain.step import seed_of, train_step
+from pretrain.step import seed_of
 from pretrain.strategies import Strategy, choose
 from tests.pretrain.strategies import tiny, world
 
@@ -47,20 +47,7 @@ def gradients_of_one_step(
     """(loss over all processes, whole gradients) of a step with learning rate 0 on this process's share of the batch."""
     share = tiny.SAMPLES // dist.world_size()
     mine = tiny.batch().slice(share * dist.rank(), share * (dist.rank() + 1))
-    found: dict[str, torch.Tensor] = {}
-    apply = strategy.apply
-
-    def spy(lr: float) -> Any:
-        found.update(strategy.gradients())
-        return apply(lr)
-
-    strategy.apply = spy  # type: ignore[method-assign]
-    try:
-        out = train_step(strategy, tiny.objective(loss, **settings), mine, chunks, 0.0, (0, step, dist.rank()))
-    finally:
-        strategy.apply = apply  # type: ignore[method-assign]
-    assert out["skipped"].item() == 0
-    return dist.mean(out["loss"]).item(), found
+    return tiny.one_step(strategy, tiny.objective(loss, **settings), mine, chunks, (0, step, dist.rank()))
 
 
 def start(word: str, loss: str, precision: str, **settings: Any) -> Strategy:

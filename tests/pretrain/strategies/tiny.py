@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain import registry
+from pretrain import dist, registry
 from pretrain.data.loader import Batch
 from pretrain.model import DualEncoder, ModelConfig, build
-from pretrain.objective import Contrastive
+from pretrain.objective import Contrastive, Objective
+from pretrain.step import train_step
+from pretrain.strategies import Strategy
 
 SAMPLES = 16
 LENGTH = 12
@@ -89,6 +91,26 @@ def reference(loss: str, whole: Batch) -> tuple[float, dict[str, Tensor]]:
     value = closed_form(loss, net(whole.inputs, whole.masks))
     value.backward()
     return value.item(), {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+
+
+def one_step(
+    strategy: Strategy, objective: Objective, mine: Batch, chunks: int, seeds: tuple[int, int, int]
+) -> tuple[float, dict[str, Tensor]]:
+    """(loss over all processes, whole gradients) of a step with learning rate 0 on this process's share of the batch."""
+    found: dict[str, Tensor] = {}
+    apply = strategy.apply
+
+    def spy(lr: float) -> Any:
+        found.update(strategy.gradients())
+        return apply(lr)
+
+    strategy.apply = spy  # type: ignore[method-assign]
+    try:
+        out = train_step(strategy, objective, mine, chunks, 0.0, seeds)
+    finally:
+        strategy.apply = apply  # type: ignore[method-assign]
+    assert out["skipped"].item() == 0
+    return dist.mean(out["loss"]).item(), found
 
 
 def errors(got: dict[str, Tensor], expected: dict[str, Tensor], floor: float = 1e-3) -> dict[str, float]:
