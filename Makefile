@@ -1,4 +1,4 @@
-# make demo    draw scenes, pretrain, evaluate, export, embed, write a report (MINUTES=n shortens the training)
+# make demo    draw scenes, pretrain, export, embed, fine-tune on questions, write reports (MINUTES=n shortens the training)
 # make test    every test           make check   ruff, mypy, import contract           make bench   measurements
 
 PYTHON ?= python3

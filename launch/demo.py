@@ -1,4 +1,6 @@
-"""make demo: drawn scenes in; aligned encoders, their export, embeddings and a report out, by commands a person would type.
+"""make demo: drawn scenes in; aligned encoders, their export, embeddings, answers to questions and two reports out.
+
+All by commands a person would type.
 
 Each command is printed before it runs, so that the demo is also the shortest tour of the project. Everything lands in one
 folder; a demo that was stopped goes on where it was.
@@ -17,26 +19,39 @@ from launch import cli
 from pretrain.__main__ import DONE
 from pretrain.runlog import duration
 
-STEPS_PER_MINUTE = 45
-"""Steps of configs/pretrain/scenes.yaml that two CPU cores take in a minute, a little less than measured."""
+STEPS_PER_MINUTE = {"pretrain": 36, "finetune": 52}
+"""Steps of scenes-conv and vqa on such scenes that two CPU cores take in a minute, a little less than measured."""
+SHARE = 0.55
+"""Of the training time, for the encoders."""
 
 
 def commands(folder: Path, minutes: float) -> list[list[str]]:
-    """The demo, command by command."""
-    scenes, run = folder / "scenes", folder / "run"
-    steps = max(20, round(minutes * STEPS_PER_MINUTE))
-    data = [f"data.train={scenes}/train-*.tar", f"data.val={scenes}/val-*.tar", f"text.tokenizer={scenes}/tokenizer"]
-    train = [f"train.steps={steps}", f"train.eval_every={max(10, steps // 4)}", f"optim.warmup={min(50, steps // 5)}"]
+    """The demo, command by command; `minutes` of training in all."""
+    scenes, run, answers = folder / "scenes", folder / "run", folder / "answers"
+    data = [f"data.train={scenes}/train-*.tar", f"data.val={scenes}/val-*.tar"]
+    pretrain = steps(minutes * SHARE, "pretrain")
+    finetune = steps(minutes * (1 - SHARE), "finetune")
+    number = "8000" if minutes > 2 else "2000" if minutes >= 1 else "500"
+    asked = ["task.types=[colour, kind, count]", "task.questions=4"]
     return [
-        ["data", "scenes", str(scenes), "--num", "8000" if minutes > 2 else "2000"],
-        ["tokenizer", f"{scenes}/train-*.tar", f"{scenes}/tokenizer", "--vocab", "512"],
-        ["pretrain", "scenes", f"run={run}", *data, *train],
+        ["data", "scenes", str(scenes), "--num", number, "--size", "72", "--things", "1-2"],
+        ["tokenizer", f"{scenes}/train-*.tar", f"{scenes}/tokenizer", "--vocab", "512", "--caption", "txt,questions"],
+        ["pretrain", "scenes-conv", f"run={run}", *data, f"text.tokenizer={scenes}/tokenizer", *pretrain],
         ["evaluate", str(run), "--data", f"{scenes}/test-*.tar"],
         ["evaluate", str(run), "--data", f"{scenes}/unseen-*.tar"],
         ["export", str(run), str(run / "hf"), "--format", "hf"],
         ["embed", str(run), "--data", f"{scenes}/test-*.tar", "--out", str(run / "embeddings")],
         ["report", str(run), "--data", f"{scenes}/test-*.tar"],
+        ["finetune", "vqa", f"run={answers}", f"init={run}", *data, *asked, *finetune],
+        ["evaluate", str(answers), "--data", f"{scenes}/test-*.tar"],
+        ["report", str(answers), "--data", f"{scenes}/test-*.tar"],
     ]
+
+
+def steps(minutes: float, what: str) -> list[str]:
+    """Settings that make a training take about so many minutes."""
+    number = max(20, round(minutes * STEPS_PER_MINUTE[what]))
+    return [f"train.steps={number}", f"train.eval_every={max(10, number // 3)}", f"optim.warmup={min(50, number // 5)}"]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -53,7 +68,8 @@ def main(argv: list[str] | None = None) -> int:
         code = cli.main(words)
         if code != DONE:
             return code
-    print(f"\nDone in {duration(time.monotonic() - begin)}. Open {args.out / 'run' / 'report.html'} in a browser.")
+    pages = " and ".join(str(args.out / run / "report.html") for run in ("run", "answers"))
+    print(f"\nDone in {duration(time.monotonic() - begin)}. Open {pages} in a browser.")
     return DONE
 
 

@@ -36,7 +36,7 @@ class Question:
 
 @dataclass(slots=True)
 class Asked:
-    """The questions taken from one sample; in training, those from `real` on only fill up and are worth nothing."""
+    """The questions taken from one sample; those from `real` on only fill up and are worth nothing."""
 
     questions: list[Question]
     real: int
@@ -44,9 +44,9 @@ class Asked:
 
 
 def questions_of(values: Any, field: str, types: Collection[str] = ()) -> list[Question]:
-    """What a sample's json asks, without questions that are empty or have no answer, and of these `types` alone where any
-    are given. Raises BadSample if none is left.
+    """What a sample's json asks, without questions that are empty or have no answer. Raises BadSample if none is left.
 
+    Of these `types` alone where any are given: then there may be none.
     An item is {question, answers: [text, ...] or [{"answer": text}, ...], type}.
     """
     given = values.get(field) if isinstance(values, dict) else None
@@ -67,10 +67,7 @@ def questions_of(values: Any, field: str, types: Collection[str] = ()) -> list[Q
             found.append(Question(clean(text), answers, str(item.get("type") or "other")))
     if not found:
         raise BadSample("no questions", f"none of the {len(given)} in {field!r} has both a question and an answer")
-    wanted = [question for question in found if not types or question.kind in types]
-    if not wanted:
-        raise BadSample("no questions", f"none in {field!r} is of type {' or '.join(sorted(types))}")
-    return wanted
+    return [question for question in found if not types or question.kind in types]
 
 
 class Questions(TextDecoder):
@@ -89,6 +86,8 @@ class Questions(TextDecoder):
         except (ValueError, RecursionError) as error:
             raise BadSample("json unreadable", str(error)) from error
         found = questions_of(values, self.field, self.types)
+        if not found:  # of none of the wanted types: one of another type holds its place
+            return Asked(questions_of(values, self.field)[:1] * (self.draw if train else 1), 0, train)
         if not train:
             return Asked(found, len(found), train)
         drawn = [found[int(i)] for i in rng.permutation(len(found))[: self.draw]]
@@ -121,4 +120,4 @@ class Questions(TextDecoder):
                 for k, (answer, score) in enumerate(best):
                     ids[i, j, k], scores[i, j, k] = self.ids[answer], score
         found: dict[str, Any] = {"answers": ids, "scores": scores, "asked": asked}
-        return found if items[0].train else {**found, "questions": [item.questions for item in items]}
+        return found if items[0].train else {**found, "questions": [item.questions[: item.real] for item in items]}

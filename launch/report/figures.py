@@ -154,8 +154,9 @@ def _goal(record: Record) -> int:
 def command(record: Record) -> str:
     """What started the run, as a person types it."""
     program, _, words = str(record.environment.get("command") or "clipfuse pretrain CONFIG").partition(" ")
-    names = {"cli.py": "clipfuse", "__main__.py": "python -m pretrain"}
-    return f"{names.get(program.rsplit('/', 1)[-1], program)} {words}".strip()
+    *folders, file = program.split("/")
+    names = {"cli.py": "clipfuse", "__main__.py": f"python -m {folders[-1] if folders else 'pretrain'}"}
+    return f"{names.get(file, program)} {words}".strip()
 
 
 def shards(value: Any) -> list[str]:

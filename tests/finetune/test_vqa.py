@@ -100,8 +100,12 @@ def test_only_questions_of_the_types_that_are_wanted(small: Small) -> None:
     text = TextDecoder(load_tokenizer(small.tokenizer), 24)
     some = Questions(text, "questions", 3, ANSWERS, ["colour", "count"])
     assert [q.kind for q in some(sample("a", mixed), np.random.default_rng(0), False).questions] == ["colour", "count"]
-    with pytest.raises(BadSample, match="colour or count"):
-        some(sample("b", mixed[2:]), np.random.default_rng(0), False)
+    for train, m in ((True, 3), (False, 1)):  # a sample with none of them is no bad sample: nothing is asked of it
+        none = some(sample("b", mixed[2:]), np.random.default_rng(0), train)
+        assert (none.real, len(none.questions)) == (0, m)
+        found = some.targets([none])
+        assert found["asked"].sum() == found["scores"].sum() == 0
+        assert train or found["questions"] == [[]]
     task = vqa.build(vqa.Config(types=["colour", "count"]), lambda: iter([{"questions": mixed}]))
     assert task.settings() == {"answers": ["2", "red"]}
     assert [q.text for q in task.questions({"questions": mixed})] == ["what colour?", "how many?"]

@@ -19,10 +19,21 @@ def test_the_demo_runs_from_nothing_to_a_report(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "launch.demo", "--minutes", "0.1", "--out", "demo"]
     done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=550, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    for command in ("data scenes", "tokenizer", "pretrain scenes", "evaluate", "export", "embed", "report"):
+    told = ("data scenes", "tokenizer", "pretrain scenes-conv", "evaluate", "export", "embed", "report", "finetune vqa")
+    for command in told:
         assert f"$ clipfuse {command}" in done.stdout
-    losses = [line["loss"] for line in lines(tmp_path / "demo/run/metrics.jsonl") if "loss" in line]
-    assert losses[-1] < losses[0]
+    for run in ("run", "answers"):
+        losses = [line["loss"] for line in lines(tmp_path / f"demo/{run}/metrics.jsonl") if "loss" in line]
+        assert losses[-1] < losses[0]
+    # Answers and maps, of the questions that were learnt.
+    asked = (tmp_path / "demo/answers/report.html").read_text()
+    assert "what colour is the" in asked
+    assert "how many" in asked
+    assert "left of" not in asked
+    figures = [line for line in lines(tmp_path / "demo/answers/metrics.jsonl") if "val/accuracy" in line][-1]
+    assert {name for name in figures if name.startswith("val/accuracy_")} == {
+        f"val/accuracy_{kind}" for kind in ("colour", "kind", "count")
+    }
     page = (tmp_path / "demo/run/report.html").read_text()
     assert "<svg" in page
     # What the page says of the export and of the embeddings is true.

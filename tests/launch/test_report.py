@@ -177,6 +177,7 @@ def test_command_reads_as_typed(run: Path) -> None:
     for given, typed in [
         ("/some/where/launch/cli.py pretrain a.yaml seed=1", "clipfuse pretrain a.yaml seed=1"),
         ("/some/where/pretrain/__main__.py a.yaml", "python -m pretrain a.yaml"),
+        ("/some/where/finetune/__main__.py vqa init=a", "python -m finetune vqa init=a"),
         ("clipfuse pretrain a.yaml", "clipfuse pretrain a.yaml"),
     ]:
         (run / "environment.json").write_text(json.dumps({"command": given}))
