@@ -2,7 +2,7 @@
 # make test    every test           make check   ruff, mypy, import contract           make bench   measurements
 
 PYTHON ?= python3
-MINUTES ?= 6
+MINUTES ?= 8
 BIN := .venv/bin
 
 .PHONY: demo test check bench

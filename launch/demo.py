@@ -57,7 +57,7 @@ def steps(minutes: float, what: str) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """Runs the demo; returns the exit code of the first command that does not end well."""
     parser = argparse.ArgumentParser(prog="python -m launch.demo", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=6.0, help="training time on two cores (default 6)")
+    parser.add_argument("--minutes", type=float, default=8.0, help="training time on two cores (default 8)")
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for all that is made (default demo)")
     args = parser.parse_args(argv)
     begin = time.monotonic()
