@@ -24,6 +24,7 @@ from finetune.phrases import mentions
 from finetune.pointing import covered, to_cells
 from finetune.probes import Record, objects_of
 from finetune.tasks import Prediction, Task
+from finetune.tasks.questions import Question, questions_of
 from finetune.trace import Sight, Step, Trace, Weights
 from finetune.words import Cut
 from pretrain import config as configuration
@@ -62,6 +63,9 @@ class Planted(Task):
         trace.begin({"text": (T, None), "image": (64, GRID)})
         trace.steps.append(Step("cross", 0, (Sight("text", ("image",), Weights(used)),)))
         return Prediction([[("nothing", 0.5)]] * b, torch.zeros(b))
+
+    def questions(self, values: dict[str, Any]) -> list[Question]:
+        return questions_of(values, "questions") if self.asks else []
 
     def plant(self, rows: Tensor, image: Tensor, ids: Tensor) -> None:
         """Each word's tokens look at all that its boxes cover, shared over the word's tokens as they come."""
