@@ -22,7 +22,7 @@ from pretrain import model as encoders
 from pretrain.config import ConfigError, UserError
 from pretrain.data import loader as loading
 from pretrain.data.loader import Batch, Loader
-from pretrain.data.sources import sources_of
+from pretrain.data.sources import evaluated_caption, sources_of
 from pretrain.embed import evaluating
 from pretrain.loop import Outcome, Plan, fit
 from pretrain.recipe import agree, resume_from, save_files, tell
@@ -61,7 +61,6 @@ def assemble(config: FinetuneConfig) -> Parts:
     model.head = task.head(model)
     adapt.freeze_named(model, config.adapt.freeze)
     kinds = (config, tokenizer, encoder)
-    held_out = config.data.val_caption or config.data.caption
     loader = loading.build_loader(
         config.data,
         task.decoders(inference.decoders(*kinds, config.data.caption, config.data.augment)),
@@ -71,7 +70,9 @@ def assemble(config: FinetuneConfig) -> Parts:
         nodes=dist.nodes(),
     )
     _freeze_unreached(model, task, loader.sample(2))
-    return Parts(config, tokenizer, model, task, task.decoders(inference.decoders(*kinds, held_out)), loader)
+    return Parts(
+        config, tokenizer, model, task, task.decoders(inference.decoders(*kinds, evaluated_caption(vars(config.data)))), loader
+    )
 
 
 def train(config: FinetuneConfig) -> Outcome:

@@ -15,7 +15,7 @@ from pretrain import model as models
 from pretrain.config import ConfigError, UserError, section
 from pretrain.data import loader as loading
 from pretrain.data.loader import Batch, DataConfig, Loader
-from pretrain.data.sources import sources_of
+from pretrain.data.sources import evaluated_caption, sources_of
 from pretrain.evaluate import EvalConfig, evaluate
 from pretrain.loop import Outcome, Plan, TrainConfig, fit
 from pretrain.model import DualEncoder, ModelSchema
@@ -91,7 +91,6 @@ def assemble(config: PretrainConfig) -> Parts:
     torch.manual_seed(config.seed)
     model = models.build(inference.towers(config), config.model, tokenizer)
     kinds = (config, tokenizer, model)
-    held_out = config.data.val_caption or config.data.caption
     loader = loading.build_loader(
         config.data,
         inference.decoders(*kinds, config.data.caption, config.data.augment),
@@ -100,7 +99,7 @@ def assemble(config: PretrainConfig) -> Parts:
         world=dist.world_size(),
         nodes=dist.nodes(),
     )
-    return Parts(tokenizer, model, inference.decoders(*kinds, held_out), loader)
+    return Parts(tokenizer, model, inference.decoders(*kinds, evaluated_caption(vars(config.data))), loader)
 
 
 def train(config: PretrainConfig) -> Outcome:

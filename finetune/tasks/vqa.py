@@ -137,10 +137,7 @@ class VQA(Task):
 
     def questions(self, values: dict[str, Any]) -> list[Question]:
         """None where there are none."""
-        try:
-            return questions_of(values, self.config.field, self.config.types)
-        except BadSample:
-            return []
+        return _asked(values, self.config)
 
     def told(self) -> Told:
         return Told("logits", self.config.loss, self.config.answers)
@@ -231,15 +228,19 @@ class VQA(Task):
         return Prediction(best, logits.amax(dim=-1) - others)
 
 
+def _asked(values: dict[str, Any], config: Config) -> list[Question]:
+    """The questions in a sample's json; a bad one has none here, and is counted where it is read to be learned from."""
+    try:
+        return questions_of(values, config.field, config.types)
+    except BadSample:
+        return []
+
+
 def _counted(samples: Iterator[dict[str, Any]], config: Config) -> Counter[tuple[str, str, str]]:
     """(type, question, answer) of a share of the training data."""
     found: Counter[tuple[str, str, str]] = Counter()
     for values in samples:
-        try:
-            asked = questions_of(values, config.field, config.types)
-        except BadSample:
-            continue  # counted where it is read to be learned from
-        found.update((q.kind, q.text, answer) for q in asked for answer in q.answers)
+        found.update((q.kind, q.text, answer) for q in _asked(values, config) for answer in q.answers)
     return found
 
 

@@ -171,9 +171,8 @@ class ImageTower(Tower):
         features, out = functional_call(_Encode(self), {**meta, **buffers}, (picture,))
         self.width, self.pooled_width = out.states.shape[-1], out.pooled.shape[-1]
         self.sleep(name.removeprefix("tower.") for name in reached(out.pooled, meta))
-        mean, self.pools_max = self._head_pools(features.shape)
-        self.pools_mean = self.mean_pool or mean
-        self.pools_max &= not self.mean_pool
+        mean, largest = self._head_pools(features.shape)
+        self.pools_mean, self.pools_max = self.mean_pool or mean, largest and not self.mean_pool
         self.train(training)
 
     @torch.no_grad()
