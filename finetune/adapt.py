@@ -20,7 +20,7 @@ from finetune.lora import LoraConfig
 from pretrain.config import ConfigError
 from pretrain.model import DualEncoder, ModelSchema
 from pretrain.towers import reached
-from pretrain.towers.timm import ImageTower
+from pretrain.towers.timm import ImageTower, patch_side
 
 
 @dataclass
@@ -138,9 +138,8 @@ def resize(encoder: DualEncoder, size: int, schema: ModelSchema) -> ModelSchema:
             f"adapt.image_size={size}: image.tower={schema.image.tower} has a size of its own; only timm's towers change"
         )
     model = cast(Any, tower.model)
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
-    side = patch[0] if isinstance(patch, tuple) else patch
-    if isinstance(side, int) and size % side:
+    side = patch_side(model, tower.config)
+    if side and size % side:
         raise ConfigError(f"adapt.image_size={size} is not a multiple of {schema.image.name}'s patch of {side} px")
     trains = {name: p.requires_grad for name, p in tower.named_parameters()}
     try:

@@ -293,9 +293,12 @@ def _evaluate(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from finetune import inference as finetuned
-    from pretrain import dist, evaluate
+    from pretrain import collection, dist, evaluate
+    from pretrain.data.sources import sources_of
     from pretrain.inference import load_model
 
+    if not collection.is_collection(args.data):
+        sources_of(args.data, "--data")  # before a model is loaded
     if args.task == "grounding":
         return _grounding(args)
     if args.wise is not None:

@@ -29,6 +29,8 @@ from pretrain import dist
 from pretrain.config import UserError
 
 _STEP = re.compile(r"step-(\d+)$")
+_UMASK = os.umask(0o077)
+os.umask(_UMASK)  # it can only be read by setting it, which belongs where no thread has started yet
 
 
 def step_of(folder: Path) -> int:
@@ -75,7 +77,7 @@ def save(
         dist.barrier()
         state(partial / "state")
         if dist.is_main():
-            save_file({name: value.contiguous() for name, value in weights.items()}, partial / "model.safetensors")
+            save_weights(partial / "model.safetensors", weights)
             files(partial)
     except (OSError, SafetensorError) as error:
         problem = str(error)
@@ -243,6 +245,17 @@ def write_json(path: Path, value: Any) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(value, indent=1))
     partial.replace(path)
+
+
+def save_weights(path: Path, weights: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """One safetensors file, with the rights of any new file. Raises OSError or SafetensorError where it cannot be written."""
+    save_file({name: value.contiguous() for name, value in weights.items()}, path, metadata)
+    as_any_file(path)
+
+
+def as_any_file(path: Path) -> None:
+    """safetensors writes for the owner's eyes alone; a checkpoint is for the group that the umask lets read."""
+    path.chmod(0o666 & ~_UMASK)
 
 
 def save_tensors(path: Path, value: dict[str, Any]) -> None:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pretrain import checkpoint, dist, oom, strategies
@@ -253,8 +252,7 @@ class _Run:
                 checkpoint.save_tensors(folder / "trainer.pt", trainer)
                 for name, tensors in kept.items():
                     (folder / name).mkdir()
-                    whole = {key: value.contiguous() for key, value in tensors.items()}
-                    save_file(whole, folder / name / "model.safetensors")
+                    checkpoint.save_weights(folder / name / "model.safetensors", tensors)
 
         keep = self.plan.train.keep
         checkpoint.save(self.folder.checkpoints, self.step, weights, self.plan.files, state, keep=keep, best=best)

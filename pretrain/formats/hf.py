@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pretrain.checkpoint import as_any_file
 from pretrain.formats import Encoders, mean, strange, tokens, vision, words
 from pretrain.formats.vision import Plain
 from pretrain.formats.words import Words
@@ -60,6 +61,8 @@ def write(encoders: Encoders, folder: Path) -> None:
         made = _make(encoders)
         assert not isinstance(made, str)
         made.save_pretrained(folder)
+    for weights in folder.glob("*.safetensors"):
+        as_any_file(weights)
     tokenizer = tokens.portable(encoders.text)
     if made.config.model_type == "siglip":
         # Its text model attends to padding. Saved is the attribute, where it was given when the tokenizer was made.

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pretrain.checkpoint import save_weights
 from pretrain.formats import Encoders, blocks, mean, strange, tokens, vision, words
 from pretrain.formats.blocks import Weights
 from pretrain.formats.vision import Plain
@@ -59,7 +59,7 @@ def write(encoders: Encoders, folder: Path) -> None:
     if model.logit_bias is not None:
         weights["logit_bias"] = model.logit_bias.detach().reshape(())
         config["init_logit_bias"] = float(model.logit_bias.detach())
-    save_file({name: value.float().contiguous() for name, value in weights.items()}, folder / WEIGHTS, {"format": "pt"})
+    save_weights(folder / WEIGHTS, {name: value.float() for name, value in weights.items()}, {"format": "pt"})
     content = {"model_cfg": config, "preprocess_cfg": encoders.preprocess.open_clip()}
     (folder / CONFIG).write_text(json.dumps(content, indent=1))
     tokens.save(encoders.text, folder)

@@ -2,6 +2,7 @@
 
     image: {name: vit_base_patch16_224, size: 112, args: {embed_dim: 192, depth: 6, num_heads: 3}, pool: avg}
     image: {name: vit_base_patch16_clip_224.openai, size: 224, pretrained: true}
+    image: {name: vit_tiny_patch16_224, size: 72, stem: [32, 64, 64, 128, 128, 128], args: {embed_dim: 128, depth: 2}}
 
 Another size than the model's own is built for that size; pretrained position embeddings are interpolated by timm.
 """
@@ -12,6 +13,7 @@ import difflib
 import inspect
 import re
 from dataclasses import dataclass, field
+from itertools import pairwise
 from math import isqrt
 from typing import Any, Literal, cast
 
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from pretrain.config import ConfigError, closest
-from pretrain.towers import TokenSequence, Tower, reached
+from pretrain.towers import TokenSequence, Tower, reached, stem
 from pretrain.towers.linear import use_onednn
 from pretrain.towers.pooling import head_norm, repool
 
@@ -42,6 +44,9 @@ class Config:
     """Side of the square picture, pixels."""
     args: dict[str, Any] = field(default_factory=dict)
     """Passed to the timm model: embed_dim, depth, num_heads, drop_path_rate, ..."""
+    stem: list[int] = field(default_factory=list)
+    """Widths of 3 x 3 convolutions in place of a vision transformer's patch embedding; the first, and each that is wider
+    than the one before it, halves the picture: [32, 64, 64, 128] makes patches of 8 px. Empty: the model's own."""
     pretrained: bool = False
     """Whether the model comes with its published weights."""
     mean: list[float] | None = None
@@ -72,9 +77,20 @@ class Config:
         for key, values in (("mean", self.mean), ("std", self.std)):
             if values is not None and (len(values) != 3 or (key == "std" and min(values) <= 0)):
                 raise ConfigError(f"image.{key}={values} must be three numbers, one a channel" + ", above 0" * (key == "std"))
+        self._check_stem()
         for key in TAKEN:
             if key in self.args:
                 raise ConfigError(f"image.args.{key} is not passed on; use {TAKEN[key]}")
+
+    def _check_stem(self) -> None:
+        if not self.stem:
+            return
+        if min(self.stem) < 1 or any(after < before for before, after in pairwise(self.stem)):
+            raise ConfigError(f"image.stem={self.stem} must be widths from 1 that do not shrink, as [32, 64, 64, 128]")
+        if self.pretrained:
+            raise ConfigError("image.stem has no published weights: use image.pretrained=false, or leave the stem out")
+        if "patch_size" in self.args:
+            raise ConfigError(f"image.args.patch_size is set by image.stem, to {stem.patch(self.stem)} px: leave it out")
 
 
 class ImageTower(Tower):
@@ -228,9 +244,8 @@ def _order(name: str, matcher: Any) -> tuple[float, ...] | None:
 def build(config: Config, tokenizer: Any = None) -> ImageTower:
     """An ImageTower. Raises ConfigError: an unknown model or argument, a size or a pooling that does not fit."""
     model = _create(config)
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
-    side = patch[0] if isinstance(patch, tuple) else patch
-    if isinstance(side, int) and config.size % side:
+    side = patch_side(model, config)
+    if side and config.size % side:
         raise ConfigError(f"image.size={config.size} is not a multiple of {config.name}'s patch of {side} px")
     repool(model, config.pool, config.name)
     try:
@@ -245,6 +260,15 @@ def build(config: Config, tokenizer: Any = None) -> ImageTower:
     return tower
 
 
+def patch_side(model: nn.Module, config: Config) -> int | None:
+    """Pixels that the sides of a picture must be a multiple of; None where any will do."""
+    if config.stem:
+        return stem.patch(config.stem)
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    side = patch[0] if isinstance(patch, tuple) else patch
+    return side if isinstance(side, int) else None
+
+
 def _create(config: Config) -> nn.Module:
     import timm
 
@@ -256,6 +280,8 @@ def _create(config: Config) -> nn.Module:
     args: dict[str, Any] = {**config.args, "num_classes": 0}
     if config.patch_dropout:
         args["patch_drop_rate"] = config.patch_dropout
+    if config.stem:
+        args |= stem.arguments(config.stem)
     try:
         try:
             return timm.create_model(config.name, pretrained=config.pretrained, img_size=config.size, **args)
@@ -281,6 +307,8 @@ def _unexpected(config: Config, error: TypeError) -> str:
         return f"image.args={config.args} does not fit {config.name}: {' '.join(str(error).split())[:200]}"
     if "multiple values" in str(error):
         return f"image.args.{found[1]} is fixed by {config.name}: choose another model, or leave it out"
+    if found[1] == "embed_layer":
+        return f"image.stem: {config.name} has no patch embedding to replace; it is for vision transformers"
     if found[1] == "patch_drop_rate":
         return f"image.patch_dropout: {config.name} has no patch dropout; it is for plain vision transformers"
     model = type(timm.create_model(config.name, num_classes=0))

@@ -31,6 +31,8 @@ def test_written_whole_and_pointed_to(tmp_path: Path) -> None:
     assert checkpoint.problem(folder) is None
     assert not list(tmp_path.glob(".*partial"))
     torch.testing.assert_close(checkpoint.read_weights(folder)["w"], torch.full((4,), 7.0))
+    modes = {path.stat().st_mode for path in folder.iterdir() if path.is_file()}
+    assert len(modes) == 1  # whoever may read the configuration may read the weights
 
 
 def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pretrain import registry
 from pretrain.config import ConfigError
@@ -19,6 +20,7 @@ from pretrain.towers import timm as images
 from pretrain.towers import transformers as texts
 from pretrain.towers.lengths import ENTRY, cut
 from pretrain.towers.linear import use_onednn
+from pretrain.towers.stem import ConvStem, patch
 
 VIT = {"patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}
 IMAGES: dict[str, dict[str, Any]] = {
@@ -27,6 +29,11 @@ IMAGES: dict[str, dict[str, Any]] = {
     "vit-avg": {"name": "vit_tiny_patch16_224", "args": VIT, "pool": "avg"},
     "vit-map": {"name": "vit_tiny_patch16_224", "args": VIT, "pool": "map"},
     "vit-gap-as-avg": {"name": "vit_base_patch16_gap_224", "args": VIT, "pool": "avg"},
+    "vit-stem": {
+        "name": "vit_tiny_patch16_224",
+        "stem": [6, 6, 16, 24],
+        "args": {"embed_dim": 24, "depth": 3, "num_heads": 3, "class_token": False, "global_pool": "max"},
+    },
     "vit-registers": {"name": "vit_base_patch16_reg4_gap_256", "args": VIT},
     "clip-vit": {"name": "vit_base_patch32_clip_224", "args": VIT},
     "siglip-vit": {"name": "vit_base_patch16_siglip_224", "args": VIT},
@@ -232,7 +239,7 @@ def test_settings_rebuild_the_same_architecture(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in IMAGES if n not in ("mixer", "mobilenet", "mobilenet-avg")])
 def test_states_are_row_major(name: str) -> None:
-    """A change in one place of the picture moves the state of that place most."""
+    """A change in one place of the picture moves the state of that place most; convolutions overlap: or of one beside it."""
     made = tower(name).double().eval()
     picture, _ = batch(made, 1)
     with torch.no_grad():
@@ -243,7 +250,30 @@ def test_states_are_row_major(name: str) -> None:
             changed = picture.clone()
             changed[:, :, row * cell : (row + 1) * cell, column * cell : (column + 1) * cell] ^= 255
             moved = (made(changed).states - before).norm(dim=-1)[0]
-            assert int(moved.argmax()) == row * grid[1] + column
+            found = divmod(int(moved.argmax()), grid[1])
+            assert max(abs(found[0] - row), abs(found[1] - column)) <= (1 if name == "vit-stem" else 0)
+
+
+def test_a_stem_is_its_convolutions_written_out() -> None:
+    made = ConvStem([16, 32, 32]).double()
+    picture = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    x = picture
+    for layer, (stride, groups) in enumerate(((2, 1), (2, 2), (1, 2))):
+        convolution, norm = cast(nn.Conv2d, made[3 * layer]), cast(nn.GroupNorm, made[3 * layer + 1])
+        x = F.conv2d(F.pad(x, (1, 1, 1, 1)), convolution.weight, stride=stride)
+        parts = x.unflatten(1, (groups, -1))
+        at = (2, 3, 4)
+        parts = (parts - parts.mean(at, keepdim=True)) / (parts.var(at, correction=0, keepdim=True) + 1e-5).sqrt()
+        x = F.gelu(parts.flatten(1, 2) * norm.weight[:, None, None] + norm.bias[:, None, None])
+    torch.testing.assert_close(made(picture), x)
+    assert x.shape == (2, 32, 4, 4)
+    torch.testing.assert_close(made(picture)[:1], made(picture[:1]))  # no picture sees its neighbours
+
+
+@pytest.mark.parametrize(("widths", "side"), [([8], 2), ([2, 8], 4), ([8, 8, 16], 4), ([32, 64, 64, 128, 128, 128], 8)])
+def test_a_stem_halves_at_first_and_where_it_widens(widths: list[int], side: int) -> None:
+    assert patch(widths) == side
+    assert ConvStem(widths)(torch.zeros(1, 3, 48, 48)).shape[1:] == (widths[-1], 48 // side, 48 // side)
 
 
 def test_pictures_are_normalised_with_clips_statistics() -> None:
@@ -296,6 +326,8 @@ def test_pretrained_positions_are_interpolated(tmp_path: Path) -> None:
         ({"name": "vit_tiny_patch16_224", "args": {"embed_dims": 24}}, "embed_dims.* did you mean 'embed_dim'"),
         ({"name": "vit_tiny_patch16_224", "args": {"embed_dim": 25, "num_heads": 3}}, "cannot be built"),
         ({"name": "vit_tiny_patch16_224", "size": 40}, "not a multiple of .* patch of 16 px"),
+        ({"name": "vit_tiny_patch16_224", "stem": [8, 16, 32], "size": 36}, "not a multiple of .* patch of 8 px"),
+        ({"name": "resnet18", "stem": [8]}, "image.stem: resnet18 has no patch embedding"),
         ({"name": "resnet18", "pool": "cls"}, "no class token; use pool: tower or avg"),
         ({"name": "resnet18", "pool": "map"}, "attention pooling"),
         ({"name": "resnet18", "patch_dropout": 0.5}, "no patch dropout"),
@@ -310,7 +342,8 @@ def test_wrong_image_settings(settings: dict[str, Any], message: str) -> None:
 
 
 def test_wrong_image_values() -> None:
-    for bad in ({"mean": [0.5]}, {"std": [1, 1, 0]}, {"args": {"img_size": 3}}, {"size": 0}, {"patch_dropout": 1.0}):
+    stems = ({"stem": [16, 8]}, {"stem": [0]}, {"stem": [8], "pretrained": True}, {"stem": [8], "args": {"patch_size": 2}})
+    for bad in (*stems, {"mean": [0.5]}, {"std": [1, 1, 0]}, {"args": {"img_size": 3}}, {"size": 0}, {"patch_dropout": 1.0}):
         with pytest.raises(ConfigError, match=r"image\."):
             images.Config(**bad).check()  # type: ignore[arg-type]
 
