@@ -6,7 +6,7 @@ from typing import Any
 
 from finetune.inference import Finetuned
 from pretrain.formats import Encoders
-from pretrain.formats.card import about
+from pretrain.formats.card import RESIZE, about
 
 LOADING = """import json
 from pathlib import Path
@@ -28,12 +28,6 @@ for graph, names in told["graphs"].items():
     found = session.run(None, {{one.name: known[one.name] for one in session.get_inputs()}})
     known.update(zip(names["outputs"], found))
 {print}"""
-RESIZE = {
-    "squash": "picture = picture.resize((S, S), Image.Resampling.{how})",
-    "crop": """w, h = (max(S, S * side // min(picture.size)) for side in picture.size)  # the shorter side to S, then the centre
-left, top = round((w - S) / 2), round((h - S) / 2)
-picture = picture.resize((w, h), Image.Resampling.{how}).crop((left, top, left + S, top + S))""",
-}
 PRINT = {
     True: 'print(told["names"][known[told["output"]][0].argmax()])',
     False: 'print(1 / (1 + np.exp(-known[told["output"]])))  # how likely they belong together',

@@ -39,7 +39,7 @@ def commands(folder: Path, minutes: float) -> list[list[str]]:
         ["pretrain", "scenes-conv", f"run={run}", *data, f"text.tokenizer={scenes}/tokenizer", *pretrain],
         ["evaluate", str(run), "--data", f"{scenes}/test-*.tar"],
         ["evaluate", str(run), "--data", f"{scenes}/unseen-*.tar"],
-        ["export", str(run), str(run / "hf"), "--format", "hf"],
+        ["export", str(run), str(run / "export"), "--format", "onnx"],
         ["embed", str(run), "--data", f"{scenes}/test-*.tar", "--out", str(run / "embeddings")],
         ["report", str(run), "--data", f"{scenes}/test-*.tar"],
         ["finetune", "vqa", f"run={answers}", f"init={run}", *data, *asked, *finetune],
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for all that is made (default demo)")
     args = parser.parse_args(argv)
     begin = time.monotonic()
-    for made in ("hf", "embeddings"):  # the run may have gone on since: what was made of it is made anew
+    for made in ("export", "embeddings"):  # the run may have gone on since: what was made of it is made anew
         shutil.rmtree(args.out / "run" / made, ignore_errors=True)
     for words in commands(args.out, args.minutes):
         print(f"\n$ clipfuse {shlex.join(words)}", flush=True)

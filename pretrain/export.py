@@ -68,6 +68,15 @@ def export(loaded: Loaded, folder: Path, form: str, license: str | None = None) 
     return folder
 
 
+def advised(loaded: Loaded, name: str) -> tuple[str, str] | None:
+    """The first of FORMATS that can hold the model, and the Python that loads it from a folder `name`; None: there is none."""
+    if loaded.decoders.get("text") is None:
+        return None
+    encoders = encoders_of(loaded)
+    form = next((form for form in FORMATS if _module(form).problem(encoders) is None), None)
+    return None if form is None else (form, card.loading(encoders, form, name))
+
+
 @contextmanager
 def whole(folder: Path) -> Iterator[Path]:
     """A folder beside `folder`, which must not exist, to write into: it takes the name at the end, if all went well.

@@ -35,6 +35,7 @@ from launch.report.charts import Series, line_chart
 from launch.report.record import Record
 from launch.report.tuned import Tuned
 from pretrain import dist, inference
+from pretrain import export as exports
 from pretrain.config import UserError
 
 NO_SHARDS = "The run names no validation shards (data.val); give some with --data."
@@ -54,7 +55,7 @@ def write(run: str | Path, data: Any = None, out: Path | None = None, pictures: 
         UserError: there is no run, the page cannot be written, or `data` was given and cannot be used.
     """
     record = records.read(run)
-    gallery, missing, weights = None, "", {}
+    gallery, missing, weights, export = None, "", {}, None
     tuned = Tuned(record.get("task.name"), "") if record.get("task") else None
     shards = data or record.get("data.val")
     try:
@@ -65,6 +66,7 @@ def write(run: str | Path, data: Any = None, out: Path | None = None, pictures: 
             tuned = tuning.build(model, shards if pictures else None, workers)
         else:
             loaded = inference.load_model(record.folder)
+            export = exports.advised(loaded, f"{_shown_path(record.folder)}/export")
             weights = {name: sum(p.numel() for p in tower.parameters()) for name, tower in loaded.model.towers.items()}
             if shards and pictures:
                 gallery = galleries.build(loaded, shards, dist.device(), workers, pictures)
@@ -78,7 +80,7 @@ def write(run: str | Path, data: Any = None, out: Path | None = None, pictures: 
     path = out or record.folder / "report.html"
     try:
         partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(render(record, gallery, missing, weights, tuned), encoding="utf-8")
+        partial.write_text(render(record, gallery, missing, weights, tuned, export), encoding="utf-8")
         partial.replace(path)
     except OSError as error:
         raise UserError(f"cannot write the report {path}: {error.strerror or error}") from error
@@ -91,8 +93,10 @@ def render(
     missing: str = "",
     weights: dict[str, int] | None = None,
     tuned: Tuned | None = None,
+    export: tuple[str, str] | None = None,
 ) -> str:
-    """The page as text. `missing` says why there are no pictures; `weights` are the parts' parameter counts."""
+    """The page as text. `missing` says why there are no pictures; `weights` are the parts' parameter counts; `export` is the
+    format that can hold the model, and the Python that loads it from export/ in the run folder."""
     shown = _shown_path(record.folder)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -111,9 +115,9 @@ def render(
         answered=tuned.rows(best) if tuned and best else [],
         name=record.folder.resolve().name,
         folder=shlex.quote(shown),
-        exported=shlex.quote(f"{shown}/hf"),
-        exported_text=repr(f"{shown}/hf"),
-        has_export=(record.folder / "hf/config.json").exists(),
+        exported=shlex.quote(f"{shown}/export"),
+        export=export,
+        has_export=(record.folder / "export/README.md").exists(),
         embeddings=shlex.quote(f"{shown}/embeddings"),
         embeddings_text=repr(f"{shown}/embeddings"),
         state=record.status["state"],

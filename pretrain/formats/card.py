@@ -7,15 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pretrain import checkpoint
 from pretrain import config as configuration
 from pretrain.formats import Encoders
 
 LOADING = {
     "hf": """from PIL import Image
-from transformers import pipeline
+from transformers import AutoModel, AutoProcessor
 
-classify = pipeline("zero-shot-image-classification", model="{name}")
-classify(Image.open("picture.jpg").convert("RGB"), candidate_labels=["a cat", "a dog"])""",
+model, processor = (of.from_pretrained("{name}") for of in (AutoModel, AutoProcessor))
+picture = Image.open("picture.jpg").convert("RGB")
+inputs = processor(text=["a cat", "a dog"], images=picture, return_tensors="pt", padding={padding})
+print(model(**inputs).logits_per_image.softmax(dim=1))""",
     "open_clip": """import open_clip, torch
 from PIL import Image
 
@@ -24,14 +27,43 @@ tokenizer = open_clip.get_tokenizer("local-dir:{name}")
 with torch.no_grad():
     image = model.encode_image(preprocess(Image.open("picture.jpg")).unsqueeze(0), normalize=True)
     print(image @ model.encode_text(tokenizer(["a cat", "a dog"]), normalize=True).T)""",
-    "onnx": """import onnxruntime
+    "onnx": """import json
+import numpy as np
+import onnxruntime
+from PIL import Image
 from transformers import AutoTokenizer
 
-text = onnxruntime.InferenceSession("{name}/text.onnx")
-tokens = AutoTokenizer.from_pretrained("{name}")(["a cat", "a dog"], padding={padding}, truncation=True, return_tensors="np")
-embeddings = text.run(None, {{"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}})[0]""",
+folder = "{name}"
+with open(f"{{folder}}/preprocess.json") as file:
+    recipe = json.load(file)
+S = recipe["size"]
+picture = Image.open("picture.jpg").convert("RGB")
+{resize}
+pixels = (np.asarray(picture, np.float32) / 255 - np.float32(recipe["mean"])) / np.float32(recipe["std"])
+words = AutoTokenizer.from_pretrained(folder)(["a cat", "a dog"], padding={padding}, truncation=True, return_tensors="np")
+given = {{"pixel_values": pixels.transpose(2, 0, 1)[None], **words}}
+graphs = [onnxruntime.InferenceSession(f"{{folder}}/{{name}}.onnx") for name in ("image", "text")]
+image, text = (graph.run(None, {{one.name: given[one.name] for one in graph.get_inputs()}})[0] for graph in graphs)
+print(image @ text.T)  # cosines""",
 }
 """By format: what loads the folder."""
+RESIZE = {
+    "squash": "picture = picture.resize((S, S), Image.Resampling.{how})",
+    "crop": """w, h = (max(S, S * side // min(picture.size)) for side in picture.size)  # the shorter side to S, then the centre
+left, top = round((w - S) / 2), round((h - S) / 2)
+picture = picture.resize((w, h), Image.Resampling.{how}).crop((left, top, left + S, top + S))""",
+}
+"""By preprocess' way of resizing: the lines that make `picture` S pixels square."""
+
+
+def loading(encoders: Encoders, form: str, name: str) -> str:
+    """Python that loads the folder `name` without clipfuse and compares a picture with two texts."""
+    recipe = encoders.preprocess
+    return LOADING[form].format(
+        name=json.dumps(name)[1:-1],
+        resize=RESIZE[recipe.resize].format(how=recipe.interpolation.upper()),
+        padding=repr("max_length" if not encoders.model.tower("text").trims else True),
+    )
 
 
 def text(encoders: Encoders, source: Path, form: str, name: str, license: str | None, difference: float | None) -> str:
@@ -55,7 +87,7 @@ def text(encoders: Encoders, source: Path, form: str, name: str, license: str | 
         "A contrastive pair of encoders, one for pictures and one for text, trained with clipfuse.",
         "",
         "```python",
-        LOADING[form].format(name=name, padding=repr("max_length" if not encoders.model.tower("text").trims else True)),
+        loading(encoders, form, name),
         "```",
         "",
         *_measured(difference),
@@ -67,10 +99,12 @@ def text(encoders: Encoders, source: Path, form: str, name: str, license: str | 
 def about(encoders: Encoders, source: Path, license: str | None, more: Sequence[tuple[str, Any]] = ()) -> list[str]:
     """What the model is (with `more` rows), what it learned from and how, what it reached, its licence; as `text` has it."""
     run = source.parent.parent if source.parent.name == "checkpoints" else None
+    step = checkpoint.step_of(source) if run is not None else 0
+    said = _said(run / "metrics.jsonl", step) if run is not None else []
     return [
         *_model(encoders, more),
-        *(_run(run) if run is not None else []),
-        *_recalls(run),
+        *(_run(run, step, said) if run is not None else []),
+        *_recalls(said),
         "## License",
         "",
         f"{license}." if license else "Not stated by those who exported it.",
@@ -103,19 +137,19 @@ def _model(encoders: Encoders, more: Sequence[tuple[str, Any]]) -> list[str]:
     return ["## The model", "", *_table([*rows, *more])]
 
 
-def _run(run: Path) -> list[str]:
-    """Data and recipe, from the run's own files."""
+def _run(run: Path, step: int, said: list[dict[str, Any]]) -> list[str]:
+    """Data and recipe, from the run's own files, of the weights at `step`."""
     path = run / "config.yaml"
     if not path.is_file():
         return []
     values = configuration.read_yaml(path)
     environment = json.loads((run / "environment.json").read_text()) if (run / "environment.json").is_file() else {}
     data, optim, train = (values.get(key) or {} for key in ("data", "optim", "train"))
-    last = _lines(run / "metrics.jsonl", "samples_seen")
+    last = _last(said, "samples_seen")
     rows = [
         ("data", _source(data.get("train"))),
-        ("samples seen", f"{last['samples_seen']:,}" if last else None),
-        ("steps", f"{last['step']:,} of {data.get('batch_size', 0):,} samples" if last else None),
+        ("samples seen", f"{last['samples_seen'] * step // last['step']:,}" if last else None),
+        ("steps", f"{step:,} of {data.get('batch_size', 0):,} samples"),
         ("loss", (values.get("loss") or values.get("task") or {}).get("name")),
         (
             "optimizer",
@@ -131,8 +165,8 @@ def _run(run: Path) -> list[str]:
     return ["## Data and recipe", "", *_table(rows)]
 
 
-def _recalls(run: Path | None) -> list[str]:
-    line = _lines(run / "metrics.jsonl", "val/") if run is not None else None
+def _recalls(said: list[dict[str, Any]]) -> list[str]:
+    line = _last(said, "val/")
     if not line:
         return []
     found = {name.removeprefix("val/"): value for name, value in line.items() if name.startswith("val/")}
@@ -144,15 +178,17 @@ def _recalls(run: Path | None) -> list[str]:
     ]
 
 
-def _lines(path: Path, begin: str) -> dict[str, Any] | None:
-    """The last line of a jsonl file with a key that begins so."""
+def _said(path: Path, step: int) -> list[dict[str, Any]]:
+    """The lines of a run's metrics up to a step: it may have gone on from these weights."""
     if not path.is_file():
-        return None
-    for text in reversed(path.read_text().splitlines()):
-        line: dict[str, Any] = json.loads(text)
-        if any(key.startswith(begin) for key in line):
-            return line
-    return None
+        return []
+    lines = [json.loads(text) for text in path.read_text().splitlines()]
+    return [line for line in lines if line["step"] <= step]
+
+
+def _last(said: list[dict[str, Any]], begin: str) -> dict[str, Any] | None:
+    """The last line with a key that begins so."""
+    return next((line for line in reversed(said) if any(key.startswith(begin) for key in line)), None)
 
 
 def _source(given: Any) -> str:

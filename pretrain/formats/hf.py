@@ -224,6 +224,8 @@ def _timm_arguments(tower: Any) -> dict[str, Any] | str:
     import timm
 
     model, config = tower.model, tower.config
+    if config.stem:
+        return f"the image tower's own stem, image.stem={config.stem}, which timm does not know"
     arguments = {key: value for key, value in config.args.items() if key not in TIMM_ONLY}
     if config.pool != "tower" and hasattr(model, "global_pool") and hasattr(model, "blocks"):
         arguments |= {"global_pool": model.global_pool, "fc_norm": not isinstance(model.fc_norm, torch.nn.Identity)}

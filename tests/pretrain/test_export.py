@@ -2,7 +2,10 @@
 
 import io
 import json
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +266,34 @@ def test_the_command_exports_a_trained_run(run: Path, samples: Any, tmp_path: Pa
     with torch.no_grad():
         found = model.encode_image(torch.stack([preprocess(p) for p in opened(samples)]), normalize=True)
     torch.testing.assert_close(embedded(inference.load_model(run), samples)[0], found, atol=1e-5, rtol=0)
+
+
+def test_the_card_of_an_earlier_checkpoint_tells_of_that_one(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    later = {"step": 9, "samples_seen": 9 * 16, "val/image_to_text_R@1": 0.987}
+    with (copy / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(later) + "\n")
+    export.export(inference.load_model(copy / "checkpoints/step-0000004"), tmp_path / "out", "open_clip")
+    card = (tmp_path / "out/README.md").read_text()
+    assert "98.7 %" not in card
+    assert "| samples seen | 64 |" in card
+    assert "| steps | 4 of 16 samples |" in card
+
+
+def test_the_lines_of_the_card_load_the_graphs(run: Path, samples: Any, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    loaded = inference.load_model(run)
+    export.export(loaded, tmp_path / "model", "onnx")
+    code = re.search(r"```python\n(.*?)\n```", (tmp_path / "model/README.md").read_text(), re.S)
+    assert code is not None
+    (tmp_path / "picture.jpg").write_bytes(samples[0][0])
+    command = [sys.executable, "-c", code[1]]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    image, text = embedded(loaded, (samples[0][:1], ["a cat", "a dog"]))
+    told = [float(n) for n in re.findall(r"-?\d+\.\d+(?:e-?\d+)?", done.stdout)]
+    assert told == pytest.approx((image @ text.T)[0].tolist(), abs=1e-5)
 
 
 def refused(*given: str | Path) -> int:
