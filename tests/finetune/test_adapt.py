@@ -21,6 +21,7 @@ from pretrain.config import ConfigError, UserError
 from pretrain.data.batch import Batch
 from pretrain.model import DualEncoder, ModelSchema
 from pretrain.optim import OptimConfig, parameter_groups
+from pretrain.towers import timm as images
 from tests.pretrain.strategies import tiny
 
 
@@ -230,12 +231,30 @@ def test_positions_are_interpolated_as_timm_does() -> None:
     torch.testing.assert_close(built.eval().towers["image"](picture).pooled, encoder.eval().towers["image"](picture).pooled)
 
 
+def test_a_stem_takes_another_size_with_its_positions_interpolated() -> None:
+    encoder = tiny.model("clip")
+    args = {"embed_dim": 16, "depth": 1, "num_heads": 2, "class_token": False, "global_pool": "max"}
+    config = images.Config(name="vit_tiny_patch16_224", size=16, stem=[8, 16], args=args)
+    encoder.towers["image"] = images.build(config)
+    before = encoder.towers["image"].model.pos_embed.detach().clone()  # type: ignore[union-attr, operator]
+    new = adapt.resize(encoder, 32, ModelSchema(image=config, text=None))
+    after = encoder.towers["image"].model.pos_embed  # type: ignore[union-attr]
+    expected = resample_abs_pos_embed(before, new_size=[8, 8], old_size=[4, 4], num_prefix_tokens=0)
+    torch.testing.assert_close(after, expected)
+    picture = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    built = images.build(new.image)  # what a checkpoint's configuration builds
+    built.load_state_dict(encoder.towers["image"].state_dict())
+    found = encoder.towers["image"].eval()(picture)
+    assert found.grid == (8, 8)
+    torch.testing.assert_close(built.eval()(picture).pooled, found.pooled)
+    with pytest.raises(ConfigError, match=r"adapt.image_size=34 is not a multiple of .* patch of 4 px"):
+        adapt.resize(encoder, 34, new)
+
+
 def test_a_convolutional_tower_takes_another_size_as_it_is() -> None:
     encoder = tiny.model("clip")
-    from pretrain.towers import timm
-
-    config = timm.Config(name="resnet10t", size=32)
-    encoder.towers["image"] = timm.build(config)
+    config = images.Config(name="resnet10t", size=32)
+    encoder.towers["image"] = images.build(config)
     weights = {name: value.clone() for name, value in encoder.towers["image"].state_dict().items()}
     new = adapt.resize(encoder, 64, ModelSchema(image=config, text=None))
     assert new.image.size == 64
