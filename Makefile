@@ -20,7 +20,7 @@ demo: .venv/installed
 	$(BIN)/python -m launch.demo --minutes $(MINUTES)
 
 test: .venv/installed
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 15
+	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder --durations 15
 
 check: .venv/installed
 	$(BIN)/ruff check .
