@@ -1,8 +1,9 @@
 """Towers: one encoder a modality. A tower is ONE file with a Config dataclass and build(config, tokenizer=None) -> Tower.
 
 timm.py encodes pictures (stem.py: convolutions before a vision transformer; pooling.py: how they become one vector; linear.py:
-faster products on CPUs), transformers.py texts (hub.py finds its model, lengths.py sorts a batch by length). May import pretrain.config and registry only. Shapes: b =
-samples, N = tokens a sample, C = width of a token, P = width of the pooled vector.
+faster products on CPUs), transformers.py texts (hub.py finds its model, lengths.py sorts a batch by length). May import
+pretrain.config and registry only. Shapes: b = samples, N = tokens a sample, C = width of a token, P = width of the pooled
+vector.
 """
 
 from __future__ import annotations
