@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
-from math import gcd
+from math import gcd, prod
 from typing import Any
 
 from torch import nn
@@ -25,8 +25,7 @@ class ConvStem(nn.Sequential):
 
     def __init__(self, widths: Sequence[int], channels: int = 3) -> None:
         layers: list[nn.Module] = []
-        for before, width in pairwise([channels, *widths]):
-            stride = 2 if width > before or not layers else 1
+        for before, width, stride in zip([channels, *widths], widths, _strides(widths), strict=False):
             layers.append(nn.Conv2d(before, width, 3, stride, padding=1, bias=False))
             layers += [nn.GroupNorm(gcd(width, max(1, width // 16)), width), nn.GELU()]
         super().__init__(*layers)
@@ -34,7 +33,11 @@ class ConvStem(nn.Sequential):
 
 def patch(widths: Sequence[int]) -> int:
     """Pixels from one position of the stem's grid to the next."""
-    return int(2 ** (1 + sum(after > before for before, after in pairwise(widths))))
+    return prod(_strides(widths))
+
+
+def _strides(widths: Sequence[int]) -> list[int]:
+    return [2, *(2 if after > before else 1 for before, after in pairwise(widths))]
 
 
 def arguments(widths: Sequence[int]) -> dict[str, Any]:
