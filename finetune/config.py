@@ -68,6 +68,8 @@ class FinetuneConfig(FusionSchema):
             )
         if self.train.eval_every and not self.data.val:
             raise ConfigError(f"train.eval_every={self.train.eval_every} needs data.val, the shards to evaluate on")
+        if self.data.draw != 1:
+            raise ConfigError(f"data.draw={self.data.draw} is for pretraining: a task takes one caption of each picture")
         if self.data.train == "synthetic":
             raise ConfigError("data.train=synthetic has no task to learn: give shards (`clipfuse data scenes DIR` draws some)")
 

@@ -223,7 +223,9 @@ def measure(config: PretrainConfig) -> tuple[Model, list[str]]:
             notes.append(f"tokenizer {config.text.tokenizer!r} is not here: a vocabulary of {size:,} is assumed")
     built = models.build(towers, config.model, tokenizer)
     sample = flops.one_sample(
-        config.image.size if config.image is not None else None, config.text.length if config.text is not None else None
+        config.image.size if config.image is not None else None,
+        config.text.length if config.text is not None else None,
+        config.data.draw,
     )
     if config.text is not None:
         notes.append(f"every text has the full length of {config.text.length} tokens: trimmed batches need less")

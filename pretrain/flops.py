@@ -38,25 +38,26 @@ def per_batch(model: nn.Module, sample: Batch) -> Callable[[Batch], float]:
             features = model({modality: inputs}, masks)
             features[modality].sum().backward()
         if masks:
-            per_token[modality] = counter.get_total_flops() / inputs.shape[1]
+            per_token[modality] = counter.get_total_flops() / inputs[0].numel()
         else:
             fixed += counter.get_total_flops()
     model.zero_grad(set_to_none=True)
     model.train(training)
 
     def flops(batch: Batch) -> float:
-        tokens = sum(count * batch.inputs[modality].shape[1] for modality, count in per_token.items())
+        tokens = sum(count * batch.inputs[modality].shape[1:].numel() for modality, count in per_token.items())
         return len(batch) * (fixed + tokens)
 
     return flops
 
 
-def one_sample(image_size: int | None, text_length: int | None) -> Batch:
-    """A black picture and a full-length text."""
+def one_sample(image_size: int | None, text_length: int | None, texts: int = 1) -> Batch:
+    """A black picture and a full-length text, or several."""
     batch = Batch({}, {}, ["one"])
     if image_size is not None:
         batch.inputs["image"] = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8)
     if text_length is not None:
-        batch.inputs["text"] = torch.ones(1, text_length, dtype=torch.int64)
-        batch.masks["text"] = torch.ones(1, text_length, dtype=torch.bool)
+        shape = (1, text_length) if texts == 1 else (1, texts, text_length)
+        batch.inputs["text"] = torch.ones(shape, dtype=torch.int64)
+        batch.masks["text"] = torch.ones(shape, dtype=torch.bool)
     return batch

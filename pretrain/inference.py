@@ -94,7 +94,7 @@ def towers(config: ModelSchema) -> dict[str, Any]:
 
 
 def decoders(
-    config: ModelSchema, tokenizer: Any, model: DualEncoder, caption: str, augment: AugmentConfig | None = None
+    config: ModelSchema, tokenizer: Any, model: DualEncoder, caption: str, augment: AugmentConfig | None = None, draw: int = 1
 ) -> dict[str, Any]:
     """What turns a raw sample into each tower's input. A tower's file may bring its own `decoder(config, tokenizer)`."""
     made: dict[str, Any] = {}
@@ -105,7 +105,7 @@ def decoders(
         elif modality == "image":
             made[modality] = ImageDecoder(tower.size, augment, tower.resize, tower.interpolation)
         elif modality == "text":
-            made[modality] = TextDecoder(tokenizer, tower.length, caption, trim=model.tower(modality).trims)
+            made[modality] = TextDecoder(tokenizer, tower.length, caption, trim=model.tower(modality).trims, draw=draw)
         else:
             raise ConfigError(f"{modality}.tower={tower.tower}: {module.__name__} has no decoder(config, tokenizer)")
     return made

@@ -77,7 +77,8 @@ class DualEncoder(nn.Module):
 
     def forward(self, inputs: dict[str, Tensor], masks: dict[str, Tensor]) -> dict[str, Tensor]:
         """{modality: (b, ...)}, {modality: (b, N)} -> {modality: (b, D) normalised, "logit_scale": (1,) exponentiated,
-        "logit_bias": (1,) if there is one}. Modalities that the batch lacks are left out."""
+        "logit_bias": (1,) if there is one}. With k texts a sample, masks (b, k, N), (b, k, D). Modalities that the batch
+        lacks are left out."""
         out = {name: self.encode(name, inputs[name], masks.get(name)) for name in self.towers if name in inputs}
         out["logit_scale"] = self.logit_scale.exp()
         if self.logit_bias is not None:
@@ -85,7 +86,10 @@ class DualEncoder(nn.Module):
         return out
 
     def encode(self, modality: str, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(b, ...) -> (b, D), L2-normalised, in float32 at least."""
+        """(b, ...) -> (b, D), or (b, k, ...) with a mask (b, k, N) -> (b, k, D), L2-normalised, in float32 at least."""
+        if mask is not None and mask.dim() == 3:
+            flat = self.encode(modality, inputs.flatten(0, 1), mask.flatten(0, 1))
+            return flat.reshape(*mask.shape[:2], -1)
         pooled = self.tower(modality)(inputs, mask).pooled
         embedding = self.projection(modality)(pooled)
         return F.normalize(embedding.to(torch.promote_types(embedding.dtype, torch.float32)), dim=-1)

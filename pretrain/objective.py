@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from pretrain.data.loader import Batch
 
 Features = dict[str, Tensor]
-"""By name: (b, D) for what belongs to samples, (1,) for scalars of the model (`logit_scale`, `logit_bias`)."""
+"""By name: (b, D), or (b, k, D) with k texts a sample, for what belongs to samples, (1,) for scalars of the model
+(`logit_scale`, `logit_bias`)."""
 SCALARS = ("logit_scale", "logit_bias")
 
 
@@ -30,7 +32,7 @@ class Objective(Protocol):
 
 
 class Contrastive:
-    """Pairs from two towers (or all pairs of more), scored by a loss of losses/."""
+    """Pairs from two towers (or all pairs of more), scored by a loss of losses/; the mean over the k texts of each sample."""
 
     splits = True
 
@@ -38,7 +40,7 @@ class Contrastive:
         self.score = loss
 
     def encode(self, model: nn.Module, batch: Batch) -> Features:
-        """(b, D) a modality, L2-normalised, and the exponentiated logit_scale (1,)."""
+        """(b, D) or (b, k, D) a modality, L2-normalised, and the exponentiated logit_scale (1,)."""
         features: Features = model(batch.inputs, batch.masks)
         return features
 
@@ -49,6 +51,19 @@ class Contrastive:
             for name, value in features.items()
             if name not in SCALARS
         }
-        loss, report = self.score(pairs, features["logit_scale"], features.get("logit_bias"), targets)
+        scored = [
+            self.score(one, features["logit_scale"], features.get("logit_bias"), about) for one, about in _each(pairs, targets)
+        ]
+        loss = torch.stack([loss for loss, _ in scored]).mean()
+        report = {name: torch.stack([told[name] for _, told in scored]).mean() for name in scored[0][1]}
         scalars = {name: features[name].detach().squeeze() for name in SCALARS if name in features}
         return loss, {**report, **scalars}
+
+
+def _each(pairs: Features, targets: dict[str, Any]) -> Iterator[tuple[Features, dict[str, Any]]]:
+    """The k-th text of every sample with its id, for every k; what there is one of takes part in all."""
+    count = max(value.shape[1] if value.dim() == 3 else 1 for value in pairs.values())
+    ids = targets.get("caption_id")
+    for k in range(count):
+        own = targets if ids is None or ids.dim() == 1 else {**targets, "caption_id": ids[:, k]}
+        yield {name: value[:, k] if value.dim() == 3 else value for name, value in pairs.items()}, own

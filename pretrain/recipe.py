@@ -93,7 +93,7 @@ def assemble(config: PretrainConfig) -> Parts:
     kinds = (config, tokenizer, model)
     loader = loading.build_loader(
         config.data,
-        inference.decoders(*kinds, config.data.caption, config.data.augment),
+        inference.decoders(*kinds, config.data.caption, config.data.augment, config.data.draw),
         seed=config.seed,
         rank=dist.rank(),
         world=dist.world_size(),
@@ -154,7 +154,7 @@ def _flops(config: PretrainConfig, parts: Parts) -> Callable[[Batch], float] | N
     """Counted for pictures and texts; None where another modality takes part."""
     if config.others or config.image is None or config.text is None:
         return None
-    return flops.per_batch(parts.model, flops.one_sample(config.image.size, config.text.length))
+    return flops.per_batch(parts.model, flops.one_sample(config.image.size, config.text.length, config.data.draw))
 
 
 def save_files(folder: Path, config: ModelSchema, tokenizer: Any) -> None:

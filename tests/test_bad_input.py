@@ -65,6 +65,7 @@ def refused(capsys: pytest.CaptureFixture[str], words: list[str], code: int, *sa
         ("init=no/such/run", ["no/such/run"]),
         ("text.length=1000000000000", ["text"]),
         ("data.caption=title", ["title"]),
+        ("data.draw=0", ["data.draw=0", "at least 1"]),
     ],
 )
 def test_a_wrong_setting_of_a_run(

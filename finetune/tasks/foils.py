@@ -24,7 +24,7 @@ class Foils(TextDecoder):
         super().__init__(text.tokenizer, text.length, text.caption, text.trim, text.multiple)
         self.field, self.draw = field, draw
 
-    def __call__(self, sample: RawSample, rng: np.random.Generator, train: bool) -> tuple[str, ...]:  # type: ignore[override]
+    def __call__(self, sample: RawSample, rng: np.random.Generator, train: bool) -> tuple[str, ...]:
         """Up to `draw` of them, in evaluation the first ones. Raises BadSample where the field holds something else."""
         found = foils_of(sample, self.field)
         order = rng.permutation(len(found)) if train else range(len(found))

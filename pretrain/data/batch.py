@@ -44,13 +44,14 @@ class Batch:
     """b samples."""
 
     inputs: dict[str, Tensor]
-    """By modality: "image" (b, 3, H, W) uint8, "text" (b, T) int64, ..."""
+    """By modality: "image" (b, 3, H, W) uint8, "text" (b, T) int64, or (b, k, T) with k texts a sample, ..."""
     masks: dict[str, Tensor]
-    """By modality, of those that have one: "text" (b, T) bool, True where there is a token."""
+    """By modality, of those that have one: "text" (b, T) or (b, k, T) bool, True where there is a token."""
     keys: list[str]
     """ "shard/KEY" of each sample."""
     targets: dict[str, Any] = field(default_factory=dict)
-    """Training: "caption_id" (b,) int64, equal for equal captions. Evaluation: "captions", all of each sample, and "json"."""
+    """Training: "caption_id" (b,) or (b, k) int64, equal for equal captions. Evaluation: "captions", all of each sample, and
+    "json"."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -93,6 +94,9 @@ def collate(items: Mapping[str, list[Any]], decoders: Mapping[str, Decoder], key
             continue
         if keys and isinstance(items[name][0], str):  # the caption drawn
             batch.targets["caption_id"] = torch.tensor([caption_id(text) for text in items[name]], dtype=torch.int64)
+        elif keys and isinstance(items[name][0], tuple):  # the captions drawn
+            ids = [[caption_id(text) for text in texts] for texts in items[name]]
+            batch.targets["caption_id"] = torch.tensor(ids, dtype=torch.int64)
         elif keys and isinstance(items[name][0], list):  # all captions
             batch.targets["captions"] = items[name]
     return batch

@@ -60,7 +60,8 @@ def _listed(phrases: Sequence[str]) -> str:
 
 
 def captions(scene: Scene) -> list[str]:
-    """The first names every thing, how they stand and the place (KEY.txt); the others say less, each in another way."""
+    """The first names every thing, how they stand and the place (KEY.txt); the others say less, each in another way, down to
+    one thing alone, for every thing."""
     dice = scene.dice("captions")
     columns = columns_of(scene)
     out = [full(columns, scene.place, scene.dice("full"), sizes=scene.split != "hard")]
@@ -71,6 +72,7 @@ def captions(scene: Scene) -> list[str]:
     main = max(scene.things, key=lambda thing: thing.extent).look
     out.append(_placed(_a(name(main, size=dice.chance(0.3), surface=dice.chance(0.7))), scene.place, dice))
     out.append(name(main))
+    out.extend(name(thing.look) for thing in scene.things)
     return list(dict.fromkeys(out))
 
 

@@ -42,6 +42,9 @@ class DataConfig:
     """Draw samples independently of what was drawn before, instead of each once an epoch."""
     caption: str = "txt"
     """Where captions are: txt, or the name of a json field (a string, or a list of which one is drawn)."""
+    draw: int = 1
+    """Captions drawn of each sample, for pretraining: the picture is encoded once for all of them, and each has a loss of its
+    own, of which the mean is taken. Where a sample has fewer, they are taken again."""
     val_caption: str | None = None
     """Where evaluation finds them; null: as `caption`. A json field with a list of them: each is a caption of the picture."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -60,7 +63,15 @@ class DataConfig:
 
     def check(self) -> None:
         """Refuses numbers out of range and shards given in words that mean nothing."""
-        for name, least in (("batch_size", 1), ("workers", 0), ("window", 1), ("streams", 1), ("block", 0), ("max_bad_run", 0)):
+        for name, least in (
+            ("batch_size", 1),
+            ("workers", 0),
+            ("window", 1),
+            ("streams", 1),
+            ("block", 0),
+            ("draw", 1),
+            ("max_bad_run", 0),
+        ):
             if getattr(self, name) < least:
                 raise ConfigError(f"data.{name}={getattr(self, name)} must be at least {least}")
         if not 0 <= self.max_bad_rate <= 1:

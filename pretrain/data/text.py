@@ -114,12 +114,20 @@ class TextDecoder:
         caption: "txt", or a json field.
         trim: T follows the longest text of the batch, for towers whose result does not depend on padding; else T = length.
         multiple: T is rounded up to a multiple of it (or to `length`), so that compiled shapes stay few.
+        draw: k, captions taken of each sample in training; with more than one, what is collated is (b, k, T).
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, length: int, caption: str = "txt", trim: bool = True, multiple: int = 8
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        length: int,
+        caption: str = "txt",
+        trim: bool = True,
+        multiple: int = 8,
+        draw: int = 1,
     ) -> None:
         self.tokenizer, self.length, self.caption, self.trim, self.multiple = tokenizer, length, caption, trim, multiple
+        self.draw = draw
         tokenizer.truncation_side = "right"
         probe = _ids(tokenizer, ["a"], 64)[0]
         ends = {i for i in (tokenizer.eos_token_id, tokenizer.sep_token_id) if i is not None}
@@ -132,15 +140,22 @@ class TextDecoder:
         self.pad_id = next(i for i in choices if i is not None)
         """Fills up ids where the mask is False. The end token where the tokenizer has no padding: CLIP does so too."""
 
-    def __call__(self, sample: RawSample, rng: np.random.Generator, train: bool) -> str | list[str]:
-        """One caption in training, all of them in evaluation. Raises BadSample."""
+    def __call__(self, sample: RawSample, rng: np.random.Generator, train: bool) -> str | tuple[str, ...] | list[str]:
+        """One caption in training, or a tuple of `draw` different ones, repeated where there are fewer; a list of all of them
+        in evaluation. Raises BadSample."""
         found = captions(sample.members, self.caption)
         if not train:
             return found
+        if self.draw > 1:
+            order = rng.permutation(len(found))
+            return tuple(found[int(order[i % len(found)])] for i in range(self.draw))
         return found[int(rng.integers(len(found)))] if len(found) > 1 else found[0]
 
-    def collate(self, texts: list[str] | list[list[str]]) -> tuple[Tensor, Tensor]:
-        """(b, T) int64 ids, (b, T) bool mask; of a list of captions the first."""
+    def collate(self, texts: list[str] | list[tuple[str, ...]] | list[list[str]]) -> tuple[Tensor, Tensor]:
+        """(b, T) int64 ids, (b, T) bool mask; (b, k, T) of tuples of k captions; of a list of captions the first."""
+        if texts and isinstance(texts[0], tuple):
+            ids, mask = self.encode([text for item in texts for text in item])
+            return ids.unflatten(0, (len(texts), -1)), mask.unflatten(0, (len(texts), -1))
         return self.encode([text if isinstance(text, str) else text[0] for text in texts])
 
     def encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
@@ -159,10 +174,10 @@ class TextDecoder:
 
     def merge(self, parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """Pieces of a batch that were collated apart -> the batch as collated in one go."""
-        width = max(ids.shape[1] for ids, _ in parts)
+        width = max(ids.shape[-1] for ids, _ in parts)
         pad = torch.nn.functional.pad
-        ids = torch.cat([pad(ids, (0, width - ids.shape[1]), value=self.pad_id) for ids, _ in parts])
-        return ids, torch.cat([pad(mask, (0, width - mask.shape[1]), value=False) for _, mask in parts])
+        ids = torch.cat([pad(ids, (0, width - ids.shape[-1]), value=self.pad_id) for ids, _ in parts])
+        return ids, torch.cat([pad(mask, (0, width - mask.shape[-1]), value=False) for _, mask in parts])
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], length: int) -> list[list[int]]:

@@ -220,6 +220,7 @@ eval: {{workers: 0}}
         (["task.name=vqaa"], "did you mean 'vqa'"),
         (["task.field=captions"], "task.field=captions"),
         (["data.train=synthetic"], "no task to learn"),
+        (["data.draw=2"], "data.draw=2 is for pretraining"),
         (["fusion=null"], "needs a fusion"),
         (["data.batch_size=15", "train.chunks=2"], "data.batch_size=15"),
         (["model.dim=24"], "another architecture"),

@@ -41,6 +41,12 @@ def test_trimmed_texts_count_for_their_length(model: torch.nn.Module) -> None:
     assert count(half) == pytest.approx(count(full) / 2)
 
 
+def test_several_texts_a_picture_count_each(model: torch.nn.Module) -> None:
+    one, three = (flops.per_batch(model, flops.one_sample(None, T, texts)) for texts in (1, 3))
+    batch = Batch({"text": torch.ones(5, 3, T, dtype=torch.int64)}, {}, ["k"] * 5)
+    assert three(batch) == pytest.approx(one(batch)) == pytest.approx(5 * 3 * on_paper(T), rel=0.35)
+
+
 def test_it_leaves_nothing_behind(model: torch.nn.Module) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     flops.per_batch(model, flops.one_sample(32, T))

@@ -528,6 +528,19 @@ def test_batches_are_cut_and_moved(reference):
     assert batch.slice(3, 5).masks["text"].shape == (2, batch.masks["text"].shape[1])
 
 
+def test_several_captions_a_sample_travel_together(data):
+    """Whatever the pieces and workers, position p has the same captions, each with its own id."""
+    drawing = decoders_for(data, caption="captions", draw=2)
+    whole = take(loader(data, drawing), 3)
+    for batch in whole:
+        assert batch.inputs["text"].shape[:2] == batch.masks["text"].shape[:2] == batch.targets["caption_id"].shape == (24, 2)
+        for key, ids in zip(batch.keys, batch.targets["caption_id"].tolist(), strict=True):
+            words = caption(int(key.split("/")[1]))
+            assert set(ids) == {caption_id(words), caption_id(f"a picture of {words}")}
+    same(take(loader(data, drawing, piece=5), 3), whole)
+    same(take(loader(data, drawing, workers=2), 3), whole)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_synthetic_data_needs_no_files(decoders, workers):
     one = loader(None, decoders, train="synthetic", workers=workers)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 import unicodedata
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -227,6 +228,26 @@ def test_one_of_several_captions_is_drawn_in_training(tmp_path: Path) -> None:
     assert found == ["one", "two", "three"]
     assert isinstance(found, list)
     assert torch.equal(decoder.collate([found])[0], decoder.encode(["one"])[0])
+
+
+def test_several_captions_of_each_sample_are_drawn(tmp_path: Path) -> None:
+    several = sample(json=json.dumps({"caption": ["one", "two", "three", "four words are here"]}).encode())
+    single = sample(json=json.dumps({"caption": "alone"}).encode())
+    decoder = TextDecoder(bert(tmp_path), 16, "caption", multiple=1, draw=3)
+    drawn = [decoder(several, np.random.default_rng(seed), True) for seed in range(400)]
+    assert all(len(set(texts)) == 3 for texts in drawn)
+    for place in range(3):  # each caption as often in each place
+        assert min(Counter(texts[place] for texts in drawn).values()) > 70
+    assert decoder(single, np.random.default_rng(0), True) == ("alone",) * 3
+    assert decoder(several, np.random.default_rng(0), False) == ["one", "two", "three", "four words are here"]
+    ids, mask = decoder.collate([drawn[0], drawn[1]])
+    flat, flat_mask = decoder.encode([*drawn[0], *drawn[1]])
+    assert torch.equal(ids.flatten(0, 1), flat)
+    assert torch.equal(mask, flat_mask.unflatten(0, (2, 3)))
+    long = [("one", "two", "three"), ("one", "two", "three " * 12)]
+    merged = decoder.merge([decoder.collate(long[:1]), decoder.collate(long[1:])])
+    for got, expected in zip(merged, decoder.collate(long), strict=True):
+        assert torch.equal(got, expected)
 
 
 def test_the_caption_hash_is_stable_and_signed() -> None:

@@ -1,7 +1,7 @@
 """Invariant 1: the gradient of every strategy, on any number of processes, plain or cached, is the whole batch's own.
 
-One world a (strategy, processes) runs all its cells: losses x chunks x tiles x precision. The reference is one process on the
-whole batch with the loss in closed form, in float64.
+One world a (strategy, processes) runs all its cells: losses x chunks x tiles x precision, and several texts a picture.
+The reference is one process on the whole batch with the loss in closed form, in float64.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ROUGH = {**dict.fromkeys(EXACT, 5e-2), "fsdp2": 1e-1}
 """bfloat16 has 8 bits: 4e-3 an operation; under fsdp2 whole blocks compute in it, elsewhere the matrix products do."""
 FLOOR = {"fp32": 1e-3, "bf16": 2e-2}
 """Gradients that cancel (a key bias: to zero) keep bfloat16's noise, whose size is that of the whole gradient."""
-LOSSES, CHUNKS, TILES = ("clip", "siglip"), (1, 2, 4), (0, 3)
+LOSSES, CHUNKS, TILE, TEXTS = ("clip", "siglip"), (1, 2, 4), 3, 3
 CPU = torch.device("cpu")
 WORLDS = [("single", 1), *((word, n) for word in list(EXACT)[1:] for n in (1, 2, 4))]
 
@@ -42,11 +42,11 @@ class Cell:
 
 
 def gradients_of_one_step(
-    strategy: Strategy, loss: str, chunks: int, step: int, **settings: Any
+    strategy: Strategy, loss: str, chunks: int, step: int, texts: int = 1, **settings: Any
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """(loss over all processes, whole gradients) of a step with learning rate 0 on this process's share of the batch."""
     share = tiny.SAMPLES // dist.world_size()
-    mine = tiny.batch().slice(share * dist.rank(), share * (dist.rank() + 1))
+    mine = tiny.batch(texts=texts).slice(share * dist.rank(), share * (dist.rank() + 1))
     return tiny.one_step(strategy, tiny.objective(loss, **settings), mine, chunks, (0, step, dist.rank()))
 
 
@@ -63,12 +63,14 @@ def start(word: str, loss: str, precision: str, **settings: Any) -> Strategy:
 def cells(word: str) -> list[Cell]:
     found = []
     for loss in LOSSES:
-        value, expected = tiny.reference(loss, tiny.batch())
+        references = {texts: tiny.reference(loss, tiny.batch(texts=texts)) for texts in (1, TEXTS)}
         for precision in ("fp32", "bf16"):
             strategy = start(word, loss, precision)
             for chunks in CHUNKS:
-                for tile in TILES if precision == "fp32" else TILES[:1]:  # the loss is float32 either way
-                    got_value, got = gradients_of_one_step(strategy, loss, chunks, 0, tile=tile)
+                kinds = [(1, 0), (1, TILE), (TEXTS, 0)] if precision == "fp32" else [(1, 0)]  # the loss is float32 either way
+                for texts, tile in kinds:
+                    value, expected = references[texts]
+                    got_value, got = gradients_of_one_step(strategy, loss, chunks, 0, texts, tile=tile)
                     where, worst = max(tiny.errors(got, expected, FLOOR[precision]).items(), key=lambda item: item[1])
                     error = abs(got_value - value) / abs(value)
                     found.append(Cell(precision, loss, chunks, tile, worst, where, error))
@@ -80,7 +82,7 @@ def test_gradients_are_those_of_one_process(word: str, processes: int, record_pr
     if word.startswith("zero"):
         pytest.importorskip("deepspeed")
     ranks = world.run(cells, processes, word)
-    assert len(ranks[0]) == len(LOSSES) * len(CHUNKS) * (len(TILES) + 1)
+    assert len(ranks[0]) == len(LOSSES) * len(CHUNKS) * 4
     for found in ranks:
         for precision, bound in (("fp32", EXACT[word]), ("bf16", ROUGH[word])):
             mine = [cell for cell in found if cell.precision == precision]

@@ -59,8 +59,16 @@ def objective(loss: str, **settings: Any) -> Contrastive:
     return Contrastive(part.build(part.Config(name=loss, **settings)))
 
 
-def batch(seed: int = 0, samples: int = SAMPLES) -> Batch:
-    """Random pictures, random texts of different lengths that end in the end token."""
+def batch(seed: int = 0, samples: int = SAMPLES, texts: int = 1) -> Batch:
+    """Random pictures, random texts of different lengths that end in the end token; with more `texts` each has so many."""
+    if texts > 1:
+        others = [batch(seed + 1000 * k, samples) for k in range(texts)]
+        ids, mask = (
+            torch.stack(rows, dim=1) for rows in ([o.inputs["text"] for o in others], [o.masks["text"] for o in others])
+        )
+        about = torch.arange(samples * texts).reshape(samples, texts)
+        inputs = {"image": others[0].inputs["image"], "text": ids}
+        return Batch(inputs, {"text": mask}, others[0].keys, {"caption_id": about})
     g = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (samples, 3, 16, 16), generator=g, dtype=torch.uint8)
     ids = torch.randint(3, VOCABULARY, (samples, LENGTH), generator=g)
@@ -75,7 +83,10 @@ def batch(seed: int = 0, samples: int = SAMPLES) -> Batch:
 
 
 def closed_form(loss: str, features: dict[str, Tensor]) -> Tensor:
-    """The loss of a whole batch as its paper writes it, B x B and all."""
+    """The loss of a whole batch as its paper writes it, B x B and all; of several texts a picture the mean."""
+    if features["text"].dim() == 3:
+        each = [closed_form(loss, {**features, "text": text}) for text in features["text"].unbind(1)]
+        return torch.stack(each).mean()
     s = features["logit_scale"] * features["image"] @ features["text"].T
     if loss == "clip":  # Radford et al. 2021, figure 3
         right = s.diagonal()
