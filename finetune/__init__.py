@@ -2,6 +2,7 @@
 
     attention.py    multi-head attention: a fast path, and an exact one that returns the weights
     trace.py        what the exact path leaves behind
+    places.py       where a picture's regions stand, told to the fusion
     context/        how a picture is attended to: dense | local | coarse_to_fine | pooled
     fusion/         who asks whom: cross | co | merged
     maps.py         a trace -> one map a word on the picture's grid: raw | rollout | gradcam | relevance
@@ -20,7 +21,7 @@
     grounding.py    do maps find what words speak of: pointing game, attention lift, colours exchanged, with controls
                     phrases.py: which words speak of which objects; pointing.py: one map against boxes; probes.py: a batch
 
-Imports pretrain, never launch. Floors, each importing only those before it: trace, attention, context, fusion, model,
+Imports pretrain, never launch. Floors, each importing only those before it: trace, attention, places, context, fusion, model,
 tasks, config, inference, recipe; attend and grounding stand on inference; maps needs trace alone. Importing this package
 makes its rooms known to pretrain.registry.
 """

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from finetune.attention import Attention, Gate, Tokens
 from finetune.context import Asking, Context, build_contexts
+from finetune.places import Places
 from finetune.trace import Sight, Step, Trace, Weights
 from pretrain.config import ConfigError
 from pretrain.towers import TokenSequence, masked_mean
@@ -38,6 +39,9 @@ class FusionConfig:
     """Attention heads; must divide `inner`."""
     feedforward: float = 4.0
     """Hidden width of the feed-forward branch, in widths of its tokens."""
+    places: int = 4
+    """Frequencies of the sines and cosines that tell where a picture's regions stand (places.py); 0: the regions tell only
+    what their tower left in them."""
     dropout: float = 0.0
     """On what each branch adds, 0 to below 1."""
     checkpointing: bool = False
@@ -47,10 +51,11 @@ class FusionConfig:
         """Raises ConfigError."""
         if self.query == self.context:
             raise ConfigError(f"fusion.query and fusion.context are both {self.query!r}; they must be two modalities")
-        if self.layers < 1 or self.heads < 1 or self.feedforward <= 0 or not 0 <= self.dropout < 1:
+        if self.layers < 1 or self.heads < 1 or self.feedforward <= 0 or self.places < 0 or not 0 <= self.dropout < 1:
             raise ConfigError(
                 f"fusion.layers={self.layers} (from 1), fusion.heads={self.heads} (from 1), fusion.feedforward="
-                f"{self.feedforward} (above 0) and fusion.dropout={self.dropout} (0 to below 1) do not fit together"
+                f"{self.feedforward} (above 0), fusion.places={self.places} (from 0) and fusion.dropout={self.dropout} "
+                "(0 to below 1) do not fit together"
             )
 
 
@@ -145,12 +150,21 @@ class Fusion(nn.Module):
     """Whether one picture can answer several texts without being repeated."""
 
     def __init__(
-        self, config: FusionConfig, asked: dict[str, int], asks_itself: Collection[str], context: Any, pictures: Collection[str]
+        self,
+        config: FusionConfig,
+        widths: dict[str, int],
+        asks_itself: Collection[str],
+        context: Any,
+        pictures: Collection[str],
+        width: int | None = None,
     ) -> None:
-        """`asked`: the width in which each of the two modalities is asked."""
+        """`widths` of the two modalities; `width` in which both are asked, None for each in its own."""
         super().__init__()
         self.config = config
+        asked = widths if width is None else dict.fromkeys(widths, width)
         self.contexts = build_contexts(context, asked, pictures, asks_itself, config.name)
+        placed = [name for name in widths if name in pictures and config.places]
+        self.places = nn.ModuleDict({name: Places(widths[name], config.places) for name in placed})
         self.layers = nn.ModuleList()
 
     def forward(self, tokens: dict[str, TokenSequence], trace: Trace | None = None) -> dict[str, TokenSequence]:
@@ -169,8 +183,16 @@ class Fusion(nn.Module):
             rows = 1
         if trace is not None:
             trace.begin({name: (given[name].states.shape[1], given[name].grid) for name in (config.query, config.context)})
-        fused = self.fuse({name: _unpack(name, given[name]) for name in (config.query, config.context)}, rows, trace)
+        fused = self.fuse({name: self._unpack(name, given[name]) for name in (config.query, config.context)}, rows, trace)
         return given | {name: _pack(states, given[name]) for name, states in fused.items()}
+
+    def _unpack(self, name: str, tokens: TokenSequence) -> Tokens:
+        states, mask, grid, _ = tokens
+        if grid is not None and grid[0] * grid[1] != states.shape[1]:
+            raise ValueError(f"{name}: a grid of {grid} cannot have {states.shape[1]} tokens")
+        if grid is not None and name in self.places:
+            states = self.places[name](states, grid)
+        return Tokens(states, mask, grid)
 
     def match_(self) -> None:
         """For tokens that lie in one space: whoever asks another modality looks first at what resembles it."""
@@ -208,12 +230,6 @@ def repeat(tokens: TokenSequence, times: int) -> TokenSequence:
     states, mask, grid, pooled = tokens
     mask = mask if mask is None else mask.repeat_interleave(times, dim=0)
     return TokenSequence(states.repeat_interleave(times, dim=0), mask, grid, pooled.repeat_interleave(times, dim=0))
-
-
-def _unpack(name: str, tokens: TokenSequence) -> Tokens:
-    if tokens.grid is not None and tokens.grid[0] * tokens.grid[1] != tokens.states.shape[1]:
-        raise ValueError(f"{name}: a grid of {tokens.grid} cannot have {tokens.states.shape[1]} tokens")
-    return Tokens(tokens.states, tokens.mask, tokens.grid)
 
 
 def _pack(states: Tensor, tokens: TokenSequence) -> TokenSequence:

@@ -86,7 +86,7 @@ class Merged(Fusion):
 
     def __init__(self, config: Config, widths: dict[str, int], context: Any, pictures: Collection[str]) -> None:
         width = max(widths.values())
-        super().__init__(config, dict.fromkeys(widths, width), list(widths), context, pictures)
+        super().__init__(config, widths, list(widths), context, pictures, width)
         self.width = width
         self.layers.extend(Block(config, width, pictures, fused) for fused in fused_by_layer(config, config.fused))
 
