@@ -122,10 +122,12 @@ class Attention(nn.Module):
     def match_(self) -> None:
         """Makes q and k the same projection, without changing lengths: a query looks first at what resembles it.
 
-        For tokens of one space, which contrastive training has filled; they need not find out anew what belongs together.
+        For tokens of one space, which contrastive training has filled; they need not find out anew what belongs together. The
+        context's first channels are those of the space.
         """
         nn.init.orthogonal_(self.q.weight)
-        self.k.weight.copy_(self.q.weight)
+        self.k.weight.zero_()  # what stands beside the tokens, their places, is none of it
+        self.k.weight[:, : self.q.in_features].copy_(self.q.weight)
 
     def forward(
         self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, exact: bool = False

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from finetune.attention import Attention, Gate, Tokens
 from finetune.context import Asking, Context, build_contexts
-from finetune.places import Places
+from finetune.places import channels
 from finetune.trace import Sight, Step, Trace, Weights
 from pretrain.config import ConfigError
 from pretrain.towers import TokenSequence, masked_mean
@@ -40,8 +40,8 @@ class FusionConfig:
     feedforward: float = 4.0
     """Hidden width of the feed-forward branch, in widths of its tokens."""
     places: int = 4
-    """Frequencies of the sines and cosines that tell where a picture's regions stand (places.py); 0: the regions tell only
-    what their tower left in them."""
+    """Frequencies of the sines and cosines that tell who asks a picture where its regions stand (places.py); 0: nothing but
+    what the tower left in them."""
     dropout: float = 0.0
     """On what each branch adds, 0 to below 1."""
     checkpointing: bool = False
@@ -150,21 +150,12 @@ class Fusion(nn.Module):
     """Whether one picture can answer several texts without being repeated."""
 
     def __init__(
-        self,
-        config: FusionConfig,
-        widths: dict[str, int],
-        asks_itself: Collection[str],
-        context: Any,
-        pictures: Collection[str],
-        width: int | None = None,
+        self, config: FusionConfig, asked: dict[str, int], asks_itself: Collection[str], context: Any, pictures: Collection[str]
     ) -> None:
-        """`widths` of the two modalities; `width` in which both are asked, None for each in its own."""
+        """`asked`: the width in which each of the two modalities is asked, places included."""
         super().__init__()
         self.config = config
-        asked = widths if width is None else dict.fromkeys(widths, width)
         self.contexts = build_contexts(context, asked, pictures, asks_itself, config.name)
-        placed = [name for name in widths if name in pictures and config.places]
-        self.places = nn.ModuleDict({name: Places(widths[name], config.places) for name in placed})
         self.layers = nn.ModuleList()
 
     def forward(self, tokens: dict[str, TokenSequence], trace: Trace | None = None) -> dict[str, TokenSequence]:
@@ -183,16 +174,8 @@ class Fusion(nn.Module):
             rows = 1
         if trace is not None:
             trace.begin({name: (given[name].states.shape[1], given[name].grid) for name in (config.query, config.context)})
-        fused = self.fuse({name: self._unpack(name, given[name]) for name in (config.query, config.context)}, rows, trace)
+        fused = self.fuse({name: _unpack(name, given[name]) for name in (config.query, config.context)}, rows, trace)
         return given | {name: _pack(states, given[name]) for name, states in fused.items()}
-
-    def _unpack(self, name: str, tokens: TokenSequence) -> Tokens:
-        states, mask, grid, _ = tokens
-        if grid is not None and grid[0] * grid[1] != states.shape[1]:
-            raise ValueError(f"{name}: a grid of {grid} cannot have {states.shape[1]} tokens")
-        if grid is not None and name in self.places:
-            states = self.places[name](states, grid)
-        return Tokens(states, mask, grid)
 
     def match_(self) -> None:
         """For tokens that lie in one space: whoever asks another modality looks first at what resembles it."""
@@ -225,11 +208,27 @@ def fused_by_layer(config: FusionConfig, fused: str) -> list[tuple[str, ...]]:
     return [both] * (config.layers - 1) + [both if fused == "both" else both[:1]]
 
 
+def places_of(config: FusionConfig, pictures: Collection[str]) -> dict[str, int]:
+    """Frequencies with which each modality's places are told to who asks it: none where it has no grid."""
+    return {name: config.places if name in pictures else 0 for name in (config.query, config.context)}
+
+
+def asked_widths(widths: dict[str, int], places: dict[str, int]) -> dict[str, int]:
+    """Widths with the channels of the places."""
+    return {name: width + channels(places[name]) for name, width in widths.items()}
+
+
 def repeat(tokens: TokenSequence, times: int) -> TokenSequence:
     """Every row `times` times in a row, so that each text has a picture of its own."""
     states, mask, grid, pooled = tokens
     mask = mask if mask is None else mask.repeat_interleave(times, dim=0)
     return TokenSequence(states.repeat_interleave(times, dim=0), mask, grid, pooled.repeat_interleave(times, dim=0))
+
+
+def _unpack(name: str, tokens: TokenSequence) -> Tokens:
+    if tokens.grid is not None and tokens.grid[0] * tokens.grid[1] != tokens.states.shape[1]:
+        raise ValueError(f"{name}: a grid of {tokens.grid} cannot have {tokens.states.shape[1]} tokens")
+    return Tokens(tokens.states, tokens.mask, tokens.grid)
 
 
 def _pack(states: Tensor, tokens: TokenSequence) -> TokenSequence:

@@ -12,7 +12,19 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from finetune.attention import Tokens
-from finetune.fusion.blocks import FeedForward, Fusion, FusionConfig, Look, check_names, fused_by_layer, note, see
+from finetune.fusion.blocks import (
+    FeedForward,
+    Fusion,
+    FusionConfig,
+    Look,
+    asked_widths,
+    check_names,
+    fused_by_layer,
+    note,
+    places_of,
+    see,
+)
+from finetune.places import placed
 from finetune.trace import Trace
 
 
@@ -29,25 +41,27 @@ class Config(FusionConfig):
 class Stream(nn.Module):
     """One modality's half of a block; `answers`: it is only asked, by the other one."""
 
-    def __init__(self, config: Config, width: int, other_width: int, answers: bool = False) -> None:
+    def __init__(self, config: Config, width: int, asked: int, other: int, answers: bool = False) -> None:
+        """`asked`, `other`: the widths in which this modality and the other one are asked."""
         super().__init__()
         self.self_norm = nn.LayerNorm(width)
-        self.self_look = Look(width, width, config)
+        self.self_look = Look(width, asked, config)
         self.cross_norm = nn.LayerNorm(width)
         if not answers:
-            self.cross_look = Look(width, other_width, config)
+            self.cross_look = Look(width, other, config)
             self.feedforward = FeedForward(width, config)
 
 
 class Block(nn.Module):
     """Both ask themselves; both ask each other, reading the same states; both think. `fused`: those who do all that."""
 
-    def __init__(self, config: Config, widths: dict[str, int], fused: tuple[str, ...]) -> None:
+    def __init__(self, config: Config, widths: dict[str, int], places: dict[str, int], fused: tuple[str, ...]) -> None:
         super().__init__()
         a, b = config.query, config.context
-        self.first = Stream(config, widths[a], widths[b])
-        self.second = Stream(config, widths[b], widths[a], answers=b not in fused)
-        self.names, self.fused = (a, b), fused
+        asked = asked_widths(widths, places)
+        self.first = Stream(config, widths[a], asked[a], asked[b])
+        self.second = Stream(config, widths[b], asked[b], asked[a], answers=b not in fused)
+        self.names, self.fused, self.places = (a, b), fused, places
 
     def forward(
         self, x: dict[str, Tensor], tokens: dict[str, Tokens], hows: nn.ModuleDict, layer: int, trace: Trace | None
@@ -60,17 +74,18 @@ class Block(nn.Module):
         sights = []
         for name, stream in streams.items():
             n = tokens[name]._replace(states=stream.self_norm(x[name]))
-            new, weights = stream.self_look(x[name], n, see(hows[name], n, exact), layer=layer, home=True, exact=exact)
+            seen = see(hows[name], placed(n, self.places[name]), exact)
+            new, weights = stream.self_look(x[name], n, seen, layer=layer, home=True, exact=exact)
             x = x | {name: new}
             sights.append((name, (name,), weights))
         note(trace, "self", layer, *sights)
 
         normed = {name: tokens[name]._replace(states=s.cross_norm(x[name])) for name, s in streams.items()}
-        seen = {name: see(hows[name], n, exact) for name, n in normed.items()}
+        answers = {name: see(hows[name], placed(n, self.places[name]), exact) for name, n in normed.items()}
         sights = []
         for name in self.fused:
             other = others[name]
-            new, weights = streams[name].cross_look(x[name], normed[name], seen[other], layer=layer, exact=exact)
+            new, weights = streams[name].cross_look(x[name], normed[name], answers[other], layer=layer, exact=exact)
             x = x | {name: new}
             sights.append((name, (other,), weights))
         note(trace, "cross", layer, *sights)
@@ -82,8 +97,9 @@ class Co(Fusion):
     """Two streams that never leave their widths."""
 
     def __init__(self, config: Config, widths: dict[str, int], context: Any, pictures: Collection[str]) -> None:
-        super().__init__(config, widths, list(widths), context, pictures)
-        self.layers.extend(Block(config, widths, fused) for fused in fused_by_layer(config, config.fused))
+        places = places_of(config, pictures)
+        super().__init__(config, asked_widths(widths, places), list(widths), context, pictures)
+        self.layers.extend(Block(config, widths, places, fused) for fused in fused_by_layer(config, config.fused))
 
     def fuse(self, tokens: dict[str, Tokens], rows: int, trace: Trace | None) -> dict[str, Tensor]:
         """Both change, or, at the end, the query alone."""

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from finetune.attention import Attention, Tokens
 from finetune.context import Asking
-from finetune.fusion.blocks import FeedForward, Fusion, FusionConfig, check_names, fused_by_layer, note, see
+from finetune.fusion.blocks import FeedForward, Fusion, FusionConfig, check_names, fused_by_layer, note, places_of, see
+from finetune.places import channels, placed
 from finetune.trace import Trace
 
 
@@ -37,9 +38,10 @@ class Block(nn.Module):
         super().__init__()
         self.names, self.fused = (config.query, config.context), fused
         self.pictures = [name for name in self.names if name in pictures]
+        self.places = config.places if self.pictures else 0  # of both: one set of keys has one width
         self.norm = nn.LayerNorm(width)
         self.modality = nn.ParameterDict({name: nn.Parameter(0.02 * torch.randn(width)) for name in self.names})
-        self.attention = Attention(width, inner=config.inner, heads=config.heads, gated=True)
+        self.attention = Attention(width, width + channels(self.places), config.inner, config.heads, gated=True)
         self.dropout = nn.Dropout(config.dropout)
         self.feedforward = FeedForward(width, config)
 
@@ -49,7 +51,7 @@ class Block(nn.Module):
         """name -> states (B, N, C), all of one width, of those fused. `hows` says how each modality is asked."""
         exact = trace is not None
         normed = {name: tokens[name]._replace(states=self.norm(x[name]) + self.modality[name]) for name in self.names}
-        seen = {name: see(hows[name], n, exact) for name, n in normed.items()}
+        seen = {name: see(hows[name], placed(n, self.places), exact) for name, n in normed.items()}
 
         new, sights, keys = {}, [], {}
         for name in self.fused:
@@ -86,7 +88,8 @@ class Merged(Fusion):
 
     def __init__(self, config: Config, widths: dict[str, int], context: Any, pictures: Collection[str]) -> None:
         width = max(widths.values())
-        super().__init__(config, widths, list(widths), context, pictures, width)
+        places = max(places_of(config, pictures).values())
+        super().__init__(config, dict.fromkeys(widths, width + channels(places)), list(widths), context, pictures)
         self.width = width
         self.layers.extend(Block(config, width, pictures, fused) for fused in fused_by_layer(config, config.fused))
 

@@ -175,6 +175,10 @@ def test_matched_projections_keep_what_resembles_what() -> None:
     assert (attention(x, y, exact=True)[1] - plain[:, None]).abs().max() > 0.1
     attention.match_()
     torch.testing.assert_close(attention(x, y, exact=True)[1], plain[:, None], rtol=0, atol=1e-6)
+    beside = Attention(16, 20, heads=1)  # four channels that the queries do not have: where things stand
+    beside.match_()
+    wide = torch.cat([y, heads(2, 6, 4, seed=3)], dim=2)
+    torch.testing.assert_close(beside(x, wide, exact=True)[1], plain[:, None], rtol=0, atol=1e-6)
     narrow = Attention(16, 16, inner=8, heads=2)
     narrow.match_()
     assert torch.equal(narrow.q.weight, narrow.k.weight)

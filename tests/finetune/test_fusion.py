@@ -128,24 +128,25 @@ def thought(part: Any, x: Tensor) -> Tensor:
     return x + part.down(F.gelu(part.up(part.norm(x))))
 
 
-def placed(fusion: Fusion, image: TokenSequence) -> Tensor:
-    """The picture's states with their places, number by number."""
-    assert image.grid is not None
-    H, W = image.grid
-    told = fusion.places["image"]
+def told(fusion: Fusion, states: Tensor, grid: tuple[int, int] | None) -> Tensor:
+    """States with their places beside them, number by number; zeros for who has none."""
+    frequencies = range(fusion.config.places)
+    if grid is None:
+        return torch.cat([states, states.new_zeros(*states.shape[:2], 4 * len(frequencies))], dim=2)
+    H, W = grid
     rows = []
     for i in range(H * W):
-        y, x = (i // W + 0.5) / H * 2 - 1, (i % W + 0.5) / W * 2 - 1
-        angles = [math.pi / 2 * 2**k * c for c in (y, x) for k in range(fusion.config.places)]
-        rows.append([y, x, *map(math.sin, angles), *map(math.cos, angles)])
-    return image.states + torch.tensor(rows) @ told.gate.weight.T + told.gate.bias
+        middle = (i // W + 0.5) / H * 2 - 1, (i % W + 0.5) / W * 2 - 1
+        angles = [math.pi / 2 * 2**k * c for c in middle for k in frequencies]
+        rows.append([*map(math.sin, angles), *map(math.cos, angles)])
+    return torch.cat([states, torch.tensor(rows)[None].repeat(len(states), 1, 1)], dim=2)
 
 
 def test_cross_is_its_formula() -> None:
     fusion, given = build("cross", inner=None), tokens()
     open_gates(fusion)
     x, text, image = given["text"].states, given["text"].mask, given["image"].mask
-    picture = fusion.context_norm(placed(fusion, given["image"]))
+    picture = told(fusion, fusion.context_norm(given["image"].states), given["image"].grid)
     for block in fusion.layers:
         n = block.self_norm(x)
         x = x + theirs(block.self_look.attention, n, n, text)
@@ -160,15 +161,15 @@ def test_cross_is_its_formula() -> None:
 def test_co_is_its_formula() -> None:
     fusion, given = build("co", inner=None), tokens()
     open_gates(fusion)
-    x, y = given["text"].states, placed(fusion, given["image"])
-    masks = given["text"].mask, given["image"].mask
+    x, y = given["text"].states, given["image"].states
+    masks, grid = (given["text"].mask, given["image"].mask), given["image"].grid
     for block in fusion.layers:
         a, b = block.first, block.second
         n, m = a.self_norm(x), b.self_norm(y)
         x = x + theirs(a.self_look.attention, n, n, masks[0])
-        y = y + theirs(b.self_look.attention, m, m, masks[1])
+        y = y + theirs(b.self_look.attention, m, told(fusion, m, grid), masks[1])
         n, m = a.cross_norm(x), b.cross_norm(y)
-        x = x + theirs(a.cross_look.attention, n, m, masks[1])
+        x = x + theirs(a.cross_look.attention, n, told(fusion, m, grid), masks[1])
         y = y + theirs(b.cross_look.attention, m, n, masks[0])
         x, y = thought(a.feedforward, x), thought(b.feedforward, y)
     fused = fusion(given)
@@ -181,10 +182,11 @@ def test_merged_is_its_formula() -> None:
     open_gates(fusion)
     kinds = torch.tensor([0] * 5 + [1] * 35)
     mask = torch.cat([given["text"].mask, given["image"].mask], dim=1)
-    x = torch.cat([F.pad(given["text"].states, (0, 8)), placed(fusion, given["image"])], dim=1)
+    x = torch.cat([F.pad(given["text"].states, (0, 8)), given["image"].states], dim=1)
     for block in fusion.layers:
         n = block.norm(x) + torch.stack([block.modality["text"], block.modality["image"]])[kinds]
-        x = thought(block.feedforward, x + theirs(block.attention, n, n, mask))
+        keys = torch.cat([told(fusion, n[:, :5], None), told(fusion, n[:, 5:], given["image"].grid)], dim=1)
+        x = thought(block.feedforward, x + theirs(block.attention, n, keys, mask))
     fused = fusion(given)
     torch.testing.assert_close(fused["text"].states, x[:, :5, :24], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(fused["image"].states, x[:, 5:], rtol=1e-5, atol=1e-5)
@@ -195,22 +197,21 @@ def test_a_picture_of_one_colour_shows_where_its_regions_are(name: str) -> None:
     """Regions alike in everything but their place are alike to whoever asks, unless told apart by it; on any grid."""
     given = tokens(grid=(4, 6))
     given["image"] = given["image"]._replace(states=torch.ones_like(given["image"].states))
-    for places, told in ((4, True), (0, False)):
+    for places, known in ((4, True), (0, False)):
         fusion = build(name, places=places)
         open_gates(fusion)
         trace = Trace()
         fusion(given, trace=trace)
         seen = next(s for s in trace.steps if s.kind != "self").sights[0].weights.matrix().detach()[..., :24]
-        assert (float((seen - seen[..., :1]).abs().max()) > 1e-3) == told
-        assert ("places.image.gate.weight" in fusion.state_dict()) == told
+        assert (float((seen - seen[..., :1]).abs().max()) > 1e-3) == known
 
 
 def test_places_span_the_picture_whatever_its_grid() -> None:
     """A grid with three times the cells has the same place in the middle of each three."""
     coarse, fine = features((2, 5), 3), features((6, 15), 3)
     torch.testing.assert_close(fine.unflatten(0, (6, 15))[1::3, 1::3].flatten(0, 1), coarse)
-    assert coarse.shape == (10, 14)
-    assert float(coarse[:, 0].min()) == -0.5  # the middle of the upper of two rows
+    assert coarse.shape == (10, 12)
+    assert math.isclose(float(coarse[0, 0]), math.sin(-math.pi / 4), abs_tol=1e-6)  # the middle of the upper of two rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
