@@ -32,7 +32,8 @@ def placed(tokens: Tokens, frequencies: int) -> Tokens:
     if tokens.grid is None:
         return tokens._replace(states=F.pad(states, (0, channels(frequencies))))
     where = features(tokens.grid, frequencies).to(states)
-    return tokens._replace(states=torch.cat([states, where.expand(len(states), -1, -1)], dim=2))
+    where = where.expand(states.shape[0], -1, -1)  # len(states) would fix the batch size in exported graphs
+    return tokens._replace(states=torch.cat([states, where], dim=2))
 
 
 def features(grid: tuple[int, int], frequencies: int) -> Tensor:
