@@ -45,7 +45,7 @@ __all__ = [
 
 SHARD = 1000  # scenes
 _CHUNK = 50  # scenes that a process draws at a time
-_VERSION = 1  # of the drawing: a folder drawn by another one is not taken for this one's
+_VERSION = 2  # of the drawing: a folder drawn by another one is not taken for this one's
 _QUALITY = 92  # JPEG, without colour subsampling: stripes are two pixels wide
 
 Progress = Callable[[int, int], None]
