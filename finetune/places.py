@@ -31,14 +31,14 @@ def placed(tokens: Tokens, frequencies: int) -> Tokens:
     states = tokens.states
     if tokens.grid is None:
         return tokens._replace(states=F.pad(states, (0, channels(frequencies))))
-    where = features(tokens.grid, frequencies).to(states)
+    where = features(tokens.grid, frequencies, states.device).to(states.dtype)
     where = where.expand(states.shape[0], -1, -1)  # len(states) would fix the batch size in exported graphs
     return tokens._replace(states=torch.cat([states, where], dim=2))
 
 
-def features(grid: tuple[int, int], frequencies: int) -> Tensor:
+def features(grid: tuple[int, int], frequencies: int, device: torch.device | None = None) -> Tensor:
     """(N, 4 F) float32: sines, then cosines, of pi/2 y and pi/2 x, which run from -1 to 1, times 1, 2, 4, ..."""
-    y, x = ((2 * torch.arange(n) + 1) / n - 1 for n in grid)
+    y, x = ((2 * torch.arange(n, device=device) + 1) / n - 1 for n in grid)
     where = torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).reshape(-1, 2)
-    angles = (where[:, :, None] * (0.5 * math.pi * 2.0 ** torch.arange(frequencies))).flatten(1)
+    angles = (where[:, :, None] * (0.5 * math.pi * 2.0 ** torch.arange(frequencies, device=device))).flatten(1)
     return torch.cat([angles.sin(), angles.cos()], dim=1)

@@ -154,7 +154,7 @@ def _flops(config: PretrainConfig, parts: Parts) -> Callable[[Batch], float] | N
     """Counted for pictures and texts; None where another modality takes part."""
     if config.others or config.image is None or config.text is None:
         return None
-    return flops.per_batch(parts.model, flops.one_sample(config.image.size, config.text.length, config.data.draw))
+    return flops.per_batch(parts.model, flops.one_sample(config.image.size, config.text.length))
 
 
 def save_files(folder: Path, config: ModelSchema, tokenizer: Any) -> None:

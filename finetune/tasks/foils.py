@@ -35,11 +35,6 @@ class Foils(TextDecoder):
         ids, mask = self.encode([text for item in items for text in [*item, *[""] * (self.draw - len(item))]])
         return ids.unflatten(0, (-1, self.draw)), mask.unflatten(0, (-1, self.draw))
 
-    def merge(self, parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """As collated in one go."""
-        ids, mask = super().merge([(ids.flatten(0, 1), mask.flatten(0, 1)) for ids, mask in parts])
-        return ids.unflatten(0, (-1, self.draw)), mask.unflatten(0, (-1, self.draw))
-
     def targets(self, items: list[tuple[str, ...]]) -> dict[str, Any]:
         """foiled (b, F) bool: which texts are foils and not there to fill up."""
         return {"foiled": torch.tensor([[i < len(item) for i in range(self.draw)] for item in items])}

@@ -99,12 +99,6 @@ class Questions(TextDecoder):
         ids, mask = self.encode([item.questions[j if j < len(item.questions) else 0].text for item in items for j in range(m)])
         return ids.unflatten(0, (len(items), m)), mask.unflatten(0, (len(items), m))
 
-    def merge(self, parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """As collated in one go; training pieces have the same m."""
-        m = parts[0][0].shape[1]
-        ids, mask = super().merge([(ids.flatten(0, 1), mask.flatten(0, 1)) for ids, mask in parts])
-        return ids.unflatten(0, (-1, m)), mask.unflatten(0, (-1, m))
-
     def targets(self, items: list[Asked]) -> dict[str, Any]:
         """answers (b, m, K) int64, positions in the vocabulary; scores (b, m, K) float32, their official accuracy, 0 where
         there is none; asked (b, m) float32, 1 for real questions. In evaluation `questions` too, a list a sample."""

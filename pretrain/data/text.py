@@ -173,7 +173,7 @@ class TextDecoder:
         return torch.from_numpy(ids), torch.from_numpy(mask)
 
     def merge(self, parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Pieces of a batch that were collated apart -> the batch as collated in one go."""
+        """Pieces of a batch that were collated apart, (b, T) or (b, k, T), -> the batch as collated in one go."""
         width = max(ids.shape[-1] for ids, _ in parts)
         pad = torch.nn.functional.pad
         ids = torch.cat([pad(ids, (0, width - ids.shape[-1]), value=self.pad_id) for ids, _ in parts])
