@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -20,6 +21,8 @@ from tests.support import Small, environment
 BIN = Path(sys.executable).parent
 PATIENCE = 240.0
 """Seconds that a test waits for anything: imports alone take many on a busy machine."""
+STEPS = 30
+"""Of the run that nobody stops, and of those that are held against it."""
 
 
 def free_port() -> int:
@@ -123,6 +126,11 @@ def torchrun_words(*options: str) -> list[str | Path]:
 def said(output: str) -> list[str]:
     """Our own lines of an output."""
     return [line for line in output.splitlines() if line.startswith("clipfuse: ")]
+
+
+def status(run: Path) -> dict[str, object]:
+    found: dict[str, object] = json.loads((run / "status.json").read_text())
+    return found
 
 
 def kill(pid: int) -> None:
