@@ -40,7 +40,7 @@ class FusionConfig:
     feedforward: float = 4.0
     """Hidden width of the feed-forward branch, in widths of its tokens."""
     places: int = 4
-    """Frequencies of the sines and cosines that tell who asks a picture where its regions stand (places.py); 0: nothing but
+    """Frequencies of the sines and cosines that tell who asks where each region or word stands (places.py); 0: nothing but
     what the tower left in them."""
     dropout: float = 0.0
     """On what each branch adds, 0 to below 1."""
@@ -208,14 +208,9 @@ def fused_by_layer(config: FusionConfig, fused: str) -> list[tuple[str, ...]]:
     return [both] * (config.layers - 1) + [both if fused == "both" else both[:1]]
 
 
-def places_of(config: FusionConfig, pictures: Collection[str]) -> dict[str, int]:
-    """Frequencies with which each modality's places are told to who asks it: none where it has no grid."""
-    return {name: config.places if name in pictures else 0 for name in (config.query, config.context)}
-
-
-def asked_widths(widths: dict[str, int], places: dict[str, int]) -> dict[str, int]:
+def asked_widths(widths: dict[str, int], config: FusionConfig) -> dict[str, int]:
     """Widths with the channels of the places."""
-    return {name: width + channels(places[name]) for name, width in widths.items()}
+    return {name: width + channels(config.places) for name, width in widths.items()}
 
 
 def repeat(tokens: TokenSequence, times: int) -> TokenSequence:

@@ -21,7 +21,6 @@ from finetune.fusion.blocks import (
     check_names,
     fused_by_layer,
     note,
-    places_of,
     see,
 )
 from finetune.places import placed
@@ -55,13 +54,13 @@ class Stream(nn.Module):
 class Block(nn.Module):
     """Both ask themselves; both ask each other, reading the same states; both think. `fused`: those who do all that."""
 
-    def __init__(self, config: Config, widths: dict[str, int], places: dict[str, int], fused: tuple[str, ...]) -> None:
+    def __init__(self, config: Config, widths: dict[str, int], fused: tuple[str, ...]) -> None:
         super().__init__()
         a, b = config.query, config.context
-        asked = asked_widths(widths, places)
+        asked = asked_widths(widths, config)
         self.first = Stream(config, widths[a], asked[a], asked[b])
         self.second = Stream(config, widths[b], asked[b], asked[a], answers=b not in fused)
-        self.names, self.fused, self.places = (a, b), fused, places
+        self.names, self.fused, self.places = (a, b), fused, config.places
 
     def forward(
         self, x: dict[str, Tensor], tokens: dict[str, Tokens], hows: nn.ModuleDict, layer: int, trace: Trace | None
@@ -74,14 +73,14 @@ class Block(nn.Module):
         sights = []
         for name, stream in streams.items():
             n = tokens[name]._replace(states=stream.self_norm(x[name]))
-            seen = see(hows[name], placed(n, self.places[name]), exact)
+            seen = see(hows[name], placed(n, self.places), exact)
             new, weights = stream.self_look(x[name], n, seen, layer=layer, home=True, exact=exact)
             x = x | {name: new}
             sights.append((name, (name,), weights))
         note(trace, "self", layer, *sights)
 
         normed = {name: tokens[name]._replace(states=s.cross_norm(x[name])) for name, s in streams.items()}
-        answers = {name: see(hows[name], placed(n, self.places[name]), exact) for name, n in normed.items()}
+        answers = {name: see(hows[name], placed(n, self.places), exact) for name, n in normed.items()}
         sights = []
         for name in self.fused:
             other = others[name]
@@ -97,9 +96,8 @@ class Co(Fusion):
     """Two streams that never leave their widths."""
 
     def __init__(self, config: Config, widths: dict[str, int], context: Any, pictures: Collection[str]) -> None:
-        places = places_of(config, pictures)
-        super().__init__(config, asked_widths(widths, places), list(widths), context, pictures)
-        self.layers.extend(Block(config, widths, places, fused) for fused in fused_by_layer(config, config.fused))
+        super().__init__(config, asked_widths(widths, config), list(widths), context, pictures)
+        self.layers.extend(Block(config, widths, fused) for fused in fused_by_layer(config, config.fused))
 
     def fuse(self, tokens: dict[str, Tokens], rows: int, trace: Trace | None) -> dict[str, Tensor]:
         """Both change, or, at the end, the query alone."""

@@ -24,7 +24,6 @@ from finetune.fusion.blocks import (
     asked_widths,
     check_names,
     note,
-    places_of,
     see,
 )
 from finetune.places import placed
@@ -45,10 +44,10 @@ class Config(FusionConfig):
 class Block(nn.Module):
     """self -> cross -> feed-forward on the tokens that ask."""
 
-    def __init__(self, config: Config, width: int, asked: dict[str, int], places: int) -> None:
-        """`asked`: the widths in which query and context are asked; `places`: frequencies of the query's own."""
+    def __init__(self, config: Config, width: int, asked: dict[str, int]) -> None:
+        """`asked`: the widths in which query and context are asked."""
         super().__init__()
-        self.config, self.places = config, places
+        self.config = config
         self.self_norm = nn.LayerNorm(width)
         self.self_look = Look(width, asked[config.query], config)
         self.cross_norm = nn.LayerNorm(width)
@@ -62,7 +61,7 @@ class Block(nn.Module):
         asks, asked, exact = self.config.query, self.config.context, trace is not None
 
         n = itself._replace(states=self.self_norm(x))
-        x, weights = self.self_look(x, n, see(how, placed(n, self.places), exact), layer=layer, home=True, exact=exact)
+        x, weights = self.self_look(x, n, see(how, placed(n, self.config.places), exact), layer=layer, home=True, exact=exact)
         note(trace, "self", layer, (asks, (asks,), weights))
 
         n = query._replace(states=self.cross_norm(x))
@@ -79,20 +78,18 @@ class Cross(Fusion):
     shares: ClassVar[bool] = True
 
     def __init__(self, config: Config, widths: dict[str, int], context: Any, pictures: Collection[str]) -> None:
-        places = places_of(config, pictures)
-        asked = asked_widths(widths, places)
+        asked = asked_widths(widths, config)
         super().__init__(config, asked, [config.query], context, pictures)
         if config.causal and cast(Context, self.contexts[config.context]).shares_a_choice():
             raise ConfigError("fusion.causal=true: later words would choose what earlier ones see; set context.choose=word")
-        self.causal, self.places = config.causal, places[config.context]
+        self.causal = config.causal
         self.context_norm = nn.LayerNorm(widths[config.context])
-        blocks = (Block(config, widths[config.query], asked, places[config.query]) for _ in range(config.layers))
-        self.layers.extend(blocks)
+        self.layers.extend(Block(config, widths[config.query], asked) for _ in range(config.layers))
 
     def fuse(self, tokens: dict[str, Tokens], rows: int, trace: Trace | None) -> dict[str, Tensor]:
         """Only the query changes."""
         query, context = tokens[self.config.query], tokens[self.config.context]
-        context = placed(context._replace(states=self.context_norm(context.states)), self.places)
+        context = placed(context._replace(states=self.context_norm(context.states)), self.config.places)
         seen = see(self.contexts[self.config.context], context, trace is not None)
         itself = query._replace(mask=_causal(query)) if self.causal else query
         x, how = query.states, self.contexts[self.config.query]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from finetune.attention import Attention, Tokens
 from finetune.context import Asking
-from finetune.fusion.blocks import FeedForward, Fusion, FusionConfig, check_names, fused_by_layer, note, places_of, see
+from finetune.fusion.blocks import FeedForward, Fusion, FusionConfig, check_names, fused_by_layer, note, see
 from finetune.places import channels, placed
 from finetune.trace import Trace
 
@@ -34,11 +34,11 @@ class Config(FusionConfig):
 class Block(nn.Module):
     """Joint self-attention -> feed-forward, on the tokens of both. `fused`: those who ask."""
 
-    def __init__(self, config: Config, width: int, pictures: Collection[str], places: int, fused: tuple[str, ...]) -> None:
+    def __init__(self, config: Config, width: int, pictures: Collection[str], fused: tuple[str, ...]) -> None:
         super().__init__()
         self.names, self.fused = (config.query, config.context), fused
         self.pictures = [name for name in self.names if name in pictures]
-        self.places = places
+        self.places = config.places
         self.norm = nn.LayerNorm(width)
         self.modality = nn.ParameterDict({name: nn.Parameter(0.02 * torch.randn(width)) for name in self.names})
         self.attention = Attention(width, width + channels(self.places), config.inner, config.heads, gated=True)
@@ -88,10 +88,9 @@ class Merged(Fusion):
 
     def __init__(self, config: Config, widths: dict[str, int], context: Any, pictures: Collection[str]) -> None:
         width = max(widths.values())
-        places = max(places_of(config, pictures).values())  # of both: one set of keys has one width
-        super().__init__(config, dict.fromkeys(widths, width + channels(places)), list(widths), context, pictures)
+        super().__init__(config, dict.fromkeys(widths, width + channels(config.places)), list(widths), context, pictures)
         self.width = width
-        self.layers.extend(Block(config, width, pictures, places, fused) for fused in fused_by_layer(config, config.fused))
+        self.layers.extend(Block(config, width, pictures, fused) for fused in fused_by_layer(config, config.fused))
 
     def fuse(self, tokens: dict[str, Tokens], rows: int, trace: Trace | None) -> dict[str, Tensor]:
         """Both change, or, at the end, the query alone."""

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finetune.attention import Attention, Gate
+from finetune.attention import Attention, Gate, Tokens
 from finetune.context import coarse_to_fine, local
 from finetune.fusion import co, cross, merged
 from finetune.fusion.blocks import Fusion
-from finetune.places import features
+from finetune.places import in_picture, in_sequence, placed
 from finetune.trace import Trace
 from pretrain import registry
 from pretrain.config import ConfigError, load
@@ -129,16 +129,17 @@ def thought(part: Any, x: Tensor) -> Tensor:
 
 
 def told(fusion: Fusion, states: Tensor, grid: tuple[int, int] | None) -> Tensor:
-    """States with their places beside them, number by number; zeros for who has none."""
-    frequencies = range(fusion.config.places)
-    if grid is None:
-        return torch.cat([states, states.new_zeros(*states.shape[:2], 4 * len(frequencies))], dim=2)
-    H, W = grid
-    rows = []
-    for i in range(H * W):
-        middle = (i // W + 0.5) / H * 2 - 1, (i % W + 0.5) / W * 2 - 1
-        angles = [math.pi / 2 * 2**k * c for c in middle for k in frequencies]
-        rows.append([*map(math.sin, angles), *map(math.cos, angles)])
+    """States with their places beside them, number by number, as long as a token of which each channel has variance 1."""
+    frequencies, width, rows = range(fusion.config.places), states.shape[2], []
+    for i in range(states.shape[1]):
+        if grid is None:
+            angles = [i / 2**k for k in range(2 * len(frequencies))]
+        else:
+            H, W = grid
+            middle = (i // W + 0.5) / H * 2 - 1, (i % W + 0.5) / W * 2 - 1
+            angles = [math.pi / 2 * 2**k * c for c in middle for k in frequencies]
+        length = math.hypot(*map(math.sin, angles), *map(math.cos, angles))
+        rows.append([math.sqrt(width) / length * wave(angle) for wave in (math.sin, math.cos) for angle in angles])
     return torch.cat([states, torch.tensor(rows)[None].repeat(len(states), 1, 1)], dim=2)
 
 
@@ -149,7 +150,7 @@ def test_cross_is_its_formula() -> None:
     picture = told(fusion, fusion.context_norm(given["image"].states), given["image"].grid)
     for block in fusion.layers:
         n = block.self_norm(x)
-        x = x + theirs(block.self_look.attention, n, n, text)
+        x = x + theirs(block.self_look.attention, n, told(fusion, n, None), text)
         x = x + theirs(block.cross_look.attention, block.cross_norm(x), picture, image)
         x = thought(block.feedforward, x)
     fused = fusion(given)
@@ -166,11 +167,11 @@ def test_co_is_its_formula() -> None:
     for block in fusion.layers:
         a, b = block.first, block.second
         n, m = a.self_norm(x), b.self_norm(y)
-        x = x + theirs(a.self_look.attention, n, n, masks[0])
+        x = x + theirs(a.self_look.attention, n, told(fusion, n, None), masks[0])
         y = y + theirs(b.self_look.attention, m, told(fusion, m, grid), masks[1])
         n, m = a.cross_norm(x), b.cross_norm(y)
         x = x + theirs(a.cross_look.attention, n, told(fusion, m, grid), masks[1])
-        y = y + theirs(b.cross_look.attention, m, n, masks[0])
+        y = y + theirs(b.cross_look.attention, m, told(fusion, n, None), masks[0])
         x, y = thought(a.feedforward, x), thought(b.feedforward, y)
     fused = fusion(given)
     torch.testing.assert_close(fused["text"].states, x, rtol=1e-5, atol=2e-5)
@@ -208,10 +209,18 @@ def test_a_picture_of_one_colour_shows_where_its_regions_are(name: str) -> None:
 
 def test_places_span_the_picture_whatever_its_grid() -> None:
     """A grid with three times the cells has the same place in the middle of each three."""
-    coarse, fine = features((2, 5), 3), features((6, 15), 3)
+    coarse, fine = in_picture((2, 5), 3), in_picture((6, 15), 3)
     torch.testing.assert_close(fine.unflatten(0, (6, 15))[1::3, 1::3].flatten(0, 1), coarse)
     assert coarse.shape == (10, 12)
     assert math.isclose(float(coarse[0, 0]), math.sin(-math.pi / 4), abs_tol=1e-6)  # the middle of the upper of two rows
+
+
+def test_words_have_numbers_whatever_the_length_of_the_text() -> None:
+    short, long = in_sequence(5, 2), in_sequence(9, 2)
+    assert torch.equal(long[:5], short)
+    expected = [wave(3 / step) for wave in (math.sin, math.cos) for step in (1, 2, 4, 8)]
+    torch.testing.assert_close(short[3], torch.tensor(expected))
+    assert torch.equal(placed(Tokens(torch.ones(2, 5, 6)), 0).states, torch.ones(2, 5, 6))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
