@@ -30,6 +30,8 @@ class Negatives(NamedTuple):
     """(b,) int64: which of the B rows; the row itself where there is none."""
     valid: Tensor
     """(b,) bool: whether there is one."""
+    ahead: Tensor
+    """(b,): its logit less that of the row itself."""
 
 
 def mine(similarity: Tensor, same: Tensor, draw: Tensor, offset: int = 0) -> Negatives:
@@ -51,7 +53,9 @@ def mine(similarity: Tensor, same: Tensor, draw: Tensor, offset: int = 0) -> Neg
         # The first column whose cumulated share lies above the draw: its own share is above zero, so it is not masked.
         # Draws have fewer bits than the sums, so that the product stays below the last of them.
         drawn = torch.searchsorted(below, draw.float().double()[:, None] * below[:, -1:], right=True)[:, 0]
-        return Negatives(torch.where(valid, drawn.clamp(max=same.shape[1] - 1), own), valid)
+        row = torch.where(valid, drawn.clamp(max=same.shape[1] - 1), own)
+        chosen, right = (similarity.gather(1, which[:, None])[:, 0] for which in (row, own))
+        return Negatives(row, valid, chosen - right)
 
 
 def same_ids(ids: Tensor) -> Tensor:

@@ -72,9 +72,10 @@ def reference() -> tuple[float, dict[str, Tensor], int]:
     batch, head = whole(), model.head
     texts, text = model.read("text", batch.inputs["text"], batch.masks["text"])
     images, image = model.read("image", batch.inputs["image"])
-    foils = model.tokens("text", batch.inputs["foils"], batch.masks["foils"])
+    foils, foil = model.read("text", batch.inputs["foils"], batch.masks["foils"])
     assert text is not None
     assert image is not None
+    assert foil is not None
 
     # -- contrastive: equal captions are no negatives
     s = model.encoder.logit_scale.exp() * image @ text.T
@@ -84,7 +85,11 @@ def reference() -> tuple[float, dict[str, Tensor], int]:
     for i in range(B):
         total = total - (s[i, i] - s[i][kept[i]].exp().sum().log()) / 2 - (s[i, i] - s[:, i][kept[i]].exp().sum().log()) / 2
 
-    # -- matching
+    # -- matching: a wrong pair counts as far as embeddings take it for the right one
+    def open_to(wrong: Tensor, right: Tensor) -> Tensor:
+        return 2 / (1 + (right - wrong).detach().exp())
+
+    near = model.encoder.logit_scale.exp() * foil @ image.T
     torch.manual_seed(seed_of(0, 0, 0, 0))
     first, second = mining.draws(B, 2, torch.device("cpu"))
     forth, back = mining.mine(s.detach(), ~kept, first), mining.mine(s.detach().T, ~kept, second)
@@ -92,14 +97,18 @@ def reference() -> tuple[float, dict[str, Tensor], int]:
     def pick(tokens: Any, i: int) -> Any:
         return tokens._replace(states=tokens.states[i : i + 1], mask=tokens.mask[i : i + 1], pooled=tokens.pooled[i : i + 1])
 
-    terms = []
+    terms, weights = [], []
     for i in range(B):
-        pairs = [(pick(texts, i), i, 1.0), (pick(texts, int(forth.row[i])), i, 0.0), (pick(texts, i), int(back.row[i]), 0.0)]
-        pairs += [(pick(foils, i * FOILS + f), i, 0.0) for f in range(FOILS) if batch.targets["foiled"][i, f]]
-        for words, picture, label in pairs:
-            p = head.match(model, words, pick(images, picture)).sigmoid()  # type: ignore[operator]
-            terms.append(-p.log() if label else -(1 - p).log())
-    value = 0.7 * total / B + 1.3 * torch.cat(terms).mean()
+        caption, picture = int(forth.row[i]), int(back.row[i])
+        pairs = [(pick(texts, i), i, None), (pick(texts, caption), i, s[i, caption]), (pick(texts, i), picture, s[picture, i])]
+        pairs += [
+            (pick(foils, j), i, near[j, i]) for j in range(i * FOILS, (i + 1) * FOILS) if batch.targets["foiled"].flatten()[j]
+        ]
+        for words, asked, wrong in pairs:
+            p = head.match(model, words, pick(images, asked)).sigmoid()  # type: ignore[operator]
+            terms.append(-p.log() if wrong is None else -(1 - p).log())
+            weights.append(torch.ones(()) if wrong is None else open_to(wrong, s[i, i]))
+    value = 0.7 * total / B + 1.3 * (torch.cat(terms) * torch.stack(weights)).sum() / sum(weights)
     value.backward()
     return value.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, len(terms)
 

@@ -207,6 +207,7 @@ def test_batches_without_a_negative_do_not_crash() -> None:
         batch.targets["caption_id"] = torch.zeros(len(batch), dtype=torch.int64)
         features = task.encode(model, batch)
         assert features["real"].tolist() == [[True, False, False]] * len(batch)
+        assert features["open"].tolist() == [[1, 1, 1]] * len(batch)
         loss, report = task.loss(features, batch.targets)
         loss.backward()
         expected = torch.nn.functional.softplus(-features["match"][:, 0]).mean()  # the right pairs alone
@@ -225,9 +226,30 @@ def test_siglip_encoders_keep_their_own_loss() -> None:
     torch.testing.assert_close(report["contrastive_loss"], expected.detach())
 
 
+@pytest.mark.parametrize("score", ["sum", "matching"])
+def test_pairs_count_as_far_as_embeddings_leave_them_open(score: str) -> None:
+    """Only where the embeddings have their say in the order: matching alone must learn from every pair."""
+    _, task = tiny_task(contrastive=0.0, score=score)
+    match = torch.tensor([[2.0, 1.0, -1.0], [0.5, -3.0, 3.0]])
+    real = torch.tensor([[True, True, True], [True, True, False]])
+    left_open = torch.tensor([[1.0, 0.25, 2.0], [1.0, 0.0, 1.0]])
+    _, report = task.loss({"match": match, "real": real, "open": left_open}, {})
+    total = count = 0.0
+    for row, there, how in zip(match.tolist(), real.tolist(), left_open.tolist(), strict=True):
+        for i, z in enumerate(row):
+            weight = there[i] * (how[i] if score == "sum" else 1.0)
+            total += weight * math.log1p(math.exp(z if i else -z))
+            count += weight
+    assert float(report["matching_loss"]) == pytest.approx(total / count)
+
+
 def test_a_constant_answer_is_warned_of_once(capsys: pytest.CaptureFixture[str]) -> None:
     _, task = tiny_task(contrastive=0.0)
-    constant = {"match": torch.full((4, 3), math.log(0.5)), "real": torch.ones(4, 3, dtype=torch.bool)}
+    constant = {
+        "match": torch.full((4, 3), math.log(0.5)),
+        "real": torch.ones(4, 3, dtype=torch.bool),
+        "open": torch.ones(4, 3),
+    }
     for _ in range(3 * retrieval.WINDOW):
         _, report = task.loss(constant, {})
     assert float(report["matching_loss"]) == pytest.approx(0.6365, abs=1e-4)
