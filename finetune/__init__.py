@@ -2,7 +2,7 @@
 
     attention.py    multi-head attention: a fast path, and an exact one that returns the weights
     trace.py        what the exact path leaves behind
-    places.py       where a picture's regions stand, told to the fusion
+    places.py       where regions and words stand, told to the fusion
     context/        how a picture is attended to: dense | local | coarse_to_fine | pooled
     fusion/         who asks whom: cross | co | merged
     maps.py         a trace -> one map a word on the picture's grid: raw | rollout | gradcam | relevance

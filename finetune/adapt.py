@@ -33,6 +33,9 @@ class AdaptConfig:
     freeze: list[str] = field(default_factory=list)
     """Parts of the model that stay as they are, by the beginning of their parameters' names (`encoder.projections`,
     `encoder.towers.text.model.embeddings`)."""
+    fork: list[str] = field(default_factory=list)
+    """Towers of which the fusion reads a copy of its own, that learns with it from the first step: tokens become what the task
+    needs, embeddings do not follow. With the tower itself frozen, an index that was built before stays valid."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Low-rank adapters in the towers; rank 0 = none."""
     image_size: int | None = None
@@ -60,10 +63,15 @@ def apply(encoder: DualEncoder, config: AdaptConfig, schema: ModelSchema) -> Mod
     """
     if config.image_size is not None:
         schema = resize(encoder, config.image_size, schema)
-    for name in (*config.trainable_blocks, *config.lora.towers):
+    for name in (*config.trainable_blocks, *config.lora.towers, *config.fork):
         encoder.tower(name)  # a wrong name is said now
     adapters = (config.lora.towers or list(encoder.towers)) if config.lora.rank else []
     adapters = [name for name in adapters if config.trainable_blocks.get(name, -1)]  # one that is frozen stays frozen
+    if both := [name for name in config.fork if name in adapters]:
+        raise ConfigError(
+            f"adapt.fork and adapt.lora both speak of the {both[0]} tower: the copy that the fusion reads learns whole; leave "
+            "out one, or name the other towers in adapt.lora.towers"
+        )
     lora.check_targets([encoder.tower(name) for name in adapters], config.lora)
     for name in encoder.towers:
         blocks = config.trainable_blocks.get(name, -1)

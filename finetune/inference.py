@@ -84,7 +84,7 @@ def load(run: str | Path) -> Finetuned:
     tokenizer = load_tokenizer(str(folder / inference.TOKENIZER))
     encoder = encoders.build(inference.towers(config), config.model, tokenizer)
     task = registry.part("tasks", config.task.name).build(config.task, None)
-    model = models.build(encoder, config.fusion, config.context, config.tokens)
+    model = models.build(encoder, config.fusion, config.context, config.tokens, config.adapt.fork)
     model.head = task.head(model)
     checkpoint.load_weights(model, checkpoint.read_weights(folder), folder)
     model.eval()

@@ -6,6 +6,8 @@ D = width of the shared space.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from copy import deepcopy
 from typing import Any, Literal, cast
 
 import torch
@@ -17,7 +19,7 @@ from finetune.trace import Trace
 from pretrain import registry
 from pretrain.config import ConfigError
 from pretrain.model import DualEncoder
-from pretrain.towers import TokenSequence
+from pretrain.towers import TokenSequence, Tower
 
 Features = dict[str, Tensor]
 """What a head returns, by name: (b, ...) a sample each, so that chunks can be put together."""
@@ -44,15 +46,30 @@ class Head(nn.Module):
         raise NotImplementedError(f"{type(self).__name__}.forward")
 
 
+class Fork(nn.Module):
+    """A tower and its projection once more, for what the fusion reads: equal at first, all of it learns."""
+
+    def __init__(self, encoder: DualEncoder, modality: str) -> None:
+        super().__init__()
+        self.tower = deepcopy(encoder.tower(modality))
+        self.projection = deepcopy(encoder.projection(modality))
+        self.tower.freeze(-1)
+        self.projection.requires_grad_(True)
+
+
 class FusionModel(nn.Module):
     """encoder, fusion (or None) and head. Training calls the model, never a part of it, so that every strategy's hooks run."""
 
     head: Head
 
-    def __init__(self, encoder: DualEncoder, fusion: Fusion | None, sources: dict[str, str]) -> None:
-        """`sources`: modality -> aligned (tokens in the shared space) or tower (the tower's own states)."""
+    def __init__(
+        self, encoder: DualEncoder, fusion: Fusion | None, sources: dict[str, str], forks: Collection[str] = ()
+    ) -> None:
+        """`sources`: modality -> aligned (tokens in the shared space) or tower (the tower's own states). `forks`: modalities
+        whose tokens come from a copy of their tower."""
         super().__init__()
         self.encoder = encoder
+        self.forks = nn.ModuleDict({name: Fork(encoder, name) for name in forks})
         self.fusion = fusion
         self.sources = sources
 
@@ -100,9 +117,15 @@ class FusionModel(nn.Module):
     def read(
         self, modality: str, inputs: Tensor, mask: Tensor | None = None, embed: bool = True
     ) -> tuple[TokenSequence, Tensor | None]:
-        """`tokens` and, if asked for, `embed`, from one pass through the tower."""
+        """`tokens` and, if asked for, `embed`, from one pass through the tower; where it is forked, from one through each."""
         if modality == "text":
             inputs, mask = _rows(inputs, mask)
+        if modality in self.forks:
+            fork = cast(Fork, self.forks[modality])
+            read: TokenSequence = fork.tower(inputs, mask)
+            if self.sources[modality] == "aligned":
+                read = read._replace(states=fork.projection(read.states))
+            return read, self.encoder.encode(modality, inputs, mask) if embed else None
         found: TokenSequence = self.encoder.tower(modality)(inputs, mask)
         project = self.encoder.projection(modality)
         embedding = None
@@ -131,19 +154,22 @@ class FusionModel(nn.Module):
     def layout(self) -> tuple[dict[str, str], dict[str, int]]:
         """Parameter -> the part that optim.lr_scale knows it by (a tower's modality; `heads`: projections and scale; `fusion`;
         `task`), and, for those in towers, -> layer."""
-        parts = {"encoder": "heads", "fusion": "fusion", "head": "task"}
+        parts = {"encoder": "heads", "forks": "heads", "fusion": "fusion", "head": "task"}
         part_of = {name: parts[name.split(".")[0]] for name, _ in self.named_parameters()}
         layer_of: dict[str, int] = {}
-        for modality in self.encoder.towers:
-            for name, layer in self.encoder.tower(modality).layer_ids().items():
-                part_of[f"encoder.towers.{modality}.{name}"] = modality
-                layer_of[f"encoder.towers.{modality}.{name}"] = layer
+        towers = {f"encoder.towers.{name}": (name, self.encoder.tower(name)) for name in self.encoder.towers}
+        towers |= {f"forks.{name}.tower": (name, cast(Tower, fork.tower)) for name, fork in self.forks.items()}
+        for prefix, (modality, tower) in towers.items():
+            for name, layer in tower.layer_ids().items():
+                part_of[f"{prefix}.{name}"] = modality
+                layer_of[f"{prefix}.{name}"] = layer
         return part_of, layer_of
 
     def parameter_counts(self) -> dict[str, dict[str, int]]:
-        """{part: {"total": n, "trainable": n}}: towers, scalars, fusion, task."""
+        """{part: {"total": n, "trainable": n}}: towers, scalars, forked towers, fusion, task."""
         found = self.encoder.parameter_counts()
-        for part, module in (("fusion", self.fusion), ("task", self.head)):
+        forks = [(f"{name} forked", fork) for name, fork in self.forks.items()]
+        for part, module in (*forks, ("fusion", self.fusion), ("task", self.head)):
             parameters = [] if module is None else list(module.parameters())
             found[part] = {
                 "total": sum(p.numel() for p in parameters),
@@ -210,8 +236,11 @@ def widths(encoder: DualEncoder, sources: dict[str, str]) -> dict[str, int]:
     }
 
 
-def build(encoder: DualEncoder, fusion: Any, context: Any, tokens: Source = "auto") -> FusionModel:
-    """Encoder and new fusion, from Configs (fusion None: without); the head is the task's to add. Raises ConfigError."""
+def build(encoder: DualEncoder, fusion: Any, context: Any, tokens: Source = "auto", forks: Collection[str] = ()) -> FusionModel:
+    """Encoder and new fusion, from Configs (fusion None: without); the head is the task's to add. Raises ConfigError.
+
+    `forks`: see FusionModel.
+    """
     sources = sources_of(encoder, tokens)
     made = None
     if fusion is not None:
@@ -219,4 +248,4 @@ def build(encoder: DualEncoder, fusion: Any, context: Any, tokens: Source = "aut
         made = registry.part("fusion", fusion.name).build(fusion, widths(encoder, sources), context=context, pictures=pictures)
         if set(sources.values()) == {"aligned"}:
             made.match_()
-    return FusionModel(encoder, made, sources)
+    return FusionModel(encoder, made, sources, forks)

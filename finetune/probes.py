@@ -86,6 +86,7 @@ def untrained(tuned: Finetuned, seed: int) -> FusionModel:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         fresh = models.build(tuned.model.encoder, config.fusion, config.context, config.tokens)
+        fresh.forks = tuned.model.forks
         fresh.head = tuned.task.head(fresh)
         for part in fresh.modules():
             if isinstance(part, Gate):

@@ -57,7 +57,7 @@ def assemble(config: FinetuneConfig) -> Parts:
     config = adapt.apply(encoder, config.adapt, config)  # type: ignore[assignment]
     task = registry.part("tasks", config.task.name).build(config.task, lambda: survey(config.data.train, config.data.store()))
     task = keep_aligned(task, config.adapt)
-    model = models.build(encoder, config.fusion, config.context, config.tokens)
+    model = models.build(encoder, config.fusion, config.context, config.tokens, config.adapt.fork)
     model.head = task.head(model)
     adapt.freeze_named(model, config.adapt.freeze)
     kinds = (config, tokenizer, encoder)

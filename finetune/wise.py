@@ -2,9 +2,10 @@
 
     clipfuse evaluate RUN --data SHARDS --wise 0,0.25,0.5,0.75,1 [--out DIR]
 
-theta(alpha) = (1 - alpha) pretrained + alpha fine-tuned, for every weight that both have; fusion and head, which the pretrained
-model lacks, stay fine-tuned. Often a point between keeps most of what was learned and most of what was known before: the curve
-shows the task's figures beside how well the embeddings still find each other. `--out` keeps the best point as a run.
+theta(alpha) = (1 - alpha) pretrained + alpha fine-tuned, for every weight that both have, those of a forked tower too; fusion
+and head, which the pretrained model lacks, stay fine-tuned. Often a point between keeps most of what was learned and most of
+what was known before: the curve shows the task's figures beside how well the embeddings still find each other. `--out` keeps
+the best point as a run.
 """
 
 from __future__ import annotations
@@ -68,7 +69,15 @@ def pretrained(tuned: Finetuned, init: Any = None) -> dict[str, Tensor]:
     if size is not None:
         adapt.resize(encoder, size, config)
     known = tuple(f"towers.{name}." for name in init) if isinstance(init, dict) else ("",)
-    return {f"{PREFIX}{name}": value for name, value in encoder.state_dict().items() if name.startswith(known)}
+    began = {name: value for name, value in encoder.state_dict().items() if name.startswith(known)}
+    out = {f"{PREFIX}{name}": value for name, value in began.items()}
+    for fork in tuned.config.adapt.fork:
+        for theirs, ours in (
+            (f"towers.{fork}.", f"forks.{fork}.tower."),
+            (f"projections.{fork}.", f"forks.{fork}.projection."),
+        ):
+            out |= {f"{ours}{name.removeprefix(theirs)}": value for name, value in began.items() if name.startswith(theirs)}
+    return out
 
 
 def curve(

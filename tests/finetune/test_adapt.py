@@ -1,6 +1,7 @@
 """Adapting against peft's own layers, timm's own interpolation, the rule of the groups, closed forms."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import peft
@@ -90,6 +91,8 @@ def test_parts_freeze_by_name_and_what_is_not_reached_is_found() -> None:
         ({"trainable_blocks": {"image": 3}}, "has 2 blocks"),
         ({"trainable_blocks": {"audio": 0}}, "no tower for 'audio'"),
         ({"trainable_blocks": {"text": 1}, "lora": LoraConfig(rank=2)}, "both speak of the text tower"),
+        ({"fork": ["text"], "lora": LoraConfig(rank=2)}, "adapt.fork and adapt.lora both speak of the text tower"),
+        ({"fork": ["audio"]}, "no tower for 'audio'"),
         ({"lora": LoraConfig(rank=2, targets=["qvk"])}, "did you mean 'qkv'"),
         ({"lora": LoraConfig(rank=2, towers=["depth"])}, "no tower for 'depth'"),
         ({"image_size": 20}, "multiple of .* patch of 8"),
@@ -103,6 +106,38 @@ def test_what_cannot_be_is_one_line(settings: dict[str, Any], said: str) -> None
 def test_a_wrong_name_to_freeze_lists_what_is_there() -> None:
     with pytest.raises(ConfigError, match="begin with logit_scale, projections, towers"):
         adapt.freeze_named(tiny.model("clip"), ["fusion"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A copy for the fusion
+
+
+def test_a_forked_tower_learns_and_the_embeddings_stay() -> None:
+    batch = tiny.batch(samples=4)
+    text = batch.inputs["text"], batch.masks["text"]
+    model, _ = fused(applied(trainable_blocks={"image": 0, "text": 0}), forks=["text"])
+    plain, _ = fused(applied())
+    before, embedding = model.eval().read("text", *text)
+    theirs, expected = plain.eval().read("text", *text)
+    assert embedding is not None
+    assert expected is not None
+    assert torch.equal(before.states, theirs.states)
+    assert torch.equal(embedding, expected)
+
+    fused_words = model.fuse({"text": before, "image": model.tokens("image", batch.inputs["image"])})["text"]
+    adapt.freeze_unreached(model, [fused_words.states.sum()])
+    fused_words.states.sum().backward()
+    names = trained(model)
+    assert any(name.startswith("forks.text.tower.") for name in names)
+    assert not any(name.startswith("encoder.") for name in names)
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+    shaken(model, "forks.")
+    after, embedding = model.read("text", *text)
+    assert not torch.allclose(after.states, before.states, atol=1e-3)
+    assert torch.equal(embedding, expected)
+    counts = model.parameter_counts()
+    assert counts["text forked"]["total"] == sum(p.numel() for p in model.forks.parameters())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -178,9 +213,9 @@ def test_an_adapter_that_is_passed_by_is_an_error_not_a_silence() -> None:
 # Learning rates
 
 
-def fused(encoder: DualEncoder) -> tuple[FusionModel, vqa.VQA]:
+def fused(encoder: DualEncoder, forks: Sequence[str] = ()) -> tuple[FusionModel, vqa.VQA]:
     task = vqa.build(vqa.Config(answers=["yes", "no", "red"]), None)
-    model = models.build(encoder, registry.part("fusion", "cross").Config(layers=1, heads=2), None)
+    model = models.build(encoder, registry.part("fusion", "cross").Config(layers=1, heads=2), None, forks=forks)
     torch.manual_seed(1)
     model.head = task.head(model)
     return model, task
@@ -188,7 +223,7 @@ def fused(encoder: DualEncoder) -> tuple[FusionModel, vqa.VQA]:
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_rates_fall_by_layer_and_new_layers_have_their_own(rank: int) -> None:
-    model, _ = fused(applied(lora=LoraConfig(rank=rank)))
+    model, _ = fused(applied(lora=LoraConfig(rank=rank)), forks=[] if rank else ["text"])
     config = OptimConfig(layer_decay=0.5, lr_scale={"image": 0.1, "fusion": 10.0, "task": 20.0})
     rates = {id(p): group["lr_scale"] for group in parameter_groups(model, config) for p in group["params"]}
     assert len(rates) == sum(p.requires_grad for p in model.parameters())
@@ -196,17 +231,18 @@ def test_rates_fall_by_layer_and_new_layers_have_their_own(rank: int) -> None:
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        part = next(part for part in ("towers.image", "towers.text", "fusion.", "head.", "encoder.") if part in name)
+        parts = ("forks.text.tower", "forks.", "towers.image", "towers.text", "fusion.", "head.", "encoder.")
+        part = next(part for part in parts if part in name)
         seen.add(part)
-        if part.startswith("towers"):
+        if "tower" in part:
             block = next((int(word) for word in name.split(".") if word.isdigit()), None)
             final = ".norm." in name or "final_layer_norm" in name
             layer = block + 1 if block is not None else 3 if final else 0  # of 2 blocks
             expected = 0.5 ** (3 - layer) * (0.1 if "image" in part else 1.0)
         else:
-            expected = {"fusion.": 10.0, "head.": 20.0, "encoder.": 1.0}[part]
+            expected = {"fusion.": 10.0, "head.": 20.0, "encoder.": 1.0, "forks.": 1.0}[part]
         assert rates[id(p)] == pytest.approx(expected), name
-    assert len(seen) == 5
+    assert len(seen) == (5 if rank else 7)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

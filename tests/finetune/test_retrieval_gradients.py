@@ -32,7 +32,7 @@ B, FOILS = 8, 2
 def built(dtype: torch.dtype) -> tuple[FusionModel, retrieval.Retrieval]:
     """The same weights at each call, gates open; what the loss never reaches is frozen, as a run does it."""
     task = retrieval.build(retrieval.Config(foils="foils", draw=FOILS, contrastive=0.7, matching=1.3), None)
-    model = models.build(tiny.model("clip"), registry.part("fusion", "cross").Config(layers=1, heads=2), None)
+    model = models.build(tiny.model("clip"), registry.part("fusion", "cross").Config(layers=1, heads=2), None, forks=["text"])
     torch.manual_seed(1)
     model.head = task.head(model)
     with torch.no_grad():
@@ -107,7 +107,8 @@ def reference() -> tuple[float, dict[str, Tensor], int]:
         for words, asked, wrong in pairs:
             p = head.match(model, words, pick(images, asked)).sigmoid()  # type: ignore[operator]
             terms.append(-p.log() if wrong is None else -(1 - p).log())
-            weights.append(torch.ones(()) if wrong is None else open_to(wrong, s[i, i]))
+            weights.append(torch.zeros(()) if wrong is None else open_to(wrong, s[i, i]))
+        weights[-len(pairs)] = sum(weights[-len(pairs) :])  # a right pair counts as much as its wrong ones together
     value = 0.7 * total / B + 1.3 * (torch.cat(terms) * torch.stack(weights)).sum() / sum(weights)
     value.backward()
     return value.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, len(terms)

@@ -17,6 +17,8 @@ import torch
 
 import finetune
 from finetune import model as models
+from finetune import wise
+from finetune.export import export
 from finetune.tasks import EvalConfig, reranking, retrieval
 from finetune.tasks.foils import Foils
 from launch import cli
@@ -26,6 +28,7 @@ from pretrain.data import BadSample, loader
 from pretrain.data.batch import Batch
 from pretrain.data.shards import RawSample
 from pretrain.data.text import TextDecoder, load_tokenizer
+from pretrain.inference import load_model
 from tests.pretrain.strategies import tiny
 from tests.support import Small, lines, losses
 
@@ -194,6 +197,26 @@ def test_resumed_bit_for_bit_with_the_same_negatives(small: Small, encoders: Pat
     assert all(math.isfinite(value) for value in losses(half).values())
 
 
+def test_a_fork_learns_and_what_was_indexed_stays_found(small: Small, encoders: Path, tmp_path: Path) -> None:
+    """The run's embeddings are those of the encoders that it began from; graphs and weights between hold the copy too."""
+    folder = tmp_path / "run"
+    settings = ("adapt.fork=[text]", "adapt.trainable_blocks={image: 0, text: 0}", "task.contrastive=0", "optim.lr=0.005")
+    assert cli.main(words(small, encoders, folder, "task.foils=foils", *settings)) == 0
+    loaded = finetune.load(folder)
+    batch = read(loaded, small.val, 3)[0]
+    before = load_model(encoders).model.eval()
+    with torch.no_grad():
+        tokens, embedding = loaded.model.read("text", batch.inputs["text"], batch.masks["text"])
+        theirs = before.tower("text")(batch.inputs["text"], batch.masks["text"]).states
+        assert torch.equal(embedding, before.encode("text", batch.inputs["text"], batch.masks["text"]))  # type: ignore[arg-type]
+        assert torch.equal(loaded.model.embed("image", batch.inputs["image"]), before.encode("image", batch.inputs["image"]))
+    assert not torch.equal(tokens.states, theirs)
+    began = wise.pretrained(loaded)
+    assert {name for name in loaded.model.state_dict() if name.startswith("forks.")} <= began.keys()
+    export(loaded, tmp_path / "onnx")  # compares
+    assert loaded.evaluate(small.val, EvalConfig(workers=0, max_samples=4), CPU)["samples"] == 4
+
+
 def tiny_task(**settings: Any) -> tuple[Any, retrieval.Retrieval]:
     task = retrieval.build(retrieval.Config(**settings), None)
     model = models.build(tiny.model("clip"), registry.part("fusion", "cross").Config(layers=1, heads=2), None)
@@ -210,8 +233,7 @@ def test_batches_without_a_negative_do_not_crash() -> None:
         assert features["open"].tolist() == [[1, 1, 1]] * len(batch)
         loss, report = task.loss(features, batch.targets)
         loss.backward()
-        expected = torch.nn.functional.softplus(-features["match"][:, 0]).mean()  # the right pairs alone
-        torch.testing.assert_close(report["matching_loss"], expected.detach())
+        assert float(report["matching_loss"]) == 0.0  # a right pair alone teaches nothing
         assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
@@ -226,6 +248,33 @@ def test_siglip_encoders_keep_their_own_loss() -> None:
     torch.testing.assert_close(report["contrastive_loss"], expected.detach())
 
 
+def test_foils_are_drawn_as_embeddings_take_them_for_right() -> None:
+    """One sample many times over: of three foils and an empty place two are drawn, the first by the softmax of their logits."""
+    model, _ = tiny_task()
+    n, batch = 3000, tiny.batch(0, 4)
+    ids, mask = (each[None].expand(n, -1, -1) for each in (batch.inputs["text"], batch.masks["text"]))
+    real = torch.tensor([True, True, False, True]).expand(n, -1)
+    generator = torch.Generator().manual_seed(0)
+    image, text = (torch.nn.functional.normalize(torch.randn(1, 16, generator=generator)) for _ in range(2))
+    with torch.no_grad():
+        ahead = (3 * image * (model.embed("text", ids[:1], mask[:1]) - text)).sum(dim=1)
+        torch.manual_seed(0)
+        given = ids, mask, real
+        found = retrieval._foils(model, 3 * image.expand(n, -1), text.expand(n, -1), given, 2)
+    assert found.real.all()
+    drawn = (found.ahead[..., None] - ahead).abs().argmin(dim=2)
+    torch.testing.assert_close(ahead[drawn], found.ahead)
+    assert (drawn[:, 0] != drawn[:, 1]).all()
+    shares = ahead.masked_fill(~real[0], -math.inf).softmax(dim=0)
+    counted = torch.bincount(drawn[:, 0], minlength=4) / n
+    assert counted[2] == 0
+    torch.testing.assert_close(counted, shares, rtol=0, atol=0.03)  # three standard errors
+    second = [sum(float(shares[i] * shares[j] / (1 - shares[i])) for i in range(4) if i != j) for j in range(4)]
+    torch.testing.assert_close(torch.bincount(drawn[:, 1], minlength=4) / n, torch.tensor(second), rtol=0, atol=0.03)
+    words = model.tokens("text", batch.inputs["text"], batch.masks["text"]).states
+    torch.testing.assert_close(found.tokens.states.unflatten(0, (n, 2))[:9], words[drawn[:9]], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("score", ["sum", "matching"])
 def test_pairs_count_as_far_as_embeddings_leave_them_open(score: str) -> None:
     """Only where the embeddings have their say in the order: matching alone must learn from every pair."""
@@ -236,8 +285,9 @@ def test_pairs_count_as_far_as_embeddings_leave_them_open(score: str) -> None:
     _, report = task.loss({"match": match, "real": real, "open": left_open}, {})
     total = count = 0.0
     for row, there, how in zip(match.tolist(), real.tolist(), left_open.tolist(), strict=True):
+        wrong = [there[i] * how[i] for i in (1, 2)]  # a right pair counts as much as its wrong ones together
         for i, z in enumerate(row):
-            weight = there[i] * (how[i] if score == "sum" else 1.0)
+            weight = [sum(wrong), *wrong][i] if score == "sum" else float(there[i])
             total += weight * math.log1p(math.exp(z if i else -z))
             count += weight
     assert float(report["matching_loss"]) == pytest.approx(total / count)
@@ -303,6 +353,7 @@ def test_one_text_a_picture(small: Small, run: Path) -> None:
         ("train.chunks=2", "train.chunks=2: retrieval compares samples"),
         ("task.matching=0", "task.matching=0"),
         ("task.rerank=0", "task.rerank=0"),
+        ("task.draw=3 task.pool=2", "task.pool=2 foils are fewer than task.draw=3"),
     ],
 )
 def test_refused_in_one_line(
