@@ -51,7 +51,8 @@ class Config:
     name: str = "retrieval"
     """This file."""
     contrastive: float = 1.0
-    """Weight of the contrastive loss; 0 leaves the embeddings as they came."""
+    """Weight of the contrastive loss. 0 is for towers that are frozen (with adapt.fork the fusion's words still learn): of those
+    that learn without it, embeddings drift (on drawn scenes R@1 fell from 97 to 21 % in 450 steps)."""
     matching: float = 1.0
     """Weight of the matching loss."""
     same_caption: Literal["keep", "ignore"] = "ignore"
@@ -280,7 +281,7 @@ class Retrieval(Task):
         loss = (each * weights).sum() / count
         accuracy = (((match > 0) == (labels > 0.5)) * weights).sum() / count
         p = weights[:, 0].sum() / count  # the share of right pairs: all that a constant answer can know
-        constant = -(p * p.log() + torch.special.xlogy(1 - p, 1 - p))
+        constant = -(torch.special.xlogy(p, p) + torch.special.xlogy(1 - p, 1 - p))
         self._watch(loss - constant, constant)
         return {"matching_loss": loss, "matching_accuracy": accuracy}
 
