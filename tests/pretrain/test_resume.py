@@ -53,9 +53,9 @@ def same(run: Path, straight: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("workers", [0, 3])
 def test_killed_at_random_moments(small: Small, straight: Path, tmp_path: Path, workers: int) -> None:
-    """kill -9 twice at random steps (six times over the three cases), then left alone."""
+    """kill -9 twice at random steps, then left alone."""
     run, dice = tmp_path / "run", random.Random(workers)
     metrics = run / "metrics.jsonl"
     at = 0
@@ -74,24 +74,24 @@ def test_killed_at_random_moments(small: Small, straight: Path, tmp_path: Path, 
     same(run, straight)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_saves_ends_with_75_and_says_how_to_go_on(
-    small: Small, straight: Path, tmp_path: Path, number: signal.Signals
-) -> None:
-    run = tmp_path / "run"
-    process = start(small, run, 1)
-    try:
-        while process.poll() is None and (not (run / "metrics.jsonl").exists() or max(losses(run), default=0) < 10):
-            time.sleep(0.01)
-        process.send_signal(number)
-        assert process.wait(60) == 75
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    log = (tmp_path / "log.txt").read_text()
-    assert number.name in log
-    assert "clipfuse pretrain" in log
-    assert "go on" in log
+def test_signals_save_end_with_75_and_say_how_to_go_on(small: Small, straight: Path, tmp_path: Path) -> None:
+    """Each of three stops the run that the one before it stopped."""
+    run, before = tmp_path / "run", 0
+    for number, workers in ((signal.SIGTERM, 1), (signal.SIGINT, 3), (signal.SIGUSR1, 0)):
+        process = start(small, run, workers)
+        try:
+            while process.poll() is None and (not (run / "metrics.jsonl").exists() or max(losses(run), default=0) < before + 8):
+                time.sleep(0.01)
+            process.send_signal(number)
+            assert process.wait(60) == 75
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        log = (tmp_path / "log.txt").read_text()
+        assert number.name in log
+        assert "clipfuse pretrain" in log
+        assert "go on" in log
+        before = max(losses(run))
     clipfuse("pretrain", "scenes", *settings(small, run, 3), cwd=tmp_path)
     same(run, straight)
