@@ -120,16 +120,13 @@ class FusionModel(nn.Module):
         """`tokens` and, if asked for, `embed`, from one pass through the tower; where it is forked, from one through each."""
         if modality == "text":
             inputs, mask = _rows(inputs, mask)
-        if modality in self.forks:
-            fork = cast(Fork, self.forks[modality])
-            read: TokenSequence = fork.tower(inputs, mask)
-            if self.sources[modality] == "aligned":
-                read = read._replace(states=fork.projection(read.states))
-            return read, self.encoder.encode(modality, inputs, mask) if embed else None
-        found: TokenSequence = self.encoder.tower(modality)(inputs, mask)
-        project = self.encoder.projection(modality)
+        fork = cast(Fork, self.forks[modality]) if modality in self.forks else None
+        project = self.encoder.projection(modality) if fork is None else fork.projection
+        found: TokenSequence = (self.encoder.tower(modality) if fork is None else fork.tower)(inputs, mask)
         embedding = None
-        if embed:
+        if embed and fork is not None:
+            embedding = self.encoder.encode(modality, inputs, mask)
+        elif embed:
             pooled = project(found.pooled)
             embedding = F.normalize(pooled.to(torch.promote_types(pooled.dtype, torch.float32)), dim=-1)
         if self.sources[modality] == "aligned":

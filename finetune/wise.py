@@ -72,10 +72,8 @@ def pretrained(tuned: Finetuned, init: Any = None) -> dict[str, Tensor]:
     began = {name: value for name, value in encoder.state_dict().items() if name.startswith(known)}
     out = {f"{PREFIX}{name}": value for name, value in began.items()}
     for fork in tuned.config.adapt.fork:
-        for theirs, ours in (
-            (f"towers.{fork}.", f"forks.{fork}.tower."),
-            (f"projections.{fork}.", f"forks.{fork}.projection."),
-        ):
+        for part in ("tower", "projection"):
+            theirs, ours = f"{part}s.{fork}.", f"forks.{fork}.{part}."
             out |= {f"{ours}{name.removeprefix(theirs)}": value for name, value in began.items() if name.startswith(theirs)}
     return out
 

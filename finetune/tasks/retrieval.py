@@ -190,16 +190,25 @@ def _foils(model: FusionModel, image: Tensor, text: Tensor, given: tuple[Tensor,
     """
     ids, mask, real = given
     b, P = real.shape
+    if draw == P:  # all of them: one pass through the tower, nothing to draw
+        every, rows = model.read("text", ids, mask)
+        return _Foils(every, real, _ahead(image, text, cast(Tensor, rows)))
     with torch.no_grad():
-        embeddings = model.embed("text", ids, mask).unflatten(0, (b, P))
-        ahead = (image[:, None] * (embeddings - text[:, None])).sum(dim=2)
+        ahead = _ahead(image, text, model.embed("text", ids, mask))
         chance = torch.stack(mining.draws(b, P, ids.device), dim=1).double().clamp(min=1e-12)
         # The first F by logit + Gumbel noise are F draws without replacement (Gumbel top-k, arXiv 1903.06059).
         noisy = (ahead.double() - (-chance.log()).log()).masked_fill(~real, -math.inf)
         chosen = noisy.topk(draw, dim=1).indices
-    rows = chosen[..., None].expand(-1, -1, ids.shape[2])
-    tokens = model.tokens("text", ids.gather(1, rows), mask.gather(1, rows))
+    places = chosen[..., None].expand(-1, -1, ids.shape[2])
+    tokens = model.tokens("text", ids.gather(1, places), mask.gather(1, places))
     return _Foils(tokens, real.gather(1, chosen), ahead.gather(1, chosen))
+
+
+@torch.no_grad()
+def _ahead(image: Tensor, text: Tensor, foils: Tensor) -> Tensor:
+    """(b, D) as in _foils, foils' embeddings (b P, D) -> (b, P): a foil's contrastive logit less that of the right text."""
+    ahead: Tensor = (image[:, None] * (foils.unflatten(0, (len(image), -1)) - text[:, None])).sum(dim=2)
+    return ahead
 
 
 def _interleaved(texts: list[TokenSequence]) -> TokenSequence:
