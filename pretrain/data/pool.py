@@ -18,6 +18,9 @@ from pretrain.config import UserError
 from pretrain.data import worker
 from pretrain.data.worker import Piece
 
+DYING = 10.0
+"""Seconds that a killed worker may take until the kernel lets go of it."""
+
 
 @contextmanager
 def running(dataset: Any, jobs: Iterator[Any], workers: int) -> Iterator[Iterator[Piece]]:
@@ -57,8 +60,10 @@ def _survived(pieces: Any) -> Iterator[Piece]:
         except StopIteration:
             return
         except (RuntimeError, ConnectionError, EOFError) as error:  # the latter two: it died while it handed a tensor over
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+                raise
             dead = _dead(pieces)
-            if not dead or (isinstance(error, RuntimeError) and "DataLoader worker" not in str(error)):
+            if not dead:
                 raise
             code = dead[0].exitcode
             how = f"was killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"ended with code {code}"
@@ -71,9 +76,12 @@ def _survived(pieces: Any) -> Iterator[Piece]:
 
 
 def _dead(pieces: Any) -> list[Any]:
-    """The workers that ended and should not have."""
+    """The workers that ended and should not have: waits for the first, for a broken pipe is seen before its process is gone."""
     workers = list(getattr(pieces, "_workers", []))
-    multiprocessing.connection.wait([w.sentinel for w in workers], timeout=1)  # a broken pipe may be first
+    closing = multiprocessing.connection.wait([w.sentinel for w in workers], timeout=DYING)
+    for w in workers:
+        if w.sentinel in closing:  # its files are closed; on a busy machine it may take a while until it can be reaped
+            w.join(DYING)
     return [w for w in workers if not w.is_alive() and w.exitcode]
 
 

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from pretrain.config import ConfigError, UserError
-from pretrain.data import cache
+from pretrain.data import cache, pool
 from pretrain.data.captions import caption_id
 from pretrain.data.images import AugmentConfig, ImageDecoder
 from pretrain.data.loader import DataConfig, Loader, build_loader, sequential
@@ -428,6 +428,29 @@ def test_a_killed_worker_is_a_clear_error(data, decoders):
         list(itertools.islice(iterator, 1000))
     assert time.monotonic() - start < 60
     assert not any(Path(f"/proc/{pid}/comm").read_text().startswith("pt_data") for pid in set(children()) - before)
+
+
+class Dying(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """A worker that is killed while the third piece is made: its files are closed a while before it is gone."""
+
+    def __getitem__(self, job: int) -> torch.Tensor:
+        if job == 2:
+            time.sleep(0.5)  # the pieces before have left it
+            os.closerange(3, 1024)
+            time.sleep(2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.zeros(1000)
+
+
+def test_a_worker_that_is_not_gone_yet_when_its_tensors_are() -> None:
+    """On a busy machine some time passes between the two."""
+    with pool.running(Dying(), iter(range(9)), 1) as pieces:
+        next(pieces)
+        (worker,) = (pid for pid in children() if Path(f"/proc/{pid}/comm").read_text().startswith("pt_data"))
+        while len(os.listdir(f"/proc/{worker}/fd")) > 3:
+            time.sleep(0.05)
+        with pytest.raises(UserError, match=rf"a data worker \(process {worker}\) was killed by signal 9"):
+            next(pieces)
 
 
 def test_workers_leave_signals_to_the_trainer(data, decoders):
