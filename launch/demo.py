@@ -60,7 +60,7 @@ def processes() -> list[str]:
 
 def steps(minutes: float, what: str) -> list[str]:
     """Settings that make a training take about so many minutes."""
-    number = max(20, round(minutes * STEPS_PER_MINUTE[what]))
+    number = max(8, round(minutes * STEPS_PER_MINUTE[what]))
     every = [f"train.eval_every={max(12, -(-number // 3))}", f"train.log_every={min(10, number // 4)}"]
     return [f"train.steps={number}", *every, f"optim.warmup={min(50, number // 5)}"]
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+
 import pytest
+from filelock import FileLock
 
 from tests.launch.worlds import STEPS, clipfuse_words, started, tiny
 from tests.support import Small, losses
@@ -10,11 +14,17 @@ from tests.support import Small, losses
 
 @pytest.fixture(scope="session")
 def undisturbed(small: Small, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
-    """Step -> loss of a run of two processes that nobody stopped."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    words = tiny(small, folder / "run", f"train.steps={STEPS}")
-    with started(*clipfuse_words("pretrain", "--nproc", "2", *words), cwd=folder) as run:
-        run.end(0)
-    found = losses(folder / "run")
+    """Step -> loss of a run of two processes that nobody stopped; one run for all of pytest's workers."""
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if os.environ.get("PYTEST_XDIST_WORKER") else own
+    kept = shared / "undisturbed.json"
+    with FileLock(shared / "undisturbed.lock"):
+        if not kept.exists():
+            folder = tmp_path_factory.mktemp("undisturbed")
+            words = tiny(small, folder / "run", f"train.steps={STEPS}")
+            with started(*clipfuse_words("pretrain", "--nproc", "2", *words), cwd=folder) as run:
+                run.end(0)
+            kept.write_text(json.dumps(losses(folder / "run")))
+    found = {int(step): loss for step, loss in json.loads(kept.read_text()).items()}
     assert list(found) == list(range(1, STEPS + 1))
     return found

@@ -16,6 +16,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 # Four ways to start, one loss
 
 
+def launch(launcher: list[str | Path], small: Small, run: Path, *more: str) -> dict[int, float]:
+    words = [str(free_port()) if word == "PORT" else word for word in launcher]
+    path = f"{BIN}:/usr/bin:/bin"  # deepspeed finds its own programs there
+    with started(*words, *tiny(small, run, f"train.steps={STEPS}", *more), cwd=run.parent, PATH=path) as launched:
+        launched.end(0)
+    return losses(run)
+
+
 @pytest.mark.parametrize(
     "launcher",
     [
@@ -24,18 +32,21 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
             [BIN / "accelerate", "launch", "--config_file", ROOT / "launch/accelerate/cpu.yaml", "-m", "pretrain"],
             id="accelerate",
         ),
-        pytest.param([BIN / "deepspeed", "--num_gpus", "2", "--master_port", "PORT", "--module", "pretrain"], id="deepspeed"),
     ],
 )
 def test_every_launcher_gives_the_same_losses(
     launcher: list[str | Path], small: Small, undisturbed: dict[int, float], tmp_path: Path
 ) -> None:
-    words = [str(free_port()) if word == "PORT" else word for word in launcher]
-    run = tmp_path / "run"
-    path = f"{BIN}:/usr/bin:/bin"  # deepspeed finds its own programs there
-    with started(*words, *tiny(small, run, f"train.steps={STEPS}"), cwd=tmp_path, PATH=path) as launched:
-        launched.end(0)
-    assert losses(run) == undisturbed
+    assert launch(launcher, small, tmp_path / "run") == undisturbed
+
+
+def test_deepspeeds_launcher_and_file_give_the_same_losses(small: Small, undisturbed: dict[int, float], tmp_path: Path) -> None:
+    """ZeRO adds up in another order."""
+    pytest.importorskip("deepspeed")
+    words: list[str | Path] = [BIN / "deepspeed", "--num_gpus", "2", "--master_port", "PORT", "--module", "pretrain"]
+    file = ROOT / "launch/deepspeed/zero2.json"
+    got = launch(words, small, tmp_path / "run", "train.strategy=zero2", f"train.deepspeed={file}")
+    assert got == pytest.approx(undisturbed, rel=1e-4)
 
 
 def test_processes_that_do_not_know_each_other_are_refused(small: Small, tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def test_what_could_not_run_is_refused() -> None:
 
 def test_the_command_prints_json_without_data_tokenizer_or_gpu(tmp_path: Any) -> None:
     words = clipfuse_words(
-        "plan", "vit-b-32", "--gpus", "2", "--gpu", "a100", "--json", "train.strategy=fsdp2", "train.chunks=2"
+        "plan", "scenes-conv", "--gpus", "2", "--gpu", "a100", "--json", "train.strategy=fsdp2", "train.chunks=2"
     )
     with started(*words, cwd=tmp_path) as run:
         output = run.end(0)

@@ -16,13 +16,12 @@ import pytest
 from launch import slurm
 from pretrain.config import ConfigError
 from tests.launch.cluster import Cluster, cluster, missing
-from tests.launch.worlds import clipfuse_words, started, tiny
+from tests.launch.worlds import STEPS, clipfuse_words, started, tiny
 from tests.support import ROOT, Small, environment, losses
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 needs_slurm = pytest.mark.skipif(bool(missing()), reason=missing())
 TEMPLATES = sorted((ROOT / "launch" / "slurm").glob("*.sbatch"))
-STEPS = 40
 
 
 def body(text: str) -> str:
@@ -88,13 +87,8 @@ def test_slurm_takes_the_template(template: Path, slurm_cluster: Cluster) -> Non
 
 @needs_slurm
 def test_a_job_that_is_preempted_twice_has_the_losses_of_an_undisturbed_run(
-    small: Small, slurm_cluster: Cluster, tmp_path: Path
+    small: Small, slurm_cluster: Cluster, undisturbed: dict[int, float], tmp_path: Path
 ) -> None:
-    # -- the reference: the same two processes, without Slurm and without a stop
-    calm = tmp_path / "calm"
-    with started(*clipfuse_words("pretrain", "--nproc", "2", *tiny(small, calm, f"train.steps={STEPS}")), cwd=tmp_path) as one:
-        one.end(0)
-
     # -- the job
     run = tmp_path / "the run"
     words = tiny(small, run, f"train.steps={STEPS}", "train.save_every=1000")
@@ -120,7 +114,7 @@ def test_a_job_that_is_preempted_twice_has_the_losses_of_an_undisturbed_run(
     slurm_cluster.wait(job, ("COMPLETED",), 300)
     assert slurm_cluster.field(job, "Restarts") == "2"
     assert output.read_text().count("resuming ") == 2
-    assert losses(run) == losses(calm)
+    assert losses(run) == undisturbed
 
 
 @needs_slurm

@@ -11,8 +11,7 @@ import pytest
 
 from pretrain.config import ConfigError
 from pretrain.strategies import tuning
-from tests.launch.worlds import BIN, free_port, started, tiny
-from tests.support import ROOT, Small, losses
+from tests.support import ROOT
 
 LAUNCH = ROOT / "launch"
 ACCELERATE = sorted((LAUNCH / "accelerate").glob("*.yaml"))
@@ -103,28 +102,6 @@ def test_a_deepspeed_file_may_not_change_the_numbers(tmp_path: Path) -> None:
         tuning.read(str(path), 2)
     with pytest.raises(ConfigError, match="No such file"):
         tuning.read(str(tmp_path / "none.json"), 2)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_deepspeed_runs_with_its_file(small: Small, tmp_path: Path) -> None:
-    pytest.importorskip("deepspeed")
-    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
-    for run, more in ((ours, []), (theirs, [f"train.deepspeed={LAUNCH}/deepspeed/zero2.json"])):
-        words: list[str | Path] = [
-            BIN / "deepspeed",
-            "--num_gpus",
-            "2",
-            "--master_port",
-            str(free_port()),
-            "--module",
-            "pretrain",
-        ]
-        settings = tiny(small, run, "train.steps=4", "train.strategy=zero2", *more)
-        with started(*words, *settings, cwd=tmp_path, PATH=f"{BIN}:/usr/bin:/bin") as launched:
-            launched.end(0)
-    assert len(losses(ours)) == 4
-    assert losses(ours) == losses(theirs)
 
 
 @pytest.mark.parametrize("path", SLURM, ids=name)

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import tarfile
 from collections.abc import Iterator
 from contextlib import suppress
@@ -12,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from rich.console import Console
 
@@ -26,6 +24,7 @@ from pretrain.data.text import load_tokenizer
 from pretrain.embed import embed_split, evaluating
 from pretrain.evaluate import EvalConfig, evaluate, run, summary
 from pretrain.model import ModelSchema
+from tests.pretrain.strategies import world
 from tests.support import TINY_TOWERS, Small, lines
 
 CPU = torch.device("cpu")
@@ -211,15 +210,10 @@ def test_result_for_machines_and_people(small: Small) -> None:
 # Several processes
 
 
-def child(rank: int, world: int, root: Path, port: int, out: Path) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES="")
-    torch.set_num_threads(1)
-    dist.setup(60)
-    small = Small(root)
+def evaluated(small: Small) -> dict[str, Any]:
     loaded = build(small, "captions")
     tasks = settings(tasks=["retrieval", "linear_probe"], probe_train=small.val)
-    got = {"all": evaluate(loaded.model, loaded.decoders, small.val, tasks, CPU)}
+    got: dict[str, Any] = {"all": evaluate(loaded.model, loaded.decoders, small.val, tasks, CPU)}
     # Fewer samples than processes: one has nothing.
     got["few"] = evaluate(loaded.model, loaded.decoders, small.val, settings(max_samples=1), CPU)
     with torch.no_grad():
@@ -227,14 +221,13 @@ def child(rank: int, world: int, root: Path, port: int, out: Path) -> None:
     try:
         evaluate(loaded.model, loaded.decoders, small.val, settings(), CPU)
     except UserError as error:  # on every rank, not only where it was found
-        got["error"] = {"said": str(error)}
-    batches = sequential(small.val, loaded.decoders, 10, rank=rank, world=world)
+        got["error"] = str(error)
+    batches = sequential(small.val, loaded.decoders, 10, rank=dist.rank(), world=dist.world_size())
     try:  # only one process cannot read its share
-        embed_split(loaded.model, lost(batches) if rank == 1 else batches, loaded.decoders, CPU)
+        embed_split(loaded.model, lost(batches) if dist.rank() == 1 else batches, loaded.decoders, CPU)
     except UserError as error:
-        got["lost"] = {"said": str(error)}
-    (out / f"{rank}.json").write_text(json.dumps(got))
-    dist.shutdown()
+        got["lost"] = str(error)
+    return got
 
 
 def lost(batches: Sequential) -> Iterator[Batch]:
@@ -242,27 +235,17 @@ def lost(batches: Sequential) -> Iterator[Batch]:
     raise UserError("the disk went away")
 
 
-def test_two_processes_find_what_one_finds(small: Small, tmp_path: Path, free_port: int) -> None:
-    mp.spawn(child, (2, small.root, free_port, tmp_path), nprocs=2)
+def test_two_processes_find_what_one_finds(small: Small) -> None:
+    ranks = world.run(evaluated, 2, small)
     loaded = build(small, "captions")
     tasks = settings(tasks=["retrieval", "linear_probe"], probe_train=small.val)
     alone = evaluate(loaded.model, loaded.decoders, small.val, tasks, CPU)
     few = evaluate(loaded.model, loaded.decoders, small.val, settings(max_samples=1), CPU)
-    for rank in range(2):
-        got = json.loads((tmp_path / f"{rank}.json").read_text())
+    for got in ranks:
         assert got["all"] == pytest.approx(alone, abs=1e-9)
         assert got["few"] == pytest.approx(few)
-        assert "not finite" in got["error"]["said"]
-        assert got["lost"]["said"] == "the disk went away"
-
-
-@pytest.fixture
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+        assert "not finite" in got["error"]
+        assert got["lost"] == "the disk went away"
 
 
 def rewrite(small: Small, folder: Path, change: Any) -> str:

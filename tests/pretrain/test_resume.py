@@ -51,47 +51,42 @@ def same(run: Path, straight: Path) -> None:
     assert (run / last).read_bytes() == (straight / last).read_bytes()
 
 
+STOPS = [
+    (signal.SIGKILL, 0),
+    (signal.SIGTERM, 3),
+    (signal.SIGKILL, 3),
+    (signal.SIGINT, 1),
+    (signal.SIGUSR1, 0),
+]
+"""(signal, data.workers): each stops what the one before left."""
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("workers", [0, 3])
-def test_killed_at_random_moments(small: Small, straight: Path, tmp_path: Path, workers: int) -> None:
-    """kill -9 twice at random steps, then left alone."""
-    run, dice = tmp_path / "run", random.Random(workers)
-    metrics = run / "metrics.jsonl"
-    at = 0
-    for _ in range(2):
-        at = dice.randint(at + 2, at + 26)
+def test_stopped_by_anything_at_random_moments(small: Small, straight: Path, tmp_path: Path) -> None:
+    """kill -9 loses the steps since the last save and no more; the others save, end with 75 and say how to go on."""
+    run, dice, at = tmp_path / "run", random.Random(0), 0
+    metrics, log = run / "metrics.jsonl", tmp_path / "log.txt"
+    for number, workers in STOPS:
+        at += dice.randint(2, 11)
         process = start(small, run, workers)
         try:
             while process.poll() is None and (not metrics.exists() or max(losses(run), default=0) < at):
                 time.sleep(0.01)
             time.sleep(dice.random() * 0.05)
-            assert process.poll() is None, (tmp_path / "log.txt").read_text()[-3000:]
-        finally:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    clipfuse("pretrain", "scenes", *settings(small, run, workers), cwd=tmp_path)
-    same(run, straight)
-
-
-def test_signals_save_end_with_75_and_say_how_to_go_on(small: Small, straight: Path, tmp_path: Path) -> None:
-    """Each of three stops the run that the one before it stopped."""
-    run, before = tmp_path / "run", 0
-    for number, workers in ((signal.SIGTERM, 1), (signal.SIGINT, 3), (signal.SIGUSR1, 0)):
-        process = start(small, run, workers)
-        try:
-            while process.poll() is None and (not (run / "metrics.jsonl").exists() or max(losses(run), default=0) < before + 8):
-                time.sleep(0.01)
-            process.send_signal(number)
-            assert process.wait(60) == 75
+            assert process.poll() is None, log.read_text()[-3000:]
+            if number != signal.SIGKILL:
+                process.send_signal(number)
+                assert process.wait(60) == 75
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-        log = (tmp_path / "log.txt").read_text()
-        assert number.name in log
-        assert "clipfuse pretrain" in log
-        assert "go on" in log
-        before = max(losses(run))
+        if number != signal.SIGKILL:
+            said = log.read_text()
+            assert f"stopped by {number.name}" in said
+            assert "go on with: clipfuse pretrain" in said
+        at = max(losses(run))
+        assert losses(run).items() <= losses(straight).items()
     clipfuse("pretrain", "scenes", *settings(small, run, 3), cwd=tmp_path)
     same(run, straight)
