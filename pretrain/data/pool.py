@@ -60,7 +60,9 @@ def _survived(pieces: Any) -> Iterator[Piece]:
         except StopIteration:
             return
         except (RuntimeError, ConnectionError, EOFError) as error:  # the latter two: it died while it handed a tensor over
-            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            said = str(error)
+            raised = "in DataLoader worker process" in said  # by what it ran: it lives
+            if raised or (isinstance(error, RuntimeError) and "DataLoader worker" not in said):
                 raise
             dead = _dead(pieces)
             if not dead:

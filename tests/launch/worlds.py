@@ -21,7 +21,7 @@ from tests.support import Small, environment
 BIN = Path(sys.executable).parent
 PATIENCE = 240.0
 """Seconds that a test waits for anything: imports alone take many on a busy machine."""
-STEPS = 30
+STEPS = 80
 """Of the run that nobody stops, and of those that are held against it."""
 
 

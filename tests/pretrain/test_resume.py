@@ -12,7 +12,7 @@ import pytest
 
 from tests.support import Small, clipfuse, environment, keys, losses
 
-STEPS = 60
+STEPS = 150
 
 
 def settings(small: Small, run: Path, workers: int, *more: str) -> list[str]:
@@ -68,7 +68,7 @@ def test_stopped_by_anything_at_random_moments(small: Small, straight: Path, tmp
     run, dice, at = tmp_path / "run", random.Random(0), 0
     metrics, log = run / "metrics.jsonl", tmp_path / "log.txt"
     for number, workers in STOPS:
-        at += dice.randint(2, 11)
+        at += dice.randint(2, 20)
         process = start(small, run, workers)
         try:
             while process.poll() is None and (not metrics.exists() or max(losses(run), default=0) < at):
