@@ -77,7 +77,7 @@ def test_stopped_by_anything_at_random_moments(small: Small, straight: Path, tmp
             assert process.poll() is None, log.read_text()[-3000:]
             if number != signal.SIGKILL:
                 process.send_signal(number)
-                assert process.wait(60) == 75
+                assert process.wait(200) == 75
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
