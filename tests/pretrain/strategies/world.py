@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import faulthandler
 import io
 import multiprocessing
 import multiprocessing.forkserver
@@ -90,6 +91,7 @@ def _server() -> Any:
 
 def _main(rank: int, processes: int, folder: str, result: Connection, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
     warnings.simplefilter("ignore")
+    faulthandler.enable()  # a rank that a library crashes says where
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(processes))
     try:
