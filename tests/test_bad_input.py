@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from launch import cli
+from tests.launch.worlds import PATIENCE
 from tests.support import Small, clipfuse, environment, lines
 
 
@@ -149,7 +150,7 @@ def test_two_runs_in_one_folder(small: Small, in_tmp: Path) -> None:
         [sys.executable, "-m", "launch.cli", *words], cwd=in_tmp, env=environment(), stderr=subprocess.DEVNULL
     )
     try:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + PATIENCE
         while not (in_tmp / "runs/one/status.json").exists():
             assert time.monotonic() < deadline
             assert first.poll() is None

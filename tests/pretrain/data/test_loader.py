@@ -415,19 +415,22 @@ def children():
     return found
 
 
+def data_workers():
+    return {pid for pid in children() if Path(f"/proc/{pid}/comm").read_text().startswith("pt_data")}
+
+
 def test_a_killed_worker_is_a_clear_error(data, decoders):
     handler = signal.getsignal(signal.SIGCHLD)
-    before = set(children())
+    before = data_workers()
     iterator = iter(loader(data, decoders, workers=2))
     next(iterator)
     assert signal.getsignal(signal.SIGCHLD) is handler
-    started = set(children()) - before  # multiprocessing's resource tracker may be among them
-    os.kill(next(pid for pid in started if Path(f"/proc/{pid}/comm").read_text().startswith("pt_data")), signal.SIGKILL)
+    os.kill(min(data_workers() - before), signal.SIGKILL)
     start = time.monotonic()
     with pytest.raises(UserError, match=r"a data worker \(process \d+\) was killed by signal 9 \(SIGKILL\): most often"):
         list(itertools.islice(iterator, 1000))
     assert time.monotonic() - start < 60
-    assert not any(Path(f"/proc/{pid}/comm").read_text().startswith("pt_data") for pid in set(children()) - before)
+    assert not data_workers() - before
 
 
 class Dying(torch.utils.data.Dataset):  # type: ignore[type-arg]
@@ -446,7 +449,7 @@ def test_a_worker_that_is_not_gone_yet_when_its_tensors_are() -> None:
     """On a busy machine some time passes between the two."""
     with pool.running(Dying(), iter(range(9)), 1) as pieces:
         next(pieces)
-        (worker,) = (pid for pid in children() if Path(f"/proc/{pid}/comm").read_text().startswith("pt_data"))
+        (worker,) = data_workers()
         while len(os.listdir(f"/proc/{worker}/fd")) > 3:
             time.sleep(0.05)
         with pytest.raises(UserError, match=rf"a data worker \(process {worker}\) was killed by signal 9"):
