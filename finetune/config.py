@@ -74,8 +74,11 @@ class FinetuneConfig(FusionSchema):
             raise ConfigError("data.train=synthetic has no task to learn: give shards (`clipfuse data scenes DIR` draws some)")
 
 
-def load(path: Path, settings: list[str]) -> FinetuneConfig:
-    """A file with key=value settings over it, and what `init` is under it. Raises ConfigError, UserError."""
+def load_config(path: Path, settings: list[str]) -> FinetuneConfig:
+    """Load a run's configuration: a file, key=value settings over it, `init`'s architecture under it.
+
+    All that runs or checks a run reads its configuration here. Raises ConfigError, UserError.
+    """
     given = configuration.merged(path, settings)
     init = given.get("init")
     if init is None and not {"image", "text"} <= set(given):

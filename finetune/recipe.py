@@ -10,10 +10,9 @@ from typing import Any
 import torch
 
 from finetune import adapt
-from finetune import config as schema
 from finetune import model as models
 from finetune.aligned import keep_aligned
-from finetune.config import FinetuneConfig
+from finetune.config import FinetuneConfig, load_config
 from finetune.model import FusionModel
 from finetune.tasks import Setting, Task, survey
 from pretrain import config as configuration
@@ -28,7 +27,7 @@ from pretrain.loop import Outcome, Plan, fit
 from pretrain.recipe import agree, resume_from, save_files, tell
 from pretrain.runlog import RunFolder
 
-load = schema.load
+__all__ = ["FinetuneConfig", "assemble", "describe", "load_config", "train"]
 
 
 @dataclass

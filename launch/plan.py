@@ -20,15 +20,14 @@ import torch
 from torch import nn
 
 from launch.footprint import Footprint, footprint
-from pretrain import dist, flops, inference
+from pretrain import dist, flops, inference, start
 from pretrain import model as models
 from pretrain.__main__ import find_config
-from pretrain.config import ConfigError, UserError, load
+from pretrain.config import ConfigError, UserError
 from pretrain.data.shards import counts
 from pretrain.data.sources import sources_of
-from pretrain.data.text import load_tokenizer
 from pretrain.losses import tiled, tiles
-from pretrain.recipe import PretrainConfig
+from pretrain.recipe import PretrainConfig, load_config
 from pretrain.strategies import WORDS
 from pretrain.strategies.fsdp2 import blocks
 
@@ -216,7 +215,7 @@ def measure(config: PretrainConfig) -> tuple[Model, list[str]]:
     tokenizer: Any = None
     if config.text is not None:
         try:
-            tokenizer = load_tokenizer(config.text.tokenizer or config.text.name)
+            tokenizer = start.tokenizer(config.init, config.text)
         except UserError:
             size = int(config.text.args.get("vocab_size", 49408))
             tokenizer = AnyTokenizer(size)
@@ -359,7 +358,7 @@ def plan(config: str, settings: list[str], gpus: int, gpu: str, samples: int | N
     if gpus < 1:
         raise ConfigError(f"--gpus {gpus} must be at least 1")
     with dist.planned(gpus, max(1, gpus // 8), True):
-        loaded = load(PretrainConfig, find_config(config, "pretrain"), settings)
+        loaded = load_config(find_config(config, "pretrain"), settings)
     model, notes = measure(loaded)
     if loaded.train.compile:
         notes.append("train.compile=true fuses operations: activations are usually a third less than this")

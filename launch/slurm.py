@@ -21,7 +21,7 @@ from typing import Any
 
 from pretrain import dist
 from pretrain.__main__ import find_config
-from pretrain.config import ConfigError, UserError, load
+from pretrain.config import ConfigError, UserError
 from pretrain.runlog import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -102,9 +102,9 @@ def submit(module: str, config: str, settings: list[str], job: Job, dry_run: boo
     # -- the configuration, as the job's processes will see it: an error now, not after hours in line
     path = find_config(config, module).resolve()
     gpus = job.nproc if job.gpus is None else job.gpus
-    schema: Any = importlib.import_module(f"{module}.recipe" if module == "pretrain" else f"{module}.config")
+    recipe: Any = importlib.import_module(f"{module}.recipe")
     with dist.planned(job.nodes * job.nproc, job.nodes, gpus > 0):
-        loaded = load(schema.PretrainConfig if module == "pretrain" else schema.FinetuneConfig, path, settings)
+        loaded = recipe.load_config(path, settings)
 
     run = RunFolder(loaded.run).path.absolute()
     words = [str(path) if Path(config).is_file() else config, *settings]

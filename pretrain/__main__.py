@@ -96,7 +96,7 @@ def stopping_early() -> Iterator[None]:
 
 
 def run(config: str, settings: list[str], dry_run: bool, module: str = "pretrain") -> int:
-    """One process of a run. MODULE.recipe says what that is: load(), describe(), train(); its configs are configs/MODULE."""
+    """One process of a run. MODULE.recipe has load_config(), describe(), train(); its configs are configs/MODULE."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are the parallelism
     with stopping_early():
         return _run(config, settings, dry_run, module)
@@ -114,7 +114,7 @@ def _run(config: str, settings: list[str], dry_run: bool, module: str) -> int:
     launched.watch_parent()
     dist.setup()
     try:
-        loaded = recipe.load(path, settings)
+        loaded = recipe.load_config(path, settings)
         launched.check_asked(loaded.train.precision, loaded.train.strategy)
         dist.limit(loaded.train.timeout)
         if dry_run:

@@ -73,8 +73,11 @@ class Parts:
     loader: Loader
 
 
-def load(path: Path, settings: list[str]) -> PretrainConfig:
-    """A file with key=value settings laid over it, and what `init` is under it. Raises ConfigError."""
+def load_config(path: Path, settings: list[str]) -> PretrainConfig:
+    """Load a run's configuration: a file, key=value settings over it, `init`'s architecture under it.
+
+    All that runs, checks or measures a run reads its configuration here. Raises ConfigError, UserError.
+    """
     return configuration.build(PretrainConfig, start.under(configuration.merged(path, settings)), str(path))
 
 

@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 
 from launch import cli
-from pretrain.config import load
-from pretrain.recipe import PretrainConfig
+from pretrain.recipe import load_config
 from tests.support import ROOT, Small
 
 SHIPPED = sorted((ROOT / "configs/pretrain").glob("*.yaml"))
@@ -23,7 +22,7 @@ FOR_ALL = [
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_loads_and_says_how_to_run_it(path: Path) -> None:
-    load(PretrainConfig, path, [])
+    load_config(path, [])
     first = path.read_text().splitlines()[0]
     assert first.startswith("# clipfuse pretrain ") or "clipfuse pretrain" in first
 

@@ -65,10 +65,9 @@ QUICK = ("single", "single, 4 chunks", "single, checkpointing", "single, wide", 
 
 def configuration(settings: list[str]) -> Any:
     from pretrain.__main__ import find_config
-    from pretrain.config import load
-    from pretrain.recipe import PretrainConfig
+    from pretrain.recipe import load_config
 
-    return load(PretrainConfig, find_config("scenes", "pretrain"), [*BASE, *settings])
+    return load_config(find_config("scenes", "pretrain"), [*BASE, *settings])
 
 
 def estimated(settings: list[str], world: int) -> float:

@@ -3,17 +3,20 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from launch import plan
+from launch import cli, plan
 from launch.footprint import Footprint
 from pretrain.config import ConfigError
+from pretrain.inference import load_model
 from tests.bench import plan as bench
 from tests.launch.worlds import clipfuse_words, started
 from tests.pretrain.strategies import world
+from tests.support import Small
 
 MODEL = plan.Model(
     total=1_000_000, trainable=900_000, buffers=100, block=50_000, root=200_000, modalities=2,
@@ -156,3 +159,17 @@ def test_the_command_prints_json_without_data_tokenizer_or_gpu(tmp_path: Any) ->
     found = json.loads(output.splitlines()[-1])
     assert (found["gpus"], found["gpu"], found["samples_per_epoch"]) == (2, "a100", None)
     assert (found["chosen"]["strategy"], found["chosen"]["chunks"]) == ("fsdp2", 2)
+
+
+def test_a_file_that_names_no_towers_has_those_of_the_run_it_starts_from(
+    small: Small, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert cli.main(["pretrain", "scenes", *small.settings(run, "train.steps=1")]) == 0
+    file = tmp_path / "more.yaml"
+    file.write_text("data: {train: synthetic, batch_size: 16}\ntrain: {steps: 10, strategy: ddp}\n")
+    capsys.readouterr()
+    assert cli.main(["plan", str(file), f"init={run}", "--gpus", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["parameters"] == sum(p.numel() for p in load_model(run).model.parameters())
+    assert not [note for note in found["notes"] if note.startswith("tokenizer")]  # init's own

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import slurm
+from launch import cli, slurm
 from pretrain.config import ConfigError
 from tests.launch.cluster import Cluster, cluster, missing
 from tests.launch.worlds import STEPS, clipfuse_words, started, tiny
@@ -64,6 +64,23 @@ def test_a_configuration_that_could_not_run_is_refused_before_it_waits_in_line(s
     assert slurm.submit("pretrain", "scenes", [*settings, "train.precision=fp16"], slurm.Job(nproc=2), dry_run=True) == ""
     with pytest.raises(ConfigError, match="needs a GPU"):
         slurm.submit("pretrain", "scenes", [*settings, "train.precision=fp16"], slurm.Job(nproc=2, gpus=0), dry_run=True)
+
+
+def test_a_fine_tuning_job_takes_the_towers_of_the_run_it_starts_from(
+    small: Small, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The shipped vqa.yaml names no tower: init=RUN does."""
+    encoders = tmp_path / "encoders"
+    assert cli.main(["pretrain", "scenes", *small.settings(encoders, "train.steps=1")]) == 0
+    capsys.readouterr()
+    words = [f"run={tmp_path / 'run'}", f"data.train={small.train}", f"data.val={small.val}", "data.batch_size=16"]
+    job = ["--on", "slurm", "--nproc", "2", "--dry-run"]
+    assert cli.main(["finetune", "vqa", f"init={encoders}", *words, "train.strategy=ddp", *job]) == 0
+    script = capsys.readouterr().out
+    assert "MODULE=finetune NPROC=2" in script
+    assert f"set -- vqa init={encoders} " in script
+    assert cli.main(["finetune", "vqa", *words, "train.strategy=ddp", *job]) == 2
+    assert "init=RUN is missing" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------
