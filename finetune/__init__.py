@@ -19,7 +19,7 @@
 
     attend.py       what each word looks at: maps of a model's own task; drawing.py draws them, words.py puts tokens together
     grounding.py    do maps find what words speak of: pointing game, attention lift, colours exchanged, with controls
-                    phrases.py: which words speak of which objects; pointing.py: one map against boxes; probes.py: a batch
+                    phrases.py: which words name which objects; pointing.py: one map against boxes; probes.py: a batch
 
 Imports pretrain, never launch. Floors, each importing only those before it: trace, attention, places, context, fusion, model,
 tasks, config, inference, recipe; attend and grounding stand on inference; maps needs trace alone. Importing this package

@@ -38,7 +38,9 @@ from finetune.probes import SWAP, Prober, Record, Sides, untrained
 from finetune.tasks import everywhere
 from pretrain import dist
 from pretrain.config import ConfigError, UserError, closest
-from pretrain.data import loader
+from pretrain.data import loader, vocabulary
+from pretrain.data.sources import sources_of
+from pretrain.data.vocabulary import Vocabulary
 
 CONTROLS = ("area", "centre", "untrained", "shuffled")
 
@@ -97,7 +99,7 @@ def grounding(tuned: Finetuned, shards: Any, config: GroundingConfig, device: to
     batches = loader.sequential(shards, decoders, config.batch_size, config.workers, rank, world, config.max_samples)
     tuned.model.to(device)
     fresh = untrained(tuned, config.seed).to(device) if config.controls else None
-    prober = Prober(tuned, fresh, config.method, config.layer, config.batch_size, device)
+    prober = Prober(tuned, fresh, config.method, config.layer, config.batch_size, device, vocabulary_of(shards, config))
 
     def share() -> tuple[list[Record], int, int]:
         records: list[Record] = []
@@ -117,6 +119,29 @@ def grounding(tuned: Finetuned, shards: Any, config: GroundingConfig, device: to
             "name, color and box"
         )
     return {**figures(records, config.resamples, config.seed), "samples": count, "bad_samples": bad}
+
+
+def vocabulary_of(shards: Any, config: GroundingConfig) -> Vocabulary:
+    """The words for objects: of vocabulary.json beside the shards, else all that the measured samples' objects have.
+
+    The same on every process. Collective. Raises ConfigError, UserError.
+    """
+
+    def find() -> Vocabulary | None:
+        return vocabulary.find_vocabulary(path for source in sources_of(shards, "data.val") for path in source.shards)
+
+    beside = everywhere(find)
+    present = [words for words in beside if words is not None]
+    if len(present) == len(beside):
+        return vocabulary.merge(present)
+    rank, world = dist.rank(), dist.world_size()
+    batches = loader.sequential(shards, {}, config.batch_size, config.workers, rank, world, config.max_samples)
+
+    def collect() -> Vocabulary:
+        values = (json.get("objects") for batch in batches for json in batch.targets["json"])
+        return vocabulary.from_objects(item for objects in values if isinstance(objects, list) for item in objects)
+
+    return vocabulary.merge([*present, *everywhere(collect)])
 
 
 def figures(records: Sequence[Record], resamples: int = 2000, seed: int = 0) -> dict[str, float]:

@@ -1,23 +1,24 @@
-"""Which words of a text speak of which objects of its picture: what a map ought to find.
+"""Find the words of a text that name objects of its image: what a map of these words should highlight.
 
     mentions("a red car left of a black sofa", objects)     red -> (0,), car -> (0,), black, sofa -> (1,), left -> (0, 1)
 
 `objects` is the json field of that name: dicts with a `name`, and any of `color`, `surface`, `size`. A phrase is words of
-colour, surface and size in any order and then a name (or "thing"): "a small striped red car". It speaks of all objects
-that fit every word of it; words that fit none are left out. Words of the drawn scenes are known whether or not the sample
-has them, so that a "blue car" is not taken for the red one. May import pretrain's floors.
+color, surface and size in any order and then a name (or "thing"): "a small striped red car". It names all objects that fit
+every word of it; words that fit none are left out. The vocabulary holds words that other samples of the data set have, so
+that a "blue car" is not taken for the red one. A word that is both a name and an attribute ("orange") is an attribute where
+a name or another attribute follows. May import pretrain's floors.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections import ChainMap
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
-from pretrain.data.scene_things import KINDS
-from pretrain.data.scenes import COLORS, SIZES, SURFACES
+from pretrain.data.vocabulary import ATTRIBUTES, Vocabulary, normalize
 
 Kind = Literal["thing", "colour", "surface", "relation", "text"]
 KINDS_OF_WORDS: tuple[Kind, ...] = ("thing", "colour", "surface", "relation", "text")
@@ -52,8 +53,8 @@ class Swap:
 
 
 _WORD = re.compile(r"[^\W_]+")
-_FIELDS: dict[str, Kind | None] = {"color": "colour", "surface": "surface", "size": None}
-_KNOWN: dict[str, Sequence[str]] = {"color": COLORS, "surface": SURFACES, "size": tuple(SIZES)}
+_MEASURED: dict[str, Kind] = {"color": "colour", "surface": "surface"}
+_EMPTY = Vocabulary()
 _THING = "thing"
 _BESIDE = re.compile(r",?\s*(?:is\s+)?(?:to the\s+)?(left|right)\s+of\s+(?:an?\s+|the\s+)?$", re.IGNORECASE)
 _UPON = re.compile(
@@ -63,10 +64,10 @@ _UPON = re.compile(
 
 @dataclass
 class _Phrase:
-    """Attributes (field, value, word) and the object's name (None: a thing), with where its words stand."""
+    """Attributes (field, value, word) and the object's name ("": a thing), with where its words stand."""
 
     attributes: list[tuple[str, str, re.Match[str]]]
-    head: str | None
+    head: str
     start: int
     head_start: int
     end: int
@@ -79,24 +80,24 @@ class _Phrase:
         return tuple(
             i
             for i, each in enumerate(objects)
-            if (self.head is None or _word(each.get("name")) == self.head)
-            and all(_word(each.get(field)) == value for field, value in values)
+            if (not self.head or normalize(each.get("name")) == self.head)
+            and all(normalize(each.get(field)) == value for field, value in values)
         )
 
 
-def mentions(text: str, objects: Objects) -> list[Mention]:
-    """The words of `text` that speak of `objects`, in its order."""
-    phrases = _phrases(text, objects)
+def mentions(text: str, objects: Objects, vocabulary: Vocabulary = _EMPTY) -> list[Mention]:
+    """The words of `text` that name `objects`, in its order; `vocabulary`: further words that name others."""
+    phrases = _phrases(text, objects, vocabulary)
     fitting = [phrase.fitting(objects) for phrase in phrases]
     out = []
     for phrase, found in zip(phrases, fitting, strict=True):
         if not found:
             continue
         for field, _, match in phrase.attributes:
-            kind = _FIELDS[field]
+            kind = _MEASURED.get(field)
             if kind:
                 out.append(Mention(match.group().lower(), match.start(), match.end(), kind, found))
-        if phrase.head is not None:
+        if phrase.head:
             head = text[phrase.head_start : phrase.end].lower()
             out.append(Mention(head, phrase.head_start, phrase.end, "thing", found))
     for (first, second), (a, b) in zip(pairwise(phrases), pairwise(fitting), strict=True):
@@ -114,13 +115,13 @@ def whole(text: str, found: Sequence[Mention]) -> list[Mention]:
     return [Mention(text, 0, len(text), "text", spoken.pop())] if len(spoken) == 1 else []
 
 
-def swaps(text: str, objects: Objects) -> list[Swap]:
+def swaps(text: str, objects: Objects, vocabulary: Vocabulary = _EMPTY) -> list[Swap]:
     """`text` with one colour exchanged, for every way in which it then speaks of exactly one other object.
 
     Neither object may be spoken of elsewhere in the text, or the map would have a second reason to be there.
     """
-    phrases = _phrases(text, objects)
-    colors = list(dict.fromkeys(_word(each.get("color")) for each in objects if each.get("color")))
+    phrases = _phrases(text, objects, vocabulary)
+    colors = list(dict.fromkeys(normalize(each.get("color")) for each in objects if each.get("color")))
     out = []
     for phrase in phrases:
         found = phrase.fitting(objects)
@@ -138,13 +139,15 @@ def swaps(text: str, objects: Objects) -> list[Swap]:
     return out
 
 
-def pairs(objects: Objects) -> list[Swap]:
+def pairs(objects: Objects, vocabulary: Vocabulary = _EMPTY) -> list[Swap]:
     """Swaps for models that read captions: "a red car" -> "a blue car", for each two that their colour alone tells apart."""
     out = []
-    for name in dict.fromkeys(_word(each.get("name")) for each in objects):
-        among = dict.fromkeys(_word(each["color"]) for each in objects if _word(each.get("name")) == name and each.get("color"))
+    for name in dict.fromkeys(normalize(each.get("name")) for each in objects):
+        among = dict.fromkeys(
+            normalize(each["color"]) for each in objects if normalize(each.get("name")) == name and each.get("color")
+        )
         for color in among:
-            out += [s for s in swaps(f"{_article(color)} {color} {name}", objects) if s.new.word in among]
+            out += [s for s in swaps(f"{_article(color)} {color} {name}", objects, vocabulary) if s.new.word in among]
     return out
 
 
@@ -152,19 +155,22 @@ def pairs(objects: Objects) -> list[Swap]:
 # Reading
 
 
-def _phrases(text: str, objects: Objects) -> list[_Phrase]:
+def _phrases(text: str, objects: Objects, vocabulary: Vocabulary) -> list[_Phrase]:
     """Runs of attributes with the name behind them; attributes without one speak of nothing we could point at."""
-    attributes = {word: field for field, words in _KNOWN.items() for word in words}
-    attributes |= {_word(each[field]): field for field in _FIELDS for each in objects if _word(each.get(field))}
-    names = _names(objects)
-    longest = max(name.count(" ") + 1 for name in names)
+    attributes = ChainMap(_attribute_fields(objects), vocabulary.attribute_fields)
+    own_names = vocabulary.forms(normalize(item.get("name")) for item in objects if normalize(item.get("name")))
+    names = ChainMap(own_names, vocabulary.name_forms, dict.fromkeys((_THING, f"{_THING}s"), ""))
+    longest = max(1, vocabulary.longest_name, *(name.count(" ") + 1 for name in own_names))
     words = list(_WORD.finditer(text))
     out: list[_Phrase] = []
     run: list[tuple[str, str, re.Match[str]]] = []
     i = 0
     while i < len(words):
         word = words[i].group().lower()
-        length = next((n for n in range(min(longest, len(words) - i), 0, -1) if _joined(text, words[i : i + n]) in names), 0)
+        length = _name_length(text, words, i, names, longest)
+        if length == 1 and word in attributes and i + 1 < len(words) and _adjacent(text, words[i], words[i + 1]):
+            follows = words[i + 1].group().lower() in attributes or _name_length(text, words, i + 1, names, longest)
+            length = 0 if follows else length
         if length:
             last = words[i + length - 1]
             start = run[0][2].start() if run else words[i].start()
@@ -178,14 +184,14 @@ def _phrases(text: str, objects: Objects) -> list[_Phrase]:
     return out
 
 
-def _names(objects: Objects) -> dict[str, str | None]:
-    """How a thing may be called, one or many -> its name in the json; None for any thing."""
-    out: dict[str, str | None] = {_THING: None, f"{_THING}s": None}
-    own = [_word(each["name"]) for each in objects if _word(each.get("name"))]
-    for name in (*KINDS, *own):
-        plural = KINDS[name].plural if name in KINDS else ""
-        out |= dict.fromkeys((name, plural or f"{name}s", f"{name}es"), name)
-    return out
+def _attribute_fields(objects: Objects) -> dict[str, str]:
+    return {normalize(item[key]): key for key in ATTRIBUTES for item in objects if normalize(item.get(key))}
+
+
+def _name_length(text: str, words: list[re.Match[str]], i: int, names: Mapping[str, str], longest: int) -> int:
+    """Words of the longest name that begins with word `i`; 0 where none does."""
+    lengths = range(min(longest, len(words) - i), 0, -1)
+    return next((n for n in lengths if _joined(text, words[i : i + n]) in names), 0)
 
 
 def _joined(text: str, words: list[re.Match[str]]) -> str:
@@ -197,10 +203,6 @@ def _joined(text: str, words: list[re.Match[str]]) -> str:
 
 def _adjacent(text: str, a: re.Match[str], b: re.Match[str]) -> bool:
     return not text[a.end() : b.start()].strip()
-
-
-def _word(value: Any) -> str:
-    return value.strip().lower() if isinstance(value, str) else ""
 
 
 def _exchange(text: str, match: re.Match[str], word: str) -> tuple[str, int]:

@@ -26,6 +26,7 @@ from finetune.words import Cut, word_map
 from pretrain.config import UserError
 from pretrain.data.decode import EXTENSIONS, read_header
 from pretrain.data.loader import Batch
+from pretrain.data.vocabulary import Vocabulary
 
 SWAP = "swap"
 
@@ -98,11 +99,21 @@ class Prober:
     """Runs probes through a model and holds the maps against boxes."""
 
     def __init__(
-        self, tuned: Finetuned, fresh: FusionModel | None, method: str, layer: int | None, at_once: int, device: torch.device
+        self,
+        tuned: Finetuned,
+        fresh: FusionModel | None,
+        method: str,
+        layer: int | None,
+        at_once: int,
+        device: torch.device,
+        vocabulary: Vocabulary,
     ) -> None:
-        """`fresh`: the untrained control, None to leave out the controls that need the model; `at_once`: texts a pass."""
+        """`fresh`: the untrained control, None to leave out the controls that need the model; `at_once`: texts a pass.
+
+        `vocabulary`: words for objects that the data set has, whether or not the sample has them.
+        """
         self.tuned, self.fresh, self.method, self.layer = tuned, fresh, method, layer
-        self.at_once, self.device = at_once, device
+        self.at_once, self.device, self.vocabulary = at_once, device, vocabulary
         self.image, self.text = readers(tuned)
 
     def records(self, batch: Batch, texts: int) -> Iterator[Record]:
@@ -123,7 +134,7 @@ class Prober:
     def _probes(self, batch: Batch, objects: list[Objects], texts: int) -> list[Probe]:
         out = []
         for i, own in enumerate(objects):
-            said = [(text, mentions(text, own)) for text in self._texts(batch, i)]
+            said = [(text, mentions(text, own, self.vocabulary)) for text in self._texts(batch, i)]
             probes = [Probe(i, text, (*found, *whole(text, found))) for text, found in said if found]
             out += _spread(probes, texts)
         return out
@@ -162,7 +173,10 @@ class Prober:
         found: list[tuple[int, Swap]] = []
         for i, own in enumerate(objects):
             asks = self.tuned.task.asks
-            own_swaps = [swap for text in self._texts(batch, i) for swap in swaps(text, own)] if asks else pairs(own)
+            if asks:
+                own_swaps = [swap for text in self._texts(batch, i) for swap in swaps(text, own, self.vocabulary)]
+            else:
+                own_swaps = pairs(own, self.vocabulary)
             found += [(i, swap) for swap in _spread(own_swaps, texts)]
         images = batch.inputs["image"]
         before = self.maps(self.tuned.model, images, [Probe(i, swap.before, (swap.old,)) for i, swap in found])

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.config import ConfigError, UserError, closest
-from pretrain.data.scene_plan import CLASSES
+from pretrain.data.vocabulary import builtin_names, load_builtin
 from pretrain.retrieval import TIE, check_finite
 
 # A class in many settings: averaged, they leave what the settings share, which is the class.
@@ -61,8 +61,8 @@ def class_names(spec: str | Sequence[str]) -> list[str]:
     """The classes, in the order of their integer labels.
 
     Args:
-        spec: a list; or "imagenet" (the 1,000 classes, named by timm's own data); or "scenes" (the things of the built-in
-            data set); or a file with one name a line; or the names themselves with commas between.
+        spec: a list; or "imagenet" (the 1,000 classes, named by timm's own data); or a data set whose vocabulary ships
+            with the package ("scenes"); or a file with one name a line; or the names themselves with commas between.
 
     Raises:
         ConfigError: fewer than two names, a name twice, or a file that is not there.
@@ -71,16 +71,17 @@ def class_names(spec: str | Sequence[str]) -> list[str]:
         names, where = [str(name) for name in spec], "the list of classes"
     elif spec.lower() in ("imagenet", "imagenet-1k"):
         names, where = imagenet_names(), "imagenet"
-    elif spec.lower() == "scenes":
-        names, where = list(CLASSES), "scenes"
+    elif spec.lower() in builtin_names():
+        names, where = list(load_builtin(spec.lower()).names), spec.lower()
     elif "," in spec:
         names, where = spec.split(","), "the list of classes"
     else:
         try:
             names, where = Path(spec).read_text(encoding="utf-8").splitlines(), spec
         except OSError:
+            known = ", ".join(f'"{name}"' for name in ("imagenet", *builtin_names()))
             raise ConfigError(
-                f'no classes {spec!r}; give "imagenet", "scenes", a file with one name a line, or the names with commas between'
+                f"no classes {spec!r}; give {known}, a file with one name a line, or the names with commas between"
             ) from None
     names = [name.strip() for name in names if name.strip()]
     if len(names) < 2:

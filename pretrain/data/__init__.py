@@ -9,7 +9,8 @@
     images.py      augment, resize; decode.py: bytes to pixels
     text.py        token ids, trimmed; captions.py: which text; tokenizer.py: trains one
     pack.py        anything -> shards, with pack_*.py and tables.py
-    scenes.py      the built-in data set, with scene_*.py
+    vocabulary.py  the words for objects that a data set brings; vocabularies/: those that ship with the package
+    scenes.py      the built-in data set, with scene_*.py; of the project only `launch` imports it
 
 May import `pretrain.dist`, `pretrain.registry` and `pretrain.config`; nothing above them.
 """

@@ -36,17 +36,26 @@ from pretrain.config import UserError
 from pretrain.data.scene_paint import paint
 from pretrain.data.scene_places import PLACES
 from pretrain.data.scene_plan import CLASSES, COLORS, GROUP, SIZES, SPLITS, SURFACES, UNSEEN, Scene, plan, relation
+from pretrain.data.scene_things import KINDS
 from pretrain.data.scene_words import captions, foils, questions
+from pretrain.data.vocabulary import FILE, Vocabulary
 
 __all__ = [
     "CLASSES", "COLORS", "PLACES", "SIZES", "SPLITS", "SURFACES", "UNSEEN",
-    "Scene", "contact_sheet", "draw", "draw_dataset", "plan", "split_sizes",
+    "VOCABULARY", "Scene", "contact_sheet", "draw", "draw_dataset", "plan", "split_sizes",
 ]  # fmt: skip
 
 SHARD = 1000  # scenes
 _CHUNK = 50  # scenes that a process draws at a time
 _VERSION = 2  # of the drawing: a folder drawn by another one is not taken for this one's
 _QUALITY = 92  # JPEG, without colour subsampling: stripes are two pixels wide
+
+VOCABULARY = Vocabulary(
+    CLASSES,
+    {"color": COLORS, "surface": SURFACES, "size": tuple(SIZES)},
+    {name: kind.plural for name, kind in KINDS.items() if kind.plural},
+)
+"""All words for objects; vocabularies/scenes.json is the same, for those who read scenes and draw none."""
 
 Progress = Callable[[int, int], None]
 Files = dict[str, bytes]
@@ -145,6 +154,7 @@ def draw_dataset(
 ) -> dict[str, int]:
     """Draw the data set into `out`/{train,val,test,unseen,hard}-0000.tar ..., 1,000 scenes a shard.
 
+    Beside them lie classes.txt, one name a line in the order of `label`, and vocabulary.json, all words for objects.
     A shard appears whole or not at all. Called again with the same settings, only what is missing is drawn.
 
     Args:
@@ -181,6 +191,9 @@ def draw_dataset(
                         done += min(_CHUNK, last - start)
                         if progress:
                             progress(done, total)
+        for name, text in (("classes.txt", "".join(f"{name}\n" for name in CLASSES)), (FILE, VOCABULARY.to_json())):
+            if not (folder / name).exists():
+                _write(folder / name, text)
     except OSError as error:
         raise UserError(f"cannot draw into {folder}: {error.strerror or error}") from error
     except BrokenProcessPool as error:
@@ -218,9 +231,14 @@ def _claim(folder: Path, settings: _Settings, counts: dict[str, int]) -> None:
         return
     if taken := sorted(path.name for split in SPLITS for path in folder.glob(f"{split}-*.tar")):
         raise UserError(f"{folder} holds other shards ({taken[0]}): choose another folder")
-    partial = note.with_name(f".scenes.json.{os.getpid()}")
-    partial.write_text(ours)
-    partial.replace(note)
+    _write(note, ours)
+
+
+def _write(path: Path, text: str) -> None:
+    """A small text file, whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 def _read(note: Path) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -17,10 +18,10 @@ from torch import Tensor
 from finetune import model as models
 from finetune.attend import Seen, look
 from finetune.config import FusionSchema
-from finetune.grounding import GroundingConfig, figures, grounding, run, summary
+from finetune.grounding import GroundingConfig, figures, grounding, run, summary, vocabulary_of
 from finetune.inference import Finetuned
 from finetune.model import FusionModel
-from finetune.phrases import mentions
+from finetune.phrases import mentions, swaps
 from finetune.pointing import covered, to_cells
 from finetune.probes import Record, objects_of
 from finetune.tasks import Prediction, Task
@@ -31,6 +32,7 @@ from pretrain import config as configuration
 from pretrain import inference
 from pretrain import model as encoders
 from pretrain.config import ConfigError, UserError
+from pretrain.data import scenes
 from pretrain.data.text import TextDecoder, load_tokenizer
 from tests.support import TINY_TOWERS, Small
 
@@ -43,11 +45,12 @@ class Planted(Task):
 
     primary_metric = "none"
 
-    def __init__(self, small: Small, asks: bool, sight: str) -> None:
+    def __init__(self, small: Small, asks: bool, sight: str, length: int) -> None:
         self.asks = asks  # type: ignore[misc]
         self.sight = sight
-        self.decoder = TextDecoder(load_tokenizer(small.tokenizer), 64)
+        self.decoder = TextDecoder(load_tokenizer(small.tokenizer), length)
         self.known: dict[bytes, dict[str, Any]] = {}
+        self.vocabulary = scenes.VOCABULARY
 
     def predict(
         self, model: FusionModel, inputs: dict[str, Tensor], masks: dict[str, Tensor], trace: Trace | None = None, top: int = 5
@@ -72,23 +75,28 @@ class Planted(Task):
         said = self.known[image.numpy().tobytes()]
         text = self.decoder.tokenizer.decode(ids, skip_special_tokens=True).strip()
         cut = Cut(self.decoder, text)
-        for mention in mentions(text, said["objects"]):
+        for mention in mentions(text, said["objects"], self.vocabulary):
             boxes = to_cells(np.array([said["objects"][o]["box"] for o in mention.objects]), (0, 0, 64, 64), GRID)
             for token in cut.tokens(mention.start, mention.end):
                 rows[token] = torch.from_numpy(covered(boxes, GRID)).flatten()
 
 
-def planted(small: Small, asks: bool, sight: str) -> Finetuned:
+def planted(small: Small, asks: bool, sight: str, length: int = 64) -> Finetuned:
     """A real tiny model whose task has planted sight."""
     torch.manual_seed(0)
-    settings = [*TINY_TOWERS, "image.args.patch_size=8", f"text.tokenizer={small.tokenizer}", "image.size=64", "text.length=64"]
-    settings += ["fusion.layers=1", "fusion.heads=2"]
+    settings = [*TINY_TOWERS, "image.args.patch_size=8", f"text.tokenizer={small.tokenizer}", "image.size=64"]
+    settings += [
+        f"text.length={length}",
+        f"text.args.max_position_embeddings={length + 13}",
+        "fusion.layers=1",
+        "fusion.heads=2",
+    ]
     config = configuration.build(FusionSchema, configuration.merged(None, settings), "here")
     tokenizer = load_tokenizer(small.tokenizer)
     encoder = encoders.build(inference.towers(config), config.model, tokenizer)
     model = models.build(encoder, config.fusion, config.context, config.tokens)
     decoders = inference.decoders(config, tokenizer, encoder, "txt")
-    task = Planted(small, asks, sight)
+    task = Planted(small, asks, sight, length)
     for shard in sorted(small.root.glob("scenes/val-*.tar")):
         with tarfile.open(shard) as tar:
             files = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
@@ -112,7 +120,7 @@ def test_a_model_that_looks_at_the_boxes(small: Small, asks: bool) -> None:
     words: Counter[str] = Counter()
     for said in tuned.task.known.values():
         texts = [q["question"] for q in said["questions"]] if asks else said["captions"][:1]  # KEY.txt
-        found_in = [mentions(text, said["objects"]) for text in texts]
+        found_in = [mentions(text, said["objects"], scenes.VOCABULARY) for text in texts]
         spoken = [[m.kind for m in ms] + ["text"] * (len({m.objects for m in ms}) == 1) for ms in found_in]
         spoken = [kinds for kinds in spoken if kinds]
         few = spoken if len(spoken) <= 4 else [spoken[i * (len(spoken) - 1) // 3] for i in range(4)]
@@ -139,13 +147,65 @@ def test_lift_is_one_over_the_area(small: Small) -> None:
     found = grounding(tuned, small.val, GroundingConfig(method="raw", controls=False, workers=0, max_samples=8), CPU)
     expected = []
     for said in list(tuned.task.known.values())[:8]:
-        for mention in mentions(said["captions"][0], said["objects"]):
+        for mention in mentions(said["captions"][0], said["objects"], scenes.VOCABULARY):
             if mention.kind == "thing":
                 share = covered(
                     to_cells(np.array([said["objects"][o]["box"] for o in mention.objects]), (0, 0, 64, 64), GRID), GRID
                 )
                 expected.append(float((share * share).sum() / share.sum() / share.mean()))
     assert found["lift_thing"] == pytest.approx(np.mean(expected))
+
+
+OTHER_WORDS = {
+    "car": "tractor", "sofa": "bench", "dog": "hound", "house": "barn", "tree": "pine", "boat": "raft", "ball": "egg",
+    "cup": "jug", "chair": "stool", "bird": "hen", "fish": "sheep", "cat": "fox", "lamp": "torch", "plane": "kite",
+    "flower": "rose", "mushroom": "root", "red": "turquoise", "orange": "amber", "yellow": "beige", "green": "olive",
+    "blue": "teal", "purple": "mauve", "black": "navy", "white": "ivory", "plain": "bare", "striped": "dotted",
+    "leather": "wooden", "small": "tiny", "medium": "middling", "large": "huge",
+}  # fmt: skip
+
+
+def translated(text: str) -> str:
+    """The same with other words for all objects, singular or plural."""
+    return re.sub(rf"\b({'|'.join(OTHER_WORDS)})(s?)\b", lambda word: OTHER_WORDS[word[1]] + word[2], text)
+
+
+@pytest.mark.parametrize("brings_file", [False, True])
+def test_data_with_words_of_its_own(small: Small, tmp_path: Path, brings_file: bool) -> None:
+    """Scenes in other words: the same mentions of the same objects, whether the data lists its words or not."""
+    shard = sorted(small.root.glob("scenes/val-*.tar"))[0]
+    with tarfile.open(shard) as old, tarfile.open(tmp_path / "farm-0.tar", "w") as new:
+        for member in old:
+            data = old.extractfile(member).read()  # type: ignore[union-attr]
+            if not member.name.endswith(".jpg"):
+                data = translated(data.decode()).encode()
+            member.size = len(data)
+            new.addfile(member, io.BytesIO(data))
+    if brings_file:
+        (tmp_path / "vocabulary.json").write_text(translated(scenes.VOCABULARY.to_json()))
+    config = GroundingConfig(method="raw", controls=False, resamples=200)
+    vocabulary = vocabulary_of(f"{tmp_path}/farm-*.tar", config)
+    assert set(vocabulary.names) == {OTHER_WORDS[name] for name in scenes.CLASSES}
+    assert set(vocabulary.attributes["color"]) == {OTHER_WORDS[color] for color in scenes.COLORS}
+    assert vocabulary_of(small.val, config) == scenes.VOCABULARY
+
+    tuned = planted(small, False, "boxes", length=128)  # words that the tokenizer has not seen are many tokens
+    for image, said in tuned.task.known.items():
+        other = json.loads(translated(json.dumps(said)))
+        texts = [*said["captions"], *(question["question"] for question in said["questions"])]
+        for text in texts:
+            expected = mentions(text, said["objects"], scenes.VOCABULARY)
+            found = mentions(translated(text), other["objects"], vocabulary)
+            assert [(m.word, m.kind, m.objects) for m in found] == [(translated(m.word), m.kind, m.objects) for m in expected]
+            before = [(swap.old.objects, swap.new.objects) for swap in swaps(text, said["objects"], scenes.VOCABULARY)]
+            after = [(s.old.objects, s.new.objects) for s in swaps(translated(text), other["objects"], vocabulary)]
+            assert before == after
+        tuned.task.known[image] = other
+    tuned.task.vocabulary = vocabulary
+    figures = grounding(tuned, f"{tmp_path}/farm-*.tar", config, CPU)
+    for kind in ("thing", "colour", "surface", "relation"):
+        assert figures[f"pointing_{kind}"] == 1, kind
+    assert figures["counterfactual_moved"] == 1
 
 
 def test_shuffled_text_looks_elsewhere(small: Small) -> None:
@@ -205,7 +265,7 @@ def test_one_picture_one_text(small: Small) -> None:
     seen: Seen = look(tuned, picture, said["captions"][0], "raw")
     assert seen.words == [word.strip(",.:") for word in said["captions"][0].split()]
     assert seen.picture.size == (64, 64)
-    thing = next(m for m in mentions(said["captions"][0], said["objects"]) if m.kind == "thing")
+    thing = next(m for m in mentions(said["captions"][0], said["objects"], scenes.VOCABULARY) if m.kind == "thing")
     values = seen.maps[seen.words.index(thing.word)]
     where = to_cells(np.array([said["objects"][o]["box"] for o in thing.objects]), (0, 0, 64, 64), GRID)
     np.testing.assert_allclose(values, covered(where, GRID), atol=1e-6)

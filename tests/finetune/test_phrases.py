@@ -9,6 +9,7 @@ import pytest
 
 from finetune.phrases import Mention, mentions, pairs, swaps
 from pretrain.data import scenes
+from pretrain.data.vocabulary import Vocabulary, from_objects
 
 OBJECTS = [
     {"name": "car", "color": "red", "surface": "striped", "size": "small"},
@@ -18,8 +19,10 @@ OBJECTS = [
 ]
 
 
-def said(text: str, objects: Any = OBJECTS) -> list[tuple[str, str, tuple[int, ...]]]:
-    found = mentions(text, objects)
+def said(
+    text: str, objects: Any = OBJECTS, vocabulary: Vocabulary = scenes.VOCABULARY
+) -> list[tuple[str, str, tuple[int, ...]]]:
+    found = mentions(text, objects, vocabulary)
     for mention in found:
         assert text[mention.start : mention.end].lower() == mention.word
     return [(mention.word, mention.kind, mention.objects) for mention in found]
@@ -73,6 +76,57 @@ def test_objects_of_other_data() -> None:
     assert said("anything", []) == []
 
 
+FIELD = [
+    {"name": "tractor", "color": "turquoise", "surface": "rusty", "size": "huge"},
+    {"name": "tractor", "color": "beige"},
+    {"name": "sheep", "color": "beige"},
+    {"name": "hay bale"},
+]
+WORDS = Vocabulary(("tractor", "sheep", "hay bale", "barn"), {"color": ("turquoise", "beige", "pink")}, {"sheep": "sheep"})
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a huge turquoise tractor", [("turquoise", "colour", (0,)), ("tractor", "thing", (0,))]),
+        ("two tractors, three sheep", [("tractors", "thing", (0, 1)), ("sheep", "thing", (2,))]),
+        ("is the pink tractor rusty?", []),  # the data has something pink and a barn, this image has not
+        ("a beige barn", []),
+        ("a red tractor", [("tractor", "thing", (0, 1))]),  # red is no word of this data
+        ("a green car", []),
+        ("a sheep on a hay bale", [("sheep", "thing", (2,)), ("on", "relation", (2, 3)), ("hay bale", "thing", (3,))]),
+    ],
+)
+def test_the_vocabulary_is_that_of_the_data(text: str, expected: list[tuple[str, str, tuple[int, ...]]]) -> None:
+    assert said(text, FIELD, WORDS) == expected
+
+
+def test_colors_of_other_data_exchanged() -> None:
+    (one,) = swaps("a turquoise tractor", FIELD, WORDS)
+    assert (one.after, one.new.objects) == ("a beige tractor", (1,))
+    assert [(each.before, each.after) for each in pairs(FIELD, WORDS)] == [
+        ("a turquoise tractor", "a beige tractor"),
+        ("a beige tractor", "a turquoise tractor"),
+    ]
+
+
+def test_words_of_scenes_are_none_of_other_data() -> None:
+    """A leather boat is a boat where leather names nothing; the drawn scenes know "leather" as a surface."""
+    boats = [{"name": "boat", "surface": "wooden"}]
+    assert said("a leather boat", boats, from_objects(boats)) == [("boat", "thing", (0,))]
+    assert said("a leather boat", boats) == []
+
+
+def test_a_word_that_names_an_object_and_a_color() -> None:
+    fruit = [{"name": "orange"}, {"name": "box", "color": "orange"}, {"name": "box", "color": "blue"}]
+    assert said("an orange box", fruit, from_objects(fruit)) == [("orange", "colour", (1,)), ("box", "thing", (1,))]
+    assert said("an orange, a blue box", fruit, from_objects(fruit)) == [
+        ("orange", "thing", (0,)),
+        ("blue", "colour", (2,)),
+        ("box", "thing", (2,)),
+    ]
+
+
 def test_a_colour_exchanged() -> None:
     (one,) = swaps("is the red car plain?", OBJECTS)
     assert (one.after, one.old.objects, one.new) == ("is the blue car plain?", (0,), Mention("blue", 7, 11, "colour", (2,)))
@@ -94,14 +148,16 @@ def test_scenes_speak_of_what_they_record() -> None:
         _, said_of = scenes.draw(7, "train", i)
         objects = said_of["objects"]
         for asked in said_of["questions"]:
-            found = [mention for mention in mentions(asked["question"], objects) if mention.kind != "relation"]
+            found = [
+                mention for mention in mentions(asked["question"], objects, scenes.VOCABULARY) if mention.kind != "relation"
+            ]
             if asked["box"] is not None and asked["type"] != "relation":
                 assert {mention.objects for mention in found} == {(index_of(objects, asked["box"]),)}, asked
                 checked += 1
             if asked["type"] == "existence" and asked["answers"] == ["no"]:
                 assert not found, asked
-            moved += len(swaps(asked["question"], objects))
-        found = mentions(said_of["captions"][0], objects)
+            moved += len(swaps(asked["question"], objects, scenes.VOCABULARY))
+        found = mentions(said_of["captions"][0], objects, scenes.VOCABULARY)
         assert {i for mention in found if mention.kind == "thing" for i in mention.objects} == set(range(len(objects)))
         kinds.update(mention.kind for mention in found)
     assert checked > 100

@@ -20,12 +20,16 @@ from pretrain.data.scenes import (
     PLACES,
     SIZES,
     SPLITS,
+    VOCABULARY,
     contact_sheet,
     draw,
     draw_dataset,
     plan,
     split_sizes,
 )
+from pretrain.data.shards import expand
+from pretrain.data.vocabulary import find_vocabulary, load_builtin
+from pretrain.zero_shot import class_names
 
 
 @pytest.mark.parametrize(("size", "scale"), [(64, 1.0), (96, 1.0), (200, 1.0), (384, 0.25)])
@@ -139,7 +143,8 @@ def test_the_same_bytes_for_any_number_of_processes(tmp_path: Path, monkeypatch:
         assert sorted(calls) == calls
     one = digests(tmp_path / "w1")
     assert one == digests(tmp_path / "w3")
-    assert sorted(one) == ["scenes.json", *(f"train-000{i}.tar" for i in range(3)), "unseen-0000.tar", "unseen-0001.tar"]
+    shards = [*(f"train-000{i}.tar" for i in range(3)), "unseen-0000.tar", "unseen-0001.tar"]
+    assert sorted(one) == ["classes.txt", "scenes.json", *shards, "vocabulary.json"]
     # What is missing is drawn again, the rest is left alone
     (tmp_path / "w1" / "train-0001.tar").unlink()
     kept = (tmp_path / "w1" / "train-0000.tar").stat().st_mtime_ns
@@ -172,6 +177,30 @@ def test_nothing_half_written_is_left_behind(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(KeyboardInterrupt):
         draw_dataset(tmp_path, {"train": 60}, 64, workers=1, progress=stop)
     assert [path.name for path in tmp_path.iterdir()] == ["scenes.json"]
+
+
+def test_the_words_of_the_data_set_lie_beside_the_shards(tmp_path: Path) -> None:
+    draw_dataset(tmp_path, {"train": 2}, 64, workers=1)
+    vocabulary = find_vocabulary([f"{tmp_path}/train-0000.tar"])
+    assert vocabulary == VOCABULARY == load_builtin("scenes")
+    assert (tmp_path / "vocabulary.json").read_text() == VOCABULARY.to_json()
+    assert class_names(str(tmp_path / "classes.txt")) == class_names("scenes") == class_names("Scenes") == list(CLASSES)
+    assert expand(str(tmp_path)) == [f"{tmp_path}/train-0000.tar"]
+    # A folder drawn before these files existed has the same words, and gets the files when it is drawn again
+    for name in ("classes.txt", "vocabulary.json"):
+        (tmp_path / name).unlink()
+    assert find_vocabulary([f"{tmp_path}/train-0000.tar"]) == VOCABULARY
+    draw_dataset(tmp_path, {"train": 2}, 64, workers=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "classes.txt",
+        "scenes.json",
+        "train-0000.tar",
+        "vocabulary.json",
+    ]
+    # What lies there already is left alone
+    (tmp_path / "classes.txt").write_text("mine\nyours\n")
+    draw_dataset(tmp_path, {"train": 2}, 64, workers=1)
+    assert class_names(str(tmp_path / "classes.txt")) == ["mine", "yours"]
 
 
 @pytest.mark.parametrize(

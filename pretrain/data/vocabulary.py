@@ -1,0 +1,166 @@
+"""The words for objects that a data set brings: their names, and what their colors, surfaces and sizes are called.
+
+    {"name": ["tractor", "sheep"], "color": ["red", "turquoise"], "plural": {"sheep": "sheep"}}      vocabulary.json
+
+The file lies beside the shards. Its keys are the fields of `objects` in the samples' json, and all of them may be left out.
+Where samples have a numeric `label`, it is a position in `name`. `vocabularies/NAME.json` are files that ship with the
+package, known by NAME: "scenes" is the built-in data set. May import `pretrain.config` and `cache`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pretrain.config import UserError
+from pretrain.data.cache import remote, small
+
+FILE = "vocabulary.json"
+ATTRIBUTES = ("color", "surface", "size")
+"""Fields of an object whose words are known, besides its name."""
+
+_BUILTIN = Path(__file__).parent / "vocabularies"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Words for objects, in lower case."""
+
+    names: tuple[str, ...] = ()
+    attributes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Field (one of ATTRIBUTES) -> its words."""
+    plurals: Mapping[str, str] = field(default_factory=dict)
+    """Name -> its plural, where that is not the name with -s or -es."""
+
+    @cached_property
+    def name_forms(self) -> dict[str, str]:
+        """Singular or plural -> the name it belongs to."""
+        return self.forms(self.names)
+
+    @cached_property
+    def attribute_fields(self) -> dict[str, str]:
+        """Word -> its field, one of ATTRIBUTES."""
+        return {word: key for key in ATTRIBUTES for word in self.attributes.get(key, ())}
+
+    @cached_property
+    def longest_name(self) -> int:
+        """Words in the longest of `name_forms`."""
+        return max((form.count(" ") + 1 for form in self.name_forms), default=0)
+
+    def forms(self, names: Iterable[str]) -> dict[str, str]:
+        """The same for any names: singular or plural -> the name."""
+        out: dict[str, str] = {}
+        for name in names:
+            out |= dict.fromkeys((name, self.plurals.get(name) or f"{name}s", f"{name}es"), name)
+        return out
+
+    def to_json(self) -> str:
+        """The content of vocabulary.json."""
+        content = {"name": self.names, **{key: self.attributes[key] for key in ATTRIBUTES if key in self.attributes}}
+        return json.dumps({**content, "plural": self.plurals} if self.plurals else content, indent=1) + "\n"
+
+
+def normalize(value: Any) -> str:
+    """A word of the json in lower case without space around it; "" for what is no text."""
+    return value.strip().lower() if isinstance(value, str) else ""
+
+
+def from_objects(objects: Iterable[Any]) -> Vocabulary:
+    """All words that the objects of a data set have; anything of another form is passed over."""
+    words: dict[str, dict[str, None]] = {key: {} for key in ("name", *ATTRIBUTES)}  # dicts keep the order
+    for item in objects:
+        for key in words if isinstance(item, dict) else ():
+            if word := normalize(item.get(key)):
+                words[key][word] = None
+    return Vocabulary(tuple(words.pop("name")), {key: tuple(values) for key, values in words.items() if values})
+
+
+def merge(vocabularies: Sequence[Vocabulary]) -> Vocabulary:
+    """All words of several; of two plurals of a name the last."""
+    names = dict.fromkeys(name for vocabulary in vocabularies for name in vocabulary.names)
+    attributes = {}
+    for key in ATTRIBUTES:
+        if words := dict.fromkeys(word for vocabulary in vocabularies for word in vocabulary.attributes.get(key, ())):
+            attributes[key] = tuple(words)
+    plurals = {name: plural for vocabulary in vocabularies for name, plural in vocabulary.plurals.items()}
+    return Vocabulary(tuple(names), attributes, plurals)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def builtin_names() -> list[str]:
+    """Data sets whose vocabulary ships with the package."""
+    return sorted(path.stem for path in _BUILTIN.glob("*.json"))
+
+
+def load_builtin(name: str) -> Vocabulary:
+    """The vocabulary of one of `builtin_names`."""
+    path = _BUILTIN / f"{name}.json"
+    return parse(path.read_bytes(), str(path))
+
+
+def find_vocabulary(shards: Iterable[str]) -> Vocabulary | None:
+    """What the data set of these shards brings; None where a folder of them brings nothing.
+
+    A folder with NAME.json, the settings of a built-in data set, but no vocabulary.json was drawn before that file existed:
+    its words are those that ship with the package.
+
+    Args:
+        shards: paths and urls, as `shards.expand` gives them.
+
+    Raises:
+        UserError: a file that is no vocabulary or cannot be read.
+    """
+    vocabularies = [_in_folder(folder) for folder in dict.fromkeys(shard.rpartition("/")[0] for shard in shards)]
+    present = [vocabulary for vocabulary in vocabularies if vocabulary is not None]
+    return merge(present) if present and len(present) == len(vocabularies) else None
+
+
+def _in_folder(folder: str) -> Vocabulary | None:
+    path = f"{folder}/{FILE}" if folder else FILE
+    content = _content(path)
+    if content is not None:
+        return parse(content, path)
+    for name in builtin_names():
+        if _content(os.path.join(folder, f"{name}.json")) is not None:
+            return load_builtin(name)
+    return None
+
+
+def _content(path: str) -> bytes | None:
+    if remote(path):
+        return small(path)
+    try:
+        return Path(path).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def parse(content: bytes, path: str) -> Vocabulary:
+    """A vocabulary from the content of its file. Raises UserError, naming `path` and the key."""
+    try:
+        values = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no json: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f'{path} must be an object such as {{"name": ["car", "dog"], "color": ["red"]}}')
+    allowed = ("name", *ATTRIBUTES, "plural")
+    for key, words in values.items():
+        if key not in allowed:
+            raise UserError(f"{path}: no key {key!r}; the choices are {', '.join(allowed)}")
+        form, example = (dict, '{"fish": "fish"}') if key == "plural" else (list, '["red", "blue"]')
+        texts = [*words, *words.values()] if isinstance(words, dict) else words
+        if not isinstance(words, form) or not all(map(normalize, texts)):
+            raise UserError(f"{path}: {key!r} must be words such as {example}")
+    words_of = {key: tuple(map(normalize, values[key])) for key in ("name", *ATTRIBUTES) if key in values}
+    plurals = {normalize(name): normalize(plural) for name, plural in values.get("plural", {}).items()}
+    return Vocabulary(words_of.pop("name", ()), words_of, plurals)

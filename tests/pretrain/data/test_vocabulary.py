@@ -1,0 +1,88 @@
+"""The words for objects that a data set brings: its file, what lies beside which shards, and the words of samples."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain.config import UserError
+from pretrain.data.vocabulary import (
+    Vocabulary,
+    builtin_names,
+    find_vocabulary,
+    from_objects,
+    load_builtin,
+    merge,
+    parse,
+)
+
+FARM = Vocabulary(("tractor", "sheep"), {"color": ("turquoise",)}, {"sheep": "sheep"})
+
+
+def test_written_and_read() -> None:
+    assert parse(FARM.to_json().encode(), "x") == FARM
+    assert parse(b"{}", "x") == Vocabulary() == parse(Vocabulary().to_json().encode(), "x")
+    assert parse(b'{"name": [" Hay Bale "], "size": ["HUGE"]}', "x") == Vocabulary(("hay bale",), {"size": ("huge",)})
+    assert FARM.name_forms == {
+        "tractor": "tractor", "tractors": "tractor", "tractores": "tractor", "sheep": "sheep", "sheepes": "sheep",
+    }  # fmt: skip
+    assert FARM.attribute_fields == {"turquoise": "color"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[", "x.json is no json"),
+        ("[]", "x.json must be an object"),
+        ({"colour": ["red"]}, "no key 'colour'; the choices are name, color, surface, size, plural"),
+        ({"name": "car"}, "'name' must be words"),
+        ({"color": ["red", 3]}, "'color' must be words"),
+        ({"color": [" "]}, "'color' must be words"),
+        ({"plural": ["fish"]}, "'plural' must be words"),
+        ({"plural": {"fish": None}}, "'plural' must be words"),
+    ],
+)
+def test_a_file_that_is_no_vocabulary(content: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse((content if isinstance(content, str) else json.dumps(content)).encode(), "x.json")
+
+
+def test_words_of_samples() -> None:
+    objects = [{"name": "Tractor", "color": "turquoise", "on": 3}, {"name": "tractor", "size": 4}, "sheep", {"color": "beige"}]
+    assert from_objects(objects) == Vocabulary(("tractor",), {"color": ("turquoise", "beige")})
+    assert merge([FARM, from_objects(objects)]) == Vocabulary(
+        ("tractor", "sheep"), {"color": ("turquoise", "beige")}, {"sheep": "sheep"}
+    )
+    assert merge([]) == Vocabulary()
+
+
+def test_every_folder_of_shards_brings_its_own(tmp_path: Path) -> None:
+    for name in ("a", "b", "old"):
+        (tmp_path / name).mkdir()
+    a, b, old = (f"{tmp_path}/{name}/0.tar" for name in ("a", "b", "old"))
+    (tmp_path / "a" / "vocabulary.json").write_text(FARM.to_json())
+    (tmp_path / "old" / "scenes.json").write_text("{}")
+    assert find_vocabulary([a, f"{tmp_path}/a/1.tar"]) == FARM
+    assert find_vocabulary([b]) is None
+    assert find_vocabulary([a, b]) is None
+    assert find_vocabulary([]) is None
+    assert find_vocabulary(["pipe:cat 0.tar"]) is None
+    assert find_vocabulary([old]) == load_builtin("scenes")
+    assert find_vocabulary([a, old]) == merge([FARM, load_builtin("scenes")])
+    (tmp_path / "b" / "vocabulary.json").mkdir()
+    with pytest.raises(UserError, match="cannot read"):
+        find_vocabulary([b])
+
+
+def test_shards_of_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "vocabulary.json").write_text(FARM.to_json())
+    assert find_vocabulary(["0.tar"]) == FARM
+
+
+def test_what_ships() -> None:
+    assert builtin_names() == ["scenes"]
+    assert len(load_builtin("scenes").names) == 16
