@@ -24,9 +24,10 @@ from torch import Tensor
 from finetune import adapt
 from finetune.inference import Finetuned
 from finetune.tasks import EvalConfig
-from pretrain import checkpoint, dist, evaluate, inference, start
+from pretrain import checkpoint, evaluate, inference, start
 from pretrain import config as configuration
 from pretrain import model as encoders
+from pretrain.agree import on_main
 from pretrain.config import ConfigError, UserError
 from pretrain.data.sources import evaluated_caption
 
@@ -133,16 +134,18 @@ def run(
 
 def keep(tuned: Finetuned, weights: dict[str, Tensor], out: Path) -> None:
     """Writes weights as the checkpoint of a run folder, with all that the fine-tuned one has beside them. Raises UserError."""
-    if (out / "checkpoints").exists():
-        raise ConfigError(f"{out} holds a run already: give --out another folder")
+
+    def prepare() -> None:
+        if (out / "checkpoints").exists():
+            raise ConfigError(f"{out} holds a run already: give --out another folder")
+        (out / "checkpoints").mkdir(parents=True)
+        shutil.copy(tuned.folder / "config.yaml", out / "config.yaml")
 
     def files(folder: Path) -> None:
         shutil.copy(tuned.folder / "config.yaml", folder / "config.yaml")
         shutil.copytree(tuned.folder / inference.TOKENIZER, folder / inference.TOKENIZER)
 
-    if dist.is_main():
-        (out / "checkpoints").mkdir(parents=True)
-        shutil.copy(tuned.folder / "config.yaml", out / "config.yaml")
+    on_main(prepare)
     whole = {name: value.cpu() for name, value in weights.items()}
     checkpoint.save(out / "checkpoints", tuned.step, whole, files, lambda folder: None, keep=0, best=True)
 

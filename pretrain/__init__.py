@@ -2,7 +2,7 @@
 
 __main__.py     python -m pretrain CONFIG [key=value ...]: what every launcher starts
 config.py       dataclass schema <- YAML <- key=value; registry.py finds components by file name
-dist.py         the process group: rank, gather with gradient, agreement
+dist.py         the process group: rank, gather with gradient; agree.py: an error of one rank is raised on all
 data/           shards in, batches out
 towers/         encoders of one modality each; model.py joins them into a DualEncoder
 losses/         what is minimised, without the B x B matrix where it is large

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pretrain import dist
+from pretrain.agree import on_all, on_main
 from pretrain.config import UserError
 
 _STEP = re.compile(r"step-(\d+)$")
@@ -69,33 +70,39 @@ def save(
     """
     final = checkpoints / f"step-{step:07d}"
     partial = checkpoints / f".{final.name}.partial"
-    problem: str | None = None
-    try:
-        if dist.is_main():
-            shutil.rmtree(partial, ignore_errors=True)
-            (partial / "state").mkdir(parents=True)
-        dist.barrier()
-        state(partial / "state")
-        if dist.is_main():
-            save_weights(partial / "model.safetensors", weights)
-            files(partial)
-    except (OSError, SafetensorError) as error:
-        problem = str(error)
-    problems = [p for p in dist.gather_objects(problem) if p]
-    if not problems and dist.is_main():
+
+    def prepare() -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / "state").mkdir(parents=True)
+
+    def write() -> None:
         try:
-            _seal(partial, final, step)
-            _point(checkpoints / "latest", final.name)
-            if best:
-                _point(checkpoints / "best", final.name)
-            _rotate(checkpoints, keep)
-        except OSError as error:
-            problems = [str(error)]
-    problems = dist.broadcast_object(problems)
-    if problems:
+            state(partial / "state")
+            if dist.is_main():
+                save_weights(partial / "model.safetensors", weights)
+                files(partial)
+        except SafetensorError as error:  # what safetensors makes of a full disk
+            raise OSError(str(error)) from error
+
+    def publish() -> None:
+        _seal(partial, final, step)
+        _point(checkpoints / "latest", final.name)
+        if best:
+            _point(checkpoints / "best", final.name)
+        _rotate(checkpoints, keep)
+
+    try:
+        on_main(prepare)
+        on_all(write)
+        on_main(publish)
+    except (UserError, OSError) as error:  # on every rank, or on none
         if dist.is_main():
             shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"cannot write the checkpoint of step {step} into {checkpoints}: {problems[0]}; older ones are intact")
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"cannot write the checkpoint of step {step} into {checkpoints}: {error}; older ones are intact"
+        ) from error
     return final
 
 

@@ -14,7 +14,7 @@ import torch.distributed as td
 from torch import Tensor
 
 from pretrain import dist
-from pretrain.config import UserError
+from pretrain.agree import on_all
 from pretrain.data.loader import Batch
 from pretrain.encode import Encoder, evaluating, text_encoder
 from pretrain.model import DualEncoder
@@ -61,15 +61,7 @@ def embed_split(
     Raises:
         UserError: on every process where one cannot read its share.
     """
-    mine, problem = None, None
-    try:
-        mine = _share(model, batches, decoders, device, precision, texts, pooled, label)
-    except UserError as error:
-        problem = error
-    problems = [said for said in dist.gather_objects(str(problem) if problem else None) if said]
-    if problem or problems:
-        raise problem or UserError(problems[0])
-    assert mine is not None
+    mine = on_all(lambda: _share(model, batches, decoders, device, precision, texts, pooled, label))
     return mine if dist.world_size() == 1 else _whole(mine)
 
 

@@ -24,6 +24,7 @@ import torch
 
 from pretrain import collection, dist, embed_options, launched
 from pretrain.__main__ import DONE, STOPPED, EarlyStop, guarded, stopping_early
+from pretrain.agree import on_main
 from pretrain.board import Board, Shown
 from pretrain.collection import Folder, Part, Plan
 from pretrain.config import ConfigError, UserError, closest
@@ -97,17 +98,9 @@ def embed(loaded: Loaded, options: Options, device: torch.device) -> Summary | N
     numbers = counted(paths, Cache(), "--data")
     names = [path.rsplit("/", 1)[-1] for path in paths]
     manifest = _manifest(loaded, options, layout, paths, numbers)
-    folder, plan, problem = Folder(Path(options.out)), None, None
+    folder = Folder(Path(options.out))
     try:
-        if dist.is_main():
-            try:
-                plan = folder.open(manifest, names, numbers)
-            except UserError as error:
-                problem = str(error)
-        plan, problem = dist.broadcast_object((plan, problem))
-        if problem:
-            raise UserError(problem)
-        assert plan is not None
+        plan = on_main(lambda: folder.open(manifest, names, numbers))
         board = Board()
         decoders = {name: loaded.decoders[name] for name in modalities}
         encoder = Encoder(

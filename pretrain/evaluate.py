@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 from rich.table import Table
 
 from pretrain import collection, dist, linear_probe, zero_shot
+from pretrain.agree import on_main
 from pretrain.config import ConfigError, UserError, closest
 from pretrain.data import loader
 from pretrain.data.cache import Cache
@@ -140,7 +141,7 @@ def evaluate(
             out |= {"linear_probe_train_samples": len(train.image), "linear_probe_C": probe.strength}
         return out
 
-    return _on_main(figures)
+    return on_main(figures)
 
 
 def run(loaded: Loaded, shards: Any, config: EvalConfig, device: torch.device, precision: str = "fp32") -> dict[str, Any]:
@@ -204,19 +205,4 @@ def _chances(metrics: dict[str, float]) -> dict[str, float]:
             out[name] = chance(int(k), n)
         elif name.startswith("zero_shot_top"):
             out[name] = chance(int(name.removeprefix("zero_shot_top")), classes)
-    return out
-
-
-def _on_main(work: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """What rank 0 works out, on every rank; its UserError too, so that no rank waits for one that has given up."""
-    out: dict[str, float] = {}
-    problem: str | None = None
-    if dist.is_main():
-        try:
-            out = work()
-        except UserError as error:
-            problem = str(error)
-    out, problem = dist.broadcast_object((out, problem))
-    if problem is not None:
-        raise UserError(problem)
     return out

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from pretrain import dist
+from pretrain.agree import gather_or_raise
 from pretrain.config import ConfigError, UserError
 
 TASKS = {
@@ -110,11 +110,16 @@ def agree(name: str, value: Any) -> None:
     where it meets all processes. Of a dict the error names the first key that differs.
     """
     failed: UserError | None = None
-    try:
-        value = value() if callable(value) else value
-    except UserError as error:
-        failed, value = error, str(error)
-    everyone = dist.gather_objects((os.uname().nodename, value))
+
+    def describe() -> tuple[str, Any]:
+        nonlocal failed
+        try:
+            return os.uname().nodename, value() if callable(value) else value
+        except UserError as error:
+            failed = error
+            return os.uname().nodename, str(error)
+
+    everyone = gather_or_raise(describe)
     differing = [rank for rank, (_, other) in enumerate(everyone) if other != everyone[0][1]]
     if not differing:
         if failed is not None:

@@ -22,6 +22,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.text import Text
 
 from pretrain import dist
+from pretrain.agree import on_main
 from pretrain.checkpoint import write_json
 from pretrain.config import ConfigError, UserError
 
@@ -45,24 +46,25 @@ class RunFolder:
 
     def open(self) -> None:
         """Creates the folder and takes its lock. Raises UserError where it cannot be written or another run holds it."""
-        problem: str | None = None
-        if dist.is_main():
-            try:
-                self.checkpoints.mkdir(parents=True, exist_ok=True)
-                self._lock = (self.path / ".lock").open("a+")
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                self._lock.truncate(0)
-                self._lock.write(f"process {os.getpid()} on {platform.node()}")
-                self._lock.flush()
-            except BlockingIOError:
-                assert self._lock is not None
-                self._lock.seek(0)
-                problem = f"{self.path} is in use by {self._lock.read() or 'another run'}; give this one another run=NAME"
-            except OSError as error:
-                problem = f"cannot write into the run folder {self.path}: {error.strerror or error}; choose another run=PATH"
-        problem = dist.broadcast_object(problem)
-        if problem:
-            raise UserError(problem)
+        on_main(self._take_lock)
+
+    def _take_lock(self) -> None:
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("a+")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock.truncate(0)
+            self._lock.write(f"process {os.getpid()} on {platform.node()}")
+            self._lock.flush()
+        except BlockingIOError as error:
+            assert self._lock is not None
+            self._lock.seek(0)
+            holder = self._lock.read() or "another run"
+            raise UserError(f"{self.path} is in use by {holder}; give this one another run=NAME") from error
+        except OSError as error:
+            raise UserError(
+                f"cannot write into the run folder {self.path}: {error.strerror or error}; choose another run=PATH"
+            ) from error
 
     def close(self) -> None:
         """Gives the lock back."""

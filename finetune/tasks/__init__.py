@@ -32,6 +32,7 @@ from finetune.model import Features, FusionModel, Head
 from finetune.tasks.questions import Question
 from finetune.trace import Trace
 from pretrain import dist
+from pretrain.agree import gather_or_raise as everywhere  # noqa: F401 - the name that grounding.py imports
 from pretrain.config import ConfigError, UserError
 from pretrain.data import BadSample, loader
 from pretrain.data.cache import Cache
@@ -183,7 +184,7 @@ class Task:
         raise NotImplementedError(f"{type(self).__name__}.loss")
 
     def evaluate(self, model: FusionModel, shards: Any, setting: Setting) -> dict[str, float]:
-        """The task's figures on `shards`, the same on every process. Collective. `everywhere` adds and agrees."""
+        """The task's figures on `shards`, the same on every process. Collective: `gather_or_raise`."""
         raise NotImplementedError(f"{type(self).__name__}.evaluate")
 
     def predict(
@@ -210,18 +211,3 @@ def per_item(losses: Tensor, weights: Tensor) -> Tensor:
     """
     total = dist.mean(weights.detach().sum())
     return (losses * weights).sum() / total.clamp(min=torch.finfo(losses.dtype).tiny)
-
-
-def everywhere(work: Callable[[], Any]) -> list[Any]:
-    """What `work` returns on each process, in rank order, on every process; a UserError of one is raised by all."""
-    found: Any = None
-    problem: str | None = None
-    try:
-        found = work()
-    except UserError as error:
-        problem = str(error)
-    both = dist.gather_objects((found, problem))
-    problems = [said for _, said in both if said is not None]
-    if problems:
-        raise UserError(problems[0])
-    return [value for value, _ in both]

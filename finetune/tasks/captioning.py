@@ -23,10 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from finetune.model import Features, FusionModel, Head
-from finetune.tasks import Prediction, Setting, Survey, Task, everywhere, per_item, wording
+from finetune.tasks import Prediction, Setting, Survey, Task, per_item, wording
 from finetune.tasks.generate import Generated, beam, greedy, nucleus
 from finetune.trace import Trace
 from pretrain import dist
+from pretrain.agree import gather_or_raise, on_main
 from pretrain.config import ConfigError, UserError
 from pretrain.data.text import TextDecoder
 from pretrain.towers import TokenSequence, masked_mean
@@ -246,8 +247,8 @@ class Captioning(Task):
         """`likelihood`, the mean log-probability of a token of the first given caption, and `perplexity`, its exp(-x); CIDEr
         and BLEU_1 to BLEU_4 of the written sentences against all given ones (see wording.py); `samples`, `bad_samples`."""
         batches = setting.batches(shards)
-        rows = [row for part in everywhere(lambda: self._scored(model, batches, setting)) for row in part]
-        bad = sum(everywhere(lambda: batches.bad.total()))
+        rows = [row for part in gather_or_raise(lambda: self._scored(model, batches, setting)) for row in part]
+        bad = sum(dist.gather_objects(batches.bad.total()))
         if not rows:
             raise UserError(f"no caption to evaluate in {shards}: {bad} samples were left out because of their content")
         rows.sort()  # by key: the same sums on any number of processes
@@ -255,8 +256,7 @@ class Captioning(Task):
         figures = {"likelihood": likelihood, "perplexity": math.exp(min(-likelihood, 700.0))}
         if self.config.generate:
             # Computed once: it starts a program of its own.
-            on_main = everywhere(lambda: _on_main(rows))
-            figures |= on_main[0]
+            figures |= on_main(lambda: wording.scores([row[3] for row in rows], [row[4] for row in rows]))
         return {**figures, "samples": len(rows), "bad_samples": bad}
 
     def _scored(self, model: FusionModel, batches: Any, setting: Setting) -> list[tuple[str, float, float, str, list[str]]]:
@@ -275,10 +275,6 @@ class Captioning(Task):
                     said = [captions.decode(ids) for ids in self.write(model, batch.inputs["image"], batch.keys).ids]
                 found.extend(zip(batch.keys, sums, counts, said, batch.targets["captions"], strict=True))
         return found
-
-
-def _on_main(rows: list[Any]) -> dict[str, float]:
-    return wording.scores([row[3] for row in rows], [row[4] for row in rows]) if dist.is_main() else {}
 
 
 def _uniform(seed: int, key: str, count: int) -> np.ndarray:

@@ -26,10 +26,11 @@ from torch.nn import functional as F
 
 from finetune.fusion.blocks import repeat
 from finetune.model import Features, FusionModel, Head
-from finetune.tasks import Prediction, Setting, Survey, Task, Told, everywhere, per_item
+from finetune.tasks import Prediction, Setting, Survey, Task, Told, per_item
 from finetune.tasks.labels import Labels, balance, check_measures, count, in_order, multi, single
 from finetune.trace import Trace
 from pretrain import dist
+from pretrain.agree import gather_or_raise
 from pretrain.config import ConfigError, UserError
 from pretrain.data import BadSample
 from pretrain.data.images import ImageDecoder
@@ -221,7 +222,7 @@ class Classification(Task):
         `macro_f1`, `micro_f1`, `exact`, `auc`; `unknown_labels`, samples whose label is none of the classes (always wrong, and
         left out of the figures), `samples`, `bad_samples`. Collective."""
         batches = setting.batches(shards)
-        parts = [part for each in everywhere(lambda: list(self._told(model, batches, setting))) for part in each]
+        parts = [part for each in gather_or_raise(lambda: list(self._told(model, batches, setting))) for part in each]
         bad = sum(dist.gather_objects(batches.bad.total()))
         if not parts:
             raise UserError(f"nothing to classify in {shards}: {bad} samples were left out because of their content")
@@ -278,7 +279,7 @@ def build(config: Config, survey: Survey | None) -> Classification:
         several = config.labels == "multi"
         counts: Counter[str] = Counter()
         samples = 0
-        for counted, usable in everywhere(lambda: count(survey(), config.field, several)):
+        for counted, usable in gather_or_raise(lambda: count(survey(), config.field, several)):
             counts.update(counted)
             samples += usable
         if not counts:

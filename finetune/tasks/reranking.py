@@ -23,8 +23,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from finetune.model import FusionModel
-from finetune.tasks import Setting, everywhere
+from finetune.tasks import Setting
 from pretrain import dist
+from pretrain.agree import gather_or_raise, on_all, on_main
 from pretrain.config import UserError
 from pretrain.data.loader import Batch
 from pretrain.retrieval import TIE, found, retrieval
@@ -187,14 +188,14 @@ def search(model: FusionModel, shards: Any, setting: Setting, match: Match, k: i
     """
     batches = setting.batches(shards, {name: setting.decoders[name] for name in ("image", "text")})
     with setting.measuring(model):
-        mine = _agreed(lambda: _encoded(model, batches, setting))
+        mine = on_all(lambda: _encoded(model, batches, setting))
         bad = sum(dist.gather_objects(batches.bad.total()))
         gallery = _everyone(mine)
         if gallery is None:
             raise UserError(f"nothing to rank in {shards}: {bad} samples were left out because of their content")
         device = setting.device
         image, text, owner = gallery.image.to(device), gallery.text.to(device), gallery.owner
-        before = everywhere(lambda: retrieval(image, text, owner, KS) if dist.is_main() else {})[0]
+        before = on_main(lambda: retrieval(image, text, owner, KS))
         scale = float(model.encoder.logit_scale.exp()) if add else 0.0
 
         def ordered(forth: bool) -> Scores:
@@ -206,11 +207,11 @@ def search(model: FusionModel, shards: Any, setting: Setting, match: Match, k: i
             logits, seconds = _scored(model, gallery, match, asks, rows, forth, device)
             return logits.double() + scale * similarity, right, seconds
 
-        parts = {name: everywhere(lambda forth=forth: ordered(forth)) for name, forth in WAYS}  # type: ignore[misc]
+        parts = {name: gather_or_raise(lambda forth=forth: ordered(forth)) for name, forth in WAYS}  # type: ignore[misc]
     out = dict(before)
     seconds = 0.0
     for name, found_by in parts.items():
-        scores, right = (torch.cat([part[i] for part in found_by]) for i in (0, 1))
+        scores, right = torch.cat([part[0] for part in found_by]), torch.cat([part[1] for part in found_by])
         out |= figures(name, right, scores, before)
         seconds += sum(part[2] for part in found_by)
     for kind in ("", "reranked_"):
@@ -245,10 +246,3 @@ def _scored(
     for start in range(0, len(asks), step):
         out.append(some(asks[start : start + step], rows[start : start + step]))
     return torch.cat(out), time.perf_counter() - begin
-
-
-def _agreed(work: Callable[[], Gallery | None]) -> Gallery | None:
-    """work() of this process; a UserError of any process is raised by all. What it returns does not travel."""
-    found: list[Gallery | None] = []
-    everywhere(lambda: found.append(work()))
-    return found[0]

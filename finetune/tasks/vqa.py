@@ -23,10 +23,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from finetune.model import Features, FusionModel, Head
-from finetune.tasks import Prediction, Setting, Survey, Task, Told, everywhere, per_item
+from finetune.tasks import Prediction, Setting, Survey, Task, Told, per_item
 from finetune.tasks.answers import Blind, accuracy, vocabulary
 from finetune.tasks.questions import Question, Questions, questions_of
 from finetune.trace import Trace
+from pretrain import dist
+from pretrain.agree import gather_or_raise
 from pretrain.config import ConfigError, UserError
 from pretrain.data import BadSample
 from pretrain.towers import TokenSequence
@@ -166,9 +168,9 @@ class VQA(Task):
         would reach; `blind_accuracy` likewise, of who knows the questions and answers of the training data only, where they
         are at hand; `questions`, `samples`, `bad_samples`. Collective."""
         batches = setting.batches(shards)
-        scored = everywhere(lambda: list(self._scored(model, batches, setting)))
+        scored = gather_or_raise(lambda: list(self._scored(model, batches, setting)))
         rows = [row for part in scored for row in part]
-        bad = sum(everywhere(lambda: batches.bad.total()))
+        bad = sum(dist.gather_objects(batches.bad.total()))
         if not rows:
             raise UserError(f"no question to evaluate in {shards}: {bad} samples were left out because of their content")
         guesser = self._guesser(setting)
@@ -204,7 +206,7 @@ class VQA(Task):
             return None
         key = repr(setting.train)
         if key not in self._guessers:
-            self._guessers[key] = Blind(everywhere(lambda: _counted(setting.survey(), self.config)))
+            self._guessers[key] = Blind(gather_or_raise(lambda: _counted(setting.survey(), self.config)))
         return self._guessers[key]
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -250,7 +252,7 @@ def build(config: Config, survey: Survey | None) -> VQA:
         if survey is None:
             raise UserError("this checkpoint of task vqa holds no task.answers: it is not whole")
         counts: Counter[str] = Counter()
-        for counted in everywhere(lambda: _counted(survey(), config)):
+        for counted in gather_or_raise(lambda: _counted(survey(), config)):
             for (_, _, answer), n in counted.items():
                 counts[answer] += n
         if not counts:

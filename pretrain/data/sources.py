@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from pretrain import dist
+from pretrain.agree import on_main
 from pretrain.config import ConfigError, UserError, closest
 from pretrain.data.cache import Cache
 from pretrain.data.images import AugmentConfig
@@ -137,18 +137,14 @@ def entries(spec: Any, where: str) -> list[tuple[str | list[str], float | None]]
 
 def counted(paths: list[str], cache: Cache, where: str) -> list[int]:
     """Samples in each shard, counted once for all processes. Raises UserError."""
-    found: list[int] = []
-    problem = ""
-    if dist.is_main():
-        try:
-            found = counts(paths, cache)
-            for path in [path for path, n in zip(paths, found, strict=True) if n == 0][:_NAMED]:
-                log.warning("%s holds no samples", path)
-            if sum(found) == 0:
-                problem = f"{where}: no samples in {paths[0]}" + (f" nor {len(paths) - 1} others" if len(paths) > 1 else "")
-        except UserError as error:
-            problem = str(error)
-    found, problem = dist.broadcast_object((found, problem))
-    if problem:
-        raise UserError(problem)
-    return found
+
+    def count() -> list[int]:
+        numbers = counts(paths, cache)
+        for path in [path for path, n in zip(paths, numbers, strict=True) if n == 0][:_NAMED]:
+            log.warning("%s holds no samples", path)
+        if sum(numbers) == 0:
+            others = f" nor {len(paths) - 1} others" if len(paths) > 1 else ""
+            raise UserError(f"{where}: no samples in {paths[0]}{others}")
+        return numbers
+
+    return on_main(count)

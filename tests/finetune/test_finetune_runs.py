@@ -25,7 +25,8 @@ import torch
 from torch import nn
 
 from finetune.model import Head
-from finetune.tasks import Task, everywhere
+from finetune.tasks import Task
+from pretrain.agree import gather_or_raise
 
 
 @dataclass
@@ -66,7 +67,7 @@ class Redness(Task):
             with setting.measuring(model):
                 said = [(self.encode(model, b)["logit"] > 0, b.targets["there"] > 0) for b in setting.batches(shards)]
                 return [x for ours, true in said for x in (ours == true).tolist()]
-        found = [x for part in everywhere(right) for x in part]
+        found = [x for part in gather_or_raise(right) for x in part]
         return {"accuracy": sum(found) / len(found), "samples": len(found)}
 
 
