@@ -4,13 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from pretrain import __main__ as training
-
-
-def run(config: str, settings: list[str], dry_run: bool) -> int:
-    """One process of a fine-tuning run; returns the exit code."""
-    return training.run(config, settings, dry_run, "finetune")
-
+from pretrain.__main__ import main
 
 if __name__ == "__main__":
-    sys.exit(training.main(module="finetune"))
+    sys.exit(main(module="finetune"))

@@ -10,12 +10,13 @@ from finetune.adapt import AdaptConfig
 from finetune.model import Source
 from finetune.tasks import EvalConfig
 from pretrain import config as configuration
-from pretrain import dist, inference, registry, start
+from pretrain import inference, registry, start
 from pretrain.config import ConfigError, section
 from pretrain.data.loader import DataConfig
 from pretrain.loop import TrainConfig
 from pretrain.model import ModelSchema
 from pretrain.optim import OptimConfig
+from pretrain.session import check_batch_and_evaluation
 
 
 @dataclass
@@ -61,13 +62,7 @@ class FinetuneConfig(FusionSchema):
 
     def check(self) -> None:
         """Refuses combinations that cannot run."""
-        if self.data.batch_size % (dist.world_size() * self.train.chunks):
-            raise ConfigError(
-                f"data.batch_size={self.data.batch_size} must be divisible by processes x train.chunks = "
-                f"{dist.world_size()} x {self.train.chunks}"
-            )
-        if self.train.eval_every and not self.data.val:
-            raise ConfigError(f"train.eval_every={self.train.eval_every} needs data.val, the shards to evaluate on")
+        check_batch_and_evaluation(self)
         if self.data.draw != 1:
             raise ConfigError(f"data.draw={self.data.draw} is for pretraining: a task takes one caption of each picture")
         if self.data.train == "synthetic":

@@ -1,9 +1,10 @@
-"""A fine-tuning run, assembled: what `init` brings, a fusion, a task's head, and pretrain's one loop."""
+"""A fine-tuning run: train() builds its components (what `init` brings, a fusion, a task's head) and calls fit()."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -15,121 +16,98 @@ from finetune.aligned import keep_aligned
 from finetune.config import FinetuneConfig, load_config
 from finetune.model import FusionModel
 from finetune.tasks import Setting, Task, survey
-from pretrain import config as configuration
-from pretrain import dist, inference, registry, start, strategies
-from pretrain import model as encoders
+from pretrain import inference, registry, start
 from pretrain.config import ConfigError, UserError
-from pretrain.data import loader as loading
 from pretrain.data.loader import Batch, Loader
-from pretrain.data.sources import evaluated_caption, sources_of
 from pretrain.embed import evaluating
-from pretrain.loop import Outcome, Plan, fit
-from pretrain.recipe import agree, resume_from, save_files, tell
-from pretrain.runlog import RunFolder
+from pretrain.loop import Outcome, fit
+from pretrain.session import (
+    build_encoders,
+    build_eval_decoders,
+    build_loader,
+    build_train_decoders,
+    open_session,
+    print_summary,
+)
 
-__all__ = ["FinetuneConfig", "assemble", "describe", "load_config", "train"]
+__all__ = ["FinetuneConfig", "build", "describe", "load_config", "train"]
+
+
+def train(config: FinetuneConfig) -> Outcome:
+    """Run one process of a fine-tuning run, from configuration to outcome. Collective. Raises UserError."""
+    with open_session(config) as session:
+        parts = build(config)
+        portable = inline(parts)
+        session.write_config()
+        identity = {"task": f"{config.task.name} {_digest(portable.task)}"}
+        merge_adapters = adapt.plain(config.adapt)
+        plan = session.build_plan(
+            parts.loader, portable, parts.tokenizer, parts.task.primary_metric, identity=identity, plain=merge_adapters
+        )
+        _refuse_chunks(config, parts.task)
+        strategy = session.build_strategy()
+        evaluation = build_evaluation(parts, session.device)
+        return fit(plan, session.folder, strategy, parts.model, parts.task, parts.loader, evaluation, session.checkpoint)
+
+
+def describe(config: FinetuneConfig) -> None:
+    """Print what would run: the resolved configuration, parameters of each part, shards and samples."""
+    parts = build(config)
+    print_summary(parts.config, parts.model.parameter_counts(), parts.loader)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Components
 
 
 @dataclass
-class Parts:
-    """What a run is made of."""
+class Components:
+    """What a fine-tuning run is made of."""
 
     config: FinetuneConfig
     """With what adapting the encoders changed."""
     tokenizer: Any
     model: FusionModel
     task: Task
-    decoders: dict[str, Any]
-    """For evaluation."""
     loader: Loader
+    eval_decoders: dict[str, Any]
+    """By modality."""
 
 
-def assemble(config: FinetuneConfig) -> Parts:
-    """Builds everything that can be wrong, in the order of what fails fastest. The same weights on every process."""
-    if config.data.val is not None:
-        sources_of(config.data.val, "data.val")  # now, not after the first thousand steps
-    tokenizer = start.tokenizer(config.init, config.text) if config.text is not None else None
-    torch.manual_seed(config.seed)
-    encoder = encoders.build(inference.towers(config), config.model, tokenizer)
+def build(config: FinetuneConfig) -> Components:
+    """Build all that can be wrong, in the order of what fails fastest. The same weights on every process."""
+    # -- pretrained encoders, adapted
+    tokenizer, encoders = build_encoders(config)
     if config.init is not None:
-        start.load(encoder, config.init, config.init_partial, tokenizer)
-    config = adapt.apply(encoder, config.adapt, config)  # type: ignore[assignment]
+        start.load(encoders, config.init, config.init_partial, tokenizer)
+    config = adapt.apply(encoders, config.adapt, config)  # type: ignore[assignment]
+    # -- task, fusion and head
     task = registry.part("tasks", config.task.name).build(config.task, lambda: survey(config.data.train, config.data.store()))
     task = keep_aligned(task, config.adapt)
-    model = models.build(encoder, config.fusion, config.context, config.tokens, config.adapt.fork)
+    model = models.build(encoders, config.fusion, config.context, config.tokens, config.adapt.fork)
     model.head = task.head(model)
     adapt.freeze_named(model, config.adapt.freeze)
-    kinds = (config, tokenizer, encoder)
-    loader = loading.build_loader(
-        config.data,
-        task.decoders(inference.decoders(*kinds, config.data.caption, config.data.augment)),
-        seed=config.seed,
-        rank=dist.rank(),
-        world=dist.world_size(),
-        nodes=dist.nodes(),
-    )
+    # -- data
+    loader = build_loader(config, task.decoders(build_train_decoders(config, tokenizer, encoders)))
     _freeze_unreached(model, task, loader.sample(2))
-    return Parts(
-        config, tokenizer, model, task, task.decoders(inference.decoders(*kinds, evaluated_caption(vars(config.data)))), loader
-    )
+    eval_decoders = task.decoders(build_eval_decoders(config, tokenizer, encoders))
+    return Components(config, tokenizer, model, task, loader, eval_decoders)
 
 
-def train(config: FinetuneConfig) -> Outcome:
-    """One process of a run, from configuration to outcome."""
-    agree(config, config.data)
-    threads = dist.pin_threads(config.train.threads)
-    device = dist.device()
-    folder = RunFolder(config.run)
-    folder.open()
-    try:
-        source = resume_from(config.resume, folder)
-        parts = assemble(config)
-        task = parts.task
-        kept = portable(parts)
-        if dist.is_main():
-            configuration.save(config, folder.path / "config.yaml")
-        folder.environment(threads)
-        identity = {
-            "seed": config.seed,
-            "data.batch_size": config.data.batch_size,
-            "data": parts.loader.digest(),
-            "task": f"{config.task.name} {_digest(kept.task)}",
-        }
-        plan = Plan(
-            seed=config.seed,
-            batch_size=config.data.batch_size,
-            total_steps=config.train.total_steps(config.data.batch_size, parts.loader.order),
-            train=config.train,
-            optim=config.optim,
-            resolved=configuration.to_dict(config),
-            identity=identity,
-            files=lambda at: save_files(at, kept, parts.tokenizer),
-            primary=task.primary_metric,
-            plain=adapt.plain(config.adapt),
-        )
-        if config.train.chunks > 1 and not task.splits:
-            raise ConfigError(
-                f"train.chunks={config.train.chunks}: {config.task.name} compares samples inside the model, so its batch "
-                "cannot be cut; use train.chunks=1 and a smaller data.batch_size, or more processes"
-            )
-        train = config.train
-        strategy = strategies.choose(train.strategy, train.precision, config.optim, device, train.offload, train.deepspeed)
-        return fit(plan, folder, strategy, parts.model, task, parts.loader, _evaluation(parts, device), source)
-    finally:
-        folder.close()
-
-
-def portable(parts: Parts) -> FinetuneConfig:
-    """The configuration as a checkpoint keeps it: architectures and what the task learnt from its data inline."""
+def inline(parts: Components) -> FinetuneConfig:
+    """Return the configuration as checkpoints keep it: with architectures and what the task learned from its data."""
     config = inference.portable(parts.config, parts.model.encoder)
     assert isinstance(config, FinetuneConfig)
     return replace(config, task=replace(config.task, **parts.task.settings()))
 
 
-def describe(config: FinetuneConfig) -> None:
-    """Prints what would run: the resolved configuration, parameters of each part, shards and samples."""
-    parts = assemble(config)
-    tell(parts.config, config.train, config.data.batch_size, parts.model.parameter_counts(), parts.loader)
+def build_evaluation(parts: Components, device: torch.device) -> Callable[[Any], dict[str, float]] | None:
+    """Build what evaluates the task on data.val; None where there is none."""
+    config, task = parts.config, parts.task
+    if not config.data.val:
+        return None
+    setting = Setting(parts.eval_decoders, device, config.train.precision, config.eval, config.data.store(), config.data.train)
+    return lambda model: task.evaluate(model, config.data.val, setting)
 
 
 def _freeze_unreached(model: FusionModel, task: Task, batch: Batch) -> None:
@@ -142,12 +120,13 @@ def _freeze_unreached(model: FusionModel, task: Task, batch: Batch) -> None:
     adapt.freeze_unreached(model, [loss])
 
 
-def _evaluation(parts: Parts, device: torch.device) -> Any:
-    config, task = parts.config, parts.task
-    if not config.data.val:
-        return None
-    setting = Setting(parts.decoders, device, config.train.precision, config.eval, config.data.store(), config.data.train)
-    return lambda model: task.evaluate(model, config.data.val, setting)
+def _refuse_chunks(config: FinetuneConfig, task: Task) -> None:
+    """Refuse train.chunks > 1 for a task that compares samples inside the model. Raises ConfigError."""
+    if config.train.chunks > 1 and not task.splits:
+        raise ConfigError(
+            f"train.chunks={config.train.chunks}: {config.task.name} compares samples inside the model, so its batch "
+            "cannot be cut; use train.chunks=1 and a smaller data.batch_size, or more processes"
+        )
 
 
 def _digest(settings: Any) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pretrain import embed_options
-from pretrain.__main__ import DONE, FAILED, find_config, guarded
+from pretrain.__main__ import DONE, FAILED, find_config, guarded, run
 from pretrain.config import ConfigError
 
 Command = Callable[[argparse.Namespace], int]
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     if rest:
         args.settings = [*args.settings, *rest]
     work: Command = args.work
-    return guarded(lambda: work(args))
+    return guarded(work, args)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -52,13 +52,15 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--vocab", type=int, default=8192, metavar="N", help="size of the vocabulary (default 8192)")
     p.add_argument("--caption", default="txt", metavar="FIELD", help="txt (default), a field of the json, or txt,questions")
 
-    p = _command(commands, "pretrain", _pretrain, "shards -> aligned encoders")
+    p = _command(commands, "pretrain", _train, "shards -> aligned encoders")
+    p.set_defaults(module="pretrain")
     p.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a shipped one")
     p.add_argument("--dry-run", action="store_true", help="print configuration, parameters and samples, and exit")
     _processes(p)
     p.add_argument("settings", nargs="*", metavar="key=value", help="settings that replace the file's")
 
-    p = _command(commands, "finetune", _finetune, "aligned encoders -> answers, re-ranking, classes, descriptions")
+    p = _command(commands, "finetune", _train, "aligned encoders -> answers, re-ranking, classes, descriptions")
+    p.set_defaults(module="finetune")
     p.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a shipped one")
     p.add_argument("--dry-run", action="store_true", help="print configuration, parameters and samples, and exit")
     _processes(p)
@@ -248,18 +250,8 @@ def _processes(p: argparse.ArgumentParser) -> None:
     here.add_argument("--grace", type=float, default=600, metavar="SECONDS", help="to save in after a signal (default 600)")
 
 
-def _pretrain(args: argparse.Namespace) -> int:
-    return _launch(args, "pretrain")
-
-
-def _finetune(args: argparse.Namespace) -> int:
-    return _launch(args, "finetune")
-
-
-def _launch(args: argparse.Namespace, module: str) -> int:
-    """One process runs here; several are torch's elastic launcher's, or Slurm's, to start."""
-    import importlib
-
+def _train(args: argparse.Namespace) -> int:
+    """Run one process here; have torch's elastic launcher, or Slurm, start several. args.module: pretrain or finetune."""
     if args.on == "slurm":
         from launch import slurm
 
@@ -277,16 +269,16 @@ def _launch(args: argparse.Namespace, module: str) -> int:
             requeue=not args.no_requeue,
             more=args.sbatch,
         )
-        slurm.submit(module, args.config, args.settings, job, args.dry_run)
+        slurm.submit(args.module, args.config, args.settings, job, args.dry_run)
         return DONE
     words = [args.config, *(["--dry-run"] if args.dry_run else []), *args.settings]
     if args.nproc is None and args.nodes == 1:
-        return int(importlib.import_module(f"{module}.__main__").run(args.config, args.settings, args.dry_run))
+        return run(args.config, args.settings, args.dry_run, args.module)
     from launch import local
 
-    find_config(args.config, module)  # before any process is started
+    find_config(args.config, args.module)  # before any process is started
     world = local.World(local.processes(args.nproc), args.nodes, args.rdzv, args.restarts, args.grace)
-    return local.launch(module, words, world)
+    return local.launch(args.module, words, world)
 
 
 def _evaluate(args: argparse.Namespace) -> int:

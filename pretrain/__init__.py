@@ -12,7 +12,7 @@ strategies/     how a step runs on one or many processes
 loop.py         fit(): the only training loop; stop.py: signals; meter.py, flops.py: how fast; runlog.py: what it says
 launched.py     do the processes know each other; heartbeat.py: do they still live; oom.py: memory ran out
 checkpoint.py   written atomically, verified, rotated; inference.py: loaded, ready to encode
-recipe.py       the schema of a run, and its assembly; start.py: what it starts from
+recipe.py       the schema of a run, and its assembly; session.py: what all trainings share; start.py: what they start from
 encode.py       batches -> embeddings; embed.py: of a split, in memory
 embed_files.py  of whole collections, into files: collection.py (what is there), parquet.py, board.py (who does
                 what), embed_options.py

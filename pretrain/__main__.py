@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, ParamSpec
 
 from pretrain.config import ConfigError, UserError
 
+P = ParamSpec("P")
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 75
 
@@ -39,17 +40,17 @@ def main(argv: list[str] | None = None, module: str = "pretrain") -> int:
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that replace the file's")
     args, rest = parser.parse_known_args(argv)
-    return guarded(lambda: run(args.config, args.settings + rest, args.dry_run, module))
+    return guarded(run, args.config, args.settings + rest, args.dry_run, module)
 
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 """What a full or read-only disk answers, wherever it is met."""
 
 
-def guarded(work: Callable[[], int]) -> int:
-    """Calls `work`; an expected failure becomes one line and its exit code."""
+def guarded(work: Callable[P, int], *args: P.args, **kwargs: P.kwargs) -> int:
+    """Call `work` and return its exit code; an expected failure becomes one line and its exit code."""
     try:
-        return work()
+        return work(*args, **kwargs)
     except ConfigError as error:
         _tell(str(error))
         return USAGE
@@ -96,40 +97,39 @@ def stopping_early() -> Iterator[None]:
 
 
 def run(config: str, settings: list[str], dry_run: bool, module: str = "pretrain") -> int:
-    """One process of a run. MODULE.recipe has load_config(), describe(), train(); its configs are configs/MODULE."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are the parallelism
-    with stopping_early():
-        return _run(config, settings, dry_run, module)
+    """Run one process of a training; returns the exit code.
 
-
-def _run(config: str, settings: list[str], dry_run: bool, module: str) -> int:
+    MODULE.recipe has load_config(), describe(), train(); its configs are configs/MODULE.
+    """
     import importlib
 
     from pretrain import dist, launched
     from pretrain.runlog import say
 
-    recipe: Any = importlib.import_module(f"{module}.recipe")
-    path = find_config(config, module)
-    launched.check_launcher()
-    launched.watch_parent()
-    dist.setup()
-    try:
-        loaded = recipe.load_config(path, settings)
-        launched.check_asked(loaded.train.precision, loaded.train.strategy)
-        dist.limit(loaded.train.timeout)
-        if dry_run:
-            recipe.describe(loaded)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are the parallelism
+    with stopping_early():
+        recipe: Any = importlib.import_module(f"{module}.recipe")
+        path = find_config(config, module)
+        launched.check_launcher()
+        launched.watch_parent()
+        dist.setup()
+        try:
+            loaded = recipe.load_config(path, settings)
+            launched.check_asked(loaded.train.precision, loaded.train.strategy)
+            dist.limit(loaded.train.timeout)
+            if dry_run:
+                recipe.describe(loaded)
+                return DONE
+            outcome = recipe.train(loaded)
+            if outcome.state == "stopped":
+                command = os.environ.get("CLIPFUSE_COMMAND") or shlex.join(["clipfuse", module, config, *settings])
+                say(f"{outcome.why} at step {outcome.step}, saved; go on with: {command}")
+                return STOPPED
+            results = ", ".join(f"{name} {value:.4g}" for name, value in outcome.results.items())
+            say(f"done: {outcome.step} steps in {loaded.run}" + (f"; {results}" if results else ""))
             return DONE
-        outcome = recipe.train(loaded)
-        if outcome.state == "stopped":
-            command = os.environ.get("CLIPFUSE_COMMAND") or shlex.join(["clipfuse", module, config, *settings])
-            say(f"{outcome.why} at step {outcome.step}, saved; go on with: {command}")
-            return STOPPED
-        results = ", ".join(f"{name} {value:.4g}" for name, value in outcome.results.items())
-        say(f"done: {outcome.step} steps in {loaded.run}" + (f"; {results}" if results else ""))
-        return DONE
-    finally:
-        dist.shutdown()
+        finally:
+            dist.shutdown()
 
 
 if __name__ == "__main__":

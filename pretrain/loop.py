@@ -1,6 +1,12 @@
 """fit(): the only training loop. It owns optimizer, schedule, logging, evaluation, saving and stopping.
 
-    main -> fit -> train_step -> loss.backward()
+Eight calls lead from the command to the gradient:
+
+    cli.main -> guarded -> _train -> run -> train -> fit -> train_step -> Strategy.backward -> loss.backward()
+    (launch/cli.py, pretrain/__main__.py, launch/cli.py, pretrain/__main__.py, recipe.py, loop.py, step.py, strategies/)
+
+A process that a launcher starts begins at `python -m pretrain`, without launch/: one call less. DeepSpeed's backward is its
+engine's, and a cached step (train.chunks > 1) has one call more.
 
 A step is a consumed batch, skipped ones included, so that the data position is always step * batch_size. Everything random
 in a step is seeded from (seed, step, rank, chunk). That is all there is to resuming bit for bit.
@@ -11,7 +17,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +35,7 @@ from pretrain.objective import Objective
 from pretrain.optim import Average, OptimConfig, learning_rate
 from pretrain.runlog import Bar, RunFolder, RunLog, check_trackers, say
 from pretrain.step import train_step
-from pretrain.stop import Stop, on_signals
+from pretrain.stop import on_signals
 from pretrain.strategies import Precision, Strategy
 from pretrain.strategies.batch_norm import refuse_chunks
 
@@ -145,26 +151,69 @@ def fit(
     resume_from: Path | None,
 ) -> Outcome:
     """Trains `model` from `resume_from` (or from where it is) to plan.total_steps. Collective; one run a folder."""
-    run = _Run(plan, folder, strategy, model, objective, loader, evaluate)
-    with Heartbeat(plan.train.timeout, lambda why: folder.status("failed", why, run.step, anyone=True)) as pulse:
-        step = run.restore(resume_from)
-        folder.status("running", "", step)
-        log = RunLog(folder, plan.resolved, plan.train.trackers, plan.train.audit, step)
-        bar = Bar(plan.total_steps, step)
-        try:
-            with on_signals() as stop:
-                return run.go(step, log, bar, stop, pulse)
-        except BaseException as error:
-            told = oom.explain(error, plan.resolved, run.step, dist.world_size(), strategy.device) or error
-            told = pulse.explain(told) or told
-            why = str(told) if isinstance(told, UserError) else f"{type(told).__name__}: {told}"
-            folder.status("failed", why, run.step)
-            if told is error:
-                raise
-            raise told from error
-        finally:
-            bar.close()
-            log.close()
+    run = _Run(plan, folder, strategy, model, loader, evaluate)
+    train = plan.train
+    with Heartbeat(train.timeout, lambda why: folder.status("failed", why, run.step, anyone=True)) as pulse:
+        begin = run.restore(resume_from)
+        folder.status("running", "", begin)
+        log = RunLog(folder, plan.resolved, train.trackers, train.audit, begin)
+        bar = Bar(plan.total_steps, begin)
+        with closing(log), closing(bar), run.record_failure(pulse), on_signals() as stop:
+            batches = iter(loader)
+            meter = Meter(plan.batch_size, plan.total_steps, begin, strategy.device, plan.flops)
+            in_a_row = torch.zeros((), device=strategy.device)
+            skipped = torch.zeros((), device=strategy.device)
+            strategy.model.train()
+
+            for step in range(begin, plan.total_steps):
+                # -- one batch, one optimizer step
+                pulse.at(step, "waiting for data")
+                with meter.waiting():
+                    batch = next(batches)
+                pulse.at(step, "computing")
+                lr = learning_rate(step, plan.total_steps, plan.optim)
+                out = train_step(strategy, objective, batch, train.chunks, lr, (plan.seed, step, dist.rank()))
+                run.step = step + 1
+                meter.stepped(batch)
+                skipped += out["skipped"]
+                in_a_row = (in_a_row + 1) * out["skipped"]
+                if run.average is not None:
+                    run.average.update(strategy.pieces().items(), step, 1 - out["skipped"])
+                log.audit(run.step, batch.keys)
+                bar.step(run.step)
+
+                # -- numbers
+                last = run.step == plan.total_steps
+                if run.step % train.log_every == 0 or last:
+                    run.skipped += int(skipped)
+                    skipped.zero_()
+                    line = meter.line(run.step, lr, out, run.skipped, dict(loader.bad))
+                    log.metrics(line)
+                    bar.said(line, meter.eta(run.step))
+                if run.step % train.log_every == 0 or last or strategy.device.type == "cpu":
+                    run.refuse_if_lost(int(in_a_row))
+
+                # -- evaluation, checkpoint, stop
+                best = False
+                if evaluate is not None and (last or (train.eval_every and run.step % train.eval_every == 0)):
+                    pulse.at(step, "evaluating")
+                    with meter.paused():
+                        best = run.evaluate_or_save(log)
+                stopping = stop.agreed()
+                if last or stopping or best or run.step % train.save_every == 0:
+                    pulse.at(step, "saving")
+                    with meter.paused():
+                        run.skipped += int(skipped)
+                        skipped.zero_()
+                        run.save(best)
+                if stopping and not last:
+                    why = f"stopped by {stopping}"
+                    folder.status("stopped", why, run.step)
+                    return Outcome("stopped", why, run.step, run.results)
+            if begin >= plan.total_steps:
+                say(f"nothing left to do: step {run.step} of {plan.total_steps} is done")
+            folder.status("done", "", run.step)
+            return Outcome("done", "", run.step, run.results)
 
 
 class _Run:
@@ -176,12 +225,11 @@ class _Run:
         folder: RunFolder,
         strategy: Strategy,
         model: nn.Module,
-        objective: Objective,
         loader: Loader,
         evaluate: Callable[[nn.Module], dict[str, float]] | None,
     ) -> None:
         self.plan, self.folder, self.strategy, self.bare = plan, folder, strategy, model
-        self.objective, self.loader, self.evaluate = objective, loader, evaluate
+        self.loader, self.evaluate = loader, evaluate
         self.average: Average | None = None
         self.step = 0
         self.skipped = 0
@@ -276,68 +324,24 @@ class _Run:
                 torch._foreach_copy_(list(pieces.values()), list(kept.values()))
             self.strategy.refresh()
 
+    @contextmanager
+    def record_failure(self, pulse: Heartbeat) -> Iterator[None]:
+        """Write an error that is raised inside to status.json; explain those of memory and of lost processes."""
+        try:
+            yield
+        except BaseException as error:
+            explained = oom.explain(error, self.plan.resolved, self.step, dist.world_size(), self.strategy.device) or error
+            explained = pulse.explain(explained) or explained
+            why = str(explained) if isinstance(explained, UserError) else f"{type(explained).__name__}: {explained}"
+            self.folder.status("failed", why, self.step)
+            if explained is error:
+                raise
+            raise explained from error
+
     # -----------------------------------------------------------------------------------------------------------------
-    # Forward
+    # Evaluation
 
-    def go(self, begin: int, log: RunLog, bar: Bar, stop: Stop, pulse: Heartbeat) -> Outcome:
-        plan, train = self.plan, self.plan.train
-        batches = iter(self.loader)
-        meter = Meter(plan.batch_size, plan.total_steps, begin, self.strategy.device, plan.flops)
-        in_a_row = torch.zeros((), device=self.strategy.device)
-        skipped = torch.zeros((), device=self.strategy.device)
-        self.strategy.model.train()
-
-        for step in range(begin, plan.total_steps):
-            # -- one batch, one optimizer step
-            pulse.at(step, "waiting for data")
-            with meter.waiting():
-                batch = next(batches)
-            pulse.at(step, "computing")
-            lr = learning_rate(step, plan.total_steps, plan.optim)
-            out = train_step(self.strategy, self.objective, batch, train.chunks, lr, (plan.seed, step, dist.rank()))
-            self.step = step + 1
-            meter.stepped(batch)
-            skipped += out["skipped"]
-            in_a_row = (in_a_row + 1) * out["skipped"]
-            if self.average is not None:
-                self.average.update(self.strategy.pieces().items(), step, 1 - out["skipped"])
-            log.audit(self.step, batch.keys)
-            bar.step(self.step)
-
-            # -- numbers
-            last = self.step == plan.total_steps
-            if self.step % train.log_every == 0 or last:
-                self.skipped += int(skipped)
-                skipped.zero_()
-                line = meter.line(self.step, lr, out, self.skipped, dict(self.loader.bad))
-                log.metrics(line)
-                bar.said(line, meter.eta(self.step))
-            if self.step % train.log_every == 0 or last or self.strategy.device.type == "cpu":
-                self._refuse_if_lost(int(in_a_row))
-
-            # -- evaluation, checkpoint, stop
-            best = False
-            if self.evaluate is not None and (last or (train.eval_every and self.step % train.eval_every == 0)):
-                pulse.at(step, "evaluating")
-                with meter.paused():
-                    best = self._evaluate_or_save(log)
-            stopping = stop.agreed()
-            if last or stopping or best or self.step % train.save_every == 0:
-                pulse.at(step, "saving")
-                with meter.paused():
-                    self.skipped += int(skipped)
-                    skipped.zero_()
-                    self.save(best)
-            if stopping and not last:
-                why = f"stopped by {stopping}"
-                self.folder.status("stopped", why, self.step)
-                return Outcome("stopped", why, self.step, self.results)
-        if begin >= plan.total_steps:
-            say(f"nothing left to do: step {self.step} of {plan.total_steps} is done")
-        self.folder.status("done", "", self.step)
-        return Outcome("done", "", self.step, self.results)
-
-    def _evaluate_or_save(self, log: RunLog) -> bool:
+    def evaluate_or_save(self, log: RunLog) -> bool:
         """An evaluation that fails (its shards are gone, say) costs no training."""
         try:
             return self._evaluate(log)
@@ -360,7 +364,7 @@ class _Run:
         self.best = score
         return True
 
-    def _refuse_if_lost(self, in_a_row: int) -> None:
+    def refuse_if_lost(self, in_a_row: int) -> None:
         if in_a_row >= self.plan.train.max_skipped:
             raise UserError(
                 f"the gradient was not finite for {in_a_row} steps in a row (step {self.step}); the last checkpoint is "

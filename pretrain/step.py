@@ -32,7 +32,10 @@ def train_step(
     seeds: (seed, step, rank). Returns device tensors: loss, grad_norm, skipped and what the objective reports.
     """
     if chunks == 1:
-        loss, report = _plain(strategy, objective, batch, seeds)
+        batch = batch.to(strategy.device)
+        with strategy.sync(True):
+            loss, report = objective.loss(_encode(strategy, objective, batch, (*seeds, 0)), batch.targets)
+            strategy.backward(loss)
     else:
         loss, report = _cached(strategy, objective, batch, chunks, seeds)
     applied = strategy.apply(lr)
@@ -43,16 +46,6 @@ def _encode(strategy: Strategy, objective: Objective, chunk: Batch, seeds: tuple
     torch.manual_seed(seed_of(*seeds))
     with strategy.autocast():
         return objective.encode(strategy.model, chunk)
-
-
-def _plain(
-    strategy: Strategy, objective: Objective, batch: Batch, seeds: tuple[int, int, int]
-) -> tuple[Tensor, dict[str, Tensor]]:
-    batch = batch.to(strategy.device)
-    with strategy.sync(True):
-        loss, report = objective.loss(_encode(strategy, objective, batch, (*seeds, 0)), batch.targets)
-        strategy.backward(loss)
-    return loss, report
 
 
 def _cached(
