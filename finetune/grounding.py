@@ -36,11 +36,11 @@ from finetune.phrases import KINDS_OF_WORDS
 from finetune.pointing import bootstrap
 from finetune.probes import SWAP, Prober, Record, Sides, untrained
 from finetune.tasks import everywhere
-from pretrain import dist
 from pretrain.config import ConfigError, UserError, closest
 from pretrain.data import loader, vocabulary
 from pretrain.data.sources import sources_of
 from pretrain.data.vocabulary import Vocabulary
+from pretrain.runtime import distributed
 
 CONTROLS = ("area", "centre", "untrained", "shuffled")
 
@@ -95,7 +95,7 @@ def grounding(tuned: Finetuned, shards: Any, config: GroundingConfig, device: to
     decoders: dict[str, Any] = {"image": image, "sides": Sides(image.max_pixels)}
     if not tuned.task.asks:
         decoders["text"] = text
-    rank, world = dist.rank(), dist.world_size()
+    rank, world = distributed.rank(), distributed.world_size()
     batches = loader.sequential(shards, decoders, config.batch_size, config.workers, rank, world, config.max_samples)
     tuned.model.to(device)
     fresh = untrained(tuned, config.seed).to(device) if config.controls else None
@@ -134,7 +134,7 @@ def vocabulary_of(shards: Any, config: GroundingConfig) -> Vocabulary:
     present = [words for words in beside if words is not None]
     if len(present) == len(beside):
         return vocabulary.merge(present)
-    rank, world = dist.rank(), dist.world_size()
+    rank, world = distributed.rank(), distributed.world_size()
     batches = loader.sequential(shards, {}, config.batch_size, config.workers, rank, world, config.max_samples)
 
     def collect() -> Vocabulary:

@@ -27,9 +27,9 @@ from finetune.tasks import EvalConfig
 from pretrain import checkpoint, evaluate, inference, start
 from pretrain import config as configuration
 from pretrain import model as encoders
-from pretrain.agree import on_main
 from pretrain.config import ConfigError, UserError
 from pretrain.data.sources import evaluated_caption
+from pretrain.runtime.agree import on_main
 
 PREFIX = "encoder."
 """Where a fine-tuned model keeps its encoders."""

@@ -285,9 +285,10 @@ def _evaluate(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from finetune import inference as finetuned
-    from pretrain import collection, dist, evaluate
+    from pretrain import collection, evaluate
     from pretrain.data.sources import sources_of
     from pretrain.inference import load_model
+    from pretrain.runtime import distributed
 
     if not collection.is_collection(args.data):
         sources_of(args.data, "--data")  # before a model is loaded
@@ -299,14 +300,14 @@ def _evaluate(args: argparse.Namespace) -> int:
     if tuned is not None and args.task in (None, tuned.config.task.name):
         from finetune import evaluate as own
 
-        result = own.run(tuned, args.data, dist.device(), train=args.train_data)
+        result = own.run(tuned, args.data, distributed.device(), train=args.train_data)
         table = own.summary(result)
     else:
         config = evaluate.EvalConfig(tasks=[args.task or "retrieval"], probe_train=args.train_data)
         if args.classes:
             config.classes = args.classes
         config.check()
-        result = evaluate.run(load_model(args.run), args.data, config, dist.device())
+        result = evaluate.run(load_model(args.run), args.data, config, distributed.device())
         table = evaluate.summary(result)
     if args.json:
         print(json.dumps(result))
@@ -319,13 +320,13 @@ def _wise(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from finetune import inference, wise
-    from pretrain import dist
+    from pretrain.runtime import distributed
 
     try:
         alphas = [float(word) for word in args.wise.split(",")]
     except ValueError:
         raise ConfigError(f"--wise {args.wise!r} must be numbers with commas between, for example 0,0.5,1") from None
-    result = wise.run(inference.load(args.run), args.data, alphas, dist.device(), args.pretrained, args.out)
+    result = wise.run(inference.load(args.run), args.data, alphas, distributed.device(), args.pretrained, args.out)
     if args.json:
         print(json.dumps(result))
     else:
@@ -337,11 +338,11 @@ def _grounding(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from finetune import grounding, inference
-    from pretrain import dist
+    from pretrain.runtime import distributed
 
     config = grounding.GroundingConfig(method=args.maps)
     config.check()
-    result = grounding.run(inference.load(args.run), args.data, config, dist.device())
+    result = grounding.run(inference.load(args.run), args.data, config, distributed.device())
     if args.json:
         print(json.dumps(result))
     else:
@@ -351,10 +352,10 @@ def _grounding(args: argparse.Namespace) -> int:
 
 def _attend(args: argparse.Namespace) -> int:
     from finetune import attend, inference
-    from pretrain import dist
+    from pretrain.runtime import distributed
 
     tuned = inference.load(args.run)
-    tuned.model.to(dist.device())
+    tuned.model.to(distributed.device())
     seen = attend.attend(tuned, args.image, args.text, args.out, args.maps, args.layer)
     print(*seen.lines(), f"wrote {args.out}", sep="\n")
     return DONE

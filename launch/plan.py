@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from launch.footprint import Footprint, footprint
-from pretrain import dist, flops, inference, start
+from pretrain import flops, inference, start
 from pretrain import model as models
 from pretrain.__main__ import find_config
 from pretrain.config import ConfigError, UserError
@@ -28,6 +28,7 @@ from pretrain.data.shards import counts
 from pretrain.data.sources import sources_of
 from pretrain.losses import tiled, tiles
 from pretrain.recipe import PretrainConfig, load_config
+from pretrain.runtime import distributed
 from pretrain.strategies import WORDS
 from pretrain.strategies.fsdp2 import blocks
 
@@ -156,7 +157,7 @@ def _average(word: str, model: Model, world: int) -> int:
 
 def _loss(config: PretrainConfig, model: Model, share: int, world: int) -> int:
     B, D, pairs = share * world, config.model.dim, model.modalities * (model.modalities - 1) // 2
-    with dist.planned(world, 1, True):
+    with distributed.planned(world, 1, True):
         tile = tiled(share, config.loss.tile) if hasattr(config.loss, "tile") else True
     if not tile:
         return pairs * 4 * 4 * share * B  # two directions, logits and their softmax
@@ -357,7 +358,7 @@ def plan(config: str, settings: list[str], gpus: int, gpu: str, samples: int | N
         raise ConfigError(f"--gpu {gpu}: the choices are {', '.join(GPUS)}")
     if gpus < 1:
         raise ConfigError(f"--gpus {gpus} must be at least 1")
-    with dist.planned(gpus, max(1, gpus // 8), True):
+    with distributed.planned(gpus, max(1, gpus // 8), True):
         loaded = load_config(find_config(config, "pretrain"), settings)
     model, notes = measure(loaded)
     if loaded.train.compile:

@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pretrain import dist
 from pretrain.__main__ import find_config
 from pretrain.config import ConfigError, UserError
 from pretrain.runlog import RunFolder
+from pretrain.runtime import distributed
 
 ROOT = Path(__file__).resolve().parent.parent
 TEMPLATE = Path(__file__).resolve().parent / "slurm" / "pretrain.sbatch"
@@ -103,7 +103,7 @@ def submit(module: str, config: str, settings: list[str], job: Job, dry_run: boo
     path = find_config(config, module).resolve()
     gpus = job.nproc if job.gpus is None else job.gpus
     recipe: Any = importlib.import_module(f"{module}.recipe")
-    with dist.planned(job.nodes * job.nproc, job.nodes, gpus > 0):
+    with distributed.planned(job.nodes * job.nproc, job.nodes, gpus > 0):
         loaded = recipe.load_config(path, settings)
 
     run = RunFolder(loaded.run).path.absolute()

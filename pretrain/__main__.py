@@ -72,7 +72,7 @@ def guarded(work: Callable[P, int], *args: P.args, **kwargs: P.kwargs) -> int:
 
 def _tell(line: str) -> None:
     """The one line, from one of the processes that have it to say."""
-    dist = sys.modules.get("pretrain.dist")
+    dist = sys.modules.get("pretrain.runtime.distributed")
     if dist is None or dist.first_to_say(line):
         print(f"clipfuse: {line}", file=sys.stderr, flush=True)
 
@@ -103,20 +103,20 @@ def run(config: str, settings: list[str], dry_run: bool, module: str = "pretrain
     """
     import importlib
 
-    from pretrain import dist, launched
     from pretrain.runlog import say
+    from pretrain.runtime import distributed, preflight
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are the parallelism
     with stopping_early():
         recipe: Any = importlib.import_module(f"{module}.recipe")
         path = find_config(config, module)
-        launched.check_launcher()
-        launched.watch_parent()
-        dist.setup()
+        preflight.check_launcher()
+        preflight.watch_parent()
+        distributed.setup()
         try:
             loaded = recipe.load_config(path, settings)
-            launched.check_asked(loaded.train.precision, loaded.train.strategy)
-            dist.limit(loaded.train.timeout)
+            preflight.check_asked(loaded.train.precision, loaded.train.strategy)
+            distributed.limit(loaded.train.timeout)
             if dry_run:
                 recipe.describe(loaded)
                 return DONE
@@ -129,7 +129,7 @@ def run(config: str, settings: list[str], dry_run: bool, module: str = "pretrain
             say(f"done: {outcome.step} steps in {loaded.run}" + (f"; {results}" if results else ""))
             return DONE
         finally:
-            dist.shutdown()
+            distributed.shutdown()
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ import time
 from collections import Counter
 from typing import Any
 
-from pretrain import dist
 from pretrain.config import UserError
 from pretrain.runlog import console, duration, say
+from pretrain.runtime import distributed
 
 SAY_SECONDS = 10.0
 """Between two lines of progress, where there is no terminal."""
@@ -22,7 +22,7 @@ class Board:
     """Counters that all processes of the run see."""
 
     def __init__(self) -> None:
-        self._store = dist.shared_store("embed") if dist.world_size() > 1 else None
+        self._store = distributed.shared_store("embed") if distributed.world_size() > 1 else None
         self._own: Counter[str] = Counter()
         self._result: dict[str, float] = {}
 
@@ -46,7 +46,7 @@ class Board:
     def finish(self, result: dict[str, float]) -> None:
         """What this process brings to the end."""
         if self._store is not None:
-            self._store.set(f"result/{dist.rank()}", json.dumps(result))
+            self._store.set(f"result/{distributed.rank()}", json.dumps(result))
         else:
             self._result = result
         self.add("finished", 1)
@@ -57,7 +57,7 @@ class Board:
             return []
         if self._store is None:
             return [self._result]
-        return [json.loads(self._store.get(f"result/{rank}")) for rank in range(dist.world_size())]
+        return [json.loads(self._store.get(f"result/{rank}")) for rank in range(distributed.world_size())]
 
 
 class Shown:
@@ -69,7 +69,7 @@ class Shown:
         self._bar: Any = None
 
     def __enter__(self) -> Shown:
-        if dist.is_main() and console.is_terminal and self.there < self.total:
+        if distributed.is_main() and console.is_terminal and self.there < self.total:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             rate = TextColumn("{task.fields[rate]:,.1f} samples/s  eta")
@@ -88,7 +88,7 @@ class Shown:
     def update(self) -> None:
         """After each batch."""
         now = time.monotonic()
-        if not dist.is_main() or now - self._said < (0.2 if self._bar else SAY_SECONDS):
+        if not distributed.is_main() or now - self._said < (0.2 if self._bar else SAY_SECONDS):
             return
         self._said = now
         done = self.board.add("samples", 0)
@@ -101,7 +101,7 @@ class Shown:
 
     def until_finished(self) -> None:
         """Waits for the other processes: longer than any collective's time limit, if they need it."""
-        while self.board.add("finished", 0) < dist.world_size():
+        while self.board.add("finished", 0) < distributed.world_size():
             self.board.check()
             self.update()
             time.sleep(0.05)

@@ -25,9 +25,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pretrain import dist
-from pretrain.agree import on_all, on_main
 from pretrain.config import UserError
+from pretrain.runtime import distributed
+from pretrain.runtime.agree import on_all, on_main
 
 _STEP = re.compile(r"step-(\d+)$")
 _UMASK = os.umask(0o077)
@@ -78,7 +78,7 @@ def save(
     def write() -> None:
         try:
             state(partial / "state")
-            if dist.is_main():
+            if distributed.is_main():
                 save_weights(partial / "model.safetensors", weights)
                 files(partial)
         except SafetensorError as error:  # what safetensors makes of a full disk
@@ -96,7 +96,7 @@ def save(
         on_all(write)
         on_main(publish)
     except (UserError, OSError) as error:  # on every rank, or on none
-        if dist.is_main():
+        if distributed.is_main():
             shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, UserError):
             raise

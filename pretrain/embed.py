@@ -13,11 +13,11 @@ import torch
 import torch.distributed as td
 from torch import Tensor
 
-from pretrain import dist
-from pretrain.agree import on_all
 from pretrain.data.loader import Batch
 from pretrain.encode import Encoder, evaluating, text_encoder
 from pretrain.model import DualEncoder
+from pretrain.runtime import distributed
+from pretrain.runtime.agree import on_all
 
 __all__ = ["Embedded", "embed_split", "evaluating", "text_encoder"]
 
@@ -62,7 +62,7 @@ def embed_split(
         UserError: on every process where one cannot read its share.
     """
     mine = on_all(lambda: _share(model, batches, decoders, device, precision, texts, pooled, label))
-    return mine if dist.world_size() == 1 else _whole(mine)
+    return mine if distributed.world_size() == 1 else _whole(mine)
 
 
 def _share(
@@ -120,8 +120,8 @@ def _cat(parts: list[Tensor], width: int) -> Tensor:
 def _whole(mine: Embedded) -> Embedded:
     """On rank 0 all shares laid end to end; on the others what they brought."""
     image, text, pooled = _to_main(mine.image), _to_main(mine.text), _to_main(mine.pooled)
-    others = dist.gather_objects((mine.owner.tolist(), mine.keys, mine.captions, mine.labels))
-    if not dist.is_main():
+    others = distributed.gather_objects((mine.owner.tolist(), mine.keys, mine.captions, mine.labels))
+    if not distributed.is_main():
         return mine
     owner: list[int] = []
     keys: list[str] = []
@@ -135,9 +135,9 @@ def _whole(mine: Embedded) -> Embedded:
 
 def _to_main(rows: Tensor) -> Tensor:
     """On rank 0 the rows of every rank, rank-major; ranks may hold different numbers of them, or none."""
-    shapes = dist.gather_objects(tuple(rows.shape))
+    shapes = distributed.gather_objects(tuple(rows.shape))
     width = max(shape[1] for shape in shapes)
-    if dist.rank() > 0:
+    if distributed.rank() > 0:
         if len(rows) and width:
             td.send(rows.contiguous(), dst=0)
         return rows

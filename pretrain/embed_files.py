@@ -22,9 +22,8 @@ from typing import Any
 
 import torch
 
-from pretrain import collection, dist, embed_options, launched
+from pretrain import collection, embed_options
 from pretrain.__main__ import DONE, STOPPED, EarlyStop, guarded, stopping_early
-from pretrain.agree import on_main
 from pretrain.board import Board, Shown
 from pretrain.collection import Folder, Part, Plan
 from pretrain.config import ConfigError, UserError, closest
@@ -38,9 +37,11 @@ from pretrain.data.worker import Evaluation
 from pretrain.embed_options import Options
 from pretrain.encode import Encoder, evaluating
 from pretrain.inference import Loaded, load_model
-from pretrain.oom import is_out_of_memory
 from pretrain.parquet import Layout, Writer
 from pretrain.runlog import duration, say
+from pretrain.runtime import distributed, preflight
+from pretrain.runtime.agree import on_main
+from pretrain.runtime.memory import is_out_of_memory
 
 PER_FILE = 16384
 """Samples of a file: a few minutes' work of a CPU, seconds of a GPU."""
@@ -92,9 +93,9 @@ def embed(loaded: Loaded, options: Options, device: torch.device) -> Summary | N
 
     def find() -> dict[str, Any]:
         paths.extend(expand(options.data, "--data"))
-        return launched.data_fingerprint(paths)
+        return preflight.data_fingerprint(paths)
 
-    launched.agree("the data", find)
+    preflight.agree("the data", find)
     numbers = counted(paths, Cache(), "--data")
     names = [path.rsplit("/", 1)[-1] for path in paths]
     manifest = _manifest(loaded, options, layout, paths, numbers)
@@ -112,7 +113,7 @@ def embed(loaded: Loaded, options: Options, device: torch.device) -> Summary | N
             evaluation = Evaluation(Reader(paths, Cache(), numbers, keep=8), decoders)
             about = {"model": manifest["model"]["fingerprint"]}
             _work(plan, board, evaluation, encoder, lambda: Writer(folder.path, layout, about), options)
-        if not dist.is_main():
+        if not distributed.is_main():
             return None
         everyone = board.results()
         rows, bad = folder.seal(manifest, plan.parts)
@@ -164,8 +165,8 @@ def _layout(loaded: Loaded, options: Options) -> tuple[Layout, tuple[str, ...]]:
 def _manifest(loaded: Loaded, options: Options, layout: Layout, paths: list[str], numbers: list[int]) -> dict[str, Any]:
     """Whose embeddings, of what; the same on every process. Raises UserError where it is not. Collective."""
     model = collection.fingerprint(loaded)
-    launched.agree("the model", model)
-    share = -(-sum(numbers) // (SHARES * dist.world_size())) if dist.world_size() > 1 else PER_FILE
+    preflight.agree("the model", model)
+    share = -(-sum(numbers) // (SHARES * distributed.world_size())) if distributed.world_size() > 1 else PER_FILE
     text = loaded.decoders.get("text")
     return {
         "format": collection.FORMAT,
@@ -174,7 +175,7 @@ def _manifest(loaded: Loaded, options: Options, layout: Layout, paths: list[str]
         "data": {
             "shards": len(paths),
             "samples": sum(numbers),
-            "fingerprint": collection.digest([launched.data_fingerprint(paths), numbers]),
+            "fingerprint": collection.digest([preflight.data_fingerprint(paths), numbers]),
         },
         "settings": {
             "only": options.only,
@@ -216,7 +217,7 @@ def _work(
             writer.close()
             writer = None
             board.finish({"samples": mine, "encoder": encoder.seconds})
-            if dist.is_main():
+            if distributed.is_main():
                 shown.until_finished()
         except UserError as error:
             board.fail(str(error))
@@ -268,7 +269,7 @@ def _batches(
 def _default_workers(device: torch.device) -> int:
     if device.type != "cuda":
         return 1  # the towers have the cores
-    return max(1, min(16, len(os.sched_getaffinity(0)) // dist.local_world_size() - 1))
+    return max(1, min(16, len(os.sched_getaffinity(0)) // distributed.local_world_size() - 1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -281,11 +282,11 @@ def run(args: argparse.Namespace) -> int:
     options = embed_options.options(args)
     try:
         with stopping_early():
-            launched.check_launcher()
-            launched.watch_parent()
-            dist.setup()
-            dist.pin_threads(0)
-            summary = embed(load_model(args.run), options, dist.device())
+            preflight.check_launcher()
+            preflight.watch_parent()
+            distributed.setup()
+            distributed.pin_threads(0)
+            summary = embed(load_model(args.run), options, distributed.device())
             if summary is not None:
                 print(json.dumps(asdict(summary)) if args.json else summary, flush=True)
             return DONE
@@ -293,7 +294,7 @@ def run(args: argparse.Namespace) -> int:
         say(f"stopped by {stop}; the files that are whole stay, the same command goes on")
         return STOPPED
     finally:
-        dist.shutdown()
+        distributed.shutdown()
 
 
 def main(argv: list[str] | None = None) -> int:

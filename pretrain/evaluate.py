@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from pretrain import collection, dist, linear_probe, zero_shot
-from pretrain.agree import on_main
+from pretrain import collection, linear_probe, zero_shot
 from pretrain.config import ConfigError, UserError, closest
 from pretrain.data import loader
 from pretrain.data.cache import Cache
@@ -29,6 +28,8 @@ from pretrain.embed import Embedded, embed_split, text_encoder
 from pretrain.inference import Loaded
 from pretrain.model import DualEncoder
 from pretrain.retrieval import chance, retrieval
+from pretrain.runtime import distributed
+from pretrain.runtime.agree import on_main
 
 __all__ = ["TASKS", "Embedded", "EvalConfig", "embed_split", "evaluate", "retrieval", "run", "summary"]
 
@@ -104,13 +105,13 @@ def evaluate(
             {name: each for name, each in decoders.items() if name == "image" or (texts and name == "text")},
             config.batch_size,
             workers=config.workers,
-            rank=dist.rank(),
-            world=dist.world_size(),
+            rank=distributed.rank(),
+            world=distributed.world_size(),
             max_samples=config.max_samples,
             cache=cache,
         )
         embedded = embed_split(model, batches, decoders, device, precision, texts, wants_pooled, config.label)
-        bad: Counter[str] = sum(dist.gather_objects(Counter(batches.bad)), Counter())
+        bad: Counter[str] = sum(distributed.gather_objects(Counter(batches.bad)), Counter())
         return embedded, sum(bad.values())
 
     split, bad = (embedded, 0) if embedded is not None else embed(shards, wants_text)

@@ -25,17 +25,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pretrain import checkpoint, dist, oom, strategies
+from pretrain import checkpoint, strategies
 from pretrain.config import ConfigError, UserError
 from pretrain.data.loader import Batch, Loader
 from pretrain.data.order import Order
-from pretrain.heartbeat import Heartbeat
 from pretrain.meter import Meter
 from pretrain.objective import Objective
 from pretrain.optim import Average, OptimConfig, learning_rate
 from pretrain.runlog import Bar, RunFolder, RunLog, check_trackers, say
+from pretrain.runtime import distributed, memory
+from pretrain.runtime.signals import on_signals
+from pretrain.runtime.watchdog import Heartbeat
 from pretrain.step import train_step
-from pretrain.stop import on_signals
 from pretrain.strategies import Precision, Strategy
 from pretrain.strategies.batch_norm import refuse_chunks
 
@@ -172,7 +173,7 @@ def fit(
                     batch = next(batches)
                 pulse.at(step, "computing")
                 lr = learning_rate(step, plan.total_steps, plan.optim)
-                out = train_step(strategy, objective, batch, train.chunks, lr, (plan.seed, step, dist.rank()))
+                out = train_step(strategy, objective, batch, train.chunks, lr, (plan.seed, step, distributed.rank()))
                 run.step = step + 1
                 meter.stepped(batch)
                 skipped += out["skipped"]
@@ -288,7 +289,7 @@ class _Run:
 
         def state(folder: Path) -> None:
             self.strategy.save(folder)
-            if dist.is_main():
+            if distributed.is_main():
                 trainer = {
                     "step": self.step,
                     "identity": self.plan.identity,
@@ -330,7 +331,9 @@ class _Run:
         try:
             yield
         except BaseException as error:
-            explained = oom.explain(error, self.plan.resolved, self.step, dist.world_size(), self.strategy.device) or error
+            explained = (
+                memory.explain(error, self.plan.resolved, self.step, distributed.world_size(), self.strategy.device) or error
+            )
             explained = pulse.explain(explained) or explained
             why = str(explained) if isinstance(explained, UserError) else f"{type(explained).__name__}: {explained}"
             self.folder.status("failed", why, self.step)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain import dist
 from pretrain.data.batch import Batch
+from pretrain.runtime import distributed
 
 PEAK = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12}
 """Dense bf16 operations a second, from the vendor's data sheets."""
@@ -59,7 +59,7 @@ class Meter:
 
     def line(self, step: int, lr: float, out: dict[str, Tensor], skipped: int, bad: dict[str, int]) -> dict[str, Any]:
         """A line of metrics.jsonl. Fetching `out` waits for the device."""
-        numbers = {name: float(dist.mean(value.float())) for name, value in out.items() if name != "skipped"}
+        numbers = {name: float(distributed.mean(value.float())) for name, value in out.items() if name != "skipped"}
         now = time.perf_counter()
         seconds = max(1e-9, now - self._begin - self._paused)
         self._rate = (step - self._step) * self._batch_size / seconds

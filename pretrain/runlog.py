@@ -21,10 +21,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from pretrain import dist
-from pretrain.agree import on_main
 from pretrain.checkpoint import write_json
 from pretrain.config import ConfigError, UserError
+from pretrain.runtime import distributed
+from pretrain.runtime.agree import on_main
 
 console = Console(stderr=True, soft_wrap=True, highlight=False)
 LIBRARIES = ("torch", "torchvision", "timm", "transformers", "accelerate", "deepspeed", "webdataset", "omegaconf", "numpy")
@@ -32,7 +32,7 @@ LIBRARIES = ("torch", "torchvision", "timm", "transformers", "accelerate", "deep
 
 def say(message: str) -> None:
     """One line for the person, from rank 0 only."""
-    if dist.is_main():
+    if distributed.is_main():
         console.print(message, markup=False)
 
 
@@ -74,12 +74,12 @@ class RunFolder:
 
     def status(self, state: str, why: str, step: int, anyone: bool = False) -> None:
         """status.json: running | done | stopped | failed, and why. anyone: rank 0 may be the one that was lost."""
-        if (anyone or dist.is_main()) and self.path.is_dir():
+        if (anyone or distributed.is_main()) and self.path.is_dir():
             write_json(self.path / "status.json", {"state": state, "why": why, "step": step, "time": time.time()})
 
     def environment(self, threads: int) -> None:
         """environment.json: versions, revision, command, threads, devices."""
-        if not dist.is_main():
+        if not distributed.is_main():
             return
         installed = {name: metadata.version(name) for name in LIBRARIES if _has(name)}
         gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -91,7 +91,7 @@ class RunFolder:
                 "python": platform.python_version(),
                 "platform": platform.platform(),
                 "versions": installed,
-                "processes": dist.world_size(),
+                "processes": distributed.world_size(),
                 "threads": threads,
                 "gpus": gpus,
             },
@@ -151,9 +151,9 @@ class RunLog:
     """metrics.jsonl and trackers, on rank 0; audit-RANK.jsonl on every rank that is asked for it."""
 
     def __init__(self, folder: RunFolder, config: dict[str, Any], trackers: list[str], audit: bool, after: int) -> None:
-        self._trackers = [_tracker(name, folder, config) for name in trackers] if dist.is_main() else []
-        self._metrics = Lines(folder.path / "metrics.jsonl", after) if dist.is_main() else None
-        self._audit = Lines(folder.path / f"audit-{dist.rank()}.jsonl", after) if audit else None
+        self._trackers = [_tracker(name, folder, config) for name in trackers] if distributed.is_main() else []
+        self._metrics = Lines(folder.path / "metrics.jsonl", after) if distributed.is_main() else None
+        self._audit = Lines(folder.path / f"audit-{distributed.rank()}.jsonl", after) if audit else None
 
     def metrics(self, line: dict[str, Any]) -> None:
         """One line of numbers; non-finite ones become null, as JSON has no others."""
@@ -220,7 +220,7 @@ class Bar:
     """Progress on a terminal: a live bar; elsewhere a line at each log step."""
 
     def __init__(self, total: int, done: int) -> None:
-        self._live = dist.is_main() and console.is_terminal
+        self._live = distributed.is_main() and console.is_terminal
         self._total = total
         if self._live:
             self._progress = Progress(

@@ -20,26 +20,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain import checkpoint, dist, inference, launched, start, strategies
+from pretrain import checkpoint, inference, start, strategies
 from pretrain import config as configuration
 from pretrain import model as models
-from pretrain.agree import on_main
 from pretrain.config import ConfigError, UserError
-from pretrain.data import loader as loading
+from pretrain.data import loader as loaders
 from pretrain.data.loader import Batch, Loader
 from pretrain.data.sources import evaluated_caption, sources_of
 from pretrain.loop import Plan
 from pretrain.model import DualEncoder, ModelSchema
 from pretrain.runlog import RunFolder, say
+from pretrain.runtime import distributed, preflight
+from pretrain.runtime.agree import on_main
 from pretrain.strategies import Strategy
 
 
 def check_batch_and_evaluation(config: Any) -> None:
     """Refuse a batch that the processes cannot share, and evaluations without data. Raises ConfigError."""
-    if config.data.batch_size % (dist.world_size() * config.train.chunks):
+    if config.data.batch_size % (distributed.world_size() * config.train.chunks):
         raise ConfigError(
             f"data.batch_size={config.data.batch_size} must be divisible by processes x train.chunks = "
-            f"{dist.world_size()} x {config.train.chunks}"
+            f"{distributed.world_size()} x {config.train.chunks}"
         )
     if config.train.eval_every and not config.data.val:
         raise ConfigError(f"train.eval_every={config.train.eval_every} needs data.val, the shards to evaluate on")
@@ -62,7 +63,7 @@ class Session:
 
     def write_config(self) -> None:
         """Write config.yaml and environment.json into the run folder."""
-        if dist.is_main():
+        if distributed.is_main():
             configuration.save(self.config, self.folder.path / "config.yaml")
         self.folder.environment(self.threads)
 
@@ -109,8 +110,8 @@ class Session:
 def open_session(config: Any) -> Iterator[Session]:
     """Check that all processes agree, lock the run folder inside, and find the checkpoint to resume from. Raises UserError."""
     check_agreement(config)
-    threads = dist.pin_threads(config.train.threads)
-    device = dist.device()
+    threads = distributed.pin_threads(config.train.threads)
+    device = distributed.device()
     folder = RunFolder(config.run)
     folder.open()
     try:
@@ -121,15 +122,15 @@ def open_session(config: Any) -> Iterator[Session]:
 
 def check_agreement(config: Any) -> None:
     """Refuse processes whose configuration, code or training data differ. Collective. Raises UserError."""
-    if dist.world_size() == 1:
+    if distributed.world_size() == 1:
         return
-    launched.agree("the configuration", configuration.to_dict(config))
-    launched.agree("the code", launched.code_fingerprint())
+    preflight.agree("the configuration", configuration.to_dict(config))
+    preflight.agree("the code", preflight.code_fingerprint())
     train = config.data.train
     if train != "synthetic":
-        launched.agree(
+        preflight.agree(
             "data.train",
-            lambda: launched.data_fingerprint([path for source in sources_of(train, "data.train") for path in source.shards]),
+            lambda: preflight.data_fingerprint([path for source in sources_of(train, "data.train") for path in source.shards]),
         )
 
 
@@ -188,8 +189,13 @@ def build_eval_decoders(config: Any, tokenizer: Any, encoders: DualEncoder) -> d
 
 def build_loader(config: Any, decoders: dict[str, Any]) -> Loader:
     """Build this process's loader of the training data."""
-    return loading.build_loader(
-        config.data, decoders, seed=config.seed, rank=dist.rank(), world=dist.world_size(), nodes=dist.nodes()
+    return loaders.build_loader(
+        config.data,
+        decoders,
+        seed=config.seed,
+        rank=distributed.rank(),
+        world=distributed.world_size(),
+        nodes=distributed.nodes(),
     )
 
 
@@ -201,7 +207,7 @@ def print_summary(config: Any, parameter_counts: dict[str, dict[str, int]], load
     """Print what would run, on one process: configuration, parameters by part of the model, shards, samples, steps."""
     size, epoch = config.data.batch_size, loader.order.epoch_size
     total = config.train.total_steps(size, loader.order)
-    if not dist.is_main():
+    if not distributed.is_main():
         return
     print(configuration.to_yaml(config))
     for name, counts in parameter_counts.items():

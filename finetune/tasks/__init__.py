@@ -31,8 +31,6 @@ from torch import Tensor, nn
 from finetune.model import Features, FusionModel, Head
 from finetune.tasks.questions import Question
 from finetune.trace import Trace
-from pretrain import dist
-from pretrain.agree import gather_or_raise as everywhere  # noqa: F401 - the name that grounding.py imports
 from pretrain.config import ConfigError, UserError
 from pretrain.data import BadSample, loader
 from pretrain.data.cache import Cache
@@ -40,6 +38,8 @@ from pretrain.data.loader import Batch, Sequential
 from pretrain.data.reader import Reader
 from pretrain.data.sources import counted, sources_of
 from pretrain.embed import evaluating
+from pretrain.runtime import distributed
+from pretrain.runtime.agree import gather_or_raise as everywhere  # noqa: F401 - the name that grounding.py imports
 from pretrain.strategies import DTYPES
 
 Survey = Callable[[], Iterator[dict[str, Any]]]
@@ -86,8 +86,8 @@ class Setting:
             self.decoders if decoders is None else decoders,
             config.batch_size,
             workers=config.workers,
-            rank=dist.rank(),
-            world=dist.world_size(),
+            rank=distributed.rank(),
+            world=distributed.world_size(),
             max_samples=config.max_samples,
             cache=self.cache,
         )
@@ -112,7 +112,7 @@ def survey(shards: Any, cache: Cache | None = None) -> Iterator[dict[str, Any]]:
     cache = cache or Cache()
     numbers = counted(paths, cache, "data.train")
     reader = Reader(paths, cache, numbers, keep=8)
-    begin, end = (sum(numbers) * r // dist.world_size() for r in (dist.rank(), dist.rank() + 1))
+    begin, end = (sum(numbers) * r // distributed.world_size() for r in (distributed.rank(), distributed.rank() + 1))
     at = 0
     for shard, number in enumerate(numbers):
         for sample in range(max(begin - at, 0), min(end - at, number)):
@@ -209,5 +209,5 @@ def per_item(losses: Tensor, weights: Tensor) -> Tensor:
     The mean over processes of what it returns is the mean over the items of ALL processes: so a strategy that averages
     gradients over processes is exact, however unequal their numbers of items. Collective. 0 where nobody has any.
     """
-    total = dist.mean(weights.detach().sum())
+    total = distributed.mean(weights.detach().sum())
     return (losses * weights).sum() / total.clamp(min=torch.finfo(losses.dtype).tiny)

@@ -26,10 +26,10 @@ from finetune.model import Features, FusionModel, Head
 from finetune.tasks import Prediction, Setting, Survey, Task, per_item, wording
 from finetune.tasks.generate import Generated, beam, greedy, nucleus
 from finetune.trace import Trace
-from pretrain import dist
-from pretrain.agree import gather_or_raise, on_main
 from pretrain.config import ConfigError, UserError
 from pretrain.data.text import TextDecoder
+from pretrain.runtime import distributed
+from pretrain.runtime.agree import gather_or_raise, on_main
 from pretrain.towers import TokenSequence, masked_mean
 
 
@@ -248,7 +248,7 @@ class Captioning(Task):
         and BLEU_1 to BLEU_4 of the written sentences against all given ones (see wording.py); `samples`, `bad_samples`."""
         batches = setting.batches(shards)
         rows = [row for part in gather_or_raise(lambda: self._scored(model, batches, setting)) for row in part]
-        bad = sum(dist.gather_objects(batches.bad.total()))
+        bad = sum(distributed.gather_objects(batches.bad.total()))
         if not rows:
             raise UserError(f"no caption to evaluate in {shards}: {bad} samples were left out because of their content")
         rows.sort()  # by key: the same sums on any number of processes

@@ -29,13 +29,13 @@ from finetune.model import Features, FusionModel, Head
 from finetune.tasks import Prediction, Setting, Survey, Task, Told, per_item
 from finetune.tasks.labels import Labels, balance, check_measures, count, in_order, multi, single
 from finetune.trace import Trace
-from pretrain import dist
-from pretrain.agree import gather_or_raise
 from pretrain.config import ConfigError, UserError
 from pretrain.data import BadSample
 from pretrain.data.images import ImageDecoder
 from pretrain.data.shards import RawSample
 from pretrain.data.text import TextDecoder
+from pretrain.runtime import distributed
+from pretrain.runtime.agree import gather_or_raise
 
 
 @dataclass
@@ -223,7 +223,7 @@ class Classification(Task):
         left out of the figures), `samples`, `bad_samples`. Collective."""
         batches = setting.batches(shards)
         parts = [part for each in gather_or_raise(lambda: list(self._told(model, batches, setting))) for part in each]
-        bad = sum(dist.gather_objects(batches.bad.total()))
+        bad = sum(distributed.gather_objects(batches.bad.total()))
         if not parts:
             raise UserError(f"nothing to classify in {shards}: {bad} samples were left out because of their content")
         logits, labels = (torch.cat([part[i] for part in parts]) for i in (0, 1))

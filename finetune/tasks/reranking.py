@@ -24,11 +24,11 @@ from torch.nn import functional as F
 
 from finetune.model import FusionModel
 from finetune.tasks import Setting
-from pretrain import dist
-from pretrain.agree import gather_or_raise, on_all, on_main
 from pretrain.config import UserError
 from pretrain.data.loader import Batch
 from pretrain.retrieval import TIE, found, retrieval
+from pretrain.runtime import distributed
+from pretrain.runtime.agree import gather_or_raise, on_all, on_main
 from pretrain.towers import TokenSequence
 
 KS = (1, 5, 10)
@@ -155,13 +155,13 @@ def _encoded(model: FusionModel, batches: Iterable[Batch], setting: Setting) -> 
 
 def _everyone(mine: Gallery | None) -> Gallery | None:
     """The shares of all processes, laid end to end, on each of them. Collective."""
-    if dist.world_size() == 1:
+    if distributed.world_size() == 1:
         return mine
-    sizes = dist.gather_objects(None if mine is None else (len(mine.image), mine.grid))
+    sizes = distributed.gather_objects(None if mine is None else (len(mine.image), mine.grid))
     known = [size for size in sizes if size is not None]
     if not known:
         return None
-    before = sum(size[0] for size in sizes[: dist.rank()] if size is not None)
+    before = sum(size[0] for size in sizes[: distributed.rank()] if size is not None)
     rows = {} if mine is None else {**vars(mine), "owner": mine.owner + before}
     names = ("image", "text", "owner", "pictures", "seen", "words", "lengths")
     return Gallery(**{name: _stacked(rows.get(name)) for name in names}, grid=known[0][1])
@@ -169,12 +169,14 @@ def _everyone(mine: Gallery | None) -> Gallery | None:
 
 def _stacked(rows: Tensor | None) -> Tensor:
     """(r, ...) of each process -> (sum of r, ...); None stands for no rows."""
-    told = dist.gather_objects(None if rows is None else (rows.shape, rows.dtype))
+    told = distributed.gather_objects(None if rows is None else (rows.shape, rows.dtype))
     shape, dtype = next(each for each in told if each is not None)
     counts = [0 if each is None else each[0][0] for each in told]
     rows = torch.empty(0, *shape[1:], dtype=dtype) if rows is None else rows
     padded = F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, max(counts) - len(rows)))
-    return torch.cat([part[:count] for part, count in zip(dist.gather_plain(padded).chunk(len(counts)), counts, strict=True)])
+    return torch.cat(
+        [part[:count] for part, count in zip(distributed.gather_plain(padded).chunk(len(counts)), counts, strict=True)]
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -189,7 +191,7 @@ def search(model: FusionModel, shards: Any, setting: Setting, match: Match, k: i
     batches = setting.batches(shards, {name: setting.decoders[name] for name in ("image", "text")})
     with setting.measuring(model):
         mine = on_all(lambda: _encoded(model, batches, setting))
-        bad = sum(dist.gather_objects(batches.bad.total()))
+        bad = sum(distributed.gather_objects(batches.bad.total()))
         gallery = _everyone(mine)
         if gallery is None:
             raise UserError(f"nothing to rank in {shards}: {bad} samples were left out because of their content")
@@ -200,7 +202,7 @@ def search(model: FusionModel, shards: Any, setting: Setting, match: Match, k: i
 
         def ordered(forth: bool) -> Scores:
             queries, found_in = (image, text) if forth else (text, image)
-            first, last = (len(queries) * (dist.rank() + i) // dist.world_size() for i in (0, 1))
+            first, last = (len(queries) * (distributed.rank() + i) // distributed.world_size() for i in (0, 1))
             asks = torch.arange(first, last)
             rows, similarity = (each.cpu() for each in candidates(queries[first:last], found_in, k))
             right = owner[rows] == asks[:, None] if forth else rows == owner[asks][:, None]

@@ -33,11 +33,12 @@ from finetune.tasks import Prediction, Setting, Survey, Task, Told, per_item
 from finetune.tasks.foils import Foils
 from finetune.tasks.reranking import search
 from finetune.trace import Trace
-from pretrain import dist, registry
+from pretrain import registry
 from pretrain.config import ConfigError
 from pretrain.data.batch import Batch
 from pretrain.objective import SCALARS
 from pretrain.runlog import say
+from pretrain.runtime import distributed
 from pretrain.towers import TokenSequence
 
 WINDOW = 200
@@ -164,8 +165,8 @@ def _mine(image: Tensor, text: Tensor, scale: Tensor, ids: Tensor) -> tuple[mini
     """A caption for each picture, a picture for each caption. Collective."""
     with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
         first, second = mining.draws(len(image), 2, image.device)
-        images, texts = dist.gather_plain(image.detach()), dist.gather_plain(text.detach())
-        same, offset = mining.same_ids(ids), dist.rank() * len(image)
+        images, texts = distributed.gather_plain(image.detach()), distributed.gather_plain(text.detach())
+        same, offset = mining.same_ids(ids), distributed.rank() * len(image)
         forth, back = scale * image @ texts.T, scale * text @ images.T
         return mining.mine(forth, same, first, offset), mining.mine(back, same, second, offset)
 

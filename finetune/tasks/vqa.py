@@ -27,10 +27,10 @@ from finetune.tasks import Prediction, Setting, Survey, Task, Told, per_item
 from finetune.tasks.answers import Blind, accuracy, vocabulary
 from finetune.tasks.questions import Question, Questions, questions_of
 from finetune.trace import Trace
-from pretrain import dist
-from pretrain.agree import gather_or_raise
 from pretrain.config import ConfigError, UserError
 from pretrain.data import BadSample
+from pretrain.runtime import distributed
+from pretrain.runtime.agree import gather_or_raise
 from pretrain.towers import TokenSequence
 
 
@@ -170,7 +170,7 @@ class VQA(Task):
         batches = setting.batches(shards)
         scored = gather_or_raise(lambda: list(self._scored(model, batches, setting)))
         rows = [row for part in scored for row in part]
-        bad = sum(dist.gather_objects(batches.bad.total()))
+        bad = sum(distributed.gather_objects(batches.bad.total()))
         if not rows:
             raise UserError(f"no question to evaluate in {shards}: {bad} samples were left out because of their content")
         guesser = self._guesser(setting)

@@ -34,9 +34,10 @@ from launch.report import tuned as tuning
 from launch.report.charts import Series, line_chart
 from launch.report.record import Record
 from launch.report.tuned import Tuned
-from pretrain import dist, inference
 from pretrain import export as exports
+from pretrain import inference
 from pretrain.config import UserError
+from pretrain.runtime import distributed
 
 NO_SHARDS = "The run names no validation shards (data.val); give some with --data."
 
@@ -61,7 +62,7 @@ def write(run: str | Path, data: Any = None, out: Path | None = None, pictures: 
     try:
         if tuned is not None:
             model = inference_of_tasks.load(record.folder)
-            model.model.to(dist.device())
+            model.model.to(distributed.device())
             weights = {name: count["total"] for name, count in model.model.parameter_counts().items()}
             tuned = tuning.build(model, shards if pictures else None, workers)
         else:
@@ -69,7 +70,7 @@ def write(run: str | Path, data: Any = None, out: Path | None = None, pictures: 
             export = exports.advised(loaded, f"{_shown_path(record.folder)}/export")
             weights = {name: sum(p.numel() for p in tower.parameters()) for name, tower in loaded.model.towers.items()}
             if shards and pictures:
-                gallery = galleries.build(loaded, shards, dist.device(), workers, pictures)
+                gallery = galleries.build(loaded, shards, distributed.device(), workers, pictures)
                 missing = "" if gallery else f"No sample of {', '.join(figures.shards(shards))} could be used."
             else:
                 missing = NO_SHARDS

@@ -12,7 +12,7 @@
     vocabulary.py  the words for objects that a data set brings; vocabularies/: those that ship with the package
     scenes.py      the built-in data set, with scene_*.py; of the project only `launch` imports it
 
-May import `pretrain.dist`, `pretrain.registry` and `pretrain.config`; nothing above them.
+May import `pretrain.runtime.distributed`, `pretrain.registry` and `pretrain.config`; nothing above them.
 """
 
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain import dist
 from pretrain.config import ConfigError
+from pretrain.runtime import distributed
 
 DENSE = 1 << 17
 """Up to so many entries (b times B) the plain formula is as fast as tiles (measured: 256 rows are, 512 are not)."""
@@ -39,13 +39,13 @@ def over_pairs(
     if not pairs:
         raise ValueError(f"a contrastive loss needs two modalities, got {list(features)}")
     needed = list(features) if both else sorted({second for _, second in pairs}, key=list(features).index)
-    everyone = dict(zip(needed, dist.gather_many([features[name] for name in needed]), strict=True))
+    everyone = dict(zip(needed, distributed.gather_many([features[name] for name in needed]), strict=True))
     ids = caption_ids(targets, same_caption)
     b = next(iter(features.values())).shape[0]
     losses, report = [], {}
     for first, second in pairs:
         rows, columns = features[first], features[second]
-        loss, best = one(rows, columns, everyone.get(first, rows), everyone[second], dist.rank() * b, ids)
+        loss, best = one(rows, columns, everyone.get(first, rows), everyone[second], distributed.rank() * b, ids)
         losses.append(loss)
         report[f"{first}_to_{second}_accuracy"] = best.detach().float().mean()
     return torch.stack(losses).mean(), report
@@ -58,7 +58,7 @@ def caption_ids(targets: dict[str, Any], same_caption: str) -> tuple[Tensor, Ten
     if "caption_id" not in targets:
         raise ConfigError("loss.same_caption=ignore needs captions to compare, and this batch names none")
     ids: Tensor = targets["caption_id"]
-    return ids, dist.gather_plain(ids)
+    return ids, distributed.gather_plain(ids)
 
 
 def duplicates(ids: tuple[Tensor, Tensor], offset: int) -> Tensor:
@@ -71,4 +71,4 @@ def duplicates(ids: tuple[Tensor, Tensor], offset: int) -> Tensor:
 
 def tiled(b: int, tile: int) -> bool:
     """Whether a loss over b local rows and all columns is computed in tiles: as configured, or by size."""
-    return tile > 0 or b * b * dist.world_size() > DENSE
+    return tile > 0 or b * b * distributed.world_size() > DENSE

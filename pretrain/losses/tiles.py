@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from pretrain import dist
+from pretrain.runtime import distributed
 
 ROWS, COLUMNS = 1024, 2048
 """Size of a tile on the CPU: 8 MiB in float32, which a last-level cache holds between the product and its use."""
@@ -107,7 +107,7 @@ class _Softmax(torch.autograd.Function):
         bounded = _bounded(rows, columns, factor)
         collect = _sums_bounded if bounded else _sums
         lse_rows, lse_columns, best = collect(walk, rows, columns, factor, positives)
-        parts = dist.gather_plain(lse_columns[None])
+        parts = distributed.gather_plain(lse_columns[None])
         lse_columns = parts.logsumexp(dim=0)
         own = lse_columns[offset : offset + walk.b]
         loss = ((lse_rows - positives) + (own - positives)).mean() / 2

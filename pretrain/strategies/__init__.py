@@ -33,9 +33,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from pretrain import dist
 from pretrain.config import ConfigError, UserError
 from pretrain.optim import OptimConfig
+from pretrain.runtime import distributed
 from pretrain.strategies import tuning
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -162,7 +162,7 @@ class Strategy(ABC):
     def save(self, folder: Path) -> None:
         """Writes what resuming needs beside the weights into `folder`. Collective."""
         state = {"optimizer": self.moments(), "scaler": self.scaling()}
-        if dist.is_main():
+        if distributed.is_main():
             torch.save(state, folder / "optimizer.pt")
 
     def load(self, folder: Path) -> None:
@@ -192,9 +192,9 @@ def check(word: str, precision: Precision, compiled: bool, offload: bool, deepsp
     if word not in WORDS:
         raise ConfigError(f"train.strategy={word!r} is not a strategy; the choices are {', '.join(WORDS)}")
     zero = WORDS[word][0] == "zero"
-    if word == "single" and dist.world_size() > 1:
+    if word == "single" and distributed.world_size() > 1:
         raise ConfigError(
-            f"train.strategy=single runs in one process, not {dist.world_size()}; choose {', '.join(list(WORDS)[1:])}"
+            f"train.strategy=single runs in one process, not {distributed.world_size()}; choose {', '.join(list(WORDS)[1:])}"
         )
     if zero and importlib.util.find_spec("deepspeed") is None:
         raise ConfigError(f"train.strategy={word} needs DeepSpeed, which is not installed: pip install 'clipfuse[deepspeed]'")
@@ -203,11 +203,11 @@ def check(word: str, precision: Precision, compiled: bool, offload: bool, deepsp
             f"train.strategy={word} needs DeepSpeed 0.19.8 or later (older ones reduce gradients once a chunk); "
             f"this is {metadata.version('deepspeed')}: pip install -U 'clipfuse[deepspeed]'"
         )
-    if precision == "fp16" and not dist.has_gpu():
+    if precision == "fp16" and not distributed.has_gpu():
         raise ConfigError("train.precision=fp16 needs a GPU; use bf16 or fp32 on a CPU")
     if (
         precision == "bf16"
-        and dist.has_gpu()
+        and distributed.has_gpu()
         and torch.cuda.is_available()
         and not torch.cuda.is_bf16_supported(including_emulation=False)
     ):
@@ -221,7 +221,7 @@ def check(word: str, precision: Precision, compiled: bool, offload: bool, deepsp
         )
     if offload and not zero:
         raise ConfigError(f"train.offload=true needs train.strategy=zero1, zero2 or zero3, not {word}")
-    if offload and not dist.has_gpu():
+    if offload and not distributed.has_gpu():
         raise ConfigError(
             "train.offload=true moves the optimizer from GPU to CPU memory, and this machine has no GPU; leave it out"
         )

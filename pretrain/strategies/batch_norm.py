@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pretrain import dist
 from pretrain.config import ConfigError
+from pretrain.runtime import distributed
 
 ADVICE = "choose a tower without BatchNorm (ViT, ConvNeXt), or freeze it: image.trainable_blocks=0"
 
@@ -33,7 +33,7 @@ def refuse_chunks(model: nn.Module, chunks: int) -> None:
 
 def synchronised(model: nn.Module) -> nn.Module:
     """The model, its BatchNorm layers normalising over all processes. Raises ConfigError where torch cannot (CPU)."""
-    names = active(model) if dist.world_size() > 1 else []
+    names = active(model) if distributed.world_size() > 1 else []
     if not names:
         return model
     if not torch.cuda.is_available():

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pretrain import dist
 from pretrain.config import ConfigError
 from pretrain.optim import OptimConfig
+from pretrain.runtime import distributed
 from pretrain.strategies import Applied, Precision
 from pretrain.strategies.batch_norm import synchronised
 from pretrain.strategies.single import Single
@@ -29,7 +29,7 @@ class DDP(Single):
     word = "ddp"
 
     def setup(self, model: nn.Module) -> None:
-        dist.require_group()
+        distributed.require_group()
         self.module = synchronised(model).to(self.device)
         self._prepare()
         self.model = DistributedDataParallel(
@@ -38,7 +38,7 @@ class DDP(Single):
             **_NO_BUFFERS,
             gradient_as_bucket_view=True,  # one copy of the gradients, not two
         )
-        assert self.model.process_group.size() == dist.world_size()
+        assert self.model.process_group.size() == distributed.world_size()
 
     def apply(self, lr: float) -> Applied:
         if not self.optimizer.state:  # torch would only say at the second step that it still waits for a gradient

@@ -18,8 +18,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from pretrain import dist
 from pretrain.optim import OptimConfig
+from pretrain.runtime import distributed
 from pretrain.strategies import DTYPES, Precision
 from pretrain.strategies.batch_norm import synchronised
 from pretrain.strategies.replica import filled, in_step, shell
@@ -32,14 +32,14 @@ class FSDP2(Single):
     word = "fsdp2"
 
     def setup(self, model: nn.Module) -> None:
-        dist.require_group()
+        distributed.require_group()
         model = synchronised(model).to(self.device)
         self._shell = shell(model)
         in_step(model)
         with torch.no_grad():
             for tensor in [*model.parameters(), *model.buffers()]:
                 td.broadcast(tensor, 0)  # shares of different models would make no model
-        mesh = init_device_mesh(self.device.type, (dist.world_size(),))
+        mesh = init_device_mesh(self.device.type, (distributed.world_size(),))
         self.blocks = blocks(model)
         low = None if self.precision == "fp32" else DTYPES[self.precision]
         for block in self.blocks:
@@ -49,7 +49,7 @@ class FSDP2(Single):
         assert isinstance(model, FSDPModule)
         for name, p in model.named_parameters():
             assert isinstance(p, DTensor), f"{name} is not sharded"
-            assert p.device_mesh.size() == dist.world_size(), f"{name} is sharded over {p.device_mesh.size()} processes"
+            assert p.device_mesh.size() == distributed.world_size(), f"{name} is sharded over {p.device_mesh.size()} processes"
         self._prepare()
 
     def compile(self, backend: str = "inductor") -> None:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pretrain import dist
 from pretrain import optim as optimizers
 from pretrain.optim import OptimConfig
+from pretrain.runtime import distributed
 from pretrain.strategies import Applied, Moments, Precision, Strategy
 
 
@@ -89,7 +89,7 @@ class Single(Strategy):
         found = {}
         for name, value in self.module.state_dict().items():
             value = self._join(value)  # every rank takes part, rank 0 keeps
-            if dist.is_main():
+            if distributed.is_main():
                 found[name] = value.to("cpu", copy=True)
         return found
 
@@ -103,7 +103,7 @@ class Single(Strategy):
             if p not in self.optimizer.state:
                 continue
             values = {key: self._join(value) for key, value in self.optimizer.state[p].items()}
-            if dist.is_main():
+            if distributed.is_main():
                 found[name] = {key: value.cpu() for key, value in values.items()}
         return found
 

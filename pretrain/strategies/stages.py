@@ -13,8 +13,8 @@ import torch
 import torch.distributed as td
 from torch import Tensor, nn
 
-from pretrain import dist
 from pretrain.optim import OptimConfig
+from pretrain.runtime import distributed
 from pretrain.strategies import Precision
 from pretrain.strategies.replica import filled, in_step, shell
 from pretrain.strategies.zero import Zero
@@ -110,7 +110,7 @@ class Zero3(Zero):
     def _put_master(self, p: nn.Parameter, value: Tensor, kind: str | None) -> None:
         share = self._share(p, kind)
         value = value.reshape(-1)
-        begin = share.numel() * dist.rank()
+        begin = share.numel() * distributed.rank()
         mine = value[begin : begin + share.numel()]
         share[: mine.numel()] = mine.to(share.device)
 

@@ -18,9 +18,9 @@ import torch
 import torch.distributed as td
 from torch import Tensor, nn
 
-from pretrain import dist
 from pretrain import optim as optimizers
 from pretrain.optim import OptimConfig
+from pretrain.runtime import distributed
 from pretrain.strategies import DTYPES, Applied, Moments, Precision, Strategy, tuning
 from pretrain.strategies.batch_norm import synchronised
 
@@ -46,7 +46,7 @@ class Zero(Strategy):
         self._scale = LossScale() if precision == "fp16" else None
 
     def setup(self, model: nn.Module) -> None:
-        dist.require_group()
+        distributed.require_group()
         self.module = synchronised(model).to(self.device)
         deepspeed = _deepspeed()
         inside = _Autocast(self.module, self.device.type, self.precision) if self.precision != "fp32" else self.module
@@ -57,7 +57,9 @@ class Zero(Strategy):
         self.zero: Any = engine.optimizer
         self.optimizer = self.zero.optimizer
         assert engine.zero_optimization_stage() == self.stage, engine.zero_optimization_stage()
-        assert engine.dp_world_size == dist.world_size(), f"{engine.dp_world_size} of {dist.world_size()} processes"
+        assert engine.dp_world_size == distributed.world_size(), (
+            f"{engine.dp_world_size} of {distributed.world_size()} processes"
+        )
         assert isinstance(self.zero, self._engine_class()), type(self.zero)
         if self._scale:
             self.zero.override_loss_scale(self._scale.scale)
@@ -209,9 +211,9 @@ class Zero(Strategy):
     def weights(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for name, value in self._whole_weights():
-            if dist.is_main():
+            if distributed.is_main():
                 found[name] = value.to("cpu", copy=True)
-        if not dist.is_main():
+        if not distributed.is_main():
             return found
         buffers = dict(self.module.named_buffers())
         names = self.module.state_dict()
@@ -224,7 +226,7 @@ class Zero(Strategy):
             return found
         for name, p in self._named():
             values = {kind: self._master(p, kind) for kind in KINDS}
-            if dist.is_main():
+            if distributed.is_main():
                 step = next(self.optimizer.state[flat]["step"] for flat in self._flat())
                 found[name] = {kind: value.to("cpu", copy=True) for kind, value in values.items()}
                 found[name]["step"] = step.detach().cpu().clone()
@@ -297,7 +299,7 @@ def _size(p: nn.Parameter) -> int:
 def _deepspeed() -> Any:
     """DeepSpeed, quiet, on the process group that is there."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    os.environ.setdefault("LOCAL_RANK", str(dist.local_rank()))  # asserted on, also in a run of one process
+    os.environ.setdefault("LOCAL_RANK", str(distributed.local_rank()))  # asserted on, also in a run of one process
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.ERROR)

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from pretrain import config as configuration
-from pretrain import dist, inference
+from pretrain import inference
 from pretrain import model as models
 from pretrain.__main__ import find_config
 from pretrain.data.loader import sequential
@@ -32,6 +32,7 @@ from pretrain.embed_options import Options
 from pretrain.encode import Encoder, evaluating
 from pretrain.inference import Loaded
 from pretrain.model import ModelSchema
+from pretrain.runtime import distributed
 
 
 def main() -> None:
@@ -45,8 +46,8 @@ def main() -> None:
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("settings", nargs="*", help="key=value settings of the towers")
     given = parser.parse_args()
-    device = dist.device()
-    threads = dist.pin_threads(0)
+    device = distributed.device()
+    threads = distributed.pin_threads(0)
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         if given.data is None:

@@ -73,9 +73,9 @@ def configuration(settings: list[str]) -> Any:
 def estimated(settings: list[str], world: int) -> float:
     """MiB."""
     from launch import plan
-    from pretrain import dist
+    from pretrain.runtime import distributed
 
-    with dist.planned(world, 1, False):
+    with distributed.planned(world, 1, False):
         config = configuration(settings)
     model, _ = plan.measure(config)
     return plan.estimate(config, model, world, overhead=False).total / MIB
@@ -84,16 +84,17 @@ def estimated(settings: list[str], world: int) -> float:
 def measured(settings: list[str]) -> dict[str, float]:
     """Two steps in this process (one of a group, where there is one): MiB."""
     from launch.plan import AnyTokenizer
-    from pretrain import dist, flops, inference, objective, registry, strategies
+    from pretrain import flops, inference, objective, registry, strategies
     from pretrain import model as models
     from pretrain.data.batch import Batch
+    from pretrain.runtime import distributed
     from pretrain.step import train_step
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     config = configuration(settings)
     tokenizer: Any = AnyTokenizer(8192)
-    share = config.data.batch_size // dist.world_size()
+    share = config.data.batch_size // distributed.world_size()
     one = flops.one_sample(config.image.size, config.text.length)
     inputs = {name: x.expand(share, *x.shape[1:]).contiguous() for name, x in one.inputs.items()}
     masks = {name: x.expand(share, *x.shape[1:]).contiguous() for name, x in one.masks.items()}
@@ -109,7 +110,7 @@ def measured(settings: list[str]) -> dict[str, float]:
         strategy.model.train()
         task = objective.Contrastive(loss.build(config.loss))
         for step in range(2):
-            train_step(strategy, task, batch, train.chunks, 1e-4, (0, step, dist.rank()))
+            train_step(strategy, task, batch, train.chunks, 1e-4, (0, step, distributed.rank()))
     resident = _resident() - before
     events = profile.profiler.kineto_results.events()
     sizes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")

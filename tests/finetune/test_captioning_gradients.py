@@ -13,10 +13,11 @@ from finetune.aligned import keep_aligned
 from finetune.lora import LoraConfig
 from finetune.model import CAPTION, FusionModel
 from finetune.tasks import captioning
-from pretrain import dist, registry
+from pretrain import registry
 from pretrain.data.batch import Batch
 from pretrain.model import ModelSchema
 from pretrain.optim import OptimConfig
+from pretrain.runtime import distributed
 from pretrain.strategies import choose
 from tests.pretrain.strategies import tiny, world
 
@@ -72,8 +73,8 @@ def cells() -> dict[str, tuple[float, str, float]]:
     """(strategy, chunks) -> worst gradient as a share of what is allowed, where, error of the loss."""
     value, expected = reference()
     rounding = max(tiny.errors(reference(torch.float32)[1], expected).values())
-    share = B // dist.world_size()
-    mine = whole().slice(share * dist.rank(), share * (dist.rank() + 1))
+    share = B // distributed.world_size()
+    mine = whole().slice(share * distributed.rank(), share * (distributed.rank() + 1))
     found: dict[str, tuple[float, str, float]] = {}
     for word, bound in EXACT.items():
         strategy = choose(word, "fp32", OptimConfig(clip_norm=0.0), torch.device("cpu"))
@@ -81,7 +82,7 @@ def cells() -> dict[str, tuple[float, str, float]]:
         strategy.setup(model)
         strategy.model.train()
         for chunks in (1, 2):
-            loss, got = tiny.one_step(strategy, task, mine, chunks, (0, 0, dist.rank()))
+            loss, got = tiny.one_step(strategy, task, mine, chunks, (0, 0, distributed.rank()))
             where, worst = max(tiny.errors(got, expected).items(), key=lambda item: item[1])
             # Where weights are float32: one process is no nearer to float64 than `rounding` either.
             allowed = bound if bound < 1e-6 else max(bound, 2 * rounding)

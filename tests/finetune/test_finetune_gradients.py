@@ -8,9 +8,10 @@ from finetune import model as models
 from finetune.adapt import freeze_unreached
 from finetune.model import FusionModel
 from finetune.tasks import survey, vqa
-from pretrain import dist, registry
+from pretrain import registry
 from pretrain.data.batch import Batch
 from pretrain.optim import OptimConfig
+from pretrain.runtime import distributed
 from pretrain.strategies import choose
 from tests.pretrain.strategies import tiny, world
 from tests.support import Small
@@ -77,8 +78,8 @@ def work(shards: list[str]) -> tuple[list[tuple[str, int]], dict[str, tuple[floa
 def cells() -> dict[str, tuple[float, str, float]]:
     """(strategy, chunks) -> worst gradient, where, error of the loss."""
     value, expected = reference()
-    share = B // dist.world_size()
-    mine = whole().slice(share * dist.rank(), share * (dist.rank() + 1))
+    share = B // distributed.world_size()
+    mine = whole().slice(share * distributed.rank(), share * (distributed.rank() + 1))
     found: dict[str, tuple[float, str, float]] = {}
     for word, bound in EXACT.items():
         strategy = choose(word, "fp32", OptimConfig(clip_norm=0.0), torch.device("cpu"))
@@ -86,7 +87,7 @@ def cells() -> dict[str, tuple[float, str, float]]:
         strategy.setup(model)
         strategy.model.train()
         for chunks in (1, 2):
-            loss, got = tiny.one_step(strategy, task, mine, chunks, (0, 0, dist.rank()))
+            loss, got = tiny.one_step(strategy, task, mine, chunks, (0, 0, distributed.rank()))
             where, worst = max(tiny.errors(got, expected).items(), key=lambda item: item[1])
             found[f"{word} {chunks}"] = (worst, where, abs(loss - value) / value)
     return found

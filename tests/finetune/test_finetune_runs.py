@@ -26,7 +26,7 @@ from torch import nn
 
 from finetune.model import Head
 from finetune.tasks import Task
-from pretrain.agree import gather_or_raise
+from pretrain.runtime.agree import gather_or_raise
 
 
 @dataclass

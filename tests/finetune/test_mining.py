@@ -11,7 +11,7 @@ from torch import Tensor
 
 from finetune import mining
 from finetune.tasks import per_item
-from pretrain import dist
+from pretrain.runtime import distributed
 from tests.pretrain.strategies import world
 
 B = 12
@@ -81,14 +81,14 @@ def mined() -> dict[str, Any]:
     states = torch.randn(B, 5, 3, generator=g, dtype=torch.float64).requires_grad_()
     mask = torch.rand(B, 5, generator=g) < 0.5
     ids = torch.tensor([[0, 0], [0, 1], [1, 1]]).repeat(B // 3, 1)  # those in the middle share one with all
-    b = B // dist.world_size()
-    own = slice(dist.rank() * b, (dist.rank() + 1) * b)
-    torch.manual_seed(dist.rank())
+    b = B // distributed.world_size()
+    own = slice(distributed.rank() * b, (distributed.rank() + 1) * b)
+    torch.manual_seed(distributed.rank())
     first, second = mining.draws(b, 2, torch.device("cpu"))
     same = mining.same_ids(ids[own])
-    forth = mining.mine(3 * image[own] @ text.T, same, first, dist.rank() * b)
-    back = mining.mine(3 * text[own] @ image.T, same, second, dist.rank() * b)
-    got, got_mask = dist.fetch([states[own], mask[own]], forth.row)
+    forth = mining.mine(3 * image[own] @ text.T, same, first, distributed.rank() * b)
+    back = mining.mine(3 * text[own] @ image.T, same, second, distributed.rank() * b)
+    got, got_mask = distributed.fetch([states[own], mask[own]], forth.row)
     loss = per_item((got.square() * (forth.row[:, None, None] + 1)).sum((1, 2)), forth.valid.double())
     loss.backward()
     grad = states.grad
@@ -96,7 +96,7 @@ def mined() -> dict[str, Any]:
     return {
         "draws": torch.stack([first, second], 1), "rows": torch.stack([forth.row, back.row], 1),
         "valid": torch.stack([forth.valid, back.valid], 1), "got": got.detach(), "mask": got_mask,
-        "loss": dist.mean(loss.detach()), "grad": dist.mean(grad),
+        "loss": distributed.mean(loss.detach()), "grad": distributed.mean(grad),
     }  # fmt: skip
 
 

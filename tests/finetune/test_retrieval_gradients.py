@@ -13,11 +13,12 @@ from finetune import model as models
 from finetune.adapt import freeze_unreached
 from finetune.model import FusionModel
 from finetune.tasks import EvalConfig, Setting, retrieval
-from pretrain import dist, registry
+from pretrain import registry
 from pretrain.data.batch import Batch
 from pretrain.data.images import ImageDecoder
 from pretrain.data.text import TextDecoder, load_tokenizer
 from pretrain.optim import OptimConfig
+from pretrain.runtime import distributed
 from pretrain.step import seed_of
 from pretrain.strategies import choose
 from tests.pretrain.strategies import tiny, world
@@ -59,8 +60,8 @@ def whole() -> Batch:
 
 def share() -> Batch:
     """This process's part, trimmed as its loader would."""
-    b = B // dist.world_size()
-    mine = whole().slice(b * dist.rank(), b * (dist.rank() + 1))
+    b = B // distributed.world_size()
+    mine = whole().slice(b * distributed.rank(), b * (distributed.rank() + 1))
     longest = int(mine.masks["text"].sum(dim=1).max())
     mine.inputs["text"], mine.masks["text"] = mine.inputs["text"][:, :longest], mine.masks["text"][:, :longest]
     return mine
@@ -138,7 +139,7 @@ def cells(small: Small) -> tuple[dict[str, tuple[float, str, float]], dict[str, 
         model, task = built(torch.float64 if bound < 1e-6 else torch.float32)
         strategy.setup(model)
         strategy.model.train()
-        loss, got = tiny.one_step(strategy, task, share(), 1, (0, 0, dist.rank()))
+        loss, got = tiny.one_step(strategy, task, share(), 1, (0, 0, distributed.rank()))
         where, worst = max(tiny.errors(got, expected).items(), key=lambda item: item[1])
         found[word] = (worst, where, abs(loss - value) / value)
     return found, searched(small)
@@ -146,12 +147,12 @@ def cells(small: Small) -> tuple[dict[str, tuple[float, str, float]], dict[str, 
 
 def reference_alone() -> tuple[float, dict[str, Tensor], int]:
     """The reference as a world of one computes it, inside one of two."""
-    kept = dist.world_size, dist.rank
-    dist.world_size, dist.rank = lambda: 1, lambda: 0
+    kept = distributed.world_size, distributed.rank
+    distributed.world_size, distributed.rank = lambda: 1, lambda: 0
     try:
         return reference()
     finally:
-        dist.world_size, dist.rank = kept
+        distributed.world_size, distributed.rank = kept
 
 
 def test_gradients_and_search_of_two_processes(small: Small) -> None:

@@ -9,20 +9,20 @@ import time
 
 import torch
 
-from pretrain import dist
 from pretrain.__main__ import DONE, guarded
 from pretrain.config import UserError
-from pretrain.heartbeat import Heartbeat
+from pretrain.runtime import distributed
+from pretrain.runtime.watchdog import Heartbeat
 
 
 def main() -> int:
     mode, timeout = sys.argv[1], float(sys.argv[2])
-    dist.setup(60)
-    dist.limit(timeout)
+    distributed.setup(60)
+    distributed.limit(timeout)
     with Heartbeat(timeout, lambda why: print(f"recorded: {why}", flush=True)) as pulse:
         try:
             for step in range(30):
-                disturbed = step == 10 and dist.rank() == 1
+                disturbed = step == 10 and distributed.rank() == 1
                 pulse.at(step, "waiting for data")
                 if disturbed and mode == "die":
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -38,14 +38,14 @@ def main() -> int:
                 if disturbed and mode == "compute":
                     time.sleep(1000)
                 time.sleep(0.05)
-                dist.maximum(torch.tensor(0))
+                distributed.maximum(torch.tensor(0))
         except Exception as error:
             told = pulse.explain(error)
             if told is not None:
                 raise told from error
             raise
-    dist.barrier()
-    dist.shutdown()
+    distributed.barrier()
+    distributed.shutdown()
     return DONE
 
 

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain import checkpoint, dist
-from pretrain.agree import gather_or_raise, on_all, on_main
+from pretrain import checkpoint
 from pretrain.config import ConfigError, UserError
 from pretrain.data import sources
 from pretrain.data.cache import Cache
 from pretrain.data.tar import DamagedTarError
 from pretrain.runlog import RunFolder
+from pretrain.runtime import distributed
+from pretrain.runtime.agree import gather_or_raise, on_all, on_main
 from tests.pretrain.strategies import world
 
 
@@ -50,12 +51,12 @@ def fail(error: Exception) -> Any:
 
 
 def fail_on(rank: int, error: Exception) -> Any:
-    return fail(error) if dist.rank() == rank else f"rank {dist.rank()}"
+    return fail(error) if distributed.rank() == rank else f"rank {distributed.rank()}"
 
 
 def seen() -> dict[str, Any]:
     """What each function did on this rank."""
-    dist.limit(20)
+    distributed.limit(20)
     kept: list[UserError] = []
     own = UserError("mine")
     try:
@@ -63,23 +64,23 @@ def seen() -> dict[str, Any]:
     except UserError as error:
         kept.append(error)
     return {
-        "main": outcome(lambda: on_main(lambda: ["from", dist.rank()])),
+        "main": outcome(lambda: on_main(lambda: ["from", distributed.rank()])),
         "main fails": [outcome(lambda error=error: on_main(lambda: fail(error))) for error in ERRORS],
-        "all": outcome(lambda: on_all(lambda: dist.rank())),
+        "all": outcome(lambda: on_all(lambda: distributed.rank())),
         "all, not picklable": outcome(lambda: on_all(lambda: lambda: 3)())[2],
         "one of all fails": [
             [outcome(lambda error=error, rank=rank: on_all(lambda: fail_on(rank, error))) for error in ERRORS]
-            for rank in range(dist.world_size())
+            for rank in range(distributed.world_size())
         ],
-        "all fail": outcome(lambda: on_all(lambda: fail(UserError(f"rank {dist.rank()}")))),
-        "gathered": outcome(lambda: gather_or_raise(lambda: dist.rank() * 10)),
+        "all fail": outcome(lambda: on_all(lambda: fail(UserError(f"rank {distributed.rank()}")))),
+        "gathered": outcome(lambda: gather_or_raise(lambda: distributed.rank() * 10)),
         "one of gathered fails": [
             [outcome(lambda error=error, rank=rank: gather_or_raise(lambda: fail_on(rank, error))) for error in ERRORS]
-            for rank in range(dist.world_size())
+            for rank in range(distributed.world_size())
         ],
         "rebuilt": outcome(lambda: on_all(lambda: fail_on(0, TwoWordsError("batch", "7")))),
         "its own object": kept[0] is own,
-        "in step": dist.gather_objects(dist.rank()),
+        "in step": distributed.gather_objects(distributed.rank()),
     }
 
 
@@ -103,7 +104,7 @@ def test_errors_and_results_are_shared(processes: int) -> None:
 
 def unexpected() -> tuple[tuple[str, str, Any], list[int]]:
     """A bug on rank 0 alone: it does not hide behind a line, and needs no other rank to be raised."""
-    return outcome(lambda: on_all(lambda: fail(ZeroDivisionError("bug")))), dist.gather_objects(dist.rank())
+    return outcome(lambda: on_all(lambda: fail(ZeroDivisionError("bug")))), distributed.gather_objects(distributed.rank())
 
 
 def test_an_unexpected_error_is_raised_as_it_is() -> None:
@@ -117,7 +118,7 @@ def test_an_unexpected_error_is_raised_as_it_is() -> None:
 
 def a_file_in_the_way(folder: str) -> list[tuple[str, str, Any]]:
     """Rank 0 cannot make the folder of a checkpoint; then writing fails on rank 1 alone; then it succeeds."""
-    dist.limit(20)
+    distributed.limit(20)
     weights = {"w": torch.zeros(1)}
 
     def save(where: str, state: Callable[[Path], Any]) -> Any:
@@ -149,7 +150,7 @@ def test_a_checkpoint_that_one_rank_cannot_write_fails_on_all(tmp_path: Path) ->
 
 def disk_full(folder: str) -> list[tuple[str, str, Any]]:
     """Counting and taking the run folder, where the disk of rank 0 answers with an error."""
-    dist.limit(20)
+    distributed.limit(20)
     full = OSError(errno.ENOSPC, "No space left on device")
     kept, sources.counts = sources.counts, lambda paths, cache: fail(full)
     try:

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from launch import cli
 from pretrain import config as configuration
-from pretrain import dist, inference
+from pretrain import inference
 from pretrain import model as models
 from pretrain.config import ConfigError, UserError
 from pretrain.data.loader import Batch, Sequential, sequential
@@ -24,6 +24,7 @@ from pretrain.data.text import load_tokenizer
 from pretrain.embed import embed_split, evaluating
 from pretrain.evaluate import EvalConfig, evaluate, run, summary
 from pretrain.model import ModelSchema
+from pretrain.runtime import distributed
 from tests.pretrain.strategies import world
 from tests.support import TINY_TOWERS, Small, lines
 
@@ -222,9 +223,9 @@ def evaluated(small: Small) -> dict[str, Any]:
         evaluate(loaded.model, loaded.decoders, small.val, settings(), CPU)
     except UserError as error:  # on every rank, not only where it was found
         got["error"] = str(error)
-    batches = sequential(small.val, loaded.decoders, 10, rank=dist.rank(), world=dist.world_size())
+    batches = sequential(small.val, loaded.decoders, 10, rank=distributed.rank(), world=distributed.world_size())
     try:  # only one process cannot read its share
-        embed_split(loaded.model, lost(batches) if dist.rank() == 1 else batches, loaded.decoders, CPU)
+        embed_split(loaded.model, lost(batches) if distributed.rank() == 1 else batches, loaded.decoders, CPU)
     except UserError as error:
         got["lost"] = str(error)
     return got

@@ -64,7 +64,7 @@ def test_the_lost_process_is_named(mode: str, line: str | None, codes: list[int]
 
 
 def test_one_process_has_no_heartbeat() -> None:
-    from pretrain.heartbeat import Heartbeat
+    from pretrain.runtime.watchdog import Heartbeat
 
     with Heartbeat(1.0, lambda why: None) as pulse:
         pulse.at(0, "computing")

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from pretrain import dist, launched
 from pretrain.config import ConfigError
+from pretrain.runtime import distributed, preflight
 from tests.launch.worlds import free_port
 from tests.support import ROOT, environment
 
@@ -29,7 +29,7 @@ GROUP = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1",
     ],
 )
 def test_sound_worlds_pass(env: dict[str, str]) -> None:
-    launched.check_launcher(env, gpus=0)
+    preflight.check_launcher(env, gpus=0)
 
 
 @pytest.mark.parametrize(
@@ -46,19 +46,19 @@ def test_sound_worlds_pass(env: dict[str, str]) -> None:
 )
 def test_lonely_copies_are_refused(env: dict[str, str], line: str) -> None:
     with pytest.raises(ConfigError, match=line):
-        launched.check_launcher(env, gpus=2 if "LOCAL_RANK" in env else 0)
+        preflight.check_launcher(env, gpus=2 if "LOCAL_RANK" in env else 0)
 
 
 def test_what_accelerate_was_asked_for_is_what_runs() -> None:
-    launched.check_asked("bf16", "ddp", {"ACCELERATE_MIXED_PRECISION": "bf16"})
-    launched.check_asked("fp32", "ddp", {"ACCELERATE_MIXED_PRECISION": "no"})
-    launched.check_asked("bf16", "fsdp2", {"ACCELERATE_USE_FSDP": "true"})
+    preflight.check_asked("bf16", "ddp", {"ACCELERATE_MIXED_PRECISION": "bf16"})
+    preflight.check_asked("fp32", "ddp", {"ACCELERATE_MIXED_PRECISION": "no"})
+    preflight.check_asked("bf16", "fsdp2", {"ACCELERATE_USE_FSDP": "true"})
     with pytest.raises(ConfigError, match=r"mixed_precision=bf16.*train.precision=fp32"):
-        launched.check_asked("fp32", "ddp", {"ACCELERATE_MIXED_PRECISION": "bf16"})
+        preflight.check_asked("fp32", "ddp", {"ACCELERATE_MIXED_PRECISION": "bf16"})
     with pytest.raises(ConfigError, match=r"FSDP.*train.strategy=ddp"):
-        launched.check_asked("fp32", "ddp", {"ACCELERATE_USE_FSDP": "true"})
+        preflight.check_asked("fp32", "ddp", {"ACCELERATE_USE_FSDP": "true"})
     with pytest.raises(ConfigError, match=r"DeepSpeed.*train.strategy=ddp"):
-        launched.check_asked("fp32", "ddp", {"ACCELERATE_USE_DEEPSPEED": "true"})
+        preflight.check_asked("fp32", "ddp", {"ACCELERATE_USE_DEEPSPEED": "true"})
 
 
 CASES: list[tuple[str, Any, Any, str | None]] = [
@@ -143,19 +143,26 @@ def test_code_is_told_apart_by_a_comment(tmp_path: Path) -> None:
 
     shutil.copytree(ROOT / "pretrain", tmp_path / "pretrain", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "pretrain" / "step.py").write_text((ROOT / "pretrain" / "step.py").read_text() + "# another\n")
-    code = "import pretrain, json; from pretrain.launched import code_fingerprint; print(json.dumps(code_fingerprint()))"
+    code = (
+        "import pretrain, json; from pretrain.runtime.preflight import code_fingerprint; print(json.dumps(code_fingerprint()))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment(PYTHONPATH=""), capture_output=True, text=True, check=True
     )
     import json
 
-    theirs, mine = json.loads(done.stdout), launched.code_fingerprint()
+    theirs, mine = json.loads(done.stdout), preflight.code_fingerprint()
     assert {name for name in mine if mine[name] != theirs.get(name)} == {"pretrain/step.py"}
     assert mine.keys() == theirs.keys()
 
 
 def test_a_configuration_is_checked_for_a_world_elsewhere() -> None:
-    assert (dist.world_size(), dist.nodes()) == (1, 1)
-    with dist.planned(16, 2, True):
-        assert (dist.world_size(), dist.nodes(), dist.local_world_size(), dist.has_gpu()) == (16, 2, 8, True)
-    assert (dist.world_size(), dist.nodes()) == (1, 1)
+    assert (distributed.world_size(), distributed.nodes()) == (1, 1)
+    with distributed.planned(16, 2, True):
+        assert (distributed.world_size(), distributed.nodes(), distributed.local_world_size(), distributed.has_gpu()) == (
+            16,
+            2,
+            8,
+            True,
+        )
+    assert (distributed.world_size(), distributed.nodes()) == (1, 1)

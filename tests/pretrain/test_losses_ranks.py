@@ -10,7 +10,8 @@ import torch.distributed as td
 from torch import Tensor
 from torch.nn import functional as F
 
-from pretrain import dist, registry
+from pretrain import registry
+from pretrain.runtime import distributed
 from tests.pretrain.strategies import world
 
 B, D = 12, 5
@@ -32,8 +33,8 @@ def cell(name: str, tile: int, same: str, modalities: tuple[str, ...], scale: fl
     scalars = [torch.tensor([scale], dtype=torch.float64, requires_grad=True)]
     if name == "siglip":
         scalars.append(torch.tensor([-2.0], dtype=torch.float64, requires_grad=True))
-    b = B // dist.world_size()
-    own = slice(dist.rank() * b, (dist.rank() + 1) * b)
+    b = B // distributed.world_size()
+    own = slice(distributed.rank() * b, (distributed.rank() + 1) * b)
     features = {m: F.normalize(inputs[m][own] @ weights[m], dim=1) for m in modalities}
     module = registry.part("losses", name)
     loss, report = module.build(module.Config(tile=tile, same_caption=same))(
@@ -41,7 +42,7 @@ def cell(name: str, tile: int, same: str, modalities: tuple[str, ...], scale: fl
     )
     loss.backward()
     leaves: list[Any] = [*weights.values(), *scalars]
-    return [dist.mean(x) for x in (loss.detach(), *(leaf.grad for leaf in leaves), report["image_to_text_accuracy"])]
+    return [distributed.mean(x) for x in (loss.detach(), *(leaf.grad for leaf in leaves), report["image_to_text_accuracy"])]
 
 
 def all_cells() -> list[list[Tensor]]:
@@ -64,7 +65,7 @@ def moved(name: str, tile: int) -> list[int]:
     for n in names:
         setattr(td, n, counting(n))
     try:
-        features = {m: torch.ones(B // dist.world_size(), D, requires_grad=True) for m in ("image", "text")}
+        features = {m: torch.ones(B // distributed.world_size(), D, requires_grad=True) for m in ("image", "text")}
         module = registry.part("losses", name)
         scale, bias = torch.ones(1), torch.ones(1) if name == "siglip" else None
         module.build(module.Config(tile=tile))(features, scale, bias, {})[0].backward()

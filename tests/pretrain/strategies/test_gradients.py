@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain import dist
 from pretrain.optim import OptimConfig
+from pretrain.runtime import distributed
 from pretrain.step import seed_of
 from pretrain.strategies import Strategy, choose
 from tests.pretrain.strategies import tiny, world
@@ -45,9 +45,9 @@ def gradients_of_one_step(
     strategy: Strategy, loss: str, chunks: int, step: int, texts: int = 1, **settings: Any
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """(loss over all processes, whole gradients) of a step with learning rate 0 on this process's share of the batch."""
-    share = tiny.SAMPLES // dist.world_size()
-    mine = tiny.batch(texts=texts).slice(share * dist.rank(), share * (dist.rank() + 1))
-    return tiny.one_step(strategy, tiny.objective(loss, **settings), mine, chunks, (0, step, dist.rank()))
+    share = tiny.SAMPLES // distributed.world_size()
+    mine = tiny.batch(texts=texts).slice(share * distributed.rank(), share * (distributed.rank() + 1))
+    return tiny.one_step(strategy, tiny.objective(loss, **settings), mine, chunks, (0, step, distributed.rank()))
 
 
 def start(word: str, loss: str, precision: str, **settings: Any) -> Strategy:
@@ -127,7 +127,7 @@ def stochastic_cells(word: str) -> list[float]:
     dtype = torch.float64 if EXACT[word] < 1e-6 else torch.float32
     found = []
     for chunks in CHUNKS:
-        expected = stochastic_reference(dist.world_size(), chunks, dtype)
+        expected = stochastic_reference(distributed.world_size(), chunks, dtype)
         _, got = gradients_of_one_step(strategy, "clip", chunks, 5)
         found.append(max(tiny.errors(got, expected).values()))
     return found

@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from pretrain import checkpoint, dist
+from pretrain import checkpoint
 from pretrain.config import ConfigError
 from pretrain.loop import TrainConfig
 from pretrain.optim import OptimConfig
+from pretrain.runtime import distributed
 from pretrain.step import train_step
 from pretrain.strategies import WORDS, Strategy, check, choose
 from tests.pretrain.strategies import tiny, world
@@ -41,9 +42,9 @@ def start(word: str, precision: str = "fp32", loss: str = "siglip", offload: boo
 
 def step(strategy: Strategy, number: int, chunks: int = 1, loss: str = "siglip", lr: float = 3e-3) -> dict[str, torch.Tensor]:
     """One step on this process's share of batch `number`."""
-    share = tiny.SAMPLES // dist.world_size()
-    mine = tiny.batch(number).slice(share * dist.rank(), share * (dist.rank() + 1))
-    return train_step(strategy, tiny.objective(loss), mine, chunks, lr, (0, number, dist.rank()))
+    share = tiny.SAMPLES // distributed.world_size()
+    mine = tiny.batch(number).slice(share * distributed.rank(), share * (distributed.rank() + 1))
+    return train_step(strategy, tiny.objective(loss), mine, chunks, lr, (0, number, distributed.rank()))
 
 
 def close(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
@@ -82,11 +83,11 @@ def leg(word: str, number: int, chunks: int, folder: str) -> tuple[dict[str, tor
     if number:
         strategy.put(checkpoint.read_weights(root))
         strategy.load(root)
-    dist.barrier()
+    distributed.barrier()
     step(strategy, number, chunks)
     weights, moments = strategy.weights(), strategy.moments()
     strategy.save(root)
-    if dist.is_main():
+    if distributed.is_main():
         save_file(weights, root / "model.safetensors")
     else:
         assert not weights
@@ -124,7 +125,7 @@ def behaviour(word: str) -> dict[str, Any]:
     broken = tiny.batch(1).slice(0, 4)
     objective = tiny.objective("siglip")
     score = objective.score
-    poison = math.nan if dist.rank() == dist.world_size() - 1 else 1.0
+    poison = math.nan if distributed.rank() == distributed.world_size() - 1 else 1.0
 
     class Poisoned(nn.Module):
         def forward(self, *args: Any) -> Any:
@@ -132,7 +133,7 @@ def behaviour(word: str) -> dict[str, Any]:
             return loss * poison, report
 
     objective.score = Poisoned()
-    out = train_step(strategy, objective, broken, 2, 1e-3, (0, 1, dist.rank()))
+    out = train_step(strategy, objective, broken, 2, 1e-3, (0, 1, distributed.rank()))
     said["skipped"] = out["skipped"].item()
     said["finite"] = math.isfinite(out["grad_norm"].item())
     said["moved"] = [n for n, v in strategy.weights().items() if not torch.equal(v, before[n])]
@@ -141,7 +142,7 @@ def behaviour(word: str) -> dict[str, Any]:
     said["went on"] = step(strategy, 2)["skipped"].item()
 
     # -- the clamp holds, where the model computes and where the optimizer steps
-    whole = dist.broadcast_object(strategy.weights())
+    whole = distributed.broadcast_object(strategy.weights())
     strategy.put({**whole, "logit_scale": torch.full((1,), 4.6)})
     objective = tiny.objective("siglip")
     score = objective.score
@@ -154,7 +155,7 @@ def behaviour(word: str) -> dict[str, Any]:
     objective.score = Upwards()
     mine = tiny.batch(3).slice(0, 4)
     for number in range(3):
-        train_step(strategy, objective, mine, 1, 0.5, (0, 3 + number, dist.rank()))
+        train_step(strategy, objective, mine, 1, 0.5, (0, 3 + number, distributed.rank()))
     with strategy.whole() as model:
         said["clamped"] = [strategy.weights().get("logit_scale", torch.zeros(1)).item(), float(model.logit_scale.detach())]
     step(strategy, 9, lr=0.0)
@@ -169,10 +170,10 @@ def behaviour(word: str) -> dict[str, Any]:
             piece.mul_(0.9)
     strategy.refresh()
     changed = step(strategy, 10, lr=0.0)["loss"].item()
-    share = tiny.batch(11).slice(0, 3 + dist.rank())  # as many samples as it likes: nobody waits
+    share = tiny.batch(11).slice(0, 3 + distributed.rank())  # as many samples as it likes: nobody waits
     with strategy.whole() as model, torch.no_grad():
         model.eval()
-        for _ in range(1 + dist.rank()):
+        for _ in range(1 + distributed.rank()):
             features = model(share.inputs, share.masks)
         said["whole"] = features["image"]
     strategy.model.train()

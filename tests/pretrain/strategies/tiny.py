@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain import dist, registry
+from pretrain import registry
 from pretrain.data.loader import Batch
 from pretrain.model import DualEncoder, ModelConfig, build
 from pretrain.objective import Contrastive, Objective
+from pretrain.runtime import distributed
 from pretrain.step import train_step
 from pretrain.strategies import Strategy
 
@@ -121,7 +122,7 @@ def one_step(
     finally:
         strategy.apply = apply  # type: ignore[method-assign]
     assert out["skipped"].item() == 0
-    return dist.mean(out["loss"]).item(), found
+    return distributed.mean(out["loss"]).item(), found
 
 
 def errors(got: dict[str, Tensor], expected: dict[str, Tensor], floor: float = 1e-3) -> dict[str, float]:

@@ -15,8 +15,8 @@ import pickle
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from pretrain import dist
 from pretrain.config import ConfigError, UserError
+from pretrain.runtime import distributed
 
 T = TypeVar("T")
 Failure = UserError | OSError
@@ -27,8 +27,8 @@ def on_main(work: Callable[[], T]) -> T:
 
     The result travels and must be picklable. `work` may not contain collectives: the other ranks do not call it.
     """
-    value, error = _attempt(work) if dist.is_main() else (None, None)
-    value, received = dist.broadcast_object((value, _picklable(error)))
+    value, error = _attempt(work) if distributed.is_main() else (None, None)
+    value, received = distributed.broadcast_object((value, _picklable(error)))
     if received is not None:
         raise error or received
     result: T = value
@@ -41,7 +41,7 @@ def on_all(work: Callable[[], T]) -> T:
     The result does not travel.
     """
     value, error = _attempt(work)
-    _raise_first(error, dist.gather_objects(_picklable(error)))
+    _raise_first(error, distributed.gather_objects(_picklable(error)))
     result: T = value
     return result
 
@@ -49,7 +49,7 @@ def on_all(work: Callable[[], T]) -> T:
 def gather_or_raise(work: Callable[[], T]) -> list[T]:
     """Return the results of `work` on all ranks, in rank order; if any rank fails, raise its error. Collective."""
     value, error = _attempt(work)
-    outcomes = dist.gather_objects((value, _picklable(error)))
+    outcomes = distributed.gather_objects((value, _picklable(error)))
     _raise_first(error, [received for _, received in outcomes])
     return [result for result, _ in outcomes]
 
@@ -66,7 +66,7 @@ def _raise_first(own: Failure | None, received: list[Failure | None]) -> None:
     """Raise the error of the lowest rank that has one; that rank raises its own object, with its traceback."""
     for rank, error in enumerate(received):
         if error is not None:
-            raise own if own is not None and rank == dist.rank() else error
+            raise own if own is not None and rank == distributed.rank() else error
 
 
 def _picklable(error: Failure | None) -> Failure | None:

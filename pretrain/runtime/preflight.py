@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from pretrain.agree import gather_or_raise
 from pretrain.config import ConfigError, UserError
+from pretrain.runtime.agree import gather_or_raise
 
 TASKS = {
     "SLURM_STEP_NUM_TASKS": "srun",

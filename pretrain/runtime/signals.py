@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from pretrain import dist
 from pretrain.runlog import say
+from pretrain.runtime import distributed
 
 
 class Stop:
@@ -31,9 +31,9 @@ class Stop:
         With several processes the answer is the one to the question of the step before: no step waits for it.
         """
         number = self.wish
-        if dist.world_size() > 1:
+        if distributed.world_size() > 1:
             number = self._asked() if self._asked is not None else 0
-            self._asked = dist.maximum_later(self.wish)
+            self._asked = distributed.maximum_later(self.wish)
         return signal.Signals(number).name if number else ""
 
 

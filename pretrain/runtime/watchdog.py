@@ -28,8 +28,8 @@ from typing import Any
 
 import torch.distributed as td
 
-from pretrain import dist
 from pretrain.config import UserError
+from pretrain.runtime import distributed
 
 _COLLECTIVE = re.compile(
     r"gloo|nccl|connection (closed|reset|refused)|timed out waiting|process ?group|broken pipe|socket|TCPStore", re.IGNORECASE
@@ -61,11 +61,11 @@ class Heartbeat:
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Heartbeat:
-        if dist.world_size() > 1:
-            self._store = dist.shared_store("heartbeat")
+        if distributed.world_size() > 1:
+            self._store = distributed.shared_store("heartbeat")
             self._store.set_timeout(datetime.timedelta(seconds=max(5.0, self.limit)))
             self._beat()
-            dist.barrier()  # from here on every process has a beat to read
+            distributed.barrier()  # from here on every process has a beat to read
             self._look(everyone=True)
             self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
             self._thread.start()
@@ -77,7 +77,7 @@ class Heartbeat:
             self._thread.join(timeout=2 * self.every)
         if self._store is not None and error is None:
             with suppress(RuntimeError):  # the store may be gone already: whoever held it is done as well
-                self._store.set(f"end/{dist.rank()}", json.dumps([False, "done"]))
+                self._store.set(f"end/{distributed.rank()}", json.dumps([False, "done"]))
 
     def at(self, step: int, what: str) -> None:
         """Where the main thread is now; costs nothing. Every process must pass the same places in the same order."""
@@ -91,7 +91,7 @@ class Heartbeat:
         assert self._store is not None
         self._count += 1
         beat = [self._count, self._places, self._place, *_ME]
-        self._store.set(f"beat/{dist.rank()}", json.dumps(beat))
+        self._store.set(f"beat/{distributed.rank()}", json.dumps(beat))
 
     def _watch(self) -> None:
         while not self._done.wait(self.every):
@@ -110,7 +110,7 @@ class Heartbeat:
     def _look(self, everyone: bool = False) -> None:
         """Reads beats (rank 0: of all, the others: of rank 0) and remembers, by its own clock, when each last changed."""
         assert self._store is not None
-        ranks = list(range(dist.world_size())) if dist.rank() == 0 or everyone else [0]
+        ranks = list(range(distributed.world_size())) if distributed.rank() == 0 or everyone else [0]
         now = time.monotonic()
         for rank, text in zip(ranks, self._store.multi_get([f"beat/{rank}" for rank in ranks]), strict=True):
             count, places, place, host, pid, space = json.loads(text)
@@ -128,7 +128,7 @@ class Heartbeat:
         if self._store.check(["verdict"]):
             return self._store.get("verdict").decode()
         now = time.monotonic()
-        watched = {rank: seen for rank, seen in self._seen.items() if dist.rank() == 0 or rank == 0}
+        watched = {rank: seen for rank, seen in self._seen.items() if distributed.rank() == 0 or rank == 0}
         front = max(seen.places for seen in watched.values())
         for rank, seen in self._seen.items():
             if seen.pid is not None and not _alive(seen.pid):
@@ -152,7 +152,7 @@ class Heartbeat:
 
     def _end(self, verdict: str) -> None:
         why = f"{verdict}{_ENDS}"
-        if dist.first_to_say(why):
+        if distributed.first_to_say(why):
             print(f"clipfuse: {why}", file=sys.stderr, flush=True)
             self._record(why)
         sys.stdout.flush()
@@ -172,20 +172,20 @@ class Heartbeat:
         own = error if isinstance(error, UserError | MemoryError) or not collective else None
         said = "" if own is None else (str(own) if isinstance(own, UserError) else f"{type(own).__name__}: {_first_line(own)}")
         try:
-            self._store.set(f"end/{dist.rank()}", json.dumps([own is not None, said]))
+            self._store.set(f"end/{distributed.rank()}", json.dumps([own is not None, said]))
             if own is not None:
                 return None
             self._explaining.set()
             told = self._call_roll()
         except (RuntimeError, ValueError):  # torch's store errors
             told = UserError(f"process 0, or the launcher that holds the rendezvous, is gone{_ENDS}")
-        if told is not None and dist.first_to_say(f"recorded: {told}"):
+        if told is not None and distributed.first_to_say(f"recorded: {told}"):
             self._record(str(told))
         return told
 
     def _call_roll(self) -> UserError | None:
         assert self._store is not None
-        missing = [rank for rank in range(dist.world_size()) if rank != dist.rank()]
+        missing = [rank for rank in range(distributed.world_size()) if rank != distributed.rank()]
         begin = time.monotonic()
         # Beats in which a live process must move, and time for the others to fail as this one did.
         while missing and time.monotonic() - begin < max(2.0, 4 * self.every):
