@@ -38,7 +38,7 @@ from finetune.probes import SWAP, Prober, Record, Sides, untrained
 from finetune.tasks import everywhere
 from pretrain.config import ConfigError, UserError, closest
 from pretrain.data import loader, vocabulary
-from pretrain.data.sources import sources_of
+from pretrain.data.config import sources_of
 from pretrain.data.vocabulary import Vocabulary
 from pretrain.runtime import distributed
 

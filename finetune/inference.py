@@ -17,7 +17,7 @@ from pretrain import checkpoint, inference, registry
 from pretrain import config as configuration
 from pretrain import model as encoders
 from pretrain.config import UserError
-from pretrain.data.sources import evaluated_caption, sources_of
+from pretrain.data.config import evaluated_caption, sources_of
 from pretrain.data.text import load_tokenizer
 
 

@@ -28,7 +28,7 @@ from pretrain import checkpoint, evaluate, inference, start
 from pretrain import config as configuration
 from pretrain import model as encoders
 from pretrain.config import ConfigError, UserError
-from pretrain.data.sources import evaluated_caption
+from pretrain.data.config import evaluated_caption
 from pretrain.runtime.agree import on_main
 
 PREFIX = "encoder."

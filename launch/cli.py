@@ -286,7 +286,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     from finetune import inference as finetuned
     from pretrain import collection, evaluate
-    from pretrain.data.sources import sources_of
+    from pretrain.data.config import sources_of
     from pretrain.inference import load_model
     from pretrain.runtime import distributed
 

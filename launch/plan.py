@@ -24,8 +24,8 @@ from pretrain import flops, inference, start
 from pretrain import model as models
 from pretrain.__main__ import find_config
 from pretrain.config import ConfigError, UserError
+from pretrain.data.config import sources_of
 from pretrain.data.shards import counts
-from pretrain.data.sources import sources_of
 from pretrain.losses import tiled, tiles
 from pretrain.recipe import PretrainConfig, load_config
 from pretrain.runtime import distributed

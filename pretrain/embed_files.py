@@ -29,11 +29,11 @@ from pretrain.collection import Folder, Part, Plan
 from pretrain.config import ConfigError, UserError, closest
 from pretrain.data.batch import Batch
 from pretrain.data.cache import Cache
-from pretrain.data.pool import running
+from pretrain.data.config import counted
 from pretrain.data.reader import Reader
 from pretrain.data.shards import expand
-from pretrain.data.sources import counted
 from pretrain.data.worker import Evaluation
+from pretrain.data.worker_pool import running
 from pretrain.embed_options import Options
 from pretrain.encode import Encoder, evaluating
 from pretrain.inference import Loaded, load_model

@@ -13,8 +13,8 @@ from pretrain import checkpoint, registry
 from pretrain import config as configuration
 from pretrain import model as models
 from pretrain.config import ConfigError, UserError
+from pretrain.data.config import evaluated_caption
 from pretrain.data.images import AugmentConfig, ImageDecoder
-from pretrain.data.sources import evaluated_caption
 from pretrain.data.text import TextDecoder, load_tokenizer
 from pretrain.formats import Found, read_hf, read_open_clip
 from pretrain.model import DualEncoder, ModelSchema

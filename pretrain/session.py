@@ -25,8 +25,8 @@ from pretrain import config as configuration
 from pretrain import model as models
 from pretrain.config import ConfigError, UserError
 from pretrain.data import loader as loaders
+from pretrain.data.config import evaluated_caption, sources_of
 from pretrain.data.loader import Batch, Loader
-from pretrain.data.sources import evaluated_caption, sources_of
 from pretrain.loop import Plan
 from pretrain.model import DualEncoder, ModelSchema
 from pretrain.runlog import RunFolder, say

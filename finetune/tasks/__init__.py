@@ -34,9 +34,9 @@ from finetune.trace import Trace
 from pretrain.config import ConfigError, UserError
 from pretrain.data import BadSample, loader
 from pretrain.data.cache import Cache
+from pretrain.data.config import counted, sources_of
 from pretrain.data.loader import Batch, Sequential
 from pretrain.data.reader import Reader
-from pretrain.data.sources import counted, sources_of
 from pretrain.embed import evaluating
 from pretrain.runtime import distributed
 from pretrain.runtime.agree import gather_or_raise as everywhere  # noqa: F401 - the name that grounding.py imports

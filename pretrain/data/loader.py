@@ -25,14 +25,14 @@ import torch
 from pretrain.config import UserError
 from pretrain.data import synthetic
 from pretrain.data.batch import Batch, Decoder, merge
+from pretrain.data.config import DataConfig, counted, sources_of
+from pretrain.data.eval_loader import Sequential, sequential
 from pretrain.data.order import Order, Source
-from pretrain.data.pool import running
+from pretrain.data.prefetch import needed, scouting
 from pretrain.data.reader import Reader
-from pretrain.data.scout import needed, scouting
-from pretrain.data.sequence import Ints
-from pretrain.data.sequential import Sequential, sequential
-from pretrain.data.sources import DataConfig, counted, sources_of
+from pretrain.data.shuffle import Ints
 from pretrain.data.worker import Bad, Piece, Store, Training
+from pretrain.data.worker_pool import running
 
 __all__ = ["Batch", "DataConfig", "Decoder", "Loader", "Sequential", "build_loader", "sequential"]
 

@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pretrain.config import ConfigError
-from pretrain.data.sequence import Endless, Ints, draw
+from pretrain.data.shuffle import Endless, Ints, draw
 
 PERIOD_BITS = 16
 PERIOD = 1 << PERIOD_BITS

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pretrain.config import ConfigError
 from pretrain.data.captions import caption_id, captions, clean
-from pretrain.data.tokenizer import train_tokenizer
+from pretrain.data.train_tokenizer import train_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,7 +12,7 @@ import torch
 
 from pretrain import checkpoint
 from pretrain.config import ConfigError, UserError
-from pretrain.data import sources
+from pretrain.data import config
 from pretrain.data.cache import Cache
 from pretrain.data.tar import DamagedTarError
 from pretrain.runlog import RunFolder
@@ -152,13 +152,13 @@ def disk_full(folder: str) -> list[tuple[str, str, Any]]:
     """Counting and taking the run folder, where the disk of rank 0 answers with an error."""
     distributed.limit(20)
     full = OSError(errno.ENOSPC, "No space left on device")
-    kept, sources.counts = sources.counts, lambda paths, cache: fail(full)
+    kept, config.counts = config.counts, lambda paths, cache: fail(full)
     try:
-        counted = outcome(lambda: sources.counted(["a.tar"], Cache(), "data.train"))
-        sources.counts = lambda paths, cache: fail(ConfigError("data.cache is no folder"))
-        configured = outcome(lambda: sources.counted(["a.tar"], Cache(), "data.train"))
+        counted = outcome(lambda: config.counted(["a.tar"], Cache(), "data.train"))
+        config.counts = lambda paths, cache: fail(ConfigError("data.cache is no folder"))
+        configured = outcome(lambda: config.counted(["a.tar"], Cache(), "data.train"))
     finally:
-        sources.counts = kept
+        config.counts = kept
     run = RunFolder(f"{folder}/file/run")
     return [counted, configured, outcome(run.open)]
 

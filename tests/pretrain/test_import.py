@@ -293,7 +293,7 @@ def test_init_that_does_not_fit(small: Small, tmp_path: Path, capfd: pytest.Capt
 
 
 def test_a_tokenizer_that_differs_is_refused(small: Small, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    from pretrain.data.tokenizer import train_on
+    from pretrain.data.train_tokenizer import train_on
 
     train_on(["other words than those"] * 3, tmp_path / "other", vocab=300)
     clip_folder(tmp_path / "in", small.tokenizer)

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from pretrain.config import ConfigError, UserError
-from pretrain.data import cache, pool
+from pretrain.data import cache, worker_pool
 from pretrain.data.captions import caption_id
 from pretrain.data.images import AugmentConfig, ImageDecoder
 from pretrain.data.loader import DataConfig, Loader, build_loader, sequential
@@ -447,7 +447,7 @@ class Dying(torch.utils.data.Dataset):  # type: ignore[type-arg]
 
 def test_a_worker_that_is_not_gone_yet_when_its_tensors_are() -> None:
     """On a busy machine some time passes between the two."""
-    with pool.running(Dying(), iter(range(9)), 1) as pieces:
+    with worker_pool.running(Dying(), iter(range(9)), 1) as pieces:
         next(pieces)
         (worker,) = data_workers()
         while len(os.listdir(f"/proc/{worker}/fd")) > 3:

@@ -13,10 +13,10 @@ import numpy as np
 from pretrain.config import UserError
 from pretrain.data.batch import Batch, Decoder
 from pretrain.data.cache import Cache
-from pretrain.data.pool import running
+from pretrain.data.config import counted, sources_of
 from pretrain.data.reader import Reader
-from pretrain.data.sources import counted, sources_of
 from pretrain.data.worker import Evaluation, Store
+from pretrain.data.worker_pool import running
 
 log = logging.getLogger(__name__)
 
