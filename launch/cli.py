@@ -204,7 +204,7 @@ def _pack(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> int:
     from launch.progress import counted
     from pretrain.data.check import check
-    from pretrain.data.shards import expand
+    from pretrain.data.shards.paths import expand
 
     with counted("checking") as progress:
         report = check(expand(args.shards, "SHARDS"), not args.no_decode, args.workers, progress, args.caption)

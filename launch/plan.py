@@ -25,7 +25,7 @@ from pretrain import model as models
 from pretrain.__main__ import find_config
 from pretrain.config import ConfigError, UserError
 from pretrain.data.config import sources_of
-from pretrain.data.shards import counts
+from pretrain.data.shards.paths import counts
 from pretrain.losses import tiled, tiles
 from pretrain.recipe import PretrainConfig, load_config
 from pretrain.runtime import distributed

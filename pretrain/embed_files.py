@@ -28,10 +28,10 @@ from pretrain.board import Board, Shown
 from pretrain.collection import Folder, Part, Plan
 from pretrain.config import ConfigError, UserError, closest
 from pretrain.data.batch import Batch
-from pretrain.data.cache import Cache
 from pretrain.data.config import counted
-from pretrain.data.reader import Reader
-from pretrain.data.shards import expand
+from pretrain.data.shards.cache import Cache
+from pretrain.data.shards.paths import expand
+from pretrain.data.shards.reader import Reader
 from pretrain.data.worker import Evaluation
 from pretrain.data.worker_pool import running
 from pretrain.embed_options import Options

@@ -33,10 +33,10 @@ from finetune.tasks.questions import Question
 from finetune.trace import Trace
 from pretrain.config import ConfigError, UserError
 from pretrain.data import BadSample, loader
-from pretrain.data.cache import Cache
 from pretrain.data.config import counted, sources_of
 from pretrain.data.loader import Batch, Sequential
-from pretrain.data.reader import Reader
+from pretrain.data.shards.cache import Cache
+from pretrain.data.shards.reader import Reader
 from pretrain.embed import evaluating
 from pretrain.runtime import distributed
 from pretrain.runtime.agree import gather_or_raise as everywhere  # noqa: F401 - the name that grounding.py imports

@@ -32,7 +32,7 @@ from finetune.trace import Trace
 from pretrain.config import ConfigError, UserError
 from pretrain.data import BadSample
 from pretrain.data.images import ImageDecoder
-from pretrain.data.shards import RawSample
+from pretrain.data.shards.paths import RawSample
 from pretrain.data.text import TextDecoder
 from pretrain.runtime import distributed
 from pretrain.runtime.agree import gather_or_raise

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pretrain.data import BadSample
-from pretrain.data.shards import RawSample
+from pretrain.data.shards.paths import RawSample
 from pretrain.data.text import TextDecoder, clean
 
 

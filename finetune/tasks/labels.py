@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pretrain.config import UserError
 from pretrain.data import BadSample
-from pretrain.data.shards import RawSample
+from pretrain.data.shards.paths import RawSample
 
 
 class Labels:

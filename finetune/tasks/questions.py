@@ -16,7 +16,7 @@ from torch import Tensor
 
 from finetune.tasks.answers import accuracy, normalise
 from pretrain.data import BadSample
-from pretrain.data.shards import RawSample
+from pretrain.data.shards.paths import RawSample
 from pretrain.data.text import TextDecoder, clean
 
 KEPT = 10

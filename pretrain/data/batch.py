@@ -17,7 +17,7 @@ from torch import Tensor
 from pretrain.data.captions import caption_id
 
 if TYPE_CHECKING:
-    from pretrain.data.shards import RawSample
+    from pretrain.data.shards.paths import RawSample
 
 
 class Decoder(Protocol):

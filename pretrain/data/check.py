@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 from pretrain.config import UserError
 from pretrain.data import BadSample
-from pretrain.data.cache import Cache, patiently
 from pretrain.data.captions import captions
 from pretrain.data.decode import decode as decode_image
 from pretrain.data.images import EXTENSIONS
-from pretrain.data.index import index
-from pretrain.data.reader import Reader
-from pretrain.data.shards import in_parallel
+from pretrain.data.shards.cache import Cache, patiently
+from pretrain.data.shards.index import index
+from pretrain.data.shards.paths import in_parallel
+from pretrain.data.shards.reader import Reader
 
 _NAMED = 10  # samples named for each reason; all are counted
 

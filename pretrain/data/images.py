@@ -26,7 +26,7 @@ from pretrain.data import BadSample
 from pretrain.data.decode import EXTENSIONS, MAX_PIXELS, decode, pixels_of, read_header, reduction
 
 if TYPE_CHECKING:
-    from pretrain.data.shards import RawSample
+    from pretrain.data.shards.paths import RawSample
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

@@ -29,7 +29,7 @@ from pretrain.data.config import DataConfig, counted, sources_of
 from pretrain.data.eval_loader import Sequential, sequential
 from pretrain.data.order import Order, Source
 from pretrain.data.prefetch import needed, scouting
-from pretrain.data.reader import Reader
+from pretrain.data.shards.reader import Reader
 from pretrain.data.shuffle import Ints
 from pretrain.data.worker import Bad, Piece, Store, Training
 from pretrain.data.worker_pool import running

@@ -11,7 +11,7 @@ from pretrain.data.pack_folder import Folder
 from pretrain.data.pack_shard import Job
 from pretrain.data.pack_table import Table
 from pretrain.data.pack_tars import Tars
-from pretrain.data.shards import expand
+from pretrain.data.shards.paths import expand
 from pretrain.data.tables import KINDS
 
 

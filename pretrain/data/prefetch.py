@@ -17,9 +17,9 @@ from contextlib import contextmanager, suppress
 from itertools import count
 from typing import Any
 
-from pretrain.data.cache import Cache, remote
-from pretrain.data.index import index, saved_count
-from pretrain.data.reader import Reader
+from pretrain.data.shards.cache import Cache, remote
+from pretrain.data.shards.index import index, saved_count
+from pretrain.data.shards.reader import Reader
 
 _PROBES = 64  # shards looked at to see whether they are indexed
 _REMEMBERED = 4096  # shards not looked at again

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pretrain.data.shards import RawSample
+from pretrain.data.shards.paths import RawSample
 
 SHARDS, SAMPLES = 100, 10_000
 """What data.train=synthetic pretends to be: shards, and samples in each."""

@@ -25,7 +25,7 @@ from pretrain.data.train_tokenizer import train_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from pretrain.data.shards import RawSample
+    from pretrain.data.shards.paths import RawSample
 
 __all__ = ["TextDecoder", "caption_id", "captions", "clean", "load_tokenizer", "train_tokenizer", "unreachable"]
 

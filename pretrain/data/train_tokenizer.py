@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 from pretrain.config import ConfigError, UserError
 from pretrain.data import BadSample
 from pretrain.data.captions import captions
-from pretrain.data.index import index
-from pretrain.data.reader import Reader
-from pretrain.data.shards import expand
+from pretrain.data.shards.index import index
+from pretrain.data.shards.paths import expand
+from pretrain.data.shards.reader import Reader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.config import UserError
-from pretrain.data.cache import remote, small
+from pretrain.data.shards.cache import remote, small
 
 FILE = "vocabulary.json"
 ATTRIBUTES = ("color", "surface", "size")

@@ -21,7 +21,7 @@ from pretrain.config import UserError
 from pretrain.data import BadSample
 from pretrain.data.batch import Batch, Decoder, collate
 from pretrain.data.order import Order
-from pretrain.data.shards import RawSample
+from pretrain.data.shards.paths import RawSample
 from pretrain.data.shuffle import Generators, Ints
 
 

@@ -32,7 +32,7 @@ from PIL import Image
 
 from pretrain.data.images import AugmentConfig, ImageDecoder
 from pretrain.data.loader import DataConfig, build_loader
-from pretrain.data.shards import expand
+from pretrain.data.shards.paths import expand
 from pretrain.data.text import TextDecoder, load_tokenizer, train_tokenizer
 
 BATCH = 50

@@ -19,7 +19,7 @@ import tempfile
 from datetime import datetime
 from pathlib import Path
 
-from pretrain.data.shards import counts, expand
+from pretrain.data.shards.paths import counts, expand
 from tests.support import clipfuse, environment, lines
 
 TOWERS = {

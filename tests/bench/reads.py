@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 import webdataset as wds
 
-from pretrain.data.index import index
 from pretrain.data.order import Order, Source
-from pretrain.data.reader import Reader
-from pretrain.data.shards import counts, expand
+from pretrain.data.shards.index import index
+from pretrain.data.shards.paths import counts, expand
+from pretrain.data.shards.reader import Reader
 
 
 def main() -> None:

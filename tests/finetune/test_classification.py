@@ -22,7 +22,7 @@ from finetune.tasks.classification import Config
 from launch import cli
 from pretrain.config import ConfigError, UserError
 from pretrain.data import BadSample
-from pretrain.data.shards import RawSample
+from pretrain.data.shards.paths import RawSample
 from tests.support import Small, lines
 
 # ---------------------------------------------------------------------------------------------------------------------

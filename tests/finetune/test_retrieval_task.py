@@ -26,7 +26,7 @@ from pretrain import registry
 from pretrain.config import UserError
 from pretrain.data import BadSample, loader
 from pretrain.data.batch import Batch
-from pretrain.data.shards import RawSample
+from pretrain.data.shards.paths import RawSample
 from pretrain.data.text import TextDecoder, load_tokenizer
 from pretrain.inference import load_model
 from tests.pretrain.strategies import tiny

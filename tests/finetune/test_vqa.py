@@ -18,7 +18,7 @@ from pretrain.config import ConfigError, UserError
 from pretrain.data import BadSample
 from pretrain.data.batch import Batch, collate, merge
 from pretrain.data.images import ImageDecoder
-from pretrain.data.shards import RawSample
+from pretrain.data.shards.paths import RawSample
 from pretrain.data.text import TextDecoder, load_tokenizer
 from tests.pretrain.strategies import tiny
 from tests.support import Small

@@ -13,8 +13,8 @@ import torch
 from pretrain import checkpoint
 from pretrain.config import ConfigError, UserError
 from pretrain.data import config
-from pretrain.data.cache import Cache
-from pretrain.data.tar import DamagedTarError
+from pretrain.data.shards.cache import Cache
+from pretrain.data.shards.tar import DamagedTarError
 from pretrain.runlog import RunFolder
 from pretrain.runtime import distributed
 from pretrain.runtime.agree import gather_or_raise, on_all, on_main

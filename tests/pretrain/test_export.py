@@ -20,8 +20,8 @@ from pretrain import config as configuration
 from pretrain import export, inference
 from pretrain import model as models
 from pretrain.data.images import ImageDecoder
-from pretrain.data.reader import Reader
-from pretrain.data.shards import expand
+from pretrain.data.shards.paths import expand
+from pretrain.data.shards.reader import Reader
 from pretrain.data.text import TextDecoder, load_tokenizer
 from pretrain.formats import mean, onnx, vision, words
 from pretrain.inference import Loaded

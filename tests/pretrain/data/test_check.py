@@ -9,7 +9,7 @@ from PIL import Image
 
 from pretrain.config import UserError
 from pretrain.data.check import check
-from pretrain.data.shards import counts, expand
+from pretrain.data.shards.paths import counts, expand
 
 
 def jpeg():

@@ -18,11 +18,12 @@ import torch
 from PIL import Image
 
 from pretrain.config import ConfigError, UserError
-from pretrain.data import cache, worker_pool
+from pretrain.data import worker_pool
 from pretrain.data.captions import caption_id
 from pretrain.data.images import AugmentConfig, ImageDecoder
 from pretrain.data.loader import DataConfig, Loader, build_loader, sequential
 from pretrain.data.order import Order, Source
+from pretrain.data.shards import cache
 from pretrain.data.text import TextDecoder, load_tokenizer, train_tokenizer
 
 
@@ -369,7 +370,7 @@ def test_errors_of_the_disk_stop_the_run(data, decoders, tmp_path, monkeypatch):
     def fails(*args):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("pretrain.data.reader.os.pread", fails)
+    monkeypatch.setattr("pretrain.data.shards.reader.os.pread", fails)
     with pytest.raises(UserError, match=r"cannot read .*a.tar: \[Errno 5\] Input/output error, tried 3 times"):
         take(one, 1)
     assert not one.bad

@@ -23,9 +23,9 @@ from PIL import Image, ImageOps
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from pretrain.config import ConfigError, UserError
-from pretrain.data import index, shards
 from pretrain.data.pack import Summary, pack
 from pretrain.data.pack_folder import path_caption
+from pretrain.data.shards import index, paths
 from tests.support import ROOT
 
 
@@ -75,15 +75,15 @@ def test_a_folder_with_captions_beside_the_pictures(tmp_path: Path) -> None:
     assert seen == [(5, 12), (10, 12), (12, 12)]
     found = read(out)
     assert list(found) == [f"shard-{i // 5:04}/{i:08}" for i in range(12)]
-    paths = sorted(str(p.relative_to(source)) for p in source.rglob("red*.jpg"))
-    for path, members in zip(paths, found.values(), strict=True):
+    files = sorted(str(p.relative_to(source)) for p in source.rglob("red*.jpg"))
+    for path, members in zip(files, found.values(), strict=True):
         assert members["jpg"] == (source / path).read_bytes()  # not touched
         number = path.rpartition("-")[2].removesuffix(".jpg")
         assert members["txt"].decode() == f"caption number {number}"
         assert json.loads(members["json"])["source"] == path
     with_json = next(m for m in found.values() if m["txt"] == b"caption number 1")
     assert json.loads(with_json["json"])["objects"] == [{"name": "shoe", "box": [1, 2, 3, 4]}]
-    assert shards.counts(shards.expand(str(out))) == [5, 5, 2]
+    assert paths.counts(paths.expand(str(out))) == [5, 5, 2]
     stats = json.loads((out / "shard-0002_stats.json").read_text())
     assert (stats["count"], stats["successes"], stats["status_dict"]) == (2, 2, {"success": 2})
 
@@ -348,7 +348,7 @@ def test_tars_are_packed_anew(tmp_path: Path) -> None:
     assert [key.partition("/")[2] for key in found] == keys
     assert [m["jpg"] for m in found.values()] == [picture(10 * s + i, 80, 60) for s in range(3) for i in range(4)]
     assert all(m["cls"] == b"7" and m["txt"] == b"t" for m in found.values())
-    assert [index.index(path).count for path in shards.expand(str(out))] == [5, 5, 2]
+    assert [index.index(path).count for path in paths.expand(str(out))] == [5, 5, 2]
     pack(str(source / "part-{0..1}.tar"), out, prefix="small", size=30, workers=1)
     notes = [json.loads(m["json"])["objects"][0]["box"] for m in read(out, "small").values()]
     assert notes == [[4, 3, 20, 15]] * 8

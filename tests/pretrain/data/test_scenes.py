@@ -27,7 +27,7 @@ from pretrain.data.scenes import (
     plan,
     split_sizes,
 )
-from pretrain.data.shards import expand
+from pretrain.data.shards.paths import expand
 from pretrain.data.vocabulary import find_vocabulary, load_builtin
 from pretrain.zero_shot import class_names
 

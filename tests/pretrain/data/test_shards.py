@@ -21,12 +21,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pretrain.config import ConfigError, UserError
-from pretrain.data import BadSample, cache
-from pretrain.data.cache import Cache
-from pretrain.data.index import index
-from pretrain.data.reader import Reader
-from pretrain.data.shards import counts, expand
-from pretrain.data.tar import DamagedTarError, walk
+from pretrain.data import BadSample
+from pretrain.data.shards import cache
+from pretrain.data.shards.cache import Cache
+from pretrain.data.shards.index import index
+from pretrain.data.shards.paths import counts, expand
+from pretrain.data.shards.reader import Reader
+from pretrain.data.shards.tar import DamagedTarError, walk
 
 
 def write_tar(path, members, format=tarfile.USTAR_FORMAT):
@@ -241,7 +242,7 @@ def test_samples_are_those_of_webdataset(tmp_path):
 def test_the_index_is_saved_and_fits(shard, monkeypatch):
     first = index(shard)
     assert os.path.exists(f"{shard}.idx")
-    monkeypatch.setattr("pretrain.data.index.walk", None)  # not walked again
+    monkeypatch.setattr("pretrain.data.shards.index.walk", None)  # not walked again
     second = index(shard)
     assert second.keys == first.keys == [f"{i:05d}" for i in range(20)]
     assert (second.members == first.members).all()
@@ -280,7 +281,7 @@ def test_a_read_only_place_leaves_the_index_in_the_cache(shard, tmp_path, monkey
     assert index(shard, Cache(str(folder))).count == 20
     (saved,) = (folder / "index").iterdir()
     assert saved.name.endswith("a-0000.tar.idx")
-    monkeypatch.setattr("pretrain.data.index.walk", None)
+    monkeypatch.setattr("pretrain.data.shards.index.walk", None)
     assert index(shard, Cache(str(folder))).count == 20
 
 
@@ -344,7 +345,7 @@ def test_counts_in_parallel_and_from_saved(tmp_path, monkeypatch):
     seen = []
     assert counts(paths, workers=2, progress=lambda done, of: seen.append((done, of))) == list(range(9))
     assert seen[-1] == (9, 9)
-    monkeypatch.setattr("pretrain.data.index.walk", None)
+    monkeypatch.setattr("pretrain.data.shards.index.walk", None)
     assert counts(paths, workers=1) == list(range(9))
 
 
@@ -417,7 +418,7 @@ def test_errors_of_the_disk_are_tried_again(shard, monkeypatch):
 
     reader = Reader([shard])
     want = reader.read(0, 3).members
-    monkeypatch.setattr("pretrain.data.reader.os.pread", pread)
+    monkeypatch.setattr("pretrain.data.shards.reader.os.pread", pread)
     fails[:] = [OSError(5, "Input/output error")] * 3
     assert reader.read(0, 3).members == want
     fails[:] = [OSError(5, "Input/output error")] * 4

@@ -9,9 +9,9 @@ from typing import Any
 
 from pretrain.config import UserError
 from pretrain.data import BadSample
-from pretrain.data.cache import Cache, patiently
-from pretrain.data.index import DUPLICATE_MEMBER, ShardIndex, index
-from pretrain.data.shards import RawSample
+from pretrain.data.shards.cache import Cache, patiently
+from pretrain.data.shards.index import DUPLICATE_MEMBER, ShardIndex, index
+from pretrain.data.shards.paths import RawSample
 
 MAX_MEMBER_BYTES = 1 << 28
 """Default cap on one member of a sample (256 MiB): anything larger is no picture or caption."""

@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pretrain.config import UserError
-from pretrain.data.cache import Cache, remote, small
-from pretrain.data.tar import Members, walk
+from pretrain.data.shards.cache import Cache, remote, small
+from pretrain.data.shards.tar import Members, walk
 
 log = logging.getLogger(__name__)
 

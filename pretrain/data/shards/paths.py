@@ -19,8 +19,8 @@ from typing import Any
 from braceexpand import braceexpand
 
 from pretrain.config import ConfigError, UserError
-from pretrain.data.cache import Cache, patiently, remote
-from pretrain.data.index import ShardIndex, index, saved_count, stated_count
+from pretrain.data.shards.cache import Cache, patiently, remote
+from pretrain.data.shards.index import ShardIndex, index, saved_count, stated_count
 
 __all__ = ["RawSample", "ShardIndex", "counts", "expand", "index"]
 
