@@ -24,7 +24,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from pretrain.config import ConfigError, UserError
 from pretrain.data.pack import Summary, pack
-from pretrain.data.pack_folder import path_caption
+from pretrain.data.pack.folder import path_caption
 from pretrain.data.shards import index, paths
 from tests.support import ROOT
 
@@ -505,7 +505,7 @@ def test_memory_does_not_grow_with_the_table(tmp_path: Path) -> None:
     code = f"""
 import resource
 from pathlib import Path
-from pretrain.data.pack_table import Table
+from pretrain.data.pack.table import Table
 table = Table([Path({str(tmp_path / "t.csv")!r})], "image", "caption", False)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 assert table.count() == 250_000

@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.config import ConfigError, UserError
-from pretrain.data.pack_shard import Job, Result, Style, stats_path, write_shard
-from pretrain.data.pack_sources import Source, open_source
-from pretrain.data.pack_table import Table
+from pretrain.data.pack.sources import Source, open_source
+from pretrain.data.pack.table import Table
+from pretrain.data.pack.writer import Job, Result, Style, stats_path, write_shard
 
 _UNEVEN = "row with too few or too many values"
 

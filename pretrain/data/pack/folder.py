@@ -16,7 +16,7 @@ from typing import Any
 from pretrain.config import UserError
 from pretrain.data import BadSample
 from pretrain.data.captions import captions, clean
-from pretrain.data.pack_shard import Item, Job
+from pretrain.data.pack.writer import Item, Job
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 """Extensions of files that are taken for pictures in a folder; what they hold decides how they are read."""

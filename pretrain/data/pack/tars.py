@@ -12,7 +12,7 @@ from typing import Any
 from pretrain.config import UserError
 from pretrain.data import BadSample
 from pretrain.data.decode import EXTENSIONS
-from pretrain.data.pack_shard import Item, Job
+from pretrain.data.pack.writer import Item, Job
 from pretrain.data.shards.index import index
 from pretrain.data.shards.paths import counts
 from pretrain.data.shards.reader import Reader

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Protocol
 
 from pretrain.config import ConfigError
-from pretrain.data.pack_folder import Folder
-from pretrain.data.pack_shard import Job
-from pretrain.data.pack_table import Table
-from pretrain.data.pack_tars import Tars
+from pretrain.data.pack.folder import Folder
+from pretrain.data.pack.table import Table
+from pretrain.data.pack.table_readers import KINDS
+from pretrain.data.pack.tars import Tars
+from pretrain.data.pack.writer import Job
 from pretrain.data.shards.paths import expand
-from pretrain.data.tables import KINDS
 
 
 class Source(Protocol):

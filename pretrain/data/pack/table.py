@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.config import ConfigError, UserError, closest
-from pretrain.data import BadSample, tables
+from pretrain.data import BadSample
 from pretrain.data.captions import clean
-from pretrain.data.pack_folder import read_file
-from pretrain.data.pack_shard import Item, Job
+from pretrain.data.pack import table_readers
+from pretrain.data.pack.folder import read_file
+from pretrain.data.pack.writer import Item, Job
 
 
 @dataclass
@@ -50,8 +51,8 @@ class TableJob:
         """Reads it. Raises BadSample."""
         base, values = self.rows[i]
         row = dict(values)
-        if tables.BROKEN in row:
-            raise BadSample("row unreadable", str(row[tables.BROKEN]))
+        if table_readers.BROKEN in row:
+            raise BadSample("row unreadable", str(row[table_readers.BROKEN]))
         picture, texts = row.pop(self.image_column, None), self._captions(row.pop(self.caption_column, None))
         image, source = self._image(picture, base)
         notes = {"source": source} if source else {}
@@ -121,8 +122,8 @@ class Table:
 
     def __post_init__(self) -> None:
         for path in self.paths:
-            with tables.reading(path):
-                found = tables.columns(path)
+            with table_readers.reading(path):
+                found = table_readers.columns(path)
             for column, option in ((self.image_column, "--image-column"), (self.caption_column, "--caption-column")):
                 if column not in found:
                     has = ", ".join(found[:30]) + (f" and {len(found) - 30} more" if len(found) > 30 else "")
@@ -148,8 +149,8 @@ class Table:
         """Rows; one pass over text tables, so that a damaged one is found before anything is written."""
         total, self.uneven = 0, 0
         for path in self.paths:
-            with tables.reading(path):
-                total += tables.count(path, self.image_column, self._note_uneven)
+            with table_readers.reading(path):
+                total += table_readers.count(path, self.image_column, self._note_uneven)
         if not total:
             raise UserError(f"{', '.join(map(str, self.paths))}: there are no rows")
         return total
@@ -165,8 +166,8 @@ class Table:
         chunk: list[tuple[str, dict[str, Any]]] = []
         for path in self.paths:
             base = os.path.abspath(path.parent)
-            with tables.reading(path):
-                for row in tables.rows(path):
+            with table_readers.reading(path):
+                for row in table_readers.rows(path):
                     chunk.append((base, row))
                     if len(chunk) == shard_size:
                         yield TableJob(chunk, self.image_column, self.caption_column, self.outside, first)
