@@ -164,7 +164,7 @@ def _data(parser: argparse.ArgumentParser) -> None:
 
 def _scenes(args: argparse.Namespace) -> int:
     from launch.progress import counted
-    from pretrain.data.scenes import draw_dataset
+    from pretrain.data.scenes.dataset import draw_dataset
 
     low, _, high = args.things.partition("-")
     if not low.isdigit() or not (high or low).isdigit():

@@ -65,7 +65,7 @@ class Small:
 
 def make_small(root: Path) -> Small:
     """Draws the scenes and trains the tokenizer."""
-    from pretrain.data.scenes import draw_dataset
+    from pretrain.data.scenes.dataset import draw_dataset
     from pretrain.data.text import train_tokenizer
 
     small = Small(root)

@@ -25,7 +25,7 @@ from pretrain import inference
 from pretrain import model as models
 from pretrain.__main__ import find_config
 from pretrain.data.loader import sequential
-from pretrain.data.scenes import draw_dataset
+from pretrain.data.scenes.dataset import draw_dataset
 from pretrain.data.text import load_tokenizer, train_tokenizer
 from pretrain.embed_files import embed
 from pretrain.embed_options import Options

@@ -32,7 +32,7 @@ from pretrain import config as configuration
 from pretrain import inference
 from pretrain import model as encoders
 from pretrain.config import ConfigError, UserError
-from pretrain.data import scenes
+from pretrain.data.scenes import dataset
 from pretrain.data.text import TextDecoder, load_tokenizer
 from tests.support import TINY_TOWERS, Small
 
@@ -50,7 +50,7 @@ class Planted(Task):
         self.sight = sight
         self.decoder = TextDecoder(load_tokenizer(small.tokenizer), length)
         self.known: dict[bytes, dict[str, Any]] = {}
-        self.vocabulary = scenes.VOCABULARY
+        self.vocabulary = dataset.VOCABULARY
 
     def predict(
         self, model: FusionModel, inputs: dict[str, Tensor], masks: dict[str, Tensor], trace: Trace | None = None, top: int = 5
@@ -120,7 +120,7 @@ def test_a_model_that_looks_at_the_boxes(small: Small, asks: bool) -> None:
     words: Counter[str] = Counter()
     for said in tuned.task.known.values():
         texts = [q["question"] for q in said["questions"]] if asks else said["captions"][:1]  # KEY.txt
-        found_in = [mentions(text, said["objects"], scenes.VOCABULARY) for text in texts]
+        found_in = [mentions(text, said["objects"], dataset.VOCABULARY) for text in texts]
         spoken = [[m.kind for m in ms] + ["text"] * (len({m.objects for m in ms}) == 1) for ms in found_in]
         spoken = [kinds for kinds in spoken if kinds]
         few = spoken if len(spoken) <= 4 else [spoken[i * (len(spoken) - 1) // 3] for i in range(4)]
@@ -147,7 +147,7 @@ def test_lift_is_one_over_the_area(small: Small) -> None:
     found = grounding(tuned, small.val, GroundingConfig(method="raw", controls=False, workers=0, max_samples=8), CPU)
     expected = []
     for said in list(tuned.task.known.values())[:8]:
-        for mention in mentions(said["captions"][0], said["objects"], scenes.VOCABULARY):
+        for mention in mentions(said["captions"][0], said["objects"], dataset.VOCABULARY):
             if mention.kind == "thing":
                 share = covered(
                     to_cells(np.array([said["objects"][o]["box"] for o in mention.objects]), (0, 0, 64, 64), GRID), GRID
@@ -182,22 +182,22 @@ def test_data_with_words_of_its_own(small: Small, tmp_path: Path, brings_file: b
             member.size = len(data)
             new.addfile(member, io.BytesIO(data))
     if brings_file:
-        (tmp_path / "vocabulary.json").write_text(translated(scenes.VOCABULARY.to_json()))
+        (tmp_path / "vocabulary.json").write_text(translated(dataset.VOCABULARY.to_json()))
     config = GroundingConfig(method="raw", controls=False, resamples=200)
     vocabulary = vocabulary_of(f"{tmp_path}/farm-*.tar", config)
-    assert set(vocabulary.names) == {OTHER_WORDS[name] for name in scenes.CLASSES}
-    assert set(vocabulary.attributes["color"]) == {OTHER_WORDS[color] for color in scenes.COLORS}
-    assert vocabulary_of(small.val, config) == scenes.VOCABULARY
+    assert set(vocabulary.names) == {OTHER_WORDS[name] for name in dataset.CLASSES}
+    assert set(vocabulary.attributes["color"]) == {OTHER_WORDS[color] for color in dataset.COLORS}
+    assert vocabulary_of(small.val, config) == dataset.VOCABULARY
 
     tuned = planted(small, False, "boxes", length=128)  # words that the tokenizer has not seen are many tokens
     for image, said in tuned.task.known.items():
         other = json.loads(translated(json.dumps(said)))
         texts = [*said["captions"], *(question["question"] for question in said["questions"])]
         for text in texts:
-            expected = mentions(text, said["objects"], scenes.VOCABULARY)
+            expected = mentions(text, said["objects"], dataset.VOCABULARY)
             found = mentions(translated(text), other["objects"], vocabulary)
             assert [(m.word, m.kind, m.objects) for m in found] == [(translated(m.word), m.kind, m.objects) for m in expected]
-            before = [(swap.old.objects, swap.new.objects) for swap in swaps(text, said["objects"], scenes.VOCABULARY)]
+            before = [(swap.old.objects, swap.new.objects) for swap in swaps(text, said["objects"], dataset.VOCABULARY)]
             after = [(s.old.objects, s.new.objects) for s in swaps(translated(text), other["objects"], vocabulary)]
             assert before == after
         tuned.task.known[image] = other
@@ -265,7 +265,7 @@ def test_one_picture_one_text(small: Small) -> None:
     seen: Seen = look(tuned, picture, said["captions"][0], "raw")
     assert seen.words == [word.strip(",.:") for word in said["captions"][0].split()]
     assert seen.picture.size == (64, 64)
-    thing = next(m for m in mentions(said["captions"][0], said["objects"], scenes.VOCABULARY) if m.kind == "thing")
+    thing = next(m for m in mentions(said["captions"][0], said["objects"], dataset.VOCABULARY) if m.kind == "thing")
     values = seen.maps[seen.words.index(thing.word)]
     where = to_cells(np.array([said["objects"][o]["box"] for o in thing.objects]), (0, 0, 64, 64), GRID)
     np.testing.assert_allclose(values, covered(where, GRID), atol=1e-6)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from finetune.phrases import Mention, mentions, pairs, swaps
-from pretrain.data import scenes
+from pretrain.data.scenes import dataset
 from pretrain.data.vocabulary import Vocabulary, from_objects
 
 OBJECTS = [
@@ -20,7 +20,7 @@ OBJECTS = [
 
 
 def said(
-    text: str, objects: Any = OBJECTS, vocabulary: Vocabulary = scenes.VOCABULARY
+    text: str, objects: Any = OBJECTS, vocabulary: Vocabulary = dataset.VOCABULARY
 ) -> list[tuple[str, str, tuple[int, ...]]]:
     found = mentions(text, objects, vocabulary)
     for mention in found:
@@ -145,19 +145,19 @@ def test_scenes_speak_of_what_they_record() -> None:
     kinds: Counter[str] = Counter()
     checked = moved = 0
     for i in range(60):
-        _, said_of = scenes.draw(7, "train", i)
+        _, said_of = dataset.draw(7, "train", i)
         objects = said_of["objects"]
         for asked in said_of["questions"]:
             found = [
-                mention for mention in mentions(asked["question"], objects, scenes.VOCABULARY) if mention.kind != "relation"
+                mention for mention in mentions(asked["question"], objects, dataset.VOCABULARY) if mention.kind != "relation"
             ]
             if asked["box"] is not None and asked["type"] != "relation":
                 assert {mention.objects for mention in found} == {(index_of(objects, asked["box"]),)}, asked
                 checked += 1
             if asked["type"] == "existence" and asked["answers"] == ["no"]:
                 assert not found, asked
-            moved += len(swaps(asked["question"], objects, scenes.VOCABULARY))
-        found = mentions(said_of["captions"][0], objects, scenes.VOCABULARY)
+            moved += len(swaps(asked["question"], objects, dataset.VOCABULARY))
+        found = mentions(said_of["captions"][0], objects, dataset.VOCABULARY)
         assert {i for mention in found if mention.kind == "thing" for i in mention.objects} == set(range(len(objects)))
         kinds.update(mention.kind for mention in found)
     assert checked > 100

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pretrain.data.scene_words import captions, foils, questions
-from pretrain.data.scenes import CLASSES, COLORS, PLACES, SPLITS, SURFACES, UNSEEN, draw, plan
+from pretrain.data.scenes.dataset import CLASSES, COLORS, PLACES, SPLITS, SURFACES, UNSEEN, draw, plan
+from pretrain.data.scenes.text import captions, foils, questions
 
 KIND = {**{kind: kind for kind in CLASSES}, **{f"{kind}s": kind for kind in CLASSES}}
 NUMBER = {"two": 2, "three": 3, "four": 4}

@@ -13,8 +13,7 @@ import pytest
 import webdataset
 
 from pretrain.config import UserError
-from pretrain.data.scene_paint import paint
-from pretrain.data.scenes import (
+from pretrain.data.scenes.dataset import (
     CLASSES,
     COLORS,
     PLACES,
@@ -27,6 +26,7 @@ from pretrain.data.scenes import (
     plan,
     split_sizes,
 )
+from pretrain.data.scenes.render import paint
 from pretrain.data.shards.paths import expand
 from pretrain.data.vocabulary import find_vocabulary, load_builtin
 from pretrain.zero_shot import class_names
@@ -133,7 +133,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def test_the_same_bytes_for_any_number_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pretrain.data.scenes.SHARD", 60)
+    monkeypatch.setattr("pretrain.data.scenes.dataset.SHARD", 60)
     sizes = {"train": 130, "unseen": 70}
     for workers in (1, 3):
         calls: list[tuple[int, int]] = []

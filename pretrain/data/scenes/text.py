@@ -12,9 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from pretrain.data.scene_dice import Dice
-from pretrain.data.scene_places import PLACES
-from pretrain.data.scene_plan import (
+from pretrain.data.scenes.backgrounds import PLACES
+from pretrain.data.scenes.layout import (
     CLASSES,
     COLORS,
     OPPOSITE,
@@ -27,7 +26,8 @@ from pretrain.data.scene_plan import (
     shows,
     speaks_of,
 )
-from pretrain.data.scene_things import KINDS
+from pretrain.data.scenes.objects import KINDS
+from pretrain.data.scenes.rng import Dice
 
 Box = list[int]
 NUMBERS = ("no", "one", "two", "three", "four")

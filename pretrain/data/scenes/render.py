@@ -17,11 +17,11 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from PIL import Image
 
-from pretrain.data import scene_pen as ink
-from pretrain.data.scene_dice import Dice
-from pretrain.data.scene_places import PLACES
-from pretrain.data.scene_plan import Scene, Thing
-from pretrain.data.scene_things import KINDS
+from pretrain.data.scenes import shapes as ink
+from pretrain.data.scenes.backgrounds import PLACES
+from pretrain.data.scenes.layout import Scene, Thing
+from pretrain.data.scenes.objects import KINDS
+from pretrain.data.scenes.rng import Dice
 
 Rgb = tuple[int, int, int]
 Bytes = NDArray[np.uint8]

@@ -33,11 +33,11 @@ from typing import Any
 from PIL import Image
 
 from pretrain.config import UserError
-from pretrain.data.scene_paint import paint
-from pretrain.data.scene_places import PLACES
-from pretrain.data.scene_plan import CLASSES, COLORS, GROUP, SIZES, SPLITS, SURFACES, UNSEEN, Scene, plan, relation
-from pretrain.data.scene_things import KINDS
-from pretrain.data.scene_words import captions, foils, questions
+from pretrain.data.scenes.backgrounds import PLACES
+from pretrain.data.scenes.layout import CLASSES, COLORS, GROUP, SIZES, SPLITS, SURFACES, UNSEEN, Scene, plan, relation
+from pretrain.data.scenes.objects import KINDS
+from pretrain.data.scenes.render import paint
+from pretrain.data.scenes.text import captions, foils, questions
 from pretrain.data.vocabulary import FILE, Vocabulary
 
 __all__ = [

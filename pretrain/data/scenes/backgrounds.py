@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-from pretrain.data.scene_dice import Dice
+from pretrain.data.scenes.rng import Dice
 
 Color = tuple[int, int, int]
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from pretrain.data.scene_dice import Dice
-from pretrain.data.scene_pen import matrix
-from pretrain.data.scene_places import PLACES
-from pretrain.data.scene_things import KINDS
+from pretrain.data.scenes.backgrounds import PLACES
+from pretrain.data.scenes.objects import KINDS
+from pretrain.data.scenes.rng import Dice
+from pretrain.data.scenes.shapes import matrix
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "black", "white")
 SURFACES = ("plain", "striped", "leather")

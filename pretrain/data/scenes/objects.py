@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pretrain.data.scene_pen import (
+from pretrain.data.scenes.shapes import (
     BODY,
     CREAM,
     DARK,
