@@ -15,8 +15,8 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from pretrain.config import ConfigError, closest
+from pretrain.ops import Linear
 from pretrain.towers import Tower
-from pretrain.towers.linear import Linear
 
 ADAPTER = "default"
 """peft's name of the first adapter, which stands in the parameters' names."""

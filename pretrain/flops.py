@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from pretrain import ops
 from pretrain.data.batch import Batch
-from pretrain.towers import linear
 
 
 def _product(x: torch.Size, y: torch.Size, *_: Any, **__: Any) -> int:
@@ -18,7 +18,7 @@ def _product(x: torch.Size, y: torch.Size, *_: Any, **__: Any) -> int:
     return 2 * x.numel() * y[0]
 
 
-OURS = {torch.ops.mkldnn._linear_pointwise: _product} if linear.AVAILABLE else {}
+OURS = {torch.ops.mkldnn._linear_pointwise: _product} if ops.AVAILABLE else {}
 """Operations that torch's counter does not know."""
 
 

@@ -17,8 +17,8 @@ from pretrain.formats import Found, vision, words
 from pretrain.formats.hf import quiet
 from pretrain.formats.vision import Plain
 from pretrain.model import ModelSchema
-from pretrain.towers import hub
-from pretrain.towers.hub import line
+from pretrain.towers import hf_models
+from pretrain.towers.hf_models import line
 
 
 def read(source: str) -> Found:
@@ -121,7 +121,7 @@ def _text_section(config: Any) -> dict[str, Any]:
     """text.* of a text model of transformers, its whole configuration inline."""
     return {
         "tower": "transformers",
-        "args": hub.inline(SimpleNamespace(config=config)),
+        "args": hf_models.inline(SimpleNamespace(config=config)),
         "length": config.max_position_embeddings,
     }
 

@@ -19,7 +19,7 @@ from pretrain.formats.open_clip import CONFIG, WEIGHTS
 from pretrain.formats.vision import Plain
 from pretrain.formats.words import Words
 from pretrain.model import ModelSchema
-from pretrain.towers.hub import line
+from pretrain.towers.hf_models import line
 
 BEST = (WEIGHTS, "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors")
 """Files of weights in a folder, in the order of preference."""

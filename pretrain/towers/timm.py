@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from pretrain.config import ConfigError, closest
+from pretrain.ops import use_onednn
 from pretrain.towers import TokenSequence, Tower, reached, stem
-from pretrain.towers.linear import use_onednn
 from pretrain.towers.pooling import head_norm, repool
 
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]

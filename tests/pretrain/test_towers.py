@@ -15,11 +15,11 @@ from torch.nn import functional as F
 
 from pretrain import registry
 from pretrain.config import ConfigError
+from pretrain.ops import use_onednn
 from pretrain.towers import Tower
 from pretrain.towers import timm as images
 from pretrain.towers import transformers as texts
-from pretrain.towers.lengths import ENTRY, cut
-from pretrain.towers.linear import use_onednn
+from pretrain.towers.length_buckets import ENTRY, cut
 from pretrain.towers.stem import ConvStem, patch
 
 VIT = {"patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}
