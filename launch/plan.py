@@ -51,7 +51,7 @@ OVERHEAD = 1.5 * GIB
 USAGE = 0.4
 """Share of the peak that a well-fed GPU reaches, for the time estimate."""
 BUCKET = 50_000_000
-"""Elements that ZeRO sends and gathers at a time (pretrain/strategies/zero.py)."""
+"""Elements that ZeRO sends and gathers at a time (pretrain/strategies/deepspeed.py)."""
 
 
 @dataclass(frozen=True)

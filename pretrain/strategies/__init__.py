@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from pretrain.config import ConfigError, UserError
 from pretrain.optim import OptimConfig
 from pretrain.runtime import distributed
-from pretrain.strategies import tuning
+from pretrain.strategies import deepspeed_config
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Moments = dict[str, dict[str, Tensor]]
@@ -228,7 +228,7 @@ def check(word: str, precision: Precision, compiled: bool, offload: bool, deepsp
     if deepspeed is not None:
         if not zero:
             raise ConfigError(f"train.deepspeed={deepspeed} needs train.strategy=zero1, zero2 or zero3, not {word}")
-        tuning.read(deepspeed, WORDS[word][1]["stage"])
+        deepspeed_config.read(deepspeed, WORDS[word][1]["stage"])
 
 
 def choose(

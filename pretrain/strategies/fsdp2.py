@@ -22,7 +22,7 @@ from pretrain.optim import OptimConfig
 from pretrain.runtime import distributed
 from pretrain.strategies import DTYPES, Precision
 from pretrain.strategies.batch_norm import synchronised
-from pretrain.strategies.replica import filled, in_step, shell
+from pretrain.strategies.full_copy import filled, in_step, shell
 from pretrain.strategies.single import Single
 
 

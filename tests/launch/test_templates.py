@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pretrain.config import ConfigError
-from pretrain.strategies import tuning
+from pretrain.strategies import deepspeed_config
 from tests.support import ROOT
 
 LAUNCH = ROOT / "launch"
@@ -73,7 +73,7 @@ def test_deepspeed_reads_its_files(path: Path) -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     word = next(w for w in command(path) if w.startswith("train.strategy=")).partition("=zero")[2]
-    given = tuning.read(str(path), int(word))
+    given = deepspeed_config.read(str(path), int(word))
     parsed = DeepSpeedZeroConfig(**given["zero_optimization"])
     for key, value in given["zero_optimization"].items():
         key = {  # these have shorter names inside
@@ -96,12 +96,12 @@ def test_a_deepspeed_file_may_not_change_the_numbers(tmp_path: Path) -> None:
     ):
         path.write_text(json.dumps(given))
         with pytest.raises(ConfigError, match=line):
-            tuning.read(str(path), 2)
+            deepspeed_config.read(str(path), 2)
     path.write_text("{")
     with pytest.raises(ConfigError, match="is no JSON"):
-        tuning.read(str(path), 2)
+        deepspeed_config.read(str(path), 2)
     with pytest.raises(ConfigError, match="No such file"):
-        tuning.read(str(tmp_path / "none.json"), 2)
+        deepspeed_config.read(str(tmp_path / "none.json"), 2)
 
 
 @pytest.mark.parametrize("path", SLURM, ids=name)

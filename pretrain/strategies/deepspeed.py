@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from pretrain import optim as optimizers
 from pretrain.optim import OptimConfig
 from pretrain.runtime import distributed
-from pretrain.strategies import DTYPES, Applied, Moments, Precision, Strategy, tuning
+from pretrain.strategies import DTYPES, Applied, Moments, Precision, Strategy, deepspeed_config
 from pretrain.strategies.batch_norm import synchronised
 
 KINDS = ("exp_avg", "exp_avg_sq")
@@ -66,7 +66,7 @@ class Zero(Strategy):
 
     def _config(self) -> dict[str, Any]:
         """DeepSpeed's settings: every default that changes what is computed is written out."""
-        return tuning.lay_over(self._ours(), self.tuning)
+        return deepspeed_config.lay_over(self._ours(), self.tuning)
 
     def _ours(self) -> dict[str, Any]:
         place = {"device": "cpu", "pin_memory": torch.cuda.is_available()} if self.offload else {"device": "none"}
@@ -319,9 +319,9 @@ def build(
     deepspeed: str | None = None,
 ) -> Zero:
     """The strategy of a stage. deepspeed: a file of tuning.py."""
-    from pretrain.strategies.stages import Zero3, Zero12
+    from pretrain.strategies.zero_stages import Zero3, Zero12
 
     three = stage == 3
     made = Zero3(precision, optim, device, offload) if three else Zero12(stage, precision, optim, device, offload)
-    made.tuning = tuning.read(deepspeed, stage) if deepspeed else {}
+    made.tuning = deepspeed_config.read(deepspeed, stage) if deepspeed else {}
     return made

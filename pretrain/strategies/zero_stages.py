@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from pretrain.optim import OptimConfig
 from pretrain.runtime import distributed
 from pretrain.strategies import Precision
-from pretrain.strategies.replica import filled, in_step, shell
-from pretrain.strategies.zero import Zero
+from pretrain.strategies.deepspeed import Zero
+from pretrain.strategies.full_copy import filled, in_step, shell
 
 RECOMPUTES = ("grad_checkpointing", "gradient_checkpointing")
 """What timm's and transformers' modules say when they recompute activations in the backward pass."""
