@@ -6,7 +6,7 @@ from typing import Any
 
 from finetune.inference import Finetuned
 from pretrain.formats import Encoders
-from pretrain.formats.card import RESIZE, about
+from pretrain.formats.model_card import RESIZE, about
 
 LOADING = """import json
 from pathlib import Path

@@ -30,8 +30,8 @@ from finetune.tasks import Told
 from pretrain import inference
 from pretrain.config import UserError
 from pretrain.export import TOLERANCE, whole
-from pretrain.formats import Encoders, onnx, strange, tokens
-from pretrain.formats.tokens import PROBES
+from pretrain.formats import Encoders, onnx, portable_tokenizer, strange
+from pretrain.formats.portable_tokenizer import PROBES
 from pretrain.towers import TokenSequence
 
 WORDS = ["input_ids", "attention_mask"]
@@ -64,7 +64,7 @@ def export(tuned: Finetuned, folder: Path, license: str | None = None) -> Path:
         }
         (partial / "task.json").write_text(json.dumps(said, indent=1, ensure_ascii=False))
         (partial / "preprocess.json").write_text(json.dumps(encoders.preprocess.open_clip(), indent=1))
-        tokens.save(encoders.text, partial)
+        portable_tokenizer.save(encoders.text, partial)
         difference = compare(tuned, encoders, told.feature, load(partial))
         (partial / "README.md").write_text(card.text(tuned, encoders, said, folder.name, license, difference))
     return folder

@@ -20,8 +20,8 @@ import torch
 
 from pretrain import checkpoint
 from pretrain.config import ConfigError, UserError
-from pretrain.formats import Encoders, card
-from pretrain.formats.tokens import PROBES
+from pretrain.formats import Encoders, model_card
+from pretrain.formats.portable_tokenizer import PROBES
 from pretrain.inference import Loaded
 
 FORMATS = ("hf", "open_clip", "onnx")
@@ -64,7 +64,7 @@ def export(loaded: Loaded, folder: Path, form: str, license: str | None = None) 
     with whole(folder) as partial:
         module.write(encoders, partial)
         difference = compare(encoders, module.load(partial))
-        (partial / "README.md").write_text(card.text(encoders, loaded.folder, form, folder.name, license, difference))
+        (partial / "README.md").write_text(model_card.text(encoders, loaded.folder, form, folder.name, license, difference))
     return folder
 
 
@@ -74,7 +74,7 @@ def advised(loaded: Loaded, name: str) -> tuple[str, str] | None:
         return None
     encoders = encoders_of(loaded)
     form = next((form for form in FORMATS if _module(form).problem(encoders) is None), None)
-    return None if form is None else (form, card.loading(encoders, form, name))
+    return None if form is None else (form, model_card.loading(encoders, form, name))
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from pretrain.config import ConfigError, UserError
 from pretrain.data.config import evaluated_caption
 from pretrain.data.images import AugmentConfig, ImageDecoder
 from pretrain.data.text import TextDecoder, load_tokenizer
-from pretrain.formats import Found, read_hf, read_open_clip
+from pretrain.formats import Found, hf_import, open_clip_import
 from pretrain.model import DualEncoder, ModelSchema
 
 TOKENIZER = "tokenizer"
@@ -75,13 +75,13 @@ def foreign(run: str | Path) -> Callable[[str], Found] | None:
     path, text = Path(run), str(run)
     if path.is_dir():
         if (path / "open_clip_config.json").is_file():
-            return read_open_clip.read
+            return open_clip_import.read
         ours = (path / "config.yaml").exists() or (path / "checkpoints").exists()
-        return read_hf.read if (path / "config.json").is_file() and not ours else None
+        return hf_import.read if (path / "config.json").is_file() and not ours else None
     if path.is_file() or (":" in text and Path(text.rpartition(":")[2]).suffix in WEIGHT_FILES):
-        return read_open_clip.read
+        return open_clip_import.read
     hub_name = text.count("/") == 1 and not text.startswith((".", "/", "~", "runs/"))
-    return read_hf.read if hub_name and not path.parent.exists() else None
+    return hf_import.read if hub_name and not path.parent.exists() else None
 
 
 def towers(config: ModelSchema) -> dict[str, Any]:

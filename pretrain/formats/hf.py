@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from pretrain.checkpoint import as_any_file
-from pretrain.formats import Encoders, mean, strange, tokens, vision, words
-from pretrain.formats.vision import Plain
-from pretrain.formats.words import Words
+from pretrain.formats import Encoders, mean_pooling, portable_tokenizer, strange, text_weights, vit_weights
+from pretrain.formats.text_weights import Words
+from pretrain.formats.vit_weights import Plain
 
 TIMM_ONLY = ("weight_init", "fix_init", "drop_path_rate", "drop_rate", "proj_drop_rate", "attn_drop_rate", "patch_drop_rate")
 """Arguments of timm that are for training only."""
@@ -63,7 +63,7 @@ def write(encoders: Encoders, folder: Path) -> None:
         made.save_pretrained(folder)
     for weights in folder.glob("*.safetensors"):
         as_any_file(weights)
-    tokenizer = tokens.portable(encoders.text)
+    tokenizer = portable_tokenizer.portable(encoders.text)
     if made.config.model_type == "siglip":
         # Its text model attends to padding. Saved is the attribute, where it was given when the tokenizer was made.
         tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = ["input_ids"]
@@ -97,12 +97,12 @@ def _make(encoders: Encoders) -> Any:
     tower, image_tower = encoders.text_tower, encoders.image_tower
     assert tower is not None
     assert image_tower is not None
-    text = words.words(tower)
+    text = text_weights.words(tower)
     if isinstance(text, Words) and not text.causal:
         return _siglip(encoders, text)
     if isinstance(text, str) and not (tower.pool == "tower" and tower.trims):
         return f"{text} pooled by {tower.pool}, and transformers pools a text model in its own way only"
-    picture = vision.plain(image_tower.model)
+    picture = vit_weights.plain(image_tower.model)
     if isinstance(text, Words) and isinstance(picture, Plain) and picture.pre_norm and picture.pool == "token":
         return _clip(encoders, text, picture)
     return _dual(encoders, text)
@@ -112,11 +112,11 @@ def _text(encoders: Encoders, made: Words) -> tuple[Words, dict[str, Tensor]]:
     """A causal text tower under transformers' names, with `text_projection.weight` (D, C)."""
     tower = encoders.text_tower
     assert tower is not None
-    weights = words.to_open_clip(tower, _matrix(encoders, "text"))
+    weights = text_weights.to_open_clip(tower, _matrix(encoders, "text"))
     if tower.pool == "avg":
-        made, weights = mean.as_layer(made, weights)
+        made, weights = mean_pooling.as_layer(made, weights)
     project = weights.pop("text_projection").t().contiguous()
-    return made, words.to_transformers(weights) | {"text_projection.weight": project}
+    return made, text_weights.to_transformers(weights) | {"text_projection.weight": project}
 
 
 def _text_settings(encoders: Encoders, made: Words) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def _text_settings(encoders: Encoders, made: Words) -> dict[str, Any]:
         "bos_token_id": tokenizer.bos_token_id,
         "pad_token_id": encoders.text.pad_id,
     }
-    return words.settings(made) | ends
+    return text_weights.settings(made) | ends
 
 
 def _clip(encoders: Encoders, text: Words, picture: Plain) -> Any:
@@ -138,12 +138,12 @@ def _clip(encoders: Encoders, text: Words, picture: Plain) -> Any:
     model = CLIPModel(
         CLIPConfig(
             text_config=settings,
-            vision_config=vision.clip_settings(picture),
+            vision_config=vit_weights.clip_settings(picture),
             projection_dim=encoders.dim,
         )
     )
     named = {name if name.startswith("text_projection") else f"text_model.{name}": value for name, value in weights.items()}
-    pictures = vision.to_clip(vision.to_open_clip(encoders.image_tower.model))
+    pictures = vit_weights.to_clip(vit_weights.to_open_clip(encoders.image_tower.model))
     named |= {f"vision_model.{name}": value for name, value in pictures.items()}
     return _filled(model, encoders, named)
 
@@ -185,20 +185,20 @@ def _siglip(encoders: Encoders, text: Words) -> Any:
     tower, image_tower = encoders.text_tower, encoders.image_tower
     assert tower is not None
     assert image_tower is not None
-    picture = vision.siglip(image_tower.model)
+    picture = vit_weights.siglip(image_tower.model)
     if isinstance(picture, str):
         return f"{picture}, beside a text tower that is SigLIP's and attends to padding"
     if encoders.projection("image") is not None:
         return "the projection of the image tower: SiglipModel has none (model.projection=none trains it so)"
     if encoders.text.length != PIPELINE_LENGTH:
         return f"texts of {encoders.text.length} tokens: transformers fills up SigLIP's to {PIPELINE_LENGTH}"
-    vision_config = vision.clip_settings(picture)
-    settings = words.settings(text) | {"projection_size": encoders.dim}
+    vision_config = vit_weights.clip_settings(picture)
+    settings = text_weights.settings(text) | {"projection_size": encoders.dim}
     model = SiglipModel(SiglipConfig(text_config=settings, vision_config=vision_config))
-    weights = words.to_open_clip(tower, encoders.projection("text"))
+    weights = text_weights.to_open_clip(tower, encoders.projection("text"))
     heads = {f"head.{kind}": weights.pop(f"text_projection.{kind}") for kind in ("weight", "bias")}
-    named = {f"text_model.{name}": value for name, value in (words.to_transformers(weights) | heads).items()}
-    named |= {f"vision_model.{name}": value for name, value in vision.to_siglip(image_tower.model).items()}
+    named = {f"text_model.{name}": value for name, value in (text_weights.to_transformers(weights) | heads).items()}
+    named |= {f"vision_model.{name}": value for name, value in vit_weights.to_siglip(image_tower.model).items()}
     bias = encoders.model.logit_bias
     return _filled(model, encoders, named | {"logit_bias": torch.zeros(1) if bias is None else bias.reshape(1)})
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.config import UserError
-from pretrain.formats import Encoders, strange, tokens
+from pretrain.formats import Encoders, portable_tokenizer, strange
 from pretrain.model import DualEncoder
 from pretrain.towers.transformers import TextTower
 
@@ -43,7 +43,7 @@ def write(encoders: Encoders, folder: Path) -> None:
         _image(model, encoders.preprocess.size, folder / f"image{suffix}.onnx")
         _text(model, encoders.text.length, folder / f"text{suffix}.onnx")
     (folder / "preprocess.json").write_text(json.dumps(encoders.preprocess.open_clip(), indent=1))
-    tokens.save(encoders.text, folder)
+    portable_tokenizer.save(encoders.text, folder)
 
 
 def needed() -> None:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.checkpoint import save_weights
-from pretrain.formats import Encoders, blocks, mean, strange, tokens, vision, words
-from pretrain.formats.blocks import Weights
-from pretrain.formats.vision import Plain
-from pretrain.formats.words import Words
+from pretrain.formats import Encoders, block_weights, mean_pooling, portable_tokenizer, strange, text_weights, vit_weights
+from pretrain.formats.block_weights import Weights
+from pretrain.formats.text_weights import Words
+from pretrain.formats.vit_weights import Plain
 from pretrain.towers.timm import ImageTower
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
@@ -62,7 +62,7 @@ def write(encoders: Encoders, folder: Path) -> None:
     save_weights(folder / WEIGHTS, {name: value.float() for name, value in weights.items()}, {"format": "pt"})
     content = {"model_cfg": config, "preprocess_cfg": encoders.preprocess.open_clip()}
     (folder / CONFIG).write_text(json.dumps(content, indent=1))
-    tokens.save(encoders.text, folder)
+    portable_tokenizer.save(encoders.text, folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -72,16 +72,16 @@ def write(encoders: Encoders, folder: Path) -> None:
 def _words(encoders: Encoders) -> Words | str:
     tower = encoders.text_tower
     assert tower is not None
-    return words.words(tower)
+    return text_weights.words(tower)
 
 
 def _text(encoders: Encoders, made: Words) -> Part:
     """text_cfg, and weights under the names of open_clip's CLIP class."""
     tower, length = encoders.text_tower, encoders.text.length
     assert tower is not None
-    weights = words.to_open_clip(tower, encoders.projection("text"))
+    weights = text_weights.to_open_clip(tower, encoders.projection("text"))
     if tower.pool == "avg":
-        made, weights = mean.as_layer(made, weights)
+        made, weights = mean_pooling.as_layer(made, weights)
     weights["positional_embedding"] = weights["positional_embedding"][:length].contiguous()
     config: dict[str, Any] = {
         "context_length": length,
@@ -90,7 +90,7 @@ def _text(encoders: Encoders, made: Words) -> Part:
         "width": made.width,
         "heads": made.heads,
         "layers": made.depth,
-        "mlp_ratio": blocks.ratio(made.hidden, made.width),
+        "mlp_ratio": block_weights.ratio(made.hidden, made.width),
         "norm_kwargs": {"eps": made.eps},
     }
     if made.act == "gelu_tanh":
@@ -109,7 +109,7 @@ def _vision(encoders: Encoders, quick: bool) -> Part | str:
     assert tower is not None
     model: Any = tower.model
     project = encoders.projection("image")
-    made = vision.plain(model)
+    made = vit_weights.plain(model)
     if isinstance(made, Plain) and made.width % made.heads == 0 and (made.act == "quick_gelu") == quick:
         config: dict[str, Any] = {
             "image_size": made.size,
@@ -117,7 +117,7 @@ def _vision(encoders: Encoders, quick: bool) -> Part | str:
             "width": made.width,
             "layers": made.depth,
             "head_width": made.width // made.heads,
-            "mlp_ratio": blocks.ratio(made.hidden, made.width),
+            "mlp_ratio": block_weights.ratio(made.hidden, made.width),
             "no_ln_pre": not made.pre_norm,
             "pool_type": "tok" if made.pool == "token" else "avg",
             "final_ln_after_pool": made.norm_after,
@@ -126,7 +126,7 @@ def _vision(encoders: Encoders, quick: bool) -> Part | str:
         if made.act == "gelu_tanh":
             config["act_kwargs"] = {"approximate": "tanh"}
         matrix = torch.eye(made.width) if project is None else project.t().contiguous()
-        return config, vision.to_open_clip(model) | {"proj": matrix}
+        return config, vit_weights.to_open_clip(model) | {"proj": matrix}
     by_name = _by_name(encoders)
     if by_name is not None:
         weights = {f"trunk.{name}": value.detach() for name, value in model.state_dict().items()}

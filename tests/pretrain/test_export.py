@@ -23,7 +23,7 @@ from pretrain.data.images import ImageDecoder
 from pretrain.data.shards.paths import expand
 from pretrain.data.shards.reader import Reader
 from pretrain.data.text import TextDecoder, load_tokenizer
-from pretrain.formats import mean, onnx, vision, words
+from pretrain.formats import mean_pooling, onnx, text_weights, vit_weights
 from pretrain.inference import Loaded
 from pretrain.model import ModelSchema
 from tests.support import ROOT, TINY_TOWERS, Small
@@ -210,17 +210,19 @@ def test_the_mean_written_as_attention(heads: int, small: Small) -> None:
     more = ["text.pool=avg", "text.length=77", f"text.args={{num_attention_heads: {heads}}}"]
     loaded = fresh("scenes", small.tokenizer, *TINY_TOWERS, *more)
     tower: Any = loaded.model.towers["text"].double()
-    made = words.words(tower)
-    assert isinstance(made, words.Words)
+    made = text_weights.words(tower)
+    assert isinstance(made, text_weights.Words)
     projection: Any = loaded.model.projection("text").double()
-    new, weights = mean.as_layer(made, {n: v.double() for n, v in words.to_open_clip(tower, projection.weight).items()})
+    new, weights = mean_pooling.as_layer(
+        made, {n: v.double() for n, v in text_weights.to_open_clip(tower, projection.weight).items()}
+    )
     theirs = open_clip.transformer.TextTransformer(
         context_length=new.positions,
         vocab_size=new.vocab,
         width=new.width,
         heads=new.heads,
         layers=new.depth,
-        mlp_ratio=vision.blocks.ratio(new.hidden, new.width),
+        mlp_ratio=vit_weights.blocks.ratio(new.hidden, new.width),
         output_dim=16,
         act_layer=torch.nn.GELU,
         norm_layer=lambda width: torch.nn.LayerNorm(width, eps=new.eps),
@@ -237,7 +239,7 @@ def test_the_mean_written_as_attention(heads: int, small: Small) -> None:
 def test_mlp_ratios_are_read_back_as_the_same_width() -> None:
     for width in (32, 80, 192, 448, 513):
         for hidden in (1, 64, 767, 768, 3072, 4304):
-            assert int(width * vision.blocks.ratio(hidden, width)) == hidden
+            assert int(width * vit_weights.blocks.ratio(hidden, width)) == hidden
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from launch import cli
 from pretrain import config as configuration
 from pretrain import export
 from pretrain.config import ConfigError, UserError
-from pretrain.formats import tokens
+from pretrain.formats import portable_tokenizer
 from pretrain.inference import Loaded, load_model
 from pretrain.recipe import PretrainConfig
 from tests.support import Small
@@ -138,7 +138,7 @@ def test_a_file_that_holds_more_than_weights_is_not_run(tmp_path: Path, capsys: 
 
 
 def test_openais_vocabulary_is_open_clips() -> None:
-    ours = tokens.openai(77)
+    ours = portable_tokenizer.openai(77)
     theirs = open_clip.SimpleTokenizer()
     for text in [*SENTENCES, "Naïve café — 42% it's o'clock", "日本語 emoji 🙂"]:
         ids = ours([text])["input_ids"][0]

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pretrain.formats.blocks import Weights
-from pretrain.formats.vision import BLOCKS
-from pretrain.formats.words import Words
+from pretrain.formats.block_weights import Weights
+from pretrain.formats.text_weights import Words
+from pretrain.formats.vit_weights import BLOCKS
 
 
 def as_layer(made: Words, weights: Weights) -> tuple[Words, Weights]:

@@ -13,11 +13,11 @@ from torch import Tensor
 from pretrain import config as configuration
 from pretrain.config import UserError, closest
 from pretrain.data.text import load_tokenizer
-from pretrain.formats import Found, tokens, vision, words
-from pretrain.formats.blocks import Weights
+from pretrain.formats import Found, portable_tokenizer, text_weights, vit_weights
+from pretrain.formats.block_weights import Weights
 from pretrain.formats.open_clip import CONFIG, WEIGHTS
-from pretrain.formats.vision import Plain
-from pretrain.formats.words import Words
+from pretrain.formats.text_weights import Words
+from pretrain.formats.vit_weights import Plain
 from pretrain.model import ModelSchema
 from pretrain.towers.hf_models import line
 
@@ -69,7 +69,7 @@ def read(source: str) -> Found:
     folder = path.parent
     own = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
     outside = text_cfg.get("hf_tokenizer_name")
-    tokenizer = load_tokenizer(str(folder) if own else outside) if own or outside else tokens.openai(length)
+    tokenizer = load_tokenizer(str(folder) if own else outside) if own or outside else portable_tokenizer.openai(length)
     values = {"image": image, "text": text, "model": model}
     built = configuration.build(ModelSchema, values, source)
     return Found(built, named | weights, tokenizer)  # what nobody asked for is counted where the weights are put in
@@ -164,8 +164,8 @@ def _read_vision(
     if made.pool not in ("token", "avg"):
         raise UserError(f"{source}: vision_cfg.pool_type={made.pool} has no counterpart here")
     project = own.pop("proj").t() if "proj" in own else None
-    named |= {f"towers.image.model.{name}": value for name, value in vision.from_open_clip(own, made).items()}
-    return vision.tower_settings(made), project
+    named |= {f"towers.image.model.{name}": value for name, value in vit_weights.from_open_clip(own, made).items()}
+    return vit_weights.tower_settings(made), project
 
 
 def _read_timm(given: dict[str, Any], weights: Weights, source: str, named: Weights) -> tuple[dict[str, Any], Tensor | None]:
@@ -212,7 +212,7 @@ def _read_text(
         causal=causal,
         eos=given.get("eos_id") if pool == "eos" else given.get("vocab_size", 49408) - 1,
     )
-    args = words.settings(made)
+    args = text_weights.settings(made)
     settings = {"tower": "transformers", "args": args, "length": made.positions, "pretrained": False}
     if causal:
         project = own.pop("text_projection", None)
@@ -223,7 +223,7 @@ def _read_text(
         own |= {"head.weight": heads[0], "head.bias": heads[1]}
         args["projection_size"] = len(heads[1])
         project = None
-    named |= {f"towers.text.model.{name}": value for name, value in words.to_transformers(own).items()}
+    named |= {f"towers.text.model.{name}": value for name, value in text_weights.to_transformers(own).items()}
     return settings | {"pool": "eot" if causal else "tower"}, None if project is None else project.t()
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.config import UserError
-from pretrain.formats import blocks
-from pretrain.formats.blocks import Weights
+from pretrain.formats import block_weights
+from pretrain.formats.block_weights import Weights
 
 BLOCKS = "transformer.resblocks."
 POOL = {
@@ -105,7 +105,7 @@ def siglip(model: Any) -> Plain | str:
 def _strange(model: Any, more: set[str]) -> str | None:
     """A weight that these transformers do not have or lack, in words."""
     kinds = ("weight", "bias")
-    within = {f"blocks.{i}.{name}{kind}" for i in range(len(model.blocks)) for name in blocks.TIMM for kind in kinds}
+    within = {f"blocks.{i}.{name}{kind}" for i in range(len(model.blocks)) for name in block_weights.TIMM for kind in kinds}
     around = {f"{name}.{kind}" for name in ("norm", "fc_norm", "norm_pre", "patch_embed.proj") for kind in kinds}
     names = set(model.state_dict())
     if extra := sorted(names - within - around - more - {"pos_embed"}):
@@ -151,7 +151,7 @@ def to_open_clip(model: Any) -> Weights:
         "conv1.weight": weights.pop("patch_embed.proj.weight"),
     }
     norms = {"norm_pre": "ln_pre", "norm": "ln_post", "fc_norm": "ln_post"}
-    for name, value in blocks.renamed(weights, "blocks.", BLOCKS, blocks.TIMM).items():
+    for name, value in block_weights.renamed(weights, "blocks.", BLOCKS, block_weights.TIMM).items():
         head, _, kind = name.rpartition(".")
         out[f"{norms.get(head, head)}.{kind}"] = value
     return out
@@ -164,7 +164,7 @@ def from_open_clip(weights: Mapping[str, Tensor], made: Plain) -> Weights:
     names = {"conv1.weight": "patch_embed.proj.weight"}
     for kind in ("weight", "bias"):
         names |= {f"ln_pre.{kind}": f"norm_pre.{kind}", f"ln_post.{kind}": f"{norm}.{kind}"}
-    for name, value in blocks.renamed(weights, BLOCKS, "blocks.", blocks.swapped(blocks.TIMM)).items():
+    for name, value in block_weights.renamed(weights, BLOCKS, "blocks.", block_weights.swapped(block_weights.TIMM)).items():
         if name == "class_embedding":
             out["cls_token"] = value.reshape(1, 1, -1)
         elif name == "positional_embedding":
@@ -188,7 +188,7 @@ def tower_settings(made: Plain) -> dict[str, Any]:
         "embed_dim": made.width,
         "depth": made.depth,
         "num_heads": made.heads,
-        "mlp_ratio": blocks.ratio(made.hidden, made.width),
+        "mlp_ratio": block_weights.ratio(made.hidden, made.width),
         "pre_norm": made.pre_norm,
         "global_pool": made.pool,
         "fc_norm": made.norm_after and made.pool == "avg",
@@ -214,13 +214,16 @@ _CLIP = {
 
 def to_clip(weights: Mapping[str, Tensor]) -> Weights:
     """open_clip's names -> CLIPVisionModel's."""
-    return {_CLIP.get(name, name): value for name, value in blocks.to_transformers(weights, BLOCKS, "encoder.layers.").items()}
+    return {
+        _CLIP.get(name, name): value
+        for name, value in block_weights.to_transformers(weights, BLOCKS, "encoder.layers.").items()
+    }
 
 
 def from_clip(weights: Mapping[str, Tensor]) -> Weights:
     """CLIPVisionModel's names -> open_clip's. Names that are not known stay as they are."""
     back = {theirs: ours for ours, theirs in _CLIP.items()}
-    named = blocks.from_transformers(weights, "encoder.layers.", BLOCKS)
+    named = block_weights.from_transformers(weights, "encoder.layers.", BLOCKS)
     return {back.get(name, name): value for name, value in named.items()}
 
 
@@ -235,8 +238,8 @@ def to_siglip(model: Any) -> Weights:
         out[f"head.attention.in_proj_{kind}"] = torch.cat(rows)
     for name in [name for name in weights if name.startswith("attn_pool.")]:
         out[f"head.{POOL[name.removeprefix('attn_pool.')]}"] = weights.pop(name)
-    middle = blocks.renamed(weights, "blocks.", BLOCKS, blocks.TIMM)
-    return out | blocks.to_transformers(middle, BLOCKS, "encoder.layers.")
+    middle = block_weights.renamed(weights, "blocks.", BLOCKS, block_weights.TIMM)
+    return out | block_weights.to_transformers(middle, BLOCKS, "encoder.layers.")
 
 
 def from_siglip(weights: Mapping[str, Tensor]) -> Weights:
@@ -245,8 +248,8 @@ def from_siglip(weights: Mapping[str, Tensor]) -> Weights:
     for kind in ("weight", "bias"):
         names |= {f"embeddings.patch_embedding.{kind}": f"patch_embed.proj.{kind}", f"post_layernorm.{kind}": f"norm.{kind}"}
     out: Weights = {}
-    middle = blocks.from_transformers(weights, "encoder.layers.", BLOCKS)
-    for name, value in blocks.renamed(middle, BLOCKS, "blocks.", blocks.swapped(blocks.TIMM)).items():
+    middle = block_weights.from_transformers(weights, "encoder.layers.", BLOCKS)
+    for name, value in block_weights.renamed(middle, BLOCKS, "blocks.", block_weights.swapped(block_weights.TIMM)).items():
         if name == "embeddings.position_embedding.weight":
             out["pos_embed"] = value.unsqueeze(0)
         elif name.startswith("head.attention.in_proj_"):

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.formats import blocks
-from pretrain.formats.blocks import Weights
-from pretrain.formats.vision import BLOCKS
+from pretrain.formats import block_weights
+from pretrain.formats.block_weights import Weights
+from pretrain.formats.vit_weights import BLOCKS
 from pretrain.towers.transformers import TextTower
 
 ACTS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
@@ -97,14 +97,14 @@ def to_open_clip(tower: TextTower, projection: Tensor | None) -> Weights:
 
 def from_transformers(weights: Mapping[str, Tensor]) -> Weights:
     """transformers' names -> open_clip's; those that are not known stay as they are."""
-    named = blocks.from_transformers(weights, "encoder.layers.", BLOCKS)
+    named = block_weights.from_transformers(weights, "encoder.layers.", BLOCKS)
     return {NAMES.get(name, name): value for name, value in named.items()}
 
 
 def to_transformers(weights: Mapping[str, Tensor]) -> Weights:
     """open_clip's names -> transformers'; those that are not known stay as they are."""
     back = {ours: theirs for theirs, ours in NAMES.items()}
-    named = blocks.to_transformers(weights, BLOCKS, "encoder.layers.")
+    named = block_weights.to_transformers(weights, BLOCKS, "encoder.layers.")
     return {back.get(name, name): value for name, value in named.items()}
 
 

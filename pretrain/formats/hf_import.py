@@ -13,9 +13,9 @@ from pretrain import config as configuration
 from pretrain.config import UserError
 from pretrain.data.images import CLIP_MEAN, CLIP_STD
 from pretrain.data.text import load_tokenizer, unreachable
-from pretrain.formats import Found, vision, words
+from pretrain.formats import Found, text_weights, vit_weights
 from pretrain.formats.hf import quiet
-from pretrain.formats.vision import Plain
+from pretrain.formats.vit_weights import Plain
 from pretrain.model import ModelSchema
 from pretrain.towers import hf_models
 from pretrain.towers.hf_models import line
@@ -94,9 +94,9 @@ def _projections(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _plain(config: Any, source: str, pre_norm: bool, pool: str) -> Plain:
     """A vision configuration of CLIP or SigLIP. Raises UserError."""
-    act = words.ACTS.get(config.hidden_act)
+    act = text_weights.ACTS.get(config.hidden_act)
     if act is None:
-        raise UserError(f"{source}: the image tower's activation {config.hidden_act} is none of {', '.join(words.ACTS)}")
+        raise UserError(f"{source}: the image tower's activation {config.hidden_act} is none of {', '.join(text_weights.ACTS)}")
     return Plain(
         size=config.image_size,
         patch=config.patch_size,
@@ -114,7 +114,7 @@ def _plain(config: Any, source: str, pre_norm: bool, pool: str) -> Plain:
 
 def _clip_picture(config: Any, weights: dict[str, Tensor], source: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     made = _plain(config, source, pre_norm=True, pool="token")
-    return vision.tower_settings(made), vision.from_open_clip(vision.from_clip(weights), made)
+    return vit_weights.tower_settings(made), vit_weights.from_open_clip(vit_weights.from_clip(weights), made)
 
 
 def _text_section(config: Any) -> dict[str, Any]:
@@ -136,10 +136,10 @@ def _read_clip(config: Any, weights: dict[str, Tensor], source: str) -> Read:
 def _read_siglip(config: Any, weights: dict[str, Tensor], source: str) -> Read:
     made = _plain(config.vision_config, source, pre_norm=False, pool="map")
     text = _text_section(config.text_config) | {"pool": "tower"}
-    named = _ours(vision.from_siglip(_below(weights, "vision_model.")), _below(weights, "text_model."))
+    named = _ours(vit_weights.from_siglip(_below(weights, "vision_model.")), _below(weights, "text_model."))
     named["logit_bias"] = weights["logit_bias"].reshape(1)
     model = {"dim": made.width, "projection": "none", "logit_bias": float(weights["logit_bias"])}
-    return vision.siglip_tower(made), text, model, named
+    return vit_weights.siglip_tower(made), text, model, named
 
 
 def _read_dual(config: Any, weights: dict[str, Tensor], source: str) -> Read:
