@@ -10,7 +10,8 @@ from finetune.adapt import AdaptConfig
 from finetune.model import Source
 from finetune.tasks import EvalConfig
 from pretrain import config as configuration
-from pretrain import inference, registry, start
+from pretrain import registry
+from pretrain.checkpoints import loading, warm_start
 from pretrain.config import ConfigError, section
 from pretrain.data.loader import DataConfig
 from pretrain.loop import TrainConfig
@@ -81,8 +82,8 @@ def load_config(path: Path, settings: list[str]) -> FinetuneConfig:
             "init=RUN is missing: a pretraining run, a checkpoint, or a published CLIP to start from (a new model needs both "
             "an `image` and a `text` section)"
         )
-    laid = start.under(given)
+    laid = warm_start.under(given)
     if isinstance(init, str) and (given.get("adapt") or {}).get("contrastive"):
-        bias = inference.load_model(init).config.model.logit_bias  # says which loss it was pretrained with
+        bias = loading.load_model(init).config.model.logit_bias  # says which loss it was pretrained with
         laid["model"] = configuration.over({"logit_bias": bias}, laid.get("model") or {})
     return configuration.build(FinetuneConfig, laid, str(path))

@@ -13,9 +13,10 @@ from finetune.config import FusionSchema
 from finetune.model import FusionModel
 from finetune.tasks import EvalConfig, Prediction, Setting, Task
 from finetune.trace import Trace
-from pretrain import checkpoint, inference, registry
 from pretrain import config as configuration
 from pretrain import model as encoders
+from pretrain import registry
+from pretrain.checkpoints import loading, store
 from pretrain.config import UserError
 from pretrain.data.config import evaluated_caption, sources_of
 from pretrain.data.text import load_tokenizer
@@ -64,7 +65,7 @@ class Finetuned:
 def is_finetuned(run: str | Path) -> bool:
     """Whether RUN is a fine-tuned run or checkpoint of ours; False for whatever else it is."""
     try:
-        path = checkpoint.find(run) / "config.yaml"
+        path = store.find(run) / "config.yaml"
     except UserError:
         return False
     return path.exists() and "task" in configuration.read_yaml(path)
@@ -72,7 +73,7 @@ def is_finetuned(run: str | Path) -> bool:
 
 def load(run: str | Path) -> Finetuned:
     """RUN is a run folder (its best, else newest checkpoint) or a checkpoint folder. Raises UserError."""
-    folder = checkpoint.find(run)
+    folder = store.find(run)
     path = folder / "config.yaml"
     if not path.exists():
         raise UserError(f"{folder} has no config.yaml: it is not a checkpoint of clipfuse")
@@ -81,15 +82,15 @@ def load(run: str | Path) -> Finetuned:
         raise UserError(f"{folder} holds encoders and no task: fine-tune them with `clipfuse finetune CONFIG init={run}`")
     config = configuration.build(FusionSchema, values, str(path), partial=True)
     data = values.get("data") or {}
-    tokenizer = load_tokenizer(str(folder / inference.TOKENIZER))
-    encoder = encoders.build(inference.towers(config), config.model, tokenizer)
+    tokenizer = load_tokenizer(str(folder / loading.TOKENIZER))
+    encoder = encoders.build(loading.towers(config), config.model, tokenizer)
     task = registry.part("tasks", config.task.name).build(config.task, None)
     model = models.build(encoder, config.fusion, config.context, config.tokens, config.adapt.fork)
     model.head = task.head(model)
-    checkpoint.load_weights(model, checkpoint.read_weights(folder), folder)
+    store.load_weights(model, store.read_weights(folder), folder)
     model.eval()
-    decoders = task.decoders(inference.decoders(config, tokenizer, encoder, evaluated_caption(data)))
-    return Finetuned(model, task, config, tokenizer, decoders, folder, checkpoint.step_of(folder), _there(data.get("train")))
+    decoders = task.decoders(loading.decoders(config, tokenizer, encoder, evaluated_caption(data)))
+    return Finetuned(model, task, config, tokenizer, decoders, folder, store.step_of(folder), _there(data.get("train")))
 
 
 def _there(shards: Any) -> Any:

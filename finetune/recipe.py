@@ -16,7 +16,8 @@ from finetune.aligned import keep_aligned
 from finetune.config import FinetuneConfig, load_config
 from finetune.model import FusionModel
 from finetune.tasks import Setting, Task, survey
-from pretrain import inference, registry, start
+from pretrain import registry
+from pretrain.checkpoints import loading, warm_start
 from pretrain.config import ConfigError, UserError
 from pretrain.data.loader import Batch, Loader
 from pretrain.embed import evaluating
@@ -79,7 +80,7 @@ def build(config: FinetuneConfig) -> Components:
     # -- pretrained encoders, adapted
     tokenizer, encoders = build_encoders(config)
     if config.init is not None:
-        start.load(encoders, config.init, config.init_partial, tokenizer)
+        warm_start.load(encoders, config.init, config.init_partial, tokenizer)
     config = adapt.apply(encoders, config.adapt, config)  # type: ignore[assignment]
     # -- task, fusion and head
     task = registry.part("tasks", config.task.name).build(config.task, lambda: survey(config.data.train, config.data.store()))
@@ -96,7 +97,7 @@ def build(config: FinetuneConfig) -> Components:
 
 def inline(parts: Components) -> FinetuneConfig:
     """Return the configuration as checkpoints keep it: with architectures and what the task learned from its data."""
-    config = inference.portable(parts.config, parts.model.encoder)
+    config = loading.portable(parts.config, parts.model.encoder)
     assert isinstance(config, FinetuneConfig)
     return replace(config, task=replace(config.task, **parts.task.settings()))
 

@@ -24,9 +24,10 @@ from torch import Tensor
 from finetune import adapt
 from finetune.inference import Finetuned
 from finetune.tasks import EvalConfig
-from pretrain import checkpoint, evaluate, inference, start
 from pretrain import config as configuration
+from pretrain import evaluate
 from pretrain import model as encoders
+from pretrain.checkpoints import loading, store, warm_start
 from pretrain.config import ConfigError, UserError
 from pretrain.data.config import evaluated_caption
 from pretrain.runtime.agree import on_main
@@ -61,10 +62,10 @@ def pretrained(tuned: Finetuned, init: Any = None) -> dict[str, Tensor]:
     try:
         run = init if isinstance(init, str) else init.get("image")
         if size is not None and run is not None:
-            config = replace(config, image=replace(config.image, size=inference.load_model(run).config.image.size))
+            config = replace(config, image=replace(config.image, size=loading.load_model(run).config.image.size))
         with torch.random.fork_rng(devices=[]):
-            encoder = encoders.build(inference.towers(config), config.model, tuned.tokenizer)
-        start.load(encoder, init, bool(values.get("init_partial")), tuned.tokenizer)
+            encoder = encoders.build(loading.towers(config), config.model, tuned.tokenizer)
+        warm_start.load(encoder, init, bool(values.get("init_partial")), tuned.tokenizer)
     except UserError as error:
         raise UserError(f"--wise needs the model that this run began from: {error}; or name it with --pretrained") from error
     if size is not None:
@@ -109,7 +110,7 @@ def run(
     begin = time.perf_counter()
     weights = pretrained(tuned, init)
     tuned.model.to(device)
-    towers = inference.decoders(tuned.config, tuned.tokenizer, tuned.model.encoder, _caption(tuned))
+    towers = loading.decoders(tuned.config, tuned.tokenizer, tuned.model.encoder, _caption(tuned))
 
     def measure() -> dict[str, float]:
         own = tuned.evaluate(shards, EvalConfig(), device)
@@ -143,11 +144,11 @@ def keep(tuned: Finetuned, weights: dict[str, Tensor], out: Path) -> None:
 
     def files(folder: Path) -> None:
         shutil.copy(tuned.folder / "config.yaml", folder / "config.yaml")
-        shutil.copytree(tuned.folder / inference.TOKENIZER, folder / inference.TOKENIZER)
+        shutil.copytree(tuned.folder / loading.TOKENIZER, folder / loading.TOKENIZER)
 
     on_main(prepare)
     whole = {name: value.cpu() for name, value in weights.items()}
-    checkpoint.save(out / "checkpoints", tuned.step, whole, files, lambda folder: None, keep=0, best=True)
+    store.save(out / "checkpoints", tuned.step, whole, files, lambda folder: None, keep=0, best=True)
 
 
 def summary(result: dict[str, Any]) -> Table:

@@ -286,8 +286,8 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     from finetune import inference as finetuned
     from pretrain import collection, evaluate
+    from pretrain.checkpoints.loading import load_model
     from pretrain.data.config import sources_of
-    from pretrain.inference import load_model
     from pretrain.runtime import distributed
 
     if not collection.is_collection(args.data):
@@ -376,8 +376,8 @@ def _embed(args: argparse.Namespace) -> int:
 
 def _export(args: argparse.Namespace) -> int:
     from finetune import inference as finetuned
-    from pretrain import export
-    from pretrain.inference import load_model
+    from pretrain.checkpoints import export
+    from pretrain.checkpoints.loading import load_model
 
     export.finished(args.run)
     tuned = finetuned.is_finetuned(args.run)

@@ -20,9 +20,10 @@ import torch
 from torch import nn
 
 from launch.footprint import Footprint, footprint
-from pretrain import flops, inference, start
+from pretrain import flops
 from pretrain import model as models
 from pretrain.__main__ import find_config
+from pretrain.checkpoints import loading, warm_start
 from pretrain.config import ConfigError, UserError
 from pretrain.data.config import sources_of
 from pretrain.data.shards.paths import counts
@@ -208,7 +209,7 @@ def measure(config: PretrainConfig) -> tuple[Model, list[str]]:
     """Builds the model on the CPU, without published weights, and takes its measures; and what was assumed."""
     notes = []
     towers = {}
-    for name, tower in inference.towers(config).items():
+    for name, tower in loading.towers(config).items():
         changes: dict[str, Any] = {"pretrained": False} if hasattr(tower, "pretrained") else {}
         if hasattr(tower, "groups"):
             changes["groups"] = 1  # grouping by length is for CPUs, and depends on the texts
@@ -216,7 +217,7 @@ def measure(config: PretrainConfig) -> tuple[Model, list[str]]:
     tokenizer: Any = None
     if config.text is not None:
         try:
-            tokenizer = start.tokenizer(config.init, config.text)
+            tokenizer = warm_start.tokenizer(config.init, config.text)
         except UserError:
             size = int(config.text.args.get("vocab_size", 49408))
             tokenizer = AnyTokenizer(size)

@@ -28,10 +28,10 @@ import pyarrow.parquet as pq
 import torch
 
 from pretrain import parquet
-from pretrain.checkpoint import write_json
+from pretrain.checkpoints.loading import Loaded
+from pretrain.checkpoints.store import write_json
 from pretrain.config import UserError
 from pretrain.embed import Embedded
-from pretrain.inference import Loaded
 
 FORMAT = "clipfuse embeddings 1"
 MANIFEST = "_manifest.json"

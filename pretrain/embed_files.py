@@ -25,6 +25,7 @@ import torch
 from pretrain import collection, embed_options
 from pretrain.__main__ import DONE, STOPPED, EarlyStop, guarded, stopping_early
 from pretrain.board import Board, Shown
+from pretrain.checkpoints.loading import Loaded, load_model
 from pretrain.collection import Folder, Part, Plan
 from pretrain.config import ConfigError, UserError, closest
 from pretrain.data.batch import Batch
@@ -36,7 +37,6 @@ from pretrain.data.worker import Evaluation
 from pretrain.data.worker_pool import running
 from pretrain.embed_options import Options
 from pretrain.encode import Encoder, evaluating
-from pretrain.inference import Loaded, load_model
 from pretrain.parquet import Layout, Writer
 from pretrain.runlog import duration, say
 from pretrain.runtime import distributed, preflight

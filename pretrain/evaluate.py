@@ -21,11 +21,11 @@ import torch
 from rich.table import Table
 
 from pretrain import collection, linear_probe, zero_shot
+from pretrain.checkpoints.loading import Loaded
 from pretrain.config import ConfigError, UserError, closest
 from pretrain.data import loader
 from pretrain.data.shards.cache import Cache
 from pretrain.embed import Embedded, embed_split, text_encoder
-from pretrain.inference import Loaded
 from pretrain.model import DualEncoder
 from pretrain.retrieval import chance, retrieval
 from pretrain.runtime import distributed

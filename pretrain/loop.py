@@ -25,7 +25,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pretrain import checkpoint, strategies
+from pretrain import strategies
+from pretrain.checkpoints import store
 from pretrain.config import ConfigError, UserError
 from pretrain.data.loader import Batch, Loader
 from pretrain.data.order import Order
@@ -245,14 +246,14 @@ class _Run:
         """Weights before wrapping, optimizer after; returns the step to go on from."""
         trainer: dict[str, Any] | None = None
         if source is not None:
-            trainer = checkpoint.load_tensors(source / "state" / "trainer.pt")
+            trainer = store.load_tensors(source / "state" / "trainer.pt")
             for name, value in self.plan.identity.items():
                 if trainer["identity"].get(name) != value:
                     raise ConfigError(
                         f"cannot resume {source}: {name} is {value!r} now and was {trainer['identity'].get(name)!r}; "
                         "a run goes on with the same data, seed, batch size and model (resume=never run=NEW starts another)"
                     )
-            checkpoint.load_weights(self.bare, checkpoint.read_weights(_raw(source)), source)
+            store.load_weights(self.bare, store.read_weights(_raw(source)), source)
         refuse_chunks(self.bare, self.plan.train.chunks)
         self.strategy.setup(self.bare)
         if self.plan.train.compile:
@@ -263,9 +264,9 @@ class _Run:
             return 0
         self.strategy.load(source / "state")
         if self.plan.optim.average:
-            raw = checkpoint.read_weights(_raw(source))
+            raw = store.read_weights(_raw(source))
             averaged = source / "state" / "average" if self.plan.plain is not None else source
-            self.strategy.put(checkpoint.read_weights(averaged))  # cuts the average the way the strategy cuts weights
+            self.strategy.put(store.read_weights(averaged))  # cuts the average the way the strategy cuts weights
             self.average = Average(self.strategy.pieces().items(), self.plan.optim.average)
             self.strategy.put(raw)
         self.loader.load(trainer["loader"])
@@ -298,13 +299,13 @@ class _Run:
                     "best": self.best,
                     "results": self.results,
                 }
-                checkpoint.save_tensors(folder / "trainer.pt", trainer)
+                store.save_tensors(folder / "trainer.pt", trainer)
                 for name, tensors in kept.items():
                     (folder / name).mkdir()
-                    checkpoint.save_weights(folder / name / "model.safetensors", tensors)
+                    store.save_weights(folder / name / "model.safetensors", tensors)
 
         keep = self.plan.train.keep
-        checkpoint.save(self.folder.checkpoints, self.step, weights, self.plan.files, state, keep=keep, best=best)
+        store.save(self.folder.checkpoints, self.step, weights, self.plan.files, state, keep=keep, best=best)
         self.saved = self.step
 
     @contextmanager

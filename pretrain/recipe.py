@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from pretrain import config as configuration
-from pretrain import flops, inference, registry, start
+from pretrain import flops, registry
+from pretrain.checkpoints import loading, warm_start
 from pretrain.config import section
 from pretrain.data.loader import Batch, DataConfig, Loader
 from pretrain.evaluate import EvalConfig, evaluate
@@ -57,7 +58,7 @@ class PretrainConfig(ModelSchema):
 
     def check(self) -> None:
         """Refuses combinations that cannot run."""
-        start.check(self.init)
+        warm_start.check(self.init)
         check_batch_and_evaluation(self)
 
 
@@ -66,7 +67,7 @@ def load_config(path: Path, settings: list[str]) -> PretrainConfig:
 
     All that runs, checks or measures a run reads its configuration here. Raises ConfigError, UserError.
     """
-    return configuration.build(PretrainConfig, start.under(configuration.merged(path, settings)), str(path))
+    return configuration.build(PretrainConfig, warm_start.under(configuration.merged(path, settings)), str(path))
 
 
 def train(config: PretrainConfig) -> Outcome:
@@ -74,8 +75,8 @@ def train(config: PretrainConfig) -> Outcome:
     with open_session(config) as session:
         parts = build(config)
         if session.checkpoint is None and config.init is not None:
-            start.load(parts.model, config.init, config.init_partial, parts.tokenizer)
-        portable = inference.portable(config, parts.model)
+            warm_start.load(parts.model, config.init, config.init_partial, parts.tokenizer)
+        portable = loading.portable(config, parts.model)
         session.write_config()
         flops_per_batch = build_flops_counter(config, parts) if session.device.type == "cuda" else None
         plan = session.build_plan(parts.loader, portable, parts.tokenizer, "image_to_text_R@1", flops=flops_per_batch)

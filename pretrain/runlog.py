@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from pretrain.checkpoint import write_json
+from pretrain.checkpoints.store import write_json
 from pretrain.config import ConfigError, UserError
 from pretrain.runtime import distributed
 from pretrain.runtime.agree import on_main

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain import checkpoint, inference, start, strategies
 from pretrain import config as configuration
 from pretrain import model as models
+from pretrain import strategies
+from pretrain.checkpoints import loading, store, warm_start
 from pretrain.config import ConfigError, UserError
 from pretrain.data import loader as loaders
 from pretrain.data.config import evaluated_caption, sources_of
@@ -140,14 +141,14 @@ def find_checkpoint(resume: str, folder: RunFolder) -> Path | None:
 
 
 def _find_checkpoint(resume: str, folder: RunFolder) -> Path | None:
-    complete = checkpoint.complete(folder.checkpoints)
+    complete = store.complete(folder.checkpoints)
     if resume == "never":
         if complete or (folder.path / "metrics.jsonl").exists():
             raise ConfigError(f"resume=never would overwrite the run in {folder.path}; give this one another run=NAME")
         return None
     if resume != "auto":
-        return checkpoint.find(resume)
-    newest = checkpoint.newest(folder.checkpoints, say)
+        return store.find(resume)
+    newest = store.newest(folder.checkpoints, say)
     if newest is None and complete:
         raise UserError(f"no checkpoint in {folder.checkpoints} can be used (named above); resume=PATH goes on from another")
     return newest
@@ -157,7 +158,7 @@ def _save_config_and_tokenizer(folder: Path, config: ModelSchema, tokenizer: Any
     """Write what belongs beside the weights of a checkpoint."""
     configuration.save(config, folder / "config.yaml")
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder / inference.TOKENIZER)
+        tokenizer.save_pretrained(folder / loading.TOKENIZER)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -171,20 +172,20 @@ def build_encoders(config: Any) -> tuple[Any, DualEncoder]:
     """
     if config.data.val is not None:
         sources_of(config.data.val, "data.val")
-    tokenizer = start.tokenizer(config.init, config.text) if config.text is not None else None
+    tokenizer = warm_start.tokenizer(config.init, config.text) if config.text is not None else None
     torch.manual_seed(config.seed)
-    return tokenizer, models.build(inference.towers(config), config.model, tokenizer)
+    return tokenizer, models.build(loading.towers(config), config.model, tokenizer)
 
 
 def build_train_decoders(config: Any, tokenizer: Any, encoders: DualEncoder) -> dict[str, Any]:
     """Build the decoders by modality for training: augmented images, drawn captions."""
     data = config.data
-    return inference.decoders(config, tokenizer, encoders, data.caption, data.augment, data.draw)
+    return loading.decoders(config, tokenizer, encoders, data.caption, data.augment, data.draw)
 
 
 def build_eval_decoders(config: Any, tokenizer: Any, encoders: DualEncoder) -> dict[str, Any]:
     """Build the decoders by modality for evaluation: nothing is augmented or drawn."""
-    return inference.decoders(config, tokenizer, encoders, evaluated_caption(vars(config.data)))
+    return loading.decoders(config, tokenizer, encoders, evaluated_caption(vars(config.data)))
 
 
 def build_loader(config: Any, decoders: dict[str, Any]) -> Loader:

@@ -10,8 +10,8 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from launch import cli
-from pretrain import checkpoint
-from pretrain.inference import load_model
+from pretrain.checkpoints import store
+from pretrain.checkpoints.loading import load_model
 from tests.support import Small, clipfuse, lines
 
 
@@ -61,15 +61,15 @@ def test_metrics_have_the_fields_of_the_contract_and_the_loss_falls(run: Path) -
 
 
 def test_rotation_leaves_the_newest_and_the_best(run: Path) -> None:
-    left = {checkpoint.step_of(folder) for folder in checkpoint.complete(run / "checkpoints")}
-    best = checkpoint.pointed(run / "checkpoints", "best")
+    left = {store.step_of(folder) for folder in store.complete(run / "checkpoints")}
+    best = store.pointed(run / "checkpoints", "best")
     assert best is not None
-    assert left == {60, checkpoint.step_of(best)}
+    assert left == {60, store.step_of(best)}
 
 
 def test_a_checkpoint_stands_alone(run: Path, tmp_path: Path) -> None:
     """config.yaml, weights and tokenizer are all that loading reads: not the scenes' tokenizer, not the run."""
-    folder = checkpoint.find(run)
+    folder = store.find(run)
     copy = tmp_path / folder.name
     copy.mkdir()
     for name in ("config.yaml", "model.safetensors", "manifest.json"):
@@ -126,7 +126,7 @@ def test_init_starts_from_another_runs_weights(small: Small, run: Path, tmp_path
     other = tmp_path / "other"
     settings = small.settings(other, "train.steps=1", f"init={run}", "optim.lr=1e-12", "optim.weight_decay=0")
     clipfuse("pretrain", "scenes", *settings, cwd=tmp_path)
-    mine, theirs = (checkpoint.read_weights(checkpoint.find(where)) for where in (other, run))
+    mine, theirs = (store.read_weights(store.find(where)) for where in (other, run))
     for name, value in theirs.items():
         torch.testing.assert_close(mine[name], value, rtol=0, atol=1e-6)
 

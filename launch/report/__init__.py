@@ -34,8 +34,8 @@ from launch.report import tuned as tuning
 from launch.report.charts import Series, line_chart
 from launch.report.record import Record
 from launch.report.tuned import Tuned
-from pretrain import export as exports
-from pretrain import inference
+from pretrain.checkpoints import export as exports
+from pretrain.checkpoints import loading
 from pretrain.config import UserError
 from pretrain.runtime import distributed
 
@@ -66,7 +66,7 @@ def write(run: str | Path, data: Any = None, out: Path | None = None, pictures: 
             weights = {name: count["total"] for name, count in model.model.parameter_counts().items()}
             tuned = tuning.build(model, shards if pictures else None, workers)
         else:
-            loaded = inference.load_model(record.folder)
+            loaded = loading.load_model(record.folder)
             export = exports.advised(loaded, f"{_shown_path(record.folder)}/export")
             weights = {name: sum(p.numel() for p in tower.parameters()) for name, tower in loaded.model.towers.items()}
             if shards and pictures:

@@ -18,10 +18,10 @@ from PIL import Image
 from torch import Tensor
 
 from launch.report import figures
+from pretrain.checkpoints.loading import Loaded
 from pretrain.data import loader
 from pretrain.data.loader import Batch
 from pretrain.embed import Embedded, embed_split
-from pretrain.inference import Loaded
 from pretrain.retrieval import ranks, retrieval
 
 SHOWN = 5  # answers per query

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.checkpoint import as_any_file
+from pretrain.checkpoints.store import as_any_file
 from pretrain.formats import Encoders, mean_pooling, portable_tokenizer, strange, text_weights, vit_weights
 from pretrain.formats.text_weights import Words
 from pretrain.formats.vit_weights import Plain

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pretrain import checkpoint
 from pretrain import config as configuration
+from pretrain.checkpoints import store
 from pretrain.formats import Encoders
 
 LOADING = {
@@ -99,7 +99,7 @@ def text(encoders: Encoders, source: Path, form: str, name: str, license: str | 
 def about(encoders: Encoders, source: Path, license: str | None, more: Sequence[tuple[str, Any]] = ()) -> list[str]:
     """What the model is (with `more` rows), what it learned from and how, what it reached, its licence; as `text` has it."""
     run = source.parent.parent if source.parent.name == "checkpoints" else None
-    step = checkpoint.step_of(source) if run is not None else 0
+    step = store.step_of(source) if run is not None else 0
     said = _said(run / "metrics.jsonl", step) if run is not None else []
     return [
         *_model(encoders, more),

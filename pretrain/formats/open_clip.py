@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pretrain.checkpoint import save_weights
+from pretrain.checkpoints.store import save_weights
 from pretrain.formats import Encoders, block_weights, mean_pooling, portable_tokenizer, strange, text_weights, vit_weights
 from pretrain.formats.block_weights import Weights
 from pretrain.formats.text_weights import Words

@@ -21,16 +21,16 @@ from pathlib import Path
 import torch
 
 from pretrain import config as configuration
-from pretrain import inference
 from pretrain import model as models
 from pretrain.__main__ import find_config
+from pretrain.checkpoints import loading
+from pretrain.checkpoints.loading import Loaded
 from pretrain.data.loader import sequential
 from pretrain.data.scenes.dataset import draw_dataset
 from pretrain.data.text import load_tokenizer, train_tokenizer
 from pretrain.embed_files import embed
 from pretrain.embed_options import Options
 from pretrain.encode import Encoder, evaluating
-from pretrain.inference import Loaded
 from pretrain.model import ModelSchema
 from pretrain.runtime import distributed
 
@@ -102,8 +102,8 @@ def build(config: str, settings: list[str], folder: Path) -> Loaded:
     values = configuration.merged(find_config(config, "pretrain"), settings)
     made = configuration.build(ModelSchema, values, config, partial=True)
     tokenizer = load_tokenizer(made.text.tokenizer)
-    model = models.build(inference.towers(made), made.model, tokenizer).eval()
-    return Loaded(model, made, tokenizer, inference.decoders(made, tokenizer, model, "txt"), folder, 0)
+    model = models.build(loading.towers(made), made.model, tokenizer).eval()
+    return Loaded(model, made, tokenizer, loading.decoders(made, tokenizer, model, "txt"), folder, 0)
 
 
 if __name__ == "__main__":

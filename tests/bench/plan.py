@@ -84,8 +84,9 @@ def estimated(settings: list[str], world: int) -> float:
 def measured(settings: list[str]) -> dict[str, float]:
     """Two steps in this process (one of a group, where there is one): MiB."""
     from launch.plan import AnyTokenizer
-    from pretrain import flops, inference, objective, registry, strategies
+    from pretrain import flops, objective, registry, strategies
     from pretrain import model as models
+    from pretrain.checkpoints import loading
     from pretrain.data.batch import Batch
     from pretrain.runtime import distributed
     from pretrain.step import train_step
@@ -104,7 +105,7 @@ def measured(settings: list[str]) -> dict[str, float]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         loss = registry.part("losses", config.loss.name)
         scaled = replace(config.model, logit_scale=loss.LOGIT_SCALE, logit_bias=loss.LOGIT_BIAS)
-        model = models.build(inference.towers(config), scaled, tokenizer)
+        model = models.build(loading.towers(config), scaled, tokenizer)
         strategy = strategies.choose(train.strategy, train.precision, config.optim, torch.device("cpu"))
         strategy.setup(model)
         strategy.model.train()

@@ -21,9 +21,9 @@ from finetune.tasks.captioning import Captions
 from finetune.trace import Trace
 from launch import cli
 from pretrain import registry
+from pretrain.checkpoints.loading import load_model
 from pretrain.config import ConfigError
 from pretrain.data.text import TextDecoder, load_tokenizer
-from pretrain.inference import load_model
 from tests.pretrain.strategies import tiny
 from tests.support import Small, losses
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import finetune
 from launch import cli
-from pretrain.inference import load_model
+from pretrain.checkpoints.loading import load_model
 from tests.support import Small, clipfuse, lines, losses
 
 OUTSIDE = '''

@@ -23,12 +23,12 @@ from finetune.tasks import EvalConfig, reranking, retrieval
 from finetune.tasks.foils import Foils
 from launch import cli
 from pretrain import registry
+from pretrain.checkpoints.loading import load_model
 from pretrain.config import UserError
 from pretrain.data import BadSample, loader
 from pretrain.data.batch import Batch
 from pretrain.data.shards.paths import RawSample
 from pretrain.data.text import TextDecoder, load_tokenizer
-from pretrain.inference import load_model
 from tests.pretrain.strategies import tiny
 from tests.support import Small, lines, losses
 

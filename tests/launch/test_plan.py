@@ -11,8 +11,8 @@ import torch
 
 from launch import cli, plan
 from launch.footprint import Footprint
+from pretrain.checkpoints.loading import load_model
 from pretrain.config import ConfigError
-from pretrain.inference import load_model
 from tests.bench import plan as bench
 from tests.launch.worlds import clipfuse_words, started
 from tests.pretrain.strategies import world

@@ -18,8 +18,8 @@ from launch import report
 from launch.report import figures, gallery, record
 from launch.report.charts import POINTS, Series, downsample, line_chart, number, running_mean, ticks
 from pretrain import config as configuration
-from pretrain import inference
 from pretrain import model as models
+from pretrain.checkpoints import loading
 from pretrain.config import UserError
 from pretrain.data.text import load_tokenizer
 from pretrain.embed import Embedded
@@ -344,9 +344,9 @@ def test_numbers_are_short(value: float, text: str) -> None:
 def test_gallery_of_a_model_holds_pictures_as_it_sees_them(small: Small) -> None:
     config = configuration.load(ModelSchema, None, [*TINY_TOWERS, f"text.tokenizer={small.tokenizer}"])
     tokenizer = load_tokenizer(small.tokenizer)
-    model = models.build(inference.towers(config), config.model, tokenizer)
-    decoders = inference.decoders(config, tokenizer, model, "txt")
-    loaded = inference.Loaded(model, config, tokenizer, decoders, Path("step-0000000"), 0)
+    model = models.build(loading.towers(config), config.model, tokenizer)
+    decoders = loading.decoders(config, tokenizer, model, "txt")
+    loaded = loading.Loaded(model, config, tokenizer, decoders, Path("step-0000000"), 0)
     shown = gallery.build(loaded, [{"shards": small.val, "weight": 1.0}], torch.device("cpu"), workers=0, pictures=40)
     assert shown is not None
     assert shown.pictures == 40

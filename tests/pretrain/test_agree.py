@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain import checkpoint
+from pretrain.checkpoints import store
 from pretrain.config import ConfigError, UserError
 from pretrain.data import config
 from pretrain.data.shards.cache import Cache
@@ -122,7 +122,7 @@ def a_file_in_the_way(folder: str) -> list[tuple[str, str, Any]]:
     weights = {"w": torch.zeros(1)}
 
     def save(where: str, state: Callable[[Path], Any]) -> Any:
-        return str(checkpoint.save(Path(folder) / where, 1, weights, lambda _: None, state, keep=0).name)
+        return str(store.save(Path(folder) / where, 1, weights, lambda _: None, state, keep=0).name)
 
     return [
         outcome(lambda: save("file", lambda _: None)),

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from pretrain import checkpoint
+from pretrain.checkpoints import store
 from pretrain.config import UserError
 
 
 def write(checkpoints: Path, step: int, *, keep: int = 3, best: bool = False) -> Path:
-    return checkpoint.save(
+    return store.save(
         checkpoints,
         step,
         {"w": torch.full((4,), float(step))},
@@ -28,9 +28,9 @@ def test_written_whole_and_pointed_to(tmp_path: Path) -> None:
     assert folder.name == "step-0000007"
     assert sorted(p.name for p in folder.iterdir()) == ["config.yaml", "manifest.json", "model.safetensors", "state"]
     assert (tmp_path / "latest").read_text() == "step-0000007\n" == (tmp_path / "best").read_text()
-    assert checkpoint.problem(folder) is None
+    assert store.problem(folder) is None
     assert not list(tmp_path.glob(".*partial"))
-    torch.testing.assert_close(checkpoint.read_weights(folder)["w"], torch.full((4,), 7.0))
+    torch.testing.assert_close(store.read_weights(folder)["w"], torch.full((4,), 7.0))
     modes = {path.stat().st_mode for path in folder.iterdir() if path.is_file()}
     assert len(modes) == 1  # whoever may read the configuration may read the weights
 
@@ -38,7 +38,7 @@ def test_written_whole_and_pointed_to(tmp_path: Path) -> None:
 def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     for step in range(1, 7):
         write(tmp_path, step, keep=2, best=step == 2)
-    assert [checkpoint.step_of(f) for f in checkpoint.complete(tmp_path)] == [2, 5, 6]
+    assert [store.step_of(f) for f in store.complete(tmp_path)] == [2, 5, 6]
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "remove", "manifest"])
@@ -55,11 +55,11 @@ def test_a_damaged_one_is_named_and_the_one_before_it_is_used(tmp_path: Path, da
     else:
         (bad / "manifest.json").write_text("{")
     said: list[str] = []
-    assert checkpoint.newest(tmp_path, said.append) == good
+    assert store.newest(tmp_path, said.append) == good
     assert len(said) == 1
     assert "step-0000002" in said[0]
     with pytest.raises(UserError, match="step-0000002"):
-        checkpoint.find(bad)
+        store.find(bad)
 
 
 def test_a_write_that_fails_leaves_nothing_and_harms_nothing(tmp_path: Path) -> None:
@@ -69,8 +69,8 @@ def test_a_write_that_fails_leaves_nothing_and_harms_nothing(tmp_path: Path) -> 
         raise OSError(28, "No space left on device")
 
     with pytest.raises(UserError, match=r"step 2 .*No space left on device; older ones are intact"):
-        checkpoint.save(tmp_path, 2, {"w": torch.zeros(1)}, full, lambda _: None, keep=1)
-    assert checkpoint.newest(tmp_path, print) == good
+        store.save(tmp_path, 2, {"w": torch.zeros(1)}, full, lambda _: None, keep=1)
+    assert store.newest(tmp_path, print) == good
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-0000001"]
 
 
@@ -80,16 +80,16 @@ def test_a_full_disk_is_one_line_whichever_library_meets_it(tmp_path: Path) -> N
 
     def state(folder: Path) -> None:
         os.symlink("/dev/full", folder / "trainer.pt")
-        checkpoint.save_tensors(folder / "trainer.pt", {"x": torch.zeros(100_000)})
+        store.save_tensors(folder / "trainer.pt", {"x": torch.zeros(100_000)})
 
     with pytest.raises(UserError, match=r"cannot write the checkpoint of step 3 .*No space left"):
-        checkpoint.save(tmp_path, 3, {"w": torch.zeros(1)}, lambda _: None, state, keep=1)
+        store.save(tmp_path, 3, {"w": torch.zeros(1)}, lambda _: None, state, keep=1)
 
 
 def test_another_architecture_is_counted_and_named() -> None:
     weights = {"weight": torch.zeros(3, 2), "extra": torch.zeros(1)}
     with pytest.raises(UserError) as raised:
-        checkpoint.load_weights(nn.Linear(4, 3), weights, "here")
+        store.load_weights(nn.Linear(4, 3), weights, "here")
     message = str(raised.value)
     for words in ("here", "another architecture", "1 weights are missing (first bias)", "1 are not in the model (first extra)"):
         assert words in message
@@ -98,6 +98,6 @@ def test_another_architecture_is_counted_and_named() -> None:
 
 def test_what_is_no_run_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run or checkpoint at"):
-        checkpoint.find(tmp_path / "gone")
+        store.find(tmp_path / "gone")
     with pytest.raises(UserError, match="holds no complete checkpoint"):
-        checkpoint.find(tmp_path)
+        store.find(tmp_path)

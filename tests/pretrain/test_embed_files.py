@@ -19,9 +19,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain import checkpoint, collection, inference
+from pretrain import collection
 from pretrain import config as configuration
 from pretrain import model as models
+from pretrain.checkpoints import loading, store
+from pretrain.checkpoints.loading import Loaded, load_model
 from pretrain.collection import cut, load
 from pretrain.config import ConfigError, UserError
 from pretrain.data.loader import sequential
@@ -30,7 +32,6 @@ from pretrain.embed_files import Summary, embed
 from pretrain.embed_options import Options
 from pretrain.evaluate import EvalConfig
 from pretrain.evaluate import run as run_evaluation
-from pretrain.inference import Loaded, load_model
 from pretrain.model import ModelSchema
 from pretrain.parquet import numbers
 from tests.launch.worlds import BIN, clipfuse_words, started
@@ -45,13 +46,13 @@ def save(small: Small, root: Path, seed: int, *more: str) -> Path:
     tokenizer = load_tokenizer(small.tokenizer)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = models.build(inference.towers(config), config.model, tokenizer)
+        model = models.build(loading.towers(config), config.model, tokenizer)
 
     def files(folder: Path) -> None:
-        configuration.save(inference.portable(config, model), folder / "config.yaml")
-        tokenizer.save_pretrained(folder / inference.TOKENIZER)
+        configuration.save(loading.portable(config, model), folder / "config.yaml")
+        tokenizer.save_pretrained(folder / loading.TOKENIZER)
 
-    return checkpoint.save(root / "checkpoints", seed, model.state_dict(), files, lambda _: None, keep=0)
+    return store.save(root / "checkpoints", seed, model.state_dict(), files, lambda _: None, keep=0)
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ from rich.console import Console
 
 from launch import cli
 from pretrain import config as configuration
-from pretrain import inference
 from pretrain import model as models
+from pretrain.checkpoints import loading
 from pretrain.config import ConfigError, UserError
 from pretrain.data.loader import Batch, Sequential, sequential
 from pretrain.data.text import load_tokenizer
@@ -31,22 +31,22 @@ from tests.support import TINY_TOWERS, Small, lines
 CPU = torch.device("cpu")
 
 
-def build(small: Small, caption: str = "txt", *more: str) -> inference.Loaded:
+def build(small: Small, caption: str = "txt", *more: str) -> loading.Loaded:
     """An untrained tiny model, the same each time."""
     config = configuration.load(ModelSchema, None, [*TINY_TOWERS, f"text.tokenizer={small.tokenizer}", *more])
     tokenizer = load_tokenizer(small.tokenizer)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = models.build(inference.towers(config), config.model, tokenizer)
-    decoders = inference.decoders(config, tokenizer, model, caption)
-    return inference.Loaded(model, config, tokenizer, decoders, Path("runs/tiny/checkpoints/step-0000000"), 0)
+        model = models.build(loading.towers(config), config.model, tokenizer)
+    decoders = loading.decoders(config, tokenizer, model, caption)
+    return loading.Loaded(model, config, tokenizer, decoders, Path("runs/tiny/checkpoints/step-0000000"), 0)
 
 
 def settings(**more: Any) -> EvalConfig:
     return EvalConfig(**{"batch_size": 10, "workers": 0, **more})
 
 
-def one_by_one(loaded: inference.Loaded, shards: str) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+def one_by_one(loaded: loading.Loaded, shards: str) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     """Embeddings without the code under test: each sample and each caption alone, through the model's forward()."""
     image, text, owner = [], [], []
     loaded.model.eval()
@@ -86,7 +86,7 @@ def test_training_may_draw_captions_that_evaluation_does_not_read(small: Small, 
     assert cli.main(["pretrain", "scenes", *words, "data.val_caption=txt"]) == 0
     (line,) = [line for line in lines(tmp_path / "run/metrics.jsonl") if "val/samples" in line]
     assert line["val/captions"] == line["val/samples"] == 64
-    assert inference.load_model(tmp_path / "run").decoders["text"].caption == "txt"
+    assert loading.load_model(tmp_path / "run").decoders["text"].caption == "txt"
     assert cli.main(["pretrain", "scenes", *words, f"run={tmp_path / 'all'}"]) == 0
     (line,) = [line for line in lines(tmp_path / "all/metrics.jsonl") if "val/samples" in line]
     assert line["val/captions"] > 2 * line["val/samples"]

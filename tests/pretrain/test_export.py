@@ -17,14 +17,14 @@ from transformers import AutoModel, AutoProcessor, pipeline
 
 from launch import cli
 from pretrain import config as configuration
-from pretrain import export, inference
 from pretrain import model as models
+from pretrain.checkpoints import export, loading
+from pretrain.checkpoints.loading import Loaded
 from pretrain.data.images import ImageDecoder
 from pretrain.data.shards.paths import expand
 from pretrain.data.shards.reader import Reader
 from pretrain.data.text import TextDecoder, load_tokenizer
 from pretrain.formats import mean_pooling, onnx, text_weights, vit_weights
-from pretrain.inference import Loaded
 from pretrain.model import ModelSchema
 from tests.support import ROOT, TINY_TOWERS, Small
 
@@ -51,12 +51,12 @@ def fresh(name: str, tokenizer: Path, *settings: str) -> Loaded:
     values = configuration.merged(ROOT / f"configs/pretrain/{name}.yaml", [f"text.tokenizer={tokenizer}", *settings])
     config = configuration.build(ModelSchema, values, name, partial=True)
     torch.manual_seed(0)
-    model = models.build(inference.towers(config), config.model, read)
+    model = models.build(loading.towers(config), config.model, read)
     with torch.no_grad():
         for parameter in model.towers.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
         model.logit_scale.fill_(3.0)
-    return Loaded(model.eval(), config, read, inference.decoders(config, read, model, "txt"), Path("none"), 0)
+    return Loaded(model.eval(), config, read, loading.decoders(config, read, model, "txt"), Path("none"), 0)
 
 
 @pytest.fixture(scope="module")
@@ -267,7 +267,7 @@ def test_the_command_exports_a_trained_run(run: Path, samples: Any, tmp_path: Pa
     model, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{out}")
     with torch.no_grad():
         found = model.encode_image(torch.stack([preprocess(p) for p in opened(samples)]), normalize=True)
-    torch.testing.assert_close(embedded(inference.load_model(run), samples)[0], found, atol=1e-5, rtol=0)
+    torch.testing.assert_close(embedded(loading.load_model(run), samples)[0], found, atol=1e-5, rtol=0)
 
 
 def test_the_card_of_an_earlier_checkpoint_tells_of_that_one(run: Path, tmp_path: Path) -> None:
@@ -276,7 +276,7 @@ def test_the_card_of_an_earlier_checkpoint_tells_of_that_one(run: Path, tmp_path
     later = {"step": 9, "samples_seen": 9 * 16, "val/image_to_text_R@1": 0.987}
     with (copy / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(later) + "\n")
-    export.export(inference.load_model(copy / "checkpoints/step-0000004"), tmp_path / "out", "open_clip")
+    export.export(loading.load_model(copy / "checkpoints/step-0000004"), tmp_path / "out", "open_clip")
     card = (tmp_path / "out/README.md").read_text()
     assert "98.7 %" not in card
     assert "| samples seen | 64 |" in card
@@ -285,7 +285,7 @@ def test_the_card_of_an_earlier_checkpoint_tells_of_that_one(run: Path, tmp_path
 
 def test_the_lines_of_the_card_load_the_graphs(run: Path, samples: Any, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
-    loaded = inference.load_model(run)
+    loaded = loading.load_model(run)
     export.export(loaded, tmp_path / "model", "onnx")
     code = re.search(r"```python\n(.*?)\n```", (tmp_path / "model/README.md").read_text(), re.S)
     assert code is not None

@@ -13,10 +13,10 @@ from transformers import AutoModel, CLIPConfig, CLIPModel, PreTrainedTokenizerFa
 
 from launch import cli
 from pretrain import config as configuration
-from pretrain import export
+from pretrain.checkpoints import export
+from pretrain.checkpoints.loading import Loaded, load_model
 from pretrain.config import ConfigError, UserError
 from pretrain.formats import portable_tokenizer
-from pretrain.inference import Loaded, load_model
 from pretrain.recipe import PretrainConfig
 from tests.support import Small
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from pretrain import checkpoint
+from pretrain.checkpoints import store
 from pretrain.config import ConfigError
 from pretrain.loop import TrainConfig
 from pretrain.optim import OptimConfig
@@ -81,7 +81,7 @@ def leg(word: str, number: int, chunks: int, folder: str) -> tuple[dict[str, tor
     root = Path(folder)
     strategy = start(word)
     if number:
-        strategy.put(checkpoint.read_weights(root))
+        strategy.put(store.read_weights(root))
         strategy.load(root)
     distributed.barrier()
     step(strategy, number, chunks)

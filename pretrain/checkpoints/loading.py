@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from pretrain import checkpoint, registry
 from pretrain import config as configuration
 from pretrain import model as models
+from pretrain import registry
+from pretrain.checkpoints import store
 from pretrain.config import ConfigError, UserError
 from pretrain.data.config import evaluated_caption
 from pretrain.data.images import AugmentConfig, ImageDecoder
@@ -49,7 +50,7 @@ def load_model(run: str | Path) -> Loaded:
     if read is not None:
         found = read(str(run))
         return _built(found.config, found.weights, found.tokenizer, "txt", Path(run), 0)
-    folder = checkpoint.find(run)
+    folder = store.find(run)
     path = folder / "config.yaml"
     if not path.exists():
         raise UserError(f"{folder} has no config.yaml: it is not a checkpoint of clipfuse")
@@ -57,15 +58,15 @@ def load_model(run: str | Path) -> Loaded:
     config = configuration.build(ModelSchema, values, str(path), partial=True)
     caption = evaluated_caption(values.get("data") or {})
     tokenizer = load_tokenizer(str(folder / TOKENIZER))
-    weights = checkpoint.read_weights(folder)
+    weights = store.read_weights(folder)
     if "task" in values:  # fine-tuned: the encoders stand among other parts
         weights = {name.removeprefix("encoder."): w for name, w in weights.items() if name.startswith("encoder.")}
-    return _built(config, weights, tokenizer, caption, folder, checkpoint.step_of(folder))
+    return _built(config, weights, tokenizer, caption, folder, store.step_of(folder))
 
 
 def _built(config: ModelSchema, weights: dict[str, Tensor], tokenizer: Any, caption: str, folder: Path, step: int) -> Loaded:
     model = models.build(towers(config), config.model, tokenizer)
-    checkpoint.load_weights(model, weights, folder)
+    store.load_weights(model, weights, folder)
     model.eval()
     return Loaded(model, config, tokenizer, decoders(config, tokenizer, model, caption), folder, step)
 

@@ -14,11 +14,11 @@ from typing import Any
 
 from torch import Tensor
 
-from pretrain import checkpoint, inference
 from pretrain import config as configuration
+from pretrain.checkpoints import loading, store
+from pretrain.checkpoints.loading import Loaded
 from pretrain.config import ConfigError, UserError
 from pretrain.data.text import load_tokenizer
-from pretrain.inference import Loaded
 from pretrain.model import DualEncoder
 from pretrain.runlog import say
 
@@ -29,7 +29,7 @@ NOT_INHERITED = ("tokenizer", "trainable_blocks", "checkpointing", "patch_dropou
 @lru_cache(maxsize=2)
 def _loaded(run: str) -> Loaded:
     """Read once for configuration, tokenizer and weights; let go of when the weights are in place."""
-    return inference.load_model(run)
+    return loading.load_model(run)
 
 
 def check(init: Any) -> None:
@@ -115,7 +115,7 @@ def _scalars(weights: dict[str, Tensor], model: DualEncoder, init: str) -> dict[
 def _put(module: Any, weights: dict[str, Tensor], where: str, partial: bool) -> None:
     if not partial:
         try:
-            checkpoint.load_weights(module, weights, where)
+            store.load_weights(module, weights, where)
         except UserError as error:
             raise UserError(f"init={error}; init_partial=true takes what fits") from error
         return

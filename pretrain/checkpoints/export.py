@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from pretrain import checkpoint
+from pretrain.checkpoints import store
+from pretrain.checkpoints.loading import Loaded
 from pretrain.config import ConfigError, UserError
 from pretrain.formats import Encoders, model_card
 from pretrain.formats.portable_tokenizer import PROBES
-from pretrain.inference import Loaded
 
 FORMATS = ("hf", "open_clip", "onnx")
 TOLERANCE = 1e-5
@@ -36,7 +36,7 @@ def finished(run: str | Path) -> None:
         return
     status = json.loads((path / "status.json").read_text())
     if status.get("state") != "done":
-        newest = checkpoint.complete(path / "checkpoints")
+        newest = store.complete(path / "checkpoints")
         other = f"; its newest checkpoint can be exported by name: {newest[-1]}" if newest else ""
         why = f", {status['why']}" if status.get("why") else ""
         raise UserError(f"{path} is not finished ({status.get('state')} at step {status.get('step')}{why}){other}")
