@@ -14,10 +14,10 @@ from pretrain import registry
 from pretrain.checkpoints import loading, warm_start
 from pretrain.config import ConfigError, section
 from pretrain.data.loader import DataConfig
-from pretrain.loop import TrainConfig
 from pretrain.model import ModelSchema
 from pretrain.optim import OptimConfig
-from pretrain.session import check_batch_and_evaluation
+from pretrain.training.loop import TrainConfig
+from pretrain.training.session import check_batch_and_evaluation
 
 
 @dataclass

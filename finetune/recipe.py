@@ -21,8 +21,8 @@ from pretrain.checkpoints import loading, warm_start
 from pretrain.config import ConfigError, UserError
 from pretrain.data.loader import Batch, Loader
 from pretrain.embed import evaluating
-from pretrain.loop import Outcome, fit
-from pretrain.session import (
+from pretrain.training.loop import Outcome, fit
+from pretrain.training.session import (
     build_encoders,
     build_eval_decoders,
     build_loader,

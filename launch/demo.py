@@ -20,7 +20,7 @@ import torch
 
 from launch import cli
 from pretrain.__main__ import DONE
-from pretrain.runlog import duration
+from pretrain.training.run_dir import duration
 
 STEPS_PER_MINUTE = {"pretrain": 70, "finetune": 110}
 """Steps of scenes-conv and vqa on such scenes that two CPU cores take in a minute, a little less than measured."""

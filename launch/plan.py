@@ -20,7 +20,6 @@ import torch
 from torch import nn
 
 from launch.footprint import Footprint, footprint
-from pretrain import flops
 from pretrain import model as models
 from pretrain.__main__ import find_config
 from pretrain.checkpoints import loading, warm_start
@@ -28,10 +27,11 @@ from pretrain.config import ConfigError, UserError
 from pretrain.data.config import sources_of
 from pretrain.data.shards.paths import counts
 from pretrain.losses import tiled, tiles
-from pretrain.recipe import PretrainConfig, load_config
 from pretrain.runtime import distributed
 from pretrain.strategies import WORDS
 from pretrain.strategies.fsdp2 import blocks
+from pretrain.train import PretrainConfig, load_config
+from pretrain.training import flops
 
 GIB = 2**30
 GPUS = {

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pretrain.runlog import console
+from pretrain.training.run_dir import console
 
 
 @contextmanager

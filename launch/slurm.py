@@ -21,8 +21,8 @@ from typing import Any
 
 from pretrain.__main__ import find_config
 from pretrain.config import ConfigError, UserError
-from pretrain.runlog import RunFolder
 from pretrain.runtime import distributed
+from pretrain.training.run_dir import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
 TEMPLATE = Path(__file__).resolve().parent / "slurm" / "pretrain.sbatch"

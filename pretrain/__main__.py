@@ -103,8 +103,8 @@ def run(config: str, settings: list[str], dry_run: bool, module: str = "pretrain
     """
     import importlib
 
-    from pretrain.runlog import say
     from pretrain.runtime import distributed, preflight
+    from pretrain.training.run_dir import say
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are the parallelism
     with stopping_early():

@@ -38,10 +38,10 @@ from pretrain.data.worker_pool import running
 from pretrain.embed_options import Options
 from pretrain.encode import Encoder, evaluating
 from pretrain.parquet import Layout, Writer
-from pretrain.runlog import duration, say
 from pretrain.runtime import distributed, preflight
 from pretrain.runtime.agree import on_main
 from pretrain.runtime.memory import is_out_of_memory
+from pretrain.training.run_dir import duration, say
 
 PER_FILE = 16384
 """Samples of a file: a few minutes' work of a CPU, seconds of a GPU."""

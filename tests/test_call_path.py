@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from launch import cli
-from pretrain import loop
+from pretrain.training import loop
 from tests.support import ROOT, Small
 
 FOLDERS = ("launch", "pretrain", "finetune")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from launch import cli
-from pretrain.recipe import load_config
+from pretrain.train import load_config
 from tests.support import ROOT, Small
 
 SHIPPED = sorted((ROOT / "configs/pretrain").glob("*.yaml"))

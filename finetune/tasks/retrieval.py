@@ -36,10 +36,10 @@ from finetune.trace import Trace
 from pretrain import registry
 from pretrain.config import ConfigError
 from pretrain.data.batch import Batch
-from pretrain.objective import SCALARS
-from pretrain.runlog import say
 from pretrain.runtime import distributed
 from pretrain.towers import TokenSequence
+from pretrain.training.objective import SCALARS
+from pretrain.training.run_dir import say
 
 WINDOW = 200
 """Steps over which the matching loss is compared with that of a constant answer."""

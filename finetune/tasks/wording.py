@@ -13,7 +13,7 @@ import re
 import shutil
 
 from pretrain.config import UserError
-from pretrain.runlog import say
+from pretrain.training.run_dir import say
 
 INSTALL = "pip install 'clipfuse[finetune]'"
 

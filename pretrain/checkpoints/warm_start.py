@@ -20,7 +20,7 @@ from pretrain.checkpoints.loading import Loaded
 from pretrain.config import ConfigError, UserError
 from pretrain.data.text import load_tokenizer
 from pretrain.model import DualEncoder
-from pretrain.runlog import say
+from pretrain.training.run_dir import say
 
 NOT_INHERITED = ("tokenizer", "trainable_blocks", "checkpointing", "patch_dropout")
 """Settings of a tower that are no architecture: a folder of theirs (`tokenizer` below reads it), and how it trained."""

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from pretrain.runlog import say
 from pretrain.runtime import distributed
+from pretrain.training.run_dir import say
 
 
 class Stop:

@@ -65,7 +65,7 @@ QUICK = ("single", "single, 4 chunks", "single, checkpointing", "single, wide", 
 
 def configuration(settings: list[str]) -> Any:
     from pretrain.__main__ import find_config
-    from pretrain.recipe import load_config
+    from pretrain.train import load_config
 
     return load_config(find_config("scenes", "pretrain"), [*BASE, *settings])
 
@@ -84,12 +84,13 @@ def estimated(settings: list[str], world: int) -> float:
 def measured(settings: list[str]) -> dict[str, float]:
     """Two steps in this process (one of a group, where there is one): MiB."""
     from launch.plan import AnyTokenizer
-    from pretrain import flops, objective, registry, strategies
     from pretrain import model as models
+    from pretrain import registry, strategies
     from pretrain.checkpoints import loading
     from pretrain.data.batch import Batch
     from pretrain.runtime import distributed
-    from pretrain.step import train_step
+    from pretrain.training import flops, objective
+    from pretrain.training.step import train_step
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)

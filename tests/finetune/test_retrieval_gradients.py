@@ -19,8 +19,8 @@ from pretrain.data.images import ImageDecoder
 from pretrain.data.text import TextDecoder, load_tokenizer
 from pretrain.optim import OptimConfig
 from pretrain.runtime import distributed
-from pretrain.step import seed_of
 from pretrain.strategies import choose
+from pretrain.training.step import seed_of
 from tests.pretrain.strategies import tiny, world
 from tests.support import Small
 

@@ -15,9 +15,9 @@ from pretrain.config import ConfigError, UserError
 from pretrain.data import config
 from pretrain.data.shards.cache import Cache
 from pretrain.data.shards.tar import DamagedTarError
-from pretrain.runlog import RunFolder
 from pretrain.runtime import distributed
 from pretrain.runtime.agree import gather_or_raise, on_all, on_main
+from pretrain.training.run_dir import RunFolder
 from tests.pretrain.strategies import world
 
 

@@ -7,8 +7,8 @@ from typing import Any, Literal
 import pytest
 
 from pretrain.config import ConfigError, build, closest, collected, load, merged, save, section, to_dict
-from pretrain.loop import TrainConfig
 from pretrain.registry import part
+from pretrain.training.loop import TrainConfig
 
 
 @dataclass

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from pretrain import flops
 from pretrain.data.batch import Batch
 from pretrain.model import ModelConfig, build
 from pretrain.towers import timm, transformers
+from pretrain.training import flops
 
 C, N, L, T, D = 32, 16, 2, 24, 8
 

@@ -17,7 +17,7 @@ from pretrain.checkpoints import export
 from pretrain.checkpoints.loading import Loaded, load_model
 from pretrain.config import ConfigError, UserError
 from pretrain.formats import portable_tokenizer
-from pretrain.recipe import PretrainConfig
+from pretrain.train import PretrainConfig
 from tests.support import Small
 
 OPENAI: dict[str, Any] = {

@@ -152,7 +152,7 @@ def test_code_is_told_apart_by_a_comment(tmp_path: Path) -> None:
     import json
 
     theirs, mine = json.loads(done.stdout), preflight.code_fingerprint()
-    assert {name for name in mine if mine[name] != theirs.get(name)} == {"pretrain/step.py"}
+    assert {name for name in mine if mine[name] != theirs.get(name)} == {"pretrain/training/step.py"}
     assert mine.keys() == theirs.keys()
 
 

@@ -14,8 +14,8 @@ import torch
 
 from pretrain.optim import OptimConfig
 from pretrain.runtime import distributed
-from pretrain.step import seed_of
 from pretrain.strategies import Strategy, choose
+from pretrain.training.step import seed_of
 from tests.pretrain.strategies import tiny, world
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # seconds each on an idle machine, minutes on a busy one

@@ -14,11 +14,11 @@ from torch import nn
 
 from pretrain.checkpoints import store
 from pretrain.config import ConfigError
-from pretrain.loop import TrainConfig
 from pretrain.optim import OptimConfig
 from pretrain.runtime import distributed
-from pretrain.step import train_step
 from pretrain.strategies import WORDS, Strategy, check, choose
+from pretrain.training.loop import TrainConfig
+from pretrain.training.step import train_step
 from tests.pretrain.strategies import tiny, world
 
 pytestmark = pytest.mark.timeout(600)

@@ -11,10 +11,10 @@ from torch import Tensor
 from pretrain import registry
 from pretrain.data.loader import Batch
 from pretrain.model import DualEncoder, ModelConfig, build
-from pretrain.objective import Contrastive, Objective
 from pretrain.runtime import distributed
-from pretrain.step import train_step
 from pretrain.strategies import Strategy
+from pretrain.training.objective import Contrastive, Objective
+from pretrain.training.step import train_step
 
 SAMPLES = 16
 LENGTH = 12

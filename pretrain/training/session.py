@@ -28,12 +28,12 @@ from pretrain.config import ConfigError, UserError
 from pretrain.data import loader as loaders
 from pretrain.data.config import evaluated_caption, sources_of
 from pretrain.data.loader import Batch, Loader
-from pretrain.loop import Plan
 from pretrain.model import DualEncoder, ModelSchema
-from pretrain.runlog import RunFolder, say
 from pretrain.runtime import distributed, preflight
 from pretrain.runtime.agree import on_main
 from pretrain.strategies import Strategy
+from pretrain.training.loop import Plan
+from pretrain.training.run_dir import RunFolder, say
 
 
 def check_batch_and_evaluation(config: Any) -> None:

@@ -10,16 +10,17 @@ from typing import Any
 import torch
 
 from pretrain import config as configuration
-from pretrain import flops, registry
+from pretrain import registry
 from pretrain.checkpoints import loading, warm_start
 from pretrain.config import section
 from pretrain.data.loader import Batch, DataConfig, Loader
 from pretrain.evaluate import EvalConfig, evaluate
-from pretrain.loop import Outcome, TrainConfig, fit
 from pretrain.model import DualEncoder, ModelSchema
-from pretrain.objective import Contrastive
 from pretrain.optim import OptimConfig
-from pretrain.session import (
+from pretrain.training import flops
+from pretrain.training.loop import Outcome, TrainConfig, fit
+from pretrain.training.objective import Contrastive
+from pretrain.training.session import (
     build_encoders,
     build_eval_decoders,
     build_loader,

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from pretrain.data.loader import Batch
-from pretrain.objective import SCALARS, Features, Objective
 from pretrain.strategies import Strategy
+from pretrain.training.objective import SCALARS, Features, Objective
 
 
 def seed_of(*numbers: int) -> int:

@@ -30,16 +30,16 @@ from pretrain.checkpoints import store
 from pretrain.config import ConfigError, UserError
 from pretrain.data.loader import Batch, Loader
 from pretrain.data.order import Order
-from pretrain.meter import Meter
-from pretrain.objective import Objective
 from pretrain.optim import Average, OptimConfig, learning_rate
-from pretrain.runlog import Bar, RunFolder, RunLog, check_trackers, say
 from pretrain.runtime import distributed, memory
 from pretrain.runtime.signals import on_signals
 from pretrain.runtime.watchdog import Heartbeat
-from pretrain.step import train_step
 from pretrain.strategies import Precision, Strategy
 from pretrain.strategies.batch_norm import refuse_chunks
+from pretrain.training.objective import Objective
+from pretrain.training.run_dir import Bar, RunFolder, RunLog, check_trackers, say
+from pretrain.training.step import train_step
+from pretrain.training.throughput import Meter
 
 
 @dataclass
