@@ -35,7 +35,7 @@ from pretrain.data import BadSample, loader
 from pretrain.data.decode import decode
 from pretrain.data.images import ImageDecoder
 from pretrain.data.text import TextDecoder
-from pretrain.embed import evaluating
+from pretrain.embedding.split import evaluating
 
 METHOD = "raw"
 """How maps are made unless somebody says otherwise: after a short training on scenes (300 steps of 16 pictures) raw attention

@@ -20,7 +20,7 @@ from pretrain import registry
 from pretrain.checkpoints import loading, warm_start
 from pretrain.config import ConfigError, UserError
 from pretrain.data.loader import Batch, Loader
-from pretrain.embed import evaluating
+from pretrain.embedding.split import evaluating
 from pretrain.training.loop import Outcome, fit
 from pretrain.training.session import (
     build_encoders,

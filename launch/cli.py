@@ -13,9 +13,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from pretrain import embed_options
 from pretrain.__main__ import DONE, FAILED, find_config, guarded, run
 from pretrain.config import ConfigError
+from pretrain.embedding import options
 
 Command = Callable[[argparse.Namespace], int]
 _MAPS = "raw, rollout, gradcam, relevance"
@@ -89,7 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--layer", type=int, metavar="N", help="raw, gradcam: one layer, -1 the last (default: their mean)")
 
     p = _command(commands, "embed", _embed, "embeddings of whole collections, in Parquet files")
-    embed_options.add(p)
+    options.add(p)
     p.add_argument("--nproc", metavar="N", help="processes on each node: a number, or gpus for one a GPU (default 1)")
     p.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes that share DIR (default 1)")
     p.add_argument("--rdzv", metavar="HOST:PORT", help="with --nodes: where the nodes meet; the same on every node")
@@ -285,12 +285,13 @@ def _evaluate(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from finetune import inference as finetuned
-    from pretrain import collection, evaluate
+    from pretrain import evaluate
     from pretrain.checkpoints.loading import load_model
     from pretrain.data.config import sources_of
+    from pretrain.embedding import dataset
     from pretrain.runtime import distributed
 
-    if not collection.is_collection(args.data):
+    if not dataset.is_collection(args.data):
         sources_of(args.data, "--data")  # before a model is loaded
     if args.task == "grounding":
         return _grounding(args)
@@ -362,16 +363,16 @@ def _attend(args: argparse.Namespace) -> int:
 
 
 def _embed(args: argparse.Namespace) -> int:
-    words = embed_options.words(args)
+    words = options.words(args)
     if args.nproc is None and args.nodes == 1:
-        from pretrain import embed_files
+        from pretrain.embedding import job
 
-        return embed_files.run(args)
+        return job.run(args)
     from launch import local
 
-    embed_options.options(args)  # before any process is started
+    options.options(args)  # before any process is started
     world = local.World(local.processes(args.nproc), args.nodes, args.rdzv, args.restarts)
-    return local.launch("pretrain.embed_files", words, world)
+    return local.launch("pretrain.embedding.job", words, world)
 
 
 def _export(args: argparse.Namespace) -> int:

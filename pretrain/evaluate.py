@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from pretrain import collection, linear_probe, zero_shot
+from pretrain import linear_probe, zero_shot
 from pretrain.checkpoints.loading import Loaded
 from pretrain.config import ConfigError, UserError, closest
 from pretrain.data import loader
 from pretrain.data.shards.cache import Cache
-from pretrain.embed import Embedded, embed_split, text_encoder
+from pretrain.embedding import dataset
+from pretrain.embedding.split import Embedded, embed_split, text_encoder
 from pretrain.model import DualEncoder
 from pretrain.retrieval import chance, retrieval
 from pretrain.runtime import distributed
@@ -154,10 +155,10 @@ def run(loaded: Loaded, shards: Any, config: EvalConfig, device: torch.device, p
     """
     begin = time.perf_counter()
     embedded = None
-    if collection.is_collection(shards):
+    if dataset.is_collection(shards):
         if "linear_probe" in config.tasks:
             raise ConfigError(f"linear_probe learns from the image tower's own output, which {shards} lacks: give shards")
-        embedded = collection.load(shards, loaded, config.label)
+        embedded = dataset.load(shards, loaded, config.label)
     model = loaded.model.to(device)
     metrics = evaluate(model, loaded.decoders, shards, config, device, precision, embedded=embedded)
     return {

@@ -37,7 +37,7 @@ from pretrain.data.config import counted, sources_of
 from pretrain.data.loader import Batch, Sequential
 from pretrain.data.shards.cache import Cache
 from pretrain.data.shards.reader import Reader
-from pretrain.embed import evaluating
+from pretrain.embedding.split import evaluating
 from pretrain.runtime import distributed
 from pretrain.runtime.agree import gather_or_raise as everywhere  # noqa: F401 - the name that grounding.py imports
 from pretrain.strategies import DTYPES

@@ -21,7 +21,7 @@ from launch.report import figures
 from pretrain.checkpoints.loading import Loaded
 from pretrain.data import loader
 from pretrain.data.loader import Batch
-from pretrain.embed import Embedded, embed_split
+from pretrain.embedding.split import Embedded, embed_split
 from pretrain.retrieval import ranks, retrieval
 
 SHOWN = 5  # answers per query

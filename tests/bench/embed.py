@@ -28,9 +28,9 @@ from pretrain.checkpoints.loading import Loaded
 from pretrain.data.loader import sequential
 from pretrain.data.scenes.dataset import draw_dataset
 from pretrain.data.text import load_tokenizer, train_tokenizer
-from pretrain.embed_files import embed
-from pretrain.embed_options import Options
-from pretrain.encode import Encoder, evaluating
+from pretrain.embedding.encoder import Encoder, evaluating
+from pretrain.embedding.job import embed
+from pretrain.embedding.options import Options
 from pretrain.model import ModelSchema
 from pretrain.runtime import distributed
 

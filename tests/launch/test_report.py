@@ -22,7 +22,7 @@ from pretrain import model as models
 from pretrain.checkpoints import loading
 from pretrain.config import UserError
 from pretrain.data.text import load_tokenizer
-from pretrain.embed import Embedded
+from pretrain.embedding.split import Embedded
 from pretrain.model import ModelSchema
 from tests.support import TINY_TOWERS, Small
 

@@ -19,21 +19,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain import collection
 from pretrain import config as configuration
 from pretrain import model as models
 from pretrain.checkpoints import loading, store
 from pretrain.checkpoints.loading import Loaded, load_model
-from pretrain.collection import cut, load
 from pretrain.config import ConfigError, UserError
 from pretrain.data.loader import sequential
 from pretrain.data.text import load_tokenizer
-from pretrain.embed_files import Summary, embed
-from pretrain.embed_options import Options
+from pretrain.embedding import dataset
+from pretrain.embedding.dataset import cut, load
+from pretrain.embedding.job import Summary, embed
+from pretrain.embedding.options import Options
+from pretrain.embedding.parquet import numbers
 from pretrain.evaluate import EvalConfig
 from pretrain.evaluate import run as run_evaluation
 from pretrain.model import ModelSchema
-from pretrain.parquet import numbers
 from tests.launch.worlds import BIN, clipfuse_words, started
 from tests.support import TINY_TOWERS, Small
 
@@ -100,7 +100,7 @@ def test_two_processes_killed_stopped_and_gone_on_with(small: Small, run: Path, 
     out = tmp_path / "out"
     words = [run, "--data", small.train, "--out", out, "--dtype", "float32"]
     words += ["--batch-size", "1", "--workers", "0", "--per-file", "4"]
-    torchrun = [BIN / "torchrun", "--nproc-per-node", "2", "--standalone", "-m", "pretrain.embed_files"]
+    torchrun = [BIN / "torchrun", "--nproc-per-node", "2", "--standalone", "-m", "pretrain.embedding.job"]
 
     def files() -> dict[str, int]:
         return {path.name: path.stat().st_ino for path in out.glob("*.parquet")}
@@ -269,8 +269,8 @@ def test_nothing_is_mixed_in(small: Small, run: Path, loaded: Loaded, tmp_path: 
 
 
 def test_the_model_is_its_numbers_not_its_place(small: Small, run: Path, tmp_path: Path) -> None:
-    same = collection.fingerprint(load_model(save(small, tmp_path / "elsewhere", 0)))
-    assert same == collection.fingerprint(load_model(run))
+    same = dataset.fingerprint(load_model(save(small, tmp_path / "elsewhere", 0)))
+    assert same == dataset.fingerprint(load_model(run))
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from pretrain.checkpoints import loading
 from pretrain.config import ConfigError, UserError
 from pretrain.data.loader import Batch, Sequential, sequential
 from pretrain.data.text import load_tokenizer
-from pretrain.embed import embed_split, evaluating
+from pretrain.embedding.split import embed_split, evaluating
 from pretrain.evaluate import EvalConfig, evaluate, run, summary
 from pretrain.model import ModelSchema
 from pretrain.runtime import distributed

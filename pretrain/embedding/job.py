@@ -1,4 +1,4 @@
-"""python -m pretrain.embed_files RUN --data SHARDS --out DIR: a whole collection -> embeddings, on one process or many.
+"""python -m pretrain.embedding.job RUN --data SHARDS --out DIR: a whole collection -> embeddings, on one process or many.
 
     embed(load_model("runs/first"), Options(["shards"], "embeddings"), device) -> Summary
 
@@ -22,11 +22,8 @@ from typing import Any
 
 import torch
 
-from pretrain import collection, embed_options
 from pretrain.__main__ import DONE, STOPPED, EarlyStop, guarded, stopping_early
-from pretrain.board import Board, Shown
 from pretrain.checkpoints.loading import Loaded, load_model
-from pretrain.collection import Folder, Part, Plan
 from pretrain.config import ConfigError, UserError, closest
 from pretrain.data.batch import Batch
 from pretrain.data.config import counted
@@ -35,9 +32,12 @@ from pretrain.data.shards.paths import expand
 from pretrain.data.shards.reader import Reader
 from pretrain.data.worker import Evaluation
 from pretrain.data.worker_pool import running
-from pretrain.embed_options import Options
-from pretrain.encode import Encoder, evaluating
-from pretrain.parquet import Layout, Writer
+from pretrain.embedding import dataset, options
+from pretrain.embedding.dataset import Folder, Part, Plan
+from pretrain.embedding.encoder import Encoder, evaluating
+from pretrain.embedding.options import Options
+from pretrain.embedding.parquet import Layout, Writer
+from pretrain.embedding.work_queue import Board, Shown
 from pretrain.runtime import distributed, preflight
 from pretrain.runtime.agree import on_main
 from pretrain.runtime.memory import is_out_of_memory
@@ -164,18 +164,18 @@ def _layout(loaded: Loaded, options: Options) -> tuple[Layout, tuple[str, ...]]:
 
 def _manifest(loaded: Loaded, options: Options, layout: Layout, paths: list[str], numbers: list[int]) -> dict[str, Any]:
     """Whose embeddings, of what; the same on every process. Raises UserError where it is not. Collective."""
-    model = collection.fingerprint(loaded)
+    model = dataset.fingerprint(loaded)
     preflight.agree("the model", model)
     share = -(-sum(numbers) // (SHARES * distributed.world_size())) if distributed.world_size() > 1 else PER_FILE
     text = loaded.decoders.get("text")
     return {
-        "format": collection.FORMAT,
+        "format": dataset.FORMAT,
         "complete": False,
         "model": {"fingerprint": model, "from": str(loaded.folder), "step": loaded.step},
         "data": {
             "shards": len(paths),
             "samples": sum(numbers),
-            "fingerprint": collection.digest([preflight.data_fingerprint(paths), numbers]),
+            "fingerprint": dataset.digest([preflight.data_fingerprint(paths), numbers]),
         },
         "settings": {
             "only": options.only,
@@ -279,14 +279,14 @@ def _default_workers(device: torch.device) -> int:
 def run(args: argparse.Namespace) -> int:
     """One process of `clipfuse embed`; the exit code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are the parallelism
-    options = embed_options.options(args)
+    chosen = options.options(args)
     try:
         with stopping_early():
             preflight.check_launcher()
             preflight.watch_parent()
             distributed.setup()
             distributed.pin_threads(0)
-            summary = embed(load_model(args.run), options, distributed.device())
+            summary = embed(load_model(args.run), chosen, distributed.device())
             if summary is not None:
                 print(json.dumps(asdict(summary)) if args.json else summary, flush=True)
             return DONE
@@ -299,8 +299,8 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point for launchers."""
-    parser = argparse.ArgumentParser(prog="python -m pretrain.embed_files", description=__doc__)
-    embed_options.add(parser)
+    parser = argparse.ArgumentParser(prog="python -m pretrain.embedding.job", description=__doc__)
+    options.add(parser)
     return guarded(lambda: run(parser.parse_args(argv)))
 
 

@@ -14,7 +14,7 @@ import torch.distributed as td
 from torch import Tensor
 
 from pretrain.data.loader import Batch
-from pretrain.encode import Encoder, evaluating, text_encoder
+from pretrain.embedding.encoder import Encoder, evaluating, text_encoder
 from pretrain.model import DualEncoder
 from pretrain.runtime import distributed
 from pretrain.runtime.agree import on_all

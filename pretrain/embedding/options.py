@@ -1,4 +1,4 @@
-"""The words of `clipfuse embed`, of `python -m pretrain.embed_files` alike. Imports nothing heavy."""
+"""The words of `clipfuse embed`, of `python -m pretrain.embedding.job` alike. Imports nothing heavy."""
 
 from __future__ import annotations
 

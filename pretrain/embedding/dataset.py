@@ -27,11 +27,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from pretrain import parquet
 from pretrain.checkpoints.loading import Loaded
 from pretrain.checkpoints.store import write_json
 from pretrain.config import UserError
-from pretrain.embed import Embedded
+from pretrain.embedding import parquet
+from pretrain.embedding.split import Embedded
 
 FORMAT = "clipfuse embeddings 1"
 MANIFEST = "_manifest.json"

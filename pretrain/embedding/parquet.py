@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from pretrain.config import UserError
-from pretrain.encode import Encoded
+from pretrain.embedding.encoder import Encoded
 
 FOOTER = b"clipfuse"
 """Key of our part of a file's footer."""
