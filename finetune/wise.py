@@ -25,11 +25,11 @@ from finetune import adapt
 from finetune.inference import Finetuned
 from finetune.tasks import EvalConfig
 from pretrain import config as configuration
-from pretrain import evaluate
 from pretrain import model as encoders
 from pretrain.checkpoints import loading, store, warm_start
 from pretrain.config import ConfigError, UserError
 from pretrain.data.config import evaluated_caption
+from pretrain.evaluation import evaluate
 from pretrain.runtime.agree import on_main
 
 PREFIX = "encoder."

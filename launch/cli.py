@@ -285,10 +285,10 @@ def _evaluate(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from finetune import inference as finetuned
-    from pretrain import evaluate
     from pretrain.checkpoints.loading import load_model
     from pretrain.data.config import sources_of
     from pretrain.embedding import dataset
+    from pretrain.evaluation import evaluate
     from pretrain.runtime import distributed
 
     if not dataset.is_collection(args.data):

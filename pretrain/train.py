@@ -14,7 +14,7 @@ from pretrain import registry
 from pretrain.checkpoints import loading, warm_start
 from pretrain.config import section
 from pretrain.data.loader import Batch, DataConfig, Loader
-from pretrain.evaluate import EvalConfig, evaluate
+from pretrain.evaluation.evaluate import EvalConfig, evaluate
 from pretrain.model import DualEncoder, ModelSchema
 from pretrain.optim import OptimConfig
 from pretrain.training import flops

@@ -5,7 +5,7 @@
 Each picture and each caption passes its tower once; their tokens wait on the host, words without their padding, and only
 the fusion runs for every pair. Beyond k nothing changes: recall at K >= k is that of the contrastive ranking, and what is
 not among the first k no order of them finds: that recall is the ceiling. Ties count by expectation, as in
-pretrain/retrieval.py. Every process holds the whole gallery and answers its share of the queries.
+pretrain/evaluation/retrieval.py. Every process holds the whole gallery and answers its share of the queries.
 
 Shapes: n = pictures, m = captions, q = queries, k = candidates, N = tokens, T = tokens of a text, L = words of all captions,
 C = width of a token, D = width of the shared space.
@@ -26,7 +26,7 @@ from finetune.model import FusionModel
 from finetune.tasks import Setting
 from pretrain.config import UserError
 from pretrain.data.loader import Batch
-from pretrain.retrieval import TIE, found, retrieval
+from pretrain.evaluation.retrieval import TIE, found, retrieval
 from pretrain.runtime import distributed
 from pretrain.runtime.agree import gather_or_raise, on_all, on_main
 from pretrain.towers import TokenSequence

@@ -7,7 +7,7 @@ from typing import Any
 
 from launch.report.charts import number
 from launch.report.record import Line, Record
-from pretrain.retrieval import chance
+from pretrain.evaluation.retrieval import chance
 
 WAYS = (("image_to_text", "Picture → caption"), ("text_to_image", "Caption → picture"))
 KS = (1, 5, 10)

@@ -22,7 +22,7 @@ from pretrain.checkpoints.loading import Loaded
 from pretrain.data import loader
 from pretrain.data.loader import Batch
 from pretrain.embedding.split import Embedded, embed_split
-from pretrain.retrieval import ranks, retrieval
+from pretrain.evaluation.retrieval import ranks, retrieval
 
 SHOWN = 5  # answers per query
 EDGE = 160  # px of a thumbnail's longer side

@@ -31,8 +31,8 @@ from pretrain.embedding.dataset import cut, load
 from pretrain.embedding.job import Summary, embed
 from pretrain.embedding.options import Options
 from pretrain.embedding.parquet import numbers
-from pretrain.evaluate import EvalConfig
-from pretrain.evaluate import run as run_evaluation
+from pretrain.evaluation.evaluate import EvalConfig
+from pretrain.evaluation.evaluate import run as run_evaluation
 from pretrain.model import ModelSchema
 from tests.launch.worlds import BIN, clipfuse_words, started
 from tests.support import TINY_TOWERS, Small

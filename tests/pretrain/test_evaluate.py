@@ -22,7 +22,7 @@ from pretrain.config import ConfigError, UserError
 from pretrain.data.loader import Batch, Sequential, sequential
 from pretrain.data.text import load_tokenizer
 from pretrain.embedding.split import embed_split, evaluating
-from pretrain.evaluate import EvalConfig, evaluate, run, summary
+from pretrain.evaluation.evaluate import EvalConfig, evaluate, run, summary
 from pretrain.model import ModelSchema
 from pretrain.runtime import distributed
 from tests.pretrain.strategies import world

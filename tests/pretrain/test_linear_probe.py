@@ -6,8 +6,8 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from pretrain import linear_probe
 from pretrain.config import UserError
+from pretrain.evaluation import linear_probe
 
 
 def blobs(n: int, classes: int = 4, width: int = 12, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

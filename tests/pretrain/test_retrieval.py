@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from open_clip_train.train import get_clip_metrics
 
 from pretrain.config import UserError
-from pretrain.retrieval import chance, ranks, retrieval
+from pretrain.evaluation.retrieval import chance, ranks, retrieval
 
 
 def embeddings(n: int, m: int, width: int = 16, noise: float = 2.0, seed: int = 0) -> tuple[torch.Tensor, ...]:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from pretrain.config import ConfigError, UserError
-from pretrain.zero_shot import TEMPLATES, class_names, classifier, imagenet_names, label_ids, phrase, top_k
+from pretrain.evaluation.zero_shot import TEMPLATES, class_names, classifier, imagenet_names, label_ids, phrase, top_k
 
 
 def test_phrases_read_well() -> None:

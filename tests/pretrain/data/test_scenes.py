@@ -29,7 +29,7 @@ from pretrain.data.scenes.dataset import (
 from pretrain.data.scenes.render import paint
 from pretrain.data.shards.paths import expand
 from pretrain.data.vocabulary import find_vocabulary, load_builtin
-from pretrain.zero_shot import class_names
+from pretrain.evaluation.zero_shot import class_names
 
 
 @pytest.mark.parametrize(("size", "scale"), [(64, 1.0), (96, 1.0), (200, 1.0), (384, 0.25)])

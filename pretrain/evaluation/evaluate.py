@@ -20,15 +20,15 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from pretrain import linear_probe, zero_shot
 from pretrain.checkpoints.loading import Loaded
 from pretrain.config import ConfigError, UserError, closest
 from pretrain.data import loader
 from pretrain.data.shards.cache import Cache
 from pretrain.embedding import dataset
 from pretrain.embedding.split import Embedded, embed_split, text_encoder
+from pretrain.evaluation import linear_probe, zero_shot
+from pretrain.evaluation.retrieval import chance, retrieval
 from pretrain.model import DualEncoder
-from pretrain.retrieval import chance, retrieval
 from pretrain.runtime import distributed
 from pretrain.runtime.agree import on_main
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pretrain.config import ConfigError, UserError, closest
 from pretrain.data.vocabulary import builtin_names, load_builtin
-from pretrain.retrieval import TIE, check_finite
+from pretrain.evaluation.retrieval import TIE, check_finite
 
 # A class in many settings: averaged, they leave what the settings share, which is the class.
 TEMPLATES = [

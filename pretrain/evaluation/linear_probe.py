@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from pretrain.config import UserError
-from pretrain.retrieval import check_finite
-from pretrain.zero_shot import top_k
+from pretrain.evaluation.retrieval import check_finite
+from pretrain.evaluation.zero_shot import top_k
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # inverse L2 strengths C that the sweep tries, strongest first
 ROWS = 1 << 22  # numbers in the table of logits held at a time
