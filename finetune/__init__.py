@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 from pretrain import registry
 
 if TYPE_CHECKING:
-    from finetune.inference import Finetuned, load
+    from finetune.loading import Finetuned, load
 
 __all__ = ["Finetuned", "load"]
 
@@ -42,6 +42,6 @@ def __getattr__(name: str) -> Any:
     """`finetune.load(RUN)`, imported when it is asked for: the rooms below import this package first."""
     if name not in __all__:
         raise AttributeError(f"module 'finetune' has no attribute {name!r}")
-    from finetune import inference
+    from finetune import loading
 
-    return getattr(inference, name)
+    return getattr(loading, name)

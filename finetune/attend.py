@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from finetune import drawing
-from finetune.inference import Finetuned
+from finetune.loading import Finetuned
 from finetune.maps import attention_maps
 from finetune.model import FusionModel
 from finetune.pointing import Array, seen_part

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from finetune.inference import Finetuned
+from finetune.loading import Finetuned
 from finetune.tasks import EvalConfig
 
 COUNTS = ("samples", "captions", "questions", "bad_samples")

@@ -22,9 +22,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from finetune import card
+from finetune import model_card
 from finetune.context import Context
-from finetune.inference import Finetuned
+from finetune.loading import Finetuned
 from finetune.model import FusionModel
 from finetune.tasks import Told
 from pretrain.checkpoints import loading
@@ -66,7 +66,7 @@ def export(tuned: Finetuned, folder: Path, license: str | None = None) -> Path:
         (partial / "preprocess.json").write_text(json.dumps(encoders.preprocess.open_clip(), indent=1))
         portable_tokenizer.save(encoders.text, partial)
         difference = compare(tuned, encoders, told.feature, load(partial))
-        (partial / "README.md").write_text(card.text(tuned, encoders, said, folder.name, license, difference))
+        (partial / "README.md").write_text(model_card.text(tuned, encoders, said, folder.name, license, difference))
     return folder
 
 

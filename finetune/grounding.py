@@ -30,7 +30,7 @@ import torch
 from rich.table import Table
 
 from finetune.attend import METHOD, readers
-from finetune.inference import Finetuned
+from finetune.loading import Finetuned
 from finetune.maps import METHODS
 from finetune.phrases import KINDS_OF_WORDS
 from finetune.pointing import bootstrap

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from finetune import model as models
 from finetune.attend import readers, token_maps
 from finetune.attention import Gate
-from finetune.inference import Finetuned
+from finetune.loading import Finetuned
 from finetune.model import FusionModel
 from finetune.phrases import Mention, Objects, Swap, mentions, pairs, swaps, whole
 from finetune.pointing import Array, centre_map, covered, hit, lift, reached, seen_part, to_cells

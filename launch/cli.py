@@ -284,7 +284,7 @@ def _train(args: argparse.Namespace) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from finetune import inference as finetuned
+    from finetune import loading as finetuned
     from pretrain.checkpoints.loading import load_model
     from pretrain.data.config import sources_of
     from pretrain.embedding import dataset
@@ -320,30 +320,30 @@ def _evaluate(args: argparse.Namespace) -> int:
 def _wise(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from finetune import inference, wise
+    from finetune import loading, wise_ft
     from pretrain.runtime import distributed
 
     try:
         alphas = [float(word) for word in args.wise.split(",")]
     except ValueError:
         raise ConfigError(f"--wise {args.wise!r} must be numbers with commas between, for example 0,0.5,1") from None
-    result = wise.run(inference.load(args.run), args.data, alphas, distributed.device(), args.pretrained, args.out)
+    result = wise_ft.run(loading.load(args.run), args.data, alphas, distributed.device(), args.pretrained, args.out)
     if args.json:
         print(json.dumps(result))
     else:
-        Console().print(wise.summary(result))
+        Console().print(wise_ft.summary(result))
     return DONE
 
 
 def _grounding(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from finetune import grounding, inference
+    from finetune import grounding, loading
     from pretrain.runtime import distributed
 
     config = grounding.GroundingConfig(method=args.maps)
     config.check()
-    result = grounding.run(inference.load(args.run), args.data, config, distributed.device())
+    result = grounding.run(loading.load(args.run), args.data, config, distributed.device())
     if args.json:
         print(json.dumps(result))
     else:
@@ -352,10 +352,10 @@ def _grounding(args: argparse.Namespace) -> int:
 
 
 def _attend(args: argparse.Namespace) -> int:
-    from finetune import attend, inference
+    from finetune import attend, loading
     from pretrain.runtime import distributed
 
-    tuned = inference.load(args.run)
+    tuned = loading.load(args.run)
     tuned.model.to(distributed.device())
     seen = attend.attend(tuned, args.image, args.text, args.out, args.maps, args.layer)
     print(*seen.lines(), f"wrote {args.out}", sep="\n")
@@ -376,7 +376,7 @@ def _embed(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from finetune import inference as finetuned
+    from finetune import loading as finetuned
     from pretrain.checkpoints import export
     from pretrain.checkpoints.loading import load_model
 

@@ -26,7 +26,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from finetune import inference as inference_of_tasks
+from finetune import loading as inference_of_tasks
 from launch.report import figures
 from launch.report import gallery as galleries
 from launch.report import record as records

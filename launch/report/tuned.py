@@ -10,7 +10,7 @@ from typing import Any
 
 from finetune import drawing
 from finetune.attend import Seen, examples, share_of
-from finetune.inference import Finetuned
+from finetune.loading import Finetuned
 from launch.report import figures
 from launch.report.record import Line, Record
 from pretrain.config import UserError

@@ -10,7 +10,7 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from finetune import adapt, lora, wise
+from finetune import adapt, lora, wise_ft
 from finetune import model as models
 from finetune.adapt import AdaptConfig
 from finetune.aligned import keep_aligned
@@ -362,13 +362,13 @@ def test_between_the_two_models(two: tuple[dict[str, Tensor], FusionModel]) -> N
     start, model = two
     tuned = model.state_dict()
     for alpha in (0.0, 0.3, 1.0):
-        mixed = wise.interpolate(start, tuned, alpha)
+        mixed = wise_ft.interpolate(start, tuned, alpha)
         assert mixed.keys() == tuned.keys()
         for name, value in mixed.items():
             expected = (1 - alpha) * start[name] + alpha * tuned[name] if name in start else tuned[name]
             torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
     with pytest.raises(UserError, match="another shape"):
-        wise.interpolate({**start, "encoder.logit_scale": torch.zeros(2)}, tuned, 0.5)
+        wise_ft.interpolate({**start, "encoder.logit_scale": torch.zeros(2)}, tuned, 0.5)
 
 
 def test_the_curve_measures_each_and_puts_everything_back(two: tuple[dict[str, Tensor], FusionModel]) -> None:
@@ -377,11 +377,11 @@ def test_the_curve_measures_each_and_puts_everything_back(two: tuple[dict[str, T
     start, model = two
     before = {name: value.clone() for name, value in model.state_dict().items()}
     tuned: Any = SimpleNamespace(model=model)
-    rows = wise.curve(tuned, start, [0.0, 0.25, 1.0], lambda: {"scale": float(model.encoder.logit_scale.detach())})
+    rows = wise_ft.curve(tuned, start, [0.0, 0.25, 1.0], lambda: {"scale": float(model.encoder.logit_scale.detach())})
     a, b = float(start["encoder.logit_scale"]), float(before["encoder.logit_scale"])
     assert [row["alpha"] for row in rows] == [0.0, 0.25, 1.0]
     assert [row["scale"] for row in rows] == pytest.approx([a, 0.75 * a + 0.25 * b, b])
     assert not math.isclose(a, b)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     with pytest.raises(ConfigError, match="from 0"):
-        wise.curve(tuned, start, [1.5], dict)
+        wise_ft.curve(tuned, start, [1.5], dict)

@@ -20,7 +20,7 @@ import finetune
 from finetune import export
 from finetune import model as models
 from finetune.config import FusionSchema
-from finetune.inference import Finetuned
+from finetune.loading import Finetuned
 from launch import cli
 from pretrain import config as configuration
 from pretrain import model as encoders

@@ -19,7 +19,7 @@ from finetune import model as models
 from finetune.attend import Seen, look
 from finetune.config import FusionSchema
 from finetune.grounding import GroundingConfig, figures, grounding, run, summary, vocabulary_of
-from finetune.inference import Finetuned
+from finetune.loading import Finetuned
 from finetune.model import FusionModel
 from finetune.phrases import mentions, swaps
 from finetune.pointing import covered, to_cells

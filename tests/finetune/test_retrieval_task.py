@@ -17,7 +17,7 @@ import torch
 
 import finetune
 from finetune import model as models
-from finetune import wise
+from finetune import wise_ft
 from finetune.export import export
 from finetune.tasks import EvalConfig, reranking, retrieval
 from finetune.tasks.foils import Foils
@@ -212,7 +212,7 @@ def test_a_fork_learns_and_what_was_indexed_stays_found(small: Small, encoders: 
         assert torch.equal(embedding, before.encode("text", batch.inputs["text"], batch.masks["text"]))  # type: ignore[arg-type]
         assert torch.equal(loaded.model.embed("image", batch.inputs["image"]), before.encode("image", batch.inputs["image"]))
     assert not torch.equal(tokens.states, theirs)
-    began = wise.pretrained(loaded)
+    began = wise_ft.pretrained(loaded)
     assert {name for name in loaded.model.state_dict() if name.startswith("forks.")} <= began.keys()
     export(loaded, tmp_path / "onnx")  # compares
     assert loaded.evaluate(small.val, EvalConfig(workers=0, max_samples=4), CPU)["samples"] == 4

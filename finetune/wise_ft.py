@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import Tensor
 
 from finetune import adapt
-from finetune.inference import Finetuned
+from finetune.loading import Finetuned
 from finetune.tasks import EvalConfig
 from pretrain import config as configuration
 from pretrain import model as encoders

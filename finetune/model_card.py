@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from finetune.inference import Finetuned
+from finetune.loading import Finetuned
 from pretrain.formats import Encoders
 from pretrain.formats.model_card import RESIZE, about
 
