@@ -15,9 +15,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from finetune.adapt import AdaptConfig
+from finetune.attention.trace import Trace
 from finetune.model import CAPTION, Features, FusionModel, Head
 from finetune.tasks import Prediction, Setting, Task
-from finetune.trace import Trace
 from pretrain import registry
 from pretrain.config import ConfigError
 from pretrain.data.loader import Batch

@@ -23,12 +23,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from finetune import drawing
+from finetune.attention.trace import Trace
 from finetune.loading import Finetuned
 from finetune.maps import attention_maps
 from finetune.model import FusionModel
 from finetune.pointing import Array, seen_part
 from finetune.tasks import Prediction, Task
-from finetune.trace import Trace
 from finetune.words import Cut, word_maps
 from pretrain.config import UserError
 from pretrain.data import BadSample, loader

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from finetune import model as models
+from finetune.attention.trace import Trace
 from finetune.config import FusionSchema
 from finetune.model import FusionModel
 from finetune.tasks import EvalConfig, Prediction, Setting, Task
-from finetune.trace import Trace
 from pretrain import config as configuration
 from pretrain import model as encoders
 from pretrain import registry

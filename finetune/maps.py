@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from finetune.trace import Step, Trace
+from finetune.attention.trace import Step, Trace
 from pretrain.config import ConfigError, closest
 
 Pair = tuple[str, str]

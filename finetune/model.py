@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from finetune.attention.trace import Trace
 from finetune.fusion.blocks import Fusion
-from finetune.trace import Trace
 from pretrain import registry
 from pretrain.config import ConfigError
 from pretrain.model import DualEncoder

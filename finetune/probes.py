@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from finetune import model as models
 from finetune.attend import readers, token_maps
-from finetune.attention import Gate
+from finetune.attention.multihead import Gate
 from finetune.loading import Finetuned
 from finetune.model import FusionModel
 from finetune.phrases import Mention, Objects, Swap, mentions, pairs, swaps, whole

@@ -18,8 +18,8 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from finetune.attention import Keys, Tokens
-from finetune.trace import Weights
+from finetune.attention.multihead import Keys, Tokens
+from finetune.attention.trace import Weights
 from pretrain import registry
 from pretrain.config import ConfigError
 

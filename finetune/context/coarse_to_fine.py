@@ -19,10 +19,10 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from finetune.attention import Keys, attend
+from finetune.attention.multihead import Keys, attend
+from finetune.attention.trace import Weights
 from finetune.context import Asking, Context
 from finetune.context.tiling import Tiling
-from finetune.trace import Weights
 from pretrain.config import ConfigError
 
 

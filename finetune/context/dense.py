@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from finetune.attention import Keys, attend, over_heads
+from finetune.attention.multihead import Keys, attend, over_heads
+from finetune.attention.trace import Weights
 from finetune.context import Asking, Context
-from finetune.trace import Weights
 
 
 @dataclass

@@ -13,11 +13,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from finetune.attention import Keys, attend
+from finetune.attention.multihead import Keys, attend
+from finetune.attention.trace import Weights
 from finetune.context import Asking
 from finetune.context.dense import Dense
 from finetune.context.tiling import Tiling
-from finetune.trace import Weights
 from pretrain.config import ConfigError
 
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from finetune.attention import Attention, Tokens, attend, over_heads
+from finetune.attention.multihead import Attention, Tokens, attend, over_heads
+from finetune.attention.trace import Weights
 from finetune.context.dense import Dense
-from finetune.trace import Weights
 from pretrain.config import ConfigError
 
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from finetune.attention import Attention, Gate, Tokens
+from finetune.attention.multihead import Attention, Gate, Tokens
+from finetune.attention.positions import channels
+from finetune.attention.trace import Sight, Step, Trace, Weights
 from finetune.context import Asking, Context, build_contexts
-from finetune.places import channels
-from finetune.trace import Sight, Step, Trace, Weights
 from pretrain.config import ConfigError
 from pretrain.towers import TokenSequence, masked_mean
 

@@ -11,7 +11,9 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from finetune.attention import Tokens
+from finetune.attention.multihead import Tokens
+from finetune.attention.positions import placed
+from finetune.attention.trace import Trace
 from finetune.fusion.blocks import (
     FeedForward,
     Fusion,
@@ -23,8 +25,6 @@ from finetune.fusion.blocks import (
     note,
     see,
 )
-from finetune.places import placed
-from finetune.trace import Trace
 
 
 @dataclass

@@ -13,7 +13,9 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from finetune.attention import Tokens
+from finetune.attention.multihead import Tokens
+from finetune.attention.positions import placed
+from finetune.attention.trace import Trace
 from finetune.context import Context
 from finetune.fusion.blocks import (
     FeedForward,
@@ -26,8 +28,6 @@ from finetune.fusion.blocks import (
     note,
     see,
 )
-from finetune.places import placed
-from finetune.trace import Trace
 from pretrain.config import ConfigError
 
 

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finetune.attention import Attention, Tokens
+from finetune.attention.multihead import Attention, Tokens
+from finetune.attention.positions import channels, placed
+from finetune.attention.trace import Trace
 from finetune.context import Asking
 from finetune.fusion.blocks import FeedForward, Fusion, FusionConfig, check_names, fused_by_layer, note, see
-from finetune.places import channels, placed
-from finetune.trace import Trace
 
 
 @dataclass

@@ -28,9 +28,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from finetune.attention.trace import Trace
 from finetune.model import Features, FusionModel, Head
 from finetune.tasks.questions import Question
-from finetune.trace import Trace
 from pretrain.config import ConfigError, UserError
 from pretrain.data import BadSample, loader
 from pretrain.data.config import counted, sources_of

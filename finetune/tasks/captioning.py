@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from finetune.attention.trace import Trace
 from finetune.model import Features, FusionModel, Head
 from finetune.tasks import Prediction, Setting, Survey, Task, per_item, wording
 from finetune.tasks.generate import Generated, beam, greedy, nucleus
-from finetune.trace import Trace
 from pretrain.config import ConfigError, UserError
 from pretrain.data.text import TextDecoder
 from pretrain.runtime import distributed

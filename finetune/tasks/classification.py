@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from finetune.attention.trace import Trace
 from finetune.fusion.blocks import repeat
 from finetune.model import Features, FusionModel, Head
 from finetune.tasks import Prediction, Setting, Survey, Task, Told, per_item
 from finetune.tasks.labels import Labels, balance, check_measures, count, in_order, multi, single
-from finetune.trace import Trace
 from pretrain.config import ConfigError, UserError
 from pretrain.data import BadSample
 from pretrain.data.images import ImageDecoder

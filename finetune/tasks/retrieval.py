@@ -28,11 +28,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from finetune import mining
+from finetune.attention.trace import Trace
 from finetune.model import Features, FusionModel, Head
 from finetune.tasks import Prediction, Setting, Survey, Task, Told, per_item
 from finetune.tasks.foils import Foils
 from finetune.tasks.reranking import search
-from finetune.trace import Trace
 from pretrain import registry
 from pretrain.config import ConfigError
 from pretrain.data.batch import Batch

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from finetune.attention import Attention, Tokens
+from finetune.attention.multihead import Attention, Tokens
 from finetune.context import Asking
 from pretrain import registry
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from finetune.attention import Gate
+from finetune.attention.multihead import Gate
 from pretrain.towers import TokenSequence
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from finetune.attention import Attention, Gate, Tokens, attend
+from finetune.attention.multihead import Attention, Gate, Tokens, attend
 from pretrain.config import ConfigError
 from tests.finetune.reference import DEVICES, naive_attention
 

@@ -15,10 +15,10 @@ from torch.nn import functional as F
 
 import finetune
 from finetune import model as models
+from finetune.attention.trace import Trace
 from finetune.model import FusionModel
 from finetune.tasks import captioning, wording
 from finetune.tasks.captioning import Captions
-from finetune.trace import Trace
 from launch import cli
 from pretrain import registry
 from pretrain.checkpoints.loading import load_model

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from finetune.attention import Attention, Keys, Tokens
+from finetune.attention.multihead import Attention, Keys, Tokens
 from finetune.context import Asking, Context, build_contexts, coarse_to_fine, dense, local, pooled
 from finetune.context.tiling import Tiling
 from pretrain import registry

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finetune.attention import Attention, Gate, Tokens
+from finetune.attention.multihead import Attention, Gate, Tokens
+from finetune.attention.positions import in_picture, in_sequence, placed
+from finetune.attention.trace import Trace
 from finetune.context import coarse_to_fine, local
 from finetune.fusion import co, cross, merged
 from finetune.fusion.blocks import Fusion
-from finetune.places import in_picture, in_sequence, placed
-from finetune.trace import Trace
 from pretrain import registry
 from pretrain.config import ConfigError, load
 from pretrain.towers import TokenSequence

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from finetune import model as models
 from finetune.attend import Seen, look
+from finetune.attention.trace import Sight, Step, Trace, Weights
 from finetune.config import FusionSchema
 from finetune.grounding import GroundingConfig, figures, grounding, run, summary, vocabulary_of
 from finetune.loading import Finetuned
@@ -26,7 +27,6 @@ from finetune.pointing import covered, to_cells
 from finetune.probes import Record, objects_of
 from finetune.tasks import Prediction, Task
 from finetune.tasks.questions import Question, questions_of
-from finetune.trace import Sight, Step, Trace, Weights
 from finetune.words import Cut
 from pretrain import config as configuration
 from pretrain import model as encoders

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from finetune import model as models
+from finetune.attention.trace import Trace
 from finetune.model import FusionModel
 from finetune.tasks import Setting, per_item, vqa
 from finetune.tasks.questions import Questions
-from finetune.trace import Trace
 from pretrain import registry
 from pretrain.config import ConfigError, UserError
 from pretrain.data import BadSample

@@ -19,7 +19,7 @@ import math
 import torch
 from torch import Tensor
 
-from finetune.attention import Tokens
+from finetune.attention.multihead import Tokens
 
 
 def channels(frequencies: int) -> int:
