@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from finetune.adapt import AdaptConfig
+from finetune.adapt.freeze import AdaptConfig
 from finetune.attention.trace import Trace
 from finetune.model import CAPTION, Features, FusionModel, Head
 from finetune.tasks import Prediction, Setting, Task

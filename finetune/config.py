@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune.adapt import AdaptConfig
+from finetune.adapt.freeze import AdaptConfig
 from finetune.model import Source
 from finetune.tasks import EvalConfig
 from pretrain import config as configuration

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from finetune import adapt
 from finetune import model as models
+from finetune.adapt import freeze
 from finetune.aligned import keep_aligned
 from finetune.config import FinetuneConfig, load_config
 from finetune.model import FusionModel
@@ -41,7 +41,7 @@ def train(config: FinetuneConfig) -> Outcome:
         portable = inline(parts)
         session.write_config()
         identity = {"task": f"{config.task.name} {_digest(portable.task)}"}
-        merge_adapters = adapt.plain(config.adapt)
+        merge_adapters = freeze.plain(config.adapt)
         plan = session.build_plan(
             parts.loader, portable, parts.tokenizer, parts.task.primary_metric, identity=identity, plain=merge_adapters
         )
@@ -81,13 +81,13 @@ def build(config: FinetuneConfig) -> Components:
     tokenizer, encoders = build_encoders(config)
     if config.init is not None:
         warm_start.load(encoders, config.init, config.init_partial, tokenizer)
-    config = adapt.apply(encoders, config.adapt, config)  # type: ignore[assignment]
+    config = freeze.apply(encoders, config.adapt, config)  # type: ignore[assignment]
     # -- task, fusion and head
     task = registry.part("tasks", config.task.name).build(config.task, lambda: survey(config.data.train, config.data.store()))
     task = keep_aligned(task, config.adapt)
     model = models.build(encoders, config.fusion, config.context, config.tokens, config.adapt.fork)
     model.head = task.head(model)
-    adapt.freeze_named(model, config.adapt.freeze)
+    freeze.freeze_named(model, config.adapt.freeze)
     # -- data
     loader = build_loader(config, task.decoders(build_train_decoders(config, tokenizer, encoders)))
     _freeze_unreached(model, task, loader.sample(2))
@@ -118,7 +118,7 @@ def _freeze_unreached(model: FusionModel, task: Task, batch: Batch) -> None:
         loss, _ = task.loss(task.encode(model, batch), batch.targets)
     if not loss.requires_grad:
         raise UserError("nothing to train: the loss of this task depends on no weight that is not frozen")
-    adapt.freeze_unreached(model, [loss])
+    freeze.freeze_unreached(model, [loss])
 
 
 def _refuse_chunks(config: FinetuneConfig, task: Task) -> None:

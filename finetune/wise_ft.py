@@ -21,7 +21,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from finetune import adapt
+from finetune.adapt import freeze
 from finetune.loading import Finetuned
 from finetune.tasks import EvalConfig
 from pretrain import config as configuration
@@ -69,7 +69,7 @@ def pretrained(tuned: Finetuned, init: Any = None) -> dict[str, Tensor]:
     except UserError as error:
         raise UserError(f"--wise needs the model that this run began from: {error}; or name it with --pretrained") from error
     if size is not None:
-        adapt.resize(encoder, size, config)
+        freeze.resize(encoder, size, config)
     known = tuple(f"towers.{name}." for name in init) if isinstance(init, dict) else ("",)
     began = {name: value for name, value in encoder.state_dict().items() if name.startswith(known)}
     out = {f"{PREFIX}{name}": value for name, value in began.items()}

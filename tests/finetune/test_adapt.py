@@ -10,11 +10,12 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from finetune import adapt, lora, wise_ft
 from finetune import model as models
-from finetune.adapt import AdaptConfig
+from finetune import wise_ft
+from finetune.adapt import freeze, lora
+from finetune.adapt.freeze import AdaptConfig
+from finetune.adapt.lora import LoraConfig
 from finetune.aligned import keep_aligned
-from finetune.lora import LoraConfig
 from finetune.model import CAPTION, FusionModel
 from finetune.tasks import vqa
 from pretrain import registry
@@ -32,7 +33,7 @@ def schema(encoder: DualEncoder) -> ModelSchema:
 
 def applied(**settings: Any) -> DualEncoder:
     encoder = tiny.model("clip")
-    adapt.apply(encoder, AdaptConfig(**settings), schema(encoder))
+    freeze.apply(encoder, AdaptConfig(**settings), schema(encoder))
     return encoder.eval()
 
 
@@ -55,14 +56,14 @@ def shaken(model: nn.Module, names: str) -> None:
 
 def test_towers_freeze_by_blocks_and_thaw_however_they_were_pretrained() -> None:
     encoder = tiny.model("clip", image={"trainable_blocks": 0})
-    adapt.apply(encoder, AdaptConfig(trainable_blocks={"text": 1}), schema(encoder))
+    freeze.apply(encoder, AdaptConfig(trainable_blocks={"text": 1}), schema(encoder))
     names = trained(encoder)
     assert any(name.startswith("towers.image.model.patch_embed") for name in names)
     text = {name for name in names if name.startswith("towers.text.")}
     assert {name.split("layers.")[1].split(".")[0] for name in text if "layers." in name} == {"1"}
     assert not any("embeddings" in name for name in text)
     assert "projections.text.weight" in names
-    adapt.apply(encoder, AdaptConfig(trainable_blocks={"image": 0}), schema(encoder))
+    freeze.apply(encoder, AdaptConfig(trainable_blocks={"image": 0}), schema(encoder))
     names = trained(encoder)
     assert not any("image" in name for name in names)  # its projection neither
     assert any("embeddings" in name for name in names)
@@ -72,13 +73,13 @@ def test_towers_freeze_by_blocks_and_thaw_however_they_were_pretrained() -> None
 
 def test_parts_freeze_by_name_and_what_is_not_reached_is_found() -> None:
     encoder = applied()
-    adapt.freeze_named(encoder, ["projections.text", "logit_scale"])
+    freeze.freeze_named(encoder, ["projections.text", "logit_scale"])
     still = {name for name, p in encoder.named_parameters() if not p.requires_grad}
     assert {"projections.text.weight", "logit_scale"} <= still
     assert "projections.image.weight" not in still
     batch = tiny.batch(samples=4)
     out = encoder.towers["image"](batch.inputs["image"]).states
-    found = set(adapt.freeze_unreached(encoder, [out.sum()]))
+    found = set(freeze.freeze_unreached(encoder, [out.sum()]))
     assert "projections.image.weight" in found
     assert any(name.startswith("towers.text") for name in found)
     out.sum().backward()
@@ -105,7 +106,7 @@ def test_what_cannot_be_is_one_line(settings: dict[str, Any], said: str) -> None
 
 def test_a_wrong_name_to_freeze_lists_what_is_there() -> None:
     with pytest.raises(ConfigError, match="begin with logit_scale, projections, towers"):
-        adapt.freeze_named(tiny.model("clip"), ["fusion"])
+        freeze.freeze_named(tiny.model("clip"), ["fusion"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -125,7 +126,7 @@ def test_a_forked_tower_learns_and_the_embeddings_stay() -> None:
     assert torch.equal(embedding, expected)
 
     fused_words = model.fuse({"text": before, "image": model.tokens("image", batch.inputs["image"])})["text"]
-    adapt.freeze_unreached(model, [fused_words.states.sum()])
+    freeze.freeze_unreached(model, [fused_words.states.sum()])
     fused_words.states.sum().backward()
     names = trained(model)
     assert any(name.startswith("forks.text.tower.") for name in names)
@@ -206,7 +207,7 @@ def test_an_adapter_that_is_passed_by_is_an_error_not_a_silence() -> None:
     model = Bypassed(applied(lora=LoraConfig(rank=2, towers=["image"])))
     out = model(torch.ones(1, 16, requires_grad=True))
     with pytest.raises(ConfigError, match=r"passes by the adapter of .*; leave its last word out"):
-        adapt.freeze_unreached(model, [out])
+        freeze.freeze_unreached(model, [out])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -252,7 +253,7 @@ def test_rates_fall_by_layer_and_new_layers_have_their_own(rank: int) -> None:
 def test_positions_are_interpolated_as_timm_does() -> None:
     encoder = tiny.model("clip")
     before = encoder.towers["image"].model.pos_embed.detach().clone()  # type: ignore[union-attr, operator]
-    new = adapt.apply(encoder, AdaptConfig(image_size=32), schema(encoder))
+    new = freeze.apply(encoder, AdaptConfig(image_size=32), schema(encoder))
     assert new.image.size == 32
     after = encoder.towers["image"].model.pos_embed  # type: ignore[union-attr]
     prefix = before.shape[1] - 4  # 16 px of 8 px patches, and what stands before them
@@ -273,7 +274,7 @@ def test_a_stem_takes_another_size_with_its_positions_interpolated() -> None:
     config = images.Config(name="vit_tiny_patch16_224", size=16, stem=[8, 16], args=args)
     encoder.towers["image"] = images.build(config)
     before = encoder.towers["image"].model.pos_embed.detach().clone()  # type: ignore[union-attr, operator]
-    new = adapt.resize(encoder, 32, ModelSchema(image=config, text=None))
+    new = freeze.resize(encoder, 32, ModelSchema(image=config, text=None))
     after = encoder.towers["image"].model.pos_embed  # type: ignore[union-attr]
     expected = resample_abs_pos_embed(before, new_size=[8, 8], old_size=[4, 4], num_prefix_tokens=0)
     torch.testing.assert_close(after, expected)
@@ -284,7 +285,7 @@ def test_a_stem_takes_another_size_with_its_positions_interpolated() -> None:
     assert found.grid == (8, 8)
     torch.testing.assert_close(built.eval()(picture).pooled, found.pooled)
     with pytest.raises(ConfigError, match=r"adapt.image_size=34 is not a multiple of .* patch of 4 px"):
-        adapt.resize(encoder, 34, new)
+        freeze.resize(encoder, 34, new)
 
 
 def test_a_convolutional_tower_takes_another_size_as_it_is() -> None:
@@ -292,7 +293,7 @@ def test_a_convolutional_tower_takes_another_size_as_it_is() -> None:
     config = images.Config(name="resnet10t", size=32)
     encoder.towers["image"] = images.build(config)
     weights = {name: value.clone() for name, value in encoder.towers["image"].state_dict().items()}
-    new = adapt.resize(encoder, 64, ModelSchema(image=config, text=None))
+    new = freeze.resize(encoder, 64, ModelSchema(image=config, text=None))
     assert new.image.size == 64
     assert encoder.towers["image"](torch.zeros(2, 3, 64, 64, dtype=torch.uint8)).grid == (2, 2)
     after = encoder.towers["image"].state_dict()

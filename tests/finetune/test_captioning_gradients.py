@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from finetune import adapt
 from finetune import model as models
-from finetune.adapt import AdaptConfig
+from finetune.adapt import freeze
+from finetune.adapt.freeze import AdaptConfig
+from finetune.adapt.lora import LoraConfig
 from finetune.aligned import keep_aligned
-from finetune.lora import LoraConfig
 from finetune.model import CAPTION, FusionModel
 from finetune.tasks import captioning
 from pretrain import registry
@@ -31,7 +31,7 @@ def built(dtype: torch.dtype) -> tuple[FusionModel, Any]:
     """The same weights at each call, gates and adapters open; what the loss never reaches is frozen, as a run does it."""
     encoder = tiny.model("clip")
     config = AdaptConfig(lora=LoraConfig(rank=2, towers=["image"]), contrastive=WEIGHT)
-    adapt.apply(encoder, config, ModelSchema(image=encoder.towers["image"].config, text=None))
+    freeze.apply(encoder, config, ModelSchema(image=encoder.towers["image"].config, text=None))
     fusion = registry.part("fusion", "cross").Config(layers=1, heads=2, causal=True)
     model = models.build(encoder, fusion, None)
     task = keep_aligned(captioning.build(captioning.Config(smoothing=SMOOTHING), None), config)
@@ -43,7 +43,7 @@ def built(dtype: torch.dtype) -> tuple[FusionModel, Any]:
                 p.add_(0.2 * torch.randn_like(p))
     model = model.to(dtype)
     small = whole().slice(0, 2)
-    adapt.freeze_unreached(model, [task.loss(task.encode(model, small), small.targets)[0]])
+    freeze.freeze_unreached(model, [task.loss(task.encode(model, small), small.targets)[0]])
     return model.train(), task
 
 

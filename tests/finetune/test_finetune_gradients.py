@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from finetune import model as models
-from finetune.adapt import freeze_unreached
+from finetune.adapt.freeze import freeze_unreached
 from finetune.model import FusionModel
 from finetune.tasks import survey, vqa
 from pretrain import registry

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from finetune import mining
 from finetune import model as models
-from finetune.adapt import freeze_unreached
+from finetune.adapt.freeze import freeze_unreached
 from finetune.model import FusionModel
 from finetune.tasks import EvalConfig, Setting, retrieval
 from pretrain import registry

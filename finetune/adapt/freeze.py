@@ -15,8 +15,8 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from finetune import lora
-from finetune.lora import LoraConfig
+from finetune.adapt import lora
+from finetune.adapt.lora import LoraConfig
 from pretrain.config import ConfigError
 from pretrain.model import DualEncoder, ModelSchema
 from pretrain.towers import reached
