@@ -12,10 +12,10 @@ import torch
 
 from finetune import model as models
 from finetune.adapt import freeze
-from finetune.aligned import keep_aligned
 from finetune.config import FinetuneConfig, load_config
 from finetune.model import FusionModel
 from finetune.tasks import Setting, Task, survey
+from finetune.tasks.with_contrastive import keep_aligned
 from pretrain import registry
 from pretrain.checkpoints import loading, warm_start
 from pretrain.config import ConfigError, UserError

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from finetune.attention.trace import Trace
 from finetune.model import Features, FusionModel, Head
-from finetune.tasks import Prediction, Setting, Survey, Task, per_item, wording
-from finetune.tasks.generate import Generated, beam, greedy, nucleus
+from finetune.tasks import Prediction, Setting, Survey, Task, caption_metrics, per_item
+from finetune.tasks.decoding import Generated, beam, greedy, nucleus
 from pretrain.config import ConfigError, UserError
 from pretrain.data.text import TextDecoder
 from pretrain.runtime import distributed
@@ -256,7 +256,7 @@ class Captioning(Task):
         figures = {"likelihood": likelihood, "perplexity": math.exp(min(-likelihood, 700.0))}
         if self.config.generate:
             # Computed once: it starts a program of its own.
-            figures |= on_main(lambda: wording.scores([row[3] for row in rows], [row[4] for row in rows]))
+            figures |= on_main(lambda: caption_metrics.scores([row[3] for row in rows], [row[4] for row in rows]))
         return {**figures, "samples": len(rows), "bad_samples": bad}
 
     def _scored(self, model: FusionModel, batches: Any, setting: Setting) -> list[tuple[str, float, float, str, list[str]]]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finetune.tasks.answers import accuracy, normalise
+from finetune.tasks.vqa_accuracy import accuracy, normalise
 from pretrain.data import BadSample
 from pretrain.data.shards.paths import RawSample
 from pretrain.data.text import TextDecoder, clean

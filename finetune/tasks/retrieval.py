@@ -27,11 +27,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from finetune import mining
 from finetune.attention.trace import Trace
 from finetune.model import Features, FusionModel, Head
-from finetune.tasks import Prediction, Setting, Survey, Task, Told, per_item
-from finetune.tasks.foils import Foils
+from finetune.tasks import Prediction, Setting, Survey, Task, Told, hard_negatives, per_item
+from finetune.tasks.negative_captions import Foils
 from finetune.tasks.reranking import search
 from pretrain import registry
 from pretrain.config import ConfigError
@@ -133,20 +132,22 @@ class Matcher(Head):
         if "foils" in inputs:
             given = inputs["foils"], masks["foils"], targets["foiled"]
             foils = _foils(model, scale * image_row, text_row, given, self.draw)
-        longest = mining.longest(text if foils is None or foils.tokens.states.shape[1] < text.states.shape[1] else foils.tokens)
-        text = mining.padded(text, longest)
-        about = [text, mining.fetch(text, wrong_text.row)]  # texts about the own picture, which is asked once for all
+        longest = hard_negatives.longest(
+            text if foils is None or foils.tokens.states.shape[1] < text.states.shape[1] else foils.tokens
+        )
+        text = hard_negatives.padded(text, longest)
+        about = [text, hard_negatives.fetch(text, wrong_text.row)]  # texts about the own picture, which is asked once for all
         real = [torch.ones_like(wrong_text.valid), wrong_text.valid]
         ahead = [torch.zeros_like(wrong_text.ahead), wrong_text.ahead]
         if foils is not None:
-            words = mining.padded(foils.tokens, longest)
+            words = hard_negatives.padded(foils.tokens, longest)
             about += [
                 words._replace(states=words.states[i :: self.draw], mask=words.mask[i :: self.draw]) for i in range(self.draw)
             ]
             real += list(foils.real.unbind(dim=1))
             ahead += list(foils.ahead.unbind(dim=1))
         own = self.match(model, _interleaved(about), image).unflatten(0, (-1, len(about)))
-        other = self.match(model, text, mining.fetch(image, wrong_image.row))
+        other = self.match(model, text, hard_negatives.fetch(image, wrong_image.row))
         found["match"] = torch.cat([own, other[:, None]], dim=1)
         found["real"] = torch.stack([*real, wrong_image.valid], dim=1)
         found["open"] = 2 * torch.stack([*ahead, wrong_image.ahead], dim=1).sigmoid()
@@ -161,14 +162,14 @@ class Matcher(Head):
         return logits[:, 0]
 
 
-def _mine(image: Tensor, text: Tensor, scale: Tensor, ids: Tensor) -> tuple[mining.Negatives, mining.Negatives]:
+def _mine(image: Tensor, text: Tensor, scale: Tensor, ids: Tensor) -> tuple[hard_negatives.Negatives, hard_negatives.Negatives]:
     """A caption for each picture, a picture for each caption. Collective."""
     with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
-        first, second = mining.draws(len(image), 2, image.device)
+        first, second = hard_negatives.draws(len(image), 2, image.device)
         images, texts = distributed.gather_plain(image.detach()), distributed.gather_plain(text.detach())
-        same, offset = mining.same_ids(ids), distributed.rank() * len(image)
+        same, offset = hard_negatives.same_ids(ids), distributed.rank() * len(image)
         forth, back = scale * image @ texts.T, scale * text @ images.T
-        return mining.mine(forth, same, first, offset), mining.mine(back, same, second, offset)
+        return hard_negatives.mine(forth, same, first, offset), hard_negatives.mine(back, same, second, offset)
 
 
 class _Foils(NamedTuple):
@@ -196,7 +197,7 @@ def _foils(model: FusionModel, image: Tensor, text: Tensor, given: tuple[Tensor,
         return _Foils(every, real, _ahead(image, text, cast(Tensor, rows)))
     with torch.no_grad():
         ahead = _ahead(image, text, model.embed("text", ids, mask))
-        chance = torch.stack(mining.draws(b, P, ids.device), dim=1).double().clamp(min=1e-12)
+        chance = torch.stack(hard_negatives.draws(b, P, ids.device), dim=1).double().clamp(min=1e-12)
         # The first F by logit + Gumbel noise are F draws without replacement (Gumbel top-k, arXiv 1903.06059).
         noisy = (ahead.double() - (-chance.log()).log()).masked_fill(~real, -math.inf)
         chosen = noisy.topk(draw, dim=1).indices
@@ -259,7 +260,7 @@ class Retrieval(Task):
 
     def encode(self, model: nn.Module, batch: Batch) -> Features:
         """Names each sample, so that the model can tell negatives from what is right."""
-        ids = mining.sample_ids(batch.keys, batch.targets["caption_id"])
+        ids = hard_negatives.sample_ids(batch.keys, batch.targets["caption_id"])
         features: Features = model(batch.inputs, batch.masks, {**batch.targets, "ids": ids})
         return features
 

@@ -25,8 +25,8 @@ from torch.nn import functional as F
 from finetune.attention.trace import Trace
 from finetune.model import Features, FusionModel, Head
 from finetune.tasks import Prediction, Setting, Survey, Task, Told, per_item
-from finetune.tasks.answers import Blind, accuracy, vocabulary
 from finetune.tasks.questions import Question, Questions, questions_of
+from finetune.tasks.vqa_accuracy import Blind, accuracy, vocabulary
 from pretrain.config import ConfigError, UserError
 from pretrain.data import BadSample
 from pretrain.runtime import distributed

@@ -15,9 +15,9 @@ from finetune import wise_ft
 from finetune.adapt import freeze, lora
 from finetune.adapt.freeze import AdaptConfig
 from finetune.adapt.lora import LoraConfig
-from finetune.aligned import keep_aligned
 from finetune.model import CAPTION, FusionModel
 from finetune.tasks import vqa
+from finetune.tasks.with_contrastive import keep_aligned
 from pretrain import registry
 from pretrain.config import ConfigError, UserError
 from pretrain.data.batch import Batch

@@ -17,7 +17,7 @@ import finetune
 from finetune import model as models
 from finetune.attention.trace import Trace
 from finetune.model import FusionModel
-from finetune.tasks import captioning, wording
+from finetune.tasks import caption_metrics, captioning
 from finetune.tasks.captioning import Captions
 from launch import cli
 from pretrain import registry
@@ -169,14 +169,15 @@ def test_scores_against_what_they_are_by_definition(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PATH", "")  # without Java
-    exact = wording.scores(TEXTS, [[text, "something else"] for text in TEXTS])
+    exact = caption_metrics.scores(TEXTS, [[text, "something else"] for text in TEXTS])
     assert exact["BLEU_1"] == pytest.approx(1)
     assert (
-        wording.scores(TEXTS, [[text] for text in TEXTS])["CIDEr"] > wording.scores(TEXTS, [[t] for t in TEXTS[::-1]])["CIDEr"]
+        caption_metrics.scores(TEXTS, [[text] for text in TEXTS])["CIDEr"]
+        > caption_metrics.scores(TEXTS, [[t] for t in TEXTS[::-1]])["CIDEr"]
     )
-    assert wording.scores([TEXTS[0]], [[TEXTS[0]]])["CIDEr"] == 0  # one picture: every word is in all of them
+    assert caption_metrics.scores([TEXTS[0]], [[TEXTS[0]]])["CIDEr"] == 0  # one picture: every word is in all of them
     # 3 of 4 words are right, and the sentence is as long as the reference
-    assert wording.scores(["A red car, flying!"], [["a red car standing"]])["BLEU_1"] == pytest.approx(0.75)
+    assert caption_metrics.scores(["A red car, flying!"], [["a red car standing"]])["BLEU_1"] == pytest.approx(0.75)
     assert capsys.readouterr().out == ""
 
 
@@ -184,19 +185,19 @@ def test_without_the_library_there_is_a_line_and_no_score(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "pycocoevalcap", None)
-    assert wording.scores(["a"], [["a"]]) == {}
+    assert caption_metrics.scores(["a"], [["a"]]) == {}
     assert "pip install 'clipfuse[finetune]'" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(shutil.which("java") is None, reason="the Penn Treebank's rules come as a Java program")
 def test_the_plain_rule_cuts_ordinary_captions_as_the_penn_treebank_does(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = ["A red car, left of a blue house.", "Two big green trees!", "a cat under 3 yellow moons"]
-    theirs = wording._words([[text] for text in texts])
+    theirs = caption_metrics._words([[text] for text in texts])
     said = ["", texts[0]]  # an untrained model may write nothing
-    figures = wording.scores(said, [[texts[1]], [texts[0]]])
+    figures = caption_metrics.scores(said, [[texts[1]], [texts[0]]])
     monkeypatch.setenv("PATH", "")
-    assert wording._words([[text] for text in texts]) == theirs
-    assert wording.scores(said, [[texts[1]], [texts[0]]]) == figures
+    assert caption_metrics._words([[text] for text in texts]) == theirs
+    assert caption_metrics.scores(said, [[texts[1]], [texts[0]]]) == figures
     assert 0 < figures["BLEU_1"] < 1
 
 

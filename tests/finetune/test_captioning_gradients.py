@@ -10,9 +10,9 @@ from finetune import model as models
 from finetune.adapt import freeze
 from finetune.adapt.freeze import AdaptConfig
 from finetune.adapt.lora import LoraConfig
-from finetune.aligned import keep_aligned
 from finetune.model import CAPTION, FusionModel
 from finetune.tasks import captioning
+from finetune.tasks.with_contrastive import keep_aligned
 from pretrain import registry
 from pretrain.data.batch import Batch
 from pretrain.model import ModelSchema

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import TopPLogitsWarper
 
-from finetune.tasks.generate import Generated, beam, greedy, kept, nucleus
+from finetune.tasks.decoding import Generated, beam, greedy, kept, nucleus
 
 V, LENGTH, END = 4, 4, 0
 

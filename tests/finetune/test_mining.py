@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from finetune import mining
-from finetune.tasks import per_item
+from finetune.tasks import hard_negatives, per_item
 from pretrain.runtime import distributed
 from tests.pretrain.strategies import world
 
@@ -24,7 +23,7 @@ def test_a_row_is_drawn_as_often_as_the_softmax_says() -> None:
     n, own = 10_000, 3
     draw = (torch.arange(n) + 0.5) / n
     similarity = logits.expand(n, 5)
-    found = [mining.mine(similarity[i : i + 1], same[None], draw[i : i + 1], own).row.item() for i in range(0, n, 10)]
+    found = [hard_negatives.mine(similarity[i : i + 1], same[None], draw[i : i + 1], own).row.item() for i in range(0, n, 10)]
     weight = [math.exp(2.0), math.exp(0.5), 0.0, 0.0, math.exp(1.0)]
     for column, expected in enumerate(weight):
         assert found.count(column) / len(found) == pytest.approx(expected / sum(weight), abs=0.002)
@@ -36,7 +35,7 @@ def test_what_is_right_is_never_drawn(draw: float) -> None:
     g = torch.Generator().manual_seed(0)
     same = torch.rand(200, 200, generator=g) < 0.7
     similarity = torch.randn(200, 200, generator=g) * 50 + 1e4 * same
-    found = mining.mine(similarity, same, torch.full((200,), draw))
+    found = hard_negatives.mine(similarity, same, torch.full((200,), draw))
     rows = torch.arange(200)
     assert found.valid.all()
     assert not same[rows, found.row].any()
@@ -45,27 +44,27 @@ def test_what_is_right_is_never_drawn(draw: float) -> None:
 
 def test_a_row_without_a_negative_is_marked_and_nothing_breaks() -> None:
     same = torch.tensor([[True, True, True], [False, False, False], [True, False, True]])
-    found = mining.mine(torch.zeros(3, 3), same, torch.tensor([0.9, 0.9, 0.9]))
+    found = hard_negatives.mine(torch.zeros(3, 3), same, torch.tensor([0.9, 0.9, 0.9]))
     assert found.valid.tolist() == [False, True, True]
     assert found.row.tolist() == [0, 2, 1]
-    alone = mining.mine(torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.bool), torch.zeros(1))
+    alone = hard_negatives.mine(torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.bool), torch.zeros(1))
     assert (alone.row.tolist(), alone.valid.tolist()) == ([0], [False])
 
 
 def test_a_diverged_model_does_not_crash_here() -> None:
     for value in (math.nan, math.inf, -math.inf):
-        found = mining.mine(torch.full((4, 4), value), torch.zeros(4, 4, dtype=torch.bool), torch.rand(4))
+        found = hard_negatives.mine(torch.full((4, 4), value), torch.zeros(4, 4, dtype=torch.bool), torch.rand(4))
         assert ((found.row >= 0) & (found.row < 4) & (found.row != torch.arange(4))).all()
 
 
 def test_ids_in_common() -> None:
     ids = torch.tensor([[1, 7], [2, 8], [3, 7], [1, 9]])
     expected = [[i == j or bool(set(a) & set(b)) for j, b in enumerate(ids.tolist())] for i, a in enumerate(ids.tolist())]
-    assert mining.same_ids(ids).tolist() == expected
+    assert hard_negatives.same_ids(ids).tolist() == expected
 
 
 def test_a_sample_and_its_caption_have_ids_of_their_own() -> None:
-    ids = mining.sample_ids(["a/1", "a/2", "a/1"], torch.tensor([5, 5, 6]))
+    ids = hard_negatives.sample_ids(["a/1", "a/2", "a/1"], torch.tensor([5, 5, 6]))
     assert ids[:, 1].tolist() == [5, 5, 6]
     assert ids[0, 0] == ids[2, 0] != ids[1, 0]
 
@@ -84,10 +83,10 @@ def mined() -> dict[str, Any]:
     b = B // distributed.world_size()
     own = slice(distributed.rank() * b, (distributed.rank() + 1) * b)
     torch.manual_seed(distributed.rank())
-    first, second = mining.draws(b, 2, torch.device("cpu"))
-    same = mining.same_ids(ids[own])
-    forth = mining.mine(3 * image[own] @ text.T, same, first, distributed.rank() * b)
-    back = mining.mine(3 * text[own] @ image.T, same, second, distributed.rank() * b)
+    first, second = hard_negatives.draws(b, 2, torch.device("cpu"))
+    same = hard_negatives.same_ids(ids[own])
+    forth = hard_negatives.mine(3 * image[own] @ text.T, same, first, distributed.rank() * b)
+    back = hard_negatives.mine(3 * text[own] @ image.T, same, second, distributed.rank() * b)
     got, got_mask = distributed.fetch([states[own], mask[own]], forth.row)
     loss = per_item((got.square() * (forth.row[:, None, None] + 1)).sum((1, 2)), forth.valid.double())
     loss.backward()

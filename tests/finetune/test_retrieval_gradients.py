@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from finetune import mining
 from finetune import model as models
 from finetune.adapt.freeze import freeze_unreached
 from finetune.model import FusionModel
-from finetune.tasks import EvalConfig, Setting, retrieval
+from finetune.tasks import EvalConfig, Setting, hard_negatives, retrieval
 from pretrain import registry
 from pretrain.data.batch import Batch
 from pretrain.data.images import ImageDecoder
@@ -92,8 +91,8 @@ def reference() -> tuple[float, dict[str, Tensor], int]:
 
     near = model.encoder.logit_scale.exp() * foil @ image.T
     torch.manual_seed(seed_of(0, 0, 0, 0))
-    first, second = mining.draws(B, 2, torch.device("cpu"))
-    forth, back = mining.mine(s.detach(), ~kept, first), mining.mine(s.detach().T, ~kept, second)
+    first, second = hard_negatives.draws(B, 2, torch.device("cpu"))
+    forth, back = hard_negatives.mine(s.detach(), ~kept, first), hard_negatives.mine(s.detach().T, ~kept, second)
 
     def pick(tokens: Any, i: int) -> Any:
         return tokens._replace(states=tokens.states[i : i + 1], mask=tokens.mask[i : i + 1], pooled=tokens.pooled[i : i + 1])

@@ -20,7 +20,7 @@ from finetune import model as models
 from finetune import wise_ft
 from finetune.export import export
 from finetune.tasks import EvalConfig, reranking, retrieval
-from finetune.tasks.foils import Foils
+from finetune.tasks.negative_captions import Foils
 from launch import cli
 from pretrain import registry
 from pretrain.checkpoints.loading import load_model
