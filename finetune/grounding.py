@@ -29,9 +29,9 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from finetune.attend import METHOD, readers
+from finetune.explain.attribution import METHODS
+from finetune.explain.word_maps import METHOD, readers
 from finetune.loading import Finetuned
-from finetune.maps import METHODS
 from finetune.phrases import KINDS_OF_WORDS
 from finetune.pointing import bootstrap
 from finetune.probes import SWAP, Prober, Record, Sides, untrained

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from finetune import model as models
-from finetune.attend import readers, token_maps
 from finetune.attention.multihead import Gate
+from finetune.explain.token_spans import Cut, word_map
+from finetune.explain.word_maps import readers, token_maps
 from finetune.loading import Finetuned
 from finetune.model import FusionModel
 from finetune.phrases import Mention, Objects, Swap, mentions, pairs, swaps, whole
 from finetune.pointing import Array, centre_map, covered, hit, lift, reached, seen_part, to_cells
-from finetune.words import Cut, word_map
 from pretrain.config import UserError
 from pretrain.data.decode import EXTENSIONS, read_header
 from pretrain.data.loader import Batch

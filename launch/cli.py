@@ -352,12 +352,13 @@ def _grounding(args: argparse.Namespace) -> int:
 
 
 def _attend(args: argparse.Namespace) -> int:
-    from finetune import attend, loading
+    from finetune import loading
+    from finetune.explain import word_maps
     from pretrain.runtime import distributed
 
     tuned = loading.load(args.run)
     tuned.model.to(distributed.device())
-    seen = attend.attend(tuned, args.image, args.text, args.out, args.maps, args.layer)
+    seen = word_maps.attend(tuned, args.image, args.text, args.out, args.maps, args.layer)
     print(*seen.lines(), f"wrote {args.out}", sep="\n")
     return DONE
 

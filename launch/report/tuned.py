@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from finetune import drawing
-from finetune.attend import Seen, examples, share_of
+from finetune.explain import heatmap
+from finetune.explain.word_maps import Seen, examples, share_of
 from finetune.loading import Finetuned
 from launch.report import figures
 from launch.report.record import Line, Record
@@ -106,13 +106,13 @@ def shown(seen: Seen) -> Shown:
     """An example as the page shows it."""
     name, value = seen.answers[0] if seen.answers else ("", 0.0)
     others = ", ".join(f"{other} {share_of(score)}" for other, score in seen.answers[1:3] if score >= 0.005)
-    strong = drawing.strengths(seen.maps)
+    strong = heatmap.strengths(seen.maps)
     words = [
-        Word(word, drawing.uri(image), bool(s < drawing.GLANCE))
+        Word(word, heatmap.uri(image), bool(s < heatmap.GLANCE))
         for (word, image), s in zip(seen.tiles(EDGE), strong, strict=True)
     ]
     return Shown(
-        picture=drawing.uri(seen.picture.resize((EDGE, EDGE))),
+        picture=heatmap.uri(seen.picture.resize((EDGE, EDGE))),
         text=seen.text,
         answer=f"{name}, {share_of(value)}" if name else "",
         others=others,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from finetune.drawing import TILE, figure, png, shortened, stacked, strengths, tile, uri, wrapped
+from finetune.explain.heatmap import TILE, figure, png, shortened, stacked, strengths, tile, uri, wrapped
 
 GREY = Image.new("RGB", (96, 96), (128, 128, 128))
 

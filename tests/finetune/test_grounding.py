@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from finetune import model as models
-from finetune.attend import Seen, look
 from finetune.attention.trace import Sight, Step, Trace, Weights
 from finetune.config import FusionSchema
+from finetune.explain.token_spans import Cut
+from finetune.explain.word_maps import Seen, look
 from finetune.grounding import GroundingConfig, figures, grounding, run, summary, vocabulary_of
 from finetune.loading import Finetuned
 from finetune.model import FusionModel
@@ -27,7 +28,6 @@ from finetune.pointing import covered, to_cells
 from finetune.probes import Record, objects_of
 from finetune.tasks import Prediction, Task
 from finetune.tasks.questions import Question, questions_of
-from finetune.words import Cut
 from pretrain import config as configuration
 from pretrain import model as encoders
 from pretrain.checkpoints import loading

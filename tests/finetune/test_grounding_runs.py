@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 
 import finetune
-from finetune.attend import examples, look, readers, token_maps
+from finetune.explain.attribution import METHODS
+from finetune.explain.token_spans import Cut
+from finetune.explain.word_maps import examples, look, readers, token_maps
 from finetune.grounding import GroundingConfig, grounding
-from finetune.maps import METHODS
-from finetune.words import Cut
 from launch import cli, report
 from launch.report import record, tuned
 from tests.support import TINY_TOWERS, Small

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from finetune.attention.trace import Trace
-from finetune.maps import METHODS, attention_maps, relevance, rollout
+from finetune.explain.attribution import METHODS, attention_maps, relevance, rollout
 from pretrain import registry
 from pretrain.config import ConfigError
 from tests.finetune.reference import WIDTHS, open_gates, tokens

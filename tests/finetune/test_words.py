@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from finetune.words import Cut, word_maps
+from finetune.explain.token_spans import Cut, word_maps
 from pretrain.config import ConfigError
 from pretrain.data.text import TextDecoder, load_tokenizer
 from tests.support import Small

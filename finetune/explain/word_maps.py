@@ -22,14 +22,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from finetune import drawing
 from finetune.attention.trace import Trace
+from finetune.explain import heatmap
+from finetune.explain.attribution import attention_maps
+from finetune.explain.token_spans import Cut, word_maps
 from finetune.loading import Finetuned
-from finetune.maps import attention_maps
 from finetune.model import FusionModel
 from finetune.pointing import Array, seen_part
 from finetune.tasks import Prediction, Task
-from finetune.words import Cut, word_maps
 from pretrain.config import UserError
 from pretrain.data import BadSample, loader
 from pretrain.data.decode import decode
@@ -75,13 +75,13 @@ class Seen:
 
     def figure(self) -> Image.Image:
         """The picture and one tile a word."""
-        return drawing.figure(self.picture, self.words, self.maps, self.lines())
+        return heatmap.figure(self.picture, self.words, self.maps, self.lines())
 
-    def tiles(self, side: int = drawing.TILE) -> list[tuple[str, Image.Image]]:
+    def tiles(self, side: int = heatmap.TILE) -> list[tuple[str, Image.Image]]:
         """(word, its heat map on the picture), for pages that do their own layout."""
-        strong = drawing.strengths(self.maps)
+        strong = heatmap.strengths(self.maps)
         pairs = zip(self.words, self.maps, strong, strict=True)
-        return [(word, drawing.tile(self.picture, values, float(s), side)) for word, values, s in pairs]
+        return [(word, heatmap.tile(self.picture, values, float(s), side)) for word, values, s in pairs]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ def attend(
     path = Path(out)
     try:
         partial = path.with_name(f".{path.name}.partial")
-        partial.write_bytes(drawing.png(seen.figure()))
+        partial.write_bytes(heatmap.png(seen.figure()))
         partial.replace(path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
