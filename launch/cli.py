@@ -338,16 +338,17 @@ def _wise(args: argparse.Namespace) -> int:
 def _grounding(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from finetune import grounding, loading
+    from finetune import loading
+    from finetune.grounding import evaluate
     from pretrain.runtime import distributed
 
-    config = grounding.GroundingConfig(method=args.maps)
+    config = evaluate.GroundingConfig(method=args.maps)
     config.check()
-    result = grounding.run(loading.load(args.run), args.data, config, distributed.device())
+    result = evaluate.run(loading.load(args.run), args.data, config, distributed.device())
     if args.json:
         print(json.dumps(result))
     else:
-        Console().print(grounding.summary(result))
+        Console().print(evaluate.summary(result))
     return DONE
 
 

@@ -26,9 +26,9 @@ from finetune.attention.trace import Trace
 from finetune.explain import heatmap
 from finetune.explain.attribution import attention_maps
 from finetune.explain.token_spans import Cut, word_maps
+from finetune.grounding.pointing_game import Array, seen_part
 from finetune.loading import Finetuned
 from finetune.model import FusionModel
-from finetune.pointing import Array, seen_part
 from finetune.tasks import Prediction, Task
 from pretrain.config import UserError
 from pretrain.data import BadSample, loader

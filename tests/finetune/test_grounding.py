@@ -20,12 +20,12 @@ from finetune.attention.trace import Sight, Step, Trace, Weights
 from finetune.config import FusionSchema
 from finetune.explain.token_spans import Cut
 from finetune.explain.word_maps import Seen, look
-from finetune.grounding import GroundingConfig, figures, grounding, run, summary, vocabulary_of
+from finetune.grounding.evaluate import GroundingConfig, figures, grounding, run, summary, vocabulary_of
+from finetune.grounding.phrases import mentions, swaps
+from finetune.grounding.pointing_game import covered, to_cells
+from finetune.grounding.probes import Record, objects_of
 from finetune.loading import Finetuned
 from finetune.model import FusionModel
-from finetune.phrases import mentions, swaps
-from finetune.pointing import covered, to_cells
-from finetune.probes import Record, objects_of
 from finetune.tasks import Prediction, Task
 from finetune.tasks.questions import Question, questions_of
 from pretrain import config as configuration

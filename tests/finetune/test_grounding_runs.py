@@ -18,7 +18,7 @@ import finetune
 from finetune.explain.attribution import METHODS
 from finetune.explain.token_spans import Cut
 from finetune.explain.word_maps import examples, look, readers, token_maps
-from finetune.grounding import GroundingConfig, grounding
+from finetune.grounding.evaluate import GroundingConfig, grounding
 from launch import cli, report
 from launch.report import record, tuned
 from tests.support import TINY_TOWERS, Small

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from finetune.phrases import Mention, mentions, pairs, swaps
+from finetune.grounding.phrases import Mention, mentions, pairs, swaps
 from pretrain.data.scenes import dataset
 from pretrain.data.vocabulary import Vocabulary, from_objects
 

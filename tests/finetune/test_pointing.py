@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from finetune.pointing import bootstrap, centre_map, covered, hit, lift, reached, seen_part, to_cells
+from finetune.grounding.pointing_game import bootstrap, centre_map, covered, hit, lift, reached, seen_part, to_cells
 from pretrain.data.images import ImageDecoder
 
 scipy_stats = pytest.importorskip("scipy.stats")

@@ -19,10 +19,10 @@ from finetune import model as models
 from finetune.attention.multihead import Gate
 from finetune.explain.token_spans import Cut, word_map
 from finetune.explain.word_maps import readers, token_maps
+from finetune.grounding.phrases import Mention, Objects, Swap, mentions, pairs, swaps, whole
+from finetune.grounding.pointing_game import Array, centre_map, covered, hit, lift, reached, seen_part, to_cells
 from finetune.loading import Finetuned
 from finetune.model import FusionModel
-from finetune.phrases import Mention, Objects, Swap, mentions, pairs, swaps, whole
-from finetune.pointing import Array, centre_map, covered, hit, lift, reached, seen_part, to_cells
 from pretrain.config import UserError
 from pretrain.data.decode import EXTENSIONS, read_header
 from pretrain.data.loader import Batch

@@ -31,10 +31,10 @@ from rich.table import Table
 
 from finetune.explain.attribution import METHODS
 from finetune.explain.word_maps import METHOD, readers
+from finetune.grounding.phrases import KINDS_OF_WORDS
+from finetune.grounding.pointing_game import bootstrap
+from finetune.grounding.probes import SWAP, Prober, Record, Sides, untrained
 from finetune.loading import Finetuned
-from finetune.phrases import KINDS_OF_WORDS
-from finetune.pointing import bootstrap
-from finetune.probes import SWAP, Prober, Record, Sides, untrained
 from finetune.tasks import everywhere
 from pretrain.config import ConfigError, UserError, closest
 from pretrain.data import loader, vocabulary
