@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from launch import cli, plan
-from launch.footprint import Footprint
+from launch.plan.footprint import Footprint
 from pretrain.checkpoints.loading import load_model
 from pretrain.config import ConfigError
 from tests.bench import plan as bench
@@ -44,7 +44,7 @@ def test_memory_is_what_a_run_takes(name: str) -> None:
 
 def test_the_pass_without_contents_counts_a_known_network() -> None:
     """One linear layer and a ReLU: weights' gradients, the layer's output (kept by the ReLU), and its gradient at the peak."""
-    from launch.footprint import footprint
+    from launch.plan.footprint import footprint
     from pretrain.data.batch import Batch
 
     class Net(torch.nn.Module):

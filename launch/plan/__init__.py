@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from launch.footprint import Footprint, footprint
+from launch.plan.footprint import Footprint, footprint
 from pretrain import model as models
 from pretrain.__main__ import find_config
 from pretrain.checkpoints import loading, warm_start

@@ -163,7 +163,7 @@ def _data(parser: argparse.ArgumentParser) -> None:
 
 
 def _scenes(args: argparse.Namespace) -> int:
-    from launch.progress import counted
+    from launch.cli.progress import counted
     from pretrain.data.scenes.dataset import draw_dataset
 
     low, _, high = args.things.partition("-")
@@ -179,7 +179,7 @@ def _scenes(args: argparse.Namespace) -> int:
 
 
 def _pack(args: argparse.Namespace) -> int:
-    from launch.progress import counted
+    from launch.cli.progress import counted
     from pretrain.data.pack import pack
 
     with counted("packing") as progress:
@@ -202,7 +202,7 @@ def _pack(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from launch.progress import counted
+    from launch.cli.progress import counted
     from pretrain.data.check import check
     from pretrain.data.shards.paths import expand
 
@@ -274,11 +274,11 @@ def _train(args: argparse.Namespace) -> int:
     words = [args.config, *(["--dry-run"] if args.dry_run else []), *args.settings]
     if args.nproc is None and args.nodes == 1:
         return run(args.config, args.settings, args.dry_run, args.module)
-    from launch import local
+    from launch import elastic
 
     find_config(args.config, args.module)  # before any process is started
-    world = local.World(local.processes(args.nproc), args.nodes, args.rdzv, args.restarts, args.grace)
-    return local.launch(args.module, words, world)
+    world = elastic.World(elastic.processes(args.nproc), args.nodes, args.rdzv, args.restarts, args.grace)
+    return elastic.launch(args.module, words, world)
 
 
 def _evaluate(args: argparse.Namespace) -> int:
@@ -370,11 +370,11 @@ def _embed(args: argparse.Namespace) -> int:
         from pretrain.embedding import job
 
         return job.run(args)
-    from launch import local
+    from launch import elastic
 
     options.options(args)  # before any process is started
-    world = local.World(local.processes(args.nproc), args.nodes, args.rdzv, args.restarts)
-    return local.launch("pretrain.embedding.job", words, world)
+    world = elastic.World(elastic.processes(args.nproc), args.nodes, args.rdzv, args.restarts)
+    return elastic.launch("pretrain.embedding.job", words, world)
 
 
 def _export(args: argparse.Namespace) -> int:
