@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from launch import cli
-from tests.launch.worlds import PATIENCE
 from tests.support import Small, clipfuse, environment, lines
+from tests.support.launches import PATIENCE
 
 
 def jpeg(size: tuple[int, int] = (40, 30)) -> bytes:

@@ -133,7 +133,7 @@ def _resident(reset: bool = False) -> int:
 
 def case(name: str) -> dict[str, Any]:
     """Estimate against measure, in processes of their own."""
-    from tests.pretrain.strategies import world
+    from tests.support import world
 
     processes, settings = CASES[name]
     found = world.run(measured, processes, settings, timeout=1500.0)[0]

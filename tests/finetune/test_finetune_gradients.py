@@ -13,8 +13,7 @@ from pretrain.data.batch import Batch
 from pretrain.optim import OptimConfig
 from pretrain.runtime import distributed
 from pretrain.strategies import choose
-from tests.pretrain.strategies import tiny, world
-from tests.support import Small
+from tests.support import Small, tiny, world
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 EXACT = {"ddp": 1e-10, "fsdp2": 1e-10, "zero2": 1e-5}

@@ -8,8 +8,8 @@ import os
 import pytest
 from filelock import FileLock
 
-from tests.launch.worlds import STEPS, clipfuse_words, started, tiny
 from tests.support import Small, losses
+from tests.support.launches import STEPS, clipfuse_words, started, tiny
 
 
 @pytest.fixture(scope="session")

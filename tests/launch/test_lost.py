@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.worlds import STEPS, Started, clipfuse_words, free_port, kill, said, started, status, tiny, torchrun_words
 from tests.support import Small, losses
+from tests.support.launches import STEPS, Started, clipfuse_words, free_port, kill, said, started, status, tiny, torchrun_words
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

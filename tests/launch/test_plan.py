@@ -14,9 +14,8 @@ from launch.plan.footprint import Footprint
 from pretrain.checkpoints.loading import load_model
 from pretrain.config import ConfigError
 from tests.bench import plan as bench
-from tests.launch.worlds import clipfuse_words, started
-from tests.pretrain.strategies import world
-from tests.support import Small
+from tests.support import Small, world
+from tests.support.launches import clipfuse_words, started
 
 MODEL = plan.Model(
     total=1_000_000, trainable=900_000, buffers=100, block=50_000, root=200_000, modalities=2,

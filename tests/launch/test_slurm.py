@@ -15,9 +15,9 @@ import pytest
 
 from launch import cli, slurm
 from pretrain.config import ConfigError
-from tests.launch.cluster import Cluster, cluster, missing
-from tests.launch.worlds import STEPS, clipfuse_words, started, tiny
 from tests.support import ROOT, Small, environment, losses
+from tests.support.launches import STEPS, clipfuse_words, started, tiny
+from tests.support.slurm_cluster import Cluster, cluster, missing
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 needs_slurm = pytest.mark.skipif(bool(missing()), reason=missing())

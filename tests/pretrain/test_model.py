@@ -16,7 +16,7 @@ from pretrain.config import ConfigError, load
 from pretrain.model import DualEncoder, ModelConfig, ModelSchema
 from pretrain.towers import timm as images
 from pretrain.towers import transformers as texts
-from tests.pretrain import audio_tower
+from tests.support import audio_tower
 
 D, SIZE, LENGTH = 16, 32, 20
 TEXT = {"vocab_size": 60, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96}
@@ -266,7 +266,7 @@ def test_parameters_are_counted_by_tower() -> None:
 def test_a_third_modality_is_one_new_file() -> None:
     """A dotted path in the configuration; encoder and losses take it as they take the others."""
     settings = [
-        "audio.tower=tests.pretrain.audio_tower",
+        "audio.tower=tests.support.audio_tower",
         f"image.args={{{', '.join(f'{k}: {v}' for k, v in VIT.items())}}}",
         f"image.size={SIZE}",
         f"text.args={{model_type: clip_text_model, {', '.join(f'{k}: {v}' for k, v in TEXT.items())}}}",

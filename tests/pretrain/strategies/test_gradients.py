@@ -16,7 +16,7 @@ from pretrain.optim import OptimConfig
 from pretrain.runtime import distributed
 from pretrain.strategies import Strategy, choose
 from pretrain.training.step import seed_of
-from tests.pretrain.strategies import tiny, world
+from tests.support import tiny, world
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # seconds each on an idle machine, minutes on a busy one
 EXACT = {"single": 1e-10, "ddp": 1e-10, "fsdp2": 1e-10, "zero1": 1e-5, "zero2": 1e-5, "zero3": 1e-5}

@@ -19,7 +19,7 @@ from pretrain.runtime import distributed
 from pretrain.strategies import WORDS, Strategy, check, choose
 from pretrain.training.loop import TrainConfig
 from pretrain.training.step import train_step
-from tests.pretrain.strategies import tiny, world
+from tests.support import tiny, world
 
 pytestmark = pytest.mark.timeout(600)
 CPU = torch.device("cpu")

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from finetune.attention.multihead import Attention, Gate, Tokens, attend
 from pretrain.config import ConfigError
-from tests.finetune.reference import DEVICES, naive_attention
+from tests.support.attention_reference import DEVICES, naive_attention
 
 
 def heads(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:

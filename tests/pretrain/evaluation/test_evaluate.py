@@ -25,8 +25,7 @@ from pretrain.embedding.split import embed_split, evaluating
 from pretrain.evaluation.evaluate import EvalConfig, evaluate, run, summary
 from pretrain.model import ModelSchema
 from pretrain.runtime import distributed
-from tests.pretrain.strategies import world
-from tests.support import TINY_TOWERS, Small, lines
+from tests.support import TINY_TOWERS, Small, lines, world
 
 CPU = torch.device("cpu")
 

@@ -19,7 +19,7 @@ from finetune.fusion.blocks import Fusion
 from pretrain import registry
 from pretrain.config import ConfigError, load
 from pretrain.towers import TokenSequence
-from tests.finetune.reference import DEVICES, WIDTHS, open_gates, tokens
+from tests.support.attention_reference import DEVICES, WIDTHS, open_gates, tokens
 
 SMALL: dict[str, dict[str, Any]] = {
     "local": {"window": 3},

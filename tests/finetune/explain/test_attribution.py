@@ -12,8 +12,8 @@ from finetune.attention.trace import Trace
 from finetune.explain.attribution import METHODS, attention_maps, relevance, rollout
 from pretrain import registry
 from pretrain.config import ConfigError
-from tests.finetune.reference import WIDTHS, open_gates, tokens
-from tests.finetune.test_fusion import PAIRS, SMALL
+from tests.finetune.fusion.test_fusion import PAIRS, SMALL
+from tests.support.attention_reference import WIDTHS, open_gates, tokens
 
 T, P = "text", "image"
 

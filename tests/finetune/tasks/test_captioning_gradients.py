@@ -19,7 +19,7 @@ from pretrain.model import ModelSchema
 from pretrain.optim import OptimConfig
 from pretrain.runtime import distributed
 from pretrain.strategies import choose
-from tests.pretrain.strategies import tiny, world
+from tests.support import tiny, world
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 EXACT = {"ddp": 1e-10, "fsdp2": 1e-10, "zero3": 1e-5}

@@ -13,7 +13,7 @@ from pretrain.towers import TokenSequence, Tower, masked_mean
 
 @dataclass
 class Config:
-    tower: str = "tests.pretrain.audio_tower"
+    tower: str = "tests.support.audio_tower"
     """This file."""
     width: int = 12
     """Channels of a frame's state."""

@@ -24,8 +24,7 @@ from pretrain import registry
 from pretrain.checkpoints.loading import load_model
 from pretrain.config import ConfigError
 from pretrain.data.text import TextDecoder, load_tokenizer
-from tests.pretrain.strategies import tiny
-from tests.support import Small, losses
+from tests.support import Small, losses, tiny
 
 BERT = {"model_type": "bert", "num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 32}
 TEXTS = ["a red car left of a blue house", "two green trees", "a dog", "a cat under the yellow moon"]

@@ -18,7 +18,7 @@ from pretrain.data.shards.tar import DamagedTarError
 from pretrain.runtime import distributed
 from pretrain.runtime.agree import gather_or_raise, on_all, on_main
 from pretrain.training.run_dir import RunFolder
-from tests.pretrain.strategies import world
+from tests.support import world
 
 
 class TwoWordsError(ConfigError):

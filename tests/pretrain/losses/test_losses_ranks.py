@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from pretrain import registry
 from pretrain.runtime import distributed
-from tests.pretrain.strategies import world
+from tests.support import world
 
 B, D = 12, 5
 CELLS = [

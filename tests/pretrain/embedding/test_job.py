@@ -34,8 +34,8 @@ from pretrain.embedding.parquet import numbers
 from pretrain.evaluation.evaluate import EvalConfig
 from pretrain.evaluation.evaluate import run as run_evaluation
 from pretrain.model import ModelSchema
-from tests.launch.worlds import BIN, clipfuse_words, started
 from tests.support import TINY_TOWERS, Small
+from tests.support.launches import BIN, clipfuse_words, started
 
 CPU = torch.device("cpu")
 

@@ -29,8 +29,7 @@ from pretrain.data import BadSample, loader
 from pretrain.data.batch import Batch
 from pretrain.data.shards.paths import RawSample
 from pretrain.data.text import TextDecoder, load_tokenizer
-from tests.pretrain.strategies import tiny
-from tests.support import Small, lines, losses
+from tests.support import Small, lines, losses, tiny
 
 CPU = torch.device("cpu")
 

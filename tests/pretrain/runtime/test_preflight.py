@@ -9,8 +9,8 @@ import pytest
 
 from pretrain.config import ConfigError
 from pretrain.runtime import distributed, preflight
-from tests.launch.worlds import free_port
 from tests.support import ROOT, environment
+from tests.support.launches import free_port
 
 GROUP = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1", "LOCAL_RANK": "0"}
 
@@ -74,7 +74,7 @@ SCRIPT = """
 import sys
 from pretrain import dist, launched
 from pretrain.config import UserError
-from tests.pretrain.test_launched import CASES
+from tests.pretrain.runtime.test_preflight import CASES
 dist.setup(60)
 for name, zero, one, _ in CASES:
     try:

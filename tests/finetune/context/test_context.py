@@ -16,7 +16,7 @@ from finetune.context import Asking, Context, build_contexts, coarse_to_fine, de
 from finetune.context.tiling import Tiling
 from pretrain import registry
 from pretrain.config import ConfigError
-from tests.finetune.reference import DEVICES, naive_attention, regions, windows
+from tests.support.attention_reference import DEVICES, naive_attention, regions, windows
 
 WIDTH = 16
 SMALL: dict[str, dict[str, Any]] = {

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from finetune.tasks import hard_negatives, per_item
 from pretrain.runtime import distributed
-from tests.pretrain.strategies import world
+from tests.support import world
 
 B = 12
 

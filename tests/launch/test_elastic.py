@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.worlds import BIN, STEPS, clipfuse_words, free_port, said, started, status, tiny
 from tests.support import ROOT, Small, losses
+from tests.support.launches import BIN, STEPS, clipfuse_words, free_port, said, started, status, tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.worlds import PATIENCE
 from tests.support import Small, clipfuse, environment, keys, losses
+from tests.support.launches import PATIENCE
 
 STEPS = 150
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.worlds import free_port, said, started
+from tests.support.launches import free_port, said, started
 
 TIMEOUT = 10.0
 
@@ -16,7 +16,7 @@ TIMEOUT = 10.0
 def world(mode: str, folder: Path, size: int = 2) -> tuple[list[int], str]:
     """Exit codes and output of all. A frozen process is killed here, once the others have ended."""
     env = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    words = [sys.executable, "-m", "tests.pretrain.pulse", mode, str(TIMEOUT)]
+    words = [sys.executable, "-m", "tests.support.watchdog_program", mode, str(TIMEOUT)]
     with ExitStack() as stack:
         ranks = [
             stack.enter_context(started(*words, cwd=folder, RANK=str(rank), LOCAL_RANK=str(rank), **env))

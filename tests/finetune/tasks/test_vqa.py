@@ -20,8 +20,7 @@ from pretrain.data.batch import Batch, collate, merge
 from pretrain.data.images import ImageDecoder
 from pretrain.data.shards.paths import RawSample
 from pretrain.data.text import TextDecoder, load_tokenizer
-from tests.pretrain.strategies import tiny
-from tests.support import Small
+from tests.support import Small, tiny
 
 ANSWERS = ["red", "blue", "2", "yes"]
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.pretrain.strategies import tiny
+from tests.support import tiny
 
 B, K, D = 6, 3, 5
 

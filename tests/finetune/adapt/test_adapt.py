@@ -24,7 +24,7 @@ from pretrain.data.batch import Batch
 from pretrain.model import DualEncoder, ModelSchema
 from pretrain.optim import OptimConfig, parameter_groups
 from pretrain.towers import timm as images
-from tests.pretrain.strategies import tiny
+from tests.support import tiny
 
 
 def schema(encoder: DualEncoder) -> ModelSchema:

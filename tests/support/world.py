@@ -32,7 +32,7 @@ ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",
     "HF_HUB_OFFLINE": "1",
 }
-PRELOAD = ["torch", "torch.distributed.tensor", "timm", "transformers", "deepspeed", "tests.pretrain.strategies.warm"]
+PRELOAD = ["torch", "torch.distributed.tensor", "timm", "transformers", "deepspeed", "tests.support.preload"]
 
 
 def run(work: Callable[..., Any], processes: int, *args: Any, timeout: float = 540.0) -> list[Any]:

@@ -20,8 +20,7 @@ from pretrain.optim import OptimConfig
 from pretrain.runtime import distributed
 from pretrain.strategies import choose
 from pretrain.training.step import seed_of
-from tests.pretrain.strategies import tiny, world
-from tests.support import Small
+from tests.support import Small, tiny, world
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 EXACT = {"ddp": 1e-10, "fsdp2": 1e-10, "zero2": 1e-5}

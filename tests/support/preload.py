@@ -8,7 +8,7 @@ import importlib
 import pkgutil
 
 import pretrain.strategies
-from tests.pretrain.strategies import tiny
+from tests.support import tiny
 
 for module in pkgutil.iter_modules(pretrain.strategies.__path__, "pretrain.strategies."):
     importlib.import_module(module.name)
