@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from pretrain.__main__ import main
+from pretrain.runtime.entrypoint import main
 
 if __name__ == "__main__":
     sys.exit(main(module="finetune"))

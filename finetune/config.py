@@ -12,8 +12,9 @@ from finetune.tasks import EvalConfig
 from pretrain import config as configuration
 from pretrain import registry
 from pretrain.checkpoints import loading, warm_start
-from pretrain.config import ConfigError, section
+from pretrain.config import section
 from pretrain.data.loader import DataConfig
+from pretrain.errors import ConfigError
 from pretrain.model import ModelSchema
 from pretrain.optim import OptimConfig
 from pretrain.training.loop import TrainConfig

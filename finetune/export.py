@@ -27,9 +27,9 @@ from finetune.context import Context
 from finetune.loading import Finetuned
 from finetune.model import FusionModel
 from finetune.tasks import Told
-from pretrain.checkpoints import loading
+from pretrain import model as encoders
 from pretrain.checkpoints.export import TOLERANCE, whole
-from pretrain.config import UserError
+from pretrain.errors import UserError
 from pretrain.formats import Encoders, onnx, portable_tokenizer, strange
 from pretrain.formats.portable_tokenizer import PROBES
 from pretrain.towers import TokenSequence
@@ -73,7 +73,7 @@ def export(tuned: Finetuned, folder: Path, license: str | None = None) -> Path:
 def encoders_of(tuned: Finetuned) -> Encoders:
     """What they and their preprocessing are, under whatever the task has put around it; on the CPU."""
     tuned.model.to("cpu").eval()
-    text = loading.decoders(tuned.config, tuned.tokenizer, tuned.model.encoder, "txt")["text"]
+    text = encoders.decoders(tuned.config, tuned.tokenizer, tuned.model.encoder, "txt")["text"]
     return Encoders(tuned.model.encoder, tuned.config, text)
 
 

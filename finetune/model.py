@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from finetune.attention.trace import Trace
 from finetune.fusion.blocks import Fusion
 from pretrain import registry
-from pretrain.config import ConfigError
+from pretrain.errors import ConfigError
 from pretrain.model import DualEncoder
 from pretrain.towers import TokenSequence, Tower
 

@@ -76,6 +76,6 @@ def text(tuned: Finetuned, encoders: Encoders, said: dict[str, Any], name: str, 
         "",
         f"Loaded back, its answers differ from the run's by at most {difference:.1g} of the largest (or of 1), in float32.",
         "",
-        *about(encoders, tuned.folder, license, rows),
+        *about(encoders, tuned.folder, tuned.step, license, rows),
     ]
     return "\n".join(lines) + "\n"

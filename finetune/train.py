@@ -17,10 +17,10 @@ from finetune.model import FusionModel
 from finetune.tasks import Setting, Task, survey
 from finetune.tasks.with_contrastive import keep_aligned
 from pretrain import registry
-from pretrain.checkpoints import loading, warm_start
-from pretrain.config import ConfigError, UserError
+from pretrain.checkpoints import warm_start
 from pretrain.data.loader import Batch, Loader
 from pretrain.embedding.split import evaluating
+from pretrain.errors import ConfigError, UserError
 from pretrain.training.loop import Outcome, fit
 from pretrain.training.session import (
     build_encoders,
@@ -97,7 +97,7 @@ def build(config: FinetuneConfig) -> Components:
 
 def inline(parts: Components) -> FinetuneConfig:
     """Return the configuration as checkpoints keep it: with architectures and what the task learned from its data."""
-    config = loading.portable(parts.config, parts.model.encoder)
+    config = encoders.portable(parts.config, parts.model.encoder)
     assert isinstance(config, FinetuneConfig)
     return replace(config, task=replace(config.task, **parts.task.settings()))
 

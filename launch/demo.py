@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from launch import cli
-from pretrain.__main__ import DONE
-from pretrain.training.run_dir import duration
+from pretrain.runtime.console import duration
+from pretrain.runtime.entrypoint import DONE
 
 STEPS_PER_MINUTE = {"pretrain": 70, "finetune": 110}
 """Steps of scenes-conv and vqa on such scenes that two CPU cores take in a minute, a little less than measured."""

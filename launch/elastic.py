@@ -38,8 +38,8 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous import registry as rendezvous
 
-from pretrain.__main__ import DONE, FAILED, STOPPED, USAGE
-from pretrain.config import ConfigError, UserError
+from pretrain.errors import ConfigError, UserError
+from pretrain.runtime.entrypoint import DONE, FAILED, STOPPED, USAGE
 
 ROOT = Path(__file__).resolve().parent.parent
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)

@@ -13,7 +13,6 @@ A schema field made by `section` holds the Config of a component that the regist
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import typing
 from collections.abc import Callable
 from dataclasses import MISSING, Field, field, fields, is_dataclass
@@ -25,21 +24,9 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pretrain.errors import ConfigError, closest
+
 T = TypeVar("T")
-
-
-class UserError(Exception):
-    """An expected failure: its message is the one line a person reads. The command ends with 1."""
-
-
-class ConfigError(UserError):
-    """Wrong configuration or usage, found before any work was done. The command ends with 2."""
-
-
-def closest(name: str, choices: list[str]) -> str:
-    """The end of an error line that names the nearest choice, or nothing."""
-    near = difflib.get_close_matches(name, choices, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 Find = Callable[[str, str], ModuleType]
@@ -265,3 +252,17 @@ def to_yaml(config: Any) -> str:
 def save(config: Any, path: Path) -> None:
     """Writes the resolved configuration."""
     path.write_text(to_yaml(config))
+
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+def find_config(name: str, kind: str) -> Path:
+    """A path, or the name of a shipped configuration: "scenes" means configs/pretrain/scenes.yaml."""
+    if Path(name).is_file():
+        return Path(name)
+    shipped = CONFIGS / kind / f"{name}.yaml"
+    if shipped.is_file():
+        return shipped
+    names = sorted(path.stem for path in (CONFIGS / kind).glob("*.yaml"))
+    raise ConfigError(f"no configuration {name!r}: give a YAML file, or a shipped one: {', '.join(names)}")

@@ -6,7 +6,7 @@ Legend: b = samples, N = tokens, P = width of a tower's pooled vector, C = width
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain import registry
-from pretrain.config import ConfigError, collected, section
+from pretrain.config import collected, section
+from pretrain.data.images import AugmentConfig, ImageDecoder
+from pretrain.data.text import TextDecoder
+from pretrain.errors import ConfigError
 from pretrain.towers import TokenSequence, Tower
 
 LOGIT_SCALE = math.log(1 / 0.07)
@@ -169,3 +172,41 @@ def build(towers: dict[str, Any], config: ModelConfig, tokenizer: Any = None) ->
                 f"{tower.pooled_width} numbers, model.dim={config.dim}"
             )
     return DualEncoder(made, config.dim, scale, config.logit_bias, projected)
+
+
+def towers(config: ModelSchema) -> dict[str, Any]:
+    """The tower configurations by modality; a modality set to null is left out."""
+    all_of = {"image": config.image, "text": config.text, **config.others}
+    found = {modality: tower for modality, tower in all_of.items() if tower is not None}
+    if len(found) < 2:
+        raise ConfigError(f"a contrastive model needs two towers; the configuration has {', '.join(found) or 'none'}")
+    return found
+
+
+def decoders(
+    config: ModelSchema, tokenizer: Any, model: DualEncoder, caption: str, augment: AugmentConfig | None = None, draw: int = 1
+) -> dict[str, Any]:
+    """What turns a raw sample into each tower's input. A tower's file may bring its own `decoder(config, tokenizer)`."""
+    made: dict[str, Any] = {}
+    for modality, tower in towers(config).items():
+        module = registry.part("towers", tower.tower)
+        if hasattr(module, "decoder"):
+            made[modality] = module.decoder(tower, tokenizer)
+        elif modality == "image":
+            made[modality] = ImageDecoder(tower.size, augment, tower.resize, tower.interpolation)
+        elif modality == "text":
+            made[modality] = TextDecoder(tokenizer, tower.length, caption, trim=model.tower(modality).trims, draw=draw)
+        else:
+            raise ConfigError(f"{modality}.tower={tower.tower}: {module.__name__} has no decoder(config, tokenizer)")
+    return made
+
+
+def portable(config: ModelSchema, model: DualEncoder) -> ModelSchema:
+    """The configuration as a checkpoint keeps it: every architecture inline, so that loading needs no hub and no folder."""
+    inlined: dict[str, Any] = {}
+    for modality, tower in towers(config).items():
+        settings = getattr(model.towers[modality], "settings", None)
+        changes = settings() if settings is not None else {}
+        inlined[modality] = replace(tower, **changes)
+    others = {modality: inlined.pop(modality) for modality in config.others}
+    return replace(config, **inlined, others=others)

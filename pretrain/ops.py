@@ -14,7 +14,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+"""Of each channel, red, green, blue, in 0 to 1: what CLIP's published models normalize images with."""
+
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+"""Whether torch has oneDNN's product for the CPU."""
 
 
 def product(x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -57,6 +62,6 @@ class Linear(nn.Linear):
 
 def use_onednn(model: nn.Module) -> None:
     """Changes every plain nn.Linear of a model into one of ours, in place."""
-    for module in model.modules() if AVAILABLE else ():
+    for module in model.modules() if ONEDNN else ():
         if type(module) is nn.Linear:
             module.__class__ = Linear

@@ -14,7 +14,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from pretrain.config import ConfigError
+from pretrain.errors import ConfigError
 
 
 @dataclass

@@ -12,7 +12,7 @@ import importlib.util
 import pkgutil
 from types import ModuleType
 
-from pretrain.config import ConfigError, closest
+from pretrain.errors import ConfigError, closest
 
 _packages: list[str] = ["pretrain"]
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from pretrain import config as configuration
+from pretrain import model as models
 from pretrain import registry
-from pretrain.checkpoints import loading, warm_start
+from pretrain.checkpoints import warm_start
 from pretrain.config import section
 from pretrain.data.loader import Batch, DataConfig, Loader
 from pretrain.evaluation.evaluate import EvalConfig, evaluate
@@ -77,7 +78,7 @@ def train(config: PretrainConfig) -> Outcome:
         parts = build(config)
         if session.checkpoint is None and config.init is not None:
             warm_start.load(parts.model, config.init, config.init_partial, parts.tokenizer)
-        portable = loading.portable(config, parts.model)
+        portable = models.portable(config, parts.model)
         session.write_config()
         flops_per_batch = build_flops_counter(config, parts) if session.device.type == "cuda" else None
         plan = session.build_plan(parts.loader, portable, parts.tokenizer, "image_to_text_R@1", flops=flops_per_batch)

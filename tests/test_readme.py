@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch import cli
-from pretrain.__main__ import find_config
+from pretrain.config import find_config
 from tests.support import ROOT
 
 README = (ROOT / "README.md").read_text()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from finetune.adapt import lora
 from finetune.adapt.lora import LoraConfig
-from pretrain.config import ConfigError
+from pretrain.errors import ConfigError
 from pretrain.model import DualEncoder, ModelSchema
 from pretrain.towers import reached
 from pretrain.towers.timm import ImageTower, patch_side

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from pretrain.config import ConfigError, closest
+from pretrain.errors import ConfigError, closest
 from pretrain.ops import Linear
 from pretrain.towers import Tower
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.config import ConfigError
+from pretrain.errors import ConfigError
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The formula

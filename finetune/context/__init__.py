@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from finetune.attention.multihead import Keys, Tokens
 from finetune.attention.trace import Weights
 from pretrain import registry
-from pretrain.config import ConfigError
+from pretrain.errors import ConfigError
 
 
 class Asking(NamedTuple):

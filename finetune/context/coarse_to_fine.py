@@ -23,7 +23,7 @@ from finetune.attention.multihead import Keys, attend
 from finetune.attention.trace import Weights
 from finetune.context import Asking, Context
 from finetune.context.tiling import Tiling
-from pretrain.config import ConfigError
+from pretrain.errors import ConfigError
 
 
 @dataclass

@@ -18,7 +18,7 @@ from finetune.attention.trace import Weights
 from finetune.context import Asking
 from finetune.context.dense import Dense
 from finetune.context.tiling import Tiling
-from pretrain.config import ConfigError
+from pretrain.errors import ConfigError
 
 
 @dataclass

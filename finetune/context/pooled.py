@@ -16,7 +16,7 @@ from torch import nn
 from finetune.attention.multihead import Attention, Tokens, attend, over_heads
 from finetune.attention.trace import Weights
 from finetune.context.dense import Dense
-from pretrain.config import ConfigError
+from pretrain.errors import ConfigError
 
 
 @dataclass

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from finetune.attention.trace import Step, Trace
-from pretrain.config import ConfigError, closest
+from pretrain.errors import ConfigError, closest
 
 Pair = tuple[str, str]
 Blocks = dict[Pair, Tensor]

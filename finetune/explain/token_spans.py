@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.config import ConfigError
 from pretrain.data.captions import clean
 from pretrain.data.text import TextDecoder
+from pretrain.errors import ConfigError
 
 _READABLE = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
@@ -26,16 +27,16 @@ from finetune.attention.trace import Trace
 from finetune.explain import heatmap
 from finetune.explain.attribution import attention_maps
 from finetune.explain.token_spans import Cut, word_maps
-from finetune.grounding.pointing_game import Array, seen_part
 from finetune.loading import Finetuned
 from finetune.model import FusionModel
 from finetune.tasks import Prediction, Task
-from pretrain.config import UserError
 from pretrain.data import BadSample, loader
 from pretrain.data.decode import decode
-from pretrain.data.images import ImageDecoder
+from pretrain.data.images import ImageDecoder, visible_box
 from pretrain.data.text import TextDecoder
 from pretrain.embedding.split import evaluating
+from pretrain.errors import UserError
+from pretrain.runtime.files import replacing
 
 METHOD = "raw"
 """How maps are made unless somebody says otherwise: after a short training on scenes (300 steps of 16 pictures) raw attention
@@ -50,7 +51,7 @@ class Seen:
     """The part of the picture that the model saw, in the picture's own pixels."""
     text: str
     words: list[str]
-    maps: Array
+    maps: NDArray[np.float64]
     """(words, H, W), nowhere negative, comparable within this text."""
     answers: list[tuple[str, float]] = field(default_factory=list)
     """What the task says, best first, with its probability or score."""
@@ -139,7 +140,7 @@ def look(tuned: Finetuned, picture: bytes, text: str, method: str = METHOD, laye
     except BadSample as error:
         raise UserError(f"the picture cannot be used: {error.reason}: {error.detail}") from error
     maps, said = token_maps(tuned.model, tuned.task, inputs["image"], inputs["text"], masks["text"], method, layer)
-    box = [round(edge) for edge in seen_part(whole.shape[0], whole.shape[1], image.size, image.resize)]
+    box = [round(edge) for edge in visible_box(whole.shape[0], whole.shape[1], image.size, image.resize)]
     shown = Image.fromarray(whole).crop((box[0], box[1], box[2], box[3]))
     values = word_maps(maps[0], words).double().numpy()
     return Seen(shown, cut.text, [word.text for word in words], values, said.best[0], tuned.task.asks)
@@ -225,9 +226,8 @@ def attend(
     seen = look(tuned, data, text, method, layer)
     path = Path(out)
     try:
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_bytes(heatmap.png(seen.figure()))
-        partial.replace(path)
+        with replacing(path) as partial:
+            partial.write_bytes(heatmap.png(seen.figure()))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     return seen

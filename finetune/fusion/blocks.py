@@ -17,7 +17,7 @@ from finetune.attention.multihead import Attention, Gate, Tokens
 from finetune.attention.positions import channels
 from finetune.attention.trace import Sight, Step, Trace, Weights
 from finetune.context import Asking, Context, build_contexts
-from pretrain.config import ConfigError
+from pretrain.errors import ConfigError
 from pretrain.towers import TokenSequence, masked_mean
 
 

@@ -28,7 +28,7 @@ from finetune.fusion.blocks import (
     note,
     see,
 )
-from pretrain.config import ConfigError
+from pretrain.errors import ConfigError
 
 
 @dataclass

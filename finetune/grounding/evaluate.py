@@ -36,10 +36,10 @@ from finetune.grounding.pointing_game import bootstrap
 from finetune.grounding.probes import SWAP, Prober, Record, Sides, untrained
 from finetune.loading import Finetuned
 from finetune.tasks import everywhere
-from pretrain.config import ConfigError, UserError, closest
 from pretrain.data import loader, vocabulary
 from pretrain.data.config import sources_of
 from pretrain.data.vocabulary import Vocabulary
+from pretrain.errors import ConfigError, UserError, closest
 from pretrain.runtime import distributed
 
 CONTROLS = ("area", "centre", "untrained", "shuffled")

@@ -17,21 +17,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.data.images import evaluation_size
-
 Array = NDArray[np.float64]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Where things are on the grid
-
-
-def seen_part(height: int, width: int, size: int, resize: str) -> tuple[float, float, float, float]:
-    """The box of a stored picture, in its pixels, that reaches the model: all of it, or the centre that is cut out."""
-    tall, wide = evaluation_size(height, width, size, resize)
-    top, left = round((tall - size) / 2), round((wide - size) / 2)
-    across, down = width / wide, height / tall
-    return left * across, top * down, (left + size) * across, (top + size) * down
 
 
 def to_cells(boxes: Array, part: tuple[float, float, float, float], grid: tuple[int, int]) -> Array:

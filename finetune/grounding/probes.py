@@ -20,13 +20,14 @@ from finetune.attention.multihead import Gate
 from finetune.explain.token_spans import Cut, word_map
 from finetune.explain.word_maps import readers, token_maps
 from finetune.grounding.phrases import Mention, Objects, Swap, mentions, pairs, swaps, whole
-from finetune.grounding.pointing_game import Array, centre_map, covered, hit, lift, reached, seen_part, to_cells
+from finetune.grounding.pointing_game import Array, centre_map, covered, hit, lift, reached, to_cells
 from finetune.loading import Finetuned
 from finetune.model import FusionModel
-from pretrain.config import UserError
 from pretrain.data.decode import EXTENSIONS, read_header
+from pretrain.data.images import visible_box
 from pretrain.data.loader import Batch
 from pretrain.data.vocabulary import Vocabulary
+from pretrain.errors import UserError
 
 SWAP = "swap"
 
@@ -201,7 +202,7 @@ class Prober:
     def _cells(self, batch: Batch, objects: list[Objects], i: int, mention: Mention, grid: tuple[int, int]) -> Array:
         """The boxes that a word speaks of, in cells."""
         height, width = batch.inputs["sides"][i].tolist()
-        part = seen_part(height, width, self.image.size, self.image.resize)
+        part = visible_box(height, width, self.image.size, self.image.resize)
         boxes = np.array([objects[i][o]["box"] for o in mention.objects], dtype=np.float64)
         return to_cells(boxes, part, grid)
 

@@ -19,7 +19,6 @@ A dotted path names a task outside the project (task.name=my.module). May import
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -31,13 +30,14 @@ from torch import Tensor, nn
 from finetune.attention.trace import Trace
 from finetune.model import Features, FusionModel, Head
 from finetune.tasks.questions import Question
-from pretrain.config import ConfigError, UserError
 from pretrain.data import BadSample, loader
 from pretrain.data.config import counted, sources_of
 from pretrain.data.loader import Batch, Sequential
+from pretrain.data.sample_json import read_json
 from pretrain.data.shards.cache import Cache
 from pretrain.data.shards.reader import Reader
 from pretrain.embedding.split import evaluating
+from pretrain.errors import ConfigError, UserError
 from pretrain.runtime import distributed
 from pretrain.runtime.agree import gather_or_raise as everywhere  # noqa: F401 - the name that grounding.py imports
 from pretrain.strategies import DTYPES
@@ -117,8 +117,8 @@ def survey(shards: Any, cache: Cache | None = None) -> Iterator[dict[str, Any]]:
     for shard, number in enumerate(numbers):
         for sample in range(max(begin - at, 0), min(end - at, number)):
             try:
-                values = json.loads(reader.read(shard, sample, ["json"]).members.get("json", b"{}"))
-            except (BadSample, ValueError, RecursionError):
+                values = read_json(reader.read(shard, sample, ["json"]).members)
+            except BadSample:
                 continue
             if isinstance(values, dict):
                 yield values

@@ -12,8 +12,8 @@ import io
 import re
 import shutil
 
-from pretrain.config import UserError
-from pretrain.training.run_dir import say
+from pretrain.errors import UserError
+from pretrain.runtime.console import say
 
 INSTALL = "pip install 'clipfuse[finetune]'"
 

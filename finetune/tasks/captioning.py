@@ -26,8 +26,8 @@ from finetune.attention.trace import Trace
 from finetune.model import Features, FusionModel, Head
 from finetune.tasks import Prediction, Setting, Survey, Task, caption_metrics, per_item
 from finetune.tasks.decoding import Generated, beam, greedy, nucleus
-from pretrain.config import ConfigError, UserError
 from pretrain.data.text import TextDecoder
+from pretrain.errors import ConfigError, UserError
 from pretrain.runtime import distributed
 from pretrain.runtime.agree import gather_or_raise, on_main
 from pretrain.towers import TokenSequence, masked_mean

@@ -29,11 +29,11 @@ from finetune.fusion.blocks import repeat
 from finetune.model import Features, FusionModel, Head
 from finetune.tasks import Prediction, Setting, Survey, Task, Told, per_item
 from finetune.tasks.labels import Labels, balance, check_measures, count, in_order, multi, single
-from pretrain.config import ConfigError, UserError
 from pretrain.data import BadSample
 from pretrain.data.images import ImageDecoder
 from pretrain.data.shards.paths import RawSample
 from pretrain.data.text import TextDecoder
+from pretrain.errors import ConfigError, UserError
 from pretrain.runtime import distributed
 from pretrain.runtime.agree import gather_or_raise
 

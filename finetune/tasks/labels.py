@@ -6,7 +6,6 @@ Shapes: b = samples, n = samples of an evaluation, K = classes.
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.config import UserError
 from pretrain.data import BadSample
+from pretrain.data.sample_json import read_json
 from pretrain.data.shards.paths import RawSample
+from pretrain.errors import UserError
 
 
 class Labels:
@@ -33,10 +33,7 @@ class Labels:
 
     def __call__(self, sample: RawSample, rng: np.random.Generator, train: bool) -> list[int]:
         """Positions in the classes. Raises BadSample."""
-        try:
-            values = json.loads(sample.members.get("json", b"{}"))
-        except (ValueError, RecursionError) as error:
-            raise BadSample("json unreadable", str(error)) from error
+        values = read_json(sample.members)
         names = labels_of(values, self.field, self.several)
         unknown = [name for name in names if name not in self.ids]
         if unknown and train:

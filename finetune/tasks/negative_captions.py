@@ -5,7 +5,6 @@ Shapes: b = samples, F = foils a sample, T = tokens of the longest.
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pretrain.data import BadSample
+from pretrain.data.sample_json import read_fields
 from pretrain.data.shards.paths import RawSample
 from pretrain.data.text import TextDecoder, clean
 
@@ -42,11 +42,7 @@ class Foils(TextDecoder):
 
 def foils_of(sample: RawSample, field: str) -> list[str]:
     """The wrong captions of a sample; [] where it has none. Raises BadSample for a field of another kind."""
-    try:
-        values = json.loads(sample.members.get("json", b"{}"))
-    except (ValueError, RecursionError) as error:
-        raise BadSample("json unreadable", str(error)) from error
-    given = (values.get(field) if isinstance(values, dict) else None) or []
+    given = read_fields(sample.members).get(field) or []
     if not isinstance(given, list):
         raise BadSample("foils unreadable", f"{field} is no list: {given!r}"[:200])
     texts = [item.get("caption") if isinstance(item, dict) else item for item in given]

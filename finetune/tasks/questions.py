@@ -5,7 +5,6 @@ Shapes: b = pictures, m = questions a picture, T = tokens of the longest, K = an
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from finetune.tasks.vqa_accuracy import accuracy, normalise
 from pretrain.data import BadSample
+from pretrain.data.sample_json import read_json
 from pretrain.data.shards.paths import RawSample
 from pretrain.data.text import TextDecoder, clean
 
@@ -81,10 +81,7 @@ class Questions(TextDecoder):
 
     def __call__(self, sample: RawSample, rng: np.random.Generator, train: bool) -> Asked:  # type: ignore[override]
         """Raises BadSample."""
-        try:
-            values = json.loads(sample.members.get("json", b"{}"))
-        except (ValueError, RecursionError) as error:
-            raise BadSample("json unreadable", str(error)) from error
+        values = read_json(sample.members)
         found = questions_of(values, self.field, self.types)
         if not found:  # of none of the wanted types: one of another type holds its place
             return Asked(questions_of(values, self.field)[:1] * (self.draw if train else 1), 0, train)

@@ -24,8 +24,8 @@ from torch.nn import functional as F
 
 from finetune.model import FusionModel
 from finetune.tasks import Setting
-from pretrain.config import UserError
 from pretrain.data.loader import Batch
+from pretrain.errors import UserError
 from pretrain.evaluation.retrieval import TIE, found, retrieval
 from pretrain.runtime import distributed
 from pretrain.runtime.agree import gather_or_raise, on_all, on_main

@@ -33,12 +33,12 @@ from finetune.tasks import Prediction, Setting, Survey, Task, Told, hard_negativ
 from finetune.tasks.negative_captions import Foils
 from finetune.tasks.reranking import search
 from pretrain import registry
-from pretrain.config import ConfigError
 from pretrain.data.batch import Batch
+from pretrain.errors import ConfigError
 from pretrain.runtime import distributed
+from pretrain.runtime.console import say
 from pretrain.towers import TokenSequence
 from pretrain.training.objective import SCALARS
-from pretrain.training.run_dir import say
 
 WINDOW = 200
 """Steps over which the matching loss is compared with that of a constant answer."""

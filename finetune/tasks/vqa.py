@@ -27,8 +27,8 @@ from finetune.model import Features, FusionModel, Head
 from finetune.tasks import Prediction, Setting, Survey, Task, Told, per_item
 from finetune.tasks.questions import Question, Questions, questions_of
 from finetune.tasks.vqa_accuracy import Blind, accuracy, vocabulary
-from pretrain.config import ConfigError, UserError
 from pretrain.data import BadSample
+from pretrain.errors import ConfigError, UserError
 from pretrain.runtime import distributed
 from pretrain.runtime.agree import gather_or_raise
 from pretrain.towers import TokenSequence

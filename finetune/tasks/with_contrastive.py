@@ -19,8 +19,8 @@ from finetune.attention.trace import Trace
 from finetune.model import CAPTION, Features, FusionModel, Head
 from finetune.tasks import Prediction, Setting, Task
 from pretrain import registry
-from pretrain.config import ConfigError
 from pretrain.data.loader import Batch
+from pretrain.errors import ConfigError
 
 
 class Aligned(Task):

@@ -9,13 +9,13 @@ import argparse
 import dataclasses
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from pretrain.__main__ import DONE, FAILED, find_config, guarded, run
-from pretrain.config import ConfigError
+from pretrain.config import find_config
 from pretrain.embedding import options
+from pretrain.errors import ConfigError
+from pretrain.runtime.entrypoint import DONE, FAILED, guarded, run
 
 Command = Callable[[argparse.Namespace], int]
 _MAPS = "raw, rollout, gradcam, relevance"
@@ -408,7 +408,3 @@ def _report(args: argparse.Namespace) -> int:
     path = report.write(args.run, args.data)
     print(f"wrote {path}")
     return DONE
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pretrain.training.run_dir import console
+from pretrain.runtime.console import console
 
 
 @contextmanager

@@ -21,38 +21,25 @@ from torch import nn
 
 from launch.plan.footprint import Footprint, footprint
 from pretrain import model as models
-from pretrain.__main__ import find_config
-from pretrain.checkpoints import loading, warm_start
-from pretrain.config import ConfigError, UserError
+from pretrain.checkpoints import warm_start
+from pretrain.config import find_config
 from pretrain.data.config import sources_of
 from pretrain.data.shards.paths import counts
+from pretrain.errors import ConfigError, UserError
 from pretrain.losses import tiled, tiles
 from pretrain.runtime import distributed
+from pretrain.runtime.gpus import GPUS
 from pretrain.strategies import WORDS
+from pretrain.strategies.deepspeed import BUCKET
 from pretrain.strategies.fsdp2 import blocks
 from pretrain.train import PretrainConfig, load_config
 from pretrain.training import flops
 
 GIB = 2**30
-GPUS = {
-    "h100": (80, 989),
-    "h200": (141, 989),
-    "b200": (180, 2250),
-    "a100": (80, 312),
-    "a100-40": (40, 312),
-    "l40s": (48, 362),
-    "a10": (24, 125),
-    "4090": (24, 165),
-    "v100": (32, 125),
-    "t4": (16, 65),
-}
-"""Memory in GB and dense bf16 (v100, t4: fp16) operations in TFLOP/s, from the vendor's data sheets."""
 OVERHEAD = 1.5 * GIB
 """CUDA's context, cuBLAS workspaces, NCCL's buffers and fragments of the allocator: an allowance."""
 USAGE = 0.4
 """Share of the peak that a well-fed GPU reaches, for the time estimate."""
-BUCKET = 50_000_000
-"""Elements that ZeRO sends and gathers at a time (pretrain/strategies/deepspeed.py)."""
 
 
 @dataclass(frozen=True)
@@ -209,7 +196,7 @@ def measure(config: PretrainConfig) -> tuple[Model, list[str]]:
     """Builds the model on the CPU, without published weights, and takes its measures; and what was assumed."""
     notes = []
     towers = {}
-    for name, tower in loading.towers(config).items():
+    for name, tower in models.towers(config).items():
         changes: dict[str, Any] = {"pretrained": False} if hasattr(tower, "pretrained") else {}
         if hasattr(tower, "groups"):
             changes["groups"] = 1  # grouping by length is for CPUs, and depends on the texts

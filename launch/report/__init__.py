@@ -36,8 +36,9 @@ from launch.report.record import Record
 from launch.report.tuned import Tuned
 from pretrain.checkpoints import export as exports
 from pretrain.checkpoints import loading
-from pretrain.config import UserError
+from pretrain.errors import UserError
 from pretrain.runtime import distributed
+from pretrain.runtime.files import write_text
 
 NO_SHARDS = "The run names no validation shards (data.val); give some with --data."
 
@@ -80,9 +81,7 @@ def write(run: str | Path, data: Any = None, out: Path | None = None, pictures: 
         missing = str(error)
     path = out or record.folder / "report.html"
     try:
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(render(record, gallery, missing, weights, tuned, export), encoding="utf-8")
-        partial.replace(path)
+        write_text(path, render(record, gallery, missing, weights, tuned, export))
     except OSError as error:
         raise UserError(f"cannot write the report {path}: {error.strerror or error}") from error
     return path

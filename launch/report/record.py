@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from pretrain.config import UserError
+from pretrain.errors import UserError
 
 Line = dict[str, Any]
 

@@ -13,7 +13,7 @@ from finetune.explain.word_maps import Seen, examples, share_of
 from finetune.loading import Finetuned
 from launch.report import figures
 from launch.report.record import Line, Record
-from pretrain.config import UserError
+from pretrain.errors import UserError
 
 SHOWN = 8  # pictures
 EDGE = 132  # px of a tile

@@ -19,13 +19,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pretrain.__main__ import find_config
-from pretrain.config import ConfigError, UserError
+from pretrain.config import find_config
+from pretrain.errors import ConfigError, UserError
 from pretrain.runtime import distributed
 from pretrain.training.run_dir import RunFolder
 
-ROOT = Path(__file__).resolve().parent.parent
-TEMPLATE = Path(__file__).resolve().parent / "slurm" / "pretrain.sbatch"
+ROOT = Path(__file__).resolve().parent.parent.parent
+TEMPLATE = Path(__file__).resolve().parent / "pretrain.sbatch"
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import torch
 
 from pretrain.checkpoints import store
 from pretrain.checkpoints.loading import Loaded
-from pretrain.config import ConfigError, UserError
+from pretrain.errors import ConfigError, UserError
 from pretrain.formats import Encoders, model_card
 from pretrain.formats.portable_tokenizer import PROBES
 
@@ -64,7 +64,9 @@ def export(loaded: Loaded, folder: Path, form: str, license: str | None = None) 
     with whole(folder) as partial:
         module.write(encoders, partial)
         difference = compare(encoders, module.load(partial))
-        (partial / "README.md").write_text(model_card.text(encoders, loaded.folder, form, folder.name, license, difference))
+        (partial / "README.md").write_text(
+            model_card.text(encoders, loaded.folder, loaded.step, form, folder.name, license, difference)
+        )
     return folder
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,10 @@ from torch import Tensor
 
 from pretrain import config as configuration
 from pretrain import model as models
-from pretrain import registry
 from pretrain.checkpoints import store
-from pretrain.config import ConfigError, UserError
 from pretrain.data.config import evaluated_caption
-from pretrain.data.images import AugmentConfig, ImageDecoder
-from pretrain.data.text import TextDecoder, load_tokenizer
+from pretrain.data.text import load_tokenizer
+from pretrain.errors import UserError
 from pretrain.formats import Found, hf_import, open_clip_import
 from pretrain.model import DualEncoder, ModelSchema
 
@@ -65,10 +63,10 @@ def load_model(run: str | Path) -> Loaded:
 
 
 def _built(config: ModelSchema, weights: dict[str, Tensor], tokenizer: Any, caption: str, folder: Path, step: int) -> Loaded:
-    model = models.build(towers(config), config.model, tokenizer)
+    model = models.build(models.towers(config), config.model, tokenizer)
     store.load_weights(model, weights, folder)
     model.eval()
-    return Loaded(model, config, tokenizer, decoders(config, tokenizer, model, caption), folder, step)
+    return Loaded(model, config, tokenizer, models.decoders(config, tokenizer, model, caption), folder, step)
 
 
 def foreign(run: str | Path) -> Callable[[str], Found] | None:
@@ -83,41 +81,3 @@ def foreign(run: str | Path) -> Callable[[str], Found] | None:
         return open_clip_import.read
     hub_name = text.count("/") == 1 and not text.startswith((".", "/", "~", "runs/"))
     return hf_import.read if hub_name and not path.parent.exists() else None
-
-
-def towers(config: ModelSchema) -> dict[str, Any]:
-    """The tower configurations by modality; a modality set to null is left out."""
-    all_of = {"image": config.image, "text": config.text, **config.others}
-    found = {modality: tower for modality, tower in all_of.items() if tower is not None}
-    if len(found) < 2:
-        raise ConfigError(f"a contrastive model needs two towers; the configuration has {', '.join(found) or 'none'}")
-    return found
-
-
-def decoders(
-    config: ModelSchema, tokenizer: Any, model: DualEncoder, caption: str, augment: AugmentConfig | None = None, draw: int = 1
-) -> dict[str, Any]:
-    """What turns a raw sample into each tower's input. A tower's file may bring its own `decoder(config, tokenizer)`."""
-    made: dict[str, Any] = {}
-    for modality, tower in towers(config).items():
-        module = registry.part("towers", tower.tower)
-        if hasattr(module, "decoder"):
-            made[modality] = module.decoder(tower, tokenizer)
-        elif modality == "image":
-            made[modality] = ImageDecoder(tower.size, augment, tower.resize, tower.interpolation)
-        elif modality == "text":
-            made[modality] = TextDecoder(tokenizer, tower.length, caption, trim=model.tower(modality).trims, draw=draw)
-        else:
-            raise ConfigError(f"{modality}.tower={tower.tower}: {module.__name__} has no decoder(config, tokenizer)")
-    return made
-
-
-def portable(config: ModelSchema, model: DualEncoder) -> ModelSchema:
-    """The configuration as a checkpoint keeps it: every architecture inline, so that loading needs no hub and no folder."""
-    inlined: dict[str, Any] = {}
-    for modality, tower in towers(config).items():
-        settings = getattr(model.towers[modality], "settings", None)
-        changes = settings() if settings is not None else {}
-        inlined[modality] = replace(tower, **changes)
-    others = {modality: inlined.pop(modality) for modality in config.others}
-    return replace(config, **inlined, others=others)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import time
@@ -22,16 +21,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pretrain.config import UserError
+from pretrain.errors import UserError
 from pretrain.runtime import distributed
 from pretrain.runtime.agree import on_all, on_main
+from pretrain.runtime.files import flush, save_weights, write_text
 
 _STEP = re.compile(r"step-(\d+)$")
-_UMASK = os.umask(0o077)
-os.umask(_UMASK)  # it can only be read by setting it, which belongs where no thread has started yet
 
 
 def step_of(folder: Path) -> int:
@@ -86,9 +84,9 @@ def save(
 
     def publish() -> None:
         _seal(partial, final, step)
-        _point(checkpoints / "latest", final.name)
+        write_text(checkpoints / "latest", final.name + "\n", sync=True)
         if best:
-            _point(checkpoints / "best", final.name)
+            write_text(checkpoints / "best", final.name + "\n", sync=True)
         _rotate(checkpoints, keep)
 
     try:
@@ -117,32 +115,16 @@ def _seal(partial: Path, final: Path, step: int) -> None:
     }
     (partial / "manifest.json").write_text(json.dumps({"step": step, "time": time.time(), "files": files}, indent=1))
     for path in [*paths, partial / "manifest.json", *[p for p in partial.rglob("*") if p.is_dir()], partial]:
-        _flush(path)
+        flush(path)
     if final.exists():  # the same step again, after a resume that went back before it
         shutil.rmtree(final)
     partial.rename(final)
-    _flush(final.parent)
+    flush(final.parent)
 
 
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _point(link: Path, name: str) -> None:
-    """A pointer file, replaced atomically."""
-    partial = link.with_name(f".{link.name}.partial")
-    partial.write_text(name + "\n")
-    _flush(partial)
-    partial.replace(link)
 
 
 def _rotate(checkpoints: Path, keep: int) -> None:
@@ -245,24 +227,6 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], where: Path | str
     if said:
         raise UserError(f"{where} is a checkpoint of another architecture: {'; '.join(said)}")
     model.load_state_dict(weights)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """JSON, replaced atomically."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=1))
-    partial.replace(path)
-
-
-def save_weights(path: Path, weights: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """One safetensors file, with the rights of any new file. Raises OSError or SafetensorError where it cannot be written."""
-    save_file({name: value.contiguous() for name, value in weights.items()}, path, metadata)
-    as_any_file(path)
-
-
-def as_any_file(path: Path) -> None:
-    """safetensors writes for the owner's eyes alone; a checkpoint is for the group that the umask lets read."""
-    path.chmod(0o666 & ~_UMASK)
 
 
 def save_tensors(path: Path, value: dict[str, Any]) -> None:

@@ -17,10 +17,10 @@ from torch import Tensor
 from pretrain import config as configuration
 from pretrain.checkpoints import loading, store
 from pretrain.checkpoints.loading import Loaded
-from pretrain.config import ConfigError, UserError
 from pretrain.data.text import load_tokenizer
+from pretrain.errors import ConfigError, UserError
 from pretrain.model import DualEncoder
-from pretrain.training.run_dir import say
+from pretrain.runtime.console import say
 
 NOT_INHERITED = ("tokenizer", "trainable_blocks", "checkpointing", "patch_dropout")
 """Settings of a tower that are no architecture: a folder of theirs (`tokenizer` below reads it), and how it trained."""

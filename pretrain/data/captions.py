@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import unicodedata
 from typing import Any
 
 from pretrain.data import BadSample
+from pretrain.data.sample_json import read_json
 
 
 def clean(text: str) -> str:
@@ -41,7 +41,7 @@ def captions(members: dict[str, bytes], source: str = "txt") -> list[str]:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise BadSample("caption not UTF-8", str(error)) from error
-    found: list[Any] = [text] if member == "txt" else _field(text, source)
+    found: list[Any] = [text] if member == "txt" else _field(members, source)
     if not all(isinstance(caption, str) for caption in found):
         raise BadSample("caption not text", f"{source}={found!r}"[:200])
     cleaned = [caption for caption in map(clean, found) if caption]
@@ -50,11 +50,8 @@ def captions(members: dict[str, bytes], source: str = "txt") -> list[str]:
     return cleaned
 
 
-def _field(text: str, source: str) -> list[Any]:
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise BadSample("json unreadable", str(error)) from error
+def _field(members: dict[str, bytes], source: str) -> list[Any]:
+    values = read_json(members)
     value = values.get(source) if isinstance(values, dict) else None
     if value is None or value == []:
         has = f"fields {', '.join(sorted(map(str, values)))[:150]}" if isinstance(values, dict) else "no fields"

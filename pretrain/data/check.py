@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from pretrain.config import UserError
 from pretrain.data import BadSample
 from pretrain.data.captions import captions
 from pretrain.data.decode import decode as decode_image
@@ -16,6 +15,7 @@ from pretrain.data.shards.cache import Cache, patiently
 from pretrain.data.shards.index import index
 from pretrain.data.shards.paths import in_parallel
 from pretrain.data.shards.reader import Reader
+from pretrain.errors import UserError
 
 _NAMED = 10  # samples named for each reason; all are counted
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from pretrain.config import ConfigError, UserError, closest
 from pretrain.data.images import AugmentConfig
 from pretrain.data.shards.cache import Cache
 from pretrain.data.shards.paths import counts, expand
+from pretrain.errors import ConfigError, UserError, closest
 from pretrain.runtime.agree import on_main
 
 log = logging.getLogger(__name__)

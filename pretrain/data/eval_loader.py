@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.config import UserError
 from pretrain.data.batch import Batch, Decoder
 from pretrain.data.config import counted, sources_of
 from pretrain.data.shards.cache import Cache
 from pretrain.data.shards.reader import Reader
 from pretrain.data.worker import Evaluation, Store
 from pretrain.data.worker_pool import running
+from pretrain.errors import UserError
 
 log = logging.getLogger(__name__)
 

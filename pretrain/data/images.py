@@ -21,15 +21,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pretrain.config import ConfigError
 from pretrain.data import BadSample
 from pretrain.data.decode import EXTENSIONS, MAX_PIXELS, decode, pixels_of, read_header, reduction
+from pretrain.errors import ConfigError
+from pretrain.ops import CLIP_MEAN, CLIP_STD
 
 if TYPE_CHECKING:
     from pretrain.data.shards.paths import RawSample
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
@@ -229,3 +228,11 @@ def evaluation_size(height: int, width: int, size: int, resize: str) -> tuple[in
     if height <= width:
         return size, int(size * width / height)
     return int(size * height / width), size
+
+
+def visible_box(height: int, width: int, size: int, resize: str) -> tuple[float, float, float, float]:
+    """The box (x0, y0, x1, y1) of a stored image, in its pixels, that reaches the model: the center crop, or all of it."""
+    tall, wide = evaluation_size(height, width, size, resize)
+    top, left = round((tall - size) / 2), round((wide - size) / 2)
+    across, down = width / wide, height / tall
+    return left * across, top * down, (left + size) * across, (top + size) * down

@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from pretrain.config import UserError
 from pretrain.data import synthetic
 from pretrain.data.batch import Batch, Decoder, merge
 from pretrain.data.config import DataConfig, counted, sources_of
@@ -33,6 +32,7 @@ from pretrain.data.shards.reader import Reader
 from pretrain.data.shuffle import Ints
 from pretrain.data.worker import Bad, Piece, Store, Training
 from pretrain.data.worker_pool import running
+from pretrain.errors import UserError
 
 __all__ = ["Batch", "DataConfig", "Decoder", "Loader", "Sequential", "build_loader", "sequential"]
 

@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pretrain.config import ConfigError
 from pretrain.data.shuffle import Endless, Ints, draw
+from pretrain.errors import ConfigError
 
 PERIOD_BITS = 16
 PERIOD = 1 << PERIOD_BITS

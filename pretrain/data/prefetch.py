@@ -20,6 +20,7 @@ from typing import Any
 from pretrain.data.shards.cache import Cache, remote
 from pretrain.data.shards.index import index, saved_count
 from pretrain.data.shards.reader import Reader
+from pretrain.runtime.orphans import is_orphan
 
 _PROBES = 64  # shards looked at to see whether they are indexed
 _REMEMBERED = 4096  # shards not looked at again
@@ -79,7 +80,7 @@ def _go(
     for batch in count(start):
         while batch > at.value + reach:
             time.sleep(0.1)
-            if os.getppid() != parent:
+            if is_orphan(parent):
                 return
         for shard in shards(batch):
             if shard in done:
@@ -87,7 +88,7 @@ def _go(
                 continue
             with suppress(Exception):
                 index(paths[shard], cache)
-            if os.getppid() != parent:
+            if is_orphan(parent):
                 return
             done[shard] = None
             if len(done) > _REMEMBERED:

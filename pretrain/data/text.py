@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.config import ConfigError
 from pretrain.data.captions import caption_id, captions, clean
 from pretrain.data.train_tokenizer import train_tokenizer
+from pretrain.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

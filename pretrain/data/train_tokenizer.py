@@ -7,19 +7,19 @@ end of a text as the maximum of its ids.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pretrain.config import ConfigError, UserError
 from pretrain.data import BadSample
 from pretrain.data.captions import captions
+from pretrain.data.sample_json import read_fields
 from pretrain.data.shards.index import index
 from pretrain.data.shards.paths import expand
 from pretrain.data.shards.reader import Reader
+from pretrain.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -135,11 +135,7 @@ def read_captions(paths: Sequence[str], caption: str = "txt") -> Iterator[str]:
 
 def _questions(members: dict[str, bytes]) -> list[str]:
     """The questions of a sample: what is asked is read by the same tower as what is said."""
-    try:
-        values = json.loads(members.get("json", b"{}"))
-    except (ValueError, RecursionError) as error:
-        raise BadSample("json unreadable", str(error)) from error
-    asked = values.get("questions") if isinstance(values, dict) else None
+    asked = read_fields(members).get("questions")
     return [item["question"] for item in asked or [] if isinstance(item, dict) and isinstance(item.get("question"), str)]
 
 

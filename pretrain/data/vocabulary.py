@@ -17,8 +17,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pretrain.config import UserError
 from pretrain.data.shards.cache import remote, small
+from pretrain.errors import UserError
 
 FILE = "vocabulary.json"
 ATTRIBUTES = ("color", "surface", "size")

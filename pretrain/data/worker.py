@@ -5,7 +5,6 @@ Workers report what they could not use instead of raising: the loader counts it 
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -17,12 +16,13 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from pretrain.config import UserError
 from pretrain.data import BadSample
 from pretrain.data.batch import Batch, Decoder, collate
 from pretrain.data.order import Order
+from pretrain.data.sample_json import read_fields
 from pretrain.data.shards.paths import RawSample
 from pretrain.data.shuffle import Generators, Ints
+from pretrain.errors import UserError
 
 
 class Store(Protocol):
@@ -163,10 +163,9 @@ class Evaluation(_Decoding, torch.utils.data.Dataset[Piece]):
 def _json(raw: RawSample) -> dict[str, Any]:
     """The json of a sample; {} where there is none to be read."""
     try:
-        content = json.loads(raw.members.get("json", b"{}"))
-    except (ValueError, RecursionError):
+        return read_fields(raw.members)
+    except BadSample:
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 # ---- the process -----------------------------------------------------------------------------------------------------

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from pretrain.config import UserError
 from pretrain.data import worker
 from pretrain.data.worker import Piece
+from pretrain.errors import UserError
 
 DYING = 10.0
 """Seconds that a killed worker may take until the kernel lets go of it."""

@@ -28,10 +28,10 @@ import pyarrow.parquet as pq
 import torch
 
 from pretrain.checkpoints.loading import Loaded
-from pretrain.checkpoints.store import write_json
-from pretrain.config import UserError
 from pretrain.embedding import parquet
 from pretrain.embedding.split import Embedded
+from pretrain.errors import UserError
+from pretrain.runtime.files import write_json
 
 FORMAT = "clipfuse embeddings 1"
 MANIFEST = "_manifest.json"

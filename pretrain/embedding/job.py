@@ -22,9 +22,7 @@ from typing import Any
 
 import torch
 
-from pretrain.__main__ import DONE, STOPPED, EarlyStop, guarded, stopping_early
 from pretrain.checkpoints.loading import Loaded, load_model
-from pretrain.config import ConfigError, UserError, closest
 from pretrain.data.batch import Batch
 from pretrain.data.config import counted
 from pretrain.data.shards.cache import Cache
@@ -38,10 +36,12 @@ from pretrain.embedding.encoder import Encoder, evaluating
 from pretrain.embedding.options import Options
 from pretrain.embedding.parquet import Layout, Writer
 from pretrain.embedding.work_queue import Board, Shown
+from pretrain.errors import ConfigError, UserError, closest
 from pretrain.runtime import distributed, preflight
 from pretrain.runtime.agree import on_main
+from pretrain.runtime.console import duration, say
+from pretrain.runtime.entrypoint import DONE, STOPPED, EarlyStop, guarded, stopping_early
 from pretrain.runtime.memory import is_out_of_memory
-from pretrain.training.run_dir import duration, say
 
 PER_FILE = 16384
 """Samples of a file: a few minutes' work of a CPU, seconds of a GPU."""

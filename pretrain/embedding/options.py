@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
-from pretrain.config import ConfigError
+from pretrain.errors import ConfigError
 
 
 @dataclass

@@ -16,7 +16,6 @@ Legend: b = samples of a batch, m = captions of them, D = width of the space, N 
 from __future__ import annotations
 
 import json
-import os
 import queue
 import threading
 from collections.abc import Mapping, Sequence
@@ -31,8 +30,9 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from pretrain.config import UserError
 from pretrain.embedding.encoder import Encoded
+from pretrain.errors import UserError
+from pretrain.runtime.files import flush, partial_path
 
 FOOTER = b"clipfuse"
 """Key of our part of a file's footer."""
@@ -174,7 +174,7 @@ class _File:
     """One file under its hidden name."""
 
     def __init__(self, folder: Path, name: str, schema: pa.Schema) -> None:
-        self.final, self.partial = folder / name, folder / f".{name}.{os.getpid()}.partial"
+        self.final, self.partial = folder / name, partial_path(folder / name)
         self._writer = pq.ParquetWriter(
             str(self.partial), schema, compression=_codecs(schema), use_dictionary=False, write_statistics=["key"]
         )
@@ -198,8 +198,7 @@ class _File:
         said = json.dumps({**footer, "rows": self._rows})
         self._writer.add_key_value_metadata({FOOTER: said.encode()})
         self._writer.close()
-        with self.partial.open("rb") as file:
-            os.fsync(file.fileno())
+        flush(self.partial)
         self.partial.replace(self.final)
 
     def drop(self) -> None:

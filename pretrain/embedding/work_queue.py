@@ -10,9 +10,9 @@ import time
 from collections import Counter
 from typing import Any
 
-from pretrain.config import UserError
+from pretrain.errors import UserError
 from pretrain.runtime import distributed
-from pretrain.training.run_dir import console, duration, say
+from pretrain.runtime.console import console, duration, say
 
 SAY_SECONDS = 10.0
 """Between two lines of progress, where there is no terminal."""

@@ -21,11 +21,11 @@ import torch
 from rich.table import Table
 
 from pretrain.checkpoints.loading import Loaded
-from pretrain.config import ConfigError, UserError, closest
 from pretrain.data import loader
 from pretrain.data.shards.cache import Cache
 from pretrain.embedding import dataset
 from pretrain.embedding.split import Embedded, embed_split, text_encoder
+from pretrain.errors import ConfigError, UserError, closest
 from pretrain.evaluation import linear_probe, zero_shot
 from pretrain.evaluation.retrieval import chance, retrieval
 from pretrain.model import DualEncoder

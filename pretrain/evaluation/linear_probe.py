@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.config import UserError
+from pretrain.errors import UserError
 from pretrain.evaluation.retrieval import check_finite
 from pretrain.evaluation.zero_shot import top_k
 

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pretrain.config import UserError
+from pretrain.errors import UserError
 
 TIE = 1e-9  # scores this close are equal: above the noise of float64 sums, far below the resolution of float32 features
 

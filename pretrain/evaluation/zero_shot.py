@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.config import ConfigError, UserError, closest
 from pretrain.data.vocabulary import builtin_names, load_builtin
+from pretrain.errors import ConfigError, UserError, closest
 from pretrain.evaluation.retrieval import TIE, check_finite
 
 # A class in many settings: averaged, they leave what the settings share, which is the class.

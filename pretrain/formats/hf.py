@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.checkpoints.store import as_any_file
 from pretrain.formats import Encoders, mean_pooling, portable_tokenizer, strange, text_weights, vit_weights
 from pretrain.formats.text_weights import Words
 from pretrain.formats.vit_weights import Plain
+from pretrain.runtime.files import apply_umask
 
 TIMM_ONLY = ("weight_init", "fix_init", "drop_path_rate", "drop_rate", "proj_drop_rate", "attn_drop_rate", "patch_drop_rate")
 """Arguments of timm that are for training only."""
@@ -62,7 +62,7 @@ def write(encoders: Encoders, folder: Path) -> None:
         assert not isinstance(made, str)
         made.save_pretrained(folder)
     for weights in folder.glob("*.safetensors"):
-        as_any_file(weights)
+        apply_umask(weights)
     tokenizer = portable_tokenizer.portable(encoders.text)
     if made.config.model_type == "siglip":
         # Its text model attends to padding. Saved is the attribute, where it was given when the tokenizer was made.

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from pretrain import config as configuration
-from pretrain.config import UserError
-from pretrain.data.images import CLIP_MEAN, CLIP_STD
 from pretrain.data.text import load_tokenizer, unreachable
+from pretrain.errors import UserError
 from pretrain.formats import Found, text_weights, vit_weights
 from pretrain.formats.hf import quiet
 from pretrain.formats.vit_weights import Plain
 from pretrain.model import ModelSchema
+from pretrain.ops import CLIP_MEAN, CLIP_STD
 from pretrain.towers import hf_models
 from pretrain.towers.hf_models import line
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from pretrain import config as configuration
-from pretrain.checkpoints import store
 from pretrain.formats import Encoders
 
 LOADING = {
@@ -66,11 +65,13 @@ def loading(encoders: Encoders, form: str, name: str) -> str:
     )
 
 
-def text(encoders: Encoders, source: Path, form: str, name: str, license: str | None, difference: float | None) -> str:
+def text(
+    encoders: Encoders, source: Path, step: int, form: str, name: str, license: str | None, difference: float | None
+) -> str:
     """The card.
 
     Args:
-        source: the checkpoint folder the weights come from.
+        source: the checkpoint folder the weights come from; step: the step they were saved at.
         name: of the exported folder.
         difference: largest difference of an embedding, measured when the folder was written; None: not measured.
     """
@@ -91,15 +92,14 @@ def text(encoders: Encoders, source: Path, form: str, name: str, license: str | 
         "```",
         "",
         *_measured(difference),
-        *about(encoders, source, license),
+        *about(encoders, source, step, license),
     ]
     return "\n".join(lines) + "\n"
 
 
-def about(encoders: Encoders, source: Path, license: str | None, more: Sequence[tuple[str, Any]] = ()) -> list[str]:
+def about(encoders: Encoders, source: Path, step: int, license: str | None, more: Sequence[tuple[str, Any]] = ()) -> list[str]:
     """What the model is (with `more` rows), what it learned from and how, what it reached, its licence; as `text` has it."""
     run = source.parent.parent if source.parent.name == "checkpoints" else None
-    step = store.step_of(source) if run is not None else 0
     said = _said(run / "metrics.jsonl", step) if run is not None else []
     return [
         *_model(encoders, more),

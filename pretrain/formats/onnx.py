@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from pretrain.config import UserError
+from pretrain.errors import UserError
 from pretrain.formats import Encoders, portable_tokenizer, strange
 from pretrain.model import DualEncoder
 from pretrain.towers.transformers import TextTower

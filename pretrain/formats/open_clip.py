@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pretrain.checkpoints.store import save_weights
 from pretrain.formats import Encoders, block_weights, mean_pooling, portable_tokenizer, strange, text_weights, vit_weights
 from pretrain.formats.block_weights import Weights
 from pretrain.formats.text_weights import Words
 from pretrain.formats.vit_weights import Plain
+from pretrain.runtime.files import save_weights
 from pretrain.towers.timm import ImageTower
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"

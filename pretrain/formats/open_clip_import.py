@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pretrain import config as configuration
-from pretrain.config import UserError, closest
 from pretrain.data.text import load_tokenizer
+from pretrain.errors import UserError, closest
 from pretrain.formats import Found, portable_tokenizer, text_weights, vit_weights
 from pretrain.formats.block_weights import Weights
 from pretrain.formats.open_clip import CONFIG, WEIGHTS

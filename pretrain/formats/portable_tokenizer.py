@@ -10,8 +10,8 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from pretrain.config import UserError
 from pretrain.data.text import TextDecoder
+from pretrain.errors import UserError
 
 PROBES = [
     "a photo of a cat",

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pretrain.config import UserError
+from pretrain.errors import UserError
 from pretrain.formats import block_weights
 from pretrain.formats.block_weights import Weights
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.config import ConfigError
+from pretrain.errors import ConfigError
 from pretrain.runtime import distributed
 
 DENSE = 1 << 17

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pretrain.config import ConfigError
+from pretrain.errors import ConfigError
 from pretrain.losses import duplicates, over_pairs, tiled
 from pretrain.losses.tiles import sigmoid_loss
 

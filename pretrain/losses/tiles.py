@@ -25,16 +25,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from pretrain import ops
 from pretrain.runtime import distributed
 
 ROWS, COLUMNS = 1024, 2048
 """Size of a tile on the CPU: 8 MiB in float32, which a last-level cache holds between the product and its use."""
 ACCELERATOR = 8192
 """Side of a tile elsewhere: 256 MiB in float32, so that the fixed cost of a kernel does not count."""
-
-
-ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-"""Whether torch has oneDNN's product for the CPU. torch.mm asks MKL, which on AMD's processors is a fifth slower."""
 
 
 class Tile(NamedTuple):
@@ -85,9 +82,8 @@ class Walk:
 
 def _times(x: Tensor, y: Tensor) -> Tensor:
     """(n, k), (m, k) -> x y^T (n, m), without gradient."""
-    if ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu":
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, y, None, "none", [], "")
-        return product
+    if ops.ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu":
+        return ops.product(x, y)
     return x @ y.t()
 
 

@@ -15,7 +15,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from pretrain.config import ConfigError, UserError
+from pretrain.errors import ConfigError, UserError
 from pretrain.runtime import distributed
 
 T = TypeVar("T")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pretrain.config import UserError
+from pretrain.errors import UserError
 
 GIB = 2**30
 MATRICES = 2**28

@@ -10,8 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-import threading
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +17,8 @@ from typing import Any
 
 import torch
 
-from pretrain.config import ConfigError, UserError
+from pretrain.errors import ConfigError, UserError
+from pretrain.runtime import orphans
 from pretrain.runtime.agree import gather_or_raise
 
 TASKS = {
@@ -189,13 +188,9 @@ def watch_parent(env: Mapping[str, str] = os.environ, every_seconds: float = 1.0
     """
     if "TORCHELASTIC_RUN_ID" not in env and "CROSS_SIZE" not in env:
         return
-    parent = os.getppid()
+    parent, rank = os.getppid(), env.get("RANK", "0")
 
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(every_seconds)
-        print(f"clipfuse: the launcher (process {parent}) is gone; process {env.get('RANK', '0')} ends", file=sys.stderr)
-        sys.stderr.flush()
-        os._exit(1)
+    def report() -> None:
+        print(f"clipfuse: the launcher (process {parent}) is gone; process {rank} ends", file=sys.stderr, flush=True)
 
-    threading.Thread(target=watch, name="watch-parent", daemon=True).start()
+    orphans.exit_with_parent(parent, every_seconds, report)

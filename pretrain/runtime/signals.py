@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from pretrain.runtime import distributed
-from pretrain.training.run_dir import say
+from pretrain.runtime.console import say
 
 
 class Stop:

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch.distributed as td
 
-from pretrain.config import UserError
+from pretrain.errors import UserError
 from pretrain.runtime import distributed
 
 _COLLECTIVE = re.compile(

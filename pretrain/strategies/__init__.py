@@ -33,7 +33,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from pretrain.config import ConfigError, UserError
+from pretrain.errors import ConfigError, UserError
 from pretrain.optim import OptimConfig
 from pretrain.runtime import distributed
 from pretrain.strategies import deepspeed_config

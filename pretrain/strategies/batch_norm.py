@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pretrain.config import ConfigError
+from pretrain.errors import ConfigError
 from pretrain.runtime import distributed
 
 ADVICE = "choose a tower without BatchNorm (ViT, ConvNeXt), or freeze it: image.trainable_blocks=0"

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pretrain.config import ConfigError
+from pretrain.errors import ConfigError
 from pretrain.optim import OptimConfig
 from pretrain.runtime import distributed
 from pretrain.strategies import Applied, Precision

@@ -308,20 +308,3 @@ def _deepspeed() -> Any:
     backend = td.get_backend()
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, dist_init_required=False)
     return deepspeed
-
-
-def build(
-    precision: Precision,
-    optim: OptimConfig,
-    device: torch.device,
-    stage: int,
-    offload: bool = False,
-    deepspeed: str | None = None,
-) -> Zero:
-    """The strategy of a stage. deepspeed: a file of tuning.py."""
-    from pretrain.strategies.zero_stages import Zero3, Zero12
-
-    three = stage == 3
-    made = Zero3(precision, optim, device, offload) if three else Zero12(stage, precision, optim, device, offload)
-    made.tuning = deepspeed_config.read(deepspeed, stage) if deepspeed else {}
-    return made

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pretrain.config import ConfigError, closest
+from pretrain.errors import ConfigError, closest
 
 COMMENT = "_command"
 """A key for people: JSON has no comments."""

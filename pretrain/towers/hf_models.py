@@ -6,15 +6,26 @@ import dataclasses
 import importlib
 import inspect
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from pretrain.config import ConfigError, closest
+from pretrain.errors import ConfigError, closest
 
-if TYPE_CHECKING:
-    from pretrain.towers.transformers import Config
+
+class TextModelConfig(Protocol):
+    """What of a text tower's configuration names its model: see the Config in transformers.py."""
+
+    @property
+    def name(self) -> str | None: ...
+    @property
+    def args(self) -> dict[str, Any]: ...
+    @property
+    def pretrained(self) -> bool: ...
+    @property
+    def pool(self) -> str: ...
+
 
 UNMASKED = ("siglip_text_model", "siglip2_text_model")
 """Model types whose own pooler was trained without a padding mask."""
@@ -30,7 +41,7 @@ def line(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def load(config: Config, tokenizer: Any) -> Any:
+def load(config: TextModelConfig, tokenizer: Any) -> Any:
     """The bare text model, in float32. Raises ConfigError."""
     logging.getLogger("transformers.configuration_utils").setLevel(logging.ERROR)  # ids beyond a small vocabulary
     settings = _new_settings(config, tokenizer) if config.name is None else _named_settings(config)
@@ -68,7 +79,7 @@ def drop_pooler(model: Any) -> None:
         model.head = nn.Identity()
 
 
-def _new_settings(config: Config, tokenizer: Any) -> Any:
+def _new_settings(config: TextModelConfig, tokenizer: Any) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     args = dict(config.args)
@@ -92,7 +103,7 @@ def _from_tokenizer(tokenizer: Any) -> dict[str, Any]:
     return {**given, "pad_token_id": None if pad in (eos, bos) else pad}
 
 
-def _named_settings(config: Config) -> Any:
+def _named_settings(config: TextModelConfig) -> Any:
     from transformers import AutoConfig
 
     args = {key: value for key, value in config.args.items() if key != "model_type"}

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from pretrain.config import ConfigError
+from pretrain.errors import ConfigError
 
 
 def repool(model: Any, pool: str, name: str) -> None:

@@ -21,13 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pretrain.config import ConfigError, closest
-from pretrain.ops import use_onednn
+from pretrain.errors import ConfigError, closest
+from pretrain.ops import CLIP_MEAN, CLIP_STD, use_onednn
 from pretrain.towers import TokenSequence, Tower, reached, stem
 from pretrain.towers.pooling import head_norm, repool
 
-CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
-CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 TAKEN = {"img_size": "image.size", "num_classes": "nothing: towers have no classes", "features_only": "nothing"}
 """Arguments of timm that have a place of their own here."""
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pretrain.config import ConfigError
+from pretrain.errors import ConfigError
 from pretrain.towers import TokenSequence, Tower, hf_models, last_valid, masked_mean, reached
 from pretrain.towers.length_buckets import encode_grouped
 

@@ -18,7 +18,7 @@ def _product(x: torch.Size, y: torch.Size, *_: Any, **__: Any) -> int:
     return 2 * x.numel() * y[0]
 
 
-OURS = {torch.ops.mkldnn._linear_pointwise: _product} if ops.AVAILABLE else {}
+OURS = {torch.ops.mkldnn._linear_pointwise: _product} if ops.ONEDNN else {}
 """Operations that torch's counter does not know."""
 
 

@@ -3,7 +3,7 @@
 Eight calls lead from the command to the gradient:
 
     cli.main -> guarded -> _train -> run -> train -> fit -> train_step -> Strategy.backward -> loss.backward()
-    (launch/cli.py, pretrain/__main__.py, launch/cli.py, pretrain/__main__.py, recipe.py, loop.py, step.py, strategies/)
+    (launch/cli.py, pretrain/__main__.py, launch/cli.py, pretrain/__main__.py, train.py, loop.py, step.py, strategies/)
 
 A process that a launcher starts begins at `python -m pretrain`, without launch/: one call less. DeepSpeed's backward is its
 engine's, and a cached step (train.chunks > 1) has one call more.
@@ -27,17 +27,20 @@ from torch import Tensor, nn
 
 from pretrain import strategies
 from pretrain.checkpoints import store
-from pretrain.config import ConfigError, UserError
 from pretrain.data.loader import Batch, Loader
 from pretrain.data.order import Order
+from pretrain.errors import ConfigError, UserError
 from pretrain.optim import Average, OptimConfig, learning_rate
 from pretrain.runtime import distributed, memory
+from pretrain.runtime.console import Bar, say
+from pretrain.runtime.files import save_weights
 from pretrain.runtime.signals import on_signals
 from pretrain.runtime.watchdog import Heartbeat
 from pretrain.strategies import Precision, Strategy
 from pretrain.strategies.batch_norm import refuse_chunks
+from pretrain.training.metrics import RunLog, check_trackers
 from pretrain.training.objective import Objective
-from pretrain.training.run_dir import Bar, RunFolder, RunLog, check_trackers, say
+from pretrain.training.run_dir import RunFolder
 from pretrain.training.step import train_step
 from pretrain.training.throughput import Meter
 
@@ -302,7 +305,7 @@ class _Run:
                 store.save_tensors(folder / "trainer.pt", trainer)
                 for name, tensors in kept.items():
                     (folder / name).mkdir()
-                    store.save_weights(folder / name / "model.safetensors", tensors)
+                    save_weights(folder / name / "model.safetensors", tensors)
 
         keep = self.plan.train.keep
         store.save(self.folder.checkpoints, self.step, weights, self.plan.files, state, keep=keep, best=best)

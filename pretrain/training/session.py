@@ -24,16 +24,17 @@ from pretrain import config as configuration
 from pretrain import model as models
 from pretrain import strategies
 from pretrain.checkpoints import loading, store, warm_start
-from pretrain.config import ConfigError, UserError
 from pretrain.data import loader as loaders
 from pretrain.data.config import evaluated_caption, sources_of
 from pretrain.data.loader import Batch, Loader
+from pretrain.errors import ConfigError, UserError
 from pretrain.model import DualEncoder, ModelSchema
 from pretrain.runtime import distributed, preflight
 from pretrain.runtime.agree import on_main
+from pretrain.runtime.console import say
 from pretrain.strategies import Strategy
 from pretrain.training.loop import Plan
-from pretrain.training.run_dir import RunFolder, say
+from pretrain.training.run_dir import RunFolder
 
 
 def check_batch_and_evaluation(config: Any) -> None:
@@ -174,18 +175,18 @@ def build_encoders(config: Any) -> tuple[Any, DualEncoder]:
         sources_of(config.data.val, "data.val")
     tokenizer = warm_start.tokenizer(config.init, config.text) if config.text is not None else None
     torch.manual_seed(config.seed)
-    return tokenizer, models.build(loading.towers(config), config.model, tokenizer)
+    return tokenizer, models.build(models.towers(config), config.model, tokenizer)
 
 
 def build_train_decoders(config: Any, tokenizer: Any, encoders: DualEncoder) -> dict[str, Any]:
     """Build the decoders by modality for training: augmented images, drawn captions."""
     data = config.data
-    return loading.decoders(config, tokenizer, encoders, data.caption, data.augment, data.draw)
+    return models.decoders(config, tokenizer, encoders, data.caption, data.augment, data.draw)
 
 
 def build_eval_decoders(config: Any, tokenizer: Any, encoders: DualEncoder) -> dict[str, Any]:
     """Build the decoders by modality for evaluation: nothing is augmented or drawn."""
-    return loading.decoders(config, tokenizer, encoders, evaluated_caption(vars(config.data)))
+    return models.decoders(config, tokenizer, encoders, evaluated_caption(vars(config.data)))
 
 
 def build_loader(config: Any, decoders: dict[str, Any]) -> Loader:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,9 +13,8 @@ from torch import Tensor
 
 from pretrain.data.batch import Batch
 from pretrain.runtime import distributed
-
-PEAK = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12}
-"""Dense bf16 operations a second, from the vendor's data sheets."""
+from pretrain.runtime.gpus import peak_flops
+from pretrain.runtime.memory import peak_bytes
 
 
 class Meter:
@@ -32,7 +29,7 @@ class Meter:
         self, batch_size: int, total_steps: int, step: int, device: torch.device, flops: Callable[[Batch], float] | None
     ) -> None:
         self._batch_size, self._total, self._step, self._device = batch_size, total_steps, step, device
-        self._peak = PEAK.get(torch.cuda.get_device_name(), 0.0) if device.type == "cuda" else 0.0
+        self._peak = peak_flops(torch.cuda.get_device_name()) if device.type == "cuda" else 0.0
         self._flops = flops if self._peak else None
         self._wait = self._paused = self._work = 0.0
         self._rate = math.nan
@@ -76,7 +73,7 @@ class Meter:
             "samples_per_second": self._rate,
             "data_wait_seconds": wait,
             "data_wait_share": wait / seconds,
-            "memory_gib": peak_memory(self._device),
+            "memory_gib": peak_bytes(self._device) / 2**30,
             "mfu": mfu,
             "skipped": skipped,
             "bad_samples": sum(bad.values()),
@@ -86,11 +83,3 @@ class Meter:
     def eta(self, step: int) -> float:
         """Seconds to the end at the last rate."""
         return (self._total - step) * self._batch_size / self._rate
-
-
-def peak_memory(device: torch.device) -> float:
-    """Peak GiB so far: of the GPU's allocator, or of the process where there is no GPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    scale = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30

@@ -22,9 +22,8 @@ import torch
 
 from pretrain import config as configuration
 from pretrain import model as models
-from pretrain.__main__ import find_config
-from pretrain.checkpoints import loading
 from pretrain.checkpoints.loading import Loaded
+from pretrain.config import find_config
 from pretrain.data.loader import sequential
 from pretrain.data.scenes.dataset import draw_dataset
 from pretrain.data.text import load_tokenizer, train_tokenizer
@@ -102,8 +101,8 @@ def build(config: str, settings: list[str], folder: Path) -> Loaded:
     values = configuration.merged(find_config(config, "pretrain"), settings)
     made = configuration.build(ModelSchema, values, config, partial=True)
     tokenizer = load_tokenizer(made.text.tokenizer)
-    model = models.build(loading.towers(made), made.model, tokenizer).eval()
-    return Loaded(model, made, tokenizer, loading.decoders(made, tokenizer, model, "txt"), folder, 0)
+    model = models.build(models.towers(made), made.model, tokenizer).eval()
+    return Loaded(model, made, tokenizer, models.decoders(made, tokenizer, model, "txt"), folder, 0)
 
 
 if __name__ == "__main__":

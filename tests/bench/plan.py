@@ -64,7 +64,7 @@ QUICK = ("single", "single, 4 chunks", "single, checkpointing", "single, wide", 
 
 
 def configuration(settings: list[str]) -> Any:
-    from pretrain.__main__ import find_config
+    from pretrain.config import find_config
     from pretrain.train import load_config
 
     return load_config(find_config("scenes", "pretrain"), [*BASE, *settings])
@@ -86,7 +86,6 @@ def measured(settings: list[str]) -> dict[str, float]:
     from launch.plan import AnyTokenizer
     from pretrain import model as models
     from pretrain import registry, strategies
-    from pretrain.checkpoints import loading
     from pretrain.data.batch import Batch
     from pretrain.runtime import distributed
     from pretrain.training import flops, objective
@@ -106,7 +105,7 @@ def measured(settings: list[str]) -> dict[str, float]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         loss = registry.part("losses", config.loss.name)
         scaled = replace(config.model, logit_scale=loss.LOGIT_SCALE, logit_bias=loss.LOGIT_BIAS)
-        model = models.build(loading.towers(config), scaled, tokenizer)
+        model = models.build(models.towers(config), scaled, tokenizer)
         strategy = strategies.choose(train.strategy, train.precision, config.optim, torch.device("cpu"))
         strategy.setup(model)
         strategy.model.train()

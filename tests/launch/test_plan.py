@@ -12,7 +12,7 @@ import torch
 from launch import cli, plan
 from launch.plan.footprint import Footprint
 from pretrain.checkpoints.loading import load_model
-from pretrain.config import ConfigError
+from pretrain.errors import ConfigError
 from tests.bench import plan as bench
 from tests.support import Small, world
 from tests.support.launches import clipfuse_words, started

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from launch import cli, slurm
-from pretrain.config import ConfigError
+from pretrain.errors import ConfigError
 from tests.support import ROOT, Small, environment, losses
 from tests.support.launches import STEPS, clipfuse_words, started, tiny
 from tests.support.slurm_cluster import Cluster, cluster, missing

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pretrain.config import ConfigError
+from pretrain.errors import ConfigError
 from pretrain.strategies import deepspeed_config
 from tests.support import ROOT
 

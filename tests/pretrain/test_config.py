@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 import pytest
 
-from pretrain.config import ConfigError, build, closest, collected, load, merged, save, section, to_dict
+from pretrain.config import build, collected, load, merged, save, section, to_dict
+from pretrain.errors import ConfigError, closest
 from pretrain.registry import part
 from pretrain.training.loop import TrainConfig
 

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from pretrain import model as models
 from pretrain import registry
-from pretrain.config import ConfigError, load
+from pretrain.config import load
+from pretrain.errors import ConfigError
 from pretrain.model import DualEncoder, ModelConfig, ModelSchema
 from pretrain.towers import timm as images
 from pretrain.towers import transformers as texts

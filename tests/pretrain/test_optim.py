@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pretrain.config import ConfigError
+from pretrain.errors import ConfigError
 from pretrain.optim import Average, OptimConfig, adamw, learning_rate, parameter_groups
 
 

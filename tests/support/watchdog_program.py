@@ -9,9 +9,9 @@ import time
 
 import torch
 
-from pretrain.__main__ import DONE, guarded
-from pretrain.config import UserError
+from pretrain.errors import UserError
 from pretrain.runtime import distributed
+from pretrain.runtime.entrypoint import DONE, guarded
 from pretrain.runtime.watchdog import Heartbeat
 
 

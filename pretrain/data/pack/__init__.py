@@ -15,8 +15,6 @@ import json
 import multiprocessing
 import os
 import signal
-import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -26,10 +24,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pretrain.config import ConfigError, UserError
 from pretrain.data.pack.sources import Source, open_source
 from pretrain.data.pack.table import Table
 from pretrain.data.pack.writer import Job, Result, Style, stats_path, write_shard
+from pretrain.errors import ConfigError, UserError
+from pretrain.runtime import files
+from pretrain.runtime.orphans import exit_with_parent
 
 _UNEVEN = "row with too few or too many values"
 
@@ -179,9 +179,7 @@ def _plan(out: Path, prefix: str, source: Source, named: str, options: dict[str,
         uneven, rows = (source.uneven, source.uneven_rows) if isinstance(source, Table) else (0, [])
         notes = {"source": named, "fingerprint": fingerprint, "samples": samples}
         before = {**notes, "uneven": uneven, "uneven_rows": rows, "options": options}
-        partial = path.with_name(f".{prefix}-plan.partial")
-        partial.write_text(json.dumps(before, indent=2), encoding="utf-8")
-        partial.replace(path)
+        files.write_text(path, json.dumps(before, indent=2))
         return before
     changed = [
         f"{name}={before['options'].get(name)}, now {value}"
@@ -302,10 +300,4 @@ def _done(pending: dict[Future[Result], int]) -> Iterator[tuple[int, Result]]:
 def _start(parent: int) -> None:
     """Settings of a worker: Ctrl-C is the parent's business; when that is killed, the worker ends too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    exit_with_parent(parent)

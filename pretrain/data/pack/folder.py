@@ -13,10 +13,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pretrain.config import UserError
 from pretrain.data import BadSample
 from pretrain.data.captions import captions, clean
 from pretrain.data.pack.writer import Item, Job
+from pretrain.errors import UserError
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 """Extensions of files that are taken for pictures in a folder; what they hold decides how they are read."""

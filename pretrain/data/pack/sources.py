@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
-from pretrain.config import ConfigError
 from pretrain.data.pack.folder import Folder
 from pretrain.data.pack.table import Table
 from pretrain.data.pack.table_readers import KINDS
 from pretrain.data.pack.tars import Tars
 from pretrain.data.pack.writer import Job
 from pretrain.data.shards.paths import expand
+from pretrain.errors import ConfigError
 
 
 class Source(Protocol):

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pretrain.config import ConfigError, UserError, closest
 from pretrain.data import BadSample
 from pretrain.data.captions import clean
 from pretrain.data.pack import table_readers
 from pretrain.data.pack.folder import read_file
 from pretrain.data.pack.writer import Item, Job
+from pretrain.errors import ConfigError, UserError, closest
 
 
 @dataclass

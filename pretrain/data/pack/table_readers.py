@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-from pretrain.config import UserError
+from pretrain.errors import UserError
 
 KINDS = ("csv", "tsv", "jsonl", "ndjson", "json", "parquet")
 """Extensions; all but parquet may be followed by .gz."""

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from pretrain.config import UserError
 from pretrain.data import BadSample
 from pretrain.data.decode import EXTENSIONS
 from pretrain.data.pack.writer import Item, Job
 from pretrain.data.shards.index import index
 from pretrain.data.shards.paths import counts
 from pretrain.data.shards.reader import Reader
+from pretrain.errors import UserError
 
 
 @dataclass

@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
@@ -21,9 +20,10 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from pretrain.config import UserError
 from pretrain.data import BadSample
 from pretrain.data.decode import Header, decode, read_header
+from pretrain.errors import UserError
+from pretrain.runtime import files
 
 STORED = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 """Formats stored as they come, and their extension. Any other (GIF, BMP, TIFF, ...) becomes a PNG."""
@@ -217,7 +217,7 @@ def write_shard(job: Job, shard: int, path: Path, style: Style) -> Result:
         UserError: the disk is full, or something cannot be read or written.
     """
     result = Result(len(job))
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = files.partial_path(path)
     try:
         with open(partial, "wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
             for key, members in _samples(job, shard, style, result):
@@ -226,13 +226,9 @@ def write_shard(job: Job, shard: int, path: Path, style: Style) -> Result:
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
         if result.written:
-            with open(partial, "rb") as whole:
-                os.fsync(whole.fileno())
+            files.flush(partial)
             partial.replace(path)
-        notes = stats_path(path)
-        partial_notes = notes.with_name(f".{notes.name}.{os.getpid()}.partial")
-        partial_notes.write_text(result.to_json(), encoding="utf-8")
-        partial_notes.replace(notes)
+        files.write_text(stats_path(path), result.to_json())
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:

@@ -32,13 +32,14 @@ from typing import Any
 
 from PIL import Image
 
-from pretrain.config import UserError
 from pretrain.data.scenes.backgrounds import PLACES
 from pretrain.data.scenes.layout import CLASSES, COLORS, GROUP, SIZES, SPLITS, SURFACES, UNSEEN, Scene, plan, relation
 from pretrain.data.scenes.objects import KINDS
 from pretrain.data.scenes.render import paint
 from pretrain.data.scenes.text import captions, foils, questions
 from pretrain.data.vocabulary import FILE, Vocabulary
+from pretrain.errors import UserError
+from pretrain.runtime.files import flush, partial_path
 
 __all__ = [
     "CLASSES", "COLORS", "PLACES", "SIZES", "SPLITS", "SURFACES", "UNSEEN",
@@ -236,7 +237,7 @@ def _claim(folder: Path, settings: _Settings, counts: dict[str, int]) -> None:
 
 def _write(path: Path, text: str) -> None:
     """A small text file, whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = partial_path(path)
     partial.write_text(text)
     partial.replace(path)
 
@@ -290,7 +291,7 @@ class _Tar:
     """A shard being written: under another name until it is complete; the same bytes for the same samples."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._partial = path, path.with_name(f".{path.name}.{os.getpid()}")
+        self._path, self._partial = path, partial_path(path)
 
     def __enter__(self) -> _Tar:
         self._file = open(self._partial, "wb")
@@ -308,7 +309,7 @@ class _Tar:
             if kind is None:
                 self._tar.close()
                 self._file.flush()
-                os.fsync(self._file.fileno())
+                flush(self._partial)
             self._file.close()
             if kind is None:
                 self._partial.replace(self._path)

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TypeVar
 
-from pretrain.config import UserError
+from pretrain.errors import UserError
+from pretrain.runtime.files import replacing
 
 T = TypeVar("T")
 
@@ -121,16 +122,11 @@ class Cache:
 
 def _fetch(url: str, target: Path) -> None:
     """The whole of a url into a file, which appears only when it is complete."""
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        with _opened(url) as source, open(partial, "wb") as out:
-            shutil.copyfileobj(source, out, 1 << 20)
-            expected = getattr(source, "length", None)  # an HTTP answer: bytes still missing
-            if expected:
-                raise OSError(f"the connection ended {expected:,} bytes early")
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(target) as partial, _opened(url) as source, open(partial, "wb") as out:
+        shutil.copyfileobj(source, out, 1 << 20)
+        expected = getattr(source, "length", None)  # an HTTP answer: bytes still missing
+        if expected:
+            raise OSError(f"the connection ended {expected:,} bytes early")
 
 
 def _opened(url: str) -> IO[bytes]:

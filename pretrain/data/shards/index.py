@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import os
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -20,9 +19,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pretrain.config import UserError
 from pretrain.data.shards.cache import Cache, remote, small
 from pretrain.data.shards.tar import Members, walk
+from pretrain.errors import UserError
+from pretrain.runtime.files import replacing
 
 log = logging.getLogger(__name__)
 
@@ -213,17 +213,13 @@ def _save(made: ShardIndex, cache: Cache) -> None:
     }
     arrays = {name: getattr(made, name) for name in _ARRAYS}
     for place in _places(made.path, cache):
-        partial = place.with_name(f".{place.name}.{os.getpid()}.partial")
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            with open(partial, "wb") as out:
+            with replacing(place) as partial, open(partial, "wb") as out:
                 np.savez(out, meta=np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8), **arrays)
-            partial.replace(place)
             return
         except OSError as error:
             log.debug("no index at %s: %s", place, error)
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
 
 
 # ---- counts that others wrote ----------------------------------------------------------------------------------------

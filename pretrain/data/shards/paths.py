@@ -18,9 +18,9 @@ from typing import Any
 
 from braceexpand import braceexpand
 
-from pretrain.config import ConfigError, UserError
 from pretrain.data.shards.cache import Cache, patiently, remote
 from pretrain.data.shards.index import ShardIndex, index, saved_count, stated_count
+from pretrain.errors import ConfigError, UserError
 
 __all__ = ["RawSample", "ShardIndex", "counts", "expand", "index"]
 

@@ -7,11 +7,11 @@ from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from pretrain.config import UserError
 from pretrain.data import BadSample
 from pretrain.data.shards.cache import Cache, patiently
 from pretrain.data.shards.index import DUPLICATE_MEMBER, ShardIndex, index
 from pretrain.data.shards.paths import RawSample
+from pretrain.errors import UserError
 
 MAX_MEMBER_BYTES = 1 << 28
 """Default cap on one member of a sample (256 MiB): anything larger is no picture or caption."""

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pretrain.config import UserError
+from pretrain.errors import UserError
 
 BLOCK = 512
 _ZEROS = bytes(BLOCK)

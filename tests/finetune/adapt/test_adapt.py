@@ -19,8 +19,8 @@ from finetune.model import CAPTION, FusionModel
 from finetune.tasks import vqa
 from finetune.tasks.with_contrastive import keep_aligned
 from pretrain import registry
-from pretrain.config import ConfigError, UserError
 from pretrain.data.batch import Batch
+from pretrain.errors import ConfigError, UserError
 from pretrain.model import DualEncoder, ModelSchema
 from pretrain.optim import OptimConfig, parameter_groups
 from pretrain.towers import timm as images

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.attention.multihead import Attention, Gate, Tokens, attend
-from pretrain.config import ConfigError
+from pretrain.errors import ConfigError
 from tests.support.attention_reference import DEVICES, naive_attention
 
 

@@ -15,7 +15,7 @@ from finetune.attention.multihead import Attention, Keys, Tokens
 from finetune.context import Asking, Context, build_contexts, coarse_to_fine, dense, local, pooled
 from finetune.context.tiling import Tiling
 from pretrain import registry
-from pretrain.config import ConfigError
+from pretrain.errors import ConfigError
 from tests.support.attention_reference import DEVICES, naive_attention, regions, windows
 
 WIDTH = 16

@@ -11,7 +11,7 @@ from torch import Tensor
 from finetune.attention.trace import Trace
 from finetune.explain.attribution import METHODS, attention_maps, relevance, rollout
 from pretrain import registry
-from pretrain.config import ConfigError
+from pretrain.errors import ConfigError
 from tests.finetune.fusion.test_fusion import PAIRS, SMALL
 from tests.support.attention_reference import WIDTHS, open_gates, tokens
 

@@ -8,8 +8,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from finetune.explain.token_spans import Cut, word_maps
-from pretrain.config import ConfigError
 from pretrain.data.text import TextDecoder, load_tokenizer
+from pretrain.errors import ConfigError
 from tests.support import Small
 
 

@@ -17,7 +17,8 @@ from finetune.context import coarse_to_fine, local
 from finetune.fusion import co, cross, merged
 from finetune.fusion.blocks import Fusion
 from pretrain import registry
-from pretrain.config import ConfigError, load
+from pretrain.config import load
+from pretrain.errors import ConfigError
 from pretrain.towers import TokenSequence
 from tests.support.attention_reference import DEVICES, WIDTHS, open_gates, tokens
 

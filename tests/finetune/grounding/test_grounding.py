@@ -30,10 +30,9 @@ from finetune.tasks import Prediction, Task
 from finetune.tasks.questions import Question, questions_of
 from pretrain import config as configuration
 from pretrain import model as encoders
-from pretrain.checkpoints import loading
-from pretrain.config import ConfigError, UserError
 from pretrain.data.scenes import dataset
 from pretrain.data.text import TextDecoder, load_tokenizer
+from pretrain.errors import ConfigError, UserError
 from tests.support import TINY_TOWERS, Small
 
 CPU = torch.device("cpu")
@@ -93,9 +92,9 @@ def planted(small: Small, asks: bool, sight: str, length: int = 64) -> Finetuned
     ]
     config = configuration.build(FusionSchema, configuration.merged(None, settings), "here")
     tokenizer = load_tokenizer(small.tokenizer)
-    encoder = encoders.build(loading.towers(config), config.model, tokenizer)
+    encoder = encoders.build(models.towers(config), config.model, tokenizer)
     model = models.build(encoder, config.fusion, config.context, config.tokens)
-    decoders = loading.decoders(config, tokenizer, encoder, "txt")
+    decoders = models.decoders(config, tokenizer, encoder, "txt")
     task = Planted(small, asks, sight, length)
     for shard in sorted(small.root.glob("scenes/val-*.tar")):
         with tarfile.open(shard) as tar:

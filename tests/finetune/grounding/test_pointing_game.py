@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from finetune.grounding.pointing_game import bootstrap, centre_map, covered, hit, lift, reached, seen_part, to_cells
-from pretrain.data.images import ImageDecoder
+from finetune.grounding.pointing_game import bootstrap, centre_map, covered, hit, lift, reached, to_cells
+from pretrain.data.images import ImageDecoder, visible_box
 
 scipy_stats = pytest.importorskip("scipy.stats")
 GRID = (6, 8)
@@ -76,12 +76,12 @@ def test_boxes_follow_the_picture_through_the_decoder(width: int, height: int, r
     pixels[y0:y1, x0:x1] = 255
     decoder = ImageDecoder(48, resize=resize)
     arrived = decoder.evaluation(_png(pixels)).double().mean(0).numpy() / 255
-    cells = to_cells(boxes((x0, y0, x1, y1)), seen_part(height, width, 48, resize), GRID)
+    cells = to_cells(boxes((x0, y0, x1, y1)), visible_box(height, width, 48, resize), GRID)
     np.testing.assert_allclose(covered(cells, GRID), arrived.reshape(6, 8, 8, 6).mean((1, 3)), atol=0.07)
 
 
 def test_boxes_cut_away_with_the_margin_are_left_out() -> None:
-    part = seen_part(100, 300, 50, "crop")
+    part = visible_box(100, 300, 50, "crop")
     assert part == pytest.approx((100, 0, 200, 100))
     cells = to_cells(boxes((0, 0, 90, 100), (150, 50, 250, 100)), part, (4, 4))
     np.testing.assert_allclose(cells, [[2, 2, 4, 4]])

@@ -22,8 +22,8 @@ from finetune.tasks.captioning import Captions
 from launch import cli
 from pretrain import registry
 from pretrain.checkpoints.loading import load_model
-from pretrain.config import ConfigError
 from pretrain.data.text import TextDecoder, load_tokenizer
+from pretrain.errors import ConfigError
 from tests.support import Small, losses, tiny
 
 BERT = {"model_type": "bert", "num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 32}

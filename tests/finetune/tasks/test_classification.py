@@ -20,9 +20,9 @@ import finetune
 from finetune.tasks import EvalConfig, classification, labels
 from finetune.tasks.classification import Config
 from launch import cli
-from pretrain.config import ConfigError, UserError
 from pretrain.data import BadSample
 from pretrain.data.shards.paths import RawSample
+from pretrain.errors import ConfigError, UserError
 from tests.support import Small, lines
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -24,11 +24,11 @@ from finetune.tasks.negative_captions import Foils
 from launch import cli
 from pretrain import registry
 from pretrain.checkpoints.loading import load_model
-from pretrain.config import UserError
 from pretrain.data import BadSample, loader
 from pretrain.data.batch import Batch
 from pretrain.data.shards.paths import RawSample
 from pretrain.data.text import TextDecoder, load_tokenizer
+from pretrain.errors import UserError
 from tests.support import Small, lines, losses, tiny
 
 CPU = torch.device("cpu")

@@ -14,12 +14,12 @@ from finetune.model import FusionModel
 from finetune.tasks import Setting, per_item, vqa
 from finetune.tasks.questions import Questions
 from pretrain import registry
-from pretrain.config import ConfigError, UserError
 from pretrain.data import BadSample
 from pretrain.data.batch import Batch, collate, merge
 from pretrain.data.images import ImageDecoder
 from pretrain.data.shards.paths import RawSample
 from pretrain.data.text import TextDecoder, load_tokenizer
+from pretrain.errors import ConfigError, UserError
 from tests.support import Small, tiny
 
 ANSWERS = ["red", "blue", "2", "yes"]

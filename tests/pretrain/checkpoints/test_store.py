@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pretrain.checkpoints import store
-from pretrain.config import UserError
+from pretrain.errors import UserError
 
 
 def write(checkpoints: Path, step: int, *, keep: int = 3, best: bool = False) -> Path:

@@ -7,9 +7,9 @@ import tarfile
 import pytest
 from PIL import Image
 
-from pretrain.config import UserError
 from pretrain.data.check import check
 from pretrain.data.shards.paths import counts, expand
+from pretrain.errors import UserError
 
 
 def jpeg():

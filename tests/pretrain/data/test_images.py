@@ -20,10 +20,11 @@ from open_clip.transform import image_transform
 from PIL import Image, ImageDraw, ImageOps
 from torchvision.transforms import RandomResizedCrop
 
-from pretrain.config import ConfigError
 from pretrain.data import BadSample, images
 from pretrain.data.decode import decode, read_header, reduction
 from pretrain.data.images import AugmentConfig, ImageDecoder, Preprocess
+from pretrain.errors import ConfigError
+from pretrain.ops import CLIP_MEAN, CLIP_STD
 
 
 def natural(height: int, width: int, seed: int = 0) -> Image.Image:
@@ -68,7 +69,7 @@ def pillow(data: bytes) -> np.ndarray:
 
 def exact_uint8(normalised: torch.Tensor) -> torch.Tensor:
     """open_clip's output back to levels."""
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (images.CLIP_MEAN, images.CLIP_STD))
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (CLIP_MEAN, CLIP_STD))
     return ((normalised * std + mean) * 255).round().to(torch.uint8)
 
 

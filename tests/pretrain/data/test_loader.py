@@ -17,7 +17,6 @@ import pytest
 import torch
 from PIL import Image
 
-from pretrain.config import ConfigError, UserError
 from pretrain.data import worker_pool
 from pretrain.data.captions import caption_id
 from pretrain.data.images import AugmentConfig, ImageDecoder
@@ -25,6 +24,7 @@ from pretrain.data.loader import DataConfig, Loader, build_loader, sequential
 from pretrain.data.order import Order, Source
 from pretrain.data.shards import cache
 from pretrain.data.text import TextDecoder, load_tokenizer, train_tokenizer
+from pretrain.errors import ConfigError, UserError
 
 
 def jpeg(i, size=40):

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.config import ConfigError
 from pretrain.data.order import Order, Source
 from pretrain.data.shuffle import Generators, key, permutation
+from pretrain.errors import ConfigError
 
 counts = st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(lambda c: sum(c) > 0)
 weights = st.floats(0.01, 10, allow_nan=False)

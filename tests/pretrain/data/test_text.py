@@ -28,9 +28,9 @@ from open_clip.tokenizer import HFTokenizer, bytes_to_unicode, default_bpe
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, BertTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
-from pretrain.config import ConfigError, UserError
 from pretrain.data import BadSample
 from pretrain.data.text import TextDecoder, caption_id, captions, clean, load_tokenizer, train_tokenizer
+from pretrain.errors import ConfigError, UserError
 from tests.support import ROOT, Small
 
 TEXTS = [

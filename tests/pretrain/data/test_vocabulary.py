@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from pretrain.config import UserError
 from pretrain.data.vocabulary import (
     Vocabulary,
     builtin_names,
@@ -18,6 +17,7 @@ from pretrain.data.vocabulary import (
     merge,
     parse,
 )
+from pretrain.errors import UserError
 
 FARM = Vocabulary(("tractor", "sheep"), {"color": ("turquoise",)}, {"sheep": "sheep"})
 

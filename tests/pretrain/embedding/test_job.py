@@ -23,7 +23,6 @@ from pretrain import config as configuration
 from pretrain import model as models
 from pretrain.checkpoints import loading, store
 from pretrain.checkpoints.loading import Loaded, load_model
-from pretrain.config import ConfigError, UserError
 from pretrain.data.loader import sequential
 from pretrain.data.text import load_tokenizer
 from pretrain.embedding import dataset
@@ -31,6 +30,7 @@ from pretrain.embedding.dataset import cut, load
 from pretrain.embedding.job import Summary, embed
 from pretrain.embedding.options import Options
 from pretrain.embedding.parquet import numbers
+from pretrain.errors import ConfigError, UserError
 from pretrain.evaluation.evaluate import EvalConfig
 from pretrain.evaluation.evaluate import run as run_evaluation
 from pretrain.model import ModelSchema
@@ -46,10 +46,10 @@ def save(small: Small, root: Path, seed: int, *more: str) -> Path:
     tokenizer = load_tokenizer(small.tokenizer)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = models.build(loading.towers(config), config.model, tokenizer)
+        model = models.build(models.towers(config), config.model, tokenizer)
 
     def files(folder: Path) -> None:
-        configuration.save(loading.portable(config, model), folder / "config.yaml")
+        configuration.save(models.portable(config, model), folder / "config.yaml")
         tokenizer.save_pretrained(folder / loading.TOKENIZER)
 
     return store.save(root / "checkpoints", seed, model.state_dict(), files, lambda _: None, keep=0)

@@ -18,10 +18,10 @@ from launch import cli
 from pretrain import config as configuration
 from pretrain import model as models
 from pretrain.checkpoints import loading
-from pretrain.config import ConfigError, UserError
 from pretrain.data.loader import Batch, Sequential, sequential
 from pretrain.data.text import load_tokenizer
 from pretrain.embedding.split import embed_split, evaluating
+from pretrain.errors import ConfigError, UserError
 from pretrain.evaluation.evaluate import EvalConfig, evaluate, run, summary
 from pretrain.model import ModelSchema
 from pretrain.runtime import distributed
@@ -36,8 +36,8 @@ def build(small: Small, caption: str = "txt", *more: str) -> loading.Loaded:
     tokenizer = load_tokenizer(small.tokenizer)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = models.build(loading.towers(config), config.model, tokenizer)
-    decoders = loading.decoders(config, tokenizer, model, caption)
+        model = models.build(models.towers(config), config.model, tokenizer)
+    decoders = models.decoders(config, tokenizer, model, caption)
     return loading.Loaded(model, config, tokenizer, decoders, Path("runs/tiny/checkpoints/step-0000000"), 0)
 
 

@@ -6,7 +6,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from pretrain.config import UserError
+from pretrain.errors import UserError
 from pretrain.evaluation import linear_probe
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from open_clip_train.train import get_clip_metrics
 
-from pretrain.config import UserError
+from pretrain.errors import UserError
 from pretrain.evaluation.retrieval import chance, ranks, retrieval
 
 

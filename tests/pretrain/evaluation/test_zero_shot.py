@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pretrain.config import ConfigError, UserError
+from pretrain.errors import ConfigError, UserError
 from pretrain.evaluation.zero_shot import TEMPLATES, class_names, classifier, imagenet_names, label_ids, phrase, top_k
 
 

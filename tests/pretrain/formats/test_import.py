@@ -15,7 +15,7 @@ from launch import cli
 from pretrain import config as configuration
 from pretrain.checkpoints import export
 from pretrain.checkpoints.loading import Loaded, load_model
-from pretrain.config import ConfigError, UserError
+from pretrain.errors import ConfigError, UserError
 from pretrain.formats import portable_tokenizer
 from pretrain.train import PretrainConfig
 from tests.support import Small

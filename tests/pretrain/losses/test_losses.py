@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain import registry
-from pretrain.config import ConfigError
+from pretrain.errors import ConfigError
 from pretrain.losses import clip, siglip, tiles
 
 LOSSES = ["clip", "siglip"]

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from pretrain.checkpoints import store
-from pretrain.config import ConfigError, UserError
 from pretrain.data import config
 from pretrain.data.shards.cache import Cache
 from pretrain.data.shards.tar import DamagedTarError
+from pretrain.errors import ConfigError, UserError
 from pretrain.runtime import distributed
 from pretrain.runtime.agree import gather_or_raise, on_all, on_main
 from pretrain.training.run_dir import RunFolder

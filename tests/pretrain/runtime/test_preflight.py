@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pretrain.config import ConfigError
+from pretrain.errors import ConfigError
 from pretrain.runtime import distributed, preflight
 from tests.support import ROOT, environment
 from tests.support.launches import free_port

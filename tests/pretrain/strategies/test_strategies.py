@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pretrain.checkpoints import store
-from pretrain.config import ConfigError
+from pretrain.errors import ConfigError
 from pretrain.optim import OptimConfig
 from pretrain.runtime import distributed
 from pretrain.strategies import WORDS, Strategy, check, choose

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain import registry
-from pretrain.config import ConfigError
+from pretrain.errors import ConfigError
 from pretrain.ops import use_onednn
 from pretrain.towers import Tower
 from pretrain.towers import timm as images

@@ -22,10 +22,10 @@ import pytest
 from PIL import Image, ImageOps
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from pretrain.config import ConfigError, UserError
 from pretrain.data.pack import Summary, pack
 from pretrain.data.pack.folder import path_caption
 from pretrain.data.shards import index, paths
+from pretrain.errors import ConfigError, UserError
 from tests.support import ROOT
 
 

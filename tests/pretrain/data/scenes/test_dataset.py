@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import webdataset
 
-from pretrain.config import UserError
 from pretrain.data.scenes.dataset import (
     CLASSES,
     COLORS,
@@ -29,6 +28,7 @@ from pretrain.data.scenes.dataset import (
 from pretrain.data.scenes.render import paint
 from pretrain.data.shards.paths import expand
 from pretrain.data.vocabulary import find_vocabulary, load_builtin
+from pretrain.errors import UserError
 from pretrain.evaluation.zero_shot import class_names
 
 

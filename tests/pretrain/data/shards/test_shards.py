@@ -20,7 +20,6 @@ import webdataset as wds
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pretrain.config import ConfigError, UserError
 from pretrain.data import BadSample
 from pretrain.data.shards import cache
 from pretrain.data.shards.cache import Cache
@@ -28,6 +27,7 @@ from pretrain.data.shards.index import index
 from pretrain.data.shards.paths import counts, expand
 from pretrain.data.shards.reader import Reader
 from pretrain.data.shards.tar import DamagedTarError, walk
+from pretrain.errors import ConfigError, UserError
 
 
 def write_tar(path, members, format=tarfile.USTAR_FORMAT):
