@@ -12,7 +12,7 @@ from finetune.tasks import EvalConfig
 from pretrain import config as configuration
 from pretrain import registry
 from pretrain.checkpoints import loading, warm_start
-from pretrain.config import section
+from pretrain.config import component_field
 from pretrain.data.loader import DataConfig
 from pretrain.errors import ConfigError
 from pretrain.model import ModelSchema
@@ -28,11 +28,11 @@ class FusionSchema(ModelSchema):
     tokens: Source = "auto"
     """What fusion reads: aligned (tokens in the shared space, for towers that pool their mean or maximum), tower (the towers'
     own states), auto (aligned where that has a meaning, by modality)."""
-    fusion: Any = section(registry.part, "fusion", "name", "cross")
+    fusion: Any = component_field(registry.get_component, "fusion", "name", "cross")
     """How the modalities read each other; null for a task that needs embeddings only."""
-    context: Any = section(registry.part, "context", "name", "dense")
+    context: Any = component_field(registry.get_component, "context", "name", "dense")
     """How a picture is attended to."""
-    task: Any = section(registry.part, "tasks", "name", "vqa")
+    task: Any = component_field(registry.get_component, "tasks", "name", "vqa")
     """What is learned."""
     adapt: AdaptConfig = field(default_factory=AdaptConfig)
     """What of the pretrained model moves."""

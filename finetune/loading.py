@@ -84,7 +84,7 @@ def load(run: str | Path) -> Finetuned:
     data = values.get("data") or {}
     tokenizer = load_tokenizer(str(folder / loading.TOKENIZER))
     encoder = encoders.build(encoders.towers(config), config.model, tokenizer)
-    task = registry.part("tasks", config.task.name).build(config.task, None)
+    task = registry.get_component("tasks", config.task.name).build(config.task, None)
     model = models.build(encoder, config.fusion, config.context, config.tokens, config.adapt.fork)
     model.head = task.head(model)
     store.load_weights(model, store.read_weights(folder), folder)

@@ -242,7 +242,9 @@ def build(encoder: DualEncoder, fusion: Any, context: Any, tokens: Source = "aut
     made = None
     if fusion is not None:
         pictures = [name for name in encoder.towers if name == "image"]
-        made = registry.part("fusion", fusion.name).build(fusion, widths(encoder, sources), context=context, pictures=pictures)
+        made = registry.get_component("fusion", fusion.name).build(
+            fusion, widths(encoder, sources), context=context, pictures=pictures
+        )
         if set(sources.values()) == {"aligned"}:
             made.match_()
     return FusionModel(encoder, made, sources, forks)

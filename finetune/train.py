@@ -83,7 +83,9 @@ def build(config: FinetuneConfig) -> Components:
         warm_start.load(encoders, config.init, config.init_partial, tokenizer)
     config = freeze.apply(encoders, config.adapt, config)  # type: ignore[assignment]
     # -- task, fusion and head
-    task = registry.part("tasks", config.task.name).build(config.task, lambda: survey(config.data.train, config.data.store()))
+    task = registry.get_component("tasks", config.task.name).build(
+        config.task, lambda: survey(config.data.train, config.data.store())
+    )
     task = keep_aligned(task, config.adapt)
     model = models.build(encoders, config.fusion, config.context, config.tokens, config.adapt.fork)
     model.head = task.head(model)

@@ -6,7 +6,7 @@ Everything that can be wrong with a configuration is found here, before anything
 nearest one that exists), a value of the wrong type, a component nobody wrote, a combination that a dataclass's
 `check()` refuses. Each is one ConfigError with one line.
 
-A schema field made by `section` holds the Config of a component that the registry finds by name: `loss.name=clip` gives
+A schema field made by `component_field` holds the Config of a component that the registry finds by name: `loss.name=clip` gives
 `loss` the fields of pretrain/losses/clip.py. This floor imports nothing of the project.
 """
 
@@ -30,15 +30,15 @@ T = TypeVar("T")
 
 
 Find = Callable[[str, str], ModuleType]
-"""(room, name) -> module: registry.part, which stands one floor higher."""
+"""(room, name) -> module: registry.get_component, which stands one floor higher."""
 
 
-def section(find: Find, room: str, key: str, default: str) -> Any:
+def component_field(find: Find, room: str, key: str, default: str) -> Any:
     """A schema field that holds the Config of a component of `room`, chosen by the field's own `key`."""
     return field(default=None, metadata={"find": find, "room": room, "key": key, "default": default})
 
 
-def collected(find: Find, room: str, key: str) -> Any:
+def extra_components(find: Find, room: str, key: str) -> Any:
     """A schema field that gathers every other section holding `key` (audio: {tower: ...}) as components of `room`."""
     return field(default_factory=dict, metadata={"find": find, "room": room, "key": key, "collects": True})
 
@@ -150,7 +150,7 @@ def _build(schema: type[Any], given: Any, prefix: str, where: str) -> Any:
 
 
 def _collect(schema: type[Any], given: dict[str, Any], prefix: str, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Takes the sections of a `collected` field out of the given values."""
+    """Takes the sections of a `extra_components` field out of the given values."""
     specs = fields(schema)
     own = {f.name for f in specs}
     for spec in specs:

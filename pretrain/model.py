@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain import registry
-from pretrain.config import collected, section
+from pretrain.config import extra_components, component_field
 from pretrain.data.images import AugmentConfig, ImageDecoder
 from pretrain.data.text import TextDecoder
 from pretrain.errors import ConfigError
@@ -53,11 +53,11 @@ class ModelConfig:
 class ModelSchema:
     """The part of a run's configuration that says what the model is: all that loading a checkpoint reads."""
 
-    image: Any = section(registry.part, "towers", "tower", "timm")
+    image: Any = component_field(registry.get_component, "towers", "tower", "timm")
     """What encodes pictures."""
-    text: Any = section(registry.part, "towers", "tower", "transformers")
+    text: Any = component_field(registry.get_component, "towers", "tower", "transformers")
     """What encodes texts."""
-    others: dict[str, Any] = collected(registry.part, "towers", "tower")
+    others: dict[str, Any] = extra_components(registry.get_component, "towers", "tower")
     """Towers of further modalities, by name: any other section with a `tower` (audio: {tower: my.module})."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """What joins them."""
@@ -160,7 +160,7 @@ def build(towers: dict[str, Any], config: ModelConfig, tokenizer: Any = None) ->
     """
     made: dict[str, Tower] = {}
     for name, part in towers.items():
-        made[name] = registry.part("towers", part.tower).build(part, tokenizer)
+        made[name] = registry.get_component("towers", part.tower).build(part, tokenizer)
         if made[name].modality != name:
             raise ConfigError(f"{name}.tower={part.tower} encodes {made[name].modality}, not {name}")
     scale = LOGIT_SCALE if config.logit_scale is None else config.logit_scale
@@ -189,7 +189,7 @@ def decoders(
     """What turns a raw sample into each tower's input. A tower's file may bring its own `decoder(config, tokenizer)`."""
     made: dict[str, Any] = {}
     for modality, tower in towers(config).items():
-        module = registry.part("towers", tower.tower)
+        module = registry.get_component("towers", tower.tower)
         if hasattr(module, "decoder"):
             made[modality] = module.decoder(tower, tokenizer)
         elif modality == "image":

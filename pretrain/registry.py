@@ -1,4 +1,4 @@
-"""part("losses", "clip") -> the module pretrain/losses/clip.py: a file's name is its name in the configuration.
+"""get_component("losses", "clip") -> the module pretrain/losses/clip.py: a file's name is its name in the configuration.
 
 A user adds a loss, a tower, a strategy (and, one floor up, a fusion, a context, a task) with ONE new file. A dotted path
 ("my_package.my_loss") names a module outside the project. finetune adds itself with `add_package`, so that this floor
@@ -18,7 +18,7 @@ _packages: list[str] = ["pretrain"]
 
 
 def add_package(package: str) -> None:
-    """Lets the rooms of `package` be found as well: "finetune" makes part("tasks", "vqa") work."""
+    """Lets the rooms of `package` be found as well: "finetune" makes get_component("tasks", "vqa") work."""
     if package not in _packages:
         _packages.append(package)
 
@@ -36,7 +36,7 @@ def names(room: str) -> list[str]:
     return sorted(found)
 
 
-def part(room: str, name: str) -> ModuleType:
+def get_component(room: str, name: str) -> ModuleType:
     """The module of one component. Raises ConfigError, which lists the choices, for a name that is not there."""
     if "." in name:
         try:

@@ -13,7 +13,7 @@ from pretrain import config as configuration
 from pretrain import model as models
 from pretrain import registry
 from pretrain.checkpoints import warm_start
-from pretrain.config import section
+from pretrain.config import component_field
 from pretrain.data.loader import Batch, DataConfig, Loader
 from pretrain.evaluation.evaluate import EvalConfig, evaluate
 from pretrain.model import DualEncoder, ModelSchema
@@ -49,7 +49,7 @@ class PretrainConfig(ModelSchema):
     """Take what fits of init's weights and let the rest start anew; both are counted. Otherwise a difference is an error."""
     data: DataConfig = field(default_factory=DataConfig)
     """What is read, and how."""
-    loss: Any = section(registry.part, "losses", "name", "clip")
+    loss: Any = component_field(registry.get_component, "losses", "name", "clip")
     """What is minimised."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """How weights move."""
@@ -83,7 +83,7 @@ def train(config: PretrainConfig) -> Outcome:
         flops_per_batch = build_flops_counter(config, parts) if session.device.type == "cuda" else None
         plan = session.build_plan(parts.loader, portable, parts.tokenizer, "image_to_text_R@1", flops=flops_per_batch)
         strategy = session.build_strategy()
-        objective = Contrastive(registry.part("losses", config.loss.name).build(config.loss).to(session.device))
+        objective = Contrastive(registry.get_component("losses", config.loss.name).build(config.loss).to(session.device))
         evaluation = build_evaluation(config, parts, session.device)
         return fit(plan, session.folder, strategy, parts.model, objective, parts.loader, evaluation, session.checkpoint)
 
@@ -111,7 +111,7 @@ class Components:
 
 def build(config: PretrainConfig) -> Components:
     """Build all that can be wrong, in the order of what fails fastest. The same weights on every process."""
-    loss = registry.part("losses", config.loss.name)
+    loss = registry.get_component("losses", config.loss.name)
     if config.model.logit_scale is None:
         config.model.logit_scale = loss.LOGIT_SCALE
     if config.model.logit_bias is None:

@@ -70,12 +70,12 @@ def build_contexts(
     Raises ConfigError where `config` would change nothing: no picture among them, or none among those that ask
     themselves for a context made of windows.
     """
-    dense = registry.part("context", "dense")
+    dense = registry.get_component("context", "dense")
     config = config if config is not None else dense.Config()
     made: dict[str, Context] = {}
     for name, width in widths.items():
         own = config if name in pictures else dense.Config()
-        made[name] = registry.part("context", own.name).build(own, width)
+        made[name] = registry.get_component("context", own.name).build(own, width)
     asked = [name for name in widths if name in pictures]
     if config.name != "dense" and not asked:
         raise ConfigError(f"context.name={config.name} needs a picture; {' and '.join(widths)} have no grid, use dense")

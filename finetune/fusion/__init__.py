@@ -5,7 +5,7 @@
     merged.py    one stream over the concatenation, one set of weights (ViLT)
     blocks.py    what they are made of, and the base of their Configs
 
-    part = registry.part("fusion", config.name)
+    part = registry.get_component("fusion", config.name)
     fusion = part.build(config, {"text": 512, "image": 768}, context=context_config, pictures=("image",))
     fused = fusion({"text": text_tokens, "image": image_tokens})      # TokenSequences, the same names and widths
 

@@ -5,7 +5,7 @@
     captioning.py       sentences about a picture, word after word (generate.py searches, wording.py scores)
     classification.py   one label or several, of a picture, a pair, two pictures with a text (labels.py reads and scores)
 
-    part = registry.part("tasks", config.name)
+    part = registry.get_component("tasks", config.name)
     task = part.build(config, survey)
     decoders = task.decoders(towers' decoders)        what the loader makes of a sample
     model.head = task.head(model)                     the task's own weights

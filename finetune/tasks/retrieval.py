@@ -234,7 +234,7 @@ class Retrieval(Task):
         self.config = config
         self.contrast: dict[bool, nn.Module] = {}
         for biased, name in ((False, "clip"), (True, "siglip")):
-            part = registry.part("losses", name)
+            part = registry.get_component("losses", name)
             self.contrast[biased] = part.build(part.Config(name=name, same_caption=config.same_caption))
         self._above: list[Tensor] = []  # matching loss less that of a constant answer, of the last steps
         self._warned = False

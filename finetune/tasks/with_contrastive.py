@@ -41,7 +41,7 @@ class Aligned(Task):
 
     def head(self, model: FusionModel) -> Head:
         name = "clip" if model.encoder.logit_bias is None else "siglip"
-        loss = registry.part("losses", name)
+        loss = registry.get_component("losses", name)
         self._score = loss.build(loss.Config(same_caption="ignore"))
         return self.task.head(model)
 

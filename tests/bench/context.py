@@ -45,7 +45,7 @@ def prepare(what: str, name: str, patches: int, device: str) -> Callable[[], Non
     """One forward and backward pass."""
     torch.manual_seed(0)
     side = isqrt(patches)
-    part = registry.part("context", name)
+    part = registry.get_component("context", name)
     attention = Attention(WIDTH, heads=HEADS).to(device)
     context = part.build(part.Config(**settings(name, what, patches)), WIDTH).to(device)
     picture = torch.randn(1, side * side, WIDTH, device=device, requires_grad=True)

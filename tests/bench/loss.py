@@ -34,7 +34,7 @@ def one(arguments: argparse.Namespace) -> dict[str, float]:
         name: F.normalize(torch.randn(arguments.batch[0], arguments.dim, generator=g), dim=1).to(device).requires_grad_()
         for name in ("image", "text")
     }
-    module = registry.part("losses", arguments.loss)
+    module = registry.get_component("losses", arguments.loss)
     scale = torch.full((1,), module.LOGIT_SCALE, device=device).exp().requires_grad_()
     bias = None if module.LOGIT_BIAS is None else torch.full((1,), module.LOGIT_BIAS, device=device).requires_grad_()
     score = _score(arguments, module)

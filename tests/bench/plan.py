@@ -103,7 +103,7 @@ def measured(settings: list[str]) -> dict[str, float]:
     train = config.train
     before = _resident(reset=True)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        loss = registry.part("losses", config.loss.name)
+        loss = registry.get_component("losses", config.loss.name)
         scaled = replace(config.model, logit_scale=loss.LOGIT_SCALE, logit_bias=loss.LOGIT_BIAS)
         model = models.build(models.towers(config), scaled, tokenizer)
         strategy = strategies.choose(train.strategy, train.precision, config.optim, torch.device("cpu"))

@@ -54,7 +54,7 @@ def fresh(small: Small, *settings: str) -> Finetuned:
     tokenizer = load_tokenizer(str(small.tokenizer))
     torch.manual_seed(0)
     encoder = encoders.build(models.towers(config), config.model, tokenizer)
-    task = registry.part("tasks", config.task.name).build(config.task, None)
+    task = registry.get_component("tasks", config.task.name).build(config.task, None)
     model = models.build(encoder, config.fusion, config.context, config.tokens)
     model.head = task.head(model)
     with torch.no_grad():

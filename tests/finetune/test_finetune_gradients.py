@@ -24,7 +24,7 @@ ANSWERS, M, B = ["red", "blue", "two", "yes"], 3, 8
 def built(dtype: torch.dtype) -> tuple[FusionModel, vqa.VQA]:
     """The same weights at each call, gates open; what the loss never reaches is frozen, as a run does it."""
     task = vqa.build(vqa.Config(answers=ANSWERS), None)
-    model = models.build(tiny.model("clip"), registry.part("fusion", "cross").Config(layers=1, heads=2), None)
+    model = models.build(tiny.model("clip"), registry.get_component("fusion", "cross").Config(layers=1, heads=2), None)
     torch.manual_seed(1)
     model.head = task.head(model)
     with torch.no_grad():

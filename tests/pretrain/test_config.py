@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 import pytest
 
-from pretrain.config import build, collected, load, merged, save, section, to_dict
+from pretrain.config import build, extra_components, load, merged, save, component_field, to_dict
 from pretrain.errors import ConfigError, closest
-from pretrain.registry import part
+from pretrain.registry import get_component
 from pretrain.training.loop import TrainConfig
 
 
@@ -36,8 +36,8 @@ class Outer:
 
 @dataclass
 class WithParts:
-    loss: Any = section(part, "losses", "name", "clip")
-    others: dict[str, Any] = collected(part, "towers", "tower")
+    loss: Any = component_field(part, "losses", "name", "clip")
+    others: dict[str, Any] = extra_components(part, "towers", "tower")
 
 
 def test_yaml_then_base_then_dotlist(tmp_path: Path) -> None:

@@ -220,7 +220,7 @@ def test_scale_is_kept_between_1_and_100() -> None:
 
 def test_every_parameter_learns_from_the_loss() -> None:
     for loss in registry.names("losses"):
-        module = registry.part("losses", loss)
+        module = registry.get_component("losses", loss)
         mine = clip(logit_scale=module.LOGIT_SCALE, logit_bias=module.LOGIT_BIAS).train()
         pictures, ids, mask = batch()
         out = mine({"image": pictures, "text": ids}, {"text": mask})
@@ -282,7 +282,7 @@ def test_a_third_modality_is_one_new_file() -> None:
     sound, valid = torch.randn(6, 9, 8), torch.arange(9) < torch.tensor([9, 3, 5, 1, 2, 9])[:, None]
     out = mine({"image": pictures, "text": ids, "audio": sound}, {"text": mask, "audio": valid})
     assert {m: out[m].shape for m in mine.towers} == dict.fromkeys(("image", "text", "audio"), (6, D))
-    module = registry.part("losses", "clip")
+    module = registry.get_component("losses", "clip")
     loss, report = module.build(module.Config())({m: out[m] for m in mine.towers}, out["logit_scale"], None, {})
     loss.backward()
     assert all(p.grad is not None for p in mine.parameters())

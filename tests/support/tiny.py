@@ -39,14 +39,14 @@ def model(
         "bos_token_id": 1,
         "pad_token_id": 0,
     }
-    timm = registry.part("towers", "timm").Config
-    transformers = registry.part("towers", "transformers").Config
+    timm = registry.get_component("towers", "timm").Config
+    transformers = registry.get_component("towers", "transformers").Config
     image, text = image or {}, text or {}
     towers = {
         "image": timm(**{"name": "vit_tiny_patch16_224", "size": 16, **image, "args": {**vit, **image.get("args", {})}}),
         "text": transformers(**{"length": LENGTH, **text, "args": {**clip, **text.get("args", {})}}),
     }
-    part = registry.part("losses", loss)
+    part = registry.get_component("losses", loss)
     built = build(towers, ModelConfig(dim=8, logit_scale=part.LOGIT_SCALE, logit_bias=part.LOGIT_BIAS))
     with torch.no_grad():
         for p in built.parameters():
@@ -56,7 +56,7 @@ def model(
 
 def objective(loss: str, **settings: Any) -> Contrastive:
     """The product's own loss."""
-    part = registry.part("losses", loss)
+    part = registry.get_component("losses", loss)
     return Contrastive(part.build(part.Config(name=loss, **settings)))
 
 

@@ -216,7 +216,7 @@ def test_an_adapter_that_is_passed_by_is_an_error_not_a_silence() -> None:
 
 def fused(encoder: DualEncoder, forks: Sequence[str] = ()) -> tuple[FusionModel, vqa.VQA]:
     task = vqa.build(vqa.Config(answers=["yes", "no", "red"]), None)
-    model = models.build(encoder, registry.part("fusion", "cross").Config(layers=1, heads=2), None, forks=forks)
+    model = models.build(encoder, registry.get_component("fusion", "cross").Config(layers=1, heads=2), None, forks=forks)
     torch.manual_seed(1)
     model.head = task.head(model)
     return model, task

@@ -245,7 +245,7 @@ def test_summaries_are_read_from_the_picture_and_their_maps_compose(masked: bool
 
 
 def build(name: str, dtype: torch.dtype = torch.float64) -> Context:
-    part = registry.part("context", name)
+    part = registry.get_component("context", name)
     made: Context = part.build(part.Config(**SMALL.get(name, {})), WIDTH)
     return made.to(dtype)
 

@@ -88,7 +88,7 @@ def test_relevance_by_hand_in_one_stream() -> None:
 def traced(name: str, how: str = "dense", settings: dict[str, Any] | None = None, **config: Any) -> tuple[Trace, Tensor]:
     """A trained-looking fusion's trace, and a score (B,)."""
     torch.manual_seed(0)
-    part, asked = registry.part("fusion", name), registry.part("context", how)
+    part, asked = registry.get_component("fusion", name), registry.get_component("context", how)
     chosen = asked.Config(**(SMALL.get(how, {}) if settings is None else settings))
     fusion = part.build(part.Config(**{"layers": 2, "heads": 2, "inner": 16, **config}), WIDTHS, chosen).double()
     open_gates(fusion)
@@ -215,7 +215,7 @@ def test_where_only_the_picture_asks_a_words_map_is_what_it_gave() -> None:
 
 
 def test_several_texts_about_one_picture_have_maps_of_their_own() -> None:
-    part, how = registry.part("fusion", "cross"), registry.part("context", "pooled")
+    part, how = registry.get_component("fusion", "cross"), registry.get_component("context", "pooled")
     torch.manual_seed(0)
     fusion = part.build(part.Config(layers=2, heads=2), WIDTHS, how.Config(latents=4, heads=2))
     open_gates(fusion)
@@ -231,7 +231,7 @@ def test_several_texts_about_one_picture_have_maps_of_their_own() -> None:
 
 
 def test_a_frozen_fusion_has_maps_too() -> None:
-    part = registry.part("fusion", "cross")
+    part = registry.get_component("fusion", "cross")
     fusion = part.build(part.Config(layers=2, heads=2), WIDTHS).eval()
     open_gates(fusion)
     fusion.requires_grad_(False)

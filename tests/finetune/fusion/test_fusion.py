@@ -32,7 +32,7 @@ PAIRS = [(f, c) for f in registry.names("fusion") for c in registry.names("conte
 
 def build(name: str, context: str = "dense", widths: dict[str, int] = WIDTHS, **settings: Any) -> Fusion:
     torch.manual_seed(0)
-    part, how = registry.part("fusion", name), registry.part("context", context)
+    part, how = registry.get_component("fusion", name), registry.get_component("context", context)
     config = part.Config(**{"layers": 2, "heads": 2, "inner": 16, **settings})
     made: Fusion = part.build(config, widths, how.Config(**SMALL.get(context, {})))
     return made
@@ -311,7 +311,7 @@ def test_every_parameter_learns(name: str, context: str) -> None:
 def test_any_pair_of_modalities(name: str) -> None:
     audio, picture = tokens(widths={"text": 20, "image": 28})["text"], tokens(grid=(3, 4))["image"]
     sequences = {"audio": audio, "photo": picture, "text": tokens()["text"]}
-    part = registry.part("fusion", name)
+    part = registry.get_component("fusion", name)
     widths = {"audio": 20, "photo": 32, "text": 24}
     for query, context in (("photo", "audio"), ("audio", "photo"), ("text", "audio")):
         config = part.Config(layers=1, heads=2, inner=16, query=query, context=context)
@@ -325,7 +325,7 @@ def test_any_pair_of_modalities(name: str) -> None:
 @pytest.mark.parametrize("context", ["dense", "local", "coarse_to_fine", "pooled"])
 @pytest.mark.parametrize("name", ["cross", "co", "merged"])
 def test_two_pictures(name: str, context: str) -> None:
-    part, how = registry.part("fusion", name), registry.part("context", context)
+    part, how = registry.get_component("fusion", name), registry.get_component("context", context)
     config = part.Config(layers=2, heads=2, inner=16, query="before", context="after")
     fusion = part.build(config, {"before": 32, "after": 32}, how.Config(**SMALL.get(context, {})), ["before", "after"])
     open_gates(fusion)
@@ -347,7 +347,7 @@ def test_a_mask_may_be_left_out() -> None:
 
 @pytest.mark.parametrize("context", ["dense", "pooled", "coarse_to_fine"])
 def test_causal_cross_attention_is_a_decoder(context: str) -> None:
-    how = registry.part("context", context)
+    how = registry.get_component("context", context)
     settings = {**SMALL.get(context, {}), **({"choose": "word"} if context == "coarse_to_fine" else {})}
     torch.manual_seed(0)
     fusion = cross.build(cross.Config(layers=2, heads=2, causal=True), WIDTHS, how.Config(**settings))
@@ -382,7 +382,7 @@ def test_it_learns_to_find_what_a_word_names(name: str) -> None:
     torch.manual_seed(0)
     width, shapes, colours = 32, 5, 4
     shape, colour, place = torch.randn(shapes, width), torch.randn(colours, width), torch.randn(9, width)
-    part = registry.part("fusion", name)
+    part = registry.get_component("fusion", name)
     fusion = part.build(part.Config(layers=1, heads=4), {"text": width, "image": width})
     head = nn.Linear(width, colours)
     optimizer = torch.optim.Adam([*fusion.parameters(), *head.parameters()], lr=3e-3)

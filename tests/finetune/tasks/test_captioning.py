@@ -43,7 +43,7 @@ def made(text: dict[str, Any] | None = None, **settings: Any) -> tuple[FusionMod
 
 
 def _causal(**settings: Any) -> Any:
-    return registry.part("fusion", "cross").Config(**{"layers": 1, "heads": 2, "causal": True, **settings})
+    return registry.get_component("fusion", "cross").Config(**{"layers": 1, "heads": 2, "causal": True, **settings})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ def built(dtype: torch.dtype) -> tuple[FusionModel, Any]:
     encoder = tiny.model("clip")
     config = AdaptConfig(lora=LoraConfig(rank=2, towers=["image"]), contrastive=WEIGHT)
     freeze.apply(encoder, config, ModelSchema(image=encoder.towers["image"].config, text=None))
-    fusion = registry.part("fusion", "cross").Config(layers=1, heads=2, causal=True)
+    fusion = registry.get_component("fusion", "cross").Config(layers=1, heads=2, causal=True)
     model = models.build(encoder, fusion, None)
     task = keep_aligned(captioning.build(captioning.Config(smoothing=SMOOTHING), None), config)
     torch.manual_seed(1)

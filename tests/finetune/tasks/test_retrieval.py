@@ -219,7 +219,7 @@ def test_a_fork_learns_and_what_was_indexed_stays_found(small: Small, encoders: 
 
 def tiny_task(**settings: Any) -> tuple[Any, retrieval.Retrieval]:
     task = retrieval.build(retrieval.Config(**settings), None)
-    model = models.build(tiny.model("clip"), registry.part("fusion", "cross").Config(layers=1, heads=2), None)
+    model = models.build(tiny.model("clip"), registry.get_component("fusion", "cross").Config(layers=1, heads=2), None)
     model.head = task.head(model)
     return model, task
 
@@ -239,7 +239,7 @@ def test_batches_without_a_negative_do_not_crash() -> None:
 
 def test_siglip_encoders_keep_their_own_loss() -> None:
     task = retrieval.build(retrieval.Config(), None)
-    model = models.build(tiny.model("siglip"), registry.part("fusion", "cross").Config(layers=1, heads=2), None)
+    model = models.build(tiny.model("siglip"), registry.get_component("fusion", "cross").Config(layers=1, heads=2), None)
     model.head = task.head(model)
     batch = tiny.batch(0, 8)
     features = task.encode(model, batch)

@@ -31,7 +31,9 @@ B, FOILS = 8, 2
 def built(dtype: torch.dtype) -> tuple[FusionModel, retrieval.Retrieval]:
     """The same weights at each call, gates open; what the loss never reaches is frozen, as a run does it."""
     task = retrieval.build(retrieval.Config(foils="foils", draw=FOILS, contrastive=0.7, matching=1.3), None)
-    model = models.build(tiny.model("clip"), registry.part("fusion", "cross").Config(layers=1, heads=2), None, forks=["text"])
+    model = models.build(
+        tiny.model("clip"), registry.get_component("fusion", "cross").Config(layers=1, heads=2), None, forks=["text"]
+    )
     torch.manual_seed(1)
     model.head = task.head(model)
     with torch.no_grad():
@@ -117,7 +119,7 @@ def searched(small: Small) -> dict[str, float]:
     """The figures of search over seven pictures: two processes hold three and four."""
     encoder = tiny.model("clip", text={"args": {"vocab_size": 512}})
     task = retrieval.build(retrieval.Config(rerank=3), None)
-    model = models.build(encoder, registry.part("fusion", "cross").Config(layers=1, heads=2), None)
+    model = models.build(encoder, registry.get_component("fusion", "cross").Config(layers=1, heads=2), None)
     torch.manual_seed(2)
     model.head = task.head(model)
     with torch.no_grad():

@@ -138,7 +138,7 @@ def test_pieces_merged_are_the_batch_collated_in_one_go(questions: Questions) ->
 def made(**settings: Any) -> tuple[FusionModel, vqa.VQA]:
     """A tiny fused model whose gates are open, and its task."""
     task = vqa.build(vqa.Config(answers=ANSWERS, **settings), None)
-    fusion = registry.part("fusion", "cross").Config(layers=1, heads=2)
+    fusion = registry.get_component("fusion", "cross").Config(layers=1, heads=2)
     model = models.build(tiny.model("clip"), fusion, None)
     torch.manual_seed(1)
     model.head = task.head(model)
@@ -187,7 +187,7 @@ def test_tokens_are_the_encoders_own_aligned_or_not() -> None:
 @pytest.mark.parametrize("name", ["cross", "co", "merged"])
 def test_words_of_the_shared_space_look_first_where_they_are_alike(name: str) -> None:
     """Queries and keys are read alike where both are aligned; towers' own states tell nothing, and merged has no such look."""
-    fusion = registry.part("fusion", name).Config(layers=1, heads=1)
+    fusion = registry.get_component("fusion", name).Config(layers=1, heads=1)
     encoder = tiny.model("clip", image={"pool": "avg"}, text={"pool": "avg"})
     for tokens, alike in (("aligned", True), ("tower", False)):
         torch.manual_seed(1)
@@ -284,7 +284,7 @@ def test_figures_are_the_mean_over_questions_one_by_one(small: Small) -> None:
     import tarfile
 
     tokenizer = load_tokenizer(small.tokenizer)
-    text = registry.part("towers", "transformers").Config(
+    text = registry.get_component("towers", "transformers").Config(
         length=24,
         pool="avg",
         args={
@@ -295,7 +295,7 @@ def test_figures_are_the_mean_over_questions_one_by_one(small: Small) -> None:
             "num_attention_heads": 2,
         },
     )
-    image = registry.part("towers", "timm").Config(
+    image = registry.get_component("towers", "timm").Config(
         name="vit_tiny_patch16_224", size=32, pool="avg", args={"embed_dim": 16, "depth": 1, "num_heads": 2}
     )
     from pretrain.model import ModelConfig, build
@@ -303,7 +303,7 @@ def test_figures_are_the_mean_over_questions_one_by_one(small: Small) -> None:
     torch.manual_seed(0)
     encoder = build({"image": image, "text": text}, ModelConfig(dim=8), tokenizer)
     task = vqa.build(vqa.Config(answers=["red", "yes", "1", "left"]), None)
-    model = models.build(encoder, registry.part("fusion", "cross").Config(layers=1, heads=2), None)
+    model = models.build(encoder, registry.get_component("fusion", "cross").Config(layers=1, heads=2), None)
     model.head = task.head(model)
     decoders = task.decoders({"image": ImageDecoder(32), "text": TextDecoder(tokenizer, 24)})
     path = sorted(Path(small.val).parent.glob("val-*.tar"))[0]
@@ -357,7 +357,7 @@ def test_a_fusion_that_does_not_fit_is_refused() -> None:
     task = vqa.build(vqa.Config(answers=ANSWERS), None)
     with pytest.raises(ConfigError, match="needs a fusion"):
         task.head(models.build(tiny.model("clip"), None, None))
-    turned = registry.part("fusion", "cross").Config(query="image", context="text", heads=2)
+    turned = registry.get_component("fusion", "cross").Config(query="image", context="text", heads=2)
     with pytest.raises(ConfigError, match=r"fusion\.query=text"):
         task.head(models.build(tiny.model("clip"), turned, None))
     with pytest.raises(ConfigError, match="from 1"):

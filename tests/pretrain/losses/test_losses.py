@@ -33,7 +33,7 @@ def scalars(name: str, scale: float = 14.3, dtype: torch.dtype = torch.float64) 
 
 def ours(name: str, features: dict[str, Tensor], scale: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
     targets = options.pop("targets", {})
-    module = registry.part("losses", name)
+    module = registry.get_component("losses", name)
     loss, _ = module.build(module.Config(**options))(features, scale, bias, targets)
     return loss
 
@@ -167,7 +167,7 @@ def test_three_modalities_are_the_mean_of_three_pairs(name: str, tile: int) -> N
 @pytest.mark.parametrize("name", LOSSES)
 def test_report_says_how_often_the_partner_is_best(name: str, tile: int) -> None:
     features, extra = pair(40, 3), scalars(name)
-    module = registry.part("losses", name)
+    module = registry.get_component("losses", name)
     _, report = module.build(module.Config(tile=tile))(features, extra[0], extra[1] if extra[1:] else None, {})
     best = (features["image"] @ features["text"].t()).argmax(dim=1) == torch.arange(40)
     assert report["image_to_text_accuracy"] == pytest.approx(float(best.double().mean()))

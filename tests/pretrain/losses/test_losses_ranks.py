@@ -36,7 +36,7 @@ def cell(name: str, tile: int, same: str, modalities: tuple[str, ...], scale: fl
     b = B // distributed.world_size()
     own = slice(distributed.rank() * b, (distributed.rank() + 1) * b)
     features = {m: F.normalize(inputs[m][own] @ weights[m], dim=1) for m in modalities}
-    module = registry.part("losses", name)
+    module = registry.get_component("losses", name)
     loss, report = module.build(module.Config(tile=tile, same_caption=same))(
         features, scalars[0], scalars[1] if scalars[1:] else None, {"caption_id": ids[own]}
     )
@@ -66,7 +66,7 @@ def moved(name: str, tile: int) -> list[int]:
         setattr(td, n, counting(n))
     try:
         features = {m: torch.ones(B // distributed.world_size(), D, requires_grad=True) for m in ("image", "text")}
-        module = registry.part("losses", name)
+        module = registry.get_component("losses", name)
         scale, bias = torch.ones(1), torch.ones(1) if name == "siglip" else None
         module.build(module.Config(tile=tile))(features, scale, bias, {})[0].backward()
     finally:
