@@ -83,8 +83,8 @@ def load_config(path: Path, settings: list[str]) -> FinetuneConfig:
             "init=RUN is missing: a pretraining run, a checkpoint, or a published CLIP to start from (a new model needs both "
             "an `image` and a `text` section)"
         )
-    laid = warm_start.under(given)
+    laid = warm_start.with_init_defaults(given)
     if isinstance(init, str) and (given.get("adapt") or {}).get("contrastive"):
         bias = loading.load_model(init).config.model.logit_bias  # says which loss it was pretrained with
-        laid["model"] = configuration.over({"logit_bias": bias}, laid.get("model") or {})
+        laid["model"] = configuration.merge({"logit_bias": bias}, laid.get("model") or {})
     return configuration.build(FinetuneConfig, laid, str(path))

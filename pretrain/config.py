@@ -54,7 +54,7 @@ def load(schema: type[T], path: str | Path | None = None, dotlist: list[str] | N
 
 def merged(path: str | Path | None, dotlist: list[str]) -> dict[str, Any]:
     """What file and command line say, as plain values. Raises ConfigError."""
-    return over(read_yaml(Path(path)) if path is not None else {}, parse_dotlist(dotlist))
+    return merge(read_yaml(Path(path)) if path is not None else {}, parse_dotlist(dotlist))
 
 
 def build(schema: type[T], given: dict[str, Any], where: str, partial: bool = False) -> T:
@@ -88,12 +88,12 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         return values
     if not isinstance(base, str):
         raise ConfigError(f"{path}: `base` must name one file, not {base!r}")
-    return over(read_yaml(path.parent / base, (*seen, path)), values)
+    return merge(read_yaml(path.parent / base, (*seen, path)), values)
 
 
 def parse_dotlist(dotlist: list[str]) -> dict[str, Any]:
     """["optim.lr=1e-3"] -> {"optim": {"lr": 0.001}}."""
-    laid: dict[str, Any] = {}
+    merged_values: dict[str, Any] = {}
     for item in dotlist:
         key, equals, _ = item.partition("=")
         if item.startswith("-"):
@@ -104,23 +104,23 @@ def parse_dotlist(dotlist: list[str]) -> dict[str, Any]:
             value = OmegaConf.to_container(OmegaConf.from_dotlist([item]), resolve=False)
         except (OmegaConfBaseException, yaml.YAMLError) as error:
             raise ConfigError(f"{item!r} cannot be read: {' '.join(str(error).split())}") from error
-        laid = over(laid, typing.cast(dict[str, Any], value))
-    return laid
+        merged_values = merge(merged_values, typing.cast(dict[str, Any], value))
+    return merged_values
 
 
 ALTERNATIVES = {"train": ("steps", "samples", "epochs")}
 """Keys of a section that say one thing in different units."""
 
 
-def over(base: dict[str, Any], above: dict[str, Any], section: str = "") -> dict[str, Any]:
-    """`base` with `above` laid over it, key by key; lists replace, and one of several alternatives replaces the others."""
+def merge(base: dict[str, Any], above: dict[str, Any], section: str = "") -> dict[str, Any]:
+    """`base` with `above` merged_values over it, key by key; lists replace, and one of several alternatives replaces the others."""
     units = ALTERNATIVES.get(section, ())
     given = any(above.get(key) for key in units)  # 0 says: not this one
-    laid = {key: value for key, value in base.items() if not (given and key in units)}
+    merged_values = {key: value for key, value in base.items() if not (given and key in units)}
     for key, value in above.items():
-        old = laid.get(key)
-        laid[key] = over(old, value, key) if isinstance(old, dict) and isinstance(value, dict) else value
-    return laid
+        old = merged_values.get(key)
+        merged_values[key] = merge(old, value, key) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged_values
 
 
 # ---------------------------------------------------------------------------------------------------------------------

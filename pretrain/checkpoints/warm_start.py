@@ -41,21 +41,21 @@ def check(init: Any) -> None:
         raise ConfigError(f"init={init!r} must be a run, a checkpoint or a published model, or one for each tower")
 
 
-def under(given: dict[str, Any]) -> dict[str, Any]:
+def with_init_defaults(given: dict[str, Any]) -> dict[str, Any]:
     """What file and command line say, with the architecture of `init` under the sections that name none."""
     init = given.get("init")
     check(init)
-    laid, taken = dict(given), False
+    merged, taken = dict(given), False
     for name, run in _towers(init, ("image", "text")).items():
         section = given.get(name, {})
         if section is not None and not {"name", "args", "tower"} & set(section):
             theirs = configuration.to_dict(_loaded(run).config)[name]
             theirs = {key: value for key, value in theirs.items() if key not in NOT_INHERITED}
-            laid[name], taken = configuration.over(theirs, section), True
+            merged[name], taken = configuration.merge(theirs, section), True
     if isinstance(init, str) and taken:
         theirs = configuration.to_dict(_loaded(init).config)["model"]
-        laid["model"] = configuration.over({key: theirs[key] for key in ("dim", "projection")}, given.get("model") or {})
-    return laid
+        merged["model"] = configuration.merge({key: theirs[key] for key in ("dim", "projection")}, given.get("model") or {})
+    return merged
 
 
 def tokenizer(init: Any, text: Any) -> Any:
