@@ -13,7 +13,7 @@ import re
 import shutil
 
 from pretrain.errors import UserError
-from pretrain.runtime.console import say
+from pretrain.runtime.console import log_info
 
 INSTALL = "pip install 'clipfuse[finetune]'"
 
@@ -26,7 +26,7 @@ def scores(generated: list[str], references: list[list[str]]) -> dict[str, float
     if len(generated) != len(references) or not generated:
         raise UserError(f"{len(generated)} captions for {len(references)} pictures: nothing to compare")
     if importlib.util.find_spec("pycocoevalcap") is None:
-        say(f"no CIDEr and BLEU: pycocoevalcap is not installed ({INSTALL})")
+        log_info(f"no CIDEr and BLEU: pycocoevalcap is not installed ({INSTALL})")
         return {}
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
@@ -35,7 +35,7 @@ def scores(generated: list[str], references: list[list[str]]) -> dict[str, float
     said = {i: both[i] for i in range(len(generated))}
     written = {i: both[i + len(generated)] for i in range(len(generated))}
     if len(generated) == 1:
-        say("CIDEr of a single picture is 0 by definition: it weighs words by how rare they are among pictures")
+        log_info("CIDEr of a single picture is 0 by definition: it weighs words by how rare they are among pictures")
     with contextlib.redirect_stdout(io.StringIO()):  # it prints as it goes
         cider, _ = Cider().compute_score(written, said)
         bleu, _ = Bleu(4).compute_score(written, said, verbose=0)
@@ -53,7 +53,7 @@ def _words(texts: list[list[str]]) -> dict[int, list[str]]:
             found: dict[int, list[str]] = PTBTokenizer().tokenize(given)
             if {i: len(group) for i, group in found.items()} == {i: len(group) for i, group in enumerate(texts)}:
                 return found
-    say("CIDEr and BLEU without a working Java: words are cut by a plain rule, close to but not the Penn Treebank's")
+    log_info("CIDEr and BLEU without a working Java: words are cut by a plain rule, close to but not the Penn Treebank's")
     return {i: [plain(text) for text in group] for i, group in enumerate(texts)}
 
 

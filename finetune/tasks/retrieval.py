@@ -36,7 +36,7 @@ from pretrain import registry
 from pretrain.data.batch import Batch
 from pretrain.errors import ConfigError
 from pretrain.runtime import distributed
-from pretrain.runtime.console import say
+from pretrain.runtime.console import log_info
 from pretrain.towers import TokenSequence
 from pretrain.training.objective import SCALARS
 
@@ -307,7 +307,7 @@ class Retrieval(Task):
         self._above.clear()
         if mean > -0.01 and float(constant) > 0.05:  # below, embeddings left nothing open
             self._warned = True
-            say(
+            log_info(
                 f"warning: over the last {WINDOW} steps the matching loss was {mean + float(constant):.4f}; a constant answer "
                 f"has {float(constant):.4f}, so nothing is learned from the pairs. Raise optim.lr_scale of fusion and task, or "
                 "lengthen optim.warmup; see whether captions and pictures belong together"

@@ -178,7 +178,7 @@ def newest(checkpoints: Path, say: Callable[[str], None]) -> Path | None:
         wrong = problem(folder)
         if wrong is None:
             return folder
-        say(f"passing over {folder}: {wrong}")
+        log_info(f"passing over {folder}: {wrong}")
     return None
 
 

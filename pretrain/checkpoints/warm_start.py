@@ -20,7 +20,7 @@ from pretrain.checkpoints.loading import Loaded
 from pretrain.data.text import load_tokenizer
 from pretrain.errors import ConfigError, UserError
 from pretrain.model import DualEncoder
-from pretrain.runtime.console import say
+from pretrain.runtime.console import log_info
 
 NOT_INHERITED = ("tokenizer", "trainable_blocks", "checkpointing", "patch_dropout")
 """Settings of a tower that are no architecture: a folder of theirs (`tokenizer` below reads it), and how it trained."""
@@ -86,12 +86,12 @@ def load(model: DualEncoder, init: Any, partial: bool, tokenizer: Any) -> None:
         loaded = _loaded(init)
         weights = _scalars(loaded.model.state_dict(), model, init)
         _put(model, weights, init, partial)
-        say(f"weights start from {loaded.folder}")
+        log_info(f"weights start from {loaded.folder}")
     else:
         for name, run in init.items():
             theirs = _loaded(run).model
             _put(model.tower(name), theirs.tower(name).state_dict(), f"{run} ({name} tower)", partial)
-            say(f"weights of the {name} tower start from {_loaded(run).folder}")
+            log_info(f"weights of the {name} tower start from {_loaded(run).folder}")
     _loaded.cache_clear()
 
 
@@ -123,7 +123,7 @@ def _put(module: Any, weights: dict[str, Tensor], where: str, partial: bool) -> 
     fits = {name: value for name, value in weights.items() if name in own and own[name].shape == value.shape}
     module.load_state_dict({**own, **fits})
     left = sorted(set(own) - set(fits))
-    say(
+    log_info(
         f"init={where}: {len(fits)} of {len(own)} weights start from it, {len(weights) - len(fits)} of its own were left out"
         + (f"; new: {', '.join(left[:3])}{', ...' if len(left) > 3 else ''}" if left else "")
     )

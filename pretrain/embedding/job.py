@@ -39,7 +39,7 @@ from pretrain.embedding.work_queue import Board, Shown
 from pretrain.errors import ConfigError, UserError, closest
 from pretrain.runtime import distributed, preflight
 from pretrain.runtime.agree import on_main
-from pretrain.runtime.console import duration, say
+from pretrain.runtime.console import duration, log_info
 from pretrain.runtime.entrypoint import DONE, STOPPED, EarlyStop, guarded, stopping_early
 from pretrain.runtime.memory import is_out_of_memory
 
@@ -291,7 +291,7 @@ def run(args: argparse.Namespace) -> int:
                 print(json.dumps(asdict(summary)) if args.json else summary, flush=True)
             return DONE
     except EarlyStop as stop:
-        say(f"stopped by {stop}; the files that are whole stay, the same command goes on")
+        log_info(f"stopped by {stop}; the files that are whole stay, the same command goes on")
         return STOPPED
     finally:
         distributed.shutdown()

@@ -12,7 +12,7 @@ from typing import Any
 
 from pretrain.errors import UserError
 from pretrain.runtime import distributed
-from pretrain.runtime.console import console, duration, say
+from pretrain.runtime.console import console, duration, log_info
 
 SAY_SECONDS = 10.0
 """Between two lines of progress, where there is no terminal."""
@@ -97,7 +97,7 @@ class Shown:
             self._bar.update(self._task, completed=self.there + done, rate=rate)
             return
         eta = duration((self.total - self.there - done) / rate) if rate else "?"
-        say(f"embedded {self.there + done:,} of {self.total:,}  {rate:,.1f} samples/s  eta {eta}")
+        log_info(f"embedded {self.there + done:,} of {self.total:,}  {rate:,.1f} samples/s  eta {eta}")
 
     def until_finished(self) -> None:
         """Waits for the other processes: longer than any collective's time limit, if they need it."""

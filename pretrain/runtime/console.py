@@ -15,7 +15,7 @@ from pretrain.runtime import distributed
 console = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
-def say(message: str) -> None:
+def log_info(message: str) -> None:
     """One line for the person, from rank 0 only."""
     if distributed.is_main():
         console.print(message, markup=False)
@@ -26,7 +26,7 @@ class _Rate(ProgressColumn):
         return Text(task.fields.get("said", ""))
 
 
-class Bar:
+class ProgressBar:
     """Progress on a terminal: a live bar; elsewhere a line at each log step."""
 
     def __init__(self, total: int, done: int) -> None:
@@ -49,7 +49,7 @@ class Bar:
         if self._live:
             self._progress.update(self._task, completed=step)
 
-    def said(self, line: dict[str, Any], eta_seconds: float) -> None:
+    def log(self, line: dict[str, Any], eta_seconds: float) -> None:
         """The numbers of a log step."""
         wait = 100 * line["data_wait_share"]
         text = (
@@ -58,7 +58,7 @@ class Bar:
         if self._live:
             self._progress.update(self._task, said=text)
         else:
-            say(f"step {line['step']}/{self._total}  {text}  eta {duration(eta_seconds)}")
+            log_info(f"step {line['step']}/{self._total}  {text}  eta {duration(eta_seconds)}")
 
     def close(self) -> None:
         if self._live:
@@ -74,4 +74,4 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]

@@ -94,7 +94,7 @@ def run(config: str, settings: list[str], dry_run: bool, module: str = "pretrain
     import importlib
 
     from pretrain.runtime import distributed, preflight
-    from pretrain.runtime.console import say
+    from pretrain.runtime.console import log_info
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are the parallelism
     with stopping_early():
@@ -113,10 +113,10 @@ def run(config: str, settings: list[str], dry_run: bool, module: str = "pretrain
             outcome = trainer.train(loaded)
             if outcome.state == "stopped":
                 command = os.environ.get("CLIPFUSE_COMMAND") or shlex.join(["clipfuse", module, config, *settings])
-                say(f"{outcome.why} at step {outcome.step}, saved; go on with: {command}")
+                log_info(f"{outcome.why} at step {outcome.step}, saved; go on with: {command}")
                 return STOPPED
             results = ", ".join(f"{name} {value:.4g}" for name, value in outcome.results.items())
-            say(f"done: {outcome.step} steps in {loaded.run}" + (f"; {results}" if results else ""))
+            log_info(f"done: {outcome.step} steps in {loaded.run}" + (f"; {results}" if results else ""))
             return DONE
         finally:
             distributed.shutdown()

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from pretrain.runtime import distributed
-from pretrain.runtime.console import say
+from pretrain.runtime.console import log_info
 
 
 class Stop:
@@ -22,7 +22,7 @@ class Stop:
         if self.wish and number == signal.SIGINT:
             raise KeyboardInterrupt  # the second Ctrl-C does not wait for a checkpoint
         if not self.wish:  # Slurm and the launcher may both pass a signal on
-            say(f"{signal.Signals(number).name}: saving after this step, then stopping")
+            log_info(f"{signal.Signals(number).name}: saving after this step, then stopping")
         self.wish = number
 
     def agreed(self) -> str:

@@ -32,7 +32,7 @@ from pretrain.data.order import Order
 from pretrain.errors import ConfigError, UserError
 from pretrain.optim import Average, OptimConfig, learning_rate
 from pretrain.runtime import distributed, memory
-from pretrain.runtime.console import Bar, say
+from pretrain.runtime.console import ProgressBar, log_info
 from pretrain.runtime.files import save_weights
 from pretrain.runtime.signals import on_signals
 from pretrain.runtime.watchdog import Heartbeat
@@ -162,7 +162,7 @@ def fit(
         begin = run.restore(resume_from)
         folder.status("running", "", begin)
         log = RunLog(folder, plan.resolved, train.trackers, train.audit, begin)
-        bar = Bar(plan.total_steps, begin)
+        bar = ProgressBar(plan.total_steps, begin)
         with closing(log), closing(bar), run.record_failure(pulse), on_signals() as stop:
             batches = iter(loader)
             meter = Meter(plan.batch_size, plan.total_steps, begin, strategy.device, plan.flops)
@@ -194,7 +194,7 @@ def fit(
                     skipped.zero_()
                     line = meter.line(run.step, lr, out, run.skipped, dict(loader.bad))
                     log.metrics(line)
-                    bar.said(line, meter.eta(run.step))
+                    bar.log(line, meter.eta(run.step))
                 if run.step % train.log_every == 0 or last or strategy.device.type == "cpu":
                     run.refuse_if_lost(int(in_a_row))
 
@@ -216,7 +216,7 @@ def fit(
                     folder.status("stopped", why, run.step)
                     return Outcome("stopped", why, run.step, run.results)
             if begin >= plan.total_steps:
-                say(f"nothing left to do: step {run.step} of {plan.total_steps} is done")
+                log_info(f"nothing left to do: step {run.step} of {plan.total_steps} is done")
             folder.status("done", "", run.step)
             return Outcome("done", "", run.step, run.results)
 
@@ -275,7 +275,7 @@ class _Run:
         self.loader.load(trainer["loader"])
         self.skipped, self.best, self.step = trainer["skipped"], trainer["best"], trainer["step"]
         self.results, self.saved = trainer["results"], trainer["step"]
-        say(f"resuming {source} at step {self.step} of {self.plan.total_steps}")
+        log_info(f"resuming {source} at step {self.step} of {self.plan.total_steps}")
         return self.step
 
     def save(self, best: bool = False) -> None:
@@ -349,7 +349,7 @@ class _Run:
     # Evaluation
 
     def evaluate_or_save(self, log: RunLog) -> bool:
-        """An evaluation that fails (its shards are gone, say) costs no training."""
+        """An evaluation that fails (its shards are gone, log_info) costs no training."""
         try:
             return self._evaluate(log)
         except UserError:

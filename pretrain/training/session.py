@@ -31,7 +31,7 @@ from pretrain.errors import ConfigError, UserError
 from pretrain.model import DualEncoder, ModelSchema
 from pretrain.runtime import distributed, preflight
 from pretrain.runtime.agree import on_main
-from pretrain.runtime.console import say
+from pretrain.runtime.console import log_info
 from pretrain.strategies import Strategy
 from pretrain.training.loop import Plan
 from pretrain.training.run_dir import RunFolder
@@ -149,7 +149,7 @@ def _find_checkpoint(resume: str, folder: RunFolder) -> Path | None:
         return None
     if resume != "auto":
         return store.find(resume)
-    newest = store.newest(folder.checkpoints, say)
+    newest = store.newest(folder.checkpoints, log_info)
     if newest is None and complete:
         raise UserError(f"no checkpoint in {folder.checkpoints} can be used (named above); resume=PATH goes on from another")
     return newest
