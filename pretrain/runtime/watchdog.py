@@ -38,8 +38,8 @@ _COLLECTIVE = re.compile(
 _ENDS = "; the run ends, the last checkpoint is intact"
 
 
-class Heartbeat:
-    """`with Heartbeat(timeout, record) as pulse`, `pulse.at(step, "what")` at the same places on every process.
+class Watchdog:
+    """`with Watchdog(timeout, record) as watchdog`, `watchdog.at(step, "what")` at the same places on every process.
 
     timeout: seconds after which a silent or hung process ends the run. record(why) is called by the first process that
     knows who was lost, whichever that is. Without a group of two or more it does nothing.
@@ -60,7 +60,7 @@ class Heartbeat:
         self._silent_store: float | None = None
         self._thread: threading.Thread | None = None
 
-    def __enter__(self) -> Heartbeat:
+    def __enter__(self) -> Watchdog:
         if distributed.world_size() > 1:
             self._store = distributed.shared_store("heartbeat")
             self._store.set_timeout(datetime.timedelta(seconds=max(5.0, self.limit)))
@@ -161,7 +161,7 @@ class Heartbeat:
     # -----------------------------------------------------------------------------------------------------------------
     # The roll call
 
-    def explain(self, error: BaseException) -> UserError | None:
+    def diagnose(self, error: BaseException) -> UserError | None:
         """Called on every process whose main thread met an exception: the line that names who began it.
 
         None where this process failed by itself (its own error says it all) or where nothing is known.

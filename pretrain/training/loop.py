@@ -35,7 +35,7 @@ from pretrain.runtime import distributed, memory
 from pretrain.runtime.console import ProgressBar, log_info
 from pretrain.runtime.files import save_weights
 from pretrain.runtime.signals import on_signals
-from pretrain.runtime.watchdog import Heartbeat
+from pretrain.runtime.watchdog import Watchdog
 from pretrain.strategies import Precision, Strategy
 from pretrain.strategies.batch_norm import refuse_chunks
 from pretrain.training.metrics import RunLog, check_trackers
@@ -158,12 +158,12 @@ def fit(
     """Trains `model` from `resume_from` (or from where it is) to plan.total_steps. Collective; one run a folder."""
     run = _Run(plan, folder, strategy, model, loader, evaluate)
     train = plan.train
-    with Heartbeat(train.timeout, lambda why: folder.status("failed", why, run.step, anyone=True)) as pulse:
+    with Watchdog(train.timeout, lambda why: folder.status("failed", why, run.step, anyone=True)) as watchdog:
         begin = run.restore(resume_from)
         folder.status("running", "", begin)
         log = RunLog(folder, plan.resolved, train.trackers, train.audit, begin)
         bar = ProgressBar(plan.total_steps, begin)
-        with closing(log), closing(bar), run.record_failure(pulse), on_signals() as stop:
+        with closing(log), closing(bar), run.record_failure(watchdog), on_signals() as stop:
             batches = iter(loader)
             meter = Meter(plan.batch_size, plan.total_steps, begin, strategy.device, plan.flops)
             in_a_row = torch.zeros((), device=strategy.device)
@@ -172,10 +172,10 @@ def fit(
 
             for step in range(begin, plan.total_steps):
                 # -- one batch, one optimizer step
-                pulse.at(step, "waiting for data")
+                watchdog.at(step, "waiting for data")
                 with meter.waiting():
                     batch = next(batches)
-                pulse.at(step, "computing")
+                watchdog.at(step, "computing")
                 lr = learning_rate(step, plan.total_steps, plan.optim)
                 out = train_step(strategy, objective, batch, train.chunks, lr, (plan.seed, step, distributed.rank()))
                 run.step = step + 1
@@ -201,12 +201,12 @@ def fit(
                 # -- evaluation, checkpoint, stop
                 best = False
                 if evaluate is not None and (last or (train.eval_every and run.step % train.eval_every == 0)):
-                    pulse.at(step, "evaluating")
+                    watchdog.at(step, "evaluating")
                     with meter.paused():
                         best = run.evaluate_or_save(log)
                 stopping = stop.agreed()
                 if last or stopping or best or run.step % train.save_every == 0:
-                    pulse.at(step, "saving")
+                    watchdog.at(step, "saving")
                     with meter.paused():
                         run.skipped += int(skipped)
                         skipped.zero_()
@@ -330,7 +330,7 @@ class _Run:
             self.strategy.refresh()
 
     @contextmanager
-    def record_failure(self, pulse: Heartbeat) -> Iterator[None]:
+    def record_failure(self, watchdog: Watchdog) -> Iterator[None]:
         """Write an error that is raised inside to status.json; explain those of memory and of lost processes."""
         try:
             yield
@@ -338,7 +338,7 @@ class _Run:
             explained = (
                 memory.explain(error, self.plan.resolved, self.step, distributed.world_size(), self.strategy.device) or error
             )
-            explained = pulse.explain(explained) or explained
+            explained = watchdog.diagnose(explained) or explained
             why = str(explained) if isinstance(explained, UserError) else f"{type(explained).__name__}: {explained}"
             self.folder.status("failed", why, self.step)
             if explained is error:

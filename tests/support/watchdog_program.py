@@ -12,18 +12,18 @@ import torch
 from pretrain.errors import UserError
 from pretrain.runtime import distributed
 from pretrain.runtime.entrypoint import DONE, guarded
-from pretrain.runtime.watchdog import Heartbeat
+from pretrain.runtime.watchdog import Watchdog
 
 
 def main() -> int:
     mode, timeout = sys.argv[1], float(sys.argv[2])
     distributed.setup(60)
     distributed.limit(timeout)
-    with Heartbeat(timeout, lambda why: print(f"recorded: {why}", flush=True)) as pulse:
+    with Watchdog(timeout, lambda why: print(f"recorded: {why}", flush=True)) as watchdog:
         try:
             for step in range(30):
                 disturbed = step == 10 and distributed.rank() == 1
-                pulse.at(step, "waiting for data")
+                watchdog.at(step, "waiting for data")
                 if disturbed and mode == "die":
                     os.kill(os.getpid(), signal.SIGKILL)
                 if disturbed and mode == "freeze":
@@ -34,13 +34,13 @@ def main() -> int:
                     raise UserError("the disk is full")
                 if disturbed and mode == "data":
                     time.sleep(1000)
-                pulse.at(step, "computing")
+                watchdog.at(step, "computing")
                 if disturbed and mode == "compute":
                     time.sleep(1000)
                 time.sleep(0.05)
                 distributed.maximum(torch.tensor(0))
         except Exception as error:
-            told = pulse.explain(error)
+            told = watchdog.diagnose(error)
             if told is not None:
                 raise told from error
             raise

@@ -64,8 +64,8 @@ def test_the_lost_process_is_named(mode: str, line: str | None, codes: list[int]
 
 
 def test_one_process_has_no_heartbeat() -> None:
-    from pretrain.runtime.watchdog import Heartbeat
+    from pretrain.runtime.watchdog import Watchdog
 
-    with Heartbeat(1.0, lambda why: None) as pulse:
-        pulse.at(0, "computing")
-        assert pulse.explain(RuntimeError("gloo")) is None
+    with Watchdog(1.0, lambda why: None) as watchdog:
+        watchdog.at(0, "computing")
+        assert watchdog.diagnose(RuntimeError("gloo")) is None
