@@ -142,7 +142,7 @@ def adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Adam
 
 
 class Average:
-    """Exponential moving average of the trainable weights, kept in float32 beside them: of each process's own pieces.
+    """Exponential moving average of the trainable weights, kept in float32 beside them: of each process's own local_shards.
 
     The decay is warmed up as min(decay, (1 + n) / (10 + n)) so that the first thousand steps do not average in the
     random start (as in TensorFlow's ExponentialMovingAverage). A skipped step (weight 0) leaves it unchanged.
@@ -161,4 +161,4 @@ class Average:
             torch._foreach_lerp_([mine for mine, _ in pairs], [p.float() for _, p in pairs], pull)
             return
         for mine, p in pairs:
-            mine.lerp_(p.float(), pull.to(mine.device))  # offloaded pieces are not where the loss is
+            mine.lerp_(p.float(), pull.to(mine.device))  # offloaded local_shards are not where the loss is

@@ -39,7 +39,7 @@ from pretrain.runtime import distributed
 from pretrain.strategies import deepspeed_config
 
 Precision = Literal["fp32", "bf16", "fp16"]
-Moments = dict[str, dict[str, Tensor]]
+OptimizerState = dict[str, dict[str, Tensor]]
 """Parameter name -> {"step": (), "exp_avg": as the parameter, "exp_avg_sq": as the parameter}."""
 
 # word in the configuration -> (file, arguments)
@@ -114,17 +114,17 @@ class Strategy(ABC):
     # Weights
 
     @abstractmethod
-    def pieces(self) -> dict[str, Tensor]:
+    def local_shards(self) -> dict[str, Tensor]:
         """The tensors, by any name, in which THIS process holds its part of the trainable weights: what the optimizer updates.
 
         Writing into them takes effect after `refresh`. Between them all processes hold every weight.
         """
 
-    def refresh(self) -> None:  # noqa: B027 - most strategies compute with the pieces themselves
-        """After pieces were written: the next forward pass sees them. Collective."""
+    def refresh(self) -> None:  # noqa: B027 - most strategies compute with the local_shards themselves
+        """After local_shards were written: the next forward pass sees them. Collective."""
 
     @abstractmethod
-    def put(self, weights: dict[str, Tensor]) -> None:
+    def load_full_weights(self, weights: dict[str, Tensor]) -> None:
         """Sets every trainable weight from whole tensors by name, and refreshes. Collective."""
 
     @abstractmethod
@@ -140,19 +140,19 @@ class Strategy(ABC):
     # There and back
 
     @abstractmethod
-    def moments(self) -> Moments:
+    def optimizer_state(self) -> OptimizerState:
         """The optimizer's state, whole, on the CPU of rank 0 (others: empty); empty before the first step. Collective."""
 
     @abstractmethod
-    def put_moments(self, moments: Moments) -> None:
+    def load_optimizer_state(self, moments: OptimizerState) -> None:
         """The reverse of `moments`; every process is given all of them. Parameters without any start from zero. Collective."""
 
     @abstractmethod
-    def scaling(self) -> dict[str, Any]:
+    def scaler_state(self) -> dict[str, Any]:
         """The state of fp16's loss scale in the layout of torch.amp.GradScaler; empty for other precisions."""
 
     @abstractmethod
-    def put_scaling(self, state: dict[str, Any]) -> None:
+    def load_scaler_state(self, state: dict[str, Any]) -> None:
         """The reverse of `scaling`."""
 
     @abstractmethod
@@ -161,7 +161,7 @@ class Strategy(ABC):
 
     def save(self, folder: Path) -> None:
         """Writes what resuming needs beside the weights into `folder`. Collective."""
-        state = {"optimizer": self.moments(), "scaler": self.scaling()}
+        state = {"optimizer": self.optimizer_state(), "scaler": self.scaler_state()}
         if distributed.is_main():
             torch.save(state, folder / "optimizer.pt")
 
@@ -175,9 +175,9 @@ class Strategy(ABC):
         unknown = sorted(set(state["optimizer"]) - set(self.trainable()))
         if unknown:
             raise ConfigError(f"{path} has moments of {unknown[0]}, which does not train now")
-        self.put_moments(state["optimizer"])
+        self.load_optimizer_state(state["optimizer"])
         if state["scaler"]:
-            self.put_scaling(state["scaler"])
+            self.load_scaler_state(state["scaler"])
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -1,4 +1,4 @@
-"""zero1 | zero2 | zero3: DeepSpeed's ZeRO. Moments, then gradients too, then weights too, are cut into shares.
+"""zero1 | zero2 | zero3: DeepSpeed's ZeRO. OptimizerState, then gradients too, then weights too, are cut into shares.
 
 Weights, gradients, reductions and moments are float32 in every precision; bf16 and fp16 are autocast inside the model, as
 under every other strategy (DeepSpeed's own bf16 mode would round the logit scale and the gradients to 8 bits). DeepSpeed
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from pretrain import optim as optimizers
 from pretrain.optim import OptimConfig
 from pretrain.runtime import distributed
-from pretrain.strategies import DTYPES, Applied, Moments, Precision, Strategy, deepspeed_config
+from pretrain.strategies import DTYPES, Applied, OptimizerState, Precision, Strategy, deepspeed_config
 from pretrain.strategies.batch_norm import synchronised
 
 KINDS = ("exp_avg", "exp_avg_sq")
@@ -180,7 +180,7 @@ class Zero(Strategy):
         """A trainable parameter's master copy, or one of its moments, whole. Collective."""
         raise NotImplementedError
 
-    def _put_master(self, p: nn.Parameter, value: Tensor, kind: str | None) -> None:
+    def _load_master(self, p: nn.Parameter, value: Tensor, kind: str | None) -> None:
         """The reverse of `_master`."""
         raise NotImplementedError
 
@@ -191,13 +191,13 @@ class Zero(Strategy):
         """The optimizer's state of the share that a parameter lies in; None before the first step."""
         raise NotImplementedError
 
-    def pieces(self) -> dict[str, Tensor]:
+    def local_shards(self) -> dict[str, Tensor]:
         return {f"share {i}": flat for i, flat in enumerate(self._flat())}
 
     @torch.no_grad()
-    def put(self, weights: dict[str, Tensor]) -> None:
+    def load_full_weights(self, weights: dict[str, Tensor]) -> None:
         for name, p in self._named():
-            self._put_master(p, weights[name].to(self.device), None)
+            self._load_master(p, weights[name].to(self.device), None)
         self.refresh()
 
     def _frozen(self, p: nn.Parameter) -> Tensor:
@@ -220,8 +220,8 @@ class Zero(Strategy):
         return {name: found[name] if name in found else buffers[name].detach().cpu() for name in names}
 
     @torch.no_grad()
-    def moments(self) -> Moments:
-        found: Moments = {}
+    def optimizer_state(self) -> OptimizerState:
+        found: OptimizerState = {}
         if not any(len(self.optimizer.state[flat]) for flat in self._flat() if flat in self.optimizer.state):
             return found
         for name, p in self._named():
@@ -233,7 +233,7 @@ class Zero(Strategy):
         return found
 
     @torch.no_grad()
-    def put_moments(self, moments: Moments) -> None:
+    def load_optimizer_state(self, moments: OptimizerState) -> None:
         if not moments:
             return
         step = next(iter(moments.values()))["step"]
@@ -243,12 +243,12 @@ class Zero(Strategy):
         for name, p in self._named():
             if name in moments:
                 for kind in KINDS:
-                    self._put_master(p, moments[name][kind], kind)
+                    self._load_master(p, moments[name][kind], kind)
 
-    def scaling(self) -> dict[str, Any]:
+    def scaler_state(self) -> dict[str, Any]:
         return self._scale.state() if self._scale else {}
 
-    def put_scaling(self, state: dict[str, Any]) -> None:
+    def load_scaler_state(self, state: dict[str, Any]) -> None:
         if self._scale:
             self._scale = LossScale(state["scale"], state["_growth_tracker"])
             self.zero.override_loss_scale(self._scale.scale)

@@ -22,7 +22,7 @@ from pretrain.optim import OptimConfig
 from pretrain.runtime import distributed
 from pretrain.strategies import DTYPES, Precision
 from pretrain.strategies.batch_norm import synchronised
-from pretrain.strategies.full_copy import filled, in_step, shell
+from pretrain.strategies.full_copy import materialized, disable_length_buckets, meta_copy
 from pretrain.strategies.single import Single
 
 
@@ -34,8 +34,8 @@ class FSDP2(Single):
     def setup(self, model: nn.Module) -> None:
         distributed.require_group()
         model = synchronised(model).to(self.device)
-        self._shell = shell(model)
-        in_step(model)
+        self._meta_copy = meta_copy(model)
+        disable_length_buckets(model)
         with torch.no_grad():
             for tensor in [*model.parameters(), *model.buffers()]:
                 td.broadcast(tensor, 0)  # shares of different models would make no model
@@ -62,25 +62,25 @@ class FSDP2(Single):
         return nullcontext()
 
     def _clip(self) -> Tensor:
-        return self._join(super()._clip())
+        return self._unshard(super()._clip())
 
-    def _join(self, part: Tensor) -> Tensor:
+    def _unshard(self, part: Tensor) -> Tensor:
         if not isinstance(part, DTensor):
             return part.detach()
         whole: Tensor = part.full_tensor()
         return whole.detach()
 
-    def _part(self, whole: Tensor, like: Tensor) -> Tensor:
+    def _shard(self, whole: Tensor, like: Tensor) -> Tensor:
         assert isinstance(like, DTensor)
         return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
-    def pieces(self) -> dict[str, Tensor]:
-        return {name: p.to_local() for name, p in super().pieces().items() if isinstance(p, DTensor)}
+    def local_shards(self) -> dict[str, Tensor]:
+        return {name: p.to_local() for name, p in super().local_shards().items() if isinstance(p, DTensor)}
 
     @contextmanager
     def whole(self) -> Iterator[nn.Module]:
-        weights = ((name, self._join(p)) for name, p in self.module.named_parameters())
-        with filled(self._shell, weights, self.module.named_buffers(), self.device) as module:
+        weights = ((name, self._unshard(p)) for name, p in self.module.named_parameters())
+        with materialized(self._meta_copy, weights, self.module.named_buffers(), self.device) as module:
             yield module
 
 

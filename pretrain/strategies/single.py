@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from pretrain import optim as optimizers
 from pretrain.optim import OptimConfig
 from pretrain.runtime import distributed
-from pretrain.strategies import Applied, Moments, Precision, Strategy
+from pretrain.strategies import Applied, OptimizerState, Precision, Strategy
 
 
 class Single(Strategy):
-    """Subclasses whose parameters are parts of the weights say how a part becomes whole (`_join`) and back (`_part`)."""
+    """Subclasses whose parameters are parts of the weights say how a part becomes whole (`_unshard`) and back (`_shard`)."""
 
     word = "single"
 
@@ -28,11 +28,11 @@ class Single(Strategy):
         self.scaler = torch.amp.GradScaler(self.device.type) if self.precision == "fp16" else None
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def _join(self, part: Tensor) -> Tensor:
+    def _unshard(self, part: Tensor) -> Tensor:
         """A parameter, or a tensor shaped like one, whole. Collective."""
         return part.detach()
 
-    def _part(self, whole: Tensor, like: Tensor) -> Tensor:
+    def _shard(self, whole: Tensor, like: Tensor) -> Tensor:
         """The part of a whole tensor that stands where `like` stands."""
         return whole.to(like.device)
 
@@ -45,7 +45,7 @@ class Single(Strategy):
     def gradients(self) -> dict[str, Tensor]:
         scale = self.scaler.get_scale() if self.scaler else 1.0
         found = [(name, p.grad) for name, p in self._named()]
-        return {name: self._join(grad) / scale for name, grad in found if grad is not None}
+        return {name: self._unshard(grad) / scale for name, grad in found if grad is not None}
 
     def apply(self, lr: float) -> Applied:
         for group in self.optimizer.param_groups:
@@ -75,20 +75,20 @@ class Single(Strategy):
     # -----------------------------------------------------------------------------------------------------------------
     # Weights
 
-    def pieces(self) -> dict[str, Tensor]:
+    def local_shards(self) -> dict[str, Tensor]:
         return {name: p.detach() for name, p in self._named()}
 
     @torch.no_grad()
-    def put(self, weights: dict[str, Tensor]) -> None:
+    def load_full_weights(self, weights: dict[str, Tensor]) -> None:
         for name, p in self._named():
-            p.copy_(self._part(weights[name], p))
+            p.copy_(self._shard(weights[name], p))
         self.refresh()
 
     @torch.no_grad()
     def weights(self) -> dict[str, Tensor]:
         found = {}
         for name, value in self.module.state_dict().items():
-            value = self._join(value)  # every rank takes part, rank 0 keeps
+            value = self._unshard(value)  # every rank takes part, rank 0 keeps
             if distributed.is_main():
                 found[name] = value.to("cpu", copy=True)
         return found
@@ -97,30 +97,30 @@ class Single(Strategy):
     # There and back
 
     @torch.no_grad()
-    def moments(self) -> Moments:
-        found: Moments = {}
+    def optimizer_state(self) -> OptimizerState:
+        found: OptimizerState = {}
         for name, p in self._named():
             if p not in self.optimizer.state:
                 continue
-            values = {key: self._join(value) for key, value in self.optimizer.state[p].items()}
+            values = {key: self._unshard(value) for key, value in self.optimizer.state[p].items()}
             if distributed.is_main():
                 found[name] = {key: value.cpu() for key, value in values.items()}
         return found
 
     @torch.no_grad()
-    def put_moments(self, moments: Moments) -> None:
+    def load_optimizer_state(self, moments: OptimizerState) -> None:
         for name, p in self._named():
             if name in moments:
                 self.optimizer.state[p] = {
                     # Copies: what is given may lie in a mapped file.
-                    key: self._part(value, p).to(p.dtype, copy=True) if value.ndim else value.to(self.device, copy=True)
+                    key: self._shard(value, p).to(p.dtype, copy=True) if value.ndim else value.to(self.device, copy=True)
                     for key, value in moments[name].items()
                 }
 
-    def scaling(self) -> dict[str, Any]:
+    def scaler_state(self) -> dict[str, Any]:
         return self.scaler.state_dict() if self.scaler else {}
 
-    def put_scaling(self, state: dict[str, Any]) -> None:
+    def load_scaler_state(self, state: dict[str, Any]) -> None:
         if self.scaler:
             self.scaler.load_state_dict(state)
 

@@ -17,7 +17,7 @@ from pretrain.optim import OptimConfig
 from pretrain.runtime import distributed
 from pretrain.strategies import Precision
 from pretrain.strategies.deepspeed import Zero
-from pretrain.strategies.full_copy import filled, in_step, shell
+from pretrain.strategies.full_copy import materialized, disable_length_buckets, meta_copy
 
 RECOMPUTES = ("grad_checkpointing", "gradient_checkpointing")
 """What timm's and transformers' modules say when they recompute activations in the backward pass."""
@@ -57,7 +57,7 @@ class Zero12(Zero):
         td.all_reduce(whole)
         return whole.view(p.shape)
 
-    def _put_master(self, p: nn.Parameter, value: Tensor, kind: str | None) -> None:
+    def _load_master(self, p: nn.Parameter, value: Tensor, kind: str | None) -> None:
         span = self._span(p)
         if span is not None:
             flat, there, here = span
@@ -77,8 +77,8 @@ class Zero3(Zero):
     stage = 3
 
     def _before_engine(self, inside: nn.Module) -> None:
-        self._shell = shell(self.module)
-        in_step(self.module)
+        self._meta_copy = meta_copy(self.module)
+        disable_length_buckets(self.module)
         self._surprises = any(getattr(m, flag, False) for m in self.module.modules() for flag in RECOMPUTES)
         inside.register_forward_pre_hook(self._forget)  # before DeepSpeed's own hook, which reads the trace
 
@@ -107,7 +107,7 @@ class Zero3(Zero):
         whole: Tensor = self.zero.get_full_hp_param(p, kind).view(shape)
         return whole
 
-    def _put_master(self, p: nn.Parameter, value: Tensor, kind: str | None) -> None:
+    def _load_master(self, p: nn.Parameter, value: Tensor, kind: str | None) -> None:
         share = self._share(p, kind)
         value = value.reshape(-1)
         begin = share.numel() * distributed.rank()
@@ -137,5 +137,5 @@ class Zero3(Zero):
 
     @contextmanager
     def whole(self) -> Iterator[nn.Module]:
-        with filled(self._shell, self._whole_weights(), self.module.named_buffers(), self.device) as module:
+        with materialized(self._meta_copy, self._whole_weights(), self.module.named_buffers(), self.device) as module:
             yield module

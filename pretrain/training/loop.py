@@ -183,7 +183,7 @@ def fit(
                 skipped += out["skipped"]
                 in_a_row = (in_a_row + 1) * out["skipped"]
                 if run.average is not None:
-                    run.average.update(strategy.pieces().items(), step, 1 - out["skipped"])
+                    run.average.update(strategy.local_shards().items(), step, 1 - out["skipped"])
                 log.audit(run.step, batch.keys)
                 bar.step(run.step)
 
@@ -263,15 +263,15 @@ class _Run:
             self.strategy.compile()
         if source is None or trainer is None:
             if self.plan.optim.average:
-                self.average = Average(self.strategy.pieces().items(), self.plan.optim.average)
+                self.average = Average(self.strategy.local_shards().items(), self.plan.optim.average)
             return 0
         self.strategy.load(source / "state")
         if self.plan.optim.average:
             raw = store.read_weights(_raw(source))
             averaged = source / "state" / "average" if self.plan.plain is not None else source
-            self.strategy.put(store.read_weights(averaged))  # cuts the average the way the strategy cuts weights
-            self.average = Average(self.strategy.pieces().items(), self.plan.optim.average)
-            self.strategy.put(raw)
+            self.strategy.load_full_weights(store.read_weights(averaged))  # cuts the average the way the strategy cuts weights
+            self.average = Average(self.strategy.local_shards().items(), self.plan.optim.average)
+            self.strategy.load_full_weights(raw)
         self.loader.load(trainer["loader"])
         self.skipped, self.best, self.step = trainer["skipped"], trainer["best"], trainer["step"]
         self.results, self.saved = trainer["results"], trainer["step"]
@@ -317,16 +317,16 @@ class _Run:
         if self.average is None:
             yield
             return
-        pieces = self.strategy.pieces()
-        kept = {name: piece.clone() for name, piece in pieces.items()}
+        local_shards = self.strategy.local_shards()
+        kept = {name: piece.clone() for name, piece in local_shards.items()}
         with torch.no_grad():
-            torch._foreach_copy_(list(pieces.values()), list(self.average.weights.values()))
+            torch._foreach_copy_(list(local_shards.values()), list(self.average.weights.values()))
         self.strategy.refresh()
         try:
             yield
         finally:
             with torch.no_grad():
-                torch._foreach_copy_(list(pieces.values()), list(kept.values()))
+                torch._foreach_copy_(list(local_shards.values()), list(kept.values()))
             self.strategy.refresh()
 
     @contextmanager

@@ -14,7 +14,7 @@ from tests.support import Small
 
 
 def test_words_of_our_own_tokenizer(small: Small) -> None:
-    """Byte-level BPE of 400 tokens: rare words fall into many pieces; together they are the ids the model reads."""
+    """Byte-level BPE of 400 tokens: rare words fall into many local_shards; together they are the ids the model reads."""
     decoder = TextDecoder(load_tokenizer(small.tokenizer), 48)
     text = "what colour  is the unpronounceable car, naïve?\n"
     cut, (ids, mask) = Cut(decoder, text), decoder.encode([text])
@@ -22,8 +22,8 @@ def test_words_of_our_own_tokenizer(small: Small) -> None:
     assert [word.text for word in words] == ["what", "colour", "is", "the", "unpronounceable", "car", "naïve"]
     assert len(words[4].tokens) > 3
     for word in words:
-        pieces = decoder.tokenizer.decode(ids[0, list(word.tokens)])
-        assert pieces.strip() == word.text
+        local_shards = decoder.tokenizer.decode(ids[0, list(word.tokens)])
+        assert local_shards.strip() == word.text
     used = [token for word in words for token in word.tokens]
     assert used == sorted(set(used))  # no token in two words
     assert len(cut.spans) == int(mask.sum())  # positions are those of the encoded text, special tokens included
@@ -37,7 +37,7 @@ def test_words_beyond_the_cut_have_no_tokens(small: Small) -> None:
 
 
 def test_word_pieces() -> None:
-    """BERT's way: no spaces in tokens, ## in front of pieces, lower case."""
+    """BERT's way: no spaces in tokens, ## in front of local_shards, lower case."""
     vocabulary = {"[UNK]": 0, "red": 1, "car": 2, "##s": 3, "left": 4, "-": 5}
     core = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     core.normalizer, core.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.BertPreTokenizer()

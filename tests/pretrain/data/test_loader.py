@@ -79,7 +79,7 @@ def loader(data, decoders, piece=None, **changes):
     config.check()
     made = build_loader(config, decoders, seed=1)
     if piece:
-        made.pieces = -(-24 // piece)
+        made.local_shards = -(-24 // piece)
     return made
 
 
@@ -126,7 +126,7 @@ def test_batches_are_what_the_order_says(data, decoders, reference):
         assert texts == [caption(n) for n in own]
         assert batch.targets["caption_id"].tolist() == [caption_id(caption(n)) for n in own]
         assert batch.masks["text"].dtype == torch.bool
-    assert {batch.inputs["text"].shape[1] for batch in reference} == {24}  # trimmed from 32; pieces need 8, 16 or 24
+    assert {batch.inputs["text"].shape[1] for batch in reference} == {24}  # trimmed from 32; local_shards need 8, 16 or 24
 
 
 @pytest.mark.parametrize(("workers", "piece"), [(0, 7), (1, 24), (1, 3), (3, 24), (3, 5)])
@@ -439,7 +439,7 @@ class Dying(torch.utils.data.Dataset):  # type: ignore[type-arg]
 
     def __getitem__(self, job: int) -> torch.Tensor:
         if job == 2:
-            time.sleep(0.5)  # the pieces before have left it
+            time.sleep(0.5)  # the local_shards before have left it
             os.closerange(3, 1024)
             time.sleep(2)
             os.kill(os.getpid(), signal.SIGKILL)
@@ -448,13 +448,13 @@ class Dying(torch.utils.data.Dataset):  # type: ignore[type-arg]
 
 def test_a_worker_that_is_not_gone_yet_when_its_tensors_are() -> None:
     """On a busy machine some time passes between the two."""
-    with worker_pool.running(Dying(), iter(range(9)), 1) as pieces:
-        next(pieces)
+    with worker_pool.running(Dying(), iter(range(9)), 1) as local_shards:
+        next(local_shards)
         (worker,) = data_workers()
         while len(os.listdir(f"/proc/{worker}/fd")) > 3:
             time.sleep(0.05)
         with pytest.raises(UserError, match=rf"a data worker \(process {worker}\) was killed by signal 9"):
-            next(pieces)
+            next(local_shards)
 
 
 def test_workers_leave_signals_to_the_trainer(data, decoders):
@@ -556,7 +556,7 @@ def test_batches_are_cut_and_moved(reference):
 
 
 def test_several_captions_a_sample_travel_together(data):
-    """Whatever the pieces and workers, position p has the same captions, each with its own id."""
+    """Whatever the local_shards and workers, position p has the same captions, each with its own id."""
     drawing = decoders_for(data, caption="captions", draw=2)
     whole = take(loader(data, drawing), 3)
     for batch in whole:

@@ -80,9 +80,9 @@ def bert(folder: Path) -> Any:
 
 def t5(folder: Path) -> Any:
     """Pieces with scores and a final </s>, like sentencepiece models."""
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((c, -5.0) for c in sorted(set("".join(TEXTS)) | {"▁"}))]
-    pieces += [("▁a", -2.0), ("▁car", -3.0), ("▁very", -3.0), ("▁long", -3.5)]
-    made = Tokenizer(models.Unigram(pieces, unk_id=2))
+    local_shards = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((c, -5.0) for c in sorted(set("".join(TEXTS)) | {"▁"}))]
+    local_shards += [("▁a", -2.0), ("▁car", -3.0), ("▁very", -3.0), ("▁long", -3.5)]
+    made = Tokenizer(models.Unigram(local_shards, unk_id=2))
     made.pre_tokenizer = pre_tokenizers.Metaspace()
     made.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")

@@ -41,8 +41,8 @@ def test_rows_in_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     features, labels = blobs(200)
     whole = linear_probe.fit(features, labels, 4, [1.0])
     monkeypatch.setattr(linear_probe, "ROWS", 4 * 33)
-    pieces = linear_probe.fit(features, labels, 4, [1.0])
-    torch.testing.assert_close(whole.weights, pieces.weights, atol=1e-6, rtol=0)
+    local_shards = linear_probe.fit(features, labels, 4, [1.0])
+    torch.testing.assert_close(whole.weights, local_shards.weights, atol=1e-6, rtol=0)
 
 
 def test_sweep_picks_by_the_held_out_part_and_keeps_the_generator() -> None:

@@ -81,11 +81,11 @@ def leg(word: str, number: int, chunks: int, folder: str) -> tuple[dict[str, tor
     root = Path(folder)
     strategy = start(word)
     if number:
-        strategy.put(store.read_weights(root))
+        strategy.load_full_weights(store.read_weights(root))
         strategy.load(root)
     distributed.barrier()
     step(strategy, number, chunks)
-    weights, moments = strategy.weights(), strategy.moments()
+    weights, moments = strategy.weights(), strategy.optimizer_state()
     strategy.save(root)
     if distributed.is_main():
         save_file(weights, root / "model.safetensors")
@@ -102,7 +102,7 @@ def test_a_relay_through_all_strategies_equals_one_process(tmp_path: Path) -> No
         step(straight, number)
         weights, moments = world.run(leg, processes, word, number, 1 + number % 2, str(tmp_path))[0]
         close(weights, straight.weights(), 2e-5)
-        expected = straight.moments()
+        expected = straight.optimizer_state()
         assert moments.keys() == expected.keys()
         for name, values in expected.items():
             close(moments[name], values, 2e-5)
@@ -121,7 +121,7 @@ def behaviour(word: str) -> dict[str, Any]:
 
     # -- a step whose gradient is not finite on ONE process is skipped by all
     step(strategy, 0)
-    before, moments = strategy.weights(), strategy.moments()
+    before, moments = strategy.weights(), strategy.optimizer_state()
     broken = tiny.batch(1).slice(0, 4)
     objective = tiny.objective("siglip")
     score = objective.score
@@ -137,7 +137,7 @@ def behaviour(word: str) -> dict[str, Any]:
     said["skipped"] = out["skipped"].item()
     said["finite"] = math.isfinite(out["grad_norm"].item())
     said["moved"] = [n for n, v in strategy.weights().items() if not torch.equal(v, before[n])]
-    after = strategy.moments()
+    after = strategy.optimizer_state()
     said["moved"] += [n for n in after if not torch.equal(after[n]["exp_avg"], moments[n]["exp_avg"])]
     said["went on"] = step(strategy, 2)["skipped"].item()
 
@@ -161,12 +161,12 @@ def behaviour(word: str) -> dict[str, Any]:
     step(strategy, 9, lr=0.0)
     said["clamped"].append(strategy.weights().get("logit_scale", torch.zeros(1)).item())
 
-    # -- pieces are the weights: writing them changes the next forward pass; whole() computes with them, alone
-    strategy.put(whole)
-    kept = {name: piece.clone() for name, piece in strategy.pieces().items()}
+    # -- local_shards are the weights: writing them changes the next forward pass; whole() computes with them, alone
+    strategy.load_full_weights(whole)
+    kept = {name: piece.clone() for name, piece in strategy.local_shards().items()}
     loss = step(strategy, 10, lr=0.0)["loss"].item()
     with torch.no_grad():
-        for piece in strategy.pieces().values():
+        for piece in strategy.local_shards().values():
             piece.mul_(0.9)
     strategy.refresh()
     changed = step(strategy, 10, lr=0.0)["loss"].item()
@@ -178,7 +178,7 @@ def behaviour(word: str) -> dict[str, Any]:
         said["whole"] = features["image"]
     strategy.model.train()
     with torch.no_grad():
-        for name, piece in strategy.pieces().items():
+        for name, piece in strategy.local_shards().items():
             piece.copy_(kept[name])
     strategy.refresh()
     said["loss"] = [loss, changed, step(strategy, 10, lr=0.0)["loss"].item()]
@@ -190,7 +190,7 @@ def behaviour(word: str) -> dict[str, Any]:
 def _share(strategy: Strategy) -> float:
     """Elements of the trainable weights that this process steps, as a share of all."""
     total = sum(p.numel() for p in tiny.model("siglip").parameters() if p.requires_grad)
-    return sum(piece.numel() for piece in strategy.pieces().values()) / total
+    return sum(piece.numel() for piece in strategy.local_shards().values()) / total
 
 
 ENGINES = {
