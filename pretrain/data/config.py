@@ -92,16 +92,16 @@ def evaluated_caption(data: Mapping[str, Any]) -> str:
     return str(data.get("val_caption") or data.get("caption") or "txt")
 
 
-class Given(NamedTuple):
+class SourceSpec(NamedTuple):
     """A source as the configuration gives it."""
 
     shards: list[str]
     weight: float | None
 
 
-def sources_of(spec: Any, where: str) -> list[Given]:
+def sources_of(spec: Any, where: str) -> list[SourceSpec]:
     """The sources of data.train or data.val (`where`), with the shards they match. Raises ConfigError."""
-    return [Given(expand(shards, where), weight) for shards, weight in entries(spec, where)]
+    return [SourceSpec(expand(shards, where), weight) for shards, weight in entries(spec, where)]
 
 
 def entries(spec: Any, where: str) -> list[tuple[str | list[str], float | None]]:

@@ -14,7 +14,7 @@ from pretrain.data.batch import Batch, Decoder
 from pretrain.data.config import counted, sources_of
 from pretrain.data.shards.cache import Cache
 from pretrain.data.shards.reader import Reader
-from pretrain.data.worker import Evaluation, Store
+from pretrain.data.worker import Evaluation, SampleReader
 from pretrain.data.worker_pool import running
 from pretrain.errors import UserError
 
@@ -30,7 +30,7 @@ class Sequential:
     """
 
     def __init__(
-        self, store: Store, numbers: Sequence[int], decoders: Mapping[str, Decoder], batch_size: int, workers: int,
+        self, store: SampleReader, numbers: Sequence[int], decoders: Mapping[str, Decoder], batch_size: int, workers: int,
         rank: int, world: int, max_samples: int,
     ) -> None:  # fmt: skip
         self.bad: Counter[str] = Counter()

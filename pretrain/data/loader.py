@@ -26,11 +26,11 @@ from pretrain.data import synthetic
 from pretrain.data.batch import Batch, Decoder, merge
 from pretrain.data.config import DataConfig, counted, sources_of
 from pretrain.data.eval_loader import Sequential, sequential
-from pretrain.data.order import Order, Source
+from pretrain.data.order import Order, ShardSource
 from pretrain.data.prefetch import needed, scouting
 from pretrain.data.shards.reader import Reader
 from pretrain.data.shuffle import Ints
-from pretrain.data.worker import Bad, Piece, Store, Training
+from pretrain.data.worker import SkippedSample, PartialBatch, SampleReader, Training
 from pretrain.data.worker_pool import running
 from pretrain.errors import UserError
 
@@ -47,7 +47,7 @@ NAMED = 20
 
 
 class Loader:
-    """Endless batches of this process's share, from `load`ed state or the beginning.
+    """ShuffledSource batches of this process's share, from `load`ed state or the beginning.
 
     Args:
         order: what is read when.
@@ -70,7 +70,7 @@ class Loader:
     def __init__(
         self,
         order: Order,
-        store: Store,
+        store: SampleReader,
         decoders: Mapping[str, Decoder],
         batch_size: int,
         rank: int = 0,
@@ -97,7 +97,7 @@ class Loader:
         self._seen = 0  # slots filled
         self._run = 0  # unusable samples since the last usable one
         self._named = 0
-        self._last: Bad | None = None
+        self._last: SkippedSample | None = None
 
     @property
     def shard_count(self) -> int:
@@ -179,7 +179,7 @@ class Loader:
             mine = self.order.positions(batch, self.batch_size, self.rank, self.world, self.nodes)
             yield from np.array_split(mine, self.pieces)
 
-    def _checked(self, piece: Piece) -> Batch:
+    def _checked(self, piece: PartialBatch) -> Batch:
         """Counts what was bad in a piece, in the order of the samples. Raises UserError where it is too much."""
         if piece.problem:
             raise UserError(piece.problem)
@@ -210,7 +210,7 @@ class Loader:
                 f"{last}{self._reasons()}"
             )
 
-    def _count(self, bad: Bad) -> None:
+    def _count(self, bad: SkippedSample) -> None:
         self.bad[bad.reason] += 1
         self._named += 1
         self._last = bad
@@ -231,10 +231,10 @@ def build_loader(
         ConfigError: no shards, numbers that do not fit one another, a batch larger than the data.
         UserError: shards that are damaged or cannot be read.
     """
-    store: Store
+    store: SampleReader
     scouted: Reader | None = None
     if data.train == "synthetic":
-        sources = [Source([synthetic.SAMPLES] * synthetic.SHARDS)]
+        sources = [ShardSource([synthetic.SAMPLES] * synthetic.SHARDS)]
         store, names = synthetic.Synthetic(data.caption), ["synthetic"]
         decoders = {name: synthetic.Noise(each) if hasattr(each, "size") else each for name, each in decoders.items()}
     else:
@@ -244,7 +244,7 @@ def build_loader(
         sources, at = [], 0
         for source in given:
             own = numbers[at : at + len(source.shards)]
-            sources.append(Source(own, source.weight if source.weight is not None else float(max(sum(own), 1))))
+            sources.append(ShardSource(own, source.weight if source.weight is not None else float(max(sum(own), 1))))
             at += len(own)
         held = 2 * data.window * len(sources) * max(1, data.streams // nodes)  # windows in use, and the next ones
         store = Reader(paths, data.store(), numbers, keep=min(held, _descriptors()))

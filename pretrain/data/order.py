@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pretrain.data.shuffle import Endless, Ints, draw
+from pretrain.data.shuffle import ShuffledSource, Ints, draw
 from pretrain.errors import ConfigError
 
 PERIOD_BITS = 16
@@ -33,7 +33,7 @@ PERIOD = 1 << PERIOD_BITS
 
 
 @dataclass(frozen=True)
-class Source:
+class ShardSource:
     """A collection of shards that is read in its own epochs.
 
     Args:
@@ -70,7 +70,7 @@ class Order:
 
     def __init__(
         self,
-        sources: Sequence[Source],
+        sources: Sequence[ShardSource],
         seed: int,
         window: int = 16,
         streams: int = 1,
@@ -87,7 +87,7 @@ class Order:
             _require(sum(source.counts) > 0 and min(source.counts) >= 0, f"source {i} of data.train holds no samples")
 
         keep = streams + 3  # windows in use by all streams of a source, and those at the seams
-        self._sequences = [Endless(s.counts, (seed, i), window, replacement, keep) for i, s in enumerate(sources)]
+        self._sequences = [ShuffledSource(s.counts, (seed, i), window, replacement, keep) for i, s in enumerate(sources)]
         self._blocks = np.array([block or max(1, min(s.mean_window, s.size // streams)) for s in self._sequences])
         for i, (sequence, m) in enumerate(zip(self._sequences, self._blocks, strict=True)):
             _require(

@@ -80,7 +80,7 @@ class Window(NamedTuple):
         return self.shards[slot], u - self.starts[slot]
 
 
-class Endless:
+class ShuffledSource:
     """S(q) for q = 0, 1, 2, ...
 
     Args:

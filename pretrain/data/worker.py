@@ -25,7 +25,7 @@ from pretrain.data.shuffle import Generators, Ints
 from pretrain.errors import UserError
 
 
-class Store(Protocol):
+class SampleReader(Protocol):
     """Where samples come from: reader.Reader, or synthetic.Synthetic."""
 
     def read(self, shard: int, sample: int) -> RawSample:
@@ -38,7 +38,7 @@ class Store(Protocol):
 
 
 @dataclass
-class Bad:
+class SkippedSample:
     """A sample that could not be used."""
 
     slot: int
@@ -49,13 +49,13 @@ class Bad:
 
 
 @dataclass
-class Piece:
+class PartialBatch:
     """Part of a batch, as a worker hands it over."""
 
     batch: Batch | None
     """None: there is no usable sample in it (evaluation), or a slot could not be filled (training)."""
     slots: int
-    bad: list[Bad] = field(default_factory=list)
+    bad: list[SkippedSample] = field(default_factory=list)
     problem: str = ""
     """Why the run must stop: a line for the user."""
 
@@ -63,7 +63,7 @@ class Piece:
 class _Decoding:
     """What training and evaluation share: reading and decoding one sample."""
 
-    def __init__(self, store: Store, decoders: Mapping[str, Decoder], train: bool) -> None:
+    def __init__(self, store: SampleReader, decoders: Mapping[str, Decoder], train: bool) -> None:
         self.store, self.decoders, self.train = store, decoders, train
         self.generators = Generators()
 
@@ -81,11 +81,11 @@ class _Decoding:
             error.add_note(f"while decoding sample {raw.key}")
             raise
 
-    def bad(self, slot: int, shard: int, sample: int, error: BadSample) -> Bad:
-        return Bad(slot, self.store.key(shard, sample), error.reason, error.detail[:200])
+    def bad(self, slot: int, shard: int, sample: int, error: BadSample) -> SkippedSample:
+        return SkippedSample(slot, self.store.key(shard, sample), error.reason, error.detail[:200])
 
 
-class Training(_Decoding, torch.utils.data.Dataset[Piece]):
+class Training(_Decoding, torch.utils.data.Dataset[PartialBatch]):
     """Positions -> piece; a sample that cannot be used is replaced by a substitute of its window.
 
     Args:
@@ -95,21 +95,21 @@ class Training(_Decoding, torch.utils.data.Dataset[Piece]):
         max_attempts: substitutes tried for one slot.
     """
 
-    def __init__(self, order: Order, store: Store, decoders: Mapping[str, Decoder], max_attempts: int) -> None:
+    def __init__(self, order: Order, store: SampleReader, decoders: Mapping[str, Decoder], max_attempts: int) -> None:
         super().__init__(store, decoders, train=True)
         self.order, self.max_attempts = order, max_attempts
         self.first = np.cumsum([0, *(len(source.counts) for source in order.sources)])  # shard of each source
 
-    def __getitem__(self, positions: Ints) -> Piece:
+    def __getitem__(self, positions: Ints) -> PartialBatch:
         try:
             return self._piece(positions)
         except UserError as error:
-            return Piece(None, len(positions), problem=str(error))
+            return PartialBatch(None, len(positions), problem=str(error))
 
-    def _piece(self, positions: Ints) -> Piece:
+    def _piece(self, positions: Ints) -> PartialBatch:
         items: dict[str, list[Any]] = {name: [] for name in self.decoders}
         keys: list[str] = []
-        bad: list[Bad] = []
+        bad: list[SkippedSample] = []
         source, shard, sample = self.order.locate(positions)
         places = zip((self.first[source] + shard).tolist(), sample.tolist(), strict=True)
         for slot, (position, place) in enumerate(zip(positions.tolist(), places, strict=True)):
@@ -122,24 +122,24 @@ class Training(_Decoding, torch.utils.data.Dataset[Piece]):
                     other_source, other_shard, other = self.order.substitute(position, attempt)
                     place = (int(self.first[other_source]) + other_shard, other)
             else:
-                return Piece(None, slot + 1, bad)
+                return PartialBatch(None, slot + 1, bad)
             keys.append(raw.key)
             for name, item in decoded.items():
                 items[name].append(item)
-        return Piece(collate(items, self.decoders, keys), len(positions), bad)
+        return PartialBatch(collate(items, self.decoders, keys), len(positions), bad)
 
 
-class Evaluation(_Decoding, torch.utils.data.Dataset[Piece]):
+class Evaluation(_Decoding, torch.utils.data.Dataset[PartialBatch]):
     """(shard, sample) pairs -> piece; a sample that cannot be used is left out."""
 
-    def __init__(self, store: Store, decoders: Mapping[str, Decoder]) -> None:
+    def __init__(self, store: SampleReader, decoders: Mapping[str, Decoder]) -> None:
         super().__init__(store, decoders, train=False)
 
-    def __getitem__(self, places: Sequence[tuple[int, int]]) -> Piece:
+    def __getitem__(self, places: Sequence[tuple[int, int]]) -> PartialBatch:
         items: dict[str, list[Any]] = {name: [] for name in self.decoders}
         keys: list[str] = []
         notes: list[dict[str, Any]] = []
-        bad: list[Bad] = []
+        bad: list[SkippedSample] = []
         try:
             for slot, place in enumerate(places):
                 try:
@@ -152,12 +152,12 @@ class Evaluation(_Decoding, torch.utils.data.Dataset[Piece]):
                 for name, item in decoded.items():
                     items[name].append(item)
         except UserError as error:
-            return Piece(None, len(places), problem=str(error))
+            return PartialBatch(None, len(places), problem=str(error))
         if not keys:
-            return Piece(None, len(places), bad)
+            return PartialBatch(None, len(places), bad)
         batch = collate(items, self.decoders, keys)
         batch.targets["json"] = notes
-        return Piece(batch, len(places), bad)
+        return PartialBatch(batch, len(places), bad)
 
 
 def _json(raw: RawSample) -> dict[str, Any]:

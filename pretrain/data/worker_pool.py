@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from pretrain.data import worker
-from pretrain.data.worker import Piece
+from pretrain.data.worker import PartialBatch
 from pretrain.errors import UserError
 
 DYING = 10.0
@@ -23,7 +23,7 @@ DYING = 10.0
 
 
 @contextmanager
-def running(dataset: Any, jobs: Iterator[Any], workers: int) -> Iterator[Iterator[Piece]]:
+def running(dataset: Any, jobs: Iterator[Any], workers: int) -> Iterator[Iterator[PartialBatch]]:
     """The pieces for the jobs, in order, made by worker processes (or here, for 0), which end with the context."""
     sigchld = signal.getsignal(signal.SIGCHLD)
     with warnings.catch_warnings():
@@ -52,7 +52,7 @@ def running(dataset: Any, jobs: Iterator[Any], workers: int) -> Iterator[Iterato
             end()
 
 
-def _survived(pieces: Any) -> Iterator[Piece]:
+def _survived(pieces: Any) -> Iterator[PartialBatch]:
     """The same pieces; a worker that died is a UserError."""
     while True:
         try:

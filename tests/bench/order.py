@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 
-from pretrain.data.order import Order, Source
+from pretrain.data.order import Order, ShardSource
 
 
 def main() -> None:
@@ -19,7 +19,7 @@ def main() -> None:
     imported = _peak_mb()
     counts = np.full(100_000, 10_000)
     start = time.perf_counter()
-    order = Order([Source(counts)], seed=0)
+    order = Order([ShardSource(counts)], seed=0)
     order.locate(order.positions(0, 32_768))
     first = time.perf_counter() - start
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import webdataset as wds
 
-from pretrain.data.order import Order, Source
+from pretrain.data.order import Order, ShardSource
 from pretrain.data.shards.index import index
 from pretrain.data.shards.paths import counts, expand
 from pretrain.data.shards.reader import Reader
@@ -42,7 +42,7 @@ def main() -> None:
         for path in paths:
             index(path)
         indexing = args.samples / (time.process_time() - start)
-        order = Order([Source(counts(paths))], seed=0)
+        order = Order([ShardSource(counts(paths))], seed=0)
         reader = Reader(paths)
 
         def ours() -> int:

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pretrain.data.pack.sources import Source, open_source
+from pretrain.data.pack.sources import PackSource, open_source
 from pretrain.data.pack.table import Table
 from pretrain.data.pack.writer import Job, Result, Style, stats_path, write_shard
 from pretrain.errors import ConfigError, UserError
@@ -166,7 +166,7 @@ def _alone(out: Path, prefix: str) -> Iterator[None]:
 # The plan
 
 
-def _plan(out: Path, prefix: str, source: Source, named: str, options: dict[str, Any]) -> dict[str, Any]:
+def _plan(out: Path, prefix: str, source: PackSource, named: str, options: dict[str, Any]) -> dict[str, Any]:
     """What this run makes; of an earlier run with the same source and options if there was one. Raises UserError."""
     path = out / f"{prefix}-plan.json"
     before = _read_plan(path)
@@ -211,7 +211,7 @@ def _read_plan(path: Path) -> dict[str, Any] | None:
 
 
 def _run(
-    source: Source,
+    source: PackSource,
     plan: dict[str, Any],
     out: Path,
     prefix: str,

@@ -15,7 +15,7 @@ from pretrain.data.shards.paths import expand
 from pretrain.errors import ConfigError
 
 
-class Source(Protocol):
+class PackSource(Protocol):
     """Something to pack."""
 
     def fingerprint(self) -> str:
@@ -33,7 +33,7 @@ class Source(Protocol):
 
 def open_source(
     source: str, image_column: str, caption_column: str, caption_from: str, outside: bool, leave_out: Path
-) -> Source:
+) -> PackSource:
     """The kind of source is told by its name. Raises ConfigError with the choices."""
     path = Path(source).expanduser()
     if path.is_dir():

@@ -21,7 +21,7 @@ from pretrain.data import worker_pool
 from pretrain.data.captions import caption_id
 from pretrain.data.images import AugmentConfig, ImageDecoder
 from pretrain.data.loader import DataConfig, Loader, build_loader, sequential
-from pretrain.data.order import Order, Source
+from pretrain.data.order import Order, ShardSource
 from pretrain.data.shards import cache
 from pretrain.data.text import TextDecoder, load_tokenizer, train_tokenizer
 from pretrain.errors import ConfigError, UserError
@@ -110,7 +110,7 @@ def reference(data, decoders):
 
 
 def test_batches_are_what_the_order_says(data, decoders, reference):
-    order = Order([Source([20] * 10)], seed=1, window=3)
+    order = Order([ShardSource([20] * 10)], seed=1, window=3)
     _, shard, sample = order.locate(np.arange(20 * 24))
     numbers = (20 * shard + sample).tolist()
     assert [key for batch in reference for key in batch.keys] == [f"t-{n // 20:02d}/{n:04d}" for n in numbers]

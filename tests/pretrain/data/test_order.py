@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.data.order import Order, Source
+from pretrain.data.order import Order, ShardSource
 from pretrain.data.shuffle import Generators, key, permutation
 from pretrain.errors import ConfigError
 
@@ -23,7 +23,7 @@ NEVER = st.just(False)
 @st.composite
 def orders(draw, max_sources=3, replacement=NEVER):
     """Arguments of an Order that is not refused."""
-    sources = [Source(c, draw(weights)) for c in draw(st.lists(counts, min_size=1, max_size=max_sources))]
+    sources = [ShardSource(c, draw(weights)) for c in draw(st.lists(counts, min_size=1, max_size=max_sources))]
     streams = draw(st.integers(1, min(4, *(sum(s.counts) for s in sources), 4)))
     block = draw(st.integers(0, min(sum(s.counts) for s in sources) // streams))
     return {
@@ -134,7 +134,7 @@ def test_any_position_can_be_looked_up_alone(arguments, positions):
 
 
 def test_sequential_and_random_access_agree():
-    order = Order([Source([50] * 30, 2), Source([7, 90, 4])], seed=3, window=4, streams=2)
+    order = Order([ShardSource([50] * 30, 2), ShardSource([7, 90, 4])], seed=3, window=4, streams=2)
     whole = triples(order.locate(np.arange(3000)))
     shuffled = np.random.default_rng(0).permutation(3000)
     assert triples(order.locate(shuffled)) == [whole[p] for p in shuffled]
@@ -154,7 +154,7 @@ def test_sequential_and_random_access_agree():
 def test_a_batch_is_the_same_for_any_world(nodes, per_node, streams, share, batch):
     world, c = nodes * per_node, nodes * streams
     size = world * c * share
-    order = Order([Source([1000] * 9)], seed=0, window=2, streams=c)
+    order = Order([ShardSource([1000] * 9)], seed=0, window=2, streams=c)
     order.check(size, world, nodes)
     served = [order.positions(batch, size, rank, world, nodes) for rank in range(world)]
     assert sorted(np.concatenate(served).tolist()) == list(range(batch * size, (batch + 1) * size))
@@ -167,7 +167,7 @@ def test_a_batch_is_the_same_for_any_world(nodes, per_node, streams, share, batc
 @settings(max_examples=40, deadline=None)
 def test_every_stretch_has_its_share_of_each_source(w, length):
     """Béjian and Faure (1977): n points of van der Corput miss an interval's share by log2(n) / 3 + 1 at most."""
-    order = Order([Source([5] * 3, x) for x in w], seed=0)
+    order = Order([ShardSource([5] * 3, x) for x in w], seed=0)
     source, _ = order._queue(np.arange(length))
     bound = np.log2(length) / 3 + 1
     for i, x in enumerate(w):
@@ -179,7 +179,7 @@ def test_every_stretch_has_its_share_of_each_source(w, length):
 
 def test_streams_keep_nodes_on_their_own_shards():
     """With blocks as large as windows, a node touches about 1/nodes of the shards of a stretch of the run."""
-    order = Order([Source([100] * 64)], seed=1, window=4, streams=4)
+    order = Order([ShardSource([100] * 64)], seed=1, window=4, streams=4)
     served = [np.concatenate([order.positions(g, 64, n, 4, 4) for g in range(25)]) for n in range(4)]
     shards = [set(order.locate(p).shard.tolist()) for p in served]
     assert [len(each) for each in shards] == [4] * 4
@@ -188,9 +188,9 @@ def test_streams_keep_nodes_on_their_own_shards():
 
 def test_epochs_and_seeds_differ():
     n = 2000
-    order = Order([Source([100] * 20)], seed=0, window=4)
+    order = Order([ShardSource([100] * 20)], seed=0, window=4)
     first, second = triples(order.locate(np.arange(n))), triples(order.locate(np.arange(n, 2 * n)))
-    other = triples(Order([Source([100] * 20)], seed=1, window=4).locate(np.arange(n)))
+    other = triples(Order([ShardSource([100] * 20)], seed=1, window=4).locate(np.arange(n)))
     assert sum(a == b for a, b in zip(first, second, strict=True)) < 20
     assert sum(a == b for a, b in zip(first, other, strict=True)) < 20
 
@@ -213,7 +213,7 @@ def test_permutations_are_even():
 
 def test_with_replacement_every_sample_has_the_same_chance():
     counts = [1, 0, 9, 40]
-    order = Order([Source(counts)], seed=5, window=2, replacement=True)
+    order = Order([ShardSource(counts)], seed=5, window=2, replacement=True)
     n = 200_000
     times = Counter(triples(order.locate(np.arange(n))))
     assert set(times) == {(0, i, k) for i, c in enumerate(counts) for k in range(c)}
@@ -243,7 +243,7 @@ def test_a_substitute_is_another_sample_of_the_window(arguments, position, attem
 
 
 def test_attempts_reach_all_other_samples_of_the_window():
-    order = Order([Source([3, 4])], seed=0, window=2)
+    order = Order([ShardSource([3, 4])], seed=0, window=2)
     original = triples(order.locate(5))[0]
     assert {order.substitute(5, a) for a in range(200)} == {(0, i, k) for i, c in enumerate([3, 4]) for k in range(c)} - {
         original
@@ -253,12 +253,15 @@ def test_attempts_reach_all_other_samples_of_the_window():
 # ---- numbers that must never change ----------------------------------------------------------------------------------
 
 GOLDEN = {
-    "plain": ({"sources": [Source([100] * 50)], "seed": 0}, "411f8a108e872f71"),
-    "uneven": ({"sources": [Source(list(range(60)))], "seed": 1, "window": 7}, "0dfec14615b7faf9"),
-    "weighted": ({"sources": [Source([100] * 50, 3), Source([10, 20, 30], 1)], "seed": 2**33}, "285f4464d0a3afed"),
-    "streams": ({"sources": [Source([100] * 50, 1), Source([500] * 9, 0.3)], "seed": 2, "streams": 4}, "aa478f4572fd2c5f"),
-    "blocks": ({"sources": [Source([100] * 50)], "seed": 2, "streams": 8, "block": 13}, "e52b898ce62429a7"),
-    "replacement": ({"sources": [Source(list(range(60)))], "seed": 3, "replacement": True}, "e4040bc143c01516"),
+    "plain": ({"sources": [ShardSource([100] * 50)], "seed": 0}, "411f8a108e872f71"),
+    "uneven": ({"sources": [ShardSource(list(range(60)))], "seed": 1, "window": 7}, "0dfec14615b7faf9"),
+    "weighted": ({"sources": [ShardSource([100] * 50, 3), ShardSource([10, 20, 30], 1)], "seed": 2**33}, "285f4464d0a3afed"),
+    "streams": (
+        {"sources": [ShardSource([100] * 50, 1), ShardSource([500] * 9, 0.3)], "seed": 2, "streams": 4},
+        "aa478f4572fd2c5f",
+    ),
+    "blocks": ({"sources": [ShardSource([100] * 50)], "seed": 2, "streams": 8, "block": 13}, "e52b898ce62429a7"),
+    "replacement": ({"sources": [ShardSource(list(range(60)))], "seed": 3, "replacement": True}, "e4040bc143c01516"),
 }
 
 
@@ -279,15 +282,15 @@ def test_golden(name):
     ("arguments", "message"),
     [
         ({"sources": []}, "names no source"),
-        ({"sources": [Source([0, 0])]}, "source 0 of data.train holds no samples"),
-        ({"sources": [Source([5]), Source([])]}, "source 1 of data.train holds no samples"),
-        ({"sources": [Source([5], 0.0), Source([5])]}, "weight 0.0 of source 0 must be a positive number"),
-        ({"sources": [Source([5], float("nan"))]}, "weight nan of source 0"),
-        ({"sources": [Source([5], 1), Source([5], 1e-6)]}, "weight 1e-06 of source 1 is less than 1/65536"),
-        ({"sources": [Source([5])], "window": 0}, "data.window=0"),
-        ({"sources": [Source([5])], "streams": 0}, "data.streams=0"),
-        ({"sources": [Source([10])], "streams": 4, "block": 3}, "enough for blocks of at most 2"),
-        ({"sources": [Source([2**30] * 3)], "window": 3}, "permuted together"),
+        ({"sources": [ShardSource([0, 0])]}, "source 0 of data.train holds no samples"),
+        ({"sources": [ShardSource([5]), ShardSource([])]}, "source 1 of data.train holds no samples"),
+        ({"sources": [ShardSource([5], 0.0), ShardSource([5])]}, "weight 0.0 of source 0 must be a positive number"),
+        ({"sources": [ShardSource([5], float("nan"))]}, "weight nan of source 0"),
+        ({"sources": [ShardSource([5], 1), ShardSource([5], 1e-6)]}, "weight 1e-06 of source 1 is less than 1/65536"),
+        ({"sources": [ShardSource([5])], "window": 0}, "data.window=0"),
+        ({"sources": [ShardSource([5])], "streams": 0}, "data.streams=0"),
+        ({"sources": [ShardSource([10])], "streams": 4, "block": 3}, "enough for blocks of at most 2"),
+        ({"sources": [ShardSource([2**30] * 3)], "window": 3}, "permuted together"),
     ],
 )
 def test_refused(arguments, message):
@@ -308,26 +311,26 @@ def test_refused(arguments, message):
     ],
 )
 def test_batches_refused(batch_size, world, nodes, message):
-    order = Order([Source([20] * 5)], seed=0, window=1, streams=4)
+    order = Order([ShardSource([20] * 5)], seed=0, window=1, streams=4)
     with pytest.raises(ConfigError, match=message):
         order.check(batch_size, world, nodes)
 
 
 def test_epochs_are_steps():
-    order = Order([Source([20] * 5)], seed=0)
+    order = Order([ShardSource([20] * 5)], seed=0)
     assert [order.steps(e, 32) for e in (1, 2, 0.5, 8)] == [4, 7, 2, 25]
     assert order.steps(0.1, 10) == 1  # 0.1 is a tenth, not the float just above it
 
 
 def test_the_digest_tells_data_apart():
-    base = {"sources": [Source([20] * 5), Source([3, 4])], "seed": 0, "window": 2}
+    base = {"sources": [ShardSource([20] * 5), ShardSource([3, 4])], "seed": 0, "window": 2}
     others = [
         base,
         base | {"seed": 1},
         base | {"window": 3},
         base | {"replacement": True},
         base | {"streams": 2},
-        base | {"sources": [Source([20] * 5), Source([4, 3])]},
-        base | {"sources": [Source([20] * 5, 2), Source([3, 4])]},
+        base | {"sources": [ShardSource([20] * 5), ShardSource([4, 3])]},
+        base | {"sources": [ShardSource([20] * 5, 2), ShardSource([3, 4])]},
     ]
     assert len({Order(**each).digest() for each in others}) == len(others)
