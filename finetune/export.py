@@ -30,7 +30,7 @@ from finetune.tasks import Told
 from pretrain import model as encoders
 from pretrain.checkpoints.export import TOLERANCE, whole
 from pretrain.errors import UserError
-from pretrain.formats import Encoders, onnx, portable_tokenizer, strange
+from pretrain.formats import Encoders, onnx, portable_tokenizer, unsupported
 from pretrain.formats.portable_tokenizer import PROBES
 from pretrain.towers import TokenSequence
 
@@ -86,7 +86,7 @@ def _told(tuned: Finetuned, encoders: Encoders) -> Told:
         told = tuned.task.told()
     except UserError as error:
         raise UserError(f"onnx cannot hold this model: {error}; {_ALONE}") from error
-    if wrong := strange(encoders):
+    if wrong := unsupported(encoders):
         raise UserError(f"onnx cannot hold {wrong}")
     contexts = [] if tuned.model.fusion is None else tuned.model.fusion.contexts.values()
     if any(cast(Context, one).chooses for one in contexts):

@@ -264,7 +264,7 @@ class Plan:
         return self.chosen.flops / (GPUS[self.gpu][1] * 1e12 * USAGE * slower)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, bytes and samples."""
+        """ViTSpec values, bytes and samples."""
         total = self.config.data.batch_size
         return {
             "gpus": self.gpus,

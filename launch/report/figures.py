@@ -1,4 +1,4 @@
-"""The words and numbers of the page: headline, recalls beside chance, tables. Plain values, nothing drawn."""
+"""The words and numbers of the page: headline, recalls beside chance, tables. ViTSpec values, nothing drawn."""
 
 from __future__ import annotations
 

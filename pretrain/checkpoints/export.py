@@ -57,8 +57,8 @@ def export(loaded: Loaded, folder: Path, form: str, license: str | None = None) 
         raise ConfigError(f"--format {form}: the choices are {', '.join(FORMATS)}")
     encoders = encoders_of(loaded)
     module = _module(form)
-    if wrong := module.problem(encoders):
-        others = [name for name in FORMATS if name != form and _module(name).problem(encoders) is None]
+    if wrong := module.export_error(encoders):
+        others = [name for name in FORMATS if name != form and _module(name).export_error(encoders) is None]
         can = f"; --format {' or '.join(others)} can hold it" if others else ""
         raise UserError(f"{form} cannot hold {wrong}{can}")
     with whole(folder) as partial:
@@ -75,7 +75,7 @@ def advised(loaded: Loaded, name: str) -> tuple[str, str] | None:
     if loaded.decoders.get("text") is None:
         return None
     encoders = encoders_of(loaded)
-    form = next((form for form in FORMATS if _module(form).problem(encoders) is None), None)
+    form = next((form for form in FORMATS if _module(form).export_error(encoders) is None), None)
     return None if form is None else (form, model_card.loading(encoders, form, name))
 
 

@@ -15,7 +15,7 @@ from pretrain.checkpoints import store
 from pretrain.data.config import evaluated_caption
 from pretrain.data.text import load_tokenizer
 from pretrain.errors import UserError
-from pretrain.formats import Found, hf_import, open_clip_import
+from pretrain.formats import ImportedModel, hf_import, open_clip_import
 from pretrain.model import DualEncoder, ModelSchema
 
 TOKENIZER = "tokenizer"
@@ -69,7 +69,7 @@ def _built(config: ModelSchema, weights: dict[str, Tensor], tokenizer: Any, capt
     return Loaded(model, config, tokenizer, models.decoders(config, tokenizer, model, caption), folder, step)
 
 
-def foreign(run: str | Path) -> Callable[[str], Found] | None:
+def foreign(run: str | Path) -> Callable[[str], ImportedModel] | None:
     """What reads RUN where it is not ours but a model of transformers or open_clip; None where it is ours, or nothing."""
     path, text = Path(run), str(run)
     if path.is_dir():

@@ -70,7 +70,7 @@ class Encoders:
 
 
 @dataclass
-class Found:
+class ImportedModel:
     """What a format reads: weights under our names, and the configuration that builds a model for them."""
 
     config: ModelSchema
@@ -78,7 +78,7 @@ class Found:
     tokenizer: Any
 
 
-def strange(encoders: Encoders) -> str | None:
+def unsupported(encoders: Encoders) -> str | None:
     """Why no format can hold these encoders, or None: each knows one image tower and one text tower."""
     extra = sorted(set(encoders.model.towers) - {"image", "text"})
     if extra:

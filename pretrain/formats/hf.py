@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.formats import Encoders, mean_pooling, portable_tokenizer, strange, text_weights, vit_weights
-from pretrain.formats.text_weights import Words
-from pretrain.formats.vit_weights import Plain
+from pretrain.formats import Encoders, mean_pooling, portable_tokenizer, unsupported, text_weights, vit_weights
+from pretrain.formats.text_weights import TextSpec
+from pretrain.formats.vit_weights import ViTSpec
 from pretrain.runtime.files import apply_umask
 
 TIMM_ONLY = ("weight_init", "fix_init", "drop_path_rate", "drop_rate", "proj_drop_rate", "attn_drop_rate", "patch_drop_rate")
@@ -47,9 +47,9 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def problem(encoders: Encoders) -> str | None:
+def export_error(encoders: Encoders) -> str | None:
     """Which part of the encoders transformers cannot hold, or None."""
-    if wrong := strange(encoders):
+    if wrong := unsupported(encoders):
         return wrong
     made = _make(encoders)
     return made if isinstance(made, str) else None
@@ -97,18 +97,18 @@ def _make(encoders: Encoders) -> Any:
     tower, image_tower = encoders.text_tower, encoders.image_tower
     assert tower is not None
     assert image_tower is not None
-    text = text_weights.words(tower)
-    if isinstance(text, Words) and not text.causal:
+    text = text_weights.text_spec(tower)
+    if isinstance(text, TextSpec) and not text.causal:
         return _siglip(encoders, text)
     if isinstance(text, str) and not (tower.pool == "tower" and tower.trims):
         return f"{text} pooled by {tower.pool}, and transformers pools a text model in its own way only"
-    picture = vit_weights.plain(image_tower.model)
-    if isinstance(text, Words) and isinstance(picture, Plain) and picture.pre_norm and picture.pool == "token":
+    picture = vit_weights.vit_spec(image_tower.model)
+    if isinstance(text, TextSpec) and isinstance(picture, ViTSpec) and picture.pre_norm and picture.pool == "token":
         return _clip(encoders, text, picture)
     return _dual(encoders, text)
 
 
-def _text(encoders: Encoders, made: Words) -> tuple[Words, dict[str, Tensor]]:
+def _text(encoders: Encoders, made: TextSpec) -> tuple[TextSpec, dict[str, Tensor]]:
     """A causal text tower under transformers' names, with `text_projection.weight` (D, C)."""
     tower = encoders.text_tower
     assert tower is not None
@@ -119,7 +119,7 @@ def _text(encoders: Encoders, made: Words) -> tuple[Words, dict[str, Tensor]]:
     return made, text_weights.to_transformers(weights) | {"text_projection.weight": project}
 
 
-def _text_settings(encoders: Encoders, made: Words) -> dict[str, Any]:
+def _text_settings(encoders: Encoders, made: TextSpec) -> dict[str, Any]:
     tokenizer = encoders.text.tokenizer
     ends = {
         "eos_token_id": tokenizer.eos_token_id,
@@ -129,7 +129,7 @@ def _text_settings(encoders: Encoders, made: Words) -> dict[str, Any]:
     return text_weights.settings(made) | ends
 
 
-def _clip(encoders: Encoders, text: Words, picture: Plain) -> Any:
+def _clip(encoders: Encoders, text: TextSpec, picture: ViTSpec) -> Any:
     from transformers import CLIPConfig, CLIPModel
 
     assert encoders.image_tower is not None
@@ -148,7 +148,7 @@ def _clip(encoders: Encoders, text: Words, picture: Plain) -> Any:
     return _filled(model, encoders, named)
 
 
-def _dual(encoders: Encoders, text: Words | str) -> Any:
+def _dual(encoders: Encoders, text: TextSpec | str) -> Any:
     from transformers import AutoConfig, TimmWrapperConfig, VisionTextDualEncoderConfig, VisionTextDualEncoderModel
 
     tower, image_tower = encoders.text_tower, encoders.image_tower
@@ -157,7 +157,7 @@ def _dual(encoders: Encoders, text: Words | str) -> Any:
     arguments = _timm_arguments(image_tower)
     if isinstance(arguments, str):
         return arguments
-    if isinstance(text, Words):
+    if isinstance(text, TextSpec):
         made, weights = _text(encoders, text)
         settings = _text_settings(encoders, made)
         text_config = AutoConfig.for_model(settings.pop("model_type"), **settings)
@@ -178,7 +178,7 @@ def _dual(encoders: Encoders, text: Words | str) -> Any:
     return _filled(model, encoders, named)
 
 
-def _siglip(encoders: Encoders, text: Words) -> Any:
+def _siglip(encoders: Encoders, text: TextSpec) -> Any:
     """SiglipModel, whose image tower has no projection; or what keeps it from being one."""
     from transformers import SiglipConfig, SiglipModel
 

@@ -12,16 +12,16 @@ from torch import Tensor
 from pretrain import config as configuration
 from pretrain.data.text import load_tokenizer, unreachable
 from pretrain.errors import UserError
-from pretrain.formats import Found, text_weights, vit_weights
+from pretrain.formats import ImportedModel, text_weights, vit_weights
 from pretrain.formats.hf import quiet
-from pretrain.formats.vit_weights import Plain
+from pretrain.formats.vit_weights import ViTSpec
 from pretrain.model import ModelSchema
 from pretrain.ops import CLIP_MEAN, CLIP_STD
 from pretrain.towers import hf_models
 from pretrain.towers.hf_models import line
 
 
-def read(source: str) -> Found:
+def read(source: str) -> ImportedModel:
     """A CLIP, SigLIP or vision-text dual encoder, from a folder or by its hub name. Raises UserError."""
     with quiet():
         config = _config(source)
@@ -35,7 +35,7 @@ def read(source: str) -> Found:
     preprocess, size = _preprocess(source)
     image = {"size": size, **image, **preprocess}
     values = {"image": image, "text": {"tokenizer": source, "pretrained": False, **text}, "model": model}
-    return Found(configuration.build(ModelSchema, values, source), named, tokenizer)
+    return ImportedModel(configuration.build(ModelSchema, values, source), named, tokenizer)
 
 
 def _config(source: str) -> Any:
@@ -92,12 +92,12 @@ def _projections(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _plain(config: Any, source: str, pre_norm: bool, pool: str) -> Plain:
+def _plain(config: Any, source: str, pre_norm: bool, pool: str) -> ViTSpec:
     """A vision configuration of CLIP or SigLIP. Raises UserError."""
     act = text_weights.ACTS.get(config.hidden_act)
     if act is None:
         raise UserError(f"{source}: the image tower's activation {config.hidden_act} is none of {', '.join(text_weights.ACTS)}")
-    return Plain(
+    return ViTSpec(
         size=config.image_size,
         patch=config.patch_size,
         width=config.hidden_size,

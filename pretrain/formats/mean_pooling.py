@@ -22,11 +22,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pretrain.formats.block_weights import Weights
-from pretrain.formats.text_weights import Words
+from pretrain.formats.text_weights import TextSpec
 from pretrain.formats.vit_weights import BLOCKS
 
 
-def as_layer(made: Words, weights: Weights) -> tuple[Words, Weights]:
+def as_layer(made: TextSpec, weights: Weights) -> tuple[TextSpec, Weights]:
     """A causal tower that pools by the mean, with its text_projection (C, D) -> one that pools where the text ends."""
     C, d = made.width, made.width // made.heads
     W = 2 * C + max(d, 2)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.errors import UserError
-from pretrain.formats import Encoders, portable_tokenizer, strange
+from pretrain.formats import Encoders, portable_tokenizer, unsupported
 from pretrain.model import DualEncoder
 from pretrain.towers.transformers import TextTower
 
@@ -30,9 +30,9 @@ OPSET = 18
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def problem(encoders: Encoders) -> str | None:
+def export_error(encoders: Encoders) -> str | None:
     """Which part of the encoders has no graph, or None."""
-    return strange(encoders)
+    return unsupported(encoders)
 
 
 def write(encoders: Encoders, folder: Path) -> None:

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pretrain.formats import Encoders, block_weights, mean_pooling, portable_tokenizer, strange, text_weights, vit_weights
+from pretrain.formats import Encoders, block_weights, mean_pooling, portable_tokenizer, unsupported, text_weights, vit_weights
 from pretrain.formats.block_weights import Weights
-from pretrain.formats.text_weights import Words
-from pretrain.formats.vit_weights import Plain
+from pretrain.formats.text_weights import TextSpec
+from pretrain.formats.vit_weights import ViTSpec
 from pretrain.runtime.files import save_weights
 from pretrain.towers.timm import ImageTower
 
@@ -28,9 +28,9 @@ Part = tuple[dict[str, Any], Weights]
 """A tower's section of the configuration, and its weights."""
 
 
-def problem(encoders: Encoders) -> str | None:
+def export_error(encoders: Encoders) -> str | None:
     """Which part of the encoders open_clip cannot hold, or None."""
-    if wrong := strange(encoders):
+    if wrong := unsupported(encoders):
         return wrong
     made = _words(encoders)
     if isinstance(made, str):
@@ -69,13 +69,13 @@ def write(encoders: Encoders, folder: Path) -> None:
 # Towers
 
 
-def _words(encoders: Encoders) -> Words | str:
+def _words(encoders: Encoders) -> TextSpec | str:
     tower = encoders.text_tower
     assert tower is not None
-    return text_weights.words(tower)
+    return text_weights.text_spec(tower)
 
 
-def _text(encoders: Encoders, made: Words) -> Part:
+def _text(encoders: Encoders, made: TextSpec) -> Part:
     """text_cfg, and weights under the names of open_clip's CLIP class."""
     tower, length = encoders.text_tower, encoders.text.length
     assert tower is not None
@@ -109,8 +109,8 @@ def _vision(encoders: Encoders, quick: bool) -> Part | str:
     assert tower is not None
     model: Any = tower.model
     project = encoders.projection("image")
-    made = vit_weights.plain(model)
-    if isinstance(made, Plain) and made.width % made.heads == 0 and (made.act == "quick_gelu") == quick:
+    made = vit_weights.vit_spec(model)
+    if isinstance(made, ViTSpec) and made.width % made.heads == 0 and (made.act == "quick_gelu") == quick:
         config: dict[str, Any] = {
             "image_size": made.size,
             "patch_size": made.patch,
@@ -133,7 +133,7 @@ def _vision(encoders: Encoders, quick: bool) -> Part | str:
         if project is None:
             return by_name | {"timm_proj": "none"}, weights
         return by_name | {"timm_proj": "linear"}, weights | {"head.proj.weight": project}
-    if isinstance(made, Plain):
+    if isinstance(made, ViTSpec):
         return (
             f"the activations of the towers, {made.act} for pictures and {'quick_gelu' if quick else 'another'} for texts: "
             "open_clip has one for both (text.args.hidden_act=gelu trains such a pair)"

@@ -13,11 +13,11 @@ from torch import Tensor
 from pretrain import config as configuration
 from pretrain.data.text import load_tokenizer
 from pretrain.errors import UserError, closest
-from pretrain.formats import Found, portable_tokenizer, text_weights, vit_weights
+from pretrain.formats import ImportedModel, portable_tokenizer, text_weights, vit_weights
 from pretrain.formats.block_weights import Weights
 from pretrain.formats.open_clip import CONFIG, WEIGHTS
-from pretrain.formats.text_weights import Words
-from pretrain.formats.vit_weights import Plain
+from pretrain.formats.text_weights import TextSpec
+from pretrain.formats.vit_weights import ViTSpec
 from pretrain.model import ModelSchema
 from pretrain.towers.hf_models import line
 
@@ -37,7 +37,7 @@ TEXT_KEYS = {
 """What of vision_cfg and text_cfg is understood; any other key that is set is refused by name."""
 
 
-def read(source: str) -> Found:
+def read(source: str) -> ImportedModel:
     """A folder of open_clip, a file of weights beside open_clip's params.txt, or MODEL:FILE. Raises UserError."""
     path, content = _locate(source)
     config = dict(content.get("model_cfg", content))
@@ -72,7 +72,7 @@ def read(source: str) -> Found:
     tokenizer = load_tokenizer(str(folder) if own else outside) if own or outside else portable_tokenizer.openai(length)
     values = {"image": image, "text": text, "model": model}
     built = configuration.build(ModelSchema, values, source)
-    return Found(built, named | weights, tokenizer)  # what nobody asked for is counted where the weights are put in
+    return ImportedModel(built, named | weights, tokenizer)  # what nobody asked for is counted where the weights are put in
 
 
 def _locate(source: str) -> tuple[Path, dict[str, Any]]:
@@ -148,7 +148,7 @@ def _read_vision(
         raise UserError(f"{source}: vision_cfg.layers={given['layers']}, OpenAI's modified ResNet, has no counterpart here")
     own = _take(weights, "visual.")
     width, size = given.get("width", 768), given.get("image_size", 224)
-    made = Plain(
+    made = ViTSpec(
         size=size if isinstance(size, int) else size[0],
         patch=given.get("patch_size", 16),
         width=width,
@@ -200,7 +200,7 @@ def _read_text(
     pool = given.get("pool_type", "argmax")
     if pool not in (("argmax", "eos") if causal else ("last",)) or (causal and given.get("proj_bias")):
         raise UserError(f"{source}: text_cfg with pool_type={pool}, no_causal_mask={not causal} has no counterpart here")
-    made = Words(
+    made = TextSpec(
         vocab=given.get("vocab_size", 49408),
         positions=given.get("context_length", 77),
         width=width,

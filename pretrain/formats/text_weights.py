@@ -32,7 +32,7 @@ NAMES = {
 
 
 @dataclass(frozen=True)
-class Words:
+class TextSpec:
     """All there is to say about a text transformer of one of the two kinds."""
 
     vocab: int
@@ -53,7 +53,7 @@ class Words:
     pad: int | None = None
 
 
-def words(tower: TextTower) -> Words | str:
+def text_spec(tower: TextTower) -> TextSpec | str:
     """What a text tower is as one of the two kinds, or what keeps it from being one. Pooling by the mean passes here."""
     config: Any = tower.model.config
     kind = config.model_type
@@ -64,7 +64,7 @@ def words(tower: TextTower) -> Words | str:
         return f"the text tower's pooling, {tower.pool}"
     if config.hidden_act not in ACTS:
         return f"the text tower's activation, {config.hidden_act}"
-    return Words(
+    return TextSpec(
         vocab=config.vocab_size,
         positions=config.max_position_embeddings,
         width=config.hidden_size,
@@ -108,7 +108,7 @@ def to_transformers(weights: Mapping[str, Tensor]) -> Weights:
     return {back.get(name, name): value for name, value in named.items()}
 
 
-def settings(made: Words) -> dict[str, Any]:
+def settings(made: TextSpec) -> dict[str, Any]:
     """text.args of a tower of ours with this architecture, but for the length of texts."""
     kind = "clip_text_model" if made.causal else "siglip_text_model"
     act = {ours: theirs for theirs, ours in reversed(ACTS.items())}[made.act]

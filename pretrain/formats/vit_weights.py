@@ -1,4 +1,4 @@
-"""Plain vision transformers: patches by one convolution, a class token, learned positions, pre-norm blocks, one last norm.
+"""ViTSpec vision transformers: patches by one convolution, a class token, learned positions, pre-norm blocks, one last norm.
 
 timm's VisionTransformer (our image tower) is one for most of its settings, and so are open_clip's VisionTransformer and
 transformers' CLIPVisionModel. open_clip's names stand in the middle.
@@ -38,7 +38,7 @@ POOL = {
 
 
 @dataclass(frozen=True)
-class Plain:
+class ViTSpec:
     """All there is to say about a plain vision transformer."""
 
     size: int
@@ -71,7 +71,7 @@ def activation(module: Any) -> str | None:
     return "gelu_tanh" if kind in tanh else "quick_gelu" if kind in ("QuickGELU", "QuickGELUActivation") else None
 
 
-def plain(model: Any) -> Plain | str:
+def vit_spec(model: Any) -> ViTSpec | str:
     """What a timm model is as a plain vision transformer, or the part of it that is not plain."""
     if type(model).__name__ != "VisionTransformer" or not len(getattr(model, "blocks", [])):
         return f"the image tower, a {type(model).__name__}"
@@ -86,7 +86,7 @@ def plain(model: Any) -> Plain | str:
     return _described(model, norm)
 
 
-def siglip(model: Any) -> Plain | str:
+def siglip(model: Any) -> ViTSpec | str:
     """What a timm model is as SigLIP's vision transformer (no class token, pooled by attention), or what is not SigLIP's."""
     if type(model).__name__ != "VisionTransformer" or model.global_pool != "map" or model.cls_token is not None:
         return "the image tower, which is not SigLIP's"
@@ -97,7 +97,7 @@ def siglip(model: Any) -> Plain | str:
         return f"the image tower without {missing[0]}"
     made = _described(model, model.norm)
     same = model.blocks[0].attn.num_heads == model.attn_pool.num_heads
-    if isinstance(made, Plain) and (made.pre_norm or not same):
+    if isinstance(made, ViTSpec) and (made.pre_norm or not same):
         return "the image tower, which is not SigLIP's"
     return made
 
@@ -115,13 +115,13 @@ def _strange(model: Any, more: set[str]) -> str | None:
     return None
 
 
-def _described(model: Any, norm: Any) -> Plain | str:
+def _described(model: Any, norm: Any) -> ViTSpec | str:
     block = model.blocks[0]
     act = activation(block.mlp.act)
     if act is None:
         return f"the image tower's activation, {type(block.mlp.act).__name__}"
     side = model.patch_embed.patch_size
-    return Plain(
+    return ViTSpec(
         size=model.patch_embed.img_size[0],
         patch=side[0] if isinstance(side, tuple) else side,
         width=model.embed_dim,
@@ -157,7 +157,7 @@ def to_open_clip(model: Any) -> Weights:
     return out
 
 
-def from_open_clip(weights: Mapping[str, Tensor], made: Plain) -> Weights:
+def from_open_clip(weights: Mapping[str, Tensor], made: ViTSpec) -> Weights:
     """The reverse, for the tower that `tower_settings(made)` builds. Names that are not known stay as they are."""
     out: Weights = {}
     norm = "fc_norm" if made.norm_after and made.pool == "avg" else "norm"
@@ -176,7 +176,7 @@ def from_open_clip(weights: Mapping[str, Tensor], made: Plain) -> Weights:
     return out
 
 
-def tower_settings(made: Plain) -> dict[str, Any]:
+def tower_settings(made: ViTSpec) -> dict[str, Any]:
     """image.* of a tower of ours with this architecture. Raises UserError where timm has no name for it."""
     names = {1e-5: "vit_base_patch16_clip_224", 1e-6: "vit_base_patch16_224"}
     if made.eps not in names:
@@ -260,7 +260,7 @@ def from_siglip(weights: Mapping[str, Tensor]) -> Weights:
     return out
 
 
-def siglip_tower(made: Plain) -> dict[str, Any]:
+def siglip_tower(made: ViTSpec) -> dict[str, Any]:
     """image.* of a tower of ours that is SigLIP's. Raises UserError where timm has no name for it."""
     settings = tower_settings(made)
     del settings["args"]["pre_norm"]
@@ -268,7 +268,7 @@ def siglip_tower(made: Plain) -> dict[str, Any]:
     return settings | {"name": "vit_base_patch16_siglip_224"}
 
 
-def clip_settings(made: Plain) -> dict[str, Any]:
+def clip_settings(made: ViTSpec) -> dict[str, Any]:
     """The vision_config of a transformers CLIPModel or SiglipModel."""
     return {
         "hidden_size": made.width,

@@ -210,7 +210,7 @@ def test_the_mean_written_as_attention(heads: int, small: Small) -> None:
     more = ["text.pool=avg", "text.length=77", f"text.args={{num_attention_heads: {heads}}}"]
     loaded = fresh("scenes", small.tokenizer, *TINY_TOWERS, *more)
     tower: Any = loaded.model.towers["text"].double()
-    made = text_weights.words(tower)
+    made = text_weights.text_spec(tower)
     assert isinstance(made, text_weights.Words)
     projection: Any = loaded.model.projection("text").double()
     new, weights = mean_pooling.as_layer(
