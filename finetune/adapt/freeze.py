@@ -19,7 +19,7 @@ from finetune.adapt import lora
 from finetune.adapt.lora import LoraConfig
 from pretrain.errors import ConfigError
 from pretrain.model import DualEncoder, ModelSchema
-from pretrain.towers import reached
+from pretrain.towers import used_parameters
 from pretrain.towers.timm import ImageTower, patch_side
 
 
@@ -117,7 +117,7 @@ def freeze_unreached(model: nn.Module, outputs: Iterable[Tensor]) -> list[str]:
     gradients. `outputs` are those of one small forward pass with gradients on; nothing is computed here.
     """
     tensors: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    used = {name for out in outputs if out.requires_grad for name in reached(out, tensors)}
+    used = {name for out in outputs if out.requires_grad for name in used_parameters(out, tensors)}
     still = [name for name in tensors if name not in used]
     for name in still:
         if ".lora_" in name:
@@ -159,7 +159,7 @@ def resize(encoder: DualEncoder, size: int, schema: ModelSchema) -> ModelSchema:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"adapt.image_size={size}: {schema.image.name} cannot change its size: {reason}") from error
     for name, parameter in tower.named_parameters():
-        parameter.requires_grad_(trains.get(name, True) and name not in tower.asleep)
+        parameter.requires_grad_(trains.get(name, True) and name not in tower.unused_parameters)
     return replace(schema, image=replace(schema.image, size=size))
 
 

@@ -46,7 +46,7 @@ class DDP(Single):
             if unused:
                 raise ConfigError(
                     f"train.strategy=ddp: {len(unused)} trainable parameters take no part in the loss (first {unused[0]}); "
-                    "freeze them, or let the tower say so (Tower.sleep)"
+                    "freeze them, or let the tower say so (Tower.freeze_unused)"
                 )
         return super().apply(lr)
 

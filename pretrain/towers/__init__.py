@@ -50,7 +50,7 @@ class Tower(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.asleep: frozenset[str] = frozenset()
+        self.unused_parameters: frozenset[str] = frozenset()
         """Parameters that the forward never reaches: they stay frozen, so that no strategy waits for their gradient."""
         self._frozen: list[str] = []
 
@@ -88,7 +88,7 @@ class Tower(nn.Module):
         first = {-1: 0, 0: self.depth + 2}.get(trainable_blocks, self.depth + 1 - trainable_blocks)
         still = {name for name, layer in ids.items() if layer < first}
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(name not in still and name not in self.asleep)
+            parameter.requires_grad_(name not in still and name not in self.unused_parameters)
         frozen = {id(p) for name, p in self.named_parameters() if name in still}
         self._frozen = [""] if first > self.depth + 1 else list(_whole(self, frozen))
         self.train(self.training)
@@ -102,11 +102,11 @@ class Tower(nn.Module):
                 part.training = False
         return self
 
-    def sleep(self, reached: Iterable[str]) -> None:
+    def freeze_unused(self, reached: Iterable[str]) -> None:
         """Freezes every parameter that is not among `reached` for good."""
-        self.asleep = frozenset(name for name, _ in self.named_parameters()) - frozenset(reached)
+        self.unused_parameters = frozenset(name for name, _ in self.named_parameters()) - frozenset(reached)
         for name, parameter in self.named_parameters():
-            if name in self.asleep:
+            if name in self.unused_parameters:
                 parameter.requires_grad_(False)
 
 
@@ -120,7 +120,7 @@ def _whole(module: nn.Module, frozen: set[int], prefix: str = "") -> Iterable[st
         yield from _whole(child, frozen, f"{prefix}{name}.")
 
 
-def reached(output: Tensor, tensors: dict[str, Tensor]) -> list[str]:
+def used_parameters(output: Tensor, tensors: dict[str, Tensor]) -> list[str]:
     """The names of the leaf tensors that the autograd graph of `output` leads to. Walks the graph, computes nothing."""
     names = {id(tensor): name for name, tensor in tensors.items()}
     found: list[str] = []

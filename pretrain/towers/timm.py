@@ -23,7 +23,7 @@ from torch.func import functional_call
 
 from pretrain.errors import ConfigError, closest
 from pretrain.ops import CLIP_MEAN, CLIP_STD, use_onednn
-from pretrain.towers import TokenSequence, Tower, reached, stem
+from pretrain.towers import TokenSequence, Tower, used_parameters, stem
 from pretrain.towers.pooling import head_norm, repool
 
 TAKEN = {"img_size": "image.size", "num_classes": "nothing: towers have no classes", "features_only": "nothing"}
@@ -184,7 +184,7 @@ class ImageTower(Tower):
         picture = torch.empty(2, 3, self.config.size, self.config.size, dtype=torch.uint8, device="meta")
         features, out = functional_call(_Encode(self), {**meta, **buffers}, (picture,))
         self.width, self.pooled_width = out.states.shape[-1], out.pooled.shape[-1]
-        self.sleep(name.removeprefix("tower.") for name in reached(out.pooled, meta))
+        self.freeze_unused(name.removeprefix("tower.") for name in used_parameters(out.pooled, meta))
         mean, largest = self._head_pools(features.shape)
         self.pools_mean, self.pools_max = self.mean_pool or mean, largest and not self.mean_pool
         self.train(training)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.errors import ConfigError
-from pretrain.towers import TokenSequence, Tower, hf_models, last_valid, masked_mean, reached
+from pretrain.towers import TokenSequence, Tower, hf_models, last_valid, masked_mean, used_parameters
 from pretrain.towers.length_buckets import encode_grouped
 
 
@@ -141,7 +141,7 @@ class TextTower(Tower):
     # Found out when built
 
     def measure(self, vocabulary: int, pad: int) -> None:
-        """Runs two short texts, full length and trimmed: sets width, pooled_width, causal, trims, asleep.
+        """Runs two short texts, full length and trimmed: sets width, pooled_width, causal, trims, unused_parameters.
 
         Uses no random numbers. Raises ConfigError where the model cannot encode `length` tokens.
         """
@@ -165,7 +165,7 @@ class TextTower(Tower):
         trimmed = self._encode(ids[:, :short], mask[:, :short])
         self.trims = _same(full.pooled, trimmed.pooled) and _same(full.states[:, :short], trimmed.states)
         self.width, self.pooled_width = full.states.shape[-1], full.pooled.shape[-1]
-        self.sleep(reached(trimmed.pooled, dict(self.named_parameters())))
+        self.freeze_unused(used_parameters(trimmed.pooled, dict(self.named_parameters())))
         self.train(training)
 
 

@@ -122,9 +122,11 @@ def test_shapes_and_every_parameter_learns(name: str) -> None:
     pooled.square().sum().backward()
     idle = [n for n, p in made.named_parameters() if p.requires_grad and p.grad is None]
     assert not idle, "DDP would wait for these"
-    asleep = [n for n, p in made.named_parameters() if not p.requires_grad]
-    assert set(asleep) == made.asleep
-    assert not made.asleep or name == "mobilenet-avg", "weights that nothing uses are left out of the model where it can be"
+    unused_parameters = [n for n, p in made.named_parameters() if not p.requires_grad]
+    assert set(unused_parameters) == made.unused_parameters
+    assert not made.unused_parameters or name == "mobilenet-avg", (
+        "weights that nothing uses are left out of the model where it can be"
+    )
 
 
 @pytest.mark.parametrize("name", [*IMAGES, *TEXTS])
@@ -176,7 +178,7 @@ def test_frozen_parts_do_not_move_whatever_train_says(name: str) -> None:
         ids = made.layer_ids()
         layer = {id(p): ids[n] for n, p in made.named_parameters()}
         for n, p in made.named_parameters():
-            assert p.requires_grad == (blocks > 0 and ids[n] >= made.depth + 1 - blocks and n not in made.asleep)
+            assert p.requires_grad == (blocks > 0 and ids[n] >= made.depth + 1 - blocks and n not in made.unused_parameters)
             assert blocks == 0 or not p.requires_grad or p.grad is not None
         for n, module in made.named_modules():
             own = [layer[id(p)] for p in module.parameters()]
