@@ -170,8 +170,8 @@ def _interval(name: str, values: list[tuple[str, float]], resamples: int, seed: 
     if not values:
         return {}
     pictures = {key: i for i, key in enumerate(dict.fromkeys(key for key, _ in values))}
-    owner = np.array([pictures[key] for key, _ in values], dtype=np.int64)
-    mean, low, high = bootstrap(np.array([value for _, value in values]), owner, resamples, seed)
+    image_index = np.array([pictures[key] for key, _ in values], dtype=np.int64)
+    mean, low, high = bootstrap(np.array([value for _, value in values]), image_index, resamples, seed)
     return {name: mean, f"{name}_low": low, f"{name}_high": high}
 
 

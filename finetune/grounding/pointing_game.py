@@ -105,11 +105,13 @@ class Interval(NamedTuple):
     high: float
 
 
-def bootstrap(values: Array, owner: NDArray[np.int64], resamples: int = 2000, seed: int = 0, level: float = 0.95) -> Interval:
-    """The mean of `values` (n,) with its percentile interval over pictures drawn anew; `owner` (n,): whose each value is."""
-    _, owner = np.unique(owner, return_inverse=True)
-    count = int(owner.max()) + 1
-    sums, sizes = np.bincount(owner, values, count), np.bincount(owner, minlength=count)
+def bootstrap(
+    values: Array, image_index: NDArray[np.int64], resamples: int = 2000, seed: int = 0, level: float = 0.95
+) -> Interval:
+    """The mean of `values` (n,) with its percentile interval over pictures drawn anew; `image_index` (n,): whose each value is."""
+    _, image_index = np.unique(image_index, return_inverse=True)
+    count = int(image_index.max()) + 1
+    sums, sizes = np.bincount(image_index, values, count), np.bincount(image_index, minlength=count)
     random = np.random.Generator(np.random.Philox(key=seed))
     means = []
     for start in range(0, resamples, 100):  # at most 100 x pictures numbers in memory

@@ -26,7 +26,7 @@ from finetune.model import FusionModel
 from finetune.tasks import Setting
 from pretrain.data.loader import Batch
 from pretrain.errors import UserError
-from pretrain.evaluation.retrieval import TIE, found, retrieval
+from pretrain.evaluation.retrieval import TIE, hit_probability, retrieval
 from pretrain.runtime import distributed
 from pretrain.runtime.agree import gather_or_raise, on_all, on_main
 from pretrain.towers import TokenSequence
@@ -67,7 +67,7 @@ def recall(right: Tensor, scores: Tensor, k: int) -> Tensor:
     level = (scores - best).abs() <= TIE * (1 + best.abs())
     better = ((scores > best) & ~level).sum(dim=1).double()
     own, wrong = (level & right).sum(dim=1).double(), (level & ~right).sum(dim=1).double()
-    return torch.where(right.any(dim=1), found(better, own, wrong, k), 0.0)
+    return torch.where(right.any(dim=1), hit_probability(better, own, wrong, k), 0.0)
 
 
 def figures(name: str, right: Tensor, scores: Tensor, before: dict[str, float], ks: Sequence[int] = KS) -> dict[str, float]:
@@ -97,7 +97,7 @@ class Gallery:
     """(n, D) L2-normalised."""
     text: Tensor
     """(m, D) L2-normalised."""
-    owner: Tensor
+    image_index: Tensor
     """(m,) int64: the picture of each caption."""
     pictures: Tensor
     """(n, N, C), the tokens."""
@@ -126,7 +126,7 @@ class Gallery:
 
 def _encoded(model: FusionModel, batches: Iterable[Batch], setting: Setting) -> Gallery | None:
     """This process's share; None where it has no sample."""
-    image, pictures, seen, text, words, lengths, owner, count = [], [], [], [], [], [], [], 0
+    image, pictures, seen, text, words, lengths, image_index, count = [], [], [], [], [], [], [], 0
     grid = None
     for batch in batches:
         tokens, rows = model.read("image", batch.inputs["image"].to(setting.device, non_blocking=True))
@@ -136,7 +136,7 @@ def _encoded(model: FusionModel, batches: Iterable[Batch], setting: Setting) -> 
         pictures.append(tokens.states.cpu())
         seen.append(tokens.mask.cpu())
         captions = batch.targets["captions"]
-        owner += [count + i for i, own in enumerate(captions) for _ in own]
+        image_index += [count + i for i, own in enumerate(captions) for _ in own]
         count += len(captions)
         every = [caption for own in captions for caption in own]
         for start in range(0, len(every), 256):
@@ -148,7 +148,7 @@ def _encoded(model: FusionModel, batches: Iterable[Batch], setting: Setting) -> 
             lengths.append(tokens.mask.sum(dim=1).cpu())
     if not count:
         return None
-    owners = torch.tensor(owner, dtype=torch.int64)
+    owners = torch.tensor(image_index, dtype=torch.int64)
     cat = torch.cat
     return Gallery(cat(image), cat(text), owners, cat(pictures), cat(seen), grid, cat(words), cat(lengths))
 
@@ -162,8 +162,8 @@ def _everyone(mine: Gallery | None) -> Gallery | None:
     if not known:
         return None
     before = sum(size[0] for size in sizes[: distributed.rank()] if size is not None)
-    rows = {} if mine is None else {**vars(mine), "owner": mine.owner + before}
-    names = ("image", "text", "owner", "pictures", "seen", "words", "lengths")
+    rows = {} if mine is None else {**vars(mine), "image_index": mine.image_index + before}
+    names = ("image", "text", "image_index", "pictures", "seen", "words", "lengths")
     return Gallery(**{name: _stacked(rows.get(name)) for name in names}, grid=known[0][1])
 
 
@@ -196,8 +196,8 @@ def search(model: FusionModel, shards: Any, setting: Setting, match: Match, k: i
         if gallery is None:
             raise UserError(f"nothing to rank in {shards}: {bad} samples were left out because of their content")
         device = setting.device
-        image, text, owner = gallery.image.to(device), gallery.text.to(device), gallery.owner
-        before = on_main(lambda: retrieval(image, text, owner, KS))
+        image, text, image_index = gallery.image.to(device), gallery.text.to(device), gallery.image_index
+        before = on_main(lambda: retrieval(image, text, image_index, KS))
         scale = float(model.encoder.logit_scale.exp()) if add else 0.0
 
         def ordered(forth: bool) -> Scores:
@@ -205,7 +205,7 @@ def search(model: FusionModel, shards: Any, setting: Setting, match: Match, k: i
             first, last = (len(queries) * (distributed.rank() + i) // distributed.world_size() for i in (0, 1))
             asks = torch.arange(first, last)
             rows, similarity = (each.cpu() for each in candidates(queries[first:last], found_in, k))
-            right = owner[rows] == asks[:, None] if forth else rows == owner[asks][:, None]
+            right = image_index[rows] == asks[:, None] if forth else rows == image_index[asks][:, None]
             logits, seconds = _scored(model, gallery, match, asks, rows, forth, device)
             return logits.double() + scale * similarity, right, seconds
 

@@ -90,16 +90,16 @@ def build(loaded: Loaded, shards: Any, device: torch.device, workers: int = 2, p
         data=", ".join(figures.shards(shards)),
         by_caption=by_caption(split, thumbnails, 12),
         by_picture=by_picture(split, thumbnails, 6),
-        metrics=retrieval(split.image, split.text, split.owner),
+        metrics=retrieval(split.image, split.text, split.image_index),
     )
 
 
 def by_caption(split: Embedded, thumbnails: list[bytes], count: int) -> list[Query]:
     """Captions that ask: the first pictures, and where their own picture stands."""
-    _, rank_m = ranks(split.image, split.text, split.owner)
+    _, rank_m = ranks(split.image, split.text, split.image_index)
     queries = []
     for j in choose(rank_m, count):
-        own = int(split.owner[j])
+        own = int(split.image_index[j])
         scores = split.image.double() @ split.text[j].double()
         order = _order(scores, {own})
         answers = [
@@ -112,10 +112,10 @@ def by_caption(split: Embedded, thumbnails: list[bytes], count: int) -> list[Que
 
 def by_picture(split: Embedded, thumbnails: list[bytes], count: int) -> list[Query]:
     """Pictures that ask: the first captions, and where the best of their own stands."""
-    rank_n, _ = ranks(split.image, split.text, split.owner)
+    rank_n, _ = ranks(split.image, split.text, split.image_index)
     queries = []
     for i in choose(rank_n, count):
-        own = set((split.owner == i).nonzero().flatten().tolist())
+        own = set((split.image_index == i).nonzero().flatten().tolist())
         scores = split.text.double() @ split.image[i].double()
         order = _order(scores, own)
         answers = [Answer(place, float(scores[j]), j in own, caption=split.captions[j]) for place, j in _shown(order, own)]
@@ -150,7 +150,7 @@ def _shown(order: list[int], own: set[int]) -> list[tuple[int, int]]:
 
 
 def _first_caption(split: Embedded, i: int) -> str:
-    return split.captions[int((split.owner == i).nonzero()[0])]
+    return split.captions[int((split.image_index == i).nonzero()[0])]
 
 
 def thumbnail(picture: Tensor) -> bytes:

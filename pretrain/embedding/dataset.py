@@ -240,7 +240,7 @@ def load(folder: str | Path, loaded: Loaded | None = None, label: str = "label")
     return Embedded(
         image=image,
         text=text,
-        owner=torch.tensor([i for i, captions in enumerate(own) for _ in captions], dtype=torch.int64),
+        image_index=torch.tensor([i for i, captions in enumerate(own) for _ in captions], dtype=torch.int64),
         pooled=torch.zeros(len(image), 0),
         keys=table["key"].to_pylist(),
         captions=[caption for captions in own for caption in captions],

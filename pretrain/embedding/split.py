@@ -30,7 +30,7 @@ class Embedded:
     """(n, D), L2-normalised."""
     text: Tensor
     """(m, D), L2-normalised; (0, D) where texts were not asked for."""
-    owner: Tensor
+    image_index: Tensor
     """(m,) int64: the row of `image` that each caption describes."""
     pooled: Tensor
     """(n, P) the image tower's own output, before projection; (n, 0) where it was not asked for."""
@@ -79,7 +79,7 @@ def _share(
     images: list[Tensor] = []
     poolings: list[Tensor] = []
     captions_of: list[Tensor] = []
-    owner: list[int] = []
+    image_index: list[int] = []
     written: list[str] = []
     keys: list[str] = []
     labels: list[Any] = []
@@ -91,7 +91,7 @@ def _share(
             if pooled:
                 poolings.append(batch.pooled["image"])
             if texts:
-                owner += [len(keys) + i for i, own in enumerate(batch.captions) for _ in own]
+                image_index += [len(keys) + i for i, own in enumerate(batch.captions) for _ in own]
                 written += [caption for own in batch.captions for caption in own]
                 captions_of.append(batch.rows["text"])
             keys += batch.keys
@@ -101,7 +101,7 @@ def _share(
     return Embedded(
         image=_cat(images, width),
         text=_cat(captions_of, width),
-        owner=torch.tensor(owner, dtype=torch.int64),
+        image_index=torch.tensor(image_index, dtype=torch.int64),
         pooled=_cat(poolings, 0) if poolings else torch.zeros(len(keys), 0),
         keys=keys,
         captions=written,
@@ -120,17 +120,17 @@ def _cat(parts: list[Tensor], width: int) -> Tensor:
 def _whole(mine: Embedded) -> Embedded:
     """On rank 0 all shares laid end to end; on the others what they brought."""
     image, text, pooled = _to_main(mine.image), _to_main(mine.text), _to_main(mine.pooled)
-    others = distributed.gather_objects((mine.owner.tolist(), mine.keys, mine.captions, mine.labels))
+    others = distributed.gather_objects((mine.image_index.tolist(), mine.keys, mine.captions, mine.labels))
     if not distributed.is_main():
         return mine
-    owner: list[int] = []
+    image_index: list[int] = []
     keys: list[str] = []
     captions: list[str] = []
     labels: list[Any] = []
     for its_owner, its_keys, its_captions, its_labels in others:
-        owner += [len(keys) + row for row in its_owner]
+        image_index += [len(keys) + row for row in its_owner]
         keys, captions, labels = keys + its_keys, captions + its_captions, labels + its_labels
-    return Embedded(image, text, torch.tensor(owner, dtype=torch.int64), pooled, keys, captions, labels)
+    return Embedded(image, text, torch.tensor(image_index, dtype=torch.int64), pooled, keys, captions, labels)
 
 
 def _to_main(rows: Tensor) -> Tensor:

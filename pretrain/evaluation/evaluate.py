@@ -129,7 +129,7 @@ def evaluate(
             raise UserError(f"no sample to evaluate in {shards}: {bad} were left out because of their content")
         out: dict[str, float] = {"samples": len(split.image), "captions": len(split.text), "bad_samples": bad}
         if wants_text:
-            out |= retrieval(split.image.to(device), split.text.to(device), split.owner)
+            out |= retrieval(split.image.to(device), split.text.to(device), split.image_index)
         if weights is not None:
             labels = zero_shot.label_ids(split.labels, names)
             scores = zero_shot.top_k(split.image.to(device), labels, weights.to(device))

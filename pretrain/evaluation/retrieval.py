@@ -1,6 +1,6 @@
 """How well pictures and captions find each other: recall at k and the median rank, in both directions.
 
-    retrieval(image (n,D), text (m,D), owner (m,)) -> {"image_to_text_R@1": 0.62, ..., "text_to_image_median_rank": 2.0}
+    retrieval(image (n,D), text (m,D), image_index (m,)) -> {"image_to_text_R@1": 0.62, ..., "text_to_image_median_rank": 2.0}
 
 A picture may have several captions: it counts as found when any of them is (the best one ranks), and each caption must
 find its one picture. Two pictures that carry the same words stay two: only the caption's own picture is right, as in
@@ -26,13 +26,15 @@ from pretrain.errors import UserError
 TIE = 1e-9  # scores this close are equal: above the noise of float64 sums, far below the resolution of float32 features
 
 
-def retrieval(image: Tensor, text: Tensor, owner: Tensor, ks: Sequence[int] = (1, 5, 10), tile: int = 2048) -> dict[str, float]:
+def retrieval(
+    image: Tensor, text: Tensor, image_index: Tensor, ks: Sequence[int] = (1, 5, 10), tile: int = 2048
+) -> dict[str, float]:
     """Recall at each of `ks` (fractions in [0, 1]) and median ranks (from 1), both ways.
 
     Args:
         image: (n, D) L2-normalised embeddings, on the device that computes.
         text: (m, D) L2-normalised embeddings.
-        owner: (m,) int64, the row of `image` that each caption describes; every row must have a caption.
+        image_index: (m,) int64, the row of `image` that each caption describes; every row must have a caption.
         ks: cut-offs; beyond the number of candidates recall is 1.
         tile: rows and columns of scores held at a time (tile x tile float64).
 
@@ -43,30 +45,32 @@ def retrieval(image: Tensor, text: Tensor, owner: Tensor, ks: Sequence[int] = (1
     check_finite("text", text)
     if len(image) == 0 or len(text) == 0:
         raise UserError(f"nothing to rank: {len(image)} pictures and {len(text)} captions")
-    owner = owner.to(image.device)
-    if len(owner) != len(text) or not torch.equal(owner.unique(), torch.arange(len(image), device=owner.device)):
-        raise AssertionError("owner must name, for each caption, a row of image, and leave no row out")
-    places = Places(image, text, owner, tile)
+    image_index = image_index.to(image.device)
+    if len(image_index) != len(text) or not torch.equal(
+        image_index.unique(), torch.arange(len(image), device=image_index.device)
+    ):
+        raise AssertionError("image_index must name, for each caption, a row of image, and leave no row out")
+    counts = RankCounts(image, text, image_index, tile)
     out: dict[str, float] = {}
     for name, better, own, wrong in (
-        ("image_to_text", places.image_better, places.image_own, places.image_tied),
-        ("text_to_image", places.text_better, torch.ones_like(places.text_better), places.text_tied),
+        ("image_to_text", counts.image_better, counts.image_own, counts.image_tied),
+        ("text_to_image", counts.text_better, torch.ones_like(counts.text_better), counts.text_tied),
     ):
         for k in ks:
-            out[f"{name}_R@{k}"] = float(found(better, own, wrong, k).mean())
+            out[f"{name}_R@{k}"] = float(hit_probability(better, own, wrong, k).mean())
         out[f"{name}_median_rank"] = float(expected_rank(better, own, wrong).quantile(0.5))
     return out
 
 
-def ranks(image: Tensor, text: Tensor, owner: Tensor, tile: int = 2048) -> tuple[Tensor, Tensor]:
+def ranks(image: Tensor, text: Tensor, image_index: Tensor, tile: int = 2048) -> tuple[Tensor, Tensor]:
     """Where the right answers stand: (n,) for pictures asking captions, (m,) for captions asking pictures; from 1.
 
-    A tie gives the mean of the places it covers, so a rank may be fractional.
+    A tie gives the mean of the counts it covers, so a rank may be fractional.
     """
-    places = Places(image, text, owner.to(image.device), tile)
+    counts = RankCounts(image, text, image_index.to(image.device), tile)
     return (
-        expected_rank(places.image_better, places.image_own, places.image_tied),
-        expected_rank(places.text_better, torch.ones_like(places.text_better), places.text_tied),
+        expected_rank(counts.image_better, counts.image_own, counts.image_tied),
+        expected_rank(counts.text_better, torch.ones_like(counts.text_better), counts.text_tied),
     )
 
 
@@ -87,22 +91,22 @@ def check_finite(name: str, features: Tensor) -> None:
         )
 
 
-class Places:
+class RankCounts:
     """Counts, per query, of answers that beat the right one and of answers that tie with it; all float64.
 
     image_better, image_own, image_tied: (n,) captions above the best own one; own ones level with it (1 or more); wrong
     ones level with it. text_better, text_tied: (m,) pictures above the own one, wrong ones level with it.
     """
 
-    def __init__(self, image: Tensor, text: Tensor, owner: Tensor, tile: int) -> None:
+    def __init__(self, image: Tensor, text: Tensor, image_index: Tensor, tile: int) -> None:
         n, m = len(image), len(text)
         self.image_better, self.image_own, self.image_tied = torch.zeros(3, n, dtype=torch.float64, device=image.device)
         self.text_better, self.text_tied = torch.zeros(2, m, dtype=torch.float64, device=image.device)
         right_m = torch.cat(
-            [(image[o].double() * t.double()).sum(1) for t, o in zip(text.split(tile), owner.split(tile), strict=True)]
+            [(image[o].double() * t.double()).sum(1) for t, o in zip(text.split(tile), image_index.split(tile), strict=True)]
         )
-        best_n = right_m.new_full((n,), -torch.inf).scatter_reduce_(0, owner, right_m, "amax")
-        self.image_own.scatter_add_(0, owner, (right_m >= best_n[owner] - TIE).double())
+        best_n = right_m.new_full((n,), -torch.inf).scatter_reduce_(0, image_index, right_m, "amax")
+        self.image_own.scatter_add_(0, image_index, (right_m >= best_n[image_index] - TIE).double())
         for i in range(0, n, tile):
             rows = image[i : i + tile].double()
             for j in range(0, m, tile):
@@ -118,9 +122,9 @@ class Places:
         self.text_tied = (self.text_tied - 1).clamp_(min=0)
 
 
-def found(better: Tensor, own: Tensor, wrong: Tensor, k: int) -> Tensor:
+def hit_probability(better: Tensor, own: Tensor, wrong: Tensor, k: int) -> Tensor:
     """(q,) probability that one of `own` right answers is among the first k, when `better` stand above the tie of own
-    right and `wrong` wrong ones: one minus the chance that the free places all go to wrong ones (hypergeometric)."""
+    right and `wrong` wrong ones: one minus the chance that the free counts all go to wrong ones (hypergeometric)."""
     free = (k - better).clamp(min=0)
     missed = torch.ones_like(better)
     for place in range(k):

@@ -196,8 +196,8 @@ def small_split() -> tuple[Embedded, list[bytes]]:
     image = torch.eye(8)
     text = torch.cat([torch.eye(8)[[0, 1, 3, 2, 4, 5, 6, 7]], torch.eye(8)[:1]])
     captions = [f"caption {j} {EVIL}" for j in range(9)]
-    owner = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 0])
-    split = Embedded(image, text, owner, torch.zeros(8, 0), [f"s/{i}" for i in range(8)], captions, [None] * 8)
+    image_index = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 0])
+    split = Embedded(image, text, image_index, torch.zeros(8, 0), [f"s/{i}" for i in range(8)], captions, [None] * 8)
     grey = [gallery.thumbnail(torch.full((3, 40, 30), 20 * i, dtype=torch.uint8)) for i in range(8)]
     return split, grey
 
@@ -210,7 +210,7 @@ def test_captions_are_escaped_everywhere(run: Path) -> None:
     split, pictures = small_split()
     shown = gallery.Gallery(
         8, 9, EVIL, gallery.by_caption(split, pictures, 12), gallery.by_picture(split, pictures, 6),
-        gallery.retrieval(split.image, split.text, split.owner),
+        gallery.retrieval(split.image, split.text, split.image_index),
     )  # fmt: skip
     text = report.render(record.read(run), shown)
     page = Page(text)
@@ -247,7 +247,7 @@ def test_gallery_shows_right_and_wrong_with_their_places() -> None:
 def test_a_run_never_evaluated_shows_what_the_gallery_measured(run: Path) -> None:
     write_lines(run, [training(10)])
     split, pictures = small_split()
-    metrics = gallery.retrieval(split.image, split.text, split.owner)
+    metrics = gallery.retrieval(split.image, split.text, split.image_index)
     shown = gallery.Gallery(8, 9, "new/*.tar", gallery.by_caption(split, pictures, 2), [], metrics)
     text = Page(report.render(record.read(run), shown)).text
     assert "On pairs from new/*.tar, measured for this page (8 pictures)" in text

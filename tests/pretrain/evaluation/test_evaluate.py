@@ -47,7 +47,7 @@ def settings(**more: Any) -> EvalConfig:
 
 def one_by_one(loaded: loading.Loaded, shards: str) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     """Embeddings without the code under test: each sample and each caption alone, through the model's forward()."""
-    image, text, owner = [], [], []
+    image, text, image_index = [], [], []
     loaded.model.eval()
     with torch.no_grad():
         for i, batch in enumerate(sequential(shards, loaded.decoders, 1)):
@@ -55,25 +55,27 @@ def one_by_one(loaded: loading.Loaded, shards: str) -> tuple[torch.Tensor, torch
                 ids, mask = loaded.decoders["text"].encode([caption])
                 out = loaded.model({"image": batch.inputs["image"], "text": ids}, {"text": mask})
                 text.append(out["text"])
-                owner.append(i)
+                image_index.append(i)
             image.append(out["image"])
-    return torch.cat(image), torch.cat(text), owner
+    return torch.cat(image), torch.cat(text), image_index
 
 
 @pytest.mark.parametrize("caption", ["txt", "captions"])
 def test_each_sample_once_and_the_figures_of_encoding_one_by_one(small: Small, caption: str) -> None:
     loaded = build(small, caption)
     split = embed_split(loaded.model, sequential(small.val, loaded.decoders, 10), loaded.decoders, CPU)
-    image, text, owner = one_by_one(loaded, small.val)
+    image, text, image_index = one_by_one(loaded, small.val)
     assert len(split.keys) == len(set(split.keys)) == len(image) == 64
-    assert split.owner.tolist() == owner
+    assert split.image_index.tolist() == image_index
     assert len(split.captions) == len(text) >= 64
     assert (caption == "captions") == (len(text) > 64)
     torch.testing.assert_close(split.image, image, atol=2e-6, rtol=0)
     torch.testing.assert_close(split.text, text, atol=2e-6, rtol=0)
     got = evaluate(loaded.model, loaded.decoders, small.val, settings(), CPU)
     scores = (split.text.double() @ split.image.double().T).numpy()
-    place = np.array([(row > row[i]).sum() + (row == row[i]).sum() / 2 + 0.5 for row, i in zip(scores, owner, strict=True)])
+    place = np.array(
+        [(row > row[i]).sum() + (row == row[i]).sum() / 2 + 0.5 for row, i in zip(scores, image_index, strict=True)]
+    )
     assert got["text_to_image_median_rank"] == pytest.approx(np.median(place))
     assert got["samples"] == 64
     assert got["captions"] == len(text)

@@ -17,10 +17,10 @@ def embeddings(n: int, m: int, width: int = 16, noise: float = 2.0, seed: int = 
     """Pictures, captions near their owners, owners; each picture has a caption."""
     generator = torch.Generator().manual_seed(seed)
     image = F.normalize(torch.randn(n, width, generator=generator), dim=-1)
-    owner = torch.cat([torch.arange(n), torch.randint(n, (m - n,), generator=generator)])
-    owner = owner[torch.randperm(m, generator=generator)]
-    text = F.normalize(image[owner] + noise * torch.randn(m, width, generator=generator) / 4, dim=-1)
-    return image, text, owner
+    image_index = torch.cat([torch.arange(n), torch.randint(n, (m - n,), generator=generator)])
+    image_index = image_index[torch.randperm(m, generator=generator)]
+    text = F.normalize(image[image_index] + noise * torch.randn(m, width, generator=generator) / 4, dim=-1)
+    return image, text, image_index
 
 
 def brute(scores: np.ndarray, right: list[set[int]], ks: tuple[int, ...]) -> tuple[dict[int, float], list[int]]:
@@ -46,18 +46,18 @@ def test_agrees_with_open_clip() -> None:
 
 @pytest.mark.parametrize("tile", [1, 7, 64, 4096])
 def test_several_captions_against_brute_force(tile: int) -> None:
-    image, text, owner = embeddings(60, 150)
+    image, text, image_index = embeddings(60, 150)
     scores = (image.double() @ text.double().T).numpy()
-    captions = [{j for j in range(150) if owner[j] == i} for i in range(60)]
+    captions = [{j for j in range(150) if image_index[j] == i} for i in range(60)]
     to_text, text_ranks = brute(scores, captions, (1, 5, 10))
-    to_image, image_ranks = brute(scores.T, [{int(i)} for i in owner], (1, 5, 10))
-    ours = retrieval(image, text, owner, tile=tile)
+    to_image, image_ranks = brute(scores.T, [{int(i)} for i in image_index], (1, 5, 10))
+    ours = retrieval(image, text, image_index, tile=tile)
     for k in (1, 5, 10):
         assert ours[f"image_to_text_R@{k}"] == pytest.approx(to_text[k], abs=1e-12)
         assert ours[f"text_to_image_R@{k}"] == pytest.approx(to_image[k], abs=1e-12)
     assert ours["image_to_text_median_rank"] == np.median(text_ranks)
     assert ours["text_to_image_median_rank"] == np.median(image_ranks)
-    first, second = ranks(image, text, owner, tile)
+    first, second = ranks(image, text, image_index, tile)
     assert first.tolist() == text_ranks
     assert second.tolist() == image_ranks
 
@@ -75,11 +75,11 @@ def test_ties_are_the_mean_over_orders() -> None:
     """Scores on a coarse grid, several captions a picture: the mean of open_clip-like sorting over random orders."""
     generator = np.random.default_rng(3)
     axes = torch.eye(3)[torch.from_numpy(generator.integers(0, 3, 30))]
-    owner = torch.arange(12).repeat(3)[:30]
+    image_index = torch.arange(12).repeat(3)[:30]
     image = torch.eye(3)[torch.from_numpy(generator.integers(0, 3, 12))]
-    ours = retrieval(image, axes, owner, ks=(1, 3))
+    ours = retrieval(image, axes, image_index, ks=(1, 3))
     scores = (image @ axes.T).numpy()
-    captions = [{j for j in range(30) if owner[j] == i} for i in range(12)]
+    captions = [{j for j in range(30) if image_index[j] == i} for i in range(12)]
     totals = {1: 0.0, 3: 0.0}
     rounds = 2000
     for _ in range(rounds):
@@ -102,26 +102,26 @@ def test_repeated_captions_stay_apart() -> None:
 
 
 def test_order_of_the_data_changes_nothing() -> None:
-    image, text, owner = embeddings(50, 90)
+    image, text, image_index = embeddings(50, 90)
     text[5:20] = text[5]  # ties
-    once = retrieval(image, text, owner)
+    once = retrieval(image, text, image_index)
     shuffle = torch.randperm(90, generator=torch.Generator().manual_seed(0))
-    again = retrieval(image, text[shuffle], owner[shuffle], tile=13)
+    again = retrieval(image, text[shuffle], image_index[shuffle], tile=13)
     assert again == pytest.approx(once, abs=1e-12)
 
 
 def test_not_finite_is_a_clear_error() -> None:
-    image, text, owner = embeddings(8, 8)
+    image, text, image_index = embeddings(8, 8)
     text[3, 2] = torch.nan
     with pytest.raises(UserError, match=r"1 of 8 text embeddings are not finite \(first: number 3\)"):
-        retrieval(image, text, owner)
+        retrieval(image, text, image_index)
     with pytest.raises(UserError, match="nothing to rank"):
-        retrieval(image[:0], text[:0], owner[:0])
+        retrieval(image[:0], text[:0], image_index[:0])
 
 
 def test_more_places_than_candidates() -> None:
-    image, text, owner = embeddings(4, 4)
-    assert retrieval(image, text, owner)["text_to_image_R@10"] == 1.0
+    image, text, image_index = embeddings(4, 4)
+    assert retrieval(image, text, image_index)["text_to_image_R@10"] == 1.0
 
 
 def test_chance_counts_subsets() -> None:
