@@ -39,7 +39,7 @@ MANIFEST = "_manifest.json"
 
 
 @dataclass(frozen=True)
-class Part:
+class WorkUnit:
     """The samples of one file."""
 
     file: str
@@ -52,7 +52,7 @@ class Part:
         return sum(end - first for _, first, end in self.ranges)
 
 
-def cut(names: list[str], numbers: list[int], most: int) -> list[Part]:
+def cut(names: list[str], numbers: list[int], most: int) -> list[WorkUnit]:
     """Shards and their counts -> parts of at most `most` samples: small shards together, large ones in equal pieces."""
     ranges: list[list[tuple[int, int, int]]] = []
     room = 0
@@ -67,7 +67,7 @@ def cut(names: list[str], numbers: list[int], most: int) -> list[Part]:
                 ranges.append([piece])
                 room = most - count if pieces == 1 else 0
     stems = [re.sub(r"[^\w.-]", "_", names[each[0][0]].removesuffix(".tar"))[:80] for each in ranges]
-    return [Part(f"{i:05d}-{stem}.parquet", tuple(each)) for i, (each, stem) in enumerate(zip(ranges, stems, strict=True))]
+    return [WorkUnit(f"{i:05d}-{stem}.parquet", tuple(each)) for i, (each, stem) in enumerate(zip(ranges, stems, strict=True))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -115,10 +115,10 @@ def _differs(old: dict[str, Any], new: dict[str, Any], out: Path) -> str | None:
 
 
 @dataclass
-class Plan:
+class EmbeddingPlan:
     """What is to be done."""
 
-    parts: list[Part]
+    parts: list[WorkUnit]
     todo: list[int]
     """Parts without a file."""
     there: int
@@ -132,7 +132,7 @@ class Folder:
         self.path = out
         self._lock: IO[str] | None = None
 
-    def open(self, new: dict[str, Any], names: list[str], numbers: list[int]) -> Plan:
+    def open(self, new: dict[str, Any], names: list[str], numbers: list[int]) -> EmbeddingPlan:
         """Takes the lock, compares or writes the manifest, clears what a kill left half written. Raises UserError."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -150,7 +150,7 @@ class Folder:
             new["per_file"] = old["per_file"]
         elif others:
             raise UserError(f"{self.path} exists and holds other files ({others[0]}); choose another --out")
-        plan = Plan(cut(names, numbers, new["per_file"]), [], 0)
+        plan = EmbeddingPlan(cut(names, numbers, new["per_file"]), [], 0)
         new["files"] = [
             {"file": part.file, "samples": [[names[shard], first, end] for shard, first, end in part.ranges]}
             for part in plan.parts
@@ -168,12 +168,12 @@ class Folder:
             write_json(self.path / MANIFEST, new)
         return plan
 
-    def footers(self, parts: list[Part]) -> list[dict[str, Any] | None]:
+    def footers(self, parts: list[WorkUnit]) -> list[dict[str, Any] | None]:
         """What the files say of themselves; None for those that are not there, or not whole."""
         with ThreadPoolExecutor(16) as pool:
             return list(pool.map(parquet.footer, [self.path / part.file for part in parts]))
 
-    def seal(self, new: dict[str, Any], parts: list[Part]) -> tuple[int, Counter[str]]:
+    def seal(self, new: dict[str, Any], parts: list[WorkUnit]) -> tuple[int, Counter[str]]:
         """Rows and left-out samples of all files, written into the manifest as complete. Raises UserError."""
         found = [footer for footer in self.footers(parts) if footer is not None]
         if len(found) < len(parts):

@@ -31,11 +31,11 @@ from pretrain.data.shards.reader import Reader
 from pretrain.data.worker import Evaluation
 from pretrain.data.worker_pool import running
 from pretrain.embedding import dataset, options
-from pretrain.embedding.dataset import Folder, Part, Plan
+from pretrain.embedding.dataset import Folder, WorkUnit, EmbeddingPlan
 from pretrain.embedding.encoder import Encoder, evaluating
 from pretrain.embedding.options import Options
 from pretrain.embedding.parquet import Layout, Writer
-from pretrain.embedding.work_queue import Board, Shown
+from pretrain.embedding.work_queue import WorkQueue, ProgressBar
 from pretrain.errors import ConfigError, UserError, closest
 from pretrain.runtime import distributed, preflight
 from pretrain.runtime.agree import on_main
@@ -102,7 +102,7 @@ def embed(loaded: Loaded, options: Options, device: torch.device) -> Summary | N
     folder = Folder(Path(options.out))
     try:
         plan = on_main(lambda: folder.open(manifest, names, numbers))
-        board = Board()
+        board = WorkQueue()
         decoders = {name: loaded.decoders[name] for name in modalities}
         encoder = Encoder(
             loaded.model.to(device), decoders, device, options.precision, modalities,
@@ -194,7 +194,12 @@ def _manifest(loaded: Loaded, options: Options, layout: Layout, paths: list[str]
 
 
 def _work(
-    plan: Plan, board: Board, evaluation: Evaluation, encoder: Encoder, write: Callable[[], Writer], options: Options
+    plan: EmbeddingPlan,
+    board: WorkQueue,
+    evaluation: Evaluation,
+    encoder: Encoder,
+    write: Callable[[], Writer],
+    options: Options,
 ) -> None:
     """Takes parts until there are none. Rank 0 comes back when all have finished."""
     workers = options.workers if options.workers is not None else _default_workers(encoder.device)
@@ -202,7 +207,7 @@ def _work(
     left: dict[str, Counter[str]] = {}
     mine = 0
     writer: Writer | None = None
-    with Shown(plan.there, total, board) as shown, evaluating(encoder.model):
+    with ProgressBar(plan.there, total, board) as shown, evaluating(encoder.model):
         try:
             jobs = _Jobs(plan, board, options.batch_size)
             with running(evaluation, iter(jobs), workers) as pieces:
@@ -238,9 +243,9 @@ def _work(
 class _Jobs:
     """What the workers decode next: a batch of places in a part, from parts that this process takes as it gets to them."""
 
-    def __init__(self, plan: Plan, board: Board, size: int) -> None:
+    def __init__(self, plan: EmbeddingPlan, board: WorkQueue, size: int) -> None:
         self.plan, self.board, self.size = plan, board, size
-        self.given: deque[tuple[Part, int, bool]] = deque()
+        self.given: deque[tuple[WorkUnit, int, bool]] = deque()
         """(part, places, whether they are its last) of the jobs handed out and not yet back."""
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
@@ -255,7 +260,7 @@ class _Jobs:
 
 def _batches(
     jobs: _Jobs, pieces: Iterator[Any], left: dict[str, Counter[str]]
-) -> Iterator[tuple[tuple[Part, int, bool], Batch | None]]:
+) -> Iterator[tuple[tuple[WorkUnit, int, bool], Batch | None]]:
     """What the workers made of the jobs. Raises UserError where a shard cannot be read."""
     for piece in pieces:
         job = jobs.given.popleft()

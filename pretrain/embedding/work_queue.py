@@ -18,7 +18,7 @@ SAY_SECONDS = 10.0
 """Between two lines of progress, where there is no terminal."""
 
 
-class Board:
+class WorkQueue:
     """Counters that all processes of the run see."""
 
     def __init__(self) -> None:
@@ -60,15 +60,15 @@ class Board:
         return [json.loads(self._store.get(f"result/{rank}")) for rank in range(distributed.world_size())]
 
 
-class Shown:
+class ProgressBar:
     """Progress of all processes, on rank 0: a bar on a terminal, elsewhere a line now and then."""
 
-    def __init__(self, there: int, total: int, board: Board) -> None:
+    def __init__(self, there: int, total: int, board: WorkQueue) -> None:
         self.there, self.total, self.board = there, total, board
         self._begin = self._said = time.monotonic()
         self._bar: Any = None
 
-    def __enter__(self) -> Shown:
+    def __enter__(self) -> ProgressBar:
         if distributed.is_main() and console.is_terminal and self.there < self.total:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
