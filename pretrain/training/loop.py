@@ -112,7 +112,7 @@ class TrainConfig:
 
 
 @dataclass
-class Plan:
+class RunPlan:
     """All that fit() needs to know about a run beside its moving parts."""
 
     seed: int
@@ -146,7 +146,7 @@ class Outcome:
 
 
 def fit(
-    plan: Plan,
+    plan: RunPlan,
     folder: RunFolder,
     strategy: Strategy,
     model: nn.Module,
@@ -226,7 +226,7 @@ class _Run:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: RunPlan,
         folder: RunFolder,
         strategy: Strategy,
         model: nn.Module,

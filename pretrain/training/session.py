@@ -33,7 +33,7 @@ from pretrain.runtime import distributed, preflight
 from pretrain.runtime.agree import on_main
 from pretrain.runtime.console import log_info
 from pretrain.strategies import Strategy
-from pretrain.training.loop import Plan
+from pretrain.training.loop import RunPlan
 from pretrain.training.run_dir import RunFolder
 
 
@@ -79,14 +79,14 @@ class Session:
         identity: dict[str, Any] | None = None,
         flops: Callable[[Batch], float] | None = None,
         plain: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
-    ) -> Plan:
+    ) -> RunPlan:
         """Collect what fit() needs to know beside model, objective and loader.
 
         portable: the configuration that checkpoints hold. identity: what else must not change when the run is resumed.
         """
         config = self.config
         data_identity = {"seed": config.seed, "data.batch_size": config.data.batch_size, "data": loader.digest()}
-        return Plan(
+        return RunPlan(
             seed=config.seed,
             batch_size=config.data.batch_size,
             total_steps=config.train.total_steps(config.data.batch_size, loader.order),
