@@ -26,7 +26,7 @@ from finetune import model_card
 from finetune.context import Context
 from finetune.loading import Finetuned
 from finetune.model import FusionModel
-from finetune.tasks import Told
+from finetune.tasks import ExportSpec
 from pretrain import model as encoders
 from pretrain.checkpoints.export import TOLERANCE, whole
 from pretrain.errors import UserError
@@ -80,10 +80,10 @@ def encoders_of(tuned: Finetuned) -> Encoders:
 _ALONE = "its encoders alone can be written: --format hf or open_clip"
 
 
-def _told(tuned: Finetuned, encoders: Encoders) -> Told:
+def _told(tuned: Finetuned, encoders: Encoders) -> ExportSpec:
     """What the graphs are to say. Raises UserError where none can."""
     try:
-        told = tuned.task.told()
+        told = tuned.task.export_spec()
     except UserError as error:
         raise UserError(f"onnx cannot hold this model: {error}; {_ALONE}") from error
     if wrong := unsupported(encoders):

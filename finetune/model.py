@@ -46,7 +46,7 @@ class Head(nn.Module):
         raise NotImplementedError(f"{type(self).__name__}.forward")
 
 
-class Fork(nn.Module):
+class TowerCopy(nn.Module):
     """A tower and its projection once more, for what the fusion reads: equal at first, all of it learns."""
 
     def __init__(self, encoder: DualEncoder, modality: str) -> None:
@@ -69,7 +69,7 @@ class FusionModel(nn.Module):
         whose tokens come from a copy of their tower."""
         super().__init__()
         self.encoder = encoder
-        self.forks = nn.ModuleDict({name: Fork(encoder, name) for name in forks})
+        self.forks = nn.ModuleDict({name: TowerCopy(encoder, name) for name in forks})
         self.fusion = fusion
         self.sources = sources
 
@@ -120,7 +120,7 @@ class FusionModel(nn.Module):
         """`tokens` and, if asked for, `embed`, from one pass through the tower; where it is forked, from one through each."""
         if modality == "text":
             inputs, mask = _rows(inputs, mask)
-        fork = cast(Fork, self.forks[modality]) if modality in self.forks else None
+        fork = cast(TowerCopy, self.forks[modality]) if modality in self.forks else None
         project = self.encoder.projection(modality) if fork is None else fork.projection
         found: TokenSequence = (self.encoder.tower(modality) if fork is None else fork.tower)(inputs, mask)
         embedding = None
@@ -246,5 +246,5 @@ def build(encoder: DualEncoder, fusion: Any, context: Any, tokens: Source = "aut
             fusion, widths(encoder, sources), context=context, pictures=pictures
         )
         if set(sources.values()) == {"aligned"}:
-            made.match_()
+            made.tie_query_key_()
     return FusionModel(encoder, made, sources, forks)

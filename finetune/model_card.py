@@ -47,7 +47,7 @@ def text(tuned: Finetuned, encoders: Encoders, said: dict[str, Any], name: str, 
     code = LOADING.format(
         name=name,
         resize=RESIZE[recipe.resize].format(how=recipe.interpolation.upper()),
-        text="what colour is the car?" if tuned.task.asks else "a red car",
+        text="what colour is the car?" if tuned.task.text_is_question else "a red car",
         padding=repr("max_length" if not tuned.model.encoder.tower("text").trims else True),
         print=PRINT[bool(said["names"])],
     )

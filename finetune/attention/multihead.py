@@ -81,7 +81,7 @@ class Tokens(NamedTuple):
     """(H, W): the first H W tokens are a picture, row-major; any others stand beside it."""
 
 
-class Gate(nn.Linear):
+class ZeroInitLinear(nn.Linear):
     """The last projection of a residual branch, all zero at first: what is added to x is nothing, exactly, until learned.
 
     A matrix of zeros learns as fast as an ordinary one, because each of its weights has a gradient of its own from the
@@ -99,7 +99,7 @@ class Attention(nn.Module):
     """Queries of one width ask tokens of another: projections q, k, v to `inner` = heads x D, and out, back to `width`.
 
     A small `inner` keeps wide towers cheap: time and memory of the attention itself grow with it alone. `gated`: the
-    projection out is a Gate.
+    projection out is a ZeroInitLinear.
     """
 
     def __init__(
@@ -113,13 +113,13 @@ class Attention(nn.Module):
         self.q = nn.Linear(width, inner)
         self.k = nn.Linear(context_width, inner)
         self.v = nn.Linear(context_width, inner)
-        self.out = (Gate if gated else nn.Linear)(inner, width)
+        self.out = (ZeroInitLinear if gated else nn.Linear)(inner, width)
         for linear in (self.q, self.k, self.v):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
 
     @torch.no_grad()
-    def match_(self) -> None:
+    def tie_query_key_(self) -> None:
         """Makes q and k the same projection, without changing lengths: a query looks first at what resembles it.
 
         For tokens of one space, which contrastive training has filled; they need not find out anew what belongs together. The

@@ -1,6 +1,6 @@
 """What attention leaves behind for the maps: its weights, in whatever layout it used them, and how they read as a matrix.
 
-A fusion called with `trace=Trace()` fills it: one Step for everything that happened at once, one Sight for each
+A fusion called with `trace=Trace()` fills it: one Step for everything that happened at once, one AttentionRecord for each
 modality that asked in it. Shapes: B samples, H heads, Q queries, K keys.
 """
 
@@ -44,10 +44,10 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class Sight:
+class AttentionRecord:
     """One modality looked at others: the columns of its matrix are the tokens of `asked`, in that order."""
 
-    asker: str
+    query: str
     asked: tuple[str, ...]
     weights: Weights
 
@@ -59,7 +59,7 @@ class Step:
     kind: Literal["self", "cross", "joint"]
     """joint: one softmax over the tokens of several modalities."""
     layer: int
-    sights: tuple[Sight, ...]
+    records: tuple[AttentionRecord, ...]
 
 
 @dataclass
@@ -78,14 +78,14 @@ class Trace:
         self.grids = {name: grid for name, (_, grid) in modalities.items()}
 
     def blocks(self, step: Step, weigh: Callable[[Tensor], Tensor] = _same) -> dict[tuple[str, str], Tensor]:
-        """(asker, asked) -> (B, Q, K): the matrices of a step, cut by modality."""
+        """(query, asked) -> (B, Q, K): the matrices of a step, cut by modality."""
         out: dict[tuple[str, str], Tensor] = {}
-        for sight in step.sights:
-            parts = sight.weights.matrix(weigh).split([self.sizes[name] for name in sight.asked], dim=2)
-            out.update({(sight.asker, name): part for name, part in zip(sight.asked, parts, strict=True)})
+        for record in step.records:
+            parts = record.weights.matrix(weigh).split([self.sizes[name] for name in record.asked], dim=2)
+            out.update({(record.query, name): part for name, part in zip(record.asked, parts, strict=True)})
         return out
 
     def tensors(self) -> list[Tensor]:
         """Every weights tensor once, for torch.autograd.grad."""
-        found = {id(t): t for step in self.steps for sight in step.sights for t in sight.weights.tensors()}
+        found = {id(t): t for step in self.steps for record in step.records for t in record.weights.tensors()}
         return list(found.values())

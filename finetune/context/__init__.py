@@ -63,7 +63,7 @@ class Context(nn.Module):
 
 
 def build_contexts(
-    config: Any, widths: dict[str, int], pictures: Collection[str], asks_itself: Collection[str], fusion: str
+    config: Any, widths: dict[str, int], pictures: Collection[str], self_attending: Collection[str], fusion: str
 ) -> nn.ModuleDict:
     """How each modality (name -> width) is asked: pictures as `config` says (None: densely), the others densely.
 
@@ -79,9 +79,9 @@ def build_contexts(
     asked = [name for name in widths if name in pictures]
     if config.name != "dense" and not asked:
         raise ConfigError(f"context.name={config.name} needs a picture; {' and '.join(widths)} have no grid, use dense")
-    if asked and made[asked[0]].needs == "self-attention" and not set(asked) & set(asks_itself):
+    if asked and made[asked[0]].needs == "self-attention" and not set(asked) & set(self_attending):
         raise ConfigError(
-            f"context.name={config.name} has no meaning with fusion.name={fusion}: only {' and '.join(asks_itself)} "
+            f"context.name={config.name} has no meaning with fusion.name={fusion}: only {' and '.join(self_attending)} "
             f"attends to itself, and has no place in the picture; use dense, coarse_to_fine or pooled, or fusion.name=co"
         )
     return nn.ModuleDict(made)

@@ -115,7 +115,7 @@ def relevance(steps: Iterable[tuple[str, Blocks]]) -> Blocks:
                 for u in _names(A, R):
                     new[s, u] = _block(R, s, u, A) + _through(A, R, s, u)
                 continue
-            (q,) = (q for asker, q in A if asker == s)
+            (q,) = (q for query, q in A if query == s)
             norms = {(name, name): _normalised(R[name, name]) for name in (s, q) if (name, name) in R}
             from_s = norms[s, s].transpose(1, 2) @ A[s, q] if (s, s) in R else A[s, q]
             new[s, q] = _block(R, s, q, A) + _after(from_s, norms, q, q)
@@ -134,7 +134,7 @@ def _names(A: Blocks, R: Blocks) -> list[str]:
 
 def _through(A: Blocks, R: Blocks, s: str, u: str) -> Tensor | float:
     """(A R)[s, u]: the sum over everybody whom s asks."""
-    return sum(_after(A[s, p], R, p, u) for asker, p in A if asker == s)
+    return sum(_after(A[s, p], R, p, u) for query, p in A if query == s)
 
 
 def _after(M: Tensor, R: Blocks, p: str, u: str) -> Tensor | float:

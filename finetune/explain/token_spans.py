@@ -32,7 +32,7 @@ class Word:
     """Positions in the encoded text; none where the text was cut before it."""
 
 
-class Cut:
+class TokenSpans:
     """One text as the tokenizer cut it."""
 
     def __init__(self, decoder: TextDecoder, text: str) -> None:

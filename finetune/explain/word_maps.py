@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from finetune.attention.trace import Trace
 from finetune.explain import heatmap
 from finetune.explain.attribution import attention_maps
-from finetune.explain.token_spans import Cut, word_maps
+from finetune.explain.token_spans import TokenSpans, word_maps
 from finetune.loading import Finetuned
 from finetune.model import FusionModel
 from finetune.tasks import Prediction, Task
@@ -44,7 +44,7 @@ found things more often than the others did; `evaluate --task grounding --maps` 
 
 
 @dataclass
-class Seen:
+class WordMaps:
     """One picture and one text, and where each word of it looked."""
 
     picture: Image.Image
@@ -55,18 +55,18 @@ class Seen:
     """(words, H, W), nowhere negative, comparable within this text."""
     answers: list[tuple[str, float]] = field(default_factory=list)
     """What the task says, best first, with its probability or score."""
-    asks: bool = False
+    text_is_question: bool = False
     """Whether the text is a question."""
     truth: str = ""
     """The right answer, where it is known."""
 
     def lines(self) -> list[str]:
         """What stands above the figure."""
-        out = [f"“{self.text}”" if not self.asks else self.text]
+        out = [f"“{self.text}”" if not self.text_is_question else self.text]
         if self.answers:
             name, value = self.answers[0]
             others = ", ".join(f"{other} {share_of(score)}" for other, score in self.answers[1:3] if score >= 0.005)
-            lead = "answer: " if self.asks else ""
+            lead = "answer: " if self.text_is_question else ""
             out.append(f"{lead}{name}, {share_of(value)}{f' (then {others})' if others else ''}")
         if self.truth:
             out.append(
@@ -127,10 +127,10 @@ def _still(model: nn.Module) -> Iterator[None]:
                 p.requires_grad_(True)
 
 
-def look(tuned: Finetuned, picture: bytes, text: str, method: str = METHOD, layer: int | None = None) -> Seen:
+def look(tuned: Finetuned, picture: bytes, text: str, method: str = METHOD, layer: int | None = None) -> WordMaps:
     """One encoded picture (JPEG, PNG, WebP, ...) and one text. Raises UserError for either that cannot be used."""
     image, reader = readers(tuned)
-    cut = Cut(reader, text)
+    cut = TokenSpans(reader, text)
     words = cut.words()
     if not words:
         raise UserError(f"the text {text!r} has no word to draw a map for")
@@ -143,7 +143,7 @@ def look(tuned: Finetuned, picture: bytes, text: str, method: str = METHOD, laye
     box = [round(edge) for edge in visible_box(whole.shape[0], whole.shape[1], image.size, image.resize)]
     shown = Image.fromarray(whole).crop((box[0], box[1], box[2], box[3]))
     values = word_maps(maps[0], words).double().numpy()
-    return Seen(shown, cut.text, [word.text for word in words], values, said.best[0], tuned.task.asks)
+    return WordMaps(shown, cut.text, [word.text for word in words], values, said.best[0], tuned.task.text_is_question)
 
 
 def readers(tuned: Finetuned) -> tuple[ImageDecoder, TextDecoder]:
@@ -169,26 +169,26 @@ def share_of(value: float) -> str:
 
 def examples(
     tuned: Finetuned, shards: Any, count: int = 8, method: str = METHOD, pictures: int = 400, workers: int = 0
-) -> list[Seen]:
+) -> list[WordMaps]:
     """`count` pictures of the first `pictures` of `shards`, drawn by a fixed seed, with a text each.
 
     Where the task reads questions: one of each type in turn, with the right answer. Else the first caption. Whether the
     model is right plays no part in the choice.
     """
     image, text = readers(tuned)
-    decoders: dict[str, Any] = {"image": image} if tuned.task.asks else {"image": image, "text": text}
+    decoders: dict[str, Any] = {"image": image} if tuned.task.text_is_question else {"image": image, "text": text}
     batches = loader.sequential(shards, decoders, 64, workers, max_samples=pictures)
     found: list[tuple[Tensor, list[tuple[str, str, str]]]] = []
     for batch in batches:
         for i, picture in enumerate(batch.inputs["image"]):
-            if tuned.task.asks:
+            if tuned.task.text_is_question:
                 said = [(q.kind, q.text, q.answers[0]) for q in tuned.task.questions(batch.targets["json"][i])]
             else:
                 said = [("caption", caption, "") for caption in batch.targets["captions"][i][:1]]
             found += [(picture, said)] if said else []
     kinds = list(dict.fromkeys(kind for _, said in found for kind, _, _ in said))
     random = np.random.Generator(np.random.Philox(key=0))
-    out: list[Seen] = []
+    out: list[WordMaps] = []
     for at in random.permutation(len(found)).tolist():
         picture, said = found[at]
         wanted = [each for each in said if each[0] == kinds[len(out) % len(kinds)]]
@@ -196,11 +196,11 @@ def examples(
             break
         if wanted:
             _, words, truth = wanted[int(random.integers(len(wanted)))]
-            out.append(replace(_seen(tuned, picture, Cut(text, words), method), truth=truth))
+            out.append(replace(_seen(tuned, picture, TokenSpans(text, words), method), truth=truth))
     return out
 
 
-def _seen(tuned: Finetuned, picture: Tensor, cut: Cut, method: str) -> Seen:
+def _seen(tuned: Finetuned, picture: Tensor, cut: TokenSpans, method: str) -> WordMaps:
     """Of a decoded picture (3, H, W) uint8, shown as the model sees it."""
     device = next(tuned.model.parameters()).device
     ids, mask = tuned.decoders["text"].encode([cut.text])
@@ -208,7 +208,7 @@ def _seen(tuned: Finetuned, picture: Tensor, cut: Cut, method: str) -> Seen:
     words = cut.words()
     shown = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
     values = word_maps(maps[0], words).double().numpy()
-    return Seen(shown, cut.text, [word.text for word in words], values, said.best[0], tuned.task.asks)
+    return WordMaps(shown, cut.text, [word.text for word in words], values, said.best[0], tuned.task.text_is_question)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -217,7 +217,7 @@ def _seen(tuned: Finetuned, picture: Tensor, cut: Cut, method: str) -> Seen:
 
 def attend(
     tuned: Finetuned, image: str | Path, text: str, out: str | Path, method: str = METHOD, layer: int | None = None
-) -> Seen:
+) -> WordMaps:
     """Writes the figure of one picture and one text to `out`. Raises UserError for files that cannot be read or written."""
     try:
         data = Path(image).read_bytes()

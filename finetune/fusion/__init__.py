@@ -9,7 +9,7 @@
     fusion = part.build(config, {"text": 512, "image": 768}, context=context_config, pictures=("image",))
     fused = fusion({"text": text_tokens, "image": image_tokens})      # TokenSequences, the same names and widths
 
-Every branch ends in a Gate, a projection that starts at zero, so an untrained fusion returns the tokens it was given,
+Every branch ends in a ZeroInitLinear, a projection that starts at zero, so an untrained fusion returns the tokens it was given,
 bit for bit. `pooled` of a fused sequence is the masked mean of its states. Handed a `trace`, a fusion fills it for maps.py.
 Several texts about one picture: the batch of the query may be m times the context's, rows i m .. i m + m - 1 are about
 picture i. Who asks is told where each region or word stands (places.py). May import attention.py, places.py, context, trace.py

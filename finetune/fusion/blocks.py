@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from finetune.attention.multihead import Attention, Gate, Tokens
+from finetune.attention.multihead import Attention, ZeroInitLinear, Tokens
 from finetune.attention.positions import channels
-from finetune.attention.trace import Sight, Step, Trace, Weights
+from finetune.attention.trace import AttentionRecord, Step, Trace, Weights
 from finetune.context import Asking, Context, build_contexts
 from pretrain.errors import ConfigError
 from pretrain.towers import TokenSequence, masked_mean
@@ -68,14 +68,14 @@ CROSS = "cross_look"
 
 
 class FeedForward(nn.Module):
-    """x + W2 gelu(W1 norm(x)), with W2 a Gate."""
+    """x + W2 gelu(W1 norm(x)), with W2 a ZeroInitLinear."""
 
     def __init__(self, width: int, config: FusionConfig) -> None:
         super().__init__()
         hidden = round(width * config.feedforward)
         self.norm = nn.LayerNorm(width)
         self.up = nn.Linear(width, hidden)
-        self.down = Gate(hidden, width)
+        self.down = ZeroInitLinear(hidden, width)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ Sighting: TypeAlias = tuple[str, tuple[str, ...], Weights | None]
 """Who asked, whom, and the weights if they were asked for."""
 
 
-class Seen(NamedTuple):
+class KeyValueSource(NamedTuple):
     """A modality as it is asked."""
 
     how: Context
@@ -103,14 +103,14 @@ class Seen(NamedTuple):
         return self.tokens.states.shape[1], self.read
 
 
-def see(how: nn.Module, tokens: Tokens, exact: bool) -> Seen:
+def prepare_keys(how: nn.Module, tokens: Tokens, exact: bool) -> KeyValueSource:
     """Summarises where the context does."""
     context = cast(Context, how)
-    return Seen(context, *context.summarize(tokens, exact))
+    return KeyValueSource(context, *context.summarize(tokens, exact))
 
 
-class Look(nn.Module):
-    """One attention branch: x + out(attention(q(n), k(seen), v(seen))), with out a Gate."""
+class AttentionBlock(nn.Module):
+    """One attention branch: x + out(attention(q(n), k(seen), v(seen))), with out a ZeroInitLinear."""
 
     def __init__(self, width: int, context_width: int, config: FusionConfig) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class Look(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, n: Tokens, seen: Seen, *, layer: int, home: bool = False, rows: int = 1, exact: bool = False
+        self, x: Tensor, n: Tokens, seen: KeyValueSource, *, layer: int, home: bool = False, rows: int = 1, exact: bool = False
     ) -> tuple[Tensor, Weights | None]:
         """x (B, Q, C) and n, x normalised -> (B, Q, C). `home`, `rows`: see Asking; seen has B / rows samples."""
         B, Q, C = x.shape
@@ -132,10 +132,10 @@ class Look(nn.Module):
         return x + self.dropout(self.attention.merge(out).reshape(B, Q, C)), weights
 
 
-def note(trace: Trace | None, kind: Literal["self", "cross", "joint"], layer: int, *sights: Sighting) -> None:
+def note(trace: Trace | None, kind: Literal["self", "cross", "joint"], layer: int, *records: Sighting) -> None:
     """Adds what happened at once to the trace, where there is one."""
     if trace is not None:
-        found = tuple(Sight(asker, asked, weights) for asker, asked, weights in sights if weights is not None)
+        found = tuple(AttentionRecord(query, asked, weights) for query, asked, weights in records if weights is not None)
         trace.steps.append(Step(kind, layer, found))
 
 
@@ -150,12 +150,17 @@ class Fusion(nn.Module):
     """Whether one picture can answer several texts without being repeated."""
 
     def __init__(
-        self, config: FusionConfig, asked: dict[str, int], asks_itself: Collection[str], context: Any, pictures: Collection[str]
+        self,
+        config: FusionConfig,
+        asked: dict[str, int],
+        self_attending: Collection[str],
+        context: Any,
+        pictures: Collection[str],
     ) -> None:
         """`asked`: the width in which each of the two modalities is asked, places included."""
         super().__init__()
         self.config = config
-        self.contexts = build_contexts(context, asked, pictures, asks_itself, config.name)
+        self.contexts = build_contexts(context, asked, pictures, self_attending, config.name)
         self.layers = nn.ModuleList()
 
     def forward(self, tokens: dict[str, TokenSequence], trace: Trace | None = None) -> dict[str, TokenSequence]:
@@ -177,11 +182,11 @@ class Fusion(nn.Module):
         fused = self.fuse({name: _unpack(name, given[name]) for name in (config.query, config.context)}, rows, trace)
         return given | {name: _pack(states, given[name]) for name, states in fused.items()}
 
-    def match_(self) -> None:
+    def tie_query_key_(self) -> None:
         """For tokens that lie in one space: whoever asks another modality looks first at what resembles it."""
         for name, module in self.named_modules():
-            if name.endswith(CROSS) and isinstance(module, Look):
-                module.attention.match_()
+            if name.endswith(CROSS) and isinstance(module, AttentionBlock):
+                module.attention.tie_query_key_()
 
     def fuse(self, tokens: dict[str, Tokens], rows: int, trace: Trace | None) -> dict[str, Tensor]:
         """The states (B, N, C) of every modality that changes. `rows`: query rows a context row."""

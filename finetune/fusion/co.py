@@ -18,12 +18,12 @@ from finetune.fusion.blocks import (
     FeedForward,
     Fusion,
     FusionConfig,
-    Look,
+    AttentionBlock,
     asked_widths,
     check_names,
     fused_by_layer,
     note,
-    see,
+    prepare_keys,
 )
 
 
@@ -44,10 +44,10 @@ class Stream(nn.Module):
         """`asked`, `other`: the widths in which this modality and the other one are asked."""
         super().__init__()
         self.self_norm = nn.LayerNorm(width)
-        self.self_look = Look(width, asked, config)
+        self.self_look = AttentionBlock(width, asked, config)
         self.cross_norm = nn.LayerNorm(width)
         if not answers:
-            self.cross_look = Look(width, other, config)
+            self.cross_look = AttentionBlock(width, other, config)
             self.feedforward = FeedForward(width, config)
 
 
@@ -70,24 +70,24 @@ class Block(nn.Module):
         streams = dict(zip(self.names, (self.first, self.second), strict=True))
         others = dict(zip(self.names, reversed(self.names), strict=True))
 
-        sights = []
+        records = []
         for name, stream in streams.items():
             n = tokens[name]._replace(states=stream.self_norm(x[name]))
-            seen = see(hows[name], placed(n, self.places), exact)
+            seen = prepare_keys(hows[name], placed(n, self.places), exact)
             new, weights = stream.self_look(x[name], n, seen, layer=layer, home=True, exact=exact)
             x = x | {name: new}
-            sights.append((name, (name,), weights))
-        note(trace, "self", layer, *sights)
+            records.append((name, (name,), weights))
+        note(trace, "self", layer, *records)
 
         normed = {name: tokens[name]._replace(states=s.cross_norm(x[name])) for name, s in streams.items()}
-        answers = {name: see(hows[name], placed(n, self.places), exact) for name, n in normed.items()}
-        sights = []
+        answers = {name: prepare_keys(hows[name], placed(n, self.places), exact) for name, n in normed.items()}
+        records = []
         for name in self.fused:
             other = others[name]
             new, weights = streams[name].cross_look(x[name], normed[name], answers[other], layer=layer, exact=exact)
             x = x | {name: new}
-            sights.append((name, (other,), weights))
-        note(trace, "cross", layer, *sights)
+            records.append((name, (other,), weights))
+        note(trace, "cross", layer, *records)
 
         return {name: streams[name].feedforward(x[name]) for name in self.fused}
 

@@ -21,12 +21,12 @@ from finetune.fusion.blocks import (
     FeedForward,
     Fusion,
     FusionConfig,
-    Look,
-    Seen,
+    AttentionBlock,
+    KeyValueSource,
     asked_widths,
     check_names,
     note,
-    see,
+    prepare_keys,
 )
 from pretrain.errors import ConfigError
 
@@ -49,19 +49,29 @@ class Block(nn.Module):
         super().__init__()
         self.config = config
         self.self_norm = nn.LayerNorm(width)
-        self.self_look = Look(width, asked[config.query], config)
+        self.self_look = AttentionBlock(width, asked[config.query], config)
         self.cross_norm = nn.LayerNorm(width)
-        self.cross_look = Look(width, asked[config.context], config)
+        self.cross_look = AttentionBlock(width, asked[config.context], config)
         self.feedforward = FeedForward(width, config)
 
     def forward(
-        self, x: Tensor, query: Tokens, itself: Tokens, how: nn.Module, seen: Seen, layer: int, rows: int, trace: Trace | None
+        self,
+        x: Tensor,
+        query: Tokens,
+        itself: Tokens,
+        how: nn.Module,
+        seen: KeyValueSource,
+        layer: int,
+        rows: int,
+        trace: Trace | None,
     ) -> Tensor:
         """x (B, Q, C) -> (B, Q, C). `query` has its mask and grid, `itself` those with which it asks itself, and `how`."""
         asks, asked, exact = self.config.query, self.config.context, trace is not None
 
         n = itself._replace(states=self.self_norm(x))
-        x, weights = self.self_look(x, n, see(how, placed(n, self.config.places), exact), layer=layer, home=True, exact=exact)
+        x, weights = self.self_look(
+            x, n, prepare_keys(how, placed(n, self.config.places), exact), layer=layer, home=True, exact=exact
+        )
         note(trace, "self", layer, (asks, (asks,), weights))
 
         n = query._replace(states=self.cross_norm(x))
@@ -90,7 +100,7 @@ class Cross(Fusion):
         """Only the query changes."""
         query, context = tokens[self.config.query], tokens[self.config.context]
         context = placed(context._replace(states=self.context_norm(context.states)), self.config.places)
-        seen = see(self.contexts[self.config.context], context, trace is not None)
+        seen = prepare_keys(self.contexts[self.config.context], context, trace is not None)
         itself = query._replace(mask=_causal(query)) if self.causal else query
         x, how = query.states, self.contexts[self.config.query]
         for i, block in enumerate(self.layers):

@@ -18,7 +18,7 @@ from finetune.attention.multihead import Attention, Tokens
 from finetune.attention.positions import channels, placed
 from finetune.attention.trace import Trace
 from finetune.context import Asking
-from finetune.fusion.blocks import FeedForward, Fusion, FusionConfig, check_names, fused_by_layer, note, see
+from finetune.fusion.blocks import FeedForward, Fusion, FusionConfig, check_names, fused_by_layer, note, prepare_keys
 
 
 @dataclass
@@ -51,9 +51,9 @@ class Block(nn.Module):
         """name -> states (B, N, C), all of one width, of those fused. `hows` says how each modality is asked."""
         exact = trace is not None
         normed = {name: tokens[name]._replace(states=self.norm(x[name]) + self.modality[name]) for name in self.names}
-        seen = {name: see(hows[name], placed(n, self.places), exact) for name, n in normed.items()}
+        seen = {name: prepare_keys(hows[name], placed(n, self.places), exact) for name, n in normed.items()}
 
-        new, sights, keys = {}, [], {}
+        new, records, keys = {}, [], {}
         for name in self.fused:
             n, order = normed[name], self._order(name)
             first, second = (seen[other] for other in order)
@@ -62,13 +62,13 @@ class Block(nn.Module):
             asking = Asking(self.attention.queries(n.states), n.mask, home=order[0] == name, layer=layer)
             out, weights = first.how(asking, keys[order], exact)
             new[name] = x[name] + self.dropout(self.attention.merge(out))
-            sights.append((name, order, weights and replace(weights, within=(first.run, second.run))))
-        note(trace, "joint", layer, *sights)
+            records.append((name, order, weights and replace(weights, within=(first.run, second.run))))
+        note(trace, "joint", layer, *records)
         return {name: self.feedforward(states) for name, states in new.items()}
 
-    def _order(self, asker: str) -> tuple[str, str]:
-        """Keys in the order of contexts: a picture first, the asker's own where it is one, then what stands beside it."""
-        first = asker if asker in self.pictures else next(iter(self.pictures), self.names[0])
+    def _order(self, query: str) -> tuple[str, str]:
+        """Keys in the order of contexts: a picture first, the query's own where it is one, then what stands beside it."""
+        first = query if query in self.pictures else next(iter(self.pictures), self.names[0])
         return first, next(name for name in self.names if name != first)
 
 

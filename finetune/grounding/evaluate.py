@@ -35,7 +35,7 @@ from finetune.grounding.phrases import KINDS_OF_WORDS
 from finetune.grounding.pointing_game import bootstrap
 from finetune.grounding.probes import SWAP, Prober, Record, Sides, untrained
 from finetune.loading import Finetuned
-from finetune.tasks import everywhere
+from finetune.tasks import gather_or_raise
 from pretrain.data import loader, vocabulary
 from pretrain.data.config import sources_of
 from pretrain.data.vocabulary import Vocabulary
@@ -93,7 +93,7 @@ def grounding(tuned: Finetuned, shards: Any, config: GroundingConfig, device: to
     config.check()
     image, text = readers(tuned)
     decoders: dict[str, Any] = {"image": image, "sides": Sides(image.max_pixels)}
-    if not tuned.task.asks:
+    if not tuned.task.text_is_question:
         decoders["text"] = text
     rank, world = distributed.rank(), distributed.world_size()
     batches = loader.sequential(shards, decoders, config.batch_size, config.workers, rank, world, config.max_samples)
@@ -109,11 +109,11 @@ def grounding(tuned: Finetuned, shards: Any, config: GroundingConfig, device: to
             records += prober.records(batch, config.texts)
         return records, count, batches.bad.total()
 
-    shares = everywhere(share)
+    shares = gather_or_raise(share)
     records = [record for found, _, _ in shares for record in found]
     count, bad = sum(n for _, n, _ in shares), sum(n for _, _, n in shares)
     if not records:
-        reads = "questions" if tuned.task.asks else "captions"
+        reads = "questions" if tuned.task.text_is_question else "captions"
         raise UserError(
             f"no word to point at in {count} samples of {shards}: grounding needs {reads}, and in the json `objects` with "
             "name, color and box"
@@ -130,7 +130,7 @@ def vocabulary_of(shards: Any, config: GroundingConfig) -> Vocabulary:
     def find() -> Vocabulary | None:
         return vocabulary.find_vocabulary(path for source in sources_of(shards, "data.val") for path in source.shards)
 
-    beside = everywhere(find)
+    beside = gather_or_raise(find)
     present = [words for words in beside if words is not None]
     if len(present) == len(beside):
         return vocabulary.merge(present)
@@ -141,7 +141,7 @@ def vocabulary_of(shards: Any, config: GroundingConfig) -> Vocabulary:
         values = (json.get("objects") for batch in batches for json in batch.targets["json"])
         return vocabulary.from_objects(item for objects in values if isinstance(objects, list) for item in objects)
 
-    return vocabulary.merge([*present, *everywhere(collect)])
+    return vocabulary.merge([*present, *gather_or_raise(collect)])
 
 
 def figures(records: Sequence[Record], resamples: int = 2000, seed: int = 0) -> dict[str, float]:

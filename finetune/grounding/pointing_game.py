@@ -48,7 +48,7 @@ def covered(boxes: Array, grid: tuple[int, int]) -> Array:
     H, W = grid
     if len(boxes) == 0:
         return np.zeros(grid)
-    # Cut the picture wherever a cell or a box begins: each piece lies wholly inside or outside of everything.
+    # TokenSpans the picture wherever a cell or a box begins: each piece lies wholly inside or outside of everything.
     xs = np.unique(np.concatenate([np.arange(W + 1.0), np.clip(boxes[:, [0, 2]].ravel(), 0, W)]))
     ys = np.unique(np.concatenate([np.arange(H + 1.0), np.clip(boxes[:, [1, 3]].ravel(), 0, H)]))
     x, y = (xs[1:] + xs[:-1]) / 2, (ys[1:] + ys[:-1])[:, None] / 2

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from finetune import model as models
-from finetune.attention.multihead import Gate
-from finetune.explain.token_spans import Cut, word_map
+from finetune.attention.multihead import ZeroInitLinear
+from finetune.explain.token_spans import TokenSpans, word_map
 from finetune.explain.word_maps import readers, token_maps
 from finetune.grounding.phrases import Mention, Objects, Swap, mentions, pairs, swaps, whole
 from finetune.grounding.pointing_game import Array, centre_map, covered, hit, lift, reached, to_cells
@@ -91,7 +91,7 @@ def untrained(tuned: Finetuned, seed: int) -> FusionModel:
         fresh.forks = tuned.model.forks
         fresh.head = tuned.task.head(fresh)
         for part in fresh.modules():
-            if isinstance(part, Gate):
+            if isinstance(part, ZeroInitLinear):
                 nn.init.normal_(part.weight, std=part.in_features**-0.5)
     return fresh
 
@@ -127,7 +127,7 @@ class Prober:
 
     def _texts(self, batch: Batch, i: int) -> list[str]:
         """Questions or captions of a sample, whatever the task reads."""
-        if not self.tuned.task.asks:
+        if not self.tuned.task.text_is_question:
             captions: list[str] = batch.targets["captions"][i]
             return captions
         return [question.text for question in self.tuned.task.questions(batch.targets["json"][i])]
@@ -173,7 +173,7 @@ class Prober:
         """The counterfactual."""
         found: list[tuple[int, Swap]] = []
         for i, own in enumerate(objects):
-            asks = self.tuned.task.asks
+            asks = self.tuned.task.text_is_question
             if asks:
                 own_swaps = [swap for text in self._texts(batch, i) for swap in swaps(text, own, self.vocabulary)]
             else:
@@ -217,7 +217,7 @@ class Prober:
                 model, self.tuned.task, pictures, ids.to(self.device), mask.to(self.device), self.method, self.layer
             )
             for probe, own in zip(some, maps, strict=True):
-                cut = Cut(self.text, probe.text)
+                cut = TokenSpans(self.text, probe.text)
                 tokens = [cut.tokens(mention.start, mention.end) for mention in probe.words]
                 out.append([word_map(own, each).double().numpy() if each else None for each in tokens])
         return out

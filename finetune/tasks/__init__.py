@@ -12,7 +12,7 @@
     task.encode(model, batch), task.loss(...)         pretrain's Objective: fit() trains a task
     task.evaluate(model, shards, setting)             its figures; `primary_metric` decides which checkpoint is best
     task.predict(model, inputs, masks, trace)         for maps, reports and demonstrations
-    task.told()                                       which feature of the head is its answer, for exports
+    task.export_spec()                                       which feature of the head is its answer, for exports
 
 A dotted path names a task outside the project (task.name=my.module). May import model.py and all before it.
 """
@@ -39,7 +39,7 @@ from pretrain.data.shards.reader import Reader
 from pretrain.embedding.split import evaluating
 from pretrain.errors import ConfigError, UserError
 from pretrain.runtime import distributed
-from pretrain.runtime.agree import gather_or_raise as everywhere  # noqa: F401 - the name that grounding.py imports
+from pretrain.runtime.agree import gather_or_raise as gather_or_raise  # noqa: F401 - the name that grounding.py imports
 from pretrain.strategies import DTYPES
 
 Survey = Callable[[], Iterator[dict[str, Any]]]
@@ -136,7 +136,7 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class Told:
+class ExportSpec:
     """What a head says of one picture and one text, for those who read its numbers without the task."""
 
     feature: str
@@ -154,7 +154,7 @@ class Task:
 
     primary_metric: ClassVar[str]
     """The figure of evaluate(), higher is better, that decides `best`."""
-    asks: ClassVar[bool] = False
+    text_is_question: ClassVar[bool] = False
     """Whether its texts are questions about the picture."""
     splits: bool = True
     """Whether encode() of a batch is the concatenation of encode() of its chunks: what train.chunks > 1 needs."""
@@ -195,10 +195,10 @@ class Task:
         raise UserError(f"{type(self).__module__.rsplit('.', 1)[-1]} has no predictions for a picture and a text")
 
     def questions(self, values: dict[str, Any]) -> list[Question]:
-        """What a sample's json asks about its picture, for a task that `asks`."""
+        """What a sample's json asks about its picture, for a task with `text_is_question`."""
         return []
 
-    def told(self) -> Told:
+    def export_spec(self) -> ExportSpec:
         """For exports. Raises UserError for a task whose answer does not come from one pass over a picture and a text."""
         raise UserError(f"{type(self).__module__.rsplit('.', 1)[-1]} does not answer in one pass over a picture and a text")
 

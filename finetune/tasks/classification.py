@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from finetune.attention.trace import Trace
 from finetune.fusion.blocks import repeat
 from finetune.model import Features, FusionModel, Head
-from finetune.tasks import Prediction, Setting, Survey, Task, Told, per_item
+from finetune.tasks import Prediction, Setting, Survey, Task, ExportSpec, per_item
 from finetune.tasks.labels import Labels, balance, check_measures, count, in_order, multi, single
 from pretrain.data import BadSample
 from pretrain.data.images import ImageDecoder
@@ -197,10 +197,10 @@ class Classification(Task):
     def settings(self) -> dict[str, Any]:
         return {"classes": self.config.classes, "class_weights": self.config.class_weights, "balanced": False}
 
-    def told(self) -> Told:
+    def export_spec(self) -> ExportSpec:
         if self.config.pictures:
             raise UserError(f"this classification compares two pictures ({', '.join(self.config.pictures)})")
-        return Told("logits", "softmax" if self.config.labels == "single" else "sigmoid", self.config.classes)
+        return ExportSpec("logits", "softmax" if self.config.labels == "single" else "sigmoid", self.config.classes)
 
     def loss(self, features: Features, targets: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy, its mean weighted by the classes over the samples of all processes; with several labels the binary

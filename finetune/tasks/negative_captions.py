@@ -17,7 +17,7 @@ from pretrain.data.shards.paths import RawSample
 from pretrain.data.text import TextDecoder, clean
 
 
-class Foils(TextDecoder):
+class NegativeCaptions(TextDecoder):
     """A text decoder whose items are captions that are wrong about their picture."""
 
     def __init__(self, text: TextDecoder, field: str, draw: int) -> None:
@@ -26,7 +26,7 @@ class Foils(TextDecoder):
 
     def __call__(self, sample: RawSample, rng: np.random.Generator, train: bool) -> tuple[str, ...]:
         """Up to `draw` of them, in evaluation the first ones. Raises BadSample where the field holds something else."""
-        found = foils_of(sample, self.field)
+        found = negative_captions_of(sample, self.field)
         order = rng.permutation(len(found)) if train else range(len(found))
         return tuple(found[int(i)] for i in order)[: self.draw]
 
@@ -40,7 +40,7 @@ class Foils(TextDecoder):
         return {"foiled": torch.tensor([[i < len(item) for i in range(self.draw)] for item in items])}
 
 
-def foils_of(sample: RawSample, field: str) -> list[str]:
+def negative_captions_of(sample: RawSample, field: str) -> list[str]:
     """The wrong captions of a sample; [] where it has none. Raises BadSample for a field of another kind."""
     given = read_fields(sample.members).get(field) or []
     if not isinstance(given, list):

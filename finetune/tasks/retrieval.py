@@ -29,8 +29,8 @@ from torch.nn import functional as F
 
 from finetune.attention.trace import Trace
 from finetune.model import Features, FusionModel, Head
-from finetune.tasks import Prediction, Setting, Survey, Task, Told, hard_negatives, per_item
-from finetune.tasks.negative_captions import Foils
+from finetune.tasks import Prediction, Setting, Survey, Task, ExportSpec, hard_negatives, per_item
+from finetune.tasks.negative_captions import NegativeCaptions
 from finetune.tasks.reranking import search
 from pretrain import registry
 from pretrain.data.batch import Batch
@@ -245,7 +245,7 @@ class Retrieval(Task):
                 raise ConfigError(f"task.name=retrieval needs an {name} tower; the model has {', '.join(towers)}")
         found = {"image": towers["image"], "text": towers["text"]}
         if self.config.foils is not None:
-            found["foils"] = Foils(towers["text"], self.config.foils, self.config.pool or self.config.draw)
+            found["foils"] = NegativeCaptions(towers["text"], self.config.foils, self.config.pool or self.config.draw)
         return found
 
     def head(self, model: FusionModel) -> Matcher:
@@ -255,8 +255,8 @@ class Retrieval(Task):
             )
         return Matcher(model.widths["text"], self.config)
 
-    def told(self) -> Told:
-        return Told("match", "sigmoid", [], {"score": self.config.score})
+    def export_spec(self) -> ExportSpec:
+        return ExportSpec("match", "sigmoid", [], {"score": self.config.score})
 
     def encode(self, model: nn.Module, batch: Batch) -> Features:
         """Names each sample, so that the model can tell negatives from what is right."""

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from finetune.attention.trace import Trace
 from finetune.model import Features, FusionModel, Head
-from finetune.tasks import Prediction, Setting, Survey, Task, Told, per_item
+from finetune.tasks import Prediction, Setting, Survey, Task, ExportSpec, per_item
 from finetune.tasks.questions import Question, Questions, questions_of
 from finetune.tasks.vqa_accuracy import Blind, accuracy, vocabulary
 from pretrain.data import BadSample
@@ -107,7 +107,7 @@ class VQA(Task):
     """See the file."""
 
     primary_metric = "accuracy"
-    asks = True
+    text_is_question = True
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -141,8 +141,8 @@ class VQA(Task):
         """None where there are none."""
         return _asked(values, self.config)
 
-    def told(self) -> Told:
-        return Told("logits", self.config.loss, self.config.answers)
+    def export_spec(self) -> ExportSpec:
+        return ExportSpec("logits", self.config.loss, self.config.answers)
 
     def loss(self, features: Features, targets: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean over the questions of all processes."""

@@ -29,7 +29,7 @@ class Aligned(Task):
     def __init__(self, task: Task, weight: float) -> None:
         self.task, self.weight = task, weight
         self.primary_metric = task.primary_metric  # type: ignore[misc]
-        self.asks = task.asks  # type: ignore[misc]
+        self.text_is_question = task.text_is_question  # type: ignore[misc]
         self.splits = task.splits
         self._score: nn.Module | None = None
 

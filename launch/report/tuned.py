@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from finetune.explain import heatmap
-from finetune.explain.word_maps import Seen, examples, share_of
+from finetune.explain.word_maps import WordMaps, examples, share_of
 from finetune.loading import Finetuned
 from launch.report import figures
 from launch.report.record import Line, Record
@@ -102,7 +102,7 @@ def build(tuned: Finetuned, shards: Any, workers: int = 2, count: int = SHOWN) -
     return out
 
 
-def shown(seen: Seen) -> Shown:
+def shown(seen: WordMaps) -> Shown:
     """An example as the page shows it."""
     name, value = seen.answers[0] if seen.answers else ("", 0.0)
     others = ", ".join(f"{other} {share_of(score)}" for other, score in seen.answers[1:3] if score >= 0.005)

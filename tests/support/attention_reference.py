@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from finetune.attention.multihead import Gate
+from finetune.attention.multihead import ZeroInitLinear
 from pretrain.towers import TokenSequence
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -46,7 +46,7 @@ def open_gates(module: nn.Module, std: float = 0.2, seed: int = 1) -> None:
     """As if trained: every branch says something."""
     generator = torch.Generator().manual_seed(seed)
     for part in module.modules():
-        if isinstance(part, Gate):
+        if isinstance(part, ZeroInitLinear):
             nn.init.normal_(part.weight, std=std, generator=generator)
             nn.init.normal_(part.bias, std=std, generator=generator)
 

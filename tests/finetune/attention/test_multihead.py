@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from finetune.attention.multihead import Attention, Gate, Tokens, attend
+from finetune.attention.multihead import Attention, ZeroInitLinear, Tokens, attend
 from pretrain.errors import ConfigError
 from tests.support.attention_reference import DEVICES, naive_attention
 
@@ -146,7 +146,7 @@ def test_keys_are_projected_once() -> None:
 
 def test_gates_start_closed_and_learn_at_once() -> None:
     attention = Attention(24, heads=2, gated=True)
-    assert isinstance(attention.out, Gate)
+    assert isinstance(attention.out, ZeroInitLinear)
     x = torch.randn(2, 5, 24)
     out, _ = attention(x)
     assert (out == 0).all()
@@ -173,13 +173,13 @@ def test_matched_projections_keep_what_resembles_what() -> None:
     torch.manual_seed(0)
     attention = Attention(16, 16, heads=1)
     assert (attention(x, y, exact=True)[1] - plain[:, None]).abs().max() > 0.1
-    attention.match_()
+    attention.tie_query_key_()
     torch.testing.assert_close(attention(x, y, exact=True)[1], plain[:, None], rtol=0, atol=1e-6)
     beside = Attention(16, 20, heads=1)  # four channels that the queries do not have: where things stand
-    beside.match_()
+    beside.tie_query_key_()
     wide = torch.cat([y, heads(2, 6, 4, seed=3)], dim=2)
     torch.testing.assert_close(beside(x, wide, exact=True)[1], plain[:, None], rtol=0, atol=1e-6)
     narrow = Attention(16, 16, inner=8, heads=2)
-    narrow.match_()
+    narrow.tie_query_key_()
     assert torch.equal(narrow.q.weight, narrow.k.weight)
     torch.testing.assert_close(narrow.q.weight @ narrow.q.weight.T, torch.eye(8), rtol=0, atol=1e-6)

@@ -133,14 +133,14 @@ def test_relevance_and_gradcam_sample_by_sample(name: str) -> None:
         cams: list[tuple[str, dict[tuple[str, str], Tensor]]] = []
         for step in trace.steps:
             found: dict[tuple[str, str], Tensor] = {}
-            for sight in step.sights:
-                used = sight.weights.used
+            for record in step.records:
+                used = record.weights.used
                 (gradient,) = torch.autograd.grad(score[b], used, retain_graph=True, allow_unused=True)
                 gradient = torch.zeros_like(used) if gradient is None else gradient
                 cam = torch.relu(used * gradient)[b].mean(dim=0).detach()
                 first = 0
-                for asked in sight.asked:
-                    found[sight.asker, asked] = cam[:, first : first + trace.sizes[asked]]
+                for asked in record.asked:
+                    found[record.query, asked] = cam[:, first : first + trace.sizes[asked]]
                     first += trace.sizes[asked]
             cams.append((step.kind, found))
         R = {(T, T): torch.eye(5).double(), (P, P): torch.eye(35).double()}
@@ -171,7 +171,7 @@ def norm(R: Tensor) -> Tensor:
 def test_raw_is_the_mean_over_heads_row_by_row_on_the_grid() -> None:
     trace, _ = traced("cross")
     maps = attention_maps(trace, "raw", layer=-1)
-    used = trace.steps[-1].sights[0].weights.used
+    used = trace.steps[-1].records[0].weights.used
     for row, col in ((0, 0), (1, 2), (4, 6)):
         torch.testing.assert_close(maps[:, :, row, col], used[:, :, :, 7 * row + col].mean(dim=1).detach())
     layers = [attention_maps(trace, "raw", layer=i) for i in (0, 1)]
@@ -209,7 +209,7 @@ def test_contexts_that_see_everything_have_dense_maps(name: str, context: str) -
 def test_where_only_the_picture_asks_a_words_map_is_what_it_gave() -> None:
     trace, _ = traced("cross", query="image", context="text")
     raw = attention_maps(trace, "raw", layer=-1)
-    used = trace.steps[-1].sights[0].weights.used
+    used = trace.steps[-1].records[0].weights.used
     torch.testing.assert_close(raw[:, :, 1, 2], used[:, :, 9].mean(dim=1).detach())
     assert attention_maps(trace, "rollout").shape == (2, 5, 5, 7)
 

@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from finetune.explain.token_spans import Cut, word_maps
+from finetune.explain.token_spans import TokenSpans, word_maps
 from pretrain.data.text import TextDecoder, load_tokenizer
 from pretrain.errors import ConfigError
 from tests.support import Small
@@ -17,7 +17,7 @@ def test_words_of_our_own_tokenizer(small: Small) -> None:
     """Byte-level BPE of 400 tokens: rare words fall into many local_shards; together they are the ids the model reads."""
     decoder = TextDecoder(load_tokenizer(small.tokenizer), 48)
     text = "what colour  is the unpronounceable car, naïve?\n"
-    cut, (ids, mask) = Cut(decoder, text), decoder.encode([text])
+    cut, (ids, mask) = TokenSpans(decoder, text), decoder.encode([text])
     words = cut.words()
     assert [word.text for word in words] == ["what", "colour", "is", "the", "unpronounceable", "car", "naïve"]
     assert len(words[4].tokens) > 3
@@ -31,7 +31,7 @@ def test_words_of_our_own_tokenizer(small: Small) -> None:
 
 def test_words_beyond_the_cut_have_no_tokens(small: Small) -> None:
     decoder = TextDecoder(load_tokenizer(small.tokenizer), 8)
-    cut = Cut(decoder, "a red car on a black sofa in a meadow with unpronounceable things")
+    cut = TokenSpans(decoder, "a red car on a black sofa in a meadow with unpronounceable things")
     assert 0 < len(cut.words()) < 12
     assert max(token for word in cut.words() for token in word.tokens) < 8
 
@@ -42,7 +42,7 @@ def test_word_pieces() -> None:
     core = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     core.normalizer, core.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.BertPreTokenizer()
     decoder = TextDecoder(PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]", pad_token="[UNK]"), 16)
-    words = Cut(decoder, "RED Cars left-left, zebra").words()
+    words = TokenSpans(decoder, "RED Cars left-left, zebra").words()
     assert [(word.text, word.tokens) for word in words] == [
         ("RED", (0,)), ("Cars", (1, 2)), ("left-left", (3, 4, 5)), ("zebra", (7,))
     ]  # fmt: skip
@@ -59,4 +59,4 @@ def test_a_tokenizer_without_offsets_is_refused(small: Small) -> None:
 
     decoder.tokenizer = Slow()
     with pytest.raises(ConfigError, match="Slow does not say"):
-        Cut(decoder, "a car")
+        TokenSpans(decoder, "a car")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finetune.attention.multihead import Attention, Gate, Tokens
+from finetune.attention.multihead import Attention, ZeroInitLinear, Tokens
 from finetune.attention.positions import in_picture, in_sequence, placed
 from finetune.attention.trace import Trace
 from finetune.context import coarse_to_fine, local
@@ -77,7 +77,7 @@ def test_closing_the_gates_of_a_trained_fusion_makes_it_the_identity_again(name:
     open_gates(fusion)
     assert not torch.equal(fusion(given)["text"].states, given["text"].states)
     for part in fusion.modules():
-        if isinstance(part, Gate):
+        if isinstance(part, ZeroInitLinear):
             part.reset_parameters()
     assert torch.equal(fusion(given)["text"].states, given["text"].states)
 
@@ -204,7 +204,7 @@ def test_a_picture_of_one_colour_shows_where_its_regions_are(name: str) -> None:
         open_gates(fusion)
         trace = Trace()
         fusion(given, trace=trace)
-        seen = next(s for s in trace.steps if s.kind != "self").sights[0].weights.matrix().detach()[..., :24]
+        seen = next(s for s in trace.steps if s.kind != "self").records[0].weights.matrix().detach()[..., :24]
         assert (float((seen - seen[..., :1]).abs().max()) > 1e-3) == known
 
 
@@ -297,7 +297,7 @@ def test_every_parameter_learns(name: str, context: str) -> None:
     fused = fusion(given)
     (fused["text"].states.square().mean() + fused["image"].states.square().mean()).backward()
     for part in fusion.modules():
-        if isinstance(part, Gate):
+        if isinstance(part, ZeroInitLinear):
             assert part.weight.grad is not None
             assert part.weight.grad.abs().sum() > 0
     open_gates(fusion)
@@ -333,8 +333,8 @@ def test_two_pictures(name: str, context: str) -> None:
     fast, exact = fusion(given), fusion(given, trace=(trace := Trace()))
     torch.testing.assert_close(fast["before"].states, exact["before"].states, rtol=1e-5, atol=2e-5)
     for step in trace.steps:
-        for (asker, asked), block in trace.blocks(step).items():
-            assert block.shape == (2, trace.sizes[asker], trace.sizes[asked])
+        for (query, asked), block in trace.blocks(step).items():
+            assert block.shape == (2, trace.sizes[query], trace.sizes[asked])
 
 
 def test_a_mask_may_be_left_out() -> None:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from finetune import model as models
-from finetune.attention.trace import Sight, Step, Trace, Weights
+from finetune.attention.trace import AttentionRecord, Step, Trace, Weights
 from finetune.config import FusionSchema
-from finetune.explain.token_spans import Cut
-from finetune.explain.word_maps import Seen, look
+from finetune.explain.token_spans import TokenSpans
+from finetune.explain.word_maps import WordMaps, look
 from finetune.grounding.evaluate import GroundingConfig, figures, grounding, run, summary, vocabulary_of
 from finetune.grounding.phrases import mentions, swaps
 from finetune.grounding.pointing_game import covered, to_cells
@@ -44,9 +44,9 @@ class Planted(Task):
 
     primary_metric = "none"
 
-    def __init__(self, small: Small, asks: bool, sight: str, length: int) -> None:
-        self.asks = asks  # type: ignore[misc]
-        self.sight = sight
+    def __init__(self, small: Small, asks: bool, record: str, length: int) -> None:
+        self.text_is_question = asks  # type: ignore[misc]
+        self.record = record
         self.decoder = TextDecoder(load_tokenizer(small.tokenizer), length)
         self.known: dict[bytes, dict[str, Any]] = {}
         self.vocabulary = dataset.VOCABULARY
@@ -57,31 +57,31 @@ class Planted(Task):
         assert trace is not None
         b, T = inputs["text"].shape
         used = torch.zeros(b, 1, T, 64)
-        if self.sight == "blind":
+        if self.record == "blind":
             used += 1 / 64
         else:
             for i in range(b):
                 self.plant(used[i, 0], inputs["image"][i], inputs["text"][i][masks["text"][i]])
         trace.begin({"text": (T, None), "image": (64, GRID)})
-        trace.steps.append(Step("cross", 0, (Sight("text", ("image",), Weights(used)),)))
+        trace.steps.append(Step("cross", 0, (AttentionRecord("text", ("image",), Weights(used)),)))
         return Prediction([[("nothing", 0.5)]] * b, torch.zeros(b))
 
     def questions(self, values: dict[str, Any]) -> list[Question]:
-        return questions_of(values, "questions") if self.asks else []
+        return questions_of(values, "questions") if self.text_is_question else []
 
     def plant(self, rows: Tensor, image: Tensor, ids: Tensor) -> None:
         """Each word's tokens look at all that its boxes cover, shared over the word's tokens as they come."""
         said = self.known[image.numpy().tobytes()]
         text = self.decoder.tokenizer.decode(ids, skip_special_tokens=True).strip()
-        cut = Cut(self.decoder, text)
+        cut = TokenSpans(self.decoder, text)
         for mention in mentions(text, said["objects"], self.vocabulary):
             boxes = to_cells(np.array([said["objects"][o]["box"] for o in mention.objects]), (0, 0, 64, 64), GRID)
             for token in cut.tokens(mention.start, mention.end):
                 rows[token] = torch.from_numpy(covered(boxes, GRID)).flatten()
 
 
-def planted(small: Small, asks: bool, sight: str, length: int = 64) -> Finetuned:
-    """A real tiny model whose task has planted sight."""
+def planted(small: Small, asks: bool, record: str, length: int = 64) -> Finetuned:
+    """A real tiny model whose task has planted record."""
     torch.manual_seed(0)
     settings = [*TINY_TOWERS, "image.args.patch_size=8", f"text.tokenizer={small.tokenizer}", "image.size=64"]
     settings += [
@@ -95,7 +95,7 @@ def planted(small: Small, asks: bool, sight: str, length: int = 64) -> Finetuned
     encoder = encoders.build(models.towers(config), config.model, tokenizer)
     model = models.build(encoder, config.fusion, config.context, config.tokens)
     decoders = models.decoders(config, tokenizer, encoder, "txt")
-    task = Planted(small, asks, sight, length)
+    task = Planted(small, asks, record, length)
     for shard in sorted(small.root.glob("scenes/val-*.tar")):
         with tarfile.open(shard) as tar:
             files = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
@@ -212,7 +212,7 @@ def test_shuffled_text_looks_elsewhere(small: Small) -> None:
     tuned = planted(small, False, "boxes")
     tuned.task.head = lambda model: torch.nn.Identity()  # type: ignore[method-assign, assignment]
     found = grounding(tuned, small.val, GroundingConfig(method="raw", workers=0, resamples=200), CPU)
-    assert found["pointing_thing"] == found["pointing_thing_untrained"] == 1  # the sight is the task's, not the fusion's
+    assert found["pointing_thing"] == found["pointing_thing_untrained"] == 1  # the record is the task's, not the fusion's
     assert found["pointing_thing_shuffled"] < 0.6
 
 
@@ -261,7 +261,7 @@ def test_one_picture_one_text(small: Small) -> None:
         name = next(member.name for member in tar if member.name.endswith(".jpg"))
         picture = tar.extractfile(name).read()  # type: ignore[union-attr]
         said = json.loads(tar.extractfile(name[:-3] + "json").read())  # type: ignore[union-attr]
-    seen: Seen = look(tuned, picture, said["captions"][0], "raw")
+    seen: WordMaps = look(tuned, picture, said["captions"][0], "raw")
     assert seen.words == [word.strip(",.:") for word in said["captions"][0].split()]
     assert seen.picture.size == (64, 64)
     thing = next(m for m in mentions(said["captions"][0], said["objects"], dataset.VOCABULARY) if m.kind == "thing")

@@ -16,7 +16,7 @@ from PIL import Image
 
 import finetune
 from finetune.explain.attribution import METHODS
-from finetune.explain.token_spans import Cut
+from finetune.explain.token_spans import TokenSpans
 from finetune.explain.word_maps import examples, look, readers, token_maps
 from finetune.grounding.evaluate import GroundingConfig, grounding
 from launch import cli, report
@@ -85,8 +85,8 @@ def test_a_decoder_looks_before_it_writes(runs: Path, picture: Path) -> None:
     token_maps(model.model, model.task, inputs["image"], inputs["text"], masks["text"], "raw")
     (trace,) = captured
     (crossing,) = [step for step in trace.steps if step.kind == "cross"]
-    weights = crossing.sights[0].weights.used.mean(dim=1).detach()
-    cut = Cut(readers(model)[1], "a red car")
+    weights = crossing.records[0].weights.used.mean(dim=1).detach()
+    cut = TokenSpans(readers(model)[1], "a red car")
     (car,) = cut.words()[2].tokens[:1]
     torch.testing.assert_close(maps[0, car].flatten(), weights[0, car - 1])
 

@@ -20,7 +20,7 @@ from finetune import model as models
 from finetune import wise_ft
 from finetune.export import export
 from finetune.tasks import EvalConfig, reranking, retrieval
-from finetune.tasks.negative_captions import Foils
+from finetune.tasks.negative_captions import NegativeCaptions
 from launch import cli
 from pretrain import registry
 from pretrain.checkpoints.loading import load_model
@@ -311,11 +311,11 @@ def test_a_constant_answer_is_warned_of_once(capsys: pytest.CaptureFixture[str])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Foils, one text a picture, refusals
+# NegativeCaptions, one text a picture, refusals
 
 
 def test_foils_of_a_sample(small: Small) -> None:
-    decoder = Foils(TextDecoder(load_tokenizer(small.tokenizer), 24), "foils", 2)
+    decoder = NegativeCaptions(TextDecoder(load_tokenizer(small.tokenizer), 24), "foils", 2)
 
     def items(*fields: Any, train: bool = True) -> list[tuple[str, ...]]:
         made = [RawSample("s/0", {"json": json.dumps(field).encode()}) for field in fields]
