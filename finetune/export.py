@@ -73,7 +73,7 @@ def export(tuned: Finetuned, folder: Path, license: str | None = None) -> Path:
 def encoders_of(tuned: Finetuned) -> Encoders:
     """What they and their preprocessing are, under whatever the task has put around it; on the CPU."""
     tuned.model.to("cpu").eval()
-    text = encoders.decoders(tuned.config, tuned.tokenizer, tuned.model.encoder, "txt")["text"]
+    text = encoders.build_decoders(tuned.config, tuned.tokenizer, tuned.model.encoder, "txt")["text"]
     return Encoders(tuned.model.encoder, tuned.config, text)
 
 

@@ -83,13 +83,13 @@ def load(run: str | Path) -> Finetuned:
     config = configuration.build(FusionSchema, values, str(path), partial=True)
     data = values.get("data") or {}
     tokenizer = load_tokenizer(str(folder / loading.TOKENIZER))
-    encoder = encoders.build(encoders.towers(config), config.model, tokenizer)
+    encoder = encoders.build(encoders.tower_configs(config), config.model, tokenizer)
     task = registry.get_component("tasks", config.task.name).build(config.task, None)
     model = models.build(encoder, config.fusion, config.context, config.tokens, config.adapt.fork)
     model.head = task.head(model)
     store.load_weights(model, store.read_weights(folder), folder)
     model.eval()
-    decoders = task.decoders(encoders.decoders(config, tokenizer, encoder, evaluated_caption(data)))
+    decoders = task.decoders(encoders.build_decoders(config, tokenizer, encoder, evaluated_caption(data)))
     return Finetuned(model, task, config, tokenizer, decoders, folder, store.step_of(folder), _there(data.get("train")))
 
 

@@ -21,6 +21,7 @@ from pretrain.checkpoints import warm_start
 from pretrain.data.loader import Batch, Loader
 from pretrain.embedding.split import evaluating
 from pretrain.errors import ConfigError, UserError
+from pretrain.model import portable_config
 from pretrain.training.loop import Outcome, fit
 from pretrain.training.session import (
     build_encoders,
@@ -99,7 +100,7 @@ def build(config: FinetuneConfig) -> Components:
 
 def inline(parts: Components) -> FinetuneConfig:
     """Return the configuration as checkpoints keep it: with architectures and what the task learned from its data."""
-    config = encoders.portable(parts.config, parts.model.encoder)
+    config = portable_config(parts.config, parts.model.encoder)
     assert isinstance(config, FinetuneConfig)
     return replace(config, task=replace(config.task, **parts.task.settings()))
 

@@ -64,7 +64,7 @@ def pretrained(tuned: Finetuned, init: Any = None) -> dict[str, Tensor]:
         if size is not None and run is not None:
             config = replace(config, image=replace(config.image, size=loading.load_model(run).config.image.size))
         with torch.random.fork_rng(devices=[]):
-            encoder = encoders.build(encoders.towers(config), config.model, tuned.tokenizer)
+            encoder = encoders.build(encoders.tower_configs(config), config.model, tuned.tokenizer)
         warm_start.load(encoder, init, bool(values.get("init_partial")), tuned.tokenizer)
     except UserError as error:
         raise UserError(f"--wise needs the model that this run began from: {error}; or name it with --pretrained") from error
@@ -110,7 +110,7 @@ def run(
     begin = time.perf_counter()
     weights = pretrained(tuned, init)
     tuned.model.to(device)
-    towers = encoders.decoders(tuned.config, tuned.tokenizer, tuned.model.encoder, _caption(tuned))
+    towers = encoders.build_decoders(tuned.config, tuned.tokenizer, tuned.model.encoder, _caption(tuned))
 
     def measure() -> dict[str, float]:
         own = tuned.evaluate(shards, EvalConfig(), device)

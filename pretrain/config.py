@@ -113,7 +113,7 @@ ALTERNATIVES = {"train": ("steps", "samples", "epochs")}
 
 
 def merge(base: dict[str, Any], above: dict[str, Any], section: str = "") -> dict[str, Any]:
-    """`base` with `above` merged_values over it, key by key; lists replace, and one of several alternatives replaces the others."""
+    """`base` with `above` merged over it; lists replace, and one of several alternatives replaces the others."""
     units = ALTERNATIVES.get(section, ())
     given = any(above.get(key) for key in units)  # 0 says: not this one
     merged_values = {key: value for key, value in base.items() if not (given and key in units)}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain import registry
-from pretrain.config import extra_components, component_field
+from pretrain.config import component_field, extra_components
 from pretrain.data.images import AugmentConfig, ImageDecoder
 from pretrain.data.text import TextDecoder
 from pretrain.errors import ConfigError
@@ -174,7 +174,7 @@ def build(towers: dict[str, Any], config: ModelConfig, tokenizer: Any = None) ->
     return DualEncoder(made, config.dim, scale, config.logit_bias, projected)
 
 
-def towers(config: ModelSchema) -> dict[str, Any]:
+def tower_configs(config: ModelSchema) -> dict[str, Any]:
     """The tower configurations by modality; a modality set to null is left out."""
     all_of = {"image": config.image, "text": config.text, **config.others}
     found = {modality: tower for modality, tower in all_of.items() if tower is not None}
@@ -183,12 +183,12 @@ def towers(config: ModelSchema) -> dict[str, Any]:
     return found
 
 
-def decoders(
+def build_decoders(
     config: ModelSchema, tokenizer: Any, model: DualEncoder, caption: str, augment: AugmentConfig | None = None, draw: int = 1
 ) -> dict[str, Any]:
     """What turns a raw sample into each tower's input. A tower's file may bring its own `decoder(config, tokenizer)`."""
     made: dict[str, Any] = {}
-    for modality, tower in towers(config).items():
+    for modality, tower in tower_configs(config).items():
         module = registry.get_component("towers", tower.tower)
         if hasattr(module, "decoder"):
             made[modality] = module.decoder(tower, tokenizer)
@@ -201,10 +201,10 @@ def decoders(
     return made
 
 
-def portable(config: ModelSchema, model: DualEncoder) -> ModelSchema:
+def portable_config(config: ModelSchema, model: DualEncoder) -> ModelSchema:
     """The configuration as a checkpoint keeps it: every architecture inline, so that loading needs no hub and no folder."""
     inlined: dict[str, Any] = {}
-    for modality, tower in towers(config).items():
+    for modality, tower in tower_configs(config).items():
         settings = getattr(model.towers[modality], "settings", None)
         changes = settings() if settings is not None else {}
         inlined[modality] = replace(tower, **changes)

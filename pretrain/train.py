@@ -78,7 +78,7 @@ def train(config: PretrainConfig) -> Outcome:
         parts = build(config)
         if session.checkpoint is None and config.init is not None:
             warm_start.load(parts.model, config.init, config.init_partial, parts.tokenizer)
-        portable = models.portable(config, parts.model)
+        portable = models.portable_config(config, parts.model)
         session.write_config()
         flops_per_batch = build_flops_counter(config, parts) if session.device.type == "cuda" else None
         plan = session.build_plan(parts.loader, portable, parts.tokenizer, "image_to_text_R@1", flops=flops_per_batch)

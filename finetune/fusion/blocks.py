@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from finetune.attention.multihead import Attention, ZeroInitLinear, Tokens
+from finetune.attention.multihead import Attention, Tokens, ZeroInitLinear
 from finetune.attention.positions import channels
 from finetune.attention.trace import AttentionRecord, Step, Trace, Weights
 from finetune.context import Asking, Context, build_contexts

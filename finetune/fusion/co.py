@@ -15,10 +15,10 @@ from finetune.attention.multihead import Tokens
 from finetune.attention.positions import placed
 from finetune.attention.trace import Trace
 from finetune.fusion.blocks import (
+    AttentionBlock,
     FeedForward,
     Fusion,
     FusionConfig,
-    AttentionBlock,
     asked_widths,
     check_names,
     fused_by_layer,

@@ -18,10 +18,10 @@ from finetune.attention.positions import placed
 from finetune.attention.trace import Trace
 from finetune.context import Context
 from finetune.fusion.blocks import (
+    AttentionBlock,
     FeedForward,
     Fusion,
     FusionConfig,
-    AttentionBlock,
     KeyValueSource,
     asked_widths,
     check_names,

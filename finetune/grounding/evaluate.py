@@ -35,12 +35,12 @@ from finetune.grounding.phrases import KINDS_OF_WORDS
 from finetune.grounding.pointing_game import bootstrap
 from finetune.grounding.probes import SWAP, Prober, Record, Sides, untrained
 from finetune.loading import Finetuned
-from finetune.tasks import gather_or_raise
 from pretrain.data import loader, vocabulary
 from pretrain.data.config import sources_of
 from pretrain.data.vocabulary import Vocabulary
 from pretrain.errors import ConfigError, UserError, closest
 from pretrain.runtime import distributed
+from pretrain.runtime.agree import gather_or_raise
 
 CONTROLS = ("area", "centre", "untrained", "shuffled")
 

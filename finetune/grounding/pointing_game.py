@@ -108,7 +108,7 @@ class Interval(NamedTuple):
 def bootstrap(
     values: Array, image_index: NDArray[np.int64], resamples: int = 2000, seed: int = 0, level: float = 0.95
 ) -> Interval:
-    """The mean of `values` (n,) with its percentile interval over pictures drawn anew; `image_index` (n,): whose each value is."""
+    """The mean of `values` (n,) with its percentile interval over images drawn anew; `image_index` (n,): the image of each."""
     _, image_index = np.unique(image_index, return_inverse=True)
     count = int(image_index.max()) + 1
     sums, sizes = np.bincount(image_index, values, count), np.bincount(image_index, minlength=count)

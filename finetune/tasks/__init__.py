@@ -39,7 +39,6 @@ from pretrain.data.shards.reader import Reader
 from pretrain.embedding.split import evaluating
 from pretrain.errors import ConfigError, UserError
 from pretrain.runtime import distributed
-from pretrain.runtime.agree import gather_or_raise as gather_or_raise  # noqa: F401 - the name that grounding.py imports
 from pretrain.strategies import DTYPES
 
 Survey = Callable[[], Iterator[dict[str, Any]]]

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from finetune.attention.trace import Trace
 from finetune.fusion.blocks import repeat
 from finetune.model import Features, FusionModel, Head
-from finetune.tasks import Prediction, Setting, Survey, Task, ExportSpec, per_item
+from finetune.tasks import ExportSpec, Prediction, Setting, Survey, Task, per_item
 from finetune.tasks.labels import Labels, balance, check_measures, count, in_order, multi, single
 from pretrain.data import BadSample
 from pretrain.data.images import ImageDecoder

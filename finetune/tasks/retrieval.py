@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from finetune.attention.trace import Trace
 from finetune.model import Features, FusionModel, Head
-from finetune.tasks import Prediction, Setting, Survey, Task, ExportSpec, hard_negatives, per_item
+from finetune.tasks import ExportSpec, Prediction, Setting, Survey, Task, hard_negatives, per_item
 from finetune.tasks.negative_captions import NegativeCaptions
 from finetune.tasks.reranking import search
 from pretrain import registry

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from finetune.attention.trace import Trace
 from finetune.model import Features, FusionModel, Head
-from finetune.tasks import Prediction, Setting, Survey, Task, ExportSpec, per_item
+from finetune.tasks import ExportSpec, Prediction, Setting, Survey, Task, per_item
 from finetune.tasks.questions import Question, Questions, questions_of
 from finetune.tasks.vqa_accuracy import Blind, accuracy, vocabulary
 from pretrain.data import BadSample

@@ -196,7 +196,7 @@ def measure(config: PretrainConfig) -> tuple[Model, list[str]]:
     """Builds the model on the CPU, without published weights, and takes its measures; and what was assumed."""
     notes = []
     towers = {}
-    for name, tower in models.towers(config).items():
+    for name, tower in models.tower_configs(config).items():
         changes: dict[str, Any] = {"pretrained": False} if hasattr(tower, "pretrained") else {}
         if hasattr(tower, "groups"):
             changes["groups"] = 1  # grouping by length is for CPUs, and depends on the texts

@@ -63,10 +63,10 @@ def load_model(run: str | Path) -> Loaded:
 
 
 def _built(config: ModelSchema, weights: dict[str, Tensor], tokenizer: Any, caption: str, folder: Path, step: int) -> Loaded:
-    model = models.build(models.towers(config), config.model, tokenizer)
+    model = models.build(models.tower_configs(config), config.model, tokenizer)
     store.load_weights(model, weights, folder)
     model.eval()
-    return Loaded(model, config, tokenizer, models.decoders(config, tokenizer, model, caption), folder, step)
+    return Loaded(model, config, tokenizer, models.build_decoders(config, tokenizer, model, caption), folder, step)
 
 
 def foreign(run: str | Path) -> Callable[[str], ImportedModel] | None:

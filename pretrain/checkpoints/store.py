@@ -172,13 +172,13 @@ def problem(folder: Path) -> str | None:
     return None
 
 
-def newest(checkpoints: Path, say: Callable[[str], None]) -> Path | None:
+def newest(checkpoints: Path, report: Callable[[str], None]) -> Path | None:
     """The newest complete and verified checkpoint; a damaged one is named and passed over."""
     for folder in reversed(complete(checkpoints)):
         wrong = problem(folder)
         if wrong is None:
             return folder
-        log_info(f"passing over {folder}: {wrong}")
+        report(f"passing over {folder}: {wrong}")
     return None
 
 

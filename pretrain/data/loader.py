@@ -30,7 +30,7 @@ from pretrain.data.order import Order, ShardSource
 from pretrain.data.prefetch import needed, scouting
 from pretrain.data.shards.reader import Reader
 from pretrain.data.shuffle import Ints
-from pretrain.data.worker import SkippedSample, PartialBatch, SampleReader, Training
+from pretrain.data.worker import PartialBatch, SampleReader, SkippedSample, Training
 from pretrain.data.worker_pool import running
 from pretrain.errors import UserError
 

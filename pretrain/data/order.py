@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pretrain.data.shuffle import ShuffledSource, Ints, draw
+from pretrain.data.shuffle import Ints, ShuffledSource, draw
 from pretrain.errors import ConfigError
 
 PERIOD_BITS = 16

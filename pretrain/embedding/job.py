@@ -31,11 +31,11 @@ from pretrain.data.shards.reader import Reader
 from pretrain.data.worker import Evaluation
 from pretrain.data.worker_pool import running
 from pretrain.embedding import dataset, options
-from pretrain.embedding.dataset import Folder, WorkUnit, EmbeddingPlan
+from pretrain.embedding.dataset import EmbeddingPlan, Folder, WorkUnit
 from pretrain.embedding.encoder import Encoder, evaluating
 from pretrain.embedding.options import Options
 from pretrain.embedding.parquet import Layout, Writer
-from pretrain.embedding.work_queue import WorkQueue, ProgressBar
+from pretrain.embedding.work_queue import ProgressBar, WorkQueue
 from pretrain.errors import ConfigError, UserError, closest
 from pretrain.runtime import distributed, preflight
 from pretrain.runtime.agree import on_main

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.formats import Encoders, mean_pooling, portable_tokenizer, unsupported, text_weights, vit_weights
+from pretrain.formats import Encoders, mean_pooling, portable_tokenizer, text_weights, unsupported, vit_weights
 from pretrain.formats.text_weights import TextSpec
 from pretrain.formats.vit_weights import ViTSpec
 from pretrain.runtime.files import apply_umask

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pretrain.formats import Encoders, block_weights, mean_pooling, portable_tokenizer, unsupported, text_weights, vit_weights
+from pretrain.formats import Encoders, block_weights, mean_pooling, portable_tokenizer, text_weights, unsupported, vit_weights
 from pretrain.formats.block_weights import Weights
 from pretrain.formats.text_weights import TextSpec
 from pretrain.formats.vit_weights import ViTSpec

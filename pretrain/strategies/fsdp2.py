@@ -22,7 +22,7 @@ from pretrain.optim import OptimConfig
 from pretrain.runtime import distributed
 from pretrain.strategies import DTYPES, Precision
 from pretrain.strategies.batch_norm import synchronised
-from pretrain.strategies.full_copy import materialized, disable_length_buckets, meta_copy
+from pretrain.strategies.full_copy import disable_length_buckets, materialized, meta_copy
 from pretrain.strategies.single import Single
 
 

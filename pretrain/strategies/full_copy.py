@@ -1,7 +1,7 @@
 """What sharded weights ask for: forward passes in step, and a whole copy for evaluation.
 
 Forward passes of a sharded model are collective: two processes that ran different numbers of them would wait for each other
-for ever. In training each process runs the same number. In evaluation they need not: it gets a plain model, materialized by every
+for ever. In training each process runs the same number. In evaluation they need not: it gets a plain model, filled by every
 process together, then used by each alone.
 """
 

@@ -17,7 +17,7 @@ from pretrain.optim import OptimConfig
 from pretrain.runtime import distributed
 from pretrain.strategies import Precision
 from pretrain.strategies.deepspeed import Zero
-from pretrain.strategies.full_copy import materialized, disable_length_buckets, meta_copy
+from pretrain.strategies.full_copy import disable_length_buckets, materialized, meta_copy
 
 RECOMPUTES = ("grad_checkpointing", "gradient_checkpointing")
 """What timm's and transformers' modules say when they recompute activations in the backward pass."""

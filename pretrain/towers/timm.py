@@ -23,7 +23,7 @@ from torch.func import functional_call
 
 from pretrain.errors import ConfigError, closest
 from pretrain.ops import CLIP_MEAN, CLIP_STD, use_onednn
-from pretrain.towers import TokenSequence, Tower, used_parameters, stem
+from pretrain.towers import TokenSequence, Tower, stem, used_parameters
 from pretrain.towers.pooling import head_norm, repool
 
 TAKEN = {"img_size": "image.size", "num_classes": "nothing: towers have no classes", "features_only": "nothing"}

@@ -349,7 +349,7 @@ class _Run:
     # Evaluation
 
     def evaluate_or_save(self, log: RunLog) -> bool:
-        """An evaluation that fails (its shards are gone, log_info) costs no training."""
+        """An evaluation that fails (its shards are gone, for example) costs no training."""
         try:
             return self._evaluate(log)
         except UserError:

@@ -175,18 +175,18 @@ def build_encoders(config: Any) -> tuple[Any, DualEncoder]:
         sources_of(config.data.val, "data.val")
     tokenizer = warm_start.tokenizer(config.init, config.text) if config.text is not None else None
     torch.manual_seed(config.seed)
-    return tokenizer, models.build(models.towers(config), config.model, tokenizer)
+    return tokenizer, models.build(models.tower_configs(config), config.model, tokenizer)
 
 
 def build_train_decoders(config: Any, tokenizer: Any, encoders: DualEncoder) -> dict[str, Any]:
     """Build the decoders by modality for training: augmented images, drawn captions."""
     data = config.data
-    return models.decoders(config, tokenizer, encoders, data.caption, data.augment, data.draw)
+    return models.build_decoders(config, tokenizer, encoders, data.caption, data.augment, data.draw)
 
 
 def build_eval_decoders(config: Any, tokenizer: Any, encoders: DualEncoder) -> dict[str, Any]:
     """Build the decoders by modality for evaluation: nothing is augmented or drawn."""
-    return models.decoders(config, tokenizer, encoders, evaluated_caption(vars(config.data)))
+    return models.build_decoders(config, tokenizer, encoders, evaluated_caption(vars(config.data)))
 
 
 def build_loader(config: Any, decoders: dict[str, Any]) -> Loader:

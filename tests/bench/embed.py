@@ -101,8 +101,8 @@ def build(config: str, settings: list[str], folder: Path) -> Loaded:
     values = configuration.merged(find_config(config, "pretrain"), settings)
     made = configuration.build(ModelSchema, values, config, partial=True)
     tokenizer = load_tokenizer(made.text.tokenizer)
-    model = models.build(models.towers(made), made.model, tokenizer).eval()
-    return Loaded(model, made, tokenizer, models.decoders(made, tokenizer, model, "txt"), folder, 0)
+    model = models.build(models.tower_configs(made), made.model, tokenizer).eval()
+    return Loaded(model, made, tokenizer, models.build_decoders(made, tokenizer, model, "txt"), folder, 0)
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def measured(settings: list[str]) -> dict[str, float]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         loss = registry.get_component("losses", config.loss.name)
         scaled = replace(config.model, logit_scale=loss.LOGIT_SCALE, logit_bias=loss.LOGIT_BIAS)
-        model = models.build(models.towers(config), scaled, tokenizer)
+        model = models.build(models.tower_configs(config), scaled, tokenizer)
         strategy = strategies.choose(train.strategy, train.precision, config.optim, torch.device("cpu"))
         strategy.setup(model)
         strategy.model.train()

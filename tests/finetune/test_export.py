@@ -53,14 +53,14 @@ def fresh(small: Small, *settings: str) -> Finetuned:
     config = configuration.build(FusionSchema, values, "test", partial=True)
     tokenizer = load_tokenizer(str(small.tokenizer))
     torch.manual_seed(0)
-    encoder = encoders.build(models.towers(config), config.model, tokenizer)
+    encoder = encoders.build(encoders.tower_configs(config), config.model, tokenizer)
     task = registry.get_component("tasks", config.task.name).build(config.task, None)
     model = models.build(encoder, config.fusion, config.context, config.tokens)
     model.head = task.head(model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    decoders = task.decoders(models.decoders(config, tokenizer, encoder, "txt"))
+    decoders = task.decoders(encoders.build_decoders(config, tokenizer, encoder, "txt"))
     return Finetuned(model.eval(), task, config, tokenizer, decoders, Path("none"), 0)
 
 
@@ -93,7 +93,7 @@ def test_onnxruntime_answers_as_the_model_does(case: str, small: Small, tmp_path
     told = json.loads((folder / "task.json").read_text())
     feature = "match" if case.startswith("retrieval") else "logits"
     assert told["output"] == feature
-    encode = models.decoders(tuned.config, tuned.tokenizer, tuned.model.encoder, "txt")["text"].encode
+    encode = encoders.build_decoders(tuned.config, tuned.tokenizer, tuned.model.encoder, "txt")["text"].encode
     answers = []
     for texts in (TEXTS, TEXTS[1:2]):  # two batches, two lengths
         ids, mask = encode(texts)

@@ -344,8 +344,8 @@ def test_numbers_are_short(value: float, text: str) -> None:
 def test_gallery_of_a_model_holds_pictures_as_it_sees_them(small: Small) -> None:
     config = configuration.load(ModelSchema, None, [*TINY_TOWERS, f"text.tokenizer={small.tokenizer}"])
     tokenizer = load_tokenizer(small.tokenizer)
-    model = models.build(models.towers(config), config.model, tokenizer)
-    decoders = models.decoders(config, tokenizer, model, "txt")
+    model = models.build(models.tower_configs(config), config.model, tokenizer)
+    decoders = models.build_decoders(config, tokenizer, model, "txt")
     loaded = loading.Loaded(model, config, tokenizer, decoders, Path("step-0000000"), 0)
     shown = gallery.build(loaded, [{"shards": small.val, "weight": 1.0}], torch.device("cpu"), workers=0, pictures=40)
     assert shown is not None

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import pytest
 
-from pretrain.config import build, extra_components, load, merged, save, component_field, to_dict
+from pretrain.config import build, component_field, extra_components, load, merged, save, to_dict
 from pretrain.errors import ConfigError, closest
 from pretrain.registry import get_component
 from pretrain.training.loop import TrainConfig
@@ -36,8 +36,8 @@ class Outer:
 
 @dataclass
 class WithParts:
-    loss: Any = component_field(part, "losses", "name", "clip")
-    others: dict[str, Any] = extra_components(part, "towers", "tower")
+    loss: Any = component_field(get_component, "losses", "name", "clip")
+    others: dict[str, Any] = extra_components(get_component, "towers", "tower")
 
 
 def test_yaml_then_base_then_dotlist(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from finetune.attention.multihead import Attention, ZeroInitLinear, Tokens, attend
+from finetune.attention.multihead import Attention, Tokens, ZeroInitLinear, attend
 from pretrain.errors import ConfigError
 from tests.support.attention_reference import DEVICES, naive_attention
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finetune.attention.multihead import Attention, ZeroInitLinear, Tokens
+from finetune.attention.multihead import Attention, Tokens, ZeroInitLinear
 from finetune.attention.positions import in_picture, in_sequence, placed
 from finetune.attention.trace import Trace
 from finetune.context import coarse_to_fine, local

@@ -44,9 +44,9 @@ class Planted(Task):
 
     primary_metric = "none"
 
-    def __init__(self, small: Small, asks: bool, record: str, length: int) -> None:
+    def __init__(self, small: Small, asks: bool, sight: str, length: int) -> None:
         self.text_is_question = asks  # type: ignore[misc]
-        self.record = record
+        self.sight = sight
         self.decoder = TextDecoder(load_tokenizer(small.tokenizer), length)
         self.known: dict[bytes, dict[str, Any]] = {}
         self.vocabulary = dataset.VOCABULARY
@@ -57,7 +57,7 @@ class Planted(Task):
         assert trace is not None
         b, T = inputs["text"].shape
         used = torch.zeros(b, 1, T, 64)
-        if self.record == "blind":
+        if self.sight == "blind":
             used += 1 / 64
         else:
             for i in range(b):
@@ -80,8 +80,8 @@ class Planted(Task):
                 rows[token] = torch.from_numpy(covered(boxes, GRID)).flatten()
 
 
-def planted(small: Small, asks: bool, record: str, length: int = 64) -> Finetuned:
-    """A real tiny model whose task has planted record."""
+def planted(small: Small, asks: bool, sight: str, length: int = 64) -> Finetuned:
+    """A real tiny model whose task has planted sight."""
     torch.manual_seed(0)
     settings = [*TINY_TOWERS, "image.args.patch_size=8", f"text.tokenizer={small.tokenizer}", "image.size=64"]
     settings += [
@@ -92,10 +92,10 @@ def planted(small: Small, asks: bool, record: str, length: int = 64) -> Finetune
     ]
     config = configuration.build(FusionSchema, configuration.merged(None, settings), "here")
     tokenizer = load_tokenizer(small.tokenizer)
-    encoder = encoders.build(models.towers(config), config.model, tokenizer)
+    encoder = encoders.build(encoders.tower_configs(config), config.model, tokenizer)
     model = models.build(encoder, config.fusion, config.context, config.tokens)
-    decoders = models.decoders(config, tokenizer, encoder, "txt")
-    task = Planted(small, asks, record, length)
+    decoders = encoders.build_decoders(config, tokenizer, encoder, "txt")
+    task = Planted(small, asks, sight, length)
     for shard in sorted(small.root.glob("scenes/val-*.tar")):
         with tarfile.open(shard) as tar:
             files = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
@@ -212,7 +212,7 @@ def test_shuffled_text_looks_elsewhere(small: Small) -> None:
     tuned = planted(small, False, "boxes")
     tuned.task.head = lambda model: torch.nn.Identity()  # type: ignore[method-assign, assignment]
     found = grounding(tuned, small.val, GroundingConfig(method="raw", workers=0, resamples=200), CPU)
-    assert found["pointing_thing"] == found["pointing_thing_untrained"] == 1  # the record is the task's, not the fusion's
+    assert found["pointing_thing"] == found["pointing_thing_untrained"] == 1  # the sight is the task's, not the fusion's
     assert found["pointing_thing_shuffled"] < 0.6
 
 

@@ -46,10 +46,10 @@ def save(small: Small, root: Path, seed: int, *more: str) -> Path:
     tokenizer = load_tokenizer(small.tokenizer)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = models.build(models.towers(config), config.model, tokenizer)
+        model = models.build(models.tower_configs(config), config.model, tokenizer)
 
     def files(folder: Path) -> None:
-        configuration.save(models.portable(config, model), folder / "config.yaml")
+        configuration.save(models.portable_config(config, model), folder / "config.yaml")
         tokenizer.save_pretrained(folder / loading.TOKENIZER)
 
     return store.save(root / "checkpoints", seed, model.state_dict(), files, lambda _: None, keep=0)

@@ -36,8 +36,8 @@ def build(small: Small, caption: str = "txt", *more: str) -> loading.Loaded:
     tokenizer = load_tokenizer(small.tokenizer)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = models.build(models.towers(config), config.model, tokenizer)
-    decoders = models.decoders(config, tokenizer, model, caption)
+        model = models.build(models.tower_configs(config), config.model, tokenizer)
+    decoders = models.build_decoders(config, tokenizer, model, caption)
     return loading.Loaded(model, config, tokenizer, decoders, Path("runs/tiny/checkpoints/step-0000000"), 0)
 
 

@@ -51,12 +51,12 @@ def fresh(name: str, tokenizer: Path, *settings: str) -> Loaded:
     values = configuration.merged(ROOT / f"configs/pretrain/{name}.yaml", [f"text.tokenizer={tokenizer}", *settings])
     config = configuration.build(ModelSchema, values, name, partial=True)
     torch.manual_seed(0)
-    model = models.build(models.towers(config), config.model, read)
+    model = models.build(models.tower_configs(config), config.model, read)
     with torch.no_grad():
         for parameter in model.towers.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
         model.logit_scale.fill_(3.0)
-    return Loaded(model.eval(), config, read, models.decoders(config, read, model, "txt"), Path("none"), 0)
+    return Loaded(model.eval(), config, read, models.build_decoders(config, read, model, "txt"), Path("none"), 0)
 
 
 @pytest.fixture(scope="module")

@@ -72,34 +72,34 @@ CASES: list[tuple[str, Any, Any, str | None]] = [
 
 SCRIPT = """
 import sys
-from pretrain import dist, launched
-from pretrain.config import UserError
+from pretrain.errors import UserError
+from pretrain.runtime import distributed, preflight
 from tests.pretrain.runtime.test_preflight import CASES
-dist.setup(60)
+distributed.setup(60)
 for name, zero, one, _ in CASES:
     try:
-        launched.agree(name, zero if dist.rank() == 0 else one)
+        preflight.agree(name, zero if distributed.rank() == 0 else one)
         print("agreed", flush=True)
     except UserError as error:
         print(f"refused: {error}", flush=True)
-folder = sys.argv[1 + dist.rank()]
+folder = sys.argv[1 + distributed.rank()]
 try:
-    launched.agree("data.train", lambda: launched.data_fingerprint([f"{folder}/a.tar", f"{folder}/b.tar"]))
+    preflight.agree("data.train", lambda: preflight.data_fingerprint([f"{folder}/a.tar", f"{folder}/b.tar"]))
     print("agreed", flush=True)
 except UserError as error:
     print(f"refused: {error}", flush=True)
 def missing():
     raise UserError("no file matches")
 try:
-    launched.agree("data.train", missing)
+    preflight.agree("data.train", missing)
 except UserError as error:
     print(f"refused: {error}", flush=True)
 try:
-    launched.agree("data.train", missing if dist.rank() else {"number of shards": 2})
+    preflight.agree("data.train", missing if distributed.rank() else {"number of shards": 2})
 except UserError as error:
     print(f"refused: {error}", flush=True)
-print(dist.first_to_say("once"), flush=True)
-dist.shutdown()
+print(distributed.first_to_say("once"), flush=True)
+distributed.shutdown()
 """
 
 
@@ -142,7 +142,8 @@ def test_code_is_told_apart_by_a_comment(tmp_path: Path) -> None:
     import shutil
 
     shutil.copytree(ROOT / "pretrain", tmp_path / "pretrain", ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "pretrain" / "step.py").write_text((ROOT / "pretrain" / "step.py").read_text() + "# another\n")
+    step = Path("pretrain/training/step.py")
+    (tmp_path / step).write_text((ROOT / step).read_text() + "# another\n")
     code = (
         "import pretrain, json; from pretrain.runtime.preflight import code_fingerprint; print(json.dumps(code_fingerprint()))"
     )
