@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Finetuned", "load"]
 
-registry.add_package("finetune")
+registry.add_root_package("finetune")
 
 
 def __getattr__(name: str) -> Any:

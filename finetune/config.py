@@ -76,7 +76,7 @@ def load_config(path: Path, settings: list[str]) -> FinetuneConfig:
 
     All that runs or checks a run reads its configuration here. Raises ConfigError, UserError.
     """
-    given = configuration.merged(path, settings)
+    given = configuration.load_values(path, settings)
     init = given.get("init")
     if init is None and not {"image", "text"} <= set(given):
         raise ConfigError(

@@ -148,7 +148,7 @@ class FusionModel(nn.Module):
         """Keeps logit_scale in its range; called after each step."""
         self.encoder.clamp_()
 
-    def layout(self) -> tuple[dict[str, str], dict[str, int]]:
+    def parameter_layout(self) -> tuple[dict[str, str], dict[str, int]]:
         """Parameter -> the part that optim.lr_scale knows it by (a tower's modality; `heads`: projections and scale; `fusion`;
         `task`), and, for those in towers, -> layer."""
         parts = {"encoder": "heads", "forks": "heads", "fusion": "fusion", "head": "task"}

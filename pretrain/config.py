@@ -49,10 +49,10 @@ def extra_components(find: Find, room: str, key: str) -> Any:
 
 def load(schema: type[T], path: str | Path | None = None, dotlist: list[str] | None = None) -> T:
     """The configuration as an instance of `schema`. Raises ConfigError."""
-    return build(schema, merged(path, dotlist or []), str(path) if path is not None else "the command line")
+    return build(schema, load_values(path, dotlist or []), str(path) if path is not None else "the command line")
 
 
-def merged(path: str | Path | None, dotlist: list[str]) -> dict[str, Any]:
+def load_values(path: str | Path | None, dotlist: list[str]) -> dict[str, Any]:
     """What file and command line say, as plain values. Raises ConfigError."""
     return merge(read_yaml(Path(path)) if path is not None else {}, parse_dotlist(dotlist))
 

@@ -123,7 +123,7 @@ def _layout(model: nn.Module) -> tuple[dict[str, str], dict[str, int], dict[str,
     A model that has more than towers says parts and layers itself, in `layout()`.
     """
     if hasattr(model, "layout"):
-        part_of, layer_of = cast(Any, model).layout()
+        part_of, layer_of = cast(Any, model).parameter_layout()
     else:
         part_of, layer_of = {name: "heads" for name, _ in model.named_parameters()}, {}
         for modality, tower in getattr(model, "towers", {}).items():
@@ -136,12 +136,12 @@ def _layout(model: nn.Module) -> tuple[dict[str, str], dict[str, int], dict[str,
     return part_of, layer_of, last
 
 
-def adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
+def build_adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
     """Fused AdamW, which torch has for CPU and CUDA, and which skips a step on the device when told found_inf."""
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True)
 
 
-class Average:
+class WeightAverage:
     """Exponential moving average of the trainable weights, kept in float32 beside them: of each process's own local_shards.
 
     The decay is warmed up as min(decay, (1 + n) / (10 + n)) so that the first thousand steps do not average in the

@@ -1,7 +1,7 @@
 """get_component("losses", "clip") -> the module pretrain/losses/clip.py: a file's name is its name in the configuration.
 
 A user adds a loss, a tower, a strategy (and, one floor up, a fusion, a context, a task) with ONE new file. A dotted path
-("my_package.my_loss") names a module outside the project. finetune adds itself with `add_package`, so that this floor
+("my_package.my_loss") names a module outside the project. finetune adds itself with `add_root_package`, so that this floor
 knows nothing of the one above it.
 """
 
@@ -17,13 +17,13 @@ from pretrain.errors import ConfigError, closest
 _packages: list[str] = ["pretrain"]
 
 
-def add_package(package: str) -> None:
+def add_root_package(package: str) -> None:
     """Lets the rooms of `package` be found as well: "finetune" makes get_component("tasks", "vqa") work."""
     if package not in _packages:
         _packages.append(package)
 
 
-def names(room: str) -> list[str]:
+def component_names(room: str) -> list[str]:
     """The components in a room: one per module, sorted."""
     found: set[str] = set()
     for package in _packages:
@@ -44,7 +44,7 @@ def get_component(room: str, name: str) -> ModuleType:
         except ModuleNotFoundError as error:
             raise ConfigError(f"{room}: cannot import {name!r}: {error}; a dotted path must be importable") from error
     else:
-        choices = names(room)
+        choices = component_names(room)
         if name not in choices:
             raise ConfigError(f"no {name!r} in {room}{closest(name, choices)}; the choices are {', '.join(choices)}")
         with_room = (p for p in _packages if importlib.util.find_spec(f"{p}.{room}") is not None)

@@ -69,7 +69,9 @@ def load_config(path: Path, settings: list[str]) -> PretrainConfig:
 
     All that runs, checks or measures a run reads its configuration here. Raises ConfigError, UserError.
     """
-    return configuration.build(PretrainConfig, warm_start.with_init_defaults(configuration.merged(path, settings)), str(path))
+    return configuration.build(
+        PretrainConfig, warm_start.with_init_defaults(configuration.load_values(path, settings)), str(path)
+    )
 
 
 def train(config: PretrainConfig) -> Outcome:

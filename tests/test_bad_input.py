@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from launch import cli
-from tests.support import Small, clipfuse, environment, lines
-from tests.support.launches import PATIENCE
+from tests.support import Small, environment, read_jsonl, run_clipfuse
+from tests.support.launches import TIMEOUT_SECONDS
 
 
 def jpeg(size: tuple[int, int] = (40, 30)) -> bytes:
@@ -124,16 +124,16 @@ def test_bad_samples_are_counted_by_reason_and_replaced(small: Small, in_tmp: Pa
     ]
     shard(in_tmp / "mixed.tar", good(57) + bad)
     settings = small.settings("mixed", "train.steps=8", f"data.train={in_tmp}/mixed.tar", "train.audit=true")
-    clipfuse("pretrain", "scenes", *settings, "data.max_bad_rate=0.5", cwd=in_tmp)
-    last = lines(in_tmp / "runs/mixed/metrics.jsonl")[-1]
+    run_clipfuse("pretrain", "scenes", *settings, "data.max_bad_rate=0.5", cwd=in_tmp)
+    last = read_jsonl(in_tmp / "runs/mixed/metrics.jsonl")[-1]
     assert last["bad_samples"] >= 2 * len(bad)  # and the bad ones that were drawn as substitutes
     assert len([name for name in last if name.startswith("bad/")]) >= 5
-    audited = [key for line in lines(in_tmp / "runs/mixed/audit-0.jsonl") for key in line["keys"]]
+    audited = [key for line in read_jsonl(in_tmp / "runs/mixed/audit-0.jsonl") for key in line["keys"]]
     assert len(audited) == 128
     assert {f"mixed/{i:05d}" for i in range(57)} == set(audited)
-    checked = clipfuse("data", "check", in_tmp / "mixed.tar", cwd=in_tmp, check=None)
+    checked = run_clipfuse("data", "check", in_tmp / "mixed.tar", cwd=in_tmp, check=None)
     assert "64" in checked.stdout
-    stopped = clipfuse("pretrain", "scenes", *settings, "run=strict", "data.max_bad_rate=0.0", cwd=in_tmp, check=1)
+    stopped = run_clipfuse("pretrain", "scenes", *settings, "run=strict", "data.max_bad_rate=0.0", cwd=in_tmp, check=1)
     assert "bad" in stopped.stderr
 
 
@@ -150,12 +150,12 @@ def test_two_runs_in_one_folder(small: Small, in_tmp: Path) -> None:
         [sys.executable, "-m", "launch.cli", *words], cwd=in_tmp, env=environment(), stderr=subprocess.DEVNULL
     )
     try:
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + TIMEOUT_SECONDS
         while not (in_tmp / "runs/one/status.json").exists():
             assert time.monotonic() < deadline
             assert first.poll() is None
             time.sleep(0.05)
-        second = clipfuse(*words, cwd=in_tmp, check=1)
+        second = run_clipfuse(*words, cwd=in_tmp, check=1)
         assert f"runs/one is in use by process {first.pid}" in second.stderr
     finally:
         first.kill()
@@ -179,10 +179,10 @@ def test_what_a_resumed_run_must_not_change(small: Small, in_tmp: Path, capsys: 
 
 def test_a_loss_that_is_not_finite_is_skipped_counted_and_fatal(small: Small, in_tmp: Path) -> None:
     settings = small.settings("nan", "train.steps=30", "optim.lr=1e30", "optim.clip_norm=0", "train.max_skipped=4")
-    ended = clipfuse("pretrain", "scenes", *settings, cwd=in_tmp, check=1)
+    ended = run_clipfuse("pretrain", "scenes", *settings, cwd=in_tmp, check=1)
     assert "not finite for 4 steps in a row" in ended.stderr
     assert "optim.lr" in ended.stderr
-    assert lines(in_tmp / "runs/nan/metrics.jsonl")[-1]["skipped"] == 4
+    assert read_jsonl(in_tmp / "runs/nan/metrics.jsonl")[-1]["skipped"] == 4
 
 
 def test_a_table_without_the_column_names_those_it_has(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:

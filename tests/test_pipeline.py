@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from launch import cli
 from pretrain.checkpoints import store
 from pretrain.checkpoints.loading import load_model
-from tests.support import Small, clipfuse, lines
+from tests.support import Small, read_jsonl, run_clipfuse
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def run(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """60 steps on 300 scenes, evaluated twice."""
     run = tmp_path_factory.mktemp("pipeline") / "run"
     more = ("train.steps=60", f"data.val={small.val}", "train.eval_every=30", "train.save_every=20", "train.keep=1", "seed=3")
-    clipfuse("pretrain", "scenes", *small.settings(run, *more), "train.trackers=[tensorboard]", cwd=run.parent)
+    run_clipfuse("pretrain", "scenes", *small.settings(run, *more), "train.trackers=[tensorboard]", cwd=run.parent)
     return run
 
 
@@ -39,7 +39,7 @@ def test_the_run_folder_is_what_the_contract_says(run: Path) -> None:
 
 
 def test_metrics_have_the_fields_of_the_contract_and_the_loss_falls(run: Path) -> None:
-    written = lines(run / "metrics.jsonl")
+    written = read_jsonl(run / "metrics.jsonl")
     trained = [line for line in written if "loss" in line]
     assert [line["step"] for line in trained] == list(range(1, 61))
     for name in (
@@ -87,27 +87,27 @@ def test_a_checkpoint_stands_alone(run: Path, tmp_path: Path) -> None:
 
 
 def test_evaluate_prints_a_table_and_json_and_beats_chance(small: Small, run: Path) -> None:
-    printed = json.loads(clipfuse("evaluate", run, "--data", small.val, "--json", cwd=run.parent).stdout)
+    printed = json.loads(run_clipfuse("evaluate", run, "--data", small.val, "--json", cwd=run.parent).stdout)
     metrics = printed["metrics"]
     assert metrics["samples"] == 64
     assert metrics["image_to_text_R@10"] > 1.5 * printed["chance"]["image_to_text_R@10"]
     best = max(
-        (line for line in lines(run / "metrics.jsonl") if "val/image_to_text_R@1" in line),
+        (line for line in read_jsonl(run / "metrics.jsonl") if "val/image_to_text_R@1" in line),
         key=lambda line: line["val/image_to_text_R@1"],
     )
     assert metrics["text_to_image_R@5"] == pytest.approx(best["val/text_to_image_R@5"])
-    assert "R@1" in clipfuse("evaluate", run, "--data", small.val, cwd=run.parent).stdout
+    assert "R@1" in run_clipfuse("evaluate", run, "--data", small.val, cwd=run.parent).stdout
 
 
 def test_report_is_written(run: Path) -> None:
-    assert "report.html" in clipfuse("report", run, cwd=run.parent).stdout
+    assert "report.html" in run_clipfuse("report", run, cwd=run.parent).stdout
     page = (run / "report.html").read_text()
     assert page.startswith("<!doctype html>")
     assert "http://" not in page.replace("http://www.w3.org", "")
 
 
 def test_dry_run_prints_what_would_run_and_leaves_nothing(small: Small, tmp_path: Path) -> None:
-    out = clipfuse("pretrain", "scenes", *small.settings("x", "train.steps=10"), "--dry-run", cwd=tmp_path).stdout
+    out = run_clipfuse("pretrain", "scenes", *small.settings("x", "train.steps=10"), "--dry-run", cwd=tmp_path).stdout
     for words in ("batch_size: 16", "image", "text", "trainable", "1 shards, 300 samples", "10 steps of 16 samples"):
         assert words in out
     assert not list(tmp_path.iterdir())
@@ -115,17 +115,17 @@ def test_dry_run_prints_what_would_run_and_leaves_nothing(small: Small, tmp_path
 
 def test_a_finished_run_has_nothing_left_to_do_and_a_longer_horizon_goes_on(small: Small, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    clipfuse("pretrain", "scenes", *small.settings(run, "train.steps=4"), cwd=tmp_path)
-    again = clipfuse("pretrain", "scenes", *small.settings(run, "train.steps=4"), cwd=tmp_path)
+    run_clipfuse("pretrain", "scenes", *small.settings(run, "train.steps=4"), cwd=tmp_path)
+    again = run_clipfuse("pretrain", "scenes", *small.settings(run, "train.steps=4"), cwd=tmp_path)
     assert "nothing left to do" in again.stderr
-    clipfuse("pretrain", "scenes", *small.settings(run, "train.steps=6"), cwd=tmp_path)
-    assert [line["step"] for line in lines(run / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    run_clipfuse("pretrain", "scenes", *small.settings(run, "train.steps=6"), cwd=tmp_path)
+    assert [line["step"] for line in read_jsonl(run / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_init_starts_from_another_runs_weights(small: Small, run: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     settings = small.settings(other, "train.steps=1", f"init={run}", "optim.lr=1e-12", "optim.weight_decay=0")
-    clipfuse("pretrain", "scenes", *settings, cwd=tmp_path)
+    run_clipfuse("pretrain", "scenes", *settings, cwd=tmp_path)
     mine, theirs = (store.read_weights(store.find(where)) for where in (other, run))
     for name, value in theirs.items():
         torch.testing.assert_close(mine[name], value, rtol=0, atol=1e-6)
@@ -150,12 +150,12 @@ def test_my_own_pictures_become_shards_that_train(small: Small, tmp_path: Path) 
         (folder / f"p{i}.txt").write_text(f"a colour number {i}")
         rows.append(f"deep/p{i}.jpg,a colour number {i}")
     (tmp_path / "pictures/pairs.csv").write_text("\n".join(rows) + "\n")
-    assert "24" in clipfuse("data", "pack", "pictures", "one", cwd=tmp_path).stdout
+    assert "24" in run_clipfuse("data", "pack", "pictures", "one", cwd=tmp_path).stdout
     table = ("--image-column", "file", "--caption-column", "title", "--shard-size", "10")
-    clipfuse("data", "pack", "pictures/pairs.csv", "two", *table, cwd=tmp_path)
+    run_clipfuse("data", "pack", "pictures/pairs.csv", "two", *table, cwd=tmp_path)
     assert len(list((tmp_path / "two").glob("*.tar"))) == 3
     for out in ("one", "two"):
-        checked = json.loads(clipfuse("data", "check", out, "--json", cwd=tmp_path).stdout)
+        checked = json.loads(run_clipfuse("data", "check", out, "--json", cwd=tmp_path).stdout)
         assert (checked["samples"], checked["bad_samples"]) == (24, 0)
     settings = small.settings("r", "train.steps=2", f"data.train={tmp_path}/two", "data.batch_size=12")
-    clipfuse("pretrain", "scenes", *settings, cwd=tmp_path)
+    run_clipfuse("pretrain", "scenes", *settings, cwd=tmp_path)

@@ -36,7 +36,7 @@ from pretrain.data.images import ImageDecoder, visible_box
 from pretrain.data.text import TextDecoder
 from pretrain.embedding.split import evaluating
 from pretrain.errors import UserError
-from pretrain.runtime.files import replacing
+from pretrain.runtime.files import replace_atomically
 
 METHOD = "raw"
 """How maps are made unless somebody says otherwise: after a short training on scenes (300 steps of 16 pictures) raw attention
@@ -226,7 +226,7 @@ def attend(
     seen = look(tuned, data, text, method, layer)
     path = Path(out)
     try:
-        with replacing(path) as partial:
+        with replace_atomically(path) as partial:
             partial.write_bytes(heatmap.png(seen.figure()))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error

@@ -60,7 +60,7 @@ def mine(similarity: Tensor, same: Tensor, draw: Tensor, offset: int = 0) -> Neg
 
 def same_ids(ids: Tensor) -> Tensor:
     """(b, I) int64, the ids of local samples -> (b, B) bool: which samples of all processes share any of them. Collective."""
-    everyone = distributed.gather_plain(ids)
+    everyone = distributed.gather_without_grad(ids)
     return (ids[:, None] == everyone[None]).any(dim=2)
 
 
@@ -70,7 +70,7 @@ def draws(b: int, count: int, device: torch.device) -> list[Tensor]:
 
     They follow from rank 0's generator, which a step seeds with its number: another world draws the same ones.
     """
-    seed = distributed.gather_plain(torch.randint(1 << 62, (1,)))[0]
+    seed = distributed.gather_without_grad(torch.randint(1 << 62, (1,)))[0]
     generator = torch.Generator().manual_seed(int(seed))
     every = torch.rand(count, b * distributed.world_size(), generator=generator)
     mine = every[:, distributed.rank() * b : (distributed.rank() + 1) * b]
@@ -87,7 +87,7 @@ def sample_ids(keys: Sequence[str], caption_id: Tensor) -> Tensor:
 @torch.compiler.disable
 def fetch(tokens: TokenSequence, row: Tensor) -> TokenSequence:
     """(b, N, C), (q,) rows of all B -> (q, N, C), with gradient: only these travel. N is the same everywhere. Collective."""
-    states, mask, pooled = distributed.fetch([tokens.states, tokens.mask, tokens.pooled], row)
+    states, mask, pooled = distributed.gather_rows([tokens.states, tokens.mask, tokens.pooled], row)
     return tokens._replace(states=states, mask=mask, pooled=pooled)
 
 

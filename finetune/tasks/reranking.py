@@ -175,7 +175,7 @@ def _stacked(rows: Tensor | None) -> Tensor:
     rows = torch.empty(0, *shape[1:], dtype=dtype) if rows is None else rows
     padded = F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, max(counts) - len(rows)))
     return torch.cat(
-        [part[:count] for part, count in zip(distributed.gather_plain(padded).chunk(len(counts)), counts, strict=True)]
+        [part[:count] for part, count in zip(distributed.gather_without_grad(padded).chunk(len(counts)), counts, strict=True)]
     )
 
 

@@ -166,7 +166,7 @@ def _mine(image: Tensor, text: Tensor, scale: Tensor, ids: Tensor) -> tuple[hard
     """A caption for each picture, a picture for each caption. Collective."""
     with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
         first, second = hard_negatives.draws(len(image), 2, image.device)
-        images, texts = distributed.gather_plain(image.detach()), distributed.gather_plain(text.detach())
+        images, texts = distributed.gather_without_grad(image.detach()), distributed.gather_without_grad(text.detach())
         same, offset = hard_negatives.same_ids(ids), distributed.rank() * len(image)
         forth, back = scale * image @ texts.T, scale * text @ images.T
         return hard_negatives.mine(forth, same, first, offset), hard_negatives.mine(back, same, second, offset)

@@ -103,7 +103,7 @@ def submit(module: str, config: str, settings: list[str], job: Job, dry_run: boo
     path = find_config(config, module).resolve()
     gpus = job.nproc if job.gpus is None else job.gpus
     recipe: Any = importlib.import_module(f"{module}.recipe")
-    with distributed.planned(job.nodes * job.nproc, job.nodes, gpus > 0):
+    with distributed.assume_world(job.nodes * job.nproc, job.nodes, gpus > 0):
         loaded = recipe.load_config(path, settings)
 
     run = RunFolder(loaded.run).path.absolute()

@@ -40,7 +40,7 @@ from pretrain.errors import ConfigError, UserError, closest
 from pretrain.runtime import distributed, preflight
 from pretrain.runtime.agree import on_main
 from pretrain.runtime.console import duration, log_info
-from pretrain.runtime.entrypoint import DONE, STOPPED, EarlyStop, guarded, stopping_early
+from pretrain.runtime.entrypoint import DONE, STOPPED, EarlyStop, raise_on_stop_signals, run_with_exit_code
 from pretrain.runtime.memory import is_out_of_memory
 
 PER_FILE = 16384
@@ -95,7 +95,7 @@ def embed(loaded: Loaded, options: Options, device: torch.device) -> Summary | N
         paths.extend(expand(options.data, "--data"))
         return preflight.data_fingerprint(paths)
 
-    preflight.agree("the data", find)
+    preflight.require_equal("the data", find)
     numbers = counted(paths, Cache(), "--data")
     names = [path.rsplit("/", 1)[-1] for path in paths]
     manifest = _manifest(loaded, options, layout, paths, numbers)
@@ -165,7 +165,7 @@ def _layout(loaded: Loaded, options: Options) -> tuple[Layout, tuple[str, ...]]:
 def _manifest(loaded: Loaded, options: Options, layout: Layout, paths: list[str], numbers: list[int]) -> dict[str, Any]:
     """Whose embeddings, of what; the same on every process. Raises UserError where it is not. Collective."""
     model = dataset.fingerprint(loaded)
-    preflight.agree("the model", model)
+    preflight.require_equal("the model", model)
     share = -(-sum(numbers) // (SHARES * distributed.world_size())) if distributed.world_size() > 1 else PER_FILE
     text = loaded.decoders.get("text")
     return {
@@ -286,7 +286,7 @@ def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are the parallelism
     chosen = options.options(args)
     try:
-        with stopping_early():
+        with raise_on_stop_signals():
             preflight.check_launcher()
             preflight.watch_parent()
             distributed.setup()
@@ -306,7 +306,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point for launchers."""
     parser = argparse.ArgumentParser(prog="python -m pretrain.embedding.job", description=__doc__)
     options.add(parser)
-    return guarded(lambda: run(parser.parse_args(argv)))
+    return run_with_exit_code(lambda: run(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

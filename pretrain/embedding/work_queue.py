@@ -22,7 +22,7 @@ class WorkQueue:
     """Counters that all processes of the run see."""
 
     def __init__(self) -> None:
-        self._store = distributed.shared_store("embed") if distributed.world_size() > 1 else None
+        self._store = distributed.open_shared_store("embed") if distributed.world_size() > 1 else None
         self._own: Counter[str] = Counter()
         self._result: dict[str, float] = {}
 

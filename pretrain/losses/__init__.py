@@ -19,14 +19,14 @@ from torch import Tensor
 from pretrain.errors import ConfigError
 from pretrain.runtime import distributed
 
-DENSE = 1 << 17
+DENSE_LIMIT = 1 << 17
 """Up to so many entries (b times B) the plain formula is as fast as tiles (measured: 256 rows are, 512 are not)."""
 
 PairLoss = Callable[[Tensor, Tensor, Tensor, Tensor, int, "tuple[Tensor, Tensor] | None"], tuple[Tensor, Tensor]]
 """(rows (b,D), columns (b,D), all rows (B,D), all columns (B,D), offset, ids) -> (loss (), partner is best (b,) bool)."""
 
 
-def over_pairs(
+def average_over_pairs(
     features: dict[str, Tensor], targets: dict[str, Any], same_caption: str, one: PairLoss, both: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The mean of `one` over all pairs of modalities, in the order of `features`; one collective gathers them all.
@@ -58,10 +58,10 @@ def caption_ids(targets: dict[str, Any], same_caption: str) -> tuple[Tensor, Ten
     if "caption_id" not in targets:
         raise ConfigError("loss.same_caption=ignore needs captions to compare, and this batch names none")
     ids: Tensor = targets["caption_id"]
-    return ids, distributed.gather_plain(ids)
+    return ids, distributed.gather_without_grad(ids)
 
 
-def duplicates(ids: tuple[Tensor, Tensor], offset: int) -> Tensor:
+def duplicate_mask(ids: tuple[Tensor, Tensor], offset: int) -> Tensor:
     """(b,), (B,) -> (b, B) bool: entries whose captions are equal, partners left out."""
     same = ids[0][:, None] == ids[1][None]
     rows = torch.arange(len(ids[0]), device=same.device)
@@ -69,6 +69,6 @@ def duplicates(ids: tuple[Tensor, Tensor], offset: int) -> Tensor:
     return same
 
 
-def tiled(b: int, tile: int) -> bool:
+def is_tiled(b: int, tile: int) -> bool:
     """Whether a loss over b local rows and all columns is computed in tiles: as configured, or by size."""
-    return tile > 0 or b * b * distributed.world_size() > DENSE
+    return tile > 0 or b * b * distributed.world_size() > DENSE_LIMIT

@@ -30,7 +30,7 @@ from pretrain.runtime import distributed
 
 ROWS, COLUMNS = 1024, 2048
 """Size of a tile on the CPU: 8 MiB in float32, which a last-level cache holds between the product and its use."""
-ACCELERATOR = 8192
+ACCELERATOR_SIDE = 8192
 """Side of a tile elsewhere: 256 MiB in float32, so that the fixed cost of a kernel does not count."""
 
 
@@ -51,8 +51,8 @@ class Walk:
     def __init__(self, rows: Tensor, columns: Tensor, offset: int, ids: tuple[Tensor, Tensor] | None, tile: int) -> None:
         self.b, self.B, self.offset, self.ids = rows.shape[0], columns.shape[0], offset, ids
         cpu = rows.device.type == "cpu"
-        self.height = min(self.b, tile or (ROWS if cpu else ACCELERATOR))
-        self.width = min(self.B, tile or (COLUMNS if cpu else ACCELERATOR))
+        self.height = min(self.b, tile or (ROWS if cpu else ACCELERATOR_SIDE))
+        self.width = min(self.B, tile or (COLUMNS if cpu else ACCELERATOR_SIDE))
         self.spare = rows.new_empty(self.height * self.width)
 
     def __iter__(self) -> Iterator[Tile]:
@@ -103,7 +103,7 @@ class _Softmax(torch.autograd.Function):
         bounded = _bounded(rows, columns, factor)
         collect = _sums_bounded if bounded else _sums
         lse_rows, lse_columns, best = collect(walk, rows, columns, factor, positives)
-        parts = distributed.gather_plain(lse_columns[None])
+        parts = distributed.gather_without_grad(lse_columns[None])
         lse_columns = parts.logsumexp(dim=0)
         own = lse_columns[offset : offset + walk.b]
         loss = ((lse_rows - positives) + (own - positives)).mean() / 2

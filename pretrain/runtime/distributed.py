@@ -17,29 +17,29 @@ import torch.distributed as td
 from torch import Tensor
 
 
-def initialized() -> bool:
+def is_initialized() -> bool:
     """Whether there is a process group (of one process or more)."""
     return td.is_available() and td.is_initialized()
 
 
 def rank() -> int:
     """This process among all, from 0."""
-    return td.get_rank() if initialized() else 0
+    return td.get_rank() if is_initialized() else 0
 
 
 def world_size() -> int:
     """Processes in the run."""
-    return td.get_world_size() if initialized() else _planned.processes
+    return td.get_world_size() if is_initialized() else _planned.processes
 
 
 def local_rank() -> int:
     """This process on its machine, from 0: the number of its GPU."""
-    return int(os.environ.get("LOCAL_RANK", "0")) if initialized() else 0
+    return int(os.environ.get("LOCAL_RANK", "0")) if is_initialized() else 0
 
 
 def local_world_size() -> int:
     """Processes of the run on this machine (LOCAL_SIZE is DeepSpeed's name for it)."""
-    if not initialized():
+    if not is_initialized():
         return _planned.processes // _planned.nodes
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size())
 
@@ -74,7 +74,7 @@ _planned = _World()
 
 
 @contextmanager
-def planned(processes: int, nodes: int, gpu: bool) -> Iterator[None]:
+def assume_world(processes: int, nodes: int, gpu: bool) -> Iterator[None]:
     """Inside, this process answers for a run that will be elsewhere, so that its configuration can be checked here.
 
     Only where there is no group; nothing can be gathered inside.
@@ -94,15 +94,15 @@ def setup(timeout_seconds: float = 600.0) -> None:
     """
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    if initialized() or int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     td.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_seconds))
     global _said
-    _said = shared_store("said")
+    _said = open_shared_store("said")
 
 
-def shared_store(name: str) -> td.Store:
+def open_shared_store(name: str) -> td.Store:
     """Keys and values that all processes of this world see, over a connection of its own that outlives the group.
 
     A launcher that starts processes again may keep its store: the keys of an earlier world are not ours. Collective.
@@ -111,7 +111,7 @@ def shared_store(name: str) -> td.Store:
     return td.PrefixStore(f"{name}/{world}", td.distributed_c10d._get_default_store().clone())
 
 
-def limit(timeout_seconds: float) -> None:
+def set_timeout(timeout_seconds: float) -> None:
     """Another bound for every collective from here on."""
     if world_size() > 1:
         change = getattr(td, "set_timeout", None) or td.distributed_c10d._set_pg_timeout
@@ -121,7 +121,7 @@ def limit(timeout_seconds: float) -> None:
 _said: td.Store | None = None
 
 
-def first_to_say(line: str) -> bool:
+def is_first_to_report(line: str) -> bool:
     """Whether no other process of the run has said this line: N processes print an error they share once."""
     try:
         return _said is None or _said.add(line, 1) == 1
@@ -129,16 +129,16 @@ def first_to_say(line: str) -> bool:
         return True
 
 
-def require_group() -> None:
+def ensure_group() -> None:
     """A group of one where no launcher described any: what wraps a model (DDP, FSDP, DeepSpeed) wants one."""
-    if not initialized():
+    if not is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         td.init_process_group(backend, store=td.HashStore(), rank=0, world_size=1)
 
 
 def shutdown() -> None:
     """Leaves the group."""
-    if initialized():
+    if is_initialized():
         td.destroy_process_group()
 
 
@@ -212,7 +212,7 @@ class _Fetch(torch.autograd.Function):
         return grads[0].new_zeros(ctx.shape).index_add_(0, wanted, home), None, None, None, None
 
 
-def fetch(tensors: Sequence[Tensor], index: Tensor) -> list[Tensor]:
+def gather_rows(tensors: Sequence[Tensor], index: Tensor) -> list[Tensor]:
     """[(b, ...)], (q,) rows of all B, rank-major -> [(q, ...)]: those rows, with gradient.
 
     What `gather` and indexing would give, but only the rows asked for travel and are held. b and q are the same on every
@@ -221,7 +221,7 @@ def fetch(tensors: Sequence[Tensor], index: Tensor) -> list[Tensor]:
     if world_size() == 1:
         return [rows[index] for rows in tensors]
     b = len(tensors[0])
-    asked = gather_plain(index).view(world_size(), -1).cpu()  # whom, and for what, everybody asks
+    asked = gather_without_grad(index).view(world_size(), -1).cpu()  # whom, and for what, everybody asks
     by_rank = [asks[asks // b == rank()] % b for asks in asked]
     wanted = torch.cat(by_rank).to(index.device)
     order = (index // b).argsort(stable=True)
@@ -234,7 +234,7 @@ def fetch(tensors: Sequence[Tensor], index: Tensor) -> list[Tensor]:
 
 
 @torch.no_grad()
-def gather_plain(rows: Tensor) -> Tensor:
+def gather_without_grad(rows: Tensor) -> Tensor:
     """`gather` without gradient, for any dtype (bool and integers too)."""
     if world_size() == 1:
         return rows
@@ -263,7 +263,7 @@ def maximum(value: Tensor) -> Tensor:
     return value
 
 
-def maximum_later(value: int) -> Callable[[], int]:
+def start_maximum(value: int) -> Callable[[], int]:
     """`maximum` of a small number on the CPU that nobody waits for now: the function gives the answer. Collective."""
     if world_size() == 1:
         return lambda: value

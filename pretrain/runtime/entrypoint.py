@@ -30,14 +30,14 @@ def main(argv: list[str] | None = None, module: str = "pretrain") -> int:
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that replace the file's")
     args, rest = parser.parse_known_args(argv)
-    return guarded(run, args.config, args.settings + rest, args.dry_run, module)
+    return run_with_exit_code(run, args.config, args.settings + rest, args.dry_run, module)
 
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 """What a full or read-only disk answers, wherever it is met."""
 
 
-def guarded(work: Callable[P, int], *args: P.args, **kwargs: P.kwargs) -> int:
+def run_with_exit_code(work: Callable[P, int], *args: P.args, **kwargs: P.kwargs) -> int:
     """Call `work` and return its exit code; an expected failure becomes one line and its exit code."""
     try:
         return work(*args, **kwargs)
@@ -63,7 +63,7 @@ def guarded(work: Callable[P, int], *args: P.args, **kwargs: P.kwargs) -> int:
 def _tell(line: str) -> None:
     """The one line, from one of the processes that have it to say."""
     dist = sys.modules.get("pretrain.runtime.distributed")
-    if dist is None or dist.first_to_say(line):
+    if dist is None or dist.is_first_to_report(line):
         print(f"clipfuse: {line}", file=sys.stderr, flush=True)
 
 
@@ -72,7 +72,7 @@ class EarlyStop(BaseException):
 
 
 @contextmanager
-def stopping_early() -> Iterator[None]:
+def raise_on_stop_signals() -> Iterator[None]:
     """SIGTERM, SIGINT and SIGUSR1 raise EarlyStop inside; fit() has handlers of its own."""
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -97,7 +97,7 @@ def run(config: str, settings: list[str], dry_run: bool, module: str = "pretrain
     from pretrain.runtime.console import log_info
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are the parallelism
-    with stopping_early():
+    with raise_on_stop_signals():
         trainer: Any = importlib.import_module(f"{module}.train")
         path = find_config(config, module)
         preflight.check_launcher()
@@ -105,8 +105,8 @@ def run(config: str, settings: list[str], dry_run: bool, module: str = "pretrain
         distributed.setup()
         try:
             loaded = trainer.load_config(path, settings)
-            preflight.check_asked(loaded.train.precision, loaded.train.strategy)
-            distributed.limit(loaded.train.timeout)
+            preflight.check_accelerate(loaded.train.precision, loaded.train.strategy)
+            distributed.set_timeout(loaded.train.timeout)
             if dry_run:
                 trainer.describe(loaded)
                 return DONE

@@ -26,7 +26,7 @@ def partial_path(path: Path) -> Path:
 
 
 @contextmanager
-def replacing(path: Path, sync: bool = False) -> Iterator[Path]:
+def replace_atomically(path: Path, sync: bool = False) -> Iterator[Path]:
     """Yield a path to write to, which takes the name `path` if the block succeeds and is removed if it fails.
 
     sync: flush the content to the disk before the rename. Raises OSError where the disk is full or cannot be written.
@@ -44,7 +44,7 @@ def replacing(path: Path, sync: bool = False) -> Iterator[Path]:
 
 def write_text(path: Path, text: str, sync: bool = False) -> None:
     """Replace a file's content by `text`, in UTF-8, atomically. Raises OSError."""
-    with replacing(path, sync) as partial:
+    with replace_atomically(path, sync) as partial:
         partial.write_text(text, encoding="utf-8")
 
 

@@ -30,7 +30,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and ("can't allocate memory" in said or "out of memory" in said)
 
 
-def explain(error: BaseException, resolved: dict[str, Any], step: int, world: int, device: torch.device) -> UserError | None:
+def explain_out_of_memory(
+    error: BaseException, resolved: dict[str, Any], step: int, world: int, device: torch.device
+) -> UserError | None:
     """The line for an error that is one of memory, else None. resolved: the whole configuration as plain values."""
     if not is_out_of_memory(error):
         return None
@@ -38,14 +40,14 @@ def explain(error: BaseException, resolved: dict[str, Any], step: int, world: in
     has = ""
     if device.type == "cuda":
         has = f" of {torch.cuda.get_device_properties(device).total_memory / GIB:.1f}"
-    helps = "; ".join(advice(resolved, world, device.type == "cuda")[:3])
+    helps = "; ".join(suggest_settings(resolved, world, device.type == "cuda")[:3])
     return UserError(
         f"out of memory after step {step}: peak {peak:.2f}{has} GiB on this process; what helps most: {helps} "
         "(clipfuse plan CONFIG shows what takes how much)"
     )
 
 
-def advice(resolved: dict[str, Any], world: int, gpu: bool) -> list[str]:
+def suggest_settings(resolved: dict[str, Any], world: int, gpu: bool) -> list[str]:
     """Settings that would lower the peak, the most effective without changing a result first; at least three."""
     train, batch = resolved["train"], resolved["data"]["batch_size"]
     towers = [name for name, part in resolved.items() if isinstance(part, dict) and "checkpointing" in part]

@@ -2,7 +2,7 @@
 
 A launcher can start the wrong number of processes, or processes that do not know each other; machines of one run can hold
 unequal data, code or configuration. Either trains N lonely or contradicting copies without a word. So every process checks
-its environment first (`check_launcher`), and all compare fingerprints once they are joined (`agree`).
+its environment first (`check_launcher`), and all compare fingerprints once they are joined (`require_equal`).
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _check_gpus(env: Mapping[str, str], gpus: int) -> None:
         )
 
 
-def check_asked(precision: str, strategy: str, env: Mapping[str, str] = os.environ) -> None:
+def check_accelerate(precision: str, strategy: str, env: Mapping[str, str] = os.environ) -> None:
     """Refuses settings of accelerate's launcher that our own configuration contradicts. Raises ConfigError."""
     names = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
     mixed = env.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -102,7 +102,7 @@ def check_asked(precision: str, strategy: str, env: Mapping[str, str] = os.envir
 # Fingerprints
 
 
-def agree(name: str, value: Any) -> None:
+def require_equal(name: str, value: Any) -> None:
     """Refuses a value that differs between processes. Collective. Raises UserError with the same line everywhere.
 
     value: plain values (str, numbers, dict, list), or a function that makes them and may raise UserError: raised as it is

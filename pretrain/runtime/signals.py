@@ -25,7 +25,7 @@ class Stop:
             log_info(f"{signal.Signals(number).name}: saving after this step, then stopping")
         self.wish = number
 
-    def agreed(self) -> str:
+    def agreed_signal(self) -> str:
         """The name of the signal that any process got, or nothing. Collective.
 
         With several processes the answer is the one to the question of the step before: no step waits for it.
@@ -33,12 +33,12 @@ class Stop:
         number = self.wish
         if distributed.world_size() > 1:
             number = self._asked() if self._asked is not None else 0
-            self._asked = distributed.maximum_later(self.wish)
+            self._asked = distributed.start_maximum(self.wish)
         return signal.Signals(number).name if number else ""
 
 
 @contextmanager
-def on_signals() -> Iterator[Stop]:
+def catch_stop_signals() -> Iterator[Stop]:
     """Ctrl-C, SIGTERM and SIGUSR1 become a wish to stop inside."""
     stop = Stop()
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)

@@ -39,7 +39,7 @@ _ENDS = "; the run ends, the last checkpoint is intact"
 
 
 class Watchdog:
-    """`with Watchdog(timeout, record) as watchdog`, `watchdog.at(step, "what")` at the same places on every process.
+    """`with Watchdog(timeout, record) as watchdog`, `watchdog.mark(step, "what")` at the same places on every process.
 
     timeout: seconds after which a silent or hung process ends the run. record(why) is called by the first process that
     knows who was lost, whichever that is. Without a group of two or more it does nothing.
@@ -62,7 +62,7 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         if distributed.world_size() > 1:
-            self._store = distributed.shared_store("heartbeat")
+            self._store = distributed.open_shared_store("heartbeat")
             self._store.set_timeout(datetime.timedelta(seconds=max(5.0, self.limit)))
             self._beat()
             distributed.barrier()  # from here on every process has a beat to read
@@ -79,7 +79,7 @@ class Watchdog:
             with suppress(RuntimeError):  # the store may be gone already: whoever held it is done as well
                 self._store.set(f"end/{distributed.rank()}", json.dumps([False, "done"]))
 
-    def at(self, step: int, what: str) -> None:
+    def mark(self, step: int, what: str) -> None:
         """Where the main thread is now; costs nothing. Every process must pass the same places in the same order."""
         self._place = f"step {step}, {what}"
         self._places += 1
@@ -152,7 +152,7 @@ class Watchdog:
 
     def _end(self, verdict: str) -> None:
         why = f"{verdict}{_ENDS}"
-        if distributed.first_to_say(why):
+        if distributed.is_first_to_report(why):
             print(f"clipfuse: {why}", file=sys.stderr, flush=True)
             self._record(why)
         sys.stdout.flush()
@@ -179,7 +179,7 @@ class Watchdog:
             told = self._call_roll()
         except (RuntimeError, ValueError):  # torch's store errors
             told = UserError(f"process 0, or the launcher that holds the rendezvous, is gone{_ENDS}")
-        if told is not None and distributed.first_to_say(f"recorded: {told}"):
+        if told is not None and distributed.is_first_to_report(f"recorded: {told}"):
             self._record(str(told))
         return told
 

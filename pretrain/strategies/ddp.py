@@ -13,8 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from pretrain.errors import ConfigError
 from pretrain.optim import OptimConfig
 from pretrain.runtime import distributed
-from pretrain.strategies import Applied, Precision
-from pretrain.strategies.batch_norm import synchronised
+from pretrain.strategies import Precision, StepResult
+from pretrain.strategies.batch_norm import convert_sync_batch_norm
 from pretrain.strategies.single import Single
 
 # Buffers are constants, or statistics that every process computes alike: no need to send them at each forward pass.
@@ -26,11 +26,11 @@ _NO_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if _NEW else "broadcast_bu
 class DDP(Single):
     """Bytes a step and process: 2 x 4 x parameters, sent in buckets while the backward pass goes on."""
 
-    word = "ddp"
+    name = "ddp"
 
     def setup(self, model: nn.Module) -> None:
-        distributed.require_group()
-        self.module = synchronised(model).to(self.device)
+        distributed.ensure_group()
+        self.module = convert_sync_batch_norm(model).to(self.device)
         self._prepare()
         self.model = DistributedDataParallel(
             self.module,
@@ -40,9 +40,9 @@ class DDP(Single):
         )
         assert self.model.process_group.size() == distributed.world_size()
 
-    def apply(self, lr: float) -> Applied:
+    def apply(self, lr: float) -> StepResult:
         if not self.optimizer.state:  # torch would only say at the second step that it still waits for a gradient
-            unused = [name for name, p in self._named() if p.grad is None]
+            unused = [name for name, p in self._trainable_parameters() if p.grad is None]
             if unused:
                 raise ConfigError(
                     f"train.strategy=ddp: {len(unused)} trainable parameters take no part in the loss (first {unused[0]}); "
@@ -50,7 +50,7 @@ class DDP(Single):
                 )
         return super().apply(lr)
 
-    def sync(self, on: bool) -> AbstractContextManager[Any]:
+    def sync_gradients(self, on: bool) -> AbstractContextManager[Any]:
         return nullcontext() if on else self.model.no_sync()  # type: ignore[operator]
 
 

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from pretrain import optim as optimizers
 from pretrain.optim import OptimConfig
 from pretrain.runtime import distributed
-from pretrain.strategies import DTYPES, Applied, OptimizerState, Precision, Strategy, deepspeed_config
-from pretrain.strategies.batch_norm import synchronised
+from pretrain.strategies import DTYPES, OptimizerState, Precision, StepResult, Strategy, deepspeed_config
+from pretrain.strategies.batch_norm import convert_sync_batch_norm
 
 KINDS = ("exp_avg", "exp_avg_sq")
-BUCKET = 50_000_000
+BUCKET_ELEMENTS = 50_000_000
 """Elements sent at a time, and gathered ahead of use: 200 MB."""
 
 
@@ -35,23 +35,23 @@ class Zero(Strategy):
     stage: int
     tuning: dict[str, Any] = {}  # noqa: RUF012
     """Settings of a train.deepspeed file."""
-    small = 100_000
+    persistence_threshold = 100_000
     """zero3: parameters below so many elements stay whole on every process."""
 
     def __init__(self, precision: Precision, optim: OptimConfig, device: torch.device, offload: bool) -> None:
         super().__init__(precision, optim, device)
         self.offload = offload
-        self.word = f"zero{self.stage}"  # type: ignore[misc]
+        self.name = f"zero{self.stage}"  # type: ignore[misc]
         self._replay: ExitStack | None = None
         self._scale = LossScale() if precision == "fp16" else None
 
     def setup(self, model: nn.Module) -> None:
-        distributed.require_group()
-        self.module = synchronised(model).to(self.device)
+        distributed.ensure_group()
+        self.module = convert_sync_batch_norm(model).to(self.device)
         deepspeed = _deepspeed()
         inside = _Autocast(self.module, self.device.type, self.precision) if self.precision != "fp32" else self.module
         self._before_engine(inside)
-        client = optimizers.adamw(optimizers.parameter_groups(self.module, self.optim), self.optim)
+        client = optimizers.build_adamw(optimizers.parameter_groups(self.module, self.optim), self.optim)
         engine = deepspeed.initialize(model=inside, optimizer=client, config=self._config(), dist_init_required=False)[0]
         self.model = self.engine = engine
         self.zero: Any = engine.optimizer
@@ -66,7 +66,7 @@ class Zero(Strategy):
 
     def _config(self) -> dict[str, Any]:
         """DeepSpeed's settings: every default that changes what is computed is written out."""
-        return deepspeed_config.lay_over(self._ours(), self.tuning)
+        return deepspeed_config.merge(self._ours(), self.tuning)
 
     def _ours(self) -> dict[str, Any]:
         place = {"device": "cpu", "pin_memory": torch.cuda.is_available()} if self.offload else {"device": "none"}
@@ -89,15 +89,15 @@ class Zero(Strategy):
                 "contiguous_gradients": True,
                 "overlap_comm": self.device.type == "cuda",
                 "reduce_scatter": True,
-                "reduce_bucket_size": BUCKET,
+                "reduce_bucket_size": BUCKET_ELEMENTS,
                 "allgather_partitions": True,
-                "allgather_bucket_size": BUCKET,
+                "allgather_bucket_size": BUCKET_ELEMENTS,
                 "round_robin_gradients": False,
                 "offload_optimizer": place,
                 **({"offload_param": place} if self.stage == 3 else {}),
                 "sub_group_size": 1_000_000_000,
-                "stage3_prefetch_bucket_size": BUCKET,
-                "stage3_param_persistence_threshold": self.small,
+                "stage3_prefetch_bucket_size": BUCKET_ELEMENTS,
+                "stage3_param_persistence_threshold": self.persistence_threshold,
                 "stage3_max_live_parameters": 1_000_000_000,
                 "stage3_max_reuse_distance": 1_000_000_000,
                 "memory_efficient_linear": False,  # it replaces torch's linear layer, for the whole process
@@ -118,7 +118,7 @@ class Zero(Strategy):
         return nullcontext()
 
     @contextmanager
-    def sync(self, on: bool) -> Iterator[None]:
+    def sync_gradients(self, on: bool) -> Iterator[None]:
         """The first chunk that is not the last opens a block in which gradients stay here; the last one closes it."""
         if not on and self._replay is None:
             self._replay = ExitStack()
@@ -135,9 +135,9 @@ class Zero(Strategy):
         from deepspeed.utils import safe_get_full_grad
 
         scale = self.zero.loss_scale
-        return {name: safe_get_full_grad(p).detach().clone() / scale for name, p in self._named()}
+        return {name: safe_get_full_grad(p).detach().clone() / scale for name, p in self._trainable_parameters()}
 
-    def apply(self, lr: float) -> Applied:
+    def apply(self, lr: float) -> StepResult:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         self.engine.step()  # unscales, clips, skips everywhere if not finite anywhere, steps, clears the gradients
@@ -147,7 +147,7 @@ class Zero(Strategy):
             self._scale.update(skipped)
             self.zero.override_loss_scale(self._scale.scale)
         self._clamp()
-        return Applied(
+        return StepResult(
             torch.as_tensor(norm, dtype=torch.float32, device=self.device).detach().reshape(()),
             torch.tensor(float(skipped), device=self.device),
         )
@@ -155,7 +155,7 @@ class Zero(Strategy):
     @torch.no_grad()
     def _clamp(self) -> None:
         """The model clamps its scalars in place: in the weights it computes with, and in each copy a process holds."""
-        scalars = [p for _, p in self._named() if _size(p) == 1]
+        scalars = [p for _, p in self._trainable_parameters() if _size(p) == 1]
         self.module.clamp_()  # type: ignore[operator]
         for copies in zip(*[self._copies(p) for p in scalars], strict=True):
             kept = [p.data for p in scalars]
@@ -184,7 +184,7 @@ class Zero(Strategy):
         """The reverse of `_master`."""
         raise NotImplementedError
 
-    def _named(self) -> list[tuple[str, nn.Parameter]]:
+    def _trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
 
     def _state_of(self, p: nn.Parameter) -> dict[str, Tensor] | None:
@@ -196,7 +196,7 @@ class Zero(Strategy):
 
     @torch.no_grad()
     def load_full_weights(self, weights: dict[str, Tensor]) -> None:
-        for name, p in self._named():
+        for name, p in self._trainable_parameters():
             self._load_master(p, weights[name].to(self.device), None)
         self.refresh()
 
@@ -208,7 +208,7 @@ class Zero(Strategy):
         for name, p in self.module.named_parameters():
             yield name, (self._master(p, None) if p.requires_grad else self._frozen(p))
 
-    def weights(self) -> dict[str, Tensor]:
+    def full_weights(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for name, value in self._whole_weights():
             if distributed.is_main():
@@ -224,7 +224,7 @@ class Zero(Strategy):
         found: OptimizerState = {}
         if not any(len(self.optimizer.state[flat]) for flat in self._flat() if flat in self.optimizer.state):
             return found
-        for name, p in self._named():
+        for name, p in self._trainable_parameters():
             values = {kind: self._master(p, kind) for kind in KINDS}
             if distributed.is_main():
                 step = next(self.optimizer.state[flat]["step"] for flat in self._flat())
@@ -240,7 +240,7 @@ class Zero(Strategy):
         for flat in self._flat():
             zeros = {kind: torch.zeros_like(flat) for kind in KINDS}
             self.optimizer.state[flat] = {"step": step.to(flat.device, torch.float32, copy=True), **zeros}
-        for name, p in self._named():
+        for name, p in self._trainable_parameters():
             if name in moments:
                 for kind in KINDS:
                     self._load_master(p, moments[name][kind], kind)
@@ -253,8 +253,8 @@ class Zero(Strategy):
             self._scale = LossScale(state["scale"], state["_growth_tracker"])
             self.zero.override_loss_scale(self._scale.scale)
 
-    def trainable(self) -> list[str]:
-        return [name for name, _ in self._named()]
+    def trainable_names(self) -> list[str]:
+        return [name for name, _ in self._trainable_parameters()]
 
 
 class LossScale:

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from pretrain.optim import OptimConfig
 from pretrain.runtime import distributed
 from pretrain.strategies import DTYPES, Precision
-from pretrain.strategies.batch_norm import synchronised
+from pretrain.strategies.batch_norm import convert_sync_batch_norm
 from pretrain.strategies.full_copy import disable_length_buckets, materialized, meta_copy
 from pretrain.strategies.single import Single
 
@@ -29,18 +29,18 @@ from pretrain.strategies.single import Single
 class FSDP2(Single):
     """Bytes a step and process: 3 x 4 x parameters (gather twice, reduce once); blocks gather 2 bytes under bf16."""
 
-    word = "fsdp2"
+    name = "fsdp2"
 
     def setup(self, model: nn.Module) -> None:
-        distributed.require_group()
-        model = synchronised(model).to(self.device)
+        distributed.ensure_group()
+        model = convert_sync_batch_norm(model).to(self.device)
         self._meta_copy = meta_copy(model)
         disable_length_buckets(model)
         with torch.no_grad():
             for tensor in [*model.parameters(), *model.buffers()]:
                 td.broadcast(tensor, 0)  # shares of different models would make no model
         mesh = init_device_mesh(self.device.type, (distributed.world_size(),))
-        self.blocks = blocks(model)
+        self.blocks = find_blocks(model)
         low = None if self.precision == "fp32" else DTYPES[self.precision]
         for block in self.blocks:
             fully_shard(block, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=low, reduce_dtype=_exact(block)))
@@ -56,7 +56,7 @@ class FSDP2(Single):
         for block in self.blocks:  # whole graphs between the hooks that gather
             block.compile(backend=backend)
 
-    def sync(self, on: bool) -> AbstractContextManager[Any]:
+    def sync_gradients(self, on: bool) -> AbstractContextManager[Any]:
         assert isinstance(self.model, FSDPModule)
         self.model.set_requires_gradient_sync(on)
         return nullcontext()
@@ -78,7 +78,7 @@ class FSDP2(Single):
         return {name: p.to_local() for name, p in super().local_shards().items() if isinstance(p, DTensor)}
 
     @contextmanager
-    def whole(self) -> Iterator[nn.Module]:
+    def full_model(self) -> Iterator[nn.Module]:
         weights = ((name, self._unshard(p)) for name, p in self.module.named_parameters())
         with materialized(self._meta_copy, weights, self.module.named_buffers(), self.device) as module:
             yield module
@@ -89,13 +89,13 @@ def _exact(block: nn.Module) -> torch.dtype:
     return next(block.parameters()).dtype
 
 
-def blocks(model: nn.Module) -> list[nn.Module]:
+def find_blocks(model: nn.Module) -> list[nn.Module]:
     """The outermost repeated layers: the children, if they have weights, of every list or sequence with two or more such."""
     if isinstance(model, nn.ModuleList | nn.Sequential):
         repeated = [child for child in model.children() if next(child.parameters(), None) is not None]
         if len(repeated) > 1:
             return repeated
-    return [block for child in model.children() for block in blocks(child)]
+    return [block for child in model.children() for block in find_blocks(child)]
 
 
 def build(precision: Precision, optim: OptimConfig, device: torch.device) -> FSDP2:

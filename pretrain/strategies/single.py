@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from pretrain import optim as optimizers
 from pretrain.optim import OptimConfig
 from pretrain.runtime import distributed
-from pretrain.strategies import Applied, OptimizerState, Precision, Strategy
+from pretrain.strategies import OptimizerState, Precision, StepResult, Strategy
 
 
 class Single(Strategy):
     """Subclasses whose parameters are parts of the weights say how a part becomes whole (`_unshard`) and back (`_shard`)."""
 
-    word = "single"
+    name = "single"
 
     def setup(self, model: nn.Module) -> None:
         self.module = model.to(self.device)
@@ -24,7 +24,7 @@ class Single(Strategy):
         self._prepare()
 
     def _prepare(self) -> None:
-        self.optimizer = optimizers.adamw(optimizers.parameter_groups(self.module, self.optim), self.optim)
+        self.optimizer = optimizers.build_adamw(optimizers.parameter_groups(self.module, self.optim), self.optim)
         self.scaler = torch.amp.GradScaler(self.device.type) if self.precision == "fp16" else None
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
 
@@ -44,10 +44,10 @@ class Single(Strategy):
 
     def gradients(self) -> dict[str, Tensor]:
         scale = self.scaler.get_scale() if self.scaler else 1.0
-        found = [(name, p.grad) for name, p in self._named()]
+        found = [(name, p.grad) for name, p in self._trainable_parameters()]
         return {name: self._unshard(grad) / scale for name, grad in found if grad is not None}
 
-    def apply(self, lr: float) -> Applied:
+    def apply(self, lr: float) -> StepResult:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         if self.scaler:
@@ -66,7 +66,7 @@ class Single(Strategy):
         assert callable(clamp)
         clamp()
         self.optimizer.zero_grad(set_to_none=True)
-        return Applied(norm, skipped)
+        return StepResult(norm, skipped)
 
     def _clip(self) -> Tensor:
         limit = self.optim.clip_norm or float("inf")
@@ -76,16 +76,16 @@ class Single(Strategy):
     # Weights
 
     def local_shards(self) -> dict[str, Tensor]:
-        return {name: p.detach() for name, p in self._named()}
+        return {name: p.detach() for name, p in self._trainable_parameters()}
 
     @torch.no_grad()
     def load_full_weights(self, weights: dict[str, Tensor]) -> None:
-        for name, p in self._named():
+        for name, p in self._trainable_parameters():
             p.copy_(self._shard(weights[name], p))
         self.refresh()
 
     @torch.no_grad()
-    def weights(self) -> dict[str, Tensor]:
+    def full_weights(self) -> dict[str, Tensor]:
         found = {}
         for name, value in self.module.state_dict().items():
             value = self._unshard(value)  # every rank takes part, rank 0 keeps
@@ -99,7 +99,7 @@ class Single(Strategy):
     @torch.no_grad()
     def optimizer_state(self) -> OptimizerState:
         found: OptimizerState = {}
-        for name, p in self._named():
+        for name, p in self._trainable_parameters():
             if p not in self.optimizer.state:
                 continue
             values = {key: self._unshard(value) for key, value in self.optimizer.state[p].items()}
@@ -109,7 +109,7 @@ class Single(Strategy):
 
     @torch.no_grad()
     def load_optimizer_state(self, moments: OptimizerState) -> None:
-        for name, p in self._named():
+        for name, p in self._trainable_parameters():
             if name in moments:
                 self.optimizer.state[p] = {
                     # Copies: what is given may lie in a mapped file.
@@ -124,10 +124,10 @@ class Single(Strategy):
         if self.scaler:
             self.scaler.load_state_dict(state)
 
-    def trainable(self) -> list[str]:
-        return [name for name, _ in self._named()]
+    def trainable_names(self) -> list[str]:
+        return [name for name, _ in self._trainable_parameters()]
 
-    def _named(self) -> list[tuple[str, nn.Parameter]]:
+    def _trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """The optimizer's parameters with their names, in the order of the model: the same on every rank."""
         return [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
 

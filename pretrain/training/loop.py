@@ -2,8 +2,8 @@
 
 Eight calls lead from the command to the gradient:
 
-    cli.main -> guarded -> _train -> run -> train -> fit -> train_step -> Strategy.backward -> loss.backward()
-    (launch/cli.py, pretrain/__main__.py, launch/cli.py, pretrain/__main__.py, train.py, loop.py, step.py, strategies/)
+    cli.main -> run_with_exit_code -> run_training -> run -> train -> fit -> train_step -> Strategy.backward -> loss.backward()
+    (launch/cli/, runtime/entrypoint.py, launch/cli/train.py, runtime/entrypoint.py, train.py, loop.py, step.py, strategies/)
 
 A process that a launcher starts begins at `python -m pretrain`, without launch/: one call less. DeepSpeed's backward is its
 engine's, and a cached step (train.chunks > 1) has one call more.
@@ -30,11 +30,11 @@ from pretrain.checkpoints import store
 from pretrain.data.loader import Batch, Loader
 from pretrain.data.order import Order
 from pretrain.errors import ConfigError, UserError
-from pretrain.optim import Average, OptimConfig, learning_rate
+from pretrain.optim import OptimConfig, WeightAverage, learning_rate
 from pretrain.runtime import distributed, memory
 from pretrain.runtime.console import ProgressBar, log_info
 from pretrain.runtime.files import save_weights
-from pretrain.runtime.signals import on_signals
+from pretrain.runtime.signals import catch_stop_signals
 from pretrain.runtime.watchdog import Watchdog
 from pretrain.strategies import Precision, Strategy
 from pretrain.strategies.batch_norm import refuse_chunks
@@ -163,7 +163,7 @@ def fit(
         folder.status("running", "", begin)
         log = RunLog(folder, plan.resolved, train.trackers, train.audit, begin)
         bar = ProgressBar(plan.total_steps, begin)
-        with closing(log), closing(bar), run.record_failure(watchdog), on_signals() as stop:
+        with closing(log), closing(bar), run.record_failure(watchdog), catch_stop_signals() as stop:
             batches = iter(loader)
             meter = Meter(plan.batch_size, plan.total_steps, begin, strategy.device, plan.flops)
             in_a_row = torch.zeros((), device=strategy.device)
@@ -172,10 +172,10 @@ def fit(
 
             for step in range(begin, plan.total_steps):
                 # -- one batch, one optimizer step
-                watchdog.at(step, "waiting for data")
+                watchdog.mark(step, "waiting for data")
                 with meter.waiting():
                     batch = next(batches)
-                watchdog.at(step, "computing")
+                watchdog.mark(step, "computing")
                 lr = learning_rate(step, plan.total_steps, plan.optim)
                 out = train_step(strategy, objective, batch, train.chunks, lr, (plan.seed, step, distributed.rank()))
                 run.step = step + 1
@@ -201,12 +201,12 @@ def fit(
                 # -- evaluation, checkpoint, stop
                 best = False
                 if evaluate is not None and (last or (train.eval_every and run.step % train.eval_every == 0)):
-                    watchdog.at(step, "evaluating")
+                    watchdog.mark(step, "evaluating")
                     with meter.paused():
                         best = run.evaluate_or_save(log)
-                stopping = stop.agreed()
+                stopping = stop.agreed_signal()
                 if last or stopping or best or run.step % train.save_every == 0:
-                    watchdog.at(step, "saving")
+                    watchdog.mark(step, "saving")
                     with meter.paused():
                         run.skipped += int(skipped)
                         skipped.zero_()
@@ -235,7 +235,7 @@ class _Run:
     ) -> None:
         self.plan, self.folder, self.strategy, self.bare = plan, folder, strategy, model
         self.loader, self.evaluate = loader, evaluate
-        self.average: Average | None = None
+        self.average: WeightAverage | None = None
         self.step = 0
         self.skipped = 0
         self.best = -math.inf
@@ -263,14 +263,14 @@ class _Run:
             self.strategy.compile()
         if source is None or trainer is None:
             if self.plan.optim.average:
-                self.average = Average(self.strategy.local_shards().items(), self.plan.optim.average)
+                self.average = WeightAverage(self.strategy.local_shards().items(), self.plan.optim.average)
             return 0
         self.strategy.load(source / "state")
         if self.plan.optim.average:
             raw = store.read_weights(_raw(source))
             averaged = source / "state" / "average" if self.plan.plain is not None else source
             self.strategy.load_full_weights(store.read_weights(averaged))  # cuts the average the way the strategy cuts weights
-            self.average = Average(self.strategy.local_shards().items(), self.plan.optim.average)
+            self.average = WeightAverage(self.strategy.local_shards().items(), self.plan.optim.average)
             self.strategy.load_full_weights(raw)
         self.loader.load(trainer["loader"])
         self.skipped, self.best, self.step = trainer["skipped"], trainer["best"], trainer["step"]
@@ -280,13 +280,13 @@ class _Run:
 
     def save(self, best: bool = False) -> None:
         """A checkpoint of the step reached."""
-        raw = weights = self.strategy.weights()
+        raw = weights = self.strategy.full_weights()
         kept: dict[str, dict[str, Tensor]] = {}
         """By folder below state/: what resuming reads where model.safetensors holds something else."""
         if self.average is not None:
             kept["weights"] = raw
             with self.averaged():
-                weights = self.strategy.weights()
+                weights = self.strategy.full_weights()
         if self.plan.plain is not None:
             kept |= {"weights": raw} if self.average is None else {"average": weights}
             weights = self.plan.plain(weights)
@@ -336,7 +336,10 @@ class _Run:
             yield
         except BaseException as error:
             explained = (
-                memory.explain(error, self.plan.resolved, self.step, distributed.world_size(), self.strategy.device) or error
+                memory.explain_out_of_memory(
+                    error, self.plan.resolved, self.step, distributed.world_size(), self.strategy.device
+                )
+                or error
             )
             explained = watchdog.diagnose(explained) or explained
             why = str(explained) if isinstance(explained, UserError) else f"{type(explained).__name__}: {explained}"
@@ -359,7 +362,7 @@ class _Run:
     def _evaluate(self, log: RunLog) -> bool:
         """Runs the evaluation; whether it is the best so far."""
         assert self.evaluate is not None
-        with self.averaged(), self.strategy.whole() as model:
+        with self.averaged(), self.strategy.full_model() as model:
             self.results = self.evaluate(model)
         self.strategy.model.train()
         seen = self.step * self.plan.batch_size

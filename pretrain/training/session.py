@@ -103,7 +103,7 @@ class Session:
     def build_strategy(self) -> Strategy:
         """Build the strategy that train.strategy names."""
         train = self.config.train
-        return strategies.choose(
+        return strategies.build_strategy(
             train.strategy, train.precision, self.config.optim, self.device, train.offload, train.deepspeed
         )
 
@@ -126,11 +126,11 @@ def check_agreement(config: Any) -> None:
     """Refuse processes whose configuration, code or training data differ. Collective. Raises UserError."""
     if distributed.world_size() == 1:
         return
-    preflight.agree("the configuration", configuration.to_dict(config))
-    preflight.agree("the code", preflight.code_fingerprint())
+    preflight.require_equal("the configuration", configuration.to_dict(config))
+    preflight.require_equal("the code", preflight.code_fingerprint())
     train = config.data.train
     if train != "synthetic":
-        preflight.agree(
+        preflight.require_equal(
             "data.train",
             lambda: preflight.data_fingerprint([path for source in sources_of(train, "data.train") for path in source.shards]),
         )

@@ -98,7 +98,7 @@ def processor_time() -> float:
 
 def build(config: str, settings: list[str], folder: Path) -> Loaded:
     """An untrained model of a shipped configuration."""
-    values = configuration.merged(find_config(config, "pretrain"), settings)
+    values = configuration.load_values(find_config(config, "pretrain"), settings)
     made = configuration.build(ModelSchema, values, config, partial=True)
     tokenizer = load_tokenizer(made.text.tokenizer)
     model = models.build(models.tower_configs(made), made.model, tokenizer).eval()

@@ -75,7 +75,7 @@ def estimated(settings: list[str], world: int) -> float:
     from launch import plan
     from pretrain.runtime import distributed
 
-    with distributed.planned(world, 1, False):
+    with distributed.assume_world(world, 1, False):
         config = configuration(settings)
     model, _ = plan.measure(config)
     return plan.estimate(config, model, world, overhead=False).total / MIB
@@ -106,7 +106,7 @@ def measured(settings: list[str]) -> dict[str, float]:
         loss = registry.get_component("losses", config.loss.name)
         scaled = replace(config.model, logit_scale=loss.LOGIT_SCALE, logit_bias=loss.LOGIT_BIAS)
         model = models.build(models.tower_configs(config), scaled, tokenizer)
-        strategy = strategies.choose(train.strategy, train.precision, config.optim, torch.device("cpu"))
+        strategy = strategies.build_strategy(train.strategy, train.precision, config.optim, torch.device("cpu"))
         strategy.setup(model)
         strategy.model.train()
         task = objective.Contrastive(loss.build(config.loss))

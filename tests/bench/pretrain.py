@@ -20,7 +20,7 @@ from datetime import datetime
 from pathlib import Path
 
 from pretrain.data.shards.paths import counts, expand
-from tests.support import clipfuse, environment, lines
+from tests.support import environment, read_jsonl, run_clipfuse
 
 TOWERS = {
     "embed_dim": 192,
@@ -40,8 +40,8 @@ def ours(folder: Path, train: str, tokenizer: Path, batch: int, epochs: int, sam
     """Samples/s of our run."""
     settings = [f"run={folder}", f"data.train={train}", "data.val=null", f"text.tokenizer={tokenizer}"]
     settings += [f"data.batch_size={batch}", f"train.epochs={epochs}", "train.log_every=1", *extra]
-    clipfuse("pretrain", "clipart", *settings, cwd=folder.parent, timeout=7200)
-    rows = [line for line in lines(folder / "metrics.jsonl") if "loss" in line]
+    run_clipfuse("pretrain", "clipart", *settings, cwd=folder.parent, timeout=7200)
+    rows = [line for line in read_jsonl(folder / "metrics.jsonl") if "loss" in line]
     first = next(i for i, line in enumerate(rows) if line["samples_seen"] >= samples)
     return (rows[-1]["samples_seen"] - rows[first]["samples_seen"]) / (rows[-1]["time"] - rows[first]["time"])
 
@@ -79,9 +79,9 @@ def main() -> None:
         root = Path(name)
         train = given.train
         if train is None:
-            clipfuse("data", "scenes", root / "scenes", "--num", "2000", cwd=root)
+            run_clipfuse("data", "scenes", root / "scenes", "--num", "2000", cwd=root)
             train = f"{root}/scenes/train-*.tar"
-        clipfuse("tokenizer", train, root / "tokenizer", "--vocab", str(given.vocab), cwd=root)
+        run_clipfuse("tokenizer", train, root / "tokenizer", "--vocab", str(given.vocab), cwd=root)
         paths = expand(train)
         samples = sum(counts(paths))
         size = (given.batch, given.epochs, samples)

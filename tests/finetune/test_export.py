@@ -49,7 +49,7 @@ def fresh(small: Small, *settings: str) -> Finetuned:
     """A model of random weights, gates too, which are 0 at the start."""
     layers = [] if "fusion=null" in settings else ["fusion.layers=1", "fusion.heads=2"]
     words = [f"text.tokenizer={small.tokenizer}", *TINY_TOWERS, *layers, *settings]
-    values = configuration.merged(ROOT / "configs/pretrain/scenes.yaml", words)
+    values = configuration.load_values(ROOT / "configs/pretrain/scenes.yaml", words)
     config = configuration.build(FusionSchema, values, "test", partial=True)
     tokenizer = load_tokenizer(str(small.tokenizer))
     torch.manual_seed(0)

@@ -12,7 +12,7 @@ from pretrain import registry
 from pretrain.data.batch import Batch
 from pretrain.optim import OptimConfig
 from pretrain.runtime import distributed
-from pretrain.strategies import choose
+from pretrain.strategies import build_strategy
 from tests.support import Small, tiny, world
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -24,7 +24,7 @@ ANSWERS, M, B = ["red", "blue", "two", "yes"], 3, 8
 def built(dtype: torch.dtype) -> tuple[FusionModel, vqa.VQA]:
     """The same weights at each call, gates open; what the loss never reaches is frozen, as a run does it."""
     task = vqa.build(vqa.Config(answers=ANSWERS), None)
-    model = models.build(tiny.model("clip"), registry.get_component("fusion", "cross").Config(layers=1, heads=2), None)
+    model = models.build(tiny.build_model("clip"), registry.get_component("fusion", "cross").Config(layers=1, heads=2), None)
     torch.manual_seed(1)
     model.head = task.head(model)
     with torch.no_grad():
@@ -38,7 +38,7 @@ def built(dtype: torch.dtype) -> tuple[FusionModel, vqa.VQA]:
 
 def whole() -> Batch:
     """The first half of the pictures has one question each, the second three: the two processes hold 4 and 12."""
-    pictures, texts = tiny.batch(0, B), tiny.batch(1, B * M)
+    pictures, texts = tiny.build_batch(0, B), tiny.build_batch(1, B * M)
     g = torch.Generator().manual_seed(5)
     asked = torch.ones(B, M)
     asked[: B // 2, 1:] = 0
@@ -81,13 +81,13 @@ def cells() -> dict[str, tuple[float, str, float]]:
     mine = whole().slice(share * distributed.rank(), share * (distributed.rank() + 1))
     found: dict[str, tuple[float, str, float]] = {}
     for word, bound in EXACT.items():
-        strategy = choose(word, "fp32", OptimConfig(clip_norm=0.0), torch.device("cpu"))
+        strategy = build_strategy(word, "fp32", OptimConfig(clip_norm=0.0), torch.device("cpu"))
         model, task = built(torch.float64 if bound < 1e-6 else torch.float32)
         strategy.setup(model)
         strategy.model.train()
         for chunks in (1, 2):
-            loss, got = tiny.one_step(strategy, task, mine, chunks, (0, 0, distributed.rank()))
-            where, worst = max(tiny.errors(got, expected).items(), key=lambda item: item[1])
+            loss, got = tiny.run_one_step(strategy, task, mine, chunks, (0, 0, distributed.rank()))
+            where, worst = max(tiny.gradient_errors(got, expected).items(), key=lambda item: item[1])
             found[f"{word} {chunks}"] = (worst, where, abs(loss - value) / value)
     return found
 

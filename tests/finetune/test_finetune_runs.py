@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import finetune
 from launch import cli
 from pretrain.checkpoints.loading import load_model
-from tests.support import Small, clipfuse, lines, losses
+from tests.support import Small, read_jsonl, read_losses, run_clipfuse
 
 OUTSIDE = '''
 """Is there a red thing? One logit a picture, from its embedding alone."""
@@ -108,7 +108,7 @@ def test_it_starts_from_what_init_holds_and_everything_reached_moves(encoders: P
     assert any(name.startswith("towers.image") for name in moved)
     for name in moved:
         assert (old[name] - new[name]).abs().max() < 0.05, name  # six small steps away, not another start
-    assert all(value == value for value in losses(straight).values())
+    assert all(value == value for value in read_losses(straight).values())
 
 
 def test_resumed_bit_for_bit(small: Small, encoders: Path, straight: Path, tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_resumed_bit_for_bit(small: Small, encoders: Path, straight: Path, tmp_p
         if path.name != "step-0000003":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert cli.main(words(small, encoders, run)) == 0
-    assert losses(run) == losses(straight)
+    assert read_losses(run) == read_losses(straight)
     last = "checkpoints/step-0000006/model.safetensors"
     assert (run / last).read_bytes() == (straight / last).read_bytes()
 
@@ -138,7 +138,7 @@ def test_evaluated_from_the_command(small: Small, straight: Path, capsys: pytest
     kinds = ("colour", "kind", "surface", "count", "existence", "relation")
     assert {f"accuracy_{kind}" for kind in kinds} | {f"blind_accuracy_{kind}" for kind in kinds} <= set(metrics)
     assert metrics["samples"] == 64
-    logged = [line for line in lines(straight / "metrics.jsonl") if "val/accuracy" in line]
+    logged = [line for line in read_jsonl(straight / "metrics.jsonl") if "val/accuracy" in line]
     assert logged[-1]["val/samples"] == 16
     assert cli.main(["evaluate", str(straight), "--data", small.val]) == 0
     assert "without picture" in capsys.readouterr().out
@@ -164,20 +164,20 @@ def test_cached_steps_are_the_same_steps(small: Small, encoders: Path, straight:
     plain, cached = tmp_path / "plain", tmp_path / "cached"
     for run, chunks in ((plain, 1), (cached, 4)):
         assert cli.main(words(small, encoders, run, "fusion.dropout=0", f"train.chunks={chunks}", "data.val=null")) == 0
-    for step, loss in losses(plain).items():
-        assert losses(cached)[step] == pytest.approx(loss, rel=1e-4)
+    for step, loss in read_losses(plain).items():
+        assert read_losses(cached)[step] == pytest.approx(loss, rel=1e-4)
 
 
 def test_two_processes_give_the_losses_of_one(small: Small, encoders: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     more = ("fusion.dropout=0", "train.steps=3")
     assert cli.main(words(small, encoders, one, *more)) == 0
-    done = clipfuse(*words(small, encoders, two, *more, "train.strategy=ddp"), "--nproc", "2", cwd=tmp_path)
+    done = run_clipfuse(*words(small, encoders, two, *more, "train.strategy=ddp"), "--nproc", "2", cwd=tmp_path)
     assert "done: 3 steps" in done.stderr + done.stdout
-    for step, loss in losses(one).items():
-        assert losses(two)[step] == pytest.approx(loss, rel=1e-4)
+    for step, loss in read_losses(one).items():
+        assert read_losses(two)[step] == pytest.approx(loss, rel=1e-4)
     first, second = (
-        next(line for line in lines(run / "metrics.jsonl") if "val/accuracy" in line)["val/accuracy"] for run in (one, two)
+        next(line for line in read_jsonl(run / "metrics.jsonl") if "val/accuracy" in line)["val/accuracy"] for run in (one, two)
     )
     assert first == pytest.approx(second, abs=0.03)  # ties of a hardly trained model may fall otherwise
 

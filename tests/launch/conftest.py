@@ -8,8 +8,8 @@ import os
 import pytest
 from filelock import FileLock
 
-from tests.support import Small, losses
-from tests.support.launches import STEPS, clipfuse_words, started, tiny
+from tests.support import Small, read_losses
+from tests.support.launches import STEPS, clipfuse_command, start_launcher, tiny_run_args
 
 
 @pytest.fixture(scope="session")
@@ -21,10 +21,10 @@ def undisturbed(small: Small, tmp_path_factory: pytest.TempPathFactory) -> dict[
     with FileLock(shared / "undisturbed.lock"):
         if not kept.exists():
             folder = tmp_path_factory.mktemp("undisturbed")
-            words = tiny(small, folder / "run", f"train.steps={STEPS}")
-            with started(*clipfuse_words("pretrain", "--nproc", "2", *words), cwd=folder) as run:
-                run.end(0)
-            kept.write_text(json.dumps(losses(folder / "run")))
+            words = tiny_run_args(small, folder / "run", f"train.steps={STEPS}")
+            with start_launcher(*clipfuse_command("pretrain", "--nproc", "2", *words), cwd=folder) as run:
+                run.wait_for_exit(0)
+            kept.write_text(json.dumps(read_losses(folder / "run")))
     found = {int(step): loss for step, loss in json.loads(kept.read_text()).items()}
     assert list(found) == list(range(1, STEPS + 1))
     return found

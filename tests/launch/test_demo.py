@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.support import ROOT, environment, lines
+from tests.support import ROOT, environment, read_jsonl
 
 
 @pytest.mark.slow
@@ -23,14 +23,14 @@ def test_the_demo_runs_from_nothing_to_a_report(tmp_path: Path) -> None:
     for command in told:
         assert f"$ clipfuse {command}" in done.stdout
     for run in ("run", "answers"):
-        losses = [line["loss"] for line in lines(tmp_path / f"demo/{run}/metrics.jsonl") if "loss" in line]
+        losses = [line["loss"] for line in read_jsonl(tmp_path / f"demo/{run}/metrics.jsonl") if "loss" in line]
         assert losses[-1] < losses[0]
     # Answers and maps, of the questions that were learnt.
     asked = (tmp_path / "demo/answers/report.html").read_text()
     assert "what colour is the" in asked
     assert "how many" in asked
     assert "left of" not in asked
-    figures = [line for line in lines(tmp_path / "demo/answers/metrics.jsonl") if "val/accuracy" in line][-1]
+    figures = [line for line in read_jsonl(tmp_path / "demo/answers/metrics.jsonl") if "val/accuracy" in line][-1]
     assert {name for name in figures if name.startswith("val/accuracy_")} == {
         f"val/accuracy_{kind}" for kind in ("colour", "kind", "count")
     }

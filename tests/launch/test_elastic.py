@@ -6,8 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT, Small, losses
-from tests.support.launches import BIN, STEPS, clipfuse_words, free_port, said, started, status, tiny
+from tests.support import ROOT, Small, read_losses
+from tests.support.launches import (
+    BIN,
+    STEPS,
+    clipfuse_command,
+    clipfuse_lines,
+    free_port,
+    read_status,
+    start_launcher,
+    tiny_run_args,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -18,9 +27,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 def launch(launcher: list[str | Path], small: Small, run: Path, *more: str) -> dict[int, float]:
     path = f"{BIN}:/usr/bin:/bin"  # deepspeed finds its own programs there
-    with started(*launcher, *tiny(small, run, f"train.steps={STEPS}", *more), cwd=run.parent, PATH=path) as launched:
-        launched.end(0)
-    return losses(run)
+    with start_launcher(
+        *launcher, *tiny_run_args(small, run, f"train.steps={STEPS}", *more), cwd=run.parent, PATH=path
+    ) as launched:
+        launched.wait_for_exit(0)
+    return read_losses(run)
 
 
 @pytest.mark.parametrize(
@@ -50,9 +61,9 @@ def test_deepspeeds_launcher_and_file_give_the_same_losses(small: Small, undistu
 
 def test_processes_that_do_not_know_each_other_are_refused(small: Small, tmp_path: Path) -> None:
     words = [BIN / "accelerate", "launch", "--cpu", "--num_processes", "2", "-m", "pretrain"]
-    with started(*words, *tiny(small, tmp_path / "run", "train.steps=4"), cwd=tmp_path) as launched:
-        output = launched.end(1)
-    assert [line for line in said(output) if "several processes and started ONE" in line]
+    with start_launcher(*words, *tiny_run_args(small, tmp_path / "run", "train.steps=4"), cwd=tmp_path) as launched:
+        output = launched.wait_for_exit(1)
+    assert [line for line in clipfuse_lines(output) if "several processes and started ONE" in line]
     assert not (tmp_path / "run").exists()
 
 
@@ -61,10 +72,10 @@ def test_processes_that_do_not_know_each_other_are_refused(small: Small, tmp_pat
 
 
 def test_wrong_usage_is_two_and_said_once(small: Small, tmp_path: Path) -> None:
-    words = tiny(small, tmp_path / "run", "train.steps=4", "optim.lrr=1")
-    with started(*clipfuse_words("pretrain", "--nproc", "2", *words), cwd=tmp_path) as launched:
-        output = launched.end(2)
-    assert len(said(output)) == 1
+    words = tiny_run_args(small, tmp_path / "run", "train.steps=4", "optim.lrr=1")
+    with start_launcher(*clipfuse_command("pretrain", "--nproc", "2", *words), cwd=tmp_path) as launched:
+        output = launched.wait_for_exit(2)
+    assert len(clipfuse_lines(output)) == 1
     assert "unknown key optim.lrr" in output
     assert "Traceback" not in output
 
@@ -76,8 +87,8 @@ def test_the_launcher_refuses_before_it_starts_anything(tmp_path: Path) -> None:
         (["scenes", "--nproc", "gpus"], "no GPU here"),
         (["scenes", "--nproc", "2", "--nodes", "2"], "--nodes 2 needs --rdzv HOST:PORT"),
     ):
-        with started(*clipfuse_words("pretrain", *words), cwd=tmp_path) as launched:
-            output = launched.end(2)
+        with start_launcher(*clipfuse_command("pretrain", *words), cwd=tmp_path) as launched:
+            output = launched.wait_for_exit(2)
         assert line in output
         assert len(output.splitlines()) == 1
 
@@ -85,27 +96,29 @@ def test_the_launcher_refuses_before_it_starts_anything(tmp_path: Path) -> None:
 def test_signals_are_agreed_saved_and_resumed(small: Small, undisturbed: dict[int, float], tmp_path: Path) -> None:
     """Stopped in two ways (Slurm's, SIGUSR1, is in test_slurm.py), the run has the losses of the one that was not."""
     run = tmp_path / "run"
-    words = clipfuse_words("pretrain", "--nproc", "2", *tiny(small, run, f"train.steps={STEPS}", "train.save_every=1000"))
+    words = clipfuse_command(
+        "pretrain", "--nproc", "2", *tiny_run_args(small, run, f"train.steps={STEPS}", "train.save_every=1000")
+    )
     for number, after in ((signal.SIGTERM, 3), (signal.SIGINT, 8)):
-        with started(*words, cwd=tmp_path) as launched:
-            launched.until(rf"step {after}/{STEPS} ")
+        with start_launcher(*words, cwd=tmp_path) as launched:
+            launched.wait_for_output(rf"step {after}/{STEPS} ")
             launched.process.send_signal(number)
-            output = launched.end(75)
+            output = launched.wait_for_exit(75)
         assert f"stopped by {number.name} at step" in output
         assert "go on with: clipfuse pretrain scenes --nproc=2" in output
-        assert status(run)["state"] == "stopped"
-        assert status(run)["why"] == f"stopped by {number.name}"
-    with started(*words, cwd=tmp_path) as launched:
-        launched.end(0)
-    assert status(run)["state"] == "done"
-    assert losses(run) == undisturbed
+        assert read_status(run)["state"] == "stopped"
+        assert read_status(run)["why"] == f"stopped by {number.name}"
+    with start_launcher(*words, cwd=tmp_path) as launched:
+        launched.wait_for_exit(0)
+    assert read_status(run)["state"] == "done"
+    assert read_losses(run) == undisturbed
 
 
 def test_a_signal_before_training_is_resumable(small: Small, tmp_path: Path) -> None:
-    words = clipfuse_words("pretrain", "--nproc", "2", *tiny(small, tmp_path / "run", "train.steps=4"))
-    with started(*words, cwd=tmp_path) as launched:
+    words = clipfuse_command("pretrain", "--nproc", "2", *tiny_run_args(small, tmp_path / "run", "train.steps=4"))
+    with start_launcher(*words, cwd=tmp_path) as launched:
         end = time.monotonic() + 120
         while len(launched.ranks()) < 2 and time.monotonic() < end:
             time.sleep(0.05)
         launched.process.send_signal(signal.SIGTERM)
-        assert "stopped by SIGTERM before training began" in launched.end(75)
+        assert "stopped by SIGTERM before training began" in launched.wait_for_exit(75)

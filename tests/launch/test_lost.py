@@ -9,8 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import Small, losses
-from tests.support.launches import STEPS, Started, clipfuse_words, free_port, kill, said, started, status, tiny, torchrun_words
+from tests.support import Small, read_losses
+from tests.support.launches import (
+    STEPS,
+    Launcher,
+    clipfuse_command,
+    clipfuse_lines,
+    free_port,
+    kill,
+    read_status,
+    start_launcher,
+    tiny_run_args,
+    torchrun_command,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -21,39 +32,39 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 def test_a_killed_process_ends_the_run_with_its_name(small: Small, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    words = clipfuse_words("pretrain", "--nproc", "2", *tiny(small, run, "train.steps=3000"))
-    with started(*words, cwd=tmp_path) as launched:
-        launched.until("step 3/")
+    words = clipfuse_command("pretrain", "--nproc", "2", *tiny_run_args(small, run, "train.steps=3000"))
+    with start_launcher(*words, cwd=tmp_path) as launched:
+        launched.wait_for_output("step 3/")
         victim = launched.ranks()[1]
         victim.kill()
         begin = time.monotonic()
-        output = launched.end(1, 60)
+        output = launched.wait_for_exit(1, 60)
     assert time.monotonic() - begin < 45
     assert f"process 1 ({_host()}, pid {victim.pid}) died" in output
     assert "process 1 was killed by SIGKILL" in output
-    assert status(run)["state"] == "failed"
-    assert f"pid {victim.pid}" in str(status(run)["why"])
+    assert read_status(run)["state"] == "failed"
+    assert f"pid {victim.pid}" in str(read_status(run)["why"])
 
 
 def test_a_frozen_process_ends_the_run_within_the_timeout(small: Small, tmp_path: Path) -> None:
     """SIGSTOP: alive for the kernel, silent for everybody else."""
     run = tmp_path / "run"
-    words = clipfuse_words("pretrain", "--nproc", "2", *tiny(small, run, "train.steps=3000", "train.timeout=15"))
-    with started(*words, cwd=tmp_path) as launched:
-        launched.until("step 3/")
+    words = clipfuse_command("pretrain", "--nproc", "2", *tiny_run_args(small, run, "train.steps=3000", "train.timeout=15"))
+    with start_launcher(*words, cwd=tmp_path) as launched:
+        launched.wait_for_output("step 3/")
         victim = launched.ranks()[1]
         victim.suspend()
         begin = time.monotonic()
-        launched.until(rf"process 1 \({_host()}, pid {victim.pid}\) (is gone|hangs)")
+        launched.wait_for_output(rf"process 1 \({_host()}, pid {victim.pid}\) (is gone|hangs)")
         assert time.monotonic() - begin < 15 + 10
-        launched.end(1, 90)  # the frozen one has to be killed
-    assert status(run)["state"] == "failed"
+        launched.wait_for_exit(1, 90)  # the frozen one has to be killed
+    assert read_status(run)["state"] == "failed"
 
 
 def test_a_killed_launcher_leaves_nothing_behind(small: Small, tmp_path: Path) -> None:
-    words = clipfuse_words("pretrain", "--nproc", "2", *tiny(small, tmp_path / "run", "train.steps=3000"))
-    with started(*words, cwd=tmp_path) as launched:
-        launched.until("step 3/")
+    words = clipfuse_command("pretrain", "--nproc", "2", *tiny_run_args(small, tmp_path / "run", "train.steps=3000"))
+    with start_launcher(*words, cwd=tmp_path) as launched:
+        launched.wait_for_output("step 3/")
         ranks = launched.ranks()
         assert len(ranks) == 2
         kill(launched.process.pid)
@@ -66,13 +77,13 @@ def test_a_killed_launcher_leaves_nothing_behind(small: Small, tmp_path: Path) -
 
 def test_a_lost_process_is_started_again(small: Small, undisturbed: dict[int, float], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    words = tiny(small, run, f"train.steps={STEPS}", "train.save_every=5")
-    with started(*clipfuse_words("pretrain", "--nproc", "2", "--restarts", "1", *words), cwd=tmp_path) as launched:
-        launched.until("step 7/")
+    words = tiny_run_args(small, run, f"train.steps={STEPS}", "train.save_every=5")
+    with start_launcher(*clipfuse_command("pretrain", "--nproc", "2", "--restarts", "1", *words), cwd=tmp_path) as launched:
+        launched.wait_for_output("step 7/")
         launched.ranks()[1].kill()
-        output = launched.end(0)
+        output = launched.wait_for_exit(0)
     assert "again from the last checkpoint (0 restarts left)" in output
-    assert losses(run) == undisturbed
+    assert read_losses(run) == undisturbed
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -84,29 +95,29 @@ def test_a_node_that_is_lost_comes_back_and_the_run_goes_on(
     launcher: str, small: Small, undisturbed: dict[int, float], tmp_path: Path
 ) -> None:
     run, port = tmp_path / "run", free_port()
-    settings = tiny(small, run, f"train.steps={STEPS}", "train.save_every=5")
+    settings = tiny_run_args(small, run, f"train.steps={STEPS}", "train.save_every=5")
     env = {}
     if launcher == "clipfuse":
-        words = clipfuse_words("pretrain", "--nproc", "1", "--nodes", "2", "--rdzv", f"127.0.0.1:{port}", *settings)
+        words = clipfuse_command("pretrain", "--nproc", "1", "--nodes", "2", "--rdzv", f"127.0.0.1:{port}", *settings)
     else:
         meet = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"]
-        words = [*torchrun_words(*meet, "--max-restarts", "3"), *settings]
+        words = [*torchrun_command(*meet, "--max-restarts", "3"), *settings]
         env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else torch looks for the lost node at its old address
-    with started(*words, cwd=tmp_path, **env) as first:
+    with start_launcher(*words, cwd=tmp_path, **env) as first:
         _wait_for_port(port, first)  # this one holds the rendezvous
-        with started(*words, cwd=tmp_path, **env) as second:
+        with start_launcher(*words, cwd=tmp_path, **env) as second:
             _until_either(rf"step 7/{STEPS} ", first, second)
             second.ranks()
             kill(second.process.pid)
             second.process.wait()
-        with started(*words, cwd=tmp_path, **env) as back:
-            first.end(0)
-            back.end(0)
+        with start_launcher(*words, cwd=tmp_path, **env) as back:
+            first.wait_for_exit(0)
+            back.wait_for_exit(0)
     assert "resuming" in first.output + back.output
-    assert losses(run) == undisturbed
+    assert read_losses(run) == undisturbed
 
 
-def _wait_for_port(port: int, launched: Started) -> None:
+def _wait_for_port(port: int, launched: Launcher) -> None:
     end = time.monotonic() + 120
     while time.monotonic() < end:
         with socket.socket() as probe:
@@ -117,7 +128,7 @@ def _wait_for_port(port: int, launched: Started) -> None:
     raise AssertionError(f"nobody listens at {port}\n{launched.output}")
 
 
-def _until_either(pattern: str, *each: Started) -> None:
+def _until_either(pattern: str, *each: Launcher) -> None:
     end = time.monotonic() + 240
     while not re.search(pattern, "".join(one.output for one in each)):
         for one in each:
@@ -137,16 +148,16 @@ def _host() -> str:
 def test_out_of_memory_is_one_line_with_the_peak_and_three_settings(small: Small, tmp_path: Path) -> None:
     """A model whose gradients and moments are more than the process may have."""
     settings = [
-        *tiny(small, tmp_path / "run", "train.steps=4")[1:],
+        *tiny_run_args(small, tmp_path / "run", "train.steps=4")[1:],
         "train.strategy=single",
         "data.batch_size=64",
         "image.args={patch_size: 16, embed_dim: 4096, depth: 2, num_heads: 2, global_pool: avg, fc_norm: false}",
     ]
     limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (9 << 30, 9 << 30)); "
     code = limit + "from launch.cli import main; sys.exit(main(sys.argv[1:]))"
-    with started(sys.executable, "-c", code, "pretrain", "scenes", *settings, cwd=tmp_path) as launched:
-        output = launched.end(1)
-    line = said(output)
+    with start_launcher(sys.executable, "-c", code, "pretrain", "scenes", *settings, cwd=tmp_path) as launched:
+        output = launched.wait_for_exit(1)
+    line = clipfuse_lines(output)
     assert len(line) == 1
     assert "out of memory after step 0: peak " in line[0]
     assert "train.chunks=2" in line[0]

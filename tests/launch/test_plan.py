@@ -15,7 +15,7 @@ from pretrain.checkpoints.loading import load_model
 from pretrain.errors import ConfigError
 from tests.bench import plan as bench
 from tests.support import Small, world
-from tests.support.launches import clipfuse_words, started
+from tests.support.launches import clipfuse_command, start_launcher
 
 MODEL = plan.Model(
     total=1_000_000, trainable=900_000, buffers=100, block=50_000, root=200_000, modalities=2,
@@ -64,7 +64,9 @@ def test_the_pass_without_contents_counts_a_known_network() -> None:
 
 def test_strategies_spread_what_they_say() -> None:
     """At 10 processes, in bytes: what DeepSpeed's paper (Rajbhandari et al., arXiv:1910.02054, figure 1) spreads."""
-    made = {word: plan.estimate(config(f"train.strategy={word}"), MODEL, 10).memory for word in plan.WORDS if word != "single"}
+    made = {
+        word: plan.estimate(config(f"train.strategy={word}"), MODEL, 10).memory for word in plan.STRATEGIES if word != "single"
+    }
     P, T = 4 * MODEL.total, 4 * MODEL.trainable
     assert {word: parts["optimizer"] for word, parts in made.items()} == {
         "ddp": 2 * T, "fsdp2": 2 * T // 10, "zero1": 2 * T // 10, "zero2": 2 * T // 10, "zero3": 2 * T // 10,
@@ -150,11 +152,11 @@ def test_what_could_not_run_is_refused() -> None:
 
 
 def test_the_command_prints_json_without_data_tokenizer_or_gpu(tmp_path: Any) -> None:
-    words = clipfuse_words(
+    words = clipfuse_command(
         "plan", "scenes-conv", "--gpus", "2", "--gpu", "a100", "--json", "train.strategy=fsdp2", "train.chunks=2"
     )
-    with started(*words, cwd=tmp_path) as run:
-        output = run.end(0)
+    with start_launcher(*words, cwd=tmp_path) as run:
+        output = run.wait_for_exit(0)
     found = json.loads(output.splitlines()[-1])
     assert (found["gpus"], found["gpu"], found["samples_per_epoch"]) == (2, "a100", None)
     assert (found["chosen"]["strategy"], found["chosen"]["chunks"]) == ("fsdp2", 2)

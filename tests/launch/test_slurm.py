@@ -15,12 +15,12 @@ import pytest
 
 from launch import cli, slurm
 from pretrain.errors import ConfigError
-from tests.support import ROOT, Small, environment, losses
-from tests.support.launches import STEPS, clipfuse_words, started, tiny
-from tests.support.slurm_cluster import Cluster, cluster, missing
+from tests.support import ROOT, Small, environment, read_losses
+from tests.support.launches import STEPS, clipfuse_command, start_launcher, tiny_run_args
+from tests.support.slurm_cluster import Cluster, run_cluster, skip_reason
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
-needs_slurm = pytest.mark.skipif(bool(missing()), reason=missing())
+needs_slurm = pytest.mark.skipif(bool(skip_reason()), reason=skip_reason())
 TEMPLATES = sorted((ROOT / "launch" / "slurm").glob("*.sbatch"))
 
 
@@ -55,7 +55,7 @@ def test_no_gpus_no_requeue_and_other_gpus_than_processes(tmp_path: Path) -> Non
 
 
 def test_a_configuration_that_could_not_run_is_refused_before_it_waits_in_line(small: Small, tmp_path: Path) -> None:
-    settings = tiny(small, tmp_path / "run", "train.steps=4")[1:]
+    settings = tiny_run_args(small, tmp_path / "run", "train.steps=4")[1:]
     with pytest.raises(ConfigError, match=r"data\.batch_size=16 must be divisible"):
         slurm.submit("pretrain", "scenes", settings, slurm.Job(nodes=3, nproc=8), dry_run=True)
     with pytest.raises(ConfigError, match=r"train\.strategy=single runs in one process, not 4"):
@@ -92,7 +92,7 @@ def slurm_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]
     root = tmp_path_factory.mktemp("slurm")
     for folder in (root, root.parent, root.parent.parent):  # daemons of other users pass through
         folder.chmod(folder.stat().st_mode | 0o055)
-    with cluster(root) as made:
+    with run_cluster(root) as made:
         yield made
 
 
@@ -108,7 +108,7 @@ def test_a_job_that_is_preempted_twice_has_the_losses_of_an_undisturbed_run(
 ) -> None:
     # -- the job
     run = tmp_path / "the run"
-    words = tiny(small, run, f"train.steps={STEPS}", "train.save_every=1000")
+    words = tiny_run_args(small, run, f"train.steps={STEPS}", "train.save_every=1000")
     options = ["--on", "slurm", "--nodes", "2", "--nproc", "1", "--gpus-per-node", "0", "--time", "30", "--warning", "60"]
     command = [sys.executable, "-m", "launch.cli", "pretrain", *words, *options]
     said = slurm_cluster.run(*command, cwd=tmp_path, env=environment(OMP_NUM_THREADS="1", PATH=os.environ["PATH"]))
@@ -131,16 +131,16 @@ def test_a_job_that_is_preempted_twice_has_the_losses_of_an_undisturbed_run(
     slurm_cluster.wait(job, ("COMPLETED",), 300)
     assert slurm_cluster.field(job, "Restarts") == "2"
     assert output.read_text().count("resuming ") == 2
-    assert losses(run) == undisturbed
+    assert read_losses(run) == undisturbed
 
 
 @needs_slurm
 def test_a_job_that_cannot_be_is_one_line(small: Small, slurm_cluster: Cluster, tmp_path: Path) -> None:
-    words = tiny(small, tmp_path / "run", "train.steps=4")
+    words = tiny_run_args(small, tmp_path / "run", "train.steps=4")
     options = ["--on", "slurm", "--nproc", "2", "--gpus-per-node", "0", "--partition", "nowhere"]
     env = environment(PATH=os.environ["PATH"], SLURM_CONF=str(slurm_cluster.conf))
-    with started(*clipfuse_words("pretrain", *words, *options), cwd=tmp_path, **env) as refused:
-        output = refused.end(1)
+    with start_launcher(*clipfuse_command("pretrain", *words, *options), cwd=tmp_path, **env) as refused:
+        output = refused.wait_for_exit(1)
     assert len(output.splitlines()) == 1
     assert "sbatch refused" in output
     assert "partition" in output

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import pytest
 
-from pretrain.config import build, component_field, extra_components, load, merged, save, to_dict
+from pretrain.config import build, component_field, extra_components, load, load_values, save, to_dict
 from pretrain.errors import ConfigError, closest
 from pretrain.registry import get_component
 from pretrain.training.loop import TrainConfig
@@ -49,8 +49,8 @@ def test_yaml_then_base_then_dotlist(tmp_path: Path) -> None:
 
 def test_the_length_given_last_replaces_one_in_another_unit(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("train: {epochs: 12}\n")
-    assert merged(tmp_path / "a.yaml", ["train.steps=24"]) == {"train": {"steps": 24}}
-    assert merged(tmp_path / "a.yaml", ["train.steps=0"]) == {"train": {"epochs": 12, "steps": 0}}
+    assert load_values(tmp_path / "a.yaml", ["train.steps=24"]) == {"train": {"steps": 24}}
+    assert load_values(tmp_path / "a.yaml", ["train.steps=0"]) == {"train": {"epochs": 12, "steps": 0}}
     (tmp_path / "b.yaml").write_text("epochs: 12\nsteps: 24\n")
     with pytest.raises(ConfigError, match="exactly one of"):
         load(TrainConfig, tmp_path / "b.yaml")

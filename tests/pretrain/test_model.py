@@ -219,7 +219,7 @@ def test_scale_is_kept_between_1_and_100() -> None:
 
 
 def test_every_parameter_learns_from_the_loss() -> None:
-    for loss in registry.names("losses"):
+    for loss in registry.component_names("losses"):
         module = registry.get_component("losses", loss)
         mine = clip(logit_scale=module.LOGIT_SCALE, logit_bias=module.LOGIT_BIAS).train()
         pictures, ids, mask = batch()

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pretrain.errors import ConfigError
-from pretrain.optim import Average, OptimConfig, adamw, learning_rate, parameter_groups
+from pretrain.optim import OptimConfig, WeightAverage, build_adamw, learning_rate, parameter_groups
 
 
 def test_cosine_equals_open_clip() -> None:
@@ -107,7 +107,7 @@ def test_adamw_is_adamw() -> None:
     start, grads = torch.randn(5, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
     p = nn.Parameter(start.clone())
     config = OptimConfig(lr=0.01, weight_decay=0.3, betas=[0.8, 0.95], eps=1e-6)
-    optimizer = adamw([{"params": [p], "weight_decay": 0.3, "lr_scale": 1.0}], config)
+    optimizer = build_adamw([{"params": [p], "weight_decay": 0.3, "lr_scale": 1.0}], config)
     w, m, v = start.clone(), torch.zeros(5).double(), torch.zeros(5).double()
     for t, g in enumerate(grads, start=1):
         p.grad = g.clone()
@@ -120,7 +120,7 @@ def test_adamw_is_adamw() -> None:
 
 def test_average_is_the_written_out_sum_and_leaves_skipped_steps_out() -> None:
     p = nn.Parameter(torch.tensor([1.0]))
-    average = Average([("p", p)], 0.9)
+    average = WeightAverage([("p", p)], 0.9)
     expected = 1.0
     for step in range(100):
         p.data.fill_(math.sin(step))

@@ -74,7 +74,9 @@ def make_small(root: Path) -> Small:
     return small
 
 
-def clipfuse(*words: str | Path, cwd: Path, timeout: float = 240, check: int | None = 0) -> subprocess.CompletedProcess[str]:
+def run_clipfuse(
+    *words: str | Path, cwd: Path, timeout: float = 240, check: int | None = 0
+) -> subprocess.CompletedProcess[str]:
     """The console command in a process of its own; fails the test where its exit code is not `check`."""
     done = subprocess.run(
         [sys.executable, "-m", "launch.cli", *map(str, words)],
@@ -97,17 +99,17 @@ def environment(**more: str) -> dict[str, str]:
     return {**inherited, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", **more}
 
 
-def lines(path: Path) -> list[dict[str, Any]]:
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """A jsonl file, of a run that may be writing its last line."""
     text = path.read_text()
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
-def losses(run: Path) -> dict[int, float]:
+def read_losses(run: Path) -> dict[int, float]:
     """step -> loss of the training lines of a run."""
-    return {line["step"]: line["loss"] for line in lines(run / "metrics.jsonl") if "loss" in line}
+    return {line["step"]: line["loss"] for line in read_jsonl(run / "metrics.jsonl") if "loss" in line}
 
 
-def keys(run: Path, rank: int = 0) -> dict[int, list[str]]:
+def read_sample_keys(run: Path, rank: int = 0) -> dict[int, list[str]]:
     """step -> sample keys of an audited run."""
-    return {line["step"]: line["keys"] for line in lines(run / f"audit-{rank}.jsonl")}
+    return {line["step"]: line["keys"] for line in read_jsonl(run / f"audit-{rank}.jsonl")}

@@ -42,7 +42,7 @@ def tokens(
     }
 
 
-def open_gates(module: nn.Module, std: float = 0.2, seed: int = 1) -> None:
+def randomize_zero_init(module: nn.Module, std: float = 0.2, seed: int = 1) -> None:
     """As if trained: every branch says something."""
     generator = torch.Generator().manual_seed(seed)
     for part in module.modules():

@@ -19,7 +19,7 @@ import psutil
 from tests.support import Small, environment
 
 BIN = Path(sys.executable).parent
-PATIENCE = 240.0
+TIMEOUT_SECONDS = 240.0
 """Seconds that a test waits for anything: imports alone take many on a busy machine."""
 STEPS = 80
 """Of the run that nobody stops, and of those that are held against it."""
@@ -31,12 +31,12 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def tiny(small: Small, run: Path, *more: str) -> list[str]:
+def tiny_run_args(small: Small, run: Path, *more: str) -> list[str]:
     """Words of a run on two processes."""
     return ["scenes", *small.settings(run, "train.strategy=ddp", "data.val=null", *more)]
 
 
-class Started:
+class Launcher:
     """A launcher and all that it starts."""
 
     def __init__(self, words: list[str | Path], cwd: Path, **env: str) -> None:
@@ -68,18 +68,18 @@ class Started:
                 continue
         return found
 
-    def until(self, pattern: str) -> str:
+    def wait_for_output(self, pattern: str) -> str:
         """Waits until the output has the pattern; ends the test where the launcher ends before."""
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + TIMEOUT_SECONDS
         while not re.search(pattern, self.output):
             ended = self.process.poll()
             assert ended is None, f"ended with {ended} before {pattern!r}\n{self.output[-6000:]}"
-            assert time.monotonic() < end, f"no {pattern!r} in {PATIENCE} s\n{self.output[-6000:]}"
+            assert time.monotonic() < end, f"no {pattern!r} in {TIMEOUT_SECONDS} s\n{self.output[-6000:]}"
             time.sleep(0.1)
         self.ranks()
         return self.output
 
-    def end(self, code: int | None, seconds: float = PATIENCE) -> str:
+    def wait_for_exit(self, code: int | None, seconds: float = TIMEOUT_SECONDS) -> str:
         """Waits for the end, checks the exit code, returns the output."""
         try:
             got = self.process.wait(seconds)
@@ -107,28 +107,28 @@ class Started:
 
 
 @contextmanager
-def started(*words: str | Path, cwd: Path, **env: str) -> Iterator[Started]:
-    made = Started(list(words), cwd, **env)
+def start_launcher(*words: str | Path, cwd: Path, **env: str) -> Iterator[Launcher]:
+    made = Launcher(list(words), cwd, **env)
     try:
         yield made
     finally:
         made.close()
 
 
-def clipfuse_words(*words: str | Path) -> list[str | Path]:
+def clipfuse_command(*words: str | Path) -> list[str | Path]:
     return [sys.executable, "-m", "launch.cli", *words]
 
 
-def torchrun_words(*options: str) -> list[str | Path]:
+def torchrun_command(*options: str) -> list[str | Path]:
     return [BIN / "torchrun", *options, "-m", "pretrain"]
 
 
-def said(output: str) -> list[str]:
+def clipfuse_lines(output: str) -> list[str]:
     """Our own lines of an output."""
     return [line for line in output.splitlines() if line.startswith("clipfuse: ")]
 
 
-def status(run: Path) -> dict[str, object]:
+def read_status(run: Path) -> dict[str, object]:
     found: dict[str, object] = json.loads((run / "status.json").read_text())
     return found
 

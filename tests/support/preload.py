@@ -14,4 +14,4 @@ for module in pkgutil.iter_modules(pretrain.strategies.__path__, "pretrain.strat
     importlib.import_module(module.name)
 with contextlib.suppress(ImportError):
     importlib.import_module("deepspeed.ops.op_builder.all_ops")
-tiny.model("clip")
+tiny.build_model("clip")

@@ -16,7 +16,7 @@ from typing import IO
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 
 
-def missing() -> str:
+def skip_reason() -> str:
     """Why there can be no cluster here, or nothing."""
     absent = [name for name in PROGRAMS if _where(name) is None]
     if absent:
@@ -174,7 +174,7 @@ PartitionName=main Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP
 
 
 @contextmanager
-def cluster(root: Path) -> Iterator[Cluster]:
+def run_cluster(root: Path) -> Iterator[Cluster]:
     """A running cluster in `root`, which daemons of other users must be able to enter."""
     made = Cluster(root)
     try:

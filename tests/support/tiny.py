@@ -21,7 +21,7 @@ LENGTH = 12
 VOCABULARY = 64
 
 
-def model(
+def build_model(
     loss: str, dtype: torch.dtype = torch.float32, image: dict[str, Any] | None = None, text: dict[str, Any] | None = None
 ) -> DualEncoder:
     """The same weights at each call. `image` and `text` change the towers' settings."""
@@ -54,16 +54,16 @@ def model(
     return built.to(dtype).train()
 
 
-def objective(loss: str, **settings: Any) -> Contrastive:
+def build_objective(loss: str, **settings: Any) -> Contrastive:
     """The product's own loss."""
     part = registry.get_component("losses", loss)
     return Contrastive(part.build(part.Config(name=loss, **settings)))
 
 
-def batch(seed: int = 0, samples: int = SAMPLES, texts: int = 1) -> Batch:
+def build_batch(seed: int = 0, samples: int = SAMPLES, texts: int = 1) -> Batch:
     """Random pictures, random texts of different lengths that end in the end token; with more `texts` each has so many."""
     if texts > 1:
-        others = [batch(seed + 1000 * k, samples) for k in range(texts)]
+        others = [build_batch(seed + 1000 * k, samples) for k in range(texts)]
         ids, mask = (
             torch.stack(rows, dim=1) for rows in ([o.inputs["text"] for o in others], [o.masks["text"] for o in others])
         )
@@ -83,10 +83,10 @@ def batch(seed: int = 0, samples: int = SAMPLES, texts: int = 1) -> Batch:
     return Batch({"image": images, "text": ids}, {"text": mask}, keys, {"caption_id": torch.arange(samples)})
 
 
-def closed_form(loss: str, features: dict[str, Tensor]) -> Tensor:
+def closed_form_loss(loss: str, features: dict[str, Tensor]) -> Tensor:
     """The loss of a whole batch as its paper writes it, B x B and all; of several texts a picture the mean."""
     if features["text"].dim() == 3:
-        each = [closed_form(loss, {**features, "text": text}) for text in features["text"].unbind(1)]
+        each = [closed_form_loss(loss, {**features, "text": text}) for text in features["text"].unbind(1)]
         return torch.stack(each).mean()
     s = features["logit_scale"] * features["image"] @ features["text"].T
     if loss == "clip":  # Radford et al. 2021, figure 3
@@ -97,15 +97,15 @@ def closed_form(loss: str, features: dict[str, Tensor]) -> Tensor:
     return -torch.nn.functional.logsigmoid(z * (s + features["logit_bias"])).sum() / len(s)
 
 
-def reference(loss: str, whole: Batch) -> tuple[float, dict[str, Tensor]]:
+def reference_gradients(loss: str, whole: Batch) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of one process on the whole batch, float64."""
-    net = model(loss, torch.float64)
-    value = closed_form(loss, net(whole.inputs, whole.masks))
+    net = build_model(loss, torch.float64)
+    value = closed_form_loss(loss, net(whole.inputs, whole.masks))
     value.backward()
     return value.item(), {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
 
 
-def one_step(
+def run_one_step(
     strategy: Strategy, objective: Objective, mine: Batch, chunks: int, seeds: tuple[int, int, int]
 ) -> tuple[float, dict[str, Tensor]]:
     """(loss over all processes, whole gradients) of a step with learning rate 0 on this process's share of the batch."""
@@ -125,7 +125,7 @@ def one_step(
     return distributed.mean(out["loss"]).item(), found
 
 
-def errors(got: dict[str, Tensor], expected: dict[str, Tensor], floor: float = 1e-3) -> dict[str, float]:
+def gradient_errors(got: dict[str, Tensor], expected: dict[str, Tensor], floor: float = 1e-3) -> dict[str, float]:
     """||g - ref|| / max(||ref||, floor ||whole gradient||) by parameter; scalars without the floor."""
     assert got.keys() == expected.keys(), got.keys() ^ expected.keys()
     floor *= math.sqrt(sum(float(g.square().sum()) for g in expected.values()))

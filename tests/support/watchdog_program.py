@@ -11,19 +11,19 @@ import torch
 
 from pretrain.errors import UserError
 from pretrain.runtime import distributed
-from pretrain.runtime.entrypoint import DONE, guarded
+from pretrain.runtime.entrypoint import DONE, run_with_exit_code
 from pretrain.runtime.watchdog import Watchdog
 
 
 def main() -> int:
     mode, timeout = sys.argv[1], float(sys.argv[2])
     distributed.setup(60)
-    distributed.limit(timeout)
+    distributed.set_timeout(timeout)
     with Watchdog(timeout, lambda why: print(f"recorded: {why}", flush=True)) as watchdog:
         try:
             for step in range(30):
                 disturbed = step == 10 and distributed.rank() == 1
-                watchdog.at(step, "waiting for data")
+                watchdog.mark(step, "waiting for data")
                 if disturbed and mode == "die":
                     os.kill(os.getpid(), signal.SIGKILL)
                 if disturbed and mode == "freeze":
@@ -34,7 +34,7 @@ def main() -> int:
                     raise UserError("the disk is full")
                 if disturbed and mode == "data":
                     time.sleep(1000)
-                watchdog.at(step, "computing")
+                watchdog.mark(step, "computing")
                 if disturbed and mode == "compute":
                     time.sleep(1000)
                 time.sleep(0.05)
@@ -50,4 +50,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main))
+    sys.exit(run_with_exit_code(main))

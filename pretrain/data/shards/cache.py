@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, TypeVar
 
 from pretrain.errors import UserError
-from pretrain.runtime.files import replacing
+from pretrain.runtime.files import replace_atomically
 
 T = TypeVar("T")
 
@@ -122,7 +122,7 @@ class Cache:
 
 def _fetch(url: str, target: Path) -> None:
     """The whole of a url into a file, which appears only when it is complete."""
-    with replacing(target) as partial, _opened(url) as source, open(partial, "wb") as out:
+    with replace_atomically(target) as partial, _opened(url) as source, open(partial, "wb") as out:
         shutil.copyfileobj(source, out, 1 << 20)
         expected = getattr(source, "length", None)  # an HTTP answer: bytes still missing
         if expected:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from pretrain.data.shards.cache import Cache, remote, small
 from pretrain.data.shards.tar import Members, walk
 from pretrain.errors import UserError
-from pretrain.runtime.files import replacing
+from pretrain.runtime.files import replace_atomically
 
 log = logging.getLogger(__name__)
 
@@ -215,7 +215,7 @@ def _save(made: ShardIndex, cache: Cache) -> None:
     for place in _places(made.path, cache):
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(place) as partial, open(partial, "wb") as out:
+            with replace_atomically(place) as partial, open(partial, "wb") as out:
                 np.savez(out, meta=np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8), **arrays)
             return
         except OSError as error:

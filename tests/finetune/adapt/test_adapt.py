@@ -32,7 +32,7 @@ def schema(encoder: DualEncoder) -> ModelSchema:
 
 
 def applied(**settings: Any) -> DualEncoder:
-    encoder = tiny.model("clip")
+    encoder = tiny.build_model("clip")
     freeze.apply(encoder, AdaptConfig(**settings), schema(encoder))
     return encoder.eval()
 
@@ -55,7 +55,7 @@ def shaken(model: nn.Module, names: str) -> None:
 
 
 def test_towers_freeze_by_blocks_and_thaw_however_they_were_pretrained() -> None:
-    encoder = tiny.model("clip", image={"trainable_blocks": 0})
+    encoder = tiny.build_model("clip", image={"trainable_blocks": 0})
     freeze.apply(encoder, AdaptConfig(trainable_blocks={"text": 1}), schema(encoder))
     names = trained(encoder)
     assert any(name.startswith("towers.image.model.patch_embed") for name in names)
@@ -77,7 +77,7 @@ def test_parts_freeze_by_name_and_what_is_not_reached_is_found() -> None:
     still = {name for name, p in encoder.named_parameters() if not p.requires_grad}
     assert {"projections.text.weight", "logit_scale"} <= still
     assert "projections.image.weight" not in still
-    batch = tiny.batch(samples=4)
+    batch = tiny.build_batch(samples=4)
     out = encoder.towers["image"](batch.inputs["image"]).states
     found = set(freeze.freeze_unreached(encoder, [out.sum()]))
     assert "projections.image.weight" in found
@@ -106,7 +106,7 @@ def test_what_cannot_be_is_one_line(settings: dict[str, Any], said: str) -> None
 
 def test_a_wrong_name_to_freeze_lists_what_is_there() -> None:
     with pytest.raises(ConfigError, match="begin with logit_scale, projections, towers"):
-        freeze.freeze_named(tiny.model("clip"), ["fusion"])
+        freeze.freeze_named(tiny.build_model("clip"), ["fusion"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ def test_a_wrong_name_to_freeze_lists_what_is_there() -> None:
 
 
 def test_a_forked_tower_learns_and_the_embeddings_stay() -> None:
-    batch = tiny.batch(samples=4)
+    batch = tiny.build_batch(samples=4)
     text = batch.inputs["text"], batch.masks["text"]
     model, _ = fused(applied(trainable_blocks={"image": 0, "text": 0}), forks=["text"])
     plain, _ = fused(applied())
@@ -146,8 +146,8 @@ def test_a_forked_tower_learns_and_the_embeddings_stay() -> None:
 
 
 def test_adapters_start_at_the_pretrained_model_and_only_they_train() -> None:
-    encoder, batch = applied(lora=LoraConfig(rank=2, towers=["image"])), tiny.batch(samples=4)
-    plain = tiny.model("clip").eval()
+    encoder, batch = applied(lora=LoraConfig(rank=2, towers=["image"])), tiny.build_batch(samples=4)
+    plain = tiny.build_model("clip").eval()
     for name, value in encoder(batch.inputs, batch.masks).items():
         torch.testing.assert_close(value, plain(batch.inputs, batch.masks)[name], rtol=1e-6, atol=1e-6)
     image = {name for name in trained(encoder) if name.startswith("towers.image.")}
@@ -159,11 +159,11 @@ def test_adapters_start_at_the_pretrained_model_and_only_they_train() -> None:
 
 def test_forward_and_merged_weights_equal_pefts_own() -> None:
     settings = LoraConfig(rank=3, alpha=5.0, targets=["qkv", "fc2", "q_proj"])
-    encoder, batch = applied(lora=settings), tiny.batch(samples=4)
+    encoder, batch = applied(lora=settings), tiny.build_batch(samples=4)
     shaken(encoder, ".lora_")
     out = encoder(batch.inputs, batch.masks)
 
-    theirs = tiny.model("clip").eval()
+    theirs = tiny.build_model("clip").eval()
     config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["qkv", "fc2", "q_proj"])  # type: ignore[arg-type]
     wrapped = peft.get_peft_model(theirs, config)  # type: ignore[arg-type]
     given = {f"base_model.model.{name}": value for name, value in encoder.state_dict().items()}
@@ -172,15 +172,15 @@ def test_forward_and_merged_weights_equal_pefts_own() -> None:
     merged = wrapped.merge_and_unload().state_dict()
 
     ours = lora.merge(encoder.state_dict(), 5.0)
-    assert ours.keys() == merged.keys() == tiny.model("clip").state_dict().keys()
-    plain = tiny.model("clip").eval()
+    assert ours.keys() == merged.keys() == tiny.build_model("clip").state_dict().keys()
+    plain = tiny.build_model("clip").eval()
     plain.load_state_dict(ours)
     for name in ("image", "text"):
         torch.testing.assert_close(out[name], expected[name], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(plain(batch.inputs, batch.masks)[name], expected[name], rtol=1e-4, atol=1e-5)
     for name, value in merged.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-6)
-    assert not torch.allclose(out["image"], tiny.model("clip").eval()(batch.inputs, batch.masks)["image"], atol=1e-3)
+    assert not torch.allclose(out["image"], tiny.build_model("clip").eval()(batch.inputs, batch.masks)["image"], atol=1e-3)
 
 
 def test_a_convolutional_tower_without_linear_layers_is_refused() -> None:
@@ -251,7 +251,7 @@ def test_rates_fall_by_layer_and_new_layers_have_their_own(rank: int) -> None:
 
 
 def test_positions_are_interpolated_as_timm_does() -> None:
-    encoder = tiny.model("clip")
+    encoder = tiny.build_model("clip")
     before = encoder.towers["image"].model.pos_embed.detach().clone()  # type: ignore[union-attr, operator]
     new = freeze.apply(encoder, AdaptConfig(image_size=32), schema(encoder))
     assert new.image.size == 32
@@ -263,13 +263,13 @@ def test_positions_are_interpolated_as_timm_does() -> None:
     found = encoder.towers["image"](picture)
     assert found.grid == (4, 4)
     assert found.states.shape[1] == 16
-    built = tiny.model("clip", image={"size": 32})  # what a checkpoint's configuration builds
+    built = tiny.build_model("clip", image={"size": 32})  # what a checkpoint's configuration builds
     built.load_state_dict(encoder.state_dict())
     torch.testing.assert_close(built.eval().towers["image"](picture).pooled, encoder.eval().towers["image"](picture).pooled)
 
 
 def test_a_stem_takes_another_size_with_its_positions_interpolated() -> None:
-    encoder = tiny.model("clip")
+    encoder = tiny.build_model("clip")
     args = {"embed_dim": 16, "depth": 1, "num_heads": 2, "class_token": False, "global_pool": "max"}
     config = images.Config(name="vit_tiny_patch16_224", size=16, stem=[8, 16], args=args)
     encoder.towers["image"] = images.build(config)
@@ -289,7 +289,7 @@ def test_a_stem_takes_another_size_with_its_positions_interpolated() -> None:
 
 
 def test_a_convolutional_tower_takes_another_size_as_it_is() -> None:
-    encoder = tiny.model("clip")
+    encoder = tiny.build_model("clip")
     config = images.Config(name="resnet10t", size=32)
     encoder.towers["image"] = images.build(config)
     weights = {name: value.clone() for name, value in encoder.towers["image"].state_dict().items()}
@@ -305,10 +305,10 @@ def test_a_convolutional_tower_takes_another_size_as_it_is() -> None:
 
 
 def questions(encoder: str) -> tuple[FusionModel, Any, Batch]:
-    model, task = fused(tiny.model(encoder))
+    model, task = fused(tiny.build_model(encoder))
     aligned = keep_aligned(task, AdaptConfig(contrastive=0.5))
     aligned.head(model)
-    texts, batch = tiny.batch(1, 8), tiny.batch(0, 8)
+    texts, batch = tiny.build_batch(1, 8), tiny.build_batch(0, 8)
     targets = {
         "answers": torch.zeros(8, 1, 10, dtype=torch.int64),
         "scores": torch.eye(10)[0].expand(8, 1, 10),
@@ -330,7 +330,7 @@ def test_both_losses_from_one_look_at_the_picture(loss: str) -> None:
     assert seen == [8]
     value, report = task.loss(features, batch.targets)
     alone = model.encoder({"image": batch.inputs["image"], "text": batch.inputs[CAPTION]}, {"text": batch.masks[CAPTION]})
-    expected = tiny.closed_form(loss, alone)
+    expected = tiny.closed_form_loss(loss, alone)
     without = Batch(
         {k: v for k, v in batch.inputs.items() if k != CAPTION}, {"text": batch.masks["text"]}, batch.keys, batch.targets
     )
@@ -342,7 +342,7 @@ def test_both_losses_from_one_look_at_the_picture(loss: str) -> None:
 
 
 def test_no_weight_no_change() -> None:
-    _, task = fused(tiny.model("clip"))
+    _, task = fused(tiny.build_model("clip"))
     assert keep_aligned(task, AdaptConfig()) is task
 
 
@@ -353,7 +353,7 @@ def test_no_weight_no_change() -> None:
 @pytest.fixture
 def two() -> tuple[dict[str, Tensor], FusionModel]:
     """A start, and what became of it."""
-    model, _ = fused(tiny.model("clip").eval())
+    model, _ = fused(tiny.build_model("clip").eval())
     start = {f"encoder.{name}": value.clone() for name, value in model.encoder.state_dict().items()}
     shaken(model, "encoder.")
     return start, model

@@ -250,7 +250,7 @@ def build(name: str, dtype: torch.dtype = torch.float64) -> Context:
     return made.to(dtype)
 
 
-@pytest.mark.parametrize("name", registry.names("context"))
+@pytest.mark.parametrize("name", registry.component_names("context"))
 @pytest.mark.parametrize("home", [False, True])
 @pytest.mark.parametrize("device", DEVICES)
 def test_both_paths_agree_forward_and_backward(name: str, home: bool, device: str) -> None:
@@ -279,7 +279,7 @@ def test_both_paths_agree_forward_and_backward(name: str, home: bool, device: st
         torch.testing.assert_close(fast, exact_, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", registry.names("context"))
+@pytest.mark.parametrize("name", registry.component_names("context"))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("device", DEVICES)
 def test_half_precision(name: str, dtype: torch.dtype, device: str) -> None:

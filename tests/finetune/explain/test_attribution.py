@@ -13,7 +13,7 @@ from finetune.explain.attribution import METHODS, attention_maps, relevance, rol
 from pretrain import registry
 from pretrain.errors import ConfigError
 from tests.finetune.fusion.test_fusion import PAIRS, SMALL
-from tests.support.attention_reference import WIDTHS, open_gates, tokens
+from tests.support.attention_reference import WIDTHS, randomize_zero_init, tokens
 
 T, P = "text", "image"
 
@@ -91,7 +91,7 @@ def traced(name: str, how: str = "dense", settings: dict[str, Any] | None = None
     part, asked = registry.get_component("fusion", name), registry.get_component("context", how)
     chosen = asked.Config(**(SMALL.get(how, {}) if settings is None else settings))
     fusion = part.build(part.Config(**{"layers": 2, "heads": 2, "inner": 16, **config}), WIDTHS, chosen).double()
-    open_gates(fusion)
+    randomize_zero_init(fusion)
     trace = Trace()
     fused = fusion(tokens(dtype=torch.float64), trace=trace)
     weights = torch.linspace(-1, 1, 24, dtype=torch.float64)
@@ -110,7 +110,7 @@ def whole(trace: Trace, blocks: dict[tuple[str, str], Tensor], empty: float) -> 
     return out
 
 
-@pytest.mark.parametrize("name", registry.names("fusion"))
+@pytest.mark.parametrize("name", registry.component_names("fusion"))
 def test_rollout_is_a_product_of_matrices(name: str) -> None:
     trace, _ = traced(name)
     product = torch.eye(40, dtype=torch.float64).expand(2, -1, -1)
@@ -124,7 +124,7 @@ def test_rollout_is_a_product_of_matrices(name: str) -> None:
     torch.testing.assert_close(rows, torch.ones_like(rows))
 
 
-@pytest.mark.parametrize("name", registry.names("fusion"))
+@pytest.mark.parametrize("name", registry.component_names("fusion"))
 def test_relevance_and_gradcam_sample_by_sample(name: str) -> None:
     """The published procedure on one sample, with its own gradients, over explicit matrices."""
     trace, score = traced(name)
@@ -218,7 +218,7 @@ def test_several_texts_about_one_picture_have_maps_of_their_own() -> None:
     part, how = registry.get_component("fusion", "cross"), registry.get_component("context", "pooled")
     torch.manual_seed(0)
     fusion = part.build(part.Config(layers=2, heads=2), WIDTHS, how.Config(latents=4, heads=2))
-    open_gates(fusion)
+    randomize_zero_init(fusion)
     texts, pictures = tokens(batch=4)["text"], tokens(batch=2)["image"]
     trace = Trace()
     score = fusion({"text": texts, "image": pictures}, trace=trace)["text"].pooled.sum(dim=1)
@@ -233,7 +233,7 @@ def test_several_texts_about_one_picture_have_maps_of_their_own() -> None:
 def test_a_frozen_fusion_has_maps_too() -> None:
     part = registry.get_component("fusion", "cross")
     fusion = part.build(part.Config(layers=2, heads=2), WIDTHS).eval()
-    open_gates(fusion)
+    randomize_zero_init(fusion)
     fusion.requires_grad_(False)
     trace = Trace()
     score = fusion(tokens(), trace=trace)["text"].pooled.sum(dim=1)

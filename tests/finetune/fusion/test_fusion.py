@@ -20,14 +20,19 @@ from pretrain import registry
 from pretrain.config import load
 from pretrain.errors import ConfigError
 from pretrain.towers import TokenSequence
-from tests.support.attention_reference import DEVICES, WIDTHS, open_gates, tokens
+from tests.support.attention_reference import DEVICES, WIDTHS, randomize_zero_init, tokens
 
 SMALL: dict[str, dict[str, Any]] = {
     "local": {"window": 3},
     "coarse_to_fine": {"region": 2, "keep": 3},
     "pooled": {"latents": 4, "heads": 2},
 }
-PAIRS = [(f, c) for f in registry.names("fusion") for c in registry.names("context") if (f, c) != ("cross", "local")]
+PAIRS = [
+    (f, c)
+    for f in registry.component_names("fusion")
+    for c in registry.component_names("context")
+    if (f, c) != ("cross", "local")
+]
 
 
 def build(name: str, context: str = "dense", widths: dict[str, int] = WIDTHS, **settings: Any) -> Fusion:
@@ -74,7 +79,7 @@ def test_step_0_under_autocast(name: str, context: str) -> None:
 def test_closing_the_gates_of_a_trained_fusion_makes_it_the_identity_again(name: str, context: str) -> None:
     fusion, given = build(name, context), tokens()
     nn.init.normal_(next(p for n, p in fusion.named_parameters() if "norm" in n and n.endswith("bias")))
-    open_gates(fusion)
+    randomize_zero_init(fusion)
     assert not torch.equal(fusion(given)["text"].states, given["text"].states)
     for part in fusion.modules():
         if isinstance(part, ZeroInitLinear):
@@ -86,7 +91,7 @@ def test_closing_the_gates_of_a_trained_fusion_makes_it_the_identity_again(name:
 @pytest.mark.parametrize("device", DEVICES)
 def test_fast_and_exact_agree_also_where_nothing_can_be_seen(name: str, context: str, device: str) -> None:
     fusion = build(name, context).to(device)
-    open_gates(fusion)
+    randomize_zero_init(fusion)
     given = moved(tokens(), device)
     given["image"].mask[1] = False
     given["text"].mask[0] = False
@@ -146,7 +151,7 @@ def told(fusion: Fusion, states: Tensor, grid: tuple[int, int] | None) -> Tensor
 
 def test_cross_is_its_formula() -> None:
     fusion, given = build("cross", inner=None), tokens()
-    open_gates(fusion)
+    randomize_zero_init(fusion)
     x, text, image = given["text"].states, given["text"].mask, given["image"].mask
     picture = told(fusion, fusion.context_norm(given["image"].states), given["image"].grid)
     for block in fusion.layers:
@@ -162,7 +167,7 @@ def test_cross_is_its_formula() -> None:
 
 def test_co_is_its_formula() -> None:
     fusion, given = build("co", inner=None), tokens()
-    open_gates(fusion)
+    randomize_zero_init(fusion)
     x, y = given["text"].states, given["image"].states
     masks, grid = (given["text"].mask, given["image"].mask), given["image"].grid
     for block in fusion.layers:
@@ -181,7 +186,7 @@ def test_co_is_its_formula() -> None:
 
 def test_merged_is_its_formula() -> None:
     fusion, given = build("merged", inner=None), tokens()
-    open_gates(fusion)
+    randomize_zero_init(fusion)
     kinds = torch.tensor([0] * 5 + [1] * 35)
     mask = torch.cat([given["text"].mask, given["image"].mask], dim=1)
     x = torch.cat([F.pad(given["text"].states, (0, 8)), given["image"].states], dim=1)
@@ -194,14 +199,14 @@ def test_merged_is_its_formula() -> None:
     torch.testing.assert_close(fused["image"].states, x[:, 5:], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", registry.names("fusion"))
+@pytest.mark.parametrize("name", registry.component_names("fusion"))
 def test_a_picture_of_one_colour_shows_where_its_regions_are(name: str) -> None:
     """Regions alike in everything but their place are alike to whoever asks, unless told apart by it; on any grid."""
     given = tokens(grid=(4, 6))
     given["image"] = given["image"]._replace(states=torch.ones_like(given["image"].states))
     for places, known in ((4, True), (0, False)):
         fusion = build(name, places=places)
-        open_gates(fusion)
+        randomize_zero_init(fusion)
         trace = Trace()
         fusion(given, trace=trace)
         seen = next(s for s in trace.steps if s.kind != "self").records[0].weights.matrix().detach()[..., :24]
@@ -231,7 +236,7 @@ def test_words_have_numbers_whatever_the_length_of_the_text() -> None:
 @pytest.mark.parametrize(("name", "context"), PAIRS)
 def test_padding_changes_nothing_and_rows_do_not_mix(name: str, context: str) -> None:
     fusion, given = build(name, context).eval(), tokens()
-    open_gates(fusion)
+    randomize_zero_init(fusion)
     out = fusion(given)
     noise = {n: t._replace(states=torch.where(t.mask[..., None], t.states, 7.0)) for n, t in given.items()}
     one = {n: TokenSequence(t.states[1:], t.mask[1:], t.grid, t.pooled[1:]) for n, t in noise.items()}
@@ -244,7 +249,7 @@ def test_padding_changes_nothing_and_rows_do_not_mix(name: str, context: str) ->
 @pytest.mark.parametrize(("name", "context"), PAIRS)
 def test_several_texts_about_one_picture(name: str, context: str) -> None:
     fusion = build(name, context)
-    open_gates(fusion)
+    randomize_zero_init(fusion)
     texts, pictures = tokens(batch=6)["text"], tokens(batch=2)["image"]
     each = TokenSequence(
         pictures.states.repeat_interleave(3, 0), pictures.mask.repeat_interleave(3, 0), pictures.grid, pictures.pooled
@@ -262,7 +267,7 @@ def test_checkpointing_leaves_the_gradients_as_they_are(name: str, context: str)
     gradients = []
     for on in (False, True):
         fusion = build(name, context, checkpointing=on).train()
-        open_gates(fusion)
+        randomize_zero_init(fusion)
         given = tokens(requires_grad=True)
         fused = fusion(given)
         loss = fused["text"].states.square().mean() + fused["image"].states.square().mean()
@@ -279,7 +284,7 @@ def test_checkpointing_leaves_the_gradients_as_they_are(name: str, context: str)
 def test_a_fusion_of_which_only_the_query_is_read(name: str, context: str) -> None:
     """The query is the same, the context returns as it came, and no parameter waits for a gradient that never comes."""
     both, given = build(name, context), tokens()
-    open_gates(both)
+    randomize_zero_init(both)
     one = build(name, context, fused="query")
     one.load_state_dict({key: value for key, value in both.state_dict().items() if key in one.state_dict()})
     for trace in (None, Trace()):
@@ -300,14 +305,14 @@ def test_every_parameter_learns(name: str, context: str) -> None:
         if isinstance(part, ZeroInitLinear):
             assert part.weight.grad is not None
             assert part.weight.grad.abs().sum() > 0
-    open_gates(fusion)
+    randomize_zero_init(fusion)
     fused = fusion(given)
     (fused["text"].states.square().mean() + fused["image"].states.square().mean()).backward()
     still = [n for n, p in fusion.named_parameters() if p.grad is None or p.grad.abs().sum() == 0]
     assert not [n for n in still if not n.endswith(".k.bias")]
 
 
-@pytest.mark.parametrize("name", registry.names("fusion"))
+@pytest.mark.parametrize("name", registry.component_names("fusion"))
 def test_any_pair_of_modalities(name: str) -> None:
     audio, picture = tokens(widths={"text": 20, "image": 28})["text"], tokens(grid=(3, 4))["image"]
     sequences = {"audio": audio, "photo": picture, "text": tokens()["text"]}
@@ -316,7 +321,7 @@ def test_any_pair_of_modalities(name: str) -> None:
     for query, context in (("photo", "audio"), ("audio", "photo"), ("text", "audio")):
         config = part.Config(layers=1, heads=2, inner=16, query=query, context=context)
         fusion = part.build(config, widths, None, ["photo"])
-        open_gates(fusion)
+        randomize_zero_init(fusion)
         fused = fusion({query: sequences[query], context: sequences[context]})
         assert fused[query].states.shape == sequences[query].states.shape
         assert not torch.equal(fused[query].states, sequences[query].states)
@@ -328,7 +333,7 @@ def test_two_pictures(name: str, context: str) -> None:
     part, how = registry.get_component("fusion", name), registry.get_component("context", context)
     config = part.Config(layers=2, heads=2, inner=16, query="before", context="after")
     fusion = part.build(config, {"before": 32, "after": 32}, how.Config(**SMALL.get(context, {})), ["before", "after"])
-    open_gates(fusion)
+    randomize_zero_init(fusion)
     given = {"before": tokens()["image"], "after": tokens(grid=(4, 3), seed=1)["image"]}
     fast, exact = fusion(given), fusion(given, trace=(trace := Trace()))
     torch.testing.assert_close(fast["before"].states, exact["before"].states, rtol=1e-5, atol=2e-5)
@@ -339,7 +344,7 @@ def test_two_pictures(name: str, context: str) -> None:
 
 def test_a_mask_may_be_left_out() -> None:
     fusion, given = build("co"), tokens(ragged=False)
-    open_gates(fusion)
+    randomize_zero_init(fusion)
     bare: dict[str, Any] = {n: t._replace(mask=None) for n, t in given.items()}
     torch.testing.assert_close(fusion(bare)["text"].states, fusion(given)["text"].states)
     torch.testing.assert_close(fusion(bare)["text"].pooled, fusion(given)["text"].pooled)
@@ -352,7 +357,7 @@ def test_causal_cross_attention_is_a_decoder(context: str) -> None:
     torch.manual_seed(0)
     fusion = cross.build(cross.Config(layers=2, heads=2, causal=True), WIDTHS, how.Config(**settings))
     given = tokens(ragged=False)
-    open_gates(fusion)
+    randomize_zero_init(fusion)
     out = fusion(given)["text"].states
     later = given["text"].states.clone()
     later[:, 3:] = 0
@@ -365,7 +370,7 @@ def test_causal_cross_attention_is_a_decoder(context: str) -> None:
 
 def test_dropout_is_on_what_is_added() -> None:
     fusion, given = build("cross", dropout=0.5), tokens()
-    open_gates(fusion)
+    randomize_zero_init(fusion)
     assert not torch.equal(fusion(given)["text"].states, fusion(given)["text"].states)
     fusion.eval()
     assert torch.equal(fusion(given)["text"].states, fusion(given)["text"].states)
@@ -376,7 +381,7 @@ def test_half_width_attention_costs_half() -> None:
     assert half.layers[0].cross_look.attention.k.weight.numel() * 2 == full.layers[0].cross_look.attention.k.weight.numel()
 
 
-@pytest.mark.parametrize("name", registry.names("fusion"))
+@pytest.mark.parametrize("name", registry.component_names("fusion"))
 def test_it_learns_to_find_what_a_word_names(name: str) -> None:
     """The colour of the cell that shows the asked shape: chance is a quarter."""
     torch.manual_seed(0)

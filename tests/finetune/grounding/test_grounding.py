@@ -90,7 +90,7 @@ def planted(small: Small, asks: bool, sight: str, length: int = 64) -> Finetuned
         "fusion.layers=1",
         "fusion.heads=2",
     ]
-    config = configuration.build(FusionSchema, configuration.merged(None, settings), "here")
+    config = configuration.build(FusionSchema, configuration.load_values(None, settings), "here")
     tokenizer = load_tokenizer(small.tokenizer)
     encoder = encoders.build(encoders.tower_configs(config), config.model, tokenizer)
     model = models.build(encoder, config.fusion, config.context, config.tokens)

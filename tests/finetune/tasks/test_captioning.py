@@ -24,7 +24,7 @@ from pretrain import registry
 from pretrain.checkpoints.loading import load_model
 from pretrain.data.text import TextDecoder, load_tokenizer
 from pretrain.errors import ConfigError
-from tests.support import Small, losses, tiny
+from tests.support import Small, read_losses, tiny
 
 BERT = {"model_type": "bert", "num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 32}
 TEXTS = ["a red car left of a blue house", "two green trees", "a dog", "a cat under the yellow moon"]
@@ -32,7 +32,7 @@ TEXTS = ["a red car left of a blue house", "two green trees", "a dog", "a cat un
 
 def made(text: dict[str, Any] | None = None, **settings: Any) -> tuple[FusionModel, captioning.Captioning]:
     """A tiny decoder whose gates are open, and its task."""
-    model = models.build(tiny.model("clip", text=text), _causal(), None)
+    model = models.build(tiny.build_model("clip", text=text), _causal(), None)
     task = captioning.build(captioning.Config(**settings), None)
     torch.manual_seed(1)
     model.head = task.head(model)
@@ -58,7 +58,7 @@ def test_no_word_depends_on_those_behind_it(words: Any, text: Any) -> None:
             made(text, words=words)
         return
     model, task = made(text, words=words)
-    batch = tiny.batch(samples=4)
+    batch = tiny.build_batch(samples=4)
     batch.masks["text"][:] = True
     before = task.encode(model, batch)["likelihood"]
     changed = batch.inputs["text"].clone()
@@ -73,7 +73,7 @@ def test_no_word_depends_on_those_behind_it(words: Any, text: Any) -> None:
 
 def test_loss_is_torchs_smoothed_cross_entropy_over_the_real_words() -> None:
     model, task = made(smoothing=0.2)
-    batch = tiny.batch(samples=6)
+    batch = tiny.build_batch(samples=6)
     value, report = task.loss(task.encode(model, batch), {})
     image = model.tokens("image", batch.inputs["image"])
     logits = model.head.logits(model, image, batch.inputs["text"], batch.masks["text"])  # type: ignore[operator]
@@ -89,7 +89,7 @@ def test_loss_is_torchs_smoothed_cross_entropy_over_the_real_words() -> None:
 
 @pytest.mark.parametrize("settings", [{"causal": False}, {"query": "image", "context": "text", "causal": False}])
 def test_a_fusion_that_cannot_write_is_refused(settings: dict[str, Any]) -> None:
-    model = models.build(tiny.model("clip"), _causal(**settings), None)
+    model = models.build(tiny.build_model("clip"), _causal(**settings), None)
     task = captioning.build(captioning.Config(), None)
     with pytest.raises(ConfigError, match=r"fusion\.causal=true"):
         task.head(model)
@@ -135,7 +135,7 @@ def test_it_learns_sentences_word_for_word(words: Any) -> None:
     model, task = made({"args": {"vocab_size": len(tokenizer) + 3}}, words=words, smoothing=0.0)
     towers = {"image": None, "text": TextDecoder(tokenizer, tiny.LENGTH)}
     captions = task.decoders(towers)["text"]
-    batch = tiny.batch(samples=4)
+    batch = tiny.build_batch(samples=4)
     batch.inputs["text"], batch.masks["text"] = captions.encode(TEXTS)
     adam = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(120):
@@ -250,7 +250,7 @@ def test_adapters_resume_bit_for_bit(small: Small, encoders: Path, straight: Pat
         if path.name != "step-0000002":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert cli.main(words(small, encoders, run)) == 0
-    assert losses(run) == losses(straight)
+    assert read_losses(run) == read_losses(straight)
     ours, theirs = (load_file(each / "checkpoints/step-0000004/model.safetensors") for each in (run, straight))
     assert all(torch.equal(value, ours[name]) for name, value in theirs.items())
 

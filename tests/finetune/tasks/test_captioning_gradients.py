@@ -18,7 +18,7 @@ from pretrain.data.batch import Batch
 from pretrain.model import ModelSchema
 from pretrain.optim import OptimConfig
 from pretrain.runtime import distributed
-from pretrain.strategies import choose
+from pretrain.strategies import build_strategy
 from tests.support import tiny, world
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -29,7 +29,7 @@ SMOOTHING, WEIGHT, B = 0.1, 0.7, 8
 
 def built(dtype: torch.dtype) -> tuple[FusionModel, Any]:
     """The same weights at each call, gates and adapters open; what the loss never reaches is frozen, as a run does it."""
-    encoder = tiny.model("clip")
+    encoder = tiny.build_model("clip")
     config = AdaptConfig(lora=LoraConfig(rank=2, towers=["image"]), contrastive=WEIGHT)
     freeze.apply(encoder, config, ModelSchema(image=encoder.towers["image"].config, text=None))
     fusion = registry.get_component("fusion", "cross").Config(layers=1, heads=2, causal=True)
@@ -49,7 +49,7 @@ def built(dtype: torch.dtype) -> tuple[FusionModel, Any]:
 
 def whole() -> Batch:
     """The first half of the texts is shorter than the second: the two processes hold unequal numbers of words."""
-    batch, texts = tiny.batch(0, B), tiny.batch(1, B)
+    batch, texts = tiny.build_batch(0, B), tiny.build_batch(1, B)
     batch.masks["text"][: B // 2, 4:] = False
     batch.inputs[CAPTION], batch.masks[CAPTION] = texts.inputs["text"], texts.masks["text"]
     return batch
@@ -64,7 +64,7 @@ def reference(dtype: torch.dtype = torch.float64) -> tuple[float, dict[str, torc
     real = b.masks["text"][:, 1:]
     words = F.cross_entropy(logits[:, :-1][real], b.inputs["text"][:, 1:][real], label_smoothing=SMOOTHING)
     pairs = model.encoder({"image": b.inputs["image"], "text": b.inputs[CAPTION]}, {"text": b.masks[CAPTION]})
-    value = words + WEIGHT * tiny.closed_form("clip", pairs)
+    value = words + WEIGHT * tiny.closed_form_loss("clip", pairs)
     value.backward()
     return value.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -72,18 +72,18 @@ def reference(dtype: torch.dtype = torch.float64) -> tuple[float, dict[str, torc
 def cells() -> dict[str, tuple[float, str, float]]:
     """(strategy, chunks) -> worst gradient as a share of what is allowed, where, error of the loss."""
     value, expected = reference()
-    rounding = max(tiny.errors(reference(torch.float32)[1], expected).values())
+    rounding = max(tiny.gradient_errors(reference(torch.float32)[1], expected).values())
     share = B // distributed.world_size()
     mine = whole().slice(share * distributed.rank(), share * (distributed.rank() + 1))
     found: dict[str, tuple[float, str, float]] = {}
     for word, bound in EXACT.items():
-        strategy = choose(word, "fp32", OptimConfig(clip_norm=0.0), torch.device("cpu"))
+        strategy = build_strategy(word, "fp32", OptimConfig(clip_norm=0.0), torch.device("cpu"))
         model, task = built(torch.float64 if bound < 1e-6 else torch.float32)
         strategy.setup(model)
         strategy.model.train()
         for chunks in (1, 2):
-            loss, got = tiny.one_step(strategy, task, mine, chunks, (0, 0, distributed.rank()))
-            where, worst = max(tiny.errors(got, expected).items(), key=lambda item: item[1])
+            loss, got = tiny.run_one_step(strategy, task, mine, chunks, (0, 0, distributed.rank()))
+            where, worst = max(tiny.gradient_errors(got, expected).items(), key=lambda item: item[1])
             # Where weights are float32: one process is no nearer to float64 than `rounding` either.
             allowed = bound if bound < 1e-6 else max(bound, 2 * rounding)
             found[f"{word} {chunks}"] = (worst / allowed, where, abs(loss - value) / value)

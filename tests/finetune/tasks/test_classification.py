@@ -23,7 +23,7 @@ from launch import cli
 from pretrain.data import BadSample
 from pretrain.data.shards.paths import RawSample
 from pretrain.errors import ConfigError, UserError
-from tests.support import Small, lines
+from tests.support import Small, read_jsonl
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Figures and losses
@@ -196,10 +196,10 @@ def test_one_label_of_a_picture(small: Small, encoders: Path, tmp_path: Path) ->
     run = tmp_path / "run"
     learn = ("task.field=place", "task.balanced=true", "train.steps=40", "optim.lr=0.003", "data.batch_size=32")
     assert cli.main(words(small.val, encoders, run, *learn)) == 0
-    trained = [line["loss"] for line in lines(run / "metrics.jsonl") if "loss" in line]
+    trained = [line["loss"] for line in read_jsonl(run / "metrics.jsonl") if "loss" in line]
     assert np.mean(trained[-5:]) < 0.8 * np.mean(trained[:5])
     loaded = finetune.load(run)
-    figures = [line for line in lines(run / "metrics.jsonl") if "val/macro_f1" in line][-1]
+    figures = [line for line in read_jsonl(run / "metrics.jsonl") if "val/macro_f1" in line][-1]
     assert figures["val/top1"] > figures["val/majority"]
     assert figures["val/samples"] == 48
     assert {"val/top5", "val/auc", "val/unknown_labels"} <= set(figures)
@@ -227,7 +227,7 @@ def test_one_label_of_a_picture(small: Small, encoders: Path, tmp_path: Path) ->
 def test_pairs(settings: tuple[str, ...], figures: set[str], pairs: str, encoders: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert cli.main(words(pairs, encoders, run, "train.steps=2", *settings)) == 0
-    found = [line for line in lines(run / "metrics.jsonl") if "val/macro_f1" in line][-1]
+    found = [line for line in read_jsonl(run / "metrics.jsonl") if "val/macro_f1" in line][-1]
     assert {f"val/{name}" for name in figures} <= set(found)
     lacking = ("left.jpg,left.jpg" not in str(settings)) + ("kinds" not in str(settings))
     assert (found["val/samples"], found["val/bad_samples"]) == (48 - lacking, lacking)

@@ -87,7 +87,7 @@ def mined() -> dict[str, Any]:
     same = hard_negatives.same_ids(ids[own])
     forth = hard_negatives.mine(3 * image[own] @ text.T, same, first, distributed.rank() * b)
     back = hard_negatives.mine(3 * text[own] @ image.T, same, second, distributed.rank() * b)
-    got, got_mask = distributed.fetch([states[own], mask[own]], forth.row)
+    got, got_mask = distributed.gather_rows([states[own], mask[own]], forth.row)
     loss = per_item((got.square() * (forth.row[:, None, None] + 1)).sum((1, 2)), forth.valid.double())
     loss.backward()
     grad = states.grad

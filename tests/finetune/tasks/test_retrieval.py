@@ -29,7 +29,7 @@ from pretrain.data.batch import Batch
 from pretrain.data.shards.paths import RawSample
 from pretrain.data.text import TextDecoder, load_tokenizer
 from pretrain.errors import UserError
-from tests.support import Small, lines, losses, tiny
+from tests.support import Small, read_jsonl, read_losses, tiny
 
 CPU = torch.device("cpu")
 
@@ -171,11 +171,11 @@ def test_nothing_to_rank_is_one_line(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_reports_both_losses_and_evaluates(run: Path) -> None:
-    trained = [line for line in lines(run / "metrics.jsonl") if "loss" in line]
+    trained = [line for line in read_jsonl(run / "metrics.jsonl") if "loss" in line]
     assert len(trained) == 4
     for line in trained:
         assert line["loss"] == pytest.approx(line["contrastive_loss"] + line["matching_loss"], rel=1e-4)
-    last = [line for line in lines(run / "metrics.jsonl") if "val/reranked_R@1" in line][-1]
+    last = [line for line in read_jsonl(run / "metrics.jsonl") if "val/reranked_R@1" in line][-1]
     assert last["val/samples"] == 16
 
 
@@ -188,13 +188,13 @@ def test_resumed_bit_for_bit_with_the_same_negatives(small: Small, encoders: Pat
         if path.name != "step-0000002":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert cli.main(words(small, encoders, again, *settings)) == 0
-    assert losses(again) == losses(run)
+    assert read_losses(again) == read_losses(run)
 
     half = tmp_path / "half"
     assert cli.main(words(small, encoders, half, *settings, "train.precision=bf16", "train.steps=2")) == 0
-    last = lines(half / "metrics.jsonl")[-1]
+    last = read_jsonl(half / "metrics.jsonl")[-1]
     assert 0 <= last["val/reranked_R@1"] <= last["val/text_to_image_ceiling"] <= 1
-    assert all(math.isfinite(value) for value in losses(half).values())
+    assert all(math.isfinite(value) for value in read_losses(half).values())
 
 
 def test_a_fork_learns_and_what_was_indexed_stays_found(small: Small, encoders: Path, tmp_path: Path) -> None:
@@ -219,14 +219,14 @@ def test_a_fork_learns_and_what_was_indexed_stays_found(small: Small, encoders: 
 
 def tiny_task(**settings: Any) -> tuple[Any, retrieval.Retrieval]:
     task = retrieval.build(retrieval.Config(**settings), None)
-    model = models.build(tiny.model("clip"), registry.get_component("fusion", "cross").Config(layers=1, heads=2), None)
+    model = models.build(tiny.build_model("clip"), registry.get_component("fusion", "cross").Config(layers=1, heads=2), None)
     model.head = task.head(model)
     return model, task
 
 
 def test_batches_without_a_negative_do_not_crash() -> None:
     model, task = tiny_task()
-    for batch in (tiny.batch(0, 4).slice(0, 1), tiny.batch(0, 4)):
+    for batch in (tiny.build_batch(0, 4).slice(0, 1), tiny.build_batch(0, 4)):
         batch.targets["caption_id"] = torch.zeros(len(batch), dtype=torch.int64)
         features = task.encode(model, batch)
         assert features["real"].tolist() == [[True, False, False]] * len(batch)
@@ -239,19 +239,19 @@ def test_batches_without_a_negative_do_not_crash() -> None:
 
 def test_siglip_encoders_keep_their_own_loss() -> None:
     task = retrieval.build(retrieval.Config(), None)
-    model = models.build(tiny.model("siglip"), registry.get_component("fusion", "cross").Config(layers=1, heads=2), None)
+    model = models.build(tiny.build_model("siglip"), registry.get_component("fusion", "cross").Config(layers=1, heads=2), None)
     model.head = task.head(model)
-    batch = tiny.batch(0, 8)
+    batch = tiny.build_batch(0, 8)
     features = task.encode(model, batch)
     _, report = task.loss(features, batch.targets)
-    expected = tiny.closed_form("siglip", features)
+    expected = tiny.closed_form_loss("siglip", features)
     torch.testing.assert_close(report["contrastive_loss"], expected.detach())
 
 
 def test_foils_are_drawn_as_embeddings_take_them_for_right() -> None:
     """One sample many times over: of three foils and an empty place two are drawn, the first by the softmax of their logits."""
     model, _ = tiny_task()
-    n, batch = 3000, tiny.batch(0, 4)
+    n, batch = 3000, tiny.build_batch(0, 4)
     ids, mask = (each[None].expand(n, -1, -1) for each in (batch.inputs["text"], batch.masks["text"]))
     real = torch.tensor([True, True, False, True]).expand(n, -1)
     generator = torch.Generator().manual_seed(0)

@@ -18,7 +18,7 @@ from pretrain.data.images import ImageDecoder
 from pretrain.data.text import TextDecoder, load_tokenizer
 from pretrain.optim import OptimConfig
 from pretrain.runtime import distributed
-from pretrain.strategies import choose
+from pretrain.strategies import build_strategy
 from pretrain.training.step import seed_of
 from tests.support import Small, tiny, world
 
@@ -32,7 +32,7 @@ def built(dtype: torch.dtype) -> tuple[FusionModel, retrieval.Retrieval]:
     """The same weights at each call, gates open; what the loss never reaches is frozen, as a run does it."""
     task = retrieval.build(retrieval.Config(foils="foils", draw=FOILS, contrastive=0.7, matching=1.3), None)
     model = models.build(
-        tiny.model("clip"), registry.get_component("fusion", "cross").Config(layers=1, heads=2), None, forks=["text"]
+        tiny.build_model("clip"), registry.get_component("fusion", "cross").Config(layers=1, heads=2), None, forks=["text"]
     )
     torch.manual_seed(1)
     model.head = task.head(model)
@@ -46,7 +46,7 @@ def built(dtype: torch.dtype) -> tuple[FusionModel, retrieval.Retrieval]:
 
 def whole() -> Batch:
     """Two captions are equal, in two processes; the second process has fewer foils, and shorter texts."""
-    pictures, foils = tiny.batch(0, B), tiny.batch(1, B * FOILS)
+    pictures, foils = tiny.build_batch(0, B), tiny.build_batch(1, B * FOILS)
     text, mask = pictures.inputs["text"], pictures.masks["text"].clone()
     mask[B // 2 :, 8:] = False
     foiled = torch.ones(B, FOILS, dtype=torch.bool)
@@ -117,7 +117,7 @@ def reference() -> tuple[float, dict[str, Tensor], int]:
 
 def searched(small: Small) -> dict[str, float]:
     """The figures of search over seven pictures: two processes hold three and four."""
-    encoder = tiny.model("clip", text={"args": {"vocab_size": 512}})
+    encoder = tiny.build_model("clip", text={"args": {"vocab_size": 512}})
     task = retrieval.build(retrieval.Config(rerank=3), None)
     model = models.build(encoder, registry.get_component("fusion", "cross").Config(layers=1, heads=2), None)
     torch.manual_seed(2)
@@ -135,12 +135,12 @@ def cells(small: Small) -> tuple[dict[str, tuple[float, str, float]], dict[str, 
     value, expected, _ = reference_alone()
     found: dict[str, tuple[float, str, float]] = {}
     for word, bound in EXACT.items():
-        strategy = choose(word, "fp32", OptimConfig(clip_norm=0.0), torch.device("cpu"))
+        strategy = build_strategy(word, "fp32", OptimConfig(clip_norm=0.0), torch.device("cpu"))
         model, task = built(torch.float64 if bound < 1e-6 else torch.float32)
         strategy.setup(model)
         strategy.model.train()
-        loss, got = tiny.one_step(strategy, task, share(), 1, (0, 0, distributed.rank()))
-        where, worst = max(tiny.errors(got, expected).items(), key=lambda item: item[1])
+        loss, got = tiny.run_one_step(strategy, task, share(), 1, (0, 0, distributed.rank()))
+        where, worst = max(tiny.gradient_errors(got, expected).items(), key=lambda item: item[1])
         found[word] = (worst, where, abs(loss - value) / value)
     return found, searched(small)
 

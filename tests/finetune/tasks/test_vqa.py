@@ -139,7 +139,7 @@ def made(**settings: Any) -> tuple[FusionModel, vqa.VQA]:
     """A tiny fused model whose gates are open, and its task."""
     task = vqa.build(vqa.Config(answers=ANSWERS, **settings), None)
     fusion = registry.get_component("fusion", "cross").Config(layers=1, heads=2)
-    model = models.build(tiny.model("clip"), fusion, None)
+    model = models.build(tiny.build_model("clip"), fusion, None)
     torch.manual_seed(1)
     model.head = task.head(model)
     with torch.no_grad():
@@ -150,7 +150,7 @@ def made(**settings: Any) -> tuple[FusionModel, vqa.VQA]:
 
 def batch(m: int = 3, samples: int = 4) -> Batch:
     """Pictures with 1 to m real questions each."""
-    pictures, texts = tiny.batch(0, samples), tiny.batch(1, samples * m)
+    pictures, texts = tiny.build_batch(0, samples), tiny.build_batch(1, samples * m)
     g = torch.Generator().manual_seed(5)
     scores = torch.zeros(samples, m, 10)
     scores[..., :2] = torch.rand(samples, m, 2, generator=g)
@@ -167,8 +167,8 @@ def batch(m: int = 3, samples: int = 4) -> Batch:
 
 
 def test_tokens_are_the_encoders_own_aligned_or_not() -> None:
-    b = tiny.batch(0, 4)
-    encoder = tiny.model("clip", image={"pool": "avg"}, text={"pool": "avg"}).eval()
+    b = tiny.build_batch(0, 4)
+    encoder = tiny.build_model("clip", image={"pool": "avg"}, text={"pool": "avg"}).eval()
     aligned = models.build(encoder, None, None)  # auto: both pool their mean
     text = aligned.tokens("text", b.inputs["text"], b.masks["text"])
     assert torch.allclose(text.states, encoder.tokens("text", b.inputs["text"], b.masks["text"]).states)
@@ -178,17 +178,17 @@ def test_tokens_are_the_encoders_own_aligned_or_not() -> None:
     assert torch.equal(tokens.states, encoder.tower("image")(b.inputs["image"]).states)
     assert embedding is not None
     assert torch.allclose(embedding, encoder.encode("image", b.inputs["image"]))
-    ends = tiny.model("clip", text={"pool": "eot"})
+    ends = tiny.build_model("clip", text={"pool": "eot"})
     assert models.build(ends, None, None).sources["text"] == "tower"
     with pytest.raises(ConfigError, match="text tower does not pool the mean"):
-        models.build(tiny.model("clip", image={"pool": "avg"}, text={"pool": "eot"}), None, None, "aligned")
+        models.build(tiny.build_model("clip", image={"pool": "avg"}, text={"pool": "eot"}), None, None, "aligned")
 
 
 @pytest.mark.parametrize("name", ["cross", "co", "merged"])
 def test_words_of_the_shared_space_look_first_where_they_are_alike(name: str) -> None:
     """Queries and keys are read alike where both are aligned; towers' own states tell nothing, and merged has no such look."""
     fusion = registry.get_component("fusion", name).Config(layers=1, heads=1)
-    encoder = tiny.model("clip", image={"pool": "avg"}, text={"pool": "avg"})
+    encoder = tiny.build_model("clip", image={"pool": "avg"}, text={"pool": "avg"})
     for tokens, alike in (("aligned", True), ("tower", False)):
         torch.manual_seed(1)
         model = models.build(encoder, fusion, None, tokens)
@@ -356,9 +356,9 @@ def test_the_vocabulary_is_built_from_what_is_read_and_kept(small: Small) -> Non
 def test_a_fusion_that_does_not_fit_is_refused() -> None:
     task = vqa.build(vqa.Config(answers=ANSWERS), None)
     with pytest.raises(ConfigError, match="needs a fusion"):
-        task.head(models.build(tiny.model("clip"), None, None))
+        task.head(models.build(tiny.build_model("clip"), None, None))
     turned = registry.get_component("fusion", "cross").Config(query="image", context="text", heads=2)
     with pytest.raises(ConfigError, match=r"fusion\.query=text"):
-        task.head(models.build(tiny.model("clip"), turned, None))
+        task.head(models.build(tiny.build_model("clip"), turned, None))
     with pytest.raises(ConfigError, match="from 1"):
         vqa.Config(questions=0).check()

@@ -35,7 +35,7 @@ from pretrain.evaluation.evaluate import EvalConfig
 from pretrain.evaluation.evaluate import run as run_evaluation
 from pretrain.model import ModelSchema
 from tests.support import TINY_TOWERS, Small
-from tests.support.launches import BIN, clipfuse_words, started
+from tests.support.launches import BIN, clipfuse_command, start_launcher
 
 CPU = torch.device("cpu")
 
@@ -112,21 +112,21 @@ def test_two_processes_killed_stopped_and_gone_on_with(small: Small, run: Path, 
             assert time.monotonic() < end, launched.output
             time.sleep(0.002)
 
-    with started(*torchrun, *words, cwd=tmp_path) as launched:
+    with start_launcher(*torchrun, *words, cwd=tmp_path) as launched:
         wait_for(1, launched)
         for process in [*launched.ranks().values(), launched.process]:
             process.kill()
-        launched.end(-signal.SIGKILL)
+        launched.wait_for_exit(-signal.SIGKILL)
     killed = files()
     assert 0 < len(killed) < 75
     assert not json.loads((out / "_manifest.json").read_text())["complete"]
     with pytest.raises(UserError, match="is not a complete collection"):
         load(out)
 
-    with started(*clipfuse_words("embed", *words, "--nproc", "2"), cwd=tmp_path) as launched:
+    with start_launcher(*clipfuse_command("embed", *words, "--nproc", "2"), cwd=tmp_path) as launched:
         wait_for(len(killed) + 1, launched)
         launched.process.send_signal(signal.SIGTERM)
-        output = launched.end(75)
+        output = launched.wait_for_exit(75)
     assert "the same command goes on" in output
     stopped = files()
     assert killed.items() < stopped.items()

@@ -25,7 +25,7 @@ from pretrain.errors import ConfigError, UserError
 from pretrain.evaluation.evaluate import EvalConfig, evaluate, run, summary
 from pretrain.model import ModelSchema
 from pretrain.runtime import distributed
-from tests.support import TINY_TOWERS, Small, lines, world
+from tests.support import TINY_TOWERS, Small, read_jsonl, world
 
 CPU = torch.device("cpu")
 
@@ -85,11 +85,11 @@ def test_each_sample_once_and_the_figures_of_encoding_one_by_one(small: Small, c
 def test_training_may_draw_captions_that_evaluation_does_not_read(small: Small, tmp_path: Path) -> None:
     words = small.settings(tmp_path / "run", "train.steps=1", f"data.val={small.val}", "data.caption=captions")
     assert cli.main(["pretrain", "scenes", *words, "data.val_caption=txt"]) == 0
-    (line,) = [line for line in lines(tmp_path / "run/metrics.jsonl") if "val/samples" in line]
+    (line,) = [line for line in read_jsonl(tmp_path / "run/metrics.jsonl") if "val/samples" in line]
     assert line["val/captions"] == line["val/samples"] == 64
     assert loading.load_model(tmp_path / "run").decoders["text"].caption == "txt"
     assert cli.main(["pretrain", "scenes", *words, f"run={tmp_path / 'all'}"]) == 0
-    (line,) = [line for line in lines(tmp_path / "all/metrics.jsonl") if "val/samples" in line]
+    (line,) = [line for line in read_jsonl(tmp_path / "all/metrics.jsonl") if "val/samples" in line]
     assert line["val/captions"] > 2 * line["val/samples"]
 
 

@@ -48,7 +48,7 @@ SCENES = [*TINY_TOWERS, "text.pool=avg", "image.args={weight_init: jax}"]
 def fresh(name: str, tokenizer: Path, *settings: str) -> Loaded:
     """A shipped configuration, shrunk, with random weights: norms and biases too, which are 1 and 0 at the start."""
     read = load_tokenizer(str(tokenizer))
-    values = configuration.merged(ROOT / f"configs/pretrain/{name}.yaml", [f"text.tokenizer={tokenizer}", *settings])
+    values = configuration.load_values(ROOT / f"configs/pretrain/{name}.yaml", [f"text.tokenizer={tokenizer}", *settings])
     config = configuration.build(ModelSchema, values, name, partial=True)
     torch.manual_seed(0)
     model = models.build(models.tower_configs(config), config.model, read)

@@ -56,7 +56,7 @@ def fail_on(rank: int, error: Exception) -> Any:
 
 def seen() -> dict[str, Any]:
     """What each function did on this rank."""
-    distributed.limit(20)
+    distributed.set_timeout(20)
     kept: list[UserError] = []
     own = UserError("mine")
     try:
@@ -118,7 +118,7 @@ def test_an_unexpected_error_is_raised_as_it_is() -> None:
 
 def a_file_in_the_way(folder: str) -> list[tuple[str, str, Any]]:
     """Rank 0 cannot make the folder of a checkpoint; then writing fails on rank 1 alone; then it succeeds."""
-    distributed.limit(20)
+    distributed.set_timeout(20)
     weights = {"w": torch.zeros(1)}
 
     def save(where: str, state: Callable[[Path], Any]) -> Any:
@@ -150,7 +150,7 @@ def test_a_checkpoint_that_one_rank_cannot_write_fails_on_all(tmp_path: Path) ->
 
 def disk_full(folder: str) -> list[tuple[str, str, Any]]:
     """Counting and taking the run folder, where the disk of rank 0 answers with an error."""
-    distributed.limit(20)
+    distributed.set_timeout(20)
     full = OSError(errno.ENOSPC, "No space left on device")
     kept, config.counts = config.counts, lambda paths, cache: fail(full)
     try:

@@ -50,15 +50,15 @@ def test_lonely_copies_are_refused(env: dict[str, str], line: str) -> None:
 
 
 def test_what_accelerate_was_asked_for_is_what_runs() -> None:
-    preflight.check_asked("bf16", "ddp", {"ACCELERATE_MIXED_PRECISION": "bf16"})
-    preflight.check_asked("fp32", "ddp", {"ACCELERATE_MIXED_PRECISION": "no"})
-    preflight.check_asked("bf16", "fsdp2", {"ACCELERATE_USE_FSDP": "true"})
+    preflight.check_accelerate("bf16", "ddp", {"ACCELERATE_MIXED_PRECISION": "bf16"})
+    preflight.check_accelerate("fp32", "ddp", {"ACCELERATE_MIXED_PRECISION": "no"})
+    preflight.check_accelerate("bf16", "fsdp2", {"ACCELERATE_USE_FSDP": "true"})
     with pytest.raises(ConfigError, match=r"mixed_precision=bf16.*train.precision=fp32"):
-        preflight.check_asked("fp32", "ddp", {"ACCELERATE_MIXED_PRECISION": "bf16"})
+        preflight.check_accelerate("fp32", "ddp", {"ACCELERATE_MIXED_PRECISION": "bf16"})
     with pytest.raises(ConfigError, match=r"FSDP.*train.strategy=ddp"):
-        preflight.check_asked("fp32", "ddp", {"ACCELERATE_USE_FSDP": "true"})
+        preflight.check_accelerate("fp32", "ddp", {"ACCELERATE_USE_FSDP": "true"})
     with pytest.raises(ConfigError, match=r"DeepSpeed.*train.strategy=ddp"):
-        preflight.check_asked("fp32", "ddp", {"ACCELERATE_USE_DEEPSPEED": "true"})
+        preflight.check_accelerate("fp32", "ddp", {"ACCELERATE_USE_DEEPSPEED": "true"})
 
 
 CASES: list[tuple[str, Any, Any, str | None]] = [
@@ -78,27 +78,27 @@ from tests.pretrain.runtime.test_preflight import CASES
 distributed.setup(60)
 for name, zero, one, _ in CASES:
     try:
-        preflight.agree(name, zero if distributed.rank() == 0 else one)
+        preflight.require_equal(name, zero if distributed.rank() == 0 else one)
         print("agreed", flush=True)
     except UserError as error:
         print(f"refused: {error}", flush=True)
 folder = sys.argv[1 + distributed.rank()]
 try:
-    preflight.agree("data.train", lambda: preflight.data_fingerprint([f"{folder}/a.tar", f"{folder}/b.tar"]))
+    preflight.require_equal("data.train", lambda: preflight.data_fingerprint([f"{folder}/a.tar", f"{folder}/b.tar"]))
     print("agreed", flush=True)
 except UserError as error:
     print(f"refused: {error}", flush=True)
 def missing():
     raise UserError("no file matches")
 try:
-    preflight.agree("data.train", missing)
+    preflight.require_equal("data.train", missing)
 except UserError as error:
     print(f"refused: {error}", flush=True)
 try:
-    preflight.agree("data.train", missing if distributed.rank() else {"number of shards": 2})
+    preflight.require_equal("data.train", missing if distributed.rank() else {"number of shards": 2})
 except UserError as error:
     print(f"refused: {error}", flush=True)
-print(distributed.first_to_say("once"), flush=True)
+print(distributed.is_first_to_report("once"), flush=True)
 distributed.shutdown()
 """
 
@@ -159,7 +159,7 @@ def test_code_is_told_apart_by_a_comment(tmp_path: Path) -> None:
 
 def test_a_configuration_is_checked_for_a_world_elsewhere() -> None:
     assert (distributed.world_size(), distributed.nodes()) == (1, 1)
-    with distributed.planned(16, 2, True):
+    with distributed.assume_world(16, 2, True):
         assert (distributed.world_size(), distributed.nodes(), distributed.local_world_size(), distributed.has_gpu()) == (
             16,
             2,

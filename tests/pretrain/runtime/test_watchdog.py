@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.launches import free_port, said, started
+from tests.support.launches import clipfuse_lines, free_port, start_launcher
 
 TIMEOUT = 10.0
 
@@ -19,15 +19,15 @@ def world(mode: str, folder: Path, size: int = 2) -> tuple[list[int], str]:
     words = [sys.executable, "-m", "tests.support.watchdog_program", mode, str(TIMEOUT)]
     with ExitStack() as stack:
         ranks = [
-            stack.enter_context(started(*words, cwd=folder, RANK=str(rank), LOCAL_RANK=str(rank), **env))
+            stack.enter_context(start_launcher(*words, cwd=folder, RANK=str(rank), LOCAL_RANK=str(rank), **env))
             for rank in range(size)
         ]
         for rank, each in enumerate(ranks):
             if rank != 1:
-                each.end(None)
+                each.wait_for_exit(None)
         if mode == "freeze":
             ranks[1].process.kill()
-        ranks[1].end(None)
+        ranks[1].wait_for_exit(None)
         return [each.process.returncode for each in ranks], "".join(each.output for each in ranks)
 
 
@@ -51,7 +51,7 @@ def test_the_lost_process_is_named(mode: str, line: str | None, codes: list[int]
         assert got[1] != 0, output
     else:
         assert got == codes, output
-    own = said(output)
+    own = clipfuse_lines(output)
     if line is None:
         assert own == []
         return
@@ -67,5 +67,5 @@ def test_one_process_has_no_heartbeat() -> None:
     from pretrain.runtime.watchdog import Watchdog
 
     with Watchdog(1.0, lambda why: None) as watchdog:
-        watchdog.at(0, "computing")
+        watchdog.mark(0, "computing")
         assert watchdog.diagnose(RuntimeError("gloo")) is None

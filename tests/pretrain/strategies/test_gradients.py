@@ -14,7 +14,7 @@ import torch
 
 from pretrain.optim import OptimConfig
 from pretrain.runtime import distributed
-from pretrain.strategies import Strategy, choose
+from pretrain.strategies import Strategy, build_strategy
 from pretrain.training.step import seed_of
 from tests.support import tiny, world
 
@@ -46,16 +46,16 @@ def gradients_of_one_step(
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """(loss over all processes, whole gradients) of a step with learning rate 0 on this process's share of the batch."""
     share = tiny.SAMPLES // distributed.world_size()
-    mine = tiny.batch(texts=texts).slice(share * distributed.rank(), share * (distributed.rank() + 1))
-    return tiny.one_step(strategy, tiny.objective(loss, **settings), mine, chunks, (0, step, distributed.rank()))
+    mine = tiny.build_batch(texts=texts).slice(share * distributed.rank(), share * (distributed.rank() + 1))
+    return tiny.run_one_step(strategy, tiny.build_objective(loss, **settings), mine, chunks, (0, step, distributed.rank()))
 
 
 def start(word: str, loss: str, precision: str, **settings: Any) -> Strategy:
     """A strategy holding the tiny model; zero3 cuts its matrices."""
-    strategy = choose(word, precision, OptimConfig(clip_norm=0.0), CPU)  # type: ignore[arg-type]
-    strategy.small = 100  # type: ignore[attr-defined]
+    strategy = build_strategy(word, precision, OptimConfig(clip_norm=0.0), CPU)  # type: ignore[arg-type]
+    strategy.persistence_threshold = 100  # type: ignore[attr-defined]
     double = precision == "fp32" and EXACT[word] < 1e-6
-    strategy.setup(tiny.model(loss, torch.float64 if double else torch.float32, **settings))
+    strategy.setup(tiny.build_model(loss, torch.float64 if double else torch.float32, **settings))
     strategy.model.train()
     return strategy
 
@@ -70,13 +70,13 @@ GRID = {
 def cells(word: str) -> list[Cell]:
     found = []
     for loss in LOSSES:
-        references = {texts: tiny.reference(loss, tiny.batch(texts=texts)) for texts in (1, TEXTS)}
+        references = {texts: tiny.reference_gradients(loss, tiny.build_batch(texts=texts)) for texts in (1, TEXTS)}
         for precision, combinations in GRID.items():
             strategy = start(word, loss, precision)
             for chunks, texts, tile in combinations:
                 value, expected = references[texts]
                 got_value, got = gradients_of_one_step(strategy, loss, chunks, 0, texts, tile=tile)
-                where, worst = max(tiny.errors(got, expected, FLOOR[precision]).items(), key=lambda item: item[1])
+                where, worst = max(tiny.gradient_errors(got, expected, FLOOR[precision]).items(), key=lambda item: item[1])
                 error = abs(got_value - value) / abs(value)
                 found.append(Cell(precision, loss, chunks, tile, worst, where, error))
     return found
@@ -110,15 +110,15 @@ STOCHASTIC = {
 
 def stochastic_reference(processes: int, chunks: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """One graph over all chunks of all processes, each drawn from its own seed; the closed form on top."""
-    net = tiny.model("clip", dtype, **STOCHASTIC)
-    whole, parts = tiny.batch(), []
+    net = tiny.build_model("clip", dtype, **STOCHASTIC)
+    whole, parts = tiny.build_batch(), []
     share = tiny.SAMPLES // processes
     for rank in range(processes):
         for k, chunk in enumerate(whole.slice(share * rank, share * (rank + 1)).chunks(chunks)):
             torch.manual_seed(seed_of(0, 5, rank, k))
             parts.append(net(chunk.inputs, chunk.masks))
     features = {name: torch.cat([part[name] for part in parts]) for name in ("image", "text")}
-    tiny.closed_form("clip", {**features, "logit_scale": parts[0]["logit_scale"]}).backward()
+    tiny.closed_form_loss("clip", {**features, "logit_scale": parts[0]["logit_scale"]}).backward()
     return {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
 
 
@@ -129,7 +129,7 @@ def stochastic_cells(word: str) -> list[float]:
     for chunks in CHUNKS:
         expected = stochastic_reference(distributed.world_size(), chunks, dtype)
         _, got = gradients_of_one_step(strategy, "clip", chunks, 5)
-        found.append(max(tiny.errors(got, expected).values()))
+        found.append(max(tiny.gradient_errors(got, expected).values()))
     return found
 
 
@@ -143,7 +143,7 @@ def test_cached_equals_plain_for_the_same_seeds_with_dropout_on(word: str, proce
 
 def test_dropout_is_on_in_that_test() -> None:
     one, other = (stochastic_reference(1, chunks, torch.float64) for chunks in (1, 2))
-    assert max(tiny.errors(one, other).values()) > 0.1
+    assert max(tiny.gradient_errors(one, other).values()) > 0.1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,13 +154,13 @@ def compiled_cells(word: str) -> tuple[list[float], int]:
     """Gradients of compiled models, and how many graphs were made: without the code generator, which takes minutes."""
     from torch._dynamo.utils import counters
 
-    _, expected = tiny.reference("clip", tiny.batch())
+    _, expected = tiny.reference_gradients("clip", tiny.build_batch())
     strategy = start(word, "clip", "fp32")
     strategy.compile(backend="eager")
     found = []
     for chunks in (1, 2):
         _, got = gradients_of_one_step(strategy, "clip", chunks, 0)
-        found.append(max(tiny.errors(got, expected).values()))
+        found.append(max(tiny.gradient_errors(got, expected).values()))
     return found, counters["stats"]["unique_graphs"]
 
 

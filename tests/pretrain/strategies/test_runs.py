@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support import Small, clipfuse, keys, losses
+from tests.support import Small, read_losses, read_sample_keys, run_clipfuse
 
 STEPS = 8
 LEGS = [("zero3", 2, 3), ("fsdp2", 4, STEPS)]
@@ -35,24 +35,24 @@ def words(small: Small, run: Path, strategy: str, steps: int, *more: str) -> lis
 def test_a_run_goes_on_under_other_strategies_and_numbers_of_processes(small: Small, tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
     straight, relay = tmp_path / "straight", tmp_path / "relay"
-    clipfuse("pretrain", "scenes", *words(small, straight, "single", STEPS), cwd=tmp_path)
-    whole = keys(straight)
+    run_clipfuse("pretrain", "scenes", *words(small, straight, "single", STEPS), cwd=tmp_path)
+    whole = read_sample_keys(straight)
     seen: dict[int, list[str]] = {}
     for number, (strategy, processes, stop) in enumerate(LEGS):
         launcher = ["--nproc", str(processes)]
-        clipfuse(
+        run_clipfuse(
             "pretrain",
             "scenes",
             *launcher,
             *words(small, relay, strategy, stop, f"train.chunks={1 + number % 2}"),
             cwd=tmp_path,
         )
-        by_rank = [keys(relay, rank) for rank in range(processes)]
+        by_rank = [read_sample_keys(relay, rank) for rank in range(processes)]
         begin = max(seen, default=0)
         for step in range(begin + 1, stop + 1):
             seen[step] = [key for mine in by_rank for key in mine[step]]
     assert seen == whole
-    got, expected = losses(relay), losses(straight)
+    got, expected = read_losses(relay), read_losses(straight)
     assert list(got) == list(expected) == list(range(1, STEPS + 1))
     assert got == pytest.approx(expected, rel=2e-5)
     name = f"checkpoints/step-{STEPS:07d}/"

@@ -16,7 +16,7 @@ from pretrain.checkpoints import store
 from pretrain.errors import ConfigError
 from pretrain.optim import OptimConfig
 from pretrain.runtime import distributed
-from pretrain.strategies import WORDS, Strategy, check, choose
+from pretrain.strategies import STRATEGIES, Strategy, build_strategy, check
 from pretrain.training.loop import TrainConfig
 from pretrain.training.step import train_step
 from tests.support import tiny, world
@@ -24,7 +24,7 @@ from tests.support import tiny, world
 pytestmark = pytest.mark.timeout(600)
 CPU = torch.device("cpu")
 SETTINGS = OptimConfig(lr=3e-3, clip_norm=0.5, weight_decay=0.1, lr_scale={"image": 0.5})
-SHARDED = [word for word in WORDS if word != "single"]
+SHARDED = [word for word in STRATEGIES if word != "single"]
 
 
 def needs(word: str) -> None:
@@ -33,9 +33,9 @@ def needs(word: str) -> None:
 
 
 def start(word: str, precision: str = "fp32", loss: str = "siglip", offload: bool = False, **settings: Any) -> Strategy:
-    strategy = choose(word, precision, SETTINGS, CPU, offload)  # type: ignore[arg-type]
-    strategy.small = 100  # type: ignore[attr-defined]
-    strategy.setup(tiny.model(loss, **settings))
+    strategy = build_strategy(word, precision, SETTINGS, CPU, offload)  # type: ignore[arg-type]
+    strategy.persistence_threshold = 100  # type: ignore[attr-defined]
+    strategy.setup(tiny.build_model(loss, **settings))
     strategy.model.train()
     return strategy
 
@@ -43,8 +43,8 @@ def start(word: str, precision: str = "fp32", loss: str = "siglip", offload: boo
 def step(strategy: Strategy, number: int, chunks: int = 1, loss: str = "siglip", lr: float = 3e-3) -> dict[str, torch.Tensor]:
     """One step on this process's share of batch `number`."""
     share = tiny.SAMPLES // distributed.world_size()
-    mine = tiny.batch(number).slice(share * distributed.rank(), share * (distributed.rank() + 1))
-    return train_step(strategy, tiny.objective(loss), mine, chunks, lr, (0, number, distributed.rank()))
+    mine = tiny.build_batch(number).slice(share * distributed.rank(), share * (distributed.rank() + 1))
+    return train_step(strategy, tiny.build_objective(loss), mine, chunks, lr, (0, number, distributed.rank()))
 
 
 def close(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
@@ -85,7 +85,7 @@ def leg(word: str, number: int, chunks: int, folder: str) -> tuple[dict[str, tor
         strategy.load(root)
     distributed.barrier()
     step(strategy, number, chunks)
-    weights, moments = strategy.weights(), strategy.optimizer_state()
+    weights, moments = strategy.full_weights(), strategy.optimizer_state()
     strategy.save(root)
     if distributed.is_main():
         save_file(weights, root / "model.safetensors")
@@ -101,7 +101,7 @@ def test_a_relay_through_all_strategies_equals_one_process(tmp_path: Path) -> No
     for number, (word, processes) in enumerate(RELAY):
         step(straight, number)
         weights, moments = world.run(leg, processes, word, number, 1 + number % 2, str(tmp_path))[0]
-        close(weights, straight.weights(), 2e-5)
+        close(weights, straight.full_weights(), 2e-5)
         expected = straight.optimizer_state()
         assert moments.keys() == expected.keys()
         for name, values in expected.items():
@@ -121,9 +121,9 @@ def behaviour(word: str) -> dict[str, Any]:
 
     # -- a step whose gradient is not finite on ONE process is skipped by all
     step(strategy, 0)
-    before, moments = strategy.weights(), strategy.optimizer_state()
-    broken = tiny.batch(1).slice(0, 4)
-    objective = tiny.objective("siglip")
+    before, moments = strategy.full_weights(), strategy.optimizer_state()
+    broken = tiny.build_batch(1).slice(0, 4)
+    objective = tiny.build_objective("siglip")
     score = objective.score
     poison = math.nan if distributed.rank() == distributed.world_size() - 1 else 1.0
 
@@ -136,15 +136,15 @@ def behaviour(word: str) -> dict[str, Any]:
     out = train_step(strategy, objective, broken, 2, 1e-3, (0, 1, distributed.rank()))
     said["skipped"] = out["skipped"].item()
     said["finite"] = math.isfinite(out["grad_norm"].item())
-    said["moved"] = [n for n, v in strategy.weights().items() if not torch.equal(v, before[n])]
+    said["moved"] = [n for n, v in strategy.full_weights().items() if not torch.equal(v, before[n])]
     after = strategy.optimizer_state()
     said["moved"] += [n for n in after if not torch.equal(after[n]["exp_avg"], moments[n]["exp_avg"])]
     said["went on"] = step(strategy, 2)["skipped"].item()
 
     # -- the clamp holds, where the model computes and where the optimizer steps
-    whole = distributed.broadcast_object(strategy.weights())
-    strategy.put({**whole, "logit_scale": torch.full((1,), 4.6)})
-    objective = tiny.objective("siglip")
+    whole = distributed.broadcast_object(strategy.full_weights())
+    strategy.load_full_weights({**whole, "logit_scale": torch.full((1,), 4.6)})
+    objective = tiny.build_objective("siglip")
     score = objective.score
 
     class Upwards(nn.Module):
@@ -153,13 +153,13 @@ def behaviour(word: str) -> dict[str, Any]:
             return loss - 10 * scale.sum(), report
 
     objective.score = Upwards()
-    mine = tiny.batch(3).slice(0, 4)
+    mine = tiny.build_batch(3).slice(0, 4)
     for number in range(3):
         train_step(strategy, objective, mine, 1, 0.5, (0, 3 + number, distributed.rank()))
-    with strategy.whole() as model:
-        said["clamped"] = [strategy.weights().get("logit_scale", torch.zeros(1)).item(), float(model.logit_scale.detach())]
+    with strategy.full_model() as model:
+        said["clamped"] = [strategy.full_weights().get("logit_scale", torch.zeros(1)).item(), float(model.logit_scale.detach())]
     step(strategy, 9, lr=0.0)
-    said["clamped"].append(strategy.weights().get("logit_scale", torch.zeros(1)).item())
+    said["clamped"].append(strategy.full_weights().get("logit_scale", torch.zeros(1)).item())
 
     # -- local_shards are the weights: writing them changes the next forward pass; whole() computes with them, alone
     strategy.load_full_weights(whole)
@@ -170,8 +170,8 @@ def behaviour(word: str) -> dict[str, Any]:
             piece.mul_(0.9)
     strategy.refresh()
     changed = step(strategy, 10, lr=0.0)["loss"].item()
-    share = tiny.batch(11).slice(0, 3 + distributed.rank())  # as many samples as it likes: nobody waits
-    with strategy.whole() as model, torch.no_grad():
+    share = tiny.build_batch(11).slice(0, 3 + distributed.rank())  # as many samples as it likes: nobody waits
+    with strategy.full_model() as model, torch.no_grad():
         model.eval()
         for _ in range(1 + distributed.rank()):
             features = model(share.inputs, share.masks)
@@ -182,14 +182,14 @@ def behaviour(word: str) -> dict[str, Any]:
             piece.copy_(kept[name])
     strategy.refresh()
     said["loss"] = [loss, changed, step(strategy, 10, lr=0.0)["loss"].item()]
-    said["back"] = [n for n, v in strategy.weights().items() if not torch.equal(v, whole[n])]
+    said["back"] = [n for n, v in strategy.full_weights().items() if not torch.equal(v, whole[n])]
     said["scaled"] = {name: value * 0.9 for name, value in whole.items()}
     return said
 
 
 def _share(strategy: Strategy) -> float:
     """Elements of the trainable weights that this process steps, as a share of all."""
-    total = sum(p.numel() for p in tiny.model("siglip").parameters() if p.requires_grad)
+    total = sum(p.numel() for p in tiny.build_model("siglip").parameters() if p.requires_grad)
     return sum(piece.numel() for piece in strategy.local_shards().values()) / total
 
 
@@ -220,10 +220,10 @@ def test_what_is_asked_of_every_strategy(word: str) -> None:
         assert not said["back"]
     assert ranks[0]["clamped"] == [limit] * 3
     assert ranks[1]["clamped"][1] == limit
-    plain = tiny.model("siglip").eval()
+    plain = tiny.build_model("siglip").eval()
     plain.load_state_dict(ranks[0]["scaled"])
     for rank, said in enumerate(ranks):
-        share = tiny.batch(11).slice(0, 3 + rank)
+        share = tiny.build_batch(11).slice(0, 3 + rank)
         with torch.no_grad():
             assert torch.allclose(plain(share.inputs, share.masks)["image"], said["whole"], atol=1e-6)
 
@@ -236,7 +236,7 @@ def frozen_and_checkpointed(word: str) -> list[dict[str, torch.Tensor]]:
         strategy = start(word, precision, offload=offload and word.startswith("zero"), image=tower, text=tower)
         for number in range(4):
             step(strategy, number, 1 + number % 2)
-        found.append(strategy.weights())
+        found.append(strategy.full_weights())
     return found
 
 
@@ -245,12 +245,12 @@ def test_frozen_parts_recomputed_activations_and_every_precision(word: str) -> N
     needs(word)
     tower = {"trainable_blocks": 1, "checkpointing": True}
     got = world.run(frozen_and_checkpointed, 2, word)[0]
-    at_first = tiny.model("siglip").state_dict()
+    at_first = tiny.build_model("siglip").state_dict()
     for precision, bound, weights in zip(("fp32", "bf16", "fp16", "fp32"), (1e-4, 0.2, 0.2, 1e-4), got, strict=True):
         straight = start("single", precision, image=tower, text=tower)
         for number in range(4):
             step(straight, number)
-        expected = straight.weights()
+        expected = straight.full_weights()
         way = distance(expected, at_first)
         assert distance(weights, expected) < bound * way, (distance(weights, expected), way)
         still = [n for n, p in straight.module.named_parameters() if not p.requires_grad]
@@ -296,7 +296,7 @@ def refused(word: str) -> str:
     except ConfigError as error:
         said = str(error)
     try:
-        choose(word, "fp32", SETTINGS, CPU).setup(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
+        build_strategy(word, "fp32", SETTINGS, CPU).setup(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
     except ConfigError as error:
         return said + str(error)
     return said
@@ -327,7 +327,7 @@ class Idle(nn.Module):
 
 
 def idle(word: str) -> str:
-    strategy = choose(word, "fp32", replace(SETTINGS, lr_scale={}), CPU)
+    strategy = build_strategy(word, "fp32", replace(SETTINGS, lr_scale={}), CPU)
     strategy.setup(Idle())
     strategy.backward(strategy.model(torch.ones(1, 2)).sum())
     try:

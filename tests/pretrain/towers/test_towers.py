@@ -19,7 +19,7 @@ from pretrain.ops import use_onednn
 from pretrain.towers import Tower
 from pretrain.towers import timm as images
 from pretrain.towers import transformers as texts
-from pretrain.towers.length_buckets import ENTRY, cut
+from pretrain.towers.length_buckets import GROUP_COST, group_by_length
 from pretrain.towers.stem import ConvStem, patch
 
 VIT = {"patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}
@@ -286,7 +286,7 @@ def test_pictures_are_normalised_with_clips_statistics() -> None:
     with torch.no_grad():
         torch.testing.assert_close(made(picture).pooled, made((picture / 255 - mean) / std).pooled)
     own = tower("vit-avg", mean=[0.5, 0.5, 0.5], std=[0.5, 0.5, 0.5])
-    torch.testing.assert_close(own.normalise(picture), picture / 127.5 - 1)  # type: ignore[operator]
+    torch.testing.assert_close(own.normalize(picture), picture / 127.5 - 1)  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("name", ["vit-own", "vit-avg", "siglip-vit", "eva"])
@@ -395,12 +395,14 @@ def test_length_sorted_groups_change_nothing(name: str, groups: int) -> None:
 
 def test_groups_hold_the_fewest_tokens() -> None:
     lengths = [4] * 500 + [5] * 400 + [30] * 60 + [70]
-    assert cut(lengths, 1, 1, 77) == [(0, 961, 70)]
-    assert cut(lengths, 2, 1, 77) == [(0, 900, 5), (900, 961, 70)]
-    assert cut(lengths, 3, 1, 77) == [(0, 900, 5), (900, 960, 30), (960, 961, 70)]
-    assert cut(lengths, 9, 4, 77)[-1] == (960, 961, 72)
-    assert cut([3, 3, 4], 4, 1, 77) == [(0, 3, 4)], f"a group that saves fewer than {ENTRY} tokens does not pay"
-    assert cut([76], 4, 8, 77) == [(0, 1, 77)]
+    assert group_by_length(lengths, 1, 1, 77) == [(0, 961, 70)]
+    assert group_by_length(lengths, 2, 1, 77) == [(0, 900, 5), (900, 961, 70)]
+    assert group_by_length(lengths, 3, 1, 77) == [(0, 900, 5), (900, 960, 30), (960, 961, 70)]
+    assert group_by_length(lengths, 9, 4, 77)[-1] == (960, 961, 72)
+    assert group_by_length([3, 3, 4], 4, 1, 77) == [(0, 3, 4)], (
+        f"a group that saves fewer than {GROUP_COST} tokens does not pay"
+    )
+    assert group_by_length([76], 4, 8, 77) == [(0, 1, 77)]
 
 
 def test_pooling_looks_at_the_mask_not_at_ids() -> None:
@@ -495,8 +497,8 @@ def test_named_text_models_from_folders(tmp_path: Path) -> None:
 
 
 def test_the_registry_finds_towers_and_not_their_helpers() -> None:
-    assert registry.names("towers") == ["timm", "transformers"]
-    assert registry.names("losses") == ["clip", "siglip"]
+    assert registry.component_names("towers") == ["timm", "transformers"]
+    assert registry.component_names("losses") == ["clip", "siglip"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

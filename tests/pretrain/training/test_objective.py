@@ -20,8 +20,8 @@ def features() -> dict[str, Tensor]:
 
 def test_the_mean_over_texts() -> None:
     given = features()
-    loss, report = tiny.objective("clip").loss(given, {})
-    assert torch.allclose(loss, tiny.closed_form("clip", given), atol=1e-12)
+    loss, report = tiny.build_objective("clip").loss(given, {})
+    assert torch.allclose(loss, tiny.closed_form_loss("clip", given), atol=1e-12)
     best = torch.stack([(given["image"] @ text.T).argmax(1) == torch.arange(B) for text in given["text"].unbind(1)])
     assert report["image_to_text_accuracy"].item() == best.float().mean().item()
 
@@ -37,5 +37,5 @@ def test_equal_captions_are_left_out_among_texts_of_one_place_only() -> None:
         if k == 1:
             s[0, 1] = s[1, 0] = float("-inf")
         expected.append(-(2 * s.diagonal() - s.logsumexp(1) - s.logsumexp(0)).mean() / 2)
-    loss, _ = tiny.objective("clip", same_caption="ignore").loss(given, {"caption_id": ids})
+    loss, _ = tiny.build_objective("clip", same_caption="ignore").loss(given, {"caption_id": ids})
     assert torch.allclose(loss, torch.stack(expected).mean(), atol=1e-12)

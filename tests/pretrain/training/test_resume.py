@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import Small, clipfuse, environment, keys, losses
-from tests.support.launches import PATIENCE
+from tests.support import Small, environment, read_losses, read_sample_keys, run_clipfuse
+from tests.support.launches import TIMEOUT_SECONDS
 
 STEPS = 150
 
@@ -34,7 +34,7 @@ def settings(small: Small, run: Path, workers: int, *more: str) -> list[str]:
 def straight(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that was never stopped."""
     run = tmp_path_factory.mktemp("straight") / "run"
-    clipfuse("pretrain", "scenes", *settings(small, run, 0), cwd=run.parent)
+    run_clipfuse("pretrain", "scenes", *settings(small, run, 0), cwd=run.parent)
     return run
 
 
@@ -45,9 +45,9 @@ def start(small: Small, run: Path, workers: int) -> subprocess.Popen[bytes]:
 
 
 def same(run: Path, straight: Path) -> None:
-    assert losses(run) == losses(straight)
-    assert list(losses(run)) == list(range(1, STEPS + 1))
-    assert keys(run) == keys(straight)
+    assert read_losses(run) == read_losses(straight)
+    assert list(read_losses(run)) == list(range(1, STEPS + 1))
+    assert read_sample_keys(run) == read_sample_keys(straight)
     last = f"checkpoints/step-{STEPS:07d}/model.safetensors"
     assert (run / last).read_bytes() == (straight / last).read_bytes()
 
@@ -73,13 +73,13 @@ def test_stopped_by_anything_at_random_moments(small: Small, straight: Path, tmp
         before = len(log.read_text()) if log.exists() else 0
         process = start(small, run, workers)
         try:
-            while process.poll() is None and (not metrics.exists() or max(losses(run), default=0) < at):
+            while process.poll() is None and (not metrics.exists() or max(read_losses(run), default=0) < at):
                 time.sleep(0.01)
             time.sleep(dice.random() * 0.05)
             assert process.poll() is None, log.read_text()[-3000:]
             if number != signal.SIGKILL:
                 process.send_signal(number)
-                assert process.wait(PATIENCE) == 75
+                assert process.wait(TIMEOUT_SECONDS) == 75
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -88,7 +88,7 @@ def test_stopped_by_anything_at_random_moments(small: Small, straight: Path, tmp
             said = log.read_text()[before:]
             assert f"stopped by {number.name}" in said
             assert "go on with: clipfuse pretrain" in said
-        at = max(losses(run))
-        assert losses(run).items() <= losses(straight).items()
-    clipfuse("pretrain", "scenes", *settings(small, run, 3), cwd=tmp_path)
+        at = max(read_losses(run))
+        assert read_losses(run).items() <= read_losses(straight).items()
+    run_clipfuse("pretrain", "scenes", *settings(small, run, 3), cwd=tmp_path)
     same(run, straight)
