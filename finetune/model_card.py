@@ -6,7 +6,7 @@ from typing import Any
 
 from finetune.loading import Finetuned
 from pretrain.formats import Encoders
-from pretrain.formats.model_card import RESIZE, about
+from pretrain.formats.model_card import RESIZE_CODE, describe_model
 
 LOADING = """import json
 from pathlib import Path
@@ -46,7 +46,7 @@ def text(tuned: Finetuned, encoders: Encoders, said: dict[str, Any], name: str, 
     fusion = tuned.config.fusion
     code = LOADING.format(
         name=name,
-        resize=RESIZE[recipe.resize].format(how=recipe.interpolation.upper()),
+        resize=RESIZE_CODE[recipe.resize].format(how=recipe.interpolation.upper()),
         text="what colour is the car?" if tuned.task.text_is_question else "a red car",
         padding=repr("max_length" if not tuned.model.encoder.tower("text").trims else True),
         print=PRINT[bool(said["names"])],
@@ -76,6 +76,6 @@ def text(tuned: Finetuned, encoders: Encoders, said: dict[str, Any], name: str, 
         "",
         f"Loaded back, its answers differ from the run's by at most {difference:.1g} of the largest (or of 1), in float32.",
         "",
-        *about(encoders, tuned.folder, tuned.step, license, rows),
+        *describe_model(encoders, tuned.folder, tuned.step, license, rows),
     ]
     return "\n".join(lines) + "\n"

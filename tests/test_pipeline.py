@@ -61,10 +61,10 @@ def test_metrics_have_the_fields_of_the_contract_and_the_loss_falls(run: Path) -
 
 
 def test_rotation_leaves_the_newest_and_the_best(run: Path) -> None:
-    left = {store.step_of(folder) for folder in store.complete(run / "checkpoints")}
-    best = store.pointed(run / "checkpoints", "best")
+    left = {store.parse_step(folder) for folder in store.list_complete(run / "checkpoints")}
+    best = store.read_pointer(run / "checkpoints", "best")
     assert best is not None
-    assert left == {60, store.step_of(best)}
+    assert left == {60, store.parse_step(best)}
 
 
 def test_a_checkpoint_stands_alone(run: Path, tmp_path: Path) -> None:

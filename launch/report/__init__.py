@@ -68,7 +68,7 @@ def write(run: str | Path, data: Any = None, out: Path | None = None, pictures: 
             tuned = tuning.build(model, shards if pictures else None, workers)
         else:
             loaded = loading.load_model(record.folder)
-            export = exports.advised(loaded, f"{_shown_path(record.folder)}/export")
+            export = exports.suggest_format(loaded, f"{_shown_path(record.folder)}/export")
             weights = {name: sum(p.numel() for p in tower.parameters()) for name, tower in loaded.model.towers.items()}
             if shards and pictures:
                 gallery = galleries.build(loaded, shards, distributed.device(), workers, pictures)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from pretrain.checkpoints import store
-from pretrain.checkpoints.loading import Loaded
+from pretrain.checkpoints.loading import LoadedModel
 from pretrain.errors import ConfigError, UserError
 from pretrain.formats import Encoders, model_card
 from pretrain.formats.portable_tokenizer import PROBES
@@ -29,20 +29,20 @@ TOLERANCE = 1e-5
 """Largest difference of an embedding's component in float32; embeddings have length 1."""
 
 
-def finished(run: str | Path) -> None:
+def check_finished(run: str | Path) -> None:
     """Refuses a run folder whose run did not end. Raises UserError. A checkpoint folder names itself, and passes."""
     path = next((p for p in (Path(run), Path("runs") / run) if (p / "status.json").is_file()), None)
     if path is None:
         return
     status = json.loads((path / "status.json").read_text())
     if status.get("state") != "done":
-        newest = store.complete(path / "checkpoints")
+        newest = store.list_complete(path / "checkpoints")
         other = f"; its newest checkpoint can be exported by name: {newest[-1]}" if newest else ""
         why = f", {status['why']}" if status.get("why") else ""
         raise UserError(f"{path} is not finished ({status.get('state')} at step {status.get('step')}{why}){other}")
 
 
-def export(loaded: Loaded, folder: Path, form: str, license: str | None = None) -> Path:
+def export(loaded: LoadedModel, folder: Path, form: str, license: str | None = None) -> Path:
     """Writes `folder`, which must not exist yet. Returns it.
 
     Args:
@@ -55,32 +55,32 @@ def export(loaded: Loaded, folder: Path, form: str, license: str | None = None) 
     """
     if form not in FORMATS:
         raise ConfigError(f"--format {form}: the choices are {', '.join(FORMATS)}")
-    encoders = encoders_of(loaded)
+    encoders = get_encoders(loaded)
     module = _module(form)
     if wrong := module.export_error(encoders):
         others = [name for name in FORMATS if name != form and _module(name).export_error(encoders) is None]
         can = f"; --format {' or '.join(others)} can hold it" if others else ""
         raise UserError(f"{form} cannot hold {wrong}{can}")
-    with whole(folder) as partial:
+    with new_folder(folder) as partial:
         module.write(encoders, partial)
         difference = compare(encoders, module.load(partial))
         (partial / "README.md").write_text(
-            model_card.text(encoders, loaded.folder, loaded.step, form, folder.name, license, difference)
+            model_card.render_card(encoders, loaded.folder, loaded.step, form, folder.name, license, difference)
         )
     return folder
 
 
-def advised(loaded: Loaded, name: str) -> tuple[str, str] | None:
+def suggest_format(loaded: LoadedModel, name: str) -> tuple[str, str] | None:
     """The first of FORMATS that can hold the model, and the Python that loads it from a folder `name`; None: there is none."""
     if loaded.decoders.get("text") is None:
         return None
-    encoders = encoders_of(loaded)
+    encoders = get_encoders(loaded)
     form = next((form for form in FORMATS if _module(form).export_error(encoders) is None), None)
-    return None if form is None else (form, model_card.loading(encoders, form, name))
+    return None if form is None else (form, model_card.format_loading_code(encoders, form, name))
 
 
 @contextmanager
-def whole(folder: Path) -> Iterator[Path]:
+def new_folder(folder: Path) -> Iterator[Path]:
     """A folder beside `folder`, which must not exist, to write into: it takes the name at the end, if all went well.
 
     Raises UserError.
@@ -97,7 +97,7 @@ def whole(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def encoders_of(loaded: Loaded) -> Encoders:
+def get_encoders(loaded: LoadedModel) -> Encoders:
     """What formats write of a loaded model."""
     text = loaded.decoders.get("text")
     if text is None:
@@ -117,7 +117,7 @@ def compare(encoders: Encoders, embed: Any) -> float | None:
     noise = torch.randint(0, 256, (4, 3, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     tower = encoders.image_tower
     assert tower is not None
-    theirs = embed(tower.normalise(noise), PROBES)
+    theirs = embed(tower.normalize(noise), PROBES)
     ours = (encoders.model.encode("image", noise), encoders.model.encode("text", *encoders.text.encode(PROBES)))
     difference = max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
     if not difference <= TOLERANCE:

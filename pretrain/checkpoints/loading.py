@@ -12,7 +12,7 @@ from torch import Tensor
 from pretrain import config as configuration
 from pretrain import model as models
 from pretrain.checkpoints import store
-from pretrain.data.config import evaluated_caption
+from pretrain.data.config import evaluation_caption
 from pretrain.data.text import load_tokenizer
 from pretrain.errors import UserError
 from pretrain.formats import ImportedModel, hf_import, open_clip_import
@@ -26,7 +26,7 @@ WEIGHT_FILES = (".pt", ".pth", ".bin", ".safetensors")
 
 
 @dataclass
-class Loaded:
+class LoadedModel:
     """A trained model and all that turns samples into its inputs."""
 
     model: DualEncoder
@@ -38,13 +38,13 @@ class Loaded:
     step: int
 
 
-def load_model(run: str | Path) -> Loaded:
+def load_model(run: str | Path) -> LoadedModel:
     """RUN is a run folder (its best, else newest checkpoint) or a checkpoint folder; of a fine-tuned one, the encoders. Or a
     model of transformers (a folder, a hub name) or open_clip (a folder, MODEL:FILE).
 
     Raises UserError.
     """
-    read = foreign(run)
+    read = find_importer(run)
     if read is not None:
         found = read(str(run))
         return _built(found.config, found.weights, found.tokenizer, "txt", Path(run), 0)
@@ -54,22 +54,24 @@ def load_model(run: str | Path) -> Loaded:
         raise UserError(f"{folder} has no config.yaml: it is not a checkpoint of clipfuse")
     values = configuration.read_yaml(path)
     config = configuration.build(ModelSchema, values, str(path), partial=True)
-    caption = evaluated_caption(values.get("data") or {})
+    caption = evaluation_caption(values.get("data") or {})
     tokenizer = load_tokenizer(str(folder / TOKENIZER))
     weights = store.read_weights(folder)
     if "task" in values:  # fine-tuned: the encoders stand among other parts
         weights = {name.removeprefix("encoder."): w for name, w in weights.items() if name.startswith("encoder.")}
-    return _built(config, weights, tokenizer, caption, folder, store.step_of(folder))
+    return _built(config, weights, tokenizer, caption, folder, store.parse_step(folder))
 
 
-def _built(config: ModelSchema, weights: dict[str, Tensor], tokenizer: Any, caption: str, folder: Path, step: int) -> Loaded:
+def _built(
+    config: ModelSchema, weights: dict[str, Tensor], tokenizer: Any, caption: str, folder: Path, step: int
+) -> LoadedModel:
     model = models.build(models.tower_configs(config), config.model, tokenizer)
     store.load_weights(model, weights, folder)
     model.eval()
-    return Loaded(model, config, tokenizer, models.build_decoders(config, tokenizer, model, caption), folder, step)
+    return LoadedModel(model, config, tokenizer, models.build_decoders(config, tokenizer, model, caption), folder, step)
 
 
-def foreign(run: str | Path) -> Callable[[str], ImportedModel] | None:
+def find_importer(run: str | Path) -> Callable[[str], ImportedModel] | None:
     """What reads RUN where it is not ours but a model of transformers or open_clip; None where it is ours, or nothing."""
     path, text = Path(run), str(run)
     if path.is_dir():

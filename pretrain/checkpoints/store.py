@@ -32,7 +32,7 @@ from pretrain.runtime.files import flush, save_weights, write_text
 _STEP = re.compile(r"step-(\d+)$")
 
 
-def step_of(folder: Path) -> int:
+def parse_step(folder: Path) -> int:
     """The step in a checkpoint folder's name."""
     match = _STEP.search(folder.name)
     if match is None:
@@ -40,10 +40,10 @@ def step_of(folder: Path) -> int:
     return int(match[1])
 
 
-def complete(checkpoints: Path) -> list[Path]:
+def list_complete(checkpoints: Path) -> list[Path]:
     """The checkpoint folders below `checkpoints`, oldest first. A folder with a manifest was renamed whole."""
     found = [path.parent for path in checkpoints.glob("step-*/manifest.json") if _STEP.search(path.parent.name)]
-    return sorted(found, key=step_of)
+    return sorted(found, key=parse_step)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -130,15 +130,15 @@ def _digest(path: Path) -> str:
 def _rotate(checkpoints: Path, keep: int) -> None:
     if keep <= 0:
         return
-    best = pointed(checkpoints, "best")
-    for old in complete(checkpoints)[:-keep]:
+    best = read_pointer(checkpoints, "best")
+    for old in list_complete(checkpoints)[:-keep]:
         if old != best:
             # The manifest goes first: a deletion that is cut short leaves no folder that looks complete.
             (old / "manifest.json").unlink()
             shutil.rmtree(old)
 
 
-def pointed(checkpoints: Path, name: str) -> Path | None:
+def read_pointer(checkpoints: Path, name: str) -> Path | None:
     """The folder that `latest` or `best` names, if it is there."""
     link = checkpoints / name
     if not link.exists():
@@ -151,7 +151,7 @@ def pointed(checkpoints: Path, name: str) -> Path | None:
 # Reading
 
 
-def problem(folder: Path) -> str | None:
+def integrity_error(folder: Path) -> str | None:
     """Why a checkpoint cannot be used, in words, or None: every file is there with its size and its SHA-256."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
@@ -172,10 +172,10 @@ def problem(folder: Path) -> str | None:
     return None
 
 
-def newest(checkpoints: Path, report: Callable[[str], None]) -> Path | None:
+def find_newest(checkpoints: Path, report: Callable[[str], None]) -> Path | None:
     """The newest complete and verified checkpoint; a damaged one is named and passed over."""
-    for folder in reversed(complete(checkpoints)):
-        wrong = problem(folder)
+    for folder in reversed(list_complete(checkpoints)):
+        wrong = integrity_error(folder)
         if wrong is None:
             return folder
         report(f"passing over {folder}: {wrong}")
@@ -190,13 +190,13 @@ def find(run: str | Path) -> Path:
     if not path.exists():
         raise UserError(f"no run or checkpoint at {run}; give a run folder (runs/NAME) or one of its checkpoints")
     if (path / "model.safetensors").exists():
-        if (path / "manifest.json").exists() and (wrong := problem(path)):
+        if (path / "manifest.json").exists() and (wrong := integrity_error(path)):
             raise UserError(f"{path} cannot be used: {wrong}")
         return path
-    best = pointed(path / "checkpoints", "best")
-    if best is not None and problem(best) is None:
+    best = read_pointer(path / "checkpoints", "best")
+    if best is not None and integrity_error(best) is None:
         return best
-    found = newest(path / "checkpoints", print)
+    found = find_newest(path / "checkpoints", print)
     if found is None:
         raise UserError(f"{path} holds no complete checkpoint (looked for {path}/checkpoints/step-*/manifest.json)")
     return found

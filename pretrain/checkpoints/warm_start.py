@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pretrain import config as configuration
 from pretrain.checkpoints import loading, store
-from pretrain.checkpoints.loading import Loaded
+from pretrain.checkpoints.loading import LoadedModel
 from pretrain.data.text import load_tokenizer
 from pretrain.errors import ConfigError, UserError
 from pretrain.model import DualEncoder
@@ -27,7 +27,7 @@ NOT_INHERITED = ("tokenizer", "trainable_blocks", "checkpointing", "patch_dropou
 
 
 @lru_cache(maxsize=2)
-def _loaded(run: str) -> Loaded:
+def _loaded(run: str) -> LoadedModel:
     """Read once for configuration, tokenizer and weights; let go of when the weights are in place."""
     return loading.load_model(run)
 
@@ -58,7 +58,7 @@ def with_init_defaults(given: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def tokenizer(init: Any, text: Any) -> Any:
+def choose_tokenizer(init: Any, text: Any) -> Any:
     """The tokenizer of the configuration, else init's."""
     named, run = text.tokenizer or text.name, _towers(init, ("text",)).get("text")
     return _loaded(run).tokenizer if run is not None and not named else load_tokenizer(named)
@@ -76,7 +76,7 @@ def _same_words(ours: Any, run: str) -> None:
         )
 
 
-def load(model: DualEncoder, init: Any, partial: bool, tokenizer: Any) -> None:
+def load_weights(model: DualEncoder, init: Any, partial: bool, tokenizer: Any) -> None:
     """Puts init's weights into the model. Raises UserError, counting and naming, where they do not fit, unless `partial`;
     and where the texts are cut into other tokens than those the weights know."""
     for run in _towers(init, ("text",)).values():

@@ -27,9 +27,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from pretrain.checkpoints.loading import Loaded
+from pretrain.checkpoints.loading import LoadedModel
 from pretrain.embedding import parquet
-from pretrain.embedding.split import Embedded
+from pretrain.embedding.split import EmbeddedSplit
 from pretrain.errors import UserError
 from pretrain.runtime.files import write_json
 
@@ -52,7 +52,7 @@ class WorkUnit:
         return sum(end - first for _, first, end in self.ranges)
 
 
-def cut(names: list[str], numbers: list[int], most: int) -> list[WorkUnit]:
+def build_work_units(names: list[str], numbers: list[int], most: int) -> list[WorkUnit]:
     """Shards and their counts -> parts of at most `most` samples: small shards together, large ones in equal pieces."""
     ranges: list[list[tuple[int, int, int]]] = []
     room = 0
@@ -74,7 +74,7 @@ def cut(names: list[str], numbers: list[int], most: int) -> list[WorkUnit]:
 # Whose embeddings, of what
 
 
-def fingerprint(loaded: Loaded) -> str:
+def fingerprint_model(loaded: LoadedModel) -> str:
     """A name for all that an embedding depends on: weights, architecture, preprocessing, tokenizer."""
     said = hashlib.sha256()
     for name, tensor in sorted([*loaded.model.state_dict().items(), *loaded.model.named_buffers()]):
@@ -92,7 +92,7 @@ def fingerprint(loaded: Loaded) -> str:
     return said.hexdigest()[:32]
 
 
-def digest(value: Any) -> str:
+def fingerprint_json(value: Any) -> str:
     """A name for plain values."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
@@ -125,7 +125,7 @@ class EmbeddingPlan:
     """Samples of the others."""
 
 
-class Folder:
+class EmbeddingFolder:
     """The collection's folder, locked by one command at a time. Rank 0 only."""
 
     def __init__(self, out: Path) -> None:
@@ -150,7 +150,7 @@ class Folder:
             new["per_file"] = old["per_file"]
         elif others:
             raise UserError(f"{self.path} exists and holds other files ({others[0]}); choose another --out")
-        plan = EmbeddingPlan(cut(names, numbers, new["per_file"]), [], 0)
+        plan = EmbeddingPlan(build_work_units(names, numbers, new["per_file"]), [], 0)
         new["files"] = [
             {"file": part.file, "samples": [[names[shard], first, end] for shard, first, end in part.ranges]}
             for part in plan.parts
@@ -171,7 +171,7 @@ class Folder:
     def footers(self, parts: list[WorkUnit]) -> list[dict[str, Any] | None]:
         """What the files say of themselves; None for those that are not there, or not whole."""
         with ThreadPoolExecutor(16) as pool:
-            return list(pool.map(parquet.footer, [self.path / part.file for part in parts]))
+            return list(pool.map(parquet.read_footer, [self.path / part.file for part in parts]))
 
     def seal(self, new: dict[str, Any], parts: list[WorkUnit]) -> tuple[int, Counter[str]]:
         """Rows and left-out samples of all files, written into the manifest as complete. Raises UserError."""
@@ -200,12 +200,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return found
 
 
-def is_collection(where: Any) -> bool:
+def is_embedding_folder(where: Any) -> bool:
     """Whether this names a folder of embeddings rather than shards."""
     return isinstance(where, str | Path) and (Path(where) / MANIFEST).is_file()
 
 
-def load(folder: str | Path, loaded: Loaded | None = None, label: str = "label") -> Embedded:
+def load(folder: str | Path, loaded: LoadedModel | None = None, label: str = "label") -> EmbeddedSplit:
     """A complete collection of pictures and captions in memory, its rows in the order of the shards.
 
     Args:
@@ -219,7 +219,7 @@ def load(folder: str | Path, loaded: Loaded | None = None, label: str = "label")
     manifest = read_manifest(path)
     if manifest.get("format") != FORMAT or not manifest["complete"]:
         raise UserError(f"{path} is not a complete collection; the clipfuse embed that began it goes on with it")
-    if loaded is not None and fingerprint(loaded) != manifest["model"]["fingerprint"]:
+    if loaded is not None and fingerprint_model(loaded) != manifest["model"]["fingerprint"]:
         raise UserError(
             f"{path} holds embeddings of {manifest['model']['from']} (step {manifest['model']['step']}), "
             f"not of {loaded.folder} (step {loaded.step})"
@@ -228,16 +228,16 @@ def load(folder: str | Path, loaded: Loaded | None = None, label: str = "label")
     if not tables or "image" not in tables[0].column_names:
         raise UserError(f"{path} holds no embeddings of pictures")
     table = pa.concat_tables(tables)
-    image = torch.from_numpy(parquet.numbers(table["image"])).float()
+    image = torch.from_numpy(parquet.to_numpy(table["image"])).float()
     own: list[list[str]] = [[]] * len(table)
     text = torch.zeros(0, image.shape[1])
     if "text" in table.column_names:
         several = "captions" in table.column_names
         own = table["captions"].to_pylist() if several else [[caption] for caption in table["caption"].to_pylist()]
         vectors = table["text"].combine_chunks()
-        text = torch.from_numpy(parquet.numbers(vectors.flatten() if several else vectors)).float()
+        text = torch.from_numpy(parquet.to_numpy(vectors.flatten() if several else vectors)).float()
     notes = [json.loads(each) if each else {} for each in table["json"].to_pylist()]
-    return Embedded(
+    return EmbeddedSplit(
         image=image,
         text=text,
         image_index=torch.tensor([i for i, captions in enumerate(own) for _ in captions], dtype=torch.int64),

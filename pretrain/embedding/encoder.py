@@ -29,7 +29,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
-class Encoded:
+class EncodedBatch:
     """A batch in the shared space, on the CPU."""
 
     keys: list[str]
@@ -46,7 +46,7 @@ class Encoded:
 
 
 class Encoder:
-    """Batches -> Encoded, one after the other. On a GPU the next batch is under way before the last one is waited for.
+    """Batches -> EncodedBatch, one after the other. On a GPU the next batch is under way before the last one is waited for.
 
     Args:
         modalities: which of the model's; text: all captions of a sample.
@@ -71,11 +71,11 @@ class Encoder:
         self.modalities, self.pooled, self.tokens = modalities, pooled, tokens
         self.seconds = 0.0
         """What the towers took so far, reading, decoding and writing left out."""
-        self._encode = text_encoder(model, decoders, device, precision)
+        self._encode = build_text_encoder(model, decoders, device, precision)
 
-    def stream(self, batches: Iterable[tuple[T, Batch | None]]) -> Iterator[tuple[T, Encoded | None]]:
+    def stream(self, batches: Iterable[tuple[T, Batch | None]]) -> Iterator[tuple[T, EncodedBatch | None]]:
         """Anything that comes with a batch leaves with it, in order; None stays None."""
-        waiting: deque[tuple[T, Callable[[], Encoded] | None]] = deque()
+        waiting: deque[tuple[T, Callable[[], EncodedBatch] | None]] = deque()
         ahead = 1 if self.device.type == "cuda" else 0
         for tag, batch in batches:
             waiting.append((tag, None if batch is None else self._begin(batch)))
@@ -85,7 +85,7 @@ class Encoder:
         for tag, finish in waiting:
             yield tag, finish and finish()
 
-    def _begin(self, batch: Batch) -> Callable[[], Encoded]:
+    def _begin(self, batch: Batch) -> Callable[[], EncodedBatch]:
         """Starts a batch; the function waits for its end. On the CPU all is done at once."""
         gpu = self.device.type == "cuda"
         # Not around a yield: what the caller does meanwhile is its own.
@@ -97,18 +97,20 @@ class Encoder:
                 return lambda: out
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            out = self._encoded(batch.pin().to(self.device, non_blocking=True))
+            out = self._encoded(batch.pin_memory().to(self.device, non_blocking=True))
             end.record()
 
-        def finish() -> Encoded:
+        def finish() -> EncodedBatch:
             end.synchronize()
             self.seconds += start.elapsed_time(end) / 1000
             return out
 
         return finish
 
-    def _encoded(self, batch: Batch) -> Encoded:
-        out = Encoded(batch.keys, {}, batch.targets.get("captions", []), batch.targets.get("json", [{}] * len(batch)), {}, {})
+    def _encoded(self, batch: Batch) -> EncodedBatch:
+        out = EncodedBatch(
+            batch.keys, {}, batch.targets.get("captions", []), batch.targets.get("json", [{}] * len(batch)), {}, {}
+        )
         for modality in self.modalities:
             if modality == "text" and any(len(own) > 1 for own in out.captions):  # the workers tokenized the first of each
                 out.rows["text"] = self._encode([text for own in out.captions for text in own], len(batch)).to(self.dtype)
@@ -130,7 +132,7 @@ class Encoder:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """The model in eval mode inside; afterwards each module is in the mode it was in, frozen ones too."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -141,14 +143,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def text_encoder(
+def build_text_encoder(
     model: DualEncoder, decoders: Mapping[str, Any], device: torch.device, precision: str = "fp32", size: int = 256
 ) -> Callable[..., Tensor]:
     """(texts, texts at a time) -> (m, D) float32 on the CPU, L2-normalised: sentences in the shared space."""
 
     def encode(texts: list[str], at_once: int = size) -> Tensor:
         rows = []
-        with evaluating(model), torch.inference_mode(), _autocast(device, precision):
+        with eval_mode(model), torch.inference_mode(), _autocast(device, precision):
             for start in range(0, len(texts), at_once):
                 ids, mask = decoders["text"].encode(texts[start : start + at_once])
                 rows.append(_rows(model.encode("text", ids.to(device), mask.to(device))))

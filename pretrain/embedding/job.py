@@ -22,17 +22,17 @@ from typing import Any
 
 import torch
 
-from pretrain.checkpoints.loading import Loaded, load_model
+from pretrain.checkpoints.loading import LoadedModel, load_model
 from pretrain.data.batch import Batch
-from pretrain.data.config import counted
-from pretrain.data.shards.cache import Cache
-from pretrain.data.shards.paths import expand
-from pretrain.data.shards.reader import Reader
-from pretrain.data.worker import Evaluation
-from pretrain.data.worker_pool import running
+from pretrain.data.config import count_samples_once
+from pretrain.data.shards.cache import ShardCache
+from pretrain.data.shards.paths import expand_shards
+from pretrain.data.shards.reader import ShardReader
+from pretrain.data.worker import EvaluationDataset
+from pretrain.data.worker_pool import run_workers
 from pretrain.embedding import dataset, options
-from pretrain.embedding.dataset import EmbeddingPlan, Folder, WorkUnit
-from pretrain.embedding.encoder import Encoder, evaluating
+from pretrain.embedding.dataset import EmbeddingFolder, EmbeddingPlan, WorkUnit
+from pretrain.embedding.encoder import Encoder, eval_mode
 from pretrain.embedding.options import Options
 from pretrain.embedding.parquet import Layout, Writer
 from pretrain.embedding.work_queue import ProgressBar, WorkQueue
@@ -81,7 +81,7 @@ class Summary:
         )
 
 
-def embed(loaded: Loaded, options: Options, device: torch.device) -> Summary | None:
+def embed(loaded: LoadedModel, options: Options, device: torch.device) -> Summary | None:
     """Embeds what is not there yet; the summary on rank 0. Collective.
 
     Raises:
@@ -92,14 +92,14 @@ def embed(loaded: Loaded, options: Options, device: torch.device) -> Summary | N
     paths: list[str] = []
 
     def find() -> dict[str, Any]:
-        paths.extend(expand(options.data, "--data"))
+        paths.extend(expand_shards(options.data, "--data"))
         return preflight.data_fingerprint(paths)
 
     preflight.require_equal("the data", find)
-    numbers = counted(paths, Cache(), "--data")
+    numbers = count_samples_once(paths, ShardCache(), "--data")
     names = [path.rsplit("/", 1)[-1] for path in paths]
     manifest = _manifest(loaded, options, layout, paths, numbers)
-    folder = Folder(Path(options.out))
+    folder = EmbeddingFolder(Path(options.out))
     try:
         plan = on_main(lambda: folder.open(manifest, names, numbers))
         board = WorkQueue()
@@ -110,7 +110,7 @@ def embed(loaded: Loaded, options: Options, device: torch.device) -> Summary | N
         )  # fmt: skip
         begin = time.perf_counter()
         if plan.todo:
-            evaluation = Evaluation(Reader(paths, Cache(), numbers, keep=8), decoders)
+            evaluation = EvaluationDataset(ShardReader(paths, ShardCache(), numbers, keep=8), decoders)
             about = {"model": manifest["model"]["fingerprint"]}
             _work(plan, board, evaluation, encoder, lambda: Writer(folder.path, layout, about), options)
         if not distributed.is_main():
@@ -134,7 +134,7 @@ def embed(loaded: Loaded, options: Options, device: torch.device) -> Summary | N
         folder.close()
 
 
-def _layout(loaded: Loaded, options: Options) -> tuple[Layout, tuple[str, ...]]:
+def _layout(loaded: LoadedModel, options: Options) -> tuple[Layout, tuple[str, ...]]:
     """The columns that the options ask for. Raises ConfigError for what this model does not have."""
     model, text = loaded.model, loaded.decoders.get("text")
     has = [name for name in model.towers if name in loaded.decoders]
@@ -162,9 +162,9 @@ def _layout(loaded: Loaded, options: Options) -> tuple[Layout, tuple[str, ...]]:
     return Layout(modalities, dim, options.dtype, several, tokens), modalities
 
 
-def _manifest(loaded: Loaded, options: Options, layout: Layout, paths: list[str], numbers: list[int]) -> dict[str, Any]:
+def _manifest(loaded: LoadedModel, options: Options, layout: Layout, paths: list[str], numbers: list[int]) -> dict[str, Any]:
     """Whose embeddings, of what; the same on every process. Raises UserError where it is not. Collective."""
-    model = dataset.fingerprint(loaded)
+    model = dataset.fingerprint_model(loaded)
     preflight.require_equal("the model", model)
     share = -(-sum(numbers) // (SHARES * distributed.world_size())) if distributed.world_size() > 1 else PER_FILE
     text = loaded.decoders.get("text")
@@ -175,7 +175,7 @@ def _manifest(loaded: Loaded, options: Options, layout: Layout, paths: list[str]
         "data": {
             "shards": len(paths),
             "samples": sum(numbers),
-            "fingerprint": dataset.digest([preflight.data_fingerprint(paths), numbers]),
+            "fingerprint": dataset.fingerprint_json([preflight.data_fingerprint(paths), numbers]),
         },
         "settings": {
             "only": options.only,
@@ -196,7 +196,7 @@ def _manifest(loaded: Loaded, options: Options, layout: Layout, paths: list[str]
 def _work(
     plan: EmbeddingPlan,
     board: WorkQueue,
-    evaluation: Evaluation,
+    evaluation: EvaluationDataset,
     encoder: Encoder,
     write: Callable[[], Writer],
     options: Options,
@@ -207,10 +207,10 @@ def _work(
     left: dict[str, Counter[str]] = {}
     mine = 0
     writer: Writer | None = None
-    with ProgressBar(plan.there, total, board) as shown, evaluating(encoder.model):
+    with ProgressBar(plan.there, total, board) as shown, eval_mode(encoder.model):
         try:
             jobs = _Jobs(plan, board, options.batch_size)
-            with running(evaluation, iter(jobs), workers) as pieces:
+            with run_workers(evaluation, iter(jobs), workers) as pieces:
                 writer = write()  # its thread starts after the workers were forked
                 for (part, slots, last), batch in encoder.stream(_batches(jobs, pieces, left)):
                     footer = {"part": part.ranges, "bad": dict(left.pop(part.file, {}))} if last else None
@@ -284,7 +284,7 @@ def _default_workers(device: torch.device) -> int:
 def run(args: argparse.Namespace) -> int:
     """One process of `clipfuse embed`; the exit code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are the parallelism
-    chosen = options.options(args)
+    chosen = options.build_options(args)
     try:
         with raise_on_stop_signals():
             preflight.check_launcher()
@@ -305,7 +305,7 @@ def run(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Entry point for launchers."""
     parser = argparse.ArgumentParser(prog="python -m pretrain.embedding.job", description=__doc__)
-    options.add(parser)
+    options.add_arguments(parser)
     return run_with_exit_code(lambda: run(parser.parse_args(argv)))
 
 

@@ -41,7 +41,7 @@ class Options:
                 raise ConfigError(f"--{name.replace('_', '-')} {value} must be at least {least}")
 
 
-def add(p: argparse.ArgumentParser) -> None:
+def add_arguments(p: argparse.ArgumentParser) -> None:
     """The options, with their defaults."""
     p.add_argument("run", metavar="RUN", help="a run folder, a checkpoint folder, or a published CLIP")
     p.add_argument("--data", required=True, nargs="+", metavar="SHARDS", help="globs, brace patterns, folders or urls")
@@ -57,14 +57,14 @@ def add(p: argparse.ArgumentParser) -> None:
     p.add_argument("--json", action="store_true", help="print one JSON object at the end")
 
 
-def words(args: argparse.Namespace) -> list[str]:
+def build_argv(args: argparse.Namespace) -> list[str]:
     """The same options as words again, for the processes a launcher starts."""
     flags = {f"--{name.replace('_', '-')}": getattr(args, name) for name in Options.__dataclass_fields__ if name != "data"}
     given = [word for flag, value in flags.items() if value not in ("", None) for word in (flag, str(value))]
     return [args.run, *given, *(["--json"] if args.json else []), "--data", *args.data]
 
 
-def options(args: argparse.Namespace) -> Options:
+def build_options(args: argparse.Namespace) -> Options:
     """What was asked for. Raises ConfigError."""
     made = Options(**{name: getattr(args, name) for name in Options.__dataclass_fields__})
     made.check()

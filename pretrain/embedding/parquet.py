@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from pretrain.embedding.encoder import Encoded
+from pretrain.embedding.encoder import EncodedBatch
 from pretrain.errors import UserError
 from pretrain.runtime.files import flush, partial_path
 
@@ -73,7 +73,7 @@ class Layout:
         columns |= {f"{name}_tokens": pa.list_(pa.list_(number, width)) for name, width in self.tokens.items()}
         return pa.schema([pa.field(name, kind) for name, kind in columns.items()])
 
-    def table(self, batch: Encoded) -> pa.Table:
+    def table(self, batch: EncodedBatch) -> pa.Table:
         """A batch as columns. Raises UserError for numbers that cannot be stored."""
         counts = [len(own) for own in batch.captions]
         columns: dict[str, pa.Array] = {"key": pa.array(batch.keys)}
@@ -128,13 +128,13 @@ class Writer:
 
     def __init__(self, folder: Path, layout: Layout, about: Mapping[str, Any]) -> None:
         self.folder, self.layout, self.about = folder, layout, about
-        self._queue: queue.Queue[tuple[str, Encoded | None, dict[str, Any] | None] | None] = queue.Queue(_AHEAD)
+        self._queue: queue.Queue[tuple[str, EncodedBatch | None, dict[str, Any] | None] | None] = queue.Queue(_AHEAD)
         self._error: BaseException | None = None
         self._file: _File | None = None
         self._thread = threading.Thread(target=self._work, name="parquet", daemon=True)
         self._thread.start()
 
-    def put(self, name: str, batch: Encoded | None, footer: dict[str, Any] | None = None) -> None:
+    def put(self, name: str, batch: EncodedBatch | None, footer: dict[str, Any] | None = None) -> None:
         """Adds a batch to the file `name`; with `footer` the file is finished. Waits while too much waits to be written.
 
         Raises what went wrong before: OSError where the disk is full, UserError.
@@ -221,7 +221,7 @@ def _codecs(schema: pa.Schema) -> dict[str, str]:
 # Reading
 
 
-def footer(path: Path) -> dict[str, Any] | None:
+def read_footer(path: Path) -> dict[str, Any] | None:
     """What a finished file says of itself; None where it is not whole, or not ours."""
     try:
         said = (pq.read_metadata(path).metadata or {}).get(FOOTER)
@@ -231,7 +231,7 @@ def footer(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def numbers(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
+def to_numpy(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
     """A column of fixed-size lists -> (n, D), in memory of its own."""
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     flat = np.array(array.flatten().to_numpy(zero_copy_only=False))

@@ -14,16 +14,16 @@ import torch.distributed as td
 from torch import Tensor
 
 from pretrain.data.loader import Batch
-from pretrain.embedding.encoder import Encoder, evaluating, text_encoder
+from pretrain.embedding.encoder import Encoder, build_text_encoder, eval_mode
 from pretrain.model import DualEncoder
 from pretrain.runtime import distributed
 from pretrain.runtime.agree import on_all
 
-__all__ = ["Embedded", "embed_split", "evaluating", "text_encoder"]
+__all__ = ["EmbeddedSplit", "embed_split", "eval_mode", "build_text_encoder"]
 
 
 @dataclass
-class Embedded:
+class EmbeddedSplit:
     """A split in the shared space, float32 on the CPU. On ranks other than 0: this rank's share."""
 
     image: Tensor
@@ -51,7 +51,7 @@ def embed_split(
     texts: bool = True,
     pooled: bool = False,
     label: str = "label",
-) -> Embedded:
+) -> EmbeddedSplit:
     """Every sample of `batches` (this process's share) encoded; rank 0 gets the whole split, in rank order. Collective.
 
     Args:
@@ -74,7 +74,7 @@ def _share(
     texts: bool,
     pooled: bool,
     label: str,
-) -> Embedded:
+) -> EmbeddedSplit:
     """What this process encodes."""
     images: list[Tensor] = []
     poolings: list[Tensor] = []
@@ -84,7 +84,7 @@ def _share(
     keys: list[str] = []
     labels: list[Any] = []
     encoder = Encoder(model, decoders, device, precision, ("image", "text") if texts else ("image",), pooled=pooled)
-    with evaluating(model):
+    with eval_mode(model):
         for _, batch in encoder.stream((None, batch) for batch in batches):
             assert batch is not None
             images.append(batch.rows["image"])
@@ -98,7 +98,7 @@ def _share(
             labels += [json.get(label) for json in batch.json]
     # Outside inference mode these are ordinary tensors again, which the linear probe may compute with.
     width = images[0].shape[1] if images else 0
-    return Embedded(
+    return EmbeddedSplit(
         image=_cat(images, width),
         text=_cat(captions_of, width),
         image_index=torch.tensor(image_index, dtype=torch.int64),
@@ -117,7 +117,7 @@ def _cat(parts: list[Tensor], width: int) -> Tensor:
 # Several processes
 
 
-def _whole(mine: Embedded) -> Embedded:
+def _whole(mine: EmbeddedSplit) -> EmbeddedSplit:
     """On rank 0 all shares laid end to end; on the others what they brought."""
     image, text, pooled = _to_main(mine.image), _to_main(mine.text), _to_main(mine.pooled)
     others = distributed.gather_objects((mine.image_index.tolist(), mine.keys, mine.captions, mine.labels))
@@ -130,7 +130,7 @@ def _whole(mine: Embedded) -> Embedded:
     for its_owner, its_keys, its_captions, its_labels in others:
         image_index += [len(keys) + row for row in its_owner]
         keys, captions, labels = keys + its_keys, captions + its_captions, labels + its_labels
-    return Embedded(image, text, torch.tensor(image_index, dtype=torch.int64), pooled, keys, captions, labels)
+    return EmbeddedSplit(image, text, torch.tensor(image_index, dtype=torch.int64), pooled, keys, captions, labels)
 
 
 def _to_main(rows: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ TRANSFORMERS = {
 Weights = dict[str, Tensor]
 
 
-def renamed(weights: Mapping[str, Tensor], old: str, new: str, table: Mapping[str, str]) -> Weights:
+def rename_blocks(weights: Mapping[str, Tensor], old: str, new: str, table: Mapping[str, str]) -> Weights:
     """Weights whose name is `old`, a block's number, and a beginning in `table` -> under `new`; the others stay."""
     out: Weights = {}
     for name, value in weights.items():
@@ -52,7 +52,7 @@ def from_transformers(weights: Mapping[str, Tensor], old: str, new: str) -> Weig
         parts = [f"{head}self_attn.{part}_proj.{kind}" for part in "qkv"]
         if found and name.startswith(old) and all(part in out for part in parts):
             out[f"{head}attn.in_proj_{kind}"] = torch.cat([out.pop(part) for part in parts])
-    return renamed(out, old, new, TRANSFORMERS | {"attn.in_proj_": "attn.in_proj_"})
+    return rename_blocks(out, old, new, TRANSFORMERS | {"attn.in_proj_": "attn.in_proj_"})
 
 
 def to_transformers(weights: Mapping[str, Tensor], old: str, new: str) -> Weights:
@@ -66,15 +66,15 @@ def to_transformers(weights: Mapping[str, Tensor], old: str, new: str) -> Weight
         else:
             out[name] = value
     kept = {f"self_attn.{part}_proj.": f"self_attn.{part}_proj." for part in "qkv"}
-    return renamed(out, old, new, swapped(TRANSFORMERS) | kept)
+    return rename_blocks(out, old, new, invert(TRANSFORMERS) | kept)
 
 
-def swapped(table: Mapping[str, str]) -> dict[str, str]:
+def invert(table: Mapping[str, str]) -> dict[str, str]:
     """A table read the other way."""
     return {new: old for old, new in table.items()}
 
 
-def ratio(hidden: int, width: int) -> float:
+def compute_mlp_ratio(hidden: int, width: int) -> float:
     """The mlp_ratio r with int(width * r) == hidden: that is how libraries read it."""
     exact = hidden / width
     return exact if int(width * exact) == hidden else (hidden + 0.5) / width

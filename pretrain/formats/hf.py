@@ -63,7 +63,7 @@ def write(encoders: Encoders, folder: Path) -> None:
         made.save_pretrained(folder)
     for weights in folder.glob("*.safetensors"):
         apply_umask(weights)
-    tokenizer = portable_tokenizer.portable(encoders.text)
+    tokenizer = portable_tokenizer.build_portable(encoders.text)
     if made.config.model_type == "siglip":
         # Its text model attends to padding. Saved is the attribute, where it was given when the tokenizer was made.
         tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = ["input_ids"]
@@ -114,7 +114,7 @@ def _text(encoders: Encoders, made: TextSpec) -> tuple[TextSpec, dict[str, Tenso
     assert tower is not None
     weights = text_weights.to_open_clip(tower, _matrix(encoders, "text"))
     if tower.pool == "avg":
-        made, weights = mean_pooling.as_layer(made, weights)
+        made, weights = mean_pooling.to_attention_layer(made, weights)
     project = weights.pop("text_projection").t().contiguous()
     return made, text_weights.to_transformers(weights) | {"text_projection.weight": project}
 
@@ -126,7 +126,7 @@ def _text_settings(encoders: Encoders, made: TextSpec) -> dict[str, Any]:
         "bos_token_id": tokenizer.bos_token_id,
         "pad_token_id": encoders.text.pad_id,
     }
-    return text_weights.settings(made) | ends
+    return text_weights.to_text_args(made) | ends
 
 
 def _clip(encoders: Encoders, text: TextSpec, picture: ViTSpec) -> Any:
@@ -138,7 +138,7 @@ def _clip(encoders: Encoders, text: TextSpec, picture: ViTSpec) -> Any:
     model = CLIPModel(
         CLIPConfig(
             text_config=settings,
-            vision_config=vit_weights.clip_settings(picture),
+            vision_config=vit_weights.to_vision_config(picture),
             projection_dim=encoders.dim,
         )
     )
@@ -185,15 +185,15 @@ def _siglip(encoders: Encoders, text: TextSpec) -> Any:
     tower, image_tower = encoders.text_tower, encoders.image_tower
     assert tower is not None
     assert image_tower is not None
-    picture = vit_weights.siglip(image_tower.model)
+    picture = vit_weights.siglip_spec(image_tower.model)
     if isinstance(picture, str):
         return f"{picture}, beside a text tower that is SigLIP's and attends to padding"
     if encoders.projection("image") is not None:
         return "the projection of the image tower: SiglipModel has none (model.projection=none trains it so)"
     if encoders.text.length != PIPELINE_LENGTH:
         return f"texts of {encoders.text.length} tokens: transformers fills up SigLIP's to {PIPELINE_LENGTH}"
-    vision_config = vit_weights.clip_settings(picture)
-    settings = text_weights.settings(text) | {"projection_size": encoders.dim}
+    vision_config = vit_weights.to_vision_config(picture)
+    settings = text_weights.to_text_args(text) | {"projection_size": encoders.dim}
     model = SiglipModel(SiglipConfig(text_config=settings, vision_config=vision_config))
     weights = text_weights.to_open_clip(tower, encoders.projection("text"))
     heads = {f"head.{kind}": weights.pop(f"text_projection.{kind}") for kind in ("weight", "bias")}

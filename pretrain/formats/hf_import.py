@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pretrain import config as configuration
-from pretrain.data.text import load_tokenizer, unreachable
+from pretrain.data.text import explain_unreachable_hub, load_tokenizer
 from pretrain.errors import UserError
 from pretrain.formats import ImportedModel, text_weights, vit_weights
 from pretrain.formats.hf import quiet
@@ -18,7 +18,7 @@ from pretrain.formats.vit_weights import ViTSpec
 from pretrain.model import ModelSchema
 from pretrain.ops import CLIP_MEAN, CLIP_STD
 from pretrain.towers import hf_models
-from pretrain.towers.hf_models import line
+from pretrain.towers.hf_models import one_line
 
 
 def read(source: str) -> ImportedModel:
@@ -45,13 +45,13 @@ def _config(source: str) -> Any:
         return AutoConfig.from_pretrained(source, local_files_only=True)  # a folder, or fetched before
     except Exception as error:
         if Path(source).is_dir():
-            raise UserError(f"{source}: transformers cannot read its configuration: {line(error)}") from error
-        if problem := unreachable():
+            raise UserError(f"{source}: transformers cannot read its configuration: {one_line(error)}") from error
+        if problem := explain_unreachable_hub():
             raise UserError(f"{source}: no run or folder here, not fetched before, and {problem}") from error
     try:
         return AutoConfig.from_pretrained(source)
     except Exception as error:  # the hub and transformers raise what they like
-        raise UserError(f"{source}: no run or folder here, and the hub has no such model ({line(error)})") from error
+        raise UserError(f"{source}: no run or folder here, and the hub has no such model ({one_line(error)})") from error
 
 
 Read = tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Tensor]]
@@ -66,7 +66,7 @@ def _weights(source: str) -> dict[str, Tensor]:
         with quiet():
             model, said = AutoModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
     except Exception as error:  # the library raises what it likes for files that do not fit
-        raise UserError(f"{source}: transformers cannot load its weights: {line(error)}") from error
+        raise UserError(f"{source}: transformers cannot load its weights: {one_line(error)}") from error
     wrong = []
     for key, word in (("missing_keys", "missing"), ("unexpected_keys", "not in the model")):
         names = sorted(name for name in said.get(key, ()) if not name.endswith("position_ids"))
@@ -114,14 +114,14 @@ def _plain(config: Any, source: str, pre_norm: bool, pool: str) -> ViTSpec:
 
 def _clip_picture(config: Any, weights: dict[str, Tensor], source: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     made = _plain(config, source, pre_norm=True, pool="token")
-    return vit_weights.tower_settings(made), vit_weights.from_open_clip(vit_weights.from_clip(weights), made)
+    return vit_weights.to_image_config(made), vit_weights.from_open_clip(vit_weights.from_clip(weights), made)
 
 
 def _text_section(config: Any) -> dict[str, Any]:
     """text.* of a text model of transformers, its whole configuration inline."""
     return {
         "tower": "transformers",
-        "args": hf_models.inline(SimpleNamespace(config=config)),
+        "args": hf_models.inline_args(SimpleNamespace(config=config)),
         "length": config.max_position_embeddings,
     }
 
@@ -139,7 +139,7 @@ def _read_siglip(config: Any, weights: dict[str, Tensor], source: str) -> Read:
     named = _ours(vit_weights.from_siglip(_below(weights, "vision_model.")), _below(weights, "text_model."))
     named["logit_bias"] = weights["logit_bias"].reshape(1)
     model = {"dim": made.width, "projection": "none", "logit_bias": float(weights["logit_bias"])}
-    return vit_weights.siglip_tower(made), text, model, named
+    return vit_weights.to_siglip_image_config(made), text, model, named
 
 
 def _read_dual(config: Any, weights: dict[str, Tensor], source: str) -> Read:

@@ -26,7 +26,7 @@ from pretrain.formats.text_weights import TextSpec
 from pretrain.formats.vit_weights import BLOCKS
 
 
-def as_layer(made: TextSpec, weights: Weights) -> tuple[TextSpec, Weights]:
+def to_attention_layer(made: TextSpec, weights: Weights) -> tuple[TextSpec, Weights]:
     """A causal tower that pools by the mean, with its text_projection (C, D) -> one that pools where the text ends."""
     C, d = made.width, made.width // made.heads
     W = 2 * C + max(d, 2)

@@ -10,7 +10,7 @@ from typing import Any
 from pretrain import config as configuration
 from pretrain.formats import Encoders
 
-LOADING = {
+LOADING_CODE = {
     "hf": """from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
@@ -46,7 +46,7 @@ image, text = (graph.run(None, {{one.name: given[one.name] for one in graph.get_
 print(image @ text.T)  # cosines""",
 }
 """By format: what loads the folder."""
-RESIZE = {
+RESIZE_CODE = {
     "squash": "picture = picture.resize((S, S), Image.Resampling.{how})",
     "crop": """w, h = (max(S, S * side // min(picture.size)) for side in picture.size)  # the shorter side to S, then the centre
 left, top = round((w - S) / 2), round((h - S) / 2)
@@ -55,17 +55,17 @@ picture = picture.resize((w, h), Image.Resampling.{how}).crop((left, top, left +
 """By preprocess' way of resizing: the lines that make `picture` S pixels square."""
 
 
-def loading(encoders: Encoders, form: str, name: str) -> str:
+def format_loading_code(encoders: Encoders, form: str, name: str) -> str:
     """Python that loads the folder `name` without clipfuse and compares a picture with two texts."""
     recipe = encoders.preprocess
-    return LOADING[form].format(
+    return LOADING_CODE[form].format(
         name=json.dumps(name)[1:-1],
-        resize=RESIZE[recipe.resize].format(how=recipe.interpolation.upper()),
+        resize=RESIZE_CODE[recipe.resize].format(how=recipe.interpolation.upper()),
         padding=repr("max_length" if not encoders.model.tower("text").trims else True),
     )
 
 
-def text(
+def render_card(
     encoders: Encoders, source: Path, step: int, form: str, name: str, license: str | None, difference: float | None
 ) -> str:
     """The card.
@@ -88,16 +88,18 @@ def text(
         "A contrastive pair of encoders, one for pictures and one for text, trained with clipfuse.",
         "",
         "```python",
-        loading(encoders, form, name),
+        format_loading_code(encoders, form, name),
         "```",
         "",
         *_measured(difference),
-        *about(encoders, source, step, license),
+        *describe_model(encoders, source, step, license),
     ]
     return "\n".join(lines) + "\n"
 
 
-def about(encoders: Encoders, source: Path, step: int, license: str | None, more: Sequence[tuple[str, Any]] = ()) -> list[str]:
+def describe_model(
+    encoders: Encoders, source: Path, step: int, license: str | None, more: Sequence[tuple[str, Any]] = ()
+) -> list[str]:
     """What the model is (with `more` rows), what it learned from and how, what it reached, its licence; as `text` has it."""
     run = source.parent.parent if source.parent.name == "checkpoints" else None
     said = _said(run / "metrics.jsonl", step) if run is not None else []

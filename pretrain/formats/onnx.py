@@ -37,16 +37,16 @@ def export_error(encoders: Encoders) -> str | None:
 
 def write(encoders: Encoders, folder: Path) -> None:
     """Writes the folder, which exists. Raises UserError where the exporter's libraries are missing."""
-    needed()
+    check_libraries()
     for precision, suffix in ((torch.float32, ""), (torch.float16, "-fp16")):
-        model = plain(encoders.model, precision)
+        model = to_exportable(encoders.model, precision)
         _image(model, encoders.preprocess.size, folder / f"image{suffix}.onnx")
         _text(model, encoders.text.length, folder / f"text{suffix}.onnx")
-    (folder / "preprocess.json").write_text(json.dumps(encoders.preprocess.open_clip(), indent=1))
+    (folder / "preprocess.json").write_text(json.dumps(encoders.preprocess.to_open_clip(), indent=1))
     portable_tokenizer.save(encoders.text, folder)
 
 
-def needed() -> None:
+def check_libraries() -> None:
     """Raises UserError where the exporter's libraries are missing."""
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
@@ -71,7 +71,7 @@ class _Text(nn.Module):
         return self.model.encode("text", input_ids, attention_mask.bool())
 
 
-def plain(model: Model, precision: torch.dtype) -> Model:
+def to_exportable(model: Model, precision: torch.dtype) -> Model:
     """A copy without what a graph has no place for: groups by length, products by another route."""
     made = copy.deepcopy(model).to(precision).eval().requires_grad_(False)
     for module in made.modules():
@@ -84,16 +84,16 @@ def plain(model: Model, precision: torch.dtype) -> Model:
 
 def _image(model: DualEncoder, size: int, path: Path) -> None:
     batch = torch.export.Dim("batch")
-    graph(_Image(model), (torch.zeros(2, 3, size, size),), ["pixel_values"], ["image_embeds"], ({0: batch},), path)
+    write_graph(_Image(model), (torch.zeros(2, 3, size, size),), ["pixel_values"], ["image_embeds"], ({0: batch},), path)
 
 
 def _text(model: DualEncoder, length: int, path: Path) -> None:
-    ids, shape = words(model.tower("text").trims, length)
+    ids, shape = build_trace_ids(model.tower("text").trims, length)
     inputs = (ids, torch.ones_like(ids))
-    graph(_Text(model), inputs, ["input_ids", "attention_mask"], ["text_embeds"], (shape, shape), path)
+    write_graph(_Text(model), inputs, ["input_ids", "attention_mask"], ["text_embeds"], (shape, shape), path)
 
 
-def words(trims: bool, length: int) -> tuple[Tensor, dict[int, Any]]:
+def build_trace_ids(trims: bool, length: int) -> tuple[Tensor, dict[int, Any]]:
     """Ids (2, T) int64 to trace a text tower with, and what of their shape is free: the length only where it trims."""
     shape: dict[int, Any] = {0: torch.export.Dim("batch")}
     if trims:
@@ -102,7 +102,7 @@ def words(trims: bool, length: int) -> tuple[Tensor, dict[int, Any]]:
 
 
 @torch.no_grad()
-def graph(
+def write_graph(
     module: nn.Module, inputs: tuple[Tensor, ...], names: list[str], outputs: list[str], shapes: tuple[Any, ...], path: Path
 ) -> None:
     """Writes `module`, traced with `inputs`, as one file; `shapes`: as torch.export's dynamic_shapes."""

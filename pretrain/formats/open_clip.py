@@ -60,7 +60,7 @@ def write(encoders: Encoders, folder: Path) -> None:
         weights["logit_bias"] = model.logit_bias.detach().reshape(())
         config["init_logit_bias"] = float(model.logit_bias.detach())
     save_weights(folder / WEIGHTS, {name: value.float() for name, value in weights.items()}, {"format": "pt"})
-    content = {"model_cfg": config, "preprocess_cfg": encoders.preprocess.open_clip()}
+    content = {"model_cfg": config, "preprocess_cfg": encoders.preprocess.to_open_clip()}
     (folder / CONFIG).write_text(json.dumps(content, indent=1))
     portable_tokenizer.save(encoders.text, folder)
 
@@ -81,7 +81,7 @@ def _text(encoders: Encoders, made: TextSpec) -> Part:
     assert tower is not None
     weights = text_weights.to_open_clip(tower, encoders.projection("text"))
     if tower.pool == "avg":
-        made, weights = mean_pooling.as_layer(made, weights)
+        made, weights = mean_pooling.to_attention_layer(made, weights)
     weights["positional_embedding"] = weights["positional_embedding"][:length].contiguous()
     config: dict[str, Any] = {
         "context_length": length,
@@ -90,7 +90,7 @@ def _text(encoders: Encoders, made: TextSpec) -> Part:
         "width": made.width,
         "heads": made.heads,
         "layers": made.depth,
-        "mlp_ratio": block_weights.ratio(made.hidden, made.width),
+        "mlp_ratio": block_weights.compute_mlp_ratio(made.hidden, made.width),
         "norm_kwargs": {"eps": made.eps},
     }
     if made.act == "gelu_tanh":
@@ -117,7 +117,7 @@ def _vision(encoders: Encoders, quick: bool) -> Part | str:
             "width": made.width,
             "layers": made.depth,
             "head_width": made.width // made.heads,
-            "mlp_ratio": block_weights.ratio(made.hidden, made.width),
+            "mlp_ratio": block_weights.compute_mlp_ratio(made.hidden, made.width),
             "no_ln_pre": not made.pre_norm,
             "pool_type": "tok" if made.pool == "token" else "avg",
             "final_ln_after_pool": made.norm_after,

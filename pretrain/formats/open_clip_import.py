@@ -19,7 +19,7 @@ from pretrain.formats.open_clip import CONFIG, WEIGHTS
 from pretrain.formats.text_weights import TextSpec
 from pretrain.formats.vit_weights import ViTSpec
 from pretrain.model import ModelSchema
-from pretrain.towers.hf_models import line
+from pretrain.towers.hf_models import one_line
 
 BEST = (WEIGHTS, "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors")
 """Files of weights in a folder, in the order of preference."""
@@ -69,7 +69,9 @@ def read(source: str) -> ImportedModel:
     folder = path.parent
     own = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
     outside = text_cfg.get("hf_tokenizer_name")
-    tokenizer = load_tokenizer(str(folder) if own else outside) if own or outside else portable_tokenizer.openai(length)
+    tokenizer = (
+        load_tokenizer(str(folder) if own else outside) if own or outside else portable_tokenizer.build_openai_tokenizer(length)
+    )
     values = {"image": image, "text": text, "model": model}
     built = configuration.build(ModelSchema, values, source)
     return ImportedModel(built, named | weights, tokenizer)  # what nobody asked for is counted where the weights are put in
@@ -112,7 +114,7 @@ def _weights(path: Path) -> Weights:
     except FileNotFoundError as error:
         raise UserError(f"there is no file {path}") from error
     except Exception as error:  # torch's unpickler raises what it likes for files that hold more than weights
-        raise UserError(f"{path} cannot be read as weights alone: {line(error)}") from error
+        raise UserError(f"{path} cannot be read as weights alone: {one_line(error)}") from error
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
@@ -165,7 +167,7 @@ def _read_vision(
         raise UserError(f"{source}: vision_cfg.pool_type={made.pool} has no counterpart here")
     project = own.pop("proj").t() if "proj" in own else None
     named |= {f"towers.image.model.{name}": value for name, value in vit_weights.from_open_clip(own, made).items()}
-    return vit_weights.tower_settings(made), project
+    return vit_weights.to_image_config(made), project
 
 
 def _read_timm(given: dict[str, Any], weights: Weights, source: str, named: Weights) -> tuple[dict[str, Any], Tensor | None]:
@@ -212,7 +214,7 @@ def _read_text(
         causal=causal,
         eos=given.get("eos_id") if pool == "eos" else given.get("vocab_size", 49408) - 1,
     )
-    args = text_weights.settings(made)
+    args = text_weights.to_text_args(made)
     settings = {"tower": "transformers", "args": args, "length": made.positions, "pretrained": False}
     if causal:
         project = own.pop("text_projection", None)

@@ -22,16 +22,16 @@ PROBES = [
 """Short, punctuated, beyond ASCII, and longer than any tower reads."""
 
 
-def portable(text: TextDecoder) -> Any:
+def build_portable(text: TextDecoder) -> Any:
     """A copy of the tokenizer with the tower's habits. Raises UserError where it cannot be given them."""
     made = copy.deepcopy(text.tokenizer)
     made.padding_side = made.truncation_side = "right"
     made.model_max_length = text.length
     if made.pad_token_id != text.pad_id:
         made.pad_token = made.convert_ids_to_tokens(text.pad_id)
-    if text.append is not None:
-        _append(made, text.append)
-    wrong = differs(text, made)
+    if text.appended_id is not None:
+        _append(made, text.appended_id)
+    wrong = find_difference(text, made)
     if wrong is not None:
         raise UserError(
             f"the tokenizer ({type(made).__name__}) alone does not give the ids that the tower was trained on: {wrong}"
@@ -39,7 +39,7 @@ def portable(text: TextDecoder) -> Any:
     return made
 
 
-def differs(text: TextDecoder, tokenizer: Any) -> str | None:
+def find_difference(text: TextDecoder, tokenizer: Any) -> str | None:
     """What a tokenizer makes otherwise than the tower's does, in words, or None."""
     for probe in PROBES:
         ids, mask = text.encode([probe])
@@ -52,7 +52,7 @@ def differs(text: TextDecoder, tokenizer: Any) -> str | None:
 
 def save(text: TextDecoder, folder: Path) -> None:
     """Writes the portable tokenizer. Raises UserError."""
-    portable(text).save_pretrained(folder)
+    build_portable(text).save_pretrained(folder)
 
 
 def _append(tokenizer: Any, end: int) -> None:
@@ -68,7 +68,7 @@ def _append(tokenizer: Any, end: int) -> None:
     backend.post_processor = template if before is None else processors.Sequence([before, template])
 
 
-def openai(length: int) -> Any:
+def build_openai_tokenizer(length: int) -> Any:
     """OpenAI's byte-pair tokenizer, as open_clip ships its vocabulary, in transformers' form. Raises UserError."""
     import gzip
     from importlib.util import find_spec

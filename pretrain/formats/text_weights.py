@@ -108,7 +108,7 @@ def to_transformers(weights: Mapping[str, Tensor]) -> Weights:
     return {back.get(name, name): value for name, value in named.items()}
 
 
-def settings(made: TextSpec) -> dict[str, Any]:
+def to_text_args(made: TextSpec) -> dict[str, Any]:
     """text.args of a tower of ours with this architecture, but for the length of texts."""
     kind = "clip_text_model" if made.causal else "siglip_text_model"
     act = {ours: theirs for theirs, ours in reversed(ACTS.items())}[made.act]

@@ -86,7 +86,7 @@ def vit_spec(model: Any) -> ViTSpec | str:
     return _described(model, norm)
 
 
-def siglip(model: Any) -> ViTSpec | str:
+def siglip_spec(model: Any) -> ViTSpec | str:
     """What a timm model is as SigLIP's vision transformer (no class token, pooled by attention), or what is not SigLIP's."""
     if type(model).__name__ != "VisionTransformer" or model.global_pool != "map" or model.cls_token is not None:
         return "the image tower, which is not SigLIP's"
@@ -151,20 +151,22 @@ def to_open_clip(model: Any) -> Weights:
         "conv1.weight": weights.pop("patch_embed.proj.weight"),
     }
     norms = {"norm_pre": "ln_pre", "norm": "ln_post", "fc_norm": "ln_post"}
-    for name, value in block_weights.renamed(weights, "blocks.", BLOCKS, block_weights.TIMM).items():
+    for name, value in block_weights.rename_blocks(weights, "blocks.", BLOCKS, block_weights.TIMM).items():
         head, _, kind = name.rpartition(".")
         out[f"{norms.get(head, head)}.{kind}"] = value
     return out
 
 
 def from_open_clip(weights: Mapping[str, Tensor], made: ViTSpec) -> Weights:
-    """The reverse, for the tower that `tower_settings(made)` builds. Names that are not known stay as they are."""
+    """The reverse, for the tower that `to_image_config(made)` builds. Names that are not known stay as they are."""
     out: Weights = {}
     norm = "fc_norm" if made.norm_after and made.pool == "avg" else "norm"
     names = {"conv1.weight": "patch_embed.proj.weight"}
     for kind in ("weight", "bias"):
         names |= {f"ln_pre.{kind}": f"norm_pre.{kind}", f"ln_post.{kind}": f"{norm}.{kind}"}
-    for name, value in block_weights.renamed(weights, BLOCKS, "blocks.", block_weights.swapped(block_weights.TIMM)).items():
+    for name, value in block_weights.rename_blocks(
+        weights, BLOCKS, "blocks.", block_weights.invert(block_weights.TIMM)
+    ).items():
         if name == "class_embedding":
             out["cls_token"] = value.reshape(1, 1, -1)
         elif name == "positional_embedding":
@@ -176,7 +178,7 @@ def from_open_clip(weights: Mapping[str, Tensor], made: ViTSpec) -> Weights:
     return out
 
 
-def tower_settings(made: ViTSpec) -> dict[str, Any]:
+def to_image_config(made: ViTSpec) -> dict[str, Any]:
     """image.* of a tower of ours with this architecture. Raises UserError where timm has no name for it."""
     names = {1e-5: "vit_base_patch16_clip_224", 1e-6: "vit_base_patch16_224"}
     if made.eps not in names:
@@ -188,7 +190,7 @@ def tower_settings(made: ViTSpec) -> dict[str, Any]:
         "embed_dim": made.width,
         "depth": made.depth,
         "num_heads": made.heads,
-        "mlp_ratio": block_weights.ratio(made.hidden, made.width),
+        "mlp_ratio": block_weights.compute_mlp_ratio(made.hidden, made.width),
         "pre_norm": made.pre_norm,
         "global_pool": made.pool,
         "fc_norm": made.norm_after and made.pool == "avg",
@@ -238,7 +240,7 @@ def to_siglip(model: Any) -> Weights:
         out[f"head.attention.in_proj_{kind}"] = torch.cat(rows)
     for name in [name for name in weights if name.startswith("attn_pool.")]:
         out[f"head.{POOL[name.removeprefix('attn_pool.')]}"] = weights.pop(name)
-    middle = block_weights.renamed(weights, "blocks.", BLOCKS, block_weights.TIMM)
+    middle = block_weights.rename_blocks(weights, "blocks.", BLOCKS, block_weights.TIMM)
     return out | block_weights.to_transformers(middle, BLOCKS, "encoder.layers.")
 
 
@@ -249,7 +251,7 @@ def from_siglip(weights: Mapping[str, Tensor]) -> Weights:
         names |= {f"embeddings.patch_embedding.{kind}": f"patch_embed.proj.{kind}", f"post_layernorm.{kind}": f"norm.{kind}"}
     out: Weights = {}
     middle = block_weights.from_transformers(weights, "encoder.layers.", BLOCKS)
-    for name, value in block_weights.renamed(middle, BLOCKS, "blocks.", block_weights.swapped(block_weights.TIMM)).items():
+    for name, value in block_weights.rename_blocks(middle, BLOCKS, "blocks.", block_weights.invert(block_weights.TIMM)).items():
         if name == "embeddings.position_embedding.weight":
             out["pos_embed"] = value.unsqueeze(0)
         elif name.startswith("head.attention.in_proj_"):
@@ -260,15 +262,15 @@ def from_siglip(weights: Mapping[str, Tensor]) -> Weights:
     return out
 
 
-def siglip_tower(made: ViTSpec) -> dict[str, Any]:
+def to_siglip_image_config(made: ViTSpec) -> dict[str, Any]:
     """image.* of a tower of ours that is SigLIP's. Raises UserError where timm has no name for it."""
-    settings = tower_settings(made)
+    settings = to_image_config(made)
     del settings["args"]["pre_norm"]
     del settings["args"]["fc_norm"]
     return settings | {"name": "vit_base_patch16_siglip_224"}
 
 
-def clip_settings(made: ViTSpec) -> dict[str, Any]:
+def to_vision_config(made: ViTSpec) -> dict[str, Any]:
     """The vision_config of a transformers CLIPModel or SiglipModel."""
     return {
         "hidden_size": made.width,

@@ -21,7 +21,7 @@ from pretrain import config as configuration
 from pretrain import model as models
 from pretrain.checkpoints import loading
 from pretrain.data.text import load_tokenizer
-from pretrain.embedding.split import Embedded
+from pretrain.embedding.split import EmbeddedSplit
 from pretrain.errors import UserError
 from pretrain.model import ModelSchema
 from tests.support import TINY_TOWERS, Small
@@ -191,13 +191,13 @@ def test_command_reads_as_typed(run: Path) -> None:
 EVIL = '<script>alert("x")</script> "quoted" & <img src=x onerror=alert(1)>'
 
 
-def small_split() -> tuple[Embedded, list[bytes]]:
+def small_split() -> tuple[EmbeddedSplit, list[bytes]]:
     """Eight pictures, captions 2 and 3 exchanged, picture 0 with two captions."""
     image = torch.eye(8)
     text = torch.cat([torch.eye(8)[[0, 1, 3, 2, 4, 5, 6, 7]], torch.eye(8)[:1]])
     captions = [f"caption {j} {EVIL}" for j in range(9)]
     image_index = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 0])
-    split = Embedded(image, text, image_index, torch.zeros(8, 0), [f"s/{i}" for i in range(8)], captions, [None] * 8)
+    split = EmbeddedSplit(image, text, image_index, torch.zeros(8, 0), [f"s/{i}" for i in range(8)], captions, [None] * 8)
     grey = [gallery.thumbnail(torch.full((3, 40, 30), 20 * i, dtype=torch.uint8)) for i in range(8)]
     return split, grey
 
@@ -346,7 +346,7 @@ def test_gallery_of_a_model_holds_pictures_as_it_sees_them(small: Small) -> None
     tokenizer = load_tokenizer(small.tokenizer)
     model = models.build(models.tower_configs(config), config.model, tokenizer)
     decoders = models.build_decoders(config, tokenizer, model, "txt")
-    loaded = loading.Loaded(model, config, tokenizer, decoders, Path("step-0000000"), 0)
+    loaded = loading.LoadedModel(model, config, tokenizer, decoders, Path("step-0000000"), 0)
     shown = gallery.build(loaded, [{"shards": small.val, "weight": 1.0}], torch.device("cpu"), workers=0, pictures=40)
     assert shown is not None
     assert shown.pictures == 40

@@ -28,7 +28,7 @@ def test_written_whole_and_pointed_to(tmp_path: Path) -> None:
     assert folder.name == "step-0000007"
     assert sorted(p.name for p in folder.iterdir()) == ["config.yaml", "manifest.json", "model.safetensors", "state"]
     assert (tmp_path / "latest").read_text() == "step-0000007\n" == (tmp_path / "best").read_text()
-    assert store.problem(folder) is None
+    assert store.integrity_error(folder) is None
     assert not list(tmp_path.glob(".*partial"))
     torch.testing.assert_close(store.read_weights(folder)["w"], torch.full((4,), 7.0))
     modes = {path.stat().st_mode for path in folder.iterdir() if path.is_file()}
@@ -38,7 +38,7 @@ def test_written_whole_and_pointed_to(tmp_path: Path) -> None:
 def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     for step in range(1, 7):
         write(tmp_path, step, keep=2, best=step == 2)
-    assert [store.step_of(f) for f in store.complete(tmp_path)] == [2, 5, 6]
+    assert [store.parse_step(f) for f in store.list_complete(tmp_path)] == [2, 5, 6]
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "remove", "manifest"])
@@ -55,7 +55,7 @@ def test_a_damaged_one_is_named_and_the_one_before_it_is_used(tmp_path: Path, da
     else:
         (bad / "manifest.json").write_text("{")
     said: list[str] = []
-    assert store.newest(tmp_path, said.append) == good
+    assert store.find_newest(tmp_path, said.append) == good
     assert len(said) == 1
     assert "step-0000002" in said[0]
     with pytest.raises(UserError, match="step-0000002"):
@@ -70,7 +70,7 @@ def test_a_write_that_fails_leaves_nothing_and_harms_nothing(tmp_path: Path) -> 
 
     with pytest.raises(UserError, match=r"step 2 .*No space left on device; older ones are intact"):
         store.save(tmp_path, 2, {"w": torch.zeros(1)}, full, lambda _: None, keep=1)
-    assert store.newest(tmp_path, print) == good
+    assert store.find_newest(tmp_path, print) == good
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-0000001"]
 
 

@@ -22,14 +22,14 @@ from hypothesis import strategies as st
 from pretrain import config as configuration
 from pretrain import model as models
 from pretrain.checkpoints import loading, store
-from pretrain.checkpoints.loading import Loaded, load_model
-from pretrain.data.loader import sequential
+from pretrain.checkpoints.loading import LoadedModel, load_model
+from pretrain.data.loader import build_eval_loader
 from pretrain.data.text import load_tokenizer
 from pretrain.embedding import dataset
-from pretrain.embedding.dataset import cut, load
+from pretrain.embedding.dataset import build_work_units, load
 from pretrain.embedding.job import Summary, embed
 from pretrain.embedding.options import Options
-from pretrain.embedding.parquet import numbers
+from pretrain.embedding.parquet import to_numpy
 from pretrain.errors import ConfigError, UserError
 from pretrain.evaluation.evaluate import EvalConfig
 from pretrain.evaluation.evaluate import run as run_evaluation
@@ -61,7 +61,7 @@ def run(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def loaded(run: Path) -> Loaded:
+def loaded(run: Path) -> LoadedModel:
     return load_model(run)
 
 
@@ -69,7 +69,7 @@ def options(small: Small, out: Path, **more: Any) -> Options:
     return Options(**{"data": [small.val], "out": str(out), "batch_size": 10, "workers": 0, **more})
 
 
-def done(loaded: Loaded, asked: Options) -> Summary:
+def done(loaded: LoadedModel, asked: Options) -> Summary:
     summary = embed(loaded, asked, CPU)
     assert summary is not None
     return summary
@@ -79,11 +79,11 @@ def read(out: Path) -> pa.Table:
     return pa.concat_tables([pq.read_table(path) for path in sorted(out.glob("*.parquet"))])
 
 
-def one_by_one(loaded: Loaded, shards: str) -> dict[str, dict[str, torch.Tensor]]:
+def one_by_one(loaded: LoadedModel, shards: str) -> dict[str, dict[str, torch.Tensor]]:
     """Key -> embeddings, without the code under test: each sample and caption alone, through the model's forward()."""
     found = {}
     with torch.no_grad():
-        for batch in sequential(shards, loaded.decoders, 1):
+        for batch in build_eval_loader(shards, loaded.decoders, 1):
             encoded = [loaded.decoders["text"].encode([caption]) for caption in batch.targets["captions"][0]]
             outs = [loaded.model({"image": batch.inputs["image"], "text": ids}, {"text": mask}) for ids, mask in encoded]
             found[batch.keys[0]] = {"image": outs[0]["image"][0], "text": torch.cat([out["text"] for out in outs])}
@@ -96,7 +96,7 @@ def one_by_one(loaded: Loaded, shards: str) -> dict[str, dict[str, torch.Tensor]
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_two_processes_killed_stopped_and_gone_on_with(small: Small, run: Path, loaded: Loaded, tmp_path: Path) -> None:
+def test_two_processes_killed_stopped_and_gone_on_with(small: Small, run: Path, loaded: LoadedModel, tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = [run, "--data", small.train, "--out", out, "--dtype", "float32"]
     words += ["--batch-size", "1", "--workers", "0", "--per-file", "4"]
@@ -141,7 +141,7 @@ def test_two_processes_killed_stopped_and_gone_on_with(small: Small, run: Path, 
     assert table["key"].to_pylist() == list(reference)
     for name in ("image", "text"):
         expected = torch.stack([each[name].view(-1) for each in reference.values()])
-        torch.testing.assert_close(torch.from_numpy(numbers(table[name])), expected, atol=2e-6, rtol=0)
+        torch.testing.assert_close(torch.from_numpy(to_numpy(table[name])), expected, atol=2e-6, rtol=0)
     # Nothing is left to do.
     again = done(loaded, options(small, out, data=[small.train], dtype="float32"))
     assert (again.embedded, again.samples) == (0, 300)
@@ -149,7 +149,7 @@ def test_two_processes_killed_stopped_and_gone_on_with(small: Small, run: Path, 
 
 @given(st.lists(st.integers(0, 40), max_size=12), st.integers(1, 25))
 def test_parts_hold_each_sample_once_and_no_more_than_asked(counts: list[int], most: int) -> None:
-    parts = cut([f"{i:04d}.tar" for i in range(len(counts))], counts, most)
+    parts = build_work_units([f"{i:04d}.tar" for i in range(len(counts))], counts, most)
     every = [(shard, i) for part in parts for shard, first, end in part.ranges for i in range(first, end)]
     assert every == [(shard, i) for shard, count in enumerate(counts) for i in range(count)]
     assert all(0 < part.samples <= most for part in parts)
@@ -165,7 +165,7 @@ def test_parts_hold_each_sample_once_and_no_more_than_asked(counts: list[int], m
 
 
 def test_columns_half_precision_and_a_file_is_the_same_whenever_it_is_written(
-    small: Small, loaded: Loaded, tmp_path: Path
+    small: Small, loaded: LoadedModel, tmp_path: Path
 ) -> None:
     asked = options(small, tmp_path / "out", per_file=25)
     summary = done(loaded, asked)
@@ -175,8 +175,8 @@ def test_columns_half_precision_and_a_file_is_the_same_whenever_it_is_written(
     assert table.schema.names == ["key", "image", "text", "caption", "json"]
     assert table.schema.field("image").type == pa.list_(pa.float16(), 16)
     expected = torch.stack([each["image"] for each in reference.values()])
-    torch.testing.assert_close(torch.from_numpy(numbers(table["image"])).float(), expected, atol=5e-4, rtol=0)
-    first = next(iter(sequential(small.val, loaded.decoders, 1)))
+    torch.testing.assert_close(torch.from_numpy(to_numpy(table["image"])).float(), expected, atol=5e-4, rtol=0)
+    first = next(iter(build_eval_loader(small.val, loaded.decoders, 1)))
     assert table["caption"][0].as_py() == first.targets["captions"][0][0]
     assert json.loads(table["json"][0].as_py()) == first.targets["json"][0]
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.parquet")}
@@ -185,11 +185,11 @@ def test_columns_half_precision_and_a_file_is_the_same_whenever_it_is_written(
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.parquet")} == before
 
 
-def test_token_features(small: Small, loaded: Loaded, tmp_path: Path) -> None:
+def test_token_features(small: Small, loaded: LoadedModel, tmp_path: Path) -> None:
     done(loaded, options(small, tmp_path / "own", tokens="own", dtype="float32"))
     table = read(tmp_path / "own")
     with torch.no_grad():
-        for i, batch in enumerate(sequential(small.val, loaded.decoders, 1, max_samples=3)):
+        for i, batch in enumerate(build_eval_loader(small.val, loaded.decoders, 1, max_samples=3)):
             image = loaded.model.tower("image")(batch.inputs["image"]).states[0]
             text = loaded.model.tower("text")(batch.inputs["text"], batch.masks["text"]).states[0][batch.masks["text"][0]]
             np.testing.assert_allclose(table["image_tokens"][i].as_py(), image, atol=1e-5)
@@ -199,10 +199,10 @@ def test_token_features(small: Small, loaded: Loaded, tmp_path: Path) -> None:
     assert table.schema.names == ["key", "image", "json", "image_tokens"]
     tokens = torch.tensor(table["image_tokens"].to_pylist())
     means = torch.nn.functional.normalize(tokens.mean(dim=1), dim=-1)  # the tower pools by the mean
-    torch.testing.assert_close(means, torch.from_numpy(numbers(table["image"])), atol=1e-5, rtol=0)
+    torch.testing.assert_close(means, torch.from_numpy(to_numpy(table["image"])), atol=1e-5, rtol=0)
 
 
-def test_several_captions_and_evaluation_from_the_files(small: Small, loaded: Loaded, tmp_path: Path) -> None:
+def test_several_captions_and_evaluation_from_the_files(small: Small, loaded: LoadedModel, tmp_path: Path) -> None:
     done(loaded, options(small, tmp_path / "out", caption="captions", dtype="float32"))
     table, reference = read(tmp_path / "out"), one_by_one(loaded, small.val)
     for key, captions, text in zip(*(table[name].to_pylist() for name in ("key", "captions", "text")), strict=True):
@@ -217,7 +217,7 @@ def test_several_captions_and_evaluation_from_the_files(small: Small, loaded: Lo
         run_evaluation(captions, str(tmp_path / "out"), EvalConfig(tasks=["linear_probe"], probe_train=small.val), CPU)
 
 
-def test_bad_samples_are_left_out_and_counted(small: Small, loaded: Loaded, tmp_path: Path) -> None:
+def test_bad_samples_are_left_out_and_counted(small: Small, loaded: LoadedModel, tmp_path: Path) -> None:
     shard = tmp_path / "some.tar"
     with tarfile.open(sorted((small.root / "scenes").glob("val-*.tar"))[0]) as good:
         picture = next(m for m in good.getmembers() if not m.name.endswith((".txt", ".json")))
@@ -243,7 +243,7 @@ def test_bad_samples_are_left_out_and_counted(small: Small, loaded: Loaded, tmp_
 # What is refused
 
 
-def test_nothing_is_mixed_in(small: Small, run: Path, loaded: Loaded, tmp_path: Path) -> None:
+def test_nothing_is_mixed_in(small: Small, run: Path, loaded: LoadedModel, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done(loaded, options(small, out))
     other = load_model(save(small, tmp_path / "other", 1))
@@ -269,8 +269,8 @@ def test_nothing_is_mixed_in(small: Small, run: Path, loaded: Loaded, tmp_path: 
 
 
 def test_the_model_is_its_numbers_not_its_place(small: Small, run: Path, tmp_path: Path) -> None:
-    same = dataset.fingerprint(load_model(save(small, tmp_path / "elsewhere", 0)))
-    assert same == dataset.fingerprint(load_model(run))
+    same = dataset.fingerprint_model(load_model(save(small, tmp_path / "elsewhere", 0)))
+    assert same == dataset.fingerprint_model(load_model(run))
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ def test_the_model_is_its_numbers_not_its_place(small: Small, run: Path, tmp_pat
         ({"out": "taken"}, "taken exists and holds other files"),
     ],
 )
-def test_wrong_use(small: Small, loaded: Loaded, in_tmp: Path, changes: dict[str, Any], line: str) -> None:
+def test_wrong_use(small: Small, loaded: LoadedModel, in_tmp: Path, changes: dict[str, Any], line: str) -> None:
     (in_tmp / "taken").mkdir()
     (in_tmp / "taken/thesis.doc").touch()
     with pytest.raises(UserError, match=line):
@@ -304,7 +304,7 @@ def test_a_model_that_has_diverged_and_towers_without_places(small: Small, tmp_p
         options(small, tmp_path, batch_size=0).check()
 
 
-def test_a_full_disk_is_one_line_and_what_is_whole_stays(small: Small, loaded: Loaded, tmp_path: Path) -> None:
+def test_a_full_disk_is_one_line_and_what_is_whole_stays(small: Small, loaded: LoadedModel, tmp_path: Path) -> None:
     asked = options(small, tmp_path / "out", per_file=25, tokens="own", dtype="float32")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))  # no file may grow beyond

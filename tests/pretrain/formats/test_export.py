@@ -19,12 +19,12 @@ from launch import cli
 from pretrain import config as configuration
 from pretrain import model as models
 from pretrain.checkpoints import export, loading
-from pretrain.checkpoints.loading import Loaded
+from pretrain.checkpoints.loading import LoadedModel
 from pretrain.data.images import ImageDecoder
-from pretrain.data.shards.paths import expand
-from pretrain.data.shards.reader import Reader
+from pretrain.data.shards.paths import expand_shards
+from pretrain.data.shards.reader import ShardReader
 from pretrain.data.text import TextDecoder, load_tokenizer
-from pretrain.formats import mean_pooling, onnx, text_weights, vit_weights
+from pretrain.formats import block_weights, mean_pooling, onnx, text_weights
 from pretrain.model import ModelSchema
 from tests.support import ROOT, TINY_TOWERS, Small
 
@@ -45,7 +45,7 @@ SIGLIP = [*SIGLIP_TEXT, "image.args={patch_size: 8, embed_dim: 32, depth: 2, num
 SCENES = [*TINY_TOWERS, "text.pool=avg", "image.args={weight_init: jax}"]
 
 
-def fresh(name: str, tokenizer: Path, *settings: str) -> Loaded:
+def fresh(name: str, tokenizer: Path, *settings: str) -> LoadedModel:
     """A shipped configuration, shrunk, with random weights: norms and biases too, which are 1 and 0 at the start."""
     read = load_tokenizer(str(tokenizer))
     values = configuration.load_values(ROOT / f"configs/pretrain/{name}.yaml", [f"text.tokenizer={tokenizer}", *settings])
@@ -56,13 +56,13 @@ def fresh(name: str, tokenizer: Path, *settings: str) -> Loaded:
         for parameter in model.towers.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
         model.logit_scale.fill_(3.0)
-    return Loaded(model.eval(), config, read, models.build_decoders(config, read, model, "txt"), Path("none"), 0)
+    return LoadedModel(model.eval(), config, read, models.build_decoders(config, read, model, "txt"), Path("none"), 0)
 
 
 @pytest.fixture(scope="module")
 def samples(small: Small) -> tuple[list[bytes], list[str]]:
     """Drawn scenes, one of them cut so that nothing about its crop is even, and their captions, one much too long."""
-    reader = Reader(expand(small.val))
+    reader = ShardReader(expand_shards(small.val))
     raw = [reader.read(0, i) for i in range(6)]
     pictures = [next(data for name, data in one.members.items() if name in ("jpg", "png")) for one in raw]
     odd = Image.open(io.BytesIO(pictures[0])).convert("RGB").crop((0, 0, 37, 64))
@@ -73,10 +73,10 @@ def samples(small: Small) -> tuple[list[bytes], list[str]]:
 
 
 @torch.no_grad()
-def embedded(loaded: Loaded, samples: tuple[list[bytes], list[str]]) -> tuple[torch.Tensor, torch.Tensor]:
+def embedded(loaded: LoadedModel, samples: tuple[list[bytes], list[str]]) -> tuple[torch.Tensor, torch.Tensor]:
     image: ImageDecoder = loaded.decoders["image"]
     text: TextDecoder = loaded.decoders["text"]
-    pictures = torch.stack([image.evaluation(data) for data in samples[0]])
+    pictures = torch.stack([image.decode_eval(data) for data in samples[0]])
     return loaded.model.encode("image", pictures), loaded.model.encode("text", *text.encode(samples[1]))
 
 
@@ -191,7 +191,7 @@ def test_onnxruntime_gives_the_same(small: Small, samples: Any, tmp_path: Path) 
     folder = export.export(loaded, tmp_path / "out", "onnx")
     recipe = json.loads((folder / "preprocess.json").read_text())
     image: ImageDecoder = loaded.decoders["image"]
-    scaled = torch.stack([image.evaluation(data) for data in samples[0]]) / 255
+    scaled = torch.stack([image.decode_eval(data) for data in samples[0]]) / 255
     pictures = (scaled - torch.tensor(recipe["mean"]).view(3, 1, 1)) / torch.tensor(recipe["std"]).view(3, 1, 1)
     ours = embedded(loaded, samples)
     same(ours, onnx.load(folder)(pictures, samples[1]))
@@ -211,9 +211,9 @@ def test_the_mean_written_as_attention(heads: int, small: Small) -> None:
     loaded = fresh("scenes", small.tokenizer, *TINY_TOWERS, *more)
     tower: Any = loaded.model.towers["text"].double()
     made = text_weights.text_spec(tower)
-    assert isinstance(made, text_weights.Words)
+    assert isinstance(made, text_weights.TextSpec)
     projection: Any = loaded.model.projection("text").double()
-    new, weights = mean_pooling.as_layer(
+    new, weights = mean_pooling.to_attention_layer(
         made, {n: v.double() for n, v in text_weights.to_open_clip(tower, projection.weight).items()}
     )
     theirs = open_clip.transformer.TextTransformer(
@@ -222,7 +222,7 @@ def test_the_mean_written_as_attention(heads: int, small: Small) -> None:
         width=new.width,
         heads=new.heads,
         layers=new.depth,
-        mlp_ratio=vit_weights.blocks.ratio(new.hidden, new.width),
+        mlp_ratio=block_weights.compute_mlp_ratio(new.hidden, new.width),
         output_dim=16,
         act_layer=torch.nn.GELU,
         norm_layer=lambda width: torch.nn.LayerNorm(width, eps=new.eps),
@@ -239,7 +239,7 @@ def test_the_mean_written_as_attention(heads: int, small: Small) -> None:
 def test_mlp_ratios_are_read_back_as_the_same_width() -> None:
     for width in (32, 80, 192, 448, 513):
         for hidden in (1, 64, 767, 768, 3072, 4304):
-            assert int(width * vit_weights.blocks.ratio(hidden, width)) == hidden
+            assert int(width * block_weights.compute_mlp_ratio(hidden, width)) == hidden
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from transformers import AutoModel, CLIPConfig, CLIPModel, PreTrainedTokenizerFa
 from launch import cli
 from pretrain import config as configuration
 from pretrain.checkpoints import export
-from pretrain.checkpoints.loading import Loaded, load_model
+from pretrain.checkpoints.loading import LoadedModel, load_model
 from pretrain.errors import ConfigError, UserError
 from pretrain.formats import portable_tokenizer
 from pretrain.train import PretrainConfig
@@ -44,14 +44,14 @@ def pictures(size: int = 32) -> torch.Tensor:
 
 
 @torch.no_grad()
-def embedded(loaded: Loaded) -> tuple[torch.Tensor, torch.Tensor]:
+def embedded(loaded: LoadedModel) -> tuple[torch.Tensor, torch.Tensor]:
     text = loaded.decoders["text"]
     return loaded.model.encode("image", pictures()), loaded.model.encode("text", *text.encode(SENTENCES))
 
 
-def normalised(loaded: Loaded) -> torch.Tensor:
+def normalised(loaded: LoadedModel) -> torch.Tensor:
     tower: Any = loaded.model.towers["image"]
-    normalised: torch.Tensor = tower.normalise(pictures())
+    normalised: torch.Tensor = tower.normalize(pictures())
     return normalised
 
 
@@ -71,7 +71,7 @@ def openai_folder(folder: Path, tokenizer: Path, **vision: Any) -> Any:
 
 
 @torch.no_grad()
-def open_clips(model: Any, folder: Path, loaded: Loaded) -> tuple[torch.Tensor, torch.Tensor]:
+def open_clips(model: Any, folder: Path, loaded: LoadedModel) -> tuple[torch.Tensor, torch.Tensor]:
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
     return model.encode_image(normalised(loaded), normalize=True), model.encode_text(tokenizer(SENTENCES), normalize=True)
 
@@ -138,7 +138,7 @@ def test_a_file_that_holds_more_than_weights_is_not_run(tmp_path: Path, capsys: 
 
 
 def test_openais_vocabulary_is_open_clips() -> None:
-    ours = portable_tokenizer.openai(77)
+    ours = portable_tokenizer.build_openai_tokenizer(77)
     theirs = open_clip.SimpleTokenizer()
     for text in [*SENTENCES, "Naïve café — 42% it's o'clock", "日本語 emoji 🙂"]:
         ids = ours([text])["input_ids"][0]
@@ -165,7 +165,7 @@ def clip_folder(folder: Path, tokenizer: Path) -> CLIPModel:
 
 
 @torch.no_grad()
-def transformers_own(model: Any, loaded: Loaded, folder: Path, **how: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def transformers_own(model: Any, loaded: LoadedModel, folder: Path, **how: Any) -> tuple[torch.Tensor, torch.Tensor]:
     words = PreTrainedTokenizerFast.from_pretrained(folder)(SENTENCES, return_tensors="pt", **how)
     words.pop("token_type_ids", None)
     out = model(pixel_values=normalised(loaded), **words)
@@ -293,9 +293,9 @@ def test_init_that_does_not_fit(small: Small, tmp_path: Path, capfd: pytest.Capt
 
 
 def test_a_tokenizer_that_differs_is_refused(small: Small, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    from pretrain.data.train_tokenizer import train_on
+    from pretrain.data.train_tokenizer import train_tokenizer_on
 
-    train_on(["other words than those"] * 3, tmp_path / "other", vocab=300)
+    train_tokenizer_on(["other words than those"] * 3, tmp_path / "other", vocab=300)
     clip_folder(tmp_path / "in", small.tokenizer)
     config = tmp_path / "on.yaml"
     config.write_text(f"init: {tmp_path / 'in'}\ntext: {{tokenizer: {tmp_path / 'other'}}}\n")
