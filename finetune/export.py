@@ -28,7 +28,7 @@ from finetune.loading import Finetuned
 from finetune.model import FusionModel
 from finetune.tasks import ExportSpec
 from pretrain import model as encoders
-from pretrain.checkpoints.export import TOLERANCE, whole
+from pretrain.checkpoints.export import TOLERANCE, new_folder
 from pretrain.errors import UserError
 from pretrain.formats import Encoders, onnx, portable_tokenizer, unsupported
 from pretrain.formats.portable_tokenizer import PROBES
@@ -50,8 +50,8 @@ def export(tuned: Finetuned, folder: Path, license: str | None = None) -> Path:
     """
     encoders = encoders_of(tuned)
     told = _told(tuned, encoders)
-    with whole(folder) as partial:
-        onnx.needed()
+    with new_folder(folder) as partial:
+        onnx.check_libraries()
         graphs = _write(tuned.model, encoders, told.feature, partial)
         said = {
             "task": tuned.config.task.name,
@@ -63,7 +63,7 @@ def export(tuned: Finetuned, folder: Path, license: str | None = None) -> Path:
             "graphs": graphs,
         }
         (partial / "task.json").write_text(json.dumps(said, indent=1, ensure_ascii=False))
-        (partial / "preprocess.json").write_text(json.dumps(encoders.preprocess.open_clip(), indent=1))
+        (partial / "preprocess.json").write_text(json.dumps(encoders.preprocess.to_open_clip(), indent=1))
         portable_tokenizer.save(encoders.text, partial)
         difference = compare(tuned, encoders, told.feature, load(partial))
         (partial / "README.md").write_text(model_card.text(tuned, encoders, said, folder.name, license, difference))
@@ -159,9 +159,9 @@ class _Given:
 
 def _write(given: FusionModel, encoders: Encoders, feature: str, folder: Path) -> dict[str, dict[str, list[str]]]:
     """The three files; graph -> the names of its inputs and outputs, in the order in which they can be run."""
-    model = onnx.plain(given, torch.float32)
+    model = onnx.to_exportable(given, torch.float32)
     size = encoders.preprocess.size
-    ids, shape = onnx.words(model.encoder.tower("text").trims, encoders.text.length)
+    ids, shape = onnx.build_trace_ids(model.encoder.tower("text").trims, encoders.text.length)
     batch = {0: shape[0]}
     inputs = {"image": (torch.zeros(2, 3, size, size),), "text": (ids, torch.ones_like(ids))}
     names = {"image": ["pixel_values"], "text": WORDS}
@@ -180,12 +180,12 @@ def _write(given: FusionModel, encoders: Encoders, feature: str, folder: Path) -
         said = [f"{modality}_{part}" for part in sorted(outputs)]  # embeds first, as in pretrain's graphs
         shapes = (batch,) if modality == "image" else (shape, shape)
         tower = _Reads(model, modality, sorted(outputs))
-        onnx.graph(tower, inputs[modality], names[modality], said, shapes, folder / f"{modality}.onnx")
+        onnx.write_graph(tower, inputs[modality], names[modality], said, shapes, folder / f"{modality}.onnx")
         graphs[modality] = {"inputs": names[modality], "outputs": said}
     known = parts | {"attention_mask": inputs["text"][1]}
     free = {name: shape if name in ("text_tokens", "attention_mask") else batch for name in reads}
     head = _Says(model, feature, reads, grid)
-    onnx.graph(head, tuple(known[n] for n in reads), reads, [feature], (tuple(free[n] for n in reads),), folder / "head.onnx")
+    onnx.write_graph(head, tuple(known[n] for n in reads), reads, [feature], (tuple(free[n] for n in reads),), folder / "head.onnx")
     graphs["head"] = {"inputs": reads, "outputs": [feature]}
     return graphs
 
@@ -244,7 +244,7 @@ def compare(tuned: Finetuned, encoders: Encoders, feature: str, run: Callable[..
     for count in (4, 1):
         ids, mask = encoders.text.encode(PROBES[:count])
         ours = tuned.model({"image": noise[:count], "text": ids}, {"text": mask}, {})[feature].flatten()
-        theirs = run(tower.normalise(noise[:count]), PROBES[:count])[feature].flatten()
+        theirs = run(tower.normalize(noise[:count]), PROBES[:count])[feature].flatten()
         worst = max(worst, float((ours - theirs).abs().max() / ours.abs().max().clamp(min=1)))
     if not worst <= TOLERANCE:
         raise UserError(

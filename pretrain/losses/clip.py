@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain.errors import ConfigError
-from pretrain.losses import duplicates, over_pairs, tiled
+from pretrain.losses import average_over_pairs, duplicate_mask, is_tiled
 from pretrain.losses.tiles import softmax_loss
 
 LOGIT_SCALE: float = math.log(1 / 0.07)
@@ -51,7 +51,7 @@ class Loss(nn.Module):
         if bias is not None:
             raise ConfigError("model.logit_bias: the clip loss has none, it would cancel in the softmax; leave it out")
         tile = self.config.tile
-        large = tiled(next(iter(features.values())).shape[0], tile)
+        large = is_tiled(next(iter(features.values())).shape[0], tile)
 
         def one(
             rows: Tensor, columns: Tensor, all_rows: Tensor, all_columns: Tensor, offset: int, ids: Any
@@ -60,7 +60,7 @@ class Loss(nn.Module):
                 return softmax_loss(rows, all_columns, scale, offset, ids, tile)
             return dense_loss(rows, columns, all_rows, all_columns, scale, offset, ids)
 
-        return over_pairs(features, targets, self.config.same_caption, one, both=not large)
+        return average_over_pairs(features, targets, self.config.same_caption, one, both=not large)
 
 
 def dense_loss(
@@ -76,7 +76,7 @@ def dense_loss(
     with torch.autocast(rows.device.type, enabled=False):
         forth, back = scale * rows @ all_columns.t(), scale * columns @ all_rows.t()  # (b, B) each
         if ids is not None:
-            same = duplicates(ids, offset)
+            same = duplicate_mask(ids, offset)
             forth, back = forth.masked_fill(same, -math.inf), back.masked_fill(same, -math.inf)
         partner = torch.arange(len(rows), device=rows.device) + offset
         loss = (F.cross_entropy(forth, partner) + F.cross_entropy(back, partner)) / 2

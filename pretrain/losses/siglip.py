@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain.errors import ConfigError
-from pretrain.losses import duplicates, over_pairs, tiled
+from pretrain.losses import average_over_pairs, duplicate_mask, is_tiled
 from pretrain.losses.tiles import sigmoid_loss
 
 LOGIT_SCALE: float = math.log(10)
@@ -50,7 +50,7 @@ class Loss(nn.Module):
         """features {modality: (b, D)} normalised, scale (1,) exponentiated, bias (1,) -> loss (), report."""
         shift = torch.zeros_like(scale) if bias is None else bias
         tile = self.config.tile
-        large = tiled(next(iter(features.values())).shape[0], tile)
+        large = is_tiled(next(iter(features.values())).shape[0], tile)
 
         def one(
             rows: Tensor, columns: Tensor, all_rows: Tensor, all_columns: Tensor, offset: int, ids: Any
@@ -59,7 +59,7 @@ class Loss(nn.Module):
                 return sigmoid_loss(rows, all_columns, scale, shift, offset, ids, tile)
             return dense_loss(rows, all_columns, scale, shift, offset, ids)
 
-        return over_pairs(features, targets, self.config.same_caption, one, both=False)
+        return average_over_pairs(features, targets, self.config.same_caption, one, both=False)
 
 
 def dense_loss(
@@ -74,7 +74,7 @@ def dense_loss(
     with torch.autocast(rows.device.type, enabled=False):
         logits = scale * rows @ all_columns.t() + bias  # (b, B)
         if ids is not None:
-            logits = logits.masked_fill(duplicates(ids, offset), -math.inf)
+            logits = logits.masked_fill(duplicate_mask(ids, offset), -math.inf)
         partner = (torch.arange(len(rows), device=rows.device) + offset)[:, None]
         own = logits.gather(1, partner)
         signed = (-logits).scatter(1, partner, own)

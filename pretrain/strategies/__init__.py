@@ -7,7 +7,7 @@
 
 A Strategy owns the wrapped model and the optimizer. The step calls it in this order, whatever it is:
 
-    with strategy.sync(last_chunk):  features = objective.encode(strategy.model, chunk); strategy.backward(loss)
+    with strategy.sync_gradients(last_chunk):  features = objective.encode(strategy.model, chunk); strategy.backward(loss)
     report = strategy.apply(lr)      unscale, clip, skip if not finite, step, clamp, zero the gradients
 
 Gradients are averaged over processes, in float32, so that a loss averaged over LOCAL rows is exact (see losses/).
@@ -43,7 +43,7 @@ OptimizerState = dict[str, dict[str, Tensor]]
 """Parameter name -> {"step": (), "exp_avg": as the parameter, "exp_avg_sq": as the parameter}."""
 
 # word in the configuration -> (file, arguments)
-WORDS: dict[str, tuple[str, dict[str, Any]]] = {
+STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {
     "single": ("single", {}),
     "ddp": ("ddp", {}),
     "fsdp2": ("fsdp2", {}),
@@ -54,7 +54,7 @@ WORDS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @dataclass
-class Applied:
+class StepResult:
     """What one optimizer step did. Tensors stay on the device: reading them is up to the caller.
 
     grad_norm (): norm over all parameters before clipping. skipped (): 1.0 where gradients were not finite.
@@ -67,7 +67,7 @@ class Applied:
 class Strategy(ABC):
     """The wrapped model, its optimizer, and how they move. Subclasses: one per file of this folder."""
 
-    word: ClassVar[str]
+    name: ClassVar[str]
     model: nn.Module
     """What training calls: hooks of DDP, FSDP and DeepSpeed run."""
     module: nn.Module
@@ -94,7 +94,7 @@ class Strategy(ABC):
             return nullcontext()
         return torch.autocast(self.device.type, dtype=DTYPES[self.precision])
 
-    def sync(self, on: bool) -> AbstractContextManager[Any]:
+    def sync_gradients(self, on: bool) -> AbstractContextManager[Any]:
         """Gradients travel between processes only in the backward pass of the last chunk (on=True)."""
         return nullcontext()
 
@@ -107,7 +107,7 @@ class Strategy(ABC):
         """Between backward and apply: every trainable weight's gradient, whole, mean over processes. Collective, for tests."""
 
     @abstractmethod
-    def apply(self, lr: float) -> Applied:
+    def apply(self, lr: float) -> StepResult:
         """One optimizer step at learning rate `lr` (times each group's lr_scale), gradients cleared afterwards."""
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -128,11 +128,11 @@ class Strategy(ABC):
         """Sets every trainable weight from whole tensors by name, and refreshes. Collective."""
 
     @abstractmethod
-    def weights(self) -> dict[str, Tensor]:
+    def full_weights(self) -> dict[str, Tensor]:
         """A copy of every weight and buffer, whole, float32, on the CPU of rank 0 (other ranks: empty). Collective."""
 
     @contextmanager
-    def whole(self) -> Iterator[nn.Module]:
+    def full_model(self) -> Iterator[nn.Module]:
         """The model with every weight on this process, for evaluation: its forward passes wait for no other process."""
         yield self.module
 
@@ -156,7 +156,7 @@ class Strategy(ABC):
         """The reverse of `scaling`."""
 
     @abstractmethod
-    def trainable(self) -> list[str]:
+    def trainable_names(self) -> list[str]:
         """Names of the parameters that the optimizer moves."""
 
     def save(self, folder: Path) -> None:
@@ -172,7 +172,7 @@ class Strategy(ABC):
             raise UserError(f"{folder} holds no optimizer.pt: its state was not written by clipfuse, or not whole")
         # Mapped, not read: eight processes of a machine share the pages and each touches only its part.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        unknown = sorted(set(state["optimizer"]) - set(self.trainable()))
+        unknown = sorted(set(state["optimizer"]) - set(self.trainable_names()))
         if unknown:
             raise ConfigError(f"{path} has moments of {unknown[0]}, which does not train now")
         self.load_optimizer_state(state["optimizer"])
@@ -189,12 +189,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def check(word: str, precision: Precision, compiled: bool, offload: bool, deepspeed: str | None = None) -> None:
     """Refuses, before anything is built, what cannot run on this machine with this many processes. Raises ConfigError."""
-    if word not in WORDS:
-        raise ConfigError(f"train.strategy={word!r} is not a strategy; the choices are {', '.join(WORDS)}")
-    zero = WORDS[word][0] == "zero"
+    if word not in STRATEGIES:
+        raise ConfigError(f"train.strategy={word!r} is not a strategy; the choices are {', '.join(STRATEGIES)}")
+    zero = STRATEGIES[word][0] == "zero"
     if word == "single" and distributed.world_size() > 1:
         raise ConfigError(
-            f"train.strategy=single runs in one process, not {distributed.world_size()}; choose {', '.join(list(WORDS)[1:])}"
+            f"train.strategy=single runs in one process, not {distributed.world_size()}; choose {', '.join(list(STRATEGIES)[1:])}"
         )
     if zero and importlib.util.find_spec("deepspeed") is None:
         raise ConfigError(f"train.strategy={word} needs DeepSpeed, which is not installed: pip install 'clipfuse[deepspeed]'")
@@ -228,10 +228,10 @@ def check(word: str, precision: Precision, compiled: bool, offload: bool, deepsp
     if deepspeed is not None:
         if not zero:
             raise ConfigError(f"train.deepspeed={deepspeed} needs train.strategy=zero1, zero2 or zero3, not {word}")
-        deepspeed_config.read(deepspeed, WORDS[word][1]["stage"])
+        deepspeed_config.read(deepspeed, STRATEGIES[word][1]["stage"])
 
 
-def choose(
+def build_strategy(
     word: str,
     precision: Precision,
     optim: OptimConfig,
@@ -240,9 +240,9 @@ def choose(
     deepspeed: str | None = None,
 ) -> Strategy:
     """The strategy of a word. Raises ConfigError for a word that is none, listing those that are."""
-    if word not in WORDS:
-        raise ConfigError(f"train.strategy={word!r} is not a strategy; the choices are {', '.join(WORDS)}")
-    file, arguments = WORDS[word]
+    if word not in STRATEGIES:
+        raise ConfigError(f"train.strategy={word!r} is not a strategy; the choices are {', '.join(STRATEGIES)}")
+    file, arguments = STRATEGIES[word]
     if offload:
         arguments = {**arguments, "offload": True}
     if deepspeed:

@@ -31,7 +31,7 @@ def refuse_chunks(model: nn.Module, chunks: int) -> None:
         )
 
 
-def synchronised(model: nn.Module) -> nn.Module:
+def convert_sync_batch_norm(model: nn.Module) -> nn.Module:
     """The model, its BatchNorm layers normalising over all processes. Raises ConfigError where torch cannot (CPU)."""
     names = active(model) if distributed.world_size() > 1 else []
     if not names:

@@ -57,7 +57,7 @@ def read(path: str, stage: int) -> dict[str, Any]:
     return given
 
 
-def lay_over(ours: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+def merge(ours: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """Our settings with those of a file in their place."""
     zero = {**ours["zero_optimization"], **given.get("zero_optimization", {})}
     return {**ours, **given, "zero_optimization": zero}

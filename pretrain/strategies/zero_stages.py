@@ -136,6 +136,6 @@ class Zero3(Zero):
         self.zero._post_step(set())
 
     @contextmanager
-    def whole(self) -> Iterator[nn.Module]:
+    def full_model(self) -> Iterator[nn.Module]:
         with materialized(self._meta_copy, self._whole_weights(), self.module.named_buffers(), self.device) as module:
             yield module

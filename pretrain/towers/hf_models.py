@@ -27,21 +27,21 @@ class TextModelConfig(Protocol):
     def pool(self) -> str: ...
 
 
-UNMASKED = ("siglip_text_model", "siglip2_text_model")
+UNMASKED_TYPES = ("siglip_text_model", "siglip2_text_model")
 """Model types whose own pooler was trained without a padding mask."""
 
 
-def unmasked(model: nn.Module) -> bool:
+def attends_to_padding(model: nn.Module) -> bool:
     """Whether the model's own convention is to attend to padding."""
-    return getattr(getattr(model, "config", None), "model_type", "") in UNMASKED
+    return getattr(getattr(model, "config", None), "model_type", "") in UNMASKED_TYPES
 
 
-def line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """An error of another library in one line of bounded length."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def load(config: TextModelConfig, tokenizer: Any) -> Any:
+def load_text_model(config: TextModelConfig, tokenizer: Any) -> Any:
     """The bare text model, in float32. Raises ConfigError."""
     logging.getLogger("transformers.configuration_utils").setLevel(logging.ERROR)  # ids beyond a small vocabulary
     settings = _new_settings(config, tokenizer) if config.name is None else _named_settings(config)
@@ -56,13 +56,13 @@ def load(config: TextModelConfig, tokenizer: Any) -> Any:
         else:
             model = kind(settings, **extra)
     except OSError as error:
-        raise ConfigError(f"text.name={config.name!r}: the weights cannot be loaded: {line(error)}") from error
+        raise ConfigError(f"text.name={config.name!r}: the weights cannot be loaded: {one_line(error)}") from error
     except Exception as error:  # the library raises what it likes for impossible sizes
-        raise ConfigError(f"text.args: {kind.__name__} cannot be built: {line(error)}") from error
+        raise ConfigError(f"text.args: {kind.__name__} cannot be built: {one_line(error)}") from error
     return model.get_encoder() if settings.is_encoder_decoder and hasattr(model, "decoder") else model
 
 
-def inline(model: Any) -> dict[str, Any]:
+def inline_args(model: Any) -> dict[str, Any]:
     """The model's configuration as text.args: its type and all that differs from the type's defaults."""
     kind = type(model.config)
     plain, defaults = model.config.to_dict(), kind().to_dict()
@@ -75,7 +75,7 @@ def drop_pooler(model: Any) -> None:
     """Removes the model's own pooling layer, whose weights would get no gradient."""
     if getattr(model, "pooler", None) is not None:
         model.pooler = None
-    if unmasked(model):
+    if attends_to_padding(model):
         model.head = nn.Identity()
 
 
@@ -111,7 +111,7 @@ def _named_settings(config: TextModelConfig) -> Any:
         settings = AutoConfig.from_pretrained(config.name or "")
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"text.name={config.name!r} is neither a folder nor on the hub as a transformers model: {line(error)}"
+            f"text.name={config.name!r} is neither a folder nor on the hub as a transformers model: {one_line(error)}"
         ) from error
     settings = settings.get_text_config()  # the text half of CLIP and SigLIP
     _known(type(settings), args)
@@ -122,7 +122,7 @@ def _make(settings: Any, args: dict[str, Any]) -> Any:
     try:
         return settings(**args)
     except Exception as error:  # transformers' strict dataclasses have their own error classes
-        raise ConfigError(f"text.args: {line(error)}") from error
+        raise ConfigError(f"text.args: {one_line(error)}") from error
 
 
 def _known(settings: Any, args: dict[str, Any]) -> None:

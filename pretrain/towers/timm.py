@@ -118,7 +118,7 @@ class ImageTower(Tower):
 
     def encode(self, inputs: Tensor) -> tuple[Tensor, TokenSequence]:
         """The model's own feature map or tokens, and what forward() makes of them."""
-        features = self._model("forward_features", self.normalise(inputs))
+        features = self._model("forward_features", self.normalize(inputs))
         norm = head_norm(self.model) if self.mean_pool else None
         if norm is not None:
             features = norm(features)
@@ -126,7 +126,7 @@ class ImageTower(Tower):
         pooled = states.mean(dim=1) if self.mean_pool else self._model("forward_head", features, pre_logits=True)
         return features, TokenSequence(states, states.new_ones(states.shape[:2], dtype=torch.bool), grid, pooled)
 
-    def normalise(self, images: Tensor) -> Tensor:
+    def normalize(self, images: Tensor) -> Tensor:
         """uint8 (b, 3, S, S) -> floats of mean 0 and deviation 1; floats pass."""
         if images.dtype != torch.uint8:
             return images

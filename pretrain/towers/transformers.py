@@ -104,7 +104,7 @@ class TextTower(Tower):
     def _attention_mask(self, mask: Tensor) -> Tensor | None:
         """None where the model needs none: SigLIP was trained without, and a causal one never sees padding on the right.
         Without a mask attention takes its fastest path."""
-        if self.causal or (self.pool == "tower" and hf_models.unmasked(self.model)):
+        if self.causal or (self.pool == "tower" and hf_models.attends_to_padding(self.model)):
             return None
         return mask.long()
 
@@ -122,7 +122,7 @@ class TextTower(Tower):
 
     def settings(self) -> dict[str, Any]:
         """The whole architecture inline, where it came from a name."""
-        return {"name": None, "pretrained": False, "args": hf_models.inline(self.model)}
+        return {"name": None, "pretrained": False, "args": hf_models.inline_args(self.model)}
 
     def set_checkpointing(self, on: bool) -> None:
         """Raises ConfigError where transformers has none for this model."""
@@ -179,7 +179,7 @@ def build(config: Config, tokenizer: Any = None) -> TextTower:
 
     Raises ConfigError: an unknown model or argument, a vocabulary smaller than the tokenizer's, too few positions.
     """
-    model = hf_models.load(config, tokenizer)
+    model = hf_models.load_text_model(config, tokenizer)
     rows = model.get_input_embeddings().weight.shape[0]
     if isinstance(tokenizer, Sized) and len(tokenizer) > rows:
         raise ConfigError(
@@ -195,7 +195,7 @@ def build(config: Config, tokenizer: Any = None) -> TextTower:
         tower.measure(rows, min(pad or 0, rows - 1))
     except (IndexError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         positions = getattr(model.config, "max_position_embeddings", None)
-        reason = f"it has {positions} positions" if positions and positions < config.length + 4 else hf_models.line(error)
+        reason = f"it has {positions} positions" if positions and positions < config.length + 4 else hf_models.one_line(error)
         raise ConfigError(
             f"text: {type(model).__name__} cannot encode {config.length} tokens with pool={config.pool}: {reason}"
         ) from error

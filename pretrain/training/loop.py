@@ -272,7 +272,7 @@ class _Run:
             self.strategy.load_full_weights(store.read_weights(averaged))  # cuts the average the way the strategy cuts weights
             self.average = WeightAverage(self.strategy.local_shards().items(), self.plan.optim.average)
             self.strategy.load_full_weights(raw)
-        self.loader.load(trainer["loader"])
+        self.loader.load_state_dict(trainer["loader"])
         self.skipped, self.best, self.step = trainer["skipped"], trainer["best"], trainer["step"]
         self.results, self.saved = trainer["results"], trainer["step"]
         log_info(f"resuming {source} at step {self.step} of {self.plan.total_steps}")
@@ -297,7 +297,7 @@ class _Run:
                 trainer = {
                     "step": self.step,
                     "identity": self.plan.identity,
-                    "loader": self.loader.state(),
+                    "loader": self.loader.state_dict(),
                     "skipped": self.skipped,
                     "best": self.best,
                     "results": self.results,

@@ -25,7 +25,7 @@ from pretrain import model as models
 from pretrain import strategies
 from pretrain.checkpoints import loading, store, warm_start
 from pretrain.data import loader as loaders
-from pretrain.data.config import evaluated_caption, sources_of
+from pretrain.data.config import evaluation_caption, resolve_sources
 from pretrain.data.loader import Batch, Loader
 from pretrain.errors import ConfigError, UserError
 from pretrain.model import DualEncoder, ModelSchema
@@ -132,7 +132,7 @@ def check_agreement(config: Any) -> None:
     if train != "synthetic":
         preflight.require_equal(
             "data.train",
-            lambda: preflight.data_fingerprint([path for source in sources_of(train, "data.train") for path in source.shards]),
+            lambda: preflight.data_fingerprint([path for source in resolve_sources(train, "data.train") for path in source.shards]),
         )
 
 
@@ -142,14 +142,14 @@ def find_checkpoint(resume: str, folder: RunFolder) -> Path | None:
 
 
 def _find_checkpoint(resume: str, folder: RunFolder) -> Path | None:
-    complete = store.complete(folder.checkpoints)
+    complete = store.list_complete(folder.checkpoints)
     if resume == "never":
         if complete or (folder.path / "metrics.jsonl").exists():
             raise ConfigError(f"resume=never would overwrite the run in {folder.path}; give this one another run=NAME")
         return None
     if resume != "auto":
         return store.find(resume)
-    newest = store.newest(folder.checkpoints, log_info)
+    newest = store.find_newest(folder.checkpoints, log_info)
     if newest is None and complete:
         raise UserError(f"no checkpoint in {folder.checkpoints} can be used (named above); resume=PATH goes on from another")
     return newest
@@ -172,8 +172,8 @@ def build_encoders(config: Any) -> tuple[Any, DualEncoder]:
     Seeds torch's generator. Looks for data.val first: not after the first thousand steps. Raises UserError.
     """
     if config.data.val is not None:
-        sources_of(config.data.val, "data.val")
-    tokenizer = warm_start.tokenizer(config.init, config.text) if config.text is not None else None
+        resolve_sources(config.data.val, "data.val")
+    tokenizer = warm_start.choose_tokenizer(config.init, config.text) if config.text is not None else None
     torch.manual_seed(config.seed)
     return tokenizer, models.build(models.tower_configs(config), config.model, tokenizer)
 
@@ -186,7 +186,7 @@ def build_train_decoders(config: Any, tokenizer: Any, encoders: DualEncoder) -> 
 
 def build_eval_decoders(config: Any, tokenizer: Any, encoders: DualEncoder) -> dict[str, Any]:
     """Build the decoders by modality for evaluation: nothing is augmented or drawn."""
-    return models.build_decoders(config, tokenizer, encoders, evaluated_caption(vars(config.data)))
+    return models.build_decoders(config, tokenizer, encoders, evaluation_caption(vars(config.data)))
 
 
 def build_loader(config: Any, decoders: dict[str, Any]) -> Loader:

@@ -1,9 +1,14 @@
 """One optimizer step: plain, or cached.
 
-The cached step (GradCache, Gao et al. 2021) gives the gradient of the whole batch while only one chunk's activations are
-ever held: encode every chunk without a graph, compute the loss ONCE on all features, keep d loss / d features, then encode
-each chunk again with a graph and its own seed and push its share of that gradient through. The scalars' gradient is
-pushed once, with the last chunk, which is also the only one whose backward pass synchronises processes.
+The cached step (GradCache, Gao et al. 2021) computes the gradient of the whole batch while it holds the activations of one
+chunk only:
+
+    1. Encode every chunk without a graph.
+    2. Compute the loss ONCE, on all features, and keep d loss / d features.
+    3. Encode each chunk again, with a graph and the same seed, and backpropagate its rows of that gradient.
+
+The gradient of scalars (logit_scale, logit_bias) is backpropagated once, with the last chunk. That chunk is also the only one
+whose backward pass synchronizes processes.
 """
 
 from __future__ import annotations
@@ -18,8 +23,8 @@ from pretrain.strategies import Strategy
 from pretrain.training.objective import SCALARS, Features, Objective
 
 
-def seed_of(*numbers: int) -> int:
-    """A 63-bit seed from (seed, step, rank, chunk): no generator state is ever saved."""
+def derive_seed(*numbers: int) -> int:
+    """Return a 63-bit seed from (seed, step, rank, chunk), so that no generator state is ever saved."""
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -27,9 +32,9 @@ def seed_of(*numbers: int) -> int:
 def train_step(
     strategy: Strategy, objective: Objective, batch: Batch, chunks: int, lr: float, seeds: tuple[int, int, int]
 ) -> dict[str, Tensor]:
-    """One step on this process's share of the global batch, which lies on the host.
+    """Take one step on this process's part of the global batch, which lies on the host.
 
-    seeds: (seed, step, rank). Returns device tensors: loss, grad_norm, skipped and what the objective reports.
+    seeds: (seed, step, rank). Returns device tensors: loss, grad_norm, skipped, and what the objective reports.
     """
     if chunks == 1:
         batch = batch.to(strategy.device)
@@ -37,29 +42,33 @@ def train_step(
             loss, report = objective.loss(_encode(strategy, objective, batch, (*seeds, 0)), batch.targets)
             strategy.backward(loss)
     else:
-        loss, report = _cached(strategy, objective, batch, chunks, seeds)
+        loss, report = _backward_cached(strategy, objective, batch, chunks, seeds)
     applied = strategy.apply(lr)
     return {"loss": loss.detach(), "grad_norm": applied.grad_norm, "skipped": applied.skipped, **report}
 
 
 def _encode(strategy: Strategy, objective: Objective, chunk: Batch, seeds: tuple[int, ...]) -> Features:
-    torch.manual_seed(seed_of(*seeds))
+    """Seed torch from (seed, step, rank, chunk) and encode a chunk under autocast."""
+    torch.manual_seed(derive_seed(*seeds))
     with strategy.autocast():
         return objective.encode(strategy.model, chunk)
 
 
-def _cached(
+def _backward_cached(
     strategy: Strategy, objective: Objective, batch: Batch, count: int, seeds: tuple[int, int, int]
 ) -> tuple[Tensor, dict[str, Tensor]]:
+    """Run forward and backward passes over `count` chunks; return the loss of the whole batch and its report."""
     chunks = batch.chunks(count)
-    # -- every chunk's features, no graph
-    parts: list[Features] = []
+    # -- encode every chunk, without a graph
+    chunk_features: list[Features] = []
     with torch.no_grad():
         for k, chunk in enumerate(chunks):
-            parts.append(_encode(strategy, objective, chunk.to(strategy.device), (*seeds, k)))
+            chunk_features.append(_encode(strategy, objective, chunk.to(strategy.device), (*seeds, k)))
     features = {
-        name: (parts[0][name] if name in SCALARS else torch.cat([part[name] for part in parts])).requires_grad_()
-        for name in parts[0]
+        name: (
+            chunk_features[0][name] if name in SCALARS else torch.cat([values[name] for values in chunk_features])
+        ).requires_grad_()
+        for name in chunk_features[0]
     }
 
     # -- the loss of the whole batch, once
@@ -68,20 +77,20 @@ def _cached(
     names = list(features)
     grads = dict(zip(names, torch.autograd.grad(loss, [features[name] for name in names], allow_unused=True), strict=True))
 
-    # -- replay each chunk with its share of the gradient
+    # -- encode each chunk again, with a graph, and backpropagate its rows of the gradient
     begin = 0
     for k, chunk in enumerate(chunks):
-        last = k == len(chunks) - 1
-        with strategy.sync(last):
-            replayed = _encode(strategy, objective, chunk.to(strategy.device), (*seeds, k))
+        is_last = k == len(chunks) - 1
+        with strategy.sync(is_last):
+            features_again = _encode(strategy, objective, chunk.to(strategy.device), (*seeds, k))
             terms = []
-            for name, value in replayed.items():
+            for name, value in features_again.items():
                 grad = grads[name]
                 if grad is None:
                     continue
                 if name in SCALARS:
-                    # Zero for all but the last chunk, yet in the graph: every parameter takes part in every backward.
-                    terms.append((value * grad * float(last)).sum())
+                    # Zero for all but the last chunk, yet in the graph: every parameter takes part in every backward pass.
+                    terms.append((value * grad * float(is_last)).sum())
                 else:
                     terms.append((value * grad[begin : begin + len(chunk)]).sum())
             strategy.backward(torch.stack(terms).sum())

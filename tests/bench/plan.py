@@ -77,13 +77,13 @@ def estimated(settings: list[str], world: int) -> float:
 
     with distributed.assume_world(world, 1, False):
         config = configuration(settings)
-    model, _ = plan.measure(config)
+    model, _ = plan.measure_model(config)
     return plan.estimate(config, model, world, overhead=False).total / MIB
 
 
 def measured(settings: list[str]) -> dict[str, float]:
     """Two steps in this process (one of a group, where there is one): MiB."""
-    from launch.plan import AnyTokenizer
+    from launch.plan.measure import PlaceholderTokenizer
     from pretrain import model as models
     from pretrain import registry, strategies
     from pretrain.data.batch import Batch
@@ -94,7 +94,7 @@ def measured(settings: list[str]) -> dict[str, float]:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     config = configuration(settings)
-    tokenizer: Any = AnyTokenizer(8192)
+    tokenizer: Any = PlaceholderTokenizer(8192)
     share = config.data.batch_size // distributed.world_size()
     one = flops.one_sample(config.image.size, config.text.length)
     inputs = {name: x.expand(share, *x.shape[1:]).contiguous() for name, x in one.inputs.items()}

@@ -13,13 +13,14 @@ from launch import cli, plan
 from launch.plan.footprint import Footprint
 from pretrain.checkpoints.loading import load_model
 from pretrain.errors import ConfigError
+from pretrain.strategies import STRATEGIES
 from tests.bench import plan as bench
 from tests.support import Small, world
 from tests.support.launches import clipfuse_command, start_launcher
 
-MODEL = plan.Model(
+MODEL = plan.ModelSize(
     total=1_000_000, trainable=900_000, buffers=100, block=50_000, root=200_000, modalities=2,
-    foot=Footprint(activations=(1000.0, 500.0), both=(1000.0, 600.0), flops=3e9),
+    footprint=Footprint(activations=(1000.0, 500.0), with_gradients=(1000.0, 600.0), flops=3e9),
 )  # fmt: skip
 
 
@@ -43,7 +44,7 @@ def test_memory_is_what_a_run_takes(name: str) -> None:
 
 def test_the_pass_without_contents_counts_a_known_network() -> None:
     """One linear layer and a ReLU: weights' gradients, the layer's output (kept by the ReLU), and its gradient at the peak."""
-    from launch.plan.footprint import footprint
+    from launch.plan.footprint import measure_footprint
     from pretrain.data.batch import Batch
 
     class Net(torch.nn.Module):
@@ -54,7 +55,7 @@ def test_the_pass_without_contents_counts_a_known_network() -> None:
         def forward(self, inputs: dict[str, Any], masks: dict[str, Any]) -> dict[str, Any]:
             return {"x": torch.relu(self.layer(inputs["x"]))}
 
-    foot = footprint(Net(), Batch({"x": torch.zeros(1, 100)}, {}, ["a"]), None)
+    foot = measure_footprint(Net(), Batch({"x": torch.zeros(1, 100)}, {}, ["a"]), None)
     row = 4 * 1000  # one sample's output
     # relu(y) lives on, y does not; in the backward pass the gradient of relu(y), given, and that of y live beside it
     assert foot.activations[1] == 3 * row
@@ -64,17 +65,17 @@ def test_the_pass_without_contents_counts_a_known_network() -> None:
 
 def test_strategies_spread_what_they_say() -> None:
     """At 10 processes, in bytes: what DeepSpeed's paper (Rajbhandari et al., arXiv:1910.02054, figure 1) spreads."""
-    made = {
-        word: plan.estimate(config(f"train.strategy={word}"), MODEL, 10).memory for word in plan.STRATEGIES if word != "single"
+    built = {
+        word: plan.estimate(config(f"train.strategy={word}"), MODEL, 10).memory for word in STRATEGIES if word != "single"
     }
     P, T = 4 * MODEL.total, 4 * MODEL.trainable
-    assert {word: parts["optimizer"] for word, parts in made.items()} == {
+    assert {word: parts["optimizer"] for word, parts in built.items()} == {
         "ddp": 2 * T, "fsdp2": 2 * T // 10, "zero1": 2 * T // 10, "zero2": 2 * T // 10, "zero3": 2 * T // 10,
     }  # fmt: skip
-    assert made["ddp"]["gradients"] == made["zero1"]["gradients"] == T
-    assert made["ddp"]["weights"] == P + MODEL.buffers
-    assert made["fsdp2"]["weights"] < P < made["zero1"]["weights"]
-    for parts in made.values():
+    assert built["ddp"]["gradients"] == built["zero1"]["gradients"] == T
+    assert built["ddp"]["weights"] == P + MODEL.buffers
+    assert built["fsdp2"]["weights"] < P < built["zero1"]["weights"]
+    for parts in built.values():
         assert parts["activations"] == 1000 + 500 * 6  # 64 // 10 samples at once
 
 
@@ -113,22 +114,22 @@ def test_network_is_what_rings_send() -> None:
 
 
 @pytest.fixture(scope="module")
-def made() -> plan.Plan:
+def built() -> plan.Plan:
     settings = ["train.strategy=ddp", "train.precision=bf16", "train.epochs=2", "train.steps=0"]
-    return plan.plan("vit-b-32", settings, 64, "h100", samples=1_000_000)
+    return plan.build_plan("vit-b-32", settings, 64, "h100", samples=1_000_000)
 
 
-def test_counts_are_the_models_own(made: plan.Plan) -> None:
+def test_counts_are_the_models_own(built: plan.Plan) -> None:
     """ViT-B/32 and CLIP's text model: 151.3 million parameters (OpenAI)."""
-    assert made.parameters == pytest.approx(151.3e6, rel=0.002)
+    assert built.parameters == pytest.approx(151.3e6, rel=0.002)
     # 4.4 GMACs for the image (timm's table), about 2.9 for 77 tokens; a MAC is two operations, backward twice the forward
-    assert made.chosen.flops / made.chosen.share == pytest.approx(3 * 2 * (4.4e9 + 2.95e9), rel=0.05)
+    assert built.chosen.flops / built.chosen.share == pytest.approx(3 * 2 * (4.4e9 + 2.95e9), rel=0.05)
 
 
-def test_steps_and_table(made: plan.Plan) -> None:
-    plain = made.to_dict()
+def test_steps_and_table(built: plan.Plan) -> None:
+    plain = built.to_dict()
     assert plain["steps_per_epoch"] == math.ceil(1_000_000 / 4096)
-    text = "\n".join(made.lines())
+    text = "\n".join(built.lines())
     assert f"1,000,000 samples = {plain['steps_per_epoch']:,} steps; the run: {math.ceil(2_000_000 / 4096):,} steps" in text
     assert "of 74.5: fits" in text
     for word in ("ddp", "fsdp2", "zero1", "zero2", "zero3"):
@@ -137,18 +138,18 @@ def test_steps_and_table(made: plan.Plan) -> None:
     assert plain["chosen"]["memory_total_bytes"] == sum(plain["chosen"]["memory_bytes"].values())
 
 
-def test_what_does_not_fit_is_marked(made: plan.Plan) -> None:
-    text = "\n".join(replace(made, gpu="t4", chosen=replace(made.chosen, memory={"weights": 20 * 10**9})).lines())
+def test_what_does_not_fit_is_marked(built: plan.Plan) -> None:
+    text = "\n".join(replace(built, gpu="t4", chosen=replace(built.chosen, memory={"weights": 20 * 10**9})).lines())
     assert "does NOT fit" in text
 
 
 def test_what_could_not_run_is_refused() -> None:
     with pytest.raises(ConfigError, match="--gpu h1000: the choices are h100"):
-        plan.plan("vit-b-32", [], 8, "h1000")
+        plan.build_plan("vit-b-32", [], 8, "h1000")
     with pytest.raises(ConfigError, match=r"data\.batch_size=4096 must be divisible"):
-        plan.plan("vit-b-32", ["train.strategy=ddp"], 7, "h100")
+        plan.build_plan("vit-b-32", ["train.strategy=ddp"], 7, "h100")
     with pytest.raises(ConfigError, match=r"train\.strategy=single runs in one process, not 8"):
-        plan.plan("vit-b-32", ["train.strategy=single"], 8, "h100")
+        plan.build_plan("vit-b-32", ["train.strategy=single"], 8, "h100")
 
 
 def test_the_command_prints_json_without_data_tokenizer_or_gpu(tmp_path: Any) -> None:

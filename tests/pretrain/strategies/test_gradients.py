@@ -114,7 +114,7 @@ def stochastic_reference(processes: int, chunks: int, dtype: torch.dtype) -> dic
     whole, parts = tiny.build_batch(), []
     share = tiny.SAMPLES // processes
     for rank in range(processes):
-        for k, chunk in enumerate(whole.slice(share * rank, share * (rank + 1)).chunks(chunks)):
+        for k, chunk in enumerate(whole.slice(share * rank, share * (rank + 1)).chunk(chunks)):
             torch.manual_seed(seed_of(0, 5, rank, k))
             parts.append(net(chunk.inputs, chunk.masks))
     features = {name: torch.cat([part[name] for part in parts]) for name in ("image", "text")}
