@@ -1,11 +1,12 @@
-"""launch: the clipfuse command, ways to start processes, and the report of a run.
+"""launch: the clipfuse command, the Python interface, ways to start processes, and the report of a run.
 
-    cli.py       the command; progress.py: its bars
-    local.py     processes on this machine, by torch's elastic agent
-    slurm.py     writes and submits an sbatch script
-    plan.py      memory, network and steps before renting anything; footprint.py: what a step holds
-    demo.py      what `make demo` does, command by command
-    report/      a run folder -> one self-contained HTML page
+api/         what `import clipfuse` gives
+cli/         the clipfuse command
+elastic.py   processes on this machine, or on several, by torch's elastic agent
+slurm/       an sbatch script, written and submitted
+plan/        memory, network and steps before renting anything
+report/      a run folder -> one self-contained HTML page
+demo.py      what `make demo` does, command by command
 
-May import pretrain; nothing imports this room.
+May import finetune and pretrain; nothing imports this package.
 """

@@ -1,4 +1,4 @@
-"""A progress bar for work that is counted, on a terminal; silent elsewhere."""
+"""A progress bar for work that is counted: on a terminal only, silent elsewhere."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pretrain.runtime.console import console
 
 
 @contextmanager
-def counted(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Gives a function to be called with (done, of all)."""
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("eta"), TimeRemainingColumn())
+def progress_bar(text: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar behind `text`; yield a function to call with (items done, items in all)."""
+    columns = (TextColumn(text), BarColumn(), MofNCompleteColumn(), TextColumn("eta"), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(what, total=None)
+        task = progress.add_task(text, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)

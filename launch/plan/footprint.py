@@ -1,7 +1,7 @@
-"""What a model needs for a batch, found without computing: one forward and backward pass on tensors that have no contents.
+"""The memory that a batch needs, found without computing: a forward and backward pass on tensors without contents.
 
-torch's FakeTensorMode runs the very operations of the training step on shapes alone; a dispatch mode watches which storages
-live. So the figure covers any tower, precision and recomputation, in seconds, on a machine without the GPU.
+torch's FakeTensorMode runs the operations of the training step on shapes alone, while a dispatch mode tracks which storages are
+alive. So the figure covers any tower, precision and recomputation, in seconds, on a machine without a GPU.
 """
 
 from __future__ import annotations
@@ -22,37 +22,43 @@ from torch.utils.flop_counter import FlopCounterMode
 from pretrain.data.batch import Batch
 
 SIZES = (8, 24)
-"""Samples of the two passes: memory is a constant and a share a sample, which two points tell."""
+"""Batch sizes of the two passes. Memory is linear in the batch size, so two points determine it."""
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes as (constant, a sample). `activations` leaves gradients of weights out, `both` is the peak with those that exist
-    at each moment."""
+    """Peak memory as (constant, per sample), in bytes, without and with the gradients of weights that exist at each moment."""
 
     activations: tuple[float, float]
-    both: tuple[float, float]
+    with_gradients: tuple[float, float]
     flops: float
-    """Forward and backward operations a sample."""
+    """Forward and backward floating-point operations per sample."""
 
     def at(self, samples: int, gradients: bool = False) -> int:
         """The peak for a batch of `samples`, in bytes."""
-        constant, each = self.both if gradients else self.activations
-        return round(constant + each * samples)
+        constant, per_sample = self.with_gradients if gradients else self.activations
+        return round(constant + per_sample * samples)
 
 
-def footprint(model: nn.Module, sample: Batch, dtype: torch.dtype | None) -> Footprint:
-    """Of a training pass over batches of samples like `sample` (one, at full length); dtype: of autocast, None without."""
-    one, two = (_pass(model, sample, size, dtype) for size in SIZES)
-    return Footprint(_line(one.peak, two.peak), _line(one.peak_both, two.peak_both), two.flops / SIZES[1])
+def measure_footprint(model: nn.Module, sample: Batch, dtype: torch.dtype | None) -> Footprint:
+    """Measure a training pass over batches of samples like `sample`, one sample at full length.
+
+    dtype: of autocast; None = no autocast.
+    """
+    small, large = (_run_pass(model, sample, size, dtype) for size in SIZES)
+    return Footprint(
+        _fit_line(small.peak, large.peak),
+        _fit_line(small.peak_with_gradients, large.peak_with_gradients),
+        large.flops / SIZES[1],
+    )
 
 
-def _line(first: int, second: int) -> tuple[float, float]:
-    each = (second - first) / (SIZES[1] - SIZES[0])
-    return first - each * SIZES[0], each
+def _fit_line(small: int, large: int) -> tuple[float, float]:
+    per_sample = (large - small) / (SIZES[1] - SIZES[0])
+    return small - per_sample * SIZES[0], per_sample
 
 
-def _pass(model: nn.Module, sample: Batch, size: int, dtype: torch.dtype | None) -> _Watch:
+def _run_pass(model: nn.Module, sample: Batch, size: int, dtype: torch.dtype | None) -> _MemoryTracker:
     training = model.training
     model.train()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -61,26 +67,26 @@ def _pass(model: nn.Module, sample: Batch, size: int, dtype: torch.dtype | None)
         buffers = {n: mode.from_tensor(b) for n, b in model.named_buffers()}
         inputs = {n: torch.empty(size, *x.shape[1:], dtype=x.dtype) for n, x in sample.inputs.items()}
         masks = {n: torch.empty(size, *x.shape[1:], dtype=x.dtype) for n, x in sample.masks.items()}
-        given = [*parameters.values(), *buffers.values(), *inputs.values(), *masks.values()]
-        watch = _Watch(given)
-        with FlopCounterMode(display=False) as counter, watch:
+        existing = [*parameters.values(), *buffers.values(), *inputs.values(), *masks.values()]
+        tracker = _MemoryTracker(existing)
+        with FlopCounterMode(display=False) as counter, tracker:
             for p in parameters.values():
                 if p.requires_grad:
-                    p.register_post_accumulate_grad_hook(watch.gradient)
+                    p.register_post_accumulate_grad_hook(tracker.record_gradient)
             named = {f"model.{name}": value for name, value in {**parameters, **buffers}.items()}
             gc.collect()
-            gc.freeze()  # so that collecting while the pass goes on looks at its own objects only
+            gc.freeze()  # so that collections during the pass look at its own objects only
             try:
                 functional_call(_ForwardBackward(model, dtype), named, (inputs, masks))
             finally:
                 gc.unfreeze()
-    watch.flops = counter.get_total_flops()
+    tracker.flops = counter.get_total_flops()
     model.train(training)
-    return watch
+    return tracker
 
 
 class _ForwardBackward(nn.Module):
-    """Both passes in one call: blocks that are recomputed in the backward pass want the same weights there."""
+    """Both passes in one call: blocks that are recomputed in the backward pass need the same weights there."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None) -> None:
         super().__init__()
@@ -93,29 +99,29 @@ class _ForwardBackward(nn.Module):
         torch.autograd.backward(features, [torch.empty_like(value) for value in features])
 
 
-class _Watch(TorchDispatchMode):
-    """Counts the bytes of the storages that live, from birth to death."""
+class _MemoryTracker(TorchDispatchMode):
+    """Count the bytes of all storages alive, apart from those that exist before the pass."""
 
-    def __init__(self, given: list[Tensor]) -> None:
+    def __init__(self, existing: list[Tensor]) -> None:
         super().__init__()
-        self._known: dict[int, Any] = {tensor.untyped_storage()._cdata: None for tensor in given}
+        self._known: dict[int, Any] = {tensor.untyped_storage()._cdata: None for tensor in existing}
         self._gradients: set[int] = set()
         self._live = self._live_gradients = 0
-        self.peak = self.peak_both = 0
+        self.peak = self.peak_with_gradients = 0
         self.flops = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        tree_map_only(Tensor, self._see, out)
+        tree_map_only(Tensor, self._track, out)
         return out
 
-    def _see(self, tensor: Tensor) -> Tensor:
+    def _track(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self._known:
             return tensor
 
-        def gone(_: object) -> None:
+        def on_free(_: object) -> None:
             self._known.pop(key, None)
             if key in self._gradients:
                 self._gradients.discard(key)
@@ -123,13 +129,13 @@ class _Watch(TorchDispatchMode):
             else:
                 self._live -= size
 
-        self._known[key] = weakref.ref(storage, gone)
+        self._known[key] = weakref.ref(storage, on_free)
         self._live += size
-        self._mark()
+        self._update_peaks()
         return tensor
 
-    def gradient(self, parameter: Tensor) -> None:
-        """Hook of a parameter: from here on these bytes are a gradient's."""
+    def record_gradient(self, parameter: Tensor) -> None:
+        """Count the bytes of this parameter's gradient as a gradient from here on; a hook."""
         gc.collect()  # recomputed tensors without contents sit in reference cycles; real ones do not
         assert parameter.grad is not None
         storage = parameter.grad.untyped_storage()
@@ -138,6 +144,6 @@ class _Watch(TorchDispatchMode):
             self._live -= storage.nbytes()
             self._live_gradients += storage.nbytes()
 
-    def _mark(self) -> None:
+    def _update_peaks(self) -> None:
         self.peak = max(self.peak, self._live)
-        self.peak_both = max(self.peak_both, self._live + self._live_gradients)
+        self.peak_with_gradients = max(self.peak_with_gradients, self._live + self._live_gradients)

@@ -65,9 +65,7 @@ def test_the_pass_without_contents_counts_a_known_network() -> None:
 
 def test_strategies_spread_what_they_say() -> None:
     """At 10 processes, in bytes: what DeepSpeed's paper (Rajbhandari et al., arXiv:1910.02054, figure 1) spreads."""
-    built = {
-        word: plan.estimate(config(f"train.strategy={word}"), MODEL, 10).memory for word in STRATEGIES if word != "single"
-    }
+    built = {word: plan.estimate(config(f"train.strategy={word}"), MODEL, 10).memory for word in STRATEGIES if word != "single"}
     P, T = 4 * MODEL.total, 4 * MODEL.trainable
     assert {word: parts["optimizer"] for word, parts in built.items()} == {
         "ddp": 2 * T, "fsdp2": 2 * T // 10, "zero1": 2 * T // 10, "zero2": 2 * T // 10, "zero3": 2 * T // 10,

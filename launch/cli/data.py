@@ -1,0 +1,135 @@
+"""clipfuse data scenes | pack | check, and clipfuse tokenizer: from files to shards that training reads."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+from launch.cli.command import Subparsers, add_command
+from pretrain.errors import ConfigError
+from pretrain.runtime.entrypoint import DONE, FAILED
+
+
+def add_commands(commands: Subparsers[argparse.ArgumentParser]) -> None:
+    """Add data and tokenizer."""
+    parser = commands.add_parser("data", help="draw, pack and check shards")
+    subcommands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_scenes(subcommands)
+    _add_pack(subcommands)
+    _add_check(subcommands)
+
+    p = add_command(commands, "tokenizer", train_tokenizer, "train a byte-level BPE tokenizer on the captions of shards")
+    p.add_argument("shards", metavar="SHARDS", help="glob, brace pattern, folder or url")
+    p.add_argument("dir", metavar="DIR", type=Path, help="folder to save the tokenizer in, in transformers' format")
+    p.add_argument("--vocab", type=int, default=8192, metavar="N", help="size of the vocabulary (default 8192)")
+    p.add_argument("--caption", default="txt", metavar="FIELD", help="txt (default), a field of the json, or txt,questions")
+
+
+def _add_scenes(commands: Subparsers[argparse.ArgumentParser]) -> None:
+    p = add_command(commands, "scenes", draw_scenes, "draw the built-in data set into DIR/{train,val,test,unseen,hard}-*.tar")
+    p.add_argument("dir", metavar="DIR", type=Path)
+    p.add_argument("--num", type=int, default=4000, metavar="N", help="training scenes; the other splits follow (default 4000)")
+    p.add_argument("--size", type=int, default=96, metavar="PX", help="side of the images, 64 to 2048 (default 96)")
+    p.add_argument("--seed", type=int, default=0, metavar="S", help="another seed draws other scenes (default 0)")
+    p.add_argument("--scale", type=float, default=1.0, help="size of every object: 0.25 = small objects in large images")
+    p.add_argument("--things", default="1-4", metavar="A-B", help="objects in a scene, within 1 to 4 (default 1-4)")
+    p.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+
+
+def _add_pack(commands: Subparsers[argparse.ArgumentParser]) -> None:
+    p = add_command(commands, "pack", pack, "folder | csv | tsv | jsonl | parquet | tars -> shards, in parallel")
+    p.add_argument("source", metavar="SOURCE", help="a folder of images, a table, or tars")
+    p.add_argument("dir", metavar="DIR", type=Path, help="folder to write the shards to")
+    p.add_argument("--image-column", default="image", metavar="NAME", help="column with the path of the image (default image)")
+    p.add_argument("--caption-column", default="caption", metavar="NAME", help="column with the text (default caption)")
+    p.add_argument(
+        "--caption-from", default="txt", choices=["txt", "path"], help="folders: NAME.txt beside NAME.jpg, or its path"
+    )
+    p.add_argument("--size", type=int, metavar="PX", help="shrink larger images to this side")
+    p.add_argument("--side", default="shortest", choices=["shortest", "longest"], help="the side that --size limits")
+    p.add_argument("--outside", action="store_true", help="tables: allow images outside the folder of the table")
+    p.add_argument("--shard-size", type=int, default=1000, metavar="N", help="samples per shard (default 1000)")
+    p.add_argument("--prefix", default="shard", metavar="NAME", help="shards are NAME-0000.tar, ... (default shard)")
+    p.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+
+
+def _add_check(commands: Subparsers[argparse.ArgumentParser]) -> None:
+    p = add_command(commands, "check", check, "index and verify shards: counts, bad samples by reason")
+    p.add_argument("shards", metavar="SHARDS", nargs="+", help="globs, brace patterns, folders or urls")
+    p.add_argument("--caption", default="txt", metavar="FIELD", help="txt, or a field of the json (default txt)")
+    p.add_argument("--no-decode", action="store_true", help="verify the archives only, not every image and caption")
+    p.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+    p.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def draw_scenes(args: argparse.Namespace) -> int:
+    """Run `clipfuse data scenes`."""
+    from launch.cli.progress import progress_bar
+    from pretrain.data.scenes.dataset import draw_dataset
+
+    low, _, high = args.things.partition("-")
+    if not low.isdigit() or not (high or low).isdigit():
+        raise ConfigError(f"--things {args.things!r} must be A-B, for example 1-2")
+    things = (int(low), int(high or low))
+    with progress_bar("drawing scenes") as progress:
+        counts = draw_dataset(
+            args.dir, args.num, args.size, args.seed, args.workers, scale=args.scale, things=things, progress=progress
+        )
+    print(f"{args.dir}: " + ", ".join(f"{count:,} {split}" for split, count in counts.items()))
+    return DONE
+
+
+def pack(args: argparse.Namespace) -> int:
+    """Run `clipfuse data pack`."""
+    from launch.cli.progress import progress_bar
+    from pretrain.data import pack as packing
+
+    with progress_bar("packing") as progress:
+        summary = packing.pack(
+            args.source,
+            args.dir,
+            image_column=args.image_column,
+            caption_column=args.caption_column,
+            caption_from=args.caption_from,
+            size=args.size,
+            side=args.side,
+            outside=args.outside,
+            shard_size=args.shard_size,
+            prefix=args.prefix,
+            workers=args.workers,
+            progress=progress,
+        )
+    print(summary)
+    return DONE
+
+
+def check(args: argparse.Namespace) -> int:
+    """Run `clipfuse data check`: exit code 1 where anything is wrong with the shards."""
+    from launch.cli.progress import progress_bar
+    from pretrain.data import check as checking
+    from pretrain.data.shards.paths import expand_shards
+
+    with progress_bar("checking") as progress:
+        report = checking.check_shards(
+            expand_shards(args.shards, "SHARDS"), not args.no_decode, args.workers, progress, args.caption
+        )
+    if args.json:
+        print(json.dumps(dataclasses.asdict(report)))
+        return DONE if report.ok else FAILED
+    print(f"{report.shards:,} shards, {report.samples:,} samples, {report.bad_samples:,} of them bad")
+    for reason, count in report.bad.most_common():
+        print(f"  {count:,} {reason}: {', '.join(report.names[reason][:3])}{', ...' if count > 3 else ''}")
+    for line in [*report.damaged, *(f"{path} holds no samples" for path in report.empty)]:
+        print(f"  {line}")
+    return DONE if report.ok else FAILED
+
+
+def train_tokenizer(args: argparse.Namespace) -> int:
+    """Run `clipfuse tokenizer`."""
+    from pretrain.data import text
+
+    tokenizer = text.train_tokenizer(args.shards, args.dir, vocab=args.vocab, caption=args.caption)
+    print(f"{args.dir}: {len(tokenizer):,} tokens, in transformers' format")
+    return DONE

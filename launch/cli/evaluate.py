@@ -1,0 +1,126 @@
+"""clipfuse evaluate and attend: what a run has learned, and what each word attends to."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from launch.cli.command import Subparsers, add_command
+from pretrain.errors import ConfigError
+from pretrain.runtime.entrypoint import DONE
+
+_MAPS = "raw, rollout, gradcam, relevance"
+
+
+def add_commands(commands: Subparsers[argparse.ArgumentParser]) -> None:
+    """Add evaluate and attend."""
+    p = add_command(commands, "evaluate", evaluate, "recall, zero-shot accuracy, a linear probe, or a run's own task")
+    p.add_argument("run", metavar="RUN", help="a run folder or a checkpoint folder")
+    p.add_argument("--data", required=True, metavar="SHARDS", help="shards to evaluate on")
+    p.add_argument(
+        "--task",
+        help="retrieval (default), zero_shot, linear_probe; for a fine-tuned run its own task (default), or grounding",
+    )
+    p.add_argument("--train-data", metavar="SHARDS", help="linear_probe, vqa: the shards that probe or baseline learns from")
+    p.add_argument("--classes", metavar="NAMES", help="zero_shot: imagenet, scenes, a comma list, or a file with a name a line")
+    p.add_argument("--maps", default="raw", metavar="METHOD", help=f"grounding: {_MAPS} (default raw)")
+    p.add_argument("--wise", metavar="A,B,...", help="average a fine-tuned run with its pretrained model: 0,0.25,0.5,0.75,1")
+    p.add_argument("--pretrained", metavar="RUN", help="--wise: that model, if it is not where the run found it")
+    p.add_argument("--out", type=Path, metavar="DIR", help="--wise: a run folder for the best average")
+    p.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+
+    p = add_command(commands, "attend", attend, "what each word of a text attends to in an image")
+    p.add_argument("run", metavar="RUN", help="a fine-tuned run or checkpoint folder")
+    p.add_argument("image", metavar="IMAGE", type=Path, help="an image: JPEG, PNG, WebP, ...")
+    p.add_argument("text", metavar="TEXT", help="a caption of it, or a question about it")
+    p.add_argument("--out", required=True, metavar="PNG", type=Path, help="where the figure goes: a heat map for each word")
+    p.add_argument("--maps", default="raw", metavar="METHOD", help=f"{_MAPS} (default raw)")
+    p.add_argument("--layer", type=int, metavar="N", help="raw, gradcam: one layer, -1 the last (default: their mean)")
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Run `clipfuse evaluate`: of a fine-tuned run its own task, unless --task names another."""
+    from finetune import loading
+    from pretrain.data.config import resolve_sources
+    from pretrain.embedding import dataset
+
+    if not dataset.is_embedding_folder(args.data):
+        resolve_sources(args.data, "--data")  # before a model is loaded
+    if args.task == "grounding":
+        return _evaluate_grounding(args)
+    if args.wise is not None:
+        return _evaluate_wise(args)
+    finetuned = loading.load(args.run) if loading.is_finetuned(args.run) else None
+    if finetuned is not None and args.task in (None, finetuned.config.task.name):
+        return _evaluate_task(args, finetuned)
+    return _evaluate_encoders(args)
+
+
+def _evaluate_encoders(args: argparse.Namespace) -> int:
+    from pretrain.checkpoints.loading import load_model
+    from pretrain.evaluation import evaluate
+    from pretrain.runtime import distributed
+
+    config = evaluate.EvalConfig(tasks=[args.task or "retrieval"], probe_train=args.train_data)
+    if args.classes:
+        config.classes = args.classes
+    config.check()
+    result = evaluate.run(load_model(args.run), args.data, config, distributed.device())
+    return _print_result(args, result, evaluate.summary)
+
+
+def _evaluate_task(args: argparse.Namespace, finetuned: Any) -> int:
+    from finetune import evaluate
+    from pretrain.runtime import distributed
+
+    result = evaluate.run(finetuned, args.data, distributed.device(), train=args.train_data)
+    return _print_result(args, result, evaluate.summary)
+
+
+def _evaluate_wise(args: argparse.Namespace) -> int:
+    from finetune import loading, wise_ft
+    from pretrain.runtime import distributed
+
+    try:
+        alphas = [float(word) for word in args.wise.split(",")]
+    except ValueError:
+        raise ConfigError(f"--wise {args.wise!r} must be numbers with commas between, for example 0,0.5,1") from None
+    result = wise_ft.run(loading.load(args.run), args.data, alphas, distributed.device(), args.pretrained, args.out)
+    return _print_result(args, result, wise_ft.summary)
+
+
+def _evaluate_grounding(args: argparse.Namespace) -> int:
+    from finetune import loading
+    from finetune.grounding import evaluate
+    from pretrain.runtime import distributed
+
+    config = evaluate.GroundingConfig(method=args.maps)
+    config.check()
+    result = evaluate.run(loading.load(args.run), args.data, config, distributed.device())
+    return _print_result(args, result, evaluate.summary)
+
+
+def _print_result(args: argparse.Namespace, result: dict[str, Any], summary: Callable[[dict[str, Any]], Any]) -> int:
+    if args.json:
+        print(json.dumps(result))
+    else:
+        from rich.console import Console
+
+        Console().print(summary(result))
+    return DONE
+
+
+def attend(args: argparse.Namespace) -> int:
+    """Run `clipfuse attend`."""
+    from finetune import loading
+    from finetune.explain import word_maps
+    from pretrain.runtime import distributed
+
+    finetuned = loading.load(args.run)
+    finetuned.model.to(distributed.device())
+    maps = word_maps.attend(finetuned, args.image, args.text, args.out, args.maps, args.layer)
+    print(*maps.lines(), f"wrote {args.out}", sep="\n")
+    return DONE

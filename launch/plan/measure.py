@@ -1,0 +1,73 @@
+"""The sizes of the model that a configuration describes, found by building it on the CPU without published weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from launch.plan.estimate import ModelSize
+from launch.plan.footprint import measure_footprint
+from pretrain import model as models
+from pretrain.checkpoints import warm_start
+from pretrain.errors import UserError
+from pretrain.strategies.fsdp2 import find_blocks
+from pretrain.train import PretrainConfig
+from pretrain.training import flops
+
+
+class PlaceholderTokenizer:
+    """Takes the place of a tokenizer that is not on this machine: it has a vocabulary size and special tokens."""
+
+    pad_token_id, bos_token_id, eos_token_id = 0, 1, 2
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+
+def measure_model(config: PretrainConfig) -> tuple[ModelSize, list[str]]:
+    """Return the sizes of the model, built on the CPU without published weights, and notes on what was assumed."""
+    notes = []
+    towers = {}
+    for name, tower in models.tower_configs(config).items():
+        changes: dict[str, Any] = {"pretrained": False} if hasattr(tower, "pretrained") else {}
+        if hasattr(tower, "groups"):
+            changes["groups"] = 1  # grouping by length is for CPUs, and depends on the texts
+        towers[name] = replace(tower, **changes)
+    tokenizer: Any = None
+    if config.text is not None:
+        try:
+            tokenizer = warm_start.choose_tokenizer(config.init, config.text)
+        except UserError:
+            vocabulary = int(config.text.args.get("vocab_size", 49408))
+            tokenizer = PlaceholderTokenizer(vocabulary)
+            notes.append(f"tokenizer {config.text.tokenizer!r} is not here: a vocabulary of {vocabulary:,} is assumed")
+    built = models.build(towers, config.model, tokenizer)
+    sample = flops.one_sample(
+        config.image.size if config.image is not None else None,
+        config.text.length if config.text is not None else None,
+        config.data.draw,
+    )
+    if config.text is not None:
+        notes.append(f"every text has the full length of {config.text.length} tokens: trimmed batches need less")
+    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.precision]
+    repeated = [_count(block) for block in find_blocks(built)]
+    size = ModelSize(
+        total=_count(built),
+        trainable=sum(p.numel() for p in built.parameters() if p.requires_grad),
+        buffers=sum(b.numel() * b.element_size() for b in built.buffers()),
+        block=max(repeated, default=0),
+        root=_count(built) - sum(repeated),
+        modalities=len(towers),
+        footprint=measure_footprint(built, sample, torch.bfloat16 if dtype is torch.float16 else dtype),
+    )
+    return size, notes
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
