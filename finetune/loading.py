@@ -17,7 +17,7 @@ from pretrain import config as configuration
 from pretrain import model as encoders
 from pretrain import registry
 from pretrain.checkpoints import loading, store
-from pretrain.data.config import evaluated_caption, sources_of
+from pretrain.data.config import evaluation_caption, resolve_sources
 from pretrain.data.text import load_tokenizer
 from pretrain.errors import UserError
 
@@ -41,7 +41,7 @@ class Finetuned:
         """Encoded pictures (JPEG, PNG, ...) and a text each -> inputs and masks of a batch. Raises BadSample, UserError."""
         if len(pictures) != len(texts):
             raise UserError(f"{len(pictures)} pictures and {len(texts)} texts: give one text a picture")
-        images = torch.stack([self.decoders["image"].evaluation(data) for data in pictures])
+        images = torch.stack([self.decoders["image"].decode_eval(data) for data in pictures])
         device = next(self.model.parameters()).device
         if "text" not in self.decoders:  # a task of pictures alone
             return {"image": images.to(device)}, {}
@@ -89,14 +89,14 @@ def load(run: str | Path) -> Finetuned:
     model.head = task.head(model)
     store.load_weights(model, store.read_weights(folder), folder)
     model.eval()
-    decoders = task.decoders(encoders.build_decoders(config, tokenizer, encoder, evaluated_caption(data)))
-    return Finetuned(model, task, config, tokenizer, decoders, folder, store.step_of(folder), _there(data.get("train")))
+    decoders = task.decoders(encoders.build_decoders(config, tokenizer, encoder, evaluation_caption(data)))
+    return Finetuned(model, task, config, tokenizer, decoders, folder, store.parse_step(folder), _there(data.get("train")))
 
 
 def _there(shards: Any) -> Any:
     """The shards, if they can still be found from here."""
     try:
-        sources_of(shards, "data.train")
+        resolve_sources(shards, "data.train")
     except UserError:
         return None
     return shards

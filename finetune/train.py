@@ -19,7 +19,7 @@ from finetune.tasks.with_contrastive import keep_aligned
 from pretrain import registry
 from pretrain.checkpoints import warm_start
 from pretrain.data.loader import Batch, Loader
-from pretrain.embedding.split import evaluating
+from pretrain.embedding.split import eval_mode
 from pretrain.errors import ConfigError, UserError
 from pretrain.model import portable_config
 from pretrain.training.loop import Outcome, fit
@@ -81,11 +81,11 @@ def build(config: FinetuneConfig) -> Components:
     # -- pretrained encoders, adapted
     tokenizer, encoders = build_encoders(config)
     if config.init is not None:
-        warm_start.load(encoders, config.init, config.init_partial, tokenizer)
+        warm_start.load_weights(encoders, config.init, config.init_partial, tokenizer)
     config = freeze.apply(encoders, config.adapt, config)  # type: ignore[assignment]
     # -- task, fusion and head
     task = registry.get_component("tasks", config.task.name).build(
-        config.task, lambda: survey(config.data.train, config.data.store())
+        config.task, lambda: survey(config.data.train, config.data.build_cache())
     )
     task = keep_aligned(task, config.adapt)
     model = models.build(encoders, config.fusion, config.context, config.tokens, config.adapt.fork)
@@ -93,7 +93,7 @@ def build(config: FinetuneConfig) -> Components:
     freeze.freeze_named(model, config.adapt.freeze)
     # -- data
     loader = build_loader(config, task.decoders(build_train_decoders(config, tokenizer, encoders)))
-    _freeze_unreached(model, task, loader.sample(2))
+    _freeze_unreached(model, task, loader.first_samples(2))
     eval_decoders = task.decoders(build_eval_decoders(config, tokenizer, encoders))
     return Components(config, tokenizer, model, task, loader, eval_decoders)
 
@@ -110,14 +110,14 @@ def build_evaluation(parts: Components, device: torch.device) -> Callable[[Any],
     config, task = parts.config, parts.task
     if not config.data.val:
         return None
-    setting = Setting(parts.eval_decoders, device, config.train.precision, config.eval, config.data.store(), config.data.train)
+    setting = Setting(parts.eval_decoders, device, config.train.precision, config.eval, config.data.build_cache(), config.data.train)
     return lambda model: task.evaluate(model, config.data.val, setting)
 
 
 def _freeze_unreached(model: FusionModel, task: Task, batch: Batch) -> None:
     """Weights that the task's loss does not depend on (a pooler, where tokens are read) are frozen, or strategies would wait
     for their gradient. One pass over two samples, the same on every process, which draws no random numbers of the run's."""
-    with evaluating(model), torch.random.fork_rng(devices=[]), torch.enable_grad():
+    with eval_mode(model), torch.random.fork_rng(devices=[]), torch.enable_grad():
         loss, _ = task.loss(task.encode(model, batch), batch.targets)
     if not loss.requires_grad:
         raise UserError("nothing to train: the loss of this task depends on no weight that is not frozen")

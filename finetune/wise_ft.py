@@ -27,7 +27,7 @@ from finetune.tasks import EvalConfig
 from pretrain import config as configuration
 from pretrain import model as encoders
 from pretrain.checkpoints import loading, store, warm_start
-from pretrain.data.config import evaluated_caption
+from pretrain.data.config import evaluation_caption
 from pretrain.errors import ConfigError, UserError
 from pretrain.evaluation import evaluate
 from pretrain.runtime.agree import on_main
@@ -65,7 +65,7 @@ def pretrained(tuned: Finetuned, init: Any = None) -> dict[str, Tensor]:
             config = replace(config, image=replace(config.image, size=loading.load_model(run).config.image.size))
         with torch.random.fork_rng(devices=[]):
             encoder = encoders.build(encoders.tower_configs(config), config.model, tuned.tokenizer)
-        warm_start.load(encoder, init, bool(values.get("init_partial")), tuned.tokenizer)
+        warm_start.load_weights(encoder, init, bool(values.get("init_partial")), tuned.tokenizer)
     except UserError as error:
         raise UserError(f"--wise needs the model that this run began from: {error}; or name it with --pretrained") from error
     if size is not None:
@@ -165,4 +165,4 @@ def summary(result: dict[str, Any]) -> Table:
 
 def _caption(tuned: Finetuned) -> str:
     data = configuration.read_yaml(tuned.folder / "config.yaml").get("data") or {}
-    return evaluated_caption(data)
+    return evaluation_caption(data)

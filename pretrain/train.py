@@ -79,7 +79,7 @@ def train(config: PretrainConfig) -> Outcome:
     with open_session(config) as session:
         parts = build(config)
         if session.checkpoint is None and config.init is not None:
-            warm_start.load(parts.model, config.init, config.init_partial, parts.tokenizer)
+            warm_start.load_weights(parts.model, config.init, config.init_partial, parts.tokenizer)
         portable = models.portable_config(config, parts.model)
         session.write_config()
         flops_per_batch = build_flops_counter(config, parts) if session.device.type == "cuda" else None
@@ -136,5 +136,5 @@ def build_evaluation(
     """Build what evaluates a model on data.val; None where there is none."""
     if not config.data.val:
         return None
-    val, precision, cache = config.data.val, config.train.precision, config.data.store()
+    val, precision, cache = config.data.val, config.train.precision, config.data.build_cache()
     return lambda model: evaluate(model, parts.eval_decoders, val, config.eval, device, precision, cache)

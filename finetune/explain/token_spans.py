@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.data.captions import clean
+from pretrain.data.captions import normalize_whitespace
 from pretrain.data.text import TextDecoder
 from pretrain.errors import ConfigError
 
@@ -43,8 +43,8 @@ class TokenSpans:
                 f"{type(tokenizer).__name__} does not say which characters a token came from, so maps cannot be put to words; "
                 "use a fast tokenizer (a tokenizer.json)"
             )
-        self.text = clean(text)
-        room = decoder.length - (decoder.append is not None)
+        self.text = normalize_whitespace(text)
+        room = decoder.length - (decoder.appended_id is not None)
         given: Any = tokenizer(self.text, truncation=True, max_length=room, return_offsets_mapping=True)
         self.spans: list[tuple[int, int]] = [(int(start), int(end)) for start, end in given["offset_mapping"]]
 

@@ -31,10 +31,10 @@ from finetune.loading import Finetuned
 from finetune.model import FusionModel
 from finetune.tasks import Prediction, Task
 from pretrain.data import BadSample, loader
-from pretrain.data.decode import decode
+from pretrain.data.decode import decode_image
 from pretrain.data.images import ImageDecoder, visible_box
 from pretrain.data.text import TextDecoder
-from pretrain.embedding.split import evaluating
+from pretrain.embedding.split import eval_mode
 from pretrain.errors import UserError
 from pretrain.runtime.files import replace_atomically
 
@@ -117,7 +117,7 @@ def token_maps(
 def _still(model: nn.Module) -> Iterator[None]:
     """In eval mode and without gradients for the weights: maps need those of the attention alone."""
     trains = [p for p in model.parameters() if p.requires_grad]
-    with evaluating(model):
+    with eval_mode(model):
         for p in trains:
             p.requires_grad_(False)
         try:
@@ -136,7 +136,7 @@ def look(tuned: Finetuned, picture: bytes, text: str, method: str = METHOD, laye
         raise UserError(f"the text {text!r} has no word to draw a map for")
     try:
         inputs, masks = tuned.inputs([picture], [cut.text])
-        whole = decode(picture)
+        whole = decode_image(picture)
     except BadSample as error:
         raise UserError(f"the picture cannot be used: {error.reason}: {error.detail}") from error
     maps, said = token_maps(tuned.model, tuned.task, inputs["image"], inputs["text"], masks["text"], method, layer)
@@ -177,7 +177,7 @@ def examples(
     """
     image, text = readers(tuned)
     decoders: dict[str, Any] = {"image": image} if tuned.task.text_is_question else {"image": image, "text": text}
-    batches = loader.sequential(shards, decoders, 64, workers, max_samples=pictures)
+    batches = loader.build_eval_loader(shards, decoders, 64, workers, max_samples=pictures)
     found: list[tuple[Tensor, list[tuple[str, str, str]]]] = []
     for batch in batches:
         for i, picture in enumerate(batch.inputs["image"]):

@@ -36,7 +36,7 @@ from finetune.grounding.pointing_game import bootstrap
 from finetune.grounding.probes import SWAP, Prober, Record, Sides, untrained
 from finetune.loading import Finetuned
 from pretrain.data import loader, vocabulary
-from pretrain.data.config import sources_of
+from pretrain.data.config import resolve_sources
 from pretrain.data.vocabulary import Vocabulary
 from pretrain.errors import ConfigError, UserError, closest
 from pretrain.runtime import distributed
@@ -96,7 +96,7 @@ def grounding(tuned: Finetuned, shards: Any, config: GroundingConfig, device: to
     if not tuned.task.text_is_question:
         decoders["text"] = text
     rank, world = distributed.rank(), distributed.world_size()
-    batches = loader.sequential(shards, decoders, config.batch_size, config.workers, rank, world, config.max_samples)
+    batches = loader.build_eval_loader(shards, decoders, config.batch_size, config.workers, rank, world, config.max_samples)
     tuned.model.to(device)
     fresh = untrained(tuned, config.seed).to(device) if config.controls else None
     prober = Prober(tuned, fresh, config.method, config.layer, config.batch_size, device, vocabulary_of(shards, config))
@@ -128,20 +128,20 @@ def vocabulary_of(shards: Any, config: GroundingConfig) -> Vocabulary:
     """
 
     def find() -> Vocabulary | None:
-        return vocabulary.find_vocabulary(path for source in sources_of(shards, "data.val") for path in source.shards)
+        return vocabulary.find_vocabulary(path for source in resolve_sources(shards, "data.val") for path in source.shards)
 
     beside = gather_or_raise(find)
     present = [words for words in beside if words is not None]
     if len(present) == len(beside):
-        return vocabulary.merge(present)
+        return vocabulary.merge_vocabularies(present)
     rank, world = distributed.rank(), distributed.world_size()
-    batches = loader.sequential(shards, {}, config.batch_size, config.workers, rank, world, config.max_samples)
+    batches = loader.build_eval_loader(shards, {}, config.batch_size, config.workers, rank, world, config.max_samples)
 
     def collect() -> Vocabulary:
         values = (json.get("objects") for batch in batches for json in batch.targets["json"])
-        return vocabulary.from_objects(item for objects in values if isinstance(objects, list) for item in objects)
+        return vocabulary.vocabulary_from_objects(item for objects in values if isinstance(objects, list) for item in objects)
 
-    return vocabulary.merge([*present, *gather_or_raise(collect)])
+    return vocabulary.merge_vocabularies([*present, *gather_or_raise(collect)])
 
 
 def figures(records: Sequence[Record], resamples: int = 2000, seed: int = 0) -> dict[str, float]:

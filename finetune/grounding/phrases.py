@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
-from pretrain.data.vocabulary import ATTRIBUTES, Vocabulary, normalize
+from pretrain.data.vocabulary import ATTRIBUTES, Vocabulary, normalize_word
 
 Kind = Literal["thing", "colour", "surface", "relation", "text"]
 KINDS_OF_WORDS: tuple[Kind, ...] = ("thing", "colour", "surface", "relation", "text")
@@ -80,8 +80,8 @@ class _Phrase:
         return tuple(
             i
             for i, each in enumerate(objects)
-            if (not self.head or normalize(each.get("name")) == self.head)
-            and all(normalize(each.get(field)) == value for field, value in values)
+            if (not self.head or normalize_word(each.get("name")) == self.head)
+            and all(normalize_word(each.get(field)) == value for field, value in values)
         )
 
 
@@ -121,7 +121,7 @@ def swaps(text: str, objects: Objects, vocabulary: Vocabulary = _EMPTY) -> list[
     Neither object may be spoken of elsewhere in the text, or the map would have a second reason to be there.
     """
     phrases = _phrases(text, objects, vocabulary)
-    colors = list(dict.fromkeys(normalize(each.get("color")) for each in objects if each.get("color")))
+    colors = list(dict.fromkeys(normalize_word(each.get("color")) for each in objects if each.get("color")))
     out = []
     for phrase in phrases:
         found = phrase.fitting(objects)
@@ -142,9 +142,9 @@ def swaps(text: str, objects: Objects, vocabulary: Vocabulary = _EMPTY) -> list[
 def pairs(objects: Objects, vocabulary: Vocabulary = _EMPTY) -> list[Swap]:
     """Swaps for models that read captions: "a red car" -> "a blue car", for each two that their colour alone tells apart."""
     out = []
-    for name in dict.fromkeys(normalize(each.get("name")) for each in objects):
+    for name in dict.fromkeys(normalize_word(each.get("name")) for each in objects):
         among = dict.fromkeys(
-            normalize(each["color"]) for each in objects if normalize(each.get("name")) == name and each.get("color")
+            normalize_word(each["color"]) for each in objects if normalize_word(each.get("name")) == name and each.get("color")
         )
         for color in among:
             out += [s for s in swaps(f"{_article(color)} {color} {name}", objects, vocabulary) if s.new.word in among]
@@ -158,7 +158,7 @@ def pairs(objects: Objects, vocabulary: Vocabulary = _EMPTY) -> list[Swap]:
 def _phrases(text: str, objects: Objects, vocabulary: Vocabulary) -> list[_Phrase]:
     """Runs of attributes with the name behind them; attributes without one speak of nothing we could point at."""
     attributes = ChainMap(_attribute_fields(objects), vocabulary.attribute_fields)
-    own_names = vocabulary.forms(normalize(item.get("name")) for item in objects if normalize(item.get("name")))
+    own_names = vocabulary.forms(normalize_word(item.get("name")) for item in objects if normalize_word(item.get("name")))
     names = ChainMap(own_names, vocabulary.name_forms, dict.fromkeys((_THING, f"{_THING}s"), ""))
     longest = max(1, vocabulary.longest_name, *(name.count(" ") + 1 for name in own_names))
     words = list(_WORD.finditer(text))
@@ -185,7 +185,7 @@ def _phrases(text: str, objects: Objects, vocabulary: Vocabulary) -> list[_Phras
 
 
 def _attribute_fields(objects: Objects) -> dict[str, str]:
-    return {normalize(item[key]): key for key in ATTRIBUTES for item in objects if normalize(item.get(key))}
+    return {normalize_word(item[key]): key for key in ATTRIBUTES for item in objects if normalize_word(item.get(key))}
 
 
 def _name_length(text: str, words: list[re.Match[str]], i: int, names: Mapping[str, str], longest: int) -> int:

@@ -31,12 +31,12 @@ from finetune.attention.trace import Trace
 from finetune.model import Features, FusionModel, Head
 from finetune.tasks.questions import Question
 from pretrain.data import BadSample, loader
-from pretrain.data.config import counted, sources_of
-from pretrain.data.loader import Batch, Sequential
+from pretrain.data.config import count_samples_once, resolve_sources
+from pretrain.data.loader import Batch, EvalLoader
 from pretrain.data.sample_json import read_json
-from pretrain.data.shards.cache import Cache
-from pretrain.data.shards.reader import Reader
-from pretrain.embedding.split import evaluating
+from pretrain.data.shards.cache import ShardCache
+from pretrain.data.shards.reader import ShardReader
+from pretrain.embedding.split import eval_mode
 from pretrain.errors import ConfigError, UserError
 from pretrain.runtime import distributed
 from pretrain.strategies import DTYPES
@@ -73,14 +73,14 @@ class Setting:
     precision: str = "fp32"
     """Of matrix products: fp32, bf16, fp16."""
     config: EvalConfig = field(default_factory=EvalConfig)
-    cache: Cache | None = None
+    cache: ShardCache | None = None
     train: Any = None
     """The training shards, for baselines that are learnt from them; None where they are not at hand."""
 
-    def batches(self, shards: Any, decoders: dict[str, Any] | None = None) -> Sequential:
+    def batches(self, shards: Any, decoders: dict[str, Any] | None = None) -> EvalLoader:
         """This process's share of `shards`, each sample once over all processes. Raises UserError."""
         config = self.config
-        return loader.sequential(
+        return loader.build_eval_loader(
             shards,
             self.decoders if decoders is None else decoders,
             config.batch_size,
@@ -100,17 +100,17 @@ class Setting:
         """Inside, `model` is in eval mode, no graph is kept, and products have `precision`; then each module is as it was."""
         low = self.precision != "fp32"
         cast = torch.autocast(self.device.type, DTYPES[self.precision]) if low else nullcontext()
-        with evaluating(model), torch.inference_mode(), cast:
+        with eval_mode(model), torch.inference_mode(), cast:
             yield
 
 
-def survey(shards: Any, cache: Cache | None = None) -> Iterator[dict[str, Any]]:
+def survey(shards: Any, cache: ShardCache | None = None) -> Iterator[dict[str, Any]]:
     """The json of this process's share of the samples in `shards`; pictures are not read. Samples whose json cannot be read
     are passed over: training and evaluation count them. Raises UserError."""
-    paths = [path for source in sources_of(shards, "data.train") for path in source.shards]
-    cache = cache or Cache()
-    numbers = counted(paths, cache, "data.train")
-    reader = Reader(paths, cache, numbers, keep=8)
+    paths = [path for source in resolve_sources(shards, "data.train") for path in source.shards]
+    cache = cache or ShardCache()
+    numbers = count_samples_once(paths, cache, "data.train")
+    reader = ShardReader(paths, cache, numbers, keep=8)
     begin, end = (sum(numbers) * r // distributed.world_size() for r in (distributed.rank(), distributed.rank() + 1))
     at = 0
     for shard, number in enumerate(numbers):

@@ -158,7 +158,7 @@ class Pictures(ImageDecoder):
         if missing:
             raise BadSample("no image", f"no member {missing[0]}, only {', '.join(sorted(sample.members)) or 'nothing'}")
         found = [sample.members[name] for name in self.names]
-        return torch.stack([self.training(data, rng) if train else self.evaluation(data) for data in found])
+        return torch.stack([self.decode_train(data, rng) if train else self.decode_eval(data) for data in found])
 
 
 class Classification(Task):

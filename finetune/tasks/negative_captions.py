@@ -14,7 +14,7 @@ from torch import Tensor
 from pretrain.data import BadSample
 from pretrain.data.sample_json import read_fields
 from pretrain.data.shards.paths import RawSample
-from pretrain.data.text import TextDecoder, clean
+from pretrain.data.text import TextDecoder, normalize_whitespace
 
 
 class NegativeCaptions(TextDecoder):
@@ -46,4 +46,4 @@ def negative_captions_of(sample: RawSample, field: str) -> list[str]:
     if not isinstance(given, list):
         raise BadSample("foils unreadable", f"{field} is no list: {given!r}"[:200])
     texts = [item.get("caption") if isinstance(item, dict) else item for item in given]
-    return [clean(text) for text in texts if isinstance(text, str) and clean(text)]
+    return [normalize_whitespace(text) for text in texts if isinstance(text, str) and normalize_whitespace(text)]

@@ -17,7 +17,7 @@ from finetune.tasks.vqa_accuracy import accuracy, normalise
 from pretrain.data import BadSample
 from pretrain.data.sample_json import read_json
 from pretrain.data.shards.paths import RawSample
-from pretrain.data.text import TextDecoder, clean
+from pretrain.data.text import TextDecoder, normalize_whitespace
 
 KEPT = 10
 """Answers kept of one question, those worth most: as many people were asked in VQA v2."""
@@ -56,7 +56,7 @@ def questions_of(values: Any, field: str, types: Collection[str] = ()) -> list[Q
     found = []
     for item in given:
         text = item.get("question") if isinstance(item, dict) else None
-        if not isinstance(text, str) or not clean(text):
+        if not isinstance(text, str) or not normalize_whitespace(text):
             continue
         said = item.get("answers")
         said = [said] if isinstance(said, str) else said if isinstance(said, list) else []
@@ -64,7 +64,7 @@ def questions_of(values: Any, field: str, types: Collection[str] = ()) -> list[Q
         answers = [normalise(str(word)) for word in words if isinstance(word, str | int | float)]
         answers = [answer for answer in answers if answer]
         if answers:
-            found.append(Question(clean(text), answers, str(item.get("type") or "other")))
+            found.append(Question(normalize_whitespace(text), answers, str(item.get("type") or "other")))
     if not found:
         raise BadSample("no questions", f"none of the {len(given)} in {field!r} has both a question and an answer")
     return [question for question in found if not types or question.kind in types]

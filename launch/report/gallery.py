@@ -18,10 +18,10 @@ from PIL import Image
 from torch import Tensor
 
 from launch.report import figures
-from pretrain.checkpoints.loading import Loaded
+from pretrain.checkpoints.loading import LoadedModel
 from pretrain.data import loader
 from pretrain.data.loader import Batch
-from pretrain.embedding.split import Embedded, embed_split
+from pretrain.embedding.split import EmbeddedSplit, embed_split
 from pretrain.evaluation.retrieval import ranks, retrieval
 
 SHOWN = 5  # answers per query
@@ -67,7 +67,7 @@ class Gallery:
         return {"step": step, **named, "val/samples": self.pictures, "val/captions": self.captions}
 
 
-def build(loaded: Loaded, shards: Any, device: torch.device, workers: int = 2, pictures: int = 2000) -> Gallery | None:
+def build(loaded: LoadedModel, shards: Any, device: torch.device, workers: int = 2, pictures: int = 2000) -> Gallery | None:
     """Embeds the first `pictures` of `shards` with a loaded checkpoint; None where no sample is usable.
 
     Args:
@@ -80,7 +80,7 @@ def build(loaded: Loaded, shards: Any, device: torch.device, workers: int = 2, p
             thumbnails.extend(thumbnail(picture) for picture in batch.inputs["image"])
             yield batch
 
-    batches = loader.sequential(shards, loaded.decoders, 64, workers=workers, max_samples=pictures)
+    batches = loader.build_eval_loader(shards, loaded.decoders, 64, workers=workers, max_samples=pictures)
     split = embed_split(loaded.model.to(device), watched(batches), loaded.decoders, device)
     if len(split.image) == 0 or len(split.text) == 0:
         return None
@@ -94,7 +94,7 @@ def build(loaded: Loaded, shards: Any, device: torch.device, workers: int = 2, p
     )
 
 
-def by_caption(split: Embedded, thumbnails: list[bytes], count: int) -> list[Query]:
+def by_caption(split: EmbeddedSplit, thumbnails: list[bytes], count: int) -> list[Query]:
     """Captions that ask: the first pictures, and where their own picture stands."""
     _, rank_m = ranks(split.image, split.text, split.image_index)
     queries = []
@@ -110,7 +110,7 @@ def by_caption(split: Embedded, thumbnails: list[bytes], count: int) -> list[Que
     return queries
 
 
-def by_picture(split: Embedded, thumbnails: list[bytes], count: int) -> list[Query]:
+def by_picture(split: EmbeddedSplit, thumbnails: list[bytes], count: int) -> list[Query]:
     """Pictures that ask: the first captions, and where the best of their own stands."""
     rank_n, _ = ranks(split.image, split.text, split.image_index)
     queries = []
@@ -149,7 +149,7 @@ def _shown(order: list[int], own: set[int]) -> list[tuple[int, int]]:
     return shown
 
 
-def _first_caption(split: Embedded, i: int) -> str:
+def _first_caption(split: EmbeddedSplit, i: int) -> str:
     return split.captions[int((split.image_index == i).nonzero()[0])]
 
 

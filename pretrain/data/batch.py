@@ -66,7 +66,7 @@ class Batch:
         """The same on a device; lists stay where they are."""
         return self._each(lambda v: v.to(device, non_blocking=non_blocking) if isinstance(v, Tensor) else v)
 
-    def pin(self) -> Batch:
+    def pin_memory(self) -> Batch:
         """The same in page-locked memory, from which copies to a GPU need not be waited for."""
         return self._each(lambda v: v.pin_memory() if isinstance(v, Tensor) else v)
 
@@ -74,7 +74,7 @@ class Batch:
         """Samples start up to end, without copying tensors."""
         return self._each(lambda v: v[start:end])
 
-    def chunks(self, count: int) -> list[Batch]:
+    def chunk(self, count: int) -> list[Batch]:
         """`count` parts in order, whose sizes differ by at most one."""
         ends = [len(self) * i // count for i in range(count + 1)]
         return [self.slice(a, b) for a, b in pairwise(ends)]
@@ -105,7 +105,7 @@ def collate(items: Mapping[str, list[Any]], decoders: Mapping[str, Decoder], key
 def merge(parts: list[Batch], decoders: Mapping[str, Decoder], pin: bool = False) -> Batch:
     """Pieces collated apart -> the batch as collated in one go; in page-locked memory where wanted."""
     if len(parts) == 1:
-        return parts[0].pin() if pin else parts[0]
+        return parts[0].pin_memory() if pin else parts[0]
     whole = Batch({}, {}, [key for part in parts for key in part.keys])
     for name, decoder in decoders.items():
         if name not in parts[0].inputs:
@@ -113,16 +113,16 @@ def merge(parts: list[Batch], decoders: Mapping[str, Decoder], pin: bool = False
         if hasattr(decoder, "merge"):
             whole.inputs[name], whole.masks[name] = decoder.merge([(p.inputs[name], p.masks[name]) for p in parts])
             continue
-        whole.inputs[name] = _cat([part.inputs[name] for part in parts], pin)
+        whole.inputs[name] = _concatenate([part.inputs[name] for part in parts], pin)
         if name in parts[0].masks:
-            whole.masks[name] = _cat([part.masks[name] for part in parts], pin)
+            whole.masks[name] = _concatenate([part.masks[name] for part in parts], pin)
     for name in parts[0].targets:
         values = [part.targets[name] for part in parts]
         whole.targets[name] = torch.cat(values) if isinstance(values[0], Tensor) else [v for value in values for v in value]
     return whole
 
 
-def _cat(tensors: list[Tensor], pin: bool) -> Tensor:
+def _concatenate(tensors: list[Tensor], pin: bool) -> Tensor:
     if not pin:
         return torch.cat(tensors)
     rows = sum(len(tensor) for tensor in tensors)

@@ -8,20 +8,20 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from pretrain.data import BadSample
-from pretrain.data.captions import captions
-from pretrain.data.decode import decode as decode_image
+from pretrain.data.captions import read_captions
+from pretrain.data.decode import decode_image as decode_image
 from pretrain.data.images import EXTENSIONS
-from pretrain.data.shards.cache import Cache, patiently
-from pretrain.data.shards.index import index
-from pretrain.data.shards.paths import in_parallel
-from pretrain.data.shards.reader import Reader
+from pretrain.data.shards.cache import ShardCache, retry_io
+from pretrain.data.shards.index import load_index
+from pretrain.data.shards.paths import map_in_processes
+from pretrain.data.shards.reader import ShardReader
 from pretrain.errors import UserError
 
-_NAMED = 10  # samples named for each reason; all are counted
+_MAX_NAMED = 10  # samples named for each reason; all are counted
 
 
 @dataclass
-class Report:
+class CheckReport:
     """What was found."""
 
     shards: int = 0
@@ -43,33 +43,33 @@ class Report:
         """Whether training would start and replace nothing."""
         return self.samples > 0 and not self.damaged and not self.bad_samples
 
-    def add(self, other: Report) -> None:
+    def add(self, other: CheckReport) -> None:
         """Takes in what was found elsewhere."""
         self.shards += other.shards
         self.samples += other.samples
         self.bad_samples += other.bad_samples
         self.bad += other.bad
         for reason, names in other.names.items():
-            self.names[reason] = [*self.names.get(reason, []), *names][:_NAMED]
+            self.names[reason] = [*self.names.get(reason, []), *names][:_MAX_NAMED]
         self.damaged += other.damaged
         self.empty += other.empty
 
 
-class _Job(NamedTuple):
+class _CheckJob(NamedTuple):
     path: str
-    cache: Cache
+    cache: ShardCache
     caption: str
     decode: bool
 
 
-def check(
+def check_shards(
     paths: Sequence[str],
     decode: bool = True,
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     caption: str = "txt",
-    cache: Cache | None = None,
-) -> Report:
+    cache: ShardCache | None = None,
+) -> CheckReport:
     """Indexes every shard and tries every sample.
 
     Args:
@@ -80,38 +80,38 @@ def check(
         caption: "txt", or the json field that holds captions.
         cache: where fetched shards and indices go.
     """
-    jobs = [_Job(path, cache or Cache(), caption, decode) for path in paths]
-    report = Report()
-    for done, found in enumerate(in_parallel(_check_one, jobs, workers), start=1):
+    jobs = [_CheckJob(path, cache or ShardCache(), caption, decode) for path in paths]
+    report = CheckReport()
+    for done, found in enumerate(map_in_processes(_check_shard, jobs, workers), start=1):
         report.add(found)
         if progress:
             progress(done, len(jobs))
     return report
 
 
-def _check_one(job: _Job) -> Report:
-    report = Report(shards=1)
+def _check_shard(job: _CheckJob) -> CheckReport:
+    report = CheckReport(shards=1)
     try:
-        where = patiently(lambda: index(job.path, job.cache), job.path)
+        where = retry_io(lambda: load_index(job.path, job.cache), job.path)
         report.samples = where.count
         if where.count == 0:
             report.empty.append(job.path)
-        reader = Reader([job.path], job.cache)
+        reader = ShardReader([job.path], job.cache)
         for sample in range(where.count):
-            reasons = _reasons(reader, sample, job)
+            reasons = _find_problems(reader, sample, job)
             report.bad_samples += bool(reasons)
             for error in reasons:
                 report.bad[error.reason] += 1
                 names = report.names.setdefault(error.reason, [])
-                if len(names) < _NAMED:
+                if len(names) < _MAX_NAMED:
                     names.append(f"{reader.key(0, sample)}: {error.detail[:200]}")
         reader.close()
     except UserError as error:
-        return Report(shards=1, damaged=[str(error)])
+        return CheckReport(shards=1, damaged=[str(error)])
     return report
 
 
-def _reasons(reader: Reader, sample: int, job: _Job) -> list[BadSample]:
+def _find_problems(reader: ShardReader, sample: int, job: _CheckJob) -> list[BadSample]:
     """What is wrong with a sample."""
     found: list[BadSample] = []
     try:
@@ -130,7 +130,7 @@ def _reasons(reader: Reader, sample: int, job: _Job) -> list[BadSample]:
         except BadSample as error:
             found.append(error)
         try:
-            captions(members, job.caption)
+            read_captions(members, job.caption)
         except BadSample as error:
             found.append(error)
     elif ("txt" if job.caption == "txt" else "json") not in members:

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from pretrain.data.images import AugmentConfig
-from pretrain.data.shards.cache import Cache
-from pretrain.data.shards.paths import counts, expand
+from pretrain.data.shards.cache import ShardCache
+from pretrain.data.shards.paths import count_samples, expand_shards
 from pretrain.errors import ConfigError, UserError, closest
 from pretrain.runtime.agree import on_main
 
 log = logging.getLogger(__name__)
 
-_NAMED = 20  # shards without samples that are named in the log
+_MAX_NAMED = 20  # shards without samples that are named in the log
 
 
 @dataclass
@@ -78,16 +78,16 @@ class DataConfig:
             raise ConfigError(f"data.max_bad_rate={self.max_bad_rate} must be a share, 0 to 1")
         if self.cache_gib < 0:
             raise ConfigError(f"data.cache_gib={self.cache_gib} must be 0 (no limit) or more")
-        entries(self.train, "data.train")
+        parse_sources(self.train, "data.train")
         if self.val is not None:
-            entries(self.val, "data.val")
+            parse_sources(self.val, "data.val")
 
-    def store(self) -> Cache:
+    def build_cache(self) -> ShardCache:
         """Where this machine keeps what it fetched."""
-        return Cache(self.cache, self.commands, self.cache_gib)
+        return ShardCache(self.cache, self.commands, self.cache_gib)
 
 
-def evaluated_caption(data: Mapping[str, Any]) -> str:
+def evaluation_caption(data: Mapping[str, Any]) -> str:
     """Where evaluation finds captions, by the `data` section of a run's configuration."""
     return str(data.get("val_caption") or data.get("caption") or "txt")
 
@@ -99,12 +99,12 @@ class SourceSpec(NamedTuple):
     weight: float | None
 
 
-def sources_of(spec: Any, where: str) -> list[SourceSpec]:
+def resolve_sources(spec: Any, where: str) -> list[SourceSpec]:
     """The sources of data.train or data.val (`where`), with the shards they match. Raises ConfigError."""
-    return [SourceSpec(expand(shards, where), weight) for shards, weight in entries(spec, where)]
+    return [SourceSpec(expand_shards(shards, where), weight) for shards, weight in parse_sources(spec, where)]
 
 
-def entries(spec: Any, where: str) -> list[tuple[str | list[str], float | None]]:
+def parse_sources(spec: Any, where: str) -> list[tuple[str | list[str], float | None]]:
     """[(shards, weight)] as written; a plain list of shards is one source. Raises ConfigError for what means nothing."""
     if isinstance(spec, str):
         return [(spec, None)]
@@ -135,12 +135,12 @@ def entries(spec: Any, where: str) -> list[tuple[str | list[str], float | None]]
     return found
 
 
-def counted(paths: list[str], cache: Cache, where: str) -> list[int]:
+def count_samples_once(paths: list[str], cache: ShardCache, where: str) -> list[int]:
     """Samples in each shard, counted once for all processes. Raises UserError."""
 
     def count() -> list[int]:
-        numbers = counts(paths, cache)
-        for path in [path for path, n in zip(paths, numbers, strict=True) if n == 0][:_NAMED]:
+        numbers = count_samples(paths, cache)
+        for path in [path for path, n in zip(paths, numbers, strict=True) if n == 0][:_MAX_NAMED]:
             log.warning("%s holds no samples", path)
         if sum(numbers) == 0:
             others = f" nor {len(paths) - 1} others" if len(paths) > 1 else ""

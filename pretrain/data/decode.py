@@ -43,11 +43,11 @@ def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
     """Format and size without decoding. Raises BadSample for no picture at all, and for one above `max_pixels`."""
     if not data:
         raise BadSample("image empty", "0 bytes")
-    found = _jpeg_header(data)
+    found = _read_jpeg_header(data)
     if found is None:
         with _open(data) as image:
             width, height = image.size
-            found = Header(str(image.format), height, width, _orientation(image), fast=False)
+            found = Header(str(image.format), height, width, _read_orientation(image), fast=False)
     if found.height * found.width > max_pixels:
         raise BadSample("image too large", f"{found.width} x {found.height}, more than {max_pixels} pixels")
     if found.format == "JPEG" and found.height * found.width > 1 << 20 and data.count(b"\xff\xda") > _MAX_SCANS:
@@ -55,7 +55,7 @@ def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
     return found._replace(height=found.width, width=found.height) if found.orientation >= 5 else found
 
 
-def decode(data: bytes, min_size: int | None = None, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def decode_image(data: bytes, min_size: int | None = None, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """One picture as (H, W, 3) uint8 RGB, upright; transparent parts on white.
 
     Args:
@@ -67,32 +67,32 @@ def decode(data: bytes, min_size: int | None = None, max_pixels: int = MAX_PIXEL
         BadSample: empty, not a picture, too large, truncated or damaged.
     """
     header = read_header(data, max_pixels)
-    factor = 1 if min_size is None else reduction(header, header.height, header.width, min_size)
-    return pixels_of(data, header, factor)
+    factor = 1 if min_size is None else reduction_factor(header, header.height, header.width, min_size)
+    return decode_pixels(data, header, factor)
 
 
-def reduction(header: Header, height: int, width: int, size: int) -> int:
+def reduction_factor(header: Header, height: int, width: int, size: int) -> int:
     """The largest of 1, 2, 4, 8 by which this picture can be decoded smaller with height x width pixels of it still
     size x size. Only powers of two: libjpeg-turbo has fast code for those, and 5/8 takes longer than 1/1."""
     factors = (8, 4, 2) if header.fast else ()
     return next((f for f in factors if min(height, width) >= size * f), 1)
 
 
-def pixels_of(data: bytes, header: Header, factor: int = 1) -> np.ndarray:
+def decode_pixels(data: bytes, header: Header, factor: int = 1) -> np.ndarray:
     """(ceil(H / factor), ceil(W / factor), 3) uint8 RGB, upright; `factor` as `reduction` gives it. Raises BadSample."""
     if header.fast:
-        pixels = _jpeg_pixels(data, header, factor)
+        pixels = _decode_jpeg(data, header, factor)
     elif header.format == "WEBP" and data[12:16] == b"VP8 ":  # lossy, no alpha, no metadata: 1.6 x as fast as Pillow
         webp = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
         if webp is None:
             raise BadSample("image truncated", "WebP data ends early or is damaged")
         pixels = np.asarray(webp, np.uint8)
     else:
-        pixels = _pillow_pixels(data)
-    return upright(pixels, header.orientation)
+        pixels = _decode_with_pillow(data)
+    return apply_orientation(pixels, header.orientation)
 
 
-def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+def apply_orientation(pixels: np.ndarray, orientation: int) -> np.ndarray:
     """Turns and mirrors (H, W, 3) as EXIF orientation 1..8 asks (CIPA DC-008, tag 274); a view."""
     if orientation >= 5:
         pixels = pixels.transpose(1, 0, 2)
@@ -100,7 +100,7 @@ def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return pixels[::rows, ::columns]
 
 
-def _jpeg_header(data: bytes) -> Header | None:
+def _read_jpeg_header(data: bytes) -> Header | None:
     """None for what is not a JPEG, or one that Pillow must read (CMYK, rare subsampling)."""
     if data[:2] != b"\xff\xd8":
         return None
@@ -114,11 +114,11 @@ def _jpeg_header(data: bytes) -> Header | None:
     head = data[: 1 << 17]  # opening a JPEG in Pillow takes longer than two searches, and few pictures carry the tag
     if b"Exif\0\0" in head or b"Orientation" in head:
         with _open(data) as image:
-            orientation = _orientation(image)
+            orientation = _read_orientation(image)
     return Header("JPEG", height, width, orientation, fast=True)
 
 
-def _jpeg_pixels(data: bytes, header: Header, factor: int) -> np.ndarray:
+def _decode_jpeg(data: bytes, header: Header, factor: int) -> np.ndarray:
     sides = (header.width, header.height) if header.orientation >= 5 else (header.height, header.width)
     least = {"min_height": -(-sides[0] // factor), "min_width": -(-sides[1] // factor)}
     pixels: np.ndarray
@@ -135,7 +135,7 @@ def _jpeg_pixels(data: bytes, header: Header, factor: int) -> np.ndarray:
             message = str(error)
     if "premature" in message.lower() or message.startswith("Corrupt JPEG"):
         raise BadSample("image truncated", message)
-    return np.array(Image.fromarray(_pillow_pixels(data)).reduce(factor))
+    return np.array(Image.fromarray(_decode_with_pillow(data)).reduce(factor))
 
 
 def _open(data: bytes) -> Image.Image:
@@ -144,10 +144,10 @@ def _open(data: bytes) -> Image.Image:
     except MemoryError:
         raise
     except Exception as error:  # the bytes are in memory: whatever a parser trips over is the content's fault
-        raise _bad(error, data) from error
+        raise _as_bad_sample(error, data) from error
 
 
-def _bad(error: Exception, data: bytes) -> BadSample:
+def _as_bad_sample(error: Exception, data: bytes) -> BadSample:
     text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     if isinstance(error, BadSample):
         return error
@@ -160,7 +160,7 @@ def _bad(error: Exception, data: bytes) -> BadSample:
     return BadSample("image truncated" if damaged else "image unreadable", text)
 
 
-def _orientation(image: Image.Image) -> int:
+def _read_orientation(image: Image.Image) -> int:
     try:
         value = image.getexif().get(0x0112, 1)
     except (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, struct.error):
@@ -168,7 +168,7 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def _pillow_pixels(data: bytes) -> np.ndarray:
+def _decode_with_pillow(data: bytes) -> np.ndarray:
     """(H, W, 3) uint8 of any mode, as stored (not turned)."""
     try:
         with Image.open(io.BytesIO(data)) as image:
@@ -187,4 +187,4 @@ def _pillow_pixels(data: bytes) -> np.ndarray:
     except MemoryError:
         raise
     except Exception as error:
-        raise _bad(error, data) from error
+        raise _as_bad_sample(error, data) from error

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from pretrain.data import BadSample
-from pretrain.data.decode import EXTENSIONS, MAX_PIXELS, decode, pixels_of, read_header, reduction
+from pretrain.data.decode import EXTENSIONS, MAX_PIXELS, decode_image, decode_pixels, read_header, reduction_factor
 from pretrain.errors import ConfigError
 from pretrain.ops import CLIP_MEAN, CLIP_STD
 
@@ -72,13 +72,13 @@ class Preprocess:
     mean: tuple[float, ...] = CLIP_MEAN
     std: tuple[float, ...] = CLIP_STD
 
-    def open_clip(self) -> dict[str, Any]:
+    def to_open_clip(self) -> dict[str, Any]:
         """The `preprocess_cfg` of an open_clip model."""
         mode = "squash" if self.resize == "squash" else "shortest"
         common = {"size": self.size, "mode": "RGB", "mean": list(self.mean), "std": list(self.std)}
         return {**common, "interpolation": self.interpolation, "resize_mode": mode}
 
-    def transformers(self) -> dict[str, Any]:
+    def to_transformers(self) -> dict[str, Any]:
         """The preprocessor_config.json of a transformers CLIPImageProcessor."""
         square = {"height": self.size, "width": self.size}
         return {
@@ -101,7 +101,7 @@ class Preprocess:
 # Random changes
 
 
-def random_crop(
+def draw_crop(
     height: int, width: int, scale: list[float], ratio: list[float], rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
     """(top, left, height, width) of a random part, as torchvision's RandomResizedCrop.get_params draws it."""
@@ -181,20 +181,20 @@ class ImageDecoder:
         data = next((sample.members[e] for e in EXTENSIONS if e in sample.members), None)
         if data is None:
             raise BadSample("no image", f"members: {', '.join(sorted(sample.members)) or 'none'}")
-        return self.training(data, rng) if train else self.evaluation(data)
+        return self.decode_train(data, rng) if train else self.decode_eval(data)
 
     def collate(self, images: list[torch.Tensor]) -> tuple[torch.Tensor, None]:
         """(b, 3, size, size) uint8; pictures have no mask."""
         return torch.stack(images), None
 
-    def training(self, data: bytes, rng: np.random.Generator) -> torch.Tensor:
+    def decode_train(self, data: bytes, rng: np.random.Generator) -> torch.Tensor:
         """(3, size, size) uint8: random crop, resized, and whatever else `augment` asks for."""
         header, a = read_header(data, self.max_pixels), self.augment
-        top, left, h, w = random_crop(header.height, header.width, a.scale, a.ratio, rng)
+        top, left, h, w = draw_crop(header.height, header.width, a.scale, a.ratio, rng)
         # The crop is drawn first: its size decides how small the picture may be decoded. Its corner moves to the grid of
         # the reduced pixels, or the crop would be cut up to half a pixel off.
-        f = reduction(header, h, w, self.size)
-        pixels = pixels_of(data, header, f)
+        f = reduction_factor(header, h, w, self.size)
+        pixels = decode_pixels(data, header, f)
         top, left, h, w = top // f, left // f, h // f, w // f
         image = resize(pixels[top : top + h, left : left + w], (self.size, self.size), self.interpolation)
         if a.flip and rng.random() < 0.5:
@@ -205,9 +205,9 @@ class ImageDecoder:
             image = recolor(image, 1, 1, 0)
         return image
 
-    def evaluation(self, data: bytes) -> torch.Tensor:
+    def decode_eval(self, data: bytes) -> torch.Tensor:
         """(3, size, size) uint8: the same for the same bytes, always."""
-        pixels = decode(data, max_pixels=self.max_pixels)
+        pixels = decode_image(data, max_pixels=self.max_pixels)
         height, width = pixels.shape[:2]
         target = evaluation_size(height, width, self.size, self.resize)
         if not self.exact:

@@ -24,25 +24,25 @@ import torch
 
 from pretrain.data import synthetic
 from pretrain.data.batch import Batch, Decoder, merge
-from pretrain.data.config import DataConfig, counted, sources_of
-from pretrain.data.eval_loader import Sequential, sequential
+from pretrain.data.config import DataConfig, count_samples_once, resolve_sources
+from pretrain.data.eval_loader import EvalLoader, build_eval_loader
 from pretrain.data.order import Order, ShardSource
-from pretrain.data.prefetch import needed, scouting
-from pretrain.data.shards.reader import Reader
+from pretrain.data.prefetch import is_prefetch_needed, run_prefetcher
+from pretrain.data.shards.reader import ShardReader
 from pretrain.data.shuffle import Ints
-from pretrain.data.worker import PartialBatch, SampleReader, SkippedSample, Training
-from pretrain.data.worker_pool import running
+from pretrain.data.worker import PartialBatch, SampleReader, SkippedSample, TrainingDataset
+from pretrain.data.worker_pool import run_workers
 from pretrain.errors import UserError
 
-__all__ = ["Batch", "DataConfig", "Decoder", "Loader", "Sequential", "build_loader", "sequential"]
+__all__ = ["Batch", "DataConfig", "Decoder", "EvalLoader", "Loader", "build_eval_loader", "build_loader"]
 
 log = logging.getLogger(__name__)
 
-PIECE = 256
+PARTIAL_SIZE = 256
 """Samples a worker decodes at a time: larger shares of a batch are spread over workers."""
-ENOUGH = 1000
+MIN_JUDGED = 1000
 """Samples from which on the rate of bad ones is judged; before, as if there had been so many."""
-NAMED = 20
+MAX_NAMED = 20
 """Bad samples that are named in the log; all are counted."""
 
 
@@ -80,9 +80,9 @@ class Loader:
         max_bad_rate: float = 0.01,
         max_bad_run: int = 100,
         pin: bool = False,
-        piece: int = PIECE,
+        piece: int = PARTIAL_SIZE,
         names: Sequence[str] = (),
-        scouted: Reader | None = None,
+        scouted: ShardReader | None = None,
     ) -> None:
         order.check(batch_size, world, nodes)
         self.order, self.decoders, self.batch_size = order, decoders, batch_size
@@ -92,7 +92,7 @@ class Loader:
         self.names, self.scouted = names, scouted
         self.bad: Counter[str] = Counter()
         """Unusable samples met so far by this process, by reason."""
-        self._training = Training(order, store, decoders, max_attempts=max_bad_run)
+        self._training = TrainingDataset(order, store, decoders, max_attempts=max_bad_run)
         self._batch = 0  # the next the trainer will take
         self._seen = 0  # slots filled
         self._run = 0  # unusable samples since the last usable one
@@ -108,7 +108,7 @@ class Loader:
         """A name for data and order: a run resumes only where it is the same. Folders may have moved."""
         return hashlib.blake2b("\n".join([self.order.digest(), *self.names]).encode(), digest_size=8).hexdigest()
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Where the trainer is, to be saved; plain numbers and words, less than 10 KB."""
         return {
             "position": self._batch * self.batch_size,
@@ -119,7 +119,7 @@ class Loader:
             "bad": {reason[:100]: n for reason, n in self.bad.most_common(50)},
         }
 
-    def load(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a saved state. Raises UserError where data, seed or batch size are not those of the state."""
         if state["data"] != self.digest():
             raise UserError(
@@ -134,7 +134,7 @@ class Loader:
         self._batch, self._seen, self._run = state["position"] // self.batch_size, state["seen"], state["run"]
         self.bad = Counter(state["bad"])
 
-    def sample(self, count: int) -> Batch:
+    def first_samples(self, count: int) -> Batch:
         """The first `count` samples of the run, read here and now: the same on every process, and none is used up.
 
         Raises UserError where they cannot be used.
@@ -149,8 +149,8 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         with (
-            running(self._training, self._positions(self._batch), self.workers) as pieces,
-            scouting(self.scouted, self._ahead, self._batch, self._reach()) as tell,
+            run_workers(self._training, self._positions(self._batch), self.workers) as pieces,
+            run_prefetcher(self.scouted, self._ahead, self._batch, self._reach()) as tell,
         ):
             while True:
                 parts = [self._checked(next(pieces)) for _ in range(self.pieces)]
@@ -203,7 +203,7 @@ class Loader:
     def _judge(self) -> None:
         """Once a batch, so that the size of pieces makes no difference. Raises UserError for too high a rate."""
         total = self.bad.total()
-        if total > self.max_bad_rate * max(self._seen, ENOUGH):
+        if total > self.max_bad_rate * max(self._seen, MIN_JUDGED):
             last = f"the last is {self._last.key} ({self._last.reason}: {self._last.detail}); " if self._last else ""
             raise UserError(
                 f"{total:,} of {self._seen:,} samples cannot be used, more than data.max_bad_rate={self.max_bad_rate}; "
@@ -214,8 +214,8 @@ class Loader:
         self.bad[bad.reason] += 1
         self._named += 1
         self._last = bad
-        if self._named <= NAMED:
-            more = " (further ones are only counted)" if self._named == NAMED else ""
+        if self._named <= MAX_NAMED:
+            more = " (further ones are only counted)" if self._named == MAX_NAMED else ""
             log.warning("%s cannot be used and is replaced: %s: %s%s", bad.key, bad.reason, bad.detail, more)
 
     def _reasons(self) -> str:
@@ -232,23 +232,23 @@ def build_loader(
         UserError: shards that are damaged or cannot be read.
     """
     store: SampleReader
-    scouted: Reader | None = None
+    scouted: ShardReader | None = None
     if data.train == "synthetic":
         sources = [ShardSource([synthetic.SAMPLES] * synthetic.SHARDS)]
-        store, names = synthetic.Synthetic(data.caption), ["synthetic"]
-        decoders = {name: synthetic.Noise(each) if hasattr(each, "size") else each for name, each in decoders.items()}
+        store, names = synthetic.SyntheticReader(data.caption), ["synthetic"]
+        decoders = {name: synthetic.NoiseDecoder(each) if hasattr(each, "size") else each for name, each in decoders.items()}
     else:
-        given = sources_of(data.train, "data.train")
+        given = resolve_sources(data.train, "data.train")
         paths = [path for source in given for path in source.shards]
-        numbers = counted(paths, data.store(), "data.train")
+        numbers = count_samples_once(paths, data.build_cache(), "data.train")
         sources, at = [], 0
         for source in given:
             own = numbers[at : at + len(source.shards)]
             sources.append(ShardSource(own, source.weight if source.weight is not None else float(max(sum(own), 1))))
             at += len(own)
         held = 2 * data.window * len(sources) * max(1, data.streams // nodes)  # windows in use, and the next ones
-        store = Reader(paths, data.store(), numbers, keep=min(held, _descriptors()))
-        scouted = store if rank % (world // nodes) == 0 and needed(paths, store.cache) else None
+        store = ShardReader(paths, data.build_cache(), numbers, keep=min(held, _max_open_files()))
+        scouted = store if rank % (world // nodes) == 0 and is_prefetch_needed(paths, store.cache) else None
         names = [path.rsplit("/", 1)[-1] for path in paths]
     order = Order(sources, seed, data.window, data.streams, data.block, data.replacement)
     return Loader(
@@ -268,7 +268,7 @@ def build_loader(
     )
 
 
-def _descriptors() -> int:
+def _max_open_files() -> int:
     """Files a worker may hold open: a quarter of what the system allows a process."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return 512 if soft == resource.RLIM_INFINITY else max(16, min(512, soft // 4))

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pretrain.data.shuffle import Ints, ShuffledSource, draw
+from pretrain.data.shuffle import Ints, ShuffledSource, random_words
 from pretrain.errors import ConfigError
 
 PERIOD_BITS = 16
@@ -45,7 +45,7 @@ class ShardSource:
     weight: float = 1.0
 
 
-class Located(NamedTuple):
+class SampleLocations(NamedTuple):
     """Where positions are read: which source, which shard of the source, which sample of the shard; (n,) int64 each."""
 
     source: Ints
@@ -102,7 +102,7 @@ class Order:
             )
 
         # van der Corput: the t-th position takes the source whose share of [0, PERIOD) contains the reversed bits of t
-        self._shares = _shares([source.weight for source in sources])
+        self._shares = _integer_shares([source.weight for source in sources])
         self._pick = np.searchsorted(np.cumsum(self._shares), _reversed_bits(), side="right")  # (PERIOD,)
         self._rank = np.empty(PERIOD, dtype=np.int64)  # of t among the positions of the period with the same source
         for i in range(len(sources)):
@@ -133,14 +133,14 @@ class Order:
             h.update(each.counts.astype("<i8").tobytes())
         return h.hexdigest()
 
-    def locate(self, positions: npt.ArrayLike) -> Located:
+    def locate(self, positions: npt.ArrayLike) -> SampleLocations:
         """Where the samples of these positions are; positions (n,) in any order."""
         source, q = self._queue(np.atleast_1d(np.asarray(positions, dtype=np.int64)))
         shard, sample = np.empty_like(q), np.empty_like(q)
         for i in np.unique(source):
             mine = np.flatnonzero(source == i)
             shard[mine], sample[mine] = self._sequences[i].read(q[mine])
-        return Located(source, shard, sample)
+        return SampleLocations(source, shard, sample)
 
     def substitute(self, position: int, attempt: int) -> tuple[int, int, int]:
         """(source, shard, sample) to read when the sample of this position cannot be used: another one of its window.
@@ -148,7 +148,7 @@ class Order:
         attempt counts from 0; each attempt draws anew among the other samples of the window.
         """
         source, q = self._queue(np.array([position], dtype=np.int64))
-        word = int(draw(1, self.seed, "substitute", position, attempt)[0])
+        word = int(random_words(1, self.seed, "substitute", position, attempt)[0])
         return (int(source[0]), *self._sequences[source[0]].another(int(q[0]), word))
 
     def check(self, batch_size: int, world: int = 1, nodes: int = 1) -> None:
@@ -211,7 +211,7 @@ def _reversed_bits() -> Ints:
     return out
 
 
-def _shares(weights: Sequence[float]) -> Ints:
+def _integer_shares(weights: Sequence[float]) -> Ints:
     """Weights as whole numbers that add up to PERIOD, by largest remainder; (sources,)."""
     for i, weight in enumerate(weights):
         _require(0 < weight < float("inf"), f"data.train: weight {weight} of source {i} must be a positive number")

@@ -17,26 +17,26 @@ from contextlib import contextmanager, suppress
 from itertools import count
 from typing import Any
 
-from pretrain.data.shards.cache import Cache, remote
-from pretrain.data.shards.index import index, saved_count
-from pretrain.data.shards.reader import Reader
+from pretrain.data.shards.cache import ShardCache, is_remote
+from pretrain.data.shards.index import indexed_count, load_index
+from pretrain.data.shards.reader import ShardReader
 from pretrain.runtime.orphans import is_orphan
 
-_PROBES = 64  # shards looked at to see whether they are indexed
-_REMEMBERED = 4096  # shards not looked at again
+_MAX_PROBES = 64  # shards looked at to see whether they are indexed
+_MAX_REMEMBERED = 4096  # shards not looked at again
 
 
-def needed(paths: Sequence[str], cache: Cache) -> bool:
+def is_prefetch_needed(paths: Sequence[str], cache: ShardCache) -> bool:
     """Whether there is anything to do: remote shards, or some (of a few tried) without an index."""
-    tried = paths[:: max(1, len(paths) // _PROBES)]
+    tried = paths[:: max(1, len(paths) // _MAX_PROBES)]
     with suppress(OSError):
-        return any(map(remote, paths)) or any(saved_count(path, cache) is None for path in tried)
+        return any(map(is_remote, paths)) or any(indexed_count(path, cache) is None for path in tried)
     return False
 
 
 @contextmanager
-def scouting(
-    reader: Reader | None, shards: Callable[[int], Sequence[int]], start: int, reach: int
+def run_prefetcher(
+    reader: ShardReader | None, shards: Callable[[int], Sequence[int]], start: int, reach: int
 ) -> Iterator[Callable[[int], None]]:
     """Runs the process; the loader tells the function it gets which batch it is at.
 
@@ -51,7 +51,9 @@ def scouting(
         return
     context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
     at = context.Value("q", start)
-    process = context.Process(target=_go, args=(reader.paths, reader.cache, shards, start, reach, at, os.getpid()), daemon=True)
+    process = context.Process(
+        target=_prefetch, args=(reader.paths, reader.cache, shards, start, reach, at, os.getpid()), daemon=True
+    )
     process.start()
 
     def tell(batch: int) -> None:
@@ -65,9 +67,9 @@ def scouting(
         process.close()
 
 
-def _go(
+def _prefetch(
     paths: Sequence[str],
-    cache: Cache,
+    cache: ShardCache,
     shards: Callable[[int], Sequence[int]],
     start: int,
     reach: int,
@@ -87,9 +89,9 @@ def _go(
                 done.move_to_end(shard)
                 continue
             with suppress(Exception):
-                index(paths[shard], cache)
+                load_index(paths[shard], cache)
             if is_orphan(parent):
                 return
             done[shard] = None
-            if len(done) > _REMEMBERED:
+            if len(done) > _MAX_REMEMBERED:
                 done.popitem(last=False)

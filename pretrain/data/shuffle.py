@@ -23,17 +23,17 @@ Ints = npt.NDArray[np.int64]
 # ---- randomness: a counter-based generator keyed on words ------------------------------------------------------------
 
 
-def key(*words: int | str) -> int:
+def philox_key(*words: int | str) -> int:
     """128 bits for a Philox generator, from what they are for: key(seed, "window", epoch, 3)."""
     return int.from_bytes(hashlib.blake2b("/".join(map(str, words)).encode(), digest_size=16).digest(), "little")
 
 
-def draw(n: int, *words: int | str) -> npt.NDArray[np.uint64]:
+def random_words(n: int, *words: int | str) -> npt.NDArray[np.uint64]:
     """n random 64-bit words. Raw Philox output is part of numpy's compatibility promise; its distributions are not."""
-    return np.asarray(np.random.Philox(key=key(*words)).random_raw(n), dtype=np.uint64)
+    return np.asarray(np.random.Philox(key=philox_key(*words)).random_raw(n), dtype=np.uint64)
 
 
-class Generators:
+class KeyedGenerator:
     """One numpy generator after the other, by what they are for: np.random.Generator(np.random.Philox(key=key(...))).
 
     It is the same object every time, started anew, at a thirtieth of the price of another one.
@@ -46,7 +46,7 @@ class Generators:
 
     def of(self, *words: int | str) -> np.random.Generator:
         """The generator for this; good until the next is asked for."""
-        self._start["state"]["key"] = np.frombuffer(key(*words).to_bytes(16, "little"), dtype="<u8")
+        self._start["state"]["key"] = np.frombuffer(philox_key(*words).to_bytes(16, "little"), dtype="<u8")
         self._bits.state = self._start
         return self._generator
 
@@ -57,7 +57,7 @@ def permutation(n: int, *words: int | str) -> Ints:
     The index takes the place of those bits, so that a plain sort, which is several times faster, gives the argsort.
     """
     bits = np.uint64(max(n - 1, 0).bit_length())
-    packed = draw(n, *words) >> bits << bits | np.arange(n, dtype=np.uint64)
+    packed = random_words(n, *words) >> bits << bits | np.arange(n, dtype=np.uint64)
     packed.sort()
     packed &= (np.uint64(1) << bits) - np.uint64(1)
     return packed.view(np.int64)
@@ -98,8 +98,8 @@ class ShuffledSource:
         self.mean_window = max(1, round(self.size / num_windows))  # reads; with replacement, of every window
         worst = np.repeat(self.counts.max(), window) if replacement else np.sort(self.counts)[-window:]
         self.largest_window = int(worst.sum())
-        self._epoch: Callable[[int], tuple[Ints, Ints]] = _kept(self._deal, 3)
-        self._window: Callable[[tuple[int, int]], Window] = _kept(self._open, keep)
+        self._epoch: Callable[[int], tuple[Ints, Ints]] = _cache_last(self._deal, 3)
+        self._window: Callable[[tuple[int, int]], Window] = _cache_last(self._open, keep)
 
     def read(self, q: Ints) -> tuple[Ints, Ints]:
         """(shard, sample) of S(q); (n,) each."""
@@ -148,16 +148,16 @@ class ShuffledSource:
             order = permutation(int(starts[-1]), *self.name, "samples", epoch, window)
             return Window(order.astype(np.int32), starts, shards)
         # Shards are drawn by their size, and then each as often as the other: every sample has the same chance.
-        points = draw(self.window, *self.name, "shards drawn", window) % np.uint64(self.size)
+        points = random_words(self.window, *self.name, "shards drawn", window) % np.uint64(self.size)
         shards = np.searchsorted(np.cumsum(self.counts), points.astype(np.int64), side="right")
         starts = np.concatenate([[0], np.cumsum(self.counts[shards])])
-        word, slot = np.divmod(draw(self.mean_window, *self.name, "samples drawn", window), np.uint64(self.window))
+        word, slot = np.divmod(random_words(self.mean_window, *self.name, "samples drawn", window), np.uint64(self.window))
         slot = slot.astype(np.int64)
         sample = (word % self.counts[shards].astype(np.uint64)[slot]).astype(np.int64)
         return Window((starts[slot] + sample).astype(np.int32), starts, shards)
 
 
-def _kept(make: Callable[[Any], Any], keep: int) -> Callable[[Any], Any]:
+def _cache_last(make: Callable[[Any], Any], keep: int) -> Callable[[Any], Any]:
     """make(where), with the `keep` results used last at hand."""
     kept: OrderedDict[Any, Any] = OrderedDict()
 

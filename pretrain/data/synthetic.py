@@ -17,7 +17,7 @@ SHARDS, SAMPLES = 100, 10_000
 _WORDS = ("red", "blue", "small", "large", "dog", "cat", "car", "house", "boat", "on", "under", "near", "a", "two")
 
 
-class Synthetic:
+class SyntheticReader:
     """Random captions, and pictures of noise from `Noise`."""
 
     def __init__(self, caption: str = "txt") -> None:
@@ -34,7 +34,7 @@ class Synthetic:
         return f"synthetic-{shard:04d}/{sample:08d}"
 
 
-class Noise:
+class NoiseDecoder:
     """Takes the place of a picture's decoder: noise, at the price of a copy."""
 
     def __init__(self, decoder: Any) -> None:

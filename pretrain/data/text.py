@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.data.captions import caption_id, captions, clean
+from pretrain.data.captions import caption_id, normalize_whitespace, read_captions
 from pretrain.data.train_tokenizer import train_tokenizer
 from pretrain.errors import ConfigError
 
@@ -27,7 +27,15 @@ if TYPE_CHECKING:
 
     from pretrain.data.shards.paths import RawSample
 
-__all__ = ["TextDecoder", "caption_id", "captions", "clean", "load_tokenizer", "train_tokenizer", "unreachable"]
+__all__ = [
+    "TextDecoder",
+    "caption_id",
+    "explain_unreachable_hub",
+    "load_tokenizer",
+    "normalize_whitespace",
+    "read_captions",
+    "train_tokenizer",
+]
 
 # The tokenizers library warns, and stops using threads, in processes forked after it used some: loaders fork, and have a
 # process a core already.
@@ -42,29 +50,29 @@ def load_tokenizer(name: str | Path | None) -> PreTrainedTokenizerBase:
         raise ConfigError("text.tokenizer is not set: give a hub name, or a folder that `clipfuse tokenizer` made")
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return _folder_tokenizer(folder)
+        return _load_from_folder(folder)
     if folder.exists() or folder.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1:
         what = "it is a file, not a folder" if folder.exists() else "there is no such folder"
         raise ConfigError(f"text.tokenizer={name}: {what}; `clipfuse tokenizer SHARDS DIR` makes one")
     try:
         return _from_pretrained(str(name), local_files_only=True)  # what was fetched before needs no network
     except Exception as error:
-        if problem := unreachable():
+        if problem := explain_unreachable_hub():
             raise ConfigError(f"text.tokenizer={name}: no folder here, not fetched before, and {problem}") from error
     try:
         return _from_pretrained(str(name))
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ImportError, TypeError, ...
-        raise ConfigError(f"text.tokenizer={name}: no folder here, and the hub has none ({_line(error)})") from error
+        raise ConfigError(f"text.tokenizer={name}: no folder here, and the hub has none ({_one_line(error)})") from error
 
 
-def _folder_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def _load_from_folder(folder: Path) -> PreTrainedTokenizerBase:
     try:
         return _from_pretrained(str(folder), local_files_only=True)
     except Exception as error:
         files = sorted(path.name for path in folder.iterdir())
         has = ", ".join(files[:5]) + (f" and {len(files) - 5} more" if len(files) > 5 else "") or "nothing"
         raise ConfigError(
-            f"text.tokenizer={folder}: it holds {has}, no tokenizer that can be loaded ({_line(error)})"
+            f"text.tokenizer={folder}: it holds {has}, no tokenizer that can be loaded ({_one_line(error)})"
         ) from error
 
 
@@ -82,7 +90,7 @@ def _from_pretrained(name: str, **options: bool) -> PreTrainedTokenizerBase:
     return found
 
 
-def unreachable() -> str:
+def explain_unreachable_hub() -> str:
     """Why the hub cannot be asked, "" if it can: without network transformers itself tries for most of a minute."""
     from huggingface_hub import constants
 
@@ -98,7 +106,7 @@ def unreachable() -> str:
     return ""
 
 
-def _line(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
 
 
@@ -129,11 +137,11 @@ class TextDecoder:
         self.tokenizer, self.length, self.caption, self.trim, self.multiple = tokenizer, length, caption, trim, multiple
         self.draw = draw
         tokenizer.truncation_side = "right"
-        probe = _ids(tokenizer, ["a"], 64)[0]
+        probe = _tokenize(tokenizer, ["a"], 64)[0]
         ends = {i for i in (tokenizer.eos_token_id, tokenizer.sep_token_id) if i is not None}
-        self.append = tokenizer.eos_token_id if probe[-1:] and probe[-1] not in ends else None
+        self.appended_id = tokenizer.eos_token_id if probe[-1:] and probe[-1] not in ends else None
         """An end token that we add, because the tokenizer has one but does not write it (GPT-2, Llama)."""
-        special = len(_ids(tokenizer, [""], 64)[0]) + (self.append is not None)
+        special = len(_tokenize(tokenizer, [""], 64)[0]) + (self.appended_id is not None)
         if length <= special:
             raise ConfigError(f"text.length={length} leaves no room for text: this tokenizer adds {special} tokens to each")
         choices = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.sep_token_id, tokenizer.unk_token_id, 0)
@@ -143,7 +151,7 @@ class TextDecoder:
     def __call__(self, sample: RawSample, rng: np.random.Generator, train: bool) -> str | tuple[str, ...] | list[str]:
         """One caption in training, or a tuple of `draw` different ones, repeated where there are fewer; a list of all of them
         in evaluation. Raises BadSample."""
-        found = captions(sample.members, self.caption)
+        found = read_captions(sample.members, self.caption)
         if not train:
             return found
         if self.draw > 1:
@@ -160,10 +168,10 @@ class TextDecoder:
 
     def encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """(b, T) int64 ids, padded on the right; (b, T) bool mask, True where there is a token."""
-        room = self.length - (self.append is not None)
-        rows = _ids(self.tokenizer, [clean(text[:_MAX_CHARS]) for text in texts], room) if texts else []
-        if self.append is not None:
-            rows = [[*row, self.append] for row in rows]
+        room = self.length - (self.appended_id is not None)
+        rows = _tokenize(self.tokenizer, [normalize_whitespace(text[:_MAX_CHARS]) for text in texts], room) if texts else []
+        if self.appended_id is not None:
+            rows = [[*row, self.appended_id] for row in rows]
         lengths = np.array([len(row) for row in rows], dtype=np.int64)
         longest = max(1, int(lengths.max(initial=0)))
         width = min(self.length, -(-longest // self.multiple) * self.multiple) if self.trim else self.length
@@ -180,7 +188,7 @@ class TextDecoder:
         return ids, torch.cat([pad(mask, (0, width - mask.shape[-1]), value=False) for _, mask in parts])
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], length: int) -> list[list[int]]:
+def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], length: int) -> list[list[int]]:
     """Without padding: done by us it needs no pad token and costs less."""
     rows: list[list[int]] = tokenizer(
         texts, truncation=True, max_length=length, padding=False, return_attention_mask=False, return_token_type_ids=False

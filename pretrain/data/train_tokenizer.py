@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pretrain.data import BadSample
-from pretrain.data.captions import captions
+from pretrain.data.captions import read_captions
 from pretrain.data.sample_json import read_fields
-from pretrain.data.shards.index import index
-from pretrain.data.shards.paths import expand
-from pretrain.data.shards.reader import Reader
+from pretrain.data.shards.index import load_index
+from pretrain.data.shards.paths import expand_shards
+from pretrain.data.shards.reader import ShardReader
 from pretrain.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 """In the order of their ids, the last of the vocabulary."""
 
-LEAST = 256 + 3
+MIN_VOCAB = 256 + 3
 """The smallest vocabulary: every byte, and the special tokens."""
 
 
@@ -57,19 +57,21 @@ def train_tokenizer(
     Raises:
         UserError: nothing to learn from, or the folder cannot be written.
     """
-    if vocab < LEAST:
-        raise ConfigError(f"vocab={vocab} is too small: a byte-level vocabulary has at least {LEAST} tokens")
-    paths, out = expand(shards, "SHARDS"), Path(out).expanduser()
+    if vocab < MIN_VOCAB:
+        raise ConfigError(f"vocab={vocab} is too small: a byte-level vocabulary has at least {MIN_VOCAB} tokens")
+    paths, out = expand_shards(shards, "SHARDS"), Path(out).expanduser()
     try:
         out.mkdir(parents=True, exist_ok=True)
         if not os.access(out, os.W_OK):
             raise PermissionError("no permission to write")
     except OSError as error:
         raise UserError(f"cannot write a tokenizer to {out}: {error.strerror or error}") from error
-    return train_on(islice(read_captions(paths, caption), limit), out, vocab, length, lowercase, source=str(shards))
+    return train_tokenizer_on(
+        islice(iterate_captions(paths, caption), limit), out, vocab, length, lowercase, source=str(shards)
+    )
 
 
-def train_on(
+def train_tokenizer_on(
     texts: Iterable[str], out: Path, vocab: int = 8192, length: int = 77, lowercase: bool = True, source: str = "the input"
 ) -> PreTrainedTokenizerFast:
     """The same from any captions."""
@@ -82,7 +84,7 @@ def train_on(
     # A space before the first word too: a word is the same token wherever it stands.
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     bpe.decoder = decoders.ByteLevel()
-    counted = _Counted(texts)
+    counted = _CountingIterable(texts)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab - 3,
         min_frequency=2,
@@ -119,27 +121,27 @@ def train_on(
     return tokenizer
 
 
-def read_captions(paths: Sequence[str], caption: str = "txt") -> Iterator[str]:
+def iterate_captions(paths: Sequence[str], caption: str = "txt") -> Iterator[str]:
     """Every caption of these shards in order; samples without one are passed over. Raises UserError for a damaged shard."""
-    reader, fields = Reader(paths), [field.strip() for field in caption.split(",")]
+    reader, fields = ShardReader(paths), [field.strip() for field in caption.split(",")]
     members = sorted({"txt" if field == "txt" else "json" for field in fields})
     for shard, path in enumerate(paths):
-        for sample in range(index(path).count):
+        for sample in range(load_index(path).count):
             read = reader.read(shard, sample, members).members
             for field in fields:
                 try:
-                    yield from _questions(read) if field == "questions" else captions(read, field)
+                    yield from _read_questions(read) if field == "questions" else read_captions(read, field)
                 except BadSample:
                     continue
 
 
-def _questions(members: dict[str, bytes]) -> list[str]:
+def _read_questions(members: dict[str, bytes]) -> list[str]:
     """The questions of a sample: what is asked is read by the same tower as what is said."""
     asked = read_fields(members).get("questions")
     return [item["question"] for item in asked or [] if isinstance(item, dict) and isinstance(item.get("question"), str)]
 
 
-class _Counted:
+class _CountingIterable:
     def __init__(self, texts: Iterable[str]) -> None:
         self.texts, self.count = texts, 0
 

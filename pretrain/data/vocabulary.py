@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pretrain.data.shards.cache import remote, small
+from pretrain.data.shards.cache import is_remote, read_small_file
 from pretrain.errors import UserError
 
 FILE = "vocabulary.json"
@@ -65,22 +65,22 @@ class Vocabulary:
         return json.dumps({**content, "plural": self.plurals} if self.plurals else content, indent=1) + "\n"
 
 
-def normalize(value: Any) -> str:
+def normalize_word(value: Any) -> str:
     """A word of the json in lower case without space around it; "" for what is no text."""
     return value.strip().lower() if isinstance(value, str) else ""
 
 
-def from_objects(objects: Iterable[Any]) -> Vocabulary:
+def vocabulary_from_objects(objects: Iterable[Any]) -> Vocabulary:
     """All words that the objects of a data set have; anything of another form is passed over."""
     words: dict[str, dict[str, None]] = {key: {} for key in ("name", *ATTRIBUTES)}  # dicts keep the order
     for item in objects:
         for key in words if isinstance(item, dict) else ():
-            if word := normalize(item.get(key)):
+            if word := normalize_word(item.get(key)):
                 words[key][word] = None
     return Vocabulary(tuple(words.pop("name")), {key: tuple(values) for key, values in words.items() if values})
 
 
-def merge(vocabularies: Sequence[Vocabulary]) -> Vocabulary:
+def merge_vocabularies(vocabularies: Sequence[Vocabulary]) -> Vocabulary:
     """All words of several; of two plurals of a name the last."""
     names = dict.fromkeys(name for vocabulary in vocabularies for name in vocabulary.names)
     attributes = {}
@@ -103,7 +103,7 @@ def builtin_names() -> list[str]:
 def load_builtin(name: str) -> Vocabulary:
     """The vocabulary of one of `builtin_names`."""
     path = _BUILTIN / f"{name}.json"
-    return parse(path.read_bytes(), str(path))
+    return parse_vocabulary(path.read_bytes(), str(path))
 
 
 def find_vocabulary(shards: Iterable[str]) -> Vocabulary | None:
@@ -118,25 +118,25 @@ def find_vocabulary(shards: Iterable[str]) -> Vocabulary | None:
     Raises:
         UserError: a file that is no vocabulary or cannot be read.
     """
-    vocabularies = [_in_folder(folder) for folder in dict.fromkeys(shard.rpartition("/")[0] for shard in shards)]
+    vocabularies = [_find_in_folder(folder) for folder in dict.fromkeys(shard.rpartition("/")[0] for shard in shards)]
     present = [vocabulary for vocabulary in vocabularies if vocabulary is not None]
-    return merge(present) if present and len(present) == len(vocabularies) else None
+    return merge_vocabularies(present) if present and len(present) == len(vocabularies) else None
 
 
-def _in_folder(folder: str) -> Vocabulary | None:
+def _find_in_folder(folder: str) -> Vocabulary | None:
     path = f"{folder}/{FILE}" if folder else FILE
-    content = _content(path)
+    content = _read_if_present(path)
     if content is not None:
-        return parse(content, path)
+        return parse_vocabulary(content, path)
     for name in builtin_names():
-        if _content(os.path.join(folder, f"{name}.json")) is not None:
+        if _read_if_present(os.path.join(folder, f"{name}.json")) is not None:
             return load_builtin(name)
     return None
 
 
-def _content(path: str) -> bytes | None:
-    if remote(path):
-        return small(path)
+def _read_if_present(path: str) -> bytes | None:
+    if is_remote(path):
+        return read_small_file(path)
     try:
         return Path(path).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
@@ -145,7 +145,7 @@ def _content(path: str) -> bytes | None:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def parse(content: bytes, path: str) -> Vocabulary:
+def parse_vocabulary(content: bytes, path: str) -> Vocabulary:
     """A vocabulary from the content of its file. Raises UserError, naming `path` and the key."""
     try:
         values = json.loads(content)
@@ -159,8 +159,8 @@ def parse(content: bytes, path: str) -> Vocabulary:
             raise UserError(f"{path}: no key {key!r}; the choices are {', '.join(allowed)}")
         form, example = (dict, '{"fish": "fish"}') if key == "plural" else (list, '["red", "blue"]')
         texts = [*words, *words.values()] if isinstance(words, dict) else words
-        if not isinstance(words, form) or not all(map(normalize, texts)):
+        if not isinstance(words, form) or not all(map(normalize_word, texts)):
             raise UserError(f"{path}: {key!r} must be words such as {example}")
-    words_of = {key: tuple(map(normalize, values[key])) for key in ("name", *ATTRIBUTES) if key in values}
-    plurals = {normalize(name): normalize(plural) for name, plural in values.get("plural", {}).items()}
+    words_of = {key: tuple(map(normalize_word, values[key])) for key in ("name", *ATTRIBUTES) if key in values}
+    plurals = {normalize_word(name): normalize_word(plural) for name, plural in values.get("plural", {}).items()}
     return Vocabulary(words_of.pop("name", ()), words_of, plurals)

@@ -21,7 +21,7 @@ from pretrain.data.batch import Batch, Decoder, collate
 from pretrain.data.order import Order
 from pretrain.data.sample_json import read_fields
 from pretrain.data.shards.paths import RawSample
-from pretrain.data.shuffle import Generators, Ints
+from pretrain.data.shuffle import Ints, KeyedGenerator
 from pretrain.errors import UserError
 
 
@@ -60,12 +60,12 @@ class PartialBatch:
     """Why the run must stop: a line for the user."""
 
 
-class _Decoding:
+class _SampleDecoder:
     """What training and evaluation share: reading and decoding one sample."""
 
     def __init__(self, store: SampleReader, decoders: Mapping[str, Decoder], train: bool) -> None:
         self.store, self.decoders, self.train = store, decoders, train
-        self.generators = Generators()
+        self.generators = KeyedGenerator()
 
     def decode(self, shard: int, sample: int, *seed: int | str) -> tuple[RawSample, dict[str, Any]]:
         """The raw sample, and its item in each modality, each with its own random numbers. Raises BadSample."""
@@ -85,7 +85,7 @@ class _Decoding:
         return SkippedSample(slot, self.store.key(shard, sample), error.reason, error.detail[:200])
 
 
-class Training(_Decoding, torch.utils.data.Dataset[PartialBatch]):
+class TrainingDataset(_SampleDecoder, torch.utils.data.Dataset[PartialBatch]):
     """Positions -> piece; a sample that cannot be used is replaced by a substitute of its window.
 
     Args:
@@ -129,7 +129,7 @@ class Training(_Decoding, torch.utils.data.Dataset[PartialBatch]):
         return PartialBatch(collate(items, self.decoders, keys), len(positions), bad)
 
 
-class Evaluation(_Decoding, torch.utils.data.Dataset[PartialBatch]):
+class EvaluationDataset(_SampleDecoder, torch.utils.data.Dataset[PartialBatch]):
     """(shard, sample) pairs -> piece; a sample that cannot be used is left out."""
 
     def __init__(self, store: SampleReader, decoders: Mapping[str, Decoder]) -> None:
@@ -148,7 +148,7 @@ class Evaluation(_Decoding, torch.utils.data.Dataset[PartialBatch]):
                     bad.append(self.bad(slot, *place, error))
                     continue
                 keys.append(raw.key)
-                notes.append(_json(raw))
+                notes.append(_read_fields_or_empty(raw))
                 for name, item in decoded.items():
                     items[name].append(item)
         except UserError as error:
@@ -160,7 +160,7 @@ class Evaluation(_Decoding, torch.utils.data.Dataset[PartialBatch]):
         return PartialBatch(batch, len(places), bad)
 
 
-def _json(raw: RawSample) -> dict[str, Any]:
+def _read_fields_or_empty(raw: RawSample) -> dict[str, Any]:
     """The json of a sample; {} where there is none to be read."""
     try:
         return read_fields(raw.members)
@@ -171,7 +171,7 @@ def _json(raw: RawSample) -> dict[str, Any]:
 # ---- the process -----------------------------------------------------------------------------------------------------
 
 
-def start(_: int) -> None:
+def init_worker(_: int) -> None:
     """Settings of a worker process: one thread, and signals left to the trainer.
 
     Ctrl-C, and the SIGTERM that launchers and schedulers send to all processes of a job, are answered by the trainer, which

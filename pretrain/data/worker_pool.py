@@ -18,12 +18,12 @@ from pretrain.data import worker
 from pretrain.data.worker import PartialBatch
 from pretrain.errors import UserError
 
-DYING = 10.0
+EXIT_SECONDS = 10.0
 """Seconds that a killed worker may take until the kernel lets go of it."""
 
 
 @contextmanager
-def running(dataset: Any, jobs: Iterator[Any], workers: int) -> Iterator[Iterator[PartialBatch]]:
+def run_workers(dataset: Any, jobs: Iterator[Any], workers: int) -> Iterator[Iterator[PartialBatch]]:
     """The pieces for the jobs, in order, made by worker processes (or here, for 0), which end with the context."""
     sigchld = signal.getsignal(signal.SIGCHLD)
     with warnings.catch_warnings():
@@ -32,9 +32,9 @@ def running(dataset: Any, jobs: Iterator[Any], workers: int) -> Iterator[Iterato
             dataset,
             batch_size=None,
             sampler=jobs,
-            collate_fn=_as_it_is,
+            collate_fn=_identity,
             num_workers=workers,
-            worker_init_fn=worker.start if workers else None,
+            worker_init_fn=worker.init_worker if workers else None,
             generator=torch.Generator().manual_seed(0),  # its own: the global generator is not drawn from
             # Forked workers start at once; on Linux nothing we use minds.
             multiprocessing_context=multiprocessing.get_context("fork") if workers and sys.platform == "linux" else None,
@@ -45,14 +45,14 @@ def running(dataset: Any, jobs: Iterator[Any], workers: int) -> Iterator[Iterato
     if signal.getsignal(signal.SIGCHLD) is not sigchld:
         signal.signal(signal.SIGCHLD, sigchld)
     try:
-        yield _survived(pieces)
+        yield _raise_on_death(pieces)
     finally:
         end = getattr(pieces, "_shutdown_workers", None)  # otherwise whenever it is collected
         if end is not None:
             end()
 
 
-def _survived(pieces: Any) -> Iterator[PartialBatch]:
+def _raise_on_death(pieces: Any) -> Iterator[PartialBatch]:
     """The same pieces; a worker that died is a UserError."""
     while True:
         try:
@@ -64,7 +64,7 @@ def _survived(pieces: Any) -> Iterator[PartialBatch]:
             raised = "in DataLoader worker process" in said  # by what it ran: it lives
             if raised or (isinstance(error, RuntimeError) and "DataLoader worker" not in said):
                 raise
-            dead = _dead(pieces)
+            dead = _find_dead_workers(pieces)
             if not dead:
                 raise
             code = dead[0].exitcode
@@ -77,15 +77,15 @@ def _survived(pieces: Any) -> Iterator[PartialBatch]:
         yield piece
 
 
-def _dead(pieces: Any) -> list[Any]:
+def _find_dead_workers(pieces: Any) -> list[Any]:
     """The workers that ended and should not have: waits for the first, for a broken pipe is seen before its process is gone."""
     workers = list(getattr(pieces, "_workers", []))
-    closing = multiprocessing.connection.wait([w.sentinel for w in workers], timeout=DYING)
+    closing = multiprocessing.connection.wait([w.sentinel for w in workers], timeout=EXIT_SECONDS)
     for w in workers:
         if w.sentinel in closing:  # its files are closed; on a busy machine it may take a while until it can be reaped
-            w.join(DYING)
+            w.join(EXIT_SECONDS)
     return [w for w in workers if not w.is_alive() and w.exitcode]
 
 
-def _as_it_is(piece: Any) -> Any:
+def _identity(piece: Any) -> Any:
     return piece

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from pretrain.checkpoints.loading import Loaded
+from pretrain.checkpoints.loading import LoadedModel
 from pretrain.data import loader
-from pretrain.data.shards.cache import Cache
+from pretrain.data.shards.cache import ShardCache
 from pretrain.embedding import dataset
-from pretrain.embedding.split import Embedded, embed_split, text_encoder
+from pretrain.embedding.split import EmbeddedSplit, build_text_encoder, embed_split
 from pretrain.errors import ConfigError, UserError, closest
 from pretrain.evaluation import linear_probe, zero_shot
 from pretrain.evaluation.retrieval import chance, retrieval
@@ -32,7 +32,7 @@ from pretrain.model import DualEncoder
 from pretrain.runtime import distributed
 from pretrain.runtime.agree import on_main
 
-__all__ = ["TASKS", "Embedded", "EvalConfig", "embed_split", "evaluate", "retrieval", "run", "summary"]
+__all__ = ["TASKS", "EmbeddedSplit", "EvalConfig", "embed_split", "evaluate", "retrieval", "run", "summary"]
 
 TASKS = ("retrieval", "zero_shot", "linear_probe")
 
@@ -78,8 +78,8 @@ def evaluate(
     config: EvalConfig,
     device: torch.device,
     precision: str = "fp32",
-    cache: Cache | None = None,
-    embedded: Embedded | None = None,
+    cache: ShardCache | None = None,
+    embedded: EmbeddedSplit | None = None,
 ) -> dict[str, float]:
     """The figures of config.tasks on `shards`; the same dict on every process. Collective.
 
@@ -99,8 +99,8 @@ def evaluate(
     if wants_pooled and not config.probe_train:
         raise ConfigError("linear_probe learns from labelled pictures: give their shards as eval.probe_train")
 
-    def embed(where: Any, texts: bool) -> tuple[Embedded, int]:
-        batches = loader.sequential(
+    def embed(where: Any, texts: bool) -> tuple[EmbeddedSplit, int]:
+        batches = loader.build_eval_loader(
             where,
             # Pictures for classification need no caption.
             {name: each for name, each in decoders.items() if name == "image" or (texts and name == "text")},
@@ -121,7 +121,7 @@ def evaluate(
     names: list[str] = []
     if "zero_shot" in config.tasks:
         names = zero_shot.class_names(config.classes)
-        encode = text_encoder(model, decoders, device, precision, config.batch_size)
+        encode = build_text_encoder(model, decoders, device, precision, config.batch_size)
         weights = zero_shot.classifier(names, config.templates, encode)
 
     def figures() -> dict[str, float]:
@@ -146,7 +146,7 @@ def evaluate(
     return on_main(figures)
 
 
-def run(loaded: Loaded, shards: Any, config: EvalConfig, device: torch.device, precision: str = "fp32") -> dict[str, Any]:
+def run(loaded: LoadedModel, shards: Any, config: EvalConfig, device: torch.device, precision: str = "fp32") -> dict[str, Any]:
     """`evaluate` of a checkpoint, with what was measured on what: plain values, for --json and `summary`.
 
     Args:
@@ -155,7 +155,7 @@ def run(loaded: Loaded, shards: Any, config: EvalConfig, device: torch.device, p
     """
     begin = time.perf_counter()
     embedded = None
-    if dataset.is_collection(shards):
+    if dataset.is_embedding_folder(shards):
         if "linear_probe" in config.tasks:
             raise ConfigError(f"linear_probe learns from the image tower's own output, which {shards} lacks: give shards")
         embedded = dataset.load(shards, loaded, config.label)

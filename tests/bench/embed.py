@@ -22,12 +22,12 @@ import torch
 
 from pretrain import config as configuration
 from pretrain import model as models
-from pretrain.checkpoints.loading import Loaded
+from pretrain.checkpoints.loading import LoadedModel
 from pretrain.config import find_config
-from pretrain.data.loader import sequential
+from pretrain.data.loader import build_eval_loader
 from pretrain.data.scenes.dataset import draw_dataset
 from pretrain.data.text import load_tokenizer, train_tokenizer
-from pretrain.embedding.encoder import Encoder, evaluating
+from pretrain.embedding.encoder import Encoder, eval_mode
 from pretrain.embedding.job import embed
 from pretrain.embedding.options import Options
 from pretrain.model import ModelSchema
@@ -54,13 +54,13 @@ def main() -> None:
         shards = given.data or f"{root}/scenes/test-*.tar"
         train_tokenizer(shards, root / "tokenizer", vocab=4096)
         loaded = build(given.config, [f"text.tokenizer={root / 'tokenizer'}", *given.settings], root / "model")
-        batches = list(sequential(shards, loaded.decoders, given.batch))
+        batches = list(build_eval_loader(shards, loaded.decoders, given.batch))
         samples = sum(len(batch) for batch in batches)
         encoder = Encoder(loaded.model.to(device), loaded.decoders, device, given.precision, dtype=torch.float16)
 
         def alone() -> tuple[float, float]:
             begin, used = time.perf_counter(), processor_time()
-            with evaluating(loaded.model):
+            with eval_mode(loaded.model):
                 encoded = sum(len(batch.keys) for _, batch in encoder.stream((None, each) for each in batches) if batch)
             assert encoded == samples
             return samples / (time.perf_counter() - begin), processor_time() - used
@@ -96,13 +96,13 @@ def processor_time() -> float:
     return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
-def build(config: str, settings: list[str], folder: Path) -> Loaded:
+def build(config: str, settings: list[str], folder: Path) -> LoadedModel:
     """An untrained model of a shipped configuration."""
     values = configuration.load_values(find_config(config, "pretrain"), settings)
     made = configuration.build(ModelSchema, values, config, partial=True)
     tokenizer = load_tokenizer(made.text.tokenizer)
     model = models.build(models.tower_configs(made), made.model, tokenizer).eval()
-    return Loaded(model, made, tokenizer, models.build_decoders(made, tokenizer, model, "txt"), folder, 0)
+    return LoadedModel(model, made, tokenizer, models.build_decoders(made, tokenizer, model, "txt"), folder, 0)
 
 
 if __name__ == "__main__":

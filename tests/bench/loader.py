@@ -32,7 +32,7 @@ from PIL import Image
 
 from pretrain.data.images import AugmentConfig, ImageDecoder
 from pretrain.data.loader import DataConfig, build_loader
-from pretrain.data.shards.paths import expand
+from pretrain.data.shards.paths import expand_shards
 from pretrain.data.text import TextDecoder, load_tokenizer, train_tokenizer
 
 BATCH = 50
@@ -56,7 +56,7 @@ def main() -> None:
             "text": TextDecoder(load_tokenizer(Path(folder) / "tokenizer"), 77),
         }
         own = iter(build_loader(DataConfig(train=folder, batch_size=BATCH, workers=0), decoders, seed=0))
-        peer = open_clip_batches(expand(folder))
+        peer = open_clip_batches(expand_shards(folder))
         first = next(own), next(peer)
         assert first[0].inputs["image"].shape == first[1][0].shape == (BATCH, 3, 224, 224)
         rounds = [(rate(peer, args.images), rate(own, args.images)) for _ in range(args.rounds)]

@@ -19,7 +19,7 @@ import tempfile
 from datetime import datetime
 from pathlib import Path
 
-from pretrain.data.shards.paths import counts, expand
+from pretrain.data.shards.paths import count_samples, expand_shards
 from tests.support import environment, read_jsonl, run_clipfuse
 
 TOWERS = {
@@ -82,8 +82,8 @@ def main() -> None:
             run_clipfuse("data", "scenes", root / "scenes", "--num", "2000", cwd=root)
             train = f"{root}/scenes/train-*.tar"
         run_clipfuse("tokenizer", train, root / "tokenizer", "--vocab", str(given.vocab), cwd=root)
-        paths = expand(train)
-        samples = sum(counts(paths))
+        paths = expand_shards(train)
+        samples = sum(count_samples(paths))
         size = (given.batch, given.epochs, samples)
         a, b = [], []
         for i in range(given.rounds):

@@ -23,9 +23,9 @@ import numpy as np
 import webdataset as wds
 
 from pretrain.data.order import Order, ShardSource
-from pretrain.data.shards.index import index
-from pretrain.data.shards.paths import counts, expand
-from pretrain.data.shards.reader import Reader
+from pretrain.data.shards.index import load_index
+from pretrain.data.shards.paths import count_samples, expand_shards
+from pretrain.data.shards.reader import ShardReader
 
 
 def main() -> None:
@@ -37,13 +37,13 @@ def main() -> None:
     warnings.simplefilter("ignore")  # webdataset's, about names and unclosed files
     with tempfile.TemporaryDirectory() as folder:
         draw(Path(folder), args.samples)
-        paths = expand(folder)
+        paths = expand_shards(folder)
         start = time.process_time()
         for path in paths:
-            index(path)
+            load_index(path)
         indexing = args.samples / (time.process_time() - start)
-        order = Order([ShardSource(counts(paths))], seed=0)
-        reader = Reader(paths)
+        order = Order([ShardSource(count_samples(paths))], seed=0)
+        reader = ShardReader(paths)
 
         def ours() -> int:
             located = order.locate(np.arange(args.samples))

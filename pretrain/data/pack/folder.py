@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.data import BadSample
-from pretrain.data.captions import captions, clean
+from pretrain.data.captions import normalize_whitespace, read_captions
 from pretrain.data.pack.writer import Item, Job
 from pretrain.errors import UserError
 
@@ -46,7 +46,7 @@ def read_file(path: Path) -> bytes:
 def path_caption(path: str) -> str:
     """shoes/red_sneaker-3.jpg -> "shoes red sneaker": words of the path below the folder, without those of digits only."""
     words = re.split(r"[\s/\\_.+-]+", path.rpartition(".")[0])
-    return clean(" ".join(word for word in words if word and not word.isdigit()))
+    return normalize_whitespace(" ".join(word for word in words if word and not word.isdigit()))
 
 
 @dataclass
@@ -78,7 +78,7 @@ class FolderJob:
                 raise BadSample("empty caption", "its path holds no word")
         else:
             try:
-                texts = captions({"txt": read_file(path.with_suffix(".txt"))})
+                texts = read_captions({"txt": read_file(path.with_suffix(".txt"))})
             except BadSample as bad:
                 raise BadSample("no caption", bad.detail) if bad.reason == "no such file" else bad from bad
         notes: dict[str, Any] = {"source": self.paths[i]}

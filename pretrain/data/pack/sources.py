@@ -11,7 +11,7 @@ from pretrain.data.pack.table import Table
 from pretrain.data.pack.table_readers import KINDS
 from pretrain.data.pack.tars import Tars
 from pretrain.data.pack.writer import Job
-from pretrain.data.shards.paths import expand
+from pretrain.data.shards.paths import expand_shards
 from pretrain.errors import ConfigError
 
 
@@ -39,13 +39,13 @@ def open_source(
     if path.is_dir():
         inside = sorted(path.iterdir())
         if any(p.suffix == ".tar" for p in inside):
-            return Tars(expand(str(path), "SOURCE"))
+            return Tars(expand_shards(str(path), "SOURCE"))
         tables = [p for p in inside if p.suffix == ".parquet"]
         return Table(tables, image_column, caption_column, outside) if tables else Folder(path, caption_from, leave_out)
     kind = path.name.lower().removesuffix(".gz").rpartition(".")[2]
     if kind == "tar":
-        return Tars(expand(source, "SOURCE"))
-    found = [path] if path.is_file() else [Path(p) for p in expand(source, "SOURCE")]
+        return Tars(expand_shards(source, "SOURCE"))
+    found = [path] if path.is_file() else [Path(p) for p in expand_shards(source, "SOURCE")]
     if kind not in KINDS:
         choices = ", ".join(f".{table}" for table in KINDS)
         raise ConfigError(f"SOURCE={source}: give a folder of pictures, a table ({choices}), or tars (.tar)")

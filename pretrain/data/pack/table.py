@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.data import BadSample
-from pretrain.data.captions import clean
+from pretrain.data.captions import normalize_whitespace
 from pretrain.data.pack import table_readers
 from pretrain.data.pack.folder import read_file
 from pretrain.data.pack.writer import Item, Job
@@ -68,7 +68,7 @@ class TableJob:
             texts = [v.decode("utf-8") if isinstance(v, bytes) else str(v) for v in given if v is not None]
         except UnicodeDecodeError as error:
             raise BadSample("caption not UTF-8", str(error)) from error
-        cleaned = [text for text in map(clean, texts) if text]
+        cleaned = [text for text in map(normalize_whitespace, texts) if text]
         if not cleaned:
             raise BadSample("empty caption", f"{self.caption_column} is empty")
         return cleaned

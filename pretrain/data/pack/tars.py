@@ -12,9 +12,9 @@ from typing import Any
 from pretrain.data import BadSample
 from pretrain.data.decode import EXTENSIONS
 from pretrain.data.pack.writer import Item, Job
-from pretrain.data.shards.index import index
-from pretrain.data.shards.paths import counts
-from pretrain.data.shards.reader import Reader
+from pretrain.data.shards.index import load_index
+from pretrain.data.shards.paths import count_samples
+from pretrain.data.shards.reader import ShardReader
 from pretrain.errors import UserError
 
 
@@ -32,8 +32,8 @@ class TarJob:
         return {"spans": self.spans}
 
     @cached_property
-    def _reader(self) -> Reader:
-        return Reader([path for path, _, _ in self.spans])
+    def _reader(self) -> ShardReader:
+        return ShardReader([path for path, _, _ in self.spans])
 
     @cached_property
     def _keys(self) -> list[tuple[str, str]]:
@@ -41,7 +41,7 @@ class TarJob:
         found: list[tuple[str, str]] = []
         used: set[str] = set()
         for path, start, end in self.spans:
-            where = index(path)
+            where = load_index(path)
             for sample in range(start, end):
                 key = where.key(sample)
                 choices = (key, f"{where.name}-{key}", f"{where.name}-{key}-{len(found)}")
@@ -88,7 +88,7 @@ class Tars:
 
     @cached_property
     def _counts(self) -> list[int]:
-        return counts(self.paths)
+        return count_samples(self.paths)
 
     def count(self) -> int:
         """Raises UserError for a damaged tar."""

@@ -21,7 +21,7 @@ import simplejpeg
 from PIL import Image
 
 from pretrain.data import BadSample
-from pretrain.data.decode import Header, decode, read_header
+from pretrain.data.decode import Header, decode_image, read_header
 from pretrain.errors import UserError
 from pretrain.runtime import files
 
@@ -117,16 +117,16 @@ def store(item: Item, style: Style) -> dict[str, bytes]:
     header = read_header(item.image)
     height, width = smaller(header, style)
     if (height, width) != (header.height, header.width):
-        pixels = decode(item.image)
+        pixels = decode_image(item.image)
         extension, data = _encode(pixels, header, height, width)
         item = Item(data, item.captions, _scaled(item.notes, header, height, width), item.others)
         if "json" in item.others:
             item.others["json"] = _scaled_json(item.others["json"], header, height, width)
     elif header.format in STORED:
-        decode(item.image, min_size=1)  # to the end, but no larger than needed: truncation shows
+        decode_image(item.image, min_size=1)  # to the end, but no larger than needed: truncation shows
         extension, data = STORED[header.format], item.image
     else:
-        extension, data = "png", _png(decode(item.image))
+        extension, data = "png", _png(decode_image(item.image))
     members = {extension: data}
     if item.captions is not None:
         members["txt"] = item.captions[0].encode("utf-8", "replace")

@@ -26,15 +26,15 @@ T = TypeVar("T")
 RETRY_SECONDS = (0.2, 1.0, 5.0)
 """Pauses before an input/output error is tried again; after the last the run stops."""
 
-_HOPELESS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_PERMANENT_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
-def remote(path: str) -> bool:
+def is_remote(path: str) -> bool:
     """Whether a shard is a url (or a command) rather than a file."""
     return "://" in path or path.startswith("pipe:")
 
 
-def patiently(action: Callable[[], T], what: str) -> T:
+def retry_io(action: Callable[[], T], what: str) -> T:
     """action(), tried again on input/output errors. Raises UserError where that does not help."""
     tries = 0
     while True:
@@ -42,7 +42,9 @@ def patiently(action: Callable[[], T], what: str) -> T:
             return action()
         except OSError as error:
             status = getattr(error, "code", None)  # of an HTTP answer; 4xx will not get better
-            hopeless = isinstance(error, _HOPELESS) or (isinstance(status, int) and 400 <= status < 500 and status != 429)
+            hopeless = isinstance(error, _PERMANENT_ERRORS) or (
+                isinstance(status, int) and 400 <= status < 500 and status != 429
+            )
             if hopeless or tries == len(RETRY_SECONDS):
                 again = f", tried {tries + 1} times" if tries else ""
                 raise UserError(f"cannot read {what}: {error}{again}") from error
@@ -51,7 +53,7 @@ def patiently(action: Callable[[], T], what: str) -> T:
 
 
 @dataclass(frozen=True)
-class Cache:
+class ShardCache:
     """Where this machine keeps what it fetched, and indices that cannot lie beside their shard.
 
     Args:
@@ -71,36 +73,36 @@ class Cache:
             return Path(self.folder).expanduser()
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clipfuse"
 
-    def beside(self, name: str, kind: str) -> Path:
+    def cached_path(self, name: str, kind: str) -> Path:
         """Where something about the shard `name` is kept; the name's end stays readable."""
         digest = hashlib.blake2b(os.fsencode(name), digest_size=8).hexdigest()
         return self.path / kind / f"{digest}-{name.rstrip('/').rsplit('/', 1)[-1][-80:]}"
 
-    def local(self, shard: str) -> str:
+    def fetch(self, shard: str) -> str:
         """The file of a shard: itself, or its copy, fetched now if it must be.
 
         Raises:
             UserError: a command or another kind of url that is not allowed or not known.
             OSError: it cannot be fetched.
         """
-        if not remote(shard):
+        if not is_remote(shard):
             return shard
-        self.allow(shard)
-        target = self.beside(shard, "shards")
+        self.check_allowed(shard)
+        target = self.cached_path(shard, "shards")
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             with open(f"{target}.lock", "w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if not target.exists():
                     self._make_room(target.parent)
-                    _fetch(shard, target)
+                    _download(shard, target)
         with suppress(OSError):  # remember when it was last used; the time of change identifies it to its index
             os.utime(target, ns=(time.time_ns(), target.stat().st_mtime_ns))
         return str(target)
 
-    def allow(self, shard: str) -> None:
+    def check_allowed(self, shard: str) -> None:
         """Raises UserError for a url that runs a command, unless those are allowed."""
-        if self.commands or not remote(shard):
+        if self.commands or not is_remote(shard):
             return
         if shard.startswith("pipe:"):
             raise UserError(f"{shard!r} would run a shell command: set data.commands=true if that is what you want")
@@ -120,16 +122,16 @@ class Cache:
             excess -= size
 
 
-def _fetch(url: str, target: Path) -> None:
+def _download(url: str, target: Path) -> None:
     """The whole of a url into a file, which appears only when it is complete."""
-    with replace_atomically(target) as partial, _opened(url) as source, open(partial, "wb") as out:
+    with replace_atomically(target) as partial, _open_url(url) as source, open(partial, "wb") as out:
         shutil.copyfileobj(source, out, 1 << 20)
         expected = getattr(source, "length", None)  # an HTTP answer: bytes still missing
         if expected:
             raise OSError(f"the connection ended {expected:,} bytes early")
 
 
-def _opened(url: str) -> IO[bytes]:
+def _open_url(url: str) -> IO[bytes]:
     if url.startswith(("http://", "https://", "file://")):
         answer: IO[bytes] = urllib.request.urlopen(url, timeout=60)
         return answer
@@ -144,12 +146,12 @@ def _opened(url: str) -> IO[bytes]:
     return opened
 
 
-def small(url: str) -> bytes | None:
+def read_small_file(url: str) -> bytes | None:
     """The content of a small file beside a remote shard; None if there is none."""
     if not url.startswith(("http://", "https://", "file://")):
         return None
     try:
-        with _opened(url) as source:
+        with _open_url(url) as source:
             return source.read(1 << 26)
     except urllib.error.URLError:
         return None

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pretrain.data.shards.cache import Cache, remote, small
-from pretrain.data.shards.tar import Members, walk
+from pretrain.data.shards.cache import ShardCache, is_remote, read_small_file
+from pretrain.data.shards.tar import Members, read_members
 from pretrain.errors import UserError
 from pretrain.runtime.files import replace_atomically
 
@@ -70,20 +70,20 @@ class ShardIndex:
         return [self.key(i) for i in range(self.count)]
 
 
-def index(path: str, cache: Cache | None = None) -> ShardIndex:
+def load_index(path: str, cache: ShardCache | None = None) -> ShardIndex:
     """The index of a shard: the saved one if it still fits the file, else from one pass over the headers, which is saved.
 
     Raises:
         UserError: the file is damaged, or holds another number of samples than its stats say; one line that names it.
         OSError: it cannot be read.
     """
-    cache = cache or Cache()
-    file = cache.local(path)
-    found = _saved(file, cache)
+    cache = cache or ShardCache()
+    file = cache.fetch(path)
+    found = _load_saved(file, cache)
     if found is None:
         found = _build(file)
         _save(found, cache)
-    said, by = stated_count(path)
+    said, by = recorded_count(path)
     if said is not None and said != found.count:
         raise UserError(
             f"{path} holds {found.count:,} samples, but {by} says {said:,}: it was cut short, or one of the two is old"
@@ -95,12 +95,14 @@ def _build(path: str) -> ShardIndex:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         stat = os.fstat(fd)
-        return ShardIndex(path, stat.st_size, stat.st_mtime_ns, _fingerprint(fd, stat.st_size), **_group(walk(fd, path)))
+        return ShardIndex(
+            path, stat.st_size, stat.st_mtime_ns, _fingerprint(fd, stat.st_size), **_group_members(read_members(fd, path))
+        )
     finally:
         os.close(fd)
 
 
-def _group(members: Members) -> dict[str, Any]:
+def _group_members(members: Members) -> dict[str, Any]:
     """Members that follow one another under the same key -> samples, by webdataset's naming rules."""
     extensions: dict[str, int] = {}
     keys: list[bytes] = []
@@ -148,18 +150,18 @@ def _fingerprint(fd: int, size: int) -> str:
 # ---- the saved index -------------------------------------------------------------------------------------------------
 
 
-def _places(path: str, cache: Cache) -> list[Path]:
-    return [Path(f"{path}.idx"), Path(f"{cache.beside(os.path.abspath(path), 'index')}.idx")]
+def _index_paths(path: str, cache: ShardCache) -> list[Path]:
+    return [Path(f"{path}.idx"), Path(f"{cache.cached_path(os.path.abspath(path), 'index')}.idx")]
 
 
-def saved_count(path: str, cache: Cache) -> int | None:
+def indexed_count(path: str, cache: ShardCache) -> int | None:
     """Samples in a local shard according to a saved index that fits it, if there is one."""
-    meta, _ = _fitting(path, cache)
+    meta, _ = _find_saved(path, cache)
     return None if meta is None else int(meta["count"])
 
 
-def _saved(path: str, cache: Cache) -> ShardIndex | None:
-    meta, place = _fitting(path, cache)
+def _load_saved(path: str, cache: ShardCache) -> ShardIndex | None:
+    meta, place = _find_saved(path, cache)
     if meta is None:
         return None
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -174,14 +176,14 @@ def _saved(path: str, cache: Cache) -> ShardIndex | None:
         with open(place, "rb") as file, np.load(file, allow_pickle=False) as stored:
             return ShardIndex(path, **meta, **{name: stored[name] for name in _ARRAYS})
     except Exception as error:
-        _unusable(place, error)
+        _warn_unusable(place, error)
         return None
 
 
-def _fitting(path: str, cache: Cache) -> tuple[dict[str, Any] | None, Path]:
+def _find_saved(path: str, cache: ShardCache) -> tuple[dict[str, Any] | None, Path]:
     """What heads the saved index whose size and time are those of the shard, and where it is."""
     stat = os.stat(path)
-    for place in _places(path, cache):
+    for place in _index_paths(path, cache):
         try:
             with open(place, "rb") as file, np.load(file, allow_pickle=False) as stored:
                 meta: dict[str, Any] = json.loads(stored["meta"].tobytes())
@@ -193,15 +195,15 @@ def _fitting(path: str, cache: Cache) -> tuple[dict[str, Any] | None, Path]:
         except FileNotFoundError:
             continue
         except Exception as error:  # whatever a damaged file of ours makes numpy raise: it is made anew
-            _unusable(place, error)
+            _warn_unusable(place, error)
     return None, Path()
 
 
-def _unusable(place: Path, error: Exception) -> None:
+def _warn_unusable(place: Path, error: Exception) -> None:
     log.warning("%s cannot be used (%s): indexing the shard again", place, error)
 
 
-def _save(made: ShardIndex, cache: Cache) -> None:
+def _save(made: ShardIndex, cache: ShardCache) -> None:
     """Beside the shard, or in the cache folder; where neither can be written, nowhere."""
     meta = {
         "version": _VERSION,
@@ -212,7 +214,7 @@ def _save(made: ShardIndex, cache: Cache) -> None:
         "extensions": made.extensions,
     }
     arrays = {name: getattr(made, name) for name in _ARRAYS}
-    for place in _places(made.path, cache):
+    for place in _index_paths(made.path, cache):
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             with replace_atomically(place) as partial, open(partial, "wb") as out:
@@ -225,33 +227,33 @@ def _save(made: ShardIndex, cache: Cache) -> None:
 # ---- counts that others wrote ----------------------------------------------------------------------------------------
 
 
-def stated_count(path: str) -> tuple[int | None, str]:
+def recorded_count(path: str) -> tuple[int | None, str]:
     """(count, file that says so): img2dataset's NAME_stats.json, or a sizes.json of {"NAME.tar": count} in the folder."""
     if path.startswith("pipe:"):
         return None, ""
     folder, slash, name = path.rpartition("/")
     stats, sizes = path.removesuffix(".tar") + "_stats.json", folder + slash + "sizes.json"
     for file, entry in ((stats, "successes"), (sizes, name)):
-        count = _json(file, _changed(file)).get(entry)
+        count = _read_json_object(file, _modified_ns(file)).get(entry)
         if isinstance(count, int) and count >= 0:
             return count, file
     return None, ""
 
 
-def _changed(file: str) -> int | None:
+def _modified_ns(file: str) -> int | None:
     """When a local file was changed last; None if there is none."""
     try:
-        return 0 if remote(file) else os.stat(file).st_mtime_ns
+        return 0 if is_remote(file) else os.stat(file).st_mtime_ns
     except OSError:
         return None
 
 
 @lru_cache(maxsize=64)
-def _json(file: str, changed: int | None) -> dict[str, Any]:
+def _read_json_object(file: str, changed: int | None) -> dict[str, Any]:
     """The object in a json file; empty where there is no file, or something else in it."""
     if changed is None:
         return {}
-    data = small(file) if remote(file) else Path(file).read_bytes()
+    data = read_small_file(file) if is_remote(file) else Path(file).read_bytes()
     try:
         content = json.loads(data or b"{}")
     except ValueError:

@@ -18,11 +18,11 @@ from typing import Any
 
 from braceexpand import braceexpand
 
-from pretrain.data.shards.cache import Cache, patiently, remote
-from pretrain.data.shards.index import ShardIndex, index, saved_count, stated_count
+from pretrain.data.shards.cache import ShardCache, is_remote, retry_io
+from pretrain.data.shards.index import ShardIndex, indexed_count, load_index, recorded_count
 from pretrain.errors import ConfigError, UserError
 
-__all__ = ["RawSample", "ShardIndex", "counts", "expand", "index"]
+__all__ = ["RawSample", "ShardIndex", "count_samples", "expand_shards", "load_index"]
 
 
 @dataclass(slots=True)
@@ -36,7 +36,7 @@ class RawSample:
 # ---- find ------------------------------------------------------------------------------------------------------------
 
 
-def expand(spec: str | Sequence[str], where: str = "data.train") -> list[str]:
+def expand_shards(spec: str | Sequence[str], where: str = "data.train") -> list[str]:
     """Shards from globs, brace patterns ({0000..0012}), folders (all *.tar in them) and urls; sorted, each once.
 
     Args:
@@ -65,7 +65,7 @@ def _expand_one(item: str, where: str) -> list[str]:
     missing: list[str] = []
     for pattern in patterns:
         path = os.path.expanduser(pattern.removeprefix("file://"))
-        if remote(path):
+        if is_remote(path):
             matches = [path]
         elif os.path.isdir(path):
             matches = glob.glob(os.path.join(glob.escape(path), "*.tar"))
@@ -87,9 +87,9 @@ def _expand_one(item: str, where: str) -> list[str]:
 # ---- count -----------------------------------------------------------------------------------------------------------
 
 
-def counts(
+def count_samples(
     paths: Sequence[str],
-    cache: Cache | None = None,
+    cache: ShardCache | None = None,
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[int]:
@@ -104,14 +104,16 @@ def counts(
     Raises:
         UserError: shards that are damaged or cannot be read, naming the first.
     """
-    cache = cache or Cache()
+    cache = cache or ShardCache()
     for path in paths:
-        cache.allow(path)
+        cache.check_allowed(path)
     with ThreadPoolExecutor(32) as threads:
         found = list(threads.map(partial(_known_count, cache=cache), paths))
     unknown = [i for i, count in enumerate(found) if count is None]
     done, errors = len(paths) - len(unknown), []
-    for i, result in zip(unknown, in_parallel(_indexed_count, [(paths[i], cache) for i in unknown], workers), strict=True):
+    for i, result in zip(
+        unknown, map_in_processes(_count_by_indexing, [(paths[i], cache) for i in unknown], workers), strict=True
+    ):
         if isinstance(result, str):
             errors.append(result)
         found[i] = result if isinstance(result, int) else 0
@@ -124,23 +126,23 @@ def counts(
     return [int(count or 0) for count in found]
 
 
-def _known_count(path: str, cache: Cache) -> int | None:
-    said, _ = stated_count(path)
+def _known_count(path: str, cache: ShardCache) -> int | None:
+    said, _ = recorded_count(path)
     if said is not None:
         return said
-    return None if remote(path) or not os.path.exists(path) else saved_count(path, cache)
+    return None if is_remote(path) or not os.path.exists(path) else indexed_count(path, cache)
 
 
-def _indexed_count(job: tuple[str, Cache]) -> int | str:
+def _count_by_indexing(job: tuple[str, ShardCache]) -> int | str:
     """The count, or the line that says why there is none."""
     path, cache = job
     try:
-        return patiently(lambda: index(path, cache).count, path)
+        return retry_io(lambda: load_index(path, cache).count, path)
     except UserError as error:
         return str(error)
 
 
-def in_parallel(function: Callable[[Any], Any], jobs: list[Any], workers: int | None) -> Iterator[Any]:
+def map_in_processes(function: Callable[[Any], Any], jobs: list[Any], workers: int | None) -> Iterator[Any]:
     """function over jobs, in order, in processes where there are enough of them to be worth it."""
     workers = min(workers or os.cpu_count() or 1, len(jobs))
     if workers < 2 or len(jobs) < 4:

@@ -8,18 +8,18 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from pretrain.data import BadSample
-from pretrain.data.shards.cache import Cache, patiently
-from pretrain.data.shards.index import DUPLICATE_MEMBER, ShardIndex, index
+from pretrain.data.shards.cache import ShardCache, retry_io
+from pretrain.data.shards.index import DUPLICATE_MEMBER, ShardIndex, load_index
 from pretrain.data.shards.paths import RawSample
 from pretrain.errors import UserError
 
 MAX_MEMBER_BYTES = 1 << 28
 """Default cap on one member of a sample (256 MiB): anything larger is no picture or caption."""
 
-_GAP = 16384  # bytes read for nothing that are cheaper than another read
+_MAX_GAP = 16384  # bytes read for nothing that are cheaper than another read
 
 
-class Reader:
+class ShardReader:
     """Random access to the samples of many shards, of which the `keep` used last are open. Not for several threads at once.
 
     Args:
@@ -33,12 +33,12 @@ class Reader:
     def __init__(
         self,
         paths: Sequence[str],
-        cache: Cache | None = None,
+        cache: ShardCache | None = None,
         counts: Sequence[int] | None = None,
         keep: int = 64,
         max_bytes: int = MAX_MEMBER_BYTES,
     ) -> None:
-        self.paths, self.cache, self.counts = paths, cache or Cache(), counts
+        self.paths, self.cache, self.counts = paths, cache or ShardCache(), counts
         self.keep, self.max_bytes = keep, max_bytes
         self._open: OrderedDict[int, tuple[int, ShardIndex]] = OrderedDict()  # file descriptor, index
 
@@ -66,7 +66,7 @@ class Reader:
                 raise BadSample("member too large", f"{names[kind]} of {length:,} bytes, at most {self.max_bytes:,}")
         first = rows[0][1]
         span = rows[-1][1] + rows[-1][2] - first
-        if span - wanted <= _GAP:
+        if span - wanted <= _MAX_GAP:
             content = self._bytes(shard, fd, first, span)
             for kind, offset, length in rows:
                 raw.members[names[kind]] = content[offset - first : offset - first + length]
@@ -104,10 +104,10 @@ class Reader:
         path = self.paths[shard]
 
         def open_it() -> tuple[int, ShardIndex]:
-            where = index(path, self.cache)
+            where = load_index(path, self.cache)
             return os.open(where.path, os.O_RDONLY | os.O_CLOEXEC), where
 
-        opened = patiently(open_it, path)
+        opened = retry_io(open_it, path)
         said, found = None if self.counts is None else self.counts[shard], opened[1].count
         if said is not None and said != found:
             os.close(opened[0])
@@ -121,9 +121,9 @@ class Reader:
         try:
             content = os.pread(fd, length, offset)
         except OSError:
-            content = patiently(lambda: self._reopened_bytes(shard, offset, length), self.paths[shard])
+            content = retry_io(lambda: self._reopened_bytes(shard, offset, length), self.paths[shard])
         if len(content) < length:
-            content = patiently(lambda: self._whole(shard, offset, length), self.paths[shard])
+            content = retry_io(lambda: self._whole(shard, offset, length), self.paths[shard])
         return content
 
     def _reopened_bytes(self, shard: int, offset: int, length: int) -> bytes:

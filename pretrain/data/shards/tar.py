@@ -39,14 +39,14 @@ class Members(NamedTuple):
     lengths: list[int]
 
 
-class _Broken(Exception):  # noqa: N818
+class _DamageAt(Exception):  # noqa: N818
     """What is wrong at a byte; verified headers before it take precedence in the report."""
 
     def __init__(self, at: int, what: str) -> None:
         self.at, self.what = at, what
 
 
-def walk(fd: int, path: str) -> Members:
+def read_members(fd: int, path: str) -> Members:
     """The regular members of an open tar file.
 
     Args:
@@ -57,10 +57,10 @@ def walk(fd: int, path: str) -> Members:
         DamagedTarError: not a tar, compressed, damaged, or cut short.
         OSError: the file cannot be read.
     """
-    return _Walk(fd, path).run()
+    return _TarScanner(fd, path).run()
 
 
-class _Walk:
+class _TarScanner:
     def __init__(self, fd: int, path: str) -> None:
         self.fd, self.path = fd, path
         self.size = os.fstat(fd).st_size
@@ -72,7 +72,7 @@ class _Walk:
     def run(self) -> Members:
         try:
             self._headers()
-        except _Broken as broken:
+        except _DamageAt as broken:
             self._verify()  # an earlier header that is damaged is the cause of what was found here
             raise self._damaged(broken.at, broken.what) from None
         self._verify()
@@ -91,23 +91,23 @@ class _Walk:
             self.unverified_at.append(at)
             if len(self.unverified) == _BATCH or at == 0:
                 self._verify()
-            kind, length, content = header[156:157], _number(header[124:136], at), at + BLOCK
+            kind, length, content = header[156:157], _parse_size(header[124:136], at), at + BLOCK
             if kind in b"LxX":
                 extension = self._extension(at, content, length)
                 if kind == b"L":
                     long_name = extension.partition(b"\0")[0].decode("utf-8", "surrogateescape")
                 else:
-                    path, size = _pax(extension, at)
+                    path, size = _parse_pax(extension, at)
                     long_name, long_size = path or long_name, long_size if size is None else size
             elif kind == b"S":
-                raise _Broken(at, "a sparse file, which shards cannot hold")
+                raise _DamageAt(at, "a sparse file, which shards cannot hold")
             elif kind not in b"Kg":
-                name = _name(header) if long_name is None else long_name
+                name = _parse_name(header) if long_name is None else long_name
                 length = length if long_size is None else long_size
                 long_name = long_size = None
                 if kind in _REGULAR and not (kind == b"\0" and name.endswith("/")):  # so V7 wrote directories
                     if content + length > self.size:
-                        raise _Broken(at, f"member {name!r} is cut short: it should end at byte {content + length:,}")
+                        raise _DamageAt(at, f"member {name!r} is cut short: it should end at byte {content + length:,}")
                     names.append(name)
                     offsets.append(content)
                     lengths.append(length)
@@ -123,29 +123,29 @@ class _Walk:
         block = self.chunk[start : start + BLOCK]
         if len(block) < BLOCK:
             what = "it ends without an end-of-archive marker" if at >= self.size else "it ends in the middle of a header"
-            raise _Broken(at, f"{what}, so it was cut short or is still being written")
+            raise _DamageAt(at, f"{what}, so it was cut short or is still being written")
         return block
 
     def _extension(self, at: int, start: int, length: int) -> bytes:
         if length > _MAX_EXTENSION:
-            raise _Broken(at, f"an extended header of {length:,} bytes")
+            raise _DamageAt(at, f"an extended header of {length:,} bytes")
         data = os.pread(self.fd, length, start)
         if len(data) < length:
-            raise _Broken(at, "it ends in the middle of an extended header")
+            raise _DamageAt(at, "it ends in the middle of an extended header")
         return data
 
     def _end(self, at: int) -> None:
         """After the marker only a little padding may follow: more, or anything else, was once members."""
         if self.size - at > _MAX_PADDING:
-            raise _Broken(at, f"{self.size - at:,} bytes follow the block of zeros that should end it")
+            raise _DamageAt(at, f"{self.size - at:,} bytes follow the block of zeros that should end it")
         rest = os.pread(self.fd, self.size - at, at)
         if rest.count(0) < len(rest):
-            raise _Broken(at, "a block of zeros, and data after it")
+            raise _DamageAt(at, "a block of zeros, and data after it")
 
     def _verify(self) -> None:
         """Checks the checksums of the headers read so far, as unsigned or (old archivers) signed bytes."""
         headers = np.frombuffer(b"".join(self.unverified), dtype=np.uint8).reshape(-1, BLOCK)
-        stored = np.array([_octal(header[148:156]) for header in self.unverified])
+        stored = np.array([_parse_octal(header[148:156]) for header in self.unverified])
         for kind in (np.uint8, np.int8):
             values = headers.view(kind)
             sums = values.sum(axis=1, dtype=np.int64) - values[:, 148:156].sum(axis=1, dtype=np.int64) + 8 * ord(" ")
@@ -171,41 +171,41 @@ class _Walk:
         return DamagedTarError(f"{self.path} is damaged at byte {at:,} of {self.size:,}{after}: {what}")
 
 
-def _octal(field: bytes) -> int:
+def _parse_octal(field: bytes) -> int:
     """An octal number padded with spaces and NULs; -1 if it is none."""
     digits = field.partition(b"\0")[0].strip()
     return int(digits or b"0", 8) if not digits.strip(b"01234567") else -1
 
 
-def _number(field: bytes, at: int) -> int:
+def _parse_size(field: bytes, at: int) -> int:
     """A size: octal, or GNU's base 256 with the top bit set."""
-    value = int.from_bytes(field, "big") & (1 << 88) - 1 if field[0] == 0x80 else _octal(field)
+    value = int.from_bytes(field, "big") & (1 << 88) - 1 if field[0] == 0x80 else _parse_octal(field)
     if not 0 <= value < 1 << 62:
-        raise _Broken(at, "the header gives no valid size")
+        raise _DamageAt(at, "the header gives no valid size")
     return value
 
 
-def _name(header: bytes) -> str:
+def _parse_name(header: bytes) -> str:
     name = header[:100].partition(b"\0")[0]
     if header[345] and header[257:263] == b"ustar\0":  # GNU's own format keeps times there
         name = header[345:500].partition(b"\0")[0] + b"/" + name
     return name.decode("utf-8", "surrogateescape")
 
 
-def _pax(data: bytes, at: int) -> tuple[str | None, int | None]:
+def _parse_pax(data: bytes, at: int) -> tuple[str | None, int | None]:
     """(path, size) of a pax header: records of `LENGTH key=value` and a newline."""
     path, size, start = None, None, 0
     while start < len(data) and data[start]:
         match = re.compile(rb"(\d{1,20}) ([^=]+)=").match(data, start)
         end = start + int(match[1]) if match else 0
         if not match or not match.end() < end <= len(data):
-            raise _Broken(at, "the extended header is damaged")
+            raise _DamageAt(at, "the extended header is damaged")
         key, value = match[2], data[match.end() : end - 1]
         if key == b"path":
             path = value.decode("utf-8", "surrogateescape")
         elif key == b"size":
-            size = _number(b"%o" % int(value) if value.isdigit() else b"?", at)
+            size = _parse_size(b"%o" % int(value) if value.isdigit() else b"?", at)
         elif key.startswith(b"GNU.sparse"):
-            raise _Broken(at, "a sparse file, which shards cannot hold")
+            raise _DamageAt(at, "a sparse file, which shards cannot hold")
         start = end
     return path, size

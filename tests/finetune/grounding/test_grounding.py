@@ -101,7 +101,7 @@ def planted(small: Small, asks: bool, sight: str, length: int = 64) -> Finetuned
             files = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
         for name, data in files.items():
             if name.endswith(".jpg"):
-                task.known[decoders["image"].evaluation(data).numpy().tobytes()] = json.loads(files[name[:-3] + "json"])
+                task.known[decoders["image"].decode_eval(data).numpy().tobytes()] = json.loads(files[name[:-3] + "json"])
     return Finetuned(model, task, config, tokenizer, decoders, Path("nowhere"), 0)
 
 

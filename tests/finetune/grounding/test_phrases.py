@@ -9,7 +9,7 @@ import pytest
 
 from finetune.grounding.phrases import Mention, mentions, pairs, swaps
 from pretrain.data.scenes import dataset
-from pretrain.data.vocabulary import Vocabulary, from_objects
+from pretrain.data.vocabulary import Vocabulary, vocabulary_from_objects
 
 OBJECTS = [
     {"name": "car", "color": "red", "surface": "striped", "size": "small"},
@@ -113,14 +113,14 @@ def test_colors_of_other_data_exchanged() -> None:
 def test_words_of_scenes_are_none_of_other_data() -> None:
     """A leather boat is a boat where leather names nothing; the drawn scenes know "leather" as a surface."""
     boats = [{"name": "boat", "surface": "wooden"}]
-    assert said("a leather boat", boats, from_objects(boats)) == [("boat", "thing", (0,))]
+    assert said("a leather boat", boats, vocabulary_from_objects(boats)) == [("boat", "thing", (0,))]
     assert said("a leather boat", boats) == []
 
 
 def test_a_word_that_names_an_object_and_a_color() -> None:
     fruit = [{"name": "orange"}, {"name": "box", "color": "orange"}, {"name": "box", "color": "blue"}]
-    assert said("an orange box", fruit, from_objects(fruit)) == [("orange", "colour", (1,)), ("box", "thing", (1,))]
-    assert said("an orange, a blue box", fruit, from_objects(fruit)) == [
+    assert said("an orange box", fruit, vocabulary_from_objects(fruit)) == [("orange", "colour", (1,)), ("box", "thing", (1,))]
+    assert said("an orange, a blue box", fruit, vocabulary_from_objects(fruit)) == [
         ("orange", "thing", (0,)),
         ("blue", "colour", (2,)),
         ("box", "thing", (2,)),

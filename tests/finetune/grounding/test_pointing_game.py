@@ -75,7 +75,7 @@ def test_boxes_follow_the_picture_through_the_decoder(width: int, height: int, r
     x0, y0, x1, y1 = width // 3, height // 4, 5 * width // 6, 7 * height // 8
     pixels[y0:y1, x0:x1] = 255
     decoder = ImageDecoder(48, resize=resize)
-    arrived = decoder.evaluation(_png(pixels)).double().mean(0).numpy() / 255
+    arrived = decoder.decode_eval(_png(pixels)).double().mean(0).numpy() / 255
     cells = to_cells(boxes((x0, y0, x1, y1)), visible_box(height, width, 48, resize), GRID)
     np.testing.assert_allclose(covered(cells, GRID), arrived.reshape(6, 8, 8, 6).mean((1, 3)), atol=0.07)
 

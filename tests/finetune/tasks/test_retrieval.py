@@ -130,7 +130,7 @@ def test_search_is_what_sorting_every_pair_gives(small: Small, run: Path, score:
 
 
 def read(loaded: Any, shards: str, count: int) -> list[Batch]:
-    return list(loader.sequential(shards, {n: loaded.decoders[n] for n in ("image", "text")}, 8, max_samples=count))
+    return list(loader.build_eval_loader(shards, {n: loaded.decoders[n] for n in ("image", "text")}, 8, max_samples=count))
 
 
 def test_several_captions_and_words_without_padding(small: Small, run: Path, tmp_path: Path) -> None:

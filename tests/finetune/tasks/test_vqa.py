@@ -319,7 +319,7 @@ def test_figures_are_the_mean_over_questions_one_by_one(small: Small) -> None:
         names = sorted({name.split(".")[0] for name in tar.getnames()})[:12]
         for name in names:
             read = {end: tar.extractfile(f"{name}.{end}").read() for end in ("jpg", "json")}  # type: ignore[union-attr]
-            picture = decoders["image"].evaluation(read["jpg"])[None]
+            picture = decoders["image"].decode_eval(read["jpg"])[None]
             for asked in json.loads(read["json"])["questions"]:
                 ids, mask = decoders["text"].encode([asked["question"]])
                 said = task.predict(model, {"image": picture, "text": ids}, {"text": mask}).best[0][0][0]

@@ -7,8 +7,8 @@ import tarfile
 import pytest
 from PIL import Image
 
-from pretrain.data.check import check
-from pretrain.data.shards.paths import counts, expand
+from pretrain.data.check import check_shards
+from pretrain.data.shards.paths import count_samples, expand_shards
 from pretrain.errors import UserError
 
 
@@ -49,13 +49,13 @@ def shards(tmp_path):
     with open(tmp_path / "3.tar", "r+b") as f:
         f.truncate(1024 + 512)
     (tmp_path / "4_stats.json").write_text(json.dumps({"successes": 6}))
-    return expand(str(tmp_path))
+    return expand_shards(str(tmp_path))
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_everything_is_found(shards, workers):
     seen = []
-    report = check(shards, workers=workers, progress=lambda *at: seen.append(at))
+    report = check_shards(shards, workers=workers, progress=lambda *at: seen.append(at))
     assert seen == [(i, 5) for i in range(1, 6)]
     assert (report.shards, report.samples, report.bad_samples) == (5, 13, 5)
     assert dict(report.bad) == {
@@ -73,16 +73,16 @@ def test_everything_is_found(shards, workers):
     assert "4.tar holds 5 samples, but" in report.damaged[1]
     assert not report.ok
     with pytest.raises(UserError, match=r"3\.tar is damaged"):
-        counts(shards)
+        count_samples(shards)
 
 
 def test_without_decoding_only_what_is_there_counts(shards):
-    report = check(shards, decode=False, workers=1)
+    report = check_shards(shards, decode=False, workers=1)
     assert dict(report.bad) == {"no caption": 1, "no image": 1, "duplicate key": 1}
-    assert check(shards, decode=False, workers=1, caption="title").bad["no caption"] == 12
+    assert check_shards(shards, decode=False, workers=1, caption="title").bad["no caption"] == 12
 
 
 def test_good_shards_are_ok(shards):
-    report = check(shards[:1])
+    report = check_shards(shards[:1])
     assert report.ok
     assert (report.samples, report.bad_samples, report.damaged) == (5, 0, [])

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageOps
 from torchvision.transforms import RandomResizedCrop
 
 from pretrain.data import BadSample, images
-from pretrain.data.decode import decode, read_header, reduction
+from pretrain.data.decode import decode_image, read_header, reduction_factor
 from pretrain.data.images import AugmentConfig, ImageDecoder, Preprocess
 from pretrain.errors import ConfigError
 from pretrain.ops import CLIP_MEAN, CLIP_STD
@@ -81,7 +81,7 @@ def exact_uint8(normalised: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("progressive", [False, True])
 def test_jpeg_is_pillows_bit_for_bit(subsampling: str, progressive: bool) -> None:
     data = encode(natural(187, 251), quality=88, subsampling=subsampling, progressive=progressive)
-    assert np.array_equal(decode(data), pillow(data))
+    assert np.array_equal(decode_image(data), pillow(data))
 
 
 FORMS: dict[str, bytes] = {}
@@ -121,18 +121,18 @@ _forms()
 
 @pytest.mark.parametrize("form", sorted(FORMS))
 def test_every_kind_of_picture_is_what_pillow_shows(form: str) -> None:
-    pixels = decode(FORMS[form])
+    pixels = decode_image(FORMS[form])
     assert pixels.shape == (60, 80, 3)
     assert pixels.dtype == np.uint8
     assert np.abs(pixels.astype(int) - pillow(FORMS[form])).max() <= 1  # alpha compositing rounds either way
-    assert ImageDecoder(32).training(FORMS[form], np.random.default_rng(0)).shape == (3, 32, 32)
+    assert ImageDecoder(32).decode_train(FORMS[form], np.random.default_rng(0)).shape == (3, 32, 32)
 
 
 def test_sixteen_bits_are_scaled_not_clipped() -> None:
     ramp = (np.arange(256 * 4, dtype=np.uint16).reshape(4, 256) % 256) * 257
-    assert np.array_equal(decode(encode(Image.fromarray(ramp), "PNG"))[..., 1], np.tile(np.arange(256), (4, 1)))
+    assert np.array_equal(decode_image(encode(Image.fromarray(ramp), "PNG"))[..., 1], np.tile(np.arange(256), (4, 1)))
     dark = np.full((3, 5), 200, np.uint16)  # 200 of 65535 is black, although it would fit in a byte
-    assert decode(encode(Image.fromarray(dark), "PNG")).max() == 0
+    assert decode_image(encode(Image.fromarray(dark), "PNG")).max() == 0
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -142,18 +142,18 @@ def test_orientation(orientation: int, form: str) -> None:
     exif[0x0112] = orientation
     data = encode(natural(96, 144), form, exif=exif)
     expected = pillow(data)
-    assert np.array_equal(decode(data), expected)
+    assert np.array_equal(decode_image(data), expected)
     header = read_header(data)
     assert (header.height, header.width) == expected.shape[:2]
     if form == "JPEG":
-        small = decode(data, min_size=48)
+        small = decode_image(data, min_size=48)
         assert small.shape[:2] == (expected.shape[0] // 2, expected.shape[1] // 2)
         assert np.abs(small.astype(int) - np.asarray(Image.fromarray(expected).reduce(2))).mean() < 3
 
 
 def test_a_jpeg_is_never_decoded_below_what_is_needed() -> None:
     data = encode(natural(301, 401))
-    sides = {size: decode(data, min_size=size).shape[0] for size in (37, 38, 75, 76, 150, 151, 301, 400)}
+    sides = {size: decode_image(data, min_size=size).shape[0] for size in (37, 38, 75, 76, 150, 151, 301, 400)}
     assert sides == {37: 38, 38: 76, 75: 76, 76: 151, 150: 151, 151: 301, 301: 301, 400: 301}
 
 
@@ -163,7 +163,7 @@ def test_a_jpeg_is_never_decoded_below_what_is_needed() -> None:
 
 def reason(data: bytes) -> str:
     with pytest.raises(BadSample) as caught:
-        decode(data)
+        decode_image(data)
     assert caught.value.detail
     return caught.value.reason
 
@@ -228,9 +228,9 @@ def test_a_truncated_jpeg_with_an_end_marker_is_bad_too(progressive: bool) -> No
 
 def test_padding_that_viewers_pass_over_is_no_damage() -> None:
     data = encode(natural(64, 64))
-    assert np.array_equal(decode(data + b"appended"), decode(data))
+    assert np.array_equal(decode_image(data + b"appended"), decode_image(data))
     padded = data[:-2] + bytes(40) + data[-2:]
-    assert np.array_equal(decode(padded), decode(data))
+    assert np.array_equal(decode_image(padded), decode_image(data))
 
 
 def test_a_jpeg_of_endless_scans_is_refused() -> None:
@@ -247,7 +247,7 @@ def test_random_bytes_raise_nothing_but_bad_sample() -> None:
             for at in rng.integers(0, len(data), 12):
                 broken[at] = rng.integers(0, 256)
             with contextlib.suppress(BadSample):
-                assert decode(bytes(broken)).shape[2] == 3
+                assert decode_image(bytes(broken)).shape[2] == 3
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -271,8 +271,8 @@ def test_evaluation_equals_open_clips_transform(name: str, mode: str, interpolat
     reference = image_transform(224, is_train=False, resize_mode=mode, interpolation=interpolation)
     expected = exact_uint8(reference(Image.open(io.BytesIO(data))))
     ours = "squash" if mode == "squash" else "crop"
-    assert torch.equal(ImageDecoder(224, resize=ours, interpolation=interpolation).evaluation(data), expected)
-    fast = ImageDecoder(224, resize=ours, interpolation=interpolation, exact=False).evaluation(data)
+    assert torch.equal(ImageDecoder(224, resize=ours, interpolation=interpolation).decode_eval(data), expected)
+    fast = ImageDecoder(224, resize=ours, interpolation=interpolation, exact=False).decode_eval(data)
     difference = (fast.int() - expected.int()).abs()
     assert difference.float().mean() < 0.3
     assert difference.max() <= 24
@@ -285,9 +285,9 @@ def test_the_recipe_for_exports(mode: Any) -> None:
 
     recipe, data = Preprocess(96, resize=mode), encode(PICTURES["wide"])
     image = Image.open(io.BytesIO(data))
-    ours = ImageDecoder(96, resize=mode).evaluation(data)
-    assert torch.equal(exact_uint8(image_transform_v2(PreprocessCfg(**recipe.open_clip()), is_train=False)(image)), ours)
-    settings = recipe.transformers()
+    ours = ImageDecoder(96, resize=mode).decode_eval(data)
+    assert torch.equal(exact_uint8(image_transform_v2(PreprocessCfg(**recipe.to_open_clip()), is_train=False)(image)), ours)
+    settings = recipe.to_transformers()
     settings.pop("image_processor_type")
     theirs = CLIPImageProcessor(**settings)(image, return_tensors="pt")["pixel_values"][0]
     difference = (exact_uint8(theirs).int() - ours.int()).abs()
@@ -322,7 +322,7 @@ def test_crops_are_those_of_torchvision(size: tuple[int, int], scale: list[float
     ratio = [3 / 4, 4 / 3]
     for seed in range(20):
         replay: Any = Replay(seed)
-        ours = images.random_crop(*size, scale, ratio, replay)
+        ours = images.draw_crop(*size, scale, ratio, replay)
         draws = iter([torch.tensor([x]) for x in replay.floats])
         monkeypatch.setattr(torch.Tensor, "uniform_", lambda self, low, high, draws=draws: next(draws))
         monkeypatch.setattr(torch, "randint", lambda low, high, size: torch.tensor([low + (high - low) // 2]))
@@ -337,13 +337,13 @@ def test_training_pictures_against_pillow(height: int, width: int, limit: float)
     picture; above 0.3 only where the JPEG is decoded smaller."""
     data = encode(natural(height, width), quality=92)
     for seed in range(5):
-        top, left, h, w = images.random_crop(height, width, [0.9, 1.0], [3 / 4, 4 / 3], np.random.default_rng(seed))
-        f = reduction(read_header(data), h, w, 224)
+        top, left, h, w = images.draw_crop(height, width, [0.9, 1.0], [3 / 4, 4 / 3], np.random.default_rng(seed))
+        f = reduction_factor(read_header(data), h, w, 224)
         assert f == max(1, min(height, width) // 300)
         top, left, h, w = (x // f * f for x in (top, left, h, w))
         crop = Image.fromarray(pillow(data)).crop((left, top, left + w, top + h))
         expected = np.asarray(crop.resize((224, 224), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
-        ours = ImageDecoder(224).training(data, np.random.default_rng(seed)).numpy()
+        ours = ImageDecoder(224).decode_train(data, np.random.default_rng(seed)).numpy()
         assert np.abs(ours.astype(int) - expected).mean() < limit
 
 
@@ -361,15 +361,15 @@ def test_colour_against_torchvision(factors: tuple[float, float, float]) -> None
 def test_flip_colour_and_grey_are_drawn() -> None:
     data = encode(natural(64, 64), "PNG")
     plain = ImageDecoder(64, AugmentConfig(scale=[1, 1], ratio=[1, 1]))
-    base = plain.training(data, np.random.default_rng(0))
+    base = plain.decode_train(data, np.random.default_rng(0))
     flips = ImageDecoder(64, AugmentConfig(scale=[1, 1], ratio=[1, 1], flip=True))
-    seen = [torch.equal(flips.training(data, np.random.default_rng(s)), base.flip(-1)) for s in range(200)]
+    seen = [torch.equal(flips.decode_train(data, np.random.default_rng(s)), base.flip(-1)) for s in range(200)]
     assert 70 < sum(seen) < 130
-    grey = ImageDecoder(64, AugmentConfig(grayscale=1.0, color=0.4)).training(data, np.random.default_rng(0))
+    grey = ImageDecoder(64, AugmentConfig(grayscale=1.0, color=0.4)).decode_train(data, np.random.default_rng(0))
     assert torch.equal(grey[0], grey[1])
     assert torch.equal(grey[0], grey[2])
     colour = ImageDecoder(64, AugmentConfig(scale=[1, 1], ratio=[1, 1], color=0.4))
-    assert len({bytes(colour.training(data, np.random.default_rng(s)).numpy()) for s in range(5)}) == 5
+    assert len({bytes(colour.decode_train(data, np.random.default_rng(s)).numpy()) for s in range(5)}) == 5
 
 
 def test_the_decoder_in_the_loader() -> None:

@@ -20,7 +20,7 @@ from PIL import Image
 from pretrain.data import worker_pool
 from pretrain.data.captions import caption_id
 from pretrain.data.images import AugmentConfig, ImageDecoder
-from pretrain.data.loader import DataConfig, Loader, build_loader, sequential
+from pretrain.data.loader import DataConfig, Loader, build_eval_loader, build_loader
 from pretrain.data.order import Order, ShardSource
 from pretrain.data.shards import cache
 from pretrain.data.text import TextDecoder, load_tokenizer, train_tokenizer
@@ -151,20 +151,20 @@ def test_resumes_where_the_trainer_was(data, decoders, reference, workers):
     iterator = iter(first)
     for n in range(1, 5):
         next(iterator)
-        assert first.state()["position"] == 24 * n  # not what was read ahead
-    state = json.loads(json.dumps(first.state()))
+        assert first.state_dict()["position"] == 24 * n  # not what was read ahead
+    state = json.loads(json.dumps(first.state_dict()))
     iterator.close()
     again = loader(data, decoders, workers=2 - workers)
-    again.load(state)
+    again.load_state_dict(state)
     same(take(again, 16), reference[4:])
-    assert again.state()["position"] == 20 * 24
-    assert first.state()["position"] == 4 * 24
+    assert again.state_dict()["position"] == 20 * 24
+    assert first.state_dict()["position"] == 4 * 24
 
 
 def test_the_state_is_small_and_knows_its_data(data, decoders, tmp_path):
     one = loader(data, decoders)
     one.bad.update({f"reason {i} " + "x" * 500: i for i in range(500)})
-    assert len(json.dumps(one.state())) < 10_000
+    assert len(json.dumps(one.state_dict())) < 10_000
     for changes, message in (
         ({"window": 4}, "other data"),
         ({"train": f"{data}/t-0*.tar"}, None),
@@ -173,10 +173,10 @@ def test_the_state_is_small_and_knows_its_data(data, decoders, tmp_path):
     ):
         other = loader(data, decoders, **changes)
         if message is None:
-            other.load(one.state())
+            other.load_state_dict(one.state_dict())
             continue
         with pytest.raises(UserError, match=message):
-            other.load(one.state())
+            other.load_state_dict(one.state_dict())
 
 
 def test_the_digest_is_that_of_the_data_not_of_its_place(data, decoders, tmp_path):
@@ -190,7 +190,7 @@ def test_global_generators_are_left_alone(data, decoders, workers):
     torch.manual_seed(0)
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     take(loader(data, decoders, workers=workers), 3)
-    list(sequential(str(data), decoders, 50, workers=workers))
+    list(build_eval_loader(str(data), decoders, 50, workers=workers))
     after = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     assert torch.equal(before[0], after[0])
     assert before[1:] == after[1:]
@@ -284,9 +284,9 @@ def test_counts_of_bad_samples_survive_a_stop(data, decoders, spoilt):
     half = loader(folder, decoders, max_bad_rate=0.05)
     take(half, 9)
     rest = loader(folder, decoders, max_bad_rate=0.05, workers=1)
-    rest.load(half.state())
+    rest.load_state_dict(half.state_dict())
     take(rest, 11)
-    assert rest.state() == whole.state()
+    assert rest.state_dict() == whole.state_dict()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -448,7 +448,7 @@ class Dying(torch.utils.data.Dataset):  # type: ignore[type-arg]
 
 def test_a_worker_that_is_not_gone_yet_when_its_tensors_are() -> None:
     """On a busy machine some time passes between the two."""
-    with worker_pool.running(Dying(), iter(range(9)), 1) as local_shards:
+    with worker_pool.run_workers(Dying(), iter(range(9)), 1) as local_shards:
         next(local_shards)
         (worker,) = data_workers()
         while len(os.listdir(f"/proc/{worker}/fd")) > 3:
@@ -505,7 +505,7 @@ def test_a_scout_goes_ahead(data, decoders, tmp_path):
 @pytest.mark.parametrize(("world", "workers"), [(1, 0), (1, 2), (2, 1), (7, 0)])
 def test_evaluation_reads_each_sample_once(data, world, workers):
     both = decoders_for(data, caption="captions")
-    shares = [list(sequential(str(data), both, 30, workers=workers, rank=rank, world=world)) for rank in range(world)]
+    shares = [list(build_eval_loader(str(data), both, 30, workers=workers, rank=rank, world=world)) for rank in range(world)]
     batches = [batch for share in shares for batch in share]
     assert [key for batch in batches for key in batch.keys] == [f"t-{n // 20:02d}/{n:04d}" for n in range(200)]
     assert [note["number"] for batch in batches for note in batch.targets["json"]] == list(range(200))
@@ -515,12 +515,12 @@ def test_evaluation_reads_each_sample_once(data, world, workers):
     assert all(size == 30 for share in sizes for size in share[:-1])
     assert max(map(sum, sizes)) - min(map(sum, sizes)) <= 1
     image = next(b.inputs["image"][0] for b in batches if b.keys[0] == "t-00/0000")
-    assert torch.equal(image, both["image"].evaluation(jpeg(0)))
+    assert torch.equal(image, both["image"].decode_eval(jpeg(0)))
 
 
 def test_evaluation_leaves_bad_samples_out(decoders, spoilt):
     folder, reasons = spoilt
-    batches = sequential(str(folder), decoders, 1, workers=2)
+    batches = build_eval_loader(str(folder), decoders, 1, workers=2)
     for _ in range(2):  # again
         keys = [key for batch in batches for key in batch.keys]
         assert len(keys) == 192
@@ -533,12 +533,12 @@ def test_evaluation_of_the_first_samples(data, decoders):
         keys = [
             key
             for rank in range(world)
-            for batch in sequential(f"{data}/t-0*.tar", decoders, 8, rank=rank, world=world, max_samples=25)
+            for batch in build_eval_loader(f"{data}/t-0*.tar", decoders, 8, rank=rank, world=world, max_samples=25)
             for key in batch.keys
         ]
         assert keys == [f"t-{n // 20:02d}/{n:04d}" for n in range(25)]
     with pytest.raises(ConfigError, match=r"^data.val=.*no file matches"):
-        sequential(f"{data}/x-*.tar", decoders, 8)
+        build_eval_loader(f"{data}/x-*.tar", decoders, 8)
 
 
 # ---- batches, synthetic data -----------------------------------------------------------------------------------------
@@ -546,7 +546,7 @@ def test_evaluation_of_the_first_samples(data, decoders):
 
 def test_batches_are_cut_and_moved(reference):
     (batch, *_) = reference
-    parts = batch.chunks(5)
+    parts = batch.chunk(5)
     assert [len(part) for part in parts] == [4, 5, 5, 5, 5]
     assert [key for part in parts for key in part.keys] == batch.keys
     assert torch.equal(torch.cat([part.inputs["image"] for part in parts]), batch.inputs["image"])

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.data.order import Order, ShardSource
-from pretrain.data.shuffle import Generators, key, permutation
+from pretrain.data.shuffle import KeyedGenerator, permutation, philox_key
 from pretrain.errors import ConfigError
 
 counts = st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(lambda c: sum(c) > 0)
@@ -196,9 +196,9 @@ def test_epochs_and_seeds_differ():
 
 
 def test_generators_are_philox_by_key():
-    generators = Generators()
+    generators = KeyedGenerator()
     for words in ((1, "sample", 5, "image"), (1, "sample", 6, "image"), (1, "sample", 5, "image")):
-        ours, fresh = generators.of(*words), np.random.Generator(np.random.Philox(key=key(*words)))
+        ours, fresh = generators.of(*words), np.random.Generator(np.random.Philox(key=philox_key(*words)))
         for draw in ("random", "standard_normal"):
             assert getattr(ours, draw)() == getattr(fresh, draw)()
         assert ours.integers(2**20, dtype=np.uint32) == fresh.integers(2**20, dtype=np.uint32)  # leaves half a word behind

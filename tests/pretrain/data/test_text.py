@@ -29,7 +29,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, BertTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from pretrain.data import BadSample
-from pretrain.data.text import TextDecoder, caption_id, captions, clean, load_tokenizer, train_tokenizer
+from pretrain.data.text import TextDecoder, caption_id, load_tokenizer, normalize_whitespace, read_captions, train_tokenizer
 from pretrain.errors import ConfigError, UserError
 from tests.support import ROOT, Small
 
@@ -62,7 +62,7 @@ def clip(folder: Path) -> Any:
 
 
 def bert(folder: Path) -> Any:
-    words = {clean(w.strip(",!&'").lower()) for text in TEXTS for w in text.split()}
+    words = {normalize_whitespace(w.strip(",!&'").lower()) for text in TEXTS for w in text.split()}
     letters = sorted({c for text in TEXTS for c in unicodedata.normalize("NFD", text.lower())} - {" "})
     tokens = [
         "[PAD]",
@@ -121,7 +121,9 @@ def test_ids_are_those_of_transformers(tokenizer: Any, length: int) -> None:
     ends = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     adds = ends in tokenizer("a")["input_ids"]
     for i, text in enumerate(TEXTS):
-        expected = tokenizer(clean(text), truncation=True, max_length=length if adds else length - 1)["input_ids"]
+        expected = tokenizer(normalize_whitespace(text), truncation=True, max_length=length if adds else length - 1)[
+            "input_ids"
+        ]
         expected = expected if adds else [*expected, ends]
         assert ids[i][mask[i]].tolist() == expected
         assert mask[i].tolist() == [True] * len(expected) + [False] * (length - len(expected))
@@ -189,8 +191,8 @@ def sample(**members: bytes) -> Any:
 
 
 def test_captions_are_cleaned_only_of_white_space() -> None:
-    assert captions({"txt": "\ufeff  A  Red\tcar,\r\non a\u00a0bridge \n".encode()}) == ["A Red car, on a bridge"]
-    assert captions({"json": b'{"title": "x", "alt": ["  one ", "", "two"]}'}, "alt") == ["one", "two"]
+    assert read_captions({"txt": "\ufeff  A  Red\tcar,\r\non a\u00a0bridge \n".encode()}) == ["A Red car, on a bridge"]
+    assert read_captions({"json": b'{"title": "x", "alt": ["  one ", "", "two"]}'}, "alt") == ["one", "two"]
 
 
 @pytest.mark.parametrize(
@@ -213,7 +215,7 @@ def test_captions_are_cleaned_only_of_white_space() -> None:
 )
 def test_bad_captions_are_named(members: dict[str, bytes], source: str, reason: str) -> None:
     with pytest.raises(BadSample) as caught:
-        captions(members, source)
+        read_captions(members, source)
     assert caught.value.reason == reason
     assert 0 < len(caught.value.detail) < 300
 
@@ -263,7 +265,7 @@ def test_the_caption_hash_is_stable_and_signed() -> None:
 @given(st.text())
 def test_any_text_can_be_hashed_and_cleaned(text: str) -> None:
     assert -(2**63) <= caption_id(text) < 2**63
-    assert clean(clean(text)) == clean(text)
+    assert normalize_whitespace(normalize_whitespace(text)) == normalize_whitespace(text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -323,7 +325,10 @@ def test_nothing_is_unknown_to_a_trained_tokenizer(shards: str, text: str) -> No
         train_tokenizer(shards, cached, vocab=300, lowercase=False)
     tokenizer = load_tokenizer(cached)
     decoded = tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"])
-    assert clean(str(decoded)) == clean(unicodedata.normalize("NFC", text.replace("\ufeff", ""))) or "\ufeff" in text
+    assert (
+        normalize_whitespace(str(decoded)) == normalize_whitespace(unicodedata.normalize("NFC", text.replace("\ufeff", "")))
+        or "\ufeff" in text
+    )
 
 
 def test_training_is_deterministic(shards: str, tmp_path: Path) -> None:

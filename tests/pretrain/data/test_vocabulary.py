@@ -12,10 +12,10 @@ from pretrain.data.vocabulary import (
     Vocabulary,
     builtin_names,
     find_vocabulary,
-    from_objects,
     load_builtin,
-    merge,
-    parse,
+    merge_vocabularies,
+    parse_vocabulary,
+    vocabulary_from_objects,
 )
 from pretrain.errors import UserError
 
@@ -23,9 +23,11 @@ FARM = Vocabulary(("tractor", "sheep"), {"color": ("turquoise",)}, {"sheep": "sh
 
 
 def test_written_and_read() -> None:
-    assert parse(FARM.to_json().encode(), "x") == FARM
-    assert parse(b"{}", "x") == Vocabulary() == parse(Vocabulary().to_json().encode(), "x")
-    assert parse(b'{"name": [" Hay Bale "], "size": ["HUGE"]}', "x") == Vocabulary(("hay bale",), {"size": ("huge",)})
+    assert parse_vocabulary(FARM.to_json().encode(), "x") == FARM
+    assert parse_vocabulary(b"{}", "x") == Vocabulary() == parse_vocabulary(Vocabulary().to_json().encode(), "x")
+    assert parse_vocabulary(b'{"name": [" Hay Bale "], "size": ["HUGE"]}', "x") == Vocabulary(
+        ("hay bale",), {"size": ("huge",)}
+    )
     assert FARM.name_forms == {
         "tractor": "tractor", "tractors": "tractor", "tractores": "tractor", "sheep": "sheep", "sheepes": "sheep",
     }  # fmt: skip
@@ -47,16 +49,16 @@ def test_written_and_read() -> None:
 )
 def test_a_file_that_is_no_vocabulary(content: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        parse((content if isinstance(content, str) else json.dumps(content)).encode(), "x.json")
+        parse_vocabulary((content if isinstance(content, str) else json.dumps(content)).encode(), "x.json")
 
 
 def test_words_of_samples() -> None:
     objects = [{"name": "Tractor", "color": "turquoise", "on": 3}, {"name": "tractor", "size": 4}, "sheep", {"color": "beige"}]
-    assert from_objects(objects) == Vocabulary(("tractor",), {"color": ("turquoise", "beige")})
-    assert merge([FARM, from_objects(objects)]) == Vocabulary(
+    assert vocabulary_from_objects(objects) == Vocabulary(("tractor",), {"color": ("turquoise", "beige")})
+    assert merge_vocabularies([FARM, vocabulary_from_objects(objects)]) == Vocabulary(
         ("tractor", "sheep"), {"color": ("turquoise", "beige")}, {"sheep": "sheep"}
     )
-    assert merge([]) == Vocabulary()
+    assert merge_vocabularies([]) == Vocabulary()
 
 
 def test_every_folder_of_shards_brings_its_own(tmp_path: Path) -> None:
@@ -71,7 +73,7 @@ def test_every_folder_of_shards_brings_its_own(tmp_path: Path) -> None:
     assert find_vocabulary([]) is None
     assert find_vocabulary(["pipe:cat 0.tar"]) is None
     assert find_vocabulary([old]) == load_builtin("scenes")
-    assert find_vocabulary([a, old]) == merge([FARM, load_builtin("scenes")])
+    assert find_vocabulary([a, old]) == merge_vocabularies([FARM, load_builtin("scenes")])
     (tmp_path / "b" / "vocabulary.json").mkdir()
     with pytest.raises(UserError, match="cannot read"):
         find_vocabulary([b])

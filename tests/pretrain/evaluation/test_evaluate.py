@@ -18,9 +18,9 @@ from launch import cli
 from pretrain import config as configuration
 from pretrain import model as models
 from pretrain.checkpoints import loading
-from pretrain.data.loader import Batch, Sequential, sequential
+from pretrain.data.loader import Batch, EvalLoader, build_eval_loader
 from pretrain.data.text import load_tokenizer
-from pretrain.embedding.split import embed_split, evaluating
+from pretrain.embedding.split import embed_split, eval_mode
 from pretrain.errors import ConfigError, UserError
 from pretrain.evaluation.evaluate import EvalConfig, evaluate, run, summary
 from pretrain.model import ModelSchema
@@ -30,7 +30,7 @@ from tests.support import TINY_TOWERS, Small, read_jsonl, world
 CPU = torch.device("cpu")
 
 
-def build(small: Small, caption: str = "txt", *more: str) -> loading.Loaded:
+def build(small: Small, caption: str = "txt", *more: str) -> loading.LoadedModel:
     """An untrained tiny model, the same each time."""
     config = configuration.load(ModelSchema, None, [*TINY_TOWERS, f"text.tokenizer={small.tokenizer}", *more])
     tokenizer = load_tokenizer(small.tokenizer)
@@ -38,19 +38,19 @@ def build(small: Small, caption: str = "txt", *more: str) -> loading.Loaded:
         torch.manual_seed(0)
         model = models.build(models.tower_configs(config), config.model, tokenizer)
     decoders = models.build_decoders(config, tokenizer, model, caption)
-    return loading.Loaded(model, config, tokenizer, decoders, Path("runs/tiny/checkpoints/step-0000000"), 0)
+    return loading.LoadedModel(model, config, tokenizer, decoders, Path("runs/tiny/checkpoints/step-0000000"), 0)
 
 
 def settings(**more: Any) -> EvalConfig:
     return EvalConfig(**{"batch_size": 10, "workers": 0, **more})
 
 
-def one_by_one(loaded: loading.Loaded, shards: str) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+def one_by_one(loaded: loading.LoadedModel, shards: str) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     """Embeddings without the code under test: each sample and each caption alone, through the model's forward()."""
     image, text, image_index = [], [], []
     loaded.model.eval()
     with torch.no_grad():
-        for i, batch in enumerate(sequential(shards, loaded.decoders, 1)):
+        for i, batch in enumerate(build_eval_loader(shards, loaded.decoders, 1)):
             for caption in batch.targets["captions"][0]:
                 ids, mask = loaded.decoders["text"].encode([caption])
                 out = loaded.model({"image": batch.inputs["image"], "text": ids}, {"text": mask})
@@ -63,7 +63,7 @@ def one_by_one(loaded: loading.Loaded, shards: str) -> tuple[torch.Tensor, torch
 @pytest.mark.parametrize("caption", ["txt", "captions"])
 def test_each_sample_once_and_the_figures_of_encoding_one_by_one(small: Small, caption: str) -> None:
     loaded = build(small, caption)
-    split = embed_split(loaded.model, sequential(small.val, loaded.decoders, 10), loaded.decoders, CPU)
+    split = embed_split(loaded.model, build_eval_loader(small.val, loaded.decoders, 10), loaded.decoders, CPU)
     image, text, image_index = one_by_one(loaded, small.val)
     assert len(split.keys) == len(set(split.keys)) == len(image) == 64
     assert split.image_index.tolist() == image_index
@@ -105,7 +105,7 @@ def test_mode_and_random_generators_stay_as_they_were(small: Small) -> None:
     assert torch.equal(torch.get_rng_state(), before[0])
     assert np.array_equal(np.random.get_state()[1], before[1])
     assert [module.training for module in loaded.model.modules()] == modes
-    with suppress(ZeroDivisionError), evaluating(loaded.model):
+    with suppress(ZeroDivisionError), eval_mode(loaded.model):
         assert not any(module.training for module in loaded.model.modules())
         raise ZeroDivisionError
     assert [module.training for module in loaded.model.modules()] == modes
@@ -124,7 +124,7 @@ def test_zero_shot_and_linear_probe_on_scenes(small: Small) -> None:
 
 def test_pooled_outputs_come_with_the_same_embeddings(small: Small) -> None:
     loaded = build(small)
-    batches = sequential(small.val, loaded.decoders, 16)
+    batches = build_eval_loader(small.val, loaded.decoders, 16)
     plain = embed_split(loaded.model, batches, loaded.decoders, CPU)
     pooled = embed_split(loaded.model, batches, loaded.decoders, CPU, texts=False, pooled=True)
     torch.testing.assert_close(pooled.image, plain.image, atol=1e-6, rtol=0)
@@ -173,7 +173,7 @@ def test_a_model_that_has_diverged_is_a_clear_error(small: Small) -> None:
 
 def test_low_precision_gives_unit_vectors_close_to_full(small: Small) -> None:
     loaded = build(small)
-    batches = sequential(small.val, loaded.decoders, 16)
+    batches = build_eval_loader(small.val, loaded.decoders, 16)
     full = embed_split(loaded.model, batches, loaded.decoders, CPU)
     half = embed_split(loaded.model, batches, loaded.decoders, CPU, precision="bf16")
     assert half.image.dtype == torch.float32
@@ -224,7 +224,7 @@ def evaluated(small: Small) -> dict[str, Any]:
         evaluate(loaded.model, loaded.decoders, small.val, settings(), CPU)
     except UserError as error:  # on every rank, not only where it was found
         got["error"] = str(error)
-    batches = sequential(small.val, loaded.decoders, 10, rank=distributed.rank(), world=distributed.world_size())
+    batches = build_eval_loader(small.val, loaded.decoders, 10, rank=distributed.rank(), world=distributed.world_size())
     try:  # only one process cannot read its share
         embed_split(loaded.model, lost(batches) if distributed.rank() == 1 else batches, loaded.decoders, CPU)
     except UserError as error:
@@ -232,7 +232,7 @@ def evaluated(small: Small) -> dict[str, Any]:
     return got
 
 
-def lost(batches: Sequential) -> Iterator[Batch]:
+def lost(batches: EvalLoader) -> Iterator[Batch]:
     yield next(iter(batches))
     raise UserError("the disk went away")
 

@@ -12,7 +12,7 @@ import torch
 
 from pretrain.checkpoints import store
 from pretrain.data import config
-from pretrain.data.shards.cache import Cache
+from pretrain.data.shards.cache import ShardCache
 from pretrain.data.shards.tar import DamagedTarError
 from pretrain.errors import ConfigError, UserError
 from pretrain.runtime import distributed
@@ -152,13 +152,13 @@ def disk_full(folder: str) -> list[tuple[str, str, Any]]:
     """Counting and taking the run folder, where the disk of rank 0 answers with an error."""
     distributed.set_timeout(20)
     full = OSError(errno.ENOSPC, "No space left on device")
-    kept, config.counts = config.counts, lambda paths, cache: fail(full)
+    kept, config.count_samples = config.count_samples, lambda paths, cache: fail(full)
     try:
-        counted = outcome(lambda: config.counted(["a.tar"], Cache(), "data.train"))
-        config.counts = lambda paths, cache: fail(ConfigError("data.cache is no folder"))
-        configured = outcome(lambda: config.counted(["a.tar"], Cache(), "data.train"))
+        counted = outcome(lambda: config.count_samples_once(["a.tar"], ShardCache(), "data.train"))
+        config.count_samples = lambda paths, cache: fail(ConfigError("data.cache is no folder"))
+        configured = outcome(lambda: config.count_samples_once(["a.tar"], ShardCache(), "data.train"))
     finally:
-        config.counts = kept
+        config.count_samples = kept
     run = RunFolder(f"{folder}/file/run")
     return [counted, configured, outcome(run.open)]
 

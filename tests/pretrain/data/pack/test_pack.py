@@ -83,7 +83,7 @@ def test_a_folder_with_captions_beside_the_pictures(tmp_path: Path) -> None:
         assert json.loads(members["json"])["source"] == path
     with_json = next(m for m in found.values() if m["txt"] == b"caption number 1")
     assert json.loads(with_json["json"])["objects"] == [{"name": "shoe", "box": [1, 2, 3, 4]}]
-    assert paths.counts(paths.expand(str(out))) == [5, 5, 2]
+    assert paths.count_samples(paths.expand_shards(str(out))) == [5, 5, 2]
     stats = json.loads((out / "shard-0002_stats.json").read_text())
     assert (stats["count"], stats["successes"], stats["status_dict"]) == (2, 2, {"success": 2})
 
@@ -348,7 +348,7 @@ def test_tars_are_packed_anew(tmp_path: Path) -> None:
     assert [key.partition("/")[2] for key in found] == keys
     assert [m["jpg"] for m in found.values()] == [picture(10 * s + i, 80, 60) for s in range(3) for i in range(4)]
     assert all(m["cls"] == b"7" and m["txt"] == b"t" for m in found.values())
-    assert [index.index(path).count for path in paths.expand(str(out))] == [5, 5, 2]
+    assert [index.load_index(path).count for path in paths.expand_shards(str(out))] == [5, 5, 2]
     pack(str(source / "part-{0..1}.tar"), out, prefix="small", size=30, workers=1)
     notes = [json.loads(m["json"])["objects"][0]["box"] for m in read(out, "small").values()]
     assert notes == [[4, 3, 20, 15]] * 8

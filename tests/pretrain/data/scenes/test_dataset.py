@@ -26,7 +26,7 @@ from pretrain.data.scenes.dataset import (
     split_sizes,
 )
 from pretrain.data.scenes.render import paint
-from pretrain.data.shards.paths import expand
+from pretrain.data.shards.paths import expand_shards
 from pretrain.data.vocabulary import find_vocabulary, load_builtin
 from pretrain.errors import UserError
 from pretrain.evaluation.zero_shot import class_names
@@ -185,7 +185,7 @@ def test_the_words_of_the_data_set_lie_beside_the_shards(tmp_path: Path) -> None
     assert vocabulary == VOCABULARY == load_builtin("scenes")
     assert (tmp_path / "vocabulary.json").read_text() == VOCABULARY.to_json()
     assert class_names(str(tmp_path / "classes.txt")) == class_names("scenes") == class_names("Scenes") == list(CLASSES)
-    assert expand(str(tmp_path)) == [f"{tmp_path}/train-0000.tar"]
+    assert expand_shards(str(tmp_path)) == [f"{tmp_path}/train-0000.tar"]
     # A folder drawn before these files existed has the same words, and gets the files when it is drawn again
     for name in ("classes.txt", "vocabulary.json"):
         (tmp_path / name).unlink()

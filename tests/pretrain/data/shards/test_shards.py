@@ -22,11 +22,11 @@ from hypothesis import strategies as st
 
 from pretrain.data import BadSample
 from pretrain.data.shards import cache
-from pretrain.data.shards.cache import Cache
-from pretrain.data.shards.index import index
-from pretrain.data.shards.paths import counts, expand
-from pretrain.data.shards.reader import Reader
-from pretrain.data.shards.tar import DamagedTarError, walk
+from pretrain.data.shards.cache import ShardCache
+from pretrain.data.shards.index import load_index
+from pretrain.data.shards.paths import count_samples, expand_shards
+from pretrain.data.shards.reader import ShardReader
+from pretrain.data.shards.tar import DamagedTarError, read_members
 from pretrain.errors import ConfigError, UserError
 
 
@@ -66,7 +66,7 @@ def in_webdataset(path):
 
 def walked(path):
     with open(path, "rb") as f:
-        return walk(f.fileno(), str(path))
+        return read_members(f.fileno(), str(path))
 
 
 def in_tarfile(path):
@@ -232,18 +232,18 @@ def test_samples_are_those_of_webdataset(tmp_path):
         ("\N{SNOWMAN}.txt", "\N{SNOWMAN}".encode()),
     ]
     path = write_tar(tmp_path / "x.tar", members, tarfile.PAX_FORMAT)
-    reader = Reader([path])
-    ours = [reader.read(0, i) for i in range(index(path).count)]
+    reader = ShardReader([path])
+    ours = [reader.read(0, i) for i in range(load_index(path).count)]
     reference = in_webdataset(path)
     assert [s.key for s in ours] == [f"x/{s['__key__']}" for s in reference]
     assert [s.members for s in ours] == [{k: v for k, v in s.items() if not k.startswith("__")} for s in reference]
 
 
 def test_the_index_is_saved_and_fits(shard, monkeypatch):
-    first = index(shard)
+    first = load_index(shard)
     assert os.path.exists(f"{shard}.idx")
-    monkeypatch.setattr("pretrain.data.shards.index.walk", None)  # not walked again
-    second = index(shard)
+    monkeypatch.setattr("pretrain.data.shards.index.read_members", None)  # not walked again
+    second = load_index(shard)
     assert second.keys == first.keys == [f"{i:05d}" for i in range(20)]
     assert (second.members == first.members).all()
     assert second.extensions == ["jpg", "txt"]
@@ -252,57 +252,57 @@ def test_the_index_is_saved_and_fits(shard, monkeypatch):
 @pytest.mark.parametrize("keep_times", [False, True])
 def test_a_stale_index_is_rebuilt(tmp_path, caplog, keep_times):
     shard = write_tar(tmp_path / "s.tar", samples(20, size=2))
-    before, stat = index(shard), os.stat(shard)
+    before, stat = load_index(shard), os.stat(shard)
     write_tar(shard, samples(20, start=500, size=2))  # same size
     assert os.path.getsize(shard) == before.size
     os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns if keep_times else stat.st_mtime_ns + 1))
     with caplog.at_level(logging.WARNING):
-        assert index(shard).keys[0] == "00500"
+        assert load_index(shard).keys[0] == "00500"
     assert "s.tar.idx is stale" in caplog.text
 
 
 def test_a_damaged_index_is_rebuilt(shard, caplog):
-    index(shard)
+    load_index(shard)
     whole = Path(f"{shard}.idx").read_bytes()
     for content in (b"", whole[:-100], whole[:2000] + b"damage" + whole[2006:], b"PK garbage"):
         with open(f"{shard}.idx", "wb") as f:
             f.write(content)
-        assert index(shard).count == 20
+        assert load_index(shard).count == 20
     assert "cannot be used" in caplog.text
     with open(f"{shard}.idx", "wb") as f:  # never unpickled
         np.savez(f, meta=np.array([{"version": 1}], dtype=object))
-    assert index(shard).count == 20
+    assert load_index(shard).count == 20
 
 
 def test_a_read_only_place_leaves_the_index_in_the_cache(shard, tmp_path, monkeypatch):
     folder = tmp_path / "cache"
     os.mkdir(f"{shard}.idx.in-the-way")
     os.rename(f"{shard}.idx.in-the-way", f"{shard}.idx")  # a folder by that name: writing there fails, for root as well
-    assert index(shard, Cache(str(folder))).count == 20
+    assert load_index(shard, ShardCache(str(folder))).count == 20
     (saved,) = (folder / "index").iterdir()
     assert saved.name.endswith("a-0000.tar.idx")
-    monkeypatch.setattr("pretrain.data.shards.index.walk", None)
-    assert index(shard, Cache(str(folder))).count == 20
+    monkeypatch.setattr("pretrain.data.shards.index.read_members", None)
+    assert load_index(shard, ShardCache(str(folder))).count == 20
 
 
 def test_nowhere_to_write_is_no_error(shard, tmp_path):
     (tmp_path / "file").write_text("")
     os.mkdir(f"{shard}.idx")
-    assert index(shard, Cache(str(tmp_path / "file"))).count == 20
+    assert load_index(shard, ShardCache(str(tmp_path / "file"))).count == 20
     assert not [f for f in os.listdir(tmp_path) if "partial" in f]
 
 
 def test_stats_that_disagree_are_refused(shard, tmp_path):
     (tmp_path / "a-0000_stats.json").write_text(json.dumps({"successes": 25}))
-    assert counts([shard]) == [25]  # taken at its word until the shard is opened
+    assert count_samples([shard]) == [25]  # taken at its word until the shard is opened
     with pytest.raises(UserError, match=r"a-0000.tar holds 20 samples, but .*a-0000_stats.json says 25"):
-        index(shard)
+        load_index(shard)
     (tmp_path / "a-0000_stats.json").write_text("not json")
     (tmp_path / "sizes.json").write_text(json.dumps({"a-0000.tar": 21}))
     with pytest.raises(UserError, match=r"sizes.json says 21"):
-        index(shard)
+        load_index(shard)
     (tmp_path / "sizes.json").write_text(json.dumps({"a-0000.tar": 20}))
-    assert index(shard).count == 20
+    assert load_index(shard).count == 20
 
 
 # ---- find and count ----------------------------------------------------------------------------------------------------
@@ -313,15 +313,15 @@ def test_expand(tmp_path, monkeypatch):
         write_tar(tmp_path / f"s-{i:04d}.tar", [])
     (tmp_path / "s-0000.tar.idx").write_text("")
     every = [str(tmp_path / f"s-{i:04d}.tar") for i in range(12)]
-    assert expand(str(tmp_path)) == every
-    assert expand(f"{tmp_path}/s-*.tar") == every
-    assert expand(f"{tmp_path}/s-{{0000..0011}}.tar") == every
-    assert expand([f"{tmp_path}/s-000{{3,1}}.tar", f"{tmp_path}/s-0001.tar"]) == [every[1], every[3]]
-    assert expand(f"file://{tmp_path}/s-0001.tar") == [every[1]]
-    assert expand("https://host/x-{00..02}.tar") == [f"https://host/x-0{i}.tar" for i in range(3)]
-    assert expand("pipe:cat {a,b} | sort") == ["pipe:cat {a,b} | sort"]
+    assert expand_shards(str(tmp_path)) == every
+    assert expand_shards(f"{tmp_path}/s-*.tar") == every
+    assert expand_shards(f"{tmp_path}/s-{{0000..0011}}.tar") == every
+    assert expand_shards([f"{tmp_path}/s-000{{3,1}}.tar", f"{tmp_path}/s-0001.tar"]) == [every[1], every[3]]
+    assert expand_shards(f"file://{tmp_path}/s-0001.tar") == [every[1]]
+    assert expand_shards("https://host/x-{00..02}.tar") == [f"https://host/x-0{i}.tar" for i in range(3)]
+    assert expand_shards("pipe:cat {a,b} | sort") == ["pipe:cat {a,b} | sort"]
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert expand("~/s-0001.tar") == [every[1]]
+    assert expand_shards("~/s-0001.tar") == [every[1]]
 
 
 @pytest.mark.parametrize(
@@ -335,18 +335,18 @@ def test_expand(tmp_path, monkeypatch):
 )
 def test_nothing_found(tmp_path, spec, message):
     with pytest.raises(ConfigError, match=f"^data.val=.*{message}"):
-        expand(spec.format(tmp_path), "data.val")
+        expand_shards(spec.format(tmp_path), "data.val")
     with pytest.raises(ConfigError, match="names no shards"):
-        expand([])
+        expand_shards([])
 
 
 def test_counts_in_parallel_and_from_saved(tmp_path, monkeypatch):
     paths = [write_tar(tmp_path / f"{i}.tar", samples(i)) for i in range(9)]
     seen = []
-    assert counts(paths, workers=2, progress=lambda done, of: seen.append((done, of))) == list(range(9))
+    assert count_samples(paths, workers=2, progress=lambda done, of: seen.append((done, of))) == list(range(9))
     assert seen[-1] == (9, 9)
-    monkeypatch.setattr("pretrain.data.shards.index.walk", None)
-    assert counts(paths, workers=1) == list(range(9))
+    monkeypatch.setattr("pretrain.data.shards.index.read_members", None)
+    assert count_samples(paths, workers=1) == list(range(9))
 
 
 def test_counts_name_what_is_damaged(tmp_path):
@@ -354,9 +354,9 @@ def test_counts_name_what_is_damaged(tmp_path):
     os.truncate(paths[2], 1536)
     (tmp_path / "3.tar").write_bytes(b"")
     with pytest.raises(UserError, match=r"2.tar is damaged .*\(and 1 more shards; `clipfuse data check` lists them\)"):
-        counts(paths, workers=2)
+        count_samples(paths, workers=2)
     with pytest.raises(UserError, match=r"cannot read .*none.tar"):
-        counts([str(tmp_path / "none.tar")])
+        count_samples([str(tmp_path / "none.tar")])
 
 
 # ---- read --------------------------------------------------------------------------------------------------------------
@@ -369,7 +369,7 @@ def test_reads_what_tarfile_reads(tmp_path):
         with tarfile.open(path) as tar:
             for m in tar:
                 want.setdefault((i, m.name[:5]), {})[m.name[6:]] = tar.extractfile(m).read()
-    reader = Reader(paths, keep=2)
+    reader = ShardReader(paths, keep=2)
     places = [(i, k) for i in range(5) for k in range(30)]
     random.Random(1).shuffle(places)
     for shard, sample in places:
@@ -385,7 +385,7 @@ def test_reads_what_tarfile_reads(tmp_path):
 def test_odd_samples_are_bad_ones(tmp_path):
     members = [("a.txt", b"1"), ("a.TXT", b"2"), ("b.txt", b"3"), ("c.txt", b"4"), ("b.txt", b"5"), ("d.txt", b"66666")]
     path = write_tar(tmp_path / "x.tar", members)
-    reader = Reader([path], max_bytes=4)
+    reader = ShardReader([path], max_bytes=4)
     with pytest.raises(BadSample, match="duplicate member"):
         reader.read(0, 0)
     assert reader.read(0, 1).members == {"txt": b"3"}
@@ -397,14 +397,14 @@ def test_odd_samples_are_bad_ones(tmp_path):
 
 def test_a_shard_that_shrinks_or_changes_stops_the_run(shard, monkeypatch):
     monkeypatch.setattr(cache, "RETRY_SECONDS", (0.0,))
-    reader = Reader([shard])
+    reader = ShardReader([shard])
     reader.read(0, 0)
     os.truncate(shard, 2000)
     with pytest.raises(UserError, match=r"a-0000.tar ends at byte 2,000, before one of its samples"):
         reader.read(0, 19)
     write_tar(shard, samples(7))
     with pytest.raises(UserError, match="holds 7 samples, but 20 when the run began"):
-        Reader([shard], counts=[20]).read(0, 0)
+        ShardReader([shard], counts=[20]).read(0, 0)
 
 
 def test_errors_of_the_disk_are_tried_again(shard, monkeypatch):
@@ -416,7 +416,7 @@ def test_errors_of_the_disk_are_tried_again(shard, monkeypatch):
             raise fails.pop()
         return real(fd, n, at)
 
-    reader = Reader([shard])
+    reader = ShardReader([shard])
     want = reader.read(0, 3).members
     monkeypatch.setattr("pretrain.data.shards.reader.os.pread", pread)
     fails[:] = [OSError(5, "Input/output error")] * 3
@@ -464,12 +464,12 @@ def test_remote_shards_are_fetched_once(tmp_path, server):
     url, asked = server
     for i in range(3):
         write_tar(tmp_path / f"www/s-{i}.tar", samples(5, start=10 * i))
-    kept = Cache(str(tmp_path / "cache"))
-    paths = expand(url + "/s-{0..2}.tar")
-    assert counts(paths, kept) == [5, 5, 5]
-    reader = Reader(paths, kept)
+    kept = ShardCache(str(tmp_path / "cache"))
+    paths = expand_shards(url + "/s-{0..2}.tar")
+    assert count_samples(paths, kept) == [5, 5, 5]
+    reader = ShardReader(paths, kept)
     assert reader.read(2, 0).members["txt"] == b"caption 20"
-    assert Reader(paths, kept).read(2, 1).members["txt"] == b"caption 21"
+    assert ShardReader(paths, kept).read(2, 1).members["txt"] == b"caption 21"
     assert sorted(a for a in asked if a.endswith(".tar")) == ["/s-0.tar", "/s-1.tar", "/s-2.tar"]
     files = sorted(f.name.partition("-")[2] for f in (tmp_path / "cache/shards").iterdir() if not f.name.endswith(".lock"))
     assert files == ["s-0.tar", "s-0.tar.idx", "s-1.tar", "s-1.tar.idx", "s-2.tar", "s-2.tar.idx"]
@@ -478,7 +478,7 @@ def test_remote_shards_are_fetched_once(tmp_path, server):
 def test_remote_counts_need_no_shard(tmp_path, server):
     url, asked = server
     (tmp_path / "www/sizes.json").write_text(json.dumps({f"t-{i}.tar": i for i in range(50)}))
-    assert counts([f"{url}/t-{i}.tar" for i in range(50)], Cache(str(tmp_path / "cache"))) == list(range(50))
+    assert count_samples([f"{url}/t-{i}.tar" for i in range(50)], ShardCache(str(tmp_path / "cache"))) == list(range(50))
     assert not any(a.endswith(".tar") for a in asked)
 
 
@@ -487,10 +487,10 @@ def test_an_interrupted_download_leaves_nothing(tmp_path, server, monkeypatch):
     url, asked = server
     write_tar(tmp_path / "www/short.tar", samples(5))
     with pytest.raises(UserError, match=r"cannot read .*short.tar: the connection ended [\d,]+ bytes early, tried 2 times"):
-        counts([f"{url}/short.tar"], Cache(str(tmp_path / "cache")))
+        count_samples([f"{url}/short.tar"], ShardCache(str(tmp_path / "cache")))
     assert [f.name for f in (tmp_path / "cache/shards").iterdir() if not f.name.endswith(".lock")] == []
     with pytest.raises(UserError, match=r"cannot read .*absent.tar: HTTP Error 404: File not found$"):
-        counts([f"{url}/absent.tar"], Cache(str(tmp_path / "cache")))
+        count_samples([f"{url}/absent.tar"], ShardCache(str(tmp_path / "cache")))
     assert sum(a == "/absent.tar" for a in asked) == 1
 
 
@@ -498,8 +498,8 @@ def test_the_cache_has_a_limit(tmp_path, server):
     url, _ = server
     for i in range(4):
         write_tar(tmp_path / f"www/s-{i}.tar", [("a.txt", bytes(300_000))])
-    kept = Cache(str(tmp_path / "cache"), gib=0.5e6 / 2**30)
-    reader = Reader([f"{url}/s-{i}.tar" for i in range(4)], kept, keep=2)
+    kept = ShardCache(str(tmp_path / "cache"), gib=0.5e6 / 2**30)
+    reader = ShardReader([f"{url}/s-{i}.tar" for i in range(4)], kept, keep=2)
     for i in (0, 1, 2, 3, 0):
         assert len(reader.read(i, 0).members["txt"]) == 300_000
     assert len(list((tmp_path / "cache/shards").glob("*.tar"))) <= 3
@@ -509,11 +509,11 @@ def test_commands_are_off_unless_asked_for(tmp_path, shard, monkeypatch):
     kept = str(tmp_path / "cache")
     command = f"pipe:cat {shard}"
     with pytest.raises(UserError, match=r"would run a shell command: set data\.commands=true"):
-        counts([command], Cache(kept))
-    assert counts([command], Cache(kept, commands=True)) == [20]
+        count_samples([command], ShardCache(kept))
+    assert count_samples([command], ShardCache(kept, commands=True)) == [20]
     monkeypatch.setenv("GOPEN_REWRITE", "http://=https://")
     with pytest.raises(UserError, match="GOPEN_REWRITE is set"):
-        counts(["http://host/x.tar"], Cache(kept))
+        count_samples(["http://host/x.tar"], ShardCache(kept))
     monkeypatch.delenv("GOPEN_REWRITE")
     with pytest.raises(UserError, match="no way is known to open gopher urls"):
-        counts(["gopher://host/x.tar"], Cache(kept))
+        count_samples(["gopher://host/x.tar"], ShardCache(kept))
