@@ -102,9 +102,9 @@ def submit(module: str, config: str, settings: list[str], job: Job, dry_run: boo
     # -- the configuration, as the job's processes will see it: an error now, not after hours in line
     path = find_config(config, module).resolve()
     gpus = job.nproc if job.gpus is None else job.gpus
-    recipe: Any = importlib.import_module(f"{module}.recipe")
+    trainer: Any = importlib.import_module(f"{module}.train")
     with distributed.assume_world(job.nodes * job.nproc, job.nodes, gpus > 0):
-        loaded = recipe.load_config(path, settings)
+        loaded = trainer.load_config(path, settings)
 
     run = RunFolder(loaded.run).path.absolute()
     words = [str(path) if Path(config).is_file() else config, *settings]
