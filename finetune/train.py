@@ -14,8 +14,8 @@ from finetune import model as models
 from finetune.adapt import freeze
 from finetune.config import FinetuneConfig, load_config
 from finetune.model import FusionModel
-from finetune.tasks import Setting, Task, survey
-from finetune.tasks.with_contrastive import keep_aligned
+from finetune.tasks import EvalSetup, Task, survey
+from finetune.tasks.with_contrastive import add_contrastive_loss
 from pretrain import registry
 from pretrain.checkpoints import warm_start
 from pretrain.data.loader import Batch, Loader
@@ -44,7 +44,12 @@ def train(config: FinetuneConfig) -> Outcome:
         identity = {"task": f"{config.task.name} {_digest(portable.task)}"}
         merge_adapters = freeze.plain(config.adapt)
         plan = session.build_plan(
-            parts.loader, portable, parts.tokenizer, parts.task.primary_metric, identity=identity, plain=merge_adapters
+            parts.loader,
+            portable,
+            parts.tokenizer,
+            parts.task.primary_metric,
+            identity=identity,
+            convert_weights=merge_adapters,
         )
         _refuse_chunks(config, parts.task)
         strategy = session.build_strategy()
@@ -87,14 +92,14 @@ def build(config: FinetuneConfig) -> Components:
     task = registry.get_component("tasks", config.task.name).build(
         config.task, lambda: survey(config.data.train, config.data.build_cache())
     )
-    task = keep_aligned(task, config.adapt)
+    task = add_contrastive_loss(task, config.adapt)
     model = models.build(encoders, config.fusion, config.context, config.tokens, config.adapt.fork)
-    model.head = task.head(model)
+    model.head = task.build_head(model)
     freeze.freeze_named(model, config.adapt.freeze)
     # -- data
-    loader = build_loader(config, task.decoders(build_train_decoders(config, tokenizer, encoders)))
+    loader = build_loader(config, task.build_decoders(build_train_decoders(config, tokenizer, encoders)))
     _freeze_unreached(model, task, loader.first_samples(2))
-    eval_decoders = task.decoders(build_eval_decoders(config, tokenizer, encoders))
+    eval_decoders = task.build_decoders(build_eval_decoders(config, tokenizer, encoders))
     return Components(config, tokenizer, model, task, loader, eval_decoders)
 
 
@@ -102,7 +107,7 @@ def inline(parts: Components) -> FinetuneConfig:
     """Return the configuration as checkpoints keep it: with architectures and what the task learned from its data."""
     config = portable_config(parts.config, parts.model.encoder)
     assert isinstance(config, FinetuneConfig)
-    return replace(config, task=replace(config.task, **parts.task.settings()))
+    return replace(config, task=replace(config.task, **parts.task.learned_settings()))
 
 
 def build_evaluation(parts: Components, device: torch.device) -> Callable[[Any], dict[str, float]] | None:
@@ -110,8 +115,10 @@ def build_evaluation(parts: Components, device: torch.device) -> Callable[[Any],
     config, task = parts.config, parts.task
     if not config.data.val:
         return None
-    setting = Setting(parts.eval_decoders, device, config.train.precision, config.eval, config.data.build_cache(), config.data.train)
-    return lambda model: task.evaluate(model, config.data.val, setting)
+    setup = EvalSetup(
+        parts.eval_decoders, device, config.train.precision, config.eval, config.data.build_cache(), config.data.train
+    )
+    return lambda model: task.evaluate(model, config.data.val, setup)
 
 
 def _freeze_unreached(model: FusionModel, task: Task, batch: Batch) -> None:
@@ -126,7 +133,7 @@ def _freeze_unreached(model: FusionModel, task: Task, batch: Batch) -> None:
 
 def _refuse_chunks(config: FinetuneConfig, task: Task) -> None:
     """Refuse train.chunks > 1 for a task that compares samples inside the model. Raises ConfigError."""
-    if config.train.chunks > 1 and not task.splits:
+    if config.train.chunks > 1 and not task.can_split:
         raise ConfigError(
             f"train.chunks={config.train.chunks}: {config.task.name} compares samples inside the model, so its batch "
             "cannot be cut; use train.chunks=1 and a smaller data.batch_size, or more processes"

@@ -127,7 +127,7 @@ def build_flops_counter(config: PretrainConfig, parts: Components) -> Callable[[
     """Build what counts a batch's operations, of images and texts; None where another modality takes part."""
     if config.others or config.image is None or config.text is None:
         return None
-    return flops.per_batch(parts.model, flops.one_sample(config.image.size, config.text.length))
+    return flops.build_flop_counter(parts.model, flops.build_sample(config.image.size, config.text.length))
 
 
 def build_evaluation(

@@ -7,10 +7,10 @@
 
     part = registry.get_component("tasks", config.name)
     task = part.build(config, survey)
-    decoders = task.decoders(towers' decoders)        what the loader makes of a sample
-    model.head = task.head(model)                     the task's own weights
+    decoders = task.build_decoders(towers' decoders)        what the loader makes of a sample
+    model.head = task.build_head(model)                     the task's own weights
     task.encode(model, batch), task.loss(...)         pretrain's Objective: fit() trains a task
-    task.evaluate(model, shards, setting)             its figures; `primary_metric` decides which checkpoint is best
+    task.evaluate(model, shards, setup)             its figures; `primary_metric` decides which checkpoint is best
     task.predict(model, inputs, masks, trace)         for maps, reports and demonstrations
     task.export_spec()                                       which feature of the head is its answer, for exports
 
@@ -42,43 +42,46 @@ from pretrain.runtime import distributed
 from pretrain.strategies import DTYPES
 
 Survey = Callable[[], Iterator[dict[str, Any]]]
-"""The json of this process's share of the training samples: what a task learns its vocabulary from."""
+"""Iterates over the json of this process's share of the training samples; tasks build vocabularies from it."""
 
 
 @dataclass
 class EvalConfig:
-    """How a task is evaluated."""
+    """Batch size, workers and number of samples of a task's evaluation."""
 
     batch_size: int = 64
-    """Pictures at a time, per process."""
+    """Images per batch and process."""
     workers: int = 2
-    """Processes that read and decode, per process; 0 reads in the process itself."""
+    """Worker processes that read and decode, per process; 0 = the process reads by itself."""
     max_samples: int = 0
-    """Evaluate on the first so many samples only; 0 = all."""
+    """Number of samples to evaluate, from the first; 0 = all."""
 
     def check(self) -> None:
-        """Raises ConfigError."""
+        """Refuse values out of range. Raises ConfigError."""
         for name, least in (("batch_size", 1), ("workers", 0), ("max_samples", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"eval.{name}={getattr(self, name)} must be at least {least}")
 
 
 @dataclass
-class Setting:
-    """What an evaluation works with."""
+class EvalSetup:
+    """Decoders, device, precision and caches of an evaluation."""
 
     decoders: dict[str, Any]
-    """The task's, by modality."""
+    """The task's decoders, by modality."""
     device: torch.device
     precision: str = "fp32"
-    """Of matrix products: fp32, bf16, fp16."""
+    """Precision of matrix products: fp32, bf16 or fp16."""
     config: EvalConfig = field(default_factory=EvalConfig)
     cache: ShardCache | None = None
     train: Any = None
-    """The training shards, for baselines that are learnt from them; None where they are not at hand."""
+    """The training shards, from which baselines are computed; None where they are not available."""
 
     def batches(self, shards: Any, decoders: dict[str, Any] | None = None) -> EvalLoader:
-        """This process's share of `shards`, each sample once over all processes. Raises UserError."""
+        """Return batches of this process's share of `shards`; each sample occurs once over all processes.
+
+        `decoders` replaces the decoders of this setup. Raises UserError.
+        """
         config = self.config
         return loader.build_eval_loader(
             shards,
@@ -92,12 +95,12 @@ class Setting:
         )
 
     def survey(self) -> Iterator[dict[str, Any]]:
-        """The json of this process's share of the training samples, all of them."""
+        """Iterate over the json of this process's share of all training samples. Raises UserError."""
         return survey(self.train, self.cache)
 
     @contextmanager
-    def measuring(self, model: nn.Module) -> Iterator[None]:
-        """Inside, `model` is in eval mode, no graph is kept, and products have `precision`; then each module is as it was."""
+    def inference_mode(self, model: nn.Module) -> Iterator[None]:
+        """Run `model` in eval mode without gradients, in `precision`; afterwards restore the mode of each module."""
         low = self.precision != "fp32"
         cast = torch.autocast(self.device.type, DTYPES[self.precision]) if low else nullcontext()
         with eval_mode(model), torch.inference_mode(), cast:
@@ -105,8 +108,10 @@ class Setting:
 
 
 def survey(shards: Any, cache: ShardCache | None = None) -> Iterator[dict[str, Any]]:
-    """The json of this process's share of the samples in `shards`; pictures are not read. Samples whose json cannot be read
-    are passed over: training and evaluation count them. Raises UserError."""
+    """Iterate over the json of this process's share of the samples in `shards`, without reading images.
+
+    Samples whose json cannot be read are skipped: training and evaluation count them. Raises UserError.
+    """
     paths = [path for source in resolve_sources(shards, "data.train") for path in source.shards]
     cache = cache or ShardCache()
     numbers = count_samples_once(paths, cache, "data.train")
@@ -126,26 +131,26 @@ def survey(shards: Any, cache: ShardCache | None = None) -> Iterator[dict[str, A
 
 @dataclass
 class Prediction:
-    """What a model says about a batch, and the value a map explains."""
+    """The predictions for a batch, and the scores that maps explain."""
 
     best: list[list[tuple[str, float]]]
-    """A row: what is predicted with its probability or score, best first."""
+    """For each row the predictions with their probability or score, best first."""
     score: Tensor
-    """(rows,) with its graph where gradients are on: of the best of each row, or of what was asked about."""
+    """(rows,), with its graph where gradients are on: the score of the best prediction, or of the given text."""
 
 
 @dataclass(frozen=True)
 class ExportSpec:
-    """What a head says of one picture and one text, for those who read its numbers without the task."""
+    """Describes the output of a head for one image and one text, for programs that use an export without this project."""
 
     feature: str
-    """Which of the head's features it is."""
+    """Name of the head's feature that is exported."""
     probabilities: Literal["softmax", "sigmoid"]
-    """What makes probabilities of it."""
+    """Function that turns the feature into probabilities."""
     names: list[str]
-    """What each column stands for; [] for a single number."""
+    """Name of each column; [] for a single number."""
     more: dict[str, Any] = field(default_factory=dict)
-    """Anything else that is needed to use it."""
+    """Further entries of task.json that are needed to use the output."""
 
 
 class Task:
@@ -155,58 +160,70 @@ class Task:
     """The figure of evaluate(), higher is better, that decides `best`."""
     text_is_question: ClassVar[bool] = False
     """Whether its texts are questions about the picture."""
-    splits: bool = True
+    can_split: bool = True
     """Whether encode() of a batch is the concatenation of encode() of its chunks: what train.chunks > 1 needs."""
 
-    def decoders(self, towers: dict[str, Any]) -> dict[str, Any]:
-        """What turns a sample into the batch's inputs (and, by their `targets`, targets), from the towers' own decoders.
+    def build_decoders(self, towers: dict[str, Any]) -> dict[str, Any]:
+        """Build the decoders that turn a sample into inputs and targets of a batch, from the towers' decoders.
 
-        A decoder is called with train=True to draw, with train=False to give all there is. See pretrain/data/batch.py.
+        A decoder draws items with train=True and returns all of them with train=False. See pretrain/data/batch.py.
+        Raises ConfigError where the model lacks a tower.
         """
         return towers
 
-    def head(self, model: FusionModel) -> Head:
-        """New weights for this model. Random numbers from torch's global generator."""
+    def build_head(self, model: FusionModel) -> Head:
+        """Build a head with new weights for this model, drawn from torch's global generator. Raises ConfigError."""
         raise NotImplementedError(f"{type(self).__name__}.head")
 
-    def settings(self) -> dict[str, Any]:
-        """Fields of the Config to change so that it builds this task without data: what a checkpoint keeps."""
+    def learned_settings(self) -> dict[str, Any]:
+        """Return the Config fields learned from data; a checkpoint keeps them, so that it builds the task without data."""
         return {}
 
     def encode(self, model: nn.Module, batch: Batch) -> Features:
-        """The head's features for a batch on the model's device: see Head."""
+        """Compute the head's features for a batch on the model's device; see Head."""
         features: Features = model(batch.inputs, batch.masks, batch.targets)
         return features
 
     def loss(self, features: Features, targets: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss () of this process's share, and numbers to report. `per_item` makes a mean of it."""
+        """Compute the loss () of this process and scalars to report; `global_weighted_mean` averages over all items."""
         raise NotImplementedError(f"{type(self).__name__}.loss")
 
-    def evaluate(self, model: FusionModel, shards: Any, setting: Setting) -> dict[str, float]:
-        """The task's figures on `shards`, the same on every process. Collective: `gather_or_raise`."""
+    def evaluate(self, model: FusionModel, shards: Any, setup: EvalSetup) -> dict[str, float]:
+        """Compute the task's metrics on `shards`, the same on every process. Collective. Raises UserError."""
         raise NotImplementedError(f"{type(self).__name__}.evaluate")
 
     def predict(
         self, model: FusionModel, inputs: dict[str, Tensor], masks: dict[str, Tensor], trace: Trace | None = None, top: int = 5
     ) -> Prediction:
-        """One text a picture: inputs image (b, 3, H, W) and text (b, T), as the decoders' `encode` and `evaluation` make
-        them. Raises UserError for a task that has nothing to say about a picture and a text."""
-        raise UserError(f"{type(self).__module__.rsplit('.', 1)[-1]} has no predictions for a picture and a text")
+        """Predict from image (b, 3, H, W) and text (b, T), one text per image.
+
+        Args:
+            model: the model with this task's head.
+            inputs: encoded as the decoders' `encode` and `decode_eval` do.
+            masks: {"text": (b, T) bool}.
+            trace: where given, the fusion records its attention in it.
+            top: number of predictions per row, where a task has several.
+
+        Raises:
+            UserError: the task makes no prediction from one image and one text.
+        """
+        raise UserError(f"{type(self).__module__.rsplit('.', 1)[-1]} makes no prediction from an image and a text")
 
     def questions(self, values: dict[str, Any]) -> list[Question]:
-        """What a sample's json asks about its picture, for a task with `text_is_question`."""
+        """Return the questions in a sample's json, for a task with `text_is_question`."""
         return []
 
     def export_spec(self) -> ExportSpec:
-        """For exports. Raises UserError for a task whose answer does not come from one pass over a picture and a text."""
-        raise UserError(f"{type(self).__module__.rsplit('.', 1)[-1]} does not answer in one pass over a picture and a text")
+        """Describe the exported output. Raises UserError where the answer needs more than one pass over image and text."""
+        raise UserError(f"{type(self).__module__.rsplit('.', 1)[-1]} does not answer in one pass over an image and a text")
 
 
-def per_item(losses: Tensor, weights: Tensor) -> Tensor:
-    """(n,) losses of this process's items, (n,) weights -> (): the weighted sum over the mean weight of a process.
+def global_weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:
+    """Return this process's term of the weighted mean over the items of ALL processes. Collective.
 
-    The mean over processes of what it returns is the mean over the items of ALL processes: so a strategy that averages
-    gradients over processes is exact, however unequal their numbers of items. Collective. 0 where nobody has any.
+    It is the weighted sum of the losses (n,) divided by the mean over processes of their total weight. Its mean over
+    processes is the global weighted mean. A strategy that averages gradients over processes is therefore exact, even if
+    processes hold unequal numbers of items. The result is 0 where no process has any.
     """
     total = distributed.mean(weights.detach().sum())
     return (losses * weights).sum() / total.clamp(min=torch.finfo(losses.dtype).tiny)

@@ -29,9 +29,9 @@ from torch.nn import functional as F
 
 from finetune.attention.trace import Trace
 from finetune.model import Features, FusionModel, Head
-from finetune.tasks import ExportSpec, Prediction, Setting, Survey, Task, hard_negatives, per_item
+from finetune.tasks import ExportSpec, Prediction, EvalSetup, Survey, Task, hard_negatives, global_weighted_mean
 from finetune.tasks.negative_captions import NegativeCaptions
-from finetune.tasks.reranking import search
+from finetune.tasks.reranking import evaluate_reranking
 from pretrain import registry
 from pretrain.data.batch import Batch
 from pretrain.errors import ConfigError
@@ -93,7 +93,7 @@ class Config:
 # The model's part
 
 
-class Matcher(Head):
+class MatchingHead(Head):
     """Fused words -> their mean and their maximum -> the logit that text and picture belong together."""
 
     def __init__(self, width: int, config: Config) -> None:
@@ -118,8 +118,8 @@ class Matcher(Head):
         if "ids" not in targets:
             text, image = model.tokens("text", inputs["text"], masks["text"]), model.tokens("image", inputs["image"])
             return {"match": self.match(model, text, image, trace)}
-        text, text_row = model.read("text", inputs["text"], masks["text"])
-        image, image_row = model.read("image", inputs["image"])
+        text, text_row = model.tokens_and_embedding("text", inputs["text"], masks["text"])
+        image, image_row = model.tokens_and_embedding("image", inputs["image"])
         assert text_row is not None
         assert image_row is not None
         scale = model.encoder.logit_scale.exp()
@@ -130,27 +130,27 @@ class Matcher(Head):
         wrong_text, wrong_image = _mine(image_row, text_row, scale, targets["ids"])
         foils = None
         if "foils" in inputs:
-            given = inputs["foils"], masks["foils"], targets["foiled"]
+            given = inputs["foils"], masks["foils"], targets["negative_mask"]
             foils = _foils(model, scale * image_row, text_row, given, self.draw)
-        longest = hard_negatives.longest(
+        longest = hard_negatives.max_token_count(
             text if foils is None or foils.tokens.states.shape[1] < text.states.shape[1] else foils.tokens
         )
-        text = hard_negatives.padded(text, longest)
-        about = [text, hard_negatives.fetch(text, wrong_text.row)]  # texts about the own picture, which is asked once for all
+        text = hard_negatives.pad_tokens(text, longest)
+        about = [text, hard_negatives.fetch_tokens(text, wrong_text.row)]  # texts about the own picture, which is asked once for all
         real = [torch.ones_like(wrong_text.valid), wrong_text.valid]
         ahead = [torch.zeros_like(wrong_text.ahead), wrong_text.ahead]
         if foils is not None:
-            words = hard_negatives.padded(foils.tokens, longest)
+            words = hard_negatives.pad_tokens(foils.tokens, longest)
             about += [
                 words._replace(states=words.states[i :: self.draw], mask=words.mask[i :: self.draw]) for i in range(self.draw)
             ]
             real += list(foils.real.unbind(dim=1))
             ahead += list(foils.ahead.unbind(dim=1))
         own = self.match(model, _interleaved(about), image).unflatten(0, (-1, len(about)))
-        other = self.match(model, text, hard_negatives.fetch(image, wrong_image.row))
+        other = self.match(model, text, hard_negatives.fetch_tokens(image, wrong_image.row))
         found["match"] = torch.cat([own, other[:, None]], dim=1)
-        found["real"] = torch.stack([*real, wrong_image.valid], dim=1)
-        found["open"] = 2 * torch.stack([*ahead, wrong_image.ahead], dim=1).sigmoid()
+        found["valid"] = torch.stack([*real, wrong_image.valid], dim=1)
+        found["difficulty"] = 2 * torch.stack([*ahead, wrong_image.ahead], dim=1).sigmoid()
         return found
 
     def match(self, model: FusionModel, text: TokenSequence, image: TokenSequence, trace: Trace | None = None) -> Tensor:
@@ -165,11 +165,11 @@ class Matcher(Head):
 def _mine(image: Tensor, text: Tensor, scale: Tensor, ids: Tensor) -> tuple[hard_negatives.Negatives, hard_negatives.Negatives]:
     """A caption for each picture, a picture for each caption. Collective."""
     with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
-        first, second = hard_negatives.draws(len(image), 2, image.device)
+        first, second = hard_negatives.draw_uniform(len(image), 2, image.device)
         images, texts = distributed.gather_without_grad(image.detach()), distributed.gather_without_grad(text.detach())
-        same, offset = hard_negatives.same_ids(ids), distributed.rank() * len(image)
+        same, offset = hard_negatives.shares_id(ids), distributed.rank() * len(image)
         forth, back = scale * image @ texts.T, scale * text @ images.T
-        return hard_negatives.mine(forth, same, first, offset), hard_negatives.mine(back, same, second, offset)
+        return hard_negatives.draw_negatives(forth, same, first, offset), hard_negatives.draw_negatives(back, same, second, offset)
 
 
 class _Foils(NamedTuple):
@@ -193,11 +193,11 @@ def _foils(model: FusionModel, image: Tensor, text: Tensor, given: tuple[Tensor,
     ids, mask, real = given
     b, P = real.shape
     if draw == P:  # all of them: one pass through the tower, nothing to draw
-        every, rows = model.read("text", ids, mask)
+        every, rows = model.tokens_and_embedding("text", ids, mask)
         return _Foils(every, real, _ahead(image, text, cast(Tensor, rows)))
     with torch.no_grad():
         ahead = _ahead(image, text, model.embed("text", ids, mask))
-        chance = torch.stack(hard_negatives.draws(b, P, ids.device), dim=1).double().clamp(min=1e-12)
+        chance = torch.stack(hard_negatives.draw_uniform(b, P, ids.device), dim=1).double().clamp(min=1e-12)
         # The first F by logit + Gumbel noise are F draws without replacement (Gumbel top-k, arXiv 1903.06059).
         noisy = (ahead.double() - (-chance.log()).log()).masked_fill(~real, -math.inf)
         chosen = noisy.topk(draw, dim=1).indices
@@ -228,7 +228,7 @@ class Retrieval(Task):
     """See the file."""
 
     primary_metric = "reranked_R@1"
-    splits = False  # a sample's negatives come from the whole batch
+    can_split = False  # a sample's negatives come from the whole batch
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -239,7 +239,7 @@ class Retrieval(Task):
         self._above: list[Tensor] = []  # matching loss less that of a constant answer, of the last steps
         self._warned = False
 
-    def decoders(self, towers: dict[str, Any]) -> dict[str, Any]:
+    def build_decoders(self, towers: dict[str, Any]) -> dict[str, Any]:
         for name in ("image", "text"):
             if name not in towers:
                 raise ConfigError(f"task.name=retrieval needs an {name} tower; the model has {', '.join(towers)}")
@@ -248,33 +248,33 @@ class Retrieval(Task):
             found["foils"] = NegativeCaptions(towers["text"], self.config.foils, self.config.pool or self.config.draw)
         return found
 
-    def head(self, model: FusionModel) -> Matcher:
+    def build_head(self, model: FusionModel) -> MatchingHead:
         if model.fusion is None or (model.fusion.config.query, model.fusion.config.context) != ("text", "image"):
             raise ConfigError(
                 "task.name=retrieval asks pictures with texts: it needs a fusion with fusion.query=text, fusion.context=image"
             )
-        return Matcher(model.widths["text"], self.config)
+        return MatchingHead(model.widths["text"], self.config)
 
     def export_spec(self) -> ExportSpec:
         return ExportSpec("match", "sigmoid", [], {"score": self.config.score})
 
     def encode(self, model: nn.Module, batch: Batch) -> Features:
         """Names each sample, so that the model can tell negatives from what is right."""
-        ids = hard_negatives.sample_ids(batch.keys, batch.targets["caption_id"])
+        ids = hard_negatives.hash_sample_ids(batch.keys, batch.targets["caption_id"])
         features: Features = model(batch.inputs, batch.masks, {**batch.targets, "ids": ids})
         return features
 
     def loss(self, features: Features, targets: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Contrastive + matching (a binary cross-entropy, its weighted mean over the pairs of all processes)."""
         match = _wide(features["match"])
-        weights = features["real"].to(match.dtype)
+        weights = features["valid"].to(match.dtype)
         if self.config.score == "sum":
-            wrong = weights[:, 1:] * features["open"][:, 1:]
+            wrong = weights[:, 1:] * features["difficulty"][:, 1:]
             weights = torch.cat([wrong.sum(dim=1, keepdim=True), wrong], dim=1)
         labels = torch.zeros_like(match)
         labels[:, 0] = 1
         each = F.binary_cross_entropy_with_logits(match, labels, reduction="none")
-        matching = per_item(each.flatten(), weights.flatten())
+        matching = global_weighted_mean(each.flatten(), weights.flatten())
         report = self._matching_report(match.detach(), each.detach(), labels, weights)
         loss = self.config.matching * matching
         if self.config.contrastive:
@@ -313,12 +313,12 @@ class Retrieval(Task):
                 "lengthen optim.warmup; see whether captions and pictures belong together"
             )
 
-    def evaluate(self, model: FusionModel, shards: Any, setting: Setting) -> dict[str, float]:
+    def evaluate(self, model: FusionModel, shards: Any, setup: EvalSetup) -> dict[str, float]:
         """`image_to_text_R@K`, `text_to_image_R@K` by embeddings, the same `reranked_...`, and for both their mean: `R@1`,
         `reranked_R@1`; `..._ceiling`, the recall that no order of the candidates can exceed; `rerank_k`, candidates a query,
         and `rerank_ms`, milliseconds a query; `samples`, `captions`, `bad_samples`. Collective."""
-        head = cast(Matcher, model.head)
-        return search(model, shards, setting, head.match, self.config.rerank, self.config.score == "sum")
+        head = cast(MatchingHead, model.head)
+        return search(model, shards, setup, head.match, self.config.rerank, self.config.score == "sum")
 
     def predict(
         self, model: FusionModel, inputs: dict[str, Tensor], masks: dict[str, Tensor], trace: Trace | None = None, top: int = 5

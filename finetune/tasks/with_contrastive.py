@@ -17,36 +17,36 @@ from torch import Tensor, nn
 from finetune.adapt.freeze import AdaptConfig
 from finetune.attention.trace import Trace
 from finetune.model import CAPTION, Features, FusionModel, Head
-from finetune.tasks import Prediction, Setting, Task
+from finetune.tasks import Prediction, EvalSetup, Task
 from pretrain import registry
 from pretrain.data.loader import Batch
 from pretrain.errors import ConfigError
 
 
-class Aligned(Task):
+class WithContrastive(Task):
     """A task with the contrastive loss beside its own."""
 
     def __init__(self, task: Task, weight: float) -> None:
         self.task, self.weight = task, weight
         self.primary_metric = task.primary_metric  # type: ignore[misc]
         self.text_is_question = task.text_is_question  # type: ignore[misc]
-        self.splits = task.splits
+        self.can_split = task.can_split
         self._score: nn.Module | None = None
 
-    def decoders(self, towers: dict[str, Any]) -> dict[str, Any]:
+    def build_decoders(self, towers: dict[str, Any]) -> dict[str, Any]:
         """The task's, and the caption's behind them: `caption_id` is the caption's, whatever the task reads."""
         if not {"image", "text"} <= set(towers):
             raise ConfigError(f"adapt.contrastive needs image and text towers; the model has {', '.join(towers)}")
-        return {**self.task.decoders(towers), CAPTION: towers["text"]}
+        return {**self.task.build_decoders(towers), CAPTION: towers["text"]}
 
-    def head(self, model: FusionModel) -> Head:
+    def build_head(self, model: FusionModel) -> Head:
         name = "clip" if model.encoder.logit_bias is None else "siglip"
         loss = registry.get_component("losses", name)
         self._score = loss.build(loss.Config(same_caption="ignore"))
-        return self.task.head(model)
+        return self.task.build_head(model)
 
-    def settings(self) -> dict[str, Any]:
-        return self.task.settings()
+    def learned_settings(self) -> dict[str, Any]:
+        return self.task.learned_settings()
 
     def encode(self, model: nn.Module, batch: Batch) -> Features:
         return self.task.encode(model, batch)
@@ -59,9 +59,9 @@ class Aligned(Task):
         loss, report = self.task.loss(features, targets)
         return loss + self.weight * kept, {**report, "task_loss": loss.detach(), "contrastive_loss": kept.detach()}
 
-    def evaluate(self, model: FusionModel, shards: Any, setting: Setting) -> dict[str, float]:
-        decoders = {name: decoder for name, decoder in setting.decoders.items() if name != CAPTION}
-        return self.task.evaluate(model, shards, replace(setting, decoders=decoders))
+    def evaluate(self, model: FusionModel, shards: Any, setup: EvalSetup) -> dict[str, float]:
+        decoders = {name: decoder for name, decoder in setup.decoders.items() if name != CAPTION}
+        return self.task.evaluate(model, shards, replace(setup, decoders=decoders))
 
     def predict(
         self, model: FusionModel, inputs: dict[str, Tensor], masks: dict[str, Tensor], trace: Trace | None = None, top: int = 5
@@ -69,6 +69,6 @@ class Aligned(Task):
         return self.task.predict(model, inputs, masks, trace, top)
 
 
-def keep_aligned(task: Task, config: AdaptConfig) -> Task:
+def add_contrastive_loss(task: Task, config: AdaptConfig) -> Task:
     """The task itself, or with config.contrastive > 0 the task with the contrastive loss beside it."""
-    return Aligned(task, config.contrastive) if config.contrastive > 0 else task
+    return WithContrastive(task, config.contrastive) if config.contrastive > 0 else task

@@ -48,7 +48,7 @@ def measure_model(config: PretrainConfig) -> tuple[ModelSize, list[str]]:
             tokenizer = PlaceholderTokenizer(vocabulary)
             notes.append(f"tokenizer {config.text.tokenizer!r} is not here: a vocabulary of {vocabulary:,} is assumed")
     built = models.build(towers, config.model, tokenizer)
-    sample = flops.one_sample(
+    sample = flops.build_sample(
         config.image.size if config.image is not None else None,
         config.text.length if config.text is not None else None,
         config.data.draw,

@@ -113,7 +113,7 @@ def run(config: str, settings: list[str], dry_run: bool, module: str = "pretrain
             outcome = trainer.train(loaded)
             if outcome.state == "stopped":
                 command = os.environ.get("CLIPFUSE_COMMAND") or shlex.join(["clipfuse", module, config, *settings])
-                log_info(f"{outcome.why} at step {outcome.step}, saved; go on with: {command}")
+                log_info(f"{outcome.reason} at step {outcome.step}, saved; go on with: {command}")
                 return STOPPED
             results = ", ".join(f"{name} {value:.4g}" for name, value in outcome.results.items())
             log_info(f"done: {outcome.step} steps in {loaded.run}" + (f"; {results}" if results else ""))

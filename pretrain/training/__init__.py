@@ -1,1 +1,13 @@
-"""TODO room."""
+"""One training run of either stage: the loop, its step, and the files and numbers that a run writes.
+
+session.py      what both trainers share: agreement, run folder, encoders, loader, and the plan of the run
+loop.py         fit(), the only training loop: optimizer, schedule, logging, evaluation, saving and stopping
+step.py         one optimizer step, plain or cached (GradCache)
+objective.py    the contract between the loop and what it trains, and the contrastive objective of pretraining
+run_dir.py      the run folder: its lock, status.json and environment.json
+metrics.py      metrics.jsonl, audit-RANK.jsonl and experiment trackers
+throughput.py   samples per second, data wait, memory and MFU between two log steps
+flops.py        floating-point operations of a batch, for MFU
+
+May import checkpoints, formats, model, strategies, data and what lies below them, but neither evaluation nor embedding.
+"""

@@ -1,4 +1,4 @@
-"""Floating-point operations of a training step, counted by torch, for MFU."""
+"""Floating-point operations of a training step, counted by torch, for MFU (model FLOPs utilization)."""
 
 from __future__ import annotations
 
@@ -13,28 +13,29 @@ from pretrain import ops
 from pretrain.data.batch import Batch
 
 
-def _product(x: torch.Size, y: torch.Size, *_: Any, **__: Any) -> int:
-    """Of (..., k) and (m, k)."""
-    return 2 * x.numel() * y[0]
+def _count_linear(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
+    """Return the operations of the product of x (..., k) and weight (m, k)."""
+    return 2 * x.numel() * weight[0]
 
 
-OURS = {torch.ops.mkldnn._linear_pointwise: _product} if ops.ONEDNN else {}
-"""Operations that torch's counter does not know."""
+ONEDNN_COUNTS = {torch.ops.mkldnn._linear_pointwise: _count_linear} if ops.ONEDNN else {}
+"""Operations that torch's counter does not know, with the functions that count them."""
 
 
-def per_batch(model: nn.Module, sample: Batch) -> Callable[[Batch], float]:
-    """A function that gives the forward and backward operations of a batch.
+def build_flop_counter(model: nn.Module, sample: Batch) -> Callable[[Batch], float]:
+    """Return a function that counts the forward and backward operations of a batch.
 
-    The model runs once on `sample`, one sample at full length, on the CPU, before it is wrapped. Inputs with a mask have a
-    length: their share is scaled with the length that the batch was trimmed to (attention's square of it is neglected).
-    Recomputed activations and the second forward pass of a cached step are not counted: the figure is what training asks for.
+    The model runs once, before it is wrapped, on the CPU, on `sample`: one sample at full length. Inputs that have a mask vary
+    in length: their operations are scaled to the length that the batch was trimmed to. (That attention grows with the square
+    of the length is neglected.) Recomputed activations and the second forward pass of a cached step are not counted: MFU
+    compares the operations that training needs with those that the device could do.
     """
     fixed = 0.0
     per_token: dict[str, float] = {}
     training = model.training
     for modality, inputs in sample.inputs.items():
         masks = {modality: sample.masks[modality]} if modality in sample.masks else {}
-        with FlopCounterMode(display=False, custom_mapping=OURS) as counter:
+        with FlopCounterMode(display=False, custom_mapping=ONEDNN_COUNTS) as counter:
             features = model({modality: inputs}, masks)
             features[modality].sum().backward()
         if masks:
@@ -44,15 +45,15 @@ def per_batch(model: nn.Module, sample: Batch) -> Callable[[Batch], float]:
     model.zero_grad(set_to_none=True)
     model.train(training)
 
-    def flops(batch: Batch) -> float:
+    def count_flops(batch: Batch) -> float:
         tokens = sum(count * batch.inputs[modality].shape[1:].numel() for modality, count in per_token.items())
         return len(batch) * (fixed + tokens)
 
-    return flops
+    return count_flops
 
 
-def one_sample(image_size: int | None, text_length: int | None, texts: int = 1) -> Batch:
-    """A black picture and a full-length text, or several."""
+def build_sample(image_size: int | None, text_length: int | None, texts: int = 1) -> Batch:
+    """Build a batch of one sample: a black image and `texts` full-length texts. None leaves a modality out."""
     batch = Batch({}, {}, ["one"])
     if image_size is not None:
         batch.inputs["image"] = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""metrics.jsonl, audit-RANK.jsonl and trackers: the numbers that a run records."""
+"""The numbers that a run records: metrics.jsonl, audit-RANK.jsonl and experiment trackers."""
 
 from __future__ import annotations
 
@@ -15,17 +15,21 @@ from pretrain.runtime.files import write_text
 from pretrain.training.run_dir import RunFolder
 
 
-class Lines:
-    """A jsonl file that a resumed run cuts back to the step it goes on from."""
+class JsonLinesFile:
+    """A jsonl file that a resumed run truncates to the step it resumes from.
+
+    Args:
+        after: lines of later steps are removed when the file is opened.
+    """
 
     def __init__(self, path: Path, after: int) -> None:
         if path.exists():
-            kept = [line for line in _whole(path) if json.loads(line)["step"] <= after]
-            write_text(path, "".join(line + "\n" for line in kept))
+            lines = [line for line in _read_complete_lines(path) if json.loads(line)["step"] <= after]
+            write_text(path, "".join(line + "\n" for line in lines))
         self._file = path.open("a")
 
     def write(self, line: dict[str, Any]) -> None:
-        """One line, on disk before the call returns to the loop (a kill -9 loses none that was written)."""
+        """Write one line, and flush it to the operating system: kill -9 loses no line that was written."""
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 
@@ -33,22 +37,28 @@ class Lines:
         self._file.close()
 
 
-def _whole(path: Path) -> list[str]:
-    """The lines that were written whole: a kill may have cut the last."""
+def _read_complete_lines(path: Path) -> list[str]:
+    """Read the lines that were written completely: a kill may have truncated the last one."""
     lines = path.read_text().split("\n")
     return [line for line in lines[:-1] if line.startswith("{") and line.endswith("}")]
 
 
 class RunLog:
-    """metrics.jsonl and trackers, on rank 0; audit-RANK.jsonl on every rank that is asked for it."""
+    """metrics.jsonl and trackers, on rank 0; audit-RANK.jsonl on every rank if `audit` is set.
+
+    Args:
+        config: the resolved configuration, for trackers.
+        trackers: names of accelerate's trackers.
+        after: lines of later steps are removed from files that exist.
+    """
 
     def __init__(self, folder: RunFolder, config: dict[str, Any], trackers: list[str], audit: bool, after: int) -> None:
-        self._trackers = [_tracker(name, folder, config) for name in trackers] if distributed.is_main() else []
-        self._metrics = Lines(folder.path / "metrics.jsonl", after) if distributed.is_main() else None
-        self._audit = Lines(folder.path / f"audit-{distributed.rank()}.jsonl", after) if audit else None
+        self._trackers = [_build_tracker(name, folder, config) for name in trackers] if distributed.is_main() else []
+        self._metrics = JsonLinesFile(folder.path / "metrics.jsonl", after) if distributed.is_main() else None
+        self._audit = JsonLinesFile(folder.path / f"audit-{distributed.rank()}.jsonl", after) if audit else None
 
-    def metrics(self, line: dict[str, Any]) -> None:
-        """One line of numbers; non-finite ones become null, as JSON has no others."""
+    def write_metrics(self, line: dict[str, Any]) -> None:
+        """Write one line of numbers; those that are not finite become null, because JSON cannot hold them."""
         if self._metrics is None:
             return
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
@@ -56,8 +66,8 @@ class RunLog:
         for tracker in self._trackers:
             tracker.log({k: v for k, v in clean.items() if isinstance(v, int | float)}, step=line["step"])
 
-    def audit(self, step: int, keys: list[str]) -> None:
-        """The samples a step consumed."""
+    def write_audit(self, step: int, keys: list[str]) -> None:
+        """Write the keys of the samples that a step consumed, if the run is audited."""
         if self._audit is not None:
             self._audit.write({"step": step, "keys": keys})
 
@@ -70,30 +80,33 @@ class RunLog:
 
 
 def check_trackers(names: list[str]) -> None:
-    """Raises ConfigError for a tracker that accelerate does not know."""
+    """Refuse trackers that accelerate does not know. Raises ConfigError."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
-            raise ConfigError(f"train.trackers: no {name!r}; the choices are {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
+            raise ConfigError(
+                f"train.trackers: there is no tracker {name!r}; the choices are {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}"
+            )
 
 
-def _tracker(name: str, folder: RunFolder, config: dict[str, Any]) -> Any:
-    """A tracker of accelerate. Raises ConfigError for one that is not installed."""
+def _build_tracker(name: str, folder: RunFolder, config: dict[str, Any]) -> Any:
+    """Build one of accelerate's trackers and start it. Raises ConfigError for a tracker that is not installed."""
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
     cls = LOGGER_TYPE_TO_CLASS[name]
-    PartialState(cpu=not torch.cuda.is_available())  # accelerate's logger wants it; a group that exists is taken as it is
+    # accelerate's logger needs its PartialState, which joins a process group that exists.
+    PartialState(cpu=not torch.cuda.is_available())
     try:
         if cls.requires_logging_directory:
             tracker = cls(run_name=name, logging_dir=str(folder.path))
         else:
             tracker = cls(run_name=folder.path.name)
-        tracker.main_process_only = False  # only rank 0 comes here; accelerate need not set up its own process state
+        tracker.main_process_only = False  # only rank 0 builds trackers; accelerate need not check which process this is
         tracker.start()
     except ImportError as error:
         raise ConfigError(f"train.trackers={name} is not installed: {error}") from error
-    if name != "tensorboard":  # its hparams file is one more run in the list of curves
+    if name != "tensorboard":  # tensorboard would list its hparams file as one more run
         tracker.store_init_configuration(config)
     return tracker

@@ -1,4 +1,4 @@
-"""What a run says while it works: metrics.jsonl, trackers, audit, status, environment, progress on the terminal."""
+"""The run folder runs/NAME: its lock, status.json and environment.json."""
 
 from __future__ import annotations
 
@@ -21,10 +21,15 @@ from pretrain.runtime.agree import on_main
 from pretrain.runtime.files import write_json
 
 LIBRARIES = ("torch", "torchvision", "timm", "transformers", "accelerate", "deepspeed", "webdataset", "omegaconf", "numpy")
+"""Libraries whose versions environment.json records."""
 
 
 class RunFolder:
-    """runs/NAME: locked by one run at a time. Rank 0 writes; the others only keep their audit file."""
+    """The folder of one run, locked by one run at a time. Rank 0 writes into it; other ranks write only their audit file.
+
+    Args:
+        run: a name (the folder is runs/NAME), or a path that contains a slash.
+    """
 
     def __init__(self, run: str) -> None:
         self.path = Path(run) if os.sep in run else Path("runs") / run
@@ -32,7 +37,11 @@ class RunFolder:
         self._lock: IO[str] | None = None
 
     def open(self) -> None:
-        """Creates the folder and takes its lock. Raises UserError where it cannot be written or another run holds it."""
+        """Create the folder and take its lock. Collective.
+
+        Raises:
+            UserError: the folder cannot be written, or another run holds the lock.
+        """
         on_main(self._take_lock)
 
     def _take_lock(self) -> None:
@@ -47,37 +56,40 @@ class RunFolder:
             assert self._lock is not None
             self._lock.seek(0)
             holder = self._lock.read() or "another run"
-            raise UserError(f"{self.path} is in use by {holder}; give this one another run=NAME") from error
+            raise UserError(f"{self.path} is in use by {holder}; choose another run=NAME for this run") from error
         except OSError as error:
             raise UserError(
                 f"cannot write into the run folder {self.path}: {error.strerror or error}; choose another run=PATH"
             ) from error
 
     def close(self) -> None:
-        """Gives the lock back."""
+        """Release the lock."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
 
-    def status(self, state: str, why: str, step: int, anyone: bool = False) -> None:
-        """status.json: running | done | stopped | failed, and why. anyone: rank 0 may be the one that was lost."""
-        if (anyone or distributed.is_main()) and self.path.is_dir():
-            write_json(self.path / "status.json", {"state": state, "why": why, "step": step, "time": time.time()})
+    def write_status(self, state: str, reason: str, step: int, any_rank: bool = False) -> None:
+        """Write status.json: running, done, stopped or failed, and the reason.
 
-    def environment(self, threads: int) -> None:
-        """environment.json: versions, revision, command, threads, devices."""
+        any_rank: write from whichever rank calls, because rank 0 may be the one that was lost.
+        """
+        if (any_rank or distributed.is_main()) and self.path.is_dir():
+            write_json(self.path / "status.json", {"state": state, "why": reason, "step": step, "time": time.time()})
+
+    def write_environment(self, threads: int) -> None:
+        """Write environment.json: versions, git revision, command, CPU threads per process, GPUs."""
         if not distributed.is_main():
             return
-        installed = {name: metadata.version(name) for name in LIBRARIES if _has(name)}
+        versions = {name: metadata.version(name) for name in LIBRARIES if _is_installed(name)}
         gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         write_json(
             self.path / "environment.json",
             {
                 "command": shlex.join(sys.argv),
-                "git": _revision(),
+                "git": _git_revision(),
                 "python": platform.python_version(),
                 "platform": platform.platform(),
-                "versions": installed,
+                "versions": versions,
                 "processes": distributed.world_size(),
                 "threads": threads,
                 "gpus": gpus,
@@ -85,7 +97,7 @@ class RunFolder:
         )
 
 
-def _has(name: str) -> bool:
+def _is_installed(name: str) -> bool:
     try:
         metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -93,20 +105,12 @@ def _has(name: str) -> bool:
     return True
 
 
-def _revision() -> str | None:
-    """The commit of this code, with + where files differ from it; None outside a checkout."""
-    here = Path(__file__).resolve().parent
-    command = ["git", "-C", str(here), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+def _git_revision() -> str | None:
+    """Return the commit of this code, followed by + where files differ from it; None outside a git checkout."""
+    folder = Path(__file__).resolve().parent
+    command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+        process = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files of lines
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Terminal
+    return process.stdout.strip() or None if process.returncode == 0 else None

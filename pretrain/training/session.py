@@ -1,12 +1,12 @@
-"""What pretraining and fine-tuning runs have in common; a recipe assembles the rest and calls fit().
+"""What pretraining and fine-tuning runs have in common; pretrain/train.py and finetune/train.py add the rest and call fit().
 
     with open_session(config) as session:      # the run folder is locked, the checkpoint to resume from is known
-        ...                                    # model, loader and objective, which only the recipe knows
+        ...                                    # model, loader and objective, which only the trainer knows
         session.write_config()
-        plan = session.build_plan(loader, save_config, tokenizer, "image_to_text_R@1")
+        plan = session.build_plan(loader, checkpoint_config, tokenizer, "image_to_text_R@1")
         return fit(plan, session.folder, session.build_strategy(), model, objective, loader, evaluate, session.checkpoint)
 
-`config` is a PretrainConfig or a FinetuneConfig everywhere here: their common fields are read, no others.
+`config` is a PretrainConfig or a FinetuneConfig everywhere in this file, which reads only the fields that both have.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from pretrain.training.run_dir import RunFolder
 
 
 def check_batch_and_evaluation(config: Any) -> None:
-    """Refuse a batch that the processes cannot share, and evaluations without data. Raises ConfigError."""
+    """Refuse a batch that the processes cannot divide evenly, and evaluations without data. Raises ConfigError."""
     if config.data.batch_size % (distributed.world_size() * config.train.chunks):
         raise ConfigError(
             f"data.batch_size={config.data.batch_size} must be divisible by processes x train.chunks = "
@@ -49,17 +49,17 @@ def check_batch_and_evaluation(config: Any) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Around a run
+# Opening a run
 
 
 @dataclass
 class Session:
-    """One process of a run: its locked folder, its checkpoint to resume from, its device."""
+    """What one process of a run starts from: the locked run folder, the checkpoint to resume from, and the device."""
 
     config: Any
     folder: RunFolder
     checkpoint: Path | None
-    """To resume from; None = a run that begins."""
+    """The checkpoint to resume from; None = a run that begins."""
     device: torch.device
     threads: int
 
@@ -67,22 +67,27 @@ class Session:
         """Write config.yaml and environment.json into the run folder."""
         if distributed.is_main():
             configuration.save(self.config, self.folder.path / "config.yaml")
-        self.folder.environment(self.threads)
+        self.folder.write_environment(self.threads)
 
     def build_plan(
         self,
         loader: Loader,
-        portable: ModelSchema,
+        checkpoint_config: ModelSchema,
         tokenizer: Any,
-        primary: str,
+        primary_metric: str,
         *,
         identity: dict[str, Any] | None = None,
         flops: Callable[[Batch], float] | None = None,
-        plain: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
+        convert_weights: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
     ) -> RunPlan:
-        """Collect what fit() needs to know beside model, objective and loader.
+        """Collect what fit() needs besides model, objective and loader.
 
-        portable: the configuration that checkpoints hold. identity: what else must not change when the run is resumed.
+        Args:
+            checkpoint_config: the configuration that checkpoints hold.
+            primary_metric: the evaluation metric, higher is better, that decides which checkpoint is best.
+            identity: what must not change when the run is resumed, besides seed, batch size and data.
+            flops: counts the operations of a batch, for MFU.
+            convert_weights: turns trained weights into those that model.safetensors holds.
         """
         config = self.config
         data_identity = {"seed": config.seed, "data.batch_size": config.data.batch_size, "data": loader.digest()}
@@ -92,12 +97,12 @@ class Session:
             total_steps=config.train.total_steps(config.data.batch_size, loader.order),
             train=config.train,
             optim=config.optim,
-            resolved=configuration.to_dict(config),
+            resolved_config=configuration.to_dict(config),
             identity=data_identity | (identity or {}),
-            files=lambda folder: _save_config_and_tokenizer(folder, portable, tokenizer),
-            primary=primary,
+            save_files=lambda folder: _save_config_and_tokenizer(folder, checkpoint_config, tokenizer),
+            primary_metric=primary_metric,
             flops=flops,
-            plain=plain,
+            convert_weights=convert_weights,
         )
 
     def build_strategy(self) -> Strategy:
@@ -110,7 +115,10 @@ class Session:
 
 @contextmanager
 def open_session(config: Any) -> Iterator[Session]:
-    """Check that all processes agree, lock the run folder inside, and find the checkpoint to resume from. Raises UserError."""
+    """Check that all processes agree, lock the run folder, and find the checkpoint to resume from. Collective.
+
+    The lock is released when the `with` block ends. Raises UserError.
+    """
     check_agreement(config)
     threads = distributed.pin_threads(config.train.threads)
     device = distributed.device()
@@ -132,12 +140,17 @@ def check_agreement(config: Any) -> None:
     if train != "synthetic":
         preflight.require_equal(
             "data.train",
-            lambda: preflight.data_fingerprint([path for source in resolve_sources(train, "data.train") for path in source.shards]),
+            lambda: preflight.data_fingerprint(
+                [path for source in resolve_sources(train, "data.train") for path in source.shards]
+            ),
         )
 
 
 def find_checkpoint(resume: str, folder: RunFolder) -> Path | None:
-    """Find the checkpoint to resume from, the same on every process; None = begin. Collective. Raises UserError."""
+    """Find the checkpoint to resume from, the same on every process; None = a run that begins. Collective. Raises UserError.
+
+    resume: "auto", "never", or a checkpoint folder.
+    """
     return on_main(lambda: _find_checkpoint(resume, folder))
 
 
@@ -145,18 +158,20 @@ def _find_checkpoint(resume: str, folder: RunFolder) -> Path | None:
     complete = store.list_complete(folder.checkpoints)
     if resume == "never":
         if complete or (folder.path / "metrics.jsonl").exists():
-            raise ConfigError(f"resume=never would overwrite the run in {folder.path}; give this one another run=NAME")
+            raise ConfigError(f"resume=never would overwrite the run in {folder.path}; choose another run=NAME for this run")
         return None
     if resume != "auto":
         return store.find(resume)
     newest = store.find_newest(folder.checkpoints, log_info)
     if newest is None and complete:
-        raise UserError(f"no checkpoint in {folder.checkpoints} can be used (named above); resume=PATH goes on from another")
+        raise UserError(
+            f"no checkpoint in {folder.checkpoints} can be used (the reasons are above); resume=PATH resumes from another"
+        )
     return newest
 
 
 def _save_config_and_tokenizer(folder: Path, config: ModelSchema, tokenizer: Any) -> None:
-    """Write what belongs beside the weights of a checkpoint."""
+    """Write config.yaml and tokenizer/ into a checkpoint folder."""
     configuration.save(config, folder / "config.yaml")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder / loading.TOKENIZER)
@@ -167,9 +182,10 @@ def _save_config_and_tokenizer(folder: Path, config: ModelSchema, tokenizer: Any
 
 
 def build_encoders(config: Any) -> tuple[Any, DualEncoder]:
-    """Build the tokenizer (None: a model without texts) and the encoders, with the same weights on every process.
+    """Build the tokenizer (None for a model without texts) and the encoders, with the same weights on every process.
 
-    Seeds torch's generator. Looks for data.val first: not after the first thousand steps. Raises UserError.
+    Seeds torch's generator. Resolves data.val first, so that missing shards are an error now and not after the first thousand
+    steps. Raises UserError.
     """
     if config.data.val is not None:
         resolve_sources(config.data.val, "data.val")
@@ -179,13 +195,13 @@ def build_encoders(config: Any) -> tuple[Any, DualEncoder]:
 
 
 def build_train_decoders(config: Any, tokenizer: Any, encoders: DualEncoder) -> dict[str, Any]:
-    """Build the decoders by modality for training: augmented images, drawn captions."""
+    """Build the decoders for training, by modality: they augment images and draw captions."""
     data = config.data
     return models.build_decoders(config, tokenizer, encoders, data.caption, data.augment, data.draw)
 
 
 def build_eval_decoders(config: Any, tokenizer: Any, encoders: DualEncoder) -> dict[str, Any]:
-    """Build the decoders by modality for evaluation: nothing is augmented or drawn."""
+    """Build the decoders for evaluation, by modality: they neither augment nor draw."""
     return models.build_decoders(config, tokenizer, encoders, evaluation_caption(vars(config.data)))
 
 
@@ -206,13 +222,17 @@ def build_loader(config: Any, decoders: dict[str, Any]) -> Loader:
 
 
 def print_summary(config: Any, parameter_counts: dict[str, dict[str, int]], loader: Loader) -> None:
-    """Print what would run, on one process: configuration, parameters by part of the model, shards, samples, steps."""
-    size, epoch = config.data.batch_size, loader.order.epoch_size
-    total = config.train.total_steps(size, loader.order)
+    """Print, on rank 0, what would run: configuration, parameters of each component, shards, samples and steps.
+
+    parameter_counts: for each component of the model {"total": ..., "trainable": ...}.
+    """
+    batch_size, epoch_size = config.data.batch_size, loader.order.epoch_size
+    total_steps = config.train.total_steps(batch_size, loader.order)
     if not distributed.is_main():
         return
     print(configuration.to_yaml(config))
     for name, counts in parameter_counts.items():
         print(f"{name:12} {counts['total']:>14,} parameters, {counts['trainable']:,} trainable")
-    print(f"{'data':12} {loader.shard_count:>14,} shards, {epoch:,} samples an epoch")
-    print(f"{'run':12} {total:>14,} steps of {size:,} samples, {total * size / epoch:.2f} epochs")
+    print(f"{'data':12} {loader.shard_count:>14,} shards, {epoch_size:,} samples an epoch")
+    epochs = total_steps * batch_size / epoch_size
+    print(f"{'run':12} {total_steps:>14,} steps of {batch_size:,} samples, {epochs:.2f} epochs")

@@ -38,7 +38,7 @@ def train_step(
     """
     if chunks == 1:
         batch = batch.to(strategy.device)
-        with strategy.sync(True):
+        with strategy.sync_gradients(True):
             loss, report = objective.loss(_encode(strategy, objective, batch, (*seeds, 0)), batch.targets)
             strategy.backward(loss)
     else:
@@ -81,7 +81,7 @@ def _backward_cached(
     begin = 0
     for k, chunk in enumerate(chunks):
         is_last = k == len(chunks) - 1
-        with strategy.sync(is_last):
+        with strategy.sync_gradients(is_last):
             features_again = _encode(strategy, objective, chunk.to(strategy.device), (*seeds, k))
             terms = []
             for name, value in features_again.items():

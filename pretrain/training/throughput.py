@@ -1,4 +1,4 @@
-"""How fast a run is: samples/s, data wait, memory, MFU, between two log steps."""
+"""Samples per second, data wait, memory and MFU between two log steps."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from pretrain.runtime.gpus import peak_flops
 from pretrain.runtime.memory import peak_bytes
 
 
-class Meter:
-    """Counts from one log line to the next; evaluation and saving do not count.
+class ThroughputMeter:
+    """Measures training from one log line to the next; evaluation and saving are excluded.
 
     Args:
-        batch_size: samples a step, over all processes. total_steps: of the run. step: where it starts.
-        flops: forward and backward operations of this process's share of a batch, for MFU; None = unknown.
+        batch_size: samples a step, over all processes.
+        total_steps: steps of the run.
+        step: the step at which measuring begins.
+        flops: counts the forward and backward operations of this process's part of a batch, for MFU; None = unknown.
     """
 
     def __init__(
@@ -31,39 +33,42 @@ class Meter:
         self._batch_size, self._total, self._step, self._device = batch_size, total_steps, step, device
         self._peak = peak_flops(torch.cuda.get_device_name()) if device.type == "cuda" else 0.0
         self._flops = flops if self._peak else None
-        self._wait = self._paused = self._work = 0.0
+        self._wait = self._excluded = self._work = 0.0
         self._rate = math.nan
         self._begin = time.perf_counter()
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Time in here is data wait."""
+    def time_data_wait(self) -> Iterator[None]:
+        """Count the time inside as waiting for data."""
         begin = time.perf_counter()
         yield
         self._wait += time.perf_counter() - begin
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time in here is no training time."""
+    def exclude(self) -> Iterator[None]:
+        """Leave the time inside out of the training time."""
         begin = time.perf_counter()
         yield
-        self._paused += time.perf_counter() - begin
+        self._excluded += time.perf_counter() - begin
 
-    def stepped(self, batch: Batch) -> None:
-        """A step was taken on this batch."""
+    def count_step(self, batch: Batch) -> None:
+        """Count the operations of a step on this batch."""
         if self._flops is not None:
             self._work += self._flops(batch)
 
-    def line(self, step: int, lr: float, out: dict[str, Tensor], skipped: int, bad: dict[str, int]) -> dict[str, Any]:
-        """A line of metrics.jsonl. Fetching `out` waits for the device."""
+    def build_line(self, step: int, lr: float, out: dict[str, Tensor], skipped: int, bad: dict[str, int]) -> dict[str, Any]:
+        """Build a line of metrics.jsonl, and begin to measure anew. Collective.
+
+        Reading the values of `out`, what train_step() returned, waits for the device.
+        """
         numbers = {name: float(distributed.mean(value.float())) for name, value in out.items() if name != "skipped"}
         now = time.perf_counter()
-        seconds = max(1e-9, now - self._begin - self._paused)
+        seconds = max(1e-9, now - self._begin - self._excluded)
         self._rate = (step - self._step) * self._batch_size / seconds
         mfu = self._work / seconds / self._peak if self._flops is not None else None
         wait = self._wait
         self._begin, self._step = now, step
-        self._wait = self._paused = self._work = 0.0
+        self._wait = self._excluded = self._work = 0.0
         return {
             "step": step,
             "samples_seen": step * self._batch_size,
@@ -80,6 +85,6 @@ class Meter:
             **{f"bad/{reason}": count for reason, count in bad.items()},
         }
 
-    def eta(self, step: int) -> float:
-        """Seconds to the end at the last rate."""
+    def seconds_left(self, step: int) -> float:
+        """Return the seconds to the end of the run at the rate of the last log line."""
         return (self._total - step) * self._batch_size / self._rate

@@ -96,7 +96,7 @@ def measured(settings: list[str]) -> dict[str, float]:
     config = configuration(settings)
     tokenizer: Any = PlaceholderTokenizer(8192)
     share = config.data.batch_size // distributed.world_size()
-    one = flops.one_sample(config.image.size, config.text.length)
+    one = flops.build_sample(config.image.size, config.text.length)
     inputs = {name: x.expand(share, *x.shape[1:]).contiguous() for name, x in one.inputs.items()}
     masks = {name: x.expand(share, *x.shape[1:]).contiguous() for name, x in one.masks.items()}
     batch = Batch(inputs, masks, [str(i) for i in range(share)])

@@ -11,7 +11,7 @@ from torch import Tensor
 from finetune import model as models
 from finetune.adapt.freeze import freeze_unreached
 from finetune.model import FusionModel
-from finetune.tasks import EvalConfig, Setting, hard_negatives, retrieval
+from finetune.tasks import EvalConfig, EvalSetup, hard_negatives, retrieval
 from pretrain import registry
 from pretrain.data.batch import Batch
 from pretrain.data.images import ImageDecoder
@@ -19,7 +19,7 @@ from pretrain.data.text import TextDecoder, load_tokenizer
 from pretrain.optim import OptimConfig
 from pretrain.runtime import distributed
 from pretrain.strategies import build_strategy
-from pretrain.training.step import seed_of
+from pretrain.training.step import derive_seed
 from tests.support import Small, tiny, world
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -35,7 +35,7 @@ def built(dtype: torch.dtype) -> tuple[FusionModel, retrieval.Retrieval]:
         tiny.build_model("clip"), registry.get_component("fusion", "cross").Config(layers=1, heads=2), None, forks=["text"]
     )
     torch.manual_seed(1)
-    model.head = task.head(model)
+    model.head = task.build_head(model)
     with torch.no_grad():
         for p in [*model.fusion.parameters(), *model.head.parameters()]:  # type: ignore[union-attr]
             p.add_(0.2 * torch.randn_like(p))
@@ -55,7 +55,7 @@ def whole() -> Batch:
     ids[6] = ids[1]
     inputs = {"image": pictures.inputs["image"], "text": text, "foils": foils.inputs["text"].unflatten(0, (B, FOILS))}
     masks = {"text": mask, "foils": foils.masks["text"].unflatten(0, (B, FOILS))}
-    return Batch(inputs, masks, pictures.keys, {"caption_id": ids, "foiled": foiled})
+    return Batch(inputs, masks, pictures.keys, {"caption_id": ids, "negative_mask": foiled})
 
 
 def share() -> Batch:
@@ -71,9 +71,9 @@ def reference() -> tuple[float, dict[str, Tensor], int]:
     """One process, float64, pair by pair; the number of pairs too."""
     model, _ = built(torch.float64)
     batch, head = whole(), model.head
-    texts, text = model.read("text", batch.inputs["text"], batch.masks["text"])
-    images, image = model.read("image", batch.inputs["image"])
-    foils, foil = model.read("text", batch.inputs["foils"], batch.masks["foils"])
+    texts, text = model.tokens_and_embedding("text", batch.inputs["text"], batch.masks["text"])
+    images, image = model.tokens_and_embedding("image", batch.inputs["image"])
+    foils, foil = model.tokens_and_embedding("text", batch.inputs["foils"], batch.masks["foils"])
     assert text is not None
     assert image is not None
     assert foil is not None
@@ -91,9 +91,9 @@ def reference() -> tuple[float, dict[str, Tensor], int]:
         return 2 / (1 + (right - wrong).detach().exp())
 
     near = model.encoder.logit_scale.exp() * foil @ image.T
-    torch.manual_seed(seed_of(0, 0, 0, 0))
-    first, second = hard_negatives.draws(B, 2, torch.device("cpu"))
-    forth, back = hard_negatives.mine(s.detach(), ~kept, first), hard_negatives.mine(s.detach().T, ~kept, second)
+    torch.manual_seed(derive_seed(0, 0, 0, 0))
+    first, second = hard_negatives.draw_uniform(B, 2, torch.device("cpu"))
+    forth, back = hard_negatives.draw_negatives(s.detach(), ~kept, first), hard_negatives.draw_negatives(s.detach().T, ~kept, second)
 
     def pick(tokens: Any, i: int) -> Any:
         return tokens._replace(states=tokens.states[i : i + 1], mask=tokens.mask[i : i + 1], pooled=tokens.pooled[i : i + 1])
@@ -103,7 +103,7 @@ def reference() -> tuple[float, dict[str, Tensor], int]:
         caption, picture = int(forth.row[i]), int(back.row[i])
         pairs = [(pick(texts, i), i, None), (pick(texts, caption), i, s[i, caption]), (pick(texts, i), picture, s[picture, i])]
         pairs += [
-            (pick(foils, j), i, near[j, i]) for j in range(i * FOILS, (i + 1) * FOILS) if batch.targets["foiled"].flatten()[j]
+            (pick(foils, j), i, near[j, i]) for j in range(i * FOILS, (i + 1) * FOILS) if batch.targets["negative_mask"].flatten()[j]
         ]
         for words, asked, wrong in pairs:
             p = head.match(model, words, pick(images, asked)).sigmoid()  # type: ignore[operator]
@@ -121,13 +121,13 @@ def searched(small: Small) -> dict[str, float]:
     task = retrieval.build(retrieval.Config(rerank=3), None)
     model = models.build(encoder, registry.get_component("fusion", "cross").Config(layers=1, heads=2), None)
     torch.manual_seed(2)
-    model.head = task.head(model)
+    model.head = task.build_head(model)
     with torch.no_grad():
         for p in [*model.fusion.parameters(), *model.head.parameters()]:  # type: ignore[union-attr]
             p.add_(0.2 * torch.randn_like(p))
     decoders = {"image": ImageDecoder(16), "text": TextDecoder(load_tokenizer(small.tokenizer), tiny.LENGTH, "captions")}
     config = EvalConfig(batch_size=2, workers=0, max_samples=7)
-    return task.evaluate(model, small.val, Setting(task.decoders(decoders), torch.device("cpu"), config=config))
+    return task.evaluate(model, small.val, EvalSetup(task.build_decoders(decoders), torch.device("cpu"), config=config))
 
 
 def cells(small: Small) -> tuple[dict[str, tuple[float, str, float]], dict[str, float]]:

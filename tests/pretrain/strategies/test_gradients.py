@@ -15,7 +15,7 @@ import torch
 from pretrain.optim import OptimConfig
 from pretrain.runtime import distributed
 from pretrain.strategies import Strategy, build_strategy
-from pretrain.training.step import seed_of
+from pretrain.training.step import derive_seed
 from tests.support import tiny, world
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # seconds each on an idle machine, minutes on a busy one
@@ -115,7 +115,7 @@ def stochastic_reference(processes: int, chunks: int, dtype: torch.dtype) -> dic
     share = tiny.SAMPLES // processes
     for rank in range(processes):
         for k, chunk in enumerate(whole.slice(share * rank, share * (rank + 1)).chunk(chunks)):
-            torch.manual_seed(seed_of(0, 5, rank, k))
+            torch.manual_seed(derive_seed(0, 5, rank, k))
             parts.append(net(chunk.inputs, chunk.masks))
     features = {name: torch.cat([part[name] for part in parts]) for name in ("image", "text")}
     tiny.closed_form_loss("clip", {**features, "logit_scale": parts[0]["logit_scale"]}).backward()

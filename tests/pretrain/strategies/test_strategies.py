@@ -124,7 +124,7 @@ def behaviour(word: str) -> dict[str, Any]:
     before, moments = strategy.full_weights(), strategy.optimizer_state()
     broken = tiny.build_batch(1).slice(0, 4)
     objective = tiny.build_objective("siglip")
-    score = objective.score
+    score = objective.pair_loss
     poison = math.nan if distributed.rank() == distributed.world_size() - 1 else 1.0
 
     class Poisoned(nn.Module):
@@ -132,7 +132,7 @@ def behaviour(word: str) -> dict[str, Any]:
             loss, report = score(*args)
             return loss * poison, report
 
-    objective.score = Poisoned()
+    objective.pair_loss = Poisoned()
     out = train_step(strategy, objective, broken, 2, 1e-3, (0, 1, distributed.rank()))
     said["skipped"] = out["skipped"].item()
     said["finite"] = math.isfinite(out["grad_norm"].item())
@@ -145,14 +145,14 @@ def behaviour(word: str) -> dict[str, Any]:
     whole = distributed.broadcast_object(strategy.full_weights())
     strategy.load_full_weights({**whole, "logit_scale": torch.full((1,), 4.6)})
     objective = tiny.build_objective("siglip")
-    score = objective.score
+    score = objective.pair_loss
 
     class Upwards(nn.Module):
         def forward(self, features: Any, scale: torch.Tensor, *rest: Any) -> Any:
             loss, report = score(features, scale, *rest)
             return loss - 10 * scale.sum(), report
 
-    objective.score = Upwards()
+    objective.pair_loss = Upwards()
     mine = tiny.build_batch(3).slice(0, 4)
     for number in range(3):
         train_step(strategy, objective, mine, 1, 0.5, (0, 3 + number, distributed.rank()))

@@ -26,7 +26,7 @@ def on_paper(tokens: int) -> float:
 
 
 def test_both_towers(model: torch.nn.Module) -> None:
-    count = flops.per_batch(model, flops.one_sample(32, T))
+    count = flops.build_flop_counter(model, flops.build_sample(32, T))
     patches = 2 * 2 * N * 3 * 8 * 8 * C  # no gradient goes back into the picture
     full = Batch({"text": torch.ones(5, T, dtype=torch.int64), "image": torch.zeros(5, 3, 32, 32)}, {}, ["k"] * 5)
     expected = 5 * (on_paper(N) + patches + on_paper(T))
@@ -35,20 +35,20 @@ def test_both_towers(model: torch.nn.Module) -> None:
 
 
 def test_trimmed_texts_count_for_their_length(model: torch.nn.Module) -> None:
-    count = flops.per_batch(model, flops.one_sample(None, T))
+    count = flops.build_flop_counter(model, flops.build_sample(None, T))
     half = Batch({"text": torch.ones(3, T // 2, dtype=torch.int64)}, {}, ["k"] * 3)
     full = Batch({"text": torch.ones(3, T, dtype=torch.int64)}, {}, ["k"] * 3)
     assert count(half) == pytest.approx(count(full) / 2)
 
 
 def test_several_texts_a_picture_count_each(model: torch.nn.Module) -> None:
-    one, three = (flops.per_batch(model, flops.one_sample(None, T, texts)) for texts in (1, 3))
+    one, three = (flops.build_flop_counter(model, flops.build_sample(None, T, texts)) for texts in (1, 3))
     batch = Batch({"text": torch.ones(5, 3, T, dtype=torch.int64)}, {}, ["k"] * 5)
     assert three(batch) == pytest.approx(one(batch)) == pytest.approx(5 * 3 * on_paper(T), rel=0.35)
 
 
 def test_it_leaves_nothing_behind(model: torch.nn.Module) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    flops.per_batch(model, flops.one_sample(32, T))
+    flops.build_flop_counter(model, flops.build_sample(32, T))
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
