@@ -1,9 +1,9 @@
-"""A run -> a folder that other libraries load: transformers, open_clip, or graphs for onnxruntime.
+"""Export a run to a folder that another library loads: transformers, open_clip, or ONNX graphs for onnxruntime.
 
     export(loaded, Path("DIR"), "hf") -> Path
 
-What is written is loaded back the way a stranger would, and its embeddings are compared with the run's: a folder that is
-there gives the same. It is made under another name and renamed, so it is whole or not there.
+The written folder is loaded back with that library alone, and its embeddings are compared with the run's. A folder that
+exists therefore gives the run's embeddings. It is written under another name and renamed: it is complete or not there.
 """
 
 from __future__ import annotations
@@ -26,64 +26,71 @@ from pretrain.formats.portable_tokenizer import PROBES
 
 FORMATS = ("hf", "open_clip", "onnx")
 TOLERANCE = 1e-5
-"""Largest difference of an embedding's component in float32; embeddings have length 1."""
+"""Largest allowed difference of an embedding's component in float32; embeddings have length 1."""
 
 
 def check_finished(run: str | Path) -> None:
-    """Refuses a run folder whose run did not end. Raises UserError. A checkpoint folder names itself, and passes."""
+    """Refuse a run folder whose run has not finished. A checkpoint folder passes: it was named on purpose.
+
+    Raises UserError.
+    """
     path = next((p for p in (Path(run), Path("runs") / run) if (p / "status.json").is_file()), None)
     if path is None:
         return
     status = json.loads((path / "status.json").read_text())
     if status.get("state") != "done":
-        newest = store.list_complete(path / "checkpoints")
-        other = f"; its newest checkpoint can be exported by name: {newest[-1]}" if newest else ""
+        checkpoints = store.list_complete(path / "checkpoints")
+        hint = f"; its newest checkpoint can be exported by name: {checkpoints[-1]}" if checkpoints else ""
         why = f", {status['why']}" if status.get("why") else ""
-        raise UserError(f"{path} is not finished ({status.get('state')} at step {status.get('step')}{why}){other}")
+        raise UserError(f"{path} is not finished ({status.get('state')} at step {status.get('step')}{why}){hint}")
 
 
-def export(loaded: LoadedModel, folder: Path, form: str, license: str | None = None) -> Path:
-    """Writes `folder`, which must not exist yet. Returns it.
+def export(loaded: LoadedModel, folder: Path, format_name: str, license: str | None = None) -> Path:
+    """Write a model to `folder`, which must not exist yet, and return the folder.
 
     Args:
-        loaded: a run, a checkpoint, or a published model, as inference.load_model gives it.
-        form: hf, open_clip or onnx.
-        license: of the weights, as the hub names licences; the model card states it.
+        loaded: a run, a checkpoint, or a published model, as loading.load_model returns it.
+        format_name: hf, open_clip or onnx.
+        license: of the weights, by its identifier on the Hugging Face hub; the model card states it.
 
     Raises:
-        UserError: the folder exists, the format has no place for a part of the model (and which formats have).
+        ConfigError: `format_name` is none of FORMATS.
+        UserError: the folder exists, or the format cannot hold a part of the model; the message names formats that can.
     """
-    if form not in FORMATS:
-        raise ConfigError(f"--format {form}: the choices are {', '.join(FORMATS)}")
+    if format_name not in FORMATS:
+        raise ConfigError(f"--format {format_name}: the choices are {', '.join(FORMATS)}")
     encoders = get_encoders(loaded)
-    module = _module(form)
-    if wrong := module.export_error(encoders):
-        others = [name for name in FORMATS if name != form and _module(name).export_error(encoders) is None]
-        can = f"; --format {' or '.join(others)} can hold it" if others else ""
-        raise UserError(f"{form} cannot hold {wrong}{can}")
+    module = _import_format(format_name)
+    if error := module.export_error(encoders):
+        others = [name for name in FORMATS if name != format_name and _import_format(name).export_error(encoders) is None]
+        hint = f"; --format {' or '.join(others)} can hold it" if others else ""
+        raise UserError(f"{format_name} cannot hold {error}{hint}")
     with new_folder(folder) as partial:
         module.write(encoders, partial)
         difference = compare(encoders, module.load(partial))
         (partial / "README.md").write_text(
-            model_card.render_card(encoders, loaded.folder, loaded.step, form, folder.name, license, difference)
+            model_card.render_card(encoders, loaded.folder, loaded.step, format_name, folder.name, license, difference)
         )
     return folder
 
 
 def suggest_format(loaded: LoadedModel, name: str) -> tuple[str, str] | None:
-    """The first of FORMATS that can hold the model, and the Python that loads it from a folder `name`; None: there is none."""
+    """Return the first of FORMATS that can hold the model, and the Python code that loads it from a folder `name`.
+
+    None if no format can hold it.
+    """
     if loaded.decoders.get("text") is None:
         return None
     encoders = get_encoders(loaded)
-    form = next((form for form in FORMATS if _module(form).export_error(encoders) is None), None)
-    return None if form is None else (form, model_card.format_loading_code(encoders, form, name))
+    format_name = next((fmt for fmt in FORMATS if _import_format(fmt).export_error(encoders) is None), None)
+    return None if format_name is None else (format_name, model_card.format_loading_code(encoders, format_name, name))
 
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder`, which must not exist, to write into: it takes the name at the end, if all went well.
+    """Yield a hidden folder to write into, which is renamed to `folder` if the block succeeds and removed if it fails.
 
-    Raises UserError.
+    Raises UserError where `folder` exists already.
     """
     if folder.exists():
         raise UserError(f"{folder} exists already; give a folder that does not")
@@ -98,18 +105,24 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def get_encoders(loaded: LoadedModel) -> Encoders:
-    """What formats write of a loaded model."""
+    """Return the image and text encoder of a loaded model, as the formats write them. Raises UserError without text."""
     text = loaded.decoders.get("text")
     if text is None:
-        raise UserError(f"{loaded.folder} has no text tower: there is nothing to export as a pair")
+        raise UserError(f"{loaded.folder} has no text tower: an export holds a pair of image and text encoder")
     return Encoders(loaded.model.to("cpu").eval(), loaded.config, text)
 
 
 @torch.no_grad()
 def compare(encoders: Encoders, embed: Any) -> float | None:
-    """The largest difference between our embeddings and those of the written folder; None where its library is missing.
+    """Return the largest difference between the run's embeddings and those of the written folder.
 
-    Raises UserError beyond TOLERANCE.
+    Args:
+        encoders: the run's.
+        embed: what the format's `load` returned: (images (b, 3, S, S), texts) -> embeddings, 2 x (b, D); None where the
+            format's library is not installed, for which the result is None too.
+
+    Raises:
+        UserError: the difference exceeds TOLERANCE.
     """
     if embed is None:
         return None
@@ -117,15 +130,16 @@ def compare(encoders: Encoders, embed: Any) -> float | None:
     noise = torch.randint(0, 256, (4, 3, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     tower = encoders.image_tower
     assert tower is not None
-    theirs = embed(tower.normalize(noise), PROBES)
-    ours = (encoders.model.encode("image", noise), encoders.model.encode("text", *encoders.text.encode(PROBES)))
-    difference = max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
+    exported = embed(tower.normalize(noise), PROBES)
+    reference = (encoders.model.encode("image", noise), encoders.model.encode("text", *encoders.text.encode(PROBES)))
+    difference = max(float((a - b).abs().max()) for a, b in zip(reference, exported, strict=True))
     if not difference <= TOLERANCE:
         raise UserError(
-            f"what was written gives other embeddings than the run, by {difference:.1g}: nothing was kept; please report it"
+            f"the exported folder gives embeddings that differ from the run's by {difference:.1g} (at most {TOLERANCE} is "
+            "allowed), so nothing was kept; please report it"
         )
     return difference
 
 
-def _module(form: str) -> Any:
-    return importlib.import_module(f"pretrain.formats.{form}")
+def _import_format(name: str) -> Any:
+    return importlib.import_module(f"pretrain.formats.{name}")

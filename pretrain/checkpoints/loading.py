@@ -1,4 +1,7 @@
-"""A checkpoint -> model, tokenizer and decoders, ready to encode: what evaluation, export and fine-tuning start from."""
+"""Load a checkpoint or a published model as model, tokenizer and decoders, ready to encode.
+
+Evaluation, export, embedding and fine-tuning all start from what `load_model` returns.
+"""
 
 from __future__ import annotations
 
@@ -22,32 +25,38 @@ TOKENIZER = "tokenizer"
 """The tokenizer's folder inside a checkpoint."""
 
 WEIGHT_FILES = (".pt", ".pth", ".bin", ".safetensors")
-"""What open_clip's files of weights end in."""
+"""Suffixes of the weight files that open_clip writes."""
 
 
 @dataclass
 class LoadedModel:
-    """A trained model and all that turns samples into its inputs."""
+    """A trained model with the tokenizer and decoders that turn samples into its inputs."""
 
     model: DualEncoder
+    """In eval mode."""
     config: ModelSchema
     tokenizer: Any
     decoders: dict[str, Any]
     """By modality, for evaluation."""
     folder: Path
+    """The checkpoint folder; for a published model, its name as given."""
     step: int
+    """The step of the checkpoint; 0 for a published model."""
 
 
 def load_model(run: str | Path) -> LoadedModel:
-    """RUN is a run folder (its best, else newest checkpoint) or a checkpoint folder; of a fine-tuned one, the encoders. Or a
-    model of transformers (a folder, a hub name) or open_clip (a folder, MODEL:FILE).
+    """Load the encoders that RUN names.
 
-    Raises UserError.
+    RUN is a run folder (its best, else its newest checkpoint), a checkpoint folder, or a published model: a folder or hub
+    name of transformers, or a folder or MODEL:FILE of open_clip. Of a fine-tuned run, only the encoders are loaded.
+
+    Raises:
+        UserError: nothing is there, it is damaged, or it is a model that cannot be read.
     """
-    read = find_importer(run)
-    if read is not None:
-        found = read(str(run))
-        return _built(found.config, found.weights, found.tokenizer, "txt", Path(run), 0)
+    read_published = find_importer(run)
+    if read_published is not None:
+        imported = read_published(str(run))
+        return _build_loaded(imported.config, imported.weights, imported.tokenizer, "txt", Path(run), 0)
     folder = store.find(run)
     path = folder / "config.yaml"
     if not path.exists():
@@ -57,12 +66,12 @@ def load_model(run: str | Path) -> LoadedModel:
     caption = evaluation_caption(values.get("data") or {})
     tokenizer = load_tokenizer(str(folder / TOKENIZER))
     weights = store.read_weights(folder)
-    if "task" in values:  # fine-tuned: the encoders stand among other parts
+    if "task" in values:  # a fine-tuned model holds its encoders below `encoder.`, beside fusion and head
         weights = {name.removeprefix("encoder."): w for name, w in weights.items() if name.startswith("encoder.")}
-    return _built(config, weights, tokenizer, caption, folder, store.parse_step(folder))
+    return _build_loaded(config, weights, tokenizer, caption, folder, store.parse_step(folder))
 
 
-def _built(
+def _build_loaded(
     config: ModelSchema, weights: dict[str, Tensor], tokenizer: Any, caption: str, folder: Path, step: int
 ) -> LoadedModel:
     model = models.build(models.tower_configs(config), config.model, tokenizer)
@@ -72,14 +81,17 @@ def _built(
 
 
 def find_importer(run: str | Path) -> Callable[[str], ImportedModel] | None:
-    """What reads RUN where it is not ours but a model of transformers or open_clip; None where it is ours, or nothing."""
+    """Return the function that reads RUN if it names a model of transformers or open_clip.
+
+    None if RUN is a run or checkpoint of clipfuse, or names nothing.
+    """
     path, text = Path(run), str(run)
     if path.is_dir():
         if (path / "open_clip_config.json").is_file():
             return open_clip_import.read
-        ours = (path / "config.yaml").exists() or (path / "checkpoints").exists()
-        return hf_import.read if (path / "config.json").is_file() and not ours else None
+        is_clipfuse = (path / "config.yaml").exists() or (path / "checkpoints").exists()
+        return hf_import.read if (path / "config.json").is_file() and not is_clipfuse else None
     if path.is_file() or (":" in text and Path(text.rpartition(":")[2]).suffix in WEIGHT_FILES):
         return open_clip_import.read
-    hub_name = text.count("/") == 1 and not text.startswith((".", "/", "~", "runs/"))
-    return hf_import.read if hub_name and not path.parent.exists() else None
+    is_hub_name = text.count("/") == 1 and not text.startswith((".", "/", "~", "runs/"))
+    return hf_import.read if is_hub_name and not path.parent.exists() else None

@@ -1,4 +1,4 @@
-"""Checkpoints: written atomically, verified, rotated, resumed; and loaded for inference.
+"""Checkpoint folders: written atomically, verified, rotated, and read again.
 
     checkpoints/step-0001000/   config.yaml model.safetensors tokenizer/ manifest.json state/
     checkpoints/latest          one line of text: the newest complete one; `best` likewise
@@ -33,7 +33,7 @@ _STEP = re.compile(r"step-(\d+)$")
 
 
 def parse_step(folder: Path) -> int:
-    """The step in a checkpoint folder's name."""
+    """Return the step in a checkpoint folder's name. Raises UserError where the name is not step-NUMBER."""
     match = _STEP.search(folder.name)
     if match is None:
         raise UserError(f"{folder} is not a checkpoint folder: its name must be step-NUMBER")
@@ -41,9 +41,12 @@ def parse_step(folder: Path) -> int:
 
 
 def list_complete(checkpoints: Path) -> list[Path]:
-    """The checkpoint folders below `checkpoints`, oldest first. A folder with a manifest was renamed whole."""
-    found = [path.parent for path in checkpoints.glob("step-*/manifest.json") if _STEP.search(path.parent.name)]
-    return sorted(found, key=parse_step)
+    """Return the complete checkpoint folders below `checkpoints`, oldest first.
+
+    A folder that has a manifest is complete: it was renamed after all its files had been written.
+    """
+    folders = [path.parent for path in checkpoints.glob("step-*/manifest.json") if _STEP.search(path.parent.name)]
+    return sorted(folders, key=parse_step)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -60,11 +63,17 @@ def save(
     keep: int,
     best: bool = False,
 ) -> Path:
-    """Writes checkpoints/step-NUMBER and moves `latest` (and `best`) to it. Every rank calls it.
+    """Write checkpoints/step-NUMBER, move `latest` (and `best`) to it, and return it. Collective.
 
-    weights: what model.safetensors holds, complete on rank 0. files(folder) writes what belongs beside it, on rank 0;
-    state(folder/"state") writes the resume state, on every rank. Older ones beyond `keep` go afterwards, never the best.
-    Raises UserError where the disk is full or cannot be written; what was there before stays.
+    Args:
+        weights: the content of model.safetensors, complete on rank 0.
+        files: files(folder) writes what belongs beside it; called on rank 0.
+        state: state(folder / "state") writes the state to resume from; called on every rank.
+        keep: older checkpoints beyond this number are deleted afterwards, but never the best one; 0 keeps all.
+        best: `best` names this checkpoint from now on.
+
+    Raises:
+        UserError: the disk is full or cannot be written; earlier checkpoints stay.
     """
     final = checkpoints / f"step-{step:07d}"
     partial = checkpoints / f".{final.name}.partial"
@@ -79,7 +88,7 @@ def save(
             if distributed.is_main():
                 save_weights(partial / "model.safetensors", weights)
                 files(partial)
-        except SafetensorError as error:  # what safetensors makes of a full disk
+        except SafetensorError as error:  # how safetensors reports a full disk
             raise OSError(str(error)) from error
 
     def publish() -> None:
@@ -105,45 +114,46 @@ def save(
 
 
 def _seal(partial: Path, final: Path, step: int) -> None:
-    """Manifest, flush, rename."""
+    """Write the manifest, flush every file to disk, and rename the folder from `partial` to `final`."""
     paths = sorted(path for path in partial.rglob("*") if path.is_file())
     with ThreadPoolExecutor(4) as pool:
-        sums = list(pool.map(_digest, paths))
+        digests = list(pool.map(_hash_file, paths))
     files = {
         path.relative_to(partial).as_posix(): {"size": path.stat().st_size, "sha256": digest}
-        for path, digest in zip(paths, sums, strict=True)
+        for path, digest in zip(paths, digests, strict=True)
     }
     (partial / "manifest.json").write_text(json.dumps({"step": step, "time": time.time(), "files": files}, indent=1))
     for path in [*paths, partial / "manifest.json", *[p for p in partial.rglob("*") if p.is_dir()], partial]:
         flush(path)
-    if final.exists():  # the same step again, after a resume that went back before it
+    if final.exists():  # the run resumed from an earlier step and reached this one again
         shutil.rmtree(final)
     partial.rename(final)
     flush(final.parent)
 
 
-def _digest(path: Path) -> str:
+def _hash_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _rotate(checkpoints: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints and the best one; keep <= 0 deletes none."""
     if keep <= 0:
         return
     best = read_pointer(checkpoints, "best")
-    for old in list_complete(checkpoints)[:-keep]:
-        if old != best:
-            # The manifest goes first: a deletion that is cut short leaves no folder that looks complete.
-            (old / "manifest.json").unlink()
-            shutil.rmtree(old)
+    for folder in list_complete(checkpoints)[:-keep]:
+        if folder != best:
+            # The manifest goes first: an interrupted deletion leaves no folder that looks complete.
+            (folder / "manifest.json").unlink()
+            shutil.rmtree(folder)
 
 
 def read_pointer(checkpoints: Path, name: str) -> Path | None:
-    """The folder that `latest` or `best` names, if it is there."""
-    link = checkpoints / name
-    if not link.exists():
+    """Return the checkpoint folder that the file `latest` or `best` names, or None if there is none."""
+    pointer = checkpoints / name
+    if not pointer.exists():
         return None
-    folder = checkpoints / link.read_text().strip()
+    folder = checkpoints / pointer.read_text().strip()
     return folder if (folder / "manifest.json").exists() else None
 
 
@@ -152,58 +162,61 @@ def read_pointer(checkpoints: Path, name: str) -> Path | None:
 
 
 def integrity_error(folder: Path) -> str | None:
-    """Why a checkpoint cannot be used, in words, or None: every file is there with its size and its SHA-256."""
+    """Return why a checkpoint is damaged, or None if every file has the size and SHA-256 in its manifest."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        listed: dict[str, Any] = manifest["files"]
+        entries: dict[str, Any] = manifest["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"manifest.json is not readable ({error})"
-    for name, entry in listed.items():
+    for name, entry in entries.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != entry["size"]:
             return f"{name} has {path.stat().st_size} bytes, its manifest says {entry['size']}"
     with ThreadPoolExecutor(4) as pool:
-        sums = pool.map(_digest, [folder / name for name in listed])
-        for (name, entry), digest in zip(listed.items(), sums, strict=True):
+        digests = pool.map(_hash_file, [folder / name for name in entries])
+        for (name, entry), digest in zip(entries.items(), digests, strict=True):
             if digest != entry["sha256"]:
                 return f"{name} does not match its checksum"
     return None
 
 
 def find_newest(checkpoints: Path, report: Callable[[str], None]) -> Path | None:
-    """The newest complete and verified checkpoint; a damaged one is named and passed over."""
+    """Return the newest complete and verified checkpoint; `report` receives a line for each damaged one it skips."""
     for folder in reversed(list_complete(checkpoints)):
-        wrong = integrity_error(folder)
-        if wrong is None:
+        error = integrity_error(folder)
+        if error is None:
             return folder
-        report(f"passing over {folder}: {wrong}")
+        report(f"skipping the damaged checkpoint {folder}: {error}")
     return None
 
 
 def find(run: str | Path) -> Path:
-    """The checkpoint folder that RUN means: itself, or a run folder's best, else newest verified. Raises UserError."""
+    """Return the checkpoint folder that RUN names: RUN itself, or a run folder's best, else its newest verified one.
+
+    Raises UserError where there is none, or where RUN is a checkpoint folder that is damaged.
+    """
     path = Path(run)
     if not path.exists() and not path.is_absolute() and len(path.parts) == 1 and (Path("runs") / path).exists():
         path = Path("runs") / path
     if not path.exists():
         raise UserError(f"no run or checkpoint at {run}; give a run folder (runs/NAME) or one of its checkpoints")
     if (path / "model.safetensors").exists():
-        if (path / "manifest.json").exists() and (wrong := integrity_error(path)):
-            raise UserError(f"{path} cannot be used: {wrong}")
+        if (path / "manifest.json").exists() and (error := integrity_error(path)):
+            raise UserError(f"{path} cannot be used: {error}")
         return path
     best = read_pointer(path / "checkpoints", "best")
     if best is not None and integrity_error(best) is None:
         return best
-    found = find_newest(path / "checkpoints", print)
-    if found is None:
+    newest = find_newest(path / "checkpoints", print)
+    if newest is None:
         raise UserError(f"{path} holds no complete checkpoint (looked for {path}/checkpoints/step-*/manifest.json)")
-    return found
+    return newest
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """model.safetensors of a checkpoint folder. Raises UserError where it is damaged."""
+    """Return the tensors of a checkpoint folder's model.safetensors. Raises UserError where it is damaged."""
     try:
         return load_file(folder / "model.safetensors")
     except (OSError, SafetensorError) as error:
@@ -211,32 +224,37 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], where: Path | str) -> None:
-    """Puts weights into a model, strictly. Raises UserError that counts and names what differs."""
-    mine = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    given = {name: tuple(value.shape) for name, value in weights.items()}
-    missing, extra = sorted(mine.keys() - given.keys()), sorted(given.keys() - mine.keys())
-    shapes = sorted(name for name in mine.keys() & given.keys() if mine[name] != given[name])
-    said = []
+    """Load weights into a model, strictly.
+
+    Raises UserError where names or shapes differ: it counts the missing, extra and differently shaped weights and names the
+    first of each. `where` says in the message where the weights come from.
+    """
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    actual = {name: tuple(value.shape) for name, value in weights.items()}
+    missing, extra = sorted(expected.keys() - actual.keys()), sorted(actual.keys() - expected.keys())
+    reshaped = sorted(name for name in expected.keys() & actual.keys() if expected[name] != actual[name])
+    errors = []
     if missing:
-        said.append(f"{len(missing)} weights are missing (first {missing[0]})")
+        errors.append(f"{len(missing)} weights are missing (first {missing[0]})")
     if extra:
-        said.append(f"{len(extra)} are not in the model (first {extra[0]})")
-    if shapes:
-        name = shapes[0]
-        said.append(f"{len(shapes)} have another shape (first {name}: {list(given[name])}, the model has {list(mine[name])})")
-    if said:
-        raise UserError(f"{where} is a checkpoint of another architecture: {'; '.join(said)}")
+        errors.append(f"{len(extra)} are not in the model (first {extra[0]})")
+    if reshaped:
+        name = reshaped[0]
+        shapes = f"{list(actual[name])}, the model has {list(expected[name])}"
+        errors.append(f"{len(reshaped)} have another shape (first {name}: {shapes})")
+    if errors:
+        raise UserError(f"{where} is a checkpoint of another architecture: {'; '.join(errors)}")
     model.load_state_dict(weights)
 
 
 def save_tensors(path: Path, value: dict[str, Any]) -> None:
-    """Tensors and plain values that `load_tensors` reads back weights-only. Raises OSError where the disk is full."""
+    """Write tensors and plain values, which `load_tensors` reads weights-only. Raises OSError where the disk is full."""
     with path.open("wb") as file:  # given a path, torch's own writer turns a full disk into an unrelated RuntimeError
         torch.save(value, file)
 
 
 def load_tensors(path: Path) -> dict[str, Any]:
-    """What `save_tensors` wrote. Raises UserError where it is damaged."""
+    """Return what `save_tensors` wrote. Raises UserError where it is damaged."""
     try:
         loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError) as error:

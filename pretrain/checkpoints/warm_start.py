@@ -1,10 +1,10 @@
-"""What a run starts from: `init`, a run of ours or a published model, whole or one tower of it.
+"""What a new run takes from `init`: another run or a published model, as a whole or tower by tower.
 
     init: runs/other                         towers, projections, scale
-    init: openai/clip-vit-base-patch32       the same, from transformers or open_clip (inference.load_model says what it reads)
-    init: {image: runs/a, text: runs/b}      towers only, each from its own; projections start anew
+    init: openai/clip-vit-base-patch32       the same, from transformers or open_clip (see loading.load_model)
+    init: {image: runs/a, text: runs/b}      the named towers only, each from its own run; projections start anew
 
-A section of the configuration that says nothing of its architecture (image, text: no name, no args) takes init's.
+A section of the configuration that names no architecture (image, text: no name, no args) takes that of init.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from pretrain.model import DualEncoder
 from pretrain.runtime.console import log_info
 
 NOT_INHERITED = ("tokenizer", "trainable_blocks", "checkpointing", "patch_dropout")
-"""Settings of a tower that are no architecture: a folder of theirs (`tokenizer` below reads it), and how it trained."""
+"""Tower settings that are not architecture: a folder of the other run (see `choose_tokenizer`), and how it trained."""
 
 
 @lru_cache(maxsize=2)
-def _loaded(run: str) -> LoadedModel:
-    """Read once for configuration, tokenizer and weights; let go of when the weights are in place."""
+def _load_once(run: str) -> LoadedModel:
+    """Load a run once for its configuration, tokenizer and weights; `load_weights` clears this cache at its end."""
     return loading.load_model(run)
 
 
 def check(init: Any) -> None:
-    """Refuses what `init` cannot be. Raises ConfigError."""
+    """Refuse a value that `init` cannot have. Raises ConfigError."""
     if isinstance(init, dict):
         if not init or not all(isinstance(run, str) for run in init.values()):
             raise ConfigError(f"init={init} must name a run for each tower: init: {{image: RUN, text: RUN}}, or one of them")
@@ -41,69 +41,90 @@ def check(init: Any) -> None:
         raise ConfigError(f"init={init!r} must be a run, a checkpoint or a published model, or one for each tower")
 
 
-def with_init_defaults(given: dict[str, Any]) -> dict[str, Any]:
-    """What file and command line say, with the architecture of `init` under the sections that name none."""
-    init = given.get("init")
+def with_init_defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """Return configuration values with init's architecture as default of the sections that name none.
+
+    Args:
+        values: the values of configuration file and command line, as nested dictionaries.
+
+    Raises:
+        ConfigError: `init` has a value it cannot have.
+        UserError: the run that `init` names cannot be loaded.
+    """
+    init = values.get("init")
     check(init)
-    merged, taken = dict(given), False
-    for name, run in _towers(init, ("image", "text")).items():
-        section = given.get(name, {})
+    merged, inherits = dict(values), False
+    for name, run in _runs_by_tower(init, ("image", "text")).items():
+        section = values.get(name, {})
         if section is not None and not {"name", "args", "tower"} & set(section):
-            theirs = configuration.to_dict(_loaded(run).config)[name]
-            theirs = {key: value for key, value in theirs.items() if key not in NOT_INHERITED}
-            merged[name], taken = configuration.merge(theirs, section), True
-    if isinstance(init, str) and taken:
-        theirs = configuration.to_dict(_loaded(init).config)["model"]
-        merged["model"] = configuration.merge({key: theirs[key] for key in ("dim", "projection")}, given.get("model") or {})
+            inherited = configuration.to_dict(_load_once(run).config)[name]
+            inherited = {key: value for key, value in inherited.items() if key not in NOT_INHERITED}
+            merged[name], inherits = configuration.merge(inherited, section), True
+    if isinstance(init, str) and inherits:
+        inherited = configuration.to_dict(_load_once(init).config)["model"]
+        defaults = {key: inherited[key] for key in ("dim", "projection")}
+        merged["model"] = configuration.merge(defaults, values.get("model") or {})
     return merged
 
 
 def choose_tokenizer(init: Any, text: Any) -> Any:
-    """The tokenizer of the configuration, else init's."""
-    named, run = text.tokenizer or text.name, _towers(init, ("text",)).get("text")
-    return _loaded(run).tokenizer if run is not None and not named else load_tokenizer(named)
+    """Return the tokenizer that the configuration section `text` names, else that of init's text tower."""
+    name, run = text.tokenizer or text.name, _runs_by_tower(init, ("text",)).get("text")
+    return _load_once(run).tokenizer if run is not None and not name else load_tokenizer(name)
 
 
-def _same_words(ours: Any, run: str) -> None:
-    """Refuses a tokenizer that is not that of the text tower's weights. Raises ConfigError."""
-    theirs = _loaded(run).tokenizer
-    if ours.get_vocab() != theirs.get_vocab():
-        a, b = len(ours), len(theirs)
+def _check_same_vocabulary(tokenizer: Any, run: str) -> None:
+    """Refuse a tokenizer whose vocabulary is not the one that init's text tower was trained with. Raises ConfigError."""
+    expected = _load_once(run).tokenizer
+    if tokenizer.get_vocab() != expected.get_vocab():
+        a, b = len(tokenizer), len(expected)
         counts = f"{a} tokens, not {b}" if a != b else f"{a} tokens too, but other ones"
         raise ConfigError(
-            f"text.tokenizer differs from the tokenizer of init={run} ({counts}): what its text tower learnt means something "
-            "else; leave text.tokenizer out"
+            f"text.tokenizer differs from the tokenizer of init={run} ({counts}): the token ids would not mean what its text "
+            "tower has learned; leave text.tokenizer out"
         )
 
 
 def load_weights(model: DualEncoder, init: Any, partial: bool, tokenizer: Any) -> None:
-    """Puts init's weights into the model. Raises UserError, counting and naming, where they do not fit, unless `partial`;
-    and where the texts are cut into other tokens than those the weights know."""
-    for run in _towers(init, ("text",)).values():
-        if tokenizer is not None:  # None: a model without texts
-            _same_words(tokenizer, run)
+    """Load init's weights into the model.
+
+    Args:
+        init: a run, or a run for each tower.
+        partial: load the weights that fit, and report the others, instead of raising an error.
+        tokenizer: the model's, which must have the vocabulary of init's; None for a model without text.
+
+    Raises:
+        UserError: weights do not fit and `partial` is false; counts and names them.
+        ConfigError: the tokenizer has another vocabulary than init's.
+    """
+    for run in _runs_by_tower(init, ("text",)).values():
+        if tokenizer is not None:
+            _check_same_vocabulary(tokenizer, run)
     if isinstance(init, str):
-        loaded = _loaded(init)
-        weights = _scalars(loaded.model.state_dict(), model, init)
-        _put(model, weights, init, partial)
+        loaded = _load_once(init)
+        weights = _match_logit_bias(loaded.model.state_dict(), model)
+        _load_into(model, weights, init, partial)
         log_info(f"weights start from {loaded.folder}")
     else:
         for name, run in init.items():
-            theirs = _loaded(run).model
-            _put(model.tower(name), theirs.tower(name).state_dict(), f"{run} ({name} tower)", partial)
-            log_info(f"weights of the {name} tower start from {_loaded(run).folder}")
-    _loaded.cache_clear()
+            source = _load_once(run).model
+            _load_into(model.tower(name), source.tower(name).state_dict(), f"{run} ({name} tower)", partial)
+            log_info(f"weights of the {name} tower start from {_load_once(run).folder}")
+    _load_once.cache_clear()
 
 
-def _towers(init: Any, names: tuple[str, ...]) -> dict[str, str]:
-    """Tower -> the run it starts from."""
+def _runs_by_tower(init: Any, names: tuple[str, ...]) -> dict[str, str]:
+    """Return the run that each tower of `names` starts from, without the towers that start from none."""
     if isinstance(init, str):
         return dict.fromkeys(names, init)
     return {name: init[name] for name in names if name in (init or {})}
 
 
-def _scalars(weights: dict[str, Tensor], model: DualEncoder, init: str) -> dict[str, Tensor]:
-    """A bias of the logits belongs to the loss: another loss than init's begins with its own, or does without."""
+def _match_logit_bias(weights: dict[str, Tensor], model: DualEncoder) -> dict[str, Tensor]:
+    """Return the weights with a logit bias if and only if the model has one.
+
+    The bias belongs to the loss: with another loss than init's, the model starts from its own bias, or has none.
+    """
     weights = dict(weights)
     if model.logit_bias is None:
         weights.pop("logit_bias", None)
@@ -112,18 +133,20 @@ def _scalars(weights: dict[str, Tensor], model: DualEncoder, init: str) -> dict[
     return weights
 
 
-def _put(module: Any, weights: dict[str, Tensor], where: str, partial: bool) -> None:
+def _load_into(module: Any, weights: dict[str, Tensor], where: str, partial: bool) -> None:
+    """Load weights into a module, strictly unless `partial`; `where` names their source in messages."""
     if not partial:
         try:
             store.load_weights(module, weights, where)
         except UserError as error:
-            raise UserError(f"init={error}; init_partial=true takes what fits") from error
+            raise UserError(f"init={error}; init_partial=true loads only the weights that fit") from error
         return
-    own = module.state_dict()
-    fits = {name: value for name, value in weights.items() if name in own and own[name].shape == value.shape}
-    module.load_state_dict({**own, **fits})
-    left = sorted(set(own) - set(fits))
+    current = module.state_dict()
+    fitting = {name: value for name, value in weights.items() if name in current and current[name].shape == value.shape}
+    module.load_state_dict({**current, **fitting})
+    unchanged = sorted(set(current) - set(fitting))
     log_info(
-        f"init={where}: {len(fits)} of {len(own)} weights start from it, {len(weights) - len(fits)} of its own were left out"
-        + (f"; new: {', '.join(left[:3])}{', ...' if len(left) > 3 else ''}" if left else "")
+        f"init={where}: {len(fitting)} of {len(current)} weights start from it, {len(weights) - len(fitting)} of its weights "
+        "do not fit"
+        + (f"; not from init: {', '.join(unchanged[:3])}{', ...' if len(unchanged) > 3 else ''}" if unchanged else "")
     )

@@ -1,4 +1,4 @@
-"""A checkpoint folder is complete or it is not there; what is damaged is named and passed over."""
+"""A checkpoint folder is complete or not there, and a damaged one is reported and skipped."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ from pretrain.checkpoints import store
 from pretrain.errors import UserError
 
 
-def write(checkpoints: Path, step: int, *, keep: int = 3, best: bool = False) -> Path:
+def save(checkpoints: Path, step: int, *, keep: int = 3, best: bool = False) -> Path:
     return store.save(
         checkpoints,
         step,
@@ -23,8 +23,8 @@ def write(checkpoints: Path, step: int, *, keep: int = 3, best: bool = False) ->
     )
 
 
-def test_written_whole_and_pointed_to(tmp_path: Path) -> None:
-    folder = write(tmp_path, 7, best=True)
+def test_a_checkpoint_is_complete_and_latest_and_best_name_it(tmp_path: Path) -> None:
+    folder = save(tmp_path, 7, best=True)
     assert folder.name == "step-0000007"
     assert sorted(p.name for p in folder.iterdir()) == ["config.yaml", "manifest.json", "model.safetensors", "state"]
     assert (tmp_path / "latest").read_text() == "step-0000007\n" == (tmp_path / "best").read_text()
@@ -37,13 +37,13 @@ def test_written_whole_and_pointed_to(tmp_path: Path) -> None:
 
 def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     for step in range(1, 7):
-        write(tmp_path, step, keep=2, best=step == 2)
-    assert [store.parse_step(f) for f in store.list_complete(tmp_path)] == [2, 5, 6]
+        save(tmp_path, step, keep=2, best=step == 2)
+    assert [store.parse_step(folder) for folder in store.list_complete(tmp_path)] == [2, 5, 6]
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "remove", "manifest"])
-def test_a_damaged_one_is_named_and_the_one_before_it_is_used(tmp_path: Path, damage: str) -> None:
-    good, bad = write(tmp_path, 1), write(tmp_path, 2)
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_is_used(tmp_path: Path, damage: str) -> None:
+    good, bad = save(tmp_path, 1), save(tmp_path, 2)
     target = bad / "model.safetensors"
     data = target.read_bytes()
     if damage == "cut":
@@ -54,28 +54,28 @@ def test_a_damaged_one_is_named_and_the_one_before_it_is_used(tmp_path: Path, da
         target.unlink()
     else:
         (bad / "manifest.json").write_text("{")
-    said: list[str] = []
-    assert store.find_newest(tmp_path, said.append) == good
-    assert len(said) == 1
-    assert "step-0000002" in said[0]
+    messages: list[str] = []
+    assert store.find_newest(tmp_path, messages.append) == good
+    assert len(messages) == 1
+    assert "step-0000002" in messages[0]
     with pytest.raises(UserError, match="step-0000002"):
         store.find(bad)
 
 
-def test_a_write_that_fails_leaves_nothing_and_harms_nothing(tmp_path: Path) -> None:
-    good = write(tmp_path, 1)
+def test_a_failed_write_leaves_no_folder_and_earlier_checkpoints_intact(tmp_path: Path) -> None:
+    good = save(tmp_path, 1)
 
-    def full(folder: Path) -> None:
+    def fail(folder: Path) -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(UserError, match=r"step 2 .*No space left on device; older ones are intact"):
-        store.save(tmp_path, 2, {"w": torch.zeros(1)}, full, lambda _: None, keep=1)
+        store.save(tmp_path, 2, {"w": torch.zeros(1)}, fail, lambda _: None, keep=1)
     assert store.find_newest(tmp_path, print) == good
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-0000001"]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_is_one_line_whichever_library_meets_it(tmp_path: Path) -> None:
+def test_a_full_disk_is_one_error_line_whichever_library_meets_it(tmp_path: Path) -> None:
     """Real ENOSPC through torch.save's zip writer."""
 
     def state(folder: Path) -> None:
@@ -86,7 +86,7 @@ def test_a_full_disk_is_one_line_whichever_library_meets_it(tmp_path: Path) -> N
         store.save(tmp_path, 3, {"w": torch.zeros(1)}, lambda _: None, state, keep=1)
 
 
-def test_another_architecture_is_counted_and_named() -> None:
+def test_weights_of_another_architecture_are_counted_and_named() -> None:
     weights = {"weight": torch.zeros(3, 2), "extra": torch.zeros(1)}
     with pytest.raises(UserError) as raised:
         store.load_weights(nn.Linear(4, 3), weights, "here")
@@ -96,7 +96,7 @@ def test_another_architecture_is_counted_and_named() -> None:
     assert "first weight: [3, 2], the model has [3, 4]" in message
 
 
-def test_what_is_no_run_is_said(tmp_path: Path) -> None:
+def test_a_path_that_holds_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run or checkpoint at"):
         store.find(tmp_path / "gone")
     with pytest.raises(UserError, match="holds no complete checkpoint"):
