@@ -1,21 +1,50 @@
-"""pretrain: shards -> aligned encoders. Imports nothing of finetune or launch.
+"""Contrastive pretraining: image-text shards in, aligned image and text encoders out.
 
-__main__.py     python -m pretrain CONFIG [key=value ...]: what every launcher starts
-config.py       dataclass schema <- YAML <- key=value; registry.py finds components by file name
-dist.py         the process group: rank, gather with gradient; agree.py: an error of one rank is raised on all
-data/           shards in, batches out
-towers/         encoders of one modality each; model.py joins them into a DualEncoder
-losses/         what is minimised, without the B x B matrix where it is large
-optim.py        parameter groups, schedules, weight averaging
-objective.py    encode and loss apart; step.py: one optimizer step, plain or cached
-strategies/     how a step runs on one or many processes
-loop.py         fit(): the only training loop; stop.py: signals; meter.py, flops.py: how fast; runlog.py: what it says
-launched.py     do the processes know each other; heartbeat.py: do they still live; oom.py: memory ran out
-checkpoint.py   written atomically, verified, rotated; inference.py: loaded, ready to encode
-recipe.py       the schema of a run, and its assembly; session.py: what all trainings share; start.py: what they start from
-encode.py       batches -> embeddings; embed.py: of a split, in memory
-embed_files.py  of whole collections, into files: collection.py (what is there), parquet.py, board.py (who does
-                what), embed_options.py
-export.py       a run as transformers, open_clip and onnxruntime load it; formats/: how they name and hold it, there and back
-evaluate.py     retrieval.py, zero_shot.py, linear_probe.py: the figures
+    __main__.py   python -m pretrain CONFIG [key=value ...]: the process that every launcher starts
+    train.py      PretrainConfig, the schema of a run; train(), which builds its components and calls fit()
+    model.py      DualEncoder: a tower and a projection for each modality, and a logit scale
+    optim.py      AdamW: parameter groups, learning-rate schedules, weight averaging
+    config.py     configuration: dataclass schema <- YAML <- key=value
+    registry.py   a component's module, found by its file name: get_component("losses", "clip")
+    ops.py        float32 products through oneDNN; CLIP's image mean and std
+    errors.py     UserError and ConfigError, whose message is the one line that a user reads
+
+    evaluation/   retrieval, zero-shot classification, linear probe
+    training/     fit(), the only training loop; one optimizer step; the run folder and its metrics
+    embedding/    embeddings of whole collections, written to files by any number of processes
+    checkpoints/  saving and loading checkpoints; starting from other weights; export
+    formats/      conversion to and from transformers, open_clip and ONNX
+    strategies/   how a step runs on one process or many: single, ddp, fsdp2, zero1 to zero3
+    data/         shards and captions in, batches out
+    towers/       encoders of one modality
+    losses/       contrastive losses
+    runtime/      processes, signals, memory, terminal and files
+
+    from pretrain import DualEncoder, PretrainConfig, load_model   # imported at first use
+
+May import nothing of finetune or launch. Among these packages, each imports only those below it (pyproject.toml,
+[tool.importlinter]). Importing this package imports no other module: `python -m pretrain --help` answers without torch.
 """
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pretrain.checkpoints.loading import load_model
+    from pretrain.model import DualEncoder
+    from pretrain.train import PretrainConfig
+
+__all__ = ["DualEncoder", "PretrainConfig", "load_model"]
+
+_MODULES = {
+    "DualEncoder": "pretrain.model",
+    "PretrainConfig": "pretrain.train",
+    "load_model": "pretrain.checkpoints.loading",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name's module when the name is first used: these modules import torch."""
+    if name not in _MODULES:
+        raise AttributeError(f"module 'pretrain' has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)

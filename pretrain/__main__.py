@@ -1,4 +1,4 @@
-"""python -m pretrain CONFIG [--dry-run] [key=value ...]: what every launcher starts, once per process."""
+"""python -m pretrain CONFIG [--dry-run] [key=value ...]: every launcher starts this command, once per process."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Errors that speak to the user, and the hint at the nearest valid name. Imports nothing of the project."""
+"""UserError and ConfigError, whose message is the one line that a user reads. Imports nothing of the project."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import difflib
 
 
 class UserError(Exception):
-    """An expected failure: its message is the one line a person reads. The command ends with 1."""
+    """An expected failure: its message is the one line that the user reads. The command exits with 1."""
 
 
 class ConfigError(UserError):
-    """Wrong configuration or usage, found before any work was done. The command ends with 2."""
+    """Wrong configuration or usage, detected before any work was done. The command exits with 2."""
 
 
 def closest(name: str, choices: list[str]) -> str:
-    """The end of an error line that names the nearest choice, or nothing."""
-    near = difflib.get_close_matches(name, choices, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    """Return the end of an error message that suggests the nearest choice, or "" where none is near."""
+    matches = difflib.get_close_matches(name, choices, n=1)
+    return f"; did you mean {matches[0]!r}?" if matches else ""

@@ -1,7 +1,7 @@
 """AdamW: parameter groups, learning-rate schedules, weight averaging.
 
-The schedule is a pure function of the step, the average a pure function of the weights seen: resuming needs no scheduler
-state.
+The learning rate is a pure function of the step, the average a pure function of the past weights: resuming needs no
+scheduler state.
 """
 
 from __future__ import annotations
@@ -19,38 +19,39 @@ from pretrain.errors import ConfigError
 
 @dataclass
 class OptimConfig:
-    """How weights move."""
+    """Optimizer, learning-rate schedule and weight averaging."""
 
     lr: float = 5e-4
-    """Peak learning rate (CLIP's for a batch of 32k is 5e-4)."""
+    """Peak learning rate (CLIP used 5e-4 for a batch of 32k)."""
     lr_scale: dict[str, float] = field(default_factory=dict)
-    """Factor on lr for one part of the model by name, for example {image: 0.1}; also `heads` for the projections, and in
-    fine-tuning `fusion` and `task`, the new layers."""
+    """Factor on lr for one part of the model, by name: a tower ({image: 0.1}), `heads` (the projections), and in fine-tuning
+    the new layers, `fusion` and `task`."""
     weight_decay: float = 0.2
-    """Decoupled weight decay; spares every parameter of one dimension (gains, biases, logit_scale)."""
+    """Decoupled weight decay; not applied to parameters of one dimension (gains, biases, logit_scale)."""
     weight_decay_of: dict[str, float] = field(default_factory=dict)
-    """Weight decay for one part of the model instead, by the names of lr_scale."""
+    """Weight decay of single parts of the model, which replaces weight_decay there; names as in lr_scale."""
     layer_decay: float = 1.0
-    """Factor on lr per block away from a tower's end (layer-wise decay); 1 = off."""
+    """Layer-wise decay: factor on lr for each block between a parameter and its tower's last one; 1 = off."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
-    """AdamW's decay of the two moments."""
+    """AdamW's decay rates of the first and second moment."""
     eps: float = 1e-6
-    """AdamW's epsilon (1e-6 for ViT towers, as CLIP)."""
+    """AdamW's epsilon (CLIP uses 1e-6 for ViT towers)."""
     schedule: Literal["cosine", "constant", "wsd"] = "cosine"
-    """After the warm-up: cosine to final_lr, constant, or warmup-stable-decay (constant, then straight to final_lr)."""
+    """After the warm-up: cosine to final_lr, constant, or warmup-stable-decay (constant, then linear to final_lr)."""
     warmup: int = 500
-    """Steps from 0 to lr, along a straight line."""
+    """Number of steps in which the learning rate rises linearly from 0 to lr."""
     decay: float = 0.2
-    """wsd only: the share of all steps that the final decay takes."""
+    """wsd only: the fraction of all steps that the final decay takes."""
     final_lr: float = 0.0
-    """Where the schedule ends, as a share of lr."""
+    """Learning rate at the end of the schedule, as a fraction of lr."""
     clip_norm: float = 1.0
-    """Gradients are scaled down to this norm over all parameters; 0 = off."""
+    """Largest norm of the gradient over all parameters; a larger gradient is scaled down to it. 0 = off."""
     average: float = 0.0
-    """Decay per step of an exponential average of the weights, used for evaluation and model.safetensors; 0 = off."""
+    """Decay per step of an exponential moving average of the weights. Evaluation and model.safetensors use the average;
+    0 = off."""
 
     def check(self) -> None:
-        """Refuses values that cannot train."""
+        """Raise ConfigError for values that cannot train."""
         if self.lr <= 0:
             raise ConfigError(f"optim.lr={self.lr} must be above 0")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
@@ -66,7 +67,7 @@ class OptimConfig:
 
 
 def learning_rate(step: int, total: int, config: OptimConfig) -> float:
-    """The learning rate of step 0, 1, ..., total - 1 (total in steps, warm-up included).
+    """Return the learning rate of step 0, 1, ..., total - 1 (total in steps, warm-up included).
 
     Cosine as in SGDR (Loshchilov & Hutter 2017) without restarts, warm-up (step + 1) / warmup as in CLIP's open
     reproductions; wsd as in MiniCPM (Hu et al. 2024) with a linear decay.
@@ -85,16 +86,16 @@ def learning_rate(step: int, total: int, config: OptimConfig) -> float:
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """Groups for AdamW: one per (part, layer, decayed or not) that has trainable parameters.
+    """Build AdamW's parameter groups: one per (part, layer, with or without weight decay) with trainable parameters.
 
-    Each has `lr_scale`, by which the loop multiplies the schedule, and a readable `name`. Parts are the model's towers by
-    modality and `heads` for all else, or what its own `layout()` says. Raises ConfigError where lr_scale or weight_decay_of
-    name a part that is not there.
+    A group has `lr_scale`, by which the loop multiplies the schedule, and a readable `name`. Parts are the model's towers by
+    modality and `heads` for all else, or those of the model's own `parameter_layout()`. Raises ConfigError where lr_scale or
+    weight_decay_of names a part that the model does not have, or where every parameter is frozen.
     """
-    part_of, layer_of, last_layer = _layout(model)
+    part_of, layer_of, last_layer = _parameter_layout(model)
     parts = sorted(set(part_of.values()))
-    for key, given in (("lr_scale", config.lr_scale), ("weight_decay_of", config.weight_decay_of)):
-        for part in given:
+    for key, values in (("lr_scale", config.lr_scale), ("weight_decay_of", config.weight_decay_of)):
+        for part in values:
             if part not in parts:
                 raise ConfigError(f"optim.{key} names {part!r}; the model's parts are {', '.join(parts)}")
     groups: dict[tuple[str, int, bool], dict[str, Any]] = {}
@@ -117,12 +118,12 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
     return list(groups.values())
 
 
-def _layout(model: nn.Module) -> tuple[dict[str, str], dict[str, int], dict[str, int]]:
-    """parameter -> part, parameter -> layer, part -> its last layer; towers say their own layers.
+def _parameter_layout(model: nn.Module) -> tuple[dict[str, str], dict[str, int], dict[str, int]]:
+    """Return three dicts: parameter name -> part, parameter name -> layer, part -> its last layer.
 
-    A model that has more than towers says parts and layers itself, in `layout()`.
+    A tower numbers its layers in `layer_ids()`. A model with more than towers names parts and layers in `parameter_layout()`.
     """
-    if hasattr(model, "layout"):
+    if hasattr(model, "parameter_layout"):
         part_of, layer_of = cast(Any, model).parameter_layout()
     else:
         part_of, layer_of = {name: "heads" for name, _ in model.named_parameters()}, {}
@@ -137,15 +138,15 @@ def _layout(model: nn.Module) -> tuple[dict[str, str], dict[str, int], dict[str,
 
 
 def build_adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW, which torch has for CPU and CUDA, and which skips a step on the device when told found_inf."""
+    """Build torch's fused AdamW (CPU and CUDA), which skips a step on the device where `found_inf` is set."""
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True)
 
 
 class WeightAverage:
-    """Exponential moving average of the trainable weights, kept in float32 beside them: of each process's own local_shards.
+    """Exponential moving average, in float32, of the trainable weights that this process holds (its local shards).
 
-    The decay is warmed up as min(decay, (1 + n) / (10 + n)) so that the first thousand steps do not average in the
-    random start (as in TensorFlow's ExponentialMovingAverage). A skipped step (weight 0) leaves it unchanged.
+    The decay is warmed up as min(decay, (1 + n) / (10 + n)) so that the random initial weights do not weigh in the average
+    of the first thousand steps (as in TensorFlow's ExponentialMovingAverage). A skipped step leaves it unchanged.
     """
 
     def __init__(self, parameters: Iterable[tuple[str, Tensor]], decay: float) -> None:
@@ -154,11 +155,11 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, parameters: Iterable[tuple[str, Tensor]], step: int, applied: Tensor | float = 1.0) -> None:
-        """Moves towards the weights after step `step` (from 0); applied is 0 where the step was skipped."""
-        pull = (1 - min(self.decay, (1 + step) / (10 + step))) * applied
+        """Move the average towards the weights after step `step` (from 0); applied: 0 if the step was skipped, else 1."""
+        weight = (1 - min(self.decay, (1 + step) / (10 + step))) * applied
         pairs = [(self.weights[name], p.detach()) for name, p in parameters]
-        if not isinstance(pull, Tensor):
-            torch._foreach_lerp_([mine for mine, _ in pairs], [p.float() for _, p in pairs], pull)
+        if not isinstance(weight, Tensor):
+            torch._foreach_lerp_([average for average, _ in pairs], [p.float() for _, p in pairs], weight)
             return
-        for mine, p in pairs:
-            mine.lerp_(p.float(), pull.to(mine.device))  # offloaded local_shards are not where the loss is
+        for average, p in pairs:
+            average.lerp_(p.float(), weight.to(average.device))  # offloaded shards are on the CPU, `applied` on the GPU

@@ -34,40 +34,40 @@ from pretrain.training.session import (
 
 @dataclass
 class PretrainConfig(ModelSchema):
-    """A pretraining run: everything a YAML file or a key=value may say."""
+    """Configuration of a pretraining run: all that a YAML file or a key=value setting can set."""
 
     run: str = "pretrain"
-    """Name of the run: its folder is runs/NAME; with a slash it is the folder itself."""
+    """Name of the run, whose folder is runs/NAME; a value with a slash is the path of the folder."""
     seed: int = 0
     """Seeds the order of the data, augmentation, initial weights and dropout."""
     resume: str = "auto"
-    """auto = go on from the newest checkpoint in the run folder; never = start anew; or a checkpoint folder."""
+    """auto = resume from the newest checkpoint in the run folder; never = start anew; PATH = resume from that checkpoint."""
     init: Any = None
-    """A run, a checkpoint or a published CLIP whose weights towers and projections start from; {image: RUN, text: RUN} for
-    one tower each. Sections that name no architecture take its own."""
+    """Initial weights of towers and projections: a run, a checkpoint or a published CLIP; or one for each tower,
+    {image: RUN, text: RUN}. Tower sections that name no architecture take that of `init`."""
     init_partial: bool = False
-    """Take what fits of init's weights and let the rest start anew; both are counted. Otherwise a difference is an error."""
+    """Load those weights of init that fit, and initialize the rest; both are counted. If false, a difference is an error."""
     data: DataConfig = field(default_factory=DataConfig)
-    """What is read, and how."""
+    """Shards, captions, batch size and loading."""
     loss: Any = component_field(registry.get_component, "losses", "name", "clip")
-    """What is minimised."""
+    """The contrastive loss."""
     optim: OptimConfig = field(default_factory=OptimConfig)
-    """How weights move."""
+    """Optimizer, learning-rate schedule and weight averaging."""
     train: TrainConfig = field(default_factory=TrainConfig)
-    """How long, how precise, how spread."""
+    """Run length, precision, parallelism and logging."""
     eval: EvalConfig = field(default_factory=EvalConfig)
-    """What is measured on data.val."""
+    """Evaluation on data.val."""
 
     def check(self) -> None:
-        """Refuses combinations that cannot run."""
+        """Raise ConfigError for combinations that cannot run."""
         warm_start.check(self.init)
         check_batch_and_evaluation(self)
 
 
 def load_config(path: Path, settings: list[str]) -> PretrainConfig:
-    """Load a run's configuration: a file, key=value settings over it, `init`'s architecture under it.
+    """Load a run's configuration from a file and key=value settings; the architecture of `init` gives the defaults.
 
-    All that runs, checks or measures a run reads its configuration here. Raises ConfigError, UserError.
+    All code that runs, checks or measures a run loads its configuration here. Raises ConfigError, UserError.
     """
     return configuration.build(
         PretrainConfig, warm_start.with_init_defaults(configuration.load_values(path, settings)), str(path)
@@ -77,23 +77,25 @@ def load_config(path: Path, settings: list[str]) -> PretrainConfig:
 def train(config: PretrainConfig) -> Outcome:
     """Run one process of a pretraining run, from configuration to outcome. Collective. Raises UserError."""
     with open_session(config) as session:
-        parts = build(config)
+        components = build(config)
         if session.checkpoint is None and config.init is not None:
-            warm_start.load_weights(parts.model, config.init, config.init_partial, parts.tokenizer)
-        portable = models.portable_config(config, parts.model)
+            warm_start.load_weights(components.model, config.init, config.init_partial, components.tokenizer)
+        portable = models.portable_config(config, components.model)
         session.write_config()
-        flops_per_batch = build_flops_counter(config, parts) if session.device.type == "cuda" else None
-        plan = session.build_plan(parts.loader, portable, parts.tokenizer, "image_to_text_R@1", flops=flops_per_batch)
+        flops_per_batch = build_flops_counter(config, components) if session.device.type == "cuda" else None
+        plan = session.build_plan(components.loader, portable, components.tokenizer, "image_to_text_R@1", flops=flops_per_batch)
         strategy = session.build_strategy()
         objective = Contrastive(registry.get_component("losses", config.loss.name).build(config.loss).to(session.device))
-        evaluation = build_evaluation(config, parts, session.device)
-        return fit(plan, session.folder, strategy, parts.model, objective, parts.loader, evaluation, session.checkpoint)
+        evaluation = build_evaluation(config, components, session.device)
+        return fit(
+            plan, session.folder, strategy, components.model, objective, components.loader, evaluation, session.checkpoint
+        )
 
 
 def describe(config: PretrainConfig) -> None:
     """Print what would run: the resolved configuration, parameters of each tower, shards and samples."""
-    parts = build(config)
-    print_summary(config, parts.model.parameter_counts(), parts.loader)
+    components = build(config)
+    print_summary(config, components.model.parameter_counts(), components.loader)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -102,17 +104,17 @@ def describe(config: PretrainConfig) -> None:
 
 @dataclass
 class Components:
-    """What a pretraining run is made of."""
+    """Tokenizer, model, training data and evaluation decoders of a pretraining run."""
 
     tokenizer: Any
     model: DualEncoder
     loader: Loader
     eval_decoders: dict[str, Any]
-    """By modality."""
+    """Decoders for evaluation, by modality."""
 
 
 def build(config: PretrainConfig) -> Components:
-    """Build all that can be wrong, in the order of what fails fastest. The same weights on every process."""
+    """Build the components of a run, those first that fail fastest; initial weights are equal on every process."""
     loss = registry.get_component("losses", config.loss.name)
     if config.model.logit_scale is None:
         config.model.logit_scale = loss.LOGIT_SCALE
@@ -123,18 +125,18 @@ def build(config: PretrainConfig) -> Components:
     return Components(tokenizer, model, loader, build_eval_decoders(config, tokenizer, model))
 
 
-def build_flops_counter(config: PretrainConfig, parts: Components) -> Callable[[Batch], float] | None:
-    """Build what counts a batch's operations, of images and texts; None where another modality takes part."""
+def build_flops_counter(config: PretrainConfig, components: Components) -> Callable[[Batch], float] | None:
+    """Build a function that counts the FLOPs of an image-text batch; None for a model with other modalities."""
     if config.others or config.image is None or config.text is None:
         return None
-    return flops.build_flop_counter(parts.model, flops.build_sample(config.image.size, config.text.length))
+    return flops.build_flop_counter(components.model, flops.build_sample(config.image.size, config.text.length))
 
 
 def build_evaluation(
-    config: PretrainConfig, parts: Components, device: torch.device
+    config: PretrainConfig, components: Components, device: torch.device
 ) -> Callable[[Any], dict[str, float]] | None:
-    """Build what evaluates a model on data.val; None where there is none."""
+    """Build a function that evaluates a model on data.val; None if data.val is not set."""
     if not config.data.val:
         return None
     val, precision, cache = config.data.val, config.train.precision, config.data.build_cache()
-    return lambda model: evaluate(model, parts.eval_decoders, val, config.eval, device, precision, cache)
+    return lambda model: evaluate(model, components.eval_decoders, val, config.eval, device, precision, cache)
