@@ -1,4 +1,4 @@
-"""CLIP: softmax over the batch in both directions (Radford et al., arXiv:2103.00020)."""
+"""CLIP's loss: softmax cross-entropy over the batch in both directions (Radford et al., arXiv:2103.00020)."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from pretrain.losses import average_over_pairs, duplicate_mask, is_tiled
 from pretrain.losses.tiles import softmax_loss
 
 LOGIT_SCALE: float = math.log(1 / 0.07)
-"""Logarithm of the scale at the start, a temperature of 0.07."""
+"""Initial value: the logarithm of the scale that is a temperature of 0.07."""
 LOGIT_BIAS: float | None = None
-"""A bias would cancel in the softmax."""
+"""None, because a bias would cancel in the softmax."""
 
 
 @dataclass
 class Config:
-    """The softmax loss."""
+    """Settings of the softmax loss."""
 
     name: str = "clip"
-    """This file."""
+    """Name of this file."""
     same_caption: Literal["keep", "ignore"] = "keep"
-    """ignore: samples with the caption of this one are not its negatives."""
+    """Whether samples with the same caption are negatives of each other: keep, they are; ignore, they are left out."""
     tile: int = 0
     """Rows and columns computed at once, so that memory does not grow with the square of the batch; 0 chooses by size."""
 
     def check(self) -> None:
-        """Raises ConfigError."""
+        """Raise ConfigError for an impossible value."""
         if self.tile < 0:
             raise ConfigError(f"loss.tile={self.tile} must be 0 (automatic) or a number of rows")
 
 
 class Loss(nn.Module):
-    """Mean over rows of the cross-entropy of image to text and text to image, halved."""
+    """The cross-entropies of image to text and of text to image, averaged over both directions and over rows."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -47,20 +47,23 @@ class Loss(nn.Module):
     def forward(
         self, features: dict[str, Tensor], scale: Tensor, bias: Tensor | None, targets: dict[str, Any]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """features {modality: (b, D)} normalised, scale (1,) exponentiated -> loss (), report. Raises ConfigError."""
-        if bias is not None:
-            raise ConfigError("model.logit_bias: the clip loss has none, it would cancel in the softmax; leave it out")
-        tile = self.config.tile
-        large = is_tiled(next(iter(features.values())).shape[0], tile)
+        """Return the loss () and a report. Raises ConfigError where the model has a logit bias.
 
-        def one(
+        features: {modality: (b, D)}, L2-normalized. scale: (1,), already exponentiated.
+        """
+        if bias is not None:
+            raise ConfigError("model.logit_bias: the clip loss takes no bias, it would cancel in the softmax; leave it out")
+        tile = self.config.tile
+        use_tiles = is_tiled(next(iter(features.values())).shape[0], tile)
+
+        def pair_loss(
             rows: Tensor, columns: Tensor, all_rows: Tensor, all_columns: Tensor, offset: int, ids: Any
         ) -> tuple[Tensor, Tensor]:
-            if large:
+            if use_tiles:
                 return softmax_loss(rows, all_columns, scale, offset, ids, tile)
             return dense_loss(rows, columns, all_rows, all_columns, scale, offset, ids)
 
-        return average_over_pairs(features, targets, self.config.same_caption, one, both=not large)
+        return average_over_pairs(features, targets, self.config.same_caption, pair_loss, needs_all_rows=not use_tiles)
 
 
 def dense_loss(
@@ -72,18 +75,22 @@ def dense_loss(
     offset: int = 0,
     ids: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The formula as it is written: local rows against all columns, local columns against all rows."""
+    """Compute the loss by its formula, with the whole (b, B) logits: local rows against all columns, and the reverse.
+
+    rows, columns: (b, D). all_rows, all_columns: (B, D), gathered with gradient. scale: (1,). ids: caption hashes (b,)
+    and (B,). Returns the loss () and whether each row's partner scores best (b,) bool.
+    """
     with torch.autocast(rows.device.type, enabled=False):
-        forth, back = scale * rows @ all_columns.t(), scale * columns @ all_rows.t()  # (b, B) each
+        row_logits, column_logits = scale * rows @ all_columns.t(), scale * columns @ all_rows.t()  # (b, B) each
         if ids is not None:
-            same = duplicate_mask(ids, offset)
-            forth, back = forth.masked_fill(same, -math.inf), back.masked_fill(same, -math.inf)
+            mask = duplicate_mask(ids, offset)
+            row_logits, column_logits = row_logits.masked_fill(mask, -math.inf), column_logits.masked_fill(mask, -math.inf)
         partner = torch.arange(len(rows), device=rows.device) + offset
-        loss = (F.cross_entropy(forth, partner) + F.cross_entropy(back, partner)) / 2
-        best = forth.gather(1, partner[:, None])[:, 0] >= forth.amax(dim=1)
-        return loss, best
+        loss = (F.cross_entropy(row_logits, partner) + F.cross_entropy(column_logits, partner)) / 2
+        is_best = row_logits.gather(1, partner[:, None])[:, 0] >= row_logits.amax(dim=1)
+        return loss, is_best
 
 
 def build(config: Config) -> Loss:
-    """The loss."""
+    """Build the loss."""
     return Loss(config)

@@ -1,4 +1,4 @@
-"""SigLIP: every pair is a yes-or-no question of its own (Zhai et al., arXiv:2303.15343)."""
+"""SigLIP's loss: a binary classification of every pair, match or no match (Zhai et al., arXiv:2303.15343)."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from pretrain.losses import average_over_pairs, duplicate_mask, is_tiled
 from pretrain.losses.tiles import sigmoid_loss
 
 LOGIT_SCALE: float = math.log(10)
-"""Logarithm of the scale at the start."""
+"""Initial value: the logarithm of a scale of 10."""
 LOGIT_BIAS: float | None = -10.0
-"""At the start nearly all pairs are negatives, and the bias says so."""
+"""Initial value: strongly negative, because nearly all pairs are negatives."""
 
 
 @dataclass
 class Config:
-    """The sigmoid loss."""
+    """Settings of the sigmoid loss."""
 
     name: str = "siglip"
-    """This file."""
+    """Name of this file."""
     same_caption: Literal["keep", "ignore"] = "keep"
-    """ignore: samples with the caption of this one are not its negatives."""
+    """Whether samples with the same caption are negatives of each other: keep, they are; ignore, they are left out."""
     tile: int = 0
     """Rows and columns computed at once, so that memory does not grow with the square of the batch; 0 chooses by size."""
 
     def check(self) -> None:
-        """Raises ConfigError."""
+        """Raise ConfigError for an impossible value."""
         if self.tile < 0:
             raise ConfigError(f"loss.tile={self.tile} must be 0 (automatic) or a number of rows")
 
 
 class Loss(nn.Module):
-    """The sum over all columns of -log sigmoid(+-logit), averaged over rows."""
+    """The sum over all columns of -log sigmoid(+-logit), averaged over rows; plus for partners, minus for negatives."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -47,19 +47,22 @@ class Loss(nn.Module):
     def forward(
         self, features: dict[str, Tensor], scale: Tensor, bias: Tensor | None, targets: dict[str, Any]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """features {modality: (b, D)} normalised, scale (1,) exponentiated, bias (1,) -> loss (), report."""
-        shift = torch.zeros_like(scale) if bias is None else bias
-        tile = self.config.tile
-        large = is_tiled(next(iter(features.values())).shape[0], tile)
+        """Return the loss () and a report.
 
-        def one(
+        features: {modality: (b, D)}, L2-normalized. scale: (1,), already exponentiated. bias: (1,); None means 0.
+        """
+        logit_bias = torch.zeros_like(scale) if bias is None else bias
+        tile = self.config.tile
+        use_tiles = is_tiled(next(iter(features.values())).shape[0], tile)
+
+        def pair_loss(
             rows: Tensor, columns: Tensor, all_rows: Tensor, all_columns: Tensor, offset: int, ids: Any
         ) -> tuple[Tensor, Tensor]:
-            if large:
-                return sigmoid_loss(rows, all_columns, scale, shift, offset, ids, tile)
-            return dense_loss(rows, all_columns, scale, shift, offset, ids)
+            if use_tiles:
+                return sigmoid_loss(rows, all_columns, scale, logit_bias, offset, ids, tile)
+            return dense_loss(rows, all_columns, scale, logit_bias, offset, ids)
 
-        return average_over_pairs(features, targets, self.config.same_caption, one, both=False)
+        return average_over_pairs(features, targets, self.config.same_caption, pair_loss, needs_all_rows=False)
 
 
 def dense_loss(
@@ -70,18 +73,24 @@ def dense_loss(
     offset: int = 0,
     ids: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The formula as it is written. Over all ranks, local rows against all columns are all pairs, each once."""
+    """Compute the loss by its formula, with the whole (b, B) logits.
+
+    Each rank takes its local rows against all columns, so that together the ranks count every pair once.
+
+    rows: (b, D). all_columns: (B, D), gathered with gradient. scale, bias: (1,). ids: caption hashes (b,) and (B,).
+    Returns the loss () and whether each row's partner scores best (b,) bool.
+    """
     with torch.autocast(rows.device.type, enabled=False):
         logits = scale * rows @ all_columns.t() + bias  # (b, B)
         if ids is not None:
             logits = logits.masked_fill(duplicate_mask(ids, offset), -math.inf)
         partner = (torch.arange(len(rows), device=rows.device) + offset)[:, None]
-        own = logits.gather(1, partner)
-        signed = (-logits).scatter(1, partner, own)
+        partner_logits = logits.gather(1, partner)
+        signed = (-logits).scatter(1, partner, partner_logits)
         loss = -F.logsigmoid(signed).sum() / len(rows)
-        return loss, own[:, 0] >= logits.amax(dim=1)
+        return loss, partner_logits[:, 0] >= logits.amax(dim=1)
 
 
 def build(config: Config) -> Loss:
-    """The loss."""
+    """Build the loss."""
     return Loss(config)
