@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from launch import cli
-from pretrain.runtime.console import duration
+from pretrain.runtime.console import format_duration
 from pretrain.runtime.entrypoint import DONE
 
 STEPS_PER_MINUTE = {"pretrain": 70, "finetune": 110}
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         if code != DONE:
             return code
     pages = " and ".join(str(args.out / run / "report.html") for run in ("run", "answers"))
-    print(f"\nDone in {duration(time.monotonic() - begin)}. Open {pages} in a browser.")
+    print(f"\nDone in {format_duration(time.monotonic() - begin)}. Open {pages} in a browser.")
     return DONE
 
 

@@ -39,7 +39,7 @@ from pretrain.embedding.work_queue import ProgressBar, WorkQueue
 from pretrain.errors import ConfigError, UserError, closest
 from pretrain.runtime import distributed, preflight
 from pretrain.runtime.agree import on_main
-from pretrain.runtime.console import duration, log_info
+from pretrain.runtime.console import format_duration, log_info
 from pretrain.runtime.entrypoint import DONE, STOPPED, EarlyStop, raise_on_stop_signals, run_with_exit_code
 from pretrain.runtime.memory import is_out_of_memory
 
@@ -77,7 +77,7 @@ class Summary:
             return f"{there}; complete, nothing to do"
         return (
             f"{there}; {self.samples_per_second:,.1f} samples/s, the encoder alone {self.encoder_samples_per_second:,.1f} "
-            f"(it worked {100 * self.encoder_share:.0f}% of the {duration(self.seconds)})"
+            f"(it worked {100 * self.encoder_share:.0f}% of the {format_duration(self.seconds)})"
         )
 
 
@@ -110,7 +110,7 @@ def embed(loaded: LoadedModel, options: Options, device: torch.device) -> Summar
         )  # fmt: skip
         begin = time.perf_counter()
         if plan.todo:
-            evaluation = EvaluationDataset(ShardReader(paths, ShardCache(), numbers, keep=8), decoders)
+            evaluation = EvaluationDataset(ShardReader(paths, ShardCache(), numbers, max_open=8), decoders)
             about = {"model": manifest["model"]["fingerprint"]}
             _work(plan, board, evaluation, encoder, lambda: Writer(folder.path, layout, about), options)
         if not distributed.is_main():

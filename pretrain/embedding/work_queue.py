@@ -12,7 +12,7 @@ from typing import Any
 
 from pretrain.errors import UserError
 from pretrain.runtime import distributed
-from pretrain.runtime.console import console, duration, log_info
+from pretrain.runtime.console import console, format_duration, log_info
 
 SAY_SECONDS = 10.0
 """Between two lines of progress, where there is no terminal."""
@@ -96,7 +96,7 @@ class ProgressBar:
         if self._bar is not None:
             self._bar.update(self._task, completed=self.there + done, rate=rate)
             return
-        eta = duration((self.total - self.there - done) / rate) if rate else "?"
+        eta = format_duration((self.total - self.there - done) / rate) if rate else "?"
         log_info(f"embedded {self.there + done:,} of {self.total:,}  {rate:,.1f} samples/s  eta {eta}")
 
     def until_finished(self) -> None:

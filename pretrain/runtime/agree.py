@@ -1,12 +1,12 @@
-"""Ensure that an error on one rank is raised on every rank, so that no rank waits for one that gave up.
+"""Raise an error of one rank on every rank, so that no rank waits for one that stopped.
 
-    on_main(f)            rank 0 calls f; its result, or its error, is every rank's
-    on_all(f)             every rank calls f; each keeps its own result, an error of one is raised by all
-    gather_or_raise(f)    every rank calls f; every rank gets all results in rank order, or the error
+    on_main(f)            rank 0 calls f; every rank returns its result or raises its error
+    on_all(f)             every rank calls f and returns its own result; an error of one rank is raised on all
+    gather_or_raise(f)    every rank calls f; every rank gets all results in rank order, or raises the error
 
-Shared are the expected failures: UserError with its subclasses (ConfigError stays one: its exit code differs) and OSError.
-Where several ranks fail, all raise the error of the lowest. Any other exception is a bug: its rank raises it at once, and the
-watchdog names that rank on the others. Each function is ONE object collective, and none without a group of processes.
+Only expected failures are shared: UserError and its subclasses (ConfigError stays one: its exit code differs), and OSError.
+Where several ranks fail, all raise the error of the lowest rank. Any other exception is a bug: its rank raises it at once,
+and the watchdog names that rank on the others. Each function is ONE object collective; without a process group, none.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Failure = UserError | OSError
 def on_main(work: Callable[[], T]) -> T:
     """Return on every rank what `work` returns on rank 0, or raise its error on every rank. Collective.
 
-    The result travels and must be picklable. `work` may not contain collectives: the other ranks do not call it.
+    The result is broadcast and must be picklable. `work` may not contain collectives: the other ranks do not call it.
     """
     value, error = _attempt(work) if distributed.is_main() else (None, None)
     value, received = distributed.broadcast_object((value, _picklable(error)))
@@ -38,7 +38,7 @@ def on_main(work: Callable[[], T]) -> T:
 def on_all(work: Callable[[], T]) -> T:
     """Return what `work` returns on this rank; if any rank fails, raise its error on every rank. Collective.
 
-    The result does not travel.
+    The result stays on its rank and need not be picklable.
     """
     value, error = _attempt(work)
     _raise_first(error, distributed.gather_objects(_picklable(error)))
@@ -62,22 +62,22 @@ def _attempt(work: Callable[[], Any]) -> tuple[Any, Failure | None]:
         return None, error
 
 
-def _raise_first(own: Failure | None, received: list[Failure | None]) -> None:
-    """Raise the error of the lowest rank that has one; that rank raises its own object, with its traceback."""
-    for rank, error in enumerate(received):
+def _raise_first(local_error: Failure | None, errors: list[Failure | None]) -> None:
+    """Raise the error of the lowest rank that has one; that rank raises its original object, with its traceback."""
+    for rank, error in enumerate(errors):
         if error is not None:
-            raise own if own is not None and rank == distributed.rank() else error
+            raise local_error if local_error is not None and rank == distributed.rank() else error
 
 
 def _picklable(error: Failure | None) -> Failure | None:
-    """Return the error as it can travel: a class that pickle cannot rebuild becomes the nearest that it can."""
+    """Return an error that pickle can rebuild: the error itself, or else one of the nearest base class with its message."""
     if error is None:
         return None
     try:
         copy = pickle.loads(pickle.dumps(error))
         if type(copy) is type(error) and str(copy) == str(error):
             return error
-    except Exception:  # whatever a class's own constructor raises when it is called with other arguments
+    except Exception:  # any error of a class whose constructor takes other arguments
         pass
     if isinstance(error, OSError):
         return OSError(error.errno, error.strerror, error.filename) if error.errno is not None else OSError(str(error))

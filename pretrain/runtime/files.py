@@ -1,6 +1,6 @@
-"""Files that appear whole or not at all: written under a hidden name, then renamed.
+"""Write files atomically: under a hidden name, then renamed, so that a reader sees a complete file or none.
 
-A killed process leaves at most a hidden `.NAME.PID.partial` beside the file that it was writing. May import nothing of the
+A killed process leaves at most a hidden `.NAME.PID.partial` next to the file that it was writing. Imports nothing of the
 project.
 """
 
@@ -17,17 +17,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 _UMASK = os.umask(0o077)
-os.umask(_UMASK)  # it can only be read by setting it, which belongs where no thread has started yet
+os.umask(_UMASK)  # reading the umask means setting it, which is safe only here, before any thread starts
 
 
 def partial_path(path: Path) -> Path:
-    """The hidden name under which this process writes `path`."""
+    """Return the hidden path under which this process writes `path`."""
     return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
 
 @contextmanager
 def replace_atomically(path: Path, sync: bool = False) -> Iterator[Path]:
-    """Yield a path to write to, which takes the name `path` if the block succeeds and is removed if it fails.
+    """Yield a temporary path to write to; it is renamed to `path` if the block succeeds, and removed if it fails.
 
     sync: flush the content to the disk before the rename. Raises OSError where the disk is full or cannot be written.
     """
@@ -43,13 +43,13 @@ def replace_atomically(path: Path, sync: bool = False) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str, sync: bool = False) -> None:
-    """Replace a file's content by `text`, in UTF-8, atomically. Raises OSError."""
+    """Write `text` to a file in UTF-8, atomically. Raises OSError."""
     with replace_atomically(path, sync) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace a file's content by `value` as JSON, atomically. Raises OSError."""
+    """Write `value` to a file as JSON, atomically. Raises OSError."""
     write_text(path, json.dumps(value, indent=1))
 
 
@@ -63,11 +63,11 @@ def flush(path: Path) -> None:
 
 
 def save_weights(path: Path, weights: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write one safetensors file, with the permissions of any new file. Raises OSError or SafetensorError."""
+    """Save weights as one safetensors file, with the permissions of any new file. Raises OSError or SafetensorError."""
     save_file({name: value.contiguous() for name, value in weights.items()}, path, metadata)
     apply_umask(path)
 
 
 def apply_umask(path: Path) -> None:
-    """Give a file the permissions of any new file: safetensors writes for its owner alone."""
+    """Give a file the permissions of any new file: safetensors makes files that only their owner can read."""
     path.chmod(0o666 & ~_UMASK)

@@ -1,4 +1,4 @@
-"""GPUs by name: memory and peak throughput, from the vendor's data sheets. For MFU and for `clipfuse plan`."""
+"""Memory and peak throughput of GPUs by name, from the vendor's data sheets; MFU and `clipfuse plan` use them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class GPU(NamedTuple):
-    """One kind of GPU."""
+    """Memory and peak throughput of one GPU model."""
 
     memory_gb: int
     """Memory in GB (10^9 bytes)."""
@@ -26,13 +26,13 @@ GPUS = {
     "v100": GPU(32, 125),
     "t4": GPU(16, 65),
 }
-"""By the word of `clipfuse plan --gpu`."""
+"""By the value of `clipfuse plan --gpu`."""
 
 DEVICE_NAMES = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200", "NVIDIA A100-SXM4-80GB": "a100"}
-"""torch.cuda.get_device_name() -> a key of GPUS, where it is known."""
+"""torch.cuda.get_device_name() -> key of GPUS."""
 
 
 def peak_flops(device_name: str) -> float:
-    """Dense bf16 operations a second of a GPU by torch's name for it; 0 where it is not known."""
-    known = DEVICE_NAMES.get(device_name)
-    return GPUS[known].tflops * 1e12 if known else 0.0
+    """Return the dense bf16 FLOP/s of a GPU by its torch.cuda.get_device_name(); 0 for an unknown one."""
+    key = DEVICE_NAMES.get(device_name)
+    return GPUS[key].tflops * 1e12 if key else 0.0
