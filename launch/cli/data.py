@@ -75,7 +75,7 @@ def draw_scenes(args: argparse.Namespace) -> int:
     things = (int(low), int(high or low))
     with progress_bar("drawing scenes") as progress:
         counts = draw_dataset(
-            args.dir, args.num, args.size, args.seed, args.workers, scale=args.scale, things=things, progress=progress
+            args.dir, args.num, args.size, args.seed, args.workers, scale=args.scale, num_objects=things, progress=progress
         )
     print(f"{args.dir}: " + ", ".join(f"{count:,} {split}" for split, count in counts.items()))
     return DONE
@@ -117,13 +117,13 @@ def check(args: argparse.Namespace) -> int:
         )
     if args.json:
         print(json.dumps(dataclasses.asdict(report)))
-        return DONE if report.ok else FAILED
+        return DONE if report.is_ok else FAILED
     print(f"{report.shards:,} shards, {report.samples:,} samples, {report.bad_samples:,} of them bad")
     for reason, count in report.bad.most_common():
         print(f"  {count:,} {reason}: {', '.join(report.names[reason][:3])}{', ...' if count > 3 else ''}")
     for line in [*report.damaged, *(f"{path} holds no samples" for path in report.empty)]:
         print(f"  {line}")
-    return DONE if report.ok else FAILED
+    return DONE if report.is_ok else FAILED
 
 
 def train_tokenizer(args: argparse.Namespace) -> int:

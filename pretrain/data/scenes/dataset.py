@@ -1,16 +1,12 @@
-"""The built-in data set: drawn scenes with captions, questions and boxes.
+"""Draws the built-in data set of scenes with captions, questions and boxes, and writes it as shards.
 
-A scene is a place (grass, beach, room, ...) with one to four things (a red car, a black leather sofa, ...) that stand
-on or beside each other. Everything follows from (seed, split, index) alone, so that shards are the same byte for byte
-however many processes draw them.
+A scene is a background (grass, beach, room, ...) with one to four objects (a red car, a black leather sofa, ...) that stand on
+or beside each other. Everything is a function of (seed, split, index) alone, so shards have the same bytes however many
+processes draw them.
 
-    scene_plan.py     what is in a scene and where          scene_things.py, scene_pen.py   how each kind is drawn
-    scene_words.py    captions, questions, wrong captions   scene_places.py   how each place is drawn
-    scene_paint.py    the picture and the boxes             scene_dice.py     random choices that never change
-
-Splits: `train`, `val`, `test`; `unseen`, where every thing is a pair of colour and kind that the others neither show
-nor speak of (UNSEEN); `hard`, in groups of four scenes that differ in one colour, one kind, or two things' places
-exchanged, for retrieval among near misses.
+The splits are `train`, `val` and `test`, and two more for evaluation. In `unseen`, every object is a pair of color and kind
+that the other splits neither show nor mention (UNSEEN). `hard` has groups of four scenes that differ in one color, in one
+kind, or in the positions of two objects, for retrieval among near misses.
 """
 
 from __future__ import annotations
@@ -32,71 +28,92 @@ from typing import Any
 
 from PIL import Image
 
-from pretrain.data.scenes.backgrounds import PLACES
-from pretrain.data.scenes.layout import CLASSES, COLORS, GROUP, SIZES, SPLITS, SURFACES, UNSEEN, Scene, plan, relation
+from pretrain.data.scenes.backgrounds import BACKGROUNDS
+from pretrain.data.scenes.layout import (
+    CLASSES,
+    COLORS,
+    GROUP_SIZE,
+    SIZES,
+    SPLITS,
+    SURFACES,
+    UNSEEN,
+    Scene,
+    build_scene,
+    get_relation,
+)
 from pretrain.data.scenes.objects import KINDS
-from pretrain.data.scenes.render import paint
-from pretrain.data.scenes.text import captions, foils, questions
+from pretrain.data.scenes.render import render_scene
+from pretrain.data.scenes.text import build_captions, build_negative_captions, build_questions
 from pretrain.data.vocabulary import FILE, Vocabulary
 from pretrain.errors import UserError
 from pretrain.runtime.files import flush, partial_path
 
 __all__ = [
-    "CLASSES", "COLORS", "PLACES", "SIZES", "SPLITS", "SURFACES", "UNSEEN",
-    "VOCABULARY", "Scene", "contact_sheet", "draw", "draw_dataset", "plan", "split_sizes",
+    "BACKGROUNDS", "CLASSES", "COLORS", "SIZES", "SPLITS", "SURFACES", "UNSEEN",
+    "VOCABULARY", "Scene", "build_scene", "compute_split_sizes", "draw_contact_sheet", "draw_dataset", "draw_scene",
 ]  # fmt: skip
 
-SHARD = 1000  # scenes
-_CHUNK = 50  # scenes that a process draws at a time
-_VERSION = 2  # of the drawing: a folder drawn by another one is not taken for this one's
-_QUALITY = 92  # JPEG, without colour subsampling: stripes are two pixels wide
+SHARD_SIZE = 1000  # scenes
+_CHUNK = 50  # scenes that a process draws in one call
+_VERSION = 2  # of the drawing code: a folder drawn by another version is not continued
+_QUALITY = 92  # JPEG, without chroma subsampling because stripes are two pixels wide
 
 VOCABULARY = Vocabulary(
     CLASSES,
     {"color": COLORS, "surface": SURFACES, "size": tuple(SIZES)},
     {name: kind.plural for name, kind in KINDS.items() if kind.plural},
 )
-"""All words for objects; vocabularies/scenes.json is the same, for those who read scenes and draw none."""
+"""All words for objects. vocabularies/scenes.json has the same content, for code that may not import this package."""
 
 Progress = Callable[[int, int], None]
-Files = dict[str, bytes]
+Members = dict[str, bytes]
+"""The files of one sample, by extension."""
 
 
-def draw(
-    seed: int, split: str, index: int, size: int = 96, scale: float = 1.0, things: tuple[int, int] = (1, 4)
+def draw_scene(
+    seed: int, split: str, index: int, size: int = 96, scale: float = 1.0, num_objects: tuple[int, int] = (1, 4)
 ) -> tuple[Image.Image, dict[str, Any]]:
-    """One scene: its picture, `size` pixels square, and what KEY.json says of it.
+    """Draw one scene and return its image, `size` pixels square, and the content of KEY.json.
 
-    The description holds `captions` (KEY.txt is the first), `foils` (that caption with one thing wrong: caption,
-    changed), `questions` (question, answers, type, box), `objects` (name, color, surface, size, on: the object it
-    stands on or null, box: x0, y0, x1, y1 in pixels of what is seen of it), `relations` (subject, relation, object:
-    positions in `objects`), `label` (position in CLASSES of the largest thing), `place`, and where it comes from.
+    The content has these fields:
+        captions: KEY.txt is the first.
+        foils: negative captions, which are the first caption with one word or relation wrong: caption, changed.
+        questions: question, answers, type, box.
+        objects: name, color, surface, size; on: index of the object it stands on, or null; box: the visible part, as
+            [x0, y0, x1, y1] in pixels.
+        relations: subject and object, both indices into `objects`, and relation.
+        label: index into CLASSES of the largest object's kind.
+        place: the background.
+        group, changed, split, seed, index: the scene's position in the data set.
     """
-    scene = plan(seed, split, index, scale, things)
-    image, boxes = paint(scene, size)
-    count = len(scene.things)
-    main = max(scene.things, key=lambda thing: thing.extent)
+    scene = build_scene(seed, split, index, scale, num_objects)
+    image, boxes = render_scene(scene, size)
+    count = len(scene.objects)
+    largest = max(scene.objects, key=lambda item: item.longer_side)
     return image, {
-        "captions": captions(scene),
-        "foils": foils(scene),
-        "questions": questions(scene, boxes),
+        "captions": build_captions(scene),
+        "foils": build_negative_captions(scene),
+        "questions": build_questions(scene, boxes),
         "objects": [
             {
-                "name": thing.look.kind,
-                "color": thing.look.color,
-                "surface": thing.look.surface,
-                "size": thing.look.size,
-                "on": thing.on,
+                "name": item.spec.kind,
+                "color": item.spec.color,
+                "surface": item.spec.surface,
+                "size": item.spec.size,
+                "on": item.supported_by,
                 "box": box,
             }
-            for thing, box in zip(scene.things, boxes, strict=True)
+            for item, box in zip(scene.objects, boxes, strict=True)
         ],
         "relations": [
-            {"subject": i, "relation": relation(scene, i, j), "object": j} for i in range(count) for j in range(count) if i != j
+            {"subject": i, "relation": get_relation(scene, i, j), "object": j}
+            for i in range(count)
+            for j in range(count)
+            if i != j
         ],
-        "label": CLASSES.index(main.look.kind),
-        "place": scene.place,
-        "group": index // GROUP if split == "hard" else None,
+        "label": CLASSES.index(largest.spec.kind),
+        "place": scene.background,
+        "group": index // GROUP_SIZE if split == "hard" else None,
         "changed": scene.changed or None,
         "split": split,
         "seed": seed,
@@ -104,30 +121,30 @@ def draw(
     }
 
 
-def contact_sheet(
+def draw_contact_sheet(
     n: int = 100,
     size: int = 96,
     seed: int = 0,
     split: str = "train",
     scale: float = 1.0,
-    things: tuple[int, int] = (1, 4),
+    num_objects: tuple[int, int] = (1, 4),
 ) -> Image.Image:
-    """The first `n` scenes of a split side by side."""
+    """Draw the first `n` scenes of a split side by side into one image."""
     across, step = math.ceil(math.sqrt(n)), size + 4
     sheet = Image.new("RGB", (across * step + 4, math.ceil(n / across) * step + 4), "white")
     for i in range(n):
-        picture, _ = paint(plan(seed, split, i, scale, things), size)
-        sheet.paste(picture, (4 + i % across * step, 4 + i // across * step))
+        image, _ = render_scene(build_scene(seed, split, i, scale, num_objects), size)
+        sheet.paste(image, (4 + i % across * step, 4 + i // across * step))
     return sheet
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The data set
+# Writing the data set
 
 
 @dataclass(frozen=True)
 class _Settings:
-    """All that decides what is drawn; kept beside the shards."""
+    """All settings that determine the drawn bytes. They are stored in scenes.json next to the shards."""
 
     version: int
     size: int
@@ -136,10 +153,13 @@ class _Settings:
     things: tuple[int, int]
 
 
-def split_sizes(num: int) -> dict[str, int]:
-    """Scenes of each split beside `num` of training: a tenth, within 100 and 2,000, never more than `num`."""
-    part = min(max(num // 10, 100), 2000, num)
-    return {"train": num, "val": part, "test": part, "unseen": part, "hard": max(GROUP, part - part % GROUP)}
+def compute_split_sizes(num: int) -> dict[str, int]:
+    """Return the number of scenes in each split for `num` training scenes.
+
+    The other splits have a tenth of `num`, but at least 100 and at most 2,000, and never more than `num`.
+    """
+    size = min(max(num // 10, 100), 2000, num)
+    return {"train": num, "val": size, "test": size, "unseen": size, "hard": max(GROUP_SIZE, size - size % GROUP_SIZE)}
 
 
 def draw_dataset(
@@ -150,121 +170,132 @@ def draw_dataset(
     workers: int | None = None,
     *,
     scale: float = 1.0,
-    things: tuple[int, int] = (1, 4),
+    num_objects: tuple[int, int] = (1, 4),
     progress: Progress | None = None,
 ) -> dict[str, int]:
-    """Draw the data set into `out`/{train,val,test,unseen,hard}-0000.tar ..., 1,000 scenes a shard.
+    """Draw the data set into `out`/{train,val,test,unseen,hard}-0000.tar ..., 1,000 scenes per shard.
 
-    Beside them lie classes.txt, one name a line in the order of `label`, and vocabulary.json, all words for objects.
-    A shard appears whole or not at all. Called again with the same settings, only what is missing is drawn.
+    It also writes classes.txt, one name per line in the order of `label`, and vocabulary.json, all words for objects. A shard
+    is complete or it does not exist. Called again with the same settings, it draws only the missing shards.
 
     Args:
-        num: training scenes (the other splits follow, see split_sizes), or the scenes of each split that is wanted.
-        size: side of the pictures in pixels, 64 to 2,048.
-        workers: processes that draw; None: one a core.
-        scale: multiplies the size of every thing: 0.25 gives small things in large pictures.
-        things: how few and how many things a scene holds, within 1 to 4 (`hard` has two or three, where allowed).
-        progress: called with (scenes done, scenes in all).
+        num: number of training scenes (compute_split_sizes gives the other splits), or the number of each wanted split.
+        size: side of the images in pixels, 64 to 2,048.
+        workers: processes that draw; None means one per core.
+        scale: multiplies the size of every object: 0.25 gives small objects in large images.
+        num_objects: least and largest number of objects in a scene, within 1 to 4 (`hard` has two or three, where allowed).
+        progress: called with (scenes done, all scenes).
     Returns:
-        scenes of each split.
+        number of scenes in each split.
     Raises:
-        UserError: a setting out of range, a folder that holds other shards, or one that cannot be written.
+        UserError: a setting is out of range, the folder holds other shards, or it cannot be written.
     """
-    counts = _checked(num, size, scale, things)
+    counts = _check_settings(num, size, scale, num_objects)
     folder = Path(out)
-    settings = _Settings(_VERSION, size, seed, scale, (things[0], things[1]))
+    settings = _Settings(_VERSION, size, seed, scale, (num_objects[0], num_objects[1]))
     try:
-        _claim(folder, settings, counts)
+        _claim_folder(folder, settings, counts)
         shards = [
-            (folder / f"{split}-{first // SHARD:04d}.tar", split, first, min(first + SHARD, count))
+            (folder / f"{split}-{first // SHARD_SIZE:04d}.tar", split, first, min(first + SHARD_SIZE, count))
             for split, count in counts.items()
-            for first in range(0, count, SHARD)
+            for first in range(0, count, SHARD_SIZE)
         ]
         missing = [shard for shard in shards if not shard[0].exists()]
         total = sum(counts.values())
         done = total - sum(last - first for _, _, first, last in missing)
-        with closing(_drawn(settings, missing, workers)) as chunks:
+        with closing(_draw_chunks(settings, missing, workers)) as chunks:
             for path, _, first, last in missing:
-                with _Tar(path) as tar:
+                with _ShardWriter(path) as writer:
                     for start in range(first, last, _CHUNK):
-                        for offset, files in enumerate(next(chunks)):
-                            tar.add(f"{start + offset:07d}", files)
+                        for offset, members in enumerate(next(chunks)):
+                            writer.add(f"{start + offset:07d}", members)
                         done += min(_CHUNK, last - start)
                         if progress:
                             progress(done, total)
         for name, text in (("classes.txt", "".join(f"{name}\n" for name in CLASSES)), (FILE, VOCABULARY.to_json())):
             if not (folder / name).exists():
-                _write(folder / name, text)
+                _write_text(folder / name, text)
     except OSError as error:
         raise UserError(f"cannot draw into {folder}: {error.strerror or error}") from error
     except BrokenProcessPool as error:
-        raise UserError("a drawing process was killed (out of memory?); try again with fewer workers") from error
+        raise UserError(
+            "a process that drew scenes died, perhaps because memory ran out; try again with fewer workers"
+        ) from error
     return counts
 
 
-def _checked(num: int | dict[str, int], size: int, scale: float, things: tuple[int, int]) -> dict[str, int]:
-    counts = split_sizes(num) if isinstance(num, int) else dict(num)
+def _check_settings(num: int | dict[str, int], size: int, scale: float, num_objects: tuple[int, int]) -> dict[str, int]:
+    """Return the number of scenes in each split. Raises UserError for a setting that is out of range."""
+    counts = compute_split_sizes(num) if isinstance(num, int) else dict(num)
     if unknown := sorted(set(counts) - set(SPLITS)):
-        raise UserError(f"no split is called {unknown[0]!r}; there are {', '.join(SPLITS)}")
+        raise UserError(f"no split is called {unknown[0]!r}; the splits are {', '.join(SPLITS)}")
     if bad := [f"{split}={count}" for split, count in counts.items() if count < 1]:
-        raise UserError(f"number of scenes: {bad[0]}; at least 1 is needed")
+        raise UserError(f"number of scenes: {bad[0]} must be at least 1")
     if not 64 <= size <= 2048:
-        raise UserError(f"size {size}: pictures are 64 to 2048 pixels square")
+        raise UserError(f"size {size} must be 64 to 2048 pixels")
     if not 0.1 <= scale <= 1:
-        raise UserError(f"scale {scale}: things are drawn at 0.1 to 1 times their size")
+        raise UserError(f"scale {scale} must be 0.1 to 1")
     if scale * size < 48:
-        raise UserError(f"scale {scale} at size {size}: too small to be recognised; scale times size is at least 48")
-    if not 1 <= things[0] <= things[1] <= 4:
-        raise UserError(f"things {things[0]} to {things[1]}: a scene holds 1 to 4, the lower number first")
-    if "hard" in counts and things[1] < 2:
-        counts.pop("hard")  # one thing alone has no places to exchange
+        raise UserError(
+            f"scale {scale} at size {size}: objects are too small to recognize; scale times size must be at least 48"
+        )
+    if not 1 <= num_objects[0] <= num_objects[1] <= 4:
+        least, most = num_objects
+        raise UserError(f"things {least} to {most}: a scene has 1 to 4 things; give the lower number first")
+    if "hard" in counts and num_objects[1] < 2:
+        counts.pop("hard")  # a single object cannot be swapped with another
     return counts
 
 
-def _claim(folder: Path, settings: _Settings, counts: dict[str, int]) -> None:
-    """Note in the folder what is drawn there; refuse one that holds anything else by our shards' names."""
+def _claim_folder(folder: Path, settings: _Settings, counts: dict[str, int]) -> None:
+    """Write the settings to scenes.json in the folder.
+
+    Raises:
+        UserError: the folder holds scenes with other settings, or other shards.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    note = folder / "scenes.json"
-    ours = json.dumps({**asdict(settings), "counts": counts}, indent=1)
-    if note.exists():
-        if json.loads(ours) != _read(note):
-            raise UserError(f"{folder} holds scenes drawn with other settings (see {note}): choose another folder")
+    path = folder / "scenes.json"
+    expected = json.dumps({**asdict(settings), "counts": counts}, indent=1)
+    if path.exists():
+        if json.loads(expected) != _read_json(path):
+            raise UserError(f"{folder} holds scenes drawn with other settings (see {path}): choose another folder")
         return
-    if taken := sorted(path.name for split in SPLITS for path in folder.glob(f"{split}-*.tar")):
-        raise UserError(f"{folder} holds other shards ({taken[0]}): choose another folder")
-    _write(note, ours)
+    if others := sorted(shard.name for split in SPLITS for shard in folder.glob(f"{split}-*.tar")):
+        raise UserError(f"{folder} holds other shards ({others[0]}): choose another folder")
+    _write_text(path, expected)
 
 
-def _write(path: Path, text: str) -> None:
-    """A small text file, whole or not at all."""
+def _write_text(path: Path, text: str) -> None:
+    """Write a small text file atomically."""
     partial = partial_path(path)
     partial.write_text(text)
     partial.replace(path)
 
 
-def _read(note: Path) -> Any:
+def _read_json(path: Path) -> Any:
+    """Return the content of a JSON file, or None if it is not JSON."""
     try:
-        return json.loads(note.read_text())
+        return json.loads(path.read_text())
     except ValueError:
         return None
 
 
-def _draw_chunk(settings: _Settings, split: str, first: int, last: int) -> list[Files]:
-    """The files of some scenes, by extension."""
+def _draw_chunk(settings: _Settings, split: str, first: int, last: int) -> list[Members]:
+    """Draw scenes `first` to `last` - 1 and return the files of each."""
     out = []
     for index in range(first, last):
-        image, said = draw(settings.seed, split, index, settings.size, settings.scale, settings.things)
+        image, content = draw_scene(settings.seed, split, index, settings.size, settings.scale, settings.things)
         jpeg = io.BytesIO()
         image.save(jpeg, "JPEG", quality=_QUALITY, subsampling=0)
-        text = json.dumps(said, separators=(",", ":")).encode()
-        out.append({"jpg": jpeg.getvalue(), "txt": said["captions"][0].encode(), "json": text})
+        text = json.dumps(content, separators=(",", ":")).encode()
+        out.append({"jpg": jpeg.getvalue(), "txt": content["captions"][0].encode(), "json": text})
     return out
 
 
-def _drawn(
+def _draw_chunks(
     settings: _Settings, shards: list[tuple[Path, str, int, int]], workers: int | None
-) -> Generator[list[Files], None, None]:
-    """The chunks of all shards in order, drawn ahead by `workers` processes."""
+) -> Generator[list[Members], None, None]:
+    """Yield the chunks of all shards in order, while `workers` processes draw ahead."""
     jobs = [
         (split, start, min(start + _CHUNK, last)) for _, split, first, last in shards for start in range(first, last, _CHUNK)
     ]
@@ -275,7 +306,7 @@ def _drawn(
         return
     # spawn, not fork: the caller may hold threads or a device
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        ahead: deque[Future[list[Files]]] = deque()
+        ahead: deque[Future[list[Members]]] = deque()
         try:
             for job in jobs:
                 ahead.append(pool.submit(_draw_chunk, settings, *job))
@@ -287,22 +318,22 @@ def _drawn(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-class _Tar:
-    """A shard being written: under another name until it is complete; the same bytes for the same samples."""
+class _ShardWriter:
+    """Writes one shard under a temporary name until it is complete. The same samples give the same bytes."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._partial = path, partial_path(path)
 
-    def __enter__(self) -> _Tar:
+    def __enter__(self) -> _ShardWriter:
         self._file = open(self._partial, "wb")
         self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
         return self
 
-    def add(self, key: str, files: Files) -> None:
-        for extension, data in files.items():
-            member = tarfile.TarInfo(f"{key}.{extension}")  # owner 0, time 0, mode 0644
-            member.size = len(data)
-            self._tar.addfile(member, io.BytesIO(data))
+    def add(self, key: str, members: Members) -> None:
+        for extension, data in members.items():
+            info = tarfile.TarInfo(f"{key}.{extension}")  # owner 0, time 0, mode 0644
+            info.size = len(data)
+            self._tar.addfile(info, io.BytesIO(data))
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:

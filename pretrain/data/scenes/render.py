@@ -1,9 +1,9 @@
-"""From a scene to its picture and the true box of each thing.
+"""Renders a scene to an image and measures the visible box of each object.
 
-Drawn at a multiple of the size and averaged down, which gives soft edges. Each thing is a tile of ink numbers
-(scene_pen.py); a look-up table turns ink and surface into colours, so a surface costs one addition a pixel.
+The image is drawn at a multiple of its size and averaged down, which gives soft edges. Each object is a tile of palette
+indices (shapes.py). A lookup table turns index and tone into a color, so a surface costs one addition per pixel.
 
-    S = side of the enlarged picture, h w = a tile
+    S = side of the enlarged image, (h, w) = height and width of a tile
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from PIL import Image
 
-from pretrain.data.scenes import shapes as ink
-from pretrain.data.scenes.backgrounds import PLACES
-from pretrain.data.scenes.layout import Scene, Thing
+from pretrain.data.scenes import shapes as palette
+from pretrain.data.scenes.backgrounds import BACKGROUNDS
+from pretrain.data.scenes.layout import Scene, SceneObject
 from pretrain.data.scenes.objects import KINDS
-from pretrain.data.scenes.rng import Dice
+from pretrain.data.scenes.rng import KeyedRandom
+from pretrain.data.scenes.shapes import Tile
 
 Rgb = tuple[int, int, int]
 Bytes = NDArray[np.uint8]
 
-# The colour; its depth, for shade and seams; its outline; its other stripe
-_BODY: dict[str, tuple[Rgb, Rgb, Rgb, Rgb]] = {
+# Of each color: its RGB value, its dark shade (for SHADE and seams), its outline, and its second stripe
+_BODY_COLORS: dict[str, tuple[Rgb, Rgb, Rgb, Rgb]] = {
     "red": ((224, 44, 48), (92, 4, 20), (84, 16, 28), (248, 190, 186)),
     "orange": ((250, 138, 28), (150, 62, 0), (112, 56, 16), (254, 220, 176)),
     "yellow": ((254, 220, 44), (190, 116, 0), (120, 84, 16), (222, 160, 16)),
@@ -37,162 +38,170 @@ _BODY: dict[str, tuple[Rgb, Rgb, Rgb, Rgb]] = {
     "black": ((44, 44, 50), (10, 10, 14), (100, 100, 112), (176, 176, 184)),
     "white": ((252, 252, 252), (100, 110, 140), (104, 108, 126), (170, 178, 198)),
 }
-_FIXED: dict[int, Rgb] = {
-    ink.DARK: (40, 40, 46),
-    ink.WHITE: (255, 255, 255),
-    ink.GLASS: (178, 220, 242),
-    ink.WOOD: (128, 86, 54),
-    ink.METAL: (140, 142, 152),
-    ink.LEAF: (84, 140, 70),
-    ink.GOLD: (252, 206, 70),
-    ink.PINK: (240, 154, 164),
-    ink.CREAM: (246, 236, 212),
+_FIXED_COLORS: dict[int, Rgb] = {
+    palette.DARK: (40, 40, 46),
+    palette.WHITE: (255, 255, 255),
+    palette.GLASS: (178, 220, 242),
+    palette.WOOD: (128, 86, 54),
+    palette.METAL: (140, 142, 152),
+    palette.LEAF: (84, 140, 70),
+    palette.GOLD: (252, 206, 70),
+    palette.PINK: (240, 154, 164),
+    palette.CREAM: (246, 236, 212),
 }
-_TONES = 8  # a surface gives each pixel one of so many tones; a plain surface has the first alone
+_TONES = 8  # number of tones that a surface can give a pixel; a plain surface uses only the first
 
 
-def paint(scene: Scene, size: int, skip: Collection[int] = ()) -> tuple[Image.Image, list[list[int]]]:
-    """The picture, `size` pixels square, and the box of what is seen of each thing.
+def render_scene(scene: Scene, size: int, skip: Collection[int] = ()) -> tuple[Image.Image, list[list[int]]]:
+    """Render a scene and return its image, `size` pixels square, and the visible box of each object.
 
     Args:
-        skip: things to leave out, shadows apart: what differs then is the thing.
+        skip: indices of objects to leave out. Their shadows stay, so that the images differ only in the object itself.
     Returns:
-        boxes as whole pixels x0, y0, x1, y1, the last column and row not included; [0, 0, 0, 0] for a thing left out.
+        image and boxes. A box is [x0, y0, x1, y1] in whole pixels without the last column and row, or [0, 0, 0, 0] for an
+        object that is left out.
     """
-    over = oversampling(size)
-    side = size * over
-    sheet = np.array(PLACES[scene.place].draw(side, scene.dice("place")))  # (S, S, 4): RGBA, opaque
-    pixels = sheet.view(np.uint32)[:, :, 0]  # (S, S): the same, one number a pixel
-    owner = np.zeros((side, side), dtype=np.uint8)
-    for thing in scene.things:
-        if thing.on is None and not thing.flies:
-            _shadow(sheet, thing, side)
-    for i, thing in enumerate(scene.things):
+    factor = choose_oversampling(size)
+    side = size * factor
+    image = np.array(BACKGROUNDS[scene.background].draw(side, scene.rng("place")))  # (S, S, 4): RGBA, opaque
+    pixels = image.view(np.uint32)[:, :, 0]  # (S, S): the same memory, one integer per pixel
+    object_ids = np.zeros((side, side), dtype=np.uint8)
+    for item in scene.objects:
+        if item.supported_by is None and not item.is_flying:
+            _draw_shadow(image, item, side)
+    for i, item in enumerate(scene.objects):
         if i not in skip:
-            _lay(pixels, owner, thing, i + 1, over)
-    boxes = [_box(owner, i + 1, over) for i in range(len(scene.things))]
-    return Image.fromarray(sheet).reduce(over).convert("RGB"), boxes
+            _draw_object(pixels, object_ids, item, i + 1, factor)
+    boxes = [_visible_box(object_ids, i + 1, factor) for i in range(len(scene.objects))]
+    return Image.fromarray(image).reduce(factor).convert("RGB"), boxes
 
 
-def oversampling(size: int) -> int:
-    """How many times finer a picture is drawn."""
+def choose_oversampling(size: int) -> int:
+    """Return the factor by which an image of `size` pixels is enlarged while it is drawn."""
     return 4 if size <= 128 else 3 if size <= 256 else 2
 
 
-def _lay(pixels: NDArray[np.uint32], owner: Bytes, thing: Thing, number: int, over: int) -> None:
-    """Draw one thing into the picture, and its number into `owner` wherever it is seen."""
+def _draw_object(pixels: NDArray[np.uint32], object_ids: Bytes, item: SceneObject, number: int, factor: int) -> None:
+    """Draw one object into the image, and write its number into `object_ids` wherever it is visible."""
     side = len(pixels)
-    kind = KINDS[thing.look.kind]
-    unit = thing.extent * side / 100
-    rim = round(min(max(1.6 * unit, 0.8 * over), 2.5 * over))  # the outline
-    foot_x, foot_y = thing.x * side, thing.y * side
-    half = (0.5 * kind.width * thing.stretch + 0.07 * kind.height + 6) * unit + rim
-    x0, y0 = max(0, int(foot_x - half)), max(0, int(foot_y - (1.05 * kind.height + 6) * unit - rim))
-    x1, y1 = min(side, int(foot_x + half) + 1), min(side, int(foot_y + 8 * unit) + rim + 1)
-    at, foot = (foot_x - x0, foot_y - y0), (kind.width / 2, kind.height)
-    pen = ink.Pen((x1 - x0, y1 - y0), at, foot, unit, thing.look.flip, thing.tilt, thing.stretch)
-    kind.draw(pen, thing.look.variant)
-    inks = np.array(pen.image)  # (h, w)
-    grown = _grow(inks != ink.NOTHING, rim)
-    inks[grown & (inks == ink.NOTHING)] = ink.OUTLINE
-    if thing.look.surface != "plain":
-        inks += _tones(thing, inks.shape[0], inks.shape[1], unit, over)
-    colors = np.take(_table(thing.look.color, thing.look.surface), inks)
-    np.copyto(pixels[y0:y1, x0:x1], colors, where=grown)
-    np.copyto(owner[y0:y1, x0:x1], np.uint8(number), where=grown)
+    kind = KINDS[item.spec.kind]
+    unit = item.longer_side * side / 100
+    thickness = round(min(max(1.6 * unit, 0.8 * factor), 2.5 * factor))  # thickness of the outline
+    base_x, base_y = item.x * side, item.y * side
+    half = (0.5 * kind.width * item.stretch + 0.07 * kind.height + 6) * unit + thickness
+    x0, y0 = max(0, int(base_x - half)), max(0, int(base_y - (1.05 * kind.height + 6) * unit - thickness))
+    x1, y1 = min(side, int(base_x + half) + 1), min(side, int(base_y + 8 * unit) + thickness + 1)
+    anchor, base = (base_x - x0, base_y - y0), (kind.width / 2, kind.height)
+    tile = Tile((x1 - x0, y1 - y0), anchor, base, unit, item.spec.flip, item.tilt, item.stretch)
+    kind.draw(tile, item.spec.variant)
+    indices = np.array(tile.image)  # (h, w)
+    outlined = _dilate(indices != palette.EMPTY, thickness)
+    indices[outlined & (indices == palette.EMPTY)] = palette.OUTLINE
+    if item.spec.surface != "plain":
+        indices += _tone_offsets(item, indices.shape[0], indices.shape[1], unit, factor)
+    colors = np.take(_color_table(item.spec.color, item.spec.surface), indices)
+    np.copyto(pixels[y0:y1, x0:x1], colors, where=outlined)
+    np.copyto(object_ids[y0:y1, x0:x1], np.uint8(number), where=outlined)
 
 
-def _grow(mask: NDArray[np.bool_], by: int) -> NDArray[np.bool_]:
-    """Every pixel within `by` columns and rows of the mask."""
+def _dilate(mask: NDArray[np.bool_], by: int) -> NDArray[np.bool_]:
+    """Dilate a mask by a square: return every pixel within `by` rows and columns of it."""
     out = mask.copy()
     for step in range(1, by + 1):
         out[:, step:] |= mask[:, :-step]
         out[:, :-step] |= mask[:, step:]
-    wide = out.copy()
+    widened = out.copy()
     for step in range(1, by + 1):
-        out[step:] |= wide[:-step]
-        out[:-step] |= wide[step:]
+        out[step:] |= widened[:-step]
+        out[:-step] |= widened[step:]
     return out
 
 
-def _tones(thing: Thing, h: int, w: int, unit: float, over: int) -> Bytes:
-    """(h, w): for each pixel the first row of its tone in the table, for a surface that is not plain."""
-    dice = Dice(thing.texture)
-    phase = dice.random()
-    if thing.look.surface == "striped":
-        period = max(19 * unit, 4.6 * over)
-        way = dice.pick(("down", "across", "falling", "rising"))
-        period *= 1.0 if way in ("down", "across") else 2**0.5
+def _tone_offsets(item: SceneObject, h: int, w: int, unit: float, factor: int) -> Bytes:
+    """Return an (h, w) array that, added to the palette indices, selects each pixel's tone.
+
+    The surface must be striped or leather. Values are multiples of PALETTE_SIZE (see _color_table).
+    """
+    rng = KeyedRandom(item.texture)
+    phase = rng.random()
+    if item.spec.surface == "striped":
+        period = max(19 * unit, 4.6 * factor)
+        direction = rng.choice(("down", "across", "falling", "rising"))
+        period *= 1.0 if direction in ("down", "across") else 2**0.5
         stripe = (np.arange(w + h) / period + phase) % 1 < 0.5
-        line = np.where(stripe, 0, ink.INKS).astype(np.uint8)
-        if way == "down":
+        line = np.where(stripe, 0, palette.PALETTE_SIZE).astype(np.uint8)
+        if direction == "down":
             return np.broadcast_to(line[:w], (h, w))
-        if way == "across":
+        if direction == "across":
             return np.broadcast_to(line[:h, None], (h, w))
-        return _slanted(line, h, w, way == "rising")
-    # Leather is quilted: diamonds that bulge between seams
-    period = max(28 * unit, 7 * over)
-    bulge = 1 - np.abs((np.arange(w + h) / period + phase) % 1 * 2 - 1)  # 0 on a seam, 1 between two
-    line = np.minimum(bulge * 2 * _TONES, _TONES - 1).astype(np.uint8) * np.uint8(ink.INKS)
-    quilt: Bytes = np.minimum(_slanted(line, h, w, True), _slanted(line, h, w, False))
+        return _slant(line, h, w, direction == "rising")
+    # Leather is quilted: diamonds that are lighter between the seams
+    period = max(28 * unit, 7 * factor)
+    bulge = 1 - np.abs((np.arange(w + h) / period + phase) % 1 * 2 - 1)  # 0 on a seam, 1 halfway between two
+    line = np.minimum(bulge * 2 * _TONES, _TONES - 1).astype(np.uint8) * np.uint8(palette.PALETTE_SIZE)
+    quilt: Bytes = np.minimum(_slant(line, h, w, True), _slant(line, h, w, False))
     return quilt
 
 
-def _slanted(line: Bytes, h: int, w: int, rising: bool) -> Bytes:
-    """(h, w): each row is the one above it moved by a pixel."""
+def _slant(line: Bytes, h: int, w: int, rising: bool) -> Bytes:
+    """Return an (h, w) array in which each row is the one above it, shifted by one pixel."""
     rows = sliding_window_view(line, w)[:h]
     return rows if rising else rows[::-1]
 
 
 @lru_cache(maxsize=64)
-def _table(color: str, surface: str) -> NDArray[np.uint32]:
-    """(tones x inks,): the colour of each ink in each tone, as the four bytes of an opaque pixel."""
-    body, deep, rim, stripe = (np.array(rgb, dtype=np.float64) for rgb in _BODY[color])
+def _color_table(color: str, surface: str) -> NDArray[np.uint32]:
+    """Return the color of each palette index in each tone: (_TONES * PALETTE_SIZE,).
+
+    A color is the four bytes of an opaque RGBA pixel.
+    """
+    body, shade, outline, stripe = (np.array(rgb, dtype=np.float64) for rgb in _BODY_COLORS[color])
     light = np.full(3, 255.0)
-    gentle = color == "white"  # a little shade shows more on white than on a colour
-    out = np.zeros((_TONES, ink.INKS, 3))
-    for number, fixed in _FIXED.items():
+    is_white = color == "white"  # shading is more visible on white than on a color
+    out = np.zeros((_TONES, palette.PALETTE_SIZE, 3))
+    for number, fixed in _FIXED_COLORS.items():
         out[:, number] = fixed
-    out[:, ink.HEART] = _FIXED[ink.WOOD if color in ("yellow", "orange") else ink.GOLD]
-    out[:, ink.OUTLINE] = rim
-    out[:, ink.LIGHT] = _mix(body, light, 0.3)
+    out[:, palette.CENTER] = _FIXED_COLORS[palette.WOOD if color in ("yellow", "orange") else palette.GOLD]
+    out[:, palette.OUTLINE] = outline
+    out[:, palette.LIGHT] = _blend(body, light, 0.3)
     for tone in range(_TONES):
         base = body
         if surface == "striped" and tone == 1:
             base = stripe
-        elif surface == "leather":  # from the seam up to the bulge
+        elif surface == "leather":  # from the seam to the middle of a diamond
             t = 2 * tone / (_TONES - 1)
-            seam, top = _mix(body, deep, 0.34 if gentle else 0.62), _mix(body, light, 0.26)
-            base = _mix(seam, body, t) if t < 1 else _mix(body, top, t - 1)
-        out[tone, ink.BODY] = base
-        out[tone, ink.SHADE] = _mix(base, deep, 0.2 if gentle else 0.4)
+            seam, top = _blend(body, shade, 0.34 if is_white else 0.62), _blend(body, light, 0.26)
+            base = _blend(seam, body, t) if t < 1 else _blend(body, top, t - 1)
+        out[tone, palette.BODY] = base
+        out[tone, palette.SHADE] = _blend(base, shade, 0.2 if is_white else 0.4)
     rgb = out.round().clip(0, 255).astype(np.uint8).reshape(-1, 3)
     return np.pad(rgb, ((0, 0), (0, 1)), constant_values=255).view(np.uint32)[:, 0]
 
 
-def _mix(a: NDArray[np.float64], b: NDArray[np.float64], t: float) -> NDArray[np.float64]:
+def _blend(a: NDArray[np.float64], b: NDArray[np.float64], t: float) -> NDArray[np.float64]:
     return a + (b - a) * t
 
 
-def _shadow(sheet: Bytes, thing: Thing, side: int) -> None:
-    """A soft-looking flat ellipse on the ground under a thing."""
-    kind = KINDS[thing.look.kind]
-    rx = 0.46 * kind.width * thing.extent * side / 100
+def _draw_shadow(image: Bytes, item: SceneObject, side: int) -> None:
+    """Darken a flat ellipse on the ground under an object."""
+    kind = KINDS[item.spec.kind]
+    rx = 0.46 * kind.width * item.longer_side * side / 100
     ry = max(2.0, 0.16 * rx)
-    cx, cy = thing.x * side, thing.y * side
+    cx, cy = item.x * side, item.y * side
     x0, x1 = max(0, math.floor(cx - rx)), min(side, math.ceil(cx + rx) + 1)
     y0, y1 = max(0, math.floor(cy - ry)), min(side, math.ceil(cy + ry) + 1)
     x = (np.arange(x0, x1) - cx) / rx
     y = (np.arange(y0, y1)[:, None] - cy) / ry
-    region = sheet[y0:y1, x0:x1]
-    under = (x * x + y * y < 1)[:, :, None] & np.array([True, True, True, False])  # colours, not opacity
-    np.copyto(region, (region * np.float32(0.78)).astype(np.uint8), where=under)
+    region = image[y0:y1, x0:x1]
+    inside = (x * x + y * y < 1)[:, :, None] & np.array([True, True, True, False])  # RGB, not the alpha channel
+    np.copyto(region, (region * np.float32(0.78)).astype(np.uint8), where=inside)
 
 
-def _box(owner: Bytes, number: int, over: int) -> list[int]:
-    seen = owner == number
-    columns, rows = np.flatnonzero(seen.any(axis=0)), np.flatnonzero(seen.any(axis=1))
+def _visible_box(object_ids: Bytes, number: int, factor: int) -> list[int]:
+    """Return the box of an object's visible pixels in the final image, zeros if it is not visible."""
+    visible = object_ids == number
+    columns, rows = np.flatnonzero(visible.any(axis=0)), np.flatnonzero(visible.any(axis=1))
     if not len(columns):
         return [0, 0, 0, 0]
     first, last = (columns[0], rows[0]), (columns[-1], rows[-1])
-    return [*(int(x) // over for x in first), *(int(x) // over + 1 for x in last)]
+    return [*(int(x) // factor for x in first), *(int(x) // factor + 1 for x in last)]

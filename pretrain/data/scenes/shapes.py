@@ -1,4 +1,4 @@
-"""The pen that draws the things of the scenes: shapes in a thing's own coordinates become ink numbers in a tile of pixels."""
+"""Shapes that the objects of drawn scenes consist of, rasterized as palette indices."""
 
 from __future__ import annotations
 
@@ -8,75 +8,79 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw
 
-NOTHING, OUTLINE, BODY, SHADE, LIGHT, DARK, WHITE, GLASS, WOOD, METAL, LEAF, GOLD, PINK, CREAM, HEART = range(15)
-INKS = 16  # every ink number is below this
+EMPTY, OUTLINE, BODY, SHADE, LIGHT, DARK, WHITE, GLASS, WOOD, METAL, LEAF, GOLD, PINK, CREAM, CENTER = range(15)
+PALETTE_SIZE = 16  # every palette index is below this
 
 Point = tuple[float, float]
 
 
-class Pen:
-    """Draws shapes, given in a kind's coordinates, as ink numbers into a tile of pixels.
+class Tile:
+    """A small image of palette indices to draw on, in the coordinates of an object kind (objects.py).
 
     Args:
         size: (width, height) of the tile in pixels.
-        anchor: where the kind's foot, (width / 2, height), comes to lie in the tile, in pixels.
-        foot: the kind's foot in its own coordinates.
-        unit: pixels per unit of the kind's coordinates; `stretch` multiplies it for x alone.
-        flip: face left. `tilt`: turn about the foot, in radians.
+        anchor: position of the object's base point in the tile, in pixels.
+        base: the base point in the kind's coordinates: the middle of the lower edge, (width / 2, height).
+        unit: pixels per unit of the kind's coordinates.
+        flip: mirror horizontally, so that the object faces left.
+        tilt: rotation about the base point, in radians.
+        stretch: multiplies `unit` for x alone.
     """
 
     def __init__(
-        self, size: tuple[int, int], anchor: Point, foot: Point, unit: float, flip: bool, tilt: float, stretch: float
+        self, size: tuple[int, int], anchor: Point, base: Point, unit: float, flip: bool, tilt: float, stretch: float
     ) -> None:
-        self.image = Image.new("L", size, NOTHING)
+        self.image = Image.new("L", size, EMPTY)
         self._draw = ImageDraw.Draw(self.image)
-        self._anchor, self._foot, self._unit = anchor, foot, unit
-        self._matrix = matrix(unit, flip, tilt, stretch)
+        self._anchor, self._base, self._unit = anchor, base, unit
+        self._matrix = affine_matrix(unit, flip, tilt, stretch)
 
-    def poly(self, ink: int, *points: Point) -> None:
-        """A polygon with straight sides."""
-        (a, b, c, d), (x0, y0), (fx, fy) = self._matrix, self._anchor, self._foot
-        self._draw.polygon([(x0 + a * (x - fx) + b * (y - fy), y0 + c * (x - fx) + d * (y - fy)) for x, y in points], fill=ink)
+    def polygon(self, index: int, *points: Point) -> None:
+        """Fill a polygon with straight sides."""
+        (a, b, c, d), (x0, y0), (bx, by) = self._matrix, self._anchor, self._base
+        self._draw.polygon(
+            [(x0 + a * (x - bx) + b * (y - by), y0 + c * (x - bx) + d * (y - by)) for x, y in points], fill=index
+        )
 
-    def blob(self, ink: int, *points: Point) -> None:
-        """A closed smooth curve through the points."""
-        self.poly(ink, *_spline(points, True))
+    def curve(self, index: int, *points: Point) -> None:
+        """Fill the area inside a smooth closed curve through the points."""
+        self.polygon(index, *_spline_points(points, True))
 
-    def disc(self, ink: int, x: float, y: float, rx: float, ry: float | None = None, turn: float = 0.0) -> None:
-        """An ellipse; `turn` in degrees, clockwise."""
-        self.poly(ink, *_ellipse(x, y, rx, rx if ry is None else ry, turn))
+    def ellipse(self, index: int, x: float, y: float, rx: float, ry: float | None = None, turn: float = 0.0) -> None:
+        """Fill an ellipse (a circle without `ry`), rotated clockwise by `turn` degrees."""
+        self.polygon(index, *_ellipse_points(x, y, rx, rx if ry is None else ry, turn))
 
-    def box(self, ink: int, x0: float, y0: float, x1: float, y1: float, round: float = 0.0) -> None:
-        """A rectangle with rounded corners."""
-        self.poly(ink, *_rounded(x0, y0, x1, y1, round))
+    def rectangle(self, index: int, x0: float, y0: float, x1: float, y1: float, radius: float = 0.0) -> None:
+        """Fill a rectangle whose corners are rounded with `radius`."""
+        self.polygon(index, *_rectangle_points(x0, y0, x1, y1, radius))
 
-    def line(self, ink: int, width: float, *points: Point, smooth: bool = False) -> None:
-        """A stroke with round ends; `width` in the kind's units."""
-        path = _spline(points, False) if smooth else points
-        (a, b, c, d), (x0, y0), (fx, fy) = self._matrix, self._anchor, self._foot
-        pixels = [(x0 + a * (x - fx) + b * (y - fy), y0 + c * (x - fx) + d * (y - fy)) for x, y in path]
-        thick = max(1.0, width * self._unit)
-        self._draw.line(pixels, fill=ink, width=round(thick), joint="curve")
+    def line(self, index: int, width: float, *points: Point, smooth: bool = False) -> None:
+        """Draw a line with round ends; `width` is in the kind's units."""
+        path = _spline_points(points, False) if smooth else points
+        (a, b, c, d), (x0, y0), (bx, by) = self._matrix, self._anchor, self._base
+        pixels = [(x0 + a * (x - bx) + b * (y - by), y0 + c * (x - bx) + d * (y - by)) for x, y in path]
+        thickness = max(1.0, width * self._unit)
+        self._draw.line(pixels, fill=index, width=round(thickness), joint="curve")
         for x, y in (pixels[0], pixels[-1]):
-            r = (thick - 1) / 2
-            self._draw.ellipse((x - r, y - r, x + r, y + r), fill=ink)
+            r = (thickness - 1) / 2
+            self._draw.ellipse((x - r, y - r, x + r, y + r), fill=index)
 
     def eye(self, x: float, y: float, r: float) -> None:
-        """An eye that looks ahead."""
-        self.disc(WHITE, x, y, r)
-        self.disc(DARK, x + 0.15 * r, y, 0.68 * r)
+        """Draw an eye that looks ahead."""
+        self.ellipse(WHITE, x, y, r)
+        self.ellipse(DARK, x + 0.15 * r, y, 0.68 * r)
 
 
-def matrix(unit: float, flip: bool, tilt: float, stretch: float) -> tuple[float, float, float, float]:
-    """Rows of the 2 x 2 matrix from a kind's coordinates about its foot to pixels about the anchor."""
+def affine_matrix(unit: float, flip: bool, tilt: float, stretch: float) -> tuple[float, float, float, float]:
+    """Return the 2 x 2 matrix, row by row, from a kind's coordinates to pixels about the base point."""
     cos, sin = math.cos(tilt) * unit, math.sin(tilt) * unit
     across = -stretch if flip else stretch
     return (cos * across, -sin, sin * across, cos)
 
 
 @lru_cache(maxsize=4096)
-def _spline(points: tuple[Point, ...], closed: bool) -> tuple[Point, ...]:
-    """A Catmull-Rom spline through the points, five pieces to a span."""
+def _spline_points(points: tuple[Point, ...], closed: bool) -> tuple[Point, ...]:
+    """Return a Catmull-Rom spline through the points, with five segments for each pair of points."""
     p = np.asarray(points, dtype=np.float64)
     if not closed:
         p = np.concatenate([p[:1], p, p[-1:]])
@@ -91,21 +95,21 @@ def _spline(points: tuple[Point, ...], closed: bool) -> tuple[Point, ...]:
 
 
 @lru_cache(maxsize=4096)
-def _ellipse(x: float, y: float, rx: float, ry: float, turn: float) -> tuple[Point, ...]:
+def _ellipse_points(x: float, y: float, rx: float, ry: float, turn: float) -> tuple[Point, ...]:
     cos, sin = math.cos(math.radians(turn)), math.sin(math.radians(turn))
     circle = [(rx * math.cos(a), ry * math.sin(a)) for a in (2 * math.pi * i / 28 for i in range(28))]
     return tuple((x + cos * u - sin * v, y + sin * u + cos * v) for u, v in circle)
 
 
 @lru_cache(maxsize=4096)
-def _rounded(x0: float, y0: float, x1: float, y1: float, r: float) -> tuple[Point, ...]:
+def _rectangle_points(x0: float, y0: float, x1: float, y1: float, r: float) -> tuple[Point, ...]:
     if r <= 0:
         return ((x0, y0), (x1, y0), (x1, y1), (x0, y1))
-    centres = ((x1 - r, y0 + r), (x1 - r, y1 - r), (x0 + r, y1 - r), (x0 + r, y0 + r))
+    centers = ((x1 - r, y0 + r), (x1 - r, y1 - r), (x0 + r, y1 - r), (x0 + r, y0 + r))
     turns = [(corner, math.radians(90 * corner - 90 + 22.5 * step)) for corner in range(4) for step in range(5)]
-    return tuple((centres[c][0] + r * math.cos(a), centres[c][1] + r * math.sin(a)) for c, a in turns)
+    return tuple((centers[c][0] + r * math.cos(a), centers[c][1] + r * math.sin(a)) for c, a in turns)
 
 
-def smooth(*points: Point) -> tuple[Point, ...]:
-    """A smooth open curve through the points, as the points of a polygon's side."""
-    return _spline(points, False)
+def smooth_curve(*points: Point) -> tuple[Point, ...]:
+    """Return the points of a smooth open curve through `points`, to use as one side of a polygon."""
+    return _spline_points(points, False)

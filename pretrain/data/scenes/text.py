@@ -1,7 +1,8 @@
-"""What is said and asked about a drawn scene: captions, captions that are wrong in one word, questions with answers.
+"""Captions, negative captions, and questions with answers for drawn scenes.
 
-Questions are drawn so that the words alone give little away: yes and no come in pairs, colours, kinds and surfaces are
-even, counts are drawn by answer first. A thing is only asked about in words that fit no other thing of its scene.
+Questions are chosen so that their words alone reveal little of the answer. Yes and no come in pairs. Answers that are colors,
+kinds or surfaces are uniform. Of a count, the answer is chosen first. A question names an object only by a phrase that fits no
+other object of its scene.
 """
 
 from __future__ import annotations
@@ -12,46 +13,46 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from pretrain.data.scenes.backgrounds import PLACES
+from pretrain.data.scenes.backgrounds import BACKGROUNDS
 from pretrain.data.scenes.layout import (
     CLASSES,
     COLORS,
     OPPOSITE,
     SURFACES,
-    Look,
+    ObjectSpec,
     Scene,
-    change,
-    columns_of,
-    relation,
-    shows,
-    speaks_of,
+    can_mention,
+    can_show,
+    change_columns,
+    get_columns,
+    get_relation,
 )
 from pretrain.data.scenes.objects import KINDS
-from pretrain.data.scenes.rng import Dice
+from pretrain.data.scenes.rng import KeyedRandom
 
 Box = list[int]
-NUMBERS = ("no", "one", "two", "three", "four")
+NUMBER_WORDS = ("no", "one", "two", "three", "four")
 
 
-def name(look: Look, size: bool = False, surface: bool = True) -> str:
-    """A thing in words without an article: "small striped red car", "black leather sofa"."""
-    words = [look.size] if size else []
-    words += ["striped"] if surface and look.surface == "striped" else []
-    words += [look.color]
-    words += ["leather"] if surface and look.surface == "leather" else []
-    return " ".join([*words, look.kind])
+def name_object(spec: ObjectSpec, size: bool = False, surface: bool = True) -> str:
+    """Return the name of an object without an article: "small striped red car", "black leather sofa"."""
+    words = [spec.size] if size else []
+    words += ["striped"] if surface and spec.surface == "striped" else []
+    words += [spec.color]
+    words += ["leather"] if surface and spec.surface == "leather" else []
+    return " ".join([*words, spec.kind])
 
 
-def _a(words: str) -> str:
+def _with_article(words: str) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
-def _plural(words: str) -> str:
+def _pluralize(words: str) -> str:
     kind = words.split()[-1]
     return words[: -len(kind)] + (KINDS[kind].plural or f"{kind}s" if kind in KINDS else f"{kind}s")
 
 
-def _listed(phrases: Sequence[str]) -> str:
+def _join_phrases(phrases: Sequence[str]) -> str:
     return phrases[0] if len(phrases) == 1 else f"{', '.join(phrases[:-1])} and {phrases[-1]}"
 
 
@@ -59,47 +60,57 @@ def _listed(phrases: Sequence[str]) -> str:
 # Captions
 
 
-def captions(scene: Scene) -> list[str]:
-    """The first names every thing, how they stand and the place (KEY.txt); the others say less, each in another way, down to
-    one thing alone, for every thing."""
-    dice = scene.dice("captions")
-    columns = columns_of(scene)
-    out = [full(columns, scene.place, scene.dice("full"), sizes=scene.split != "hard")]
-    if len(scene.things) > 1:
-        counted = Counter(name(look) for column in columns for look in column)
-        phrases = [_a(words) if n == 1 else f"{NUMBERS[n]} {_plural(words)}" for words, n in counted.items()]
-        out.append(_placed(_listed(dice.shuffled(phrases)), scene.place, dice))
-    main = max(scene.things, key=lambda thing: thing.extent).look
-    out.append(_placed(_a(name(main, size=dice.chance(0.3), surface=dice.chance(0.7))), scene.place, dice))
-    out.append(name(main))
-    out.extend(name(thing.look) for thing in scene.things)
+def build_captions(scene: Scene) -> list[str]:
+    """Return the captions of a scene, the complete one first.
+
+    The first (KEY.txt) names all objects, their relations and the background. The others say less: all objects without
+    relations, the largest object on the background, and each object alone.
+    """
+    rng = scene.rng("captions")
+    columns = get_columns(scene)
+    out = [describe_scene(columns, scene.background, scene.rng("full"), sizes=scene.split != "hard")]
+    if len(scene.objects) > 1:
+        counted = Counter(name_object(spec) for column in columns for spec in column)
+        phrases = [_with_article(words) if n == 1 else f"{NUMBER_WORDS[n]} {_pluralize(words)}" for words, n in counted.items()]
+        out.append(_add_background(_join_phrases(rng.shuffled(phrases)), scene.background, rng))
+    main = max(scene.objects, key=lambda item: item.longer_side).spec
+    out.append(
+        _add_background(
+            _with_article(name_object(main, size=rng.bernoulli(0.3), surface=rng.bernoulli(0.7))), scene.background, rng
+        )
+    )
+    out.append(name_object(main))
+    out.extend(name_object(item.spec) for item in scene.objects)
     return list(dict.fromkeys(out))
 
 
-def full(columns: list[list[Look]], place: str, dice: Dice, sizes: bool = True) -> str:
-    """One sentence that names everything. Throws the dice equally often whatever the things are."""
+def describe_scene(columns: list[list[ObjectSpec]], background: str, rng: KeyedRandom, sizes: bool = True) -> str:
+    """Return one sentence that names all objects, their relations and the background.
+
+    It makes the same number of random choices whatever the objects are, so that a negative caption has the same wording.
+    """
     phrases = []
     for column in columns:
-        said = [_a(name(look, size=dice.chance(0.25) and sizes)) for look in column]
-        turned = dice.chance(0.5)
-        phrases.append(said[0])
-        if len(said) == 2:
-            phrases[-1] = f"{said[0]} under {said[1]}" if turned else f"{said[1]} on {said[0]}"
-    turned, way = dice.chance(0.5), dice.pick(("", "to the "))
+        names = [_with_article(name_object(spec, size=rng.bernoulli(0.25) and sizes)) for spec in column]
+        is_reversed = rng.bernoulli(0.5)
+        phrases.append(names[0])
+        if len(names) == 2:
+            phrases[-1] = f"{names[0]} under {names[1]}" if is_reversed else f"{names[1]} on {names[0]}"
+    is_reversed, prefix = rng.bernoulli(0.5), rng.choice(("", "to the "))
     if len(phrases) == 1:
         text = phrases[0]
-    elif len(phrases) == 2 and turned:
-        text = f"{phrases[1]}, {way}right of {phrases[0]}" if way else f"{phrases[1]} right of {phrases[0]}"
+    elif len(phrases) == 2 and is_reversed:
+        text = f"{phrases[1]}, {prefix}right of {phrases[0]}" if prefix else f"{phrases[1]} right of {phrases[0]}"
     elif len(phrases) == 2:
-        text = f"{phrases[0]}, {way}left of {phrases[1]}" if way else f"{phrases[0]} left of {phrases[1]}"
+        text = f"{phrases[0]}, {prefix}left of {phrases[1]}" if prefix else f"{phrases[0]} left of {phrases[1]}"
     else:
-        text = f"from left to right: {_listed(phrases)}"
-    return _placed(text, place, dice)
+        text = f"from left to right: {_join_phrases(phrases)}"
+    return _add_background(text, background, rng)
 
 
-def _placed(text: str, place: str, dice: Dice) -> str:
-    where = dice.pick(PLACES[place].phrases)
-    form = dice.pick(("after", "after", "before", "picture"))
+def _add_background(text: str, background: str, rng: KeyedRandom) -> str:
+    where = rng.choice(BACKGROUNDS[background].phrases)
+    form = rng.choice(("after", "after", "before", "picture"))
     if form == "before":
         return f"{where}, {text}"
     if form == "picture" and not text.startswith("from"):
@@ -107,17 +118,20 @@ def _placed(text: str, place: str, dice: Dice) -> str:
     return f"{text}, {where}" if ", " in text or " and " in text else f"{text} {where}"
 
 
-def foils(scene: Scene) -> list[dict[str, str]]:
-    """The first caption with one colour, one kind or the places of two things wrong: [{caption, changed}]."""
+def build_negative_captions(scene: Scene) -> list[dict[str, str]]:
+    """Return versions of the first caption that are wrong in one respect: [{caption, changed}].
+
+    One color, one kind, or the positions of two objects are wrong.
+    """
     out = []
-    columns, sizes = columns_of(scene), scene.split != "hard"
-    right = full(columns, scene.place, scene.dice("full"), sizes)
-    for what in ("colour", "kind", "relation"):
-        wrong = change(columns, what, scene.split, scene.dice(f"foil {what}"))
+    columns, sizes = get_columns(scene), scene.split != "hard"
+    correct = describe_scene(columns, scene.background, scene.rng("full"), sizes)
+    for changed in ("colour", "kind", "relation"):
+        wrong = change_columns(columns, changed, scene.split, scene.rng(f"foil {changed}"))
         if wrong:
-            text = full(wrong, scene.place, scene.dice("full"), sizes)
-            if text != right:
-                out.append({"caption": text, "changed": what})
+            text = describe_scene(wrong, scene.background, scene.rng("full"), sizes)
+            if text != correct:
+                out.append({"caption": text, "changed": changed})
     return out
 
 
@@ -125,119 +139,127 @@ def foils(scene: Scene) -> list[dict[str, str]]:
 # Questions
 
 
-def questions(scene: Scene, boxes: Sequence[Box]) -> list[dict[str, Any]]:
-    """[{question, answers, type, box}]: colour, kind, surface, count, existence (one yes, one no), relation.
+def build_questions(scene: Scene, boxes: Sequence[Box]) -> list[dict[str, Any]]:
+    """Return questions about a scene: [{question, answers, type, box}].
+
+    Types are colour, kind, surface, count, existence (one yes, one no) and relation.
 
     Args:
-        boxes: of each thing of the scene.
+        boxes: the visible box of each object.
     Returns:
-        a box where one thing is asked about (for a relation: the one whose place is asked), else None.
+        questions. `box` is that of the object asked about (for a relation: its subject), None if it is not exactly one object.
     """
-    dice = scene.dice("questions")
-    looks = [thing.look for thing in scene.things]
-    order = dice.shuffled(range(len(looks)))
+    rng = scene.rng("questions")
+    specs = [item.spec for item in scene.objects]
+    order = rng.shuffled(range(len(specs)))
     out: list[dict[str, Any]] = []
 
-    def ask(kind: str, question: str, answer: str, thing: int | None) -> None:
-        box = None if thing is None else boxes[thing]
-        out.append({"question": question, "answers": [answer], "type": kind, "box": box})
+    def add(type_: str, question: str, answer: str, index: int | None) -> None:
+        box = None if index is None else boxes[index]
+        out.append({"question": question, "answers": [answer], "type": type_, "box": box})
 
-    for kind, wording, answer, by in (
-        ("colour", "what colour is the {}?", lambda look: look.color, ("kind", "surface kind")),
-        ("kind", "what is the {} thing?", lambda look: look.kind, ("color", "surface", "color surface")),
-        ("surface", "is the {} plain, striped or leather?", lambda look: look.surface, ("kind", "color kind")),
+    for type_, wording, get_answer, forms in (
+        ("colour", "what colour is the {}?", lambda spec: spec.color, ("kind", "surface kind")),
+        ("kind", "what is the {} thing?", lambda spec: spec.kind, ("color", "surface", "color surface")),
+        ("surface", "is the {} plain, striped or leather?", lambda spec: spec.surface, ("kind", "color kind")),
     ):
-        asked = 0
+        count = 0
         for i in order:
-            words = _words(looks, i, by, dice)
-            if words and asked < 2:
-                ask(kind, wording.format(words), answer(looks[i]), i)
-                asked += 1
-    _count(looks, dice, ask)
-    _existence(scene.split, looks, dice, ask)
-    if len(looks) > 1:
-        _relation(scene, looks, dice, ask)
+            phrase = _choose_unique_phrase(specs, i, forms, rng)
+            if phrase and count < 2:
+                add(type_, wording.format(phrase), get_answer(specs[i]), i)
+                count += 1
+    _ask_counts(specs, rng, add)
+    _ask_existence(scene.split, specs, rng, add)
+    if len(specs) > 1:
+        _ask_relations(scene, specs, rng, add)
     return out
 
 
-Ask = Callable[[str, str, str, "int | None"], None]
-WORDS: dict[str, Callable[[Look], str]] = {
-    "kind": lambda look: look.kind,
-    "color": lambda look: look.color,
-    "surface": lambda look: look.surface,
-    "color kind": lambda look: f"{look.color} {look.kind}",
-    "surface kind": lambda look: f"{look.surface} {look.kind}",
-    "color surface": lambda look: " ".join(sorted((look.color, look.surface), key=lambda word: word == "leather")),
+# (type, question, answer, index of the object asked about or None)
+AddQuestion = Callable[[str, str, str, "int | None"], None]
+PHRASE_FORMS: dict[str, Callable[[ObjectSpec], str]] = {
+    "kind": lambda spec: spec.kind,
+    "color": lambda spec: spec.color,
+    "surface": lambda spec: spec.surface,
+    "color kind": lambda spec: f"{spec.color} {spec.kind}",
+    "surface kind": lambda spec: f"{spec.surface} {spec.kind}",
+    "color surface": lambda spec: " ".join(sorted((spec.color, spec.surface), key=lambda word: word == "leather")),
 }
 
 
-def _words(looks: list[Look], i: int, by: Sequence[str], dice: Dice) -> str | None:
-    """Words that fit thing `i` and no other, of the given forms; None if there are none."""
-    fitting = [WORDS[form](looks[i]) for form in by if Counter(map(WORDS[form], looks))[WORDS[form](looks[i])] == 1]
-    return dice.pick(fitting) if fitting else None
+def _choose_unique_phrase(specs: list[ObjectSpec], i: int, forms: Sequence[str], rng: KeyedRandom) -> str | None:
+    """Return a phrase in one of the forms that fits object `i` and no other; None if there is none."""
+    unique = [
+        PHRASE_FORMS[form](specs[i])
+        for form in forms
+        if Counter(map(PHRASE_FORMS[form], specs))[PHRASE_FORMS[form](specs[i])] == 1
+    ]
+    return rng.choice(unique) if unique else None
 
 
-def _count(looks: list[Look], dice: Dice, ask: Ask) -> None:
-    """Two questions; first the answer is drawn, then a question that has it."""
+def _ask_counts(specs: list[ObjectSpec], rng: KeyedRandom, add: AddQuestion) -> None:
+    """Add two or three count questions. The answer is chosen first, then a question that has it."""
     for form, choices, wording in (
         ("kind", CLASSES, "how many {}s are there?"),
         ("color", COLORS, "how many {} things are there?"),
     ):
-        counts = Counter(map(WORDS[form], looks))
-        by_number: dict[int, list[str]] = {}
+        counts = Counter(map(PHRASE_FORMS[form], specs))
+        words_by_count: dict[int, list[str]] = {}
         for choice in choices:
-            by_number.setdefault(counts[choice], []).append(choice)
-        numbers = sorted(by_number)
-        number = dice.pick(numbers, [(0.4, 0.45, 2.6, 6.0, 9.0)[n] for n in numbers])
-        word = dice.pick(by_number[number])
-        question = f"how many {_plural(word)} are there?" if form == "kind" else wording.format(word)
-        ask("count", question, str(number), None)
-    if dice.chance(0.25):
-        ask("count", "how many things are there?", str(len(looks)), None)
+            words_by_count.setdefault(counts[choice], []).append(choice)
+        numbers = sorted(words_by_count)
+        number = rng.choice(numbers, [(0.4, 0.45, 2.6, 6.0, 9.0)[n] for n in numbers])
+        word = rng.choice(words_by_count[number])
+        question = f"how many {_pluralize(word)} are there?" if form == "kind" else wording.format(word)
+        add("count", question, str(number), None)
+    if rng.bernoulli(0.25):
+        add("count", "how many things are there?", str(len(specs)), None)
 
 
-def _existence(split: str, looks: list[Look], dice: Dice, ask: Ask) -> None:
-    form = dice.pick(("color kind", "color kind", "kind", "surface kind", "color"))
-    there = Counter(map(WORDS[form], looks))
-    thing = dice.below(len(looks))
-    yes = WORDS[form](looks[thing])
+def _ask_existence(split: str, specs: list[ObjectSpec], rng: KeyedRandom, add: AddQuestion) -> None:
+    """Add two questions about existence, one with the answer yes and one with no, in the same form."""
+    form = rng.choice(("color kind", "color kind", "kind", "surface kind", "color"))
+    counts = Counter(map(PHRASE_FORMS[form], specs))
+    index = rng.randbelow(len(specs))
+    present = PHRASE_FORMS[form](specs[index])
     wording = f"is there {{}}{' thing' if form == 'color' else ''}?"
-    no = yes
-    for attempt in itertools.count():  # first of what the scene holds, put together anew; then more and more at random
-        near = dice.chance(0.6) and attempt < 4
-        model = dice.pick(looks)
-        made = replace(
-            model,
-            kind=dice.pick(looks).kind if near else dice.pick(CLASSES),
-            color=dice.pick(looks).color if near else dice.pick((model.color, dice.pick(COLORS))),
-            surface=dice.pick(looks).surface if near else dice.pick((model.surface, dice.pick(SURFACES))),
+    absent = present
+    for attempt in itertools.count():  # first recombine what the scene contains; from the fourth attempt on choose at random
+        recombine = rng.bernoulli(0.6) and attempt < 4
+        template = rng.choice(specs)
+        candidate = replace(
+            template,
+            kind=rng.choice(specs).kind if recombine else rng.choice(CLASSES),
+            color=rng.choice(specs).color if recombine else rng.choice((template.color, rng.choice(COLORS))),
+            surface=rng.choice(specs).surface if recombine else rng.choice((template.surface, rng.choice(SURFACES))),
         )
-        no = WORDS[form](made)
-        # `unseen` asks for unseen pairs in vain as often as not, or a pair would give its answer away
-        sayable = shows if form == "color kind" else speaks_of
-        if no not in there and sayable(split, made.color, made.kind):
+        absent = PHRASE_FORMS[form](candidate)
+        # In `unseen`, absent pairs are unseen pairs too, or the pair alone would give the answer away
+        is_allowed = can_show if form == "color kind" else can_mention
+        if absent not in counts and is_allowed(split, candidate.color, candidate.kind):
             break
-    ask("existence", wording.format(_a(yes)), "yes", thing if there[yes] == 1 else None)
-    ask("existence", wording.format(_a(no)), "no", None)
+    add("existence", wording.format(_with_article(present)), "yes", index if counts[present] == 1 else None)
+    add("existence", wording.format(_with_article(absent)), "no", None)
 
 
-def _relation(scene: Scene, looks: list[Look], dice: Dice, ask: Ask) -> None:
-    """Where a thing stands to another (of four), and whether it stands so or just the other way round."""
+def _ask_relations(scene: Scene, specs: list[ObjectSpec], rng: KeyedRandom, add: AddQuestion) -> None:
+    """Add a question about which of four relations holds, and one about whether a named one holds."""
     pairs = []
-    for i in range(len(looks)):
-        for j in range(len(looks)):
-            first, second = (_words(looks, k, ("kind", "color kind"), dice) for k in (i, j))
+    for i in range(len(specs)):
+        for j in range(len(specs)):
+            first, second = (_choose_unique_phrase(specs, k, ("kind", "color kind"), rng) for k in (i, j))
             if i != j and first and second:
                 pairs.append((i, j, first, second))
     if not pairs:
         return
-    stacked = [pair for pair in pairs if relation(scene, pair[0], pair[1]) in ("on", "under")]
+    stacked = [pair for pair in pairs if get_relation(scene, pair[0], pair[1]) in ("on", "under")]
     for form in ("where", "is"):
-        among = stacked if stacked and dice.chance(0.6) else pairs
-        i, j, first, second = dice.pick(among)
-        true = relation(scene, i, j)
+        candidates = stacked if stacked and rng.bernoulli(0.6) else pairs
+        i, j, first, second = rng.choice(candidates)
+        actual = get_relation(scene, i, j)
         if form == "where":
-            ask("relation", f"where is the {first}, seen from the {second}?", true.removesuffix(" of"), i)
+            add("relation", f"where is the {first}, seen from the {second}?", actual.removesuffix(" of"), i)
         else:
-            said = true if dice.chance(0.5) else OPPOSITE[true]
-            ask("relation", f"is the {first} {said} the {second}?", "yes" if said == true else "no", i)
+            stated = actual if rng.bernoulli(0.5) else OPPOSITE[actual]
+            add("relation", f"is the {first} {stated} the {second}?", "yes" if stated == actual else "no", i)

@@ -145,7 +145,7 @@ def test_scenes_speak_of_what_they_record() -> None:
     kinds: Counter[str] = Counter()
     checked = moved = 0
     for i in range(60):
-        _, said_of = dataset.draw(7, "train", i)
+        _, said_of = dataset.draw_scene(7, "train", i)
         objects = said_of["objects"]
         for asked in said_of["questions"]:
             found = [

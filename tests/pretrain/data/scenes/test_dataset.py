@@ -1,4 +1,4 @@
-"""Drawn scenes: true boxes, things that can be told apart, and the same bytes always."""
+"""Drawn scenes: boxes are correct, objects are distinguishable, and the bytes never change."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ import pytest
 import webdataset
 
 from pretrain.data.scenes.dataset import (
+    BACKGROUNDS,
     CLASSES,
     COLORS,
-    PLACES,
     SIZES,
     SPLITS,
     VOCABULARY,
-    contact_sheet,
-    draw,
+    build_scene,
+    compute_split_sizes,
+    draw_contact_sheet,
     draw_dataset,
-    plan,
-    split_sizes,
+    draw_scene,
 )
-from pretrain.data.scenes.render import paint
+from pretrain.data.scenes.render import render_scene
 from pretrain.data.shards.paths import expand_shards
 from pretrain.data.vocabulary import find_vocabulary, load_builtin
 from pretrain.errors import UserError
@@ -33,144 +33,147 @@ from pretrain.evaluation.zero_shot import class_names
 
 
 @pytest.mark.parametrize(("size", "scale"), [(64, 1.0), (96, 1.0), (200, 1.0), (384, 0.25)])
-def test_boxes_are_where_the_picture_changes_without_the_thing(size: int, scale: float) -> None:
+def test_a_box_is_where_the_image_changes_without_the_object(size: int, scale: float) -> None:
     for index in range(12):
-        scene = plan(3, "train", index, scale)
-        whole, boxes = paint(scene, size)
+        scene = build_scene(3, "train", index, scale)
+        whole, boxes = render_scene(scene, size)
         assert whole.size == (size, size)
         for i, box in enumerate(boxes):
-            without, _ = paint(scene, size, skip=[i])
+            without, _ = render_scene(scene, size, skip=[i])
             rows, columns = np.nonzero(np.abs(np.int16(whole) - np.int16(without)).sum(axis=2))
-            seen = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
-            assert max(abs(int(s) - b) for s, b in zip(seen, box, strict=True)) <= 1, (index, i, seen, box)
+            expected = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+            assert max(abs(int(e) - b) for e, b in zip(expected, box, strict=True)) <= 1, (index, i, expected, box)
 
 
-def test_every_thing_is_seen_whole_enough_and_in_the_picture() -> None:
-    shares = []
+def test_most_of_every_object_is_visible_inside_the_image() -> None:
+    visible_fractions = []
     for index in range(80):
-        scene = plan(1, "train", index)
-        numbers = range(len(scene.things))
-        whole, boxes = (np.int16(x) for x in paint(scene, 96))
-        empty = np.int16(paint(scene, 96, skip=numbers)[0])
-        for i in numbers:
-            without = np.int16(paint(scene, 96, skip=[i])[0])
-            alone = np.int16(paint(scene, 96, skip=[j for j in numbers if j != i])[0])
-            shares.append(np.any(whole != without, axis=2).sum() / np.any(alone != empty, axis=2).sum())
+        scene = build_scene(1, "train", index)
+        indices = range(len(scene.objects))
+        whole, boxes = (np.int16(x) for x in render_scene(scene, 96))
+        empty = np.int16(render_scene(scene, 96, skip=indices)[0])
+        for i in indices:
+            without = np.int16(render_scene(scene, 96, skip=[i])[0])
+            alone = np.int16(render_scene(scene, 96, skip=[j for j in indices if j != i])[0])
+            visible_fractions.append(np.any(whole != without, axis=2).sum() / np.any(alone != empty, axis=2).sum())
             assert boxes[i].min() >= 1
             assert boxes[i].max() <= 95
-    assert min(shares) > 0.5
-    assert np.mean(shares) > 0.9
+    assert min(visible_fractions) > 0.5
+    assert np.mean(visible_fractions) > 0.9
 
 
-def test_every_colour_stands_out_everywhere_and_from_the_other_colours() -> None:
-    shown: dict[tuple[str, str], list[float]] = defaultdict(list)
-    mean: dict[str, list[np.ndarray]] = defaultdict(list)
+def test_every_color_differs_from_all_backgrounds_and_other_colors() -> None:
+    contrasts: dict[tuple[str, str], list[float]] = defaultdict(list)
+    medians: dict[str, list[np.ndarray]] = defaultdict(list)
     for index in range(400):
-        scene = plan(2, "train" if index % 8 else "unseen", index, things=(1, 1))
-        look = scene.things[0].look
-        with_it, without = np.int16(paint(scene, 64)[0]), np.int16(paint(scene, 64, skip=[0])[0])
-        change = np.abs(with_it - without).sum(axis=2)
-        shown[look.color, scene.place].append(float(change[change > 0].mean()))
-        if look.surface == "plain":
-            mean[look.color].append(np.median(with_it[change > 40], axis=0))
-    assert len(shown) == len(COLORS) * len(PLACES)
-    assert min(np.mean(x) for x in shown.values()) > 60  # of 765
-    typical = {color: np.median(x, axis=0) for color, x in mean.items()}
+        scene = build_scene(2, "train" if index % 8 else "unseen", index, num_objects=(1, 1))
+        spec = scene.objects[0].spec
+        whole, without = np.int16(render_scene(scene, 64)[0]), np.int16(render_scene(scene, 64, skip=[0])[0])
+        change = np.abs(whole - without).sum(axis=2)
+        contrasts[spec.color, scene.background].append(float(change[change > 0].mean()))
+        if spec.surface == "plain":
+            medians[spec.color].append(np.median(whole[change > 40], axis=0))
+    assert len(contrasts) == len(COLORS) * len(BACKGROUNDS)
+    assert min(np.mean(x) for x in contrasts.values()) > 60  # of 765
+    typical = {color: np.median(x, axis=0) for color, x in medians.items()}
     for a in typical:
         assert all(np.abs(typical[a] - typical[b]).sum() > 70 for b in typical if b != a), a
 
 
 def test_kinds_differ_in_shape() -> None:
-    """Kinds, plain and of one colour on one place, are told apart by the nearest of a few examples of each."""
+    """The nearest of the known shapes has the same kind as the query, for plain objects."""
     examples: dict[str, list[np.ndarray]] = defaultdict(list)
     for index in range(1200):
-        scene = plan(4, "train", index, things=(1, 1))
-        if scene.things[0].look.surface != "plain":
+        scene = build_scene(4, "train", index, num_objects=(1, 1))
+        if scene.objects[0].spec.surface != "plain":
             continue
-        picture, (box,) = paint(scene, 96)
-        without, _ = paint(scene, 96, skip=[0])
-        mask = np.abs(np.int16(picture) - np.int16(without)).sum(axis=2) > 0
-        cut = mask[box[1] : box[3], box[0] : box[2]]
-        if scene.things[0].look.flip:
-            cut = cut[:, ::-1]
-        grid = cut[np.linspace(0, len(cut) - 1, 24).astype(int)][:, np.linspace(0, cut.shape[1] - 1, 24).astype(int)]
-        shape = np.append(grid.ravel().astype(float), 12 * np.log(cut.shape[1] / cut.shape[0]))
-        examples[scene.things[0].look.kind].append(shape)
+        image, (box,) = render_scene(scene, 96)
+        without, _ = render_scene(scene, 96, skip=[0])
+        mask = np.abs(np.int16(image) - np.int16(without)).sum(axis=2) > 0
+        crop = mask[box[1] : box[3], box[0] : box[2]]
+        if scene.objects[0].spec.flip:
+            crop = crop[:, ::-1]
+        grid = crop[np.linspace(0, len(crop) - 1, 24).astype(int)][:, np.linspace(0, crop.shape[1] - 1, 24).astype(int)]
+        shape = np.append(grid.ravel().astype(float), 12 * np.log(crop.shape[1] / crop.shape[0]))
+        examples[scene.objects[0].spec.kind].append(shape)
     known = [(kind, x) for kind in CLASSES for x in examples[kind][:-5]]
-    asked = [(kind, x) for kind in CLASSES for x in examples[kind][-5:]]
-    right = [min(known, key=lambda k: float(np.abs(k[1] - x).sum()))[0] == kind for kind, x in asked]
+    queries = [(kind, x) for kind in CLASSES for x in examples[kind][-5:]]
+    is_correct = [min(known, key=lambda k: float(np.abs(k[1] - x).sum()))[0] == kind for kind, x in queries]
     assert len(CLASSES) >= 12
-    assert np.mean(right) > 0.95
+    assert np.mean(is_correct) > 0.95
 
 
-def test_a_contact_sheet() -> None:
-    sheet = contact_sheet(5, size=64)
+def test_size_of_a_contact_sheet() -> None:
+    sheet = draw_contact_sheet(5, size=64)
     assert sheet.size == (3 * 68 + 4, 2 * 68 + 4)
 
 
 def test_scenes_differ_between_splits_seeds_and_indices() -> None:
-    firsts = {plan(seed, split, index).things for seed in range(3) for split in SPLITS for index in range(0, 80, 4)}
-    assert len(firsts) == 3 * len(SPLITS) * 20
+    scenes = {build_scene(seed, split, index).objects for seed in range(3) for split in SPLITS for index in range(0, 80, 4)}
+    assert len(scenes) == 3 * len(SPLITS) * 20
 
 
-def test_number_of_things_and_sizes() -> None:
-    scenes = [plan(0, "train", index) for index in range(1000)]
-    counts = Counter(len(scene.things) for scene in scenes)
+def test_numbers_and_sizes_of_objects() -> None:
+    scenes = [build_scene(0, "train", index) for index in range(1000)]
+    counts = Counter(len(scene.objects) for scene in scenes)
     assert set(counts) == {1, 2, 3, 4}
     assert min(counts.values()) > 180
-    assert {thing.look.size for scene in scenes for thing in scene.things} == set(SIZES)
-    assert {len(plan(0, "train", i, things=(1, 2)).things) for i in range(60)} == {1, 2}
-    assert {len(plan(0, "hard", i, things=(1, 2)).things) for i in range(60)} == {2}
-    assert {len(plan(0, "hard", i, things=(4, 4)).things) for i in range(8)} == {4}
+    assert {item.spec.size for scene in scenes for item in scene.objects} == set(SIZES)
+    assert {len(build_scene(0, "train", i, num_objects=(1, 2)).objects) for i in range(60)} == {1, 2}
+    assert {len(build_scene(0, "hard", i, num_objects=(1, 2)).objects) for i in range(60)} == {2}
+    assert {len(build_scene(0, "hard", i, num_objects=(4, 4)).objects) for i in range(8)} == {4}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The shards
+# Writing shards
 
 
 def digests(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 digest of each file in a folder."""
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
-def test_the_same_bytes_for_any_number_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pretrain.data.scenes.dataset.SHARD", 60)
+def test_any_number_of_processes_writes_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pretrain.data.scenes.dataset.SHARD_SIZE", 60)
     sizes = {"train": 130, "unseen": 70}
     for workers in (1, 3):
         calls: list[tuple[int, int]] = []
-        made = draw_dataset(tmp_path / f"w{workers}", sizes, 64, 7, workers, progress=lambda *x, calls=calls: calls.append(x))
-        assert made == sizes
+        counts = draw_dataset(tmp_path / f"w{workers}", sizes, 64, 7, workers, progress=lambda *x, calls=calls: calls.append(x))
+        assert counts == sizes
         assert calls[-1] == (200, 200)
         assert sorted(calls) == calls
-    one = digests(tmp_path / "w1")
-    assert one == digests(tmp_path / "w3")
+    expected = digests(tmp_path / "w1")
+    assert expected == digests(tmp_path / "w3")
     shards = [*(f"train-000{i}.tar" for i in range(3)), "unseen-0000.tar", "unseen-0001.tar"]
-    assert sorted(one) == ["classes.txt", "scenes.json", *shards, "vocabulary.json"]
-    # What is missing is drawn again, the rest is left alone
+    assert sorted(expected) == ["classes.txt", "scenes.json", *shards, "vocabulary.json"]
+    # A missing shard is drawn again; the others are not touched
     (tmp_path / "w1" / "train-0001.tar").unlink()
-    kept = (tmp_path / "w1" / "train-0000.tar").stat().st_mtime_ns
+    modified = (tmp_path / "w1" / "train-0000.tar").stat().st_mtime_ns
     draw_dataset(tmp_path / "w1", sizes, 64, 7, 1)
-    assert digests(tmp_path / "w1") == one
-    assert (tmp_path / "w1" / "train-0000.tar").stat().st_mtime_ns == kept
+    assert digests(tmp_path / "w1") == expected
+    assert (tmp_path / "w1" / "train-0000.tar").stat().st_mtime_ns == modified
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")  # its open files
-def test_shards_are_read_by_webdataset(tmp_path: Path) -> None:
-    sizes = draw_dataset(tmp_path, 9, 80, workers=1, things=(1, 2))
-    assert sizes == {"train": 9, "val": 9, "test": 9, "unseen": 9, "hard": 8} == split_sizes(9)
+@pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # webdataset leaves files open
+def test_webdataset_reads_the_shards(tmp_path: Path) -> None:
+    sizes = draw_dataset(tmp_path, 9, 80, workers=1, num_objects=(1, 2))
+    assert sizes == {"train": 9, "val": 9, "test": 9, "unseen": 9, "hard": 8} == compute_split_sizes(9)
     for split in SPLITS:
         data = webdataset.WebDataset(str(tmp_path / f"{split}-0000.tar"), shardshuffle=False).decode("rgb8")
         samples = list(data)
         assert len(samples) == sizes[split]
         for index, sample in enumerate(samples):
             assert sample["__key__"] == f"{index:07d}"
-            picture, said = draw(0, split, index, 80, things=(1, 2))
-            assert sample["json"] == json.loads(json.dumps(said))
-            assert sample["txt"] == said["captions"][0]
+            image, content = draw_scene(0, split, index, 80, num_objects=(1, 2))
+            assert sample["json"] == json.loads(json.dumps(content))
+            assert sample["txt"] == content["captions"][0]
             assert sample["jpg"].shape == (80, 80, 3)
-            assert np.abs(np.int16(sample["jpg"]) - np.int16(picture)).mean() < 4  # JPEG
+            assert np.abs(np.int16(sample["jpg"]) - np.int16(image)).mean() < 4  # levels of 255, because JPEG is lossy
 
 
-def test_nothing_half_written_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_leaves_no_partial_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
@@ -179,14 +182,14 @@ def test_nothing_half_written_is_left_behind(tmp_path: Path, monkeypatch: pytest
     assert [path.name for path in tmp_path.iterdir()] == ["scenes.json"]
 
 
-def test_the_words_of_the_data_set_lie_beside_the_shards(tmp_path: Path) -> None:
+def test_the_vocabulary_is_written_next_to_the_shards(tmp_path: Path) -> None:
     draw_dataset(tmp_path, {"train": 2}, 64, workers=1)
     vocabulary = find_vocabulary([f"{tmp_path}/train-0000.tar"])
     assert vocabulary == VOCABULARY == load_builtin("scenes")
     assert (tmp_path / "vocabulary.json").read_text() == VOCABULARY.to_json()
     assert class_names(str(tmp_path / "classes.txt")) == class_names("scenes") == class_names("Scenes") == list(CLASSES)
     assert expand_shards(str(tmp_path)) == [f"{tmp_path}/train-0000.tar"]
-    # A folder drawn before these files existed has the same words, and gets the files when it is drawn again
+    # Without these files the vocabulary is the same, and drawing again writes them
     for name in ("classes.txt", "vocabulary.json"):
         (tmp_path / name).unlink()
     assert find_vocabulary([f"{tmp_path}/train-0000.tar"]) == VOCABULARY
@@ -197,35 +200,35 @@ def test_the_words_of_the_data_set_lie_beside_the_shards(tmp_path: Path) -> None
         "train-0000.tar",
         "vocabulary.json",
     ]
-    # What lies there already is left alone
-    (tmp_path / "classes.txt").write_text("mine\nyours\n")
+    # An existing file is not overwritten
+    (tmp_path / "classes.txt").write_text("first\nsecond\n")
     draw_dataset(tmp_path, {"train": 2}, 64, workers=1)
-    assert class_names(str(tmp_path / "classes.txt")) == ["mine", "yours"]
+    assert class_names(str(tmp_path / "classes.txt")) == ["first", "second"]
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("options", "message"),
     [
         ({"size": 32}, "64 to 2048"),
         ({"num": 0}, "at least 1"),
         ({"num": {"trian": 5}}, "trian"),
         ({"scale": 3.0}, "scale 3.0"),
         ({"scale": 0.2, "size": 96}, "at least 48"),
-        ({"things": (2, 5)}, "1 to 4"),
+        ({"num_objects": (2, 5)}, "1 to 4"),
     ],
 )
-def test_settings_out_of_range(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_settings_out_of_range_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        draw_dataset(tmp_path / "x", **{"num": 10, "workers": 1, **change})
+        draw_dataset(tmp_path / "x", **{"num": 10, "workers": 1, **options})
     assert not (tmp_path / "x").exists()
 
 
-def test_a_folder_that_holds_something_else(tmp_path: Path) -> None:
+def test_a_folder_with_other_content_is_refused(tmp_path: Path) -> None:
     draw_dataset(tmp_path / "a", {"train": 2}, 64, workers=1)
     with pytest.raises(UserError, match="other settings"):
         draw_dataset(tmp_path / "a", {"train": 2}, 96, workers=1)
     (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "train-0003.tar").write_bytes(b"mine")
+    (tmp_path / "b" / "train-0003.tar").write_bytes(b"other")
     with pytest.raises(UserError, match=r"train-0003\.tar"):
         draw_dataset(tmp_path / "b", {"train": 2}, 64, workers=1)
     (tmp_path / "c").write_text("a file")
