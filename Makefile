@@ -1,5 +1,5 @@
 # make demo    draw scenes, pretrain, export, embed, fine-tune on questions, write reports (MINUTES=n shortens the training)
-# make test    every test           make check   ruff, mypy, import contract           make bench   measurements
+# make test    every test           make check   ruff, mypy, imports, spelling         make bench   measurements
 
 PYTHON ?= python3
 MINUTES ?= 8
@@ -27,6 +27,7 @@ check: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/codespell
 
 bench: .venv/installed
 	for file in tests/bench/*.py; do $(BIN)/python -m tests.bench.$$(basename $$file .py) || exit 1; done

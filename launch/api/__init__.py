@@ -1,0 +1,55 @@
+"""clipfuse in Python: load a trained model, encode images and texts, compare them, ask a fine-tuned one.
+
+    import clipfuse
+    model = clipfuse.load("runs/first")                # or an export, or a published CLIP; a fine-tuned run gives its task too
+    images = model.encode_images(["a.jpg", pil_image, bytes_])                 # (n, D) float32, unit length
+    texts = model.encode_texts(["a red car", "a green sofa"])                  # (m, D) float32, unit length
+    print(model.similarity(images, texts))                                     # (n, m) cosines
+
+__main__.py    python -m clipfuse: the command
+loading.py     load(): runs, checkpoints, exports, published models
+model.py       Model: encode_images, encode_texts, similarity
+finetuned.py   FinetunedModel: predict and attend as well
+onnx.py        the same from an ONNX export, by onnxruntime
+images.py      paths, PIL images, arrays and bytes, as the bytes that decoders read
+
+This folder is the package `clipfuse`. It may import finetune and pretrain; heavy libraries are imported when they are needed.
+"""
+
+from __future__ import annotations
+
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from pretrain.errors import UserError
+
+if TYPE_CHECKING:
+    from .finetuned import FinetunedModel
+    from .loading import load
+    from .model import Model, similarity
+    from .onnx import OnnxModel
+
+__all__ = ["FinetunedModel", "Model", "OnnxModel", "UserError", "load", "similarity"]
+
+_MODULES = {
+    "FinetunedModel": "finetuned",
+    "Model": "model",
+    "OnnxModel": "onnx",
+    "load": "loading",
+    "similarity": "model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: `import clipfuse` alone does not import torch."""
+    if name == "__version__":
+        return metadata.version("clipfuse")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

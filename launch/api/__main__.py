@@ -1,0 +1,8 @@
+"""python -m clipfuse: the clipfuse command."""
+
+import sys
+
+from launch.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""FinetunedModel: the encoders of a fine-tuned run, and its task: answers, matches, classes or captions, and word maps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from finetune.loading import Finetuned
+from pretrain.data import BadSample
+from pretrain.errors import UserError
+
+from .images import ImageLike, as_list, to_bytes
+from .model import Model, batches
+
+if TYPE_CHECKING:
+    from finetune.explain.word_maps import WordMaps
+
+
+class FinetunedModel(Model):
+    """A fine-tuned model. Made by `clipfuse.load`. `encode_images` and `encode_texts` use its encoders alone."""
+
+    def __init__(
+        self, finetuned: Finetuned, decoders: dict[str, Any], source: str, device: torch.device, precision: str = "fp32"
+    ) -> None:
+        """decoders: of the encoders, by modality."""
+        super().__init__(finetuned.model.encoder, decoders, source, device, precision)
+        self._finetuned = finetuned
+        finetuned.model.to(device).eval()
+
+    @property
+    def task(self) -> str:
+        """The task it was fine-tuned for: vqa, retrieval, classification, captioning, or one of the user's own."""
+        return str(self._finetuned.config.task.name)
+
+    def predict(
+        self,
+        images: Iterable[ImageLike] | ImageLike,
+        texts: Iterable[str] | str | None = None,
+        top: int = 5,
+        batch_size: int = 32,
+    ) -> list[list[tuple[str, float]]]:
+        """Return what the task says about each image, or each pair of an image and a text.
+
+        Args:
+            images: as for `encode_images`.
+            texts: one text for each image, or one for all: a question for vqa, a caption for retrieval; None where the task
+                reads images alone.
+            top: answers per image, at most.
+            batch_size: images at a time.
+
+        Returns:
+            For each image a list of (answer, score), best first. Scores are probabilities for vqa, retrieval and
+            classification, and mean log-probabilities per token for captioning.
+
+        Raises:
+            UserError: an image cannot be read, or there is not one text for each image.
+        """
+        pictures = as_list(images, "images")
+        if texts is None:
+            sentences = [""] * len(pictures)
+        elif isinstance(texts, str):
+            sentences = [texts] * len(pictures)
+        else:
+            sentences = list(texts)
+        if len(sentences) != len(pictures):
+            raise UserError(f"{len(pictures)} images and {len(sentences)} texts: give one text for each image, or one for all")
+        answers: list[list[tuple[str, float]]] = []
+        for positions in batches(range(len(pictures)), batch_size):
+            files = [to_bytes(pictures[i], f"images[{i}]") for i in positions]
+            try:
+                prediction = self._finetuned.predict(files, [sentences[i] for i in positions], top=top)
+            except BadSample as error:
+                raise UserError(
+                    f"one of images[{positions[0]}] to images[{positions[-1]}] is not a usable image: {error}"
+                ) from error
+            answers += [row[:top] for row in prediction.best]
+        return answers
+
+    def attend(
+        self,
+        image: ImageLike,
+        text: str,
+        out: str | Path | None = None,
+        method: str = "raw",
+        layer: int | None = None,
+    ) -> WordMaps:
+        """Return what each word of a text attends to in an image.
+
+        Args:
+            image: one image, as for `encode_images`.
+            text: a caption of it, or for vqa a question about it.
+            out: a PNG file to write the figure to.
+            method: raw, rollout, gradcam or relevance.
+            layer: raw and gradcam: one layer, -1 the last; None = the mean of all.
+
+        Returns:
+            WordMaps: `words`, `maps` (words, H, W) on the grid of image regions, `answers`, and `figure()`, a PIL image.
+
+        Raises:
+            UserError: the image cannot be used, the text has no word, or `out` cannot be written.
+        """
+        from finetune.explain import word_maps
+
+        maps = word_maps.compute_word_maps(self._finetuned, to_bytes(image, "image"), text, method, layer)
+        if out is not None:
+            try:
+                maps.figure().save(out)
+            except (OSError, ValueError) as error:
+                raise UserError(f"cannot write {out}: {error}") from error
+        return maps

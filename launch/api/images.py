@@ -1,0 +1,71 @@
+"""Images in any form that a user has them in, as the encoded bytes that the decoders read.
+
+So every form takes one path through decoding, and the same image gives the same embedding in each of them.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from pretrain.errors import UserError
+
+ImageLike = Any
+"""A path (str or Path), a PIL image, a uint8 array (H, W), (H, W, 3) or (H, W, 4), or the bytes of an image file."""
+
+_FORMS = "a path, a PIL image, a uint8 array (height, width, 3) or the bytes of an image file"
+_PNG_MODES = ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")
+
+
+def as_list(items: Any, name: str) -> Sequence[Any]:
+    """Return `items` as a sequence: a single path, text, image or bytes becomes a list of one. Raises UserError."""
+    if isinstance(items, str | bytes | bytearray | memoryview | Path | Image.Image):
+        return [items]
+    if isinstance(items, np.ndarray):
+        return [items] if items.ndim < 4 else list(items)
+    if isinstance(items, Sequence):
+        return items
+    if isinstance(items, Iterable):
+        return list(items)
+    raise UserError(f"{name} must be a list, not {type(items).__name__}")
+
+
+def to_bytes(image: ImageLike, name: str) -> bytes:
+    """Return the content of an image file that holds `image`; PIL images and arrays become uncompressed PNGs.
+
+    `name` is what messages call it. Raises UserError for files that cannot be read and for any other kind of object.
+    """
+    if isinstance(image, bytes | bytearray | memoryview):
+        return bytes(image)
+    if isinstance(image, str | Path):
+        try:
+            return Path(image).expanduser().read_bytes()
+        except OSError as error:
+            raise UserError(f"{name} cannot be read: {image}: {error.strerror or error}") from error
+    if isinstance(image, Image.Image):
+        return _encode_png(ImageOps.exif_transpose(image), name)
+    try:
+        pixels = np.asarray(image)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{name} is {type(image).__name__}; give {_FORMS}") from error
+    if pixels.dtype != np.uint8:
+        raise UserError(f"{name} is {type(image).__name__} of {pixels.dtype}; give {_FORMS}")
+    if pixels.ndim == 3 and pixels.shape[2] == 1:
+        pixels = pixels[:, :, 0]
+    if not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))) or 0 in pixels.shape:
+        raise UserError(f"{name} is an array of shape {pixels.shape}; give (height, width), (height, width, 3) or 4 channels")
+    return _encode_png(Image.fromarray(pixels), name)
+
+
+def _encode_png(image: Image.Image, name: str) -> bytes:
+    out = io.BytesIO()
+    try:
+        (image if image.mode in _PNG_MODES else image.convert("RGB")).save(out, "PNG", compress_level=0)
+    except (OSError, ValueError) as error:  # a truncated file is read here
+        raise UserError(f"{name} is a PIL image that cannot be read: {error}") from error
+    return out.getvalue()

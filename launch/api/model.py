@@ -1,0 +1,218 @@
+"""Model: a trained pair of encoders, ready to encode images and texts into the shared space.
+
+Legend: n = images, m = texts, D = width of the shared space.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from rich.progress import track
+from torch import Tensor
+from torch.nn import functional as F
+
+from pretrain.data import BadSample
+from pretrain.errors import UserError
+from pretrain.model import DualEncoder
+from pretrain.strategies import DTYPES
+
+from .images import ImageLike, as_list, to_bytes
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+PROGRESS_FROM = 2000
+"""Items from which on a progress bar is shown, unless the caller says otherwise."""
+_THREADS = 4
+"""Threads that decode images while the model encodes: decoders release Python's lock."""
+
+
+def similarity(images: Any, texts: Any) -> NDArray[np.float32]:
+    """Return the cosines (n, m) of image embeddings (n, D) and text embeddings (m, D), or of any two sets of embeddings.
+
+    Raises UserError where their shapes do not fit.
+    """
+    rows, columns = (np.asarray(vectors, dtype=np.float32) for vectors in (images, texts))
+    if rows.ndim != 2 or columns.ndim != 2 or rows.shape[1] != columns.shape[1]:
+        raise UserError(f"similarity needs embeddings (n, D) and (m, D) of one width, not {rows.shape} and {columns.shape}")
+    norms = (np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12) for vectors in (rows, columns))
+    row_norms, column_norms = norms
+    cosines: NDArray[np.float32] = (rows / row_norms) @ (columns / column_norms).T
+    return cosines
+
+
+class Encoding:
+    """What all kinds of models share: batches, progress, and errors that name the item. Subclasses encode one batch."""
+
+    source: str
+    """The run, folder or name the model was loaded from."""
+    dim: int
+    """D, the width of the shared space."""
+
+    def encode_images(
+        self, images: Iterable[ImageLike] | ImageLike, batch_size: int = 64, progress: bool | None = None
+    ) -> NDArray[np.float32]:
+        """Encode images into the shared space.
+
+        Args:
+            images: paths, PIL images, uint8 arrays (H, W, 3), bytes of image files, in any mixture; or one of these.
+            batch_size: images encoded at a time.
+            progress: show a progress bar; None = for 2,000 images or more.
+
+        Returns:
+            (n, D) float32, each row of unit length.
+
+        Raises:
+            UserError: an image cannot be read; the message gives its position.
+        """
+        items = as_list(images, "images")
+        with ThreadPoolExecutor(_THREADS) as pool:
+            return self._run_batches(
+                items,
+                batch_size,
+                progress,
+                "images",
+                lambda batch, start: self._encode_images(self._decode(pool, batch, start)),
+            )
+
+    def encode_texts(
+        self, texts: Iterable[str] | str, batch_size: int = 256, progress: bool | None = None
+    ) -> NDArray[np.float32]:
+        """Encode texts into the shared space; what is longer than the text tower's length is cut.
+
+        Args:
+            texts: strings, or one string.
+            batch_size: texts encoded at a time.
+            progress: show a progress bar; None = for 2,000 texts or more.
+
+        Returns:
+            (m, D) float32, each row of unit length.
+
+        Raises:
+            UserError: an item is not a string; the message gives its position.
+        """
+        items = as_list(texts, "texts")
+        for position, text in enumerate(items):
+            if not isinstance(text, str):
+                raise UserError(f"texts[{position}] is {type(text).__name__}, not a string")
+        return self._run_batches(items, batch_size, progress, "texts", lambda batch, start: self._encode_texts(list(batch)))
+
+    def similarity(self, images: Any, texts: Any) -> NDArray[np.float32]:
+        """Return the cosines (n, m) of embeddings (n, D) and (m, D). Raises UserError where their shapes do not fit."""
+        return similarity(images, texts)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # One batch
+
+    def _decode_image(self, data: bytes) -> Tensor:
+        """Decode one image file to (3, S, S) uint8. Raises BadSample."""
+        raise NotImplementedError
+
+    def _encode_images(self, pixels: Tensor) -> Tensor:
+        """Encode (b, 3, S, S) uint8 to (b, D)."""
+        raise NotImplementedError
+
+    def _encode_texts(self, texts: list[str]) -> Tensor:
+        """Encode texts to (b, D)."""
+        raise NotImplementedError
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Many batches
+
+    def _decode(self, pool: ThreadPoolExecutor, batch: Sequence[ImageLike], start: int) -> Tensor:
+        return torch.stack(list(pool.map(self._read_image, batch, range(start, start + len(batch)))))
+
+    def _read_image(self, image: ImageLike, position: int) -> Tensor:
+        name = f"images[{position}]"
+        try:
+            return self._decode_image(to_bytes(image, name))
+        except BadSample as error:
+            where = f" ({image})" if not isinstance(image, bytes | bytearray | memoryview | np.ndarray) else ""
+            raise UserError(f"{name}{where} is not a usable image: {error}") from error
+
+    def _run_batches(
+        self,
+        items: Sequence[Any],
+        batch_size: int,
+        progress: bool | None,
+        name: str,
+        encode: Callable[[Sequence[Any], int], Tensor],
+    ) -> NDArray[np.float32]:
+        if batch_size < 1:
+            raise UserError(f"batch_size={batch_size} must be at least 1")
+        starts: Iterable[int] = range(0, len(items), batch_size)
+        if progress if progress is not None else len(items) >= PROGRESS_FROM:
+            starts = track(starts, description=f"encoding {len(items):,} {name}", transient=True)
+        rows = [encode(items[start : start + batch_size], start) for start in starts]
+        if not rows:
+            return np.zeros((0, self.dim), dtype=np.float32)
+        embeddings: NDArray[np.float32] = torch.cat(rows).numpy()
+        return embeddings
+
+
+class Model(Encoding):
+    """A trained pair of encoders. Made by `clipfuse.load`."""
+
+    def __init__(
+        self, encoder: DualEncoder, decoders: dict[str, Any], source: str, device: torch.device, precision: str = "fp32"
+    ) -> None:
+        """decoders: by modality, for evaluation. precision: of the towers' matrix products, fp32, bf16 or fp16."""
+        if precision not in DTYPES:
+            raise UserError(f"precision={precision!r} must be one of {', '.join(DTYPES)}")
+        self.encoder = encoder.to(device).eval()
+        self.source, self.device, self.precision = source, device, precision
+        self._decoders = decoders
+        self.dim = _measure_dim(encoder)
+
+    def __repr__(self) -> str:
+        return f"<clipfuse {type(self).__name__} of {self.source}: {self.dim} numbers an embedding, on {self.device}>"
+
+    @property
+    def logit_scale(self) -> float:
+        """What cosines are multiplied by before a softmax: `softmax(logit_scale * cosines)`."""
+        return float(self.encoder.logit_scale.detach().exp())
+
+    def _decoder(self, modality: str) -> Any:
+        if self._decoders.get(modality) is None:
+            raise UserError(f"{self.source} has no {modality} tower; it encodes {', '.join(self._decoders)}")
+        return self._decoders[modality]
+
+    def _decode_image(self, data: bytes) -> Tensor:
+        pixels: Tensor = self._decoder("image").decode_eval(data)
+        return pixels
+
+    @torch.inference_mode()
+    def _encode_images(self, pixels: Tensor) -> Tensor:
+        with self._autocast():
+            return _to_rows(self.encoder.encode("image", pixels.to(self.device)))
+
+    @torch.inference_mode()
+    def _encode_texts(self, texts: list[str]) -> Tensor:
+        ids, mask = self._decoder("text").encode(texts)
+        with self._autocast():
+            return _to_rows(self.encoder.encode("text", ids.to(self.device), mask.to(self.device)))
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, DTYPES[self.precision])
+
+
+def _to_rows(features: Tensor) -> Tensor:
+    """Unit length in float32, whatever the precision of the towers, on the CPU."""
+    return F.normalize(features.float(), dim=-1).cpu()
+
+
+def _measure_dim(encoder: DualEncoder) -> int:
+    return int(next(encoder.projection(name).out_features for name in encoder.towers))
+
+
+def batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    """Yield consecutive slices of at most `size` items."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
