@@ -1,7 +1,7 @@
-"""The process group: who am I, gather with gradient, agree with the others.
+"""The process group: rank and world size, gathering with gradient, reductions, objects.
 
-Everything works in one process without a group: world_size() is 1 and the collectives are the identity, so that no caller
-needs a branch. Shapes: b = rows of this process, B = b * world_size, rank-major.
+All of it works in one process without a group: world_size() is 1 and the collectives are the identity, so that no caller
+needs a branch. Legend: b = rows of this process, B = b * world_size, in rank order.
 """
 
 from __future__ import annotations
@@ -18,79 +18,82 @@ from torch import Tensor
 
 
 def is_initialized() -> bool:
-    """Whether there is a process group (of one process or more)."""
+    """Return whether a process group exists, of one process or more."""
     return td.is_available() and td.is_initialized()
 
 
 def rank() -> int:
-    """This process among all, from 0."""
+    """Return the rank of this process in the run, from 0."""
     return td.get_rank() if is_initialized() else 0
 
 
 def world_size() -> int:
-    """Processes in the run."""
-    return td.get_world_size() if is_initialized() else _planned.processes
+    """Return the number of processes in the run."""
+    return td.get_world_size() if is_initialized() else _assumed.processes
 
 
 def local_rank() -> int:
-    """This process on its machine, from 0: the number of its GPU."""
+    """Return the rank of this process on its node, from 0, which is the index of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0")) if is_initialized() else 0
 
 
 def local_world_size() -> int:
-    """Processes of the run on this machine (LOCAL_SIZE is DeepSpeed's name for it)."""
+    """Return the number of the run's processes on this node (DeepSpeed's launcher calls it LOCAL_SIZE)."""
     if not is_initialized():
-        return _planned.processes // _planned.nodes
+        return _assumed.processes // _assumed.nodes
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size())
 
 
 def nodes() -> int:
-    """Machines in the run, all with the same number of processes."""
+    """Return the number of nodes in the run; all have the same number of processes."""
     return max(1, world_size() // local_world_size())
 
 
 def is_main() -> bool:
-    """Whether this process writes the files and prints."""
+    """Return whether this is rank 0, the process that writes files and prints."""
     return rank() == 0
 
 
 def device() -> torch.device:
-    """Where this process computes: its own GPU, or the CPU."""
+    """Return the device of this process: its own GPU, or the CPU."""
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def has_gpu() -> bool:
-    """Whether the processes of the run compute on GPUs."""
-    return torch.cuda.is_available() if _planned.gpu is None else _planned.gpu
+    """Return whether the processes of the run compute on GPUs."""
+    return torch.cuda.is_available() if _assumed.gpu is None else _assumed.gpu
 
 
 class _World(NamedTuple):
+    """Size of a run that this process assumes where there is no group. gpu: None = whether this machine has one."""
+
     processes: int = 1
     nodes: int = 1
     gpu: bool | None = None
 
 
-_planned = _World()
+_assumed = _World()
 
 
 @contextmanager
 def assume_world(processes: int, nodes: int, gpu: bool) -> Iterator[None]:
-    """Inside, this process answers for a run that will be elsewhere, so that its configuration can be checked here.
+    """Make world_size(), nodes() and has_gpu() answer for a run that will be started elsewhere.
 
-    Only where there is no group; nothing can be gathered inside.
+    Inside the block the configuration of that run can be checked on this machine. Only without a process group; collectives
+    do not work inside.
     """
-    global _planned
-    before, _planned = _planned, _World(processes, nodes, gpu)
+    global _assumed
+    previous, _assumed = _assumed, _World(processes, nodes, gpu)
     try:
         yield
     finally:
-        _planned = before
+        _assumed = previous
 
 
 def setup(timeout_seconds: float = 600.0) -> None:
-    """Joins the group that a launcher described in the environment; without one, nothing happens.
+    """Join the process group that the launcher's environment variables describe; without them, do nothing.
 
-    timeout_seconds bounds every collective, so that a dead or hung rank ends the others.
+    timeout_seconds: limit of every collective, so that a dead or stalled rank ends the others.
     """
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -98,59 +101,60 @@ def setup(timeout_seconds: float = 600.0) -> None:
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     td.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_seconds))
-    global _said
-    _said = open_shared_store("said")
+    global _reported
+    _reported = open_shared_store("said")
 
 
 def open_shared_store(name: str) -> td.Store:
-    """Keys and values that all processes of this world see, over a connection of its own that outlives the group.
+    """Open a key-value store that all processes of the run share, over a new connection that outlives the group. Collective.
 
-    A launcher that starts processes again may keep its store: the keys of an earlier world are not ours. Collective.
+    A launcher that restarts the processes may keep its store, so a random prefix separates the keys of each start.
     """
     world = broadcast_object(os.urandom(8).hex())
     return td.PrefixStore(f"{name}/{world}", td.distributed_c10d._get_default_store().clone())
 
 
 def set_timeout(timeout_seconds: float) -> None:
-    """Another bound for every collective from here on."""
+    """Set the limit of every later collective, in seconds."""
     if world_size() > 1:
-        change = getattr(td, "set_timeout", None) or td.distributed_c10d._set_pg_timeout
-        change(datetime.timedelta(seconds=timeout_seconds))
+        set_group_timeout = getattr(td, "set_timeout", None) or td.distributed_c10d._set_pg_timeout
+        set_group_timeout(datetime.timedelta(seconds=timeout_seconds))
 
 
-_said: td.Store | None = None
+_reported: td.Store | None = None
+"""The messages that a process of the run has printed."""
 
 
 def is_first_to_report(line: str) -> bool:
-    """Whether no other process of the run has said this line: N processes print an error they share once."""
+    """Return whether this process is the first to report `line`: an error that all processes share is printed once."""
     try:
-        return _said is None or _said.add(line, 1) == 1
+        return _reported is None or _reported.add(line, 1) == 1
     except RuntimeError:  # the store is gone
         return True
 
 
 def ensure_group() -> None:
-    """A group of one where no launcher described any: what wraps a model (DDP, FSDP, DeepSpeed) wants one."""
+    """Create a group of one process if there is none: DDP, FSDP and DeepSpeed need a group."""
     if not is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         td.init_process_group(backend, store=td.HashStore(), rank=0, world_size=1)
 
 
 def shutdown() -> None:
-    """Leaves the group."""
+    """Leave the process group, if there is one."""
     if is_initialized():
         td.destroy_process_group()
 
 
-def pin_threads(wanted: int) -> int:
-    """Sets the CPU threads of this process and returns them: 0 shares the cores among the machine's processes."""
-    threads = wanted or max(1, len(os.sched_getaffinity(0)) // local_world_size())
+def pin_threads(count: int) -> int:
+    """Set and return the number of torch's CPU threads; 0 divides the node's cores among the processes on it."""
+    threads = count or max(1, len(os.sched_getaffinity(0)) // local_world_size())
     torch.set_num_threads(threads)
     return threads
 
 
 def barrier() -> None:
-    """Waits for every process."""
+    """Wait until every process has reached this call. Collective."""
     if world_size() > 1:
         td.barrier()
 
@@ -160,7 +164,7 @@ def barrier() -> None:
 
 
 class _Gather(torch.autograd.Function):
-    """Forward: all_gather. Backward: the sum over ranks of the gradients of this rank's rows (reduce_scatter)."""
+    """Forward: all_gather. Backward: reduce_scatter, the sum over ranks of the gradients of this rank's rows."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
@@ -177,7 +181,7 @@ class _Gather(torch.autograd.Function):
 
 
 def gather(rows: Tensor) -> Tensor:
-    """(b, ...) -> (B, ...) with gradient: every rank's rows, rank-major. Every rank must hold the same b.
+    """Gather the rows of all ranks in rank order, with gradient: (b, ...) -> (B, ...). Collective; b is equal on all ranks.
 
     A loss over local rows against gathered columns, averaged over local rows, gives exact gradients under a strategy
     that averages gradients over ranks (DDP, FSDP, ZeRO).
@@ -186,56 +190,56 @@ def gather(rows: Tensor) -> Tensor:
 
 
 def gather_many(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """`gather` for several (b, D_i) tensors of one dtype in ONE collective."""
+    """Gather several tensors (b, D_i) of one dtype with gradient, in ONE collective."""
     if world_size() == 1:
         return list(tensors)
     widths = [tensor.shape[1] for tensor in tensors]
     return list(gather(torch.cat(list(tensors), dim=1)).split(widths, dim=1))
 
 
-class _Fetch(torch.autograd.Function):
-    """Forward: each rank gets the rows it named, and no others. Backward: their gradients go home and are added up."""
+class _GatherRows(torch.autograd.Function):
+    """Forward: each rank receives the rows that it requested. Backward: their gradients return and are summed."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, wanted: Tensor, order: Tensor, sent: list[int], got: list[int]) -> Tensor:
-        ctx.save_for_backward(wanted, order)
-        ctx.shape, ctx.sent, ctx.got = rows.shape, sent, got
-        received = rows.new_empty(len(order), *rows.shape[1:])
-        td.all_to_all_single(received, rows[wanted], got, sent)
-        return torch.empty_like(received).index_copy_(0, order, received)
+    def forward(ctx: Any, rows: Tensor, send_rows: Tensor, order: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        ctx.save_for_backward(send_rows, order)
+        ctx.shape, ctx.sent, ctx.received = rows.shape, sent, received
+        by_sender = rows.new_empty(len(order), *rows.shape[1:])
+        td.all_to_all_single(by_sender, rows[send_rows], received, sent)
+        return torch.empty_like(by_sender).index_copy_(0, order, by_sender)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        wanted, order = ctx.saved_tensors
-        home = grads[0].new_empty(len(wanted), *ctx.shape[1:])
-        td.all_to_all_single(home, grads[0][order], ctx.sent, ctx.got)
-        return grads[0].new_zeros(ctx.shape).index_add_(0, wanted, home), None, None, None, None
+        send_rows, order = ctx.saved_tensors
+        returned = grads[0].new_empty(len(send_rows), *ctx.shape[1:])
+        td.all_to_all_single(returned, grads[0][order], ctx.sent, ctx.received)
+        return grads[0].new_zeros(ctx.shape).index_add_(0, send_rows, returned), None, None, None, None
 
 
 def gather_rows(tensors: Sequence[Tensor], index: Tensor) -> list[Tensor]:
-    """[(b, ...)], (q,) rows of all B, rank-major -> [(q, ...)]: those rows, with gradient.
+    """Return rows `index` (q,) of the gathered tensors, with gradient: [(b, ...)] -> [(q, ...)]. Collective.
 
-    What `gather` and indexing would give, but only the rows asked for travel and are held. b and q are the same on every
-    rank, and so are shapes and dtypes. Integers and bools have no gradient.
+    The result equals gather(tensor)[index], but only the requested rows are sent and held. b, q, shapes and dtypes are equal
+    on all ranks; the requested rows differ. Integers and bools have no gradient.
     """
     if world_size() == 1:
         return [rows[index] for rows in tensors]
     b = len(tensors[0])
-    asked = gather_without_grad(index).view(world_size(), -1).cpu()  # whom, and for what, everybody asks
-    by_rank = [asks[asks // b == rank()] % b for asks in asked]
-    wanted = torch.cat(by_rank).to(index.device)
+    requests = gather_without_grad(index).view(world_size(), -1).cpu()  # (rank, q): the rows that each rank requests
+    by_rank = [rows[rows // b == rank()] % b for rows in requests]
+    send_rows = torch.cat(by_rank).to(index.device)
     order = (index // b).argsort(stable=True)
-    got = (asked[rank()] // b).bincount(minlength=world_size()).tolist()
-    plan = (wanted, order, [len(asks) for asks in by_rank], got)
+    received = (requests[rank()] // b).bincount(minlength=world_size()).tolist()
+    plan = (send_rows, order, [len(rows) for rows in by_rank], received)
     return [
-        _Fetch.apply(rows.to(torch.uint8), *plan).bool() if rows.dtype == torch.bool else _Fetch.apply(rows, *plan)
+        _GatherRows.apply(rows.to(torch.uint8), *plan).bool() if rows.dtype == torch.bool else _GatherRows.apply(rows, *plan)
         for rows in tensors
     ]
 
 
 @torch.no_grad()
 def gather_without_grad(rows: Tensor) -> Tensor:
-    """`gather` without gradient, for any dtype (bool and integers too)."""
+    """Gather the rows of all ranks in rank order, without gradient, in any dtype: (b, ...) -> (B, ...). Collective."""
     if world_size() == 1:
         return rows
     out = rows.new_empty(world_size() * rows.shape[0], *rows.shape[1:])
@@ -245,7 +249,7 @@ def gather_without_grad(rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def mean(value: Tensor) -> Tensor:
-    """The mean over ranks of a tensor, for reports."""
+    """Return the mean of a tensor over ranks, without gradient. Collective."""
     if world_size() == 1:
         return value
     value = value.detach().clone()
@@ -255,7 +259,7 @@ def mean(value: Tensor) -> Tensor:
 
 @torch.no_grad()
 def maximum(value: Tensor) -> Tensor:
-    """The largest over ranks, for flags: any rank that says 1 makes it 1."""
+    """Return the elementwise maximum of a tensor over ranks: a flag that is 1 on any rank is 1. Collective."""
     if world_size() == 1:
         return value
     value = value.detach().clone()
@@ -264,21 +268,21 @@ def maximum(value: Tensor) -> Tensor:
 
 
 def start_maximum(value: int) -> Callable[[], int]:
-    """`maximum` of a small number on the CPU that nobody waits for now: the function gives the answer. Collective."""
+    """Start the maximum over ranks of a small number, on the CPU; the returned function waits for the result. Collective."""
     if world_size() == 1:
         return lambda: value
     flag = torch.tensor(value)
     work = td.all_reduce(flag, op=td.ReduceOp.MAX, async_op=True)
 
-    def answer() -> int:
+    def wait() -> int:
         work.wait()
         return int(flag)
 
-    return answer
+    return wait
 
 
 def gather_objects(item: Any) -> list[Any]:
-    """One picklable thing of every rank, in rank order, on every rank."""
+    """Return the picklable objects of all ranks in rank order, on every rank. Collective."""
     if world_size() == 1:
         return [item]
     out: list[Any] = [None] * world_size()
@@ -287,7 +291,7 @@ def gather_objects(item: Any) -> list[Any]:
 
 
 def broadcast_object(item: Any) -> Any:
-    """What rank 0 holds, on every rank."""
+    """Return the object of rank 0 on every rank. Collective."""
     if world_size() == 1:
         return item
     box = [item]

@@ -1,4 +1,4 @@
-"""The process that every launcher starts: exit codes, errors in one line, early signals, and one process of a run."""
+"""One process of a run, as every launcher starts it: arguments, exit codes, errors in one line, signals during setup."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from pretrain.errors import ConfigError, UserError
 
 P = ParamSpec("P")
 
-
 DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 75
+"""Exit codes: done, failed, wrong usage or configuration, stopped and resumable."""
 
 
 def main(argv: list[str] | None = None, module: str = "pretrain") -> int:
-    """Runs a training of `module` and returns the exit code: 0 done, 1 failed, 2 wrong usage, 75 stopped and resumable."""
+    """Run one process of a training and return its exit code. module: "pretrain" or "finetune"."""
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=__doc__)
     parser.add_argument("config", help="a YAML file, or the name of a shipped one")
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and exit")
@@ -34,46 +34,46 @@ def main(argv: list[str] | None = None, module: str = "pretrain") -> int:
 
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
-"""What a full or read-only disk answers, wherever it is met."""
+"""Error numbers of a disk that is full or cannot be written."""
 
 
 def run_with_exit_code(work: Callable[P, int], *args: P.args, **kwargs: P.kwargs) -> int:
-    """Call `work` and return its exit code; an expected failure becomes one line and its exit code."""
+    """Call `work` and return its exit code; print one line for an expected failure and return the failure's exit code."""
     try:
         return work(*args, **kwargs)
     except ConfigError as error:
-        _tell(str(error))
+        _print_error(str(error))
         return USAGE
     except UserError as error:
-        _tell(str(error))
+        _print_error(str(error))
         return FAILED
     except OSError as error:
         if error.errno not in DISK:
             raise
-        _tell(f"cannot write: {error}; what was saved before is intact")
+        _print_error(f"cannot write: {error}; what was saved before is intact")
         return FAILED
     except EarlyStop as stop:
-        _tell(f"stopped by {stop} before training began; the same command goes on")
+        _print_error(f"stopped by {stop} before training began; run the same command again to resume")
         return STOPPED
     except KeyboardInterrupt:
-        _tell("interrupted before a checkpoint could be written; the last one is intact")
+        _print_error("interrupted before a checkpoint could be written; the last one is intact")
         return FAILED
 
 
-def _tell(line: str) -> None:
-    """The one line, from one of the processes that have it to say."""
-    dist = sys.modules.get("pretrain.runtime.distributed")
-    if dist is None or dist.is_first_to_report(line):
+def _print_error(line: str) -> None:
+    """Print an error line to stderr, once for all processes that report the same one."""
+    distributed = sys.modules.get("pretrain.runtime.distributed")  # imported only by commands that need torch
+    if distributed is None or distributed.is_first_to_report(line):
         print(f"clipfuse: {line}", file=sys.stderr, flush=True)
 
 
 class EarlyStop(BaseException):
-    """A signal to stop came while the run was being built; there is nothing to save yet."""
+    """A signal to stop arrived while the run was being built, when there was nothing to save yet."""
 
 
 @contextmanager
 def raise_on_stop_signals() -> Iterator[None]:
-    """SIGTERM, SIGINT and SIGUSR1 raise EarlyStop inside; fit() has handlers of its own."""
+    """Make SIGTERM, SIGINT and SIGUSR1 raise EarlyStop inside the block; fit() sets its own handlers."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise EarlyStop(signal.Signals(number).name)
@@ -87,16 +87,17 @@ def raise_on_stop_signals() -> Iterator[None]:
 
 
 def run(config: str, settings: list[str], dry_run: bool, module: str = "pretrain") -> int:
-    """Run one process of a training; returns the exit code.
+    """Run one process of a training and return its exit code.
 
-    MODULE.train has load_config(), describe(), train(); its configs are configs/MODULE.
+    config: a YAML file or the name of one in configs/MODULE; settings: key=value; dry_run: only print what would run.
+    MODULE.train provides load_config(), describe() and train().
     """
     import importlib
 
     from pretrain.runtime import distributed, preflight
     from pretrain.runtime.console import log_info
 
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are the parallelism
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers run in parallel already
     with raise_on_stop_signals():
         trainer: Any = importlib.import_module(f"{module}.train")
         path = find_config(config, module)
@@ -113,7 +114,7 @@ def run(config: str, settings: list[str], dry_run: bool, module: str = "pretrain
             outcome = trainer.train(loaded)
             if outcome.state == "stopped":
                 command = os.environ.get("CLIPFUSE_COMMAND") or shlex.join(["clipfuse", module, config, *settings])
-                log_info(f"{outcome.reason} at step {outcome.step}, saved; go on with: {command}")
+                log_info(f"{outcome.reason} at step {outcome.step}, saved; resume with: {command}")
                 return STOPPED
             results = ", ".join(f"{name} {value:.4g}" for name, value in outcome.results.items())
             log_info(f"done: {outcome.step} steps in {loaded.run}" + (f"; {results}" if results else ""))

@@ -1,4 +1,4 @@
-"""Out of memory: one line with the measured peak and the three settings that help most in this configuration."""
+"""Peak memory, and the error message for out of memory: the measured peak and the three settings that help most."""
 
 from __future__ import annotations
 
@@ -11,61 +11,68 @@ import torch
 from pretrain.errors import UserError
 
 GIB = 2**30
-MATRICES = 2**28
-"""Bytes from which on the similarities (they, their softmax, their gradient) are worth a word."""
+SIMILARITY_BYTES = 2**28
+"""Size of the similarity matrix, its softmax and its gradient above which loss.tile is suggested."""
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most this process held so far: of the GPU's allocator, or resident where there is no GPU."""
+    """Return the peak memory of this process so far, in bytes: of the GPU's allocator, or resident memory on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """CUDA's allocator, Python's, and torch's CPU allocator (a RuntimeError that says so)."""
+    """Return whether an error is out of memory: of CUDA, of Python, or torch's CPU allocator (a RuntimeError)."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    said = str(error)
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in said or "out of memory" in said)
+    message = str(error)
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in message or "out of memory" in message)
 
 
 def explain_out_of_memory(
     error: BaseException, resolved: dict[str, Any], step: int, world: int, device: torch.device
 ) -> UserError | None:
-    """The line for an error that is one of memory, else None. resolved: the whole configuration as plain values."""
+    """Return a UserError with the peak and advice if `error` is out of memory, else None.
+
+    resolved: the whole configuration as plain values; step: steps done; world: processes.
+    """
     if not is_out_of_memory(error):
         return None
     peak = peak_bytes(device) / GIB
-    has = ""
+    capacity = ""
     if device.type == "cuda":
-        has = f" of {torch.cuda.get_device_properties(device).total_memory / GIB:.1f}"
-    helps = "; ".join(suggest_settings(resolved, world, device.type == "cuda")[:3])
+        capacity = f" of {torch.cuda.get_device_properties(device).total_memory / GIB:.1f}"
+    advice = "; ".join(suggest_settings(resolved, world, device.type == "cuda")[:3])
     return UserError(
-        f"out of memory after step {step}: peak {peak:.2f}{has} GiB on this process; what helps most: {helps} "
-        "(clipfuse plan CONFIG shows what takes how much)"
+        f"out of memory after step {step}: peak {peak:.2f}{capacity} GiB on this process; what helps most: {advice} "
+        "(clipfuse plan CONFIG lists the memory of each part)"
     )
 
 
 def suggest_settings(resolved: dict[str, Any], world: int, gpu: bool) -> list[str]:
-    """Settings that would lower the peak, the most effective without changing a result first; at least three."""
+    """Return at least three settings that lower the peak: first those that keep the results, the most effective first."""
     train, batch = resolved["train"], resolved["data"]["batch_size"]
-    towers = [name for name, part in resolved.items() if isinstance(part, dict) and "checkpointing" in part]
+    towers = [name for name, section in resolved.items() if isinstance(section, dict) and "checkpointing" in section]
     share, chunks = batch // world, train["chunks"]
-    found = []
+    advice = []
     if share >= 2 * chunks and share % (2 * chunks) == 0:
-        found.append(f"train.chunks={2 * chunks} (activations of {share // (2 * chunks)} samples at a time, the same gradient)")
-    off = [name for name in towers if not resolved[name]["checkpointing"]]
-    if off:
-        found.append(f"{' '.join(f'{name}.checkpointing=true' for name in off)} (activations again in the backward pass)")
+        advice.append(
+            f"train.chunks={2 * chunks} (activations of {share // (2 * chunks)} samples at a time, the same gradient)"
+        )
+    without = [name for name in towers if not resolved[name]["checkpointing"]]
+    if without:
+        advice.append(
+            f"{' '.join(f'{name}.checkpointing=true' for name in without)} (recomputes activations in the backward pass)"
+        )
     if gpu and train["precision"] == "fp32":
-        found.append("train.precision=bf16 (half the activations)")
+        advice.append("train.precision=bf16 (half the activations)")
     if world > 1 and train["strategy"] == "ddp":
-        found.append(f"train.strategy=fsdp2 (weights, gradients and moments spread over {world} processes)")
-    if resolved.get("loss", {}).get("tile") == 0 and 3 * 4 * share * batch > MATRICES:
-        found.append("loss.tile=1024 (the similarity matrix never whole)")
-    found.append(f"data.batch_size={max(1, batch // 2)} (another training: fewer negatives a step)")
+        advice.append(f"train.strategy=fsdp2 (shards weights, gradients and optimizer state over {world} processes)")
+    if resolved.get("loss", {}).get("tile") == 0 and 3 * 4 * share * batch > SIMILARITY_BYTES:
+        advice.append("loss.tile=1024 (the similarity matrix is never held whole)")
+    advice.append(f"data.batch_size={max(1, batch // 2)} (changes the training: fewer negatives a step)")
     if resolved["data"].get("workers"):
-        found.append(f"data.workers={resolved['data']['workers'] // 2} (host memory only)")
-    found.append("more processes for the same data.batch_size")
-    return found
+        advice.append(f"data.workers={resolved['data']['workers'] // 2} (host memory only)")
+    advice.append("more processes for the same data.batch_size")
+    return advice

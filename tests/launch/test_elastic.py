@@ -105,7 +105,7 @@ def test_signals_are_agreed_saved_and_resumed(small: Small, undisturbed: dict[in
             launched.process.send_signal(number)
             output = launched.wait_for_exit(75)
         assert f"stopped by {number.name} at step" in output
-        assert "go on with: clipfuse pretrain scenes --nproc=2" in output
+        assert "resume with: clipfuse pretrain scenes --nproc=2" in output
         assert read_status(run)["state"] == "stopped"
         assert read_status(run)["why"] == f"stopped by {number.name}"
     with start_launcher(*words, cwd=tmp_path) as launched:

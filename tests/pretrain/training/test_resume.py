@@ -87,7 +87,7 @@ def test_stopped_by_anything_at_random_moments(small: Small, straight: Path, tmp
         if number != signal.SIGKILL:
             said = log.read_text()[before:]
             assert f"stopped by {number.name}" in said
-            assert "go on with: clipfuse pretrain" in said
+            assert "resume with: clipfuse pretrain" in said
         at = max(read_losses(run))
         assert read_losses(run).items() <= read_losses(straight).items()
     run_clipfuse("pretrain", "scenes", *settings(small, run, 3), cwd=tmp_path)
