@@ -1,20 +1,29 @@
-"""How one step runs on one or many processes: one file a strategy, one word of configuration.
+"""Strategies: how the model, its gradients and the optimizer state are distributed over processes. train.strategy names one.
 
-    single.py   one process                       ddp.py    a copy on each process
-    fsdp2.py    weights cut into shares           zero.py   DeepSpeed's stages 1 to 3
-    replica.py  a whole copy of sharded weights   batch_norm.py   where statistics cross processes
-    stages.py   where DeepSpeed keeps the shares  tuning.py   a file of DeepSpeed's settings
+    single.py            one process
+    ddp.py               the model replicated on every process, by torch's DistributedDataParallel
+    fsdp2.py             weights, gradients and optimizer state sharded, by torch's fully_shard
+    zero.py              builds DeepSpeed's ZeRO in the stage that train.strategy names
+    deepspeed.py         what the stages of ZeRO share: the engine, its settings, one step, saving
+    zero_stages.py       where ZeRO 1 and 2 and ZeRO 3 keep their shards
+    deepspeed_config.py  reads the file of DeepSpeed settings that train.deepspeed names
+    full_copy.py         an unsharded copy of a sharded model, for evaluation
+    batch_norm.py        where BatchNorm would change the result, and how it is synchronized
 
-A Strategy owns the wrapped model and the optimizer. The step calls it in this order, whatever it is:
+A Strategy owns the wrapped model and the optimizer. training/step.py calls every strategy in the same order:
 
-    with strategy.sync_gradients(last_chunk):  features = objective.encode(strategy.model, chunk); strategy.backward(loss)
-    report = strategy.apply(lr)      unscale, clip, skip if not finite, step, clamp, zero the gradients
+    with strategy.sync_gradients(is_last_chunk):
+        features = objective.encode(strategy.model, chunk)
+        strategy.backward(loss)
+    result = strategy.apply(lr)      unscale, clip, skip if not finite, step, clamp, zero the gradients
 
-Gradients are averaged over processes, in float32, so that a loss averaged over LOCAL rows is exact (see losses/).
+Gradients are averaged over processes, in float32, so that a loss averaged over LOCAL rows is exact (see pretrain/losses).
 
-What is saved is the same whatever the strategy: `weights()` whole, and `state/optimizer.pt` with whole moments by parameter
-name. So a run may change its strategy and its number of processes between stop and resume. Rank 0 holds all of it in CPU
-memory while it writes (12 bytes a parameter).
+What is saved does not depend on the strategy: the full weights, and `state/optimizer.pt` with the full optimizer state by
+parameter name. So a run may resume under another strategy or on another number of processes. Rank 0 holds all of it in CPU
+memory while it writes (12 bytes per parameter).
+
+May import pretrain.towers, pretrain.runtime, pretrain.optim and pretrain.errors.
 """
 
 from __future__ import annotations
@@ -40,9 +49,10 @@ from pretrain.strategies import deepspeed_config
 
 Precision = Literal["fp32", "bf16", "fp16"]
 OptimizerState = dict[str, dict[str, Tensor]]
-"""Parameter name -> {"step": (), "exp_avg": as the parameter, "exp_avg_sq": as the parameter}."""
+"""Parameter name -> {"step": (), "exp_avg": shaped as the parameter, "exp_avg_sq": shaped as the parameter}."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# word in the configuration -> (file, arguments)
+# train.strategy -> (file of this package, arguments of its build())
 STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {
     "single": ("single", {}),
     "ddp": ("ddp", {}),
@@ -55,9 +65,9 @@ STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass
 class StepResult:
-    """What one optimizer step did. Tensors stay on the device: reading them is up to the caller.
+    """The outcome of one optimizer step. The tensors stay on the device, so that nothing waits until they are read.
 
-    grad_norm (): norm over all parameters before clipping. skipped (): 1.0 where gradients were not finite.
+    grad_norm: (), norm over all parameters before clipping. skipped: (), 1.0 where gradients were not finite.
     """
 
     grad_norm: Tensor
@@ -65,11 +75,12 @@ class StepResult:
 
 
 class Strategy(ABC):
-    """The wrapped model, its optimizer, and how they move. Subclasses: one per file of this folder."""
+    """Base class: owns the wrapped model and its optimizer, and knows how both are distributed over processes."""
 
     name: ClassVar[str]
+    """The value of train.strategy."""
     model: nn.Module
-    """What training calls: hooks of DDP, FSDP and DeepSpeed run."""
+    """The wrapped model. Training calls this one, so that the hooks of DDP, FSDP and DeepSpeed run."""
     module: nn.Module
     """The same model without the wrapper."""
     optimizer: torch.optim.Optimizer
@@ -79,128 +90,140 @@ class Strategy(ABC):
 
     @abstractmethod
     def setup(self, model: nn.Module) -> None:
-        """Moves and wraps the model and builds its optimizer. Collective."""
+        """Move the model to the device, wrap it, and build its optimizer. Collective."""
 
     def compile(self, backend: str = "inductor") -> None:
-        """torch.compile, after setup."""
+        """Compile the model with torch.compile. Call it after setup()."""
         self.module.compile(backend=backend)
 
     # -----------------------------------------------------------------------------------------------------------------
     # One step
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Forward passes run in here: weights float32, matrix products in the chosen precision."""
+        """Return the context for forward passes: weights stay float32, matrix products run in `precision`."""
         if self.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=DTYPES[self.precision])
 
-    def sync_gradients(self, on: bool) -> AbstractContextManager[Any]:
-        """Gradients travel between processes only in the backward pass of the last chunk (on=True)."""
+    def sync_gradients(self, is_last_chunk: bool) -> AbstractContextManager[Any]:
+        """Return the context for the backward pass of a chunk: only the last chunk's averages gradients over processes."""
         return nullcontext()
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
-        """Adds the gradients of a loss."""
+        """Run the backward pass of a loss, which adds to the gradients."""
 
     @abstractmethod
     def gradients(self) -> dict[str, Tensor]:
-        """Between backward and apply: every trainable weight's gradient, whole, mean over processes. Collective, for tests."""
+        """Return the full gradient of every trainable weight, averaged over processes. Collective; for tests.
+
+        Call it between backward() and apply().
+        """
 
     @abstractmethod
     def apply(self, lr: float) -> StepResult:
-        """One optimizer step at learning rate `lr` (times each group's lr_scale), gradients cleared afterwards."""
+        """Make one optimizer step at learning rate `lr` (times each group's lr_scale), then clear the gradients."""
 
     # -----------------------------------------------------------------------------------------------------------------
     # Weights
 
     @abstractmethod
     def local_shards(self) -> dict[str, Tensor]:
-        """The tensors, by any name, in which THIS process holds its part of the trainable weights: what the optimizer updates.
+        """Return the tensors in which THIS process holds its shard of the trainable weights, as the optimizer updates them.
 
-        Writing into them takes effect after `refresh`. Between them all processes hold every weight.
+        The keys may be any names. Together all processes hold every weight. What is written into these tensors takes effect
+        after `refresh`.
         """
 
-    def refresh(self) -> None:  # noqa: B027 - most strategies compute with the local_shards themselves
-        """After local_shards were written: the next forward pass sees them. Collective."""
+    def refresh(self) -> None:  # noqa: B027 - most strategies compute with the local shards themselves
+        """Let the next forward pass use what was written into the local shards. Collective."""
 
     @abstractmethod
     def load_full_weights(self, weights: dict[str, Tensor]) -> None:
-        """Sets every trainable weight from whole tensors by name, and refreshes. Collective."""
+        """Set every trainable weight from unsharded tensors by name, and refresh. Collective."""
 
     @abstractmethod
     def full_weights(self) -> dict[str, Tensor]:
-        """A copy of every weight and buffer, whole, float32, on the CPU of rank 0 (other ranks: empty). Collective."""
+        """Return an unsharded copy of every weight and buffer, float32, on the CPU of rank 0. Collective.
+
+        Other ranks return an empty dict.
+        """
 
     @contextmanager
     def full_model(self) -> Iterator[nn.Module]:
-        """The model with every weight on this process, for evaluation: its forward passes wait for no other process."""
+        """Yield the model with every weight on this process, for evaluation.
+
+        Its forward passes are not collective: processes may run different numbers of them.
+        """
         yield self.module
 
     # -----------------------------------------------------------------------------------------------------------------
-    # There and back
+    # Saving and resuming
 
     @abstractmethod
     def optimizer_state(self) -> OptimizerState:
-        """The optimizer's state, whole, on the CPU of rank 0 (others: empty); empty before the first step. Collective."""
+        """Return the unsharded optimizer state on the CPU of rank 0. Collective.
+
+        Empty on other ranks, and before the first step.
+        """
 
     @abstractmethod
-    def load_optimizer_state(self, moments: OptimizerState) -> None:
-        """The reverse of `moments`; every process is given all of them. Parameters without any start from zero. Collective."""
+    def load_optimizer_state(self, state: OptimizerState) -> None:
+        """Restore what `optimizer_state` returned. Collective.
+
+        state: all of it, on every process. Parameters that it lacks start with an optimizer state of zero.
+        """
 
     @abstractmethod
     def scaler_state(self) -> dict[str, Any]:
-        """The state of fp16's loss scale in the layout of torch.amp.GradScaler; empty for other precisions."""
+        """Return the state of fp16's loss scaler in the layout of torch.amp.GradScaler; empty for other precisions."""
 
     @abstractmethod
     def load_scaler_state(self, state: dict[str, Any]) -> None:
-        """The reverse of `scaling`."""
+        """Restore what `scaler_state` returned."""
 
     @abstractmethod
     def trainable_names(self) -> list[str]:
-        """Names of the parameters that the optimizer moves."""
+        """Return the names of the parameters that the optimizer updates."""
 
     def save(self, folder: Path) -> None:
-        """Writes what resuming needs beside the weights into `folder`. Collective."""
+        """Write what resuming needs besides the weights into `folder`. Collective."""
         state = {"optimizer": self.optimizer_state(), "scaler": self.scaler_state()}
         if distributed.is_main():
             torch.save(state, folder / "optimizer.pt")
 
     def load(self, folder: Path) -> None:
-        """The reverse of `save`, into a strategy that was set up, whichever strategy saved. Collective. Raises UserError."""
+        """Restore what `save` wrote, whichever strategy wrote it. Call it after setup(). Collective. Raises UserError."""
         path = folder / "optimizer.pt"
         if not path.exists():
-            raise UserError(f"{folder} holds no optimizer.pt: its state was not written by clipfuse, or not whole")
-        # Mapped, not read: eight processes of a machine share the pages and each touches only its part.
+            raise UserError(f"{folder} has no optimizer.pt: clipfuse did not write this state, or the checkpoint is incomplete")
+        # Memory-mapped: the processes of a machine share the pages, and each process reads only its shard.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         unknown = sorted(set(state["optimizer"]) - set(self.trainable_names()))
         if unknown:
-            raise ConfigError(f"{path} has moments of {unknown[0]}, which does not train now")
+            raise ConfigError(f"{path} has optimizer state of {unknown[0]}, which is not trainable in this configuration")
         self.load_optimizer_state(state["optimizer"])
         if state["scaler"]:
             self.load_scaler_state(state["scaler"])
 
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Choosing
+# Checking the settings and building a strategy
 
 
-def check(word: str, precision: Precision, compiled: bool, offload: bool, deepspeed: str | None = None) -> None:
-    """Refuses, before anything is built, what cannot run on this machine with this many processes. Raises ConfigError."""
-    if word not in STRATEGIES:
-        raise ConfigError(f"train.strategy={word!r} is not a strategy; the choices are {', '.join(STRATEGIES)}")
-    zero = STRATEGIES[word][0] == "zero"
-    if word == "single" and distributed.world_size() > 1:
+def check(name: str, precision: Precision, compiled: bool, offload: bool, deepspeed: str | None = None) -> None:
+    """Raise ConfigError for settings that cannot run on this machine with this many processes. Builds nothing."""
+    if name not in STRATEGIES:
+        raise ConfigError(f"train.strategy={name!r} is not a strategy; the choices are {', '.join(STRATEGIES)}")
+    is_zero = STRATEGIES[name][0] == "zero"
+    if name == "single" and distributed.world_size() > 1:
+        others = ", ".join(list(STRATEGIES)[1:])
+        raise ConfigError(f"train.strategy=single runs in one process, not {distributed.world_size()}; choose {others}")
+    if is_zero and importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError(f"train.strategy={name} needs DeepSpeed, which is not installed: pip install 'clipfuse[deepspeed]'")
+    if is_zero and [int(n) for n in re.findall(r"\d+", metadata.version("deepspeed"))[:3]] < [0, 19, 8]:
         raise ConfigError(
-            f"train.strategy=single runs in one process, not {distributed.world_size()}; choose {', '.join(list(STRATEGIES)[1:])}"
-        )
-    if zero and importlib.util.find_spec("deepspeed") is None:
-        raise ConfigError(f"train.strategy={word} needs DeepSpeed, which is not installed: pip install 'clipfuse[deepspeed]'")
-    if zero and [int(n) for n in re.findall(r"\d+", metadata.version("deepspeed"))[:3]] < [0, 19, 8]:
-        raise ConfigError(
-            f"train.strategy={word} needs DeepSpeed 0.19.8 or later (older ones reduce gradients once a chunk); "
+            f"train.strategy={name} needs DeepSpeed 0.19.8 or later (older versions reduce gradients once per chunk); "
             f"this is {metadata.version('deepspeed')}: pip install -U 'clipfuse[deepspeed]'"
         )
     if precision == "fp16" and not distributed.has_gpu():
@@ -212,42 +235,42 @@ def check(word: str, precision: Precision, compiled: bool, offload: bool, deepsp
         and not torch.cuda.is_bf16_supported(including_emulation=False)
     ):
         raise ConfigError(
-            "train.precision=bf16 needs a GPU of Nvidia's Ampere generation or later; use fp16 or fp32 on this one"
+            "train.precision=bf16 needs a GPU of NVIDIA's Ampere generation or later; use fp16 or fp32 on this one"
         )
-    if compiled and word == "zero3":
+    if compiled and name == "zero3":
         raise ConfigError(
-            "train.compile=true does not go with train.strategy=zero3: DeepSpeed gathers weights in hooks of every module, and "
-            "each would break the graph; use fsdp2 to shard weights of a compiled model"
+            "train.compile=true cannot be combined with train.strategy=zero3: DeepSpeed gathers weights in hooks of every "
+            "module, and each hook would break the graph; use fsdp2 to shard the weights of a compiled model"
         )
-    if offload and not zero:
-        raise ConfigError(f"train.offload=true needs train.strategy=zero1, zero2 or zero3, not {word}")
+    if offload and not is_zero:
+        raise ConfigError(f"train.offload=true needs train.strategy=zero1, zero2 or zero3, not {name}")
     if offload and not distributed.has_gpu():
         raise ConfigError(
             "train.offload=true moves the optimizer from GPU to CPU memory, and this machine has no GPU; leave it out"
         )
     if deepspeed is not None:
-        if not zero:
-            raise ConfigError(f"train.deepspeed={deepspeed} needs train.strategy=zero1, zero2 or zero3, not {word}")
-        deepspeed_config.read(deepspeed, STRATEGIES[word][1]["stage"])
+        if not is_zero:
+            raise ConfigError(f"train.deepspeed={deepspeed} needs train.strategy=zero1, zero2 or zero3, not {name}")
+        deepspeed_config.read(deepspeed, STRATEGIES[name][1]["stage"])
 
 
 def build_strategy(
-    word: str,
+    name: str,
     precision: Precision,
     optim: OptimConfig,
     device: torch.device,
     offload: bool = False,
     deepspeed: str | None = None,
 ) -> Strategy:
-    """The strategy of a word. Raises ConfigError for a word that is none, listing those that are."""
-    if word not in STRATEGIES:
-        raise ConfigError(f"train.strategy={word!r} is not a strategy; the choices are {', '.join(STRATEGIES)}")
-    file, arguments = STRATEGIES[word]
+    """Build the strategy that train.strategy names. Raises ConfigError, which lists the choices, for an unknown name."""
+    if name not in STRATEGIES:
+        raise ConfigError(f"train.strategy={name!r} is not a strategy; the choices are {', '.join(STRATEGIES)}")
+    file, arguments = STRATEGIES[name]
     if offload:
         arguments = {**arguments, "offload": True}
     if deepspeed:
         arguments = {**arguments, "deepspeed": deepspeed}
-    made: Strategy = importlib.import_module(f"pretrain.strategies.{file}").build(
+    strategy: Strategy = importlib.import_module(f"pretrain.strategies.{file}").build(
         precision=precision, optim=optim, device=device, **arguments
     )
-    return made
+    return strategy

@@ -1,4 +1,4 @@
-"""BatchNorm mixes the samples of a batch, so spreading a batch over processes or chunks changes what it computes."""
+"""Refuses or synchronizes BatchNorm, whose result changes when a batch is split over processes or chunks."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from pretrain.runtime import distributed
 ADVICE = "choose a tower without BatchNorm (ViT, ConvNeXt), or freeze it: image.trainable_blocks=0"
 
 
-def active(model: nn.Module) -> list[str]:
-    """Names of the layers that normalise with the statistics of the batch while training."""
-    was = model.training
-    model.train()  # frozen parts of a tower stay in eval mode
-    found = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm) and module.training]
-    model.train(was)
-    return found
+def find_training_batch_norms(model: nn.Module) -> list[str]:
+    """Return the names of the layers that normalize with the statistics of the batch during training."""
+    was_training = model.training
+    model.train()  # frozen modules of a tower stay in eval mode
+    names = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm) and module.training]
+    model.train(was_training)
+    return names
 
 
 def refuse_chunks(model: nn.Module, chunks: int) -> None:
-    """Raises ConfigError where train.chunks > 1 would not give the gradient of the whole batch."""
-    names = active(model) if chunks > 1 else []
+    """Raise ConfigError where train.chunks > 1 would not give the gradient of the whole batch."""
+    names = find_training_batch_norms(model) if chunks > 1 else []
     if names:
         raise ConfigError(
-            f"train.chunks={chunks} cannot be exact with {len(names)} layers of BatchNorm in training (first {names[0]}): each "
-            f"chunk would be normalised by its own statistics; {ADVICE}"
+            f"train.chunks={chunks} cannot be exact with {len(names)} BatchNorm layers in training (first {names[0]}): each "
+            f"chunk would be normalized by its own statistics; use train.chunks=1, {ADVICE}"
         )
 
 
 def convert_sync_batch_norm(model: nn.Module) -> nn.Module:
-    """The model, its BatchNorm layers normalising over all processes. Raises ConfigError where torch cannot (CPU)."""
-    names = active(model) if distributed.world_size() > 1 else []
+    """Convert the model's BatchNorm layers to normalize over all processes. Raises ConfigError on CPUs: torch cannot."""
+    names = find_training_batch_norms(model) if distributed.world_size() > 1 else []
     if not names:
         return model
     if not torch.cuda.is_available():
         raise ConfigError(
-            f"{len(names)} layers of BatchNorm (first {names[0]}) would be normalised by each process's own samples: torch "
-            f"synchronises BatchNorm on GPUs only; train in one process (train.strategy=single), or {ADVICE}"
+            f"{len(names)} BatchNorm layers (first {names[0]}) would normalize over the samples of one process only: torch "
+            f"synchronizes BatchNorm on GPUs only; train in one process (train.strategy=single), or {ADVICE}"
         )
     from timm.layers import convert_sync_batchnorm  # torch's own drops the activation of timm's fused BatchNormAct2d
 

@@ -1,4 +1,7 @@
-"""ddp: the whole model on every process; gradients are averaged while the backward pass runs (torch's DDP)."""
+"""train.strategy=ddp: the model replicated on every process, by torch's DistributedDataParallel.
+
+Gradients are averaged over processes while the backward pass runs.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +20,14 @@ from pretrain.strategies import Precision, StepResult
 from pretrain.strategies.batch_norm import convert_sync_batch_norm
 from pretrain.strategies.single import Single
 
-# Buffers are constants, or statistics that every process computes alike: no need to send them at each forward pass.
+# Buffers are constants, or statistics that every process computes alike. They need not be broadcast at each forward pass.
 # The argument's name changed in torch 2.15.
 _NEW = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
 _NO_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if _NEW else "broadcast_buffers": False}
 
 
 class DDP(Single):
-    """Bytes a step and process: 2 x 4 x parameters, sent in buckets while the backward pass goes on."""
+    """The replicated model. Bytes sent per step and process: 2 x 4 x parameters, in buckets during the backward pass."""
 
     name = "ddp"
 
@@ -41,19 +44,19 @@ class DDP(Single):
         assert self.model.process_group.size() == distributed.world_size()
 
     def apply(self, lr: float) -> StepResult:
-        if not self.optimizer.state:  # torch would only say at the second step that it still waits for a gradient
+        if not self.optimizer.state:  # torch itself would only report a missing gradient at the second step
             unused = [name for name, p in self._trainable_parameters() if p.grad is None]
             if unused:
                 raise ConfigError(
                     f"train.strategy=ddp: {len(unused)} trainable parameters take no part in the loss (first {unused[0]}); "
-                    "freeze them, or let the tower say so (Tower.freeze_unused)"
+                    "freeze them, or let their tower call Tower.freeze_unused"
                 )
         return super().apply(lr)
 
-    def sync_gradients(self, on: bool) -> AbstractContextManager[Any]:
-        return nullcontext() if on else self.model.no_sync()  # type: ignore[operator]
+    def sync_gradients(self, is_last_chunk: bool) -> AbstractContextManager[Any]:
+        return nullcontext() if is_last_chunk else self.model.no_sync()  # type: ignore[operator]
 
 
 def build(precision: Precision, optim: OptimConfig, device: torch.device) -> DDP:
-    """The strategy."""
+    """Build the strategy."""
     return DDP(precision, optim, device)
