@@ -1,6 +1,6 @@
 """Search that looks twice: the first k of the contrastive ranking, ordered again by a matching score.
 
-    search(model, shards, setting, match, k, score) -> recall before and after, the ceiling, milliseconds a query
+    search(model, shards, setup, match, k, score) -> recall before and after, the ceiling, milliseconds a query
 
 Each picture and each caption passes its tower once; their tokens wait on the host, words without their padding, and only
 the fusion runs for every pair. Beyond k nothing changes: recall at K >= k is that of the contrastive ranking, and what is
@@ -23,10 +23,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from finetune.model import FusionModel
-from finetune.tasks import Setting
+from finetune.tasks import EvalSetup
 from pretrain.data.loader import Batch
 from pretrain.errors import UserError
-from pretrain.evaluation.retrieval import TIE, hit_probability, retrieval
+from pretrain.evaluation.retrieval import TIE, hit_probability, retrieval_metrics
 from pretrain.runtime import distributed
 from pretrain.runtime.agree import gather_or_raise, on_all, on_main
 from pretrain.towers import TokenSequence
@@ -44,7 +44,7 @@ Scores = tuple[Tensor, Tensor, float]
 # Figures of given scores
 
 
-def candidates(queries: Tensor, gallery: Tensor, k: int, tile: int = 512) -> tuple[Tensor, Tensor]:
+def find_candidates(queries: Tensor, gallery: Tensor, k: int, tile: int = 512) -> tuple[Tensor, Tensor]:
     """(q, D), (n, D) L2-normalised -> the k most similar rows of the gallery (q, k) int64, and their similarity (q, k).
 
     k is cut to n. Which of equals is taken does not depend on where they stand: the gallery is shuffled first.
@@ -60,7 +60,7 @@ def candidates(queries: Tensor, gallery: Tensor, k: int, tile: int = 512) -> tup
     return torch.cat(rows), torch.cat(values)
 
 
-def recall(right: Tensor, scores: Tensor, k: int) -> Tensor:
+def expected_recall(right: Tensor, scores: Tensor, k: int) -> Tensor:
     """(q, k') bool, which candidates are right, and their scores -> (q,) the chance that one of them is among the first k."""
     scores = scores.double()
     best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
@@ -70,7 +70,7 @@ def recall(right: Tensor, scores: Tensor, k: int) -> Tensor:
     return torch.where(right.any(dim=1), hit_probability(better, own, wrong, k), 0.0)
 
 
-def figures(name: str, right: Tensor, scores: Tensor, before: dict[str, float], ks: Sequence[int] = KS) -> dict[str, float]:
+def reranking_metrics(name: str, right: Tensor, scores: Tensor, before: dict[str, float], ks: Sequence[int] = KS) -> dict[str, float]:
     """Recall of one direction (`image_to_text`) after re-ranking, and its ceiling.
 
     Args:
@@ -79,7 +79,7 @@ def figures(name: str, right: Tensor, scores: Tensor, before: dict[str, float], 
         before: the figures of the contrastive ranking, `{name}_R@{K}`; they hold for K from k on.
     """
     out = {
-        f"reranked_{name}_R@{at}": float(recall(right, scores, at).mean()) if at < right.shape[1] else before[f"{name}_R@{at}"]
+        f"reranked_{name}_R@{at}": float(expected_recall(right, scores, at).mean()) if at < right.shape[1] else before[f"{name}_R@{at}"]
         for at in ks
     }
     return {**out, f"{name}_ceiling": float(right.any(dim=1).double().mean())}
@@ -124,12 +124,12 @@ class Gallery:
         return TokenSequence(states, mask.to(device), None, states[:, 0])
 
 
-def _encoded(model: FusionModel, batches: Iterable[Batch], setting: Setting) -> Gallery | None:
+def _encoded(model: FusionModel, batches: Iterable[Batch], setup: EvalSetup) -> Gallery | None:
     """This process's share; None where it has no sample."""
     image, pictures, seen, text, words, lengths, image_index, count = [], [], [], [], [], [], [], 0
     grid = None
     for batch in batches:
-        tokens, rows = model.read("image", batch.inputs["image"].to(setting.device, non_blocking=True))
+        tokens, rows = model.tokens_and_embedding("image", batch.inputs["image"].to(setup.device, non_blocking=True))
         assert rows is not None
         grid = tokens.grid
         image.append(rows.float().cpu())
@@ -140,8 +140,8 @@ def _encoded(model: FusionModel, batches: Iterable[Batch], setting: Setting) -> 
         count += len(captions)
         every = [caption for own in captions for caption in own]
         for start in range(0, len(every), 256):
-            ids, mask = setting.decoders["text"].encode(every[start : start + 256])
-            tokens, rows = model.read("text", ids.to(setting.device), mask.to(setting.device))
+            ids, mask = setup.decoders["text"].encode(every[start : start + 256])
+            tokens, rows = model.tokens_and_embedding("text", ids.to(setup.device), mask.to(setup.device))
             assert rows is not None
             text.append(rows.float().cpu())
             words.append(tokens.states[tokens.mask].cpu())
@@ -183,28 +183,28 @@ def _stacked(rows: Tensor | None) -> Tensor:
 # Search
 
 
-def search(model: FusionModel, shards: Any, setting: Setting, match: Match, k: int, add: bool) -> dict[str, float]:
+def evaluate_reranking(model: FusionModel, shards: Any, setup: EvalSetup, match: Match, k: int, add: bool) -> dict[str, float]:
     """The figures of Retrieval.evaluate. Collective. `add`: contrastive logit + matching logit, else the latter alone.
 
     Raises UserError: nothing to rank, embeddings that are not finite.
     """
-    batches = setting.batches(shards, {name: setting.decoders[name] for name in ("image", "text")})
-    with setting.measuring(model):
-        mine = on_all(lambda: _encoded(model, batches, setting))
+    batches = setup.batches(shards, {name: setup.decoders[name] for name in ("image", "text")})
+    with setup.inference_mode(model):
+        mine = on_all(lambda: _encoded(model, batches, setup))
         bad = sum(distributed.gather_objects(batches.bad.total()))
         gallery = _everyone(mine)
         if gallery is None:
             raise UserError(f"nothing to rank in {shards}: {bad} samples were left out because of their content")
-        device = setting.device
+        device = setup.device
         image, text, image_index = gallery.image.to(device), gallery.text.to(device), gallery.image_index
-        before = on_main(lambda: retrieval(image, text, image_index, KS))
+        before = on_main(lambda: retrieval_metrics(image, text, image_index, KS))
         scale = float(model.encoder.logit_scale.exp()) if add else 0.0
 
         def ordered(forth: bool) -> Scores:
             queries, found_in = (image, text) if forth else (text, image)
             first, last = (len(queries) * (distributed.rank() + i) // distributed.world_size() for i in (0, 1))
             asks = torch.arange(first, last)
-            rows, similarity = (each.cpu() for each in candidates(queries[first:last], found_in, k))
+            rows, similarity = (each.cpu() for each in find_candidates(queries[first:last], found_in, k))
             right = image_index[rows] == asks[:, None] if forth else rows == image_index[asks][:, None]
             logits, seconds = _scored(model, gallery, match, asks, rows, forth, device)
             return logits.double() + scale * similarity, right, seconds
@@ -214,7 +214,7 @@ def search(model: FusionModel, shards: Any, setting: Setting, match: Match, k: i
     seconds = 0.0
     for name, found_by in parts.items():
         scores, right = torch.cat([part[0] for part in found_by]), torch.cat([part[1] for part in found_by])
-        out |= figures(name, right, scores, before)
+        out |= reranking_metrics(name, right, scores, before)
         seconds += sum(part[2] for part in found_by)
     for kind in ("", "reranked_"):
         out[f"{kind}R@1"] = sum(out[f"{kind}{name}_R@1"] for name, _ in WAYS) / len(WAYS)

@@ -68,8 +68,8 @@ def _evaluate_encoders(args: argparse.Namespace) -> int:
     if args.classes:
         config.classes = args.classes
     config.check()
-    result = evaluate.run(load_model(args.run), args.data, config, distributed.device())
-    return _print_result(args, result, evaluate.summary)
+    result = evaluate.evaluate_checkpoint(load_model(args.run), args.data, config, distributed.device())
+    return _print_result(args, result, evaluate.build_table)
 
 
 def _evaluate_task(args: argparse.Namespace, finetuned: Any) -> int:

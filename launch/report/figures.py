@@ -7,7 +7,7 @@ from typing import Any
 
 from launch.report.charts import number
 from launch.report.record import Line, Record
-from pretrain.evaluation.retrieval import chance
+from pretrain.evaluation.retrieval import chance_recall
 
 WAYS = (("image_to_text", "Picture → caption"), ("text_to_image", "Caption → picture"))
 KS = (1, 5, 10)
@@ -68,7 +68,7 @@ def recalls(line: Line) -> list[dict[str, Any]]:
         for k in KS:
             value = line.get(f"val/{way}_R@{k}")
             if value is not None:
-                blind = chance(k, candidates, right) if candidates else None
+                blind = chance_recall(k, candidates, right) if candidates else None
                 rows.append({"k": k, "value": value, "chance": blind, "times": times(value, blind)})
         if rows:
             out.append({"title": title, "rows": rows, "rank": line.get(f"val/{way}_median_rank"), "of": candidates})

@@ -22,7 +22,7 @@ from pretrain.checkpoints.loading import LoadedModel
 from pretrain.data import loader
 from pretrain.data.loader import Batch
 from pretrain.embedding.split import EmbeddedSplit, embed_split
-from pretrain.evaluation.retrieval import ranks, retrieval
+from pretrain.evaluation.retrieval import answer_ranks, retrieval_metrics
 
 SHOWN = 5  # answers per query
 EDGE = 160  # px of a thumbnail's longer side
@@ -90,13 +90,13 @@ def build(loaded: LoadedModel, shards: Any, device: torch.device, workers: int =
         data=", ".join(figures.shards(shards)),
         by_caption=by_caption(split, thumbnails, 12),
         by_picture=by_picture(split, thumbnails, 6),
-        metrics=retrieval(split.image, split.text, split.image_index),
+        metrics=retrieval_metrics(split.image, split.text, split.image_index),
     )
 
 
 def by_caption(split: EmbeddedSplit, thumbnails: list[bytes], count: int) -> list[Query]:
     """Captions that ask: the first pictures, and where their own picture stands."""
-    _, rank_m = ranks(split.image, split.text, split.image_index)
+    _, rank_m = answer_ranks(split.image, split.text, split.image_index)
     queries = []
     for j in choose(rank_m, count):
         own = int(split.image_index[j])
@@ -112,7 +112,7 @@ def by_caption(split: EmbeddedSplit, thumbnails: list[bytes], count: int) -> lis
 
 def by_picture(split: EmbeddedSplit, thumbnails: list[bytes], count: int) -> list[Query]:
     """Pictures that ask: the first captions, and where the best of their own stands."""
-    rank_n, _ = ranks(split.image, split.text, split.image_index)
+    rank_n, _ = answer_ranks(split.image, split.text, split.image_index)
     queries = []
     for i in choose(rank_n, count):
         own = set((split.image_index == i).nonzero().flatten().tolist())

@@ -210,7 +210,7 @@ def test_captions_are_escaped_everywhere(run: Path) -> None:
     split, pictures = small_split()
     shown = gallery.Gallery(
         8, 9, EVIL, gallery.by_caption(split, pictures, 12), gallery.by_picture(split, pictures, 6),
-        gallery.retrieval(split.image, split.text, split.image_index),
+        gallery.retrieval_metrics(split.image, split.text, split.image_index),
     )  # fmt: skip
     text = report.render(record.read(run), shown)
     page = Page(text)
@@ -247,7 +247,7 @@ def test_gallery_shows_right_and_wrong_with_their_places() -> None:
 def test_a_run_never_evaluated_shows_what_the_gallery_measured(run: Path) -> None:
     write_lines(run, [training(10)])
     split, pictures = small_split()
-    metrics = gallery.retrieval(split.image, split.text, split.image_index)
+    metrics = gallery.retrieval_metrics(split.image, split.text, split.image_index)
     shown = gallery.Gallery(8, 9, "new/*.tar", gallery.by_caption(split, pictures, 2), [], metrics)
     text = Page(report.render(record.read(run), shown)).text
     assert "On pairs from new/*.tar, measured for this page (8 pictures)" in text

@@ -31,8 +31,7 @@ from pretrain.embedding.job import Summary, embed
 from pretrain.embedding.options import Options
 from pretrain.embedding.parquet import to_numpy
 from pretrain.errors import ConfigError, UserError
-from pretrain.evaluation.evaluate import EvalConfig
-from pretrain.evaluation.evaluate import run as run_evaluation
+from pretrain.evaluation.evaluate import EvalConfig, evaluate_checkpoint
 from pretrain.model import ModelSchema
 from tests.support import TINY_TOWERS, Small
 from tests.support.launches import BIN, clipfuse_command, start_launcher
@@ -211,10 +210,10 @@ def test_several_captions_and_evaluation_from_the_files(small: Small, loaded: Lo
     settings = EvalConfig(tasks=["retrieval", "zero_shot"], classes="scenes", batch_size=10, workers=0)
     captions = load_model(loaded.folder)
     captions.decoders["text"].caption = "captions"
-    of_files, of_shards = (run_evaluation(captions, of, settings, CPU) for of in (str(tmp_path / "out"), small.val))
+    of_files, of_shards = (evaluate_checkpoint(captions, of, settings, CPU) for of in (str(tmp_path / "out"), small.val))
     assert of_files["metrics"] == pytest.approx(of_shards["metrics"])
     with pytest.raises(ConfigError, match="give shards"):
-        run_evaluation(captions, str(tmp_path / "out"), EvalConfig(tasks=["linear_probe"], probe_train=small.val), CPU)
+        evaluate_checkpoint(captions, str(tmp_path / "out"), EvalConfig(tasks=["linear_probe"], probe_train=small.val), CPU)
 
 
 def test_bad_samples_are_left_out_and_counted(small: Small, loaded: LoadedModel, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Retrieval figures against open_clip's, a brute force, and the mean over random orders of ties."""
+"""Retrieval metrics against open_clip's, a brute-force computation, and the mean over random orders of ties."""
 
 import itertools
 import math
@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from open_clip_train.train import get_clip_metrics
 
 from pretrain.errors import UserError
-from pretrain.evaluation.retrieval import chance, ranks, retrieval
+from pretrain.evaluation.retrieval import answer_ranks, chance_recall, retrieval_metrics
 
 
-def embeddings(n: int, m: int, width: int = 16, noise: float = 2.0, seed: int = 0) -> tuple[torch.Tensor, ...]:
-    """Pictures, captions near their owners, owners; each picture has a caption."""
+def draw_embeddings(n: int, m: int, width: int = 16, noise: float = 2.0, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    """Draw images (n, width), captions near their image (m, width), and their image_index (m,); every image has a caption."""
     generator = torch.Generator().manual_seed(seed)
     image = F.normalize(torch.randn(n, width, generator=generator), dim=-1)
     image_index = torch.cat([torch.arange(n), torch.randint(n, (m - n,), generator=generator)])
@@ -23,109 +23,109 @@ def embeddings(n: int, m: int, width: int = 16, noise: float = 2.0, seed: int = 
     return image, text, image_index
 
 
-def brute(scores: np.ndarray, right: list[set[int]], ks: tuple[int, ...]) -> tuple[dict[int, float], list[int]]:
-    """Recalls and the best rank of each row, by sorting in plain Python."""
-    best = []
+def rank_by_sorting(scores: np.ndarray, right: list[set[int]], ks: tuple[int, ...]) -> tuple[dict[int, float], list[int]]:
+    """Return recall at each of `ks` and the best rank of each row, by sorting in plain Python."""
+    ranks = []
     for row, answers in zip(scores, right, strict=True):
         order = sorted(range(len(row)), key=lambda j: -row[j])
-        best.append(1 + min(order.index(j) for j in answers))
-    return {k: float(np.mean([rank <= k for rank in best])) for k in ks}, best
+        ranks.append(1 + min(order.index(j) for j in answers))
+    return {k: float(np.mean([rank <= k for rank in ranks])) for k in ks}, ranks
 
 
 def test_agrees_with_open_clip() -> None:
-    image, text, _ = embeddings(300, 300)
+    image, text, _ = draw_embeddings(300, 300)
     text = F.normalize(image + torch.randn(300, 16, generator=torch.Generator().manual_seed(1)) / 3, dim=-1)
-    theirs = get_clip_metrics(image.double(), text.double(), 14.3)
-    ours = retrieval(image, text, torch.arange(300), tile=77)
-    for way in ("image_to_text", "text_to_image"):
+    reference = get_clip_metrics(image.double(), text.double(), 14.3)
+    metrics = retrieval_metrics(image, text, torch.arange(300), tile=77)
+    for direction in ("image_to_text", "text_to_image"):
         for k in (1, 5, 10):
-            assert ours[f"{way}_R@{k}"] == pytest.approx(theirs[f"{way}_R@{k}"], abs=1e-12)
-        assert math.floor(ours[f"{way}_median_rank"]) == theirs[f"{way}_median_rank"]
-    assert 0.1 < ours["image_to_text_R@1"] < 0.9  # a case that says something
+            assert metrics[f"{direction}_R@{k}"] == pytest.approx(reference[f"{direction}_R@{k}"], abs=1e-12)
+        assert math.floor(metrics[f"{direction}_median_rank"]) == reference[f"{direction}_median_rank"]
+    assert 0.1 < metrics["image_to_text_R@1"] < 0.9  # neither trivial nor hopeless
 
 
 @pytest.mark.parametrize("tile", [1, 7, 64, 4096])
 def test_several_captions_against_brute_force(tile: int) -> None:
-    image, text, image_index = embeddings(60, 150)
+    image, text, image_index = draw_embeddings(60, 150)
     scores = (image.double() @ text.double().T).numpy()
     captions = [{j for j in range(150) if image_index[j] == i} for i in range(60)]
-    to_text, text_ranks = brute(scores, captions, (1, 5, 10))
-    to_image, image_ranks = brute(scores.T, [{int(i)} for i in image_index], (1, 5, 10))
-    ours = retrieval(image, text, image_index, tile=tile)
+    to_text, text_ranks = rank_by_sorting(scores, captions, (1, 5, 10))
+    to_image, image_ranks = rank_by_sorting(scores.T, [{int(i)} for i in image_index], (1, 5, 10))
+    metrics = retrieval_metrics(image, text, image_index, tile=tile)
     for k in (1, 5, 10):
-        assert ours[f"image_to_text_R@{k}"] == pytest.approx(to_text[k], abs=1e-12)
-        assert ours[f"text_to_image_R@{k}"] == pytest.approx(to_image[k], abs=1e-12)
-    assert ours["image_to_text_median_rank"] == np.median(text_ranks)
-    assert ours["text_to_image_median_rank"] == np.median(image_ranks)
-    first, second = ranks(image, text, image_index, tile)
+        assert metrics[f"image_to_text_R@{k}"] == pytest.approx(to_text[k], abs=1e-12)
+        assert metrics[f"text_to_image_R@{k}"] == pytest.approx(to_image[k], abs=1e-12)
+    assert metrics["image_to_text_median_rank"] == np.median(text_ranks)
+    assert metrics["text_to_image_median_rank"] == np.median(image_ranks)
+    first, second = answer_ranks(image, text, image_index, tile)
     assert first.tolist() == text_ranks
     assert second.tolist() == image_ranks
 
 
 def test_constant_model_gets_chance() -> None:
-    same = F.normalize(torch.ones(40, 24), dim=-1)
-    got = retrieval(same, same, torch.arange(40), tile=16)
-    for way in ("image_to_text", "text_to_image"):
-        assert got[f"{way}_R@1"] == pytest.approx(1 / 40)
-        assert got[f"{way}_R@10"] == pytest.approx(10 / 40)
-        assert got[f"{way}_median_rank"] == pytest.approx(20.5)
+    constant = F.normalize(torch.ones(40, 24), dim=-1)
+    metrics = retrieval_metrics(constant, constant, torch.arange(40), tile=16)
+    for direction in ("image_to_text", "text_to_image"):
+        assert metrics[f"{direction}_R@1"] == pytest.approx(1 / 40)
+        assert metrics[f"{direction}_R@10"] == pytest.approx(10 / 40)
+        assert metrics[f"{direction}_median_rank"] == pytest.approx(20.5)
 
 
 def test_ties_are_the_mean_over_orders() -> None:
-    """Scores on a coarse grid, several captions a picture: the mean of open_clip-like sorting over random orders."""
+    """Scores on a coarse grid, several captions an image: the mean, over random orders, of sorting as open_clip does."""
     generator = np.random.default_rng(3)
-    axes = torch.eye(3)[torch.from_numpy(generator.integers(0, 3, 30))]
+    text = torch.eye(3)[torch.from_numpy(generator.integers(0, 3, 30))]
     image_index = torch.arange(12).repeat(3)[:30]
     image = torch.eye(3)[torch.from_numpy(generator.integers(0, 3, 12))]
-    ours = retrieval(image, axes, image_index, ks=(1, 3))
-    scores = (image @ axes.T).numpy()
+    metrics = retrieval_metrics(image, text, image_index, ks=(1, 3))
+    scores = (image @ text.T).numpy()
     captions = [{j for j in range(30) if image_index[j] == i} for i in range(12)]
     totals = {1: 0.0, 3: 0.0}
     rounds = 2000
     for _ in range(rounds):
         order = generator.permutation(30)
-        where = [{int(np.flatnonzero(order == j)[0]) for j in own} for own in captions]
-        recall, _ = brute(scores[:, order], where, (1, 3))
+        right = [{int(np.flatnonzero(order == j)[0]) for j in answers} for answers in captions]
+        recall, _ = rank_by_sorting(scores[:, order], right, (1, 3))
         totals = {k: totals[k] + recall[k] for k in totals}
     for k in totals:
-        assert ours[f"image_to_text_R@{k}"] == pytest.approx(totals[k] / rounds, abs=0.015)
+        assert metrics[f"image_to_text_R@{k}"] == pytest.approx(totals[k] / rounds, abs=0.015)
 
 
-def test_repeated_captions_stay_apart() -> None:
-    """Two pictures with the same words: each finds its own by luck only, whatever the order."""
+def test_equal_captions_of_two_images_stay_two_answers() -> None:
+    """Two images with the same caption: each finds its own caption by luck only, whatever the order."""
     image = torch.eye(4)
     text = torch.eye(4)[[0, 0, 2, 3]]
-    got = retrieval(image, text, torch.arange(4), ks=(1, 2))
-    assert got["text_to_image_R@1"] == 3 / 4  # caption 1 reads like caption 0 and finds picture 0
-    # Picture 0 shares the best score with the twin caption; picture 1 resembles none of the four.
-    assert got["image_to_text_R@1"] == pytest.approx((1 / 2 + 1 / 4 + 1 + 1) / 4, abs=1e-12)
+    metrics = retrieval_metrics(image, text, torch.arange(4), ks=(1, 2))
+    assert metrics["text_to_image_R@1"] == 3 / 4  # caption 1 equals caption 0 and finds image 0
+    # For image 0 the equal caption ties with its own; image 1 resembles none of the four.
+    assert metrics["image_to_text_R@1"] == pytest.approx((1 / 2 + 1 / 4 + 1 + 1) / 4, abs=1e-12)
 
 
-def test_order_of_the_data_changes_nothing() -> None:
-    image, text, image_index = embeddings(50, 90)
+def test_the_order_of_the_data_changes_nothing() -> None:
+    image, text, image_index = draw_embeddings(50, 90)
     text[5:20] = text[5]  # ties
-    once = retrieval(image, text, image_index)
+    once = retrieval_metrics(image, text, image_index)
     shuffle = torch.randperm(90, generator=torch.Generator().manual_seed(0))
-    again = retrieval(image, text[shuffle], image_index[shuffle], tile=13)
+    again = retrieval_metrics(image, text[shuffle], image_index[shuffle], tile=13)
     assert again == pytest.approx(once, abs=1e-12)
 
 
-def test_not_finite_is_a_clear_error() -> None:
-    image, text, image_index = embeddings(8, 8)
+def test_embeddings_that_are_not_finite_are_refused() -> None:
+    image, text, image_index = draw_embeddings(8, 8)
     text[3, 2] = torch.nan
     with pytest.raises(UserError, match=r"1 of 8 text embeddings are not finite \(first: number 3\)"):
-        retrieval(image, text, image_index)
-    with pytest.raises(UserError, match="nothing to rank"):
-        retrieval(image[:0], text[:0], image_index[:0])
+        retrieval_metrics(image, text, image_index)
+    with pytest.raises(UserError, match="nothing to rank: 0 images and 0 captions"):
+        retrieval_metrics(image[:0], text[:0], image_index[:0])
 
 
-def test_more_places_than_candidates() -> None:
-    image, text, image_index = embeddings(4, 4)
-    assert retrieval(image, text, image_index)["text_to_image_R@10"] == 1.0
+def test_recall_is_one_where_k_exceeds_the_candidates() -> None:
+    image, text, image_index = draw_embeddings(4, 4)
+    assert retrieval_metrics(image, text, image_index)["text_to_image_R@10"] == 1.0
 
 
-def test_chance_counts_subsets() -> None:
+def test_chance_recall_counts_subsets() -> None:
     for candidates, right, k in itertools.product((3, 6), (1, 2), (1, 2, 5)):
         k = min(k, candidates)
         hits = [min(subset) < right for subset in itertools.combinations(range(candidates), k)]
-        assert chance(k, candidates, right) == pytest.approx(np.mean(hits))
+        assert chance_recall(k, candidates, right) == pytest.approx(np.mean(hits))

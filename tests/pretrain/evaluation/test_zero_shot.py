@@ -1,4 +1,4 @@
-"""Prompts, class names, labels, and top-k against a brute force."""
+"""Templates, class names, labels, and top-k accuracy against sorting."""
 
 from pathlib import Path
 
@@ -7,65 +7,73 @@ import torch
 import torch.nn.functional as F
 
 from pretrain.errors import ConfigError, UserError
-from pretrain.evaluation.zero_shot import TEMPLATES, class_names, classifier, imagenet_names, label_ids, phrase, top_k
+from pretrain.evaluation.zero_shot import (
+    TEMPLATES,
+    build_classifier,
+    fill_template,
+    index_labels,
+    load_class_names,
+    load_imagenet_names,
+    top_k_accuracy,
+)
 
 
-def test_phrases_read_well() -> None:
-    assert phrase("a picture of a {}", "owl") == "a picture of an owl"
-    assert phrase("a {} far away", "owl") == "an owl far away"
-    assert phrase("a {}", "Boat") == "a Boat"
-    assert phrase("the {} in this picture", "owl") == "the owl in this picture"
-    assert len({phrase(template, "owl") for template in TEMPLATES}) == len(TEMPLATES) >= 12
+def test_filled_templates_are_correct_english() -> None:
+    assert fill_template("a picture of a {}", "owl") == "a picture of an owl"
+    assert fill_template("a {} far away", "owl") == "an owl far away"
+    assert fill_template("a {}", "Boat") == "a Boat"
+    assert fill_template("the {} in this picture", "owl") == "the owl in this picture"
+    assert len({fill_template(template, "owl") for template in TEMPLATES}) == len(TEMPLATES) >= 12
 
 
-def test_imagenet_names_are_a_thousand_different_ones() -> None:
-    names = imagenet_names()
+def test_imagenet_has_a_thousand_different_names() -> None:
+    names = load_imagenet_names()
     assert len({name.lower() for name in names}) == len(names) == 1000
     assert names[1] == "goldfish"
     assert names[134] != names[517]
     assert names[517].startswith("crane, ")
-    assert class_names("imagenet") == names
+    assert load_class_names("imagenet") == names
 
 
 def test_class_names_from_list_commas_and_file(tmp_path: Path) -> None:
     file = tmp_path / "names.txt"
     file.write_text("cat\n\ndog \nhot air balloon\n")
-    assert class_names(str(file)) == ["cat", "dog", "hot air balloon"]
-    assert class_names("cat, dog") == class_names(["cat", "dog"]) == ["cat", "dog"]
+    assert load_class_names(str(file)) == ["cat", "dog", "hot air balloon"]
+    assert load_class_names("cat, dog") == load_class_names(["cat", "dog"]) == ["cat", "dog"]
     with pytest.raises(ConfigError, match=r"no classes 'cats.txt'.*imagenet"):
-        class_names("cats.txt")
+        load_class_names("cats.txt")
     with pytest.raises(ConfigError, match="names 'cat' more than once"):
-        class_names("cat,dog,cat")
+        load_class_names("cat,dog,cat")
     with pytest.raises(ConfigError, match="at least two"):
-        class_names(["cat"])
+        load_class_names(["cat"])
 
 
 def test_labels_are_numbers_or_names() -> None:
     names = ["Cat", "dog"]
-    assert label_ids([0, "dog", "cat", "1"], names).tolist() == [0, 1, 0, 1]
+    assert index_labels([0, "dog", "cat", "1"], names).tolist() == [0, 1, 0, 1]
     with pytest.raises(UserError, match=r"sample 1 has label 'dg'.*did you mean 'dog'"):
-        label_ids([0, "dg"], names)
+        index_labels([0, "dg"], names)
     with pytest.raises(UserError, match="label 2; the 2 classes"):
-        label_ids([2], names)
+        index_labels([2], names)
     with pytest.raises(UserError, match="sample 0 has no class"):
-        label_ids([None], names)
+        index_labels([None], names)
 
 
-def test_classifier_is_the_normalised_mean() -> None:
-    table: dict[str, torch.Tensor] = {}
+def test_the_classifier_is_the_normalized_mean() -> None:
+    embeddings: dict[str, torch.Tensor] = {}
     generator = torch.Generator().manual_seed(0)
 
     def encode(texts: list[str]) -> torch.Tensor:
         for text in texts:
-            table.setdefault(text, F.normalize(torch.randn(8, generator=generator), dim=0))
-        return torch.stack([table[text] for text in texts])
+            embeddings.setdefault(text, F.normalize(torch.randn(8, generator=generator), dim=0))
+        return torch.stack([embeddings[text] for text in texts])
 
-    names = [f"thing {i}" for i in range(200)]
-    weights = classifier(names, ["a {}", "the {}", "{}"], encode)
-    expected = F.normalize(sum(table[f"{article}thing 123"] for article in ("a ", "the ", "")) / 3, dim=0)
+    names = [f"class {i}" for i in range(200)]
+    weights = build_classifier(names, ["a {}", "the {}", "{}"], encode)
+    expected = F.normalize(sum(embeddings[f"{article}class 123"] for article in ("a ", "the ", "")) / 3, dim=0)
     torch.testing.assert_close(weights[123], expected)
     with pytest.raises(ConfigError, match="no place for the class name"):
-        classifier(names, ["a thing"], encode)
+        build_classifier(names, ["a class"], encode)
 
 
 def test_top_k_against_sorting_and_ties() -> None:
@@ -73,9 +81,9 @@ def test_top_k_against_sorting_and_ties() -> None:
     image, weights = torch.randn(100, 8, generator=generator), torch.randn(12, 8, generator=generator)
     labels = torch.randint(12, (100,), generator=generator)
     order = (image.double() @ weights.double().T).argsort(dim=1, descending=True)
-    got = top_k(image, labels, weights, tile=33)
+    accuracy = top_k_accuracy(image, labels, weights, tile=33)
     for k in (1, 5):
-        assert got[f"top{k}"] == pytest.approx((order[:, :k] == labels[:, None]).any(1).double().mean().item())
-    constant = top_k(torch.ones(10, 8), labels[:10], torch.ones(12, 8))
+        assert accuracy[f"top{k}"] == pytest.approx((order[:, :k] == labels[:, None]).any(1).double().mean().item())
+    constant = top_k_accuracy(torch.ones(10, 8), labels[:10], torch.ones(12, 8))
     assert constant["top1"] == pytest.approx(1 / 12)
     assert constant["top5"] == pytest.approx(5 / 12)

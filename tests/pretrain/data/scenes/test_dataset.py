@@ -29,7 +29,7 @@ from pretrain.data.scenes.render import render_scene
 from pretrain.data.shards.paths import expand_shards
 from pretrain.data.vocabulary import find_vocabulary, load_builtin
 from pretrain.errors import UserError
-from pretrain.evaluation.zero_shot import class_names
+from pretrain.evaluation.zero_shot import load_class_names
 
 
 @pytest.mark.parametrize(("size", "scale"), [(64, 1.0), (96, 1.0), (200, 1.0), (384, 0.25)])
@@ -187,7 +187,12 @@ def test_the_vocabulary_is_written_next_to_the_shards(tmp_path: Path) -> None:
     vocabulary = find_vocabulary([f"{tmp_path}/train-0000.tar"])
     assert vocabulary == VOCABULARY == load_builtin("scenes")
     assert (tmp_path / "vocabulary.json").read_text() == VOCABULARY.to_json()
-    assert class_names(str(tmp_path / "classes.txt")) == class_names("scenes") == class_names("Scenes") == list(CLASSES)
+    assert (
+        load_class_names(str(tmp_path / "classes.txt"))
+        == load_class_names("scenes")
+        == load_class_names("Scenes")
+        == list(CLASSES)
+    )
     assert expand_shards(str(tmp_path)) == [f"{tmp_path}/train-0000.tar"]
     # Without these files the vocabulary is the same, and drawing again writes them
     for name in ("classes.txt", "vocabulary.json"):
@@ -203,7 +208,7 @@ def test_the_vocabulary_is_written_next_to_the_shards(tmp_path: Path) -> None:
     # An existing file is not overwritten
     (tmp_path / "classes.txt").write_text("first\nsecond\n")
     draw_dataset(tmp_path, {"train": 2}, 64, workers=1)
-    assert class_names(str(tmp_path / "classes.txt")) == ["first", "second"]
+    assert load_class_names(str(tmp_path / "classes.txt")) == ["first", "second"]
 
 
 @pytest.mark.parametrize(
