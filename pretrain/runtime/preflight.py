@@ -1,8 +1,8 @@
-"""Is this the world that was asked for? What launchers get wrong is refused here, before anything trains.
+"""Checks before training: the launcher started the right processes, and all have equal code, configuration and data.
 
-A launcher can start the wrong number of processes, or processes that do not know each other; machines of one run can hold
-unequal data, code or configuration. Either trains N lonely or contradicting copies without a word. So every process checks
-its environment first (`check_launcher`), and all compare fingerprints once they are joined (`require_equal`).
+A launcher can start the wrong number of processes, or processes that form no common group: each would train a separate copy
+without an error. The nodes of one run can hold unequal data, code or configuration. So every process checks its environment
+first (`check_launcher`), and all processes compare fingerprints once they form a group (`require_equal`).
 """
 
 from __future__ import annotations
@@ -27,23 +27,22 @@ TASKS = {
     "PMI_SIZE": "mpirun",
     "MV2_COMM_WORLD_SIZE": "mpirun",
 }
-"""Variables in which task starters say how many tasks they started, and who they are. (SLURM_NTASKS is set in a batch
-script as well, where there is one process only.)"""
-
+"""Environment variables that hold the number of started tasks, and the command that sets them. (Not SLURM_NTASKS: it is set
+in a batch script as well, which is one process only.)"""
 
 PROBES = 64
-"""Shards looked into to tell data apart."""
+"""At most about this many shards are opened for the fingerprint of the data."""
 
 
 def check_launcher(env: Mapping[str, str] = os.environ, gpus: int | None = None) -> None:
-    """Refuses processes that a launcher started in the wrong number, or that do not know each other.
+    """Raise ConfigError if a launcher started the wrong number of processes, or processes without a common group.
 
-    gpus: how many this process sees; None asks torch. Raises ConfigError.
+    gpus: the number of GPUs that this process can use; None = torch's count.
     """
     world = env.get("WORLD_SIZE")
     missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in env]
     if world is None and "ACCELERATE_MIXED_PRECISION" in env and "MASTER_ADDR" in env:
-        # accelerate's launcher for one process writes the address only when several were asked for.
+        # accelerate's launcher for one process sets the address only when several processes were requested.
         raise ConfigError(
             "accelerate launch was asked for several processes and started ONE (it does so without a GPU and with --cpu); "
             "use --multi_gpu, which starts them on CPUs too, or clipfuse pretrain CONFIG --nproc N"
@@ -58,7 +57,7 @@ def check_launcher(env: Mapping[str, str] = os.environ, gpus: int | None = None)
 
 
 def _check_tasks(env: Mapping[str, str], world: int) -> None:
-    """srun or mpirun started n tasks: one world must hold them all."""
+    """Raise ConfigError if srun or mpirun started several tasks that do not all belong to one process group."""
     for name, starter in TASKS.items():
         tasks = int(env.get(name, "1"))
         if tasks < 2:
@@ -67,34 +66,35 @@ def _check_tasks(env: Mapping[str, str], world: int) -> None:
         if agents < tasks:
             raise ConfigError(
                 f"{starter} started {tasks} tasks that do not know each other ({name}={tasks}, this run has {world} "
-                f"process{'es' if world > 1 else ''}): each would train a copy of its own; start one task, or on Slurm "
+                f"process{'es' if world > 1 else ''}): each would train a separate copy; start one task, or on Slurm "
                 "clipfuse pretrain CONFIG --on slurm --nodes N --nproc M"
             )
 
 
 def _check_gpus(env: Mapping[str, str], gpus: int) -> None:
+    """Raise ConfigError if this node has more processes than GPUs."""
     local = int(env.get("LOCAL_RANK", "0"))
     if gpus and local >= gpus:
         raise ConfigError(
-            f"process {env.get('RANK', '0')} is number {local} on its machine, which has {gpus} GPU{'s' if gpus > 1 else ''} "
-            f"(CUDA_VISIBLE_DEVICES={env.get('CUDA_VISIBLE_DEVICES', 'unset')}); start one process a GPU"
+            f"process {env.get('RANK', '0')} is number {local} on its node, which has {gpus} GPU{'s' if gpus > 1 else ''} "
+            f"(CUDA_VISIBLE_DEVICES={env.get('CUDA_VISIBLE_DEVICES', 'unset')}); start one process for each GPU"
         )
 
 
 def check_accelerate(precision: str, strategy: str, env: Mapping[str, str] = os.environ) -> None:
-    """Refuses settings of accelerate's launcher that our own configuration contradicts. Raises ConfigError."""
+    """Raise ConfigError if accelerate's launcher was given settings that contradict the run's configuration."""
     names = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
     mixed = env.get("ACCELERATE_MIXED_PRECISION", "no")
     if mixed not in ("no", names[precision]):
         raise ConfigError(
-            f"accelerate launch says mixed_precision={mixed}, the run train.precision={precision}: ours is what counts; give "
-            "accelerate `--mixed_precision no`, or both the same"
+            f"accelerate launch has mixed_precision={mixed}, but the run uses train.precision={precision}; "
+            "give accelerate `--mixed_precision no`, or set both to the same"
         )
-    for name, what, fitting in (("FSDP", "FSDP", ("fsdp2",)), ("DEEPSPEED", "DeepSpeed", ("zero1", "zero2", "zero3"))):
-        if env.get(f"ACCELERATE_USE_{name}", "").lower() in ("true", "1") and strategy not in fitting:
+    for name, library, strategies in (("FSDP", "FSDP", ("fsdp2",)), ("DEEPSPEED", "DeepSpeed", ("zero1", "zero2", "zero3"))):
+        if env.get(f"ACCELERATE_USE_{name}", "").lower() in ("true", "1") and strategy not in strategies:
             raise ConfigError(
-                f"accelerate launch says {what}, the run train.strategy={strategy}: ours is what counts; take {what} out of "
-                f"accelerate's configuration, or choose train.strategy={' or '.join(fitting)}"
+                f"accelerate launch has {library}, but the run uses train.strategy={strategy}; remove "
+                f"{library} from accelerate's configuration, or set train.strategy={' or '.join(strategies)}"
             )
 
 
@@ -103,53 +103,54 @@ def check_accelerate(precision: str, strategy: str, env: Mapping[str, str] = os.
 
 
 def require_equal(name: str, value: Any) -> None:
-    """Refuses a value that differs between processes. Collective. Raises UserError with the same line everywhere.
+    """Raise the same UserError on every process if `value` differs between processes. Collective.
 
-    value: plain values (str, numbers, dict, list), or a function that makes them and may raise UserError: raised as it is
-    where it meets all processes. Of a dict the error names the first key that differs.
+    name: what the value is, for the message. value: plain values (str, numbers, dict, list), or a function that returns them
+    and may raise UserError; an error that all processes share is raised as it is. For a dict, the message names the first key
+    that differs.
     """
-    failed: UserError | None = None
+    failure: UserError | None = None
 
     def describe() -> tuple[str, Any]:
-        nonlocal failed
+        nonlocal failure
         try:
             return os.uname().nodename, value() if callable(value) else value
         except UserError as error:
-            failed = error
+            failure = error
             return os.uname().nodename, str(error)
 
-    everyone = gather_or_raise(describe)
-    differing = [rank for rank, (_, other) in enumerate(everyone) if other != everyone[0][1]]
+    values = gather_or_raise(describe)
+    differing = [rank for rank, (_, other) in enumerate(values) if other != values[0][1]]
     if not differing:
-        if failed is not None:
-            raise failed
+        if failure is not None:
+            raise failure
         return
     rank = differing[0]
-    key, mine, theirs = _difference(everyone[0][1], everyone[rank][1])
+    key, first, second = _difference(values[0][1], values[rank][1])
     more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
     raise UserError(
-        f"{name} differs between processes: {key + ' is ' if key else ''}{mine} on process 0 ({everyone[0][0]}) and "
-        f"{theirs} on process {rank} ({everyone[rank][0]}){more}; make it equal on every machine"
+        f"{name} differs between processes: {key + ' is ' if key else ''}{first} on process 0 ({values[0][0]}) and "
+        f"{second} on process {rank} ({values[rank][0]}){more}; make it equal on every machine"
     )
 
 
 def _difference(left: Any, right: Any, prefix: str = "") -> tuple[str, str, str]:
-    """Where two plain values part: dotted key, and both sides."""
+    """Return the dotted key of the first difference between two plain values, and both values there, shortened."""
     if isinstance(left, dict) and isinstance(right, dict):
         for key in {**left, **right}:
             if left.get(key) != right.get(key):
                 return _difference(left.get(key), right.get(key), f"{prefix}.{key}" if prefix else str(key))
-    return prefix, _short(left), _short(right)
+    return prefix, _shorten(left), _shorten(right)
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def code_fingerprint(*packages: str) -> dict[str, str]:
-    """Digest of every source file of the packages (default: pretrain), and the versions that numbers depend on."""
-    prints = {"python": ".".join(map(str, sys.version_info[:2])), "torch": torch.__version__}
+    """Return digests of all source files of the packages (default: pretrain), and the versions of Python and torch."""
+    fingerprint = {"python": ".".join(map(str, sys.version_info[:2])), "torch": torch.__version__}
     for package in packages or ("pretrain",):
         origin = sys.modules[package].__file__ if package in sys.modules else None
         if origin is None:
@@ -157,34 +158,34 @@ def code_fingerprint(*packages: str) -> dict[str, str]:
         folder = Path(origin).parent
         for path in sorted(folder.rglob("*.py")):
             name = f"{package}/{path.relative_to(folder).as_posix()}"
-            prints[name] = hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
-    return prints
+            fingerprint[name] = hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
+    return fingerprint
 
 
 def data_fingerprint(paths: Sequence[str]) -> dict[str, Any]:
-    """What tells two machines' shards apart without reading them: their names, and size and beginning of a few.
+    """Return a fingerprint of shards without reading them whole: their names; of some, the size and the first 4 KB.
 
-    paths: shards, local ones or urls.
+    paths: local paths or urls of the shards.
     """
     names = [path.rsplit("/", 1)[-1] for path in paths]
-    prints: dict[str, Any] = {"number of shards": len(paths)}
+    fingerprint: dict[str, Any] = {"number of shards": len(paths)}
     for path, name in list(zip(paths, names, strict=True))[:: max(1, len(paths) // PROBES)]:
-        with suppress(OSError), open(path, "rb") as file:  # urls and unreadable files are met when they are read
+        with suppress(OSError), open(path, "rb") as file:  # urls and unreadable files fail when they are read
             beginning = hashlib.blake2b(file.read(4096), digest_size=8).hexdigest()
-            prints[name] = f"{os.fstat(file.fileno()).st_size:,} bytes, beginning {beginning}"
-    return {**prints, "names of shards": hashlib.blake2b("\n".join(names).encode(), digest_size=8).hexdigest()}
+            fingerprint[name] = f"{os.fstat(file.fileno()).st_size:,} bytes, beginning {beginning}"
+    return {**fingerprint, "names of shards": hashlib.blake2b("\n".join(names).encode(), digest_size=8).hexdigest()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Orphans
+# Launchers that end
 
 
 def watch_parent(env: Mapping[str, str] = os.environ, every_seconds: float = 1.0) -> None:
-    """Ends this process when the launcher that started it is gone.
+    """Start a thread that ends this process when its launcher has ended.
 
-    A launcher that is killed -9 leaves its processes running: they would hold GPUs and the run folder while a new launcher
-    starts the same run again. Only for launchers that outlive their processes (torch's, so ours and accelerate's, and
-    DeepSpeed's): what a person's own script starts may outlive the script.
+    A launcher killed by SIGKILL leaves its processes running: they would hold GPUs and the run folder while a new launcher
+    starts the same run again. Applies only under launchers that outlive their processes (torch's, so ours and accelerate's,
+    and DeepSpeed's): a process that a user's own script started may outlive the script.
     """
     if "TORCHELASTIC_RUN_ID" not in env and "CROSS_SIZE" not in env:
         return

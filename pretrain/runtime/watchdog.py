@@ -1,15 +1,16 @@
-"""Who is alive: processes beat in the group's store, so that a run that lost one ends soon, with a line that names it.
+"""Watch all processes by heartbeats, so that a run that lost one ends soon, with a line that names the lost process.
 
-A collective only knows that an answer is missing, not whose: NCCL waits for its timeout and aborts, gloo says "connection
-closed by peer" or "timed out". So a thread of every process writes a beat (a counter, and where the main thread is) into
-the TCPStore of the group each second, and three things are found out:
+A collective only reports that an answer is missing, not whose: NCCL waits for its timeout and aborts, gloo says "connection
+closed by peer" or "timed out". So a thread of every process writes a heartbeat (a counter, and the position of the main
+thread) into the group's TCPStore, up to once a second. Three conditions are detected:
 
-    dead     its process is no more, on this machine                     every thread of the machine sees it in a second or two
-             its beat stopped for `timeout` seconds, on another one      rank 0's thread sees it, the others watch rank 0
-    hung     its main thread stayed behind the others for as long        rank 0's thread sees it
-    after a collective failed: `explain` calls the roll. Who failed by itself, who is silent, who is still elsewhere?
+    dead      the process ended, and ran on this machine: every thread on the machine detects it within two seconds
+              no heartbeat for `timeout` seconds, on another machine: rank 0 detects it; the other ranks watch rank 0
+    stalled   the main thread stayed behind the others for as long: rank 0 detects it
+    failed    a collective raised an error: diagnose() finds the process that failed first, is silent, or is elsewhere
 
-A verdict of the threads ends the process at once: its main thread may sit in a collective that never returns.
+A thread that detects a dead or stalled process ends its own process at once: the main thread may be in a collective that never
+returns.
 """
 
 from __future__ import annotations
@@ -31,42 +32,43 @@ import torch.distributed as td
 from pretrain.errors import UserError
 from pretrain.runtime import distributed
 
-_COLLECTIVE = re.compile(
+_COLLECTIVE_ERROR = re.compile(
     r"gloo|nccl|connection (closed|reset|refused)|timed out waiting|process ?group|broken pipe|socket|TCPStore", re.IGNORECASE
 )
 
-_ENDS = "; the run ends, the last checkpoint is intact"
+_RUN_ENDS = "; the run ends, the last checkpoint is intact"
 
 
 class Watchdog:
-    """`with Watchdog(timeout, record) as watchdog`, `watchdog.mark(step, "what")` at the same places on every process.
+    """A thread that writes this process's heartbeat and watches the others; does nothing without a group of two or more.
 
-    timeout: seconds after which a silent or hung process ends the run. record(why) is called by the first process that
-    knows who was lost, whichever that is. Without a group of two or more it does nothing.
+    `with Watchdog(timeout, record) as watchdog:`, with `watchdog.mark(step, phase)` at the same points on every process.
+    timeout: seconds after which a silent or stalled process ends the run. record(reason): called once in the run, by the
+    first process that knows which one was lost.
     """
 
     def __init__(self, timeout: float, record: Callable[[str], None]) -> None:
-        # The verdict comes before the collectives' own timeout, which names nobody.
+        # Shorter than the timeout of collectives, whose error names no process.
         self.limit = 0.8 * timeout
         self.every = min(1.0, timeout / 20)
         self._record = record
         self._done = threading.Event()
-        self._explaining = threading.Event()
+        self._diagnosing = threading.Event()
         self._count = 0
-        self._places = 0
-        self._place = "starting"
-        self._seen: dict[int, _Seen] = {}
+        self._marks = 0
+        self._position = "starting"
+        self._processes: dict[int, _ProcessState] = {}
         self._store: td.Store | None = None
-        self._silent_store: float | None = None
+        self._store_lost_since: float | None = None
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Watchdog:
         if distributed.world_size() > 1:
             self._store = distributed.open_shared_store("heartbeat")
             self._store.set_timeout(datetime.timedelta(seconds=max(5.0, self.limit)))
-            self._beat()
-            distributed.barrier()  # from here on every process has a beat to read
-            self._look(everyone=True)
+            self._write_heartbeat()
+            distributed.barrier()  # from here on every process has written a heartbeat
+            self._read_heartbeats(all_ranks=True)
             self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
             self._thread.start()
         return self
@@ -76,148 +78,154 @@ class Watchdog:
         if self._thread is not None:
             self._thread.join(timeout=2 * self.every)
         if self._store is not None and error is None:
-            with suppress(RuntimeError):  # the store may be gone already: whoever held it is done as well
+            with suppress(RuntimeError):  # the process that holds the store may have ended, and the store with it
                 self._store.set(f"end/{distributed.rank()}", json.dumps([False, "done"]))
 
-    def mark(self, step: int, what: str) -> None:
-        """Where the main thread is now; costs nothing. Every process must pass the same places in the same order."""
-        self._place = f"step {step}, {what}"
-        self._places += 1
+    def mark(self, step: int, phase: str) -> None:
+        """Record the position of the main thread, at no cost; all processes must pass the same marks in the same order."""
+        self._position = f"step {step}, {phase}"
+        self._marks += 1
 
     # -----------------------------------------------------------------------------------------------------------------
-    # The thread
+    # The thread: write and read heartbeats, find dead and stalled processes
 
-    def _beat(self) -> None:
+    def _write_heartbeat(self) -> None:
         assert self._store is not None
         self._count += 1
-        beat = [self._count, self._places, self._place, *_ME]
-        self._store.set(f"beat/{distributed.rank()}", json.dumps(beat))
+        heartbeat = [self._count, self._marks, self._position, *_THIS_PROCESS]
+        self._store.set(f"heartbeat/{distributed.rank()}", json.dumps(heartbeat))
 
     def _watch(self) -> None:
         while not self._done.wait(self.every):
             try:
-                self._beat()
-                self._look()
-                verdict = None if self._explaining.is_set() else self._judge()
-                self._silent_store = None
+                self._write_heartbeat()
+                self._read_heartbeats()
+                diagnosis = None if self._diagnosing.is_set() else self._find_lost_process()
+                self._store_lost_since = None
             except (RuntimeError, ValueError) as error:  # torch's store errors are RuntimeErrors
-                self._silent_store = self._silent_store or time.monotonic()
-                lost = time.monotonic() - self._silent_store
-                verdict = f"the rendezvous store does not answer: {_first_line(error)}" if lost > self.limit else None
-            if verdict is not None and not self._done.is_set() and not self._explaining.is_set():
-                self._end(verdict)
+                self._store_lost_since = self._store_lost_since or time.monotonic()
+                seconds = time.monotonic() - self._store_lost_since
+                diagnosis = f"the rendezvous store does not answer: {_first_line(error)}" if seconds > self.limit else None
+            if diagnosis is not None and not self._done.is_set() and not self._diagnosing.is_set():
+                self._end_process(diagnosis)
 
-    def _look(self, everyone: bool = False) -> None:
-        """Reads beats (rank 0: of all, the others: of rank 0) and remembers, by its own clock, when each last changed."""
+    def _read_heartbeats(self, all_ranks: bool = False) -> None:
+        """Read the heartbeats of all ranks (rank 0, or `all_ranks`) or of rank 0, and the local time of each one's change."""
         assert self._store is not None
-        ranks = list(range(distributed.world_size())) if distributed.rank() == 0 or everyone else [0]
+        ranks = list(range(distributed.world_size())) if distributed.rank() == 0 or all_ranks else [0]
         now = time.monotonic()
-        for rank, text in zip(ranks, self._store.multi_get([f"beat/{rank}" for rank in ranks]), strict=True):
-            count, places, place, host, pid, space = json.loads(text)
-            seen = self._seen.setdefault(rank, _Seen(count, places, now, now))
-            if count != seen.count:
-                seen.count, seen.beat = count, now
-            if places != seen.places:
-                seen.places, seen.moved = places, now
-            seen.place, seen.who = place, f"process {rank} ({host}, pid {pid})"
-            seen.pid = pid if (host, space) == (_ME[0], _ME[2]) else None
+        for rank, text in zip(ranks, self._store.multi_get([f"heartbeat/{rank}" for rank in ranks]), strict=True):
+            count, marks, position, host, pid, namespace = json.loads(text)
+            process = self._processes.setdefault(rank, _ProcessState(count, marks, now, now))
+            if count != process.count:
+                process.count, process.heartbeat_time = count, now
+            if marks != process.marks:
+                process.marks, process.mark_time = marks, now
+            process.position, process.name = position, f"process {rank} ({host}, pid {pid})"
+            process.pid = pid if (host, namespace) == (_THIS_PROCESS[0], _THIS_PROCESS[2]) else None
 
-    def _judge(self) -> str | None:
-        """The line that ends the run, or nothing. Rank 0 judges all; the others judge it, and who is on their machine."""
+    def _find_lost_process(self) -> str | None:
+        """Return the line that ends the run, or None. Rank 0 checks all; the others check rank 0 and their own machine."""
         assert self._store is not None
-        if self._store.check(["verdict"]):
-            return self._store.get("verdict").decode()
+        if self._store.check(["diagnosis"]):
+            return self._store.get("diagnosis").decode()
         now = time.monotonic()
-        watched = {rank: seen for rank, seen in self._seen.items() if distributed.rank() == 0 or rank == 0}
-        front = max(seen.places for seen in watched.values())
-        for rank, seen in self._seen.items():
-            if seen.pid is not None and not _alive(seen.pid):
-                verdict = f"{seen.who} died, last at {seen.place}"
+        watched = {rank: process for rank, process in self._processes.items() if distributed.rank() == 0 or rank == 0}
+        most_marks = max(process.marks for process in watched.values())
+        for rank, process in self._processes.items():
+            silent, still = now - process.heartbeat_time, now - process.mark_time
+            if process.pid is not None and not _is_running(process.pid):
+                diagnosis = f"{process.name} died, last at {process.position}"
             elif rank not in watched:
                 continue
-            elif now - seen.beat > self.limit:
-                verdict = f"{seen.who} is gone: no sign of it for {now - seen.beat:.0f} s, last at {seen.place}"
-            elif seen.places < front and now - seen.moved > self.limit:
-                verdict = f"{seen.who} hangs: for {now - seen.moved:.0f} s at {seen.place} while others wait"
+            elif silent > self.limit:
+                diagnosis = f"{process.name} is dead: no heartbeat for {silent:.0f} s, last at {process.position}"
+            elif process.marks < most_marks and still > self.limit:
+                diagnosis = f"{process.name} stalled: for {still:.0f} s at {process.position} while others wait"
             else:
                 continue
-            if not self._store.check([f"end/{rank}"]):  # neither done nor has it said its own error
-                return self._publish(verdict)
+            if not self._store.check([f"end/{rank}"]):  # it neither finished nor reported an error of its own
+                return self._publish(diagnosis)
         return None
 
-    def _publish(self, verdict: str) -> str:
-        """The first verdict counts, whoever finds it."""
+    def _publish(self, diagnosis: str) -> str:
+        """Store the diagnosis if no process has stored one; return the stored one, which is the same on all processes."""
         assert self._store is not None
-        return self._store.compare_set("verdict", "", verdict).decode()
+        return self._store.compare_set("diagnosis", "", diagnosis).decode()
 
-    def _end(self, verdict: str) -> None:
-        why = f"{verdict}{_ENDS}"
-        if distributed.is_first_to_report(why):
-            print(f"clipfuse: {why}", file=sys.stderr, flush=True)
-            self._record(why)
+    def _end_process(self, diagnosis: str) -> None:
+        reason = f"{diagnosis}{_RUN_ENDS}"
+        if distributed.is_first_to_report(reason):
+            print(f"clipfuse: {reason}", file=sys.stderr, flush=True)
+            self._record(reason)
         sys.stdout.flush()
         os._exit(1)
 
     # -----------------------------------------------------------------------------------------------------------------
-    # The roll call
+    # After an exception: find the process that failed first
 
     def diagnose(self, error: BaseException) -> UserError | None:
-        """Called on every process whose main thread met an exception: the line that names who began it.
+        """Return the error that names the process that failed first. Every process whose main thread raised calls it.
 
-        None where this process failed by itself (its own error says it all) or where nothing is known.
+        None if this process failed by itself, since `error` explains that, or if the cause is unknown.
         """
         if self._store is None:
             return None
-        collective = isinstance(error, RuntimeError) and bool(_COLLECTIVE.search(str(error)))
-        own = error if isinstance(error, UserError | MemoryError) or not collective else None
-        said = "" if own is None else (str(own) if isinstance(own, UserError) else f"{type(own).__name__}: {_first_line(own)}")
+        is_collective = isinstance(error, RuntimeError) and bool(_COLLECTIVE_ERROR.search(str(error)))
+        cause = error if isinstance(error, UserError | MemoryError) or not is_collective else None
+        message = ""
+        if cause is not None:
+            message = str(cause) if isinstance(cause, UserError) else f"{type(cause).__name__}: {_first_line(cause)}"
         try:
-            self._store.set(f"end/{distributed.rank()}", json.dumps([own is not None, said]))
-            if own is not None:
+            self._store.set(f"end/{distributed.rank()}", json.dumps([cause is not None, message]))
+            if cause is not None:
                 return None
-            self._explaining.set()
-            told = self._call_roll()
+            self._diagnosing.set()
+            diagnosis = self._find_failed_process()
         except (RuntimeError, ValueError):  # torch's store errors
-            told = UserError(f"process 0, or the launcher that holds the rendezvous, is gone{_ENDS}")
-        if told is not None and distributed.is_first_to_report(f"recorded: {told}"):
-            self._record(str(told))
-        return told
+            diagnosis = UserError(f"process 0, or the launcher that holds the rendezvous, is gone{_RUN_ENDS}")
+        if diagnosis is not None and distributed.is_first_to_report(f"recorded: {diagnosis}"):
+            self._record(str(diagnosis))
+        return diagnosis
 
-    def _call_roll(self) -> UserError | None:
+    def _find_failed_process(self) -> UserError | None:
+        """Wait for the other processes to report their errors; return the error of the one that failed, died or is absent."""
         assert self._store is not None
         missing = [rank for rank in range(distributed.world_size()) if rank != distributed.rank()]
         begin = time.monotonic()
-        # Beats in which a live process must move, and time for the others to fail as this one did.
+        # Long enough for a heartbeat of every live process, and for the others to fail as this one did.
         while missing and time.monotonic() - begin < max(2.0, 4 * self.every):
-            self._look(everyone=True)
+            self._read_heartbeats(all_ranks=True)
             for rank in [r for r in missing if self._store.check([f"end/{r}"])]:
                 missing.remove(rank)
-                own, said = json.loads(self._store.get(f"end/{rank}"))
-                if own:
-                    return UserError(f"{self._seen[rank].who} failed: {said}{_ENDS}")
-            dead = [seen for seen in (self._seen[r] for r in missing) if seen.pid is not None and not _alive(seen.pid)]
-            if dead or self._store.check(["verdict"]):
-                return UserError(self._publish(f"{dead[0].who} died, last at {dead[0].place}" if dead else "") + _ENDS)
+                is_cause, message = json.loads(self._store.get(f"end/{rank}"))
+                if is_cause:
+                    return UserError(f"{self._processes[rank].name} failed: {message}{_RUN_ENDS}")
+            absent = [self._processes[r] for r in missing]
+            dead = [process for process in absent if process.pid is not None and not _is_running(process.pid)]
+            if dead or self._store.check(["diagnosis"]):
+                return UserError(self._publish(f"{dead[0].name} died, last at {dead[0].position}" if dead else "") + _RUN_ENDS)
             time.sleep(min(0.2, self.every))
         if not missing:
             return None
-        silent = [r for r in missing if self._seen[r].beat <= begin + self.every]
-        named = self._seen[(silent or missing)[0]]
-        return UserError(self._publish(f"{named.who} {'is gone' if silent else 'hangs'}, last at {named.place}") + _ENDS)
+        silent = [r for r in missing if self._processes[r].heartbeat_time <= begin + self.every]
+        process = self._processes[(silent or missing)[0]]
+        state = "is dead" if silent else "stalled"
+        return UserError(self._publish(f"{process.name} {state}, last at {process.position}") + _RUN_ENDS)
 
 
-class _Seen:
-    """What is known of a process: its last beat, and when beat and place last changed (monotonic seconds)."""
+class _ProcessState:
+    """The last heartbeat of one process, and when its count and its marks last changed (monotonic seconds)."""
 
-    def __init__(self, count: int, places: int, beat: float, moved: float) -> None:
-        self.count, self.places, self.beat, self.moved = count, places, beat, moved
-        self.place, self.who = "", ""
+    def __init__(self, count: int, marks: int, heartbeat_time: float, mark_time: float) -> None:
+        self.count, self.marks, self.heartbeat_time, self.mark_time = count, marks, heartbeat_time, mark_time
+        self.position, self.name = "", ""
         self.pid: int | None = None
-        """Its number here, where it runs on this machine."""
+        """None for a process on another machine or in another container."""
 
 
-def _alive(pid: int) -> bool:
-    """Whether the process runs; one that ended and waits for its launcher to notice does not."""
+def _is_running(pid: int) -> bool:
+    """Return whether a process runs; a zombie, which ended but was not yet reaped by its launcher, does not."""
     try:
         os.kill(pid, 0)
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
@@ -225,13 +233,13 @@ def _alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except FileNotFoundError:
-        return not os.path.exists("/proc/self")  # gone between the two, or a system without /proc
+        return not os.path.exists("/proc/self")  # it ended between the two calls, or this system has no /proc
     except PermissionError:
         return True
 
 
-def _namespace() -> int:
-    """Which process numbers are meant: containers on one machine count for themselves."""
+def _pid_namespace() -> int:
+    """Return the id of the pid namespace: containers on one machine have their own pids. 0 if it is unknown."""
     try:
         return os.stat("/proc/self/ns/pid").st_ino
     except OSError:
@@ -242,4 +250,4 @@ def _first_line(error: Any) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-_ME = (os.uname().nodename, os.getpid(), _namespace())
+_THIS_PROCESS = (os.uname().nodename, os.getpid(), _pid_namespace())

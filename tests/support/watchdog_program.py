@@ -1,4 +1,7 @@
-"""A group, a heartbeat and an all_reduce a step: what test_heartbeat.py starts. Arguments: MODE TIMEOUT."""
+"""A program with a process group, a watchdog and one all_reduce per step, started by test_watchdog.py.
+
+Arguments: MODE TIMEOUT. In step 10, rank 1 fails in the way that MODE names ("nothing" = it does not).
+"""
 
 from __future__ import annotations
 
@@ -19,30 +22,30 @@ def main() -> int:
     mode, timeout = sys.argv[1], float(sys.argv[2])
     distributed.setup(60)
     distributed.set_timeout(timeout)
-    with Watchdog(timeout, lambda why: print(f"recorded: {why}", flush=True)) as watchdog:
+    with Watchdog(timeout, lambda reason: print(f"recorded: {reason}", flush=True)) as watchdog:
         try:
             for step in range(30):
-                disturbed = step == 10 and distributed.rank() == 1
+                fails_here = step == 10 and distributed.rank() == 1
                 watchdog.mark(step, "waiting for data")
-                if disturbed and mode == "die":
+                if fails_here and mode == "die":
                     os.kill(os.getpid(), signal.SIGKILL)
-                if disturbed and mode == "freeze":
+                if fails_here and mode == "freeze":
                     os.kill(os.getpid(), signal.SIGSTOP)
-                if disturbed and mode == "raise":
+                if fails_here and mode == "raise":
                     raise ValueError("boom")
-                if disturbed and mode == "refuse":
+                if fails_here and mode == "refuse":
                     raise UserError("the disk is full")
-                if disturbed and mode == "data":
+                if fails_here and mode == "data":
                     time.sleep(1000)
                 watchdog.mark(step, "computing")
-                if disturbed and mode == "compute":
+                if fails_here and mode == "compute":
                     time.sleep(1000)
                 time.sleep(0.05)
                 distributed.maximum(torch.tensor(0))
         except Exception as error:
-            told = watchdog.diagnose(error)
-            if told is not None:
-                raise told from error
+            diagnosis = watchdog.diagnose(error)
+            if diagnosis is not None:
+                raise diagnosis from error
             raise
     distributed.barrier()
     distributed.shutdown()

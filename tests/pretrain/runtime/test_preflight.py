@@ -41,7 +41,7 @@ def test_sound_worlds_pass(env: dict[str, str]) -> None:
         ({"OMPI_COMM_WORLD_SIZE": "4"}, "mpirun started 4 tasks that do not know each other"),
         # two tasks, each with a torchrun of its own
         (GROUP | {"SLURM_STEP_NUM_TASKS": "2", "GROUP_WORLD_SIZE": "1"}, "srun started 2 tasks that do not know each other"),
-        (GROUP | {"LOCAL_RANK": "2", "RANK": "2", "WORLD_SIZE": "4"}, "number 2 on its machine, which has 2 GPUs"),
+        (GROUP | {"LOCAL_RANK": "2", "RANK": "2", "WORLD_SIZE": "4"}, "number 2 on its node, which has 2 GPUs"),
     ],
 )
 def test_lonely_copies_are_refused(env: dict[str, str], line: str) -> None:

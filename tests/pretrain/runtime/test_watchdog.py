@@ -39,9 +39,9 @@ def world(mode: str, folder: Path, size: int = 2) -> tuple[list[int], str]:
         ("die", r"process 1 \(.*, pid \d+\) died, last at step \d+, ", [1, -signal.SIGKILL]),
         ("raise", r"process 1 \(.*\) failed: ValueError: boom; ", [1, 1]),
         ("refuse", r"process 1 \(.*\) failed: the disk is full; ", [1, 1]),
-        ("data", r"process 1 \(.*\) hangs: for \d+ s at step 10, waiting for data while others wait; ", [1, 1]),
-        ("compute", r"process 1 \(.*\) hangs, last at step 10, computing; ", [1, 1]),
-        ("freeze", r"process 1 \(.*\) is gone: no sign of it for \d+ s, last at step \d+, ", [1, -signal.SIGKILL]),
+        ("data", r"process 1 \(.*\) stalled: for \d+ s at step 10, waiting for data while others wait; ", [1, 1]),
+        ("compute", r"process 1 \(.*\) stalled, last at step 10, computing; ", [1, 1]),
+        ("freeze", r"process 1 \(.*\) is dead: no heartbeat for \d+ s, last at step \d+, ", [1, -signal.SIGKILL]),
     ],
 )
 def test_the_lost_process_is_named(mode: str, line: str | None, codes: list[int], tmp_path: Path) -> None:
