@@ -1,4 +1,4 @@
-"""Invariant 3 for one process: stopped anywhere, by anything, a run goes on bit for bit."""
+"""A run of one process that was stopped, by a signal or kill -9 at any moment, resumes bit for bit."""
 
 import os
 import random
@@ -31,25 +31,25 @@ def settings(small: Small, run: Path, workers: int, *more: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def straight(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that was never stopped."""
-    run = tmp_path_factory.mktemp("straight") / "run"
+def uninterrupted(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was never stopped."""
+    run = tmp_path_factory.mktemp("uninterrupted") / "run"
     run_clipfuse("pretrain", "scenes", *settings(small, run, 0), cwd=run.parent)
     return run
 
 
-def start(small: Small, run: Path, workers: int) -> subprocess.Popen[bytes]:
+def start_run(small: Small, run: Path, workers: int) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "launch.cli", "pretrain", "scenes", *settings(small, run, workers)]
     with (run.parent / "log.txt").open("ab") as log:
         return subprocess.Popen(command, cwd=run.parent, env=environment(), stdout=log, stderr=log, start_new_session=True)
 
 
-def same(run: Path, straight: Path) -> None:
-    assert read_losses(run) == read_losses(straight)
+def assert_equal_runs(run: Path, uninterrupted: Path) -> None:
+    assert read_losses(run) == read_losses(uninterrupted)
     assert list(read_losses(run)) == list(range(1, STEPS + 1))
-    assert read_sample_keys(run) == read_sample_keys(straight)
+    assert read_sample_keys(run) == read_sample_keys(uninterrupted)
     last = f"checkpoints/step-{STEPS:07d}/model.safetensors"
-    assert (run / last).read_bytes() == (straight / last).read_bytes()
+    assert (run / last).read_bytes() == (uninterrupted / last).read_bytes()
 
 
 STOPS = [
@@ -59,23 +59,25 @@ STOPS = [
     (signal.SIGINT, 1),
     (signal.SIGUSR1, 0),
 ]
-"""(signal, data.workers): each stops what the one before left."""
+"""(signal, data.workers) of each stop; the run resumes after each."""
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_stopped_by_anything_at_random_moments(small: Small, straight: Path, tmp_path: Path) -> None:
-    """Five stops of one run: the two kill -9 say nothing, the others save, end with 75 and say how to go on."""
-    run, dice, at = tmp_path / "run", random.Random(0), 0
+def test_a_run_stopped_five_times_at_random_moments_equals_one_never_stopped(
+    small: Small, uninterrupted: Path, tmp_path: Path
+) -> None:
+    """Two stops are kill -9, which print nothing; the others save, exit with 75 and print the command that resumes."""
+    run, rng, stop_step = tmp_path / "run", random.Random(0), 0
     metrics, log = run / "metrics.jsonl", tmp_path / "log.txt"
     for number, workers in STOPS:
-        at += dice.randint(2, 20)
+        stop_step += rng.randint(2, 20)
         before = len(log.read_text()) if log.exists() else 0
-        process = start(small, run, workers)
+        process = start_run(small, run, workers)
         try:
-            while process.poll() is None and (not metrics.exists() or max(read_losses(run), default=0) < at):
+            while process.poll() is None and (not metrics.exists() or max(read_losses(run), default=0) < stop_step):
                 time.sleep(0.01)
-            time.sleep(dice.random() * 0.05)
+            time.sleep(rng.random() * 0.05)
             assert process.poll() is None, log.read_text()[-3000:]
             if number != signal.SIGKILL:
                 process.send_signal(number)
@@ -85,10 +87,10 @@ def test_stopped_by_anything_at_random_moments(small: Small, straight: Path, tmp
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         if number != signal.SIGKILL:
-            said = log.read_text()[before:]
-            assert f"stopped by {number.name}" in said
-            assert "resume with: clipfuse pretrain" in said
-        at = max(read_losses(run))
-        assert read_losses(run).items() <= read_losses(straight).items()
+            output = log.read_text()[before:]
+            assert f"stopped by {number.name}" in output
+            assert "resume with: clipfuse pretrain" in output
+        stop_step = max(read_losses(run))
+        assert read_losses(run).items() <= read_losses(uninterrupted).items()
     run_clipfuse("pretrain", "scenes", *settings(small, run, 3), cwd=tmp_path)
-    same(run, straight)
+    assert_equal_runs(run, uninterrupted)
