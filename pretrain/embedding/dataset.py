@@ -1,14 +1,14 @@
-"""Embeddings of a whole collection: any number of shards, processes and interruptions, each sample exactly once.
+"""The embedding folder: the files that hold the embeddings of a data set, and the manifest that lists them.
 
-    _manifest.json             whose embeddings, of which data, in which files; complete or not
-    00000-train-0000.parquet   of one shard, of a part of a large one, or of several small ones: see parquet.py
+    _manifest.json             the model, the data, the settings and the files; whether all are complete
+    00000-train-0000.parquet   the samples of one shard, of a slice of a large one, or of several small ones: see parquet.py
 
-The samples are cut into parts once, when the collection is begun; a part is a file. Processes take parts from a common
-counter, so that a slow one holds up nobody, and write each under a hidden name until it is whole. What a kill leaves behind
-is whole files: the same command does the rest, on any number of processes. A batch never crosses a part, so that a file is
-the same whoever wrote it and when.
+The samples are divided into work units once, when the folder is created; each work unit becomes one file. Processes take
+work units from a shared counter, so that a slow process delays no other. A file is written under a hidden name until it is
+complete, so that a killed job leaves complete files only. The same command then does the rest, on any number of processes.
+A batch never crosses a work unit: a file has the same content whichever process wrote it, and when.
 
-embed_files.py does the work; here is what a collection is: its parts, its manifest, its folder.
+job.py does the work; this module knows the work units, the manifest and the folder.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from pretrain.runtime.files import write_json
 
 FORMAT = "clipfuse embeddings 1"
 MANIFEST = "_manifest.json"
-"""Readers of Parquet folders pass over names that begin with an underscore."""
+"""Readers of Parquet folders skip names that begin with an underscore."""
 
 
 @dataclass(frozen=True)
@@ -44,96 +44,112 @@ class WorkUnit:
 
     file: str
     ranges: tuple[tuple[int, int, int], ...]
-    """(shard, first sample, end) each."""
+    """(shard, first sample, end) for each shard that the file covers, in order."""
 
     @property
     def samples(self) -> int:
-        """How many."""
+        """The number of samples."""
         return sum(end - first for _, first, end in self.ranges)
 
 
-def build_work_units(names: list[str], numbers: list[int], most: int) -> list[WorkUnit]:
-    """Shards and their counts -> parts of at most `most` samples: small shards together, large ones in equal pieces."""
+def build_work_units(names: list[str], counts: list[int], limit: int) -> list[WorkUnit]:
+    """Divide shards into work units: small shards together, large ones into slices of equal size.
+
+    Args:
+        names: the file name of each shard.
+        counts: the number of samples of each shard.
+        limit: the most samples that a work unit may have.
+    """
     ranges: list[list[tuple[int, int, int]]] = []
-    room = 0
-    for shard, count in enumerate(numbers):
-        pieces = -(-count // most)
-        for i in range(pieces):
-            piece = (shard, count * i // pieces, count * (i + 1) // pieces)
-            if pieces == 1 and count <= room:
-                ranges[-1].append(piece)
-                room -= count
+    free = 0  # samples that the last work unit may still take
+    for shard, count in enumerate(counts):
+        slices = -(-count // limit)
+        for i in range(slices):
+            bounds = (shard, count * i // slices, count * (i + 1) // slices)
+            if slices == 1 and count <= free:
+                ranges[-1].append(bounds)
+                free -= count
             else:
-                ranges.append([piece])
-                room = most - count if pieces == 1 else 0
-    stems = [re.sub(r"[^\w.-]", "_", names[each[0][0]].removesuffix(".tar"))[:80] for each in ranges]
-    return [WorkUnit(f"{i:05d}-{stem}.parquet", tuple(each)) for i, (each, stem) in enumerate(zip(ranges, stems, strict=True))]
+                ranges.append([bounds])
+                free = limit - count if slices == 1 else 0
+    stems = [re.sub(r"[^\w.-]", "_", names[unit[0][0]].removesuffix(".tar"))[:80] for unit in ranges]
+    return [WorkUnit(f"{i:05d}-{stem}.parquet", tuple(unit)) for i, (unit, stem) in enumerate(zip(ranges, stems, strict=True))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Whose embeddings, of what
+# Identity of model and data
 
 
 def fingerprint_model(loaded: LoadedModel) -> str:
-    """A name for all that an embedding depends on: weights, architecture, preprocessing, tokenizer."""
-    said = hashlib.sha256()
+    """Return a hash of all that an embedding depends on: weights, architecture, preprocessing, tokenizer."""
+    sha256 = hashlib.sha256()
     for name, tensor in sorted([*loaded.model.state_dict().items(), *loaded.model.named_buffers()]):
         flat = tensor.detach().cpu().contiguous().view(-1)
-        said.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        said.update(flat.view(torch.uint8).numpy())
+        sha256.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        sha256.update(flat.view(torch.uint8).numpy())
     incidental = {"tokenizer", "name", "pretrained", "trainable_blocks", "checkpointing", "patch_dropout", "groups"}
     for modality in loaded.model.towers:
         config = getattr(loaded.config, modality, None) or loaded.config.others.get(modality)
-        plain = {k: v for k, v in asdict(config).items() if k not in incidental} if config is not None else {}
-        said.update(json.dumps([modality, plain], sort_keys=True, default=str).encode())
+        relevant = {k: v for k, v in asdict(config).items() if k not in incidental} if config is not None else {}
+        sha256.update(json.dumps([modality, relevant], sort_keys=True, default=str).encode())
     if "text" in loaded.decoders:
         ids, mask = loaded.decoders["text"].encode(["", "A red cup, left of 12 boxes; naïve Ωμέγα 猫 🐈.", "word " * 1000])
-        said.update(json.dumps([ids.tolist(), mask.tolist()]).encode())
-    return said.hexdigest()[:32]
+        sha256.update(json.dumps([ids.tolist(), mask.tolist()]).encode())
+    return sha256.hexdigest()[:32]
 
 
 def fingerprint_json(value: Any) -> str:
-    """A name for plain values."""
+    """Return a hash of plain values."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-def _differs(old: dict[str, Any], new: dict[str, Any], out: Path) -> str | None:
-    """Why a collection cannot be gone on with, in words."""
+def _find_difference(old: dict[str, Any], new: dict[str, Any], out: Path) -> str | None:
+    """Return why a job with the manifest `new` cannot continue the folder with the manifest `old`, or None."""
     if old.get("format") != FORMAT:
         return f"{out}/{MANIFEST} is not of {FORMAT}; choose another --out"
     if old["model"]["fingerprint"] != new["model"]["fingerprint"]:
-        whose = [f"{m['from']} (step {m['step']}, {m['fingerprint'][:8]})" for m in (old["model"], new["model"])]
-        return f"{out} holds embeddings of another model, {whose[0]}; this one is {whose[1]}: give it its own --out"
+        models = [f"{m['from']} (step {m['step']}, {m['fingerprint'][:8]})" for m in (old["model"], new["model"])]
+        return f"{out} holds embeddings of another model, {models[0]}; this one is {models[1]}: give it its own --out"
     if old["data"]["fingerprint"] != new["data"]["fingerprint"]:
         sizes = [f"{d['samples']:,} samples in {d['shards']:,} shards" for d in (old["data"], new["data"])]
         return f"{out} holds embeddings of other data, {sizes[0]}; these are {sizes[1]}: give them their own --out"
-    for key, was in old["settings"].items():
-        if was != new["settings"].get(key):
+    for key, before in old["settings"].items():
+        if before != new["settings"].get(key):
             now = new["settings"].get(key) or "its default"
-            return f"{out} was begun with {key} {was or 'left at its default'}, now it is {now}; choose another --out"
+            return f"{out} was begun with {key} {before or 'left at its default'}, now it is {now}; choose another --out"
     return None
 
 
 @dataclass
 class EmbeddingPlan:
-    """What is to be done."""
+    """Which files an embedding folder has, and which of them are still to be written."""
 
-    parts: list[WorkUnit]
-    todo: list[int]
-    """Parts without a file."""
-    there: int
-    """Samples of the others."""
+    units: list[WorkUnit]
+    pending: list[int]
+    """Indices of the work units that have no file yet."""
+    samples_done: int
+    """Samples of the other work units."""
 
 
 class EmbeddingFolder:
-    """The collection's folder, locked by one command at a time. Rank 0 only."""
+    """The folder on disk, locked by one command at a time. Rank 0 only."""
 
     def __init__(self, out: Path) -> None:
         self.path = out
         self._lock: IO[str] | None = None
 
-    def open(self, new: dict[str, Any], names: list[str], numbers: list[int]) -> EmbeddingPlan:
-        """Takes the lock, compares or writes the manifest, clears what a kill left half written. Raises UserError."""
+    def open(self, new: dict[str, Any], names: list[str], counts: list[int]) -> EmbeddingPlan:
+        """Lock the folder, compare or write its manifest, and remove unfinished files of a killed job.
+
+        Args:
+            new: the manifest of this job; gets the folder's `per_file` if there is one, and `files`.
+            names: the file name of each shard.
+            counts: the number of samples of each shard.
+
+        Raises:
+            UserError: another command is writing the folder, it cannot be written, or it holds other files or the
+                embeddings of another model, of other data or with other settings.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("a+")
@@ -145,80 +161,84 @@ class EmbeddingFolder:
         others = [path.name for path in self.path.iterdir() if not path.name.startswith(".")]
         if MANIFEST in others:
             old = read_manifest(self.path)
-            if problem := _differs(old, new, self.path):
-                raise UserError(problem)
+            if difference := _find_difference(old, new, self.path):
+                raise UserError(difference)
             new["per_file"] = old["per_file"]
         elif others:
             raise UserError(f"{self.path} exists and holds other files ({others[0]}); choose another --out")
-        plan = EmbeddingPlan(build_work_units(names, numbers, new["per_file"]), [], 0)
+        plan = EmbeddingPlan(build_work_units(names, counts, new["per_file"]), [], 0)
         new["files"] = [
-            {"file": part.file, "samples": [[names[shard], first, end] for shard, first, end in part.ranges]}
-            for part in plan.parts
+            {"file": unit.file, "samples": [[names[shard], first, end] for shard, first, end in unit.ranges]}
+            for unit in plan.units
         ]
-        for left in self.path.glob(".*.partial"):
-            left.unlink()
-        for i, footer in enumerate(self.footers(plan.parts)):
+        for unfinished in self.path.glob(".*.partial"):
+            unfinished.unlink()
+        for i, footer in enumerate(self.read_footers(plan.units)):
             if footer is None:
-                plan.todo.append(i)
+                plan.pending.append(i)
                 continue
             if footer["model"] != new["model"]["fingerprint"]:
-                raise UserError(f"{self.path / plan.parts[i].file} holds embeddings of another model; choose another --out")
-            plan.there += plan.parts[i].samples
-        if plan.todo:
+                raise UserError(f"{self.path / plan.units[i].file} holds embeddings of another model; choose another --out")
+            plan.samples_done += plan.units[i].samples
+        if plan.pending:
             write_json(self.path / MANIFEST, new)
         return plan
 
-    def footers(self, parts: list[WorkUnit]) -> list[dict[str, Any] | None]:
-        """What the files say of themselves; None for those that are not there, or not whole."""
+    def read_footers(self, units: list[WorkUnit]) -> list[dict[str, Any] | None]:
+        """Return the footer of each work unit's file; None where the file is missing or incomplete."""
         with ThreadPoolExecutor(16) as pool:
-            return list(pool.map(parquet.read_footer, [self.path / part.file for part in parts]))
+            return list(pool.map(parquet.read_footer, [self.path / unit.file for unit in units]))
 
-    def seal(self, new: dict[str, Any], parts: list[WorkUnit]) -> tuple[int, Counter[str]]:
-        """Rows and left-out samples of all files, written into the manifest as complete. Raises UserError."""
-        found = [footer for footer in self.footers(parts) if footer is not None]
-        if len(found) < len(parts):
-            missing = len(parts) - len(found)
-            raise UserError(f"{missing} of {len(parts)} files in {self.path} are missing; the same command writes them")
-        rows, bad = sum(footer["rows"] for footer in found), sum((Counter(footer["bad"]) for footer in found), Counter())
-        for entry, footer in zip(new["files"], found, strict=True):
+    def seal(self, new: dict[str, Any], units: list[WorkUnit]) -> tuple[int, Counter[str]]:
+        """Mark the folder as complete in its manifest; return its rows, and the skipped samples by reason.
+
+        Raises UserError where a file is missing.
+        """
+        footers = [footer for footer in self.read_footers(units) if footer is not None]
+        if len(footers) < len(units):
+            missing = len(units) - len(footers)
+            raise UserError(f"{missing} of {len(units)} files in {self.path} are missing; the same command writes them")
+        rows, bad = sum(footer["rows"] for footer in footers), sum((Counter(footer["bad"]) for footer in footers), Counter())
+        for entry, footer in zip(new["files"], footers, strict=True):
             entry["rows"] = footer["rows"]
         write_json(self.path / MANIFEST, {**new, "complete": True, "rows": rows, "left_out": dict(bad)})
         return rows, bad
 
     def close(self) -> None:
-        """Gives the lock back."""
+        """Release the lock."""
         if self._lock is not None:
             self._lock.close()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a collection. Raises UserError."""
+    """Return the manifest of an embedding folder. Raises UserError where it cannot be read."""
     try:
-        found: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / MANIFEST} cannot be read: {error}") from error
-    return found
+    return manifest
 
 
 def is_embedding_folder(where: Any) -> bool:
-    """Whether this names a folder of embeddings rather than shards."""
+    """Return whether `where` names an embedding folder rather than shards."""
     return isinstance(where, str | Path) and (Path(where) / MANIFEST).is_file()
 
 
 def load(folder: str | Path, loaded: LoadedModel | None = None, label: str = "label") -> EmbeddedSplit:
-    """A complete collection of pictures and captions in memory, its rows in the order of the shards.
+    """Load the image and text embeddings of a complete embedding folder; rows are in the order of the shards.
 
     Args:
-        loaded: refuses the embeddings of any other model.
+        folder: the embedding folder.
+        loaded: the model that must have made the embeddings; None accepts those of any model.
         label: field of the json with a sample's class.
 
     Raises:
-        UserError: it is not complete, has no pictures, or is another model's.
+        UserError: the folder is incomplete, has no image embeddings, or holds those of another model.
     """
     path = Path(folder)
     manifest = read_manifest(path)
     if manifest.get("format") != FORMAT or not manifest["complete"]:
-        raise UserError(f"{path} is not a complete collection; the clipfuse embed that began it goes on with it")
+        raise UserError(f"{path} is not a complete embedding folder; the clipfuse embed command that began it finishes it")
     if loaded is not None and fingerprint_model(loaded) != manifest["model"]["fingerprint"]:
         raise UserError(
             f"{path} holds embeddings of {manifest['model']['from']} (step {manifest['model']['step']}), "
@@ -226,23 +246,23 @@ def load(folder: str | Path, loaded: LoadedModel | None = None, label: str = "la
         )
     tables = [pq.read_table(path / entry["file"]) for entry in manifest["files"]]
     if not tables or "image" not in tables[0].column_names:
-        raise UserError(f"{path} holds no embeddings of pictures")
+        raise UserError(f"{path} holds no image embeddings")
     table = pa.concat_tables(tables)
     image = torch.from_numpy(parquet.to_numpy(table["image"])).float()
-    own: list[list[str]] = [[]] * len(table)
+    captions: list[list[str]] = [[]] * len(table)
     text = torch.zeros(0, image.shape[1])
     if "text" in table.column_names:
-        several = "captions" in table.column_names
-        own = table["captions"].to_pylist() if several else [[caption] for caption in table["caption"].to_pylist()]
+        has_lists = "captions" in table.column_names
+        captions = table["captions"].to_pylist() if has_lists else [[caption] for caption in table["caption"].to_pylist()]
         vectors = table["text"].combine_chunks()
-        text = torch.from_numpy(parquet.to_numpy(vectors.flatten() if several else vectors)).float()
-    notes = [json.loads(each) if each else {} for each in table["json"].to_pylist()]
+        text = torch.from_numpy(parquet.to_numpy(vectors.flatten() if has_lists else vectors)).float()
+    metadata = [json.loads(encoded) if encoded else {} for encoded in table["json"].to_pylist()]
     return EmbeddedSplit(
         image=image,
         text=text,
-        image_index=torch.tensor([i for i, captions in enumerate(own) for _ in captions], dtype=torch.int64),
+        image_index=torch.tensor([i for i, texts in enumerate(captions) for _ in texts], dtype=torch.int64),
         pooled=torch.zeros(len(image), 0),
         keys=table["key"].to_pylist(),
-        captions=[caption for captions in own for caption in captions],
-        labels=[note.get(label) for note in notes],
+        captions=[caption for texts in captions for caption in texts],
+        labels=[values.get(label) for values in metadata],
     )

@@ -1,10 +1,9 @@
-"""Batches -> embeddings, one batch after the other: what whole splits (embed.py) and whole collections (collection.py) go
-through.
+"""Encode batches one after the other; splits (split.py) and whole data sets (job.py) are embedded through it.
 
-The model's train and eval modes are left as they were found, and no global random generator is drawn from.
+A model keeps its train and eval modes, and no global random generator is drawn from.
 
-Shapes: b = samples of a batch, m = texts, D = embedding width, P = width of a tower's pooled output, N = tokens, C = their
-width.
+Shapes: b = samples of a batch, m = texts, D = embedding width, P = width of a tower's pooled output, N = tokens, C = width
+of a tower's tokens.
 """
 
 from __future__ import annotations
@@ -30,30 +29,34 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass
 class EncodedBatch:
-    """A batch in the shared space, on the CPU."""
+    """The embeddings of a batch, on the CPU."""
 
     keys: list[str]
-    rows: dict[str, Tensor]
-    """By modality, L2-normalised: (b, D); of texts (m, D), those of a sample's captions one after the other."""
+    embeddings: dict[str, Tensor]
+    """By modality, L2-normalized: (b, D); of texts (m, D), the captions of each sample one after the other."""
     captions: list[list[str]]
-    """All captions of each sample; empty where there is no text."""
+    """All captions of each sample; empty if the batch has no text."""
     json: list[dict[str, Any]]
     """The json of each sample."""
     pooled: dict[str, Tensor]
-    """By modality (b, P): the tower's own output in float32; empty where it was not asked for."""
+    """By modality (b, P): the tower's pooled output in float32; empty unless requested."""
     tokens: dict[str, TokenSequence]
-    """By modality: states (b, N, C) and their mask; empty where they were not asked for."""
+    """By modality: states (b, N, C) and their mask; empty unless requested."""
 
 
 class Encoder:
-    """Batches -> EncodedBatch, one after the other. On a GPU the next batch is under way before the last one is waited for.
+    """Encodes batches, one after the other. On a GPU the next batch is started before the last one is waited for.
 
     Args:
-        modalities: which of the model's; text: all captions of a sample.
-        pooled: keep the towers' own pooled output too.
-        tokens: keep token states: "own", the tower's (b, N, C); "shared", projected (b, N, D), of towers that pool by the
-            mean of their tokens. None keeps none.
-        dtype: of rows and token states; they are normalised in float32 before.
+        model: towers and projections, on `device`.
+        decoders: by modality; that of text tokenizes the captions.
+        device: where the towers run.
+        precision: fp32, bf16 or fp16, of the towers' matrix products.
+        modalities: which of the model's to encode; text means all captions of a sample.
+        pooled: return the towers' pooled output too.
+        tokens: return token states: "own", the tower's (b, N, C); "shared", projected (b, N, D), for towers that pool by
+            the mean of their tokens. None returns none.
+        dtype: of embeddings and token states; embeddings are normalized in float32 before.
     """
 
     def __init__(
@@ -70,70 +73,71 @@ class Encoder:
         self.model, self.device, self.precision, self.dtype = model, device, precision, dtype
         self.modalities, self.pooled, self.tokens = modalities, pooled, tokens
         self.seconds = 0.0
-        """What the towers took so far, reading, decoding and writing left out."""
-        self._encode = build_text_encoder(model, decoders, device, precision)
+        """Time the towers took so far, without reading, decoding and writing."""
+        self._encode_texts = build_text_encoder(model, decoders, device, precision)
 
     def stream(self, batches: Iterable[tuple[T, Batch | None]]) -> Iterator[tuple[T, EncodedBatch | None]]:
-        """Anything that comes with a batch leaves with it, in order; None stays None."""
+        """Yield the encoded batches in order, each with the object that came with the batch; None stays None."""
         waiting: deque[tuple[T, Callable[[], EncodedBatch] | None]] = deque()
         ahead = 1 if self.device.type == "cuda" else 0
         for tag, batch in batches:
-            waiting.append((tag, None if batch is None else self._begin(batch)))
+            waiting.append((tag, None if batch is None else self._start(batch)))
             if len(waiting) > ahead:
                 tag, finish = waiting.popleft()
                 yield tag, finish and finish()
         for tag, finish in waiting:
             yield tag, finish and finish()
 
-    def _begin(self, batch: Batch) -> Callable[[], EncodedBatch]:
-        """Starts a batch; the function waits for its end. On the CPU all is done at once."""
-        gpu = self.device.type == "cuda"
-        # Not around a yield: what the caller does meanwhile is its own.
+    def _start(self, batch: Batch) -> Callable[[], EncodedBatch]:
+        """Start encoding a batch and return a function that waits for the result. On the CPU all is done at once."""
+        is_gpu = self.device.type == "cuda"
+        # These contexts may not span a yield: the caller's code would run in them.
         with torch.inference_mode(), _autocast(self.device, self.precision):
-            if not gpu:
+            if not is_gpu:
                 begin = time.perf_counter()
-                out = self._encoded(batch)
+                encoded = self._encode_batch(batch)
                 self.seconds += time.perf_counter() - begin
-                return lambda: out
+                return lambda: encoded
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            out = self._encoded(batch.pin_memory().to(self.device, non_blocking=True))
+            encoded = self._encode_batch(batch.pin_memory().to(self.device, non_blocking=True))
             end.record()
 
         def finish() -> EncodedBatch:
             end.synchronize()
             self.seconds += start.elapsed_time(end) / 1000
-            return out
+            return encoded
 
         return finish
 
-    def _encoded(self, batch: Batch) -> EncodedBatch:
-        out = EncodedBatch(
-            batch.keys, {}, batch.targets.get("captions", []), batch.targets.get("json", [{}] * len(batch)), {}, {}
-        )
+    def _encode_batch(self, batch: Batch) -> EncodedBatch:
+        captions, metadata = batch.targets.get("captions", []), batch.targets.get("json", [{}] * len(batch))
+        encoded = EncodedBatch(batch.keys, {}, captions, metadata, {}, {})
         for modality in self.modalities:
-            if modality == "text" and any(len(own) > 1 for own in out.captions):  # the workers tokenized the first of each
-                out.rows["text"] = self._encode([text for own in out.captions for text in own], len(batch)).to(self.dtype)
+            if modality == "text" and any(len(texts) > 1 for texts in captions):  # workers tokenize only a sample's first
+                texts = [text for texts in captions for text in texts]
+                encoded.embeddings["text"] = self._encode_texts(texts, len(batch)).to(self.dtype)
                 continue
-            found = self.model.tower(modality)(batch.inputs[modality], batch.masks.get(modality))
+            output = self.model.tower(modality)(batch.inputs[modality], batch.masks.get(modality))
             project = self.model.projection(modality)
-            out.rows[modality] = self._brought(F.normalize(project(found.pooled).float(), dim=-1), self.dtype)
+            encoded.embeddings[modality] = _copy_to_cpu(F.normalize(project(output.pooled).float(), dim=-1), self.dtype)
             if self.pooled:
-                out.pooled[modality] = self._brought(found.pooled, torch.float32)
+                encoded.pooled[modality] = _copy_to_cpu(output.pooled, torch.float32)
             if self.tokens:
-                states = project(found.states) if self.tokens == "shared" else found.states
-                brought = self._brought(states, self.dtype), self._brought(found.mask, torch.bool)
-                out.tokens[modality] = TokenSequence(*brought, found.grid, out.rows[modality])
-        return out
+                states = project(output.states) if self.tokens == "shared" else output.states
+                copies = _copy_to_cpu(states, self.dtype), _copy_to_cpu(output.mask, torch.bool)
+                encoded.tokens[modality] = TokenSequence(*copies, output.grid, encoded.embeddings[modality])
+        return encoded
 
-    def _brought(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        """To the CPU, without waiting for the GPU."""
-        return tensor.to(dtype).to("cpu", non_blocking=True)
+
+def _copy_to_cpu(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Start copying a tensor to the CPU, without waiting for the GPU."""
+    return tensor.to(dtype).to("cpu", non_blocking=True)
 
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode inside; afterwards each module is in the mode it was in, frozen ones too."""
+    """Put the model in eval mode inside the block; afterwards every module has its former mode, frozen ones too."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -146,15 +150,15 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 def build_text_encoder(
     model: DualEncoder, decoders: Mapping[str, Any], device: torch.device, precision: str = "fp32", size: int = 256
 ) -> Callable[..., Tensor]:
-    """(texts, texts at a time) -> (m, D) float32 on the CPU, L2-normalised: sentences in the shared space."""
+    """Return encode(texts, batch_size=size) -> (m, D) float32 on the CPU, L2-normalized."""
 
-    def encode(texts: list[str], at_once: int = size) -> Tensor:
-        rows = []
+    def encode(texts: list[str], batch_size: int = size) -> Tensor:
+        chunks = []
         with eval_mode(model), torch.inference_mode(), _autocast(device, precision):
-            for start in range(0, len(texts), at_once):
-                ids, mask = decoders["text"].encode(texts[start : start + at_once])
-                rows.append(_rows(model.encode("text", ids.to(device), mask.to(device))))
-        return torch.cat(rows)
+            for start in range(0, len(texts), batch_size):
+                ids, mask = decoders["text"].encode(texts[start : start + batch_size])
+                chunks.append(_normalize(model.encode("text", ids.to(device), mask.to(device))))
+        return torch.cat(chunks)
 
     return encode
 
@@ -165,6 +169,6 @@ def _autocast(device: torch.device, precision: str) -> AbstractContextManager[An
     return torch.autocast(device.type, DTYPES[precision])
 
 
-def _rows(features: Tensor) -> Tensor:
-    """Unit length in float32 whatever the precision they came in, on the CPU."""
+def _normalize(features: Tensor) -> Tensor:
+    """Normalize features to unit length in float32, whatever their precision, and move them to the CPU."""
     return F.normalize(features.float(), dim=-1).cpu()

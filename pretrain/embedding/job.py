@@ -1,10 +1,10 @@
-"""python -m pretrain.embedding.job RUN --data SHARDS --out DIR: a whole collection -> embeddings, on one process or many.
+"""Embed a whole data set into files, on one process or many: python -m pretrain.embedding.job RUN --data SHARDS --out DIR
 
     embed(load_model("runs/first"), Options(["shards"], "embeddings"), device) -> Summary
 
-`clipfuse embed` and torchrun start this module once per process. Workers read and decode, this process encodes, a thread
-writes; what there is to do, and what was done before a kill, is collection.py's to know. Exit codes as everywhere: 75 after
-SIGTERM, SIGINT or SIGUSR1; the same command goes on.
+`clipfuse embed` and torchrun start this module once per process. Worker processes read and decode, this process encodes, a
+thread writes; dataset.py knows which files there are to write. Exit codes are those of all commands: 75 after SIGTERM, SIGINT
+or SIGUSR1, and the same command resumes.
 """
 
 from __future__ import annotations
@@ -44,109 +44,114 @@ from pretrain.runtime.entrypoint import DONE, STOPPED, EarlyStop, raise_on_stop_
 from pretrain.runtime.memory import is_out_of_memory
 
 PER_FILE = 16384
-"""Samples of a file: a few minutes' work of a CPU, seconds of a GPU."""
-SHARES = 4
-"""Files that a process should have at least to choose from, so that processes end together."""
+"""Most samples of a file by default: a few minutes of work for a CPU, seconds for a GPU."""
+FILES_PER_PROCESS = 4
+"""Files there should be for each process, at least, so that processes end at about the same time."""
 
 
 @dataclass
 class Summary:
-    """What there is now, and how long it took."""
+    """The content of the embedding folder, and the time that this command took."""
 
     out: str
     files: int
     samples: int
     """Rows in all files."""
     left_out: dict[str, int]
-    """Samples without a row because of their content, by reason."""
+    """Samples that have no row because of their content, by reason."""
     embedded: int
-    """Samples this command went through; the others were there."""
+    """Samples that this command processed; the others were there before."""
     seconds: float
     samples_per_second: float
     encoder_samples_per_second: float
-    """Of the towers alone, all processes together: the rate if reading, decoding and writing took no time."""
+    """Rate of the towers alone, all processes together, as if reading, decoding and writing took no time."""
     encoder_share: float
-    """Share of the processes' time in which the towers worked."""
+    """Fraction of the processes' time in which the towers worked."""
 
     def __str__(self) -> str:
         bad = sum(self.left_out.values())
         reasons = ", ".join(f"{reason} {n:,}" for reason, n in Counter(self.left_out).most_common(5))
-        there = f"{self.out}: {self.samples:,} samples in {self.files:,} file{'' if self.files == 1 else 's'}"
-        there += f", {bad:,} left out because of their content ({reasons})" if bad else ""
+        content = f"{self.out}: {self.samples:,} samples in {self.files:,} file{'' if self.files == 1 else 's'}"
+        content += f", {bad:,} left out because of their content ({reasons})" if bad else ""
         if not self.embedded:
-            return f"{there}; complete, nothing to do"
+            return f"{content}; complete, nothing to do"
         return (
-            f"{there}; {self.samples_per_second:,.1f} samples/s, the encoder alone {self.encoder_samples_per_second:,.1f} "
+            f"{content}; {self.samples_per_second:,.1f} samples/s, the encoder alone {self.encoder_samples_per_second:,.1f} "
             f"(it worked {100 * self.encoder_share:.0f}% of the {format_duration(self.seconds)})"
         )
 
 
 def embed(loaded: LoadedModel, options: Options, device: torch.device) -> Summary | None:
-    """Embeds what is not there yet; the summary on rank 0. Collective.
+    """Write the files that are missing in the embedding folder, and return a summary on rank 0. Collective.
+
+    Args:
+        loaded: the model.
+        options: which data, and how.
+        device: where the towers run.
 
     Raises:
-        ConfigError: options that do not fit the model, shards that are not there.
-        UserError: a folder of another model, of other data or of something else; shards that cannot be read.
+        ConfigError: options do not fit the model, or shards are not there.
+        UserError: the folder holds embeddings of another model or of other data, or other files; or shards cannot be read.
     """
-    layout, modalities = _layout(loaded, options)
+    layout, modalities = _build_layout(loaded, options)
     paths: list[str] = []
 
-    def find() -> dict[str, Any]:
+    def fingerprint_data() -> dict[str, Any]:
         paths.extend(expand_shards(options.data, "--data"))
         return preflight.data_fingerprint(paths)
 
-    preflight.require_equal("the data", find)
-    numbers = count_samples_once(paths, ShardCache(), "--data")
+    preflight.require_equal("the data", fingerprint_data)
+    counts = count_samples_once(paths, ShardCache(), "--data")
     names = [path.rsplit("/", 1)[-1] for path in paths]
-    manifest = _manifest(loaded, options, layout, paths, numbers)
+    manifest = _build_manifest(loaded, options, layout, paths, counts)
     folder = EmbeddingFolder(Path(options.out))
     try:
-        plan = on_main(lambda: folder.open(manifest, names, numbers))
-        board = WorkQueue()
+        plan = on_main(lambda: folder.open(manifest, names, counts))
+        queue = WorkQueue()
         decoders = {name: loaded.decoders[name] for name in modalities}
         encoder = Encoder(
             loaded.model.to(device), decoders, device, options.precision, modalities,
             tokens=options.tokens or None, dtype=getattr(torch, options.dtype),
         )  # fmt: skip
         begin = time.perf_counter()
-        if plan.todo:
-            evaluation = EvaluationDataset(ShardReader(paths, ShardCache(), numbers, max_open=8), decoders)
+        if plan.pending:
+            evaluation = EvaluationDataset(ShardReader(paths, ShardCache(), counts, max_open=8), decoders)
             about = {"model": manifest["model"]["fingerprint"]}
-            _work(plan, board, evaluation, encoder, lambda: Writer(folder.path, layout, about), options)
+            _embed_pending(plan, queue, evaluation, encoder, lambda: Writer(folder.path, layout, about), options)
         if not distributed.is_main():
             return None
-        everyone = board.results()
-        rows, bad = folder.seal(manifest, plan.parts)
-        seconds, done = time.perf_counter() - begin, sum(each["samples"] for each in everyone)
-        busy = sum(each["encoder"] for each in everyone)
+        results = queue.results()
+        rows, bad = folder.seal(manifest, plan.units)
+        seconds, done = time.perf_counter() - begin, sum(result["samples"] for result in results)
+        busy = sum(result["encoder"] for result in results)
         return Summary(
             out=options.out,
-            files=len(plan.parts),
+            files=len(plan.units),
             samples=rows,
             left_out=dict(bad),
             embedded=int(done),
             seconds=round(seconds, 3),
             samples_per_second=round(done / seconds, 1),
-            encoder_samples_per_second=round(sum(e["samples"] / e["encoder"] for e in everyone if e["encoder"]), 1),
-            encoder_share=round(busy / (seconds * max(len(everyone), 1)), 4),
+            encoder_samples_per_second=round(sum(r["samples"] / r["encoder"] for r in results if r["encoder"]), 1),
+            encoder_share=round(busy / (seconds * max(len(results), 1)), 4),
         )
     finally:
         folder.close()
 
 
-def _layout(loaded: LoadedModel, options: Options) -> tuple[Layout, tuple[str, ...]]:
-    """The columns that the options ask for. Raises ConfigError for what this model does not have."""
+def _build_layout(loaded: LoadedModel, options: Options) -> tuple[Layout, tuple[str, ...]]:
+    """Return the columns and modalities that the options name. Raises ConfigError if the model cannot fill them."""
     model, text = loaded.model, loaded.decoders.get("text")
-    has = [name for name in model.towers if name in loaded.decoders]
-    if options.only and options.only not in has:
-        raise ConfigError(f"--only {options.only}: the model has {', '.join(has)}{closest(options.only, has)}")
-    modalities = tuple([options.only] if options.only else has)
+    available = [name for name in model.towers if name in loaded.decoders]
+    if options.only and options.only not in available:
+        raise ConfigError(f"--only {options.only}: the model has {', '.join(available)}{closest(options.only, available)}")
+    modalities = tuple([options.only] if options.only else available)
     if options.caption and text is not None:
         text.caption = options.caption
-    several = "text" in modalities and text is not None and text.caption != "txt"
-    if options.tokens and several:
+    has_caption_lists = "text" in modalities and text is not None and text.caption != "txt"
+    if options.tokens and has_caption_lists:
         raise ConfigError(
-            f"--tokens {options.tokens}: captions in a json field may be several a sample, whose tokens have no column; "
+            f"--tokens {options.tokens}: a json field may hold several captions per sample, whose tokens have no column; "
             "add --only image, or take captions from txt"
         )
     dim = model.projection(modalities[0]).out_features
@@ -155,18 +160,20 @@ def _layout(loaded: LoadedModel, options: Options) -> tuple[Layout, tuple[str, .
         tower = model.tower(name)
         if options.tokens == "shared" and not tower.pools_mean:
             raise ConfigError(
-                f"--tokens shared: the {name} tower does not pool by the mean of its tokens, so they have no place in the "
-                "shared space; take --tokens own"
+                f"--tokens shared: the {name} tower does not pool by the mean of its tokens, so they cannot be "
+                "projected into the shared space; take --tokens own"
             )
         tokens[name] = dim if options.tokens == "shared" else tower.width
-    return Layout(modalities, dim, options.dtype, several, tokens), modalities
+    return Layout(modalities, dim, options.dtype, has_caption_lists, tokens), modalities
 
 
-def _manifest(loaded: LoadedModel, options: Options, layout: Layout, paths: list[str], numbers: list[int]) -> dict[str, Any]:
-    """Whose embeddings, of what; the same on every process. Raises UserError where it is not. Collective."""
+def _build_manifest(
+    loaded: LoadedModel, options: Options, layout: Layout, paths: list[str], counts: list[int]
+) -> dict[str, Any]:
+    """Build the manifest: model, data, settings. Raises UserError where the processes' models differ. Collective."""
     model = dataset.fingerprint_model(loaded)
     preflight.require_equal("the model", model)
-    share = -(-sum(numbers) // (SHARES * distributed.world_size())) if distributed.world_size() > 1 else PER_FILE
+    limit = -(-sum(counts) // (FILES_PER_PROCESS * distributed.world_size())) if distributed.world_size() > 1 else PER_FILE
     text = loaded.decoders.get("text")
     return {
         "format": dataset.FORMAT,
@@ -174,8 +181,8 @@ def _manifest(loaded: LoadedModel, options: Options, layout: Layout, paths: list
         "model": {"fingerprint": model, "from": str(loaded.folder), "step": loaded.step},
         "data": {
             "shards": len(paths),
-            "samples": sum(numbers),
-            "fingerprint": dataset.fingerprint_json([preflight.data_fingerprint(paths), numbers]),
+            "samples": sum(counts),
+            "fingerprint": dataset.fingerprint_json([preflight.data_fingerprint(paths), counts]),
         },
         "settings": {
             "only": options.only,
@@ -185,52 +192,65 @@ def _manifest(loaded: LoadedModel, options: Options, layout: Layout, paths: list
             "caption": text.caption if text is not None and "text" in layout.modalities else "",
         },
         "dim": layout.dim,
-        "per_file": options.per_file or max(options.batch_size, min(PER_FILE, share)),
+        "per_file": options.per_file or max(options.batch_size, min(PER_FILE, limit)),
     }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One process
+# The work of one process
 
 
-def _work(
+def _embed_pending(
     plan: EmbeddingPlan,
-    board: WorkQueue,
+    queue: WorkQueue,
     evaluation: EvaluationDataset,
     encoder: Encoder,
     write: Callable[[], Writer],
     options: Options,
 ) -> None:
-    """Takes parts until there are none. Rank 0 comes back when all have finished."""
-    workers = options.workers if options.workers is not None else _default_workers(encoder.device)
-    total = sum(part.samples for part in plan.parts)
-    left: dict[str, Counter[str]] = {}
-    mine = 0
+    """Embed work units from the queue until none is left. Rank 0 returns when all processes have finished.
+
+    Args:
+        plan: all work units, and which are pending.
+        queue: shared by all processes.
+        evaluation: reads and decodes the samples, in the workers.
+        encoder: encodes the batches.
+        write: starts the writer.
+        options: of the command.
+
+    Raises:
+        UserError: on every process, if one cannot read or write, or is out of memory.
+    """
+    workers = options.workers if options.workers is not None else _choose_worker_count(encoder.device)
+    total = sum(unit.samples for unit in plan.units)
+    skipped: dict[str, Counter[str]] = {}
+    embedded = 0
     writer: Writer | None = None
-    with ProgressBar(plan.there, total, board) as shown, eval_mode(encoder.model):
+    with ProgressBar(plan.samples_done, total, queue) as progress, eval_mode(encoder.model):
         try:
-            jobs = _Jobs(plan, board, options.batch_size)
-            with run_workers(evaluation, iter(jobs), workers) as pieces:
+            jobs = _Jobs(plan, queue, options.batch_size)
+            with run_workers(evaluation, iter(jobs), workers) as partial_batches:
                 writer = write()  # its thread starts after the workers were forked
-                for (part, slots, last), batch in encoder.stream(_batches(jobs, pieces, left)):
-                    footer = {"part": part.ranges, "bad": dict(left.pop(part.file, {}))} if last else None
-                    writer.put(part.file, batch, footer)
-                    mine += slots
-                    board.add("samples", slots)
-                    board.check()
-                    shown.update()
+                for (unit, samples, is_last), batch in encoder.stream(_read_batches(jobs, partial_batches, skipped)):
+                    footer = {"part": unit.ranges, "bad": dict(skipped.pop(unit.file, {}))} if is_last else None
+                    writer.put(unit.file, batch, footer)
+                    embedded += samples
+                    queue.add("samples", samples)
+                    queue.check()
+                    progress.update()
             writer.close()
             writer = None
-            board.finish({"samples": mine, "encoder": encoder.seconds})
+            queue.finish({"samples": embedded, "encoder": encoder.seconds})
             if distributed.is_main():
-                shown.until_finished()
+                progress.wait_for_others()
         except UserError as error:
-            board.fail(str(error))
+            queue.fail(str(error))
             raise
         except OSError as error:
-            said = f"cannot write into {options.out}: {error.strerror or error}; whole files stay, the same command goes on"
-            board.fail(said)
-            raise UserError(said) from error
+            reason = error.strerror or error
+            message = f"cannot write into {options.out}: {reason}; complete files stay, and the same command resumes"
+            queue.fail(message)
+            raise UserError(message) from error
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
                 raise UserError(f"out of memory: lower --batch-size {options.batch_size}") from error
@@ -241,39 +261,42 @@ def _work(
 
 
 class _Jobs:
-    """What the workers decode next: a batch of places in a part, from parts that this process takes as it gets to them."""
+    """The batches that the workers decode next, as lists of (shard, sample), from work units that this process takes."""
 
-    def __init__(self, plan: EmbeddingPlan, board: WorkQueue, size: int) -> None:
-        self.plan, self.board, self.size = plan, board, size
-        self.given: deque[tuple[WorkUnit, int, bool]] = deque()
-        """(part, places, whether they are its last) of the jobs handed out and not yet back."""
+    def __init__(self, plan: EmbeddingPlan, queue: WorkQueue, size: int) -> None:
+        self.plan, self.queue, self.size = plan, queue, size
+        self.in_progress: deque[tuple[WorkUnit, int, bool]] = deque()
+        """(work unit, samples, whether they are its last) of the batches that the workers have not returned yet."""
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        while (at := self.board.add("next", 1) - 1) < len(self.plan.todo):
-            part = self.plan.parts[self.plan.todo[at]]
-            places = [(shard, i) for shard, first, end in part.ranges for i in range(first, end)]
-            for start in range(0, len(places), self.size):
-                job = places[start : start + self.size]
-                self.given.append((part, len(job), start + self.size >= len(places)))
+        while (index := self.queue.add("next", 1) - 1) < len(self.plan.pending):
+            unit = self.plan.units[self.plan.pending[index]]
+            samples = [(shard, i) for shard, first, end in unit.ranges for i in range(first, end)]
+            for start in range(0, len(samples), self.size):
+                job = samples[start : start + self.size]
+                self.in_progress.append((unit, len(job), start + self.size >= len(samples)))
                 yield job
 
 
-def _batches(
-    jobs: _Jobs, pieces: Iterator[Any], left: dict[str, Counter[str]]
+def _read_batches(
+    jobs: _Jobs, partial_batches: Iterator[Any], skipped: dict[str, Counter[str]]
 ) -> Iterator[tuple[tuple[WorkUnit, int, bool], Batch | None]]:
-    """What the workers made of the jobs. Raises UserError where a shard cannot be read."""
-    for piece in pieces:
-        job = jobs.given.popleft()
-        if piece.problem:
-            raise UserError(piece.problem)
-        for bad in piece.bad:
-            left.setdefault(job[0].file, Counter())[bad.reason] += 1
-        yield job, piece.batch
+    """Yield (work unit, samples, whether they are its last) and the batch of each job, None if all its samples are bad.
+
+    Counts the skipped samples of each file, by reason, in `skipped`. Raises UserError where a shard cannot be read.
+    """
+    for partial in partial_batches:
+        job = jobs.in_progress.popleft()
+        if partial.problem:
+            raise UserError(partial.problem)
+        for sample in partial.bad:
+            skipped.setdefault(job[0].file, Counter())[sample.reason] += 1
+        yield job, partial.batch
 
 
-def _default_workers(device: torch.device) -> int:
+def _choose_worker_count(device: torch.device) -> int:
     if device.type != "cuda":
-        return 1  # the towers have the cores
+        return 1  # the towers use the cores
     return max(1, min(16, len(os.sched_getaffinity(0)) // distributed.local_world_size() - 1))
 
 
@@ -282,28 +305,28 @@ def _default_workers(device: torch.device) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """One process of `clipfuse embed`; the exit code."""
+    """Run one process of `clipfuse embed` and return its exit code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are the parallelism
-    chosen = options.build_options(args)
+    parsed = options.build_options(args)
     try:
         with raise_on_stop_signals():
             preflight.check_launcher()
             preflight.watch_parent()
             distributed.setup()
             distributed.pin_threads(0)
-            summary = embed(load_model(args.run), chosen, distributed.device())
+            summary = embed(load_model(args.run), parsed, distributed.device())
             if summary is not None:
                 print(json.dumps(asdict(summary)) if args.json else summary, flush=True)
             return DONE
     except EarlyStop as stop:
-        log_info(f"stopped by {stop}; the files that are whole stay, the same command goes on")
+        log_info(f"stopped by {stop}; complete files stay, and the same command resumes")
         return STOPPED
     finally:
         distributed.shutdown()
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point for launchers."""
+    """Run one process that a launcher started, and return its exit code."""
     parser = argparse.ArgumentParser(prog="python -m pretrain.embedding.job", description=__doc__)
     options.add_arguments(parser)
     return run_with_exit_code(lambda: run(parser.parse_args(argv)))

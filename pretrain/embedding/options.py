@@ -1,4 +1,4 @@
-"""The words of `clipfuse embed`, of `python -m pretrain.embedding.job` alike. Imports nothing heavy."""
+"""The command-line options of `clipfuse embed` and of `python -m pretrain.embedding.job`. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pretrain.errors import ConfigError
 
 @dataclass
 class Options:
-    """What is embedded, and how."""
+    """Which data is embedded, and how."""
 
     data: list[str]
     """Shards: globs, brace patterns, folders, urls."""
     out: str
-    """The folder of the collection; one that was begun is gone on with."""
+    """The embedding folder; if an earlier command began it, its missing files are written."""
     only: str = ""
     """One modality (image, text, ...); empty = all that the model has."""
     tokens: str = ""
@@ -29,23 +29,23 @@ class Options:
     workers: int | None = None
     """Processes that read and decode, per process; none = one a core where a GPU encodes, else one."""
     per_file: int = 0
-    """Most samples of a file; 0 = 16,384, fewer where several processes share a small collection."""
+    """Most samples of a file; 0 = 16,384, fewer where several processes share a small data set."""
     caption: str = ""
-    """Where captions are: txt, or a field of the json; empty = where the model's training found them."""
+    """Where captions are: txt, or a field of the json; empty = where the model's training read them."""
 
     def check(self) -> None:
-        """Raises ConfigError."""
-        for name, least in (("batch_size", 1), ("per_file", 0), ("workers", 0)):
+        """Refuse numbers that are too small. Raises ConfigError."""
+        for name, minimum in (("batch_size", 1), ("per_file", 0), ("workers", 0)):
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+            if value is not None and value < minimum:
+                raise ConfigError(f"--{name.replace('_', '-')} {value} must be at least {minimum}")
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
-    """The options, with their defaults."""
+    """Add the options, with their defaults, to a parser."""
     p.add_argument("run", metavar="RUN", help="a run folder, a checkpoint folder, or a published CLIP")
     p.add_argument("--data", required=True, nargs="+", metavar="SHARDS", help="globs, brace patterns, folders or urls")
-    p.add_argument("--out", required=True, metavar="DIR", help="folder of the embeddings; what is there is gone on with")
+    p.add_argument("--out", required=True, metavar="DIR", help="folder for the embeddings; an unfinished one is completed")
     p.add_argument("--only", default="", metavar="MODALITY", help="image or text (default: both)")
     p.add_argument("--tokens", default="", choices=["own", "shared"], help="token features too: the towers' own, or projected")
     p.add_argument("--dtype", default="float16", choices=["float16", "float32"], help="in the files (default float16)")
@@ -58,14 +58,14 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def build_argv(args: argparse.Namespace) -> list[str]:
-    """The same options as words again, for the processes a launcher starts."""
+    """Build the command line that parses to `args`, for the processes that a launcher starts."""
     flags = {f"--{name.replace('_', '-')}": getattr(args, name) for name in Options.__dataclass_fields__ if name != "data"}
-    given = [word for flag, value in flags.items() if value not in ("", None) for word in (flag, str(value))]
-    return [args.run, *given, *(["--json"] if args.json else []), "--data", *args.data]
+    words = [word for flag, value in flags.items() if value not in ("", None) for word in (flag, str(value))]
+    return [args.run, *words, *(["--json"] if args.json else []), "--data", *args.data]
 
 
 def build_options(args: argparse.Namespace) -> Options:
-    """What was asked for. Raises ConfigError."""
-    made = Options(**{name: getattr(args, name) for name in Options.__dataclass_fields__})
-    made.check()
-    return made
+    """Build the options from a parsed command line. Raises ConfigError."""
+    options = Options(**{name: getattr(args, name) for name in Options.__dataclass_fields__})
+    options.check()
+    return options

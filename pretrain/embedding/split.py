@@ -1,6 +1,6 @@
-"""A split -> embeddings in memory; every process encodes its share, each sample once.
+"""Embed a split in memory: every process encodes its part of the samples, each sample once.
 
-Shapes: n = pictures, m = captions, D = embedding width, P = width of the image tower's pooled output.
+Shapes: n = images, m = captions, D = embedding width, P = width of the image tower's pooled output.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from pretrain.model import DualEncoder
 from pretrain.runtime import distributed
 from pretrain.runtime.agree import on_all
 
-__all__ = ["EmbeddedSplit", "embed_split", "eval_mode", "build_text_encoder"]
+__all__ = ["EmbeddedSplit", "build_text_encoder", "embed_split", "eval_mode"]
 
 
 @dataclass
 class EmbeddedSplit:
-    """A split in the shared space, float32 on the CPU. On ranks other than 0: this rank's share."""
+    """A split in the shared space, float32 on the CPU. On ranks other than 0, only the samples of that rank."""
 
     image: Tensor
-    """(n, D), L2-normalised."""
+    """(n, D), L2-normalized."""
     text: Tensor
-    """(m, D), L2-normalised; (0, D) where texts were not asked for."""
+    """(m, D), L2-normalized; (0, D) if texts were not requested."""
     image_index: Tensor
     """(m,) int64: the row of `image` that each caption describes."""
     pooled: Tensor
-    """(n, P) the image tower's own output, before projection; (n, 0) where it was not asked for."""
+    """(n, P) the image tower's pooled output, before projection; (n, 0) if it was not requested."""
     keys: list[str]
     """n sample keys, shard/KEY."""
     captions: list[str]
     """m captions as written."""
     labels: list[Any]
-    """n classes from the samples' json; None where there is none."""
+    """n classes from the samples' json; None where a sample has none."""
 
 
 def embed_split(
@@ -52,20 +52,27 @@ def embed_split(
     pooled: bool = False,
     label: str = "label",
 ) -> EmbeddedSplit:
-    """Every sample of `batches` (this process's share) encoded; rank 0 gets the whole split, in rank order. Collective.
+    """Encode every sample of `batches`; rank 0 gets the whole split, in rank order. Collective.
 
     Args:
-        batches: of the images and targets["captions"], a list of captions a sample; targets["json"] for classes.
-        texts: encode the captions too, all of them; pooled: keep the image tower's output as well.
+        model: on `device`.
+        batches: this rank's, with images, targets["captions"] (a list of captions per sample) and, for classes,
+            targets["json"].
+        decoders: by modality; that of text tokenizes the captions.
+        device: where the towers run.
+        precision: fp32, bf16 or fp16, of the towers' matrix products.
+        texts: encode all captions too.
+        pooled: return the image tower's pooled output too.
+        label: field of the json with a sample's class.
 
     Raises:
-        UserError: on every process where one cannot read its share.
+        UserError: on every rank, if one rank cannot read its samples.
     """
-    mine = on_all(lambda: _share(model, batches, decoders, device, precision, texts, pooled, label))
-    return mine if distributed.world_size() == 1 else _whole(mine)
+    local = on_all(lambda: _embed_local(model, batches, decoders, device, precision, texts, pooled, label))
+    return local if distributed.world_size() == 1 else _gather(local)
 
 
-def _share(
+def _embed_local(
     model: DualEncoder,
     batches: Iterable[Batch],
     decoders: Mapping[str, Any],
@@ -75,76 +82,76 @@ def _share(
     pooled: bool,
     label: str,
 ) -> EmbeddedSplit:
-    """What this process encodes."""
+    """Encode the samples of this rank."""
     images: list[Tensor] = []
-    poolings: list[Tensor] = []
-    captions_of: list[Tensor] = []
+    pooled_outputs: list[Tensor] = []
+    text_embeddings: list[Tensor] = []
     image_index: list[int] = []
-    written: list[str] = []
+    captions: list[str] = []
     keys: list[str] = []
     labels: list[Any] = []
     encoder = Encoder(model, decoders, device, precision, ("image", "text") if texts else ("image",), pooled=pooled)
     with eval_mode(model):
         for _, batch in encoder.stream((None, batch) for batch in batches):
             assert batch is not None
-            images.append(batch.rows["image"])
+            images.append(batch.embeddings["image"])
             if pooled:
-                poolings.append(batch.pooled["image"])
+                pooled_outputs.append(batch.pooled["image"])
             if texts:
-                image_index += [len(keys) + i for i, own in enumerate(batch.captions) for _ in own]
-                written += [caption for own in batch.captions for caption in own]
-                captions_of.append(batch.rows["text"])
+                image_index += [len(keys) + i for i, of_sample in enumerate(batch.captions) for _ in of_sample]
+                captions += [caption for of_sample in batch.captions for caption in of_sample]
+                text_embeddings.append(batch.embeddings["text"])
             keys += batch.keys
             labels += [json.get(label) for json in batch.json]
-    # Outside inference mode these are ordinary tensors again, which the linear probe may compute with.
+    # Concatenated outside inference mode, these are ordinary tensors again, which the linear probe may compute with.
     width = images[0].shape[1] if images else 0
     return EmbeddedSplit(
-        image=_cat(images, width),
-        text=_cat(captions_of, width),
+        image=_concatenate(images, width),
+        text=_concatenate(text_embeddings, width),
         image_index=torch.tensor(image_index, dtype=torch.int64),
-        pooled=_cat(poolings, 0) if poolings else torch.zeros(len(keys), 0),
+        pooled=_concatenate(pooled_outputs, 0) if pooled_outputs else torch.zeros(len(keys), 0),
         keys=keys,
-        captions=written,
+        captions=captions,
         labels=labels,
     )
 
 
-def _cat(parts: list[Tensor], width: int) -> Tensor:
-    return torch.cat(parts) if parts else torch.zeros(0, width)
+def _concatenate(tensors: list[Tensor], width: int) -> Tensor:
+    return torch.cat(tensors) if tensors else torch.zeros(0, width)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Several processes
+# Gathering from several processes
 
 
-def _whole(mine: EmbeddedSplit) -> EmbeddedSplit:
-    """On rank 0 all shares laid end to end; on the others what they brought."""
-    image, text, pooled = _to_main(mine.image), _to_main(mine.text), _to_main(mine.pooled)
-    others = distributed.gather_objects((mine.image_index.tolist(), mine.keys, mine.captions, mine.labels))
+def _gather(local: EmbeddedSplit) -> EmbeddedSplit:
+    """Return the samples of all ranks, in rank order, on rank 0, and `local` on the others. Collective."""
+    image, text, pooled = _gather_rows(local.image), _gather_rows(local.text), _gather_rows(local.pooled)
+    gathered = distributed.gather_objects((local.image_index.tolist(), local.keys, local.captions, local.labels))
     if not distributed.is_main():
-        return mine
+        return local
     image_index: list[int] = []
     keys: list[str] = []
     captions: list[str] = []
     labels: list[Any] = []
-    for its_owner, its_keys, its_captions, its_labels in others:
-        image_index += [len(keys) + row for row in its_owner]
-        keys, captions, labels = keys + its_keys, captions + its_captions, labels + its_labels
+    for rank_image_index, rank_keys, rank_captions, rank_labels in gathered:
+        image_index += [len(keys) + row for row in rank_image_index]
+        keys, captions, labels = keys + rank_keys, captions + rank_captions, labels + rank_labels
     return EmbeddedSplit(image, text, torch.tensor(image_index, dtype=torch.int64), pooled, keys, captions, labels)
 
 
-def _to_main(rows: Tensor) -> Tensor:
-    """On rank 0 the rows of every rank, rank-major; ranks may hold different numbers of them, or none."""
+def _gather_rows(rows: Tensor) -> Tensor:
+    """Return the rows of every rank, in rank order, on rank 0. Ranks may hold different numbers of rows, or none."""
     shapes = distributed.gather_objects(tuple(rows.shape))
     width = max(shape[1] for shape in shapes)
     if distributed.rank() > 0:
         if len(rows) and width:
             td.send(rows.contiguous(), dst=0)
         return rows
-    parts = [rows.reshape(len(rows), width)]
+    received = [rows.reshape(len(rows), width)]
     for source, (count, _) in enumerate(shapes[1:], start=1):
-        part = torch.empty(count, width)
+        buffer = torch.empty(count, width)
         if count and width:
-            td.recv(part, src=source)
-        parts.append(part)
-    return torch.cat(parts)
+            td.recv(buffer, src=source)
+        received.append(buffer)
+    return torch.cat(received)

@@ -1,6 +1,7 @@
-"""What processes that share work tell each other while they do it, without waiting for one another; and how far they are.
+"""Divide work among processes that do not wait for each other, and show the progress of all of them.
 
-A collective would make the fast wait for the slow; these are counters in the store that the processes met at.
+A collective would make fast processes wait for slow ones. These are counters in the key-value store through which the
+processes met at the start.
 """
 
 from __future__ import annotations
@@ -14,37 +15,37 @@ from pretrain.errors import UserError
 from pretrain.runtime import distributed
 from pretrain.runtime.console import console, format_duration, log_info
 
-SAY_SECONDS = 10.0
-"""Between two lines of progress, where there is no terminal."""
+LOG_SECONDS = 10.0
+"""Seconds between two lines of progress, where there is no terminal."""
 
 
 class WorkQueue:
-    """Counters that all processes of the run see."""
+    """Counters and results that all processes of the run share; plain variables where there is one process."""
 
     def __init__(self) -> None:
-        self._store = distributed.open_shared_store("embed") if distributed.world_size() > 1 else None
-        self._own: Counter[str] = Counter()
+        self._store = distributed.shared_store("embed") if distributed.world_size() > 1 else None
+        self._counters: Counter[str] = Counter()
         self._result: dict[str, float] = {}
 
     def add(self, name: str, number: int) -> int:
-        """The new value."""
+        """Add `number` to the counter `name` and return its new value."""
         if self._store is not None:
             return int(self._store.add(name, number))
-        self._own[name] += number
-        return self._own[name]
+        self._counters[name] += number
+        return self._counters[name]
 
-    def fail(self, line: str) -> None:
-        """Tells the others to stop."""
+    def fail(self, message: str) -> None:
+        """Make the next `check` of every other process raise `message`."""
         if self._store is not None and self._store.add("failed", 1) == 1:
-            self._store.set("failure", line)
+            self._store.set("failure", message)
 
     def check(self) -> None:
-        """Raises the UserError of another process."""
+        """Raise the UserError of another process, if one has failed."""
         if self._store is not None and self._store.add("failed", 0):
             raise UserError(self._store.get("failure").decode())
 
     def finish(self, result: dict[str, float]) -> None:
-        """What this process brings to the end."""
+        """Publish this process's result and count it as finished."""
         if self._store is not None:
             self._store.set(f"result/{distributed.rank()}", json.dumps(result))
         else:
@@ -52,7 +53,7 @@ class WorkQueue:
         self.add("finished", 1)
 
     def results(self) -> list[dict[str, float]]:
-        """Of all processes, once they have finished; empty where there was nothing to do."""
+        """Return the results of all processes, which must have finished; empty if there was nothing to do."""
         if not self.add("finished", 0):
             return []
         if self._store is None:
@@ -61,15 +62,21 @@ class WorkQueue:
 
 
 class ProgressBar:
-    """Progress of all processes, on rank 0: a bar on a terminal, elsewhere a line now and then."""
+    """Progress of all processes, on rank 0: a bar on a terminal, elsewhere a line every LOG_SECONDS.
 
-    def __init__(self, there: int, total: int, board: WorkQueue) -> None:
-        self.there, self.total, self.board = there, total, board
-        self._begin = self._said = time.monotonic()
+    Args:
+        done: samples that were embedded before.
+        total: samples of the whole data set.
+        queue: counts the samples that all processes have embedded since, as "samples".
+    """
+
+    def __init__(self, done: int, total: int, queue: WorkQueue) -> None:
+        self.done, self.total, self.queue = done, total, queue
+        self._begin = self._updated = time.monotonic()
         self._bar: Any = None
 
     def __enter__(self) -> ProgressBar:
-        if distributed.is_main() and console.is_terminal and self.there < self.total:
+        if distributed.is_main() and console.is_terminal and self.done < self.total:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             rate = TextColumn("{task.fields[rate]:,.1f} samples/s  eta")
@@ -78,7 +85,7 @@ class ProgressBar:
                 transient=True,
             )  # fmt: skip
             self._bar.start()
-            self._task = self._bar.add_task("embedding", total=self.total, completed=self.there, rate=0.0)
+            self._task = self._bar.add_task("embedding", total=self.total, completed=self.done, rate=0.0)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -86,22 +93,22 @@ class ProgressBar:
             self._bar.stop()
 
     def update(self) -> None:
-        """After each batch."""
+        """Show the progress, unless it was shown a moment ago. Call it after each batch."""
         now = time.monotonic()
-        if not distributed.is_main() or now - self._said < (0.2 if self._bar else SAY_SECONDS):
+        if not distributed.is_main() or now - self._updated < (0.2 if self._bar else LOG_SECONDS):
             return
-        self._said = now
-        done = self.board.add("samples", 0)
-        rate = done / max(now - self._begin, 1e-9)
+        self._updated = now
+        embedded = self.queue.add("samples", 0)
+        rate = embedded / max(now - self._begin, 1e-9)
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.there + done, rate=rate)
+            self._bar.update(self._task, completed=self.done + embedded, rate=rate)
             return
-        eta = format_duration((self.total - self.there - done) / rate) if rate else "?"
-        log_info(f"embedded {self.there + done:,} of {self.total:,}  {rate:,.1f} samples/s  eta {eta}")
+        eta = format_duration((self.total - self.done - embedded) / rate) if rate else "?"
+        log_info(f"embedded {self.done + embedded:,} of {self.total:,}  {rate:,.1f} samples/s  eta {eta}")
 
-    def until_finished(self) -> None:
-        """Waits for the other processes: longer than any collective's time limit, if they need it."""
-        while self.board.add("finished", 0) < distributed.world_size():
-            self.board.check()
+    def wait_for_others(self) -> None:
+        """Wait until every process has finished, however long: a collective would hit its time limit."""
+        while self.queue.add("finished", 0) < distributed.world_size():
+            self.queue.check()
             self.update()
             time.sleep(0.05)
