@@ -1,34 +1,45 @@
-"""Shards in, batches out.
+"""Reading, decoding and batching of sharded image-text data.
 
-    shards.py      find and count tar shards; index.py: where their samples lie; tar.py: their format; cache.py: remote ones
-    reader.py      any sample by byte range; check.py: are they all good?
-    order.py       which sample is read when: pure functions of (seed, position); sequence.py: one source of it
-    loader.py      training batches, state out and in; sequential.py: evaluation's, each sample once
-                   (batch.py, sources.py, synthetic.py; worker.py: what a worker process does; pool.py: keeps them;
-                   scout.py: fetches ahead)
-    images.py      augment, resize; decode.py: bytes to pixels
-    text.py        token ids, trimmed; captions.py: which text; tokenizer.py: trains one
-    pack.py        anything -> shards, with pack_*.py and tables.py
-    vocabulary.py  the words for objects that a data set brings; vocabularies/: those that ship with the package
-    scenes.py      the built-in data set, with scene_*.py; of the project only `launch` imports it
+    config.py           the `data` section of the configuration, and the shards and sample counts that it stands for
+    loader.py           the training loader: endless batches, resumable from a saved position
+    eval_loader.py      the evaluation loader: each sample exactly once over all processes
+    order.py            which sample is read at which position of the run: pure functions of (seed, position)
+    shuffle.py          the shuffled, endless sample sequence of one source, and the counter-based random numbers
+    worker.py           the data sets that a worker process reads and decodes, and the settings of such a process
+    worker_pool.py      starts worker processes, keeps their results in order, reports a worker that died
+    prefetch.py         fetches and indexes the shards of coming windows ahead of the workers
+    batch.py            Batch, the Decoder protocol, and collation
+    images.py           ImageDecoder: augmentation, resizing and cropping
+    decode.py           encoded images to pixels
+    text.py             TextDecoder: captions to token ids; loading of tokenizers
+    captions.py         the captions of a sample, cleaned
+    sample_json.py      the json member of a sample, parsed
+    train_tokenizer.py  trains a byte-level BPE tokenizer on captions
+    vocabulary.py       words for the objects of a data set; vocabularies/ holds those that ship with the package
+    check.py            verifies shards before training
+    synthetic.py        data.train=synthetic: noise images and random captions, without files
 
-May import `pretrain.runtime.distributed`, `pretrain.registry` and `pretrain.config`; nothing above them.
+    shards/             finding, counting, indexing, fetching and reading tar shards
+    pack/               packing of folders, tables and tars into shards
+    scenes/             the built-in data set of drawn scenes; of the other packages only `launch` imports it
+
+May import `pretrain.runtime`, `pretrain.config`, `pretrain.registry`, `pretrain.optim`, `pretrain.ops` and `pretrain.errors`.
 """
 
 
-class BadSample(Exception):  # noqa: N818 - says what is wrong with the sample, not with the program
-    """The CONTENT of a sample cannot be used: no picture, an unreadable one, no caption.
+class BadSample(Exception):  # noqa: N818 - describes the sample, not an error of the program
+    """The content of a sample cannot be used: it has no image, an unreadable image or no caption.
 
     Training replaces the sample and counts it by `reason`; evaluation leaves it out and counts it. A failing disk or
     network is never a BadSample: those are OSErrors, which are retried and then stop the run.
 
     Args:
-        reason: a short fixed phrase to count by ("no caption", "image unreadable"), the same for all of its kind.
-        detail: what was seen in this sample, for the log.
+        reason: a short fixed phrase to count by ("no caption", "image unreadable"), the same for every sample of its kind.
+        detail: the particulars of this sample, for the log.
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(reason, detail)  # both in args: the exception survives pickling between processes
+        super().__init__(reason, detail)  # both in args, so that the exception survives pickling between processes
         self.reason = reason
         self.detail = detail
 

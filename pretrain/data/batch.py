@@ -1,6 +1,6 @@
-"""Batch: what the loader hands out. Modalities are names, never positions.
+"""Batch, the Decoder protocol, and collation. Modalities are identified by name, never by position.
 
-Legend: b samples in the batch, T tokens.
+Legend: b = samples in the batch, k = texts of a sample, T = tokens of a text.
 """
 
 from __future__ import annotations
@@ -21,108 +21,123 @@ if TYPE_CHECKING:
 
 
 class Decoder(Protocol):
-    """Turns the raw sample into one modality's input.
+    """Decoder of one modality: it turns a raw sample into an item, and collates items into a batch.
 
-    A decoder whose batches have different shapes (texts trimmed to the longest) also has
-    `merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]`, which gives what one `collate` over all would.
+    A decoder whose batches differ in shape (texts trimmed to the longest) also has
+    `merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]`. It returns what one `collate` over all items would.
 
-    A decoder that knows answers as well has `targets(items) -> dict[str, Tensor | list]`, sample first, for Batch.targets.
-    Its `collate` may return None: it then gives targets only, and the batch has no input of its name.
+    A decoder that provides targets has `targets(items) -> dict[str, Tensor | list]`, sample first, for Batch.targets.
+    Its `collate` may return None: it then provides targets only, and the batch has no input of its name.
     """
 
     def __call__(self, sample: RawSample, rng: np.random.Generator, train: bool) -> Any:
-        """The item of one sample; random only through rng. Raises BadSample for content that cannot be used."""
+        """Return the item of one sample; all randomness comes from `rng`. Raises BadSample for content that cannot be used."""
         ...
 
     def collate(self, items: list[Any]) -> tuple[Tensor, Tensor | None] | None:
-        """(input, mask) of several items, batch first."""
+        """Return (input, mask) of several items, batch dimension first; the mask may be None."""
         ...
 
 
 @dataclass
 class Batch:
-    """b samples."""
+    """A batch of b samples: inputs and masks by modality, keys and targets."""
 
     inputs: dict[str, Tensor]
-    """By modality: "image" (b, 3, H, W) uint8, "text" (b, T) int64, or (b, k, T) with k texts a sample, ..."""
+    """By modality: "image" (b, 3, H, W) uint8, "text" (b, T) int64, or (b, k, T) with k texts per sample, ..."""
     masks: dict[str, Tensor]
-    """By modality, of those that have one: "text" (b, T) or (b, k, T) bool, True where there is a token."""
+    """By modality, where it has a mask: "text" (b, T) or (b, k, T) bool, True where there is a token."""
     keys: list[str]
     """ "shard/KEY" of each sample."""
     targets: dict[str, Any] = field(default_factory=dict)
-    """Training: "caption_id" (b,) or (b, k) int64, equal for equal captions. Evaluation: "captions", all of each sample, and
-    "json"."""
+    """Training: "caption_id" (b,) or (b, k) int64, equal for equal captions. Evaluation: "captions", a list of all captions
+    of each sample, and "json", a dict for each sample."""
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    def _each(self, change: Any) -> Batch:
-        def of(values: Mapping[str, Any]) -> dict[str, Any]:
-            return {name: change(value) for name, value in values.items()}
+    def _map(self, function: Any) -> Batch:
+        """Return the batch with `function` applied to each tensor and list."""
 
-        return Batch(of(self.inputs), of(self.masks), change(self.keys), of(self.targets))
+        def map_values(values: Mapping[str, Any]) -> dict[str, Any]:
+            return {name: function(value) for name, value in values.items()}
+
+        return Batch(map_values(self.inputs), map_values(self.masks), function(self.keys), map_values(self.targets))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """The same on a device; lists stay where they are."""
-        return self._each(lambda v: v.to(device, non_blocking=non_blocking) if isinstance(v, Tensor) else v)
+        """Return the batch with its tensors on `device`."""
+        return self._map(lambda v: v.to(device, non_blocking=non_blocking) if isinstance(v, Tensor) else v)
 
     def pin_memory(self) -> Batch:
-        """The same in page-locked memory, from which copies to a GPU need not be waited for."""
-        return self._each(lambda v: v.pin_memory() if isinstance(v, Tensor) else v)
+        """Return the batch in page-locked memory, from which copies to a GPU can be asynchronous."""
+        return self._map(lambda v: v.pin_memory() if isinstance(v, Tensor) else v)
 
     def slice(self, start: int, end: int) -> Batch:
-        """Samples start up to end, without copying tensors."""
-        return self._each(lambda v: v[start:end])
+        """Return samples [start, end) as views: tensors are not copied."""
+        return self._map(lambda v: v[start:end])
 
     def chunk(self, count: int) -> list[Batch]:
-        """`count` parts in order, whose sizes differ by at most one."""
+        """Split the batch into `count` batches, in order, whose sizes differ by at most one."""
         ends = [len(self) * i // count for i in range(count + 1)]
         return [self.slice(a, b) for a, b in pairwise(ends)]
 
 
 def collate(items: Mapping[str, list[Any]], decoders: Mapping[str, Decoder], keys: list[str]) -> Batch:
-    """One batch of decoded items, by modality."""
+    """Collate decoded items into one batch.
+
+    Args:
+        items: the decoded items of each modality, one per sample.
+        decoders: by modality.
+        keys: "shard/KEY" of each sample.
+    """
     batch = Batch({}, {}, keys)
     for name, decoder in decoders.items():
-        made = decoder.collate(items[name])
-        if made is not None:
-            batch.inputs[name], mask = made
+        collated = decoder.collate(items[name])
+        if collated is not None:
+            batch.inputs[name], mask = collated
             if mask is not None:
                 batch.masks[name] = mask
         if hasattr(decoder, "targets"):
             batch.targets.update(decoder.targets(items[name]))
             continue
-        if keys and isinstance(items[name][0], str):  # the caption drawn
+        if keys and isinstance(items[name][0], str):  # one caption drawn per sample
             batch.targets["caption_id"] = torch.tensor([caption_id(text) for text in items[name]], dtype=torch.int64)
-        elif keys and isinstance(items[name][0], tuple):  # the captions drawn
+        elif keys and isinstance(items[name][0], tuple):  # k captions drawn per sample
             ids = [[caption_id(text) for text in texts] for texts in items[name]]
             batch.targets["caption_id"] = torch.tensor(ids, dtype=torch.int64)
-        elif keys and isinstance(items[name][0], list):  # all captions
+        elif keys and isinstance(items[name][0], list):  # all captions of each sample
             batch.targets["captions"] = items[name]
     return batch
 
 
 def merge(parts: list[Batch], decoders: Mapping[str, Decoder], pin: bool = False) -> Batch:
-    """Pieces collated apart -> the batch as collated in one go; in page-locked memory where wanted."""
+    """Merge partial batches, in order, into the batch that one `collate` over all their samples would return.
+
+    Args:
+        parts: at least one partial batch.
+        decoders: by modality.
+        pin: put the tensors in page-locked memory.
+    """
     if len(parts) == 1:
         return parts[0].pin_memory() if pin else parts[0]
-    whole = Batch({}, {}, [key for part in parts for key in part.keys])
+    merged = Batch({}, {}, [key for part in parts for key in part.keys])
     for name, decoder in decoders.items():
         if name not in parts[0].inputs:
             continue
         if hasattr(decoder, "merge"):
-            whole.inputs[name], whole.masks[name] = decoder.merge([(p.inputs[name], p.masks[name]) for p in parts])
+            merged.inputs[name], merged.masks[name] = decoder.merge([(p.inputs[name], p.masks[name]) for p in parts])
             continue
-        whole.inputs[name] = _concatenate([part.inputs[name] for part in parts], pin)
+        merged.inputs[name] = _concatenate([part.inputs[name] for part in parts], pin)
         if name in parts[0].masks:
-            whole.masks[name] = _concatenate([part.masks[name] for part in parts], pin)
+            merged.masks[name] = _concatenate([part.masks[name] for part in parts], pin)
     for name in parts[0].targets:
         values = [part.targets[name] for part in parts]
-        whole.targets[name] = torch.cat(values) if isinstance(values[0], Tensor) else [v for value in values for v in value]
-    return whole
+        merged.targets[name] = torch.cat(values) if isinstance(values[0], Tensor) else [v for value in values for v in value]
+    return merged
 
 
 def _concatenate(tensors: list[Tensor], pin: bool) -> Tensor:
+    """Concatenate along the batch dimension; with `pin`, straight into page-locked memory."""
     if not pin:
         return torch.cat(tensors)
     rows = sum(len(tensor) for tensor in tensors)

@@ -1,4 +1,4 @@
-"""What a sample says: its captions as text, from KEY.txt or a field of KEY.json."""
+"""The captions of a sample as cleaned text, from KEY.txt or a field of KEY.json."""
 
 from __future__ import annotations
 
@@ -11,27 +11,30 @@ from pretrain.data.sample_json import read_json
 
 
 def normalize_whitespace(text: str) -> str:
-    """Runs of white space become one space, none at the ends; a byte-order mark goes. Nothing else changes."""
+    """Return `text` with each run of white space as one space, none at the ends, and no leading byte-order mark."""
     return " ".join(text.removeprefix("\ufeff").split())
 
 
 def caption_id(text: str) -> int:
-    """A signed 64-bit hash, equal for captions that differ in case, white space or Unicode composition only.
+    """Return a signed 64-bit hash, equal for captions that differ only in case, white space or Unicode composition.
 
-    The same on every machine and in every version: it may be stored."""
-    same = normalize_whitespace(unicodedata.normalize("NFC", text).casefold())
-    return int.from_bytes(hashlib.blake2b(same.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big", signed=True)
+    It is the same on every machine and in every version, so it may be stored.
+    """
+    canonical = normalize_whitespace(unicodedata.normalize("NFC", text).casefold())
+    return int.from_bytes(
+        hashlib.blake2b(canonical.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big", signed=True
+    )
 
 
 def read_captions(members: dict[str, bytes], source: str = "txt") -> list[str]:
-    """All captions of a sample, cleaned; at least one.
+    """Return all captions of a sample, at least one, with white space normalized.
 
     Args:
-        members: content by extension.
+        members: the content of each member, by extension.
         source: "txt", or the name of a json field that holds a string or a list of strings.
 
     Raises:
-        BadSample: there is none, it is empty, or it cannot be read.
+        BadSample: the sample has no caption, only empty ones, or one that cannot be read.
     """
     member = "txt" if source == "txt" else "json"
     data = members.get(member)
@@ -41,19 +44,20 @@ def read_captions(members: dict[str, bytes], source: str = "txt") -> list[str]:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise BadSample("caption not UTF-8", str(error)) from error
-    found: list[Any] = [text] if member == "txt" else _read_field(members, source)
-    if not all(isinstance(caption, str) for caption in found):
-        raise BadSample("caption not text", f"{source}={found!r}"[:200])
-    cleaned = [caption for caption in map(normalize_whitespace, found) if caption]
+    values: list[Any] = [text] if member == "txt" else _read_field(members, source)
+    if not all(isinstance(caption, str) for caption in values):
+        raise BadSample("caption not text", f"{source}={values!r}"[:200])
+    cleaned = [caption for caption in map(normalize_whitespace, values) if caption]
     if not cleaned:
-        raise BadSample("empty caption", f"{source} holds {found!r}"[:200])
+        raise BadSample("empty caption", f"{source} holds {values!r}"[:200])
     return cleaned
 
 
 def _read_field(members: dict[str, bytes], source: str) -> list[Any]:
-    values = read_json(members)
-    value = values.get(source) if isinstance(values, dict) else None
+    """Return the value of a json field as a list. Raises BadSample where the field is absent, null or an empty list."""
+    fields = read_json(members)
+    value = fields.get(source) if isinstance(fields, dict) else None
     if value is None or value == []:
-        has = f"fields {', '.join(sorted(map(str, values)))[:150]}" if isinstance(values, dict) else "no fields"
-        raise BadSample("no caption", f"json has no {source}, but {has}")
+        present = f"fields {', '.join(sorted(map(str, fields)))[:150]}" if isinstance(fields, dict) else "no fields"
+        raise BadSample("no caption", f"json has no {source}, but {present}")
     return value if isinstance(value, list) else [value]

@@ -1,4 +1,4 @@
-"""Verifies shards before a training run has to: whole archives, readable pictures, captions."""
+"""Verification of shards before training: complete archives, readable images, and captions."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ from pretrain.data.shards.paths import map_in_processes
 from pretrain.data.shards.reader import ShardReader
 from pretrain.errors import UserError
 
-_MAX_NAMED = 10  # samples named for each reason; all are counted
+_MAX_NAMED = 10  # samples named per reason; all are counted
 
 
 @dataclass
 class CheckReport:
-    """What was found."""
+    """Result of checking shards: how many samples they hold, and which are bad."""
 
     shards: int = 0
     samples: int = 0
-    """In the shards that are whole."""
+    """Samples in the undamaged shards."""
     bad_samples: int = 0
     """Samples that training would replace."""
     bad: Counter[str] = field(default_factory=Counter)
-    """Bad samples by reason; one may have several."""
+    """Bad samples by reason; a sample may have several reasons."""
     names: dict[str, list[str]] = field(default_factory=dict)
-    """The first few of each reason: "shard/KEY: detail"."""
+    """The first few bad samples of each reason, as "shard/KEY: detail"."""
     damaged: list[str] = field(default_factory=list)
-    """A line for each shard that cannot be used at all: training refuses to start."""
+    """One line for each shard that cannot be used at all: training refuses to start with it."""
     empty: list[str] = field(default_factory=list)
     """Shards without samples."""
 
     @property
-    def ok(self) -> bool:
-        """Whether training would start and replace nothing."""
+    def is_ok(self) -> bool:
+        """Whether training would start and replace no sample."""
         return self.samples > 0 and not self.damaged and not self.bad_samples
 
     def add(self, other: CheckReport) -> None:
-        """Takes in what was found elsewhere."""
+        """Add the results of another report to this one."""
         self.shards += other.shards
         self.samples += other.samples
         self.bad_samples += other.bad_samples
@@ -56,6 +56,8 @@ class CheckReport:
 
 
 class _CheckJob(NamedTuple):
+    """One shard to check, with the options of `check_shards`."""
+
     path: str
     cache: ShardCache
     caption: str
@@ -70,37 +72,38 @@ def check_shards(
     caption: str = "txt",
     cache: ShardCache | None = None,
 ) -> CheckReport:
-    """Indexes every shard and tries every sample.
+    """Index every shard and try to read every sample.
 
     Args:
-        paths: shards, as `shards.expand` gives them.
-        decode: decode every picture and read every caption; otherwise only whether there is one.
-        workers: processes; None = one a core.
-        progress: called with (shards done, shards in all).
-        caption: "txt", or the json field that holds captions.
-        cache: where fetched shards and indices go.
+        paths: shards, as `expand_shards` returns them.
+        decode: decode every image and read every caption; False only checks that each sample has both.
+        workers: number of processes; None = one per core.
+        progress: called with (shards done, shards in total).
+        caption: "txt", or the name of the json field that holds captions.
+        cache: where fetched shards and indices are kept.
     """
     jobs = [_CheckJob(path, cache or ShardCache(), caption, decode) for path in paths]
     report = CheckReport()
-    for done, found in enumerate(map_in_processes(_check_shard, jobs, workers), start=1):
-        report.add(found)
+    for done, shard_report in enumerate(map_in_processes(_check_shard, jobs, workers), start=1):
+        report.add(shard_report)
         if progress:
             progress(done, len(jobs))
     return report
 
 
 def _check_shard(job: _CheckJob) -> CheckReport:
+    """Check one shard; the report of a damaged one says only that."""
     report = CheckReport(shards=1)
     try:
-        where = retry_io(lambda: load_index(job.path, job.cache), job.path)
-        report.samples = where.count
-        if where.count == 0:
+        shard_index = retry_io(lambda: load_index(job.path, job.cache), job.path)
+        report.samples = shard_index.count
+        if shard_index.count == 0:
             report.empty.append(job.path)
         reader = ShardReader([job.path], job.cache)
-        for sample in range(where.count):
-            reasons = _find_problems(reader, sample, job)
-            report.bad_samples += bool(reasons)
-            for error in reasons:
+        for sample in range(shard_index.count):
+            problems = _find_problems(reader, sample, job)
+            report.bad_samples += bool(problems)
+            for error in problems:
                 report.bad[error.reason] += 1
                 names = report.names.setdefault(error.reason, [])
                 if len(names) < _MAX_NAMED:
@@ -112,27 +115,27 @@ def _check_shard(job: _CheckJob) -> CheckReport:
 
 
 def _find_problems(reader: ShardReader, sample: int, job: _CheckJob) -> list[BadSample]:
-    """What is wrong with a sample."""
-    found: list[BadSample] = []
+    """Return one BadSample for each reason why the sample cannot be used."""
+    problems: list[BadSample] = []
     try:
         members = reader.read(0, sample, None if job.decode else ()).members
         if not job.decode:
             members = dict.fromkeys(reader.extensions(0, sample), b"")
     except BadSample as error:
         return [error]
-    picture = next((members[extension] for extension in EXTENSIONS if extension in members), None)
-    if picture is None:
-        found.append(BadSample("no image", f"members: {', '.join(sorted(members)) or 'none'}"))
+    image = next((members[extension] for extension in EXTENSIONS if extension in members), None)
+    if image is None:
+        problems.append(BadSample("no image", f"members: {', '.join(sorted(members)) or 'none'}"))
     if job.decode:
         try:
-            if picture is not None:
-                decode_image(picture)
+            if image is not None:
+                decode_image(image)
         except BadSample as error:
-            found.append(error)
+            problems.append(error)
         try:
             read_captions(members, job.caption)
         except BadSample as error:
-            found.append(error)
+            problems.append(error)
     elif ("txt" if job.caption == "txt" else "json") not in members:
-        found.append(BadSample("no caption", f"members: {', '.join(sorted(members)) or 'none'}"))
-    return found
+        problems.append(BadSample("no caption", f"members: {', '.join(sorted(members)) or 'none'}"))
+    return problems

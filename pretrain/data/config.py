@@ -1,4 +1,4 @@
-"""The `data` section of the configuration; which shards it means, in which shares, and how many samples they hold."""
+"""The `data` section of the configuration, and the shards, source weights and sample counts that it stands for."""
 
 from __future__ import annotations
 
@@ -15,54 +15,54 @@ from pretrain.runtime.agree import on_main
 
 log = logging.getLogger(__name__)
 
-_MAX_NAMED = 20  # shards without samples that are named in the log
+_MAX_NAMED = 20  # empty shards that are named in the log
 
 
 @dataclass
 class DataConfig:
-    """What is read, in which order, by how many."""
+    """Training and validation data: shards, batch size, shuffling, worker processes and limits on bad samples."""
 
     train: Any = "synthetic"
-    """Training shards: a glob, brace pattern, folder or url; a list of them; a list of {shards, weight} where several
-    sources are mixed (weight: share of the positions; none = in proportion to their samples); or `synthetic`."""
+    """Training shards: a glob, brace pattern, folder or url, or a list of them. A list of {shards, weight} mixes several
+    sources (weight: share of the positions; none = in proportion to their samples). `synthetic` needs no files."""
     val: Any = None
-    """Shards to evaluate on, in the same words; none = no evaluation."""
+    """Shards to evaluate on, in the same notation; none = no evaluation."""
     batch_size: int = 128
-    """Samples that share negatives, over all processes; train.chunks divides each process's share for memory only."""
+    """Samples that share negatives, over all processes; train.chunks divides the part of each process for memory only."""
     workers: int = 1
-    """Processes that read and decode, per training process; 0 does it in the training process."""
+    """Worker processes per training process, which read and decode; 0 = the training process does it itself."""
     window: int = 16
-    """Shards whose samples are shuffled together; with shards of 1,000 to 10,000 samples 16 mixes well."""
+    """Shards whose samples are shuffled together; 16 mixes shards of 1,000 to 10,000 samples well."""
     streams: int = 1
-    """Parts of the sequence that nodes read on their own, a multiple of the number of nodes; 1 unless many nodes share
-    slow storage. Changing it changes the order."""
+    """Interleaved parts of the sample sequence, each read by one node: 1, or a multiple of the number of nodes. Use 1 unless
+    many nodes share slow storage. Changing it changes the order of samples."""
     block: int = 0
-    """Consecutive samples of a stream; 0 = as many as a window holds. Of no effect with one stream."""
+    """Consecutive samples of a stream; 0 = as many as a window holds. No effect with one stream."""
     replacement: bool = False
-    """Draw samples independently of what was drawn before, instead of each once an epoch."""
+    """Sample with replacement: draw samples independently, instead of each once per epoch."""
     caption: str = "txt"
-    """Where captions are: txt, or the name of a json field (a string, or a list of which one is drawn)."""
+    """Where captions are: txt, or the name of a json field (a string, or a list from which one is drawn)."""
     draw: int = 1
-    """Captions drawn of each sample, for pretraining: the picture is encoded once for all of them, and each has a loss of its
-    own, of which the mean is taken. Where a sample has fewer, they are taken again."""
+    """Captions drawn per sample in pretraining. The image is encoded once; the loss is the mean over the captions drawn.
+    A sample with fewer captions repeats them."""
     val_caption: str | None = None
-    """Where evaluation finds them; null: as `caption`. A json field with a list of them: each is a caption of the picture."""
+    """Where evaluation reads captions; null = as `caption`. Of a json field with a list, each is a caption of the image."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-    """Random changes to training pictures."""
+    """Random changes to training images."""
     max_bad_rate: float = 0.01
-    """Share of samples with unusable content above which the run stops; below, they are replaced and counted."""
+    """Fraction of samples with unusable content above which the run stops; below it they are replaced and counted."""
     max_bad_run: int = 100
-    """Samples with unusable content in a row above which the run stops."""
+    """Consecutive samples with unusable content above which the run stops."""
     cache: str | None = None
-    """Folder of this machine for fetched shards and for indices that cannot lie beside their shard; none = clipfuse's
-    folder in the user's cache."""
+    """Local folder for fetched shards, and for indices that cannot be written beside their shard; none = clipfuse's folder
+    in the user's cache."""
     cache_gib: float = 0.0
-    """GiB that fetched shards may take, then those used longest ago are removed; 0 = no limit."""
+    """GiB that fetched shards may take; above it, the least recently used are removed; 0 = no limit."""
     commands: bool = False
     """Allow `pipe:` urls, which run shell commands, and GOPEN_REWRITE, which rewrites urls."""
 
     def check(self) -> None:
-        """Refuses numbers out of range and shards given in words that mean nothing."""
+        """Raise ConfigError for a number out of range or an invalid specification of shards."""
         for name, least in (
             ("batch_size", 1),
             ("workers", 0),
@@ -75,7 +75,7 @@ class DataConfig:
             if getattr(self, name) < least:
                 raise ConfigError(f"data.{name}={getattr(self, name)} must be at least {least}")
         if not 0 <= self.max_bad_rate <= 1:
-            raise ConfigError(f"data.max_bad_rate={self.max_bad_rate} must be a share, 0 to 1")
+            raise ConfigError(f"data.max_bad_rate={self.max_bad_rate} must be a fraction, 0 to 1")
         if self.cache_gib < 0:
             raise ConfigError(f"data.cache_gib={self.cache_gib} must be 0 (no limit) or more")
         parse_sources(self.train, "data.train")
@@ -83,43 +83,56 @@ class DataConfig:
             parse_sources(self.val, "data.val")
 
     def build_cache(self) -> ShardCache:
-        """Where this machine keeps what it fetched."""
+        """Build the cache of fetched shards that these settings describe."""
         return ShardCache(self.cache, self.commands, self.cache_gib)
 
 
 def evaluation_caption(data: Mapping[str, Any]) -> str:
-    """Where evaluation finds captions, by the `data` section of a run's configuration."""
+    """Return where evaluation reads captions ("txt" or a json field), given the `data` section of a run's configuration."""
     return str(data.get("val_caption") or data.get("caption") or "txt")
 
 
 class SourceSpec(NamedTuple):
-    """A source as the configuration gives it."""
+    """One source: its shards, and the weight from the configuration (None where it gives none)."""
 
     shards: list[str]
     weight: float | None
 
 
 def resolve_sources(spec: Any, where: str) -> list[SourceSpec]:
-    """The sources of data.train or data.val (`where`), with the shards they match. Raises ConfigError."""
+    """Return the sources of data.train or data.val with the shards they match.
+
+    Args:
+        spec: the value in the configuration.
+        where: its key, for error messages.
+
+    Raises:
+        ConfigError: an invalid specification, or one that matches no shard.
+    """
     return [SourceSpec(expand_shards(shards, where), weight) for shards, weight in parse_sources(spec, where)]
 
 
 def parse_sources(spec: Any, where: str) -> list[tuple[str | list[str], float | None]]:
-    """[(shards, weight)] as written; a plain list of shards is one source. Raises ConfigError for what means nothing."""
+    """Return [(shards, weight)] without expanding patterns; a plain list of shards is one source.
+
+    Raises:
+        ConfigError: `spec` is neither a string, a list of strings nor a list of {shards, weight}.
+    """
     if isinstance(spec, str):
         return [(spec, None)]
     if not isinstance(spec, list) or not spec:
         raise ConfigError(f"{where}={spec!r} must be a string of shards, or a list of strings or of {{shards, weight}}")
     if all(isinstance(entry, str) for entry in spec):
         return [(spec, None)]
-    found: list[tuple[str | list[str], float | None]] = []
+    sources: list[tuple[str | list[str], float | None]] = []
     for entry in spec:
         if not isinstance(entry, dict) or "shards" not in entry:
-            raise ConfigError(f"{where}: {entry!r} must be {{shards: ..., weight: ...}}, as other entries of the list are")
+            raise ConfigError(f"{where}: {entry!r} must be {{shards: ..., weight: ...}}, as the other entries of the list are")
         for name in entry:
             if name not in ("shards", "weight"):
                 raise ConfigError(
-                    f"{where}: no {name!r} in an entry{closest(str(name), ['shards', 'weight'])}; it has shards and weight"
+                    f"{where}: an entry has no key {name!r}{closest(str(name), ['shards', 'weight'])}; "
+                    "valid keys are shards and weight"
                 )
         shards, weight = entry["shards"], entry.get("weight")
         if not (isinstance(shards, str) or (isinstance(shards, list) and shards and all(isinstance(s, str) for s in shards))):
@@ -128,23 +141,32 @@ def parse_sources(spec: Any, where: str) -> list[tuple[str | list[str], float | 
             isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf")
         ):
             raise ConfigError(f"{where}: weight={weight!r} of {shards} must be a positive number")
-        found.append((shards, weight))
-    without = [shards for shards, weight in found if weight is None]
-    if 0 < len(without) < len(found):
-        raise ConfigError(f"{where}: {without[0]} has no weight, others have: give all a weight, or none")
-    return found
+        sources.append((shards, weight))
+    unweighted = [shards for shards, weight in sources if weight is None]
+    if 0 < len(unweighted) < len(sources):
+        raise ConfigError(f"{where}: {unweighted[0]} has no weight, but others have: give every entry a weight, or none")
+    return sources
 
 
 def count_samples_once(paths: list[str], cache: ShardCache, where: str) -> list[int]:
-    """Samples in each shard, counted once for all processes. Raises UserError."""
+    """Count the samples of each shard on the main process and return the counts on all. Collective.
+
+    Args:
+        paths: shards.
+        cache: where fetched shards and indices are kept.
+        where: the configuration key that names the shards, for error messages.
+
+    Raises:
+        UserError: the shards hold no samples, or one is damaged or cannot be read.
+    """
 
     def count() -> list[int]:
-        numbers = count_samples(paths, cache)
-        for path in [path for path, n in zip(paths, numbers, strict=True) if n == 0][:_MAX_NAMED]:
+        counts = count_samples(paths, cache)
+        for path in [path for path, n in zip(paths, counts, strict=True) if n == 0][:_MAX_NAMED]:
             log.warning("%s holds no samples", path)
-        if sum(numbers) == 0:
+        if sum(counts) == 0:
             others = f" nor {len(paths) - 1} others" if len(paths) > 1 else ""
             raise UserError(f"{where}: no samples in {paths[0]}{others}")
-        return numbers
+        return counts
 
     return on_main(count)

@@ -1,4 +1,4 @@
-"""Evaluation's reading: each sample exactly once, over any number of processes."""
+"""The evaluation loader: each sample exactly once over all processes."""
 
 from __future__ import annotations
 
@@ -24,43 +24,54 @@ _MAX_NAMED = 20  # bad samples that are named in the log; all are counted
 
 
 class EvalLoader:
-    """Batches of this process's share, in the order of the shards; iterate again to read again. The last one is short.
+    """The batches of one process, in the order of the shards; it can be iterated repeatedly. The last batch may be short.
 
     Samples whose content cannot be used are left out and counted in `bad`, by reason.
+
+    Args:
+        reader: reads samples by shard.
+        counts: samples in each shard.
+        decoders: by modality; called with train=False.
+        batch_size: samples per batch of this process.
+        workers: worker processes; 0 reads and decodes in this process.
+        rank: the rank of this process, of `world`.
+        world: number of processes.
+        max_samples: only the first so many samples over all processes; 0 = all.
     """
 
     def __init__(
-        self, store: SampleReader, numbers: Sequence[int], decoders: Mapping[str, Decoder], batch_size: int, workers: int,
+        self, reader: SampleReader, counts: Sequence[int], decoders: Mapping[str, Decoder], batch_size: int, workers: int,
         rank: int, world: int, max_samples: int,
     ) -> None:  # fmt: skip
         self.bad: Counter[str] = Counter()
-        self.total = min(sum(numbers), max_samples or sys.maxsize)
-        """Samples of all processes together."""
-        self._evaluation, self._workers, self._size = EvaluationDataset(store, decoders), workers, batch_size
-        self._numbers = np.asarray(numbers, dtype=np.int64)
-        self._mine = range(self.total * rank // world, self.total * (rank + 1) // world)
+        self.total = min(sum(counts), max_samples or sys.maxsize)
+        """Samples over all processes."""
+        self._evaluation, self._workers, self._size = EvaluationDataset(reader, decoders), workers, batch_size
+        self._counts = np.asarray(counts, dtype=np.int64)
+        self._sample_range = range(self.total * rank // world, self.total * (rank + 1) // world)
 
     def __iter__(self) -> Iterator[Batch]:
         self.bad.clear()
-        pieces_expected = -(-len(self._mine) // self._size)
-        with run_workers(self._evaluation, self._places(), min(self._workers, pieces_expected)) as pieces:
-            for _ in range(pieces_expected):
-                piece = next(pieces)
-                if piece.problem:
-                    raise UserError(piece.problem)
-                for bad in piece.bad:
+        num_batches = -(-len(self._sample_range) // self._size)
+        with run_workers(self._evaluation, self._iterate_addresses(), min(self._workers, num_batches)) as results:
+            for _ in range(num_batches):
+                part = next(results)
+                if part.problem:
+                    raise UserError(part.problem)
+                for bad in part.bad:
                     self.bad[bad.reason] += 1
                     if self.bad.total() <= _MAX_NAMED:
                         log.warning("%s cannot be used and is left out: %s: %s", bad.key, bad.reason, bad.detail)
-                if piece.batch is not None:
-                    yield piece.batch
+                if part.batch is not None:
+                    yield part.batch
 
-    def _places(self) -> Iterator[list[tuple[int, int]]]:
-        ends = np.cumsum(self._numbers)
-        for start in range(self._mine.start, self._mine.stop, self._size):
-            each = np.arange(start, min(start + self._size, self._mine.stop))
-            shard = np.searchsorted(ends, each, side="right")
-            yield list(zip(shard.tolist(), (each - (ends - self._numbers)[shard]).tolist(), strict=True))
+    def _iterate_addresses(self) -> Iterator[list[tuple[int, int]]]:
+        """Yield [(shard, sample of the shard)] of each batch."""
+        ends = np.cumsum(self._counts)
+        for start in range(self._sample_range.start, self._sample_range.stop, self._size):
+            indices = np.arange(start, min(start + self._size, self._sample_range.stop))
+            shard = np.searchsorted(ends, indices, side="right")
+            yield list(zip(shard.tolist(), (indices - (ends - self._counts)[shard]).tolist(), strict=True))
 
 
 def build_eval_loader(
@@ -73,25 +84,26 @@ def build_eval_loader(
     max_samples: int = 0,
     cache: ShardCache | None = None,
 ) -> EvalLoader:
-    """Evaluation's batches: of the samples in the shards, each exactly once over `world` processes.
+    """Build the evaluation loader of this process: every sample of the shards exactly once over `world` processes.
 
-    Each process reads a consecutive part. Besides inputs, batches carry targets["json"], a dict a sample, and
-    targets["captions"], all captions of each, where there is a text decoder.
+    Each process reads a consecutive part. Besides inputs, batches carry targets["json"], a dict for each sample. Where there
+    is a text decoder they also carry targets["captions"], a list of all captions of each sample.
 
     Args:
-        shards: what data.val may be: a string, or a list of strings or of {shards: ...}.
+        shards: anything that data.val may be: a string, or a list of strings or of {shards: ...}.
         decoders: by modality; called with train=False.
-        batch_size: of this process.
-        workers: processes that read and decode; 0 does it in this process.
-        rank: this process, of `world`.
-        max_samples: only the first so many over all processes; 0 = all.
-        cache: where fetched shards and indices go.
+        batch_size: samples per batch of this process.
+        workers: worker processes; 0 reads and decodes in this process.
+        rank: the rank of this process, of `world`.
+        world: number of processes.
+        max_samples: only the first so many samples over all processes; 0 = all.
+        cache: where fetched shards and indices are kept.
 
     Raises:
-        ConfigError: no shards.
-        UserError: shards that are damaged or cannot be read, or hold no samples.
+        ConfigError: an invalid specification, or one that matches no shard.
+        UserError: the shards are damaged, cannot be read, or hold no samples.
     """
     paths = [path for source in resolve_sources(shards, "data.val") for path in source.shards]
-    numbers = count_samples_once(paths, cache or ShardCache(), "data.val")
-    store = ShardReader(paths, cache, numbers, keep=8)
-    return EvalLoader(store, numbers, decoders, batch_size, workers, rank, world, max_samples)
+    counts = count_samples_once(paths, cache or ShardCache(), "data.val")
+    reader = ShardReader(paths, cache, counts, max_open=8)
+    return EvalLoader(reader, counts, decoders, batch_size, workers, rank, world, max_samples)

@@ -1,14 +1,16 @@
-"""Pictures: bytes -> (3, H, W) uint8. Decoding; random crops and colour for training; resize and crop for evaluation.
+"""The image decoder: encoded bytes to (3, H, W) uint8, with augmentation in training, resizing and cropping in evaluation.
 
-Normalisation is not done here: pictures travel as uint8 and the tower normalises them on the device. `Preprocess` holds
-the whole recipe for those who must repeat it elsewhere (exports).
+Images travel as uint8; the tower normalizes them on the device. `Preprocess` describes all of evaluation preprocessing,
+normalization included, for exports.
 
-Legend: H, W = height, width in pixels; b = pictures in a batch. Arrays are HWC (rows, columns, RGB), tensors CHW.
+Legend: H, W = height, width in pixels; b = images in a batch. Arrays are HWC (rows, columns, RGB), tensors CHW.
 
-Training decodes a JPEG at 1/2, 1/4 or 1/8 when the crop keeps at least the target's size that way, and resizes with
-torch's antialiased filter for uint8: Pillow's filter at several times its speed, equal but for rounding (0.3 levels of
-255 on average where the two take rows and columns in another order, 0.01 elsewhere). Evaluation decodes fully and
-resizes with Pillow: bit for bit what the evaluation transform of open_clip and torchvision gives.
+Training decodes a JPEG at 1/2, 1/4 or 1/8 of its size where the crop still has at least the target size. It resizes with
+torch's antialiased uint8 filter: Pillow's filter at several times its speed, equal up to rounding. Evaluation decodes at
+full size and resizes with Pillow: bit for bit the evaluation transform of open_clip and torchvision.
+
+Measured: the two filters differ by 0.3 of 255 levels on average where they filter rows and columns in a different order,
+and by 0.01 elsewhere.
 """
 
 from __future__ import annotations
@@ -35,22 +37,22 @@ _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BI
 
 @dataclass
 class AugmentConfig:
-    """Random changes to training pictures."""
+    """Random changes to training images."""
 
     scale: list[float] = field(default_factory=lambda: [0.9, 1.0])
-    """Area of the random crop, as a share of the picture's: least, most. CLIP's own default."""
+    """Smallest and largest area of the random crop, as a fraction of the image's area. CLIP's default."""
     ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
-    """Width over height of the random crop: least, most. torchvision's default."""
+    """Smallest and largest ratio of width to height of the random crop. torchvision's default."""
     flip: bool = False
-    """Mirror half of the pictures. Off: captions say "left of", and letters would be mirrored too."""
+    """Mirror half of the images. Off by default: captions say "left of", and letters would be mirrored too."""
     color: float = 0.0
-    """Strength c in 0..1: brightness, contrast and saturation are each multiplied by a draw from 1-c to 1+c. No hue
-    shift, because captions name colours."""
+    """Strength c in 0..1: brightness, contrast and saturation are each multiplied by a factor drawn from 1-c to 1+c. Hue is
+    not changed, because captions name colors."""
     grayscale: float = 0.0
-    """Probability in 0..1 of taking the colour out."""
+    """Probability in 0..1 of converting an image to gray."""
 
     def check(self) -> None:
-        """Raises ConfigError for a value out of its range."""
+        """Raise ConfigError for a value out of its range."""
         for name, low, high in (("scale", 0.0, 1.0), ("ratio", 0.0, math.inf)):
             pair = getattr(self, name)
             if len(pair) != 2 or not low < pair[0] <= pair[1] <= high:
@@ -62,24 +64,24 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """The evaluation recipe of an image tower, for exports: pixels / 255, minus mean, over std."""
+    """Evaluation preprocessing of an image tower, for exports: resize, crop, then (pixels / 255 - mean) / std."""
 
     size: int
-    """Side of the square picture, in pixels."""
+    """Side of the square image, in pixels."""
     resize: Literal["crop", "squash"] = "crop"
-    """crop: the shorter side to `size`, then the centre; squash: both sides to `size`."""
+    """crop: resize the shorter side to `size`, then crop the center; squash: resize both sides to `size`."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     mean: tuple[float, ...] = CLIP_MEAN
     std: tuple[float, ...] = CLIP_STD
 
     def to_open_clip(self) -> dict[str, Any]:
-        """The `preprocess_cfg` of an open_clip model."""
+        """Return the `preprocess_cfg` of an open_clip model."""
         mode = "squash" if self.resize == "squash" else "shortest"
         common = {"size": self.size, "mode": "RGB", "mean": list(self.mean), "std": list(self.std)}
         return {**common, "interpolation": self.interpolation, "resize_mode": mode}
 
     def to_transformers(self) -> dict[str, Any]:
-        """The preprocessor_config.json of a transformers CLIPImageProcessor."""
+        """Return the preprocessor_config.json of a transformers CLIPImageProcessor."""
         square = {"height": self.size, "width": self.size}
         return {
             "image_processor_type": "CLIPImageProcessor",
@@ -98,13 +100,21 @@ class Preprocess:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Random changes
+# Augmentation
 
 
 def draw_crop(
     height: int, width: int, scale: list[float], ratio: list[float], rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of a random part, as torchvision's RandomResizedCrop.get_params draws it."""
+    """Draw a crop (top, left, height, width), in pixels, as torchvision's RandomResizedCrop.get_params does.
+
+    Args:
+        height: of the image, in pixels.
+        width: of the image, in pixels.
+        scale: smallest and largest area of the crop, as a fraction of the image's area.
+        ratio: smallest and largest ratio of width to height.
+        rng: the source of randomness.
+    """
     log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(10):
         area = height * width * rng.uniform(scale[0], scale[1])
@@ -112,7 +122,7 @@ def draw_crop(
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             return int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1)), h, w
-    w, h = width, height  # no luck: the largest centred part whose ratio is allowed
+    w, h = width, height  # no crop fitted: take the largest centered one of an allowed ratio
     if width / height < ratio[0]:
         h = min(height, max(1, round(width / ratio[0])))
     elif width / height > ratio[1]:
@@ -121,7 +131,7 @@ def draw_crop(
 
 
 def resize(pixels: np.ndarray, size: tuple[int, int], interpolation: str = "bicubic") -> torch.Tensor:
-    """(h, w, 3) uint8 -> (3, H, W) uint8, antialiased, for size = (H, W); Pillow's filter but for rounding."""
+    """Resize (h, w, 3) uint8 to (3, H, W) uint8 with antialiasing, for size = (H, W); equals Pillow up to rounding."""
     image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
     return torch.nn.functional.interpolate(image, size, mode=interpolation, antialias=True)[0].contiguous()
 
@@ -130,9 +140,10 @@ _LUMA = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)  # ITU-R 601-2, as Pil
 
 
 def recolor(image: torch.Tensor, brightness: float, contrast: float, saturation: float) -> torch.Tensor:
-    """(3, H, W) uint8 -> the same with brightness, contrast and saturation multiplied, in this order (1 = unchanged).
+    """Multiply brightness, contrast and saturation of a (3, H, W) uint8 image, in this order (1 = unchanged).
 
-    Each blends with black, with the mean of the grey picture, with the grey picture: torchvision's adjust_*."""
+    They blend the image with black, with the mean of the gray image, and with the gray image: torchvision's adjust_*.
+    """
     x = (image.float() * brightness).clamp(0, 255)
     x = (x * contrast + (1 - contrast) * (x * _LUMA).sum(0).mean()).clamp(0, 255)
     x = (x * saturation + (1 - saturation) * (x * _LUMA).sum(0)).clamp(0, 255)
@@ -140,20 +151,20 @@ def recolor(image: torch.Tensor, brightness: float, contrast: float, saturation:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The decoder the loader calls
+# The decoder
 
 
 class ImageDecoder:
-    """The picture of a sample -> (3, size, size) uint8.
+    """Decoder of the image of a sample, to (3, size, size) uint8.
 
     Args:
-        size: side of the square output, pixels.
-        augment: the random changes in training.
-        resize: evaluation: "crop" = shorter side to `size`, then the centre; "squash" = both sides to `size`.
+        size: side of the square output, in pixels.
+        augment: the random changes in training; None = the defaults of AugmentConfig.
+        resize: in evaluation, "crop" = shorter side to `size`, then the center; "squash" = both sides to `size`.
         interpolation: "bicubic" or "bilinear", both antialiased.
-        max_pixels: larger pictures are bad samples.
-        exact: evaluate with Pillow's resize, bit-equal to torchvision's transform; False evaluates with `resize`, in a
-            third of the time.
+        max_pixels: a sample whose image has more pixels is a bad sample.
+        exact: evaluate with Pillow's resize, bit-equal to torchvision's transform. False evaluates with the function
+            `resize`, in a third of the time.
     """
 
     def __init__(
@@ -177,22 +188,22 @@ class ImageDecoder:
         self.augment.check()
 
     def __call__(self, sample: RawSample, rng: np.random.Generator, train: bool) -> torch.Tensor:
-        """(3, size, size) uint8. Raises BadSample."""
+        """Decode the image of a sample to (3, size, size) uint8. Raises BadSample."""
         data = next((sample.members[e] for e in EXTENSIONS if e in sample.members), None)
         if data is None:
             raise BadSample("no image", f"members: {', '.join(sorted(sample.members)) or 'none'}")
         return self.decode_train(data, rng) if train else self.decode_eval(data)
 
     def collate(self, images: list[torch.Tensor]) -> tuple[torch.Tensor, None]:
-        """(b, 3, size, size) uint8; pictures have no mask."""
+        """Stack b images to (b, 3, size, size) uint8; images have no mask."""
         return torch.stack(images), None
 
     def decode_train(self, data: bytes, rng: np.random.Generator) -> torch.Tensor:
-        """(3, size, size) uint8: random crop, resized, and whatever else `augment` asks for."""
+        """Decode to (3, size, size) uint8 with a random crop and the other random changes of `augment`. Raises BadSample."""
         header, a = read_header(data, self.max_pixels), self.augment
         top, left, h, w = draw_crop(header.height, header.width, a.scale, a.ratio, rng)
-        # The crop is drawn first: its size decides how small the picture may be decoded. Its corner moves to the grid of
-        # the reduced pixels, or the crop would be cut up to half a pixel off.
+        # The crop is drawn first: its size decides how small the image may be decoded. Its corner is aligned to the grid of
+        # the reduced pixels; otherwise the crop would be up to half a pixel off.
         f = reduction_factor(header, h, w, self.size)
         pixels = decode_pixels(data, header, f)
         top, left, h, w = top // f, left // f, h // f, w // f
@@ -206,23 +217,30 @@ class ImageDecoder:
         return image
 
     def decode_eval(self, data: bytes) -> torch.Tensor:
-        """(3, size, size) uint8: the same for the same bytes, always."""
+        """Decode to (3, size, size) uint8, deterministically. Raises BadSample."""
         pixels = decode_image(data, max_pixels=self.max_pixels)
         height, width = pixels.shape[:2]
         target = evaluation_size(height, width, self.size, self.resize)
         if not self.exact:
             image = resize(pixels, target, self.interpolation)
         else:
-            picture = Image.fromarray(np.ascontiguousarray(pixels))
+            pil_image = Image.fromarray(np.ascontiguousarray(pixels))
             if target != (height, width):
-                picture = picture.resize((target[1], target[0]), _FILTERS[self.interpolation])
-            image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+                pil_image = pil_image.resize((target[1], target[0]), _FILTERS[self.interpolation])
+            image = torch.from_numpy(np.array(pil_image)).permute(2, 0, 1)
         top, left = round((target[0] - self.size) / 2), round((target[1] - self.size) / 2)
         return image[:, top : top + self.size, left : left + self.size].contiguous()
 
 
 def evaluation_size(height: int, width: int, size: int, resize: str) -> tuple[int, int]:
-    """(H, W) before the centre crop; the longer side rounds down, as torchvision's Resize does."""
+    """Return the resized (H, W) before the center crop; the longer side rounds down, as in torchvision's Resize.
+
+    Args:
+        height: of the image, in pixels.
+        width: of the image, in pixels.
+        size: side of the square output, in pixels.
+        resize: "crop" or "squash".
+    """
     if resize == "squash":
         return size, size
     if height <= width:
@@ -231,8 +249,8 @@ def evaluation_size(height: int, width: int, size: int, resize: str) -> tuple[in
 
 
 def visible_box(height: int, width: int, size: int, resize: str) -> tuple[float, float, float, float]:
-    """The box (x0, y0, x1, y1) of a stored image, in its pixels, that reaches the model: the center crop, or all of it."""
-    tall, wide = evaluation_size(height, width, size, resize)
-    top, left = round((tall - size) / 2), round((wide - size) / 2)
-    across, down = width / wide, height / tall
-    return left * across, top * down, (left + size) * across, (top + size) * down
+    """Return the box (x0, y0, x1, y1) of a stored image, in its pixels, that the model sees: the center crop, or all."""
+    resized_height, resized_width = evaluation_size(height, width, size, resize)
+    top, left = round((resized_height - size) / 2), round((resized_width - size) / 2)
+    scale_x, scale_y = width / resized_width, height / resized_height
+    return left * scale_x, top * scale_y, (left + size) * scale_x, (top + size) * scale_y

@@ -247,7 +247,7 @@ def build_loader(
             sources.append(ShardSource(own, source.weight if source.weight is not None else float(max(sum(own), 1))))
             at += len(own)
         held = 2 * data.window * len(sources) * max(1, data.streams // nodes)  # windows in use, and the next ones
-        store = ShardReader(paths, data.build_cache(), numbers, keep=min(held, _max_open_files()))
+        store = ShardReader(paths, data.build_cache(), numbers, max_open=min(held, _max_open_files()))
         scouted = store if rank % (world // nodes) == 0 and is_prefetch_needed(paths, store.cache) else None
         names = [path.rsplit("/", 1)[-1] for path in paths]
     order = Order(sources, seed, data.window, data.streams, data.block, data.replacement)

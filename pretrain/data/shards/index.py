@@ -1,8 +1,8 @@
-"""The index of one tar shard: the byte range of each member of each sample, its keys, and what was odd about it.
+"""The index of one tar shard: the byte range of each member of each sample, the keys, and flags for duplicates.
 
-The members KEY.jpg, KEY.txt, KEY.json that follow one another are one sample: KEY is the path up to the first dot of the file
-name, the rest in lower case is the extension (webdataset's rules). Made by one pass over the headers when a shard is opened
-first, and kept as NAME.tar.idx beside it, or in the cache folder where that cannot be written.
+Consecutive members KEY.jpg, KEY.txt, KEY.json are one sample. KEY is the path up to the first dot of the file name; the rest,
+in lower case, is the extension (webdataset's rules). The index is built by one pass over the headers when a shard is first
+opened. It is saved as NAME.tar.idx beside the shard, or in the cache folder where that cannot be written.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 Ints = npt.NDArray[np.int64]
 
 DUPLICATE_MEMBER, DUPLICATE_KEY = 1, 2
-"""Flags of a sample: two members with the same extension; a key that came before in the shard."""
+"""Flags of a sample: two of its members have the same extension; an earlier sample of the shard has the same key."""
 
 _VERSION = 1
 _ARRAYS = ("starts", "members", "flags", "key_ends", "key_bytes")
@@ -37,7 +37,7 @@ _ARRAYS = ("starts", "members", "flags", "key_ends", "key_bytes")
 
 @dataclass(frozen=True, eq=False)
 class ShardIndex:
-    """Where everything in a shard lies. n samples, m members; sample i owns members starts[i] up to starts[i + 1]."""
+    """Index of a shard of n samples and m members; sample i has members starts[i] to starts[i + 1] - 1."""
 
     path: str
     size: int
@@ -45,23 +45,23 @@ class ShardIndex:
     fingerprint: str
     extensions: list[str]
     starts: Ints  # (n + 1,)
-    members: Ints  # (m, 3): which of the extensions, first byte of the content in the file, bytes
+    members: Ints  # (m, 3): number of its extension, offset of its content in the file, length in bytes
     flags: npt.NDArray[np.uint8]  # (n,)
     key_ends: Ints  # (n + 1,)
-    key_bytes: npt.NDArray[np.uint8]  # keys laid end to end, as UTF-8
+    key_bytes: npt.NDArray[np.uint8]  # all keys, concatenated, as UTF-8
 
     @property
     def count(self) -> int:
-        """Samples in the shard (n)."""
+        """Number of samples in the shard (n)."""
         return len(self.flags)
 
     @cached_property
     def name(self) -> str:
-        """What keys begin with: the file's name without .tar."""
+        """The shard's name in keys: the file name without .tar."""
         return os.path.basename(self.path).removesuffix(".tar")
 
     def key(self, sample: int) -> str:
-        """KEY of a sample; bytes that are no UTF-8 are written as escapes."""
+        """Return the KEY of a sample; bytes that are not UTF-8 are written as escapes."""
         return self.key_bytes[self.key_ends[sample] : self.key_ends[sample + 1]].tobytes().decode("utf-8", "backslashreplace")
 
     @property
@@ -71,27 +71,33 @@ class ShardIndex:
 
 
 def load_index(path: str, cache: ShardCache | None = None) -> ShardIndex:
-    """The index of a shard: the saved one if it still fits the file, else from one pass over the headers, which is saved.
+    """Return the index of a shard: the saved one where it matches the file, or else a new one, which is then saved.
+
+    Args:
+        path: the shard, a file or a url.
+        cache: where fetched shards and indices are kept; None = the default cache.
 
     Raises:
-        UserError: the file is damaged, or holds another number of samples than its stats say; one line that names it.
+        UserError: the file is damaged, or its number of samples differs from that in its stats file.
         OSError: it cannot be read.
     """
     cache = cache or ShardCache()
     file = cache.fetch(path)
-    found = _load_saved(file, cache)
-    if found is None:
-        found = _build(file)
-        _save(found, cache)
-    said, by = recorded_count(path)
-    if said is not None and said != found.count:
+    shard_index = _load_saved(file, cache)
+    if shard_index is None:
+        shard_index = _build(file)
+        _save(shard_index, cache)
+    count, count_file = recorded_count(path)
+    if count is not None and count != shard_index.count:
         raise UserError(
-            f"{path} holds {found.count:,} samples, but {by} says {said:,}: it was cut short, or one of the two is old"
+            f"{path} holds {shard_index.count:,} samples, but {count_file} says {count:,}: "
+            "the shard was cut short, or one of the two files is outdated"
         )
-    return found
+    return shard_index
 
 
 def _build(path: str) -> ShardIndex:
+    """Build the index of a local shard by one pass over its headers."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         stat = os.fstat(fd)
@@ -103,31 +109,35 @@ def _build(path: str) -> ShardIndex:
 
 
 def _group_members(members: Members) -> dict[str, Any]:
-    """Members that follow one another under the same key -> samples, by webdataset's naming rules."""
+    """Group consecutive members of the same key into samples, by webdataset's naming rules.
+
+    Returns:
+        The fields of ShardIndex from `extensions` on, by name.
+    """
     extensions: dict[str, int] = {}
     keys: list[bytes] = []
     flags: list[int] = []
     starts: list[int] = []
     rows: list[tuple[int, int, int]] = []
-    last: str | None = None
-    seen_keys: set[str] = set()
-    seen_kinds: set[int] = set()
+    last_key: str | None = None
+    previous_keys: set[str] = set()
+    kinds_of_sample: set[int] = set()
     for name, offset, length in zip(*members, strict=True):
         base = name[name.rfind("/") + 1 :]
         stem, dot, extension = base.partition(".")
         if not stem or not dot or (name.startswith("__") and name.partition("/")[0].endswith("__")):
-            continue  # no extension, a hidden file, or notes about the archive
+            continue  # no extension, a hidden file, or metadata of the archive
         key = name[: len(name) - len(base)] + stem
-        if key != last:
+        if key != last_key:
             starts.append(len(rows))
             keys.append(key.encode("utf-8", "surrogateescape"))
-            flags.append(DUPLICATE_KEY if key in seen_keys else 0)
-            seen_keys.add(key)
-            last, seen_kinds = key, set()
+            flags.append(DUPLICATE_KEY if key in previous_keys else 0)
+            previous_keys.add(key)
+            last_key, kinds_of_sample = key, set()
         kind = extensions.setdefault(extension.lower(), len(extensions))
-        if kind in seen_kinds:
+        if kind in kinds_of_sample:
             flags[-1] |= DUPLICATE_MEMBER
-        seen_kinds.add(kind)
+        kinds_of_sample.add(kind)
         rows.append((kind, offset, length))
     return {
         "extensions": list(extensions),
@@ -140,95 +150,100 @@ def _group_members(members: Members) -> dict[str, Any]:
 
 
 def _fingerprint(fd: int, size: int) -> str:
-    """A digest of a few blocks all over the file: with size and time, tells it from one that took its place."""
-    h = hashlib.blake2b(str(size).encode(), digest_size=16)
+    """Return a digest of four blocks spread over the file; with size and time it detects a file that was replaced."""
+    hasher = hashlib.blake2b(str(size).encode(), digest_size=16)
     for i in range(4):
-        h.update(os.pread(fd, 4096, max(0, size - 4096) * i // 3))
-    return h.hexdigest()
+        hasher.update(os.pread(fd, 4096, max(0, size - 4096) * i // 3))
+    return hasher.hexdigest()
 
 
 # ---- the saved index -------------------------------------------------------------------------------------------------
 
 
 def _index_paths(path: str, cache: ShardCache) -> list[Path]:
+    """Return the paths where the index of a shard may be saved, preferred first."""
     return [Path(f"{path}.idx"), Path(f"{cache.cached_path(os.path.abspath(path), 'index')}.idx")]
 
 
 def indexed_count(path: str, cache: ShardCache) -> int | None:
-    """Samples in a local shard according to a saved index that fits it, if there is one."""
+    """Return the number of samples of a local shard from its saved index; None where no saved index matches."""
     meta, _ = _find_saved(path, cache)
     return None if meta is None else int(meta["count"])
 
 
 def _load_saved(path: str, cache: ShardCache) -> ShardIndex | None:
-    meta, place = _find_saved(path, cache)
+    """Load the saved index of a shard; None where there is none, or none that matches the shard."""
+    meta, index_path = _find_saved(path, cache)
     if meta is None:
         return None
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         if _fingerprint(fd, meta["size"]) != meta["fingerprint"]:
-            log.warning("%s is stale, the shard has changed since: indexing it again", place)
+            log.warning("%s is outdated, the shard has changed since: indexing it again", index_path)
             return None
     finally:
         os.close(fd)
     del meta["count"], meta["version"]
     try:
-        with open(place, "rb") as file, np.load(file, allow_pickle=False) as stored:
+        with open(index_path, "rb") as file, np.load(file, allow_pickle=False) as stored:
             return ShardIndex(path, **meta, **{name: stored[name] for name in _ARRAYS})
     except Exception as error:
-        _warn_unusable(place, error)
+        _warn_unusable(index_path, error)
         return None
 
 
 def _find_saved(path: str, cache: ShardCache) -> tuple[dict[str, Any] | None, Path]:
-    """What heads the saved index whose size and time are those of the shard, and where it is."""
+    """Return (metadata, path) of the saved index with the shard's size and modification time; (None, Path()) without."""
     stat = os.stat(path)
-    for place in _index_paths(path, cache):
+    for index_path in _index_paths(path, cache):
         try:
-            with open(place, "rb") as file, np.load(file, allow_pickle=False) as stored:
+            with open(index_path, "rb") as file, np.load(file, allow_pickle=False) as stored:
                 meta: dict[str, Any] = json.loads(stored["meta"].tobytes())
             if meta["version"] != _VERSION:
                 continue
             if (meta["size"], meta["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns):
-                return meta, place
-            log.warning("%s is stale, the shard has changed since: indexing it again", place)
+                return meta, index_path
+            log.warning("%s is outdated, the shard has changed since: indexing it again", index_path)
         except FileNotFoundError:
             continue
-        except Exception as error:  # whatever a damaged file of ours makes numpy raise: it is made anew
-            _warn_unusable(place, error)
+        except Exception as error:  # whatever numpy raises for a damaged index file: the index is rebuilt
+            _warn_unusable(index_path, error)
     return None, Path()
 
 
-def _warn_unusable(place: Path, error: Exception) -> None:
-    log.warning("%s cannot be used (%s): indexing the shard again", place, error)
+def _warn_unusable(path: Path, error: Exception) -> None:
+    log.warning("%s cannot be used (%s): indexing the shard again", path, error)
 
 
-def _save(made: ShardIndex, cache: ShardCache) -> None:
-    """Beside the shard, or in the cache folder; where neither can be written, nowhere."""
+def _save(shard_index: ShardIndex, cache: ShardCache) -> None:
+    """Save an index beside the shard, or in the cache folder; where neither can be written, it is not saved."""
     meta = {
         "version": _VERSION,
-        "count": made.count,
-        "size": made.size,
-        "mtime_ns": made.mtime_ns,
-        "fingerprint": made.fingerprint,
-        "extensions": made.extensions,
+        "count": shard_index.count,
+        "size": shard_index.size,
+        "mtime_ns": shard_index.mtime_ns,
+        "fingerprint": shard_index.fingerprint,
+        "extensions": shard_index.extensions,
     }
-    arrays = {name: getattr(made, name) for name in _ARRAYS}
-    for place in _index_paths(made.path, cache):
+    arrays = {name: getattr(shard_index, name) for name in _ARRAYS}
+    for index_path in _index_paths(shard_index.path, cache):
         try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with replace_atomically(place) as partial, open(partial, "wb") as out:
+            index_path.parent.mkdir(parents=True, exist_ok=True)
+            with replace_atomically(index_path) as partial, open(partial, "wb") as out:
                 np.savez(out, meta=np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8), **arrays)
             return
         except OSError as error:
-            log.debug("no index at %s: %s", place, error)
+            log.debug("cannot save the index %s: %s", index_path, error)
 
 
-# ---- counts that others wrote ----------------------------------------------------------------------------------------
+# ---- counts in files beside the shards -------------------------------------------------------------------------------
 
 
 def recorded_count(path: str) -> tuple[int | None, str]:
-    """(count, file that says so): img2dataset's NAME_stats.json, or a sizes.json of {"NAME.tar": count} in the folder."""
+    """Return (number of samples, file that states it), or (None, "") where no file states it.
+
+    The file is img2dataset's NAME_stats.json, or a sizes.json of {"NAME.tar": count} in the folder of the shard.
+    """
     if path.startswith("pipe:"):
         return None, ""
     folder, slash, name = path.rpartition("/")
@@ -241,7 +256,7 @@ def recorded_count(path: str) -> tuple[int | None, str]:
 
 
 def _modified_ns(file: str) -> int | None:
-    """When a local file was changed last; None if there is none."""
+    """Return the modification time of a local file, 0 for a remote one; None where a local file does not exist."""
     try:
         return 0 if is_remote(file) else os.stat(file).st_mtime_ns
     except OSError:
@@ -249,9 +264,12 @@ def _modified_ns(file: str) -> int | None:
 
 
 @lru_cache(maxsize=64)
-def _read_json_object(file: str, changed: int | None) -> dict[str, Any]:
-    """The object in a json file; empty where there is no file, or something else in it."""
-    if changed is None:
+def _read_json_object(file: str, modified_ns: int | None) -> dict[str, Any]:
+    """Return the object in a json file; {} where there is no file or it holds no object.
+
+    `modified_ns` is part of the key of the lru_cache, so that a changed file is read again.
+    """
+    if modified_ns is None:
         return {}
     data = read_small_file(file) if is_remote(file) else Path(file).read_bytes()
     try:

@@ -1,7 +1,7 @@
-"""Tar shards: find them, count them. `index.py` knows where their samples lie, `reader.py` reads them, `check.py` verifies.
+"""Finding shards and counting their samples.
 
-Training needs only the count of each shard before it starts: from img2dataset's NAME_stats.json or a sizes.json beside the
-shards, else from the index, which costs one pass over the headers of a shard, once.
+Training needs only the count of each shard before it starts. It comes from img2dataset's NAME_stats.json or a sizes.json
+beside the shards, or else from the index, which takes one pass over the headers of a shard, once.
 """
 
 from __future__ import annotations
@@ -27,41 +27,42 @@ __all__ = ["RawSample", "ShardIndex", "count_samples", "expand_shards", "load_in
 
 @dataclass(slots=True)
 class RawSample:
-    """One sample as stored: its key "shard/KEY", and the bytes of its members by extension."""
+    """A sample as stored: its key "shard/KEY", and the bytes of its members by extension."""
 
     key: str
     members: dict[str, bytes] = field(default_factory=dict)
 
 
-# ---- find ------------------------------------------------------------------------------------------------------------
+# ---- finding shards --------------------------------------------------------------------------------------------------
 
 
 def expand_shards(spec: str | Sequence[str], where: str = "data.train") -> list[str]:
-    """Shards from globs, brace patterns ({0000..0012}), folders (all *.tar in them) and urls; sorted, each once.
+    """Return the shards that match globs, brace patterns ({0000..0012}), folders (their *.tar) and urls; sorted, unique.
 
     Args:
-        spec: one or several of them.
-        where: what they were given for, to name in errors.
+        spec: one or several patterns.
+        where: the configuration key or argument that holds them, for error messages.
 
     Raises:
-        ConfigError: something that matches no shard.
+        ConfigError: a pattern that matches no shard.
     """
-    found: set[str] = set()
+    shards: set[str] = set()
     for item in [spec] if isinstance(spec, str) else spec:
-        found |= set(_expand_one(item, where))
-    if not found:
+        shards |= set(_expand_one(item, where))
+    if not shards:
         raise ConfigError(f"{where} names no shards: give a glob, a brace pattern, a folder or a url")
-    return sorted(found)
+    return sorted(shards)
 
 
 def _expand_one(item: str, where: str) -> list[str]:
+    """Return the shards that match one pattern."""
     if item.startswith("pipe:"):
         return [item]
     try:
         patterns = list(braceexpand(item))
-    except ValueError:  # unbalanced
-        raise ConfigError(f"{where}={item}: its braces are not balanced; a range is written {{0000..0012}}") from None
-    found: list[str] = []
+    except ValueError:
+        raise ConfigError(f"{where}={item}: its braces are not balanced; write a range as {{0000..0012}}") from None
+    shards: list[str] = []
     missing: list[str] = []
     for pattern in patterns:
         path = os.path.expanduser(pattern.removeprefix("file://"))
@@ -73,18 +74,18 @@ def _expand_one(item: str, where: str) -> list[str]:
             matches = [path]
         else:
             matches = [match for match in glob.glob(path, recursive=True) if not os.path.isdir(match)]
-        found += matches
+        shards += matches
         missing += [] if matches else [pattern]
     if missing:
-        folder = os.path.isdir(os.path.expanduser(missing[0]))
+        is_folder = os.path.isdir(os.path.expanduser(missing[0]))
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise ConfigError(
-            f"{where}={item}: " + (f"no *.tar in this folder{more}" if folder else f"no file matches {missing[0]}{more}")
+            f"{where}={item}: " + (f"no *.tar in this folder{more}" if is_folder else f"no file matches {missing[0]}{more}")
         )
-    return found
+    return shards
 
 
-# ---- count -----------------------------------------------------------------------------------------------------------
+# ---- counting samples ------------------------------------------------------------------------------------------------
 
 
 def count_samples(
@@ -93,48 +94,51 @@ def count_samples(
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[int]:
-    """Samples in each shard: what is written beside it or in its saved index, else from one pass, in parallel.
+    """Return the number of samples of each shard, indexing shards of unknown count in parallel.
+
+    A count comes from a file beside the shard or the saved index, or else from one pass over the shard.
 
     Args:
-        paths: shards, as `expand` gives them.
-        cache: where fetched shards and indices go.
-        workers: processes for the passes; None = one a core.
-        progress: called with (shards done, shards in all).
+        paths: shards, as `expand_shards` returns them.
+        cache: where fetched shards and indices are kept.
+        workers: processes that index; None = one per core.
+        progress: called with (shards done, shards in total).
 
     Raises:
-        UserError: shards that are damaged or cannot be read, naming the first.
+        UserError: shards that are damaged or cannot be read; the message names the first.
     """
     cache = cache or ShardCache()
     for path in paths:
         cache.check_allowed(path)
     with ThreadPoolExecutor(32) as threads:
-        found = list(threads.map(partial(_known_count, cache=cache), paths))
-    unknown = [i for i, count in enumerate(found) if count is None]
+        sizes = list(threads.map(partial(_known_count, cache=cache), paths))
+    unknown = [i for i, count in enumerate(sizes) if count is None]
     done, errors = len(paths) - len(unknown), []
     for i, result in zip(
         unknown, map_in_processes(_count_by_indexing, [(paths[i], cache) for i in unknown], workers), strict=True
     ):
         if isinstance(result, str):
             errors.append(result)
-        found[i] = result if isinstance(result, int) else 0
+        sizes[i] = result if isinstance(result, int) else 0
         done += 1
         if progress:
             progress(done, len(paths))
     if errors:
         more = f" (and {len(errors) - 1} more shards; `clipfuse data check` lists them)" if len(errors) > 1 else ""
         raise UserError(errors[0] + more)
-    return [int(count or 0) for count in found]
+    return [int(count or 0) for count in sizes]
 
 
 def _known_count(path: str, cache: ShardCache) -> int | None:
-    said, _ = recorded_count(path)
-    if said is not None:
-        return said
+    """Return the count from a file beside the shard or its saved index; None where neither has it."""
+    count, _ = recorded_count(path)
+    if count is not None:
+        return count
     return None if is_remote(path) or not os.path.exists(path) else indexed_count(path, cache)
 
 
 def _count_by_indexing(job: tuple[str, ShardCache]) -> int | str:
-    """The count, or the line that says why there is none."""
+    """Return the number of samples from the index, or the error message where the shard cannot be indexed."""
     path, cache = job
     try:
         return retry_io(lambda: load_index(path, cache).count, path)
@@ -143,7 +147,13 @@ def _count_by_indexing(job: tuple[str, ShardCache]) -> int | str:
 
 
 def map_in_processes(function: Callable[[Any], Any], jobs: list[Any], workers: int | None) -> Iterator[Any]:
-    """function over jobs, in order, in processes where there are enough of them to be worth it."""
+    """Yield function(job) for each job, in order; in several processes where there are at least 4 jobs.
+
+    Args:
+        function: pickled, as are its argument and result.
+        jobs: the arguments.
+        workers: number of processes; None = one per core.
+    """
     workers = min(workers or os.cpu_count() or 1, len(jobs))
     if workers < 2 or len(jobs) < 4:
         yield from map(function, jobs)

@@ -1,4 +1,4 @@
-"""Reads any sample of any shard, by byte range."""
+"""Random access to the samples of shards, by byte range."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from pretrain.data.shards.paths import RawSample
 from pretrain.errors import UserError
 
 MAX_MEMBER_BYTES = 1 << 28
-"""Default cap on one member of a sample (256 MiB): anything larger is no picture or caption."""
+"""Default limit on one member of a sample (256 MiB): anything larger is not an image or a caption."""
 
-_MAX_GAP = 16384  # bytes read for nothing that are cheaper than another read
+_MAX_GAP = 16384  # reading up to this many unneeded bytes is cheaper than a second read
 
 
 class ShardReader:
-    """Random access to the samples of many shards, of which the `keep` used last are open. Not for several threads at once.
+    """Random access to the samples of many shards, of which the most recently used stay open. Not thread-safe.
 
     Args:
-        paths: shards, as `shards.expand` gives them; numbered in this order.
-        cache: where fetched shards and indices go.
-        counts: samples that each shard is said to have; one that turns out to have another number is refused.
-        keep: shards held open.
-        max_bytes: members larger than this make a sample a bad one.
+        paths: shards, as `expand_shards` returns them; shard numbers are positions in it.
+        cache: where fetched shards and indices are kept; None = the default cache.
+        counts: expected number of samples of each shard; a shard with another number is refused. None = no check.
+        max_open: shards held open.
+        max_bytes: a sample with a larger member is a bad sample.
     """
 
     def __init__(
@@ -35,58 +35,61 @@ class ShardReader:
         paths: Sequence[str],
         cache: ShardCache | None = None,
         counts: Sequence[int] | None = None,
-        keep: int = 64,
+        max_open: int = 64,
         max_bytes: int = MAX_MEMBER_BYTES,
     ) -> None:
         self.paths, self.cache, self.counts = paths, cache or ShardCache(), counts
-        self.keep, self.max_bytes = keep, max_bytes
-        self._open: OrderedDict[int, tuple[int, ShardIndex]] = OrderedDict()  # file descriptor, index
+        self.max_open, self.max_bytes = max_open, max_bytes
+        self._open: OrderedDict[int, tuple[int, ShardIndex]] = (
+            OrderedDict()
+        )  # shard -> (file descriptor, index), least recently used first
 
     def read(self, shard: int, sample: int, extensions: Collection[str] | None = None) -> RawSample:
-        """A sample with all its members, or only those with certain extensions (as far as it has them).
+        """Read a sample with all its members, or only those of the given extensions that it has.
 
         Raises:
-            BadSample: the shard has it twice, has two members of the same name in it, or a member that is too large.
-            UserError: the shard is damaged, has changed, or cannot be read even after some patience.
+            BadSample: its key or one of its extensions occurs twice, or one of its members is too large.
+            UserError: the shard is damaged, has changed, or cannot be read even after retries.
         """
-        fd, where = self._shard(shard)
-        raw = RawSample(f"{where.name}/{where.key(sample)}")
-        if where.flags[sample]:
-            raise BadSample("duplicate member" if where.flags[sample] & DUPLICATE_MEMBER else "duplicate key", raw.key)
-        names = where.extensions
-        rows: list[list[int]] = where.members[where.starts[sample] : where.starts[sample + 1]].tolist()
+        fd, shard_index = self._open_shard(shard)
+        raw = RawSample(f"{shard_index.name}/{shard_index.key(sample)}")
+        if shard_index.flags[sample]:
+            raise BadSample("duplicate member" if shard_index.flags[sample] & DUPLICATE_MEMBER else "duplicate key", raw.key)
+        names = shard_index.extensions
+        rows: list[list[int]] = shard_index.members[shard_index.starts[sample] : shard_index.starts[sample + 1]].tolist()
         if extensions is not None:
             rows = [row for row in rows if names[row[0]] in extensions]
         if not rows:
             return raw
-        wanted = 0
+        needed = 0
         for kind, _, length in rows:
-            wanted += length
+            needed += length
             if length > self.max_bytes:
-                raise BadSample("member too large", f"{names[kind]} of {length:,} bytes, at most {self.max_bytes:,}")
+                raise BadSample("member too large", f"{names[kind]} of {length:,} bytes, more than {self.max_bytes:,}")
         first = rows[0][1]
         span = rows[-1][1] + rows[-1][2] - first
-        if span - wanted <= _MAX_GAP:
-            content = self._bytes(shard, fd, first, span)
+        if span - needed <= _MAX_GAP:
+            content = self._read_bytes(shard, fd, first, span)
             for kind, offset, length in rows:
                 raw.members[names[kind]] = content[offset - first : offset - first + length]
         else:
             for kind, offset, length in rows:
-                raw.members[names[kind]] = self._bytes(shard, fd, offset, length)
+                raw.members[names[kind]] = self._read_bytes(shard, fd, offset, length)
         return raw
 
     def key(self, shard: int, sample: int) -> str:
-        """ "shard/KEY" of a sample."""
-        _, where = self._shard(shard)
-        return f"{where.name}/{where.key(sample)}"
+        """Return the key "shard/KEY" of a sample."""
+        _, shard_index = self._open_shard(shard)
+        return f"{shard_index.name}/{shard_index.key(sample)}"
 
     def extensions(self, shard: int, sample: int) -> list[str]:
-        """What a sample has, without reading it."""
-        _, where = self._shard(shard)
-        return [where.extensions[kind] for kind in where.members[where.starts[sample] : where.starts[sample + 1], 0]]
+        """Return the extensions of the members of a sample, without reading them."""
+        _, shard_index = self._open_shard(shard)
+        kinds = shard_index.members[shard_index.starts[sample] : shard_index.starts[sample + 1], 0]
+        return [shard_index.extensions[kind] for kind in kinds]
 
     def close(self) -> None:
-        """Closes what is open; reading opens it again."""
+        """Close all open files; reading opens them again."""
         while self._open:
             os.close(self._open.popitem()[1][0])
 
@@ -94,54 +97,57 @@ class ShardReader:
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": OrderedDict()}  # descriptors mean nothing in another process
+        return self.__dict__ | {"_open": OrderedDict()}  # file descriptors are not valid in another process
 
-    def _shard(self, shard: int) -> tuple[int, ShardIndex]:
+    def _open_shard(self, shard: int) -> tuple[int, ShardIndex]:
+        """Return (file descriptor, index) of a shard, opening it where needed. Raises UserError."""
         opened = self._open.get(shard)
         if opened is not None:
             self._open.move_to_end(shard)
             return opened
         path = self.paths[shard]
 
-        def open_it() -> tuple[int, ShardIndex]:
-            where = load_index(path, self.cache)
-            return os.open(where.path, os.O_RDONLY | os.O_CLOEXEC), where
+        def open_file() -> tuple[int, ShardIndex]:
+            shard_index = load_index(path, self.cache)
+            return os.open(shard_index.path, os.O_RDONLY | os.O_CLOEXEC), shard_index
 
-        opened = retry_io(open_it, path)
-        said, found = None if self.counts is None else self.counts[shard], opened[1].count
-        if said is not None and said != found:
+        opened = retry_io(open_file, path)
+        expected, count = None if self.counts is None else self.counts[shard], opened[1].count
+        if expected is not None and expected != count:
             os.close(opened[0])
-            raise UserError(f"{path} holds {found:,} samples, but {said:,} when the run began: it was changed since")
+            raise UserError(f"{path} holds {count:,} samples, but held {expected:,} when the run began: it has changed since")
         self._open[shard] = opened
-        if len(self._open) > self.keep:
+        if len(self._open) > self.max_open:
             os.close(self._open.popitem(last=False)[1][0])
         return opened
 
-    def _bytes(self, shard: int, fd: int, offset: int, length: int) -> bytes:
+    def _read_bytes(self, shard: int, fd: int, offset: int, length: int) -> bytes:
+        """Read `length` bytes at `offset`, retrying after errors. Raises UserError."""
         try:
             content = os.pread(fd, length, offset)
         except OSError:
-            content = retry_io(lambda: self._reopened_bytes(shard, offset, length), self.paths[shard])
+            content = retry_io(lambda: self._reopen_and_read(shard, offset, length), self.paths[shard])
         if len(content) < length:
-            content = retry_io(lambda: self._whole(shard, offset, length), self.paths[shard])
+            content = retry_io(lambda: self._read_fully(shard, offset, length), self.paths[shard])
         return content
 
-    def _reopened_bytes(self, shard: int, offset: int, length: int) -> bytes:
-        """After an error the file is opened anew: a network disk may have forgotten the descriptor."""
+    def _reopen_and_read(self, shard: int, offset: int, length: int) -> bytes:
+        """Read after reopening the file: after an error on a network disk the descriptor may be stale."""
         opened = self._open.pop(shard, None)
         if opened:
             os.close(opened[0])
-        return os.pread(self._shard(shard)[0], length, offset)
+        return os.pread(self._open_shard(shard)[0], length, offset)
 
-    def _whole(self, shard: int, offset: int, length: int) -> bytes:
-        """A read that the system cut in pieces; or one beyond the end of a file that has shrunk."""
-        fd, pieces, got = self._shard(shard)[0], [], 0
-        while got < length:
-            piece = os.pread(fd, length - got, offset + got)
-            if not piece:
+    def _read_fully(self, shard: int, offset: int, length: int) -> bytes:
+        """Read in several calls, because one returned too few bytes. Raises UserError where the file has shrunk."""
+        fd, chunks, num_read = self._open_shard(shard)[0], [], 0
+        while num_read < length:
+            chunk = os.pread(fd, length - num_read, offset + num_read)
+            if not chunk:
                 raise UserError(
-                    f"{self.paths[shard]} ends at byte {os.fstat(fd).st_size:,}, before one of its samples: it has changed"
+                    f"{self.paths[shard]} ends at byte {os.fstat(fd).st_size:,}, before the end of one of its samples: "
+                    "it has changed"
                 )
-            pieces.append(piece)
-            got += len(piece)
-        return b"".join(pieces)
+            chunks.append(chunk)
+            num_read += len(chunk)
+        return b"".join(chunks)

@@ -1,8 +1,8 @@
-"""Walks the headers of a tar file: where each regular member lies, and whether the archive is whole.
+"""Scanning of tar headers: the byte range of each regular member, and whether the archive is complete.
 
-Reads ustar, GNU long names and pax headers, as Python's tarfile does, several times faster; nothing is ever extracted.
-Unlike most readers it takes nothing on trust: every header's checksum is verified, and an archive must end the way archives
-end, so that a damaged header, a hole of zeros or a file cut short (even between two members) is found and named.
+Reads ustar, GNU long names and pax headers, as Python's tarfile does, but several times faster; nothing is ever extracted.
+Unlike most readers it verifies every header's checksum and requires a valid end of archive. It therefore detects a damaged
+header, a hole of zeros, and a file cut short, even between two members.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from pretrain.errors import UserError
 
 BLOCK = 512
 _ZEROS = bytes(BLOCK)
-_CHUNK = 1 << 20  # headers are read through a window of this size: few reads on a network disk, whatever the members' sizes
-_BATCH = 4096  # headers whose checksums are verified at once
+_CHUNK = 1 << 20  # bytes per read of headers: keeps reads few on a network disk, whatever the members' sizes
+_BATCH = 4096  # headers whose checksums are verified together
 _MAX_PADDING = 1 << 20  # zeros allowed after the end marker; archivers pad to records of 10 KiB
 _MAX_EXTENSION = 1 << 20  # bytes of a long name or a pax header
 
@@ -28,11 +28,11 @@ _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\x
 
 
 class DamagedTarError(UserError):
-    """The file is not a whole tar archive; the message says which file, at which byte, and what was found."""
+    """A file is not a complete tar archive; the message states the file, the byte offset and the damage."""
 
 
 class Members(NamedTuple):
-    """The regular members of an archive, in file order: names, and the byte range of each one's content."""
+    """The regular members of an archive, in file order: names, and offset and length of each content in bytes."""
 
     names: list[str]
     offsets: list[int]
@@ -40,60 +40,64 @@ class Members(NamedTuple):
 
 
 class _DamageAt(Exception):  # noqa: N818
-    """What is wrong at a byte; verified headers before it take precedence in the report."""
+    """Damage found at a byte offset; a wrong checksum in an earlier header takes precedence in the report."""
 
-    def __init__(self, at: int, what: str) -> None:
-        self.at, self.what = at, what
+    def __init__(self, offset: int, damage: str) -> None:
+        self.offset, self.damage = offset, damage
 
 
 def read_members(fd: int, path: str) -> Members:
-    """The regular members of an open tar file.
+    """Return the regular members of an open tar file.
 
     Args:
-        fd: file descriptor, read by position only.
-        path: how the file is called in errors.
+        fd: file descriptor; its position is not used or changed.
+        path: name of the file in error messages.
 
     Raises:
-        DamagedTarError: not a tar, compressed, damaged, or cut short.
+        DamagedTarError: the file is not a tar archive, compressed, damaged or cut short.
         OSError: the file cannot be read.
     """
     return _TarScanner(fd, path).run()
 
 
 class _TarScanner:
+    """One pass over the headers of a tar file."""
+
     def __init__(self, fd: int, path: str) -> None:
         self.fd, self.path = fd, path
         self.size = os.fstat(fd).st_size
-        self.chunk, self.chunk_at = b"", 0
+        self.chunk, self.chunk_offset = b"", 0
         self.unverified: list[bytes] = []
-        self.unverified_at: list[int] = []
+        self.unverified_offsets: list[int] = []
         self.members = Members([], [], [])
 
     def run(self) -> Members:
+        """Return the members. Raises DamagedTarError."""
         try:
-            self._headers()
-        except _DamageAt as broken:
-            self._verify()  # an earlier header that is damaged is the cause of what was found here
-            raise self._damaged(broken.at, broken.what) from None
+            self._scan_headers()
+        except _DamageAt as error:
+            self._verify()  # raises where an earlier header is damaged, which is then the cause
+            raise self._build_error(error.offset, error.damage) from None
         self._verify()
         return self.members
 
-    def _headers(self) -> None:
+    def _scan_headers(self) -> None:
+        """Collect the regular members up to the end of the archive."""
         names, offsets, lengths = self.members
         long_name: str | None = None
         long_size: int | None = None
         at = 0
         while True:
-            header = self._block(at)
+            header = self._read_block(at)
             if header == _ZEROS:
-                return self._end(at)
+                return self._check_end(at)
             self.unverified.append(header)
-            self.unverified_at.append(at)
+            self.unverified_offsets.append(at)
             if len(self.unverified) == _BATCH or at == 0:
                 self._verify()
             kind, length, content = header[156:157], _parse_size(header[124:136], at), at + BLOCK
             if kind in b"LxX":
-                extension = self._extension(at, content, length)
+                extension = self._read_extension(at, content, length)
                 if kind == b"L":
                     long_name = extension.partition(b"\0")[0].decode("utf-8", "surrogateescape")
                 else:
@@ -105,7 +109,7 @@ class _TarScanner:
                 name = _parse_name(header) if long_name is None else long_name
                 length = length if long_size is None else long_size
                 long_name = long_size = None
-                if kind in _REGULAR and not (kind == b"\0" and name.endswith("/")):  # so V7 wrote directories
+                if kind in _REGULAR and not (kind == b"\0" and name.endswith("/")):  # V7 tar writes directories this way
                     if content + length > self.size:
                         raise _DamageAt(at, f"member {name!r} is cut short: it should end at byte {content + length:,}")
                     names.append(name)
@@ -115,18 +119,19 @@ class _TarScanner:
                     length = 0
             at = content + (length + BLOCK - 1) // BLOCK * BLOCK
 
-    def _block(self, at: int) -> bytes:
-        """The 512 bytes at a position."""
-        start = at - self.chunk_at
+    def _read_block(self, at: int) -> bytes:
+        """Return the 512 bytes at an offset."""
+        start = at - self.chunk_offset
         if start + BLOCK > len(self.chunk):
-            self.chunk, self.chunk_at, start = os.pread(self.fd, _CHUNK, at), at, 0
+            self.chunk, self.chunk_offset, start = os.pread(self.fd, _CHUNK, at), at, 0
         block = self.chunk[start : start + BLOCK]
         if len(block) < BLOCK:
-            what = "it ends without an end-of-archive marker" if at >= self.size else "it ends in the middle of a header"
-            raise _DamageAt(at, f"{what}, so it was cut short or is still being written")
+            damage = "it ends without an end-of-archive marker" if at >= self.size else "it ends in the middle of a header"
+            raise _DamageAt(at, f"{damage}, so it was cut short or is still being written")
         return block
 
-    def _extension(self, at: int, start: int, length: int) -> bytes:
+    def _read_extension(self, at: int, start: int, length: int) -> bytes:
+        """Return the content of an extended header (a long name or pax records)."""
         if length > _MAX_EXTENSION:
             raise _DamageAt(at, f"an extended header of {length:,} bytes")
         data = os.pread(self.fd, length, start)
@@ -134,8 +139,8 @@ class _TarScanner:
             raise _DamageAt(at, "it ends in the middle of an extended header")
         return data
 
-    def _end(self, at: int) -> None:
-        """After the marker only a little padding may follow: more, or anything else, was once members."""
+    def _check_end(self, at: int) -> None:
+        """Check that only a little zero padding follows the end marker: anything else is lost members."""
         if self.size - at > _MAX_PADDING:
             raise _DamageAt(at, f"{self.size - at:,} bytes follow the block of zeros that should end it")
         rest = os.pread(self.fd, self.size - at, at)
@@ -143,7 +148,7 @@ class _TarScanner:
             raise _DamageAt(at, "a block of zeros, and data after it")
 
     def _verify(self) -> None:
-        """Checks the checksums of the headers read so far, as unsigned or (old archivers) signed bytes."""
+        """Verify the checksums of the headers read so far, as sums of unsigned or (old archivers) signed bytes."""
         headers = np.frombuffer(b"".join(self.unverified), dtype=np.uint8).reshape(-1, BLOCK)
         stored = np.array([_parse_octal(header[148:156]) for header in self.unverified])
         for kind in (np.uint8, np.int8):
@@ -152,33 +157,36 @@ class _TarScanner:
             stored = np.where(sums == stored, -2, stored)
         wrong = np.flatnonzero(stored != -2)
         if len(wrong):
-            raise self._damaged(self.unverified_at[wrong[0]], "the header is damaged (its checksum is wrong)")
+            raise self._build_error(self.unverified_offsets[wrong[0]], "the header is damaged (its checksum is wrong)")
         self.unverified.clear()
-        self.unverified_at.clear()
+        self.unverified_offsets.clear()
 
-    def _damaged(self, at: int, what: str) -> DamagedTarError:
+    def _build_error(self, at: int, damage: str) -> DamagedTarError:
+        """Return the error that describes damage at an offset, or says that the file is not a plain tar file."""
         if self.size == 0:
             return DamagedTarError(f"{self.path} is empty (0 bytes), not a tar file")
         if at == 0 and not self.members.names:
             start = os.pread(self.fd, 8, 0)
-            packed = [name for magic, name in _COMPRESSED.items() if start.startswith(magic)]
-            if packed:
-                return DamagedTarError(f"{self.path} is {packed[0]}-compressed: shards are plain tar files, unpack it first")
-            if self.size < BLOCK or "checksum" in what:
+            compressions = [name for magic, name in _COMPRESSED.items() if start.startswith(magic)]
+            if compressions:
+                return DamagedTarError(
+                    f"{self.path} is {compressions[0]}-compressed: shards must be plain tar files, decompress it first"
+                )
+            if self.size < BLOCK or "checksum" in damage:
                 return DamagedTarError(f"{self.path} is not a tar file")
         before = [name for name, offset in zip(self.members.names, self.members.offsets, strict=True) if offset <= at]
         after = f", after member {before[-1]!r}" if before else ""
-        return DamagedTarError(f"{self.path} is damaged at byte {at:,} of {self.size:,}{after}: {what}")
+        return DamagedTarError(f"{self.path} is damaged at byte {at:,} of {self.size:,}{after}: {damage}")
 
 
 def _parse_octal(field: bytes) -> int:
-    """An octal number padded with spaces and NULs; -1 if it is none."""
+    """Return an octal number padded with spaces and NULs; -1 for anything else."""
     digits = field.partition(b"\0")[0].strip()
     return int(digits or b"0", 8) if not digits.strip(b"01234567") else -1
 
 
 def _parse_size(field: bytes, at: int) -> int:
-    """A size: octal, or GNU's base 256 with the top bit set."""
+    """Return a size, written in octal or in GNU's base 256 with the top bit set."""
     value = int.from_bytes(field, "big") & (1 << 88) - 1 if field[0] == 0x80 else _parse_octal(field)
     if not 0 <= value < 1 << 62:
         raise _DamageAt(at, "the header gives no valid size")
@@ -186,14 +194,15 @@ def _parse_size(field: bytes, at: int) -> int:
 
 
 def _parse_name(header: bytes) -> str:
+    """Return the name of a member from its ustar or V7 header."""
     name = header[:100].partition(b"\0")[0]
-    if header[345] and header[257:263] == b"ustar\0":  # GNU's own format keeps times there
+    if header[345] and header[257:263] == b"ustar\0":  # not in GNU's own format, which keeps times there
         name = header[345:500].partition(b"\0")[0] + b"/" + name
     return name.decode("utf-8", "surrogateescape")
 
 
 def _parse_pax(data: bytes, at: int) -> tuple[str | None, int | None]:
-    """(path, size) of a pax header: records of `LENGTH key=value` and a newline."""
+    """Return (path, size) from a pax header, whose records are `LENGTH key=value` and a newline; None where not given."""
     path, size, start = None, None, 0
     while start < len(data) and data[start]:
         match = re.compile(rb"(\d{1,20}) ([^=]+)=").match(data, start)

@@ -71,7 +71,7 @@ def test_everything_is_found(shards, workers):
     assert [path[-5:] for path in report.empty] == ["2.tar"]
     assert "3.tar is damaged at byte" in report.damaged[0]
     assert "4.tar holds 5 samples, but" in report.damaged[1]
-    assert not report.ok
+    assert not report.is_ok
     with pytest.raises(UserError, match=r"3\.tar is damaged"):
         count_samples(shards)
 
@@ -84,5 +84,5 @@ def test_without_decoding_only_what_is_there_counts(shards):
 
 def test_good_shards_are_ok(shards):
     report = check_shards(shards[:1])
-    assert report.ok
+    assert report.is_ok
     assert (report.samples, report.bad_samples, report.damaged) == (5, 0, [])
