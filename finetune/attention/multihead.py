@@ -1,11 +1,11 @@
-"""Multi-head attention between two token sequences of any widths: a fast path, and an exact one that returns the weights.
+"""Multi-head attention between two token sequences: a fast path, and an exact path that returns the weights.
 
     out, _ = Attention(512, context_width=768, inner=256)(text_BQC, image_BKC, mask_BK)
 
-Both paths agree to rounding, give 0 where every key is hidden, and never NaN. May import trace.py and pretrain.config.
+Both paths agree to rounding. A query whose keys are all masked gets 0, never NaN. May import pretrain.errors.
 
 Shapes: B samples, H heads, Q queries, K keys, D width of a head, C width of a token, G groups of queries that share
-their keys (windows, regions), N = H W tokens of a picture. Masks are True where a key may be seen.
+their keys (windows, regions), N = H W tokens of an image. Masks are True where a query may attend to a key.
 """
 
 from __future__ import annotations
@@ -23,25 +23,30 @@ from pretrain.errors import ConfigError
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, exact: bool = False) -> tuple[Tensor, Tensor | None]:
-    """softmax(q k^T / sqrt(D) + mask) v, and with `exact` the weights in float32 or wider.
+    """Compute softmax(q k^T / sqrt(D) + mask) v, and with `exact` also the weights, in float32 or wider.
 
-    q (B, [G,] H, Q, D), k and v (B, [G,] H, K, D); mask broadcasts to (B, [G,] H, Q, K): bool, True where a key may be
-    seen, or a float to be added, -inf where it may not. A query that may see nothing gets zeros: whatever a kernel
-    does with such rows (some return NaN), it is never asked, because they are opened and their output dropped.
+    Args:
+        q: (B, [G,] H, Q, D).
+        k: (B, [G,] H, K, D), and v likewise.
+        mask: broadcasts to (B, [G,] H, Q, K). Bool, True where a query may attend to a key, or a float that is added to
+            the scores, -inf where it may not.
+
+    A query with no key gets zeros. Some kernels return NaN for such rows, so no kernel ever sees one: the row is unmasked
+    before the call and its output is set to zero after it.
     """
-    alive = None
+    has_key = None
     if mask is not None:
         visible = mask if mask.dtype == torch.bool else mask > float("-inf")
-        alive = visible.any(dim=-1, keepdim=True)
-        mask = mask | ~alive if mask.dtype == torch.bool else mask.masked_fill(~alive, 0.0)
+        has_key = visible.any(dim=-1, keepdim=True)
+        mask = mask | ~has_key if mask.dtype == torch.bool else mask.masked_fill(~has_key, 0.0)
     if exact:
-        return _exact(q, k, v, mask, alive)
-    out = _fast(q, k, v, mask)
-    return (out if alive is None else out.masked_fill(~alive, 0.0)), None
+        return _attend_exact(q, k, v, mask, has_key)
+    out = _attend_fused(q, k, v, mask)
+    return (out if has_key is None else out.masked_fill(~has_key, 0.0)), None
 
 
-def _fast(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """torch's fused kernels take four dimensions: groups become samples."""
+def _attend_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Call PyTorch's fused kernel. It takes four dimensions, so groups are folded into the samples."""
     if q.dim() == 4:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     groups = q.shape[:2]
@@ -51,18 +56,18 @@ def _fast(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return out.view(*groups, *out.shape[1:])
 
 
-def _exact(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, alive: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The formula as written, in at least float32 also under autocast; rounded once, at the end."""
+def _attend_exact(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, has_key: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Compute the formula as written, in at least float32 also under autocast, and round once, at the end."""
     wide = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):
         scores = (q.to(wide) * q.shape[-1] ** -0.5) @ k.to(wide).transpose(-1, -2)
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask.to(wide)
         weights = scores.softmax(dim=-1)
-        if alive is not None:
-            weights = weights.masked_fill(~alive, 0.0)
+        if has_key is not None:
+            weights = weights.masked_fill(~has_key, 0.0)
         if torch.is_grad_enabled() and not weights.requires_grad:
-            weights.requires_grad_()  # a frozen model's maps have gradients too
+            weights.requires_grad_()  # gradient-based maps of a frozen model need these gradients too
         return (weights @ v.to(wide)).to(v.dtype), weights
 
 
@@ -71,35 +76,36 @@ def _exact(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, alive: Tensor |
 
 
 class Tokens(NamedTuple):
-    """A TokenSequence as attention needs it."""
+    """The fields of a TokenSequence that attention reads."""
 
     states: Tensor
     """(B, K, C)."""
     mask: Tensor | None = None
-    """(B, K), or (B, Q, K) where each query has its own; None where every token may be seen."""
+    """(B, K), or (B, Q, K) for a mask that differs between queries; None where every token may be attended to."""
     grid: tuple[int, int] | None = None
-    """(H, W): the first H W tokens are a picture, row-major; any others stand beside it."""
+    """(H, W): the first H W tokens are an image, row-major; any further tokens (text) are appended after it."""
 
 
 class ZeroInitLinear(nn.Linear):
-    """The last projection of a residual branch, all zero at first: what is added to x is nothing, exactly, until learned.
+    """The output projection of a residual branch, initialized to zero: at first the branch adds exactly 0.
 
-    A matrix of zeros learns as fast as an ordinary one, because each of its weights has a gradient of its own from the
-    first step. A gate a channel behind an ordinary projection took 2 to 6 times the steps on a toy question task
-    (100 against 200, with ten times the learning rate for the gates, and 580).
+    A zero matrix learns as fast as an ordinary one, because each of its weights has its own gradient from the first step.
+
+    Measured: on a toy question task, one gate per channel after an ordinary projection took 2 to 6 times as many steps
+    (100 steps here, against 200 with ten times the learning rate for the gates, and 580 without).
     """
 
     def reset_parameters(self) -> None:
-        """All zero."""
+        """Set weight and bias to zero."""
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
 
 
 class Attention(nn.Module):
-    """Queries of one width ask tokens of another: projections q, k, v to `inner` = heads x D, and out, back to `width`.
+    """Multi-head attention with projections q, k, v to `inner` = heads x D channels, and `out` back to `width`.
 
-    A small `inner` keeps wide towers cheap: time and memory of the attention itself grow with it alone. `gated`: the
-    projection out is a ZeroInitLinear.
+    A small `inner` keeps wide towers cheap: the attention's own time and memory grow with `inner` alone. With `gated` the
+    output projection is a ZeroInitLinear.
     """
 
     def __init__(
@@ -120,45 +126,48 @@ class Attention(nn.Module):
 
     @torch.no_grad()
     def tie_query_key_(self) -> None:
-        """Makes q and k the same projection, without changing lengths: a query looks first at what resembles it.
+        """Start q and k as the same orthogonal projection, so that a query first attends to keys that resemble it.
 
-        For tokens of one space, which contrastive training has filled; they need not find out anew what belongs together. The
-        context's first channels are those of the space.
+        For tokens of one shared space: contrastive training has already aligned them, so fusion need not learn anew which
+        belong together. The first channels of the context must be those of the space.
         """
         nn.init.orthogonal_(self.q.weight)
-        self.k.weight.zero_()  # what stands beside the tokens, their places, is none of it
+        self.k.weight.zero_()  # channels appended to the tokens, their position encodings, are not in the space
         self.k.weight[:, : self.q.in_features].copy_(self.q.weight)
 
     def forward(
         self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, exact: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """x (B, Q, C), context (B, K, C'), mask (B, K) or (B, Q, K) -> (B, Q, C), and with `exact` weights (B, H, Q, K).
+        """Attend from x (B, Q, C) to context (B, K, C'); without a context this is self-attention on x.
 
-        Without a context, x asks itself.
+        Returns (B, Q, C), and with `exact` the weights (B, H, Q, K). `mask` is (B, K) or (B, Q, K).
         """
-        keys = self.keys(Tokens(x if context is None else context, mask))
-        out, weights = attend(self.queries(x), *keys.projected(), mask=over_heads(mask), exact=exact)
-        return self.merge(out), weights
+        keys = self.build_keys(Tokens(x if context is None else context, mask))
+        out, weights = attend(self.project_queries(x), *keys.project_all(), mask=broadcast_over_heads(mask), exact=exact)
+        return self.project_output(out), weights
 
-    def queries(self, x: Tensor) -> Tensor:
+    def project_queries(self, x: Tensor) -> Tensor:
         """(B, Q, C) -> (B, H, Q, D)."""
-        return self._split(self.q(x))
+        return self._split_heads(self.q(x))
 
-    def keys(self, tokens: Tokens) -> Keys:
-        """What is asked, not yet projected."""
+    def build_keys(self, tokens: Tokens) -> Keys:
+        """Wrap the tokens to attend to; they are not projected yet."""
         return Keys(self, tokens)
 
-    def merge(self, out: Tensor) -> Tensor:
+    def project_output(self, out: Tensor) -> Tensor:
         """(B, H, Q, D) -> (B, Q, C)."""
-        merged: Tensor = self.out(out.transpose(1, 2).flatten(2))
-        return merged
+        projected: Tensor = self.out(out.transpose(1, 2).flatten(2))
+        return projected
 
-    def _split(self, x: Tensor) -> Tensor:
+    def _split_heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:2], self.heads, x.shape[2] // self.heads).transpose(1, 2)
 
 
 class Keys:
-    """Tokens that are asked. Projecting them is most of the cost where the queries are few, so each context decides what."""
+    """The tokens of one attention's keys and values, projected on demand.
+
+    With few queries the projections are most of the cost, so each context decides which tokens it projects.
+    """
 
     def __init__(self, attention: Attention, tokens: Tokens) -> None:
         self.attention = attention
@@ -166,24 +175,24 @@ class Keys:
         self._projected: tuple[Tensor, Tensor] | None = None
 
     @property
-    def picture(self) -> int:
-        """N, the tokens on the grid; 0 without one."""
+    def grid_size(self) -> int:
+        """N, the number of tokens on the grid; 0 without a grid."""
         grid = self.tokens.grid
         return grid[0] * grid[1] if grid else 0
 
     def project(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """(B, K, C) -> k and v (B, H, K, D)."""
         attention = self.attention
-        return attention._split(attention.k(states)), attention._split(attention.v(states))
+        return attention._split_heads(attention.k(states)), attention._split_heads(attention.v(states))
 
-    def projected(self) -> tuple[Tensor, Tensor]:
-        """k and v of all tokens, computed once."""
+    def project_all(self) -> tuple[Tensor, Tensor]:
+        """Return k and v of all tokens, which are computed once."""
         if self._projected is None:
             self._projected = self.project(self.tokens.states)
         return self._projected
 
 
-def over_heads(mask: Tensor | None) -> Tensor | None:
+def broadcast_over_heads(mask: Tensor | None) -> Tensor | None:
     """(B, K) -> (B, 1, 1, K); (B, Q, K) -> (B, 1, Q, K)."""
     if mask is None:
         return None

@@ -1,7 +1,7 @@
-"""What attention leaves behind for the maps: its weights, in whatever layout it used them, and how they read as a matrix.
+"""Attention weights recorded for maps: in the layout in which attention used them, and as a matrix over tokens.
 
-A fusion called with `trace=Trace()` fills it: one Step for everything that happened at once, one AttentionRecord for each
-modality that asked in it. Shapes: B samples, H heads, Q queries, K keys.
+A fusion called with `trace=Trace()` fills it: one Step for the attentions that were added at once, with one AttentionRecord
+for each modality whose tokens were the queries. Shapes: B samples, H heads, Q queries, K keys.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 
-def _same(weights: Tensor) -> Tensor:
+def _identity(weights: Tensor) -> Tensor:
     return weights
 
 
@@ -23,38 +23,42 @@ class Weights:
     """The weights of one attention, as they multiplied the values: a node of the autograd graph."""
 
     used: Tensor
-    """Any layout: windows, or regions, or (B, H, Q, K) itself."""
-    spread: Callable[[Tensor], Tensor] = _same
-    """Linear: anything of the shape of `used` -> (B, H, Q, K), zero where nothing was looked at."""
-    within: tuple[tuple[int, Weights | None], ...] = ()
-    """Where keys were summaries: runs of keys, and the weights with which each run was read (None: plain tokens)."""
+    """In any layout: by window, by region, or (B, H, Q, K) itself."""
+    to_dense: Callable[[Tensor], Tensor] = _identity
+    """A linear map of a tensor shaped like `used` to (B, H, Q, K), zero for keys that were not attended to."""
+    key_runs: tuple[tuple[int, Weights | None], ...] = ()
+    """Where keys are summaries: the lengths of consecutive runs of keys, each with the weights with which its summaries
+    attended to tokens (None: the run is plain tokens)."""
 
-    def matrix(self, weigh: Callable[[Tensor], Tensor] = _same) -> Tensor:
-        """(B, Q, K): the mean over heads of `weigh(used)`, for summaries composed with theirs, so that K counts tokens."""
-        matrix_BQK = self.spread(weigh(self.used)).mean(dim=1)
-        if not self.within:
+    def to_matrix(self, transform: Callable[[Tensor], Tensor] = _identity) -> Tensor:
+        """Return (B, Q, K): the mean over heads of `transform(used)`, where K counts tokens.
+
+        Weights on summaries are multiplied by the summaries' own weights on the tokens, transformed in the same way.
+        """
+        matrix_BQK = self.to_dense(transform(self.used)).mean(dim=1)
+        if not self.key_runs:
             return matrix_BQK
-        runs = matrix_BQK.split([count for count, _ in self.within], dim=2)
-        pairs = zip(runs, self.within, strict=True)
-        return torch.cat([run if read is None else run @ read.matrix(weigh) for run, (_, read) in pairs], dim=2)
+        runs = matrix_BQK.split([count for count, _ in self.key_runs], dim=2)
+        pairs = zip(runs, self.key_runs, strict=True)
+        return torch.cat([run if read is None else run @ read.to_matrix(transform) for run, (_, read) in pairs], dim=2)
 
-    def tensors(self) -> list[Tensor]:
-        """Every `used` in it."""
-        return [self.used, *(t for _, read in self.within if read is not None for t in read.tensors())]
+    def list_tensors(self) -> list[Tensor]:
+        """Return `used` of these weights and of all that they contain."""
+        return [self.used, *(t for _, read in self.key_runs if read is not None for t in read.list_tensors())]
 
 
 @dataclass(frozen=True)
 class AttentionRecord:
-    """One modality looked at others: the columns of its matrix are the tokens of `asked`, in that order."""
+    """The attention of one modality's queries; the columns of its matrix are the tokens of `contexts`, in that order."""
 
     query: str
-    asked: tuple[str, ...]
+    contexts: tuple[str, ...]
     weights: Weights
 
 
 @dataclass(frozen=True)
 class Step:
-    """Attentions that read the same states and were added at once."""
+    """Attentions that read the same states and whose results were added at once."""
 
     kind: Literal["self", "cross", "joint"]
     """joint: one softmax over the tokens of several modalities."""
@@ -64,28 +68,31 @@ class Step:
 
 @dataclass
 class Trace:
-    """Handed empty to a fusion, which fills it. Asking for it takes the exact path: Q x K weights a head and layer."""
+    """The record of one forward pass: passed empty to a fusion, which fills it.
+
+    Passing one selects the exact path, which stores Q x K weights per head and layer.
+    """
 
     steps: list[Step] = field(default_factory=list)
     sizes: dict[str, int] = field(default_factory=dict)
-    """Tokens of each modality."""
+    """Modality -> number of tokens."""
     grids: dict[str, tuple[int, int] | None] = field(default_factory=dict)
 
     def begin(self, modalities: dict[str, tuple[int, tuple[int, int] | None]]) -> None:
-        """Forgets what was there; name -> number of tokens, grid."""
+        """Clear the trace for a new pass; `modalities`: name -> (number of tokens, grid)."""
         self.steps = []
         self.sizes = {name: size for name, (size, _) in modalities.items()}
         self.grids = {name: grid for name, (_, grid) in modalities.items()}
 
-    def blocks(self, step: Step, weigh: Callable[[Tensor], Tensor] = _same) -> dict[tuple[str, str], Tensor]:
-        """(query, asked) -> (B, Q, K): the matrices of a step, cut by modality."""
-        out: dict[tuple[str, str], Tensor] = {}
+    def split_matrices(self, step: Step, transform: Callable[[Tensor], Tensor] = _identity) -> dict[tuple[str, str], Tensor]:
+        """Return (query, context) -> (B, Q, K): the matrices of a step, split by modality."""
+        matrices: dict[tuple[str, str], Tensor] = {}
         for record in step.records:
-            parts = record.weights.matrix(weigh).split([self.sizes[name] for name in record.asked], dim=2)
-            out.update({(record.query, name): part for name, part in zip(record.asked, parts, strict=True)})
-        return out
+            blocks = record.weights.to_matrix(transform).split([self.sizes[name] for name in record.contexts], dim=2)
+            matrices.update({(record.query, name): block for name, block in zip(record.contexts, blocks, strict=True)})
+        return matrices
 
-    def tensors(self) -> list[Tensor]:
-        """Every weights tensor once, for torch.autograd.grad."""
-        found = {id(t): t for step in self.steps for record in step.records for t in record.weights.tensors()}
-        return list(found.values())
+    def list_tensors(self) -> list[Tensor]:
+        """Return every weights tensor once, for torch.autograd.grad."""
+        tensors = {id(t): t for step in self.steps for record in step.records for t in record.weights.list_tensors()}
+        return list(tensors.values())

@@ -1,14 +1,14 @@
-"""Contexts: how a picture is attended to. A context is ONE file with a Config and build(config, width) -> Context.
+"""Contexts: how queries attend to an image. A context is ONE file with a Config and build(config, width) -> Context.
 
-    dense.py             every query sees every token
-    local.py             a picture's tokens see their window (and any text beside them)
-    coarse_to_fine.py    every region at one token, the best ones at full detail
-    pooled.py            learned queries read the picture, and are asked in its stead
-    tiling.py            grids cut into squares, for the two in the middle
+    dense.py             every query attends to every token
+    local.py             an image's tokens attend to their own window (and to any text appended to the image)
+    coarse_to_fine.py    every region as one token, the best regions at full detail
+    pooled.py            learned latents summarize the image, and queries attend to the summaries
+    tiling.py            grids divided into square tiles, for local.py and coarse_to_fine.py
 
-Wherever a picture is asked (by words, by another picture, by itself) its context decides what that costs and what is
-seen. Modalities without a grid are always asked densely. May import attention.py, trace.py and pretrain's floors.
-Shapes: as in attention.py; R regions or windows, P cells of one, L summaries.
+Wherever an image is the context (of words, of another image, of its own tokens), its Context decides what attention costs
+and which tokens it reaches. Modalities without a grid are always attended to densely. May import finetune.attention and
+pretrain. Shapes: as in attention/multihead.py; R regions or windows, P cells of one, L summaries.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from pretrain import registry
 from pretrain.errors import ConfigError
 
 
-class Asking(NamedTuple):
-    """The queries, and who they are."""
+class Queries(NamedTuple):
+    """Projected queries, and where they come from."""
 
     q: Tensor
     """(B, H, Q, D)."""
     mask: Tensor | None = None
     """(B, Q) bool, True for real queries; None for all."""
-    home: bool = False
-    """Whether the queries are the asked picture's own tokens, in its order."""
+    is_self: bool = False
+    """Whether this is self-attention of an image: the queries are its own tokens, in its order."""
     rows: int = 1
-    """Q holds this many texts of Q / rows tokens, all about the same picture."""
+    """Q holds this many sequences of Q / rows tokens, all about the same context (several texts about one image)."""
     layer: int = 0
     """Counted from 0."""
 
@@ -42,46 +42,58 @@ class Asking(NamedTuple):
 class Context(nn.Module):
     """Base of all contexts."""
 
-    needs: ClassVar[Literal["picture", "self-attention"]] = "picture"
-    """What must be there for it to mean anything: a picture that is asked, or a picture that asks itself."""
+    needs: ClassVar[Literal["image", "self-attention"]] = "image"
+    """What a fusion must have for this context to change anything: an image as context, or self-attention of an image."""
 
-    chooses: ClassVar[bool] = False
-    """Whether it picks what is seen by comparing numbers: a rounding error may then pick otherwise, so no other library
-    gives the same."""
+    has_hard_selection: ClassVar[bool] = False
+    """Whether it selects keys by comparing numbers: a rounding error may then change the selection, so that other libraries
+    do not reproduce its results."""
 
-    def shares_a_choice(self) -> bool:
-        """Whether one query changes what another sees: then a decoder would look into the future."""
+    def has_shared_selection(self) -> bool:
+        """Return whether one query changes which keys another one gets: a causal decoder would then read later tokens."""
         return False
 
     def summarize(self, tokens: Tokens, exact: bool = False) -> tuple[Tokens, Weights | None]:
-        """The tokens to be asked in place of a picture's, and with `exact` how they were read; here: its own."""
+        """Return the tokens to attend to in place of an image's own, and with `exact` the weights that summarized them.
+
+        The base class returns the tokens themselves.
+        """
         return tokens, None
 
-    def forward(self, asking: Asking, keys: Keys, exact: bool = False) -> tuple[Tensor, Weights | None]:
-        """-> (B, H, Q, D), and with `exact` the Weights, whose matrix is (B, Q, K)."""
+    def forward(self, queries: Queries, keys: Keys, exact: bool = False) -> tuple[Tensor, Weights | None]:
+        """Attend: returns (B, H, Q, D), and with `exact` the Weights, whose matrix is (B, Q, K)."""
         raise NotImplementedError(f"{type(self).__name__}.forward")
 
 
 def build_contexts(
-    config: Any, widths: dict[str, int], pictures: Collection[str], self_attending: Collection[str], fusion: str
+    config: Any, widths: dict[str, int], image_modalities: Collection[str], self_attending: Collection[str], fusion: str
 ) -> nn.ModuleDict:
-    """How each modality (name -> width) is asked: pictures as `config` says (None: densely), the others densely.
+    """Build the Context of each modality: images as `config` says (None: dense), all others dense.
 
-    Raises ConfigError where `config` would change nothing: no picture among them, or none among those that ask
-    themselves for a context made of windows.
+    Args:
+        config: the Config of a context, or None.
+        widths: modality -> width of its tokens.
+        image_modalities: modalities whose tokens have a grid.
+        self_attending: modalities whose tokens attend to themselves.
+        fusion: the fusion's name, for messages.
+
+    Raises:
+        ConfigError: `config` would change nothing, because no modality is an image, or because no image attends to itself
+            and the context is made of windows.
     """
     dense = registry.get_component("context", "dense")
     config = config if config is not None else dense.Config()
-    made: dict[str, Context] = {}
+    contexts: dict[str, Context] = {}
     for name, width in widths.items():
-        own = config if name in pictures else dense.Config()
-        made[name] = registry.get_component("context", own.name).build(own, width)
-    asked = [name for name in widths if name in pictures]
-    if config.name != "dense" and not asked:
-        raise ConfigError(f"context.name={config.name} needs a picture; {' and '.join(widths)} have no grid, use dense")
-    if asked and made[asked[0]].needs == "self-attention" and not set(asked) & set(self_attending):
+        modality_config = config if name in image_modalities else dense.Config()
+        contexts[name] = registry.get_component("context", modality_config.name).build(modality_config, width)
+    images = [name for name in widths if name in image_modalities]
+    if config.name != "dense" and not images:
+        raise ConfigError(f"context.name={config.name} needs an image; {' and '.join(widths)} have no grid, use dense")
+    if images and contexts[images[0]].needs == "self-attention" and not set(images) & set(self_attending):
         raise ConfigError(
             f"context.name={config.name} has no meaning with fusion.name={fusion}: only {' and '.join(self_attending)} "
-            f"attends to itself, and has no place in the picture; use dense, coarse_to_fine or pooled, or fusion.name=co"
+            f"attends to itself, and its tokens have no position in the image; use dense, coarse_to_fine or pooled, or "
+            f"fusion.name=co"
         )
-    return nn.ModuleDict(made)
+    return nn.ModuleDict(contexts)

@@ -1,4 +1,4 @@
-"""Every query sees every token."""
+"""Dense attention: every query attends to every token."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from finetune.attention.multihead import Keys, attend, over_heads
+from finetune.attention.multihead import Keys, attend, broadcast_over_heads
 from finetune.attention.trace import Weights
-from finetune.context import Asking, Context
+from finetune.context import Context, Queries
 
 
 @dataclass
@@ -22,12 +22,12 @@ class Config:
 class Dense(Context):
     """softmax(q k^T / sqrt(D)) v over all keys."""
 
-    def forward(self, asking: Asking, keys: Keys, exact: bool = False) -> tuple[Tensor, Weights | None]:
+    def forward(self, queries: Queries, keys: Keys, exact: bool = False) -> tuple[Tensor, Weights | None]:
         """See Context."""
-        out, used = attend(asking.q, *keys.projected(), mask=over_heads(keys.tokens.mask), exact=exact)
+        out, used = attend(queries.q, *keys.project_all(), mask=broadcast_over_heads(keys.tokens.mask), exact=exact)
         return out, None if used is None else Weights(used)
 
 
 def build(config: Config, width: int) -> Dense:
-    """`width` is not needed: dense attention has no parameters of its own."""
+    """Build the context; `width` is unused, because dense attention has no parameters of its own."""
     return Dense()

@@ -1,8 +1,9 @@
-"""Learned queries read the picture once; everybody then asks these L summaries in its stead.
+"""Pooled context: learned latents summarize the image once, and all queries attend to these L summaries instead.
 
-Pays where the picture is asked often: by itself (N x L instead of N x N), by several layers (`cross` reads it once), by
-several questions. Summaries have no place in the picture, so their own map over the cells is kept and composed with
-the map over summaries: the product of two distributions is again one over the cells.
+This pays where attention reads an image often: in its own self-attention (N x L instead of N x N), in several layers
+(`cross` summarizes once), for several questions. Summaries have no position in the image, so their own weights over the
+cells are recorded. These are multiplied with the weights over summaries: the product of two distributions is again one
+over the cells.
 Perceiver IO, arXiv 2107.14795; the resampler of Flamingo, arXiv 2204.14198; Q-Former, arXiv 2301.12597.
 """
 
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from finetune.attention.multihead import Attention, Tokens, attend, over_heads
+from finetune.attention.multihead import Attention, Tokens, attend, broadcast_over_heads
 from finetune.attention.trace import Weights
 from finetune.context.dense import Dense
 from pretrain.errors import ConfigError
@@ -21,28 +22,29 @@ from pretrain.errors import ConfigError
 
 @dataclass
 class Config:
-    """Asking costs Q x latents, reading latents x N once."""
+    """Attention to summaries costs Q x latents, and computing them latents x N once."""
 
     name: str = "pooled"
     """This file."""
     latents: int = 64
-    """Learned queries, that is summaries of a picture."""
+    """Learned latents, which is the number of summaries of an image."""
     heads: int = 8
-    """Heads with which they read; must divide `inner`."""
+    """Heads of the attention that computes the summaries; must divide `inner`."""
     inner: int | None = None
-    """Inner width of reading, all heads together; null: the picture's width."""
+    """Inner width of that attention, all heads together; null: the width of the image's tokens."""
 
     def check(self) -> None:
-        """Raises ConfigError."""
+        """Raise ConfigError for a number below 1."""
         if self.latents < 1 or self.heads < 1:
             raise ConfigError(f"context.latents={self.latents} and context.heads={self.heads} must be at least 1")
 
 
 class Pooled(Dense):
-    """latents + read(latents, picture), then one feed-forward layer; asked densely."""
+    """latents + attention(latents, image), then one feed-forward layer; queries attend to the result densely."""
 
     def __init__(self, config: Config, width: int) -> None:
         super().__init__()
+        # These names are keys in checkpoints: `read` is the attention to the image, `think` the feed-forward layer.
         self.latents = nn.Parameter(torch.randn(config.latents, width) * width**-0.5)
         self.norm = nn.LayerNorm(width)
         self.read = Attention(width, inner=config.inner, heads=config.heads)
@@ -50,14 +52,15 @@ class Pooled(Dense):
         self.out_norm = nn.LayerNorm(width)
 
     def summarize(self, tokens: Tokens, exact: bool = False) -> tuple[Tokens, Weights | None]:
-        """Tokens (B, N, C) -> summaries (B, L, C) without mask or grid, and with `exact` the Weights (B, L, N)."""
-        q_BHLD = self.read.queries(self.norm(self.latents)[None]).expand(tokens.states.shape[0], -1, -1, -1)
-        out, used = attend(q_BHLD, *self.read.keys(tokens).projected(), mask=over_heads(tokens.mask), exact=exact)
-        states = self.latents + self.read.merge(out)
+        """Turn tokens (B, N, C) into summaries (B, L, C) without mask or grid; with `exact` also the Weights (B, L, N)."""
+        q_BHLD = self.read.project_queries(self.norm(self.latents)[None]).expand(tokens.states.shape[0], -1, -1, -1)
+        keys = self.read.build_keys(tokens)
+        out, used = attend(q_BHLD, *keys.project_all(), mask=broadcast_over_heads(tokens.mask), exact=exact)
+        states = self.latents + self.read.project_output(out)
         states = self.out_norm(states + self.think(states))
         return Tokens(states), None if used is None else Weights(used)
 
 
 def build(config: Config, width: int) -> Pooled:
-    """`width` of the picture's tokens. Raises ConfigError for heads that do not divide the inner width."""
+    """Build the context for image tokens of `width`. Raises ConfigError for heads that do not divide the inner width."""
     return Pooled(config, width)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from finetune.attention.trace import Trace
 from finetune.explain import heatmap
-from finetune.explain.attribution import attention_maps
+from finetune.explain.attribution import compute_attention_maps
 from finetune.explain.token_spans import TokenSpans, word_maps
 from finetune.loading import Finetuned
 from finetune.model import FusionModel
@@ -106,7 +106,7 @@ def token_maps(
     trace = Trace()
     with _still(model), torch.enable_grad():
         prediction = task.predict(model, {"image": images, "text": ids}, {"text": mask}, trace)
-        maps = attention_maps(trace, method, prediction.score, layer=layer)
+        maps = compute_attention_maps(trace, method, prediction.score, layer=layer)
     if getattr(model.fusion and model.fusion.config, "causal", False):
         # A decoder looks for a word at the position before it.
         maps = torch.cat([torch.zeros_like(maps[:, :1]), maps[:, :-1]], dim=1)
@@ -135,7 +135,7 @@ def look(tuned: Finetuned, picture: bytes, text: str, method: str = METHOD, laye
     if not words:
         raise UserError(f"the text {text!r} has no word to draw a map for")
     try:
-        inputs, masks = tuned.inputs([picture], [cut.text])
+        inputs, masks = tuned.encode_inputs([picture], [cut.text])
         whole = decode_image(picture)
     except BadSample as error:
         raise UserError(f"the picture cannot be used: {error.reason}: {error.detail}") from error

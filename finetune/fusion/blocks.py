@@ -1,6 +1,6 @@
-"""What fusions are made of: gated branches, and the base class that checks, unpacks, checkpoints and packs.
+"""The branches of fusion blocks, and the base class of fusions, which checks, unpacks, checkpoints and packs tokens.
 
-Shapes: as in attention.py.
+Shapes: as in attention/multihead.py.
 """
 
 from __future__ import annotations
@@ -14,41 +14,41 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from finetune.attention.multihead import Attention, Tokens, ZeroInitLinear
-from finetune.attention.positions import channels
+from finetune.attention.positions import count_position_channels
 from finetune.attention.trace import AttentionRecord, Step, Trace, Weights
-from finetune.context import Asking, Context, build_contexts
+from finetune.context import Context, Queries, build_contexts
 from pretrain.errors import ConfigError
 from pretrain.towers import TokenSequence, masked_mean
 
 
 @dataclass
 class FusionConfig:
-    """What all fusions have in common."""
+    """The settings that all fusions have."""
 
     name: str = "cross"
-    """The file in this folder."""
+    """The file in this package."""
     query: str = "text"
-    """The modality that asks; a name in the batch."""
+    """The modality whose tokens are the cross-attention queries; a name in the batch."""
     context: str = "image"
-    """The modality that is asked."""
+    """The modality whose tokens are the cross-attention keys and values."""
     layers: int = 4
     """Blocks, each self -> cross -> feed-forward."""
     inner: int | None = None
-    """Inner width of the attentions, all heads together; null: the width of what asks. Smaller is cheaper."""
+    """Inner width of the attentions, all heads together; null: the width of the query tokens. Smaller is cheaper."""
     heads: int = 8
     """Attention heads; must divide `inner`."""
     feedforward: float = 4.0
-    """Hidden width of the feed-forward branch, in widths of its tokens."""
+    """Hidden width of the feed-forward branch, as a multiple of the width of its tokens."""
     places: int = 4
-    """Frequencies of the sines and cosines that tell who asks where each region or word stands (places.py); 0: nothing but
-    what the tower left in them."""
+    """Frequencies of the position encodings (sines and cosines) appended to the keys, see attention/positions.py; 0: no
+    encodings, only the positions that the tower left in its tokens."""
     dropout: float = 0.0
-    """On what each branch adds, 0 to below 1."""
+    """Dropout rate on the output of each branch, 0 to below 1."""
     checkpointing: bool = False
     """Recompute the blocks in the backward pass: less memory, a third more time."""
 
     def check(self) -> None:
-        """Raises ConfigError."""
+        """Raise ConfigError for a value out of range, or where query and context are the same."""
         if self.query == self.context:
             raise ConfigError(f"fusion.query and fusion.context are both {self.query!r}; they must be two modalities")
         if self.layers < 1 or self.heads < 1 or self.feedforward <= 0 or self.places < 0 or not 0 <= self.dropout < 1:
@@ -64,7 +64,7 @@ class FusionConfig:
 
 
 CROSS = "cross_look"
-"""What a block calls the branch in which one modality asks another."""
+"""Name of a block's cross-attention branch. This name and `self_look`, of self-attention, are keys in checkpoints."""
 
 
 class FeedForward(nn.Module):
@@ -84,33 +84,33 @@ class FeedForward(nn.Module):
         return out
 
 
-Sighting: TypeAlias = tuple[str, tuple[str, ...], Weights | None]
-"""Who asked, whom, and the weights if they were asked for."""
+RecordFields: TypeAlias = tuple[str, tuple[str, ...], Weights | None]
+"""The query modality, its context modalities, and the weights; None on the fast path."""
 
 
 class KeyValueSource(NamedTuple):
-    """A modality as it is asked."""
+    """One modality as the source of cross-attention keys and values."""
 
-    how: Context
+    context: Context
     tokens: Tokens
-    """Normalised: its own, or its summaries."""
-    read: Weights | None = None
-    """How the summaries were read."""
+    """Normalized: the modality's own tokens, or their summaries."""
+    summary_weights: Weights | None = None
+    """The weights with which the summaries attended to the tokens; None without summaries or on the fast path."""
 
     @property
-    def run(self) -> tuple[int, Weights | None]:
-        """Its keys in Weights.within."""
-        return self.tokens.states.shape[1], self.read
+    def key_run(self) -> tuple[int, Weights | None]:
+        """The entry for these keys in Weights.key_runs."""
+        return self.tokens.states.shape[1], self.summary_weights
 
 
-def prepare_keys(how: nn.Module, tokens: Tokens, exact: bool) -> KeyValueSource:
-    """Summarises where the context does."""
-    context = cast(Context, how)
+def prepare_keys(context: nn.Module, tokens: Tokens, exact: bool) -> KeyValueSource:
+    """Build the source of keys and values from normalized tokens, summarized where `context` does that."""
+    context = cast(Context, context)
     return KeyValueSource(context, *context.summarize(tokens, exact))
 
 
 class AttentionBlock(nn.Module):
-    """One attention branch: x + out(attention(q(n), k(seen), v(seen))), with out a ZeroInitLinear."""
+    """One attention branch: x + out(attention(q(n), k(source), v(source))), with out a ZeroInitLinear."""
 
     def __init__(self, width: int, context_width: int, config: FusionConfig) -> None:
         super().__init__()
@@ -118,25 +118,36 @@ class AttentionBlock(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, n: Tokens, seen: KeyValueSource, *, layer: int, home: bool = False, rows: int = 1, exact: bool = False
+        self,
+        x: Tensor,
+        n: Tokens,
+        source: KeyValueSource,
+        *,
+        layer: int,
+        is_self: bool = False,
+        rows: int = 1,
+        exact: bool = False,
     ) -> tuple[Tensor, Weights | None]:
-        """x (B, Q, C) and n, x normalised -> (B, Q, C). `home`, `rows`: see Asking; seen has B / rows samples."""
+        """Add the branch to x (B, Q, C); n is x normalized. Returns (B, Q, C), and with `exact` the weights.
+
+        `is_self`, `rows`, `layer`: see Queries; `source` has B / rows samples.
+        """
         B, Q, C = x.shape
         states, mask = n.states, n.mask
-        if rows > 1:  # queries do not see each other here, so the texts about one picture make one long text
+        if rows > 1:  # queries do not attend to each other here, so the texts about one image can be one long text
             states = states.reshape(B // rows, rows * Q, C)
             mask = None if mask is None else mask.reshape(B // rows, rows * Q)
-        asking = Asking(self.attention.queries(states), mask, home, rows, layer)
-        out, weights = seen.how(asking, self.attention.keys(seen.tokens), exact)
-        weights = weights and replace(weights, within=(seen.run,))
-        return x + self.dropout(self.attention.merge(out).reshape(B, Q, C)), weights
+        queries = Queries(self.attention.project_queries(states), mask, is_self, rows, layer)
+        out, weights = source.context(queries, self.attention.build_keys(source.tokens), exact)
+        weights = weights and replace(weights, key_runs=(source.key_run,))
+        return x + self.dropout(self.attention.project_output(out).reshape(B, Q, C)), weights
 
 
-def note(trace: Trace | None, kind: Literal["self", "cross", "joint"], layer: int, *records: Sighting) -> None:
-    """Adds what happened at once to the trace, where there is one."""
+def record_step(trace: Trace | None, kind: Literal["self", "cross", "joint"], layer: int, *fields: RecordFields) -> None:
+    """Append the attentions of one step to the trace, if there is one."""
     if trace is not None:
-        found = tuple(AttentionRecord(query, asked, weights) for query, asked, weights in records if weights is not None)
-        trace.steps.append(Step(kind, layer, found))
+        records = tuple(AttentionRecord(query, contexts, weights) for query, contexts, weights in fields if weights is not None)
+        trace.steps.append(Step(kind, layer, records))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -144,82 +155,92 @@ def note(trace: Trace | None, kind: Literal["self", "cross", "joint"], layer: in
 
 
 class Fusion(nn.Module):
-    """Base of all fusions: a subclass says who asks itself, has its blocks in `layers`, and defines fuse()."""
+    """Base of all fusions: a subclass fills `layers` with its blocks and defines fuse()."""
 
-    shares: ClassVar[bool] = False
-    """Whether one picture can answer several texts without being repeated."""
+    can_share_context: ClassVar[bool] = False
+    """Whether several query rows (texts) can attend to one context row (image) without repeating it."""
 
     def __init__(
         self,
         config: FusionConfig,
-        asked: dict[str, int],
+        key_widths: dict[str, int],
         self_attending: Collection[str],
         context: Any,
-        pictures: Collection[str],
+        image_modalities: Collection[str],
     ) -> None:
-        """`asked`: the width in which each of the two modalities is asked, places included."""
+        """Build the contexts.
+
+        Args:
+            config: the fusion's own settings.
+            key_widths: modality -> width of its tokens as keys, position channels included.
+            self_attending: modalities whose tokens attend to themselves.
+            context: Config of a context, or None for dense.
+            image_modalities: modalities whose tokens have a grid.
+        """
         super().__init__()
         self.config = config
-        self.contexts = build_contexts(context, asked, pictures, self_attending, config.name)
+        self.contexts = build_contexts(context, key_widths, image_modalities, self_attending, config.name)
         self.layers = nn.ModuleList()
 
     def forward(self, tokens: dict[str, TokenSequence], trace: Trace | None = None) -> dict[str, TokenSequence]:
-        """The same sequences, fused: states of the same widths, `pooled` their masked mean. Fills `trace`.
+        """Return the same sequences, fused: states of the same widths, `pooled` their masked mean. Fills `trace`.
 
-        A mask may be None: every token is real.
+        A mask may be None: every token is real. Raises ValueError where the rows of query and context do not fit.
         """
-        config, given = self.config, dict(tokens)
-        asking, asked = (given[name].states.shape[0] for name in (config.query, config.context))
-        rows, rest = (1, 0) if asking == asked else divmod(asking, max(1, asked))
+        config, sequences = self.config, dict(tokens)
+        query_rows, context_rows = (sequences[name].states.shape[0] for name in (config.query, config.context))
+        rows, rest = (1, 0) if query_rows == context_rows else divmod(query_rows, max(1, context_rows))
         if rest or not rows:
-            counts = ", ".join(f"{len(given[name].states)} of {name}" for name in (config.query, config.context))
+            counts = ", ".join(f"{len(sequences[name].states)} of {name}" for name in (config.query, config.context))
             raise ValueError(f"{config.query} rows must be a multiple of {config.context} rows, not {counts}")
-        if rows > 1 and (trace is not None or not self.shares):
-            given[config.context] = repeat(given[config.context], rows)
+        if rows > 1 and (trace is not None or not self.can_share_context):
+            sequences[config.context] = repeat_rows(sequences[config.context], rows)
             rows = 1
         if trace is not None:
-            trace.begin({name: (given[name].states.shape[1], given[name].grid) for name in (config.query, config.context)})
-        fused = self.fuse({name: _unpack(name, given[name]) for name in (config.query, config.context)}, rows, trace)
-        return given | {name: _pack(states, given[name]) for name, states in fused.items()}
+            trace.begin(
+                {name: (sequences[name].states.shape[1], sequences[name].grid) for name in (config.query, config.context)}
+            )
+        fused = self.fuse({name: _unpack(name, sequences[name]) for name in (config.query, config.context)}, rows, trace)
+        return sequences | {name: _pack(states, sequences[name]) for name, states in fused.items()}
 
     def tie_query_key_(self) -> None:
-        """For tokens that lie in one space: whoever asks another modality looks first at what resembles it."""
+        """Start cross-attention at the tokens that resemble the query; for tokens of one shared space. See Attention."""
         for name, module in self.named_modules():
             if name.endswith(CROSS) and isinstance(module, AttentionBlock):
                 module.attention.tie_query_key_()
 
     def fuse(self, tokens: dict[str, Tokens], rows: int, trace: Trace | None) -> dict[str, Tensor]:
-        """The states (B, N, C) of every modality that changes. `rows`: query rows a context row."""
+        """Return modality -> states (B, N, C), of every modality that changes. `rows`: query rows per context row."""
         raise NotImplementedError(f"{type(self).__name__}.fuse")
 
-    def run(self, layer: nn.Module, *inputs: Any) -> Any:
-        """layer(*inputs), recomputed in the backward pass where configured."""
+    def run_block(self, block: nn.Module, *inputs: Any) -> Any:
+        """Return block(*inputs), with checkpointing where it is configured."""
         if self.config.checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(layer, *inputs, use_reentrant=False)
-        return layer(*inputs)
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
 
 
-def check_names(config: FusionConfig, widths: dict[str, int]) -> None:
-    """Raises ConfigError for a modality that the model does not have."""
+def check_modalities(config: FusionConfig, widths: dict[str, int]) -> None:
+    """Raise ConfigError for settings out of range, or for a modality that the model does not have."""
     config.check()
     for key, name in (("query", config.query), ("context", config.context)):
         if name not in widths:
             raise ConfigError(f"fusion.{key}={name!r} is no modality of this model; it has {', '.join(widths)}")
 
 
-def fused_by_layer(config: FusionConfig, fused: str) -> list[tuple[str, ...]]:
-    """Who is changed by each block: both, but in the last one only the query where nobody reads the rest."""
+def list_fused_modalities(config: FusionConfig, fused: str) -> list[tuple[str, ...]]:
+    """Return for each block the modalities that it changes: both, but with fused="query" only the query in the last one."""
     both = (config.query, config.context)
     return [both] * (config.layers - 1) + [both if fused == "both" else both[:1]]
 
 
-def asked_widths(widths: dict[str, int], config: FusionConfig) -> dict[str, int]:
-    """Widths with the channels of the places."""
-    return {name: width + channels(config.places) for name, width in widths.items()}
+def compute_key_widths(widths: dict[str, int], config: FusionConfig) -> dict[str, int]:
+    """Return modality -> width of its tokens as keys: their own channels and those of the position encodings."""
+    return {name: width + count_position_channels(config.places) for name, width in widths.items()}
 
 
-def repeat(tokens: TokenSequence, times: int) -> TokenSequence:
-    """Every row `times` times in a row, so that each text has a picture of its own."""
+def repeat_rows(tokens: TokenSequence, times: int) -> TokenSequence:
+    """Repeat each row `times` times, next to each other, so that every text has its own copy of the image."""
     states, mask, grid, pooled = tokens
     mask = mask if mask is None else mask.repeat_interleave(times, dim=0)
     return TokenSequence(states.repeat_interleave(times, dim=0), mask, grid, pooled.repeat_interleave(times, dim=0))

@@ -1,6 +1,7 @@
-"""Both modalities ask, at every layer, each in its own width: ViLBERT (arXiv 1908.02265), METER (arXiv 2111.02387).
+"""Co-attention: both modalities attend to each other in every layer, each in its own width.
 
-The picture asks itself too, so its context decides most of the cost: `local` puts windows there.
+ViLBERT (arXiv 1908.02265), METER (arXiv 2111.02387). The image attends to itself too, so its context decides most of the
+cost: context.name=local restricts that self-attention to windows.
 """
 
 from __future__ import annotations
@@ -12,60 +13,66 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from finetune.attention.multihead import Tokens
-from finetune.attention.positions import placed
+from finetune.attention.positions import append_positions
 from finetune.attention.trace import Trace
 from finetune.fusion.blocks import (
     AttentionBlock,
     FeedForward,
     Fusion,
     FusionConfig,
-    asked_widths,
-    check_names,
-    fused_by_layer,
-    note,
+    check_modalities,
+    compute_key_widths,
+    list_fused_modalities,
     prepare_keys,
+    record_step,
 )
 
 
 @dataclass
 class Config(FusionConfig):
-    """`query` and `context` both ask; which is which does not matter."""
+    """`query` and `context` attend to each other; which is which matters only with fused=query."""
 
     name: str = "co"
     """This file."""
     fused: Literal["both", "query"] = "both"
-    """What leaves fused. query: the last block leaves out what only the context would gain, which then returns as it came."""
+    """The modalities whose tokens change. query: the last block does not compute the context, which returns as it came."""
 
 
 class Stream(nn.Module):
-    """One modality's half of a block; `answers`: it is only asked, by the other one."""
+    """One modality's half of a block. With `is_source_only` it has no cross-attention: it only provides keys and values."""
 
-    def __init__(self, config: Config, width: int, asked: int, other: int, answers: bool = False) -> None:
-        """`asked`, `other`: the widths in which this modality and the other one are asked."""
+    def __init__(self, config: Config, width: int, key_width: int, other_key_width: int, is_source_only: bool = False) -> None:
+        """`key_width`, `other_key_width`: widths of this modality's and of the other one's tokens as keys."""
         super().__init__()
         self.self_norm = nn.LayerNorm(width)
-        self.self_look = AttentionBlock(width, asked, config)
+        self.self_look = AttentionBlock(width, key_width, config)
         self.cross_norm = nn.LayerNorm(width)
-        if not answers:
-            self.cross_look = AttentionBlock(width, other, config)
+        if not is_source_only:
+            self.cross_look = AttentionBlock(width, other_key_width, config)
             self.feedforward = FeedForward(width, config)
 
 
 class Block(nn.Module):
-    """Both ask themselves; both ask each other, reading the same states; both think. `fused`: those who do all that."""
+    """Self-attention of both, cross-attention of both on the same states, feed-forward of both.
+
+    Only the modalities in `fused` go through cross-attention and feed-forward.
+    """
 
     def __init__(self, config: Config, widths: dict[str, int], fused: tuple[str, ...]) -> None:
         super().__init__()
         a, b = config.query, config.context
-        asked = asked_widths(widths, config)
-        self.first = Stream(config, widths[a], asked[a], asked[b])
-        self.second = Stream(config, widths[b], asked[b], asked[a], answers=b not in fused)
-        self.names, self.fused, self.places = (a, b), fused, config.places
+        key_widths = compute_key_widths(widths, config)
+        self.first = Stream(config, widths[a], key_widths[a], key_widths[b])
+        self.second = Stream(config, widths[b], key_widths[b], key_widths[a], is_source_only=b not in fused)
+        self.names, self.fused, self.frequencies = (a, b), fused, config.places
 
     def forward(
-        self, x: dict[str, Tensor], tokens: dict[str, Tokens], hows: nn.ModuleDict, layer: int, trace: Trace | None
+        self, x: dict[str, Tensor], tokens: dict[str, Tokens], contexts: nn.ModuleDict, layer: int, trace: Trace | None
     ) -> dict[str, Tensor]:
-        """name -> states (B, N, C), of those fused. `tokens` have masks and grids, `hows` says how each is asked."""
+        """Return modality -> states (B, N, C), of those fused.
+
+        `tokens` hold masks and grids; `contexts` say how to attend to each modality.
+        """
         exact = trace is not None
         streams = dict(zip(self.names, (self.first, self.second), strict=True))
         others = dict(zip(self.names, reversed(self.names), strict=True))
@@ -73,44 +80,53 @@ class Block(nn.Module):
         records = []
         for name, stream in streams.items():
             n = tokens[name]._replace(states=stream.self_norm(x[name]))
-            seen = prepare_keys(hows[name], placed(n, self.places), exact)
-            new, weights = stream.self_look(x[name], n, seen, layer=layer, home=True, exact=exact)
+            source = prepare_keys(contexts[name], append_positions(n, self.frequencies), exact)
+            new, weights = stream.self_look(x[name], n, source, layer=layer, is_self=True, exact=exact)
             x = x | {name: new}
             records.append((name, (name,), weights))
-        note(trace, "self", layer, *records)
+        record_step(trace, "self", layer, *records)
 
         normed = {name: tokens[name]._replace(states=s.cross_norm(x[name])) for name, s in streams.items()}
-        answers = {name: prepare_keys(hows[name], placed(n, self.places), exact) for name, n in normed.items()}
+        sources = {
+            name: prepare_keys(contexts[name], append_positions(n, self.frequencies), exact) for name, n in normed.items()
+        }
         records = []
         for name in self.fused:
             other = others[name]
-            new, weights = streams[name].cross_look(x[name], normed[name], answers[other], layer=layer, exact=exact)
+            new, weights = streams[name].cross_look(x[name], normed[name], sources[other], layer=layer, exact=exact)
             x = x | {name: new}
             records.append((name, (other,), weights))
-        note(trace, "cross", layer, *records)
+        record_step(trace, "cross", layer, *records)
 
         return {name: streams[name].feedforward(x[name]) for name in self.fused}
 
 
 class Co(Fusion):
-    """Two streams that never leave their widths."""
+    """Two streams, each as wide as its modality."""
 
-    def __init__(self, config: Config, widths: dict[str, int], context: Any, pictures: Collection[str]) -> None:
-        super().__init__(config, asked_widths(widths, config), list(widths), context, pictures)
-        self.layers.extend(Block(config, widths, fused) for fused in fused_by_layer(config, config.fused))
+    def __init__(self, config: Config, widths: dict[str, int], context: Any, image_modalities: Collection[str]) -> None:
+        super().__init__(config, compute_key_widths(widths, config), list(widths), context, image_modalities)
+        self.layers.extend(Block(config, widths, fused) for fused in list_fused_modalities(config, config.fused))
 
     def fuse(self, tokens: dict[str, Tokens], rows: int, trace: Trace | None) -> dict[str, Tensor]:
-        """Both change, or, at the end, the query alone."""
+        """See Fusion. Both modalities change, but with fused=query only the query is returned."""
         x = {name: t.states for name, t in tokens.items()}
         for i, block in enumerate(self.layers):
-            x = self.run(block, x, tokens, self.contexts, i, trace)
+            x = self.run_block(block, x, tokens, self.contexts, i, trace)
         return x
 
 
-def build(config: Config, widths: dict[str, int], context: Any = None, pictures: Collection[str] = ("image",)) -> Co:
-    """`widths` of the modalities, `context`: a Config of the context room (None: dense), `pictures`: those with a grid.
+def build(config: Config, widths: dict[str, int], context: Any = None, image_modalities: Collection[str] = ("image",)) -> Co:
+    """Build the fusion.
 
-    Raises ConfigError.
+    Args:
+        config: the settings above.
+        widths: modality -> width of its tokens.
+        context: Config of a context (finetune.context); None: dense.
+        image_modalities: the modalities whose tokens have a grid.
+
+    Raises:
+        ConfigError: a setting that is out of range, or does not fit the modalities.
     """
-    check_names(config, widths)
-    return Co(config, {name: widths[name] for name in (config.query, config.context)}, context, pictures)
+    check_modalities(config, widths)
+    return Co(config, {name: widths[name] for name in (config.query, config.context)}, context, image_modalities)

@@ -1,7 +1,7 @@
-"""One stream: every token asks the tokens of both modalities, with one set of weights. ViLT, arXiv 2102.03334.
+"""One stream: every token attends to the tokens of both modalities, with one set of weights. ViLT, arXiv 2102.03334.
 
-The narrower modality gets channels of zeros, so that no projection stands between the tokens that come in and those
-that go out; what a token is, is told to each block inside its branch, by an embedding of its modality.
+The narrower modality is padded with channels of zeros, so that no projection stands between input and output tokens. Each
+block adds an embedding of the token's modality inside its branch.
 """
 
 from __future__ import annotations
@@ -15,95 +15,124 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finetune.attention.multihead import Attention, Tokens
-from finetune.attention.positions import channels, placed
+from finetune.attention.positions import append_positions, count_position_channels
 from finetune.attention.trace import Trace
-from finetune.context import Asking
-from finetune.fusion.blocks import FeedForward, Fusion, FusionConfig, check_names, fused_by_layer, note, prepare_keys
+from finetune.context import Queries
+from finetune.fusion.blocks import (
+    FeedForward,
+    Fusion,
+    FusionConfig,
+    check_modalities,
+    list_fused_modalities,
+    prepare_keys,
+    record_step,
+)
 
 
 @dataclass
 class Config(FusionConfig):
-    """`query` and `context` in one stream; which is which does not matter."""
+    """`query` and `context` in one stream; which is which matters only with fused=query."""
 
     name: str = "merged"
     """This file."""
     fused: Literal["both", "query"] = "both"
-    """What leaves fused. query: the last block leaves out what only the context would gain, which then returns as it came."""
+    """The modalities whose tokens change. query: the last block does not compute the context, which returns as it came."""
 
 
 class Block(nn.Module):
-    """Joint self-attention -> feed-forward, on the tokens of both. `fused`: those who ask."""
+    """Joint self-attention -> feed-forward over both modalities; only the tokens of `fused` are queries."""
 
-    def __init__(self, config: Config, width: int, pictures: Collection[str], fused: tuple[str, ...]) -> None:
+    def __init__(self, config: Config, width: int, image_modalities: Collection[str], fused: tuple[str, ...]) -> None:
         super().__init__()
         self.names, self.fused = (config.query, config.context), fused
-        self.pictures = [name for name in self.names if name in pictures]
-        self.places = config.places
+        self.image_modalities = [name for name in self.names if name in image_modalities]
+        self.frequencies = config.places
         self.norm = nn.LayerNorm(width)
         self.modality = nn.ParameterDict({name: nn.Parameter(0.02 * torch.randn(width)) for name in self.names})
-        self.attention = Attention(width, width + channels(self.places), config.inner, config.heads, gated=True)
+        key_width = width + count_position_channels(self.frequencies)
+        self.attention = Attention(width, key_width, config.inner, config.heads, gated=True)
         self.dropout = nn.Dropout(config.dropout)
         self.feedforward = FeedForward(width, config)
 
     def forward(
-        self, x: dict[str, Tensor], tokens: dict[str, Tokens], hows: nn.ModuleDict, layer: int, trace: Trace | None
+        self, x: dict[str, Tensor], tokens: dict[str, Tokens], contexts: nn.ModuleDict, layer: int, trace: Trace | None
     ) -> dict[str, Tensor]:
-        """name -> states (B, N, C), all of one width, of those fused. `hows` says how each modality is asked."""
+        """Return modality -> states (B, N, C), all of one width, of those fused.
+
+        `tokens` hold masks and grids; `contexts` say how to attend to each modality.
+        """
         exact = trace is not None
         normed = {name: tokens[name]._replace(states=self.norm(x[name]) + self.modality[name]) for name in self.names}
-        seen = {name: prepare_keys(hows[name], placed(n, self.places), exact) for name, n in normed.items()}
+        sources = {
+            name: prepare_keys(contexts[name], append_positions(n, self.frequencies), exact) for name, n in normed.items()
+        }
 
         new, records, keys = {}, [], {}
         for name in self.fused:
-            n, order = normed[name], self._order(name)
-            first, second = (seen[other] for other in order)
+            n, order = normed[name], self._order_keys(name)
+            first, second = (sources[other] for other in order)
             if order not in keys:
-                keys[order] = self.attention.keys(_joined(first.tokens, second.tokens))
-            asking = Asking(self.attention.queries(n.states), n.mask, home=order[0] == name, layer=layer)
-            out, weights = first.how(asking, keys[order], exact)
-            new[name] = x[name] + self.dropout(self.attention.merge(out))
-            records.append((name, order, weights and replace(weights, within=(first.run, second.run))))
-        note(trace, "joint", layer, *records)
+                keys[order] = self.attention.build_keys(_concatenate(first.tokens, second.tokens))
+            q = self.attention.project_queries(n.states)
+            queries = Queries(q, n.mask, is_self=order[0] == name, layer=layer)
+            out, weights = first.context(queries, keys[order], exact)
+            new[name] = x[name] + self.dropout(self.attention.project_output(out))
+            weights = weights and replace(weights, key_runs=(first.key_run, second.key_run))
+            records.append((name, order, weights))
+        record_step(trace, "joint", layer, *records)
         return {name: self.feedforward(states) for name, states in new.items()}
 
-    def _order(self, query: str) -> tuple[str, str]:
-        """Keys in the order of contexts: a picture first, the query's own where it is one, then what stands beside it."""
-        first = query if query in self.pictures else next(iter(self.pictures), self.names[0])
+    def _order_keys(self, query: str) -> tuple[str, str]:
+        """Return the modalities in the order in which contexts expect keys: an image first, then the tokens after it.
+
+        If the query is an image, its own tokens come first.
+        """
+        first = query if query in self.image_modalities else next(iter(self.image_modalities), self.names[0])
         return first, next(name for name in self.names if name != first)
 
 
-def _joined(picture: Tokens, beside: Tokens) -> Tokens:
-    """Both sequences as one, on the picture's grid."""
+def _concatenate(image: Tokens, rest: Tokens) -> Tokens:
+    """Join both sequences into one that has the grid of the first."""
     mask = None
-    if picture.mask is not None or beside.mask is not None:
-        parts = [
-            t.states.new_ones(t.states.shape[:2], dtype=torch.bool) if t.mask is None else t.mask for t in (picture, beside)
-        ]
-        mask = torch.cat(parts, dim=1)
-    return Tokens(torch.cat([picture.states, beside.states], dim=1), mask, picture.grid)
+    if image.mask is not None or rest.mask is not None:
+        masks = [t.states.new_ones(t.states.shape[:2], dtype=torch.bool) if t.mask is None else t.mask for t in (image, rest)]
+        mask = torch.cat(masks, dim=1)
+    return Tokens(torch.cat([image.states, rest.states], dim=1), mask, image.grid)
 
 
 class Merged(Fusion):
-    """One stream as wide as the wider modality."""
+    """One stream, as wide as the wider modality."""
 
-    def __init__(self, config: Config, widths: dict[str, int], context: Any, pictures: Collection[str]) -> None:
+    def __init__(self, config: Config, widths: dict[str, int], context: Any, image_modalities: Collection[str]) -> None:
         width = max(widths.values())
-        super().__init__(config, dict.fromkeys(widths, width + channels(config.places)), list(widths), context, pictures)
+        key_widths = dict.fromkeys(widths, width + count_position_channels(config.places))
+        super().__init__(config, key_widths, list(widths), context, image_modalities)
         self.width = width
-        self.layers.extend(Block(config, width, pictures, fused) for fused in fused_by_layer(config, config.fused))
+        self.layers.extend(
+            Block(config, width, image_modalities, fused) for fused in list_fused_modalities(config, config.fused)
+        )
 
     def fuse(self, tokens: dict[str, Tokens], rows: int, trace: Trace | None) -> dict[str, Tensor]:
-        """Both change, or, at the end, the query alone."""
+        """See Fusion. Both modalities change, but with fused=query only the query is returned."""
         x = {name: F.pad(t.states, (0, self.width - t.states.shape[2])) for name, t in tokens.items()}
         for i, block in enumerate(self.layers):
-            x = self.run(block, x, tokens, self.contexts, i, trace)
+            x = self.run_block(block, x, tokens, self.contexts, i, trace)
         return {name: states[..., : tokens[name].states.shape[2]] for name, states in x.items()}
 
 
-def build(config: Config, widths: dict[str, int], context: Any = None, pictures: Collection[str] = ("image",)) -> Merged:
-    """`widths` of the modalities, `context`: a Config of the context room (None: dense), `pictures`: those with a grid.
+def build(
+    config: Config, widths: dict[str, int], context: Any = None, image_modalities: Collection[str] = ("image",)
+) -> Merged:
+    """Build the fusion.
 
-    Raises ConfigError.
+    Args:
+        config: the settings above.
+        widths: modality -> width of its tokens.
+        context: Config of a context (finetune.context); None: dense.
+        image_modalities: the modalities whose tokens have a grid.
+
+    Raises:
+        ConfigError: a setting that is out of range, or does not fit the modalities.
     """
-    check_names(config, widths)
-    return Merged(config, {name: widths[name] for name in (config.query, config.context)}, context, pictures)
+    check_modalities(config, widths)
+    return Merged(config, {name: widths[name] for name in (config.query, config.context)}, context, image_modalities)

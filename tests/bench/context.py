@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from finetune.attention.multihead import Attention, Tokens
-from finetune.context import Asking
+from finetune.context import Queries
 from pretrain import registry
 
 WIDTH, HEADS, WORDS = 256, 8, 32
@@ -53,9 +53,9 @@ def prepare(what: str, name: str, patches: int, device: str) -> Callable[[], Non
 
     def step() -> None:
         seen, _ = context.summarize(Tokens(picture, None, (side, side)))
-        queries = attention.queries(picture if what == "self" else words)
-        out, _ = context(Asking(queries, home=what == "self"), attention.keys(seen))
-        attention.merge(out).square().mean().backward()
+        queries = attention.project_queries(picture if what == "self" else words)
+        out, _ = context(Queries(queries, is_self=what == "self"), attention.build_keys(seen))
+        attention.project_output(out).square().mean().backward()
         for leaf in (picture, words, *attention.parameters(), *context.parameters()):
             leaf.grad = None
 
