@@ -89,7 +89,7 @@ def _told(tuned: Finetuned, encoders: Encoders) -> ExportSpec:
     if wrong := unsupported(encoders):
         raise UserError(f"onnx cannot hold {wrong}")
     contexts = [] if tuned.model.fusion is None else tuned.model.fusion.contexts.values()
-    if any(cast(Context, one).chooses for one in contexts):
+    if any(cast(Context, one).has_hard_selection for one in contexts):
         raise UserError(
             f"onnx cannot hold context.name={tuned.config.context.name}: which parts of a picture it opens depends on the "
             f"picture, and another library's rounding would open others; {_ALONE}"
