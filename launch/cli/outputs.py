@@ -43,7 +43,7 @@ def embed(args: argparse.Namespace) -> int:
     from launch import elastic
 
     options.build_options(args)  # before any process is started
-    world = elastic.World(elastic.processes(args.nproc), args.nodes, args.rdzv, args.restarts)
+    world = elastic.World(elastic.parse_nproc(args.nproc), args.nodes, args.rdzv, args.restarts)
     return elastic.launch("pretrain.embedding.job", words, world)
 
 

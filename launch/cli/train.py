@@ -73,7 +73,7 @@ def run_training(args: argparse.Namespace) -> int:
 
     find_config(args.config, args.module)  # before any process is started
     words = [args.config, *(["--dry-run"] if args.dry_run else []), *args.settings]
-    world = elastic.World(elastic.processes(args.nproc), args.nodes, args.rdzv, args.restarts, args.grace)
+    world = elastic.World(elastic.parse_nproc(args.nproc), args.nodes, args.rdzv, args.restarts, args.grace)
     return elastic.launch(args.module, words, world)
 
 

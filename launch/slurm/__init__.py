@@ -1,9 +1,9 @@
-"""clipfuse pretrain CONFIG --on slurm --nodes N --nproc M: writes a batch script into the run folder and submits it.
+"""clipfuse pretrain CONFIG --on slurm --nodes N --nproc M: write a batch script into the run folder and submit it.
 
-The script is launch/slurm/pretrain.sbatch with other #SBATCH lines and the run's words in it. One srun task a node starts
-`clipfuse pretrain ... --nproc M --nodes N --rdzv HOST:PORT`. USR1 comes `warning` seconds before the time limit: the run
-saves, ends with 75, and the script puts the job back in line; preempted jobs are put back by Slurm. Either way the job
-resumes from its newest checkpoint when its turn comes.
+The script is pretrain.sbatch of this folder with the job's #SBATCH lines and the run's arguments. One srun task per node starts
+`clipfuse pretrain ... --nproc M --nodes N --rdzv HOST:PORT`. SIGUSR1 arrives `warning` seconds before the time limit: the run
+saves, ends with 75, and the script requeues the job. Slurm itself requeues preempted jobs. Either way the job resumes from its
+newest checkpoint when it starts again. May import pretrain.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ TEMPLATE = Path(__file__).resolve().parent / "pretrain.sbatch"
 
 @dataclass(frozen=True)
 class Job:
-    """What is asked of Slurm."""
+    """The resources and limits of a Slurm job."""
 
     nodes: int = 1
     nproc: int = 1
-    """Processes a node; as many GPUs a node are asked for, unless gpus says otherwise."""
+    """Processes per node; as many GPUs per node are requested, unless `gpus` is given."""
     time: str | None = None
-    """Limit, as sbatch reads it (HH:MM:SS, D-HH); None = the partition's."""
+    """Time limit as sbatch reads it (HH:MM:SS, D-HH); None = the partition's."""
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
     gpus: int | None = None
-    """GPUs a node; 0 = none."""
+    """GPUs per node; 0 = none, None = one per process."""
     warning: int = 300
-    """Seconds before the time limit at which the run saves and lines up again."""
+    """Seconds before the time limit at which the run saves and the job is requeued."""
     requeue: bool = True
     more: list[str] = field(default_factory=list)
-    """Any other options of sbatch, as they are: --mem=64G."""
+    """Any other options of sbatch, passed on unchanged: --mem=64G."""
 
     def options(self, run: Path) -> list[str]:
-        """The #SBATCH lines."""
+        """Return the options of sbatch, one per #SBATCH line."""
         gpus = self.nproc if self.gpus is None else self.gpus
-        chosen = {
+        options = {
             "job-name": f"clipfuse-{run.name}",
             "nodes": self.nodes,
             "ntasks-per-node": 1,
@@ -64,12 +64,12 @@ class Job:
             "open-mode": "append",
             "output": run / "slurm-%j.out",
         }
-        lines = [f"--{name}={shlex.quote(str(value))}" for name, value in chosen.items() if value is not None]
+        lines = [f"--{name}={shlex.quote(str(value))}" for name, value in options.items() if value is not None]
         return [*lines, "--requeue" if self.requeue else "--no-requeue", *self.more]
 
 
-def script(module: str, words: list[str], job: Job, run: Path) -> str:
-    """The text of the batch script. words: CONFIG key=value ..., run: the run's folder, absolute."""
+def build_script(module: str, words: list[str], job: Job, run: Path) -> str:
+    """Return the text of the batch script. words: CONFIG key=value ...; run: the absolute path of the run folder."""
     head, _, body = TEMPLATE.read_text().partition("\n#SBATCH")
     body = "\n".join(line for line in body.splitlines()[1:] if not line.startswith("#SBATCH"))
     return "\n".join(
@@ -91,15 +91,15 @@ def script(module: str, words: list[str], job: Job, run: Path) -> str:
 
 
 def submit(module: str, config: str, settings: list[str], job: Job, dry_run: bool = False) -> str:
-    """Checks the configuration for the job's processes, writes the script and submits it; the job's number.
+    """Check the configuration for the job's processes, write the script, submit it, and return the job's number.
 
-    Raises ConfigError for what could not run, UserError where Slurm refuses.
+    dry_run: print the script instead. Raises ConfigError for what could not run, UserError where Slurm refuses.
     """
     if job.nodes < 1 or job.nproc < 1:
         raise ConfigError(f"--nodes {job.nodes} --nproc {job.nproc}: both must be at least 1")
     if not dry_run and shutil.which("sbatch") is None:
-        raise UserError("no sbatch here: --on slurm is for a machine from which Slurm jobs are submitted")
-    # -- the configuration, as the job's processes will see it: an error now, not after hours in line
+        raise UserError("there is no sbatch on this machine: use --on slurm where Slurm jobs are submitted")
+    # Check the configuration as the job's processes will see it: an error now, not after hours in the queue.
     path = find_config(config, module).resolve()
     gpus = job.nproc if job.gpus is None else job.gpus
     trainer: Any = importlib.import_module(f"{module}.train")
@@ -108,7 +108,7 @@ def submit(module: str, config: str, settings: list[str], job: Job, dry_run: boo
 
     run = RunFolder(loaded.run).path.absolute()
     words = [str(path) if Path(config).is_file() else config, *settings]
-    text = script(module, words, job, run)
+    text = build_script(module, words, job, run)
     if dry_run:
         print(text)
         return ""
@@ -121,7 +121,8 @@ def submit(module: str, config: str, settings: list[str], job: Job, dry_run: boo
             r"^sbatch: error: ", "", done.stderr.strip().splitlines()[0] if done.stderr.strip() else "no reason given"
         )
         raise UserError(f"sbatch refused {file}: {reason}")
-    number = done.stdout.strip().partition(";")[0]
-    print(f"submitted job {number}: {job.nodes} nodes of {job.nproc} processes; script {file}, output {run}/slurm-{number}.out")
-    print(f"stop and save: scancel --signal=USR1 {number} lines it up again; scancel {number} ends it, resumable")
-    return number
+    job_id = done.stdout.strip().partition(";")[0]
+    print(f"submitted job {job_id}: {job.nodes} nodes with {job.nproc} processes each")
+    print(f"script {file}, output {run}/slurm-{job_id}.out")
+    print(f"to stop: scancel --signal=USR1 {job_id} saves and requeues it; scancel {job_id} saves and ends it, resumable")
+    return job_id

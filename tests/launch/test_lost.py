@@ -82,7 +82,7 @@ def test_a_lost_process_is_started_again(small: Small, undisturbed: dict[int, fl
         launched.wait_for_output("step 7/")
         launched.ranks()[1].kill()
         output = launched.wait_for_exit(0)
-    assert "again from the last checkpoint (0 restarts left)" in output
+    assert "restarting from the last checkpoint (0 restarts left)" in output
     assert read_losses(run) == undisturbed
 
 

@@ -33,7 +33,7 @@ def test_the_script_is_the_template_with_the_words_of_the_run(tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     job = slurm.Job(nodes=2, nproc=8, time="12:00:00", partition="a b", account="me", more=["--mem=64G"])
     run = tmp_path / "runs" / "it's"
-    text = slurm.script("pretrain", ["scenes", "run=it's", "image.args={a: $HOME}"], job, run)
+    text = slurm.build_script("pretrain", ["scenes", "run=it's", "image.args={a: $HOME}"], job, run)
     assert body(text) == body((ROOT / "launch" / "slurm" / "pretrain.sbatch").read_text())
     options = [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH")]
     assert {
@@ -112,7 +112,7 @@ def test_a_job_that_is_preempted_twice_has_the_losses_of_an_undisturbed_run(
     options = ["--on", "slurm", "--nodes", "2", "--nproc", "1", "--gpus-per-node", "0", "--time", "30", "--warning", "60"]
     command = [sys.executable, "-m", "launch.cli", "pretrain", *words, *options]
     said = slurm_cluster.run(*command, cwd=tmp_path, env=environment(OMP_NUM_THREADS="1", PATH=os.environ["PATH"]))
-    job = re.findall(r"submitted job (\d+): 2 nodes of 1 processes", said)[0]
+    job = re.findall(r"submitted job (\d+): 2 nodes with 1 processes each", said)[0]
     output = run / f"slurm-{job}.out"
 
     # -- out of time, nearly: USR1, the job lines up again by itself
