@@ -23,7 +23,7 @@ class WorkQueue:
     """Counters and results that all processes of the run share; plain variables where there is one process."""
 
     def __init__(self) -> None:
-        self._store = distributed.shared_store("embed") if distributed.world_size() > 1 else None
+        self._store = distributed.open_shared_store("embed") if distributed.world_size() > 1 else None
         self._counters: Counter[str] = Counter()
         self._result: dict[str, float] = {}
 
