@@ -1,4 +1,4 @@
-"""What tests share: small real data, small real configurations, real processes."""
+"""Helpers of all tests: small real data, small configurations, the clipfuse command, readers of run folders."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ TINY_TOWERS: list[str] = [
     "text.length=24",
     "model.dim=16",
 ]
-"""Settings that shrink any configuration with a ViT and a CLIP text tower to milliseconds a step."""
+"""Settings that shrink a configuration with a ViT and a CLIP text tower, so that a step takes milliseconds."""
 
 
 @dataclass(frozen=True)
 class Small:
-    """Drawn scenes in shards, with a tokenizer."""
+    """A small data set of drawn scenes in shards, and a tokenizer trained on it."""
 
     root: Path
 
@@ -43,7 +43,7 @@ class Small:
         return self.root / "tokenizer"
 
     def settings(self, run: Path | str, *more: str) -> list[str]:
-        """key=value words of a tiny run on these shards."""
+        """Return the key=value settings of a tiny run on these shards, with `more` at their end."""
         return [
             f"run={run}",
             f"data.train={self.train}",
@@ -64,7 +64,7 @@ class Small:
 
 
 def make_small(root: Path) -> Small:
-    """Draws the scenes and trains the tokenizer."""
+    """Draw the scenes into `root` and train the tokenizer on them."""
     from pretrain.data.scenes.dataset import draw_dataset
     from pretrain.data.text import train_tokenizer
 
@@ -77,7 +77,7 @@ def make_small(root: Path) -> Small:
 def run_clipfuse(
     *words: str | Path, cwd: Path, timeout: float = 240, check: int | None = 0
 ) -> subprocess.CompletedProcess[str]:
-    """The console command in a process of its own; fails the test where its exit code is not `check`."""
+    """Run the clipfuse command in a new process; fail the test if its exit code is not `check` (None: any code)."""
     done = subprocess.run(
         [sys.executable, "-m", "launch.cli", *map(str, words)],
         cwd=cwd,
@@ -93,23 +93,23 @@ def run_clipfuse(
 
 
 def environment(**more: str) -> dict[str, str]:
-    """The environment of a child: this checkout importable, no launcher's variables, no network."""
+    """Return the environment of a child process: this checkout importable, no launcher variables, no network, no GPU."""
     inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
     path = os.pathsep.join(filter(None, [str(ROOT), inherited.get("PYTHONPATH", "")]))
     return {**inherited, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", **more}
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """A jsonl file, of a run that may be writing its last line."""
+    """Read a jsonl file, without a last line that a run is still writing."""
     text = path.read_text()
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def read_losses(run: Path) -> dict[int, float]:
-    """step -> loss of the training lines of a run."""
+    """Read {step: loss} from the training lines of a run's metrics.jsonl."""
     return {line["step"]: line["loss"] for line in read_jsonl(run / "metrics.jsonl") if "loss" in line}
 
 
 def read_sample_keys(run: Path, rank: int = 0) -> dict[int, list[str]]:
-    """step -> sample keys of an audited run."""
+    """Read {step: sample keys} of one rank of a run with train.audit=true."""
     return {line["step"]: line["keys"] for line in read_jsonl(run / f"audit-{rank}.jsonl")}

@@ -1,4 +1,4 @@
-"""Slow and obvious: attention as loops, what each context lets a query see, tokens to try things on."""
+"""References for attention, slow and obvious: attention as loops, masks of the contexts, random tokens."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def tokens(
     seed: int = 0,
     requires_grad: bool = False,
 ) -> dict[str, TokenSequence]:
-    """A batch of texts, of different lengths where `ragged`, and pictures."""
+    """Return random tokens of a batch of texts, of different lengths if `ragged`, and of images."""
     generator = torch.Generator().manual_seed(seed)
 
     def sequence(n: int, width: int, mask: Tensor, grid: tuple[int, int] | None) -> TokenSequence:
@@ -43,44 +43,47 @@ def tokens(
 
 
 def randomize_zero_init(module: nn.Module, std: float = 0.2, seed: int = 1) -> None:
-    """As if trained: every branch says something."""
+    """Fill every ZeroInitLinear with random weights, as if trained, so that every branch contributes."""
     generator = torch.Generator().manual_seed(seed)
-    for part in module.modules():
-        if isinstance(part, ZeroInitLinear):
-            nn.init.normal_(part.weight, std=std, generator=generator)
-            nn.init.normal_(part.bias, std=std, generator=generator)
+    for layer in module.modules():
+        if isinstance(layer, ZeroInitLinear):
+            nn.init.normal_(layer.weight, std=std, generator=generator)
+            nn.init.normal_(layer.bias, std=std, generator=generator)
 
 
-def naive_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-    """One query at a time, plain exponentials. q (B, H, Q, D); k, v (B, H, K, D); seen (B, H, Q, K) bool."""
+def naive_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute attention one query at a time: q (B, H, Q, D); k, v (B, H, K, D); visible (B, H, Q, K) bool.
+
+    Returns the output (B, H, Q, D) and the weights (B, H, Q, K); both are zero for a query that sees no key.
+    """
     B, H, Q, D = q.shape
     out, weights = q.new_zeros(B, H, Q, v.shape[-1]), q.new_zeros(B, H, Q, k.shape[2])
     for b, h, i in _indices(B, H, Q):
-        open_keys = seen[b, h, i].nonzero().flatten()
-        if len(open_keys) == 0:
+        visible_keys = visible[b, h, i].nonzero().flatten()
+        if len(visible_keys) == 0:
             continue
-        scores = k[b, h, open_keys] @ q[b, h, i] / math.sqrt(D)
-        shares = (scores - scores.max()).exp()
-        shares = shares / shares.sum()
-        weights[b, h, i, open_keys] = shares
-        out[b, h, i] = shares @ v[b, h, open_keys]
+        scores = k[b, h, visible_keys] @ q[b, h, i] / math.sqrt(D)
+        probabilities = (scores - scores.max()).exp()
+        probabilities = probabilities / probabilities.sum()
+        weights[b, h, i, visible_keys] = probabilities
+        out[b, h, i] = probabilities @ v[b, h, visible_keys]
     return out, weights
 
 
 def windows(grid: tuple[int, int], side: int, shift: int) -> Tensor:
-    """(N, N) bool: two cells see each other if their coordinates, moved by `shift`, fall into the same window."""
+    """Return (N, N) bool: two cells see each other if their coordinates, moved by `shift`, fall into the same window."""
     sides = [min(side, cells) for cells in grid]
     shifts = [shift if sides[i] < grid[i] else 0 for i in (0, 1)]
-    home = [
+    window_of_cell = [
         (math.floor((row - shifts[0]) / sides[0]), math.floor((col - shifts[1]) / sides[1]))
         for row in range(grid[0])
         for col in range(grid[1])
     ]
-    return torch.tensor([[a == b for b in home] for a in home])
+    return torch.tensor([[a == b for b in window_of_cell] for a in window_of_cell])
 
 
 def regions(grid: tuple[int, int], side: int) -> Tensor:
-    """(N,) the number of each cell's region."""
+    """Return (N,): the index of each cell's region, in regions of `side` x `side` cells."""
     across = math.ceil(grid[1] / min(side, grid[1]))
     sides = [min(side, cells) for cells in grid]
     return torch.tensor([(r // sides[0]) * across + c // sides[1] for r in range(grid[0]) for c in range(grid[1])])

@@ -1,4 +1,4 @@
-"""A tower for a third modality, as a user would write it: one file outside the project, named in the configuration."""
+"""A tower for a third modality, as a user would write it: one module outside the project, named in the configuration."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from pretrain.towers import TokenSequence, Tower, masked_mean
 @dataclass
 class Config:
     tower: str = "tests.support.audio_tower"
-    """This file."""
+    """This module."""
     width: int = 12
-    """Channels of a frame's state."""
+    """Width of a frame's state."""
 
 
 class AudioTower(Tower):
-    """Frames of 8 bands -> states. inputs (b, T, 8), mask (b, T)."""
+    """A two-layer encoder of frames with 8 bands: inputs (b, T, 8), mask (b, T) -> states (b, T, width)."""
 
     modality = "audio"
     trims = pools_mean = True

@@ -1,4 +1,4 @@
-"""Runs of several processes that tests start, watch, disturb and end: by pid, and with a time limit."""
+"""Runs of several processes that tests start, watch, signal and end: by pid, and with a time limit."""
 
 from __future__ import annotations
 
@@ -20,118 +20,125 @@ from tests.support import Small, environment
 
 BIN = Path(sys.executable).parent
 TIMEOUT_SECONDS = 240.0
-"""Seconds that a test waits for anything: imports alone take many on a busy machine."""
+"""Time limit of every wait in a test: imports alone can take minutes on a busy machine."""
 STEPS = 80
-"""Of the run that nobody stops, and of those that are held against it."""
+"""Steps of the undisturbed reference run, and of the runs that are compared with it."""
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    """Return a TCP port that is free now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def tiny_run_args(small: Small, run: Path, *more: str) -> list[str]:
-    """Words of a run on two processes."""
+    """Return the arguments of a tiny run on two processes."""
     return ["scenes", *small.settings(run, "train.strategy=ddp", "data.val=null", *more)]
 
 
 class Launcher:
-    """A launcher and all that it starts."""
+    """A launcher process, with all processes that it starts, and a log file of its output."""
 
-    def __init__(self, words: list[str | Path], cwd: Path, **env: str) -> None:
+    def __init__(self, command: list[str | Path], cwd: Path, **env: str) -> None:
         self.log = cwd / f"log-{time.monotonic_ns()}.txt"
         with self.log.open("wb") as out:
             self.process = subprocess.Popen(
-                [str(word) for word in words],
+                [str(argument) for argument in command],
                 cwd=cwd,
                 env=environment(**{"OMP_NUM_THREADS": "1", **env}),
                 stdout=out,
                 stderr=out,
                 start_new_session=True,
             )
-        self._all: dict[int, psutil.Process] = {}
+        self._descendants: dict[int, psutil.Process] = {}
 
     @property
     def output(self) -> str:
+        """All that was written to stdout and stderr so far."""
         return self.log.read_text(errors="replace")
 
     def ranks(self) -> dict[int, psutil.Process]:
-        """Rank -> process of `python -m pretrain` (or a test's module) below this launcher."""
-        found: dict[int, psutil.Process] = {}
-        for each in psutil.Process(self.process.pid).children(recursive=True):
-            self._all[each.pid] = each
+        """Return {rank: process} of `python -m pretrain` (or a test's module) that this launcher started."""
+        processes: dict[int, psutil.Process] = {}
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            self._descendants[process.pid] = process
             try:
-                if each.environ().get("RANK") and each.ppid() == self.process.pid and "-m" in each.cmdline():
-                    found[int(each.environ()["RANK"])] = each
+                if process.environ().get("RANK") and process.ppid() == self.process.pid and "-m" in process.cmdline():
+                    processes[int(process.environ()["RANK"])] = process
             except psutil.Error:
                 continue
-        return found
+        return processes
 
     def wait_for_output(self, pattern: str) -> str:
-        """Waits until the output has the pattern; ends the test where the launcher ends before."""
-        end = time.monotonic() + TIMEOUT_SECONDS
+        """Wait until the output matches the pattern and return it; fail the test if the launcher ends before."""
+        deadline = time.monotonic() + TIMEOUT_SECONDS
         while not re.search(pattern, self.output):
-            ended = self.process.poll()
-            assert ended is None, f"ended with {ended} before {pattern!r}\n{self.output[-6000:]}"
-            assert time.monotonic() < end, f"no {pattern!r} in {TIMEOUT_SECONDS} s\n{self.output[-6000:]}"
+            exit_code = self.process.poll()
+            assert exit_code is None, f"ended with {exit_code} before {pattern!r}\n{self.output[-6000:]}"
+            assert time.monotonic() < deadline, f"no {pattern!r} in {TIMEOUT_SECONDS} s\n{self.output[-6000:]}"
             time.sleep(0.1)
         self.ranks()
         return self.output
 
     def wait_for_exit(self, code: int | None, seconds: float = TIMEOUT_SECONDS) -> str:
-        """Waits for the end, checks the exit code, returns the output."""
+        """Wait for the end, check the exit code (None: any code) and return the output."""
         try:
-            got = self.process.wait(seconds)
+            exit_code = self.process.wait(seconds)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still running after {seconds} s\n{self.output[-6000:]}") from None
-        assert code is None or got == code, f"exit code {got}, not {code}\n{self.output[-6000:]}"
+        assert code is None or exit_code == code, f"exit code {exit_code}, not {code}\n{self.output[-6000:]}"
         return self.output
 
     def close(self) -> None:
-        """Ends what is left."""
+        """Kill the launcher and every process below it that still runs."""
         try:
-            for each in psutil.Process(self.process.pid).children(recursive=True):
-                self._all[each.pid] = each
+            for process in psutil.Process(self.process.pid).children(recursive=True):
+                self._descendants[process.pid] = process
         except psutil.Error:
             pass
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
-        for each in self._all.values():
+        for process in self._descendants.values():
             try:
-                if each.is_running() and each.status() != psutil.STATUS_ZOMBIE:
-                    each.send_signal(signal.SIGKILL)
+                if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                    process.send_signal(signal.SIGKILL)
             except psutil.Error:
                 continue
 
 
 @contextmanager
-def start_launcher(*words: str | Path, cwd: Path, **env: str) -> Iterator[Launcher]:
-    made = Launcher(list(words), cwd, **env)
+def start_launcher(*command: str | Path, cwd: Path, **env: str) -> Iterator[Launcher]:
+    """Start a launcher in `cwd`, with `env` added to its environment; kill what is left of it at the end of the block."""
+    launcher = Launcher(list(command), cwd, **env)
     try:
-        yield made
+        yield launcher
     finally:
-        made.close()
+        launcher.close()
 
 
-def clipfuse_command(*words: str | Path) -> list[str | Path]:
-    return [sys.executable, "-m", "launch.cli", *words]
+def clipfuse_command(*arguments: str | Path) -> list[str | Path]:
+    """Return the command line of clipfuse with `arguments`."""
+    return [sys.executable, "-m", "launch.cli", *arguments]
 
 
 def torchrun_command(*options: str) -> list[str | Path]:
+    """Return the command line of torchrun for `python -m pretrain`."""
     return [BIN / "torchrun", *options, "-m", "pretrain"]
 
 
 def clipfuse_lines(output: str) -> list[str]:
-    """Our own lines of an output."""
+    """Return the error lines of clipfuse in an output."""
     return [line for line in output.splitlines() if line.startswith("clipfuse: ")]
 
 
 def read_status(run: Path) -> dict[str, object]:
-    found: dict[str, object] = json.loads((run / "status.json").read_text())
-    return found
+    """Read status.json of a run folder."""
+    status: dict[str, object] = json.loads((run / "status.json").read_text())
+    return status
 
 
 def kill(pid: int) -> None:
+    """Kill a process with SIGKILL."""
     os.kill(pid, signal.SIGKILL)

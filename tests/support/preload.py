@@ -1,6 +1,8 @@
-"""What the processes of a test's world need, imported once by the fork server: 1 to 2 s of each that it forks.
+"""Imports that test processes need, done once by the fork server.
 
-Imports only, and a model: a thread that computed would not survive the fork.
+Nothing is computed here but a model's construction: a thread that computed would not survive the fork.
+
+Measured: saves 1 to 2 s for each forked process.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""A real Slurm of two nodes on this machine: munged, slurmctld and two slurmd in a temporary folder, ended by pid."""
+"""A real Slurm cluster of two nodes on this machine: munged, slurmctld and two slurmd in a temporary folder."""
 
 from __future__ import annotations
 
@@ -17,30 +17,32 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sque
 
 
 def skip_reason() -> str:
-    """Why there can be no cluster here, or nothing."""
-    absent = [name for name in PROGRAMS if _where(name) is None]
+    """Return why no cluster can run here, or ""."""
+    absent = [name for name in PROGRAMS if _find_program(name) is None]
     if absent:
         return f"Slurm is not installed ({', '.join(absent)}): apt-get install slurm-wlm munge"
     return "" if os.geteuid() == 0 else "slurmd needs root"
 
 
-def _where(name: str) -> str | None:
+def _find_program(name: str) -> str | None:
+    """Return the path of a program; Slurm's daemons are often outside PATH."""
     return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
 
 
 def free_ports(count: int) -> list[int]:
-    held = [socket.socket() for _ in range(count)]
+    """Return different TCP ports that are free now."""
+    listeners = [socket.socket() for _ in range(count)]
     try:
-        for each in held:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in held]
+        for listener in listeners:
+            listener.bind(("127.0.0.1", 0))
+        return [listener.getsockname()[1] for listener in listeners]
     finally:
-        for each in held:
-            each.close()
+        for listener in listeners:
+            listener.close()
 
 
 class Cluster:
-    """Commands against the cluster: sbatch(...), squeue, scontrol."""
+    """A Slurm cluster in the folder `root`: its daemons, and commands against it."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -48,7 +50,7 @@ class Cluster:
         self._daemons: list[tuple[subprocess.Popen[bytes], IO[bytes]]] = []
 
     def run(self, *words: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
-        """Output of one of Slurm's programs, or of anything that calls them."""
+        """Run one of Slurm's programs, or a program that calls them, and return its output."""
         done = subprocess.run(
             [str(word) for word in words],
             cwd=cwd or self.root,
@@ -62,15 +64,16 @@ class Cluster:
         return done.stdout
 
     def state(self, job: str) -> str:
-        """PENDING, RUNNING, COMPLETED, ..."""
+        """Return a job's state: PENDING, RUNNING, COMPLETED, ..."""
         return self.field(job, "JobState")
 
     def field(self, job: str, name: str) -> str:
+        """Return one field of `scontrol show job`."""
         words = self.run("scontrol", "show", "job", "--oneliner", job).split()
         return next(word.partition("=")[2] for word in words if word.startswith(f"{name}="))
 
     def wait(self, job: str, states: tuple[str, ...], seconds: float) -> str:
-        """Waits until the job is in one of the states."""
+        """Wait until the job is in one of the states and return that state."""
         end = time.monotonic() + seconds
         while (now := self.state(job)) not in states:
             assert time.monotonic() < end, f"job {job} is {now} after {seconds} s, not {states}\n{self.logs()}"
@@ -78,6 +81,7 @@ class Cluster:
         return now
 
     def logs(self) -> str:
+        """Return the ends of all daemons' logs."""
         return "\n".join(
             f"== {path.name}\n{path.read_text(errors='replace')[-3000:]}" for path in sorted(self.root.glob("*.log"))
         )
@@ -85,7 +89,7 @@ class Cluster:
     # -----------------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Writes the configuration and starts the daemons."""
+        """Write the configuration, start the daemons and wait until both nodes are idle."""
         host = os.uname().nodename.split(".")[0]
         controller, first, second = free_ports(3)
         key, sock = self.root / "munge.key", self.root / "munge.socket"
@@ -126,37 +130,38 @@ PartitionName=main Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP
         )
         munge = [f"--key-file={key}", f"--socket={sock}", f"--pid-file={self.root}/munged.pid", f"--seed-file={self.root}/seed"]
         self._spawn("munged", "--foreground", "--force", f"--log-file={self.root}/munged-own.log", *munge)
-        self._until(sock.exists, "munged")
+        self._wait_until(sock.exists, "munged")
         self._spawn("slurmctld", "-D", "-f", self.conf)
         for node in ("n1", "n2"):
             self._spawn("slurmd", "-D", "-f", self.conf, "-N", node, log=f"slurmd-{node}")
-        self._until(lambda: self.run("sinfo", "-h", "-o", "%T %D").strip() == "idle 2", "two idle nodes")
+        self._wait_until(lambda: self.run("sinfo", "-h", "-o", "%T %D").strip() == "idle 2", "two idle nodes")
 
-    def _spawn(self, program: str, *words: str | Path, log: str | None = None) -> None:
-        path = _where(program)
+    def _spawn(self, program: str, *arguments: str | Path, log: str | None = None) -> None:
+        path = _find_program(program)
         assert path is not None
         out = (self.root / f"{log or program}.log").open("wb")
         env = {**os.environ, "SLURM_CONF": str(self.conf)}
-        # Daemons get no test's environment variables but the path; jobs get those of their sbatch.
-        made = subprocess.Popen([path, *map(str, words)], cwd=self.root, env=env, stdout=out, stderr=out)
-        self._daemons.append((made, out))
+        # The daemons get this process's environment; a job gets that of its sbatch.
+        process = subprocess.Popen([path, *map(str, arguments)], cwd=self.root, env=env, stdout=out, stderr=out)
+        self._daemons.append((process, out))
 
-    def _until(self, there: object, what: str, seconds: float = 60) -> None:
-        assert callable(there)
+    def _wait_until(self, is_ready: object, name: str, seconds: float = 60) -> None:
+        """Wait until is_ready() is true; an AssertionError in it counts as false. Fail the test if a daemon ends before."""
+        assert callable(is_ready)
         end = time.monotonic() + seconds
         while True:
             try:
-                if there():
+                if is_ready():
                     return
             except AssertionError:
                 pass
             dead = [process.args for process, _ in self._daemons if process.poll() is not None]
             assert not dead, f"ended: {dead}\n{self.logs()}"
-            assert time.monotonic() < end, f"no {what} after {seconds} s\n{self.logs()}"
+            assert time.monotonic() < end, f"no {name} after {seconds} s\n{self.logs()}"
             time.sleep(0.3)
 
     def stop(self) -> None:
-        """Cancels what runs, then ends the daemons, the last first."""
+        """Cancel all jobs, then end the daemons in the reverse order of their start."""
         if len(self._daemons) == 4:
             subprocess.run(
                 ["scancel", "--user=root"], env={**os.environ, "SLURM_CONF": str(self.conf)}, timeout=60, check=False
@@ -175,10 +180,10 @@ PartitionName=main Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP
 
 @contextmanager
 def run_cluster(root: Path) -> Iterator[Cluster]:
-    """A running cluster in `root`, which daemons of other users must be able to enter."""
-    made = Cluster(root)
+    """Start a cluster in `root`, a folder that daemons of other users can read; stop it at the end of the block."""
+    cluster = Cluster(root)
     try:
-        made.start()
-        yield made
+        cluster.start()
+        yield cluster
     finally:
-        made.stop()
+        cluster.stop()
