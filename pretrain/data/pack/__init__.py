@@ -1,11 +1,22 @@
-"""Anything -> shards: a folder of pictures, a CSV, TSV, JSON-lines or Parquet table, or tars, in parallel.
+"""Packs a folder of images, a table or existing tars into shards, in parallel.
 
-    OUT/PREFIX-0000.tar            KEY.jpg|png|webp, KEY.txt, KEY.json (further columns, and where the picture was)
-    OUT/PREFIX-0000_stats.json     how many samples it has, and what was skipped and why
-    OUT/PREFIX-plan.json           source, options and their fingerprint: what makes going on after a kill safe
+    folder.py          images in a folder, with captions next to them or in their paths
+    table.py           tables that name images or contain them
+    table_readers.py   reads CSV, TSV, JSON-lines and Parquet files of any length
+    tars.py            existing shards, packed again
+    sources.py         chooses between the three by the name of the source
+    writer.py          stores the samples of one shard; this is what a worker process runs
 
-Sample n of the source is in shard n // shard_size, or was skipped: which samples a shard holds does not depend on the others,
-so shards are written in any order by any number of processes, and finished ones are kept when a stopped run is started again.
+A packed folder contains these files:
+
+    OUT/PREFIX-0000.tar            KEY.jpg|png|webp, KEY.txt, KEY.json (further columns, and the path of the image)
+    OUT/PREFIX-0000_stats.json     number of samples, and what was skipped and why
+    OUT/PREFIX-plan.json           source, options and a fingerprint of the source: a stopped run resumes only if they are equal
+
+Sample n of the source is in shard n // shard_size, unless it was skipped. So the samples of a shard do not depend on other
+shards. Any number of processes write shards in any order, and a run that is started again keeps the finished ones.
+
+May import the rest of `pretrain.data`, `pretrain.runtime` and `pretrain.errors`, but no torch: workers must start quickly.
 """
 
 from __future__ import annotations
@@ -25,8 +36,8 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.data.pack.sources import PackSource, open_source
-from pretrain.data.pack.table import Table
-from pretrain.data.pack.writer import Job, Result, Style, stats_path, write_shard
+from pretrain.data.pack.table import TableSource
+from pretrain.data.pack.writer import ShardJob, ShardResult, StorageOptions, get_stats_path, write_shard
 from pretrain.errors import ConfigError, UserError
 from pretrain.runtime import files
 from pretrain.runtime.orphans import exit_with_parent
@@ -35,20 +46,22 @@ _UNEVEN = "row with too few or too many values"
 
 
 @dataclass
-class Summary:
-    """What became of a source."""
+class PackSummary:
+    """How many samples of a source were packed, and how many were skipped and why."""
 
     out: Path
     shards: int = 0
     written: int = 0
-    kept: int = 0
-    """Shards found finished from an earlier, stopped run."""
+    """Samples in the shards."""
+    reused: int = 0
+    """Shards that an earlier, stopped run had finished."""
     skipped: Counter[str] = field(default_factory=Counter)
+    """Number of samples by reason."""
     examples: dict[str, list[str]] = field(default_factory=dict)
-    """By reason, the first few names."""
+    """By reason, the names of the first few skipped samples."""
 
-    def add(self, result: Result) -> None:
-        """Adds a shard."""
+    def add(self, result: ShardResult) -> None:
+        """Add the result of one shard."""
         self.shards += result.written > 0
         self.written += result.written
         self.skipped += result.skipped
@@ -60,9 +73,9 @@ class Summary:
         return "\n".join(self.lines())
 
     def lines(self) -> list[str]:
-        """For a person."""
-        kept = f" ({self.kept:,} were there already)" if self.kept else ""
-        out = [f"{self.out}: {self.written:,} samples in {self.shards:,} shards{kept}"]
+        """Return the summary as lines of text for the console."""
+        reused = f" ({self.reused:,} finished before)" if self.reused else ""
+        out = [f"{self.out}: {self.written:,} samples in {self.shards:,} shards{reused}"]
         if self.skipped:
             out.append(f"skipped {self.skipped.total():,}:")
         for reason, count in self.skipped.most_common():
@@ -84,39 +97,41 @@ def pack(
     outside: bool = False,
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> Summary:
-    """Packs a source into `out`; started again after a stop, it goes on, and gives the tars it would have given at once.
+) -> PackSummary:
+    """Pack a source into shards in the folder `out`.
+
+    A run that was stopped continues when it is started again, and gives the same tars as an uninterrupted run.
 
     Args:
-        source: a folder of pictures; a .csv, .tsv, .jsonl or .parquet (or a glob of several); tars as `data.train` takes them.
-        out: the folder for the shards, made if it is not there.
-        image_column: tables: the picture's path, relative to the table, or the picture itself.
-        caption_column: tables: text, or a list of texts. Of a list the first is KEY.txt, and all are KEY.json's field of
-            this name.
-        caption_from: folders: "txt" = NAME.txt beside NAME.jpg; "path" = the words of its path.
-        size: pixels; makes larger pictures smaller. None stores every file's bytes as they are.
+        source: a folder of images; a .csv, .tsv, .jsonl or .parquet (or a glob of several); or tars as `data.train` takes them.
+        out: the folder for the shards, created if it does not exist.
+        image_column: for tables: the path of the image, relative to the table, or the image itself.
+        caption_column: for tables: a text, or a list of texts. The first text of a list becomes KEY.txt; the whole list
+            becomes the field of this name in KEY.json.
+        caption_from: for folders: "txt" reads NAME.txt next to NAME.jpg; "path" uses the words of the image's path.
+        size: pixels; larger images are scaled down to it. None stores the bytes of each file unchanged.
         side: which side `size` limits: "shortest" or "longest".
-        shard_size: samples of the source a shard.
-        prefix: what shards are called.
-        outside: tables: let paths lead out of the table's folder.
-        workers: processes; None = one a core.
-        progress: called with (samples done, samples in all).
+        shard_size: samples of the source per shard.
+        prefix: first part of the shards' names.
+        outside: for tables: allow paths that lead out of the table's folder.
+        workers: number of processes; None means one per core.
+        progress: called with (samples done, all samples).
 
     Raises:
-        UserError: one line, for anything that keeps it from working; samples that cannot be used are only counted.
+        UserError: the source cannot be packed. Single samples that cannot be used are only counted.
     """
     out = Path(out).expanduser()
-    style = Style(size, side, caption_column)
-    _check(style, caption_from, shard_size, prefix)
-    _make(out)
+    storage = StorageOptions(size, side, caption_column)
+    _check_options(storage, caption_from, shard_size, prefix)
+    _make_writable(out)
     if Path(source).expanduser().resolve() == out.resolve():
         raise ConfigError(f"{out} is both source and target: give another folder for the shards")
     opened = open_source(str(source), image_column, caption_column, caption_from, outside, out.resolve())
-    options = {"caption_from": caption_from, "shard_size": shard_size, "outside": outside, **asdict(style)}
-    options |= {"image_column": image_column} if isinstance(opened, Table) else {}
-    with _alone(out, prefix):
-        plan = _plan(out, prefix, opened, str(source), options)
-        summary = _run(opened, plan, out, prefix, style, workers or os.cpu_count() or 1, progress)
+    options = {"caption_from": caption_from, "shard_size": shard_size, "outside": outside, **asdict(storage)}
+    options |= {"image_column": image_column} if isinstance(opened, TableSource) else {}
+    with _lock_folder(out, prefix):
+        plan = _load_or_write_plan(out, prefix, opened, str(source), options)
+        summary = _write_shards(opened, plan, out, prefix, storage, workers or os.cpu_count() or 1, progress)
     if not summary.written:
         reason, count = summary.skipped.most_common(1)[0]
         example = f": {summary.examples[reason][0]}" if summary.examples.get(reason) else ""
@@ -126,11 +141,11 @@ def pack(
     return summary
 
 
-def _check(style: Style, caption_from: str, shard_size: int, prefix: str) -> None:
-    if style.size is not None and style.size < 1:
-        raise ConfigError(f"size={style.size} must be at least 1 pixel")
-    if style.side not in ("shortest", "longest"):
-        raise ConfigError(f"side={style.side!r} must be one of shortest, longest")
+def _check_options(storage: StorageOptions, caption_from: str, shard_size: int, prefix: str) -> None:
+    if storage.size is not None and storage.size < 1:
+        raise ConfigError(f"size={storage.size} must be at least 1 pixel")
+    if storage.side not in ("shortest", "longest"):
+        raise ConfigError(f"side={storage.side!r} must be one of shortest, longest")
     if caption_from not in ("txt", "path"):
         raise ConfigError(f"caption_from={caption_from!r} must be one of txt, path")
     if shard_size < 1:
@@ -139,7 +154,8 @@ def _check(style: Style, caption_from: str, shard_size: int, prefix: str) -> Non
         raise ConfigError(f"prefix={prefix!r} must be a word without slash or dot: shards are called PREFIX-0000.tar")
 
 
-def _make(out: Path) -> None:
+def _make_writable(out: Path) -> None:
+    """Create the folder and check that files can be written there. Raises UserError."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         probe = out / f".write-{os.getpid()}"
@@ -150,8 +166,8 @@ def _make(out: Path) -> None:
 
 
 @contextmanager
-def _alone(out: Path, prefix: str) -> Iterator[None]:
-    """Two runs must not write the same shards; what a killed one left half done is removed."""
+def _lock_folder(out: Path, prefix: str) -> Iterator[None]:
+    """Lock the shards of a prefix, and remove partial files of a killed run. Raises UserError if locked."""
     with open(out / f".{prefix}.lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -163,141 +179,156 @@ def _alone(out: Path, prefix: str) -> Iterator[None]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The plan
+# PREFIX-plan.json
 
 
-def _plan(out: Path, prefix: str, source: PackSource, named: str, options: dict[str, Any]) -> dict[str, Any]:
-    """What this run makes; of an earlier run with the same source and options if there was one. Raises UserError."""
+def _load_or_write_plan(
+    out: Path, prefix: str, source: PackSource, source_name: str, options: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the plan of an earlier run, or write a new one.
+
+    Raises:
+        UserError: the folder holds shards of another source or other options, or shards without a plan.
+    """
     path = out / f"{prefix}-plan.json"
-    before = _read_plan(path)
-    fingerprint = source.fingerprint()
-    if before is None:
-        there = sorted(p.name for p in out.glob(f"{prefix}-[0-9]*.tar"))
-        if there:
-            raise UserError(f"{out} has {there[0]} already, and no plan to go on with: give another folder or prefix")
+    plan = _read_plan(path)
+    fingerprint = source.compute_fingerprint()
+    if plan is None:
+        shards = sorted(p.name for p in out.glob(f"{prefix}-[0-9]*.tar"))
+        if shards:
+            raise UserError(f"{out} has {shards[0]} already, and no plan to resume from: give another folder or prefix")
         samples = source.count()
-        uneven, rows = (source.uneven, source.uneven_rows) if isinstance(source, Table) else (0, [])
-        notes = {"source": named, "fingerprint": fingerprint, "samples": samples}
-        before = {**notes, "uneven": uneven, "uneven_rows": rows, "options": options}
-        files.write_text(path, json.dumps(before, indent=2))
-        return before
+        uneven, rows = (source.uneven, source.uneven_rows) if isinstance(source, TableSource) else (0, [])
+        notes = {"source": source_name, "fingerprint": fingerprint, "samples": samples}
+        plan = {**notes, "uneven": uneven, "uneven_rows": rows, "options": options}
+        files.write_text(path, json.dumps(plan, indent=2))
+        return plan
     changed = [
-        f"{name}={before['options'].get(name)}, now {value}"
+        f"{name}={plan['options'].get(name)}, now {value}"
         for name, value in options.items()
-        if before["options"].get(name) != value
+        if plan["options"].get(name) != value
     ]
-    if changed or before["fingerprint"] != fingerprint:
-        what = "; ".join(changed) if changed else f"{before['source']} then, and it has changed or is another one now"
+    if changed or plan["fingerprint"] != fingerprint:
+        difference = "; ".join(changed) if changed else f"{plan['source']}, which has changed since or is not the source now"
         raise UserError(
-            f"{out} holds {prefix} shards made with other settings ({what}): give another folder or prefix, or remove them"
+            f"{out} holds {prefix} shards made with other settings ({difference}): "
+            "give another folder or prefix, or remove them"
         )
-    return before
+    return plan
 
 
 def _read_plan(path: Path) -> dict[str, Any] | None:
+    """Return the plan in a file, None without a file. Raises UserError if the file is not a plan."""
     try:
         plan = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): remove it and the shards beside it to start anew") from error
+        raise UserError(f"{path} cannot be read ({error}): remove it and the shards next to it to start over") from error
     if not isinstance(plan, dict) or not {"source", "fingerprint", "samples", "uneven", "uneven_rows", "options"} <= set(plan):
         raise UserError(f"{path} is not the plan of a packed folder: give another folder or prefix")
     return plan
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The work
+# Writing shards in parallel
 
 
-def _run(
+def _write_shards(
     source: PackSource,
     plan: dict[str, Any],
     out: Path,
     prefix: str,
-    style: Style,
+    storage: StorageOptions,
     workers: int,
     progress: Callable[[int, int], None] | None,
-) -> Summary:
+) -> PackSummary:
+    """Write the shards that an earlier run did not finish, and return the summary of all."""
     shard_size, total = plan["options"]["shard_size"], plan["samples"]
     shards = -(-total // shard_size)
     digits = max(4, len(str(shards - 1)))
-    results: dict[int, Result] = {}
+    results: dict[int, ShardResult] = {}
     done = 0
 
-    def finished(shard: int, result: Result) -> None:
+    def record(shard: int, result: ShardResult) -> None:
         nonlocal done
         results[shard] = result
         done += result.count
         if progress:
             progress(done, total)
 
-    def unfinished() -> Iterator[tuple[int, Path, Job]]:
-        for shard, job in enumerate(source.jobs(shard_size)):
+    def unfinished() -> Iterator[tuple[int, Path, ShardJob]]:
+        for shard, job in enumerate(source.iterate_jobs(shard_size)):
             path = out / f"{prefix}-{shard:0{digits}d}.tar"
             result = _read_result(path, len(job))
             if result is None:
                 yield shard, path, job
             else:
-                finished(shard, result)
+                record(shard, result)
 
-    made = 0
-    for shard, result in _parallel(unfinished(), style, min(workers, shards)):
-        finished(shard, result)
-        made += result.written > 0
-    summary = Summary(out)
+    new = 0
+    for shard, result in _run_jobs(unfinished(), storage, min(workers, shards)):
+        record(shard, result)
+        new += result.written > 0
+    summary = PackSummary(out)
     if plan["uneven"]:
         summary.skipped[_UNEVEN] = plan["uneven"]
         summary.examples[_UNEVEN] = list(plan["uneven_rows"])
     for shard in sorted(results):
         summary.add(results[shard])
-    summary.kept = summary.shards - made
-    if not summary.written:  # so that it can be tried again once the source was put right
+    summary.reused = summary.shards - new
+    if not summary.written:  # so that the user can correct the source and try again
         for shard in results:
-            stats_path(out / f"{prefix}-{shard:0{digits}d}.tar").unlink(missing_ok=True)
+            get_stats_path(out / f"{prefix}-{shard:0{digits}d}.tar").unlink(missing_ok=True)
         (out / f"{prefix}-plan.json").unlink(missing_ok=True)
     return summary
 
 
-def _read_result(path: Path, samples: int) -> Result | None:
-    """Of a shard that an earlier run finished."""
+def _read_result(path: Path, samples: int) -> ShardResult | None:
+    """Return the result of a shard that an earlier run finished, or None if it is not finished."""
     try:
-        result = Result.from_json(stats_path(path).read_text(encoding="utf-8"))
+        result = ShardResult.from_json(get_stats_path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return result if result.count == samples and (path.exists() or not result.written) else None
 
 
-def _parallel(tasks: Iterator[tuple[int, Path, Job]], style: Style, workers: int) -> Iterator[tuple[int, Result]]:
-    """Writes shards, in processes where more than one is wanted; few tasks are held at a time, they may carry pictures."""
+def _run_jobs(
+    tasks: Iterator[tuple[int, Path, ShardJob]], storage: StorageOptions, workers: int
+) -> Iterator[tuple[int, ShardResult]]:
+    """Write shards and yield their results, in processes if `workers` is more than one.
+
+    Few jobs are in memory at a time, because they may contain images.
+    """
     if workers == 1:
         for shard, path, job in tasks:
-            yield shard, write_shard(job, shard, path, style)
+            yield shard, write_shard(job, shard, path, storage)
         return
-    pending: dict[Future[Result], int] = {}
+    pending: dict[Future[ShardResult], int] = {}
     # spawn, not fork: pyarrow has threads
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start, (os.getpid(),))
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _initialize_worker, (os.getpid(),))
     try:
         for shard, path, job in tasks:
-            pending[pool.submit(write_shard, job, shard, path, style)] = shard
+            pending[pool.submit(write_shard, job, shard, path, storage)] = shard
             if len(pending) > workers:
-                yield from _done(pending)
+                yield from _pop_finished(pending)
         while pending:
-            yield from _done(pending)
+            yield from _pop_finished(pending)
     except BrokenProcessPool as error:
         raise UserError(
-            "a worker process died, perhaps for want of memory: run the same again to go on, with fewer workers"
+            "a worker process died, perhaps because memory ran out: run the same command again with fewer workers to resume"
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _done(pending: dict[Future[Result], int]) -> Iterator[tuple[int, Result]]:
+def _pop_finished(pending: dict[Future[ShardResult], int]) -> Iterator[tuple[int, ShardResult]]:
+    """Wait until at least one job has finished; remove and yield all that have."""
     for future in wait(pending, return_when=FIRST_COMPLETED).done:
         yield pending.pop(future), future.result()
 
 
-def _start(parent: int) -> None:
-    """Settings of a worker: Ctrl-C is the parent's business; when that is killed, the worker ends too."""
+def _initialize_worker(parent: int) -> None:
+    """Leave Ctrl-C to the parent process, and end this worker when the parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     exit_with_parent(parent)

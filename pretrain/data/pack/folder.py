@@ -1,4 +1,4 @@
-"""Packing a folder of pictures, whose captions lie beside them or in their paths."""
+"""Packs a folder of images whose captions are in files next to them or in their paths."""
 
 from __future__ import annotations
 
@@ -15,23 +15,29 @@ from typing import Any
 
 from pretrain.data import BadSample
 from pretrain.data.captions import normalize_whitespace, read_captions
-from pretrain.data.pack.writer import Item, Job
+from pretrain.data.pack.writer import ShardJob, SourceSample
 from pretrain.errors import UserError
 
-PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
-"""Extensions of files that are taken for pictures in a folder; what they hold decides how they are read."""
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+"""Extensions of the files in a folder that are images. Their content, not the extension, decides how they are read."""
 
 MAX_FILE_BYTES = 1 << 28
-"""Files above 256 MiB are no pictures or captions."""
+"""Larger files (above 256 MiB) are neither images nor captions."""
 
 
 def read_file(path: Path) -> bytes:
-    """A file of bounded size. Raises BadSample where there is none; other troubles are OSErrors."""
+    """Return the content of a file of at most MAX_FILE_BYTES.
+
+    Raises:
+        BadSample: there is no such regular file, it is too large, or it may not be read.
+        OSError: any other failure.
+    """
     try:
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:  # a pipe would wait
+        # not blocking, because opening a pipe would wait for its writer
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
-                raise BadSample("no such file", f"{path} is no regular file")
+                raise BadSample("no such file", f"{path} is not a regular file")
             if status.st_size > MAX_FILE_BYTES:
                 raise BadSample("file too large", f"{path} has {status.st_size:,} bytes, more than {MAX_FILE_BYTES:,}")
             return file.read()
@@ -39,19 +45,22 @@ def read_file(path: Path) -> bytes:
         raise BadSample("no such file", str(path)) from error
     except PermissionError as error:
         raise BadSample("no permission to read the file", str(path)) from error
-    except ValueError as error:  # a NUL in the name
+    except ValueError as error:  # a NUL character in the name
         raise BadSample("no such file", repr(str(path))) from error
 
 
-def path_caption(path: str) -> str:
-    """shoes/red_sneaker-3.jpg -> "shoes red sneaker": words of the path below the folder, without those of digits only."""
+def caption_from_path(path: str) -> str:
+    """Return the words of an image's path below the folder, without words of digits only.
+
+    shoes/red_sneaker-3.jpg gives "shoes red sneaker".
+    """
     words = re.split(r"[\s/\\_.+-]+", path.rpartition(".")[0])
     return normalize_whitespace(" ".join(word for word in words if word and not word.isdigit()))
 
 
 @dataclass
 class FolderJob:
-    """Pictures of one shard."""
+    """The images of one shard."""
 
     root: Path
     paths: list[str]
@@ -61,52 +70,52 @@ class FolderJob:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def name(self, i: int) -> str:
-        """How a person finds the sample."""
+    def describe(self, i: int) -> str:
+        """Return how the user finds sample `i` in the source."""
         return self.paths[i]
 
-    def key(self, i: int, shard: int) -> str:
-        """KEY in the shard."""
+    def get_key(self, i: int, shard: int) -> str:
+        """Return the KEY of sample `i` in the shard."""
         return f"{self.first + i:08d}"
 
-    def load(self, i: int) -> Item:
-        """Reads it. Raises BadSample."""
+    def load(self, i: int) -> SourceSample:
+        """Read sample `i`. Raises BadSample."""
         path = self.root / self.paths[i]
         if self.caption_from == "path":
-            texts = [path_caption(self.paths[i])]
+            texts = [caption_from_path(self.paths[i])]
             if not texts[0]:
-                raise BadSample("empty caption", "its path holds no word")
+                raise BadSample("empty caption", "the path contains no word")
         else:
             try:
                 texts = read_captions({"txt": read_file(path.with_suffix(".txt"))})
             except BadSample as bad:
                 raise BadSample("no caption", bad.detail) if bad.reason == "no such file" else bad from bad
-        notes: dict[str, Any] = {"source": self.paths[i]}
-        beside = path.with_suffix(".json")
-        if beside.exists():
+        metadata: dict[str, Any] = {"source": self.paths[i]}
+        json_path = path.with_suffix(".json")
+        if json_path.exists():
             try:
-                given = json.loads(read_file(beside))
+                content = json.loads(read_file(json_path))
             except (ValueError, RecursionError) as error:
-                raise BadSample("json unreadable", f"{beside}: {error}") from error
-            if isinstance(given, dict):
-                notes |= given
-        return Item(read_file(path), texts, notes)
+                raise BadSample("json unreadable", f"{json_path}: {error}") from error
+            if isinstance(content, dict):
+                metadata |= content
+        return SourceSample(read_file(path), texts, metadata)
 
 
 @dataclass
-class Folder:
-    """Pictures anywhere below a folder, sorted by path; captions beside them or in their paths."""
+class FolderSource:
+    """All images below a folder, sorted by path, with captions next to them or in their paths."""
 
     root: Path
     caption_from: str
-    leave_out: Path
-    """Where the shards go, if that is inside."""
+    excluded: Path
+    """The folder of the shards, which is skipped if it is inside `root`."""
 
-    def jobs(self, shard_size: int) -> Iterator[Job]:
-        """Raises UserError."""
+    def iterate_jobs(self, shard_size: int) -> Iterator[ShardJob]:
+        """Yield a job for each shard. Raises UserError for a folder that cannot be read."""
         first, chunk = 0, []
-        for path, _ in self._files():
-            if _suffix(path) in PICTURES:
+        for path, _ in self._walk():
+            if _get_extension(path) in IMAGE_EXTENSIONS:
                 chunk.append(path)
             if len(chunk) == shard_size:
                 yield FolderJob(self.root, chunk, self.caption_from, first)
@@ -114,52 +123,57 @@ class Folder:
         if chunk:
             yield FolderJob(self.root, chunk, self.caption_from, first)
 
-    def fingerprint(self) -> str:
-        """Of names, sizes and times of all pictures, captions and notes."""
+    def compute_fingerprint(self) -> str:
+        """Return a digest of the names, sizes and times of all image, caption and json files."""
         return self._scan[0]
 
     def count(self) -> int:
-        """Raises UserError where there is nothing to pack."""
-        _, pictures, texts = self._scan
-        if not pictures:
-            raise UserError(f"{self.root} holds no pictures: no file in it ends in {', '.join(f'.{e}' for e in PICTURES)}")
+        """Return the number of images. Raises UserError if there is nothing to pack."""
+        _, images, texts = self._scan
+        if not images:
+            raise UserError(
+                f"{self.root} holds no images: no file in it ends in {', '.join(f'.{e}' for e in IMAGE_EXTENSIONS)}"
+            )
         if self.caption_from == "txt" and not texts:
             raise UserError(
-                f"{self.root} holds {pictures:,} pictures and no .txt: put NAME.txt beside NAME.jpg, "
+                f"{self.root} holds {images:,} images and no .txt: put NAME.txt next to NAME.jpg, "
                 "or use --caption-from path to take captions from the paths"
             )
-        return pictures
+        return images
 
     @cached_property
     def _scan(self) -> tuple[str, int, int]:
-        digest, pictures, texts = hashlib.blake2b(digest_size=16), 0, 0
-        for path, status in self._files():
-            kind = _suffix(path)
-            pictures += kind in PICTURES
-            texts += kind == "txt"
-            if kind in (*PICTURES, "txt", "json"):
-                about = status and (status.st_size, status.st_mtime_ns)
-                digest.update(f"{path}\0{about}\n".encode("utf-8", "surrogateescape"))
-        return digest.hexdigest(), pictures, texts
+        """(digest, number of images, number of caption files)"""
+        digest, images, texts = hashlib.blake2b(digest_size=16), 0, 0
+        for path, status in self._walk():
+            extension = _get_extension(path)
+            images += extension in IMAGE_EXTENSIONS
+            texts += extension == "txt"
+            if extension in (*IMAGE_EXTENSIONS, "txt", "json"):
+                version = status and (status.st_size, status.st_mtime_ns)
+                digest.update(f"{path}\0{version}\n".encode("utf-8", "surrogateescape"))
+        return digest.hexdigest(), images, texts
 
-    def _files(self, below: str = "", above: tuple[Path, ...] = ()) -> Iterator[tuple[str, os.stat_result | None]]:
-        """Path below the root and status (None: a link to nothing) of each file, sorted, hidden ones left out. Links to
-        folders are followed, unless they lead back."""
-        here = self.root / below
-        above = (*above, here.resolve())
+    def _walk(self, folder: str = "", ancestors: tuple[Path, ...] = ()) -> Iterator[tuple[str, os.stat_result | None]]:
+        """Yield (path below the root, status) of each file, sorted, without hidden ones.
+
+        The status of a broken link is None. Links to folders are followed unless they lead to a folder above.
+        """
+        directory = self.root / folder
+        ancestors = (*ancestors, directory.resolve())
         try:
-            with os.scandir(here) as entries:
-                found = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
+            with os.scandir(directory) as entries:
+                visible = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
         except OSError as error:
-            raise UserError(f"cannot read the folder {here}: {error.strerror}") from error
-        for entry in found:
-            path = f"{below}/{entry.name}" if below else entry.name
+            raise UserError(f"cannot read the folder {directory}: {error.strerror}") from error
+        for entry in visible:
+            path = f"{folder}/{entry.name}" if folder else entry.name
             if entry.is_dir():
-                if Path(entry.path).resolve() not in (self.leave_out, *above):
-                    yield from self._files(path, above)
+                if Path(entry.path).resolve() not in (self.excluded, *ancestors):
+                    yield from self._walk(path, ancestors)
             else:
                 yield path, entry.stat() if entry.is_file() else None
 
 
-def _suffix(path: str) -> str:
+def _get_extension(path: str) -> str:
     return path.rpartition(".")[2].lower()

@@ -1,4 +1,4 @@
-"""What can be packed, told by its name: a folder of pictures, tables, tars. Each is cut into jobs, one a shard."""
+"""Opens a source to pack: a folder of images, tables, or tars. Each yields one job per shard."""
 
 from __future__ import annotations
 
@@ -6,47 +6,55 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
-from pretrain.data.pack.folder import Folder
-from pretrain.data.pack.table import Table
-from pretrain.data.pack.table_readers import KINDS
-from pretrain.data.pack.tars import Tars
-from pretrain.data.pack.writer import Job
+from pretrain.data.pack.folder import FolderSource
+from pretrain.data.pack.table import TableSource
+from pretrain.data.pack.table_readers import TABLE_EXTENSIONS
+from pretrain.data.pack.tars import TarSource
+from pretrain.data.pack.writer import ShardJob
 from pretrain.data.shards.paths import expand_shards
 from pretrain.errors import ConfigError
 
 
 class PackSource(Protocol):
-    """Something to pack."""
+    """A source of samples to pack."""
 
-    def fingerprint(self) -> str:
-        """Changes when the source does."""
+    def compute_fingerprint(self) -> str:
+        """Return a digest that changes when the source changes."""
         ...
 
     def count(self) -> int:
-        """Samples in it, good and bad."""
+        """Return the number of samples, including those that cannot be used."""
         ...
 
-    def jobs(self, shard_size: int) -> Iterator[Job]:
-        """Its samples in order, `shard_size` a job."""
+    def iterate_jobs(self, shard_size: int) -> Iterator[ShardJob]:
+        """Yield the samples in order, `shard_size` per job."""
         ...
 
 
 def open_source(
-    source: str, image_column: str, caption_column: str, caption_from: str, outside: bool, leave_out: Path
+    source: str, image_column: str, caption_column: str, caption_from: str, outside: bool, excluded: Path
 ) -> PackSource:
-    """The kind of source is told by its name. Raises ConfigError with the choices."""
+    """Open a source, whose kind follows from its name.
+
+    Args:
+        excluded: a folder that is not searched for images, because the shards go there.
+    Raises:
+        ConfigError: the name is of no kind that can be packed.
+    """
     path = Path(source).expanduser()
     if path.is_dir():
-        inside = sorted(path.iterdir())
-        if any(p.suffix == ".tar" for p in inside):
-            return Tars(expand_shards(str(path), "SOURCE"))
-        tables = [p for p in inside if p.suffix == ".parquet"]
-        return Table(tables, image_column, caption_column, outside) if tables else Folder(path, caption_from, leave_out)
-    kind = path.name.lower().removesuffix(".gz").rpartition(".")[2]
-    if kind == "tar":
-        return Tars(expand_shards(source, "SOURCE"))
-    found = [path] if path.is_file() else [Path(p) for p in expand_shards(source, "SOURCE")]
-    if kind not in KINDS:
-        choices = ", ".join(f".{table}" for table in KINDS)
-        raise ConfigError(f"SOURCE={source}: give a folder of pictures, a table ({choices}), or tars (.tar)")
-    return Table(found, image_column, caption_column, outside)
+        entries = sorted(path.iterdir())
+        if any(p.suffix == ".tar" for p in entries):
+            return TarSource(expand_shards(str(path), "SOURCE"))
+        tables = [p for p in entries if p.suffix == ".parquet"]
+        return (
+            TableSource(tables, image_column, caption_column, outside) if tables else FolderSource(path, caption_from, excluded)
+        )
+    extension = path.name.lower().removesuffix(".gz").rpartition(".")[2]
+    if extension == "tar":
+        return TarSource(expand_shards(source, "SOURCE"))
+    tables = [path] if path.is_file() else [Path(p) for p in expand_shards(source, "SOURCE")]
+    if extension not in TABLE_EXTENSIONS:
+        choices = ", ".join(f".{name}" for name in TABLE_EXTENSIONS)
+        raise ConfigError(f"SOURCE={source}: give a folder of images, a table ({choices}), or tars (.tar)")
+    return TableSource(tables, image_column, caption_column, outside)

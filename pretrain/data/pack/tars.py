@@ -1,4 +1,4 @@
-"""Packing tars anew: other shard sizes, smaller pictures; further members of a sample come along."""
+"""Packs existing tars again, with another shard size or smaller images. All members are kept."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from pretrain.data import BadSample
 from pretrain.data.decode import EXTENSIONS
-from pretrain.data.pack.writer import Item, Job
+from pretrain.data.pack.writer import ShardJob, SourceSample
 from pretrain.data.shards.index import load_index
 from pretrain.data.shards.paths import count_samples
 from pretrain.data.shards.reader import ShardReader
@@ -20,10 +20,10 @@ from pretrain.errors import UserError
 
 @dataclass
 class TarJob:
-    """Consecutive samples, perhaps of several tars."""
+    """The samples of one shard: consecutive samples of one or more tars."""
 
     spans: list[tuple[str, int, int]]
-    """(tar, first sample, end)"""
+    """(tar, first sample, end) of each tar. `end` is not included."""
 
     def __len__(self) -> int:
         return sum(end - start for _, start, end in self.spans)
@@ -37,28 +37,31 @@ class TarJob:
 
     @cached_property
     def _keys(self) -> list[tuple[str, str]]:
-        """(key in its tar, key in the shard), the same unless another sample before had it."""
-        found: list[tuple[str, str]] = []
+        """(source tar/key, key in the shard) of each sample.
+
+        The key stays the same unless an earlier sample of the shard has it.
+        """
+        keys: list[tuple[str, str]] = []
         used: set[str] = set()
         for path, start, end in self.spans:
-            where = load_index(path)
+            source = load_index(path)
             for sample in range(start, end):
-                key = where.key(sample)
-                choices = (key, f"{where.name}-{key}", f"{where.name}-{key}-{len(found)}")
-                found.append((f"{where.name}/{key}", next(choice for choice in choices if choice not in used)))
-                used.add(found[-1][1])
-        return found
+                key = source.key(sample)
+                choices = (key, f"{source.name}-{key}", f"{source.name}-{key}-{len(keys)}")
+                keys.append((f"{source.name}/{key}", next(choice for choice in choices if choice not in used)))
+                used.add(keys[-1][1])
+        return keys
 
-    def name(self, i: int) -> str:
-        """How a person finds the sample."""
+    def describe(self, i: int) -> str:
+        """Return how the user finds sample `i` in the source."""
         return self._keys[i][0]
 
-    def key(self, i: int, shard: int) -> str:
-        """KEY in the shard."""
+    def get_key(self, i: int, shard: int) -> str:
+        """Return the KEY of sample `i` in the shard."""
         return self._keys[i][1]
 
-    def load(self, i: int) -> Item:
-        """Reads it. Raises BadSample."""
+    def load(self, i: int) -> SourceSample:
+        """Read sample `i`. Raises BadSample."""
         for shard, (_, start, end) in enumerate(self.spans):
             if i < end - start:
                 members = self._reader.read(shard, start + i).members
@@ -69,17 +72,17 @@ class TarJob:
             raise BadSample("no image", f"members: {', '.join(sorted(members))}")
         if "txt" not in members and "json" not in members:
             raise BadSample("no caption", f"members: {', '.join(sorted(members))}")
-        return Item(members.pop(extension), others=members)
+        return SourceSample(members.pop(extension), members=members)
 
 
 @dataclass
-class Tars:
-    """Shards that exist already; further members of a sample come along."""
+class TarSource:
+    """Existing shards, packed with all members of each sample."""
 
     paths: list[str]
 
-    def fingerprint(self) -> str:
-        """Of the names, sizes and times of the files."""
+    def compute_fingerprint(self) -> str:
+        """Return a digest of the paths, sizes and times of the files."""
         digest = hashlib.blake2b(digest_size=16)
         for path in self.paths:
             status = os.stat(path) if os.path.exists(path) else None
@@ -91,24 +94,24 @@ class Tars:
         return count_samples(self.paths)
 
     def count(self) -> int:
-        """Raises UserError for a damaged tar."""
+        """Return the number of samples. Raises UserError for a damaged tar, or if there are none."""
         total = sum(self._counts)
         if not total:
-            raise UserError(f"{self.paths[0]}{' and the others' if len(self.paths) > 1 else ''}: there are no samples")
+            raise UserError(f"{self.paths[0]}{' and the other tars' if len(self.paths) > 1 else ''}: there are no samples")
         return total
 
-    def jobs(self, shard_size: int) -> Iterator[Job]:
-        """Samples in order, across the borders of tars."""
+    def iterate_jobs(self, shard_size: int) -> Iterator[ShardJob]:
+        """Yield a job for each shard; it may span several tars."""
         spans: list[tuple[str, int, int]] = []
-        room = shard_size
+        free = shard_size
         for path, count in zip(self.paths, self._counts, strict=True):
             start = 0
             while start < count:
-                end = min(count, start + room)
+                end = min(count, start + free)
                 spans.append((path, start, end))
-                room, start = room - (end - start), end
-                if not room:
+                free, start = free - (end - start), end
+                if not free:
                     yield TarJob(spans)
-                    spans, room = [], shard_size
+                    spans, free = [], shard_size
         if spans:
             yield TarJob(spans)

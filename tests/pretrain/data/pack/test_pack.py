@@ -1,4 +1,4 @@
-"""Packing, read back with tarfile and webdataset, pictures checked with Pillow."""
+"""Packed shards, read with tarfile and webdataset; their images are checked with Pillow."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ import pytest
 from PIL import Image, ImageOps
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from pretrain.data.pack import Summary, pack
-from pretrain.data.pack.folder import path_caption
+from pretrain.data.pack import PackSummary, pack
+from pretrain.data.pack.folder import caption_from_path
 from pretrain.data.shards import index, paths
 from pretrain.errors import ConfigError, UserError
 from tests.support import ROOT
 
 
-def picture(seed: int, width: int = 40, height: int = 30, form: str = "JPEG", **options: Any) -> bytes:
+def make_image(seed: int, width: int = 40, height: int = 30, form: str = "JPEG", **options: Any) -> bytes:
+    """Return an encoded image of smooth random colors."""
     rng = np.random.default_rng(seed)
     small = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
     out = io.BytesIO()
@@ -38,26 +39,28 @@ def picture(seed: int, width: int = 40, height: int = 30, form: str = "JPEG", **
 
 
 def make_folder(root: Path, count: int = 12) -> Path:
+    """Write images with captions in text files next to them."""
     for i in range(count):
-        place = root / ("shoes" if i % 2 else "cars/fast")
-        place.mkdir(parents=True, exist_ok=True)
-        (place / f"red_thing-{i}.jpg").write_bytes(picture(i))
-        (place / f"red_thing-{i}.txt").write_text(f" caption\n number {i} ")
+        folder = root / ("shoes" if i % 2 else "cars/fast")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"red_thing-{i}.jpg").write_bytes(make_image(i))
+        (folder / f"red_thing-{i}.txt").write_text(f" caption\n number {i} ")
     return root
 
 
-def read(out: Path, prefix: str = "shard") -> dict[str, dict[str, bytes]]:
-    """ "shard/KEY" -> members, by webdataset."""
-    found: dict[str, dict[str, bytes]] = {}
+def read_shards(out: Path, prefix: str = "shard") -> dict[str, dict[str, bytes]]:
+    """Return the members of each "shard/KEY", as webdataset reads them."""
+    samples: dict[str, dict[str, bytes]] = {}
     for path in sorted(out.glob(f"{prefix}-*.tar")):
-        with open(path, "rb") as file:  # a WebDataset would leave it open
+        with open(path, "rb") as file:  # a WebDataset would leave the file open
             for sample in group_by_keys(tar_file_expander([{"url": str(path), "stream": file}])):
                 if "__key__" in sample:
-                    found[f"{path.stem}/{sample['__key__']}"] = {k: v for k, v in sample.items() if not k.startswith("__")}
-    return found
+                    samples[f"{path.stem}/{sample['__key__']}"] = {k: v for k, v in sample.items() if not k.startswith("__")}
+    return samples
 
 
-def tars(out: Path) -> dict[str, bytes]:
+def read_tars(out: Path) -> dict[str, bytes]:
+    """Return the bytes of each tar by name."""
     return {path.name: path.read_bytes() for path in sorted(out.glob("*.tar"))}
 
 
@@ -65,23 +68,23 @@ def tars(out: Path) -> dict[str, bytes]:
 # Folders
 
 
-def test_a_folder_with_captions_beside_the_pictures(tmp_path: Path) -> None:
+def test_a_folder_with_captions_next_to_the_images(tmp_path: Path) -> None:
     source, out = make_folder(tmp_path / "in"), tmp_path / "out"
     (source / "shoes" / "red_thing-1.json").write_text('{"label": 4, "objects": [{"name": "shoe", "box": [1, 2, 3, 4]}]}')
     (source / ".hidden.jpg").write_bytes(b"x")
-    seen: list[tuple[int, int]] = []
-    summary = pack(source, out, shard_size=5, workers=1, progress=lambda done, total: seen.append((done, total)))
+    calls: list[tuple[int, int]] = []
+    summary = pack(source, out, shard_size=5, workers=1, progress=lambda done, total: calls.append((done, total)))
     assert (summary.written, summary.shards, summary.skipped.total()) == (12, 3, 0)
-    assert seen == [(5, 12), (10, 12), (12, 12)]
-    found = read(out)
-    assert list(found) == [f"shard-{i // 5:04}/{i:08}" for i in range(12)]
+    assert calls == [(5, 12), (10, 12), (12, 12)]
+    samples = read_shards(out)
+    assert list(samples) == [f"shard-{i // 5:04}/{i:08}" for i in range(12)]
     files = sorted(str(p.relative_to(source)) for p in source.rglob("red*.jpg"))
-    for path, members in zip(files, found.values(), strict=True):
-        assert members["jpg"] == (source / path).read_bytes()  # not touched
+    for path, members in zip(files, samples.values(), strict=True):
+        assert members["jpg"] == (source / path).read_bytes()  # stored unchanged
         number = path.rpartition("-")[2].removesuffix(".jpg")
         assert members["txt"].decode() == f"caption number {number}"
         assert json.loads(members["json"])["source"] == path
-    with_json = next(m for m in found.values() if m["txt"] == b"caption number 1")
+    with_json = next(m for m in samples.values() if m["txt"] == b"caption number 1")
     assert json.loads(with_json["json"])["objects"] == [{"name": "shoe", "box": [1, 2, 3, 4]}]
     assert paths.count_samples(paths.expand_shards(str(out))) == [5, 5, 2]
     stats = json.loads((out / "shard-0002_stats.json").read_text())
@@ -98,24 +101,24 @@ def test_a_folder_with_captions_beside_the_pictures(tmp_path: Path) -> None:
         ("straße/Äpfel_12.jpg", "straße Äpfel"),
     ],
 )
-def test_captions_from_paths(path: str, caption: str) -> None:
-    assert path_caption(path) == caption
+def test_caption_from_a_path(path: str, caption: str) -> None:
+    assert caption_from_path(path) == caption
 
 
 def test_a_folder_with_captions_from_the_paths(tmp_path: Path) -> None:
     source = make_folder(tmp_path / "in", 4)
-    (source / "0042.jpg").write_bytes(picture(0))
+    (source / "0042.jpg").write_bytes(make_image(0))
     summary = pack(source, tmp_path / "out", caption_from="path", workers=1)
-    assert [m["txt"] for m in read(tmp_path / "out").values()] == [b"cars fast red thing"] * 2 + [b"shoes red thing"] * 2
+    assert [m["txt"] for m in read_shards(tmp_path / "out").values()] == [b"cars fast red thing"] * 2 + [b"shoes red thing"] * 2
     assert summary.skipped == {"empty caption": 1}
 
 
-def test_what_cannot_be_used_is_counted_and_named(tmp_path: Path) -> None:
+def test_unusable_samples_are_counted_and_named(tmp_path: Path) -> None:
     source, out = make_folder(tmp_path / "in", 3), tmp_path / "out"
-    good = picture(9)
+    good = make_image(9)
     for name, content, text in (
         ("empty", b"", "x"),
-        ("cut", picture(1, 200, 200)[:2000], "x"),
+        ("cut", make_image(1, 200, 200)[:2000], "x"),
         ("page", b"<html>", "x"),
         ("mute", good, None),
         ("blank", good, "  \n"),
@@ -127,13 +130,13 @@ def test_what_cannot_be_used_is_counted_and_named(tmp_path: Path) -> None:
     (source / "latin.txt").write_bytes(b"caf\xe9")
     (source / "gone.jpg").symlink_to(source / "nothing")
     (source / "gone.txt").write_text("x")
-    (source / "odd\udce9name.jpg").write_bytes(b"no picture")
+    (source / "odd\udce9name.jpg").write_bytes(b"no image")
     (source / "odd\udce9name.txt").write_text("x")
     (source / "loop").symlink_to(source)
     os.mkfifo(source / "pipe.jpg")
     (source / "pipe.txt").write_text("x")
     summary = pack(source, out, workers=1)
-    assert summary.written == len(read(out)) == 3
+    assert summary.written == len(read_shards(out)) == 3
     assert summary.skipped == {
         "image empty": 1,
         "image truncated": 1,
@@ -153,38 +156,38 @@ def test_what_cannot_be_used_is_counted_and_named(tmp_path: Path) -> None:
     assert stats["status_dict"]["no such file"] == 2
 
 
-def test_formats_that_shards_do_not_hold_become_png(tmp_path: Path) -> None:
+def test_other_image_formats_become_png(tmp_path: Path) -> None:
     source, out = tmp_path / "in", tmp_path / "out"
     source.mkdir()
     for form, name in (("GIF", "a.gif"), ("BMP", "b.bmp"), ("TIFF", "c.tif"), ("PNG", "d.jpg"), ("WEBP", "e.webp")):
-        (source / name).write_bytes(picture(3, form=form))
+        (source / name).write_bytes(make_image(3, form=form))
     pack(source, out, caption_from="path", workers=1)
-    found = list(read(out).values())
-    assert [next(e for e in m if e not in ("txt", "json")) for m in found] == ["png", "png", "png", "png", "webp"]
-    for members, name in zip(found, ("a.gif", "b.bmp", "c.tif"), strict=False):
-        stored, given = (
+    samples = list(read_shards(out).values())
+    assert [next(e for e in m if e not in ("txt", "json")) for m in samples] == ["png", "png", "png", "png", "webp"]
+    for members, name in zip(samples, ("a.gif", "b.bmp", "c.tif"), strict=False):
+        stored, original = (
             Image.open(io.BytesIO(members["png"])),
             Image.open(io.BytesIO((source / name).read_bytes())).convert("RGB"),
         )
-        assert np.array_equal(np.asarray(stored), np.asarray(given))
-    assert found[3]["png"] == (source / "d.jpg").read_bytes()  # what it holds, not what it is called
+        assert np.array_equal(np.asarray(stored), np.asarray(original))
+    assert samples[3]["png"] == (source / "d.jpg").read_bytes()  # the content decides, not the name
 
 
 @pytest.mark.parametrize(("side", "expected"), [("shortest", (64, 48)), ("longest", (48, 36))])
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
-def test_resize(tmp_path: Path, side: str, expected: tuple[int, int], form: str) -> None:
+def test_larger_images_are_scaled_down(tmp_path: Path, side: str, expected: tuple[int, int], form: str) -> None:
     source, out = tmp_path / "in", tmp_path / "out"
     source.mkdir()
     exif = Image.Exif()
-    exif[0x0112] = 6  # stored lying, seen standing: 400 x 300 becomes 300 wide, 400 high
-    (source / "large.jpg").write_bytes(picture(1, 400, 300, form, exif=exif))
+    exif[0x0112] = 6  # rotated by 90 degrees: stored as 400 x 300, displayed 300 wide and 400 high
+    (source / "large.jpg").write_bytes(make_image(1, 400, 300, form, exif=exif))
     (source / "large.json").write_text(
         '{"objects": [{"name": "a", "box": [30, 40, 300, 400]}], "questions": [{"question": "q", "box": null}], '
         '"width": 300, "height": 400}'
     )
-    (source / "tiny.jpg").write_bytes(picture(2, 20, 10, form))
+    (source / "tiny.jpg").write_bytes(make_image(2, 20, 10, form))
     pack(source, out, caption_from="path", size=48, side=side, workers=1)
-    large, tiny = read(out).values()
+    large, tiny = read_shards(out).values()
     extension = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}[form]
     assert tiny[extension] == (source / "tiny.jpg").read_bytes()
     stored = Image.open(io.BytesIO(large[extension]))
@@ -192,10 +195,10 @@ def test_resize(tmp_path: Path, side: str, expected: tuple[int, int], form: str)
     reference = ImageOps.exif_transpose(Image.open(io.BytesIO((source / "large.jpg").read_bytes())))
     assert reference is not None
     difference = np.abs(np.asarray(stored.convert("RGB"), int) - np.asarray(reference.resize(stored.size)))
-    assert difference.mean() < 4  # levels of 255; encoded once more
+    assert difference.mean() < 4  # levels of 255, because it is encoded once more
     notes = json.loads(large["json"])
-    share = stored.size[0] / 300
-    assert notes["objects"][0]["box"] == pytest.approx([30 * share, 40 * share, 300 * share, 400 * share])
+    scale = stored.size[0] / 300
+    assert notes["objects"][0]["box"] == pytest.approx([30 * scale, 40 * scale, 300 * scale, 400 * scale])
     assert (notes["width"], notes["height"], notes["questions"][0]["box"]) == (*stored.size, None)
 
 
@@ -203,10 +206,10 @@ def test_resize(tmp_path: Path, side: str, expected: tuple[int, int], form: str)
 # Tables
 
 
-def make_pictures(base: Path, count: int = 7) -> list[str]:
+def make_images(base: Path, count: int = 7) -> list[str]:
     (base / "images").mkdir(parents=True, exist_ok=True)
     for i in range(count):
-        (base / "images" / f"{i}.jpg").write_bytes(picture(i))
+        (base / "images" / f"{i}.jpg").write_bytes(make_image(i))
     return [f"images/{i}.jpg" for i in range(count)]
 
 
@@ -237,11 +240,11 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
 def test_every_kind_of_table(tmp_path: Path, kind: str) -> None:
-    make_pictures(tmp_path)
+    make_images(tmp_path)
     table = write_table(tmp_path / f"pairs.{kind}", ROWS)
     summary = pack(table, tmp_path / "out", shard_size=3, workers=1)
     assert (summary.written, summary.shards, summary.skipped.total()) == (7, 3, 0)
-    for row, members in zip(ROWS, read(tmp_path / "out").values(), strict=True):
+    for row, members in zip(ROWS, read_shards(tmp_path / "out").values(), strict=True):
         assert members["jpg"] == (tmp_path / row["image"]).read_bytes()
         assert members["txt"].decode() == " ".join(row["caption"].split())
         notes = json.loads(members["json"])
@@ -251,42 +254,42 @@ def test_every_kind_of_table(tmp_path: Path, kind: str) -> None:
 def test_gzip_and_several_tables(tmp_path: Path) -> None:
     import gzip
 
-    make_pictures(tmp_path)
-    for i, part in enumerate((ROWS[:4], ROWS[4:])):
-        plain = write_table(tmp_path / f"part-{i}.csv", part)
+    make_images(tmp_path)
+    for i, rows in enumerate((ROWS[:4], ROWS[4:])):
+        table = write_table(tmp_path / f"part-{i}.csv", rows)
         with gzip.open(tmp_path / f"part-{i}.csv.gz", "wb") as file:
-            file.write(plain.read_bytes())
+            file.write(table.read_bytes())
     summary = pack(str(tmp_path / "part-*.csv.gz"), tmp_path / "out", shard_size=5, workers=1)
     assert (summary.written, summary.shards) == (7, 2)
-    assert [json.loads(m["json"])["source"] for m in read(tmp_path / "out").values()] == [row["image"] for row in ROWS]
+    assert [json.loads(m["json"])["source"] for m in read_shards(tmp_path / "out").values()] == [row["image"] for row in ROWS]
 
 
 def test_several_captions_and_other_column_names(tmp_path: Path) -> None:
-    make_pictures(tmp_path)
+    make_images(tmp_path)
     rows = [{"file": "images/1.jpg", "sentences": ["one", " two "]}, {"file": "images/2.jpg", "sentences": ["three", ""]}]
     table = write_table(tmp_path / "t.parquet", rows)
     pack(table, tmp_path / "out", image_column="file", caption_column="sentences", workers=1)
-    first, second = read(tmp_path / "out").values()
+    first, second = read_shards(tmp_path / "out").values()
     assert first["txt"] == b"one"
     assert json.loads(first["json"])["sentences"] == ["one", "two"]
     assert second["txt"] == b"three"
     assert "sentences" not in json.loads(second["json"])
 
 
-def test_pictures_inside_parquet(tmp_path: Path) -> None:
-    """As the `datasets` library stores them."""
-    rows = [{"image": {"bytes": picture(i), "path": f"{i}.jpg"}, "caption": f"c {i}"} for i in range(5)]
+def test_images_inside_parquet(tmp_path: Path) -> None:
+    """Both as the `datasets` library stores images and as plain bytes."""
+    rows = [{"image": {"bytes": make_image(i), "path": f"{i}.jpg"}, "caption": f"c {i}"} for i in range(5)]
     pack(write_table(tmp_path / "t.parquet", rows), tmp_path / "out", workers=1)
-    assert [m["jpg"] for m in read(tmp_path / "out").values()] == [picture(i) for i in range(5)]
-    plain = [{"image": picture(i, form="PNG"), "caption": f"c {i}"} for i in range(5)]
-    pack(write_table(tmp_path / "p.parquet", plain), tmp_path / "out2", workers=1)
-    assert [m["png"] for m in read(tmp_path / "out2").values()] == [picture(i, form="PNG") for i in range(5)]
+    assert [m["jpg"] for m in read_shards(tmp_path / "out").values()] == [make_image(i) for i in range(5)]
+    bytes_only = [{"image": make_image(i, form="PNG"), "caption": f"c {i}"} for i in range(5)]
+    pack(write_table(tmp_path / "p.parquet", bytes_only), tmp_path / "out2", workers=1)
+    assert [m["png"] for m in read_shards(tmp_path / "out2").values()] == [make_image(i, form="PNG") for i in range(5)]
 
 
-def test_paths_stay_below_the_table(tmp_path: Path) -> None:
+def test_paths_must_stay_below_the_table(tmp_path: Path) -> None:
     base = tmp_path / "base"
-    make_pictures(base)
-    (tmp_path / "secret.jpg").write_bytes(picture(5))
+    make_images(base)
+    (tmp_path / "secret.jpg").write_bytes(make_image(5))
     absolute = str(base / "images" / "1.jpg")
     names = [
         "images/../images/0.jpg",
@@ -299,14 +302,14 @@ def test_paths_stay_below_the_table(tmp_path: Path) -> None:
     ]
     table = write_table(base / "t.csv", [{"image": name, "caption": "c"} for name in names])
     summary = pack(table, tmp_path / "out", workers=1)
-    outside, url, nothing = "path outside the table's folder", "a url, not a file", "no image"
-    assert summary.skipped == {outside: 2, url: 1, nothing: 1, "no such file": 1}
-    assert [json.loads(m["json"])["source"] for m in read(tmp_path / "out").values()] == [names[0], absolute]
+    outside, url, empty = "path outside the table's folder", "a url, not a file", "no image"
+    assert summary.skipped == {outside: 2, url: 1, empty: 1, "no such file": 1}
+    assert [json.loads(m["json"])["source"] for m in read_shards(tmp_path / "out").values()] == [names[0], absolute]
     assert pack(table, tmp_path / "out2", outside=True, workers=1).written == 4
 
 
-def test_rows_that_cannot_be_read_are_counted(tmp_path: Path) -> None:
-    make_pictures(tmp_path)
+def test_unreadable_rows_are_counted(tmp_path: Path) -> None:
+    make_images(tmp_path)
     (tmp_path / "t.csv").write_bytes(
         b"image,caption\nimages/0.jpg,fine\nimages/1.jpg,one, too many\nimages/2.jpg\nimages/3.jpg,\xff\n"
     )
@@ -319,21 +322,21 @@ def test_rows_that_cannot_be_read_are_counted(tmp_path: Path) -> None:
     )
     summary = pack(tmp_path / "t.jsonl", tmp_path / "out2", workers=1)
     assert summary.skipped == {"row unreadable": 2, "no caption": 1, "questions not json": 1}
-    assert json.loads(list(read(tmp_path / "out2").values())[1]["json"])["nan"] is None
+    assert json.loads(list(read_shards(tmp_path / "out2").values())[1]["json"])["nan"] is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tars
 
 
-def test_tars_are_packed_anew(tmp_path: Path) -> None:
+def test_tars_are_packed_again(tmp_path: Path) -> None:
     source, out = tmp_path / "in", tmp_path / "out"
     source.mkdir()
     for shard in range(3):
         with tarfile.open(source / f"part-{shard}.tar", "w") as tar:
             for i in range(4):
                 members = {
-                    "jpg": picture(10 * shard + i, 80, 60),
+                    "jpg": make_image(10 * shard + i, 80, 60),
                     "txt": b"t",
                     "json": b'{"objects": [{"box": [8, 6, 40, 30]}]}',
                 }
@@ -342,60 +345,61 @@ def test_tars_are_packed_anew(tmp_path: Path) -> None:
                     info.size = len(content)
                     tar.addfile(info, io.BytesIO(content))
     summary = pack(source, out, shard_size=5, workers=1)
-    found = read(out)
+    samples = read_shards(out)
     assert (summary.written, summary.shards) == (12, 3)
     keys = ["0", "1", "2", "3", "part-1-0", "1", "2", "3", "0", "part-2-1", "2", "3"]
-    assert [key.partition("/")[2] for key in found] == keys
-    assert [m["jpg"] for m in found.values()] == [picture(10 * s + i, 80, 60) for s in range(3) for i in range(4)]
-    assert all(m["cls"] == b"7" and m["txt"] == b"t" for m in found.values())
+    assert [key.partition("/")[2] for key in samples] == keys
+    assert [m["jpg"] for m in samples.values()] == [make_image(10 * s + i, 80, 60) for s in range(3) for i in range(4)]
+    assert all(m["cls"] == b"7" and m["txt"] == b"t" for m in samples.values())
     assert [index.load_index(path).count for path in paths.expand_shards(str(out))] == [5, 5, 2]
     pack(str(source / "part-{0..1}.tar"), out, prefix="small", size=30, workers=1)
-    notes = [json.loads(m["json"])["objects"][0]["box"] for m in read(out, "small").values()]
-    assert notes == [[4, 3, 20, 15]] * 8
+    boxes = [json.loads(m["json"])["objects"][0]["box"] for m in read_shards(out, "small").values()]
+    assert boxes == [[4, 3, 20, 15]] * 8
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Stopping and going on
+# Stopping and resuming
 
 
-def test_the_same_tars_by_any_number_of_processes(tmp_path: Path) -> None:
+def test_any_number_of_processes_writes_the_same_tars(tmp_path: Path) -> None:
     source = make_folder(tmp_path / "in", 30)
     (source / "bad.jpg").write_bytes(b"")
     (source / "bad.txt").write_text("x")
     one = pack(source, tmp_path / "one", shard_size=4, workers=1)
     two = pack(source, tmp_path / "two", shard_size=4, workers=2)
-    assert tars(tmp_path / "one") == tars(tmp_path / "two")
+    assert read_tars(tmp_path / "one") == read_tars(tmp_path / "two")
     assert (one.written, one.skipped, one.examples) == (two.written, two.skipped, two.examples)
 
 
-def test_killed_and_started_again(tmp_path: Path) -> None:
+def test_a_killed_run_resumes(tmp_path: Path) -> None:
     source, out = make_folder(tmp_path / "in", 400), tmp_path / "out"
     expected = pack(source, tmp_path / "expected", shard_size=10, size=20, workers=1)
     call = f"pack({str(source)!r}, {str(out)!r}, shard_size=10, size=20, workers=2)"
     (tmp_path / "run.py").write_text(f"from pretrain.data.pack import pack\nif __name__ == '__main__': {call}")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    for wanted in (3, 12):
+    for shards in (3, 12):
         process = subprocess.Popen([sys.executable, tmp_path / "run.py"], env=environment)
         deadline = time.monotonic() + 60
-        while len(list(out.glob("*.tar"))) < wanted and process.poll() is None and time.monotonic() < deadline:
+        while len(list(out.glob("*.tar"))) < shards and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    time.sleep(1.5)  # its workers notice and end
+    time.sleep(1.5)  # its workers notice within this time and end
     finished = len(list(out.glob("*_stats.json")))
     assert finished >= 3
-    (out / ".shard-0003.tar.123.partial").write_bytes(b"left over")
-    kept = {path.name: path.stat().st_mtime_ns for path in out.glob("*_stats.json")}
+    (out / ".shard-0003.tar.123.partial").write_bytes(b"partial")
+    modified = {path.name: path.stat().st_mtime_ns for path in out.glob("*_stats.json")}
     summary = pack(source, out, shard_size=10, size=20, workers=1)
-    assert summary.kept == finished
+    assert summary.reused == finished
     assert (summary.written, summary.skipped) == (expected.written, expected.skipped)
-    assert tars(out) == tars(tmp_path / "expected")
+    assert read_tars(out) == read_tars(tmp_path / "expected")
     assert not list(out.glob(".*partial"))
-    assert all((out / name).stat().st_mtime_ns == when for name, when in kept.items())
-    assert pack(source, out, shard_size=10, size=20, workers=1).kept == 40
+    assert all((out / name).stat().st_mtime_ns == time_ns for name, time_ns in modified.items())
+    assert pack(source, out, shard_size=10, size=20, workers=1).reused == 40
 
 
-def message(*arguments: Any, **options: Any) -> str:
+def error_message(*arguments: Any, **options: Any) -> str:
+    """Return the message, of one line, of the UserError that `pack` raises."""
     with pytest.raises(UserError) as caught:
         pack(*arguments, **{"workers": 1, **options})
     assert "\n" not in str(caught.value)
@@ -405,82 +409,82 @@ def message(*arguments: Any, **options: Any) -> str:
 def test_another_source_or_other_options_are_refused(tmp_path: Path) -> None:
     source, out = make_folder(tmp_path / "in"), tmp_path / "out"
     pack(source, out, workers=1)
-    assert "(size=None, now 16)" in message(source, out, size=16)
-    assert "shard_size=1000, now 7" in message(source, out, shard_size=7)
-    (source / "cars" / "new.jpg").write_bytes(picture(0))
-    assert "has changed" in message(source, out)
+    assert "(size=None, now 16)" in error_message(source, out, size=16)
+    assert "shard_size=1000, now 7" in error_message(source, out, shard_size=7)
+    (source / "cars" / "new.jpg").write_bytes(make_image(0))
+    assert "has changed" in error_message(source, out)
     assert pack(source, out, prefix="again", workers=1).written == 12
     (out / "shard-plan.json").unlink()
-    assert "has shard-0000.tar already, and no plan" in message(source, out)
+    assert "has shard-0000.tar already, and no plan to resume from" in error_message(source, out)
     (out / "again-plan.json").write_text("{")
-    assert "again-plan.json cannot be read" in message(source, out, prefix="again")
-    assert "both source and target" in message(source, source)
+    assert "again-plan.json cannot be read" in error_message(source, out, prefix="again")
+    assert "both source and target" in error_message(source, source)
 
 
-def test_two_at_once_are_refused(tmp_path: Path) -> None:
+def test_a_second_process_is_refused(tmp_path: Path) -> None:
     import fcntl
 
     source, out = make_folder(tmp_path / "in", 2), tmp_path / "out"
     out.mkdir()
     with open(out / ".shard.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert "another process is packing" in message(source, out)
+        assert "another process is packing" in error_message(source, out)
 
 
-def test_a_source_put_right_can_be_packed_after_all(tmp_path: Path) -> None:
+def test_a_corrected_source_can_be_packed(tmp_path: Path) -> None:
     table = write_table(tmp_path / "t.csv", [{"image": f"images/{i}.jpg", "caption": "c"} for i in range(7)])
-    assert "no sample can be used; 7 of 7 have the problem: no such file: row 1: images/0.jpg" in message(
+    assert "no sample can be used; 7 of 7 have the problem: no such file: row 1: images/0.jpg" in error_message(
         table, tmp_path / "out"
     )
-    make_pictures(tmp_path)
+    make_images(tmp_path)
     assert pack(table, tmp_path / "out", workers=1).written == 7
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One clear line
+# Error messages of one line
 
 
-def test_wrong_use_is_said_in_a_line(tmp_path: Path) -> None:
-    make_pictures(tmp_path)
+def test_errors_of_use_are_one_line(tmp_path: Path) -> None:
+    make_images(tmp_path)
     out = tmp_path / "out"
     table = write_table(tmp_path / "t.csv", ROWS)
-    missing = message(table, out, caption_column="captoin")
+    missing = error_message(table, out, caption_column="captoin")
     assert "no column 'captoin'; did you mean 'caption'?; it has image, caption, label, questions, note" in missing
     assert "--caption-column" in missing
-    assert "no column 'url'" in message(write_table(tmp_path / "t.jsonl", ROWS), out, image_column="url")
-    assert "no column 'url'" in message(write_table(tmp_path / "t.parquet", ROWS), out, image_column="url")
+    assert "no column 'url'" in error_message(write_table(tmp_path / "t.jsonl", ROWS), out, image_column="url")
+    assert "no column 'url'" in error_message(write_table(tmp_path / "t.parquet", ROWS), out, image_column="url")
     (tmp_path / "twice.csv").write_text("image,caption,caption\na,b,c\n")
-    assert "two columns are called 'caption'" in message(tmp_path / "twice.csv", out)
-    for name, content, words in (
+    assert "two columns are called 'caption'" in error_message(tmp_path / "twice.csv", out)
+    for name, content, expected in (
         ("empty.csv", b"", "cannot be read as csv"),
         ("rowless.csv", b"image,caption\n", "there are no rows"),
         ("latin.csv", b"im\xe9ge,caption\n", "cannot be read as csv"),
         ("broken.parquet", b"PAR1 no", "cannot be read as parquet"),
         ("broken.csv.gz", b"no gzip", "cannot be read as csv"),
         ("array.json", b'[{"image": "a"}]', "one json array"),
-        ("sheet.xlsx", b"PK", "give a folder of pictures, a table (.csv"),
+        ("sheet.xlsx", b"PK", "give a folder of images, a table (.csv"),
     ):
         (tmp_path / name).write_bytes(content)
-        assert words in message(tmp_path / name, out), name
-    assert "no file matches" in message(tmp_path / "nowhere.csv", out)
+        assert expected in error_message(tmp_path / name, out), name
+    assert "no file matches" in error_message(tmp_path / "nowhere.csv", out)
     (tmp_path / "bare").mkdir()
-    assert "holds no pictures" in message(tmp_path / "bare", out)
-    assert "use --caption-from path" in message(tmp_path / "images", out)
-    for wrong in ({"size": 0}, {"side": "left"}, {"caption_from": "name"}, {"shard_size": 0}, {"prefix": "a/b"}):
-        with pytest.raises(ConfigError, match=f"^{next(iter(wrong))}="):
-            pack(tmp_path / "images", out, **wrong)
+    assert "holds no images" in error_message(tmp_path / "bare", out)
+    assert "use --caption-from path" in error_message(tmp_path / "images", out)
+    for option in ({"size": 0}, {"side": "left"}, {"caption_from": "name"}, {"shard_size": 0}, {"prefix": "a/b"}):
+        with pytest.raises(ConfigError, match=f"^{next(iter(option))}="):
+            pack(tmp_path / "images", out, **option)
     (tmp_path / "file").write_text("")
-    assert "cannot write shards to" in message(table, tmp_path / "file" / "out")
+    assert "cannot write shards to" in error_message(table, tmp_path / "file" / "out")
 
 
-def test_a_full_disk_is_said_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = make_folder(tmp_path / "in", 2)
 
-    def full(*_: Any) -> None:
+    def fail(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("os.fsync", full)
-    assert "shard-0000.tar: No space left on device" in message(source, tmp_path / "out")
+    monkeypatch.setattr("os.fsync", fail)
+    assert "shard-0000.tar: No space left on device" in error_message(source, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.tar"))
     monkeypatch.undo()
     assert pack(source, tmp_path / "out", workers=1).written == 2
@@ -491,12 +495,12 @@ def test_a_damaged_tar_is_named(tmp_path: Path) -> None:
     path = tmp_path / "first" / "shard-0000.tar"
     path.write_bytes(path.read_bytes()[:20000])
     (tmp_path / "first" / "shard-0000_stats.json").unlink()
-    assert "shard-0000.tar" in message(tmp_path / "first", tmp_path / "out")
+    assert "shard-0000.tar" in error_message(tmp_path / "first", tmp_path / "out")
 
 
 def test_memory_does_not_grow_with_the_table(tmp_path: Path) -> None:
-    """A table of fifty megabytes of text, several hundred as Python's objects, in a process that may grow by much less."""
-    make_pictures(tmp_path, 1)
+    """Reading 50 MB of text, several hundred MB as Python objects, takes far less memory than that."""
+    make_images(tmp_path, 1)
     line = "images/0.jpg," + "word " * 40 + "\n"
     with open(tmp_path / "t.csv", "w") as file:
         file.write("image,caption\n")
@@ -505,17 +509,17 @@ def test_memory_does_not_grow_with_the_table(tmp_path: Path) -> None:
     code = f"""
 import resource
 from pathlib import Path
-from pretrain.data.pack.table import Table
-table = Table([Path({str(tmp_path / "t.csv")!r})], "image", "caption", False)
+from pretrain.data.pack.table import TableSource
+table = TableSource([Path({str(tmp_path / "t.csv")!r})], "image", "caption", False)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 assert table.count() == 250_000
-for job in table.jobs(1000): pass
+for job in table.iterate_jobs(1000): pass
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     shutil.rmtree(tmp_path / "images")
-    assert int(done.stdout) < 160  # MiB
+    assert int(process.stdout) < 160  # MiB
 
 
-def test_a_summary_for_people() -> None:
-    assert Summary(Path("x"), 2, 5, 1).lines() == ["x: 5 samples in 2 shards (1 were there already)"]
+def test_lines_of_a_summary() -> None:
+    assert PackSummary(Path("x"), 2, 5, 1).lines() == ["x: 5 samples in 2 shards (1 finished before)"]
