@@ -1,6 +1,6 @@
-"""Worlds of processes for tests: one call starts them, runs a function on each, and leaves none behind.
+"""Run a function on several ranks: one call forks the processes, joins them in a gloo group, and ends them all.
 
-A fork server imports torch, DeepSpeed and the towers once; each world is forked from it in a fraction of a second.
+A fork server imports torch, DeepSpeed and the towers once; processes are forked from it in a fraction of a second.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ PRELOAD = ["torch", "torch.distributed.tensor", "timm", "transformers", "deepspe
 
 
 def run(work: Callable[..., Any], processes: int, *args: Any, timeout: float = 540.0) -> list[Any]:
-    """work(*args) on each of `processes` ranks of one gloo group; what each returned, by rank. Fails as a whole."""
+    """Call work(*args) on each rank of a gloo group of `processes`; return the results by rank.
+
+    Raises AssertionError if a rank raises, dies, or does not end within `timeout` seconds.
+    """
     with tempfile.TemporaryDirectory() as folder:
         context = _server()
         pipes = [context.Pipe(duplex=False) for _ in range(processes)]
@@ -57,6 +60,7 @@ def run(work: Callable[..., Any], processes: int, *args: Any, timeout: float = 5
 
 
 def _collect(receivers: list[Connection], deadline: float) -> list[Any]:
+    """Receive one result from every rank, in any order; deadline: monotonic seconds."""
     results: dict[int, Any] = {}
     while len(results) < len(receivers):
         waiting = [r for i, r in enumerate(receivers) if i not in results]
@@ -65,23 +69,24 @@ def _collect(receivers: list[Connection], deadline: float) -> list[Any]:
         for receiver in ready:
             rank = receivers.index(receiver)  # type: ignore[arg-type]
             try:
-                good, value = receivers[rank].recv()
+                succeeded, value = receivers[rank].recv()
             except EOFError:
-                raise AssertionError(f"rank {rank} died without a word") from None
-            assert good, f"rank {rank}:\n{value}"
+                raise AssertionError(f"rank {rank} died without a result") from None
+            assert succeeded, f"rank {rank}:\n{value}"
             results[rank] = torch.load(io.BytesIO(value), weights_only=False)
     return [results[rank] for rank in range(len(receivers))]
 
 
 def _server() -> Any:
+    """Start the fork server if it does not run, with ENVIRONMENT, and return its multiprocessing context."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    kept = {name: os.environ.get(name) for name in ENVIRONMENT}
+    previous = {name: os.environ.get(name) for name in ENVIRONMENT}
     os.environ.update(ENVIRONMENT)
     try:
         multiprocessing.forkserver.ensure_running()
     finally:
-        for name, value in kept.items():
+        for name, value in previous.items():
             if value is None:
                 del os.environ[name]
             else:
@@ -90,8 +95,9 @@ def _server() -> Any:
 
 
 def _main(rank: int, processes: int, folder: str, result: Connection, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """Run one rank: join the group, call `work`, send (True, its result) or (False, its traceback)."""
     warnings.simplefilter("ignore")
-    faulthandler.enable()  # a rank that a library crashes says where
+    faulthandler.enable()  # prints a traceback if a library crashes the process
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(processes))
     try:
@@ -100,11 +106,13 @@ def _main(rank: int, processes: int, folder: str, result: Connection, work: Call
             limit = datetime.timedelta(seconds=300)
             td.init_process_group("gloo", store=store, rank=rank, world_size=processes, timeout=limit)
         value = io.BytesIO()
-        torch.save(work(*args), value)  # a tensor sent as such would live only as long as this process
+        torch.save(
+            work(*args), value
+        )  # serialized: a tensor sent as such lives only as long as this process
         result.send((True, value.getvalue()))
         if td.is_initialized():
-            td.barrier()  # nobody leaves while another still talks to it
+            td.barrier()  # no rank leaves while another still communicates with it
     except BaseException:
         with contextlib.suppress(OSError):
             result.send((False, traceback.format_exc()))
-    os._exit(0)  # DeepSpeed and gloo leave threads that would hold up a normal exit
+    os._exit(0)  # threads of DeepSpeed and gloo would block a normal exit
