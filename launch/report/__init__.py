@@ -1,17 +1,19 @@
-"""A run folder -> one self-contained HTML page: what was trained, how it went, what it can do, how to go on.
+"""The report of a run: one self-contained HTML page with curves, metrics, examples, and the commands to continue with.
 
-    write("runs/clipart")                  runs/clipart/report.html
-    write("runs/clipart", "new/*.tar")     its gallery asks about other shards
+    write("runs/clipart")                  writes runs/clipart/report.html
+    write("runs/clipart", "new/*.tar")     the same, with examples from other shards
 
-    record.py       what a run folder says, read as far as it got
-    figures.py      the words and numbers of the page
-    charts.py       line charts as inline SVG
-    gallery.py      what the model answers on held-out pictures and captions
-    tuned.py        of a fine-tuned run: its task's figures, its answers, and where each word looked
-    page.html.j2    the page
+run_history.py   what a run wrote into its folder, as far as it got
+figures.py       the texts and numbers of the page
+charts.py        line charts as inline SVG
+gallery.py       of a pretraining run: what the model answers on held-out images and captions
+finetuned.py     of a fine-tuned run: metrics of its task, answers, and heat maps of words
+page.html.j2     the template of the page
 
-The page needs no network and no other file. A run that is unfinished, was resumed, never evaluated or has no checkpoint
-gets a page with what is there. Captions come from strangers: everything is escaped by the template engine.
+The page needs no network and no other file. A run that is unfinished, was resumed, never evaluated or has no checkpoint gets
+a page with what exists. Captions are untrusted input: the template engine escapes everything.
+
+May import pretrain, finetune, and nothing else of launch.
 """
 
 from __future__ import annotations
@@ -26,14 +28,12 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from finetune import loading as inference_of_tasks
-from launch.report import figures
-from launch.report import gallery as galleries
-from launch.report import record as records
-from launch.report import tuned as tuning
-from launch.report.charts import Series, line_chart
-from launch.report.record import Record
-from launch.report.tuned import Tuned
+from finetune import loading as finetune_loading
+from launch.report import figures, finetuned
+from launch.report.charts import Series, draw_line_chart
+from launch.report.finetuned import FinetunedSection
+from launch.report.gallery import Gallery, build_gallery
+from launch.report.run_history import RunHistory, read_run
 from pretrain.checkpoints import export as exports
 from pretrain.checkpoints import loading
 from pretrain.errors import UserError
@@ -43,61 +43,67 @@ from pretrain.runtime.files import write_text
 NO_SHARDS = "The run names no validation shards (data.val); give some with --data."
 
 
-def write(run: str | Path, data: Any = None, out: Path | None = None, pictures: int = 2000, workers: int = 2) -> Path:
-    """Writes the page and returns its path.
+def write(run: str | Path, data: Any = None, out: Path | None = None, images: int = 2000, workers: int = 2) -> Path:
+    """Write the page and return its path.
 
     Args:
         run: a run folder, or the name of one in runs/.
-        data: shards for the gallery; by default the run's data.val.
-        out: where to; by default report.html in the run folder.
-        pictures: how many samples of the shards the gallery ranks; 0 leaves it out.
-        workers: processes that read them.
+        data: shards for the examples; by default the run's data.val.
+        out: the file to write; by default report.html in the run folder.
+        images: samples of the shards that the gallery ranks; 0 leaves the examples out.
+        workers: processes that read the shards.
 
     Raises:
         UserError: there is no run, the page cannot be written, or `data` was given and cannot be used.
     """
-    record = records.read(run)
+    history = read_run(run)
     gallery, missing, weights, export = None, "", {}, None
-    tuned = Tuned(record.get("task.name"), "") if record.get("task") else None
-    shards = data or record.get("data.val")
+    section = FinetunedSection(history.get("task.name"), "") if history.get("task") else None
+    shards = data or history.get("data.val")
     try:
-        if tuned is not None:
-            model = inference_of_tasks.load(record.folder)
+        if section is not None:
+            model = finetune_loading.load(history.folder)
             model.model.to(distributed.device())
             weights = {name: count["total"] for name, count in model.model.parameter_counts().items()}
-            tuned = tuning.build(model, shards if pictures else None, workers)
+            section = finetuned.build_section(model, shards if images else None, workers)
         else:
-            loaded = loading.load_model(record.folder)
-            export = exports.suggest_format(loaded, f"{_shown_path(record.folder)}/export")
+            loaded = loading.load_model(history.folder)
+            export = exports.suggest_format(loaded, f"{_display_path(history.folder)}/export")
             weights = {name: sum(p.numel() for p in tower.parameters()) for name, tower in loaded.model.towers.items()}
-            if shards and pictures:
-                gallery = galleries.build(loaded, shards, distributed.device(), workers, pictures)
-                missing = "" if gallery else f"No sample of {', '.join(figures.shards(shards))} could be used."
+            if shards and images:
+                gallery = build_gallery(loaded, shards, distributed.device(), workers, images)
+                missing = "" if gallery else f"No sample of {', '.join(figures.list_shards(shards))} could be used."
             else:
                 missing = NO_SHARDS
     except UserError as error:
         if data:
             raise
         missing = str(error)
-    path = out or record.folder / "report.html"
+    path = out or history.folder / "report.html"
     try:
-        write_text(path, render(record, gallery, missing, weights, tuned, export))
+        write_text(path, render(history, gallery, missing, weights, section, export))
     except OSError as error:
         raise UserError(f"cannot write the report {path}: {error.strerror or error}") from error
     return path
 
 
 def render(
-    record: Record,
-    gallery: galleries.Gallery | None = None,
+    history: RunHistory,
+    gallery: Gallery | None = None,
     missing: str = "",
     weights: dict[str, int] | None = None,
-    tuned: Tuned | None = None,
+    section: FinetunedSection | None = None,
     export: tuple[str, str] | None = None,
 ) -> str:
-    """The page as text. `missing` says why there are no pictures; `weights` are the parts' parameter counts; `export` is the
-    format that can hold the model, and the Python that loads it from export/ in the run folder."""
-    shown = _shown_path(record.folder)
+    """Return the page as text.
+
+    Args:
+        missing: why there is no gallery.
+        weights: number of parameters of each component.
+        section: what the page shows of a fine-tuned run; None = a pretraining run.
+        export: the format that can hold the model, and the Python code that loads it from export/ in the run folder.
+    """
+    folder = _display_path(history.folder)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -105,42 +111,44 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    best, where = record.best(), "the validation pairs"
+    best, source = history.best_evaluation(), "the validation pairs"
     if best is None and gallery is not None:
-        best, where = gallery.line(record.step), f"pairs from {gallery.data}, measured for this page"
-    if tuned is not None:
-        best, where = tuned.best(record), "the validation samples"
+        best, source = gallery.as_evaluation(history.step), f"pairs from {gallery.data}, measured for this page"
+    if section is not None:
+        best, source = section.best_evaluation(history), "the validation samples"
     return environment.get_template("page.html.j2").render(
-        tuned=tuned,
-        answered=tuned.rows(best) if tuned and best else [],
-        name=record.folder.resolve().name,
-        folder=shlex.quote(shown),
-        exported=shlex.quote(f"{shown}/export"),
+        section=section,
+        section_rows=section.build_rows(best) if section and best else [],
+        name=history.folder.resolve().name,
+        folder=shlex.quote(folder),
+        export_folder=shlex.quote(f"{folder}/export"),
         export=export,
-        has_export=(record.folder / "export/README.md").exists(),
-        embeddings=shlex.quote(f"{shown}/embeddings"),
-        embeddings_text=repr(f"{shown}/embeddings"),
-        state=record.status["state"],
-        why=record.status["why"],
-        sentence=tuning.sentence(record) if tuned else figures.sentence(record),
-        facts=figures.facts(record, weights or {}),
-        recalls=figures.recalls(best) if best and not tuned else [],
+        has_export=(history.folder / "export/README.md").exists(),
+        embeddings=shlex.quote(f"{folder}/embeddings"),
+        embeddings_literal=repr(f"{folder}/embeddings"),
+        state=history.status["state"],
+        reason=history.status["why"],
+        description=finetuned.describe_run(history) if section else figures.describe_run(history),
+        facts=figures.build_facts(history, weights or {}),
+        recalls=figures.build_recalls(best) if best and not section else [],
         best=best,
-        where=where,
-        earlier=len(record.evaluations) if best and record.evaluations and record.evaluations[-1]["step"] > best["step"] else 0,
-        classification=figures.classification(best) if best and not tuned else [],
-        learning=learning_charts(record),
-        progress=task_charts(record, tuned) if tuned else progress_charts(record),
-        speed=speed_charts(record),
-        evaluations=tuned.table(record) if tuned else figures.evaluation_table(record),
+        source=source,
+        evaluation_count=(
+            len(history.evaluations) if best and history.evaluations and history.evaluations[-1]["step"] > best["step"] else 0
+        ),
+        classification=figures.build_classification(best) if best and not section else [],
+        training_charts=build_training_charts(history),
+        evaluation_charts=build_task_charts(history, section) if section else build_recall_charts(history),
+        speed_charts=build_speed_charts(history),
+        evaluations=section.build_table(history) if section else figures.build_evaluation_table(history),
         gallery=gallery,
         missing=missing,
-        bad=figures.bad_samples(record),
-        resume=figures.command(record),
-        config=record.config_text.strip(),
-        environment=figures.environment_rows(record),
-        data=" ".join(shlex.quote(name) for name in figures.shards(record.get("data.val"))[:1]) or "SHARDS",
-        made=datetime.now(UTC).strftime("%d %B %Y, %H:%M UTC"),
+        bad=figures.count_bad_samples(history),
+        command=figures.format_command(history),
+        config=history.config_text.strip(),
+        environment=figures.list_environment(history),
+        data=" ".join(shlex.quote(name) for name in figures.list_shards(history.get("data.val"))[:1]) or "SHARDS",
+        created=datetime.now(UTC).strftime("%d %B %Y, %H:%M UTC"),
     )
 
 
@@ -148,66 +156,71 @@ def render(
 # Charts
 
 
-def learning_charts(record: Record) -> list[dict[str, Any]]:
-    """Loss, learning rate, logit scale, gradient norm over steps."""
-    batch = record.get("data.batch_size")
-    blind = None
-    if record.get("loss.name") == "clip" and isinstance(batch, int) and batch > 1:
-        blind = (math.log(batch), f"blind guess: ln {batch:,}")
+def build_training_charts(history: RunHistory) -> list[dict[str, Any]]:
+    """Build the charts of loss, logit scale, gradient norm and learning rate over steps."""
+    batch = history.get("data.batch_size")
+    chance = None
+    if history.get("loss.name") == "clip" and isinstance(batch, int) and batch > 1:
+        chance = (math.log(batch), f"blind guess: ln {batch:,}")
     return [
-        *_chart(record, "loss", "Loss", "the running mean over its values", smooth=True, reference=blind),
-        *_chart(record, "logit_scale", "Logit scale", "weight of similarities, at most 100"),
-        *_chart(record, "grad_norm", "Gradient norm", "before clipping", smooth=True, zero=True),
-        *_chart(record, "lr", "Learning rate", "", zero=True),
+        *_build_chart(history, "loss", "Loss", "running mean, with the values behind it", smooth=True, reference=chance),
+        *_build_chart(history, "logit_scale", "Logit scale", "factor of the similarities, at most 100"),
+        *_build_chart(history, "grad_norm", "Gradient norm", "before clipping", smooth=True, zero=True),
+        *_build_chart(history, "lr", "Learning rate", "", zero=True),
     ]
 
 
-def speed_charts(record: Record) -> list[dict[str, Any]]:
-    """Throughput, waiting for data, memory."""
+def build_speed_charts(history: RunHistory) -> list[dict[str, Any]]:
+    """Build the charts of throughput, data wait and memory over steps."""
     return [
-        *_chart(record, "samples_per_second", "Throughput", "samples a second", smooth=True, zero=True),
-        *_chart(record, "data_wait_share", "Waiting for data", "share of the time on steps", "%", smooth=True, zero=True),
-        *_chart(record, "memory_gib", "Peak memory", "of one process so far", " GiB", zero=True),
+        *_build_chart(history, "samples_per_second", "Throughput", "samples a second", smooth=True, zero=True),
+        *_build_chart(
+            history, "data_wait_share", "Waiting for data", "fraction of the time spent on steps", "%", smooth=True, zero=True
+        ),
+        *_build_chart(history, "memory_gib", "Peak memory", "of one process, up to this step", " GiB", zero=True),
     ]
 
 
-def progress_charts(record: Record) -> list[dict[str, Any]]:
-    """Recalls over steps, with two evaluations or more."""
-    if len(record.evaluations) < 2:
+def build_recall_charts(history: RunHistory) -> list[dict[str, Any]]:
+    """Build the charts of recall over steps; none for fewer than two evaluations."""
+    if len(history.evaluations) < 2:
         return []
-    steps = [line["step"] for line in record.evaluations]
-    out = []
-    for way, title in figures.WAYS:
+    steps = [line["step"] for line in history.evaluations]
+    charts = []
+    for direction, title in figures.DIRECTIONS:
         series = [
-            Series(f"R@{k}", steps, [line.get(f"val/{way}_R@{k}") for line in record.evaluations])
+            Series(f"R@{k}", steps, [line.get(f"val/{direction}_R@{k}") for line in history.evaluations])
             for k in figures.KS
-            if any(line.get(f"val/{way}_R@{k}") is not None for line in record.evaluations)
+            if any(line.get(f"val/{direction}_R@{k}") is not None for line in history.evaluations)
         ]
-        svg = line_chart(series, "%", zero=True, label=f"{title}: recall over steps")
+        svg = draw_line_chart(series, "%", zero=True, label=f"{title}: recall over steps")
         if svg:
-            out.append({"title": title, "note": "recall", "svg": Markup(svg), "legend": [s.name for s in series]})
-    return out
+            charts.append({"title": title, "note": "recall", "svg": Markup(svg), "legend": [s.name for s in series]})
+    return charts
 
 
-def task_charts(record: Record, tuned: Tuned) -> list[dict[str, Any]]:
-    """The primary figure over steps, with two evaluations or more; beside it that of who saw no picture."""
-    steps = [line["step"] for line in record.evaluations]
-    if len(steps) < 2 or tuned.best(record) is None:
+def build_task_charts(history: RunHistory, section: FinetunedSection) -> list[dict[str, Any]]:
+    """Build the chart of the primary metric over steps, with and without the image; none for fewer than two evaluations."""
+    steps = [line["step"] for line in history.evaluations]
+    if len(steps) < 2 or section.best_evaluation(history) is None:
         return []
-    names = [(tuned.primary, tuned.primary.replace("_", " ")), (f"blind_{tuned.primary}", "without picture")]
-    series = [
-        Series(title, steps, [line.get(f"val/{name}") for line in record.evaluations])
-        for name, title in names
-        if any(line.get(f"val/{name}") is not None for line in record.evaluations)
+    names = [
+        (section.primary_metric, section.primary_metric.replace("_", " ")),
+        (f"blind_{section.primary_metric}", "without image"),
     ]
-    svg = line_chart(series, label=f"{tuned.primary} over steps")
-    return (
-        [{"title": names[0][1].capitalize(), "note": "", "svg": Markup(svg), "legend": [s.name for s in series]}] if svg else []
-    )
+    series = [
+        Series(title, steps, [line.get(f"val/{name}") for line in history.evaluations])
+        for name, title in names
+        if any(line.get(f"val/{name}") is not None for line in history.evaluations)
+    ]
+    svg = draw_line_chart(series, label=f"{section.primary_metric} over steps")
+    if not svg:
+        return []
+    return [{"title": names[0][1].capitalize(), "note": "", "svg": Markup(svg), "legend": [s.name for s in series]}]
 
 
-def _chart(
-    record: Record,
+def _build_chart(
+    history: RunHistory,
     column: str,
     title: str,
     note: str,
@@ -216,13 +229,15 @@ def _chart(
     zero: bool = False,
     reference: tuple[float, str] | None = None,
 ) -> list[dict[str, Any]]:
-    steps, values = record.column(column)
+    """Build the chart of one number of the training lines; an empty list where no line has it."""
+    steps, values = history.column(column)
     series = Series(title.lower(), steps, values, smooth)
-    svg = line_chart([series], unit, zero, reference, label=f"{title} over steps")
-    # The numbers in it were formatted here and its words escaped: safe as markup.
+    svg = draw_line_chart([series], unit, zero, reference, label=f"{title} over steps")
+    # charts.py formats its numbers and escapes its texts, so the SVG is safe as markup.
     return [{"title": title, "note": note, "svg": Markup(svg), "legend": []}] if svg else []
 
 
-def _shown_path(folder: Path) -> str:
+def _display_path(folder: Path) -> str:
+    """Return the path relative to the working folder where it lies below it."""
     relative = os.path.relpath(folder)
     return relative if not relative.startswith("..") else str(folder)

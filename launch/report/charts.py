@@ -1,9 +1,9 @@
-"""Line charts as inline SVG, drawn by hand: no library, no network; readable in light and dark by CSS variables.
+"""Line charts as inline SVG, without a plotting library; CSS variables make them readable in light and dark mode.
 
-    line_chart("loss", [Series("loss", steps, values)], reference=(4.85, "blind guess"))
+    draw_line_chart([Series("loss", steps, values)], reference=(4.85, "blind guess"))
 
-A chart is a string of SVG for a page that defines the classes used here (page.html.j2). Its numbers travel along in a
-data attribute, so that the page's script can show the nearest one under the pointer; without script it reads as well.
+A chart is a string of SVG for a page that defines the CSS classes used here (page.html.j2). A data attribute holds its
+numbers, so that the page's script can show the one nearest to the pointer. The chart is complete without the script.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-POINTS = 360  # per series in the page: more than the pixels a chart gets
+POINTS = 360
+"""Points of a series in the page: more than the pixels of a chart."""
 WIDTH, HEIGHT = 400, 216
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 26
+"""Margins around the plot, in the units of WIDTH and HEIGHT."""
 
 
 @dataclass
@@ -27,10 +29,10 @@ class Series:
     x: Sequence[float]
     y: Sequence[float | None]
     smooth: bool = False
-    """Draw the running mean on top and the values themselves faintly."""
+    """Draw the running mean, and the values themselves faintly behind it."""
 
 
-def line_chart(
+def draw_line_chart(
     series: Sequence[Series],
     unit: str = "",
     zero: bool = False,
@@ -38,31 +40,31 @@ def line_chart(
     x_name: str = "step",
     label: str = "",
 ) -> str:
-    """The SVG of a chart, or nothing where no series has a finite value.
+    """Return the SVG of a chart, or an empty string where no series has a finite value.
 
     Args:
-        unit: "%" shows fractions in percent; another unit stands behind the number under the pointer.
+        unit: "%" shows fractions in percent; another unit follows the number under the pointer.
         zero: let the scale begin at 0.
-        reference: a dashed level with its name, for example what a blind guess scores.
+        reference: a level, drawn as a dashed line, and its name, for example what a blind guess scores.
         label: what the chart shows, for screen readers.
     """
-    series = [clean for each in series if (clean := _finite(each)).x]
+    series = [finite for item in series if (finite := _drop_unmeasured_ends(item)).x]
     if not series:
         return ""
-    lines = [(each, downsample(each)) for each in series]
-    xs = [x for each in series for x in (each.x[0], each.x[-1])]
+    lines = [(item, downsample(item)) for item in series]
+    xs = [x for item in series for x in (item.x[0], item.x[-1])]
     ys = [y for _, points in lines for _, y in points if y is not None]
     x_low, x_high = min(xs), max(xs)
     y_low, y_high = min(ys), max(ys)
-    if reference is not None and _worth_showing(reference[0], y_low, y_high):
+    if reference is not None and _is_near(reference[0], y_low, y_high):
         y_low, y_high = min(y_low, reference[0]), max(y_high, reference[0])
     else:
         reference = None
     if zero:
         y_low = min(0.0, y_low)
-    y_ticks = ticks(y_low, y_high, 5, unit)
+    y_ticks = choose_ticks(y_low, y_high, 5, unit)
     y_low, y_high = min(y_low, y_ticks[0]), max(y_high, y_ticks[-1])
-    x_ticks = [t for t in ticks(x_low, x_high, 4) if x_low <= t <= x_high]
+    x_ticks = [t for t in choose_ticks(x_low, x_high, 4) if x_low <= t <= x_high]
 
     def px(x: float) -> float:
         return LEFT + (WIDTH - LEFT - RIGHT) * ((x - x_low) / (x_high - x_low) if x_high > x_low else 0.5)
@@ -78,28 +80,28 @@ def line_chart(
         "unit": unit,
         "xName": x_name,
         "series": [
-            {"name": each.name, "points": [[_short(x), _short(y)] for x, y in points if y is not None]}
-            for each, points in lines
+            {"name": item.name, "points": [[_round(x), _round(y)] for x, y in points if y is not None]}
+            for item, points in lines
         ],
     }
     out.append(f' data-chart="{html.escape(json.dumps(payload, separators=(",", ":")), quote=True)}">')
     for tick in y_ticks:
         y = py(tick)
         out.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        out.append(f'<text class="tick end" x="{LEFT - 7}" y="{y + 4:.1f}">{_tick(tick, y_ticks, unit)}</text>')
+        out.append(f'<text class="tick end" x="{LEFT - 7}" y="{y + 4:.1f}">{_format_tick(tick, y_ticks, unit)}</text>')
     for tick in x_ticks:
-        out.append(f'<text class="tick mid" x="{px(tick):.1f}" y="{HEIGHT - 8}">{_tick(tick, x_ticks)}</text>')
+        out.append(f'<text class="tick mid" x="{px(tick):.1f}" y="{HEIGHT - 8}">{_format_tick(tick, x_ticks)}</text>')
     if reference is not None:
         y, name = py(reference[0]), html.escape(reference[1])
         out.append(f'<line class="reference" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         above = y - 5 if y > TOP + 14 else y + 13
         out.append(f'<text class="tick end" x="{WIDTH - RIGHT - 2}" y="{above:.1f}">{name}</text>')
-    for number, (each, points) in enumerate(lines, start=1):
-        if each.smooth and len(each.x) > 20:
+    for number, (item, points) in enumerate(lines, start=1):
+        if item.smooth and len(item.x) > 20:
             out.append(f'<path class="line faint c{number}" d="{_path(points, px, py)}"/>')
-            points = downsample(Series(each.name, each.x, running_mean(each.y)))
+            points = downsample(Series(item.name, item.x, running_mean(item.y)))
         out.append(f'<path class="line c{number}" d="{_path(points, px, py)}"/>')
-        if len(each.x) <= 24:
+        if len(item.x) <= 24:
             dots = [(px(x), py(y)) for x, y in points if y is not None]
             out += [f'<circle class="dot c{number}" cx="{x:.1f}" cy="{y:.1f}" r="2.6"/>' for x, y in dots]
     out.append('<line class="cursor" y1="0" y2="0"/></svg>')
@@ -107,25 +109,25 @@ def line_chart(
 
 
 def downsample(series: Series, points: int = POINTS) -> list[tuple[float, float | None]]:
-    """At most about `points` points that keep each stretch's lowest and highest value, so that no spike is lost."""
+    """Return about `points` points at most, which keep the lowest and highest value of each interval: no spike is lost."""
     n = len(series.x)
     if n <= points:
         return list(zip(series.x, series.y, strict=True))
-    kept: list[tuple[float, float | None]] = []
+    chosen: list[tuple[float, float | None]] = []
     buckets = points // 2
     for b in range(buckets):
-        some = range(b * n // buckets, (b + 1) * n // buckets)
-        known = [(y, i) for i in some if (y := series.y[i]) is not None]
+        bucket = range(b * n // buckets, (b + 1) * n // buckets)
+        known = [(y, i) for i in bucket if (y := series.y[i]) is not None]
         if not known:
-            kept.append((series.x[some[0]], None))
+            chosen.append((series.x[bucket[0]], None))
             continue
         ends = {min(known)[1], max(known)[1]} | ({0} if b == 0 else set()) | ({n - 1} if b == buckets - 1 else set())
-        kept += [(series.x[i], series.y[i]) for i in sorted(ends)]
-    return kept
+        chosen += [(series.x[i], series.y[i]) for i in sorted(ends)]
+    return chosen
 
 
 def running_mean(values: Sequence[float | None]) -> list[float | None]:
-    """The mean over a fortieth of the run around each point, less at its ends; gaps stay gaps."""
+    """Return the mean over a fortieth of the values around each value, over fewer at the ends; gaps stay gaps."""
     half = max(2, len(values) // 80)
     sums, known = [0.0], [0]
     for value in values:
@@ -133,14 +135,14 @@ def running_mean(values: Sequence[float | None]) -> list[float | None]:
         known.append(known[-1] + (value is not None))
     out: list[float | None] = []
     for i, value in enumerate(values):
-        reach = min(half, i, len(values) - 1 - i)  # the same on both sides, so that a slope is not bent
-        low, high = i - reach, i + reach + 1
+        radius = min(half, i, len(values) - 1 - i)  # the same on both sides, so that a slope is not changed
+        low, high = i - radius, i + radius + 1
         out.append((sums[high] - sums[low]) / (known[high] - known[low]) if value is not None else None)
     return out
 
 
-def ticks(low: float, high: float, count: int, unit: str = "") -> list[float]:
-    """Round numbers (1, 2, 2.5, 5 times a power of ten) that enclose [low, high], about `count` steps apart."""
+def choose_ticks(low: float, high: float, count: int, unit: str = "") -> list[float]:
+    """Choose round numbers (1, 2, 2.5 or 5 times a power of ten) that enclose [low, high], with about `count` intervals."""
     if high <= low:
         spread = abs(low) * 0.1 or (0.01 if unit == "%" else 1.0)
         low, high = low - spread, high + spread
@@ -151,8 +153,8 @@ def ticks(low: float, high: float, count: int, unit: str = "") -> list[float]:
     return [round(i * step, 12) for i in range(first, last + 1)]
 
 
-def number(value: float, digits: int = 3) -> str:
-    """1234567 -> 1.23M, 0.000512 -> 5.12e-4."""
+def format_number(value: float, digits: int = 3) -> str:
+    """Format a number with `digits` digits: 1234567 -> 1.23M, 0.000512 -> 5.12e-4."""
     size = abs(value)
     if size == 0:
         return "0"
@@ -161,26 +163,27 @@ def number(value: float, digits: int = 3) -> str:
         return f"{_trim(mantissa)}e{int(exponent)}"
     for limit, unit, suffix in ((1e12, 1e12, "T"), (1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k"), (0, 1, "")):
         if size >= limit:
-            shown = value / unit
-            decimals = max(0, digits - 1 - math.floor(math.log10(abs(shown))))
-            return _trim(f"{shown:,.{decimals}f}") + suffix
+            scaled = value / unit
+            decimals = max(0, digits - 1 - math.floor(math.log10(abs(scaled))))
+            return _trim(f"{scaled:,.{decimals}f}") + suffix
     raise AssertionError(value)
 
 
-def _tick(value: float, all_ticks: Sequence[float], unit: str = "") -> str:
-    """A tick's label: percent where fractions are shown, else with the fewest digits that are exact for all of them."""
+def _format_tick(value: float, all_ticks: Sequence[float], unit: str = "") -> str:
+    """Format a tick's label: in percent for unit "%", else with the fewest digits that are exact for all ticks."""
     if unit == "%":
         return f"{_trim(f'{100 * value:.2f}')}%"
-    digits = next((d for d in (1, 2, 3, 4, 5) if all(number(t, d) == number(t, d + 3) for t in all_ticks)), 6)
-    return number(value, digits)
+    digits = next((d for d in (1, 2, 3, 4, 5) if all(format_number(t, d) == format_number(t, d + 3) for t in all_ticks)), 6)
+    return format_number(value, digits)
 
 
 def _trim(text: str) -> str:
+    """Drop zeros at the end of a decimal fraction."""
     return text.rstrip("0").rstrip(".") if "." in text and "e" not in text else text
 
 
-def _finite(series: Series) -> Series:
-    """Without points at either end that have no value; infinite ones count as none."""
+def _drop_unmeasured_ends(series: Series) -> Series:
+    """Drop points without a value at both ends of a series; values that are not finite become None."""
     points = [
         (float(x), float(y) if y is not None and math.isfinite(y) else None) for x, y in zip(series.x, series.y, strict=True)
     ]
@@ -189,23 +192,25 @@ def _finite(series: Series) -> Series:
     return Series(series.name, [x for x, _ in points], [y for _, y in points], series.smooth)
 
 
-def _worth_showing(level: float, low: float, high: float) -> bool:
-    """Whether a reference may stretch the scale: not beyond three times the data's own range."""
+def _is_near(level: float, low: float, high: float) -> bool:
+    """Return whether a reference is near enough to be shown: at most two times the range of the data away from it."""
     return low - 2 * (high - low) <= level <= high + 2 * (high - low)
 
 
 def _path(points: Sequence[tuple[float, float | None]], px: object, py: object) -> str:
+    """Build the `d` attribute of an SVG path; None starts a new subpath."""
     assert callable(px)
     assert callable(py)
-    parts, pen = [], "M"
+    commands, letter = [], "M"
     for x, y in points:
         if y is None:
-            pen = "M"
+            letter = "M"
             continue
-        parts.append(f"{pen}{px(x):.1f} {py(y):.1f}")
-        pen = "L"
-    return "".join(parts)
+        commands.append(f"{letter}{px(x):.1f} {py(y):.1f}")
+        letter = "L"
+    return "".join(commands)
 
 
-def _short(value: float | None) -> float | None:
+def _round(value: float | None) -> float | None:
+    """Round to the five digits that a chart can show."""
     return None if value is None else float(f"{value:.5g}") if abs(value) < 1e5 else round(value, 1)

@@ -1,100 +1,111 @@
-"""The words and numbers of the page: headline, recalls beside chance, tables. ViTSpec values, nothing drawn."""
+"""The texts and numbers of the page: description, facts, recalls with the level of chance, tables. Nothing is drawn here."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-from launch.report.charts import number
-from launch.report.record import Line, Record
+from launch.report.charts import format_number
+from launch.report.run_history import Line, RunHistory
 from pretrain.evaluation.retrieval import chance_recall
 
-WAYS = (("image_to_text", "Picture → caption"), ("text_to_image", "Caption → picture"))
+DIRECTIONS = (("image_to_text", "Image → caption"), ("text_to_image", "Caption → image"))
+"""Prefixes of metrics, and titles."""
 KS = (1, 5, 10)
 
 
-def sentence(record: Record) -> str:
-    """One sentence: what learned, from what, by which loss."""
-    image, text = record.get("image.name"), record.get("text.name") or record.get("text.args.model_type")
+def describe_run(history: RunHistory) -> str:
+    """Describe the run in one sentence: the towers, where their weights came from, the loss and the data."""
+    image, text = history.get("image.name"), history.get("text.name") or history.get("text.args.model_type")
     if not image:
         return "A run whose configuration is missing."
-    size = f"{record.get('image.size')} px" if record.get("image.size") else ""
-    image_args, text_args = record.get("image.args") or {}, record.get("text.args") or {}
-    start = "from given weights" if record.get("init") else "from scratch"
-    if record.get("image.pretrained") or record.get("text.name"):
+    size = f"{history.get('image.size')} px" if history.get("image.size") else ""
+    image_args, text_args = history.get("image.args") or {}, history.get("text.args") or {}
+    start = "from given weights" if history.get("init") else "from scratch"
+    if history.get("image.pretrained") or history.get("text.name"):
         start = "from published weights"
+    image_details, text_details = _describe_architecture(image_args, size), _describe_architecture(text_args)
     return (
-        f"{image}{_details(image_args, size)} and {text or 'a text tower'}{_details(text_args)} learn to match pictures and "
-        f"captions, {start}, with the {record.get('loss.name', 'contrastive')} loss, "
-        f"on {', '.join(shards(record.get('data.train'))) or 'unknown data'}."
+        f"{image}{image_details} and {text or 'a text tower'}{text_details} learn to match images and captions, {start}, "
+        f"with the {history.get('loss.name', 'contrastive')} loss, "
+        f"on {', '.join(list_shards(history.get('data.train'))) or 'unknown data'}."
     )
 
 
-def _details(args: dict[str, Any], size: str = "") -> str:
-    """What the configuration changed of a named architecture: " (96 px, patch 8, width 192, 4 layers)"."""
+def _describe_architecture(args: dict[str, Any], size: str = "") -> str:
+    """Describe what the configuration sets of a named architecture: " (96 px, patch 8, width 192, 4 layers)"."""
     patch, width = args.get("patch_size"), args.get("embed_dim") or args.get("hidden_size")
     depth = args.get("depth") or args.get("num_hidden_layers")
-    said = [size, f"patch {patch}" if patch else "", f"width {width}" if width else "", f"{depth} layers" if depth else ""]
-    return f" ({', '.join(filter(None, said))})" if any(said) else ""
+    details = [size, f"patch {patch}" if patch else "", f"width {width}" if width else "", f"{depth} layers" if depth else ""]
+    return f" ({', '.join(filter(None, details))})" if any(details) else ""
 
 
-def facts(record: Record, weights: dict[str, int]) -> list[tuple[str, str, str]]:
-    """(name, number, small print) for the row under the headline."""
-    out = [("steps", f"{record.step:,}", f"of {goal:,}" if (goal := _goal(record)) > record.step else "")]
-    if record.samples_seen:
-        out.append(("samples seen", number(record.samples_seen), f"{record.get('data.batch_size', '?')} a step"))
-    if record.training_seconds:
-        rate = record.samples_seen / record.training_seconds
-        out.append(("time on steps", span(record.training_seconds), f"{number(rate)} samples/s"))
+def build_facts(history: RunHistory, weights: dict[str, int]) -> list[tuple[str, str, str]]:
+    """Build the row below the headline: (name, value, note) of each fact."""
+    out = [("steps", f"{history.step:,}", f"of {goal:,}" if (goal := _planned_steps(history)) > history.step else "")]
+    if history.samples_seen:
+        out.append(("samples seen", format_number(history.samples_seen), f"{history.get('data.batch_size', '?')} a step"))
+    if history.training_seconds:
+        rate = history.samples_seen / history.training_seconds
+        out.append(("time on steps", format_duration(history.training_seconds), f"{format_number(rate)} samples/s"))
     if weights:
-        small = ", ".join(f"{name} {number(count)}" for name, count in weights.items())
-        out.append(("parameters", number(sum(weights.values())), small))
-    memory = [line["memory_gib"] for line in record.steps if line.get("memory_gib")]
+        towers = ", ".join(f"{name} {format_number(count)}" for name, count in weights.items())
+        out.append(("parameters", format_number(sum(weights.values())), towers))
+    memory = [line["memory_gib"] for line in history.steps if line.get("memory_gib")]
     if memory:
         out.append(("peak memory", f"{max(memory):.1f} GiB", "of one process"))
-    mfu = [line["mfu"] for line in record.steps if line.get("mfu")]
+    mfu = [line["mfu"] for line in history.steps if line.get("mfu")]
     if mfu:
-        out.append(("MFU", f"{100 * sorted(mfu)[len(mfu) // 2]:.0f} %", "median; executed operations over the peak"))
+        out.append(
+            ("MFU", f"{100 * sorted(mfu)[len(mfu) // 2]:.0f} %", "median; operations that training needs, over the peak")
+        )
     return out
 
 
-def recalls(line: Line) -> list[dict[str, Any]]:
-    """For each direction: recalls with what a blind guess scores, and the median rank."""
+def build_recalls(line: Line) -> list[dict[str, Any]]:
+    """Build, for each direction, the recalls with the level of chance, and the median rank."""
     n, m = int(line.get("val/samples") or 0), int(line.get("val/captions") or 0)
     out = []
-    for way, title in WAYS:
+    for direction, title in DIRECTIONS:
         rows = []
-        candidates, right = (m, max(1, round(m / n)) if n else 1) if way == "image_to_text" else (n, 1)
+        candidates, right = (m, max(1, round(m / n)) if n else 1) if direction == "image_to_text" else (n, 1)
         for k in KS:
-            value = line.get(f"val/{way}_R@{k}")
+            value = line.get(f"val/{direction}_R@{k}")
             if value is not None:
-                blind = chance_recall(k, candidates, right) if candidates else None
-                rows.append({"k": k, "value": value, "chance": blind, "times": times(value, blind)})
+                chance = chance_recall(k, candidates, right) if candidates else None
+                rows.append({"k": k, "value": value, "chance": chance, "times": compare_with_chance(value, chance)})
         if rows:
-            out.append({"title": title, "rows": rows, "rank": line.get(f"val/{way}_median_rank"), "of": candidates})
+            out.append({"title": title, "rows": rows, "rank": line.get(f"val/{direction}_median_rank"), "of": candidates})
     return out
 
 
-def classification(line: Line) -> list[dict[str, Any]]:
-    """Zero-shot and linear-probe accuracies, where the run measured them."""
+def build_classification(line: Line) -> list[dict[str, Any]]:
+    """Build the zero-shot and linear-probe accuracies, where the run measured them."""
     classes = int(line.get("val/zero_shot_classes") or 0)
     out = []
     for kind, title in (("zero_shot", "Zero-shot classification"), ("linear_probe", "Linear probe")):
         for k in (1, 5):
             value = line.get(f"val/{kind}_top{k}")
             if value is not None:
-                blind = min(1.0, k / classes) if kind == "zero_shot" and classes else None
-                out.append({"title": f"{title}, top {k}", "value": value, "chance": blind, "times": times(value, blind)})
+                chance = min(1.0, k / classes) if kind == "zero_shot" and classes else None
+                out.append(
+                    {
+                        "title": f"{title}, top {k}",
+                        "value": value,
+                        "chance": chance,
+                        "times": compare_with_chance(value, chance),
+                    }
+                )
     return out
 
 
-def times(value: float, blind: float | None) -> str:
-    """How many times chance, in two figures."""
-    return f"{number(value / blind, 2)}× chance" if blind and value > 0 else ""
+def compare_with_chance(value: float, chance: float | None) -> str:
+    """Say how many times the level of chance a value is, in two digits; empty where there is no such level."""
+    return f"{format_number(value / chance, 2)}× chance" if chance and value > 0 else ""
 
 
-def span(seconds: float) -> str:
-    """75 -> 1 min 15 s; 5400 -> 1 h 30 min."""
+def format_duration(seconds: float) -> str:
+    """Format a duration: 75 -> 1 min 15 s; 5400 -> 1 h 30 min."""
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds} s"
@@ -105,25 +116,27 @@ def span(seconds: float) -> str:
     return f"{seconds // 86400} d {seconds % 86400 // 3600} h"
 
 
-def evaluation_table(record: Record) -> dict[str, Any]:
-    """Every evaluation, one row a step: recalls in percent."""
-    names = [f"{way}_R@{k}" for way, _ in WAYS for k in KS] + [f"{way}_median_rank" for way, _ in WAYS]
-    names = [name for name in names if any(line.get(f"val/{name}") is not None for line in record.evaluations)]
-    heads = [name.replace("image_to_text", "P→C").replace("text_to_image", "C→P").replace("_", " ") for name in names]
+def build_evaluation_table(history: RunHistory) -> dict[str, Any]:
+    """Build the table of all evaluations, one row a step: recalls in percent."""
+    names = [f"{direction}_R@{k}" for direction, _ in DIRECTIONS for k in KS] + [
+        f"{direction}_median_rank" for direction, _ in DIRECTIONS
+    ]
+    names = [name for name in names if any(line.get(f"val/{name}") is not None for line in history.evaluations)]
+    heads = [name.replace("image_to_text", "I→C").replace("text_to_image", "C→I").replace("_", " ") for name in names]
     rows = []
-    for line in record.evaluations:
+    for line in history.evaluations:
         values = [line.get(f"val/{name}") for name in names]
-        shown = [
-            "" if value is None else f"{100 * value:.1f}" if "R@" in name else number(value)
+        cells = [
+            "" if value is None else f"{100 * value:.1f}" if "R@" in name else format_number(value)
             for name, value in zip(names, values, strict=True)
         ]
-        rows.append([f"{line['step']:,}", number(line.get("samples_seen") or 0), *shown])
+        rows.append([f"{line['step']:,}", format_number(line.get("samples_seen") or 0), *cells])
     return {"heads": ["step", "samples", *heads], "rows": rows}
 
 
-def bad_samples(record: Record) -> dict[str, Any]:
-    """Samples whose content could not be used and steps that were skipped, as the last training line counts them."""
-    last = record.steps[-1] if record.steps else {}
+def count_bad_samples(history: RunHistory) -> dict[str, Any]:
+    """Return the last training line's counts of samples whose content could not be used, and of skipped steps."""
+    last = history.steps[-1] if history.steps else {}
     reasons = [(name.removeprefix("bad/"), int(count)) for name, count in last.items() if name.startswith("bad/") and count]
     return {
         "total": int(last.get("bad_samples") or 0),
@@ -133,10 +146,10 @@ def bad_samples(record: Record) -> dict[str, Any]:
     }
 
 
-def environment_rows(record: Record) -> list[tuple[str, str]]:
-    """environment.json, flattened for reading."""
+def list_environment(history: RunHistory) -> list[tuple[str, str]]:
+    """List environment.json as (key, text)."""
     rows = []
-    for key, value in record.environment.items():
+    for key, value in history.environment.items():
         if isinstance(value, dict):
             value = ", ".join(f"{name} {version}" for name, version in value.items())
         elif isinstance(value, list):
@@ -145,24 +158,24 @@ def environment_rows(record: Record) -> list[tuple[str, str]]:
     return rows
 
 
-def _goal(record: Record) -> int:
-    """The length of the run in steps, where the configuration says it without knowing the data."""
-    steps, samples, batch = (int(record.get(key) or 0) for key in ("train.steps", "train.samples", "data.batch_size"))
+def _planned_steps(history: RunHistory) -> int:
+    """Return the length of the run in steps; 0 where it depends on the size of the data (train.epochs)."""
+    steps, samples, batch = (int(history.get(key) or 0) for key in ("train.steps", "train.samples", "data.batch_size"))
     return steps or (math.ceil(samples / batch) if samples and batch else 0)
 
 
-def command(record: Record) -> str:
-    """What started the run, as a person types it."""
-    program, _, words = str(record.environment.get("command") or "clipfuse pretrain CONFIG").partition(" ")
+def format_command(history: RunHistory) -> str:
+    """Return the command that started the run, as a person types it."""
+    program, _, arguments = str(history.environment.get("command") or "clipfuse pretrain CONFIG").partition(" ")
     *folders, file = program.split("/")
     names = {"cli.py": "clipfuse", "__main__.py": f"python -m {folders[-1] if folders else 'pretrain'}"}
-    return f"{names.get(file, program)} {words}".strip()
+    return f"{names.get(file, program)} {arguments}".strip()
 
 
-def shards(value: Any) -> list[str]:
-    """What data.train or data.val says, as the shards it names: a string, or a list of strings or of {shards, weight}."""
+def list_shards(value: Any) -> list[str]:
+    """List the shards in a value of data.train or data.val: a string, or a list of strings or of {shards, weight}."""
     if isinstance(value, dict):
-        return shards(value.get("shards"))
+        return list_shards(value.get("shards"))
     if isinstance(value, list):
-        return [name for item in value for name in shards(item)]
+        return [name for item in value for name in list_shards(item)]
     return [str(value)] if value else []

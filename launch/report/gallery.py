@@ -1,7 +1,7 @@
-"""What the model answers on held-out pairs: captions that ask for pictures, pictures that ask for captions.
+"""What the model answers on held-out pairs: captions as queries for images, and images as queries for captions.
 
-The queries shown are drawn by a fixed seed, half from those whose first answer is right and half from those whose first
-answer is wrong (fewer where one kind runs short): the page states the recall beside them, so that they cannot flatter.
+The queries are drawn by a fixed seed, half from those whose first answer is right and half from those whose first answer is
+wrong (fewer where there are not enough of one kind). The page states the recall beside them, so they cannot flatter the model.
 """
 
 from __future__ import annotations
@@ -24,144 +24,155 @@ from pretrain.data.loader import Batch
 from pretrain.embedding.split import EmbeddedSplit, embed_split
 from pretrain.evaluation.retrieval import answer_ranks, retrieval_metrics
 
-SHOWN = 5  # answers per query
-EDGE = 160  # px of a thumbnail's longer side
+ANSWERS = 5
+"""Answers shown for a query."""
+THUMBNAIL_PIXELS = 160
+"""Longer side of a thumbnail."""
 
 
 @dataclass
 class Answer:
-    """One place of a ranking: a picture (data URI) or a caption."""
+    """One answer of a ranking: an image (data URI) or a caption."""
 
-    place: int
+    rank: int
+    """From 1."""
     score: float
-    right: bool
-    picture: str = ""
+    is_right: bool
+    image: str = ""
     caption: str = ""
 
 
 @dataclass
 class Query:
-    """A question and what came first; `answers` ends with the right one where it came later."""
+    """A query and its first answers; the right answer is added at the end where it is not among them."""
 
     caption: str
-    picture: str
+    image: str
     answers: list[Answer]
     rank: int
-    """Where the right answer stands, from 1."""
+    """Rank of the right answer, from 1."""
 
 
 @dataclass
 class Gallery:
-    """Both directions, over the first `pictures` of the shards."""
+    """Queries in both directions, over the first `images` samples of the shards."""
 
-    pictures: int
+    images: int
     captions: int
     data: str
     by_caption: list[Query]
-    by_picture: list[Query]
+    by_image: list[Query]
     metrics: dict[str, float]
+    """Retrieval metrics over all samples of the gallery, not only the queries shown."""
 
-    def line(self, step: int) -> dict[str, Any]:
-        """The metrics as an evaluation line of metrics.jsonl."""
-        named = {f"val/{name}": value for name, value in self.metrics.items()}
-        return {"step": step, **named, "val/samples": self.pictures, "val/captions": self.captions}
+    def as_evaluation(self, step: int) -> dict[str, Any]:
+        """Return the metrics as an evaluation line of metrics.jsonl."""
+        metrics = {f"val/{name}": value for name, value in self.metrics.items()}
+        return {"step": step, **metrics, "val/samples": self.images, "val/captions": self.captions}
 
 
-def build(loaded: LoadedModel, shards: Any, device: torch.device, workers: int = 2, pictures: int = 2000) -> Gallery | None:
-    """Embeds the first `pictures` of `shards` with a loaded checkpoint; None where no sample is usable.
+def build_gallery(
+    loaded: LoadedModel, shards: Any, device: torch.device, workers: int = 2, images: int = 2000
+) -> Gallery | None:
+    """Embed the first `images` samples of `shards` and build the gallery; None where no sample is usable.
 
     Args:
-        shards: what data.val may say.
+        shards: any value that data.val accepts.
     """
     thumbnails: list[bytes] = []
 
-    def watched(batches: Iterable[Batch]) -> Iterator[Batch]:
+    def collect_thumbnails(batches: Iterable[Batch]) -> Iterator[Batch]:
         for batch in batches:
-            thumbnails.extend(thumbnail(picture) for picture in batch.inputs["image"])
+            thumbnails.extend(make_thumbnail(image) for image in batch.inputs["image"])
             yield batch
 
-    batches = loader.build_eval_loader(shards, loaded.decoders, 64, workers=workers, max_samples=pictures)
-    split = embed_split(loaded.model.to(device), watched(batches), loaded.decoders, device)
+    batches = loader.build_eval_loader(shards, loaded.decoders, 64, workers=workers, max_samples=images)
+    split = embed_split(loaded.model.to(device), collect_thumbnails(batches), loaded.decoders, device)
     if len(split.image) == 0 or len(split.text) == 0:
         return None
     return Gallery(
-        pictures=len(split.image),
+        images=len(split.image),
         captions=len(split.text),
-        data=", ".join(figures.shards(shards)),
-        by_caption=by_caption(split, thumbnails, 12),
-        by_picture=by_picture(split, thumbnails, 6),
+        data=", ".join(figures.list_shards(shards)),
+        by_caption=build_caption_queries(split, thumbnails, 12),
+        by_image=build_image_queries(split, thumbnails, 6),
         metrics=retrieval_metrics(split.image, split.text, split.image_index),
     )
 
 
-def by_caption(split: EmbeddedSplit, thumbnails: list[bytes], count: int) -> list[Query]:
-    """Captions that ask: the first pictures, and where their own picture stands."""
+def build_caption_queries(split: EmbeddedSplit, thumbnails: list[bytes], count: int) -> list[Query]:
+    """Build `count` queries by caption: the first images, and the rank of the caption's own image."""
     _, rank_m = answer_ranks(split.image, split.text, split.image_index)
     queries = []
-    for j in choose(rank_m, count):
-        own = int(split.image_index[j])
+    for j in choose_queries(rank_m, count):
+        right = int(split.image_index[j])
         scores = split.image.double() @ split.text[j].double()
-        order = _order(scores, {own})
+        order = _sort_answers(scores, {right})
         answers = [
-            Answer(place, float(scores[i]), i == own, uri(thumbnails[i]), _first_caption(split, i))
-            for place, i in _shown(order, {own})
+            Answer(rank, float(scores[i]), i == right, data_uri(thumbnails[i]), _first_caption(split, i))
+            for rank, i in _select_answers(order, {right})
         ]
-        queries.append(Query(split.captions[j], uri(thumbnails[own]), answers, order.index(own) + 1))
+        queries.append(Query(split.captions[j], data_uri(thumbnails[right]), answers, order.index(right) + 1))
     return queries
 
 
-def by_picture(split: EmbeddedSplit, thumbnails: list[bytes], count: int) -> list[Query]:
-    """Pictures that ask: the first captions, and where the best of their own stands."""
+def build_image_queries(split: EmbeddedSplit, thumbnails: list[bytes], count: int) -> list[Query]:
+    """Build `count` queries by image: the first captions, and the rank of the best of the image's own captions."""
     rank_n, _ = answer_ranks(split.image, split.text, split.image_index)
     queries = []
-    for i in choose(rank_n, count):
-        own = set((split.image_index == i).nonzero().flatten().tolist())
+    for i in choose_queries(rank_n, count):
+        right = set((split.image_index == i).nonzero().flatten().tolist())
         scores = split.text.double() @ split.image[i].double()
-        order = _order(scores, own)
-        answers = [Answer(place, float(scores[j]), j in own, caption=split.captions[j]) for place, j in _shown(order, own)]
-        rank = 1 + min(order.index(j) for j in own)
-        queries.append(Query(split.captions[min(own)], uri(thumbnails[i]), answers, rank))
+        order = _sort_answers(scores, right)
+        answers = [
+            Answer(rank, float(scores[j]), j in right, caption=split.captions[j]) for rank, j in _select_answers(order, right)
+        ]
+        best_rank = 1 + min(order.index(j) for j in right)
+        queries.append(Query(split.captions[min(right)], data_uri(thumbnails[i]), answers, best_rank))
     return queries
 
 
-def choose(rank: Tensor, count: int) -> list[int]:
-    """`count` queries by a fixed seed: half found at once, half not; the found ones first, then by rising rank."""
-    random = np.random.Generator(np.random.Philox(key=0))
-    first = (rank <= 1).numpy()
-    right, wrong = random.permutation(np.flatnonzero(first)), random.permutation(np.flatnonzero(~first))
-    num_wrong = min(len(wrong), max(count // 2, count - len(right)))
-    chosen = [*right[: count - num_wrong], *wrong[:num_wrong]]
-    return sorted((int(q) for q in chosen), key=lambda q: float(rank[q]))
+def choose_queries(ranks: Tensor, count: int) -> list[int]:
+    """Choose `count` queries by a fixed seed, half with the right answer first and half not; return them by rising rank.
+
+    ranks: (q,), the rank of each query's right answer.
+    """
+    rng = np.random.Generator(np.random.Philox(key=0))
+    is_first = (ranks <= 1).numpy()
+    right, wrong = rng.permutation(np.flatnonzero(is_first)), rng.permutation(np.flatnonzero(~is_first))
+    wrong_count = min(len(wrong), max(count // 2, count - len(right)))
+    chosen = [*right[: count - wrong_count], *wrong[:wrong_count]]
+    return sorted((int(q) for q in chosen), key=lambda q: float(ranks[q]))
 
 
-def _order(scores: Tensor, own: set[int]) -> list[int]:
-    """Best first; of equal scores the right answer comes last, as the figures may not flatter either."""
+def _sort_answers(scores: Tensor, right: set[int]) -> list[int]:
+    """Sort answers, best first; of equal scores a right answer comes last, so that the gallery does not flatter the model."""
     values = scores.tolist()
-    return sorted(range(len(values)), key=lambda i: (-values[i], i in own, i))
+    return sorted(range(len(values)), key=lambda i: (-values[i], i in right, i))
 
 
-def _shown(order: list[int], own: set[int]) -> list[tuple[int, int]]:
-    """(place, index) of the first SHOWN, and of the best right one where it is not among them."""
-    shown = list(enumerate(order[:SHOWN], start=1))
-    if not own.intersection(order[:SHOWN]):
-        place = next(p for p, i in enumerate(order, start=1) if i in own)
-        shown.append((place, order[place - 1]))
-    return shown
+def _select_answers(order: list[int], right: set[int]) -> list[tuple[int, int]]:
+    """Return (rank, index) of the first answers, and of the best right one where it is not among them."""
+    selected = list(enumerate(order[:ANSWERS], start=1))
+    if not right.intersection(order[:ANSWERS]):
+        rank = next(rank for rank, i in enumerate(order, start=1) if i in right)
+        selected.append((rank, order[rank - 1]))
+    return selected
 
 
 def _first_caption(split: EmbeddedSplit, i: int) -> str:
     return split.captions[int((split.image_index == i).nonzero()[0])]
 
 
-def thumbnail(picture: Tensor) -> bytes:
-    """(3, H, W) uint8, as the model sees it, -> JPEG of at most EDGE px."""
-    image = Image.fromarray(picture.permute(1, 2, 0).contiguous().cpu().numpy())
-    image.thumbnail((EDGE, EDGE), Image.Resampling.LANCZOS)
-    out = io.BytesIO()
-    image.save(out, "JPEG", quality=82)
-    return out.getvalue()
+def make_thumbnail(pixels: Tensor) -> bytes:
+    """Encode an image (3, H, W) uint8, as the model sees it, as a JPEG of at most THUMBNAIL_PIXELS."""
+    image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())
+    image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=82)
+    return file.getvalue()
 
 
-def uri(jpeg: bytes) -> str:
-    """A picture inside the page."""
+def data_uri(jpeg: bytes) -> str:
+    """Return a JPEG as a data URI, which holds the image inside the page."""
     return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()

@@ -20,7 +20,8 @@ from finetune.explain.token_spans import TokenSpans
 from finetune.explain.word_maps import examples, look, readers, token_maps
 from finetune.grounding.evaluate import GroundingConfig, grounding
 from launch import cli, report
-from launch.report import record, tuned
+from launch.report.finetuned import FinetunedSection
+from launch.report.run_history import read_run
 from tests.support import TINY_TOWERS, Small
 
 CPU = torch.device("cpu")
@@ -76,7 +77,7 @@ def test_a_figure_of_each_task(
 def test_a_decoder_looks_before_it_writes(runs: Path, picture: Path) -> None:
     """The map of a word is the attention of the position that had to find it."""
     model = finetune.load(runs / "captioning")
-    inputs, masks = model.inputs([picture.read_bytes()], ["a red car"])
+    inputs, masks = model.encode_inputs([picture.read_bytes()], ["a red car"])
     maps, _ = token_maps(model.model, model.task, inputs["image"], inputs["text"], masks["text"], "raw")
     captured = []
     fusion = model.model.fusion
@@ -133,8 +134,8 @@ def test_the_report_shows_answers_and_maps(runs: Path, small: Small, tmp_path: P
         assert page.count(f"<figcaption>{seen.words[-1]}</figcaption>") >= 1
     assert "width:50.0%" in page
     assert 'style="left:12.5%"' in page
-    assert "Ask for a picture" not in page
-    assert "There is nothing to show" in report.render(record.read(run), tuned=tuned.Tuned("vqa", "accuracy", missing="no"))
+    assert "Images found by caption" not in page
+    assert "There is nothing to show" in report.render(read_run(run), section=FinetunedSection("vqa", "accuracy", missing="no"))
 
 
 def test_what_goes_wrong_is_one_line(

@@ -1,7 +1,7 @@
-"""A run folder, read as far as it got: a run that is going on, was stopped, or lacks a file is read all the same.
+"""What a run wrote into its folder, as far as it got: a run that continues, was stopped, or lacks a file can be read too.
 
-record = read("runs/clipart")
-record.steps[-1]["loss"], record.evaluations[-1]["val/image_to_text_R@1"], record.get("image.name")
+history = read_run("runs/clipart")
+history.steps[-1]["loss"], history.evaluations[-1]["val/image_to_text_R@1"], history.get("image.name")
 """
 
 from __future__ import annotations
@@ -16,26 +16,29 @@ from omegaconf import OmegaConf
 from pretrain.errors import UserError
 
 Line = dict[str, Any]
+"""One line of metrics.jsonl."""
 
 
 @dataclass
-class Record:
-    """What a run wrote about itself."""
+class RunHistory:
+    """Configuration, environment, status and metrics of a run."""
 
     folder: Path
     config: dict[str, Any]
     """The resolved configuration; empty where it is missing."""
     config_text: str
+    """The same as YAML text."""
     environment: dict[str, Any]
+    """environment.json; empty where it is missing."""
     status: dict[str, Any]
     """state (done, stopped, failed, running, unknown), why, step."""
     steps: list[Line]
-    """Training lines of metrics.jsonl, by rising step."""
+    """Training lines of metrics.jsonl, in the order of their steps."""
     evaluations: list[Line]
-    """Evaluation lines, by rising step."""
+    """Evaluation lines, in the order of their steps."""
 
     def get(self, key: str, default: Any = None) -> Any:
-        """A value of the configuration by its dotted name."""
+        """Return a value of the configuration by its dotted name."""
         value: Any = self.config
         for part in key.split("."):
             if not isinstance(value, dict) or part not in value:
@@ -44,14 +47,14 @@ class Record:
         return value
 
     def column(self, name: str) -> tuple[list[float], list[float | None]]:
-        """(steps, values) of one number of the training lines; None where a line lacks it."""
-        has = any(line.get(name) is not None for line in self.steps)
-        lines = self.steps if has else []
+        """Return (steps, values) of one number of the training lines; None where a line lacks it."""
+        has_values = any(line.get(name) is not None for line in self.steps)
+        lines = self.steps if has_values else []
         return [line["step"] for line in lines], [line.get(name) for line in lines]
 
     @property
     def step(self) -> int:
-        """The last step that left a trace."""
+        """The last step that status.json or metrics.jsonl records."""
         return max(
             [int(self.status.get("step") or 0)] + [int(lines[-1]["step"]) for lines in (self.steps, self.evaluations) if lines]
         )
@@ -63,78 +66,81 @@ class Record:
 
     @property
     def training_seconds(self) -> float:
-        """Seconds spent on steps, over all resumptions; evaluations, saving and the time between them are not in it."""
+        """Seconds spent on steps, over all resumptions; without evaluation, saving, and the time while the run was stopped."""
         total, before = 0.0, 0
         for line in self.steps:
-            rate, seen = line.get("samples_per_second"), line.get("samples_seen") or before
+            rate, samples_seen = line.get("samples_per_second"), line.get("samples_seen") or before
             if rate:
-                total += (seen - before) / rate
-            before = seen
+                total += (samples_seen - before) / rate
+            before = samples_seen
         return total
 
-    def best(self) -> Line | None:
-        """The evaluation with the highest mean of both recalls at 1; without recalls, the last one."""
+    def best_evaluation(self) -> Line | None:
+        """Return the evaluation with the highest mean of both recalls at 1; without recalls, the last evaluation."""
         if not self.evaluations:
             return None
         names = ("val/image_to_text_R@1", "val/text_to_image_R@1")
-        scored = [line for line in self.evaluations if all(line.get(name) is not None for name in names)]
-        return max(scored, key=lambda line: sum(line[name] for name in names)) if scored else self.evaluations[-1]
+        lines = [line for line in self.evaluations if all(line.get(name) is not None for name in names)]
+        return max(lines, key=lambda line: sum(line[name] for name in names)) if lines else self.evaluations[-1]
 
 
-def read(run: str | Path) -> Record:
-    """Reads runs/NAME, or a run's folder by its path. Raises UserError where there is no run."""
+def read_run(run: str | Path) -> RunHistory:
+    """Read runs/NAME by its name, or a run folder by its path. Raises UserError where there is no run."""
     folder = Path(run)
     if not folder.exists() and len(folder.parts) == 1 and (Path("runs") / folder).exists():
         folder = Path("runs") / folder
     names = ("config.yaml", "metrics.jsonl", "status.json")
     if not any((folder / name).exists() for name in names):
         raise UserError(f"{folder} is not a run folder: it has none of {', '.join(names)}; give runs/NAME")
-    text = _text(folder / "config.yaml")
+    text = _read_text(folder / "config.yaml")
     steps: list[Line] = []
     evaluations: list[Line] = []
-    for line in _lines(folder / "metrics.jsonl"):
+    for line in _read_lines(folder / "metrics.jsonl"):
         (evaluations if any(name.startswith("val/") for name in line) else steps).append(line)
-    return Record(
+    return RunHistory(
         folder=folder,
-        config=_yaml(text),
+        config=_parse_yaml(text),
         config_text=text,
-        environment=_json(folder / "environment.json"),
-        status={"state": "unknown", "why": "", **_json(folder / "status.json")},
-        steps=_rising(steps),
-        evaluations=_rising(evaluations),
+        environment=_read_json(folder / "environment.json"),
+        status={"state": "unknown", "why": "", **_read_json(folder / "status.json")},
+        steps=_sort_by_step(steps),
+        evaluations=_sort_by_step(evaluations),
     )
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
 
-def _yaml(text: str) -> dict[str, Any]:
+def _parse_yaml(text: str) -> dict[str, Any]:
     values = OmegaConf.to_container(OmegaConf.create(text), resolve=False) if text.strip() else {}
     return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(_text(path) or "{}")
+        value = json.loads(_read_text(path) or "{}")
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}
 
 
-def _lines(path: Path) -> list[Line]:
-    """Whole lines that name a step; a kill may have cut the last one."""
-    found = []
-    for text in _text(path).splitlines():
+def _read_lines(path: Path) -> list[Line]:
+    """Read the complete lines that have a step; a kill may have truncated the last one."""
+    lines = []
+    for text in _read_text(path).splitlines():
         try:
             line = json.loads(text)
         except ValueError:
             continue
         if isinstance(line, dict) and isinstance(line.get("step"), int | float):
-            found.append(line)
-    return found
+            lines.append(line)
+    return lines
 
 
-def _rising(lines: list[Line]) -> list[Line]:
-    """By step, the later line of two for the same step: a run that was killed may have repeated some before it resumed."""
+def _sort_by_step(lines: list[Line]) -> list[Line]:
+    """Sort lines by step, and of two for the same step keep the later.
+
+    A run that was killed may have repeated some steps before it resumed.
+    """
     return [line for _, line in sorted({line["step"]: line for line in lines}.items())]

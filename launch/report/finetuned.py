@@ -1,0 +1,149 @@
+"""The page's section about a fine-tuned run: metrics of its task, answers on held-out images, and heat maps of words.
+
+Images and texts are drawn by a fixed seed, whether or not the model is right about them, so that they cannot flatter it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from finetune.explain import heatmap
+from finetune.explain.word_maps import WordMaps, examples, share_of
+from finetune.loading import Finetuned
+from launch.report import figures
+from launch.report.run_history import Line, RunHistory
+from pretrain.errors import UserError
+
+EXAMPLES = 8
+"""Images on the page."""
+TILE_PIXELS = 132
+"""Side of an image and of a heat map."""
+
+
+@dataclass
+class WordTile:
+    """One word and its heat map."""
+
+    text: str
+    image: str
+    """A data URI."""
+    is_faint: bool
+    """Whether the word attended to almost nothing, compared with the other words."""
+
+
+@dataclass
+class Example:
+    """An image, the text or question that goes with it, and the model's answer."""
+
+    image: str
+    """A data URI."""
+    text: str
+    answer: str
+    """The best answer with its probability."""
+    other_answers: str
+    """The next two answers with their probabilities."""
+    truth: str
+    """The right answer; empty where it is unknown."""
+    is_right: bool
+    words: list[WordTile]
+
+
+@dataclass
+class FinetunedSection:
+    """What the page shows of a fine-tuned run."""
+
+    task: str
+    primary_metric: str
+    data: str = ""
+    """The shards that the examples come from."""
+    examples: list[Example] = field(default_factory=list)
+    missing: str = ""
+    """Why there are no examples."""
+
+    def best_evaluation(self, history: RunHistory) -> Line | None:
+        """Return the evaluation with the highest primary metric."""
+        lines = [line for line in history.evaluations if line.get(f"val/{self.primary_metric}") is not None]
+        return max(lines, key=lambda line: float(line[f"val/{self.primary_metric}"])) if lines else None
+
+    def build_rows(self, line: Line) -> list[dict[str, Any]]:
+        """Build a row for each metric of an evaluation that is a fraction (0 to 1), the primary one first.
+
+        Each row also has the metric of a baseline that never sees the image, where it was measured.
+        """
+        values = {name.removeprefix("val/"): value for name, value in line.items() if name.startswith("val/")}
+        fractions = {
+            name: value
+            for name, value in values.items()
+            if isinstance(value, float) and 0 <= value <= 1 and not name.startswith("blind_")
+        }
+        order = sorted(
+            fractions, key=lambda name: (name != self.primary_metric, not name.startswith(f"{self.primary_metric}_"))
+        )
+        return [
+            {
+                "name": name.removeprefix(f"{self.primary_metric}_").replace("_", " "),
+                "value": fractions[name],
+                "blind": values.get(f"blind_{name}"),
+            }
+            for name in order
+        ]
+
+    def build_table(self, history: RunHistory) -> dict[str, Any]:
+        """Build the table of all evaluations, one row a step: fractions in percent."""
+        lines = [(line, {row["name"]: row["value"] for row in self.build_rows(line)}) for line in history.evaluations]
+        names = list(dict.fromkeys(name for _, values in lines for name in values))
+        rows = [
+            [f"{line['step']:,}", *(f"{100 * values[name]:.1f}" if name in values else "" for name in names)]
+            for line, values in lines
+        ]
+        return {"heads": ["step", *names], "rows": rows}
+
+
+def build_section(model: Finetuned, shards: Any, workers: int = 2, count: int = EXAMPLES) -> FinetunedSection:
+    """Build the section with `count` examples from `shards`; None leaves the examples out.
+
+    Where a task predicts nothing for one image and one text, or has no maps, the page says why.
+    """
+    section = FinetunedSection(model.config.task.name, model.task.primary_metric, ", ".join(figures.list_shards(shards)))
+    if not shards:
+        section.missing = "the run names no validation shards (data.val); give some with --data."
+        return section
+    try:
+        section.examples = [build_example(maps) for maps in examples(model, shards, count, workers=workers)]
+    except UserError as error:
+        section.missing = str(error)
+    return section
+
+
+def build_example(maps: WordMaps) -> Example:
+    """Turn an image, its text and the maps of its words into what the page shows."""
+    answer, probability = maps.answers[0] if maps.answers else ("", 0.0)
+    others = ", ".join(f"{other} {share_of(score)}" for other, score in maps.answers[1:3] if score >= 0.005)
+    strengths = heatmap.strengths(maps.maps)
+    words = [
+        WordTile(word, heatmap.uri(image), bool(strength < heatmap.GLANCE))
+        for (word, image), strength in zip(maps.tiles(TILE_PIXELS), strengths, strict=True)
+    ]
+    return Example(
+        image=heatmap.uri(maps.picture.resize((TILE_PIXELS, TILE_PIXELS))),
+        text=maps.text,
+        answer=f"{answer}, {share_of(probability)}" if answer else "",
+        other_answers=others,
+        truth=maps.truth,
+        is_right=bool(maps.truth) and answer == maps.truth,
+        words=words,
+    )
+
+
+def describe_run(history: RunHistory) -> str:
+    """Describe the run in one sentence: the task, the encoders it starts from, the fusion, and the data."""
+    task, fusion, context = (history.get(f"{name}.name") for name in ("task", "fusion", "context"))
+    layers = history.get("fusion.layers")
+    fusion_text = f"a {fusion} fusion of {layers} layers" if fusion else "no fusion"
+    context_text = f", {context.replace('_', ' ')} context" if fusion and context not in (None, "dense") else ""
+    start = f" from {history.get('init')}" if history.get("init") else " of its own"
+    return (
+        f"{str(task).capitalize() if task != 'vqa' else 'Questions about images'}: encoders{start}, joined by "
+        f"{fusion_text}{context_text}, on {', '.join(figures.list_shards(history.get('data.train'))) or 'unknown data'}."
+    )
