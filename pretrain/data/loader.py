@@ -1,12 +1,12 @@
-"""The loader: worker processes read and decode; what they hand over does not depend on how many they are.
+"""The training loader: worker processes read and decode; the batches do not depend on the number of workers.
 
-    build_loader(data, decoders, ...) -> Loader       training: endless, resumes from state()
-    sequential(shards, decoders, ...) -> Sequential   evaluation: each sample exactly once, over any number of processes
+    build_loader(data, decoders, ...) -> Loader              training: endless, resumes from state_dict()
+    build_eval_loader(shards, decoders, ...) -> EvalLoader   evaluation: each sample exactly once over all processes
 
-Workers get positions and return collated pieces of batches, in order. The loader counts what the trainer took, not what was
-read ahead, so a position is all there is to its state.
+Workers receive positions and return collated partial batches, in order. The loader counts the batches that the trainer took,
+not those that were read ahead, so its state is one position and a few counters.
 
-Legend: B global batch size, b = B / world this process's share.
+Legend: B = global batch size, b = B / world = samples per batch of one process.
 """
 
 from __future__ import annotations
@@ -39,38 +39,40 @@ __all__ = ["Batch", "DataConfig", "Decoder", "EvalLoader", "Loader", "build_eval
 log = logging.getLogger(__name__)
 
 PARTIAL_SIZE = 256
-"""Samples a worker decodes at a time: larger shares of a batch are spread over workers."""
+"""Samples that a worker decodes at a time; a process with more samples per batch spreads them over its workers."""
 MIN_JUDGED = 1000
-"""Samples from which on the rate of bad ones is judged; before, as if there had been so many."""
+"""Smallest denominator of the rate of bad samples, so that a few early ones do not stop a run."""
 MAX_NAMED = 20
 """Bad samples that are named in the log; all are counted."""
 
 
 class Loader:
-    """ShuffledSource batches of this process's share, from `load`ed state or the beginning.
+    """Endless batches of the b samples that this process serves, from the beginning or from a loaded state.
 
     Args:
-        order: what is read when.
-        store: reads samples by shard, the shards of all sources counted through.
+        order: which sample is read at which position.
+        reader: reads samples by shard; the shards of all sources are numbered consecutively.
         decoders: by modality.
-        batch_size: B, over all processes.
-        rank: this process, of `world` on `nodes` machines.
-        workers: processes that read and decode; 0 does it in this process.
-        max_bad_rate: share of unusable samples above which the run stops.
-        max_bad_run: unusable samples in a row after which it stops.
-        pin: batches in page-locked memory.
-        piece: samples a worker decodes at a time.
-        names: of all shards, for `digest`.
-        scouted: a Reader whose shards are fetched and indexed ahead; None where they are at hand.
+        batch_size: B, samples per batch over all processes.
+        rank: the rank of this process, of `world`.
+        world: number of processes.
+        nodes: number of nodes that they run on.
+        workers: worker processes; 0 reads and decodes in this process.
+        max_bad_rate: fraction of unusable samples above which the run stops.
+        max_bad_run: consecutive unusable samples above which the run stops.
+        pin: put batches in page-locked memory.
+        partial_size: samples that a worker decodes at a time.
+        shard_names: the names of all shards, for `digest`.
+        prefetch_reader: a reader whose shards are fetched and indexed ahead; None where they are local and indexed.
 
     Raises:
-        ConfigError: a batch size that cannot be divided so.
+        ConfigError: the batch size cannot be divided among the processes.
     """
 
     def __init__(
         self,
         order: Order,
-        store: SampleReader,
+        reader: SampleReader,
         decoders: Mapping[str, Decoder],
         batch_size: int,
         rank: int = 0,
@@ -80,180 +82,208 @@ class Loader:
         max_bad_rate: float = 0.01,
         max_bad_run: int = 100,
         pin: bool = False,
-        piece: int = PARTIAL_SIZE,
-        names: Sequence[str] = (),
-        scouted: ShardReader | None = None,
+        partial_size: int = PARTIAL_SIZE,
+        shard_names: Sequence[str] = (),
+        prefetch_reader: ShardReader | None = None,
     ) -> None:
         order.check(batch_size, world, nodes)
         self.order, self.decoders, self.batch_size = order, decoders, batch_size
         self.rank, self.world, self.nodes, self.workers, self.pin = rank, world, nodes, workers, pin
         self.max_bad_rate, self.max_bad_run = max_bad_rate, max_bad_run
-        self.pieces = -(-batch_size // world // piece)
-        self.names, self.scouted = names, scouted
+        self.num_partials = -(-batch_size // world // partial_size)
+        self.shard_names, self.prefetch_reader = shard_names, prefetch_reader
         self.bad: Counter[str] = Counter()
-        """Unusable samples met so far by this process, by reason."""
-        self._training = TrainingDataset(order, store, decoders, max_attempts=max_bad_run)
-        self._batch = 0  # the next the trainer will take
-        self._seen = 0  # slots filled
-        self._run = 0  # unusable samples since the last usable one
-        self._named = 0
-        self._last: SkippedSample | None = None
+        """Unusable samples of this process so far, by reason."""
+        self._dataset = TrainingDataset(order, reader, decoders, max_attempts=max_bad_run)
+        self._batch = 0  # number of the next batch that the trainer takes
+        self._slots_read = 0
+        self._bad_run = 0  # unusable samples since the last usable one
+        self._num_logged = 0
+        self._last_bad: SkippedSample | None = None
 
     @property
     def shard_count(self) -> int:
-        """Shards of all sources."""
+        """Number of shards of all sources."""
         return sum(len(source.counts) for source in self.order.sources)
 
     def digest(self) -> str:
-        """A name for data and order: a run resumes only where it is the same. Folders may have moved."""
-        return hashlib.blake2b("\n".join([self.order.digest(), *self.names]).encode(), digest_size=8).hexdigest()
+        """Return a digest of data and order, which must be equal to resume a run; folders do not enter, so they may move."""
+        return hashlib.blake2b("\n".join([self.order.digest(), *self.shard_names]).encode(), digest_size=8).hexdigest()
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the trainer is, to be saved; plain numbers and words, less than 10 KB."""
+        """Return the state to save: plain numbers and strings, less than 10 KB."""
         return {
             "position": self._batch * self.batch_size,
             "batch_size": self.batch_size,
             "data": self.digest(),
-            "seen": self._seen,
-            "run": self._run,
+            "seen": self._slots_read,
+            "run": self._bad_run,
             "bad": {reason[:100]: n for reason, n in self.bad.most_common(50)},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a saved state. Raises UserError where data, seed or batch size are not those of the state."""
+        """Continue from a saved state.
+
+        Raises:
+            UserError: data, seed, order or batch size differ from those of the state.
+        """
         if state["data"] != self.digest():
             raise UserError(
                 "the checkpoint was made with other data (shards, their counts, weights), another seed, or another "
-                "data.window, data.streams, data.block or data.replacement: to resume they must be the same"
+                "data.window, data.streams, data.block or data.replacement: to resume a run they must be the same"
             )
         if state["batch_size"] != self.batch_size:
             raise UserError(
-                f"data.batch_size={self.batch_size}, but the checkpoint was made with {state['batch_size']}: to resume it "
-                "must be the same"
+                f"data.batch_size={self.batch_size}, but the checkpoint was made with {state['batch_size']}: to resume a run "
+                "it must be the same"
             )
-        self._batch, self._seen, self._run = state["position"] // self.batch_size, state["seen"], state["run"]
+        self._batch, self._slots_read, self._bad_run = state["position"] // self.batch_size, state["seen"], state["run"]
         self.bad = Counter(state["bad"])
 
     def first_samples(self, count: int) -> Batch:
-        """The first `count` samples of the run, read here and now: the same on every process, and none is used up.
+        """Read the first `count` samples of the run in this process, without advancing the loader.
 
-        Raises UserError where they cannot be used.
+        They are the same on every process.
+
+        Raises:
+            UserError: they cannot be read or used.
         """
-        piece = self._training[np.arange(count)]
-        if piece.problem:
-            raise UserError(piece.problem)
-        if piece.batch is None:
-            bad = piece.bad[-1]
-            raise UserError(f"no sample can be used: the last tried is {bad.key} ({bad.reason}: {bad.detail})")
-        return piece.batch
+        partial = self._dataset[np.arange(count)]
+        if partial.problem:
+            raise UserError(partial.problem)
+        if partial.batch is None:
+            bad = partial.bad[-1]
+            raise UserError(f"no sample can be used: the last one tried is {bad.key} ({bad.reason}: {bad.detail})")
+        return partial.batch
 
     def __iter__(self) -> Iterator[Batch]:
         with (
-            run_workers(self._training, self._positions(self._batch), self.workers) as pieces,
-            run_prefetcher(self.scouted, self._ahead, self._batch, self._reach()) as tell,
+            run_workers(self._dataset, self._iterate_positions(self._batch), self.workers) as partials,
+            run_prefetcher(self.prefetch_reader, self._list_shards, self._batch, self._window_batches()) as report_batch,
         ):
             while True:
-                parts = [self._checked(next(pieces)) for _ in range(self.pieces)]
-                self._judge()
+                parts = [self._count_bad(next(partials)) for _ in range(self.num_partials)]
+                self._check_bad_rate()
                 batch = merge(parts, self.decoders, self.pin)
                 self._batch += 1
-                tell(self._batch)
+                report_batch(self._batch)
                 yield batch
 
-    def _ahead(self, batch: int) -> list[int]:
-        """The shards of a batch that this node serves."""
+    def _list_shards(self, batch: int) -> list[int]:
+        """Return the numbers of the shards that this node reads for a batch."""
         node = self.rank * self.nodes // self.world
         positions = self.order.positions(batch, self.batch_size, node, self.nodes, self.nodes)
         source, shard, _ = self.order.locate(positions)
-        shards: list[int] = np.unique(self._training.first[source] + shard).tolist()
+        shards: list[int] = np.unique(self._dataset.first_shards[source] + shard).tolist()
         return shards
 
-    def _reach(self) -> int:
-        """Batches until every window in use is over."""
+    def _window_batches(self) -> int:
+        """Return the number of batches after which every window now in use is finished."""
         streams = max(1, self.order.streams // self.nodes)
         return 1 + self.order.window_samples * streams * self.nodes // self.batch_size
 
-    def _positions(self, start: int) -> Iterator[Ints]:
-        """What each piece holds, batch after batch."""
+    def _iterate_positions(self, start: int) -> Iterator[Ints]:
+        """Yield the positions of each partial batch, from batch `start` on."""
         for batch in count(start):
-            mine = self.order.positions(batch, self.batch_size, self.rank, self.world, self.nodes)
-            yield from np.array_split(mine, self.pieces)
+            positions = self.order.positions(batch, self.batch_size, self.rank, self.world, self.nodes)
+            yield from np.array_split(positions, self.num_partials)
 
-    def _checked(self, piece: PartialBatch) -> Batch:
-        """Counts what was bad in a piece, in the order of the samples. Raises UserError where it is too much."""
-        if piece.problem:
-            raise UserError(piece.problem)
-        last = -1
-        for bad in piece.bad:
-            if bad.slot > last + 1:
-                self._run = 0
-            last = bad.slot
-            self._run += 1
-            self._count(bad)
-            if self._run > self.max_bad_run:
+    def _count_bad(self, partial: PartialBatch) -> Batch:
+        """Count the bad samples of a partial batch, in order, and return its batch.
+
+        Raises:
+            UserError: the worker failed, or more than `max_bad_run` consecutive samples are bad.
+        """
+        if partial.problem:
+            raise UserError(partial.problem)
+        last_slot = -1
+        for bad in partial.bad:
+            if bad.slot > last_slot + 1:
+                self._bad_run = 0
+            last_slot = bad.slot
+            self._bad_run += 1
+            self._record(bad)
+            if self._bad_run > self.max_bad_run:
                 raise UserError(
-                    f"{self._run} samples in a row cannot be used, more than data.max_bad_run={self.max_bad_run}; "
-                    f"the last is {bad.key} ({bad.reason}: {bad.detail}); {self._reasons()}"
+                    f"{self._bad_run} samples in a row cannot be used, more than data.max_bad_run={self.max_bad_run}; "
+                    f"the last is {bad.key} ({bad.reason}: {bad.detail}); {self._count_reasons()}"
                 )
-        self._run = self._run if last == piece.slots - 1 else 0
-        self._seen += piece.slots
-        assert piece.batch is not None
-        return piece.batch
+        self._bad_run = self._bad_run if last_slot == partial.slots - 1 else 0
+        self._slots_read += partial.slots
+        assert partial.batch is not None
+        return partial.batch
 
-    def _judge(self) -> None:
-        """Once a batch, so that the size of pieces makes no difference. Raises UserError for too high a rate."""
+    def _check_bad_rate(self) -> None:
+        """Raise UserError where the rate of bad samples is too high.
+
+        It is checked once per batch, so that the size of partial batches makes no difference.
+        """
         total = self.bad.total()
-        if total > self.max_bad_rate * max(self._seen, MIN_JUDGED):
-            last = f"the last is {self._last.key} ({self._last.reason}: {self._last.detail}); " if self._last else ""
+        if total > self.max_bad_rate * max(self._slots_read, MIN_JUDGED):
+            bad = self._last_bad
+            last = f"the last is {bad.key} ({bad.reason}: {bad.detail}); " if bad else ""
             raise UserError(
-                f"{total:,} of {self._seen:,} samples cannot be used, more than data.max_bad_rate={self.max_bad_rate}; "
-                f"{last}{self._reasons()}"
+                f"{total:,} of {self._slots_read:,} samples cannot be used, more than data.max_bad_rate={self.max_bad_rate}; "
+                f"{last}{self._count_reasons()}"
             )
 
-    def _count(self, bad: SkippedSample) -> None:
+    def _record(self, bad: SkippedSample) -> None:
+        """Count a bad sample, and log it if it is one of the first."""
         self.bad[bad.reason] += 1
-        self._named += 1
-        self._last = bad
-        if self._named <= MAX_NAMED:
-            more = " (further ones are only counted)" if self._named == MAX_NAMED else ""
+        self._num_logged += 1
+        self._last_bad = bad
+        if self._num_logged <= MAX_NAMED:
+            more = " (further ones are only counted)" if self._num_logged == MAX_NAMED else ""
             log.warning("%s cannot be used and is replaced: %s: %s%s", bad.key, bad.reason, bad.detail, more)
 
-    def _reasons(self) -> str:
+    def _count_reasons(self) -> str:
+        """Return the counts of the most frequent reasons, for error messages."""
         return "by reason: " + ", ".join(f"{reason} {n:,}" for reason, n in self.bad.most_common(5))
 
 
 def build_loader(
     data: DataConfig, decoders: Mapping[str, Decoder], seed: int, rank: int = 0, world: int = 1, nodes: int = 1
 ) -> Loader:
-    """The training loader that a configuration asks for. Collective where there is a process group.
+    """Build the training loader of this process from the configuration. Collective where there is a process group.
+
+    Args:
+        data: the `data` section of the configuration.
+        decoders: by modality.
+        seed: the seed of the run.
+        rank: the rank of this process, of `world`.
+        world: number of processes.
+        nodes: number of nodes that they run on.
 
     Raises:
-        ConfigError: no shards, numbers that do not fit one another, a batch larger than the data.
-        UserError: shards that are damaged or cannot be read.
+        ConfigError: no shard matches, a number is out of range, or the batch is larger than the data or cannot be divided.
+        UserError: shards are damaged or cannot be read, or there are no samples.
     """
-    store: SampleReader
-    scouted: ShardReader | None = None
+    reader: SampleReader
+    prefetch_reader: ShardReader | None = None
     if data.train == "synthetic":
         sources = [ShardSource([synthetic.SAMPLES] * synthetic.SHARDS)]
-        store, names = synthetic.SyntheticReader(data.caption), ["synthetic"]
-        decoders = {name: synthetic.NoiseDecoder(each) if hasattr(each, "size") else each for name, each in decoders.items()}
+        reader, shard_names = synthetic.SyntheticReader(data.caption), ["synthetic"]
+        decoders = {
+            name: synthetic.NoiseDecoder(decoder) if hasattr(decoder, "size") else decoder for name, decoder in decoders.items()
+        }
     else:
-        given = resolve_sources(data.train, "data.train")
-        paths = [path for source in given for path in source.shards]
-        numbers = count_samples_once(paths, data.build_cache(), "data.train")
-        sources, at = [], 0
-        for source in given:
-            own = numbers[at : at + len(source.shards)]
-            sources.append(ShardSource(own, source.weight if source.weight is not None else float(max(sum(own), 1))))
-            at += len(own)
-        held = 2 * data.window * len(sources) * max(1, data.streams // nodes)  # windows in use, and the next ones
-        store = ShardReader(paths, data.build_cache(), numbers, max_open=min(held, _max_open_files()))
-        scouted = store if rank % (world // nodes) == 0 and is_prefetch_needed(paths, store.cache) else None
-        names = [path.rsplit("/", 1)[-1] for path in paths]
+        specs = resolve_sources(data.train, "data.train")
+        paths = [path for spec in specs for path in spec.shards]
+        counts = count_samples_once(paths, data.build_cache(), "data.train")
+        sources, start = [], 0
+        for spec in specs:
+            source_counts = counts[start : start + len(spec.shards)]
+            weight = spec.weight if spec.weight is not None else float(max(sum(source_counts), 1))
+            sources.append(ShardSource(source_counts, weight))
+            start += len(source_counts)
+        window_shards = 2 * data.window * len(sources) * max(1, data.streams // nodes)  # windows in use, and the next ones
+        reader = ShardReader(paths, data.build_cache(), counts, max_open=min(window_shards, _max_open_files()))
+        prefetch_reader = reader if rank % (world // nodes) == 0 and is_prefetch_needed(paths, reader.cache) else None
+        shard_names = [path.rsplit("/", 1)[-1] for path in paths]
     order = Order(sources, seed, data.window, data.streams, data.block, data.replacement)
     return Loader(
         order,
-        store,
+        reader,
         decoders,
         data.batch_size,
         rank,
@@ -263,12 +293,12 @@ def build_loader(
         data.max_bad_rate,
         data.max_bad_run,
         pin=torch.cuda.is_available(),
-        names=names,
-        scouted=scouted,
+        shard_names=shard_names,
+        prefetch_reader=prefetch_reader,
     )
 
 
 def _max_open_files() -> int:
-    """Files a worker may hold open: a quarter of what the system allows a process."""
+    """Return how many shards a worker may hold open: a quarter of the system's limit per process, 16 to 512."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return 512 if soft == resource.RLIM_INFINITY else max(16, min(512, soft // 4))

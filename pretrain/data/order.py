@@ -1,14 +1,15 @@
-"""Which sample is read when: pure functions of (seed, position), written for a billion samples.
+"""The order of samples: pure functions from (seed, position) to a sample, designed for a billion samples.
 
 Position p = 0, 1, 2, ... is the p-th sample of the run, across epochs; global batch g is positions [g B, (g + 1) B).
-Nothing here knows of workers, and there is no generator state: every permutation is drawn anew from (seed, what for,
-where), so any position can be looked up at any time. Held in memory: the count of each shard, and the windows in use.
+The order does not depend on workers or processes. There is no generator state: each permutation is drawn from a key of seed,
+purpose and place, so any position can be looked up at any time. Memory holds the count of each shard and the windows in use.
 
-    p -> source    t = p // C, in van der Corput order against the weights; the source's own clock is p' = j C + c
-    p' -> q        C streams of blocks of m: p' = b C m + k C + c reads q = b C m + c m + k (with C = 1, q = p')
-    q -> sample    sequence.py: shards permuted by (seed, epoch), windows of K shards permuted sample by sample
+    p -> source    t = p // C selects the source by van der Corput order and weights; p = t C + c is stream c
+                   t is selection j = 0, 1, ... of its source; p' = j C + c is the position among that source's samples
+    p' -> q        C streams of blocks of m samples: p' = b C m + k C + c reads q = b C m + c m + k (with C = 1, q = p')
+    q -> sample    shuffle.py: shards permuted by (seed, epoch), then the samples of each window of K shards permuted
 
-Legend: N samples of all sources, B global batch size, C streams, m block length, n positions looked up at once.
+Legend: N = samples of all sources, B = global batch size, C = streams, m = block length, n = positions looked up at once.
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ from pretrain.errors import ConfigError
 
 PERIOD_BITS = 16
 PERIOD = 1 << PERIOD_BITS
-"""Values of t after which the pattern of sources repeats; weights are rounded to multiples of 1 / PERIOD."""
+"""Number of values of t after which the pattern of sources repeats; weights are rounded to multiples of 1 / PERIOD."""
 
 
 @dataclass(frozen=True)
 class ShardSource:
-    """A collection of shards that is read in its own epochs.
+    """A source: a collection of shards with its own epochs.
 
     Args:
         counts: samples in each shard.
-        weight: its share of the positions, relative to the other sources: 3 and 1 mean three positions in four.
+        weight: its share of the positions, relative to the other sources: of weights 3 and 1, the first gets 3 of 4 positions.
     """
 
     counts: Sequence[int]
@@ -46,7 +47,7 @@ class ShardSource:
 
 
 class SampleLocations(NamedTuple):
-    """Where positions are read: which source, which shard of the source, which sample of the shard; (n,) int64 each."""
+    """Locations of n samples: source, shard of the source, and sample of the shard; (n,) int64 each."""
 
     source: Ints
     shard: Ints
@@ -54,18 +55,18 @@ class SampleLocations(NamedTuple):
 
 
 class Order:
-    """The sequence of samples of a run.
+    """Order of the samples of a run: a function from positions to sources, shards and samples.
 
     Args:
-        sources: what is read. Shards with no sample are allowed, sources with none are not.
-        seed: the run's.
-        window: shards whose samples are permuted together (K): how far samples mix, and what is held open.
-        streams: parts of the sequence that nodes read on their own (C); 1 unless many nodes share slow storage.
-        block: consecutive samples of a stream (m); 0 = as many as a window holds. Of no effect with one stream.
-        replacement: draw samples independently, instead of each once an epoch.
+        sources: the data. Empty shards are allowed, empty sources are not.
+        seed: the seed of the run.
+        window: shards whose samples are permuted together (K); it limits how far samples mix and how many files are open.
+        streams: interleaved parts of the sequence, each read by one node (C); 1 unless many nodes share slow storage.
+        block: consecutive samples of a stream (m); 0 = as many as a window holds. No effect with one stream.
+        replacement: draw samples independently, instead of each once per epoch.
 
     Raises:
-        ConfigError: an empty source, a weight not positive or too small to be honoured, a number out of range.
+        ConfigError: a source is empty, its weight is not positive or too small, or a number is out of range.
     """
 
     def __init__(
@@ -80,20 +81,20 @@ class Order:
         self._arguments = (tuple(sources), int(seed), int(window), int(streams), int(block), bool(replacement))
         self.sources, self.seed, self.streams = tuple(sources), int(seed), int(streams)
         _require(len(sources) > 0, "data.train names no source: give at least one set of shards")
-        _require(window >= 1, f"data.window={window}: a window is at least 1 shard")
-        _require(streams >= 1, f"data.streams={streams}: there is at least 1 stream")
-        _require(block >= 0, f"data.block={block}: a block is at least 1 sample, or 0 for as many as a window holds")
+        _require(window >= 1, f"data.window={window}: a window holds at least 1 shard")
+        _require(streams >= 1, f"data.streams={streams}: there must be at least 1 stream")
+        _require(block >= 0, f"data.block={block}: a block holds at least 1 sample; 0 = as many as a window holds")
         for i, source in enumerate(sources):
             _require(sum(source.counts) > 0 and min(source.counts) >= 0, f"source {i} of data.train holds no samples")
 
-        keep = streams + 3  # windows in use by all streams of a source, and those at the seams
-        self._sequences = [ShuffledSource(s.counts, (seed, i), window, replacement, keep) for i, s in enumerate(sources)]
+        max_windows = streams + 3  # windows in use by all streams of a source, and those at the boundaries between windows
+        self._sequences = [ShuffledSource(s.counts, (seed, i), window, replacement, max_windows) for i, s in enumerate(sources)]
         self._blocks = np.array([block or max(1, min(s.mean_window, s.size // streams)) for s in self._sequences])
         for i, (sequence, m) in enumerate(zip(self._sequences, self._blocks, strict=True)):
             _require(
                 sequence.largest_window < 2**31,
                 f"data.window={window}: {sequence.largest_window:,} samples of source {i} of data.train would be "
-                f"permuted together, at most {2**31 - 1:,} can be",
+                f"permuted together, but at most {2**31 - 1:,} can be",
             )
             _require(
                 streams == 1 or streams * m <= sequence.size,
@@ -101,95 +102,97 @@ class Order:
                 f"enough for blocks of at most {sequence.size // streams:,}",
             )
 
-        # van der Corput: the t-th position takes the source whose share of [0, PERIOD) contains the reversed bits of t
+        # van der Corput: t selects the source whose part of [0, PERIOD) contains the reversed bits of t
         self._shares = _integer_shares([source.weight for source in sources])
-        self._pick = np.searchsorted(np.cumsum(self._shares), _reversed_bits(), side="right")  # (PERIOD,)
-        self._rank = np.empty(PERIOD, dtype=np.int64)  # of t among the positions of the period with the same source
+        self._source_of_slot = np.searchsorted(np.cumsum(self._shares), _reversed_bits(), side="right")  # (PERIOD,)
+        self._rank_of_slot = np.empty(PERIOD, dtype=np.int64)  # earlier slots of the period with the same source
         for i in range(len(sources)):
-            mine = np.flatnonzero(self._pick == i)
-            self._rank[mine] = np.arange(len(mine))
+            slots = np.flatnonzero(self._source_of_slot == i)
+            self._rank_of_slot[slots] = np.arange(len(slots))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), self._arguments  # open windows stay behind
+        return type(self), self._arguments  # open windows are not pickled
 
     @property
     def epoch_size(self) -> int:
         """Samples in all sources together (N)."""
-        return sum(each.size for each in self._sequences)
+        return sum(sequence.size for sequence in self._sequences)
 
     @property
     def window_samples(self) -> int:
-        """Samples in one window of each source."""
-        return sum(each.mean_window for each in self._sequences)
+        """Samples in one window of each source, summed over the sources."""
+        return sum(sequence.mean_window for sequence in self._sequences)
 
     def steps(self, epochs: float, batch_size: int) -> int:
-        """Steps that `epochs` epochs take: ceil(epochs x N / B), exact for decimals such as 0.1."""
+        """Return the number of steps of `epochs` epochs: ceil(epochs x N / B), exact for decimals such as 0.1."""
         return ceil(Fraction(str(epochs)) * self.epoch_size / batch_size)
 
     def digest(self) -> str:
-        """A name for all that fixes the sequence (counts, weights, seed, windows, streams); resuming refuses others."""
-        h = hashlib.blake2b(repr((self._arguments[1:], self._shares.tolist())).encode(), digest_size=8)
-        for each in self._sequences:
-            h.update(each.counts.astype("<i8").tobytes())
-        return h.hexdigest()
+        """Return a digest of all that determines the order: counts, weights, seed, windows and streams."""
+        hasher = hashlib.blake2b(repr((self._arguments[1:], self._shares.tolist())).encode(), digest_size=8)
+        for sequence in self._sequences:
+            hasher.update(sequence.counts.astype("<i8").tobytes())
+        return hasher.hexdigest()
 
     def locate(self, positions: npt.ArrayLike) -> SampleLocations:
-        """Where the samples of these positions are; positions (n,) in any order."""
-        source, q = self._queue(np.atleast_1d(np.asarray(positions, dtype=np.int64)))
+        """Return the locations of the samples at these positions; positions (n,) in any order."""
+        source, q = self._map_to_sources(np.atleast_1d(np.asarray(positions, dtype=np.int64)))
         shard, sample = np.empty_like(q), np.empty_like(q)
         for i in np.unique(source):
-            mine = np.flatnonzero(source == i)
-            shard[mine], sample[mine] = self._sequences[i].read(q[mine])
+            indices = np.flatnonzero(source == i)
+            shard[indices], sample[indices] = self._sequences[i].locate(q[indices])
         return SampleLocations(source, shard, sample)
 
     def substitute(self, position: int, attempt: int) -> tuple[int, int, int]:
-        """(source, shard, sample) to read when the sample of this position cannot be used: another one of its window.
+        """Return (source, shard, sample) to read instead of an unusable sample: another one of its window.
 
-        attempt counts from 0; each attempt draws anew among the other samples of the window.
+        Args:
+            position: that of the unusable sample.
+            attempt: counts from 0; each attempt is an independent draw among the other samples of the window.
         """
-        source, q = self._queue(np.array([position], dtype=np.int64))
+        source, q = self._map_to_sources(np.array([position], dtype=np.int64))
         word = int(random_words(1, self.seed, "substitute", position, attempt)[0])
-        return (int(source[0]), *self._sequences[source[0]].another(int(q[0]), word))
+        return (int(source[0]), *self._sequences[source[0]].substitute(int(q[0]), word))
 
     def check(self, batch_size: int, world: int = 1, nodes: int = 1) -> None:
-        """Raises ConfigError where batches of this size cannot be divided among `world` processes on `nodes` nodes."""
+        """Raise ConfigError where batches of this size cannot be divided among `world` processes on `nodes` nodes."""
         size = f"data.batch_size={batch_size}"
         _require(batch_size >= 1, f"{size}: a batch holds at least 1 sample")
         _require(
             batch_size <= self.epoch_size,
-            f"{size} is more than data.train holds: {self.epoch_size:,} samples, the most a batch can be",
+            f"{size} is more than data.train holds: a batch can have at most its {self.epoch_size:,} samples",
         )
-        _require(batch_size % world == 0, f"{size} does not divide among {world} processes: take a multiple of {world}")
+        _require(batch_size % world == 0, f"{size} cannot be divided among {world} processes: use a multiple of {world}")
         _require(
             batch_size % self.streams == 0,
-            f"{size} does not divide among data.streams={self.streams}: take a multiple of {self.streams}",
+            f"{size} cannot be divided among data.streams={self.streams}: use a multiple of {self.streams}",
         )
-        _require(world % nodes == 0, f"{world} processes on {nodes} nodes: each node must have the same number")
+        _require(world % nodes == 0, f"{world} processes on {nodes} nodes: each node must run the same number of processes")
         _require(
             self.streams == 1 or self.streams % nodes == 0,
-            f"data.streams={self.streams} does not divide among {nodes} nodes: take 1 or a multiple of {nodes}",
+            f"data.streams={self.streams} cannot be divided among {nodes} nodes: use 1 or a multiple of {nodes}",
         )
 
     def positions(self, batch: int, batch_size: int, rank: int = 0, world: int = 1, nodes: int = 1) -> Ints:
-        """The positions of one global batch that this process serves; (B / world,) ascending.
+        """Return the positions of one global batch that this process serves; (B / world,) int64, ascending.
 
-        A node serves whole streams (p mod C), and each of its processes a consecutive part of what the node serves.
-        With one stream, each process simply serves a consecutive part of the batch. Ranks are numbered node by node.
+        A node serves whole streams (p mod C), and each of its processes a consecutive part of the node's positions.
+        With one stream, each process serves a consecutive part of the batch. Ranks are numbered node by node.
         """
-        mine = np.arange(batch * batch_size, (batch + 1) * batch_size, dtype=np.int64)
-        share = batch_size // world
+        positions = np.arange(batch * batch_size, (batch + 1) * batch_size, dtype=np.int64)
+        per_rank = batch_size // world
         if self.streams > 1:
             node, rank = divmod(rank, world // nodes)
-            served = self.streams // nodes
-            mine = mine.reshape(-1, self.streams)[:, node * served : (node + 1) * served].ravel()
-        return mine[rank * share : (rank + 1) * share]
+            node_streams = self.streams // nodes
+            positions = positions.reshape(-1, self.streams)[:, node * node_streams : (node + 1) * node_streams].ravel()
+        return positions[rank * per_rank : (rank + 1) * per_rank]
 
-    def _queue(self, p: Ints) -> tuple[Ints, Ints]:
-        """(source, q): which source each position reads, and which element of its sequence; (n,) each."""
+    def _map_to_sources(self, p: Ints) -> tuple[Ints, Ints]:
+        """Return (source, q), (n,) each: the source of each position, and the index in that source's sequence."""
         t, c = np.divmod(p, self.streams)
         period, slot = t >> PERIOD_BITS, t & (PERIOD - 1)
-        source = self._pick[slot]
-        j = period * self._shares[source] + self._rank[slot]  # earlier t with the same source
+        source = self._source_of_slot[slot]
+        j = period * self._shares[source] + self._rank_of_slot[slot]  # earlier t with the same source
         if self.streams == 1:
             return source, j
         m = self._blocks[source]
@@ -198,13 +201,14 @@ class Order:
 
 
 def _require(condition: bool, message: str) -> None:
+    """Raise ConfigError unless `condition` holds."""
     if not condition:
         raise ConfigError(message)
 
 
 @cache
 def _reversed_bits() -> Ints:
-    """The bits of 0 .. PERIOD - 1 in reverse: the first PERIOD points of the van der Corput sequence, times PERIOD."""
+    """Return 0 .. PERIOD - 1 with reversed bits: the first PERIOD points of the van der Corput sequence, times PERIOD."""
     t, out = np.arange(PERIOD), np.zeros(PERIOD, dtype=np.int64)
     for i in range(PERIOD_BITS):
         out |= (t >> i & 1) << (PERIOD_BITS - 1 - i)
@@ -212,7 +216,7 @@ def _reversed_bits() -> Ints:
 
 
 def _integer_shares(weights: Sequence[float]) -> Ints:
-    """Weights as whole numbers that add up to PERIOD, by largest remainder; (sources,)."""
+    """Return the weights as integers that sum to PERIOD, by the largest remainder method; (sources,)."""
     for i, weight in enumerate(weights):
         _require(0 < weight < float("inf"), f"data.train: weight {weight} of source {i} must be a positive number")
     exact = [Fraction(weight) / sum(map(Fraction, weights)) * PERIOD for weight in weights]
@@ -222,7 +226,7 @@ def _integer_shares(weights: Sequence[float]) -> Ints:
     for i, share in enumerate(shares):
         _require(
             share > 0,
-            f"data.train: weight {weights[i]} of source {i} is less than 1/{PERIOD} of the sum, too small to be "
-            "honoured: raise it, or join the source to another",
+            f"data.train: weight {weights[i]} of source {i} is less than 1/{PERIOD} of the sum, too small to have "
+            "an effect: raise it, or merge the source with another",
         )
     return shares

@@ -1,7 +1,7 @@
-"""Goes ahead of the workers: fetches and indexes the shards of the windows to come, so that no batch waits for them.
+"""Prefetching: fetches and indexes the shards of coming windows ahead of the workers, so that no batch waits for them.
 
-A process of its own beside the first trainer of each node, started only where shards are remote or not yet indexed. It decides
-nothing and reports nothing: what goes wrong here, the workers meet again and report.
+It is a separate process beside the first trainer of each node, started only where shards are remote or not yet indexed. It
+does not affect the order of samples and reports no errors: the workers meet the same errors and report them.
 """
 
 from __future__ import annotations
@@ -22,45 +22,47 @@ from pretrain.data.shards.index import indexed_count, load_index
 from pretrain.data.shards.reader import ShardReader
 from pretrain.runtime.orphans import is_orphan
 
-_MAX_PROBES = 64  # shards looked at to see whether they are indexed
-_MAX_REMEMBERED = 4096  # shards not looked at again
+_MAX_PROBES = 64  # shards that are checked for a saved index
+_MAX_REMEMBERED = 4096  # indexed shards that are remembered and not indexed again
 
 
 def is_prefetch_needed(paths: Sequence[str], cache: ShardCache) -> bool:
-    """Whether there is anything to do: remote shards, or some (of a few tried) without an index."""
-    tried = paths[:: max(1, len(paths) // _MAX_PROBES)]
+    """Return whether any shard is remote, or any of a few shards has no saved index."""
+    probed = paths[:: max(1, len(paths) // _MAX_PROBES)]
     with suppress(OSError):
-        return any(map(is_remote, paths)) or any(indexed_count(path, cache) is None for path in tried)
+        return any(map(is_remote, paths)) or any(indexed_count(path, cache) is None for path in probed)
     return False
 
 
 @contextmanager
 def run_prefetcher(
-    reader: ShardReader | None, shards: Callable[[int], Sequence[int]], start: int, reach: int
+    reader: ShardReader | None, shards: Callable[[int], Sequence[int]], start: int, max_ahead: int
 ) -> Iterator[Callable[[int], None]]:
-    """Runs the process; the loader tells the function it gets which batch it is at.
+    """Run the prefetching process while the context is open.
 
     Args:
-        reader: knows the shards; None = nothing to do.
-        shards: batch -> numbers of the shards it reads.
-        start: first batch.
-        reach: batches to be ahead.
+        reader: its paths and cache are used; None = start no process.
+        shards: returns the numbers of the shards that a batch reads.
+        start: number of the first batch.
+        max_ahead: how many batches to be ahead of the loader at most.
+
+    Yields:
+        A function by which the loader reports the number of its current batch.
     """
     if reader is None:
         yield lambda batch: None
         return
     context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    at = context.Value("q", start)
-    process = context.Process(
-        target=_prefetch, args=(reader.paths, reader.cache, shards, start, reach, at, os.getpid()), daemon=True
-    )
+    current_batch = context.Value("q", start)
+    arguments = (reader.paths, reader.cache, shards, start, max_ahead, current_batch, os.getpid())
+    process = context.Process(target=_prefetch, args=arguments, daemon=True)
     process.start()
 
-    def tell(batch: int) -> None:
-        at.value = batch
+    def report_batch(batch: int) -> None:
+        current_batch.value = batch
 
     try:
-        yield tell
+        yield report_batch
     finally:
         process.kill()
         process.join()
@@ -72,26 +74,27 @@ def _prefetch(
     cache: ShardCache,
     shards: Callable[[int], Sequence[int]],
     start: int,
-    reach: int,
-    at: Any,
+    max_ahead: int,
+    current_batch: Any,
     parent: int,
 ) -> None:
+    """Index the shards of batch after batch, at most `max_ahead` batches ahead, until killed or orphaned."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the trainer ends it
-    done: OrderedDict[int, None] = OrderedDict()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the trainer kills this process
+    indexed: OrderedDict[int, None] = OrderedDict()
     for batch in count(start):
-        while batch > at.value + reach:
+        while batch > current_batch.value + max_ahead:
             time.sleep(0.1)
             if is_orphan(parent):
                 return
         for shard in shards(batch):
-            if shard in done:
-                done.move_to_end(shard)
+            if shard in indexed:
+                indexed.move_to_end(shard)
                 continue
             with suppress(Exception):
                 load_index(paths[shard], cache)
             if is_orphan(parent):
                 return
-            done[shard] = None
-            if len(done) > _MAX_REMEMBERED:
-                done.popitem(last=False)
+            indexed[shard] = None
+            if len(indexed) > _MAX_REMEMBERED:
+                indexed.popitem(last=False)

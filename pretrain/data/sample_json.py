@@ -1,4 +1,4 @@
-"""A sample's json: read once, in one way, by everything that looks for a field in it."""
+"""Parsing of the json member of a sample, in one place for all that read its fields."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ from pretrain.data import BadSample
 
 
 def read_json(members: Mapping[str, bytes]) -> Any:
-    """The parsed json member of a sample (extension -> content); {} where it has none. Raises BadSample if it is damaged."""
+    """Return the parsed json member of a sample, or {} where it has none.
+
+    Args:
+        members: the content of each member, by extension.
+
+    Raises:
+        BadSample: the json cannot be parsed.
+    """
     try:
         return json.loads(members.get("json", b"{}"))
     except (ValueError, RecursionError) as error:
@@ -18,6 +25,10 @@ def read_json(members: Mapping[str, bytes]) -> Any:
 
 
 def read_fields(members: Mapping[str, bytes]) -> dict[str, Any]:
-    """The fields of a sample's json; {} where it has none or holds something else. Raises BadSample if it is damaged."""
-    values = read_json(members)
-    return values if isinstance(values, dict) else {}
+    """Return the fields of a sample's json, or {} where it has none or holds no object.
+
+    Raises:
+        BadSample: the json cannot be parsed.
+    """
+    fields = read_json(members)
+    return fields if isinstance(fields, dict) else {}

@@ -1,4 +1,4 @@
-"""data.train=synthetic: data that needs no files, for measuring everything but the reading of data."""
+"""data.train=synthetic: noise images and random captions without files, to benchmark everything but reading."""
 
 from __future__ import annotations
 
@@ -12,40 +12,40 @@ import torch
 from pretrain.data.shards.paths import RawSample
 
 SHARDS, SAMPLES = 100, 10_000
-"""What data.train=synthetic pretends to be: shards, and samples in each."""
+"""Number of shards of data.train=synthetic, and of samples in each."""
 
 _WORDS = ("red", "blue", "small", "large", "dog", "cat", "car", "house", "boat", "on", "under", "near", "a", "two")
 
 
 class SyntheticReader:
-    """Random captions, and pictures of noise from `Noise`."""
+    """Reader of samples with a random caption; `NoiseDecoder` supplies their images."""
 
     def __init__(self, caption: str = "txt") -> None:
         self.caption = caption
 
     def read(self, shard: int, sample: int) -> RawSample:
-        """A caption of 5 to 15 words, a function of the numbers."""
+        """Return a sample with a caption of 5 to 15 words, a function of the two numbers."""
         rng = random.Random(shard * SAMPLES + sample)
         text = " ".join(rng.choices(_WORDS, k=rng.randint(5, 15)))
         return RawSample(self.key(shard, sample), {"txt": text.encode(), "json": json.dumps({self.caption: text}).encode()})
 
     def key(self, shard: int, sample: int) -> str:
-        """ "synthetic-0001/00000002"."""
+        """Return a key such as "synthetic-0001/00000002"."""
         return f"synthetic-{shard:04d}/{sample:08d}"
 
 
 class NoiseDecoder:
-    """Takes the place of a picture's decoder: noise, at the price of a copy."""
+    """Replacement of an image decoder that returns noise, at the cost of one copy."""
 
     def __init__(self, decoder: Any) -> None:
         self.decoder, self.shape = decoder, (3, decoder.size, decoder.size)
         self.noise = torch.from_numpy(np.random.default_rng(0).integers(0, 256, 3 * decoder.size**2 + 65536, dtype=np.uint8))
 
     def __call__(self, sample: RawSample, rng: np.random.Generator, train: bool) -> torch.Tensor:
-        """(3, size, size) uint8."""
+        """Return noise of (3, size, size) uint8."""
         start = int(rng.integers(65536))
         return self.noise[start : start + len(self.noise) - 65536].view(self.shape)
 
     def collate(self, items: list[torch.Tensor]) -> tuple[torch.Tensor, None]:
-        """(b, 3, size, size) uint8."""
+        """Stack b images to (b, 3, size, size) uint8."""
         return torch.stack(items), None

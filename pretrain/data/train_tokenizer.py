@@ -1,8 +1,8 @@
-"""Trains a tokenizer on the captions of shards: byte-level BPE with CLIP's habits, saved as transformers loads it.
+"""Training of a byte-level BPE tokenizer on the captions of shards, in the format that transformers loads.
 
-Byte-level: any text can be encoded, none becomes unknown. As CLIP's: NFC, white space made single, lower case, <bos> and
-<eos> around each text, and <eos> the highest id of all, because CLIP's towers in open_clip and older transformers find the
-end of a text as the maximum of its ids.
+Byte-level: any text can be encoded, and there is no unknown token. As in CLIP's tokenizer, text is NFC-normalized and in lower
+case, runs of white space become one space, and <bos> and <eos> surround each text. <eos> has the highest id of all, because
+the CLIP towers of open_clip and older transformers find the end of a text as the maximum of its ids.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
-"""In the order of their ids, the last of the vocabulary."""
+"""Special tokens, in the order of their ids, which are the last of the vocabulary."""
 
 MIN_VOCAB = 256 + 3
-"""The smallest vocabulary: every byte, and the special tokens."""
+"""Size of the smallest vocabulary: every byte, and the special tokens."""
 
 
 def train_tokenizer(
@@ -40,22 +40,25 @@ def train_tokenizer(
     lowercase: bool = True,
     limit: int = 10_000_000,
 ) -> PreTrainedTokenizerFast:
-    """Writes a tokenizer into a folder, from which AutoTokenizer loads it without network. The same shards give the same.
+    """Train a tokenizer and save it to a folder, from which AutoTokenizer loads it without network.
+
+    The result is deterministic: the same shards and arguments give the same tokenizer.
 
     Args:
-        shards: as for `data.train`.
-        out: the folder; made if it is not there.
-        vocab: most tokens, the 256 bytes and 3 special ones included; captions may hold too little text for as many.
-        caption: "txt", or a json field (all captions of a list are used), or several with commas between: "txt,questions".
-        length: what the tokenizer states as its longest text, in tokens.
-        lowercase: make no difference between cases.
-        limit: captions read at most, from the start.
+        shards: shards, as in `data.train`.
+        out: the folder, created where it does not exist.
+        vocab: maximum size, the 256 bytes and 3 special tokens included; little text gives a smaller vocabulary.
+        caption: "txt", or a json field (of a list all captions are used), or several separated by commas: "txt,questions".
+        length: model_max_length of the tokenizer, in tokens.
+        lowercase: convert text to lower case.
+        limit: maximum number of captions read, from the start.
 
     Returns:
         The tokenizer; its len() is the size of the vocabulary.
 
     Raises:
-        UserError: nothing to learn from, or the folder cannot be written.
+        ConfigError: `vocab` is too small, or no shard matches.
+        UserError: there are no captions, a shard is damaged, or the folder cannot be written.
     """
     if vocab < MIN_VOCAB:
         raise ConfigError(f"vocab={vocab} is too small: a byte-level vocabulary has at least {MIN_VOCAB} tokens")
@@ -74,17 +77,26 @@ def train_tokenizer(
 def train_tokenizer_on(
     texts: Iterable[str], out: Path, vocab: int = 8192, length: int = 77, lowercase: bool = True, source: str = "the input"
 ) -> PreTrainedTokenizerFast:
-    """The same from any captions."""
+    """Train a tokenizer on any texts and save it to `out`.
+
+    Args:
+        texts: the captions.
+        out: an existing folder.
+        vocab: as in `train_tokenizer`.
+        length: as in `train_tokenizer`.
+        lowercase: as in `train_tokenizer`.
+        source: where the texts come from, for error messages.
+    """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
     steps = [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
     bpe.normalizer = normalizers.Sequence([*steps, normalizers.Lowercase()] if lowercase else steps)
-    # A space before the first word too: a word is the same token wherever it stands.
+    # A space also before the first word, so that a word has the same tokens at any place in a text.
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     bpe.decoder = decoders.ByteLevel()
-    counted = _CountingIterable(texts)
+    counting = _CountingIterable(texts)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab - 3,
         min_frequency=2,
@@ -92,17 +104,17 @@ def train_tokenizer_on(
         show_progress=False,
     )
     threads = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # here, where nobody forks; the result does not depend on it
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # nothing forks here; the result does not depend on it
     try:
-        bpe.train_from_iterator(counted, trainer)
+        bpe.train_from_iterator(counting, trainer)
     finally:
         os.environ["TOKENIZERS_PARALLELISM"] = threads or "false"
-    if not counted.count:
+    if not counting.count:
         raise UserError(f"no captions in {source}: there is nothing to train a tokenizer on")
     bpe.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (PAD, BOS, EOS)])
-    ends = [(token, bpe.token_to_id(token)) for token in (BOS, EOS)]
+    special_tokens = [(token, bpe.token_to_id(token)) for token in (BOS, EOS)]
     bpe.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A {EOS}", pair=f"{BOS} $A {EOS} $B {EOS}", special_tokens=ends
+        single=f"{BOS} $A {EOS}", pair=f"{BOS} $A {EOS} $B {EOS}", special_tokens=special_tokens
     )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe,
@@ -122,26 +134,36 @@ def train_tokenizer_on(
 
 
 def iterate_captions(paths: Sequence[str], caption: str = "txt") -> Iterator[str]:
-    """Every caption of these shards in order; samples without one are passed over. Raises UserError for a damaged shard."""
+    """Yield every caption of the shards, in order; samples without one are skipped.
+
+    Args:
+        paths: shards.
+        caption: "txt", a json field, or several separated by commas.
+
+    Raises:
+        UserError: a shard is damaged.
+    """
     reader, fields = ShardReader(paths), [field.strip() for field in caption.split(",")]
     members = sorted({"txt" if field == "txt" else "json" for field in fields})
     for shard, path in enumerate(paths):
         for sample in range(load_index(path).count):
-            read = reader.read(shard, sample, members).members
+            contents = reader.read(shard, sample, members).members
             for field in fields:
                 try:
-                    yield from _read_questions(read) if field == "questions" else read_captions(read, field)
+                    yield from _read_questions(contents) if field == "questions" else read_captions(contents, field)
                 except BadSample:
                     continue
 
 
 def _read_questions(members: dict[str, bytes]) -> list[str]:
-    """The questions of a sample: what is asked is read by the same tower as what is said."""
-    asked = read_fields(members).get("questions")
-    return [item["question"] for item in asked or [] if isinstance(item, dict) and isinstance(item.get("question"), str)]
+    """Return the questions of a sample, which the text tower reads as it reads captions."""
+    questions = read_fields(members).get("questions")
+    return [item["question"] for item in questions or [] if isinstance(item, dict) and isinstance(item.get("question"), str)]
 
 
 class _CountingIterable:
+    """Iterable of texts that counts how many were read."""
+
     def __init__(self, texts: Iterable[str]) -> None:
         self.texts, self.count = texts, 0
 

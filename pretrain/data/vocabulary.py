@@ -1,10 +1,10 @@
-"""The words for objects that a data set brings: their names, and what their colors, surfaces and sizes are called.
+"""The vocabulary of a data set: words for its objects, their names, colors, surfaces and sizes.
 
     {"name": ["tractor", "sheep"], "color": ["red", "turquoise"], "plural": {"sheep": "sheep"}}      vocabulary.json
 
-The file lies beside the shards. Its keys are the fields of `objects` in the samples' json, and all of them may be left out.
-Where samples have a numeric `label`, it is a position in `name`. `vocabularies/NAME.json` are files that ship with the
-package, known by NAME: "scenes" is the built-in data set. May import `pretrain.config` and `cache`.
+The file is in the folder of the shards. Its keys are the fields of `objects` in the samples' json; all are optional. Where
+samples have a numeric `label`, it is an index into `name`. The files `vocabularies/NAME.json` ship with the package; "scenes"
+is that of the built-in data set.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from pretrain.errors import UserError
 
 FILE = "vocabulary.json"
 ATTRIBUTES = ("color", "surface", "size")
-"""Fields of an object whose words are known, besides its name."""
+"""Fields of an object, besides its name, that a vocabulary has words for."""
 
 _BUILTIN = Path(__file__).parent / "vocabularies"
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Words for objects, in lower case."""
+    """Words for the objects of a data set, in lower case."""
 
     names: tuple[str, ...] = ()
     attributes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Field (one of ATTRIBUTES) -> its words."""
     plurals: Mapping[str, str] = field(default_factory=dict)
-    """Name -> its plural, where that is not the name with -s or -es."""
+    """Name -> its plural, where that is not the name plus -s or -es."""
 
     @cached_property
     def name_forms(self) -> dict[str, str]:
@@ -49,30 +49,30 @@ class Vocabulary:
 
     @cached_property
     def longest_name(self) -> int:
-        """Words in the longest of `name_forms`."""
+        """Number of words of the longest of `name_forms`."""
         return max((form.count(" ") + 1 for form in self.name_forms), default=0)
 
     def forms(self, names: Iterable[str]) -> dict[str, str]:
-        """The same for any names: singular or plural -> the name."""
-        out: dict[str, str] = {}
+        """Return the singular and plural forms of some names: form -> name."""
+        forms: dict[str, str] = {}
         for name in names:
-            out |= dict.fromkeys((name, self.plurals.get(name) or f"{name}s", f"{name}es"), name)
-        return out
+            forms |= dict.fromkeys((name, self.plurals.get(name) or f"{name}s", f"{name}es"), name)
+        return forms
 
     def to_json(self) -> str:
-        """The content of vocabulary.json."""
+        """Return the content of vocabulary.json."""
         content = {"name": self.names, **{key: self.attributes[key] for key in ATTRIBUTES if key in self.attributes}}
         return json.dumps({**content, "plural": self.plurals} if self.plurals else content, indent=1) + "\n"
 
 
 def normalize_word(value: Any) -> str:
-    """A word of the json in lower case without space around it; "" for what is no text."""
+    """Return a word in lower case without surrounding white space; "" for a value that is not a string."""
     return value.strip().lower() if isinstance(value, str) else ""
 
 
 def vocabulary_from_objects(objects: Iterable[Any]) -> Vocabulary:
-    """All words that the objects of a data set have; anything of another form is passed over."""
-    words: dict[str, dict[str, None]] = {key: {} for key in ("name", *ATTRIBUTES)}  # dicts keep the order
+    """Build the vocabulary of all words of some objects; values that are not objects or strings are ignored."""
+    words: dict[str, dict[str, None]] = {key: {} for key in ("name", *ATTRIBUTES)}  # dicts as ordered sets
     for item in objects:
         for key in words if isinstance(item, dict) else ():
             if word := normalize_word(item.get(key)):
@@ -81,7 +81,7 @@ def vocabulary_from_objects(objects: Iterable[Any]) -> Vocabulary:
 
 
 def merge_vocabularies(vocabularies: Sequence[Vocabulary]) -> Vocabulary:
-    """All words of several; of two plurals of a name the last."""
+    """Merge several vocabularies; where two give a plural of a name, the last one counts."""
     names = dict.fromkeys(name for vocabulary in vocabularies for name in vocabulary.names)
     attributes = {}
     for key in ATTRIBUTES:
@@ -96,27 +96,27 @@ def merge_vocabularies(vocabularies: Sequence[Vocabulary]) -> Vocabulary:
 
 
 def builtin_names() -> list[str]:
-    """Data sets whose vocabulary ships with the package."""
+    """Return the names of the data sets whose vocabulary ships with the package."""
     return sorted(path.stem for path in _BUILTIN.glob("*.json"))
 
 
 def load_builtin(name: str) -> Vocabulary:
-    """The vocabulary of one of `builtin_names`."""
+    """Load the vocabulary of a data set of `builtin_names`."""
     path = _BUILTIN / f"{name}.json"
     return parse_vocabulary(path.read_bytes(), str(path))
 
 
 def find_vocabulary(shards: Iterable[str]) -> Vocabulary | None:
-    """What the data set of these shards brings; None where a folder of them brings nothing.
+    """Find the vocabulary of the data set of these shards; None where any of their folders has none.
 
-    A folder with NAME.json, the settings of a built-in data set, but no vocabulary.json was drawn before that file existed:
-    its words are those that ship with the package.
+    A folder with NAME.json, the settings of a built-in data set, but without vocabulary.json was drawn before that file was
+    introduced: it gets the vocabulary that ships with the package.
 
     Args:
-        shards: paths and urls, as `shards.expand` gives them.
+        shards: paths and urls, as `expand_shards` returns them.
 
     Raises:
-        UserError: a file that is no vocabulary or cannot be read.
+        UserError: a file is not a valid vocabulary or cannot be read.
     """
     vocabularies = [_find_in_folder(folder) for folder in dict.fromkeys(shard.rpartition("/")[0] for shard in shards)]
     present = [vocabulary for vocabulary in vocabularies if vocabulary is not None]
@@ -124,6 +124,7 @@ def find_vocabulary(shards: Iterable[str]) -> Vocabulary | None:
 
 
 def _find_in_folder(folder: str) -> Vocabulary | None:
+    """Find the vocabulary of a folder or of the built-in data set in it; None where there is neither."""
     path = f"{folder}/{FILE}" if folder else FILE
     content = _read_if_present(path)
     if content is not None:
@@ -135,6 +136,7 @@ def _find_in_folder(folder: str) -> Vocabulary | None:
 
 
 def _read_if_present(path: str) -> bytes | None:
+    """Return the content of a local or remote file; None where it does not exist."""
     if is_remote(path):
         return read_small_file(path)
     try:
@@ -146,17 +148,25 @@ def _read_if_present(path: str) -> bytes | None:
 
 
 def parse_vocabulary(content: bytes, path: str) -> Vocabulary:
-    """A vocabulary from the content of its file. Raises UserError, naming `path` and the key."""
+    """Parse a vocabulary from the content of its file.
+
+    Args:
+        content: the json.
+        path: that of the file, for error messages.
+
+    Raises:
+        UserError: the content is not a vocabulary; the message names the file and the key.
+    """
     try:
         values = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no json: {error}") from None
+        raise UserError(f"{path} is not valid json: {error}") from None
     if not isinstance(values, dict):
-        raise UserError(f'{path} must be an object such as {{"name": ["car", "dog"], "color": ["red"]}}')
+        raise UserError(f'{path} must hold a json object such as {{"name": ["car", "dog"], "color": ["red"]}}')
     allowed = ("name", *ATTRIBUTES, "plural")
     for key, words in values.items():
         if key not in allowed:
-            raise UserError(f"{path}: no key {key!r}; the choices are {', '.join(allowed)}")
+            raise UserError(f"{path}: unknown key {key!r}; valid keys are {', '.join(allowed)}")
         form, example = (dict, '{"fish": "fish"}') if key == "plural" else (list, '["red", "blue"]')
         texts = [*words, *words.values()] if isinstance(words, dict) else words
         if not isinstance(words, form) or not all(map(normalize_word, texts)):

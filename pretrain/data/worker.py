@@ -1,6 +1,7 @@
-"""What one worker process does: positions in, a collated piece of a batch out. Everything is a function of the positions.
+"""The work of a worker process: it turns positions into a collated partial batch, a function of the positions alone.
 
-Workers report what they could not use instead of raising: the loader counts it in the order of the samples, and decides.
+Workers report unusable samples instead of raising. The loader counts them in the order of the samples and decides whether
+the run stops.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from pretrain.errors import UserError
 
 
 class SampleReader(Protocol):
-    """Where samples come from: reader.Reader, or synthetic.Synthetic."""
+    """Reader of samples: shards.reader.ShardReader or synthetic.SyntheticReader."""
 
     def read(self, shard: int, sample: int) -> RawSample:
-        """One sample. Raises BadSample, UserError."""
+        """Read one sample. Raises BadSample or UserError."""
         ...
 
     def key(self, shard: int, sample: int) -> str:
-        """Its key "shard/KEY"."""
+        """Return the key "shard/KEY" of a sample."""
         ...
 
 
@@ -42,7 +43,7 @@ class SkippedSample:
     """A sample that could not be used."""
 
     slot: int
-    """Where it should have gone, counted in the piece."""
+    """Its place in the partial batch, from 0."""
     key: str
     reason: str
     detail: str
@@ -50,77 +51,86 @@ class SkippedSample:
 
 @dataclass
 class PartialBatch:
-    """Part of a batch, as a worker hands it over."""
+    """Part of a batch, as a worker returns it."""
 
     batch: Batch | None
-    """None: there is no usable sample in it (evaluation), or a slot could not be filled (training)."""
+    """None where no sample is usable (evaluation) or a slot could not be filled (training), and after an error."""
     slots: int
     bad: list[SkippedSample] = field(default_factory=list)
     problem: str = ""
-    """Why the run must stop: a line for the user."""
+    """Why the run must stop, a one-line message for the user; "" where it need not."""
 
 
 class _SampleDecoder:
-    """What training and evaluation share: reading and decoding one sample."""
+    """Reading and decoding of one sample, shared by training and evaluation."""
 
-    def __init__(self, store: SampleReader, decoders: Mapping[str, Decoder], train: bool) -> None:
-        self.store, self.decoders, self.train = store, decoders, train
-        self.generators = KeyedGenerator()
+    def __init__(self, reader: SampleReader, decoders: Mapping[str, Decoder], train: bool) -> None:
+        self.reader, self.decoders, self.train = reader, decoders, train
+        self.generator = KeyedGenerator()
 
     def decode(self, shard: int, sample: int, *seed: int | str) -> tuple[RawSample, dict[str, Any]]:
-        """The raw sample, and its item in each modality, each with its own random numbers. Raises BadSample."""
-        raw = self.store.read(shard, sample)
+        """Return the raw sample and its decoded item in each modality.
+
+        Each decoder gets its own random numbers, keyed by `seed` and its modality.
+
+        Raises:
+            BadSample: the content cannot be used.
+            UserError: the sample cannot be read.
+        """
+        raw = self.reader.read(shard, sample)
         try:
             items = {}
             for name, decoder in self.decoders.items():
-                items[name] = decoder(raw, self.generators.of(*seed, name), self.train)
+                items[name] = decoder(raw, self.generator.rekey(*seed, name), self.train)
             return raw, items
         except BadSample:
             raise
-        except Exception as error:  # a bug, not bad content: say where it was met
+        except Exception as error:  # a bug in a decoder, not bad content: name the sample
             error.add_note(f"while decoding sample {raw.key}")
             raise
 
-    def bad(self, slot: int, shard: int, sample: int, error: BadSample) -> SkippedSample:
-        return SkippedSample(slot, self.store.key(shard, sample), error.reason, error.detail[:200])
+    def skip(self, slot: int, shard: int, sample: int, error: BadSample) -> SkippedSample:
+        """Return the record of an unusable sample."""
+        return SkippedSample(slot, self.reader.key(shard, sample), error.reason, error.detail[:200])
 
 
 class TrainingDataset(_SampleDecoder, torch.utils.data.Dataset[PartialBatch]):
-    """Positions -> piece; a sample that cannot be used is replaced by a substitute of its window.
+    """Data set of partial batches, indexed by positions; an unusable sample is replaced by another one of its window.
 
     Args:
-        order: what is read when.
-        store: reads samples; its shards are those of all sources, one source after the other.
+        order: which sample is read at which position.
+        reader: reads samples; the shards of all sources are numbered consecutively.
         decoders: by modality.
-        max_attempts: substitutes tried for one slot.
+        max_attempts: number of substitutes tried for a slot.
     """
 
-    def __init__(self, order: Order, store: SampleReader, decoders: Mapping[str, Decoder], max_attempts: int) -> None:
-        super().__init__(store, decoders, train=True)
+    def __init__(self, order: Order, reader: SampleReader, decoders: Mapping[str, Decoder], max_attempts: int) -> None:
+        super().__init__(reader, decoders, train=True)
         self.order, self.max_attempts = order, max_attempts
-        self.first = np.cumsum([0, *(len(source.counts) for source in order.sources)])  # shard of each source
+        self.first_shards = np.cumsum([0, *(len(source.counts) for source in order.sources)])  # of each source
 
     def __getitem__(self, positions: Ints) -> PartialBatch:
         try:
-            return self._piece(positions)
+            return self._build_partial(positions)
         except UserError as error:
             return PartialBatch(None, len(positions), problem=str(error))
 
-    def _piece(self, positions: Ints) -> PartialBatch:
+    def _build_partial(self, positions: Ints) -> PartialBatch:
+        """Read, decode and collate the samples of these positions. Raises UserError."""
         items: dict[str, list[Any]] = {name: [] for name in self.decoders}
         keys: list[str] = []
         bad: list[SkippedSample] = []
         source, shard, sample = self.order.locate(positions)
-        places = zip((self.first[source] + shard).tolist(), sample.tolist(), strict=True)
-        for slot, (position, place) in enumerate(zip(positions.tolist(), places, strict=True)):
+        addresses = zip((self.first_shards[source] + shard).tolist(), sample.tolist(), strict=True)
+        for slot, (position, address) in enumerate(zip(positions.tolist(), addresses, strict=True)):
             for attempt in range(self.max_attempts + 1):
                 try:
-                    raw, decoded = self.decode(*place, self.order.seed, "sample", position)
+                    raw, decoded = self.decode(*address, self.order.seed, "sample", position)
                     break
                 except BadSample as error:
-                    bad.append(self.bad(slot, *place, error))
-                    other_source, other_shard, other = self.order.substitute(position, attempt)
-                    place = (int(self.first[other_source]) + other_shard, other)
+                    bad.append(self.skip(slot, *address, error))
+                    new_source, new_shard, new_sample = self.order.substitute(position, attempt)
+                    address = (int(self.first_shards[new_source]) + new_shard, new_sample)
             else:
                 return PartialBatch(None, slot + 1, bad)
             keys.append(raw.key)
@@ -130,60 +140,60 @@ class TrainingDataset(_SampleDecoder, torch.utils.data.Dataset[PartialBatch]):
 
 
 class EvaluationDataset(_SampleDecoder, torch.utils.data.Dataset[PartialBatch]):
-    """(shard, sample) pairs -> piece; a sample that cannot be used is left out."""
+    """Data set of partial batches, indexed by [(shard, sample)]; unusable samples are left out."""
 
-    def __init__(self, store: SampleReader, decoders: Mapping[str, Decoder]) -> None:
-        super().__init__(store, decoders, train=False)
+    def __init__(self, reader: SampleReader, decoders: Mapping[str, Decoder]) -> None:
+        super().__init__(reader, decoders, train=False)
 
-    def __getitem__(self, places: Sequence[tuple[int, int]]) -> PartialBatch:
+    def __getitem__(self, addresses: Sequence[tuple[int, int]]) -> PartialBatch:
         items: dict[str, list[Any]] = {name: [] for name in self.decoders}
         keys: list[str] = []
-        notes: list[dict[str, Any]] = []
+        fields: list[dict[str, Any]] = []
         bad: list[SkippedSample] = []
         try:
-            for slot, place in enumerate(places):
+            for slot, address in enumerate(addresses):
                 try:
-                    raw, decoded = self.decode(*place, "evaluation", *place)
+                    raw, decoded = self.decode(*address, "evaluation", *address)
                 except BadSample as error:
-                    bad.append(self.bad(slot, *place, error))
+                    bad.append(self.skip(slot, *address, error))
                     continue
                 keys.append(raw.key)
-                notes.append(_read_fields_or_empty(raw))
+                fields.append(_read_fields_or_empty(raw))
                 for name, item in decoded.items():
                     items[name].append(item)
         except UserError as error:
-            return PartialBatch(None, len(places), problem=str(error))
+            return PartialBatch(None, len(addresses), problem=str(error))
         if not keys:
-            return PartialBatch(None, len(places), bad)
+            return PartialBatch(None, len(addresses), bad)
         batch = collate(items, self.decoders, keys)
-        batch.targets["json"] = notes
-        return PartialBatch(batch, len(places), bad)
+        batch.targets["json"] = fields
+        return PartialBatch(batch, len(addresses), bad)
 
 
 def _read_fields_or_empty(raw: RawSample) -> dict[str, Any]:
-    """The json of a sample; {} where there is none to be read."""
+    """Return the json fields of a sample; {} where it has none or they cannot be parsed."""
     try:
         return read_fields(raw.members)
     except BadSample:
         return {}
 
 
-# ---- the process -----------------------------------------------------------------------------------------------------
+# ---- settings of a worker process ------------------------------------------------------------------------------------
 
 
 def init_worker(_: int) -> None:
-    """Settings of a worker process: one thread, and signals left to the trainer.
+    """Initialize a worker process: one thread, and signals left to the trainer.
 
-    Ctrl-C, and the SIGTERM that launchers and schedulers send to all processes of a job, are answered by the trainer, which
-    still needs its workers to end in good order, and then ends them itself. A second SIGTERM is meant for the worker.
+    Ctrl-C, and the SIGTERM that launchers and schedulers send to all processes of a job, are handled by the trainer. It still
+    needs its workers to stop in good order, and then ends them itself. A second SIGTERM is meant for the worker.
     """
     torch.set_num_threads(1)
     if "cv2" in sys.modules:
         sys.modules["cv2"].setNumThreads(0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-    def first(number: int, frame: FrameType | None) -> None:
+    def ignore_once(number: int, frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)
 
-    signal.signal(signal.SIGTERM, first)
+    signal.signal(signal.SIGTERM, ignore_once)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

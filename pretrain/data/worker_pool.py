@@ -1,4 +1,4 @@
-"""Worker processes: pieces made for jobs, in order, whoever makes them. torch's DataLoader underneath."""
+"""The pool of worker processes, on torch's DataLoader: results in the order of jobs, whichever worker computes them."""
 
 from __future__ import annotations
 
@@ -19,15 +19,26 @@ from pretrain.data.worker import PartialBatch
 from pretrain.errors import UserError
 
 EXIT_SECONDS = 10.0
-"""Seconds that a killed worker may take until the kernel lets go of it."""
+"""Seconds to wait for a killed worker to exit."""
 
 
 @contextmanager
 def run_workers(dataset: Any, jobs: Iterator[Any], workers: int) -> Iterator[Iterator[PartialBatch]]:
-    """The pieces for the jobs, in order, made by worker processes (or here, for 0), which end with the context."""
+    """Run worker processes while the context is open.
+
+    Args:
+        dataset: its `__getitem__` computes the result of a job.
+        jobs: the indices into `dataset`, in order.
+        workers: number of processes; 0 computes in this process.
+
+    Yields:
+        The results, in the order of the jobs. Its `next` raises UserError where a worker died.
+    """
     sigchld = signal.getsignal(signal.SIGCHLD)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)  # more workers than cores: as told
+        warnings.filterwarnings(
+            "ignore", "This DataLoader will create", UserWarning
+        )  # more workers than cores is what the configuration asks for
         loader: DataLoader[Any] = DataLoader(
             dataset,
             batch_size=None,
@@ -35,57 +46,60 @@ def run_workers(dataset: Any, jobs: Iterator[Any], workers: int) -> Iterator[Ite
             collate_fn=_identity,
             num_workers=workers,
             worker_init_fn=worker.init_worker if workers else None,
-            generator=torch.Generator().manual_seed(0),  # its own: the global generator is not drawn from
-            # Forked workers start at once; on Linux nothing we use minds.
+            generator=torch.Generator().manual_seed(0),  # otherwise DataLoader draws from the global generator
+            # Forked workers start at once, and on Linux all that is used here works in forked processes.
             multiprocessing_context=multiprocessing.get_context("fork") if workers and sys.platform == "linux" else None,
         )
-        pieces: Any = iter(loader)
-    # torch raises from SIGCHLD when a worker dies, in whatever the trainer is doing then; asking for the next piece finds
-    # out as well.
+        results: Any = iter(loader)
+    # torch raises from its SIGCHLD handler when a worker dies, in the middle of whatever the trainer does. The handler is
+    # removed, because requesting the next result detects the death as well.
     if signal.getsignal(signal.SIGCHLD) is not sigchld:
         signal.signal(signal.SIGCHLD, sigchld)
     try:
-        yield _raise_on_death(pieces)
+        yield _raise_on_death(results)
     finally:
-        end = getattr(pieces, "_shutdown_workers", None)  # otherwise whenever it is collected
-        if end is not None:
-            end()
+        shutdown = getattr(results, "_shutdown_workers", None)  # otherwise only at garbage collection
+        if shutdown is not None:
+            shutdown()
 
 
-def _raise_on_death(pieces: Any) -> Iterator[PartialBatch]:
-    """The same pieces; a worker that died is a UserError."""
+def _raise_on_death(results: Any) -> Iterator[PartialBatch]:
+    """Yield the same results; raise UserError where a worker died."""
     while True:
         try:
-            piece = next(pieces)
+            result = next(results)
         except StopIteration:
             return
-        except (RuntimeError, ConnectionError, EOFError) as error:  # the latter two: it died while it handed a tensor over
-            said = str(error)
-            raised = "in DataLoader worker process" in said  # by what it ran: it lives
-            if raised or (isinstance(error, RuntimeError) and "DataLoader worker" not in said):
+        except (RuntimeError, ConnectionError, EOFError) as error:  # the latter two: it died while it sent a tensor
+            message = str(error)
+            is_from_dataset = "in DataLoader worker process" in message  # raised by the data set in a live worker
+            if is_from_dataset or (isinstance(error, RuntimeError) and "DataLoader worker" not in message):
                 raise
-            dead = _find_dead_workers(pieces)
-            if not dead:
+            dead_workers = _find_dead_workers(results)
+            if not dead_workers:
                 raise
-            code = dead[0].exitcode
-            how = f"was killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"ended with code {code}"
-            why = {
+            code = dead_workers[0].exitcode
+            end = f"was killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"ended with code {code}"
+            likely_cause = {
                 -signal.SIGKILL: ": most often the machine ran out of memory; lower data.workers or data.window",
                 -signal.SIGBUS: ": most often /dev/shm is full; enlarge it (docker: --shm-size) or lower data.workers",
             }.get(code, "")
-            raise UserError(f"a data worker (process {dead[0].pid}) {how}{why}") from None
-        yield piece
+            raise UserError(f"a data worker (process {dead_workers[0].pid}) {end}{likely_cause}") from None
+        yield result
 
 
-def _find_dead_workers(pieces: Any) -> list[Any]:
-    """The workers that ended and should not have: waits for the first, for a broken pipe is seen before its process is gone."""
-    workers = list(getattr(pieces, "_workers", []))
-    closing = multiprocessing.connection.wait([w.sentinel for w in workers], timeout=EXIT_SECONDS)
+def _find_dead_workers(results: Any) -> list[Any]:
+    """Return the workers that ended unexpectedly.
+
+    It waits for the first one, because a broken pipe is noticed before the process has exited.
+    """
+    workers = list(getattr(results, "_workers", []))
+    ending = multiprocessing.connection.wait([w.sentinel for w in workers], timeout=EXIT_SECONDS)
     for w in workers:
-        if w.sentinel in closing:  # its files are closed; on a busy machine it may take a while until it can be reaped
+        if w.sentinel in ending:  # its files are closed, but on a busy machine it may not have exited yet
             w.join(EXIT_SECONDS)
     return [w for w in workers if not w.is_alive() and w.exitcode]
 
 
-def _identity(piece: Any) -> Any:
-    return piece
+def _identity(value: Any) -> Any:
+    return value

@@ -1,4 +1,4 @@
-"""The loader: the same batches whoever makes them, from anywhere, whatever is wrong with the data."""
+"""Tests of the loaders: equal batches for any workers and processes, resuming, bad samples and shards, evaluation."""
 
 import io
 import itertools
@@ -39,7 +39,7 @@ def caption(i):
 
 
 def write_shard(path, samples):
-    """samples: {key: {extension: bytes}}"""
+    """Write a shard of samples {key: {extension: bytes}} and return its path."""
     with tarfile.open(path, "w") as tar:
         for key, members in samples.items():
             for extension, data in members.items():
@@ -50,13 +50,13 @@ def write_shard(path, samples):
 
 
 def good(i):
-    note = {"number": i, "captions": [caption(i), f"a picture of {caption(i)}"]}
-    return {"jpg": jpeg(i), "txt": caption(i).encode(), "json": json.dumps(note).encode()}
+    fields = {"number": i, "captions": [caption(i), f"a picture of {caption(i)}"]}
+    return {"jpg": jpeg(i), "txt": caption(i).encode(), "json": json.dumps(fields).encode()}
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Ten shards of 20 samples, and a tokenizer."""
+    """A folder with ten shards of 20 samples, and a tokenizer."""
     folder = tmp_path_factory.mktemp("data")
     for s in range(10):
         write_shard(folder / f"t-{s:02d}.tar", {f"{i:04d}": good(i) for i in range(20 * s, 20 * s + 20)})
@@ -74,13 +74,13 @@ def decoders_for(data, **text):
     return {"image": ImageDecoder(32, AugmentConfig(scale=[0.5, 1.0], flip=True)), "text": TextDecoder(tokenizer, 32, **text)}
 
 
-def loader(data, decoders, piece=None, **changes):
+def loader(data, decoders, partial_size=None, **changes):
     config = DataConfig(**{"train": str(data), "batch_size": 24, "workers": 0, "window": 3} | changes)
     config.check()
-    made = build_loader(config, decoders, seed=1)
-    if piece:
-        made.local_shards = -(-24 // piece)
-    return made
+    built = build_loader(config, decoders, seed=1)
+    if partial_size:
+        built.num_partials = -(-24 // partial_size)
+    return built
 
 
 def take(batches, n):
@@ -91,25 +91,25 @@ def take(batches, n):
         iterator.close()
 
 
-def same(a, b):
-    assert [each.keys for each in a] == [each.keys for each in b]
+def assert_equal_batches(a, b):
+    assert [batch.keys for batch in a] == [batch.keys for batch in b]
     for x, y in zip(a, b, strict=True):
-        for mine, other in ((x.inputs, y.inputs), (x.masks, y.masks), (x.targets, y.targets)):
-            assert mine.keys() == other.keys()
-            for name in mine:
-                assert torch.equal(mine[name], other[name]), name
+        for actual, expected in ((x.inputs, y.inputs), (x.masks, y.masks), (x.targets, y.targets)):
+            assert actual.keys() == expected.keys()
+            for name in actual:
+                assert torch.equal(actual[name], expected[name]), name
 
 
 @pytest.fixture(scope="module")
 def reference(data, decoders):
-    """Two epochs and a bit."""
+    """The first 20 batches, more than two epochs, read without workers."""
     return take(loader(data, decoders), 20)
 
 
-# ---- the same batches ------------------------------------------------------------------------------------------------
+# ---- content and order of batches ------------------------------------------------------------------------------------
 
 
-def test_batches_are_what_the_order_says(data, decoders, reference):
+def test_batches_follow_the_order(data, decoders, reference):
     order = Order([ShardSource([20] * 10)], seed=1, window=3)
     _, shard, sample = order.locate(np.arange(20 * 24))
     numbers = (20 * shard + sample).tolist()
@@ -118,35 +118,37 @@ def test_batches_are_what_the_order_says(data, decoders, reference):
     for g, batch in enumerate(reference):
         assert batch.inputs["image"].shape == (24, 3, 32, 32)
         assert batch.inputs["image"].dtype == torch.uint8
-        own = numbers[24 * g : 24 * g + 24]
+        batch_numbers = numbers[24 * g : 24 * g + 24]
         texts = [
             tokenizer.decode(i[m], skip_special_tokens=True).strip()
             for i, m in zip(batch.inputs["text"], batch.masks["text"], strict=True)
         ]
-        assert texts == [caption(n) for n in own]
-        assert batch.targets["caption_id"].tolist() == [caption_id(caption(n)) for n in own]
+        assert texts == [caption(n) for n in batch_numbers]
+        assert batch.targets["caption_id"].tolist() == [caption_id(caption(n)) for n in batch_numbers]
         assert batch.masks["text"].dtype == torch.bool
-    assert {batch.inputs["text"].shape[1] for batch in reference} == {24}  # trimmed from 32; local_shards need 8, 16 or 24
+    assert {batch.inputs["text"].shape[1] for batch in reference} == {
+        24
+    }  # trimmed from 32; partial batches alone need 8, 16 or 24
 
 
-@pytest.mark.parametrize(("workers", "piece"), [(0, 7), (1, 24), (1, 3), (3, 24), (3, 5)])
-def test_any_number_of_workers_and_any_piece(data, decoders, reference, workers, piece):
-    same(take(loader(data, decoders, workers=workers, piece=piece), 20), reference)
+@pytest.mark.parametrize(("workers", "partial_size"), [(0, 7), (1, 24), (1, 3), (3, 24), (3, 5)])
+def test_batches_do_not_depend_on_workers_or_size_of_partial_batches(data, decoders, reference, workers, partial_size):
+    assert_equal_batches(take(loader(data, decoders, workers=workers, partial_size=partial_size), 20), reference)
 
 
-def test_any_number_of_processes(data, decoders, reference):
+def test_batches_do_not_depend_on_the_number_of_processes(data, decoders, reference):
     for world, nodes in ((2, 1), (4, 2), (3, 3)):
-        shares = []
+        loaders = []
         for rank in range(world):
             one = loader(data, decoders)
-            shares.append(Loader(one.order, one._training.store, decoders, 24, rank, world, nodes))
-        for parts, whole in zip(zip(*(take(each, 3) for each in shares), strict=True), reference, strict=False):
+            loaders.append(Loader(one.order, one._dataset.reader, decoders, 24, rank, world, nodes))
+        for parts, whole in zip(zip(*(take(rank_loader, 3) for rank_loader in loaders), strict=True), reference, strict=False):
             assert [key for part in parts for key in part.keys] == whole.keys
             assert torch.equal(torch.cat([part.inputs["image"] for part in parts]), whole.inputs["image"])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_resumes_where_the_trainer_was(data, decoders, reference, workers):
+def test_resumes_at_the_batch_the_trainer_took_last(data, decoders, reference, workers):
     first = loader(data, decoders, workers=workers)
     iterator = iter(first)
     for n in range(1, 5):
@@ -156,12 +158,12 @@ def test_resumes_where_the_trainer_was(data, decoders, reference, workers):
     iterator.close()
     again = loader(data, decoders, workers=2 - workers)
     again.load_state_dict(state)
-    same(take(again, 16), reference[4:])
+    assert_equal_batches(take(again, 16), reference[4:])
     assert again.state_dict()["position"] == 20 * 24
     assert first.state_dict()["position"] == 4 * 24
 
 
-def test_the_state_is_small_and_knows_its_data(data, decoders, tmp_path):
+def test_the_state_is_small_and_is_refused_for_other_data(data, decoders, tmp_path):
     one = loader(data, decoders)
     one.bad.update({f"reason {i} " + "x" * 500: i for i in range(500)})
     assert len(json.dumps(one.state_dict())) < 10_000
@@ -179,7 +181,7 @@ def test_the_state_is_small_and_knows_its_data(data, decoders, tmp_path):
             other.load_state_dict(one.state_dict())
 
 
-def test_the_digest_is_that_of_the_data_not_of_its_place(data, decoders, tmp_path):
+def test_the_digest_does_not_depend_on_the_folder(data, decoders, tmp_path):
     for s in range(10):
         os.symlink(data / f"t-{s:02d}.tar", tmp_path / f"t-{s:02d}.tar")
     assert loader(tmp_path, decoders).digest() == loader(data, decoders).digest()
@@ -199,10 +201,10 @@ def test_global_generators_are_left_alone(data, decoders, workers):
 def test_one_of_several_captions_is_drawn_by_position(data):
     both = decoders_for(data, caption="captions")
     first, second = take(loader(data, both), 17), take(loader(data, both, workers=1), 17)
-    same(first, second)
+    assert_equal_batches(first, second)
     long = [int(mask.sum()) for batch in first for mask in batch.masks["text"]]
     assert len(set(long)) > 2
-    one = {"text": both["text"]}  # without pictures the same captions are drawn: modalities have their own generators
+    one = {"text": both["text"]}  # without images the same captions are drawn: each modality has its own random numbers
     assert all(torch.equal(a.inputs["text"], b.inputs["text"]) for a, b in zip(take(loader(data, one), 5), first, strict=False))
 
 
@@ -220,7 +222,7 @@ def test_several_sources(data, decoders):
 
 
 def bomb(side=30_000):
-    """A PNG that says it is 30,000 x 30,000 pixels."""
+    """Return a small PNG whose header claims 30,000 x 30,000 pixels."""
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(
@@ -242,7 +244,7 @@ BAD = {
 
 @pytest.fixture(scope="module")
 def spoilt(data, tmp_path_factory):
-    """The same shards, a sample in each of eight replaced by a bad one; {key: reason}."""
+    """(folder, {key: reason}): the shards of `data`, with one bad sample in each of the first eight."""
     folder = tmp_path_factory.mktemp("spoilt")
     reasons = {}
     for s in range(10):
@@ -260,24 +262,24 @@ def test_bad_samples_are_replaced_from_their_window(data, decoders, reference, s
     folder, reasons = spoilt
     one = loader(folder, decoders, workers=workers, max_bad_rate=0.05)
     batches = take(one, 20)
-    expected, met = [], []
+    expected, expected_reasons = [], []
     for position, key in enumerate(key for batch in reference for key in batch.keys):
         attempt = 0
         while key in reasons:
-            met.append(reasons[key])
+            expected_reasons.append(reasons[key])
             _, shard, sample = one.order.substitute(position, attempt)
             key, attempt = f"t-{shard:02d}/{20 * shard + sample:04d}", attempt + 1
         expected.append(key)
     assert [key for batch in batches for key in batch.keys] == expected
-    assert dict(one.bad) == {reason: met.count(reason) for reason in met}
+    assert dict(one.bad) == {reason: expected_reasons.count(reason) for reason in expected_reasons}
     assert set(one.bad) == set(BAD)
     assert "t-05/0107 cannot be used and is replaced: image unreadable" in caplog.text
-    for batch, untouched in zip(batches, reference, strict=True):  # other slots are as they were, augmentation included
+    for batch, untouched in zip(batches, reference, strict=True):  # other slots are unchanged, augmentation included
         for i, key in enumerate(untouched.keys):
             assert key in reasons or torch.equal(batch.inputs["image"][i], untouched.inputs["image"][i])
 
 
-def test_counts_of_bad_samples_survive_a_stop(data, decoders, spoilt):
+def test_counts_of_bad_samples_are_resumed(data, decoders, spoilt):
     folder, _ = spoilt
     whole = loader(folder, decoders, max_bad_rate=0.05)
     take(whole, 20)
@@ -322,7 +324,7 @@ def test_a_bug_is_not_a_bad_sample(data):
         assert "while decoding sample t-0" in str(e.value) + "".join(getattr(e.value, "__notes__", []))
 
 
-# ---- bad shards, bad settings ----------------------------------------------------------------------------------------
+# ---- bad shards and invalid settings ---------------------------------------------------------------------------------
 
 
 def test_damaged_shards_are_refused_before_training(data, decoders, tmp_path):
@@ -351,7 +353,7 @@ def test_an_empty_shard_among_others_is_only_reported(data, decoders, tmp_path, 
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_shard_that_is_not_what_its_stats_say_stops_the_run(data, decoders, tmp_path, workers):
+def test_a_shard_that_contradicts_its_stats_stops_the_run(data, decoders, tmp_path, workers):
     content = (data / "t-00.tar").read_bytes()
     (tmp_path / "a.tar").write_bytes(content[: len(content) // 2])
     (tmp_path / "a_stats.json").write_text(json.dumps({"successes": 30}))
@@ -362,7 +364,7 @@ def test_a_shard_that_is_not_what_its_stats_say_stops_the_run(data, decoders, tm
         take(loader(data, decoders, train=str(tmp_path), workers=workers), 1)
 
 
-def test_errors_of_the_disk_stop_the_run(data, decoders, tmp_path, monkeypatch):
+def test_disk_errors_stop_the_run(data, decoders, tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "RETRY_SECONDS", (0.0, 0.0))
     write_shard(tmp_path / "a.tar", {f"{i:03d}": good(i) for i in range(50)})
     one = loader(data, decoders, train=str(tmp_path), workers=1)
@@ -379,11 +381,11 @@ def test_errors_of_the_disk_stop_the_run(data, decoders, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 201}, "data.batch_size=201 is more than data.train holds: 200 samples"),
+        ({"batch_size": 201}, "data.batch_size=201 is more than data.train holds: a batch can have at most its 200 samples"),
         ({"batch_size": 0}, "data.batch_size=0 must be at least 1"),
         ({"workers": -1}, "data.workers=-1 must be at least 0"),
         ({"max_bad_rate": 2.0}, "data.max_bad_rate=2.0 must be a fraction, 0 to 1"),
-        ({"streams": 5}, "data.batch_size=24 does not divide among data.streams=5"),
+        ({"streams": 5}, "data.batch_size=24 cannot be divided among data.streams=5"),
         ({"train": 3}, "data.train=3 must be a string of shards"),
         ({"train": []}, r"data.train=\[\] must be a string of shards"),
         ({"train": [{"shard": "x"}]}, r"data.train: {'shard': 'x'} must be"),
@@ -403,17 +405,18 @@ def test_settings_refused(data, decoders, changes, message):
 
 
 def children():
-    me = str(os.getpid())
-    found = []
+    """Return the ids of the live child processes."""
+    own_pid = str(os.getpid())
+    pids = []
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
             with open(f"/proc/{pid}/stat") as f:
                 state, parent = f.read().rpartition(")")[2].split()[:2]
         except OSError:
             continue
-        if parent == me and state != "Z":
-            found.append(int(pid))
-    return found
+        if parent == own_pid and state != "Z":
+            pids.append(int(pid))
+    return pids
 
 
 def data_workers():
@@ -435,26 +438,26 @@ def test_a_killed_worker_is_a_clear_error(data, decoders):
 
 
 class Dying(torch.utils.data.Dataset):  # type: ignore[type-arg]
-    """A worker that is killed while the third piece is made: its files are closed a while before it is gone."""
+    """Data set whose worker is killed during the third job, some time after its files were closed."""
 
     def __getitem__(self, job: int) -> torch.Tensor:
         if job == 2:
-            time.sleep(0.5)  # the local_shards before have left it
+            time.sleep(0.5)  # by now the previous results have been sent
             os.closerange(3, 1024)
             time.sleep(2)
             os.kill(os.getpid(), signal.SIGKILL)
         return torch.zeros(1000)
 
 
-def test_a_worker_that_is_not_gone_yet_when_its_tensors_are() -> None:
+def test_a_killed_worker_whose_files_are_closed_before_it_exits() -> None:
     """On a busy machine some time passes between the two."""
-    with worker_pool.run_workers(Dying(), iter(range(9)), 1) as local_shards:
-        next(local_shards)
+    with worker_pool.run_workers(Dying(), iter(range(9)), 1) as results:
+        next(results)
         (worker,) = data_workers()
         while len(os.listdir(f"/proc/{worker}/fd")) > 3:
             time.sleep(0.05)
         with pytest.raises(UserError, match=rf"a data worker \(process {worker}\) was killed by signal 9"):
-            next(local_shards)
+            next(results)
 
 
 def test_workers_leave_signals_to_the_trainer(data, decoders):
@@ -471,7 +474,7 @@ def test_workers_leave_signals_to_the_trainer(data, decoders):
     assert set(children()) <= before
 
 
-def test_a_scout_goes_ahead(data, decoders, tmp_path):
+def test_shards_are_prefetched(data, decoders, tmp_path):
     for s in range(9):
         write_shard(tmp_path / f"s-{s}.tar", {f"{i}": good(i) for i in range(30)})
         (tmp_path / f"s-{s}_stats.json").write_text(json.dumps({"successes": 30}))
@@ -484,7 +487,7 @@ def test_a_scout_goes_ahead(data, decoders, tmp_path):
         if indexed == 6:
             break
         time.sleep(0.1)
-    assert indexed == 6  # this window's and the next one's
+    assert indexed == 6  # those of the current and the next window
     for _ in range(9):
         next(iterator)
     for _ in range(300):
@@ -492,11 +495,11 @@ def test_a_scout_goes_ahead(data, decoders, tmp_path):
             break
         time.sleep(0.1)
     else:
-        raise AssertionError("the scout did not follow")
+        raise AssertionError("the prefetcher did not follow the loader")
     iterator.close()
     assert set(children()) <= before
     again = loader(data, decoders, train=str(tmp_path), window=3, batch_size=10)
-    assert again.scouted is None  # nothing left to do
+    assert again.prefetch_reader is None  # all shards are indexed now
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------------------
@@ -505,14 +508,14 @@ def test_a_scout_goes_ahead(data, decoders, tmp_path):
 @pytest.mark.parametrize(("world", "workers"), [(1, 0), (1, 2), (2, 1), (7, 0)])
 def test_evaluation_reads_each_sample_once(data, world, workers):
     both = decoders_for(data, caption="captions")
-    shares = [list(build_eval_loader(str(data), both, 30, workers=workers, rank=rank, world=world)) for rank in range(world)]
-    batches = [batch for share in shares for batch in share]
+    by_rank = [list(build_eval_loader(str(data), both, 30, workers=workers, rank=rank, world=world)) for rank in range(world)]
+    batches = [batch for rank_batches in by_rank for batch in rank_batches]
     assert [key for batch in batches for key in batch.keys] == [f"t-{n // 20:02d}/{n:04d}" for n in range(200)]
-    assert [note["number"] for batch in batches for note in batch.targets["json"]] == list(range(200))
+    assert [fields["number"] for batch in batches for fields in batch.targets["json"]] == list(range(200))
     texts = [captions for batch in batches for captions in batch.targets["captions"]]
     assert texts == [[caption(n), f"a picture of {caption(n)}"] for n in range(200)]
-    sizes = [[len(batch) for batch in share] for share in shares]
-    assert all(size == 30 for share in sizes for size in share[:-1])
+    sizes = [[len(batch) for batch in rank_batches] for rank_batches in by_rank]
+    assert all(size == 30 for rank_sizes in sizes for size in rank_sizes[:-1])
     assert max(map(sum, sizes)) - min(map(sum, sizes)) <= 1
     image = next(b.inputs["image"][0] for b in batches if b.keys[0] == "t-00/0000")
     assert torch.equal(image, both["image"].decode_eval(jpeg(0)))
@@ -521,7 +524,7 @@ def test_evaluation_reads_each_sample_once(data, world, workers):
 def test_evaluation_leaves_bad_samples_out(decoders, spoilt):
     folder, reasons = spoilt
     batches = build_eval_loader(str(folder), decoders, 1, workers=2)
-    for _ in range(2):  # again
+    for _ in range(2):  # the loader can be iterated again
         keys = [key for batch in batches for key in batch.keys]
         assert len(keys) == 192
         assert not set(keys) & set(reasons)
@@ -541,10 +544,10 @@ def test_evaluation_of_the_first_samples(data, decoders):
         build_eval_loader(f"{data}/x-*.tar", decoders, 8)
 
 
-# ---- batches, synthetic data -----------------------------------------------------------------------------------------
+# ---- methods of Batch, several captions, synthetic data ---------------------------------------------------------------
 
 
-def test_batches_are_cut_and_moved(reference):
+def test_batches_are_split_and_moved(reference):
     (batch, *_) = reference
     parts = batch.chunk(5)
     assert [len(part) for part in parts] == [4, 5, 5, 5, 5]
@@ -555,8 +558,8 @@ def test_batches_are_cut_and_moved(reference):
     assert batch.slice(3, 5).masks["text"].shape == (2, batch.masks["text"].shape[1])
 
 
-def test_several_captions_a_sample_travel_together(data):
-    """Whatever the local_shards and workers, position p has the same captions, each with its own id."""
+def test_several_captions_per_sample_are_drawn_by_position(data):
+    """Position p has the same captions for any workers and size of partial batches, each with its own id."""
     drawing = decoders_for(data, caption="captions", draw=2)
     whole = take(loader(data, drawing), 3)
     for batch in whole:
@@ -564,8 +567,8 @@ def test_several_captions_a_sample_travel_together(data):
         for key, ids in zip(batch.keys, batch.targets["caption_id"].tolist(), strict=True):
             words = caption(int(key.split("/")[1]))
             assert set(ids) == {caption_id(words), caption_id(f"a picture of {words}")}
-    same(take(loader(data, drawing, piece=5), 3), whole)
-    same(take(loader(data, drawing, workers=2), 3), whole)
+    assert_equal_batches(take(loader(data, drawing, partial_size=5), 3), whole)
+    assert_equal_batches(take(loader(data, drawing, workers=2), 3), whole)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -577,4 +580,4 @@ def test_synthetic_data_needs_no_files(decoders, workers):
     assert not torch.equal(first.inputs["image"], second.inputs["image"])
     assert first.masks["text"].sum(1).min() > 3
     assert not set(first.keys) & set(second.keys)
-    same(take(loader(None, decoders, train="synthetic"), 2), [first, second])
+    assert_equal_batches(take(loader(None, decoders, train="synthetic"), 2), [first, second])

@@ -168,7 +168,7 @@ def test_a_batch_is_the_same_for_any_world(nodes, per_node, streams, share, batc
 def test_every_stretch_has_its_share_of_each_source(w, length):
     """Béjian and Faure (1977): n points of van der Corput miss an interval's share by log2(n) / 3 + 1 at most."""
     order = Order([ShardSource([5] * 3, x) for x in w], seed=0)
-    source, _ = order._queue(np.arange(length))
+    source, _ = order._map_to_sources(np.arange(length))
     bound = np.log2(length) / 3 + 1
     for i, x in enumerate(w):
         exact = order._shares[i] / 2**16
@@ -198,7 +198,7 @@ def test_epochs_and_seeds_differ():
 def test_generators_are_philox_by_key():
     generators = KeyedGenerator()
     for words in ((1, "sample", 5, "image"), (1, "sample", 6, "image"), (1, "sample", 5, "image")):
-        ours, fresh = generators.of(*words), np.random.Generator(np.random.Philox(key=philox_key(*words)))
+        ours, fresh = generators.rekey(*words), np.random.Generator(np.random.Philox(key=philox_key(*words)))
         for draw in ("random", "standard_normal"):
             assert getattr(ours, draw)() == getattr(fresh, draw)()
         assert ours.integers(2**20, dtype=np.uint32) == fresh.integers(2**20, dtype=np.uint32)  # leaves half a word behind
@@ -234,8 +234,8 @@ def test_a_substitute_is_another_sample_of_the_window(arguments, position, attem
     assert source == original[0]
     assert 0 <= sample < order.sources[source].counts[shard]
     sequence = order._sequences[source]
-    _, q = order._queue(np.array([position]))
-    ((_, where, _),) = sequence._by_window(q)
+    _, q = order._map_to_sources(np.array([position]))
+    ((_, where, _),) = sequence._group_by_window(q)
     window = sequence._window(where)
     assert shard in window.shards
     if not arguments["replacement"] and window.starts[-1] > 1:
@@ -302,11 +302,11 @@ def test_refused(arguments, message):
 @pytest.mark.parametrize(
     ("batch_size", "world", "nodes", "message"),
     [
-        (24, 5, 1, "does not divide among 5 processes: take a multiple of 5"),
-        (22, 1, 1, "does not divide among data.streams=4: take a multiple of 4"),
+        (24, 5, 1, "cannot be divided among 5 processes: use a multiple of 5"),
+        (22, 1, 1, "cannot be divided among data.streams=4: use a multiple of 4"),
         (24, 6, 4, "6 processes on 4 nodes"),
-        (24, 6, 3, "data.streams=4 does not divide among 3 nodes: take 1 or a multiple of 3"),
-        (104, 1, 1, "data.batch_size=104 is more than data.train holds: 100 samples"),
+        (24, 6, 3, "data.streams=4 cannot be divided among 3 nodes: use 1 or a multiple of 3"),
+        (104, 1, 1, "data.batch_size=104 is more than data.train holds: a batch can have at most its 100 samples"),
         (0, 1, 1, "at least 1 sample"),
     ],
 )

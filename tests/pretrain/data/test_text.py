@@ -376,7 +376,7 @@ def test_a_missing_tokenizer_is_said_in_a_line(name: str | None, monkeypatch: py
 
 def test_a_folder_without_tokenizer_is_said_in_a_line(tmp_path: Path) -> None:
     (tmp_path / "notes.md").write_text("nothing here")
-    with pytest.raises(ConfigError, match=r"it holds notes\.md, no tokenizer"):
+    with pytest.raises(ConfigError, match=r"it holds notes\.md, but no tokenizer"):
         load_tokenizer(tmp_path)
     with pytest.raises(ConfigError, match="a file, not a folder"):
         load_tokenizer(tmp_path / "notes.md")

@@ -37,9 +37,9 @@ def test_written_and_read() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[", "x.json is no json"),
-        ("[]", "x.json must be an object"),
-        ({"colour": ["red"]}, "no key 'colour'; the choices are name, color, surface, size, plural"),
+        ("[", "x.json is not valid json"),
+        ("[]", "x.json must hold a json object"),
+        ({"colour": ["red"]}, "unknown key 'colour'; valid keys are name, color, surface, size, plural"),
         ({"name": "car"}, "'name' must be words"),
         ({"color": ["red", 3]}, "'color' must be words"),
         ({"color": [" "]}, "'color' must be words"),
