@@ -1,4 +1,4 @@
-"""From the command to loss.backward(): the calls are those that loop.py's docstring names, no more."""
+"""The calls from the command to loss.backward() are exactly those that the docstring of loop.py names."""
 
 import traceback
 from pathlib import Path
@@ -20,7 +20,7 @@ def test_the_docstring_names_every_call_from_the_command_to_the_gradient(
     calls: list[str] = []
     backward = torch.Tensor.backward
 
-    def recorded(self: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    def record_and_call(self: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         for frame in traceback.extract_stack():
             path = Path(frame.filename)
             if path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] in FOLDERS:
@@ -28,7 +28,7 @@ def test_the_docstring_names_every_call_from_the_command_to_the_gradient(
         calls.append("backward")
         backward(self, *args, **kwargs)
 
-    monkeypatch.setattr(torch.Tensor, "backward", recorded)
+    monkeypatch.setattr(torch.Tensor, "backward", record_and_call)
     assert cli.main(["pretrain", "scenes", *small.settings(tmp_path / "run", "train.steps=1")]) == 0
     documented = next(line for line in (loop.__doc__ or "").splitlines() if "->" in line)
     assert calls == [name.strip().removesuffix("()").rpartition(".")[2] for name in documented.split("->")]

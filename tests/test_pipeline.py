@@ -1,4 +1,4 @@
-"""The whole first floor through its commands, as a person runs it: shards -> tokenizer -> run -> recall -> report."""
+"""Pretraining through its commands, as a user runs it: shards -> tokenizer -> run -> evaluation -> report."""
 
 import json
 import math
@@ -17,14 +17,14 @@ from tests.support import Small, read_jsonl, run_clipfuse
 
 @pytest.fixture(scope="module")
 def run(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """60 steps on 300 scenes, evaluated twice."""
+    """The folder of a run of 60 steps on 300 scenes, evaluated twice."""
     run = tmp_path_factory.mktemp("pipeline") / "run"
     more = ("train.steps=60", f"data.val={small.val}", "train.eval_every=30", "train.save_every=20", "train.keep=1", "seed=3")
     run_clipfuse("pretrain", "scenes", *small.settings(run, *more), "train.trackers=[tensorboard]", cwd=run.parent)
     return run
 
 
-def test_the_run_folder_is_what_the_contract_says(run: Path) -> None:
+def test_the_run_folder_holds_the_documented_files(run: Path) -> None:
     names = {path.name for path in run.iterdir()}
     assert {"config.yaml", "environment.json", "status.json", "metrics.jsonl", "checkpoints", "tensorboard"} <= names
     assert json.loads((run / "status.json").read_text())["state"] == "done"
@@ -38,10 +38,10 @@ def test_the_run_folder_is_what_the_contract_says(run: Path) -> None:
         }  # fmt: skip
 
 
-def test_metrics_have_the_fields_of_the_contract_and_the_loss_falls(run: Path) -> None:
-    written = read_jsonl(run / "metrics.jsonl")
-    trained = [line for line in written if "loss" in line]
-    assert [line["step"] for line in trained] == list(range(1, 61))
+def test_metrics_have_the_documented_fields_and_the_loss_falls(run: Path) -> None:
+    all_lines = read_jsonl(run / "metrics.jsonl")
+    train_lines = [line for line in all_lines if "loss" in line]
+    assert [line["step"] for line in train_lines] == list(range(1, 61))
     for name in (
         "samples_seen",
         "lr",
@@ -52,23 +52,23 @@ def test_metrics_have_the_fields_of_the_contract_and_the_loss_falls(run: Path) -
         "mfu",
         "skipped",
     ):
-        assert all(name in line for line in trained), name
-    assert trained[-1]["samples_seen"] == 60 * 16
-    first, last = (sum(line["loss"] for line in part) / 10 for part in (trained[:10], trained[-10:]))
+        assert all(name in line for line in train_lines), name
+    assert train_lines[-1]["samples_seen"] == 60 * 16
+    first, last = (sum(line["loss"] for line in lines) / 10 for lines in (train_lines[:10], train_lines[-10:]))
     assert first == pytest.approx(math.log(16), rel=0.25)
     assert last < 0.8 * first
-    assert [line["step"] for line in written if "val/image_to_text_R@1" in line] == [30, 60]
+    assert [line["step"] for line in all_lines if "val/image_to_text_R@1" in line] == [30, 60]
 
 
-def test_rotation_leaves_the_newest_and_the_best(run: Path) -> None:
-    left = {store.parse_step(folder) for folder in store.list_complete(run / "checkpoints")}
+def test_rotation_keeps_the_newest_and_the_best_checkpoint(run: Path) -> None:
+    kept_steps = {store.parse_step(folder) for folder in store.list_complete(run / "checkpoints")}
     best = store.read_pointer(run / "checkpoints", "best")
     assert best is not None
-    assert left == {60, store.parse_step(best)}
+    assert kept_steps == {60, store.parse_step(best)}
 
 
-def test_a_checkpoint_stands_alone(run: Path, tmp_path: Path) -> None:
-    """config.yaml, weights and tokenizer are all that loading reads: not the scenes' tokenizer, not the run."""
+def test_a_checkpoint_loads_without_its_run_and_its_tokenizer_folder(run: Path, tmp_path: Path) -> None:
+    """Loading reads config.yaml, weights and tokenizer of the checkpoint, but neither the run nor text.tokenizer's folder."""
     folder = store.find(run)
     copy = tmp_path / folder.name
     copy.mkdir()
@@ -87,10 +87,10 @@ def test_a_checkpoint_stands_alone(run: Path, tmp_path: Path) -> None:
 
 
 def test_evaluate_prints_a_table_and_json_and_beats_chance(small: Small, run: Path) -> None:
-    printed = json.loads(run_clipfuse("evaluate", run, "--data", small.val, "--json", cwd=run.parent).stdout)
-    metrics = printed["metrics"]
+    result = json.loads(run_clipfuse("evaluate", run, "--data", small.val, "--json", cwd=run.parent).stdout)
+    metrics = result["metrics"]
     assert metrics["samples"] == 64
-    assert metrics["image_to_text_R@10"] > 1.5 * printed["chance"]["image_to_text_R@10"]
+    assert metrics["image_to_text_R@10"] > 1.5 * result["chance"]["image_to_text_R@10"]
     best = max(
         (line for line in read_jsonl(run / "metrics.jsonl") if "val/image_to_text_R@1" in line),
         key=lambda line: line["val/image_to_text_R@1"],
@@ -106,14 +106,14 @@ def test_report_is_written(run: Path) -> None:
     assert "http://" not in page.replace("http://www.w3.org", "")
 
 
-def test_dry_run_prints_what_would_run_and_leaves_nothing(small: Small, tmp_path: Path) -> None:
+def test_dry_run_prints_a_summary_and_writes_nothing(small: Small, tmp_path: Path) -> None:
     out = run_clipfuse("pretrain", "scenes", *small.settings("x", "train.steps=10"), "--dry-run", cwd=tmp_path).stdout
-    for words in ("batch_size: 16", "image", "text", "trainable", "1 shards, 300 samples", "10 steps of 16 samples"):
-        assert words in out
+    for text in ("batch_size: 16", "image", "text", "trainable", "1 shards, 300 samples", "10 steps of 16 samples"):
+        assert text in out
     assert not list(tmp_path.iterdir())
 
 
-def test_a_finished_run_has_nothing_left_to_do_and_a_longer_horizon_goes_on(small: Small, tmp_path: Path) -> None:
+def test_a_finished_run_does_nothing_and_resumes_with_more_steps(small: Small, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run_clipfuse("pretrain", "scenes", *small.settings(run, "train.steps=4"), cwd=tmp_path)
     again = run_clipfuse("pretrain", "scenes", *small.settings(run, "train.steps=4"), cwd=tmp_path)
@@ -126,36 +126,36 @@ def test_init_starts_from_another_runs_weights(small: Small, run: Path, tmp_path
     other = tmp_path / "other"
     settings = small.settings(other, "train.steps=1", f"init={run}", "optim.lr=1e-12", "optim.weight_decay=0")
     run_clipfuse("pretrain", "scenes", *settings, cwd=tmp_path)
-    mine, theirs = (store.read_weights(store.find(where)) for where in (other, run))
-    for name, value in theirs.items():
-        torch.testing.assert_close(mine[name], value, rtol=0, atol=1e-6)
+    weights, initial = (store.read_weights(store.find(folder)) for folder in (other, run))
+    for name, value in initial.items():
+        torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-6)
 
 
 def test_help_shows_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         cli.main(["--help"])
-    assert ended.value.code == 0
-    shown = capsys.readouterr().out
+    assert exit_info.value.code == 0
+    help_text = capsys.readouterr().out
     for command in ("data", "tokenizer", "pretrain", "evaluate", "report"):
-        assert command in shown
+        assert command in help_text
 
 
-def test_my_own_pictures_become_shards_that_train(small: Small, tmp_path: Path) -> None:
-    """pack a folder, check it, pack it again as a table, train a step on it."""
-    folder = tmp_path / "pictures/deep"
+def test_a_folder_of_images_becomes_shards_that_train(small: Small, tmp_path: Path) -> None:
+    """Pack a folder, check it, pack it again as a table, train two steps on it."""
+    folder = tmp_path / "images/deep"
     folder.mkdir(parents=True)
     rows = ["file,title"]
     for i in range(24):
         Image.new("RGB", (40 + i, 50), (10 * i, 0, 99)).save(folder / f"p{i}.jpg")
-        (folder / f"p{i}.txt").write_text(f"a colour number {i}")
-        rows.append(f"deep/p{i}.jpg,a colour number {i}")
-    (tmp_path / "pictures/pairs.csv").write_text("\n".join(rows) + "\n")
-    assert "24" in run_clipfuse("data", "pack", "pictures", "one", cwd=tmp_path).stdout
+        (folder / f"p{i}.txt").write_text(f"a color number {i}")
+        rows.append(f"deep/p{i}.jpg,a color number {i}")
+    (tmp_path / "images/pairs.csv").write_text("\n".join(rows) + "\n")
+    assert "24" in run_clipfuse("data", "pack", "images", "one", cwd=tmp_path).stdout
     table = ("--image-column", "file", "--caption-column", "title", "--shard-size", "10")
-    run_clipfuse("data", "pack", "pictures/pairs.csv", "two", *table, cwd=tmp_path)
+    run_clipfuse("data", "pack", "images/pairs.csv", "two", *table, cwd=tmp_path)
     assert len(list((tmp_path / "two").glob("*.tar"))) == 3
     for out in ("one", "two"):
-        checked = json.loads(run_clipfuse("data", "check", out, "--json", cwd=tmp_path).stdout)
-        assert (checked["samples"], checked["bad_samples"]) == (24, 0)
+        report = json.loads(run_clipfuse("data", "check", out, "--json", cwd=tmp_path).stdout)
+        assert (report["samples"], report["bad_samples"]) == (24, 0)
     settings = small.settings("r", "train.steps=2", f"data.train={tmp_path}/two", "data.batch_size=12")
     run_clipfuse("pretrain", "scenes", *settings, cwd=tmp_path)

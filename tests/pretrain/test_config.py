@@ -1,4 +1,4 @@
-"""Configuration: what is read, and one clear line for everything that can be wrong."""
+"""Reading configurations, and one clear error line for everything that can be wrong with one."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +35,7 @@ class Outer:
 
 
 @dataclass
-class WithParts:
+class WithComponents:
     loss: Any = component_field(get_component, "losses", "name", "clip")
     others: dict[str, Any] = extra_components(get_component, "towers", "tower")
 
@@ -43,11 +43,11 @@ class WithParts:
 def test_yaml_then_base_then_dotlist(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text("name: base\ncount: 1\ninner: {lr: 0.5, betas: [0.1]}\n")
     (tmp_path / "one.yaml").write_text("base: base.yaml\ncount: 2\ninner: {word: two}\n")
-    got = load(Outer, tmp_path / "one.yaml", ["inner.lr=1e-2", "inner.anything=[1,{a: 2}]", "inner.more.x=y"])
-    assert got == Outer("base", 2, False, Inner(0.01, [0.1], "two", None, [1, {"a": 2}], {"x": "y"}))
+    config = load(Outer, tmp_path / "one.yaml", ["inner.lr=1e-2", "inner.anything=[1,{a: 2}]", "inner.more.x=y"])
+    assert config == Outer("base", 2, False, Inner(0.01, [0.1], "two", None, [1, {"a": 2}], {"x": "y"}))
 
 
-def test_the_length_given_last_replaces_one_in_another_unit(tmp_path: Path) -> None:
+def test_a_run_length_replaces_one_in_another_unit(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("train: {epochs: 12}\n")
     assert load_values(tmp_path / "a.yaml", ["train.steps=24"]) == {"train": {"steps": 24}}
     assert load_values(tmp_path / "a.yaml", ["train.steps=0"]) == {"train": {"epochs": 12, "steps": 0}}
@@ -63,7 +63,7 @@ def test_saved_configuration_reads_back_equal(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "words"),
+    ("setting", "expected"),
     [
         ("inner.l=3", ["inner.l", "'lr'", "valid: lr, betas"]),
         ("counts=3", ["counts", "'count'"]),
@@ -82,17 +82,17 @@ def test_saved_configuration_reads_back_equal(tmp_path: Path) -> None:
         ("inner.lr=-1", ["inner.lr=-1", "at least 0"]),
     ],
 )
-def test_a_wrong_setting_is_one_line_that_names_key_value_and_what_is_valid(setting: str, words: list[str]) -> None:
+def test_a_wrong_setting_is_one_line_that_names_key_value_and_what_is_valid(setting: str, expected: list[str]) -> None:
     with pytest.raises(ConfigError) as raised:
         load(Outer, None, [setting])
     message = str(raised.value)
     assert "\n" not in message
-    for word in words:
-        assert word in message
+    for text in expected:
+        assert text in message
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "match"),
     [
         ("a: [1", "not readable YAML"),
         ("- 1\n- 2", "must hold `key: value` pairs"),
@@ -101,9 +101,9 @@ def test_a_wrong_setting_is_one_line_that_names_key_value_and_what_is_valid(sett
         ("base: wrong.yaml", "leads back to itself"),
     ],
 )
-def test_a_wrong_file_is_one_line(tmp_path: Path, text: str, words: str) -> None:
+def test_a_wrong_file_is_one_line(tmp_path: Path, text: str, match: str) -> None:
     (tmp_path / "wrong.yaml").write_text(text)
-    with pytest.raises(ConfigError, match=words) as raised:
+    with pytest.raises(ConfigError, match=match) as raised:
         load(Outer, tmp_path / "wrong.yaml")
     assert "\n" not in str(raised.value)
 
@@ -115,30 +115,30 @@ def test_missing_and_binary_files(tmp_path: Path) -> None:
             load(Outer, tmp_path / name)
 
 
-def test_a_component_has_the_fields_of_its_own_file() -> None:
-    config = load(WithParts, None, ["loss.name=siglip"])
+def test_a_section_has_the_fields_of_its_component() -> None:
+    config = load(WithComponents, None, ["loss.name=siglip"])
     assert config.loss.name == "siglip"
     with pytest.raises(ConfigError, match=r"no 'clap' in losses; did you mean 'clip'\?; the choices are clip, siglip"):
-        load(WithParts, None, ["loss.name=clap"])
+        load(WithComponents, None, ["loss.name=clap"])
     with pytest.raises(ConfigError, match=r"unknown key loss\.nothing"):
-        load(WithParts, None, ["loss.nothing=1"])
+        load(WithComponents, None, ["loss.nothing=1"])
 
 
-def test_a_section_with_a_tower_is_a_modality_of_its_own() -> None:
-    config = load(WithParts, None, ["depth.tower=timm", "depth.name=resnet18"])
+def test_an_extra_section_with_a_tower_adds_a_modality() -> None:
+    config = load(WithComponents, None, ["depth.tower=timm", "depth.name=resnet18"])
     assert config.others["depth"].name == "resnet18"
     values = to_dict(config)
     assert values["depth"]["tower"] == "timm"
     assert "others" not in values
-    assert build(WithParts, values, "itself") == config
+    assert build(WithComponents, values, "itself") == config
     with pytest.raises(ConfigError, match="unknown key depth"):
-        load(WithParts, None, ["depth.name=resnet18"])
+        load(WithComponents, None, ["depth.name=resnet18"])
 
 
-def test_partial_reading_passes_over_what_others_own() -> None:
-    assert build(Outer, {"count": 4, "stranger": {"x": 1}}, "a checkpoint", partial=True).count == 4
+def test_a_partial_build_ignores_keys_of_other_schemas() -> None:
+    assert build(Outer, {"count": 4, "unknown": {"x": 1}}, "a checkpoint", partial=True).count == 4
 
 
-def test_closest_names_only_what_is_near() -> None:
+def test_closest_suggests_only_near_choices() -> None:
     assert "epochs" in closest("epoch", ["epochs", "steps"])
     assert closest("zzz", ["epochs", "steps"]) == ""

@@ -1,8 +1,10 @@
-"""DualEncoder: the same embeddings as open_clip and transformers from the same weights, and what is its own."""
+"""DualEncoder: equal embeddings to open_clip and transformers from equal weights; scale, tokens, counts, modalities."""
 
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import pretrain
 from pretrain import model as models
 from pretrain import registry
 from pretrain.config import load
@@ -17,7 +20,8 @@ from pretrain.errors import ConfigError
 from pretrain.model import DualEncoder, ModelConfig, ModelSchema
 from pretrain.towers import timm as images
 from pretrain.towers import transformers as texts
-from tests.support import audio_tower
+from tests.support import audio_tower, environment
+from tests.support.launches import TIMEOUT_SECONDS
 
 D, SIZE, LENGTH = 16, 32, 20
 TEXT = {"vocab_size": 60, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96}
@@ -25,7 +29,8 @@ VISION = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "
 VIT = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 
 
-def clip(act: str = "quick_gelu", seed: int = 0, **more: Any) -> DualEncoder:
+def build_clip(act: str = "quick_gelu", seed: int = 0, **more: Any) -> DualEncoder:
+    """Build a tiny CLIP. more: `image` and `text`, changes of the towers' settings, and fields of ModelConfig."""
     torch.manual_seed(seed)
     text = {"model_type": "clip_text_model", **TEXT, "hidden_act": act, "max_position_embeddings": LENGTH}
     image = {**VIT, "act_layer": act}
@@ -36,8 +41,8 @@ def clip(act: str = "quick_gelu", seed: int = 0, **more: Any) -> DualEncoder:
     return models.build(towers, ModelConfig(dim=D, **more))
 
 
-def batch(b: int = 6) -> tuple[Tensor, Tensor, Tensor]:
-    """Pictures (b, 3, S, S) already normalised, ids (b, T) with the end token 59 last and the padding 1, mask (b, T)."""
+def build_batch(b: int = 6) -> tuple[Tensor, Tensor, Tensor]:
+    """Return normalized images (b, 3, S, S), ids (b, T) that end in token 59 with padding 1, and their mask (b, T)."""
     g = torch.Generator().manual_seed(1)
     ids = torch.randint(4, 58, (b, LENGTH), generator=g)
     lengths = torch.randint(2, LENGTH + 1, (b,), generator=g)
@@ -46,23 +51,26 @@ def batch(b: int = 6) -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(b, 3, SIZE, SIZE, generator=g), ids.masked_fill(~mask, 1), mask
 
 
-def agree(mine: DualEncoder, image: Tensor, text: Tensor, logits: Tensor) -> None:
-    """Embeddings (b, D) before or after normalisation, and logits (b, b) image by text."""
-    pictures, ids, mask = batch()
+def assert_agrees(model: DualEncoder, image: Tensor, text: Tensor, logits: Tensor) -> None:
+    """Assert that the model's embeddings and logits of build_batch() equal the expected ones.
+
+    image, text: embeddings (b, D) before or after normalization; logits: (b, b), image by text.
+    """
+    pixels, ids, mask = build_batch()
     with torch.no_grad():
-        out = mine.eval()({"image": pictures, "text": ids}, {"text": mask})
+        out = model.eval()({"image": pixels, "text": ids}, {"text": mask})
     torch.testing.assert_close(out["image"], F.normalize(image, dim=1), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(out["text"], F.normalize(text, dim=1), rtol=1e-5, atol=1e-5)
-    ours = out["logit_scale"] * out["image"] @ out["text"].t() + out.get("logit_bias", torch.zeros(1))
-    torch.testing.assert_close(ours, logits, rtol=1e-5, atol=1e-4)  # 1e-5 of a scale of 14
+    actual = out["logit_scale"] * out["image"] @ out["text"].t() + out.get("logit_bias", torch.zeros(1))
+    torch.testing.assert_close(actual, logits, rtol=1e-5, atol=1e-4)  # 1e-5 of a scale of 14
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The same weights elsewhere
+# Equal weights in other libraries
 
 
 def timm_from_transformers(state: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """Weights of a transformers vision model (CLIP, SigLIP) under timm's names."""
+    """Return the weights of a transformers vision model (CLIP, SigLIP) under timm's names."""
     new = {
         "patch_embed.proj.weight": state["embeddings.patch_embedding.weight"],
         "pos_embed": state["embeddings.position_embedding.weight"][None],
@@ -73,8 +81,8 @@ def timm_from_transformers(state: dict[str, Tensor], layers: int) -> dict[str, T
     for i in range(layers):
         old, block = f"encoder.layers.{i}.", f"blocks.{i}."
         for kind in ("weight", "bias"):
-            for theirs, ours in {**names, "self_attn.out_proj": "attn.proj"}.items():
-                new[f"{block}{ours}.{kind}"] = state[f"{old}{theirs}.{kind}"]
+            for old_name, new_name in {**names, "self_attn.out_proj": "attn.proj"}.items():
+                new[f"{block}{new_name}.{kind}"] = state[f"{old}{old_name}.{kind}"]
             new[f"{block}attn.qkv.{kind}"] = torch.cat([state[f"{old}self_attn.{p}_proj.{kind}"] for p in "qkv"])
     return new
 
@@ -84,35 +92,37 @@ def test_clip_of_transformers() -> None:
 
     torch.manual_seed(0)
     text = {**TEXT, "eos_token_id": 59, "max_position_embeddings": LENGTH}
-    theirs = CLIPModel(
+    reference = CLIPModel(
         CLIPConfig(text_config=text, vision_config={**VISION, "image_size": SIZE, "patch_size": 8}, projection_dim=D)
     ).eval()
-    vision = theirs.vision_model.state_dict()
+    vision = reference.vision_model.state_dict()
     image = timm_from_transformers(vision, 2) | {
         "cls_token": vision["embeddings.class_embedding"][None, None],
         "norm_pre.weight": vision["pre_layrnorm.weight"],
         "norm_pre.bias": vision["pre_layrnorm.bias"],
     }
-    mine = clip()
-    mine.tower("image").get_submodule("model").load_state_dict(image)
-    mine.tower("text").get_submodule("model").load_state_dict(theirs.text_model.state_dict())
-    mine.projection("image").load_state_dict(theirs.visual_projection.state_dict())
-    mine.projection("text").load_state_dict(theirs.text_projection.state_dict())
+    model = build_clip()
+    model.tower("image").get_submodule("model").load_state_dict(image)
+    model.tower("text").get_submodule("model").load_state_dict(reference.text_model.state_dict())
+    model.projection("image").load_state_dict(reference.visual_projection.state_dict())
+    model.projection("text").load_state_dict(reference.text_projection.state_dict())
     with torch.no_grad():
-        mine.logit_scale.fill_(theirs.logit_scale.item())
-        pictures, ids, mask = batch()
-        out = theirs(input_ids=ids, attention_mask=mask.long(), pixel_values=pictures)
-    agree(mine, out.image_embeds, out.text_embeds, out.logits_per_image)
+        model.logit_scale.fill_(reference.logit_scale.item())
+        pixels, ids, mask = build_batch()
+        out = reference(input_ids=ids, attention_mask=mask.long(), pixel_values=pixels)
+    assert_agrees(model, out.image_embeds, out.text_embeds, out.logits_per_image)
 
 
 def test_siglip_of_transformers() -> None:
-    """Attention pooling, text without a mask, identity projections, a bias."""
+    """Attention pooling, text without a mask, identity projections, a bias of the logits."""
     from transformers import SiglipConfig, SiglipModel
 
     torch.manual_seed(0)
     text = {**TEXT, "max_position_embeddings": LENGTH, "projection_size": 32}
-    theirs = SiglipModel(SiglipConfig(text_config=text, vision_config={**VISION, "image_size": SIZE, "patch_size": 8})).eval()
-    vision = theirs.vision_model.state_dict()
+    reference = SiglipModel(
+        SiglipConfig(text_config=text, vision_config={**VISION, "image_size": SIZE, "patch_size": 8})
+    ).eval()
+    vision = reference.vision_model.state_dict()
     image = timm_from_transformers(vision, 2) | {"patch_embed.proj.bias": vision["embeddings.patch_embedding.bias"]}
     image["attn_pool.latent"] = vision["head.probe"]
     for kind in ("weight", "bias"):
@@ -130,19 +140,19 @@ def test_siglip_of_transformers() -> None:
         "image": images.Config(name="vit_base_patch16_siglip_224", size=SIZE, args={**VIT, "act_layer": "gelu_tanh"}),
         "text": texts.Config(args=args, length=LENGTH, pool="tower"),
     }
-    mine = models.build(towers, ModelConfig(dim=32, logit_scale=math.log(10), logit_bias=-10.0))
-    mine.tower("image").get_submodule("model").load_state_dict(image)
-    mine.tower("text").get_submodule("model").load_state_dict(theirs.text_model.state_dict())
-    assert not mine.tower("text").trims
+    model = models.build(towers, ModelConfig(dim=32, logit_scale=math.log(10), logit_bias=-10.0))
+    model.tower("image").get_submodule("model").load_state_dict(image)
+    model.tower("text").get_submodule("model").load_state_dict(reference.text_model.state_dict())
+    assert not model.tower("text").trims
     with torch.no_grad():
         for modality in ("image", "text"):
-            mine.projection(modality).weight.copy_(torch.eye(32))
-        mine.logit_scale.fill_(theirs.logit_scale.item())
-        assert mine.logit_bias is not None
-        mine.logit_bias.fill_(theirs.logit_bias.item())
-        pictures, ids, _ = batch()
-        out = theirs(input_ids=ids, pixel_values=pictures)
-    agree(mine, out.image_embeds, out.text_embeds, out.logits_per_image)
+            model.projection(modality).weight.copy_(torch.eye(32))
+        model.logit_scale.fill_(reference.logit_scale.item())
+        assert model.logit_bias is not None
+        model.logit_bias.fill_(reference.logit_bias.item())
+        pixels, ids, _ = build_batch()
+        out = reference(input_ids=ids, pixel_values=pixels)
+    assert_agrees(model, out.image_embeds, out.text_embeds, out.logits_per_image)
 
 
 @pytest.mark.parametrize("quick", [True, False])
@@ -152,20 +162,20 @@ def test_clip_of_open_clip(quick: bool) -> None:
     torch.manual_seed(0)
     vision = {"layers": 2, "width": 32, "head_width": 16, "patch_size": 8, "image_size": SIZE}
     text = {"context_length": LENGTH, "vocab_size": 60, "width": 24, "heads": 2, "layers": 2}
-    theirs = CLIP(D, vision, text, quick_gelu=quick).eval()
-    state = theirs.state_dict()
+    reference = CLIP(D, vision, text, quick_gelu=quick).eval()
+    state = reference.state_dict()
     image = {
         "cls_token": state["visual.class_embedding"][None, None],
         "pos_embed": state["visual.positional_embedding"][None],
         "patch_embed.proj.weight": state["visual.conv1.weight"],
     }
-    words = {
+    text_weights = {
         "embeddings.token_embedding.weight": state["token_embedding.weight"],
         "embeddings.position_embedding.weight": state["positional_embedding"],
     }
     for kind in ("weight", "bias"):
         image |= {f"norm_pre.{kind}": state[f"visual.ln_pre.{kind}"], f"norm.{kind}": state[f"visual.ln_post.{kind}"]}
-        words[f"final_layer_norm.{kind}"] = state[f"ln_final.{kind}"]
+        text_weights[f"final_layer_norm.{kind}"] = state[f"ln_final.{kind}"]
         for i in range(2):
             old, block = f"visual.transformer.resblocks.{i}.", f"blocks.{i}."
             for a, b in {"ln_1": "norm1", "ln_2": "norm2", "attn.out_proj": "attn.proj", "mlp.c_fc": "mlp.fc1"}.items():
@@ -174,98 +184,98 @@ def test_clip_of_open_clip(quick: bool) -> None:
             image[f"{block}attn.qkv.{kind}"] = state[f"{old}attn.in_proj_{kind}"]
             old, block = f"transformer.resblocks.{i}.", f"encoder.layers.{i}."
             for a, b in {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}.items():
-                words[f"{block}{b}.{kind}"] = state[f"{old}{a}.{kind}"]
-            words[f"{block}self_attn.out_proj.{kind}"] = state[f"{old}attn.out_proj.{kind}"]
+                text_weights[f"{block}{b}.{kind}"] = state[f"{old}{a}.{kind}"]
+            text_weights[f"{block}self_attn.out_proj.{kind}"] = state[f"{old}attn.out_proj.{kind}"]
             for part, rows in zip("qkv", state[f"{old}attn.in_proj_{kind}"].chunk(3), strict=True):
-                words[f"{block}self_attn.{part}_proj.{kind}"] = rows
-    mine = clip("quick_gelu" if quick else "gelu")
-    mine.tower("image").get_submodule("model").load_state_dict(image)
-    mine.tower("text").get_submodule("model").load_state_dict(words)
-    pictures, ids, _ = batch()
-    ids = ids.masked_fill(ids == 1, 0)  # open_clip pads with 0 and looks for the largest id
+                text_weights[f"{block}self_attn.{part}_proj.{kind}"] = rows
+    model = build_clip("quick_gelu" if quick else "gelu")
+    model.tower("image").get_submodule("model").load_state_dict(image)
+    model.tower("text").get_submodule("model").load_state_dict(text_weights)
+    pixels, ids, _ = build_batch()
+    ids = ids.masked_fill(ids == 1, 0)  # open_clip pads with 0 and pools at the largest id
     with torch.no_grad():
-        mine.projection("image").weight.copy_(state["visual.proj"].t())
-        mine.projection("text").weight.copy_(state["text_projection"].t())
-        mine.logit_scale.fill_(theirs.logit_scale.item())
-        image_out, text_out = theirs.encode_image(pictures), theirs.encode_text(ids)
-        logits, _ = theirs.get_logits(pictures, ids)
-    agree(mine, image_out, text_out, logits)
+        model.projection("image").weight.copy_(state["visual.proj"].t())
+        model.projection("text").weight.copy_(state["text_projection"].t())
+        model.logit_scale.fill_(reference.logit_scale.item())
+        image_out, text_out = reference.encode_image(pixels), reference.encode_text(ids)
+        logits, _ = reference.get_logits(pixels, ids)
+    assert_agrees(model, image_out, text_out, logits)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Its own
+# Scale, normalization, tokens and modalities
 
 
-def test_starts_as_clip_does() -> None:
-    mine = clip(seed=3)
-    assert mine.logit_scale.shape == (1,)
-    assert mine.logit_scale.item() == pytest.approx(math.log(1 / 0.07))
-    assert mine.logit_bias is None
-    big = models.DualEncoder({"image": mine.tower("image")}, 4096, 1.0, -10.0)
-    assert big.projection("image").weight.std().item() == pytest.approx(32**-0.5, rel=0.02)
-    assert big.logit_bias is not None
-    assert big.logit_bias.shape == (1,)
+def test_initial_scale_and_projections_are_those_of_clip() -> None:
+    model = build_clip(seed=3)
+    assert model.logit_scale.shape == (1,)
+    assert model.logit_scale.item() == pytest.approx(math.log(1 / 0.07))
+    assert model.logit_bias is None
+    wide = models.DualEncoder({"image": model.tower("image")}, 4096, 1.0, -10.0)
+    assert wide.projection("image").weight.std().item() == pytest.approx(32**-0.5, rel=0.02)
+    assert wide.logit_bias is not None
+    assert wide.logit_bias.shape == (1,)
 
 
 def test_scale_is_kept_between_1_and_100() -> None:
-    mine = clip()
+    model = build_clip()
     for start, end in ((9.0, math.log(100)), (-1.0, 0.0), (3.0, 3.0)):
         with torch.no_grad():
-            mine.logit_scale.fill_(start)
-        mine.clamp_()
-        assert mine.logit_scale.item() == pytest.approx(end)
+            model.logit_scale.fill_(start)
+        model.clamp_()
+        assert model.logit_scale.item() == pytest.approx(end)
     with pytest.raises(ConfigError, match=r"logit_scale=14\.3 is a logarithm"):
         ModelConfig(logit_scale=14.3).check()
 
 
-def test_every_parameter_learns_from_the_loss() -> None:
+def test_every_parameter_gets_a_gradient_from_the_loss() -> None:
     for loss in registry.component_names("losses"):
         module = registry.get_component("losses", loss)
-        mine = clip(logit_scale=module.LOGIT_SCALE, logit_bias=module.LOGIT_BIAS).train()
-        pictures, ids, mask = batch()
-        out = mine({"image": pictures, "text": ids}, {"text": mask})
+        model = build_clip(logit_scale=module.LOGIT_SCALE, logit_bias=module.LOGIT_BIAS).train()
+        pixels, ids, mask = build_batch()
+        out = model({"image": pixels, "text": ids}, {"text": mask})
         value, _ = module.build(module.Config())(
             {m: out[m] for m in ("image", "text")}, out["logit_scale"], out.get("logit_bias"), {}
         )
         value.backward()
-        assert all(p.grad is not None for p in mine.parameters())
+        assert all(p.grad is not None for p in model.parameters())
 
 
-def test_embeddings_are_normalised_in_float32() -> None:
-    mine = clip().eval()
-    pictures, ids, mask = batch()
+def test_embeddings_are_normalized_in_float32() -> None:
+    model = build_clip().eval()
+    pixels, ids, mask = build_batch()
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        out = mine({"image": pictures, "text": ids}, {"text": mask})
+        out = model({"image": pixels, "text": ids}, {"text": mask})
     assert out["image"].dtype == torch.float32
     torch.testing.assert_close(out["image"].norm(dim=1), torch.ones(6), rtol=0, atol=1e-6)
 
 
 def test_tokens_lie_in_the_shared_space_where_pooling_is_the_mean() -> None:
-    mine = clip(image={"pool": "avg"}, text={"pool": "avg"}).eval()
-    pictures, ids, mask = batch()
+    model = build_clip(image={"pool": "avg"}, text={"pool": "avg"}).eval()
+    pixels, ids, mask = build_batch()
     with torch.no_grad():
-        for modality, inputs, valid in (("image", pictures, None), ("text", ids, mask)):
-            states, where, grid, pooled = mine.tokens(modality, inputs, valid)
+        for modality, inputs, valid in (("image", pixels, None), ("text", ids, mask)):
+            states, token_mask, grid, pooled = model.tokens(modality, inputs, valid)
             assert states.shape[2] == D
-            mean = torch.stack([row[w].mean(dim=0) for row, w in zip(states, where, strict=True)])
+            mean = torch.stack([row[w].mean(dim=0) for row, w in zip(states, token_mask, strict=True)])
             torch.testing.assert_close(mean, pooled, rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(F.normalize(mean, dim=1), mine.encode(modality, inputs, valid), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(F.normalize(mean, dim=1), model.encode(modality, inputs, valid), rtol=1e-4, atol=1e-5)
             assert grid == ((4, 4) if modality == "image" else None)
     with pytest.raises(ConfigError, match=r"text tower does not pool by the mean .* text\.pool=avg"):
-        clip().tokens("text", ids, mask)
+        build_clip().tokens("text", ids, mask)
 
 
 def test_parameters_are_counted_by_tower() -> None:
-    mine = clip(image={"trainable_blocks": 0})
-    counts = mine.parameter_counts()
+    model = build_clip(image={"trainable_blocks": 0})
+    counts = model.parameter_counts()
     assert set(counts) == {"image", "text", "scalars"}
-    assert sum(part["total"] for part in counts.values()) == sum(p.numel() for p in mine.parameters())
+    assert sum(count["total"] for count in counts.values()) == sum(p.numel() for p in model.parameters())
     assert counts["image"]["trainable"] == 32 * D
     assert counts["scalars"] == {"total": 1, "trainable": 1}
 
 
 def test_a_third_modality_is_one_new_file() -> None:
-    """A dotted path in the configuration; encoder and losses take it as they take the others."""
+    """Its dotted path in the configuration is enough: encoder and losses treat it like image and text."""
     settings = [
         "audio.tower=tests.support.audio_tower",
         f"image.args={{{', '.join(f'{k}: {v}' for k, v in VIT.items())}}}",
@@ -277,21 +287,31 @@ def test_a_third_modality_is_one_new_file() -> None:
     config = load(ModelSchema, None, settings)
     assert isinstance(config.others["audio"], audio_tower.Config)
     torch.manual_seed(0)
-    mine = models.build({"image": config.image, "text": config.text, **config.others}, config.model)
-    pictures, ids, mask = batch()
+    model = models.build({"image": config.image, "text": config.text, **config.others}, config.model)
+    pixels, ids, mask = build_batch()
     sound, valid = torch.randn(6, 9, 8), torch.arange(9) < torch.tensor([9, 3, 5, 1, 2, 9])[:, None]
-    out = mine({"image": pictures, "text": ids, "audio": sound}, {"text": mask, "audio": valid})
-    assert {m: out[m].shape for m in mine.towers} == dict.fromkeys(("image", "text", "audio"), (6, D))
+    out = model({"image": pixels, "text": ids, "audio": sound}, {"text": mask, "audio": valid})
+    assert {m: out[m].shape for m in model.towers} == dict.fromkeys(("image", "text", "audio"), (6, D))
     module = registry.get_component("losses", "clip")
-    loss, report = module.build(module.Config())({m: out[m] for m in mine.towers}, out["logit_scale"], None, {})
+    loss, report = module.build(module.Config())({m: out[m] for m in model.towers}, out["logit_scale"], None, {})
     loss.backward()
-    assert all(p.grad is not None for p in mine.parameters())
+    assert all(p.grad is not None for p in model.parameters())
     assert set(report) == {"image_to_text_accuracy", "image_to_audio_accuracy", "text_to_audio_accuracy"}
-    assert set(mine({"audio": sound}, {"audio": valid})) == {"audio", "logit_scale"}
+    assert set(model({"audio": sound}, {"audio": valid})) == {"audio", "logit_scale"}
     with pytest.raises(ConfigError, match="no tower for 'video'; it has image, text, audio"):
-        mine.encode("video", sound)
+        model.encode("video", sound)
 
 
-def test_a_tower_for_the_wrong_modality() -> None:
+def test_a_tower_for_the_wrong_modality_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"text\.tower=timm encodes image, not text"):
         models.build({"text": images.Config(size=SIZE, args=VIT)}, ModelConfig())
+
+
+def test_public_names_are_imported_at_first_use() -> None:
+    """`import pretrain` does not import torch; its public names are those of their modules."""
+    code = "import sys, pretrain; assert 'torch' not in sys.modules; from pretrain import load_model; assert 'torch' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], env=environment(), check=True, timeout=TIMEOUT_SECONDS)
+    assert pretrain.DualEncoder is DualEncoder
+    assert pretrain.PretrainConfig.__module__ == "pretrain.train"
+    with pytest.raises(AttributeError, match="no attribute 'Encoder'"):
+        pretrain.Encoder  # noqa: B018

@@ -1,4 +1,4 @@
-"""Schedules against closed forms and open_clip, groups against the rule, averaging against a written-out sum."""
+"""Schedules against closed forms and open_clip, parameter groups against their rule, averaging against its definition."""
 
 import math
 
@@ -14,9 +14,9 @@ def test_cosine_equals_open_clip() -> None:
     scheduler = pytest.importorskip("open_clip_train.scheduler")
     config = OptimConfig(lr=3e-4, warmup=17)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    theirs = scheduler.cosine_lr(optimizer, config.lr, config.warmup, 200)
+    set_learning_rate = scheduler.cosine_lr(optimizer, config.lr, config.warmup, 200)
     for step in range(200):
-        theirs(step)
+        set_learning_rate(step)
         assert learning_rate(step, 200, config) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
 
 
@@ -24,11 +24,11 @@ def test_constant_and_wsd() -> None:
     constant = OptimConfig(lr=2.0, warmup=4, schedule="constant")
     assert [learning_rate(s, 10, constant) for s in range(6)] == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
     wsd = OptimConfig(lr=1.0, warmup=2, schedule="wsd", decay=0.4, final_lr=0.1)
-    got = [learning_rate(s, 10, wsd) for s in range(10)]
-    assert got == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.775, 0.55, 0.325])
+    rates = [learning_rate(s, 10, wsd) for s in range(10)]
+    assert rates == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.775, 0.55, 0.325])
 
 
-def test_final_lr_is_where_the_cosine_ends() -> None:
+def test_the_cosine_ends_at_final_lr() -> None:
     config = OptimConfig(lr=1.0, warmup=0, final_lr=0.25)
     assert learning_rate(0, 8, config) == 1.0
     assert learning_rate(4, 8, config) == pytest.approx(0.25 + 0.75 * 0.5)
@@ -54,20 +54,20 @@ class Model(nn.Module):
         self.logit_scale = nn.Parameter(torch.ones(1))
 
 
-def test_groups_cover_every_parameter_once_with_the_rates_of_the_rule() -> None:
+def test_groups_hold_every_parameter_once_with_the_configured_rates() -> None:
     model = Model()
     model.towers["text"].stem.requires_grad_(False)
     config = OptimConfig(layer_decay=0.5, lr_scale={"image": 0.1}, weight_decay=0.2, weight_decay_of={"text": 0.05})
-    seen = {}
+    group_of = {}
     for group in parameter_groups(model, config):
         for p in group["params"]:
-            assert id(p) not in seen
-            seen[id(p)] = group
+            assert id(p) not in group_of
+            group_of[id(p)] = group
     for name, p in model.named_parameters():
         if not p.requires_grad:
-            assert id(p) not in seen
+            assert id(p) not in group_of
             continue
-        group = seen[id(p)]
+        group = group_of[id(p)]
         if name.startswith("towers."):
             layer = {"stem": 0, "block": 1, "norm": 2}[name.split(".")[2]]
             assert group["lr_scale"] == pytest.approx((0.1 if "image" in name else 1.0) * 0.5 ** (2 - layer)), name
@@ -77,7 +77,7 @@ def test_groups_cover_every_parameter_once_with_the_rates_of_the_rule() -> None:
         assert group["weight_decay"] == expected, name
 
 
-def test_a_part_that_is_not_there_and_nothing_to_train_are_refused() -> None:
+def test_an_unknown_part_and_a_frozen_model_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"'audio'.*heads, image, text"):
         parameter_groups(Model(), OptimConfig(lr_scale={"audio": 1.0}))
     with pytest.raises(ConfigError, match="nothing to train"):
@@ -85,7 +85,7 @@ def test_a_part_that_is_not_there_and_nothing_to_train_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    "values",
     [
         {"lr": 0.0},
         {"betas": [0.9]},
@@ -96,13 +96,13 @@ def test_a_part_that_is_not_there_and_nothing_to_train_are_refused() -> None:
         {"decay": 2.0},
     ],
 )
-def test_values_that_cannot_train_are_refused(wrong: dict) -> None:
-    with pytest.raises(ConfigError, match=f"optim.{next(iter(wrong))}"):
-        OptimConfig(**wrong).check()
+def test_values_that_cannot_train_are_refused(values: dict) -> None:
+    with pytest.raises(ConfigError, match=f"optim.{next(iter(values))}"):
+        OptimConfig(**values).check()
 
 
-def test_adamw_is_adamw() -> None:
-    """Three steps against the published update written out in float64."""
+def test_adamw_equals_the_published_update() -> None:
+    """Three steps, against the update of Loshchilov & Hutter 2019 written out in float64."""
     torch.manual_seed(0)
     start, grads = torch.randn(5, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
     p = nn.Parameter(start.clone())
@@ -118,7 +118,7 @@ def test_adamw_is_adamw() -> None:
     torch.testing.assert_close(p.data, w, rtol=1e-12, atol=0)
 
 
-def test_average_is_the_written_out_sum_and_leaves_skipped_steps_out() -> None:
+def test_the_average_follows_its_definition_and_ignores_skipped_steps() -> None:
     p = nn.Parameter(torch.tensor([1.0]))
     average = WeightAverage([("p", p)], 0.9)
     expected = 1.0
