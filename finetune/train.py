@@ -1,4 +1,4 @@
-"""A fine-tuning run: train() builds its components (what `init` brings, a fusion, a task's head) and calls fit()."""
+"""A fine-tuning run: train() builds encoders from `init`, a fusion and a task's head, and calls fit()."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def train(config: FinetuneConfig) -> Outcome:
         portable = inline(parts)
         session.write_config()
         identity = {"task": f"{config.task.name} {_digest(portable.task)}"}
-        merge_adapters = freeze.plain(config.adapt)
+        merge_adapters = freeze.build_adapter_merger(config.adapt)
         plan = session.build_plan(
             parts.loader,
             portable,
@@ -58,7 +58,7 @@ def train(config: FinetuneConfig) -> Outcome:
 
 
 def describe(config: FinetuneConfig) -> None:
-    """Print what would run: the resolved configuration, parameters of each part, shards and samples."""
+    """Print the resolved configuration, parameters of each part of the model, shards and samples (--dry-run)."""
     parts = build(config)
     print_summary(parts.config, parts.model.parameter_counts(), parts.loader)
 
@@ -69,25 +69,28 @@ def describe(config: FinetuneConfig) -> None:
 
 @dataclass
 class Components:
-    """What a fine-tuning run is made of."""
+    """The objects that a fine-tuning run is made of."""
 
     config: FinetuneConfig
-    """With what adapting the encoders changed."""
+    """The configuration, with the changes that adapting the encoders made (image size)."""
     tokenizer: Any
     model: FusionModel
     task: Task
     loader: Loader
     eval_decoders: dict[str, Any]
-    """By modality."""
+    """The task's decoders by modality, for evaluation."""
 
 
 def build(config: FinetuneConfig) -> Components:
-    """Build all that can be wrong, in the order of what fails fastest. The same weights on every process."""
+    """Build the components of a run, those that fail fastest first, with the same weights on every process.
+
+    Raises UserError.
+    """
     # -- pretrained encoders, adapted
     tokenizer, encoders = build_encoders(config)
     if config.init is not None:
         warm_start.load_weights(encoders, config.init, config.init_partial, tokenizer)
-    config = freeze.apply(encoders, config.adapt, config)  # type: ignore[assignment]
+    config = freeze.adapt_encoder(encoders, config.adapt, config)  # type: ignore[assignment]
     # -- task, fusion and head
     task = registry.get_component("tasks", config.task.name).build(
         config.task, lambda: survey(config.data.train, config.data.build_cache())
@@ -95,10 +98,10 @@ def build(config: FinetuneConfig) -> Components:
     task = add_contrastive_loss(task, config.adapt)
     model = models.build(encoders, config.fusion, config.context, config.tokens, config.adapt.fork)
     model.head = task.build_head(model)
-    freeze.freeze_named(model, config.adapt.freeze)
+    freeze.freeze_by_name(model, config.adapt.freeze)
     # -- data
     loader = build_loader(config, task.build_decoders(build_train_decoders(config, tokenizer, encoders)))
-    _freeze_unreached(model, task, loader.first_samples(2))
+    _freeze_unused(model, task, loader.first_samples(2))
     eval_decoders = task.build_decoders(build_eval_decoders(config, tokenizer, encoders))
     return Components(config, tokenizer, model, task, loader, eval_decoders)
 
@@ -111,7 +114,7 @@ def inline(parts: Components) -> FinetuneConfig:
 
 
 def build_evaluation(parts: Components, device: torch.device) -> Callable[[Any], dict[str, float]] | None:
-    """Build what evaluates the task on data.val; None where there is none."""
+    """Return a function that evaluates the model on data.val; None without data.val."""
     config, task = parts.config, parts.task
     if not config.data.val:
         return None
@@ -121,25 +124,28 @@ def build_evaluation(parts: Components, device: torch.device) -> Callable[[Any],
     return lambda model: task.evaluate(model, config.data.val, setup)
 
 
-def _freeze_unreached(model: FusionModel, task: Task, batch: Batch) -> None:
-    """Weights that the task's loss does not depend on (a pooler, where tokens are read) are frozen, or strategies would wait
-    for their gradient. One pass over two samples, the same on every process, which draws no random numbers of the run's."""
+def _freeze_unused(model: FusionModel, task: Task, batch: Batch) -> None:
+    """Freeze the weights that the task's loss does not depend on, such as a pooler where only tokens are read.
+
+    Strategies would otherwise wait for their gradients. It runs two samples, the same on every process, and does not change
+    the run's random numbers. Raises UserError where nothing is left to train.
+    """
     with eval_mode(model), torch.random.fork_rng(devices=[]), torch.enable_grad():
         loss, _ = task.loss(task.encode(model, batch), batch.targets)
     if not loss.requires_grad:
         raise UserError("nothing to train: the loss of this task depends on no weight that is not frozen")
-    freeze.freeze_unreached(model, [loss])
+    freeze.freeze_unused(model, [loss])
 
 
 def _refuse_chunks(config: FinetuneConfig, task: Task) -> None:
-    """Refuse train.chunks > 1 for a task that compares samples inside the model. Raises ConfigError."""
+    """Refuse train.chunks > 1 for a task whose model compares samples with each other. Raises ConfigError."""
     if config.train.chunks > 1 and not task.can_split:
         raise ConfigError(
             f"train.chunks={config.train.chunks}: {config.task.name} compares samples inside the model, so its batch "
-            "cannot be cut; use train.chunks=1 and a smaller data.batch_size, or more processes"
+            "cannot be split; use train.chunks=1 and a smaller data.batch_size, or more processes"
         )
 
 
 def _digest(settings: Any) -> str:
-    """A short name for a task's settings: answers and all."""
+    """Return a short hash of a task's settings, the learned ones included."""
     return hashlib.blake2b(json.dumps(asdict(settings), sort_keys=True).encode(), digest_size=6).hexdigest()

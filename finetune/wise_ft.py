@@ -1,11 +1,11 @@
-"""Weights between the pretrained and the fine-tuned encoders: WiSE-FT (Wortsman et al. 2022, arXiv 2109.01903).
+"""WiSE-FT: interpolates between pretrained and fine-tuned weights (Wortsman et al. 2022, arXiv 2109.01903).
 
     clipfuse evaluate RUN --data SHARDS --wise 0,0.25,0.5,0.75,1 [--out DIR]
 
-theta(alpha) = (1 - alpha) pretrained + alpha fine-tuned, for every weight that both have, those of a forked tower too; fusion
-and head, which the pretrained model lacks, stay fine-tuned. Often a point between keeps most of what was learned and most of
-what was known before: the curve shows the task's figures beside how well the embeddings still find each other. `--out` keeps
-the best point as a run.
+theta(alpha) = (1 - alpha) pretrained + alpha fine-tuned, for every weight that both models have. A tower copy (adapt.fork) is
+interpolated with the pretrained tower. Fusion and head exist only in the fine-tuned model and stay as they are. An
+intermediate alpha often keeps most of the task's accuracy and most of the pretrained model's retrieval. The curve shows both.
+`--out` saves the best alpha as a run.
 """
 
 from __future__ import annotations
@@ -33,31 +33,41 @@ from pretrain.evaluation import evaluate
 from pretrain.runtime.agree import on_main
 
 PREFIX = "encoder."
-"""Where a fine-tuned model keeps its encoders."""
+"""Prefix of the encoders' names in the state dict of a fine-tuned model."""
 
 
 def interpolate(pretrained: dict[str, Tensor], tuned: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
-    """State dicts -> theta(alpha). What only `tuned` has, and counters, are taken from it. Raises UserError."""
+    """Interpolate two state dicts. Integer entries, and entries that only `tuned` has, are taken from `tuned`.
+
+    Raises UserError where `tuned` lacks an entry of `pretrained`, or has it in another shape.
+    """
     out = dict(tuned)
     for name, value in pretrained.items():
         if name not in tuned or tuned[name].shape != value.shape:
             raise UserError(
-                f"the two models differ: {name} has another shape, or is missing; only fine-tuning of the same model"
+                f"the two models differ: {name} has another shape, or is missing; WiSE-FT needs two models of one architecture"
             )
         if tuned[name].is_floating_point():
             out[name] = torch.lerp(value.to(tuned[name]), tuned[name], alpha)
     return out
 
 
-def pretrained(tuned: Finetuned, init: Any = None) -> dict[str, Tensor]:
-    """The weights that a run started from, under the names and at the picture size of the fine-tuned model. Raises UserError.
+def load_pretrained(tuned: Finetuned, init: Any = None) -> dict[str, Tensor]:
+    """Load the weights that a run started from, with the names and image size of the fine-tuned model.
 
-    `init`: where they are, if not where the run's own `init` says. Of a run that started from towers alone, those towers.
+    For a run that started from separate towers, it returns the weights of those towers alone.
+
+    Args:
+        tuned: the fine-tuned model.
+        init: path or name of the pretrained model; None = the run's `init`.
+
+    Raises:
+        UserError: the run had no `init`, or it cannot be loaded.
     """
     values = configuration.read_yaml(tuned.folder / "config.yaml")
     init = values.get("init") if init is None else init
     if init is None:
-        raise UserError(f"{tuned.folder} was trained from nothing (init=null): there is no pretrained model to mix it with")
+        raise UserError(f"{tuned.folder} was trained from scratch (init=null): there is no pretrained model to mix it with")
     config, size = tuned.config, tuned.config.adapt.image_size
     try:
         run = init if isinstance(init, str) else init.get("image")
@@ -69,59 +79,71 @@ def pretrained(tuned: Finetuned, init: Any = None) -> dict[str, Tensor]:
     except UserError as error:
         raise UserError(f"--wise needs the model that this run began from: {error}; or name it with --pretrained") from error
     if size is not None:
-        freeze.resize(encoder, size, config)
+        freeze.resize_image_tower(encoder, size, config)
     known = tuple(f"towers.{name}." for name in init) if isinstance(init, dict) else ("",)
-    began = {name: value for name, value in encoder.state_dict().items() if name.startswith(known)}
-    out = {f"{PREFIX}{name}": value for name, value in began.items()}
-    for fork in tuned.config.adapt.fork:
+    weights = {name: value for name, value in encoder.state_dict().items() if name.startswith(known)}
+    out = {f"{PREFIX}{name}": value for name, value in weights.items()}
+    for modality in tuned.config.adapt.fork:
         for part in ("tower", "projection"):
-            theirs, ours = f"{part}s.{fork}.", f"forks.{fork}.{part}."
-            out |= {f"{ours}{name.removeprefix(theirs)}": value for name, value in began.items() if name.startswith(theirs)}
+            source, target = f"{part}s.{modality}.", f"forks.{modality}.{part}."
+            out |= {f"{target}{name.removeprefix(source)}": value for name, value in weights.items() if name.startswith(source)}
     return out
 
 
-def curve(
-    tuned: Finetuned, began: dict[str, Tensor], alphas: list[float], measure: Callable[[], dict[str, float]]
+def measure_curve(
+    tuned: Finetuned, pretrained: dict[str, Tensor], alphas: list[float], measure: Callable[[], dict[str, float]]
 ) -> list[dict[str, float]]:
-    """`measure()` with the model at each alpha, in order; the model is as it was afterwards."""
+    """Return the metrics of `measure()` with the model at each alpha, and restore the model. Raises ConfigError."""
     for alpha in alphas:
         if not 0 <= alpha <= 1:
             raise ConfigError(f"--wise {alpha:g}: alpha must be from 0 (pretrained) to 1 (fine-tuned)")
     model = tuned.model
-    kept = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    began = {name: value.to(kept[name].device) if name in kept else value for name, value in began.items()}
+    weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    pretrained = {name: value.to(weights[name].device) if name in weights else value for name, value in pretrained.items()}
     rows = []
     try:
         for alpha in alphas:
-            model.load_state_dict(interpolate(began, kept, alpha))
+            model.load_state_dict(interpolate(pretrained, weights, alpha))
             rows.append({"alpha": alpha, **measure()})
     finally:
-        model.load_state_dict(kept)
+        model.load_state_dict(weights)
     return rows
 
 
 def run(
     tuned: Finetuned, shards: Any, alphas: list[float], device: torch.device, init: str | None = None, out: Path | None = None
 ) -> dict[str, Any]:
-    """The curve on `shards`, the task's figures and retrieval by the embeddings, as plain values. Collective. Raises UserError.
+    """Evaluate the task and retrieval by embeddings on `shards` at each alpha. Collective.
 
-    `best` is the alpha with the highest primary figure; `out`: a run folder to keep it in.
+    Args:
+        tuned: the fine-tuned model.
+        shards: what to evaluate on.
+        alphas: each from 0 (pretrained) to 1 (fine-tuned).
+        device: where to evaluate.
+        init: see load_pretrained.
+        out: run folder in which to save the model at the best alpha.
+
+    Returns:
+        The result as plain values; `best` is the alpha with the highest primary metric.
+
+    Raises:
+        UserError: no pretrained model, an alpha out of range, or `out` already holds a run.
     """
     begin = time.perf_counter()
-    weights = pretrained(tuned, init)
+    weights = load_pretrained(tuned, init)
     tuned.model.to(device)
-    towers = encoders.build_decoders(tuned.config, tuned.tokenizer, tuned.model.encoder, _caption(tuned))
+    decoders = encoders.build_decoders(tuned.config, tuned.tokenizer, tuned.model.encoder, _evaluation_caption(tuned))
 
     def measure() -> dict[str, float]:
-        own = tuned.evaluate(shards, EvalConfig(), device)
-        found = evaluate.evaluate(tuned.model.encoder, towers, shards, evaluate.EvalConfig(), device)
-        return own | {name: value for name, value in found.items() if "_R@" in name}
+        task_metrics = tuned.evaluate(shards, EvalConfig(), device)
+        metrics = evaluate.evaluate(tuned.model.encoder, decoders, shards, evaluate.EvalConfig(), device)
+        return task_metrics | {name: value for name, value in metrics.items() if "_R@" in name}
 
     primary = tuned.task.primary_metric
-    rows = curve(tuned, weights, alphas, measure)
+    rows = measure_curve(tuned, weights, alphas, measure)
     best = max(rows, key=lambda row: row[primary])["alpha"]
     if out is not None:
-        keep(tuned, interpolate({k: v.to(device) for k, v in weights.items()}, tuned.model.state_dict(), best), out)
+        save_run(tuned, interpolate({k: v.to(device) for k, v in weights.items()}, tuned.model.state_dict(), best), out)
     return {
         "checkpoint": str(tuned.folder),
         "data": shards,
@@ -133,8 +155,11 @@ def run(
     }
 
 
-def keep(tuned: Finetuned, weights: dict[str, Tensor], out: Path) -> None:
-    """Writes weights as the checkpoint of a run folder, with all that the fine-tuned one has beside them. Raises UserError."""
+def save_run(tuned: Finetuned, weights: dict[str, Tensor], out: Path) -> None:
+    """Save weights as the checkpoint of a new run folder, with configuration and tokenizer of the fine-tuned run.
+
+    Collective. Raises UserError where the folder holds a run already.
+    """
 
     def prepare() -> None:
         if (out / "checkpoints").exists():
@@ -147,22 +172,23 @@ def keep(tuned: Finetuned, weights: dict[str, Tensor], out: Path) -> None:
         shutil.copytree(tuned.folder / loading.TOKENIZER, folder / loading.TOKENIZER)
 
     on_main(prepare)
-    whole = {name: value.cpu() for name, value in weights.items()}
-    store.save(out / "checkpoints", tuned.step, whole, files, lambda folder: None, keep=0, best=True)
+    cpu_weights = {name: value.cpu() for name, value in weights.items()}
+    store.save(out / "checkpoints", tuned.step, cpu_weights, files, lambda folder: None, keep=0, best=True)
 
 
 def summary(result: dict[str, Any]) -> Table:
-    """The result of `run` for people: a row an alpha."""
-    shown = [result["primary"], "image_to_text_R@1", "text_to_image_R@1"]
-    kept = f", kept in {result['kept']}" if result["kept"] else ""
-    table = Table(title=result["checkpoint"], caption=f"best alpha {result['best']:g}{kept}, {result['seconds']:.0f} s")
-    for name in ("alpha", *shown):
+    """Format the result of `run` as a table with one row per alpha."""
+    columns = [result["primary"], "image_to_text_R@1", "text_to_image_R@1"]
+    saved = f", saved in {result['kept']}" if result["kept"] else ""
+    table = Table(title=result["checkpoint"], caption=f"best alpha {result['best']:g}{saved}, {result['seconds']:.0f} s")
+    for name in ("alpha", *columns):
         table.add_column(name.replace("_", " "), justify="right")
     for row in result["curve"]:
-        table.add_row(f"{row['alpha']:g}", *(f"{row[name]:.4f}" if name in row else "" for name in shown))
+        table.add_row(f"{row['alpha']:g}", *(f"{row[name]:.4f}" if name in row else "" for name in columns))
     return table
 
 
-def _caption(tuned: Finetuned) -> str:
+def _evaluation_caption(tuned: Finetuned) -> str:
+    """Return where the captions of evaluation are, from the run's configuration."""
     data = configuration.read_yaml(tuned.folder / "config.yaml").get("data") or {}
     return evaluation_caption(data)

@@ -1,8 +1,8 @@
 """LoRA (Hu et al. 2021, arXiv 2106.09685) through peft: a linear layer W x becomes W x + (alpha / rank) B A x, W frozen.
 
-While training the adapters are weights of their own (`...base_layer.weight`, `...lora_A.default.weight`); a checkpoint's
-model.safetensors holds the products merged into W, under the names of the plain model, so that evaluation, export and the
-next fine-tuning need neither peft nor this file. What resuming needs lies in the checkpoint's state/.
+In training the adapters are separate weights (`...base_layer.weight`, `...lora_A.default.weight`). A checkpoint's
+model.safetensors holds their products merged into W, under the names of the plain model. Evaluation, export and the next
+fine-tuning therefore need neither peft nor this file. The checkpoint's state/ holds the separate weights, for resuming.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from pretrain.ops import Linear
 from pretrain.towers import Tower
 
 ADAPTER = "default"
-"""peft's name of the first adapter, which stands in the parameters' names."""
+"""peft's name of the first adapter, which is part of parameter names."""
 
 
 @dataclass
 class LoraConfig:
-    """Low-rank adapters."""
+    """Settings of the low-rank adapters."""
 
     rank: int = 0
     """Columns of B and rows of A; 0 = no adapters."""
     alpha: float = 16.0
-    """What the adapters add is scaled by alpha / rank."""
+    """The output of an adapter is scaled by alpha / rank."""
     dropout: float = 0.0
-    """On what enters A, 0 to below 1."""
+    """Dropout rate on the input of A, 0 to below 1."""
     towers: list[str] = field(default_factory=list)
     """Towers that get adapters, by modality; [] = all."""
     targets: list[str] = field(default_factory=list)
     """Linear layers in the blocks that get one, by the last word of their names (qkv, fc1, q_proj); [] = all of them. A tower
-    that has none of these stays as it is."""
+    without any of these gets no adapters and is frozen."""
 
     def check(self) -> None:
-        """Raises ConfigError."""
+        """Raise ConfigError for a value out of range."""
         if self.rank < 0 or self.alpha <= 0 or not 0 <= self.dropout < 1:
             raise ConfigError(
                 f"adapt.lora.rank={self.rank} (from 0), adapt.lora.alpha={self.alpha} (above 0) and adapt.lora.dropout="
@@ -47,17 +47,18 @@ class LoraConfig:
             )
 
 
-def inject(tower: Tower, config: LoraConfig) -> None:
-    """Freezes a tower and gives the linear layers of its blocks adapters, in place. Random numbers: torch's generator.
+def inject_adapters(tower: Tower, config: LoraConfig) -> None:
+    """Freeze a tower and add adapters to the linear layers of its blocks, in place.
 
-    Raises ConfigError: peft is missing, or no linear layers.
+    A is drawn from torch's global generator, B starts at zero. Raises ConfigError where peft is missing or the blocks have
+    no linear layers.
     """
     try:
         import peft
     except ImportError as error:
         raise ConfigError("adapt.lora needs peft, which is not installed: pip install 'clipfuse[finetune]'") from error
     ids = tower.layer_ids()
-    names = [name for name in linear_layers(tower) if not config.targets or name.rpartition(".")[2] in config.targets]
+    names = [name for name in list_linear_layers(tower) if not config.targets or name.rpartition(".")[2] in config.targets]
     if not names:
         tower.requires_grad_(False)
         return
@@ -65,25 +66,25 @@ def inject(tower: Tower, config: LoraConfig) -> None:
         r=config.rank, lora_alpha=cast(Any, config.alpha), lora_dropout=config.dropout, target_modules=names, bias="none"
     )
     peft.inject_adapter_in_model(settings, cast(Any, tower), ADAPTER)
-    renamed = {name: ids[plain_name(name)] for name, _ in tower.named_parameters()}
-    tower.layer_ids = functools.partial(dict, renamed)  # type: ignore[method-assign]
+    layer_ids = {name: ids[strip_adapter(name)] for name, _ in tower.named_parameters()}
+    tower.layer_ids = functools.partial(dict, layer_ids)  # type: ignore[method-assign]
 
 
-def linear_layers(tower: Tower) -> list[str]:
-    """The names of the linear layers in a tower's blocks. Raises ConfigError where there are none."""
+def list_linear_layers(tower: Tower) -> list[str]:
+    """Return the names of the linear layers in a tower's blocks. Raises ConfigError where there are none."""
     inside = {name.rpartition(".")[0] for name, layer in tower.layer_ids().items() if 1 <= layer <= tower.depth}
-    # torch's own attention hands weights of a subclass of Linear to a function, past any adapter.
-    found = [name for name, module in tower.named_modules() if name in inside and type(module) in (nn.Linear, Linear)]
-    if not found:
+    # Exact types only: torch's own attention passes the weights of a subclass of Linear to a function, which skips adapters.
+    layers = [name for name, module in tower.named_modules() if name in inside and type(module) in (nn.Linear, Linear)]
+    if not layers:
         raise ConfigError(
             f"adapt.lora: the {tower.modality} tower has no linear layers in its blocks; use adapt.trainable_blocks"
         )
-    return found
+    return layers
 
 
 def check_targets(towers: list[Tower], config: LoraConfig) -> None:
-    """Raises ConfigError for a target that none of the towers has."""
-    words = sorted({name.rpartition(".")[2] for tower in towers for name in linear_layers(tower)})
+    """Raise ConfigError for a target that none of the towers has."""
+    words = sorted({name.rpartition(".")[2] for tower in towers for name in list_linear_layers(tower)})
     for target in config.targets:
         if target not in words:
             modalities = " or ".join(tower.modality for tower in towers)
@@ -93,15 +94,18 @@ def check_targets(towers: list[Tower], config: LoraConfig) -> None:
             )
 
 
-def plain_name(name: str) -> str:
-    """The parameter of the plain model that a parameter of the adapted one belongs to."""
+def strip_adapter(name: str) -> str:
+    """Return the name in the plain model of a parameter of the adapted one; an adapter's is that of the layer it adapts."""
     name = re.sub(rf"\.lora_[AB]\.{ADAPTER}\.", ".", name)
     return name.replace(".base_layer.", ".")
 
 
-def merge(weights: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
-    """A state dict with adapters -> the plain model's: W + (alpha / rank) B A. One without passes unchanged."""
-    out: dict[str, Tensor] = {}
+def merge_adapters(weights: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
+    """Merge the adapters of a state dict into the plain model's weights: W + (alpha / rank) B A.
+
+    A state dict without adapters is returned with the same content.
+    """
+    merged: dict[str, Tensor] = {}
     for name, value in weights.items():
         if f".lora_A.{ADAPTER}." in name or f".lora_B.{ADAPTER}." in name:
             continue
@@ -109,5 +113,5 @@ def merge(weights: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
         if layer and leaf == "weight" and f"{stem}.lora_A.{ADAPTER}.weight" in weights:
             down, up = (weights[f"{stem}.lora_{which}.{ADAPTER}.weight"] for which in "AB")
             value = value + (alpha / len(down)) * (up.to(value.dtype) @ down.to(value.dtype))
-        out[plain_name(name)] = value
-    return out
+        merged[strip_adapter(name)] = value
+    return merged

@@ -1,1 +1,9 @@
-"""TODO room."""
+"""Maps of what each word of a text attends to in an image, computed from a model's predictions.
+
+    word_maps.py      the maps of one image and one text, and examples for a report
+    attribution.py    a trace -> one map per token: raw | rollout | gradcam | relevance
+    token_spans.py    which tokens belong to which characters and words of a text
+    heatmap.py        maps drawn on images, with Pillow alone
+
+May import finetune.loading and the layers below it, and pretrain. finetune.grounding measures these maps.
+"""

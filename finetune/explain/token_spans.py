@@ -1,7 +1,7 @@
-"""Tokens of a text -> words a person reads: which tokens belong to which characters, and the maps of words.
+"""Token spans: which tokens belong to which characters and words of a text, and the maps of words.
 
-Tokenizers cut words into pieces; each piece knows the characters it came from (fast tokenizers do). Special tokens and
-padding belong to none. Shapes: B texts, T tokens, W words of one text, H and W' the cells of a map.
+Tokenizers split words into several tokens, and fast tokenizers report the characters of each. Special tokens and padding
+have no characters. Shapes: T tokens of a text, H, W = cells of a map.
 """
 
 from __future__ import annotations
@@ -17,52 +17,52 @@ from pretrain.data.captions import normalize_whitespace
 from pretrain.data.text import TextDecoder
 from pretrain.errors import ConfigError
 
-_READABLE = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
+_WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 
 
 @dataclass(frozen=True)
 class Word:
-    """A run of characters, and the tokens it was cut into."""
+    """A word of a text, and the tokens that hold its characters."""
 
     text: str
     start: int
-    """Its characters in the text: [start, end)."""
+    """Its characters in the text are [start, end)."""
     end: int
     tokens: tuple[int, ...]
-    """Positions in the encoded text; none where the text was cut before it."""
+    """Positions in the encoded text; empty where the text was truncated before the word."""
 
 
 class TokenSpans:
-    """One text as the tokenizer cut it."""
+    """The characters of each token of one text."""
 
     def __init__(self, decoder: TextDecoder, text: str) -> None:
-        """Raises ConfigError for a tokenizer that does not know where its tokens came from."""
+        """Tokenize `text`. Raises ConfigError for a tokenizer that does not report the characters of its tokens."""
         tokenizer = decoder.tokenizer
         if not getattr(tokenizer, "is_fast", False):
             raise ConfigError(
-                f"{type(tokenizer).__name__} does not say which characters a token came from, so maps cannot be put to words; "
+                f"{type(tokenizer).__name__} does not say which characters a token came from, so words cannot have maps; "
                 "use a fast tokenizer (a tokenizer.json)"
             )
         self.text = normalize_whitespace(text)
-        room = decoder.length - (decoder.appended_id is not None)
-        given: Any = tokenizer(self.text, truncation=True, max_length=room, return_offsets_mapping=True)
-        self.spans: list[tuple[int, int]] = [(int(start), int(end)) for start, end in given["offset_mapping"]]
+        max_length = decoder.length - (decoder.appended_id is not None)
+        encoding: Any = tokenizer(self.text, truncation=True, max_length=max_length, return_offsets_mapping=True)
+        self.spans: list[tuple[int, int]] = [(int(start), int(end)) for start, end in encoding["offset_mapping"]]
 
-    def tokens(self, start: int, end: int) -> tuple[int, ...]:
-        """The tokens that hold any of the characters [start, end)."""
+    def find_tokens(self, start: int, end: int) -> tuple[int, ...]:
+        """Return the positions of the tokens that hold any of the characters [start, end)."""
         return tuple(i for i, (a, b) in enumerate(self.spans) if max(a, start) < min(b, end))
 
-    def words(self) -> list[Word]:
-        """Words in the order of the text, without punctuation; those cut off with the text are left out."""
-        found = [Word(m.group(), m.start(), m.end(), self.tokens(*m.span())) for m in _READABLE.finditer(self.text)]
-        return [word for word in found if word.tokens]
+    def find_words(self) -> list[Word]:
+        """Return the words in the order of the text, without punctuation and without words that truncation cut off."""
+        words = [Word(m.group(), m.start(), m.end(), self.find_tokens(*m.span())) for m in _WORD.finditer(self.text)]
+        return [word for word in words if word.tokens]
 
 
-def word_map(maps: Tensor, tokens: tuple[int, ...]) -> Tensor:
-    """(T, H, W) of one text -> (H, W): the mean over a word's tokens."""
+def average_tokens(maps: Tensor, tokens: tuple[int, ...]) -> Tensor:
+    """Average the maps (T, H, W) of one text over a word's tokens: returns (H, W)."""
     return maps[list(tokens)].mean(dim=0)
 
 
-def word_maps(maps: Tensor, words: list[Word]) -> Tensor:
-    """(T, H, W) of one text -> (words, H, W)."""
-    return torch.stack([word_map(maps, word.tokens) for word in words]) if words else maps.new_zeros(0, *maps.shape[1:])
+def average_words(maps: Tensor, words: list[Word]) -> Tensor:
+    """Average the maps (T, H, W) of one text over the tokens of each word: returns (words, H, W)."""
+    return torch.stack([average_tokens(maps, word.tokens) for word in words]) if words else maps.new_zeros(0, *maps.shape[1:])

@@ -1,12 +1,12 @@
-"""What each word of a text looks at in a picture: for `clipfuse attend`, for the report, for grounding.
+"""Maps of what each word of a text attends to in an image, for `clipfuse attend`, the report and grounding.
 
     tuned = finetune.load("runs/vqa")
-    seen = look(tuned, Path("dog.jpg").read_bytes(), "what colour is the dog?")
-    seen.figure().save("dog.png")                   the picture, a heat map a word, and the answer
+    maps = compute_word_maps(tuned, Path("dog.jpg").read_bytes(), "what color is the dog?")
+    maps.figure().save("dog.png")                   the image, a heat map per word, and the answer
 
-`token_maps` is the core: a batch through the task's own predict(), its trace through maps.py. The model's weights are
-not touched. May import tasks, inference, maps, words, drawing.
-Shapes: b pictures, each with one text; T tokens; H, W cells of the picture's grid.
+compute_token_maps() is the core: it passes a batch through the task's predict() and its trace through attribution.py. The
+model's weights do not change. May import finetune.loading and the layers below it, and the other files of this package.
+Shapes: b images, each with one text; T tokens; H, W = cells of the image's grid.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from finetune.attention.trace import Trace
 from finetune.explain import heatmap
 from finetune.explain.attribution import compute_attention_maps
-from finetune.explain.token_spans import TokenSpans, word_maps
+from finetune.explain.token_spans import TokenSpans, average_words
 from finetune.loading import Finetuned
 from finetune.model import FusionModel
 from finetune.tasks import Prediction, Task
@@ -39,57 +39,60 @@ from pretrain.errors import UserError
 from pretrain.runtime.files import replace_atomically
 
 METHOD = "raw"
-"""How maps are made unless somebody says otherwise: after a short training on scenes (300 steps of 16 pictures) raw attention
-found things more often than the others did; `evaluate --task grounding --maps` says which does so for a model of yours."""
+"""The default method. To choose one for another model, compare them with `evaluate --task grounding --maps`.
+
+Measured: after a short training on scenes (300 steps of 16 images) the peaks of raw attention lay on the named object more
+often than those of the other methods.
+"""
 
 
 @dataclass
 class WordMaps:
-    """One picture and one text, and where each word of it looked."""
+    """One image, one text, and a map of the image for each word of the text."""
 
-    picture: Image.Image
-    """The part of the picture that the model saw, in the picture's own pixels."""
+    image: Image.Image
+    """The part of the image that the model's input shows, in the image's own pixels."""
     text: str
     words: list[str]
     maps: NDArray[np.float64]
     """(words, H, W), nowhere negative, comparable within this text."""
     answers: list[tuple[str, float]] = field(default_factory=list)
-    """What the task says, best first, with its probability or score."""
+    """The task's predictions, best first, with their probability or score."""
     text_is_question: bool = False
     """Whether the text is a question."""
     truth: str = ""
-    """The right answer, where it is known."""
+    """The right answer, where it is known; else empty."""
 
-    def lines(self) -> list[str]:
-        """What stands above the figure."""
-        out = [f"“{self.text}”" if not self.text_is_question else self.text]
+    def caption_lines(self) -> list[str]:
+        """Return the lines of text above the figure: the text, the prediction, and whether it is right."""
+        lines = [f"“{self.text}”" if not self.text_is_question else self.text]
         if self.answers:
             name, value = self.answers[0]
-            others = ", ".join(f"{other} {share_of(score)}" for other, score in self.answers[1:3] if score >= 0.005)
+            others = ", ".join(f"{other} {format_share(score)}" for other, score in self.answers[1:3] if score >= 0.005)
             lead = "answer: " if self.text_is_question else ""
-            out.append(f"{lead}{name}, {share_of(value)}{f' (then {others})' if others else ''}")
+            lines.append(f"{lead}{name}, {format_share(value)}{f' (then {others})' if others else ''}")
         if self.truth:
-            out.append(
+            lines.append(
                 "which is right" if self.answers and self.answers[0][0] == self.truth else f"right would be: {self.truth}"
             )
-        return out
+        return lines
 
     def figure(self) -> Image.Image:
-        """The picture and one tile a word."""
-        return heatmap.figure(self.picture, self.words, self.maps, self.lines())
+        """Draw the image and one tile per word, under the text and the prediction."""
+        return heatmap.draw_figure(self.image, self.words, self.maps, self.caption_lines())
 
     def tiles(self, side: int = heatmap.TILE) -> list[tuple[str, Image.Image]]:
-        """(word, its heat map on the picture), for pages that do their own layout."""
-        strong = heatmap.strengths(self.maps)
-        pairs = zip(self.words, self.maps, strong, strict=True)
-        return [(word, heatmap.tile(self.picture, values, float(s), side)) for word, values, s in pairs]
+        """Draw (word, its heat map on the image) for each word, for pages with their own layout; `side` in px."""
+        strengths = heatmap.compute_strengths(self.maps)
+        pairs = zip(self.words, self.maps, strengths, strict=True)
+        return [(word, heatmap.draw_tile(self.image, values, float(s), side)) for word, values, s in pairs]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The core
+# Maps of a batch
 
 
-def token_maps(
+def compute_token_maps(
     model: FusionModel,
     task: Task,
     images: Tensor,
@@ -98,136 +101,161 @@ def token_maps(
     method: str = METHOD,
     layer: int | None = None,
 ) -> tuple[Tensor, Prediction]:
-    """(b, 3, H, W) uint8 and (b, T) -> (b, T, H, W) float32 on the CPU, and what the task says.
+    """Compute a map per token, (b, T, H, W) float32 on the CPU, and the task's predictions.
 
-    Raises ConfigError for a wrong method or layer, and for a model whose fusion has no picture in it; UserError for a
-    task without predictions.
+    Args:
+        model: the model.
+        task: its task.
+        images: (b, 3, h, w) uint8.
+        ids: (b, T), one text per image.
+        mask: (b, T), True for real tokens.
+        method: one of attribution.METHODS.
+        layer: see compute_attention_maps().
+
+    Raises:
+        ConfigError: a wrong method or layer, or a model whose fusion reads no images.
+        UserError: a task without predictions.
     """
     trace = Trace()
-    with _still(model), torch.enable_grad():
+    with _frozen_eval(model), torch.enable_grad():
         prediction = task.predict(model, {"image": images, "text": ids}, {"text": mask}, trace)
         maps = compute_attention_maps(trace, method, prediction.score, layer=layer)
     if getattr(model.fusion and model.fusion.config, "causal", False):
-        # A decoder looks for a word at the position before it.
+        # A decoder predicts a word at the position before it, so the map of a token is the one of that position.
         maps = torch.cat([torch.zeros_like(maps[:, :1]), maps[:, :-1]], dim=1)
     return maps.float().cpu(), prediction
 
 
 @contextmanager
-def _still(model: nn.Module) -> Iterator[None]:
-    """In eval mode and without gradients for the weights: maps need those of the attention alone."""
-    trains = [p for p in model.parameters() if p.requires_grad]
+def _frozen_eval(model: nn.Module) -> Iterator[None]:
+    """Set eval mode and disable gradients of the weights: maps need those of attention alone. Restores both at the end."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
     with eval_mode(model):
-        for p in trains:
+        for p in trainable:
             p.requires_grad_(False)
         try:
             yield
         finally:
-            for p in trains:
+            for p in trainable:
                 p.requires_grad_(True)
 
 
-def look(tuned: Finetuned, picture: bytes, text: str, method: str = METHOD, layer: int | None = None) -> WordMaps:
-    """One encoded picture (JPEG, PNG, WebP, ...) and one text. Raises UserError for either that cannot be used."""
-    image, reader = readers(tuned)
-    cut = TokenSpans(reader, text)
-    words = cut.words()
+def compute_word_maps(tuned: Finetuned, data: bytes, text: str, method: str = METHOD, layer: int | None = None) -> WordMaps:
+    """Compute the maps of one text on one encoded image (JPEG, PNG, WebP, ...).
+
+    Raises:
+        ConfigError: a wrong method or layer, or a tokenizer that does not report the characters of its tokens.
+        UserError: an image that cannot be decoded, a text without words, or a model that maps do not apply to.
+    """
+    image_decoder, text_decoder = find_decoders(tuned)
+    spans = TokenSpans(text_decoder, text)
+    words = spans.find_words()
     if not words:
         raise UserError(f"the text {text!r} has no word to draw a map for")
     try:
-        inputs, masks = tuned.encode_inputs([picture], [cut.text])
-        whole = decode_image(picture)
+        inputs, masks = tuned.encode_inputs([data], [spans.text])
+        pixels = decode_image(data)
     except BadSample as error:
-        raise UserError(f"the picture cannot be used: {error.reason}: {error.detail}") from error
-    maps, said = token_maps(tuned.model, tuned.task, inputs["image"], inputs["text"], masks["text"], method, layer)
-    box = [round(edge) for edge in visible_box(whole.shape[0], whole.shape[1], image.size, image.resize)]
-    shown = Image.fromarray(whole).crop((box[0], box[1], box[2], box[3]))
-    values = word_maps(maps[0], words).double().numpy()
-    return WordMaps(shown, cut.text, [word.text for word in words], values, said.best[0], tuned.task.text_is_question)
+        raise UserError(f"the image cannot be used: {error.reason}: {error.detail}") from error
+    maps, prediction = compute_token_maps(
+        tuned.model, tuned.task, inputs["image"], inputs["text"], masks["text"], method, layer
+    )
+    box = [round(edge) for edge in visible_box(pixels.shape[0], pixels.shape[1], image_decoder.size, image_decoder.resize)]
+    visible = Image.fromarray(pixels).crop((box[0], box[1], box[2], box[3]))
+    values = average_words(maps[0], words).double().numpy()
+    labels = [word.text for word in words]
+    return WordMaps(visible, spans.text, labels, values, prediction.best[0], tuned.task.text_is_question)
 
 
-def readers(tuned: Finetuned) -> tuple[ImageDecoder, TextDecoder]:
-    """What turns a picture and a text into the model's inputs, under whatever a task has put around it.
+def find_decoders(tuned: Finetuned) -> tuple[ImageDecoder, TextDecoder]:
+    """Return the image decoder and the text decoder of a model; a task may have wrapped the text decoder in its own.
 
-    Raises UserError for a model without pictures or texts.
+    Raises UserError for a model without images or texts.
     """
     image, text = tuned.decoders.get("image"), tuned.decoders.get("text")
     text = text if isinstance(text, TextDecoder) else getattr(text, "text", None)
     if not isinstance(image, ImageDecoder) or not isinstance(text, TextDecoder):
-        raise UserError(f"maps need pictures and words; this model reads {', '.join(tuned.decoders)}")
+        raise UserError(f"maps need images and texts; this model reads {', '.join(tuned.decoders)}")
     return image, text
 
 
-def share_of(value: float) -> str:
-    """0.93 -> "93 %"; what is no probability, as a number."""
+def format_share(value: float) -> str:
+    """Format a probability as "93 %", and a score outside 0 to 1 as a plain number."""
     return f"{100 * value:.0f} %" if 0 <= value <= 1 else f"{value:.2f}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A sheet for the report
+# Examples for a report
 
 
-def examples(
-    tuned: Finetuned, shards: Any, count: int = 8, method: str = METHOD, pictures: int = 400, workers: int = 0
+def sample_examples(
+    tuned: Finetuned, shards: Any, count: int = 8, method: str = METHOD, max_images: int = 400, workers: int = 0
 ) -> list[WordMaps]:
-    """`count` pictures of the first `pictures` of `shards`, drawn by a fixed seed, with a text each.
+    """Compute maps of `count` images, drawn with a fixed seed from the first `max_images` of `shards`, with one text each.
 
-    Where the task reads questions: one of each type in turn, with the right answer. Else the first caption. Whether the
-    model is right plays no part in the choice.
+    For a task that reads questions, the types of question take turns, and the right answer is included. For others the text
+    is the image's first caption. Whether the model is right plays no part in the choice.
     """
-    image, text = readers(tuned)
-    decoders: dict[str, Any] = {"image": image} if tuned.task.text_is_question else {"image": image, "text": text}
-    batches = loader.build_eval_loader(shards, decoders, 64, workers, max_samples=pictures)
-    found: list[tuple[Tensor, list[tuple[str, str, str]]]] = []
+    image_decoder, text_decoder = find_decoders(tuned)
+    decoders: dict[str, Any] = {"image": image_decoder, **({} if tuned.task.text_is_question else {"text": text_decoder})}
+    batches = loader.build_eval_loader(shards, decoders, 64, workers, max_samples=max_images)
+    candidates: list[tuple[Tensor, list[tuple[str, str, str]]]] = []
     for batch in batches:
-        for i, picture in enumerate(batch.inputs["image"]):
+        for i, image in enumerate(batch.inputs["image"]):
             if tuned.task.text_is_question:
-                said = [(q.kind, q.text, q.answers[0]) for q in tuned.task.questions(batch.targets["json"][i])]
+                texts = [(q.kind, q.text, q.answers[0]) for q in tuned.task.questions(batch.targets["json"][i])]
             else:
-                said = [("caption", caption, "") for caption in batch.targets["captions"][i][:1]]
-            found += [(picture, said)] if said else []
-    kinds = list(dict.fromkeys(kind for _, said in found for kind, _, _ in said))
+                texts = [("caption", caption, "") for caption in batch.targets["captions"][i][:1]]
+            candidates += [(image, texts)] if texts else []
+    kinds = list(dict.fromkeys(kind for _, texts in candidates for kind, _, _ in texts))
     random = np.random.Generator(np.random.Philox(key=0))
-    out: list[WordMaps] = []
-    for at in random.permutation(len(found)).tolist():
-        picture, said = found[at]
-        wanted = [each for each in said if each[0] == kinds[len(out) % len(kinds)]]
-        if len(out) == count:
+    examples: list[WordMaps] = []
+    for index in random.permutation(len(candidates)).tolist():
+        image, texts = candidates[index]
+        of_kind = [text for text in texts if text[0] == kinds[len(examples) % len(kinds)]]
+        if len(examples) == count:
             break
-        if wanted:
-            _, words, truth = wanted[int(random.integers(len(wanted)))]
-            out.append(replace(_seen(tuned, picture, TokenSpans(text, words), method), truth=truth))
-    return out
+        if of_kind:
+            _, text, truth = of_kind[int(random.integers(len(of_kind)))]
+            maps = _compute_decoded_word_maps(tuned, image, TokenSpans(text_decoder, text), method)
+            examples.append(replace(maps, truth=truth))
+    return examples
 
 
-def _seen(tuned: Finetuned, picture: Tensor, cut: TokenSpans, method: str) -> WordMaps:
-    """Of a decoded picture (3, H, W) uint8, shown as the model sees it."""
+def _compute_decoded_word_maps(tuned: Finetuned, image: Tensor, spans: TokenSpans, method: str) -> WordMaps:
+    """Compute the maps of a decoded image (3, h, w) uint8, which is shown as the model's input."""
     device = next(tuned.model.parameters()).device
-    ids, mask = tuned.decoders["text"].encode([cut.text])
-    maps, said = token_maps(tuned.model, tuned.task, picture[None].to(device), ids.to(device), mask.to(device), method)
-    words = cut.words()
-    shown = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
-    values = word_maps(maps[0], words).double().numpy()
-    return WordMaps(shown, cut.text, [word.text for word in words], values, said.best[0], tuned.task.text_is_question)
+    ids, mask = tuned.decoders["text"].encode([spans.text])
+    maps, prediction = compute_token_maps(
+        tuned.model, tuned.task, image[None].to(device), ids.to(device), mask.to(device), method
+    )
+    words = spans.find_words()
+    visible = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+    values = average_words(maps[0], words).double().numpy()
+    labels = [word.text for word in words]
+    return WordMaps(visible, spans.text, labels, values, prediction.best[0], tuned.task.text_is_question)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # clipfuse attend
 
 
-def attend(
+def save_figure(
     tuned: Finetuned, image: str | Path, text: str, out: str | Path, method: str = METHOD, layer: int | None = None
 ) -> WordMaps:
-    """Writes the figure of one picture and one text to `out`. Raises UserError for files that cannot be read or written."""
+    """Write the figure of one image file and one text to `out`, as PNG, and return the maps.
+
+    Raises UserError for a file that cannot be read or written, else as compute_word_maps().
+    """
     try:
         data = Path(image).read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read the picture {image}: {error.strerror or error}") from error
-    seen = look(tuned, data, text, method, layer)
+        raise UserError(f"cannot read the image {image}: {error.strerror or error}") from error
+    maps = compute_word_maps(tuned, data, text, method, layer)
     path = Path(out)
     try:
         with replace_atomically(path) as partial:
-            partial.write_bytes(heatmap.png(seen.figure()))
+            partial.write_bytes(heatmap.encode_png(maps.figure()))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    return seen
+    return maps

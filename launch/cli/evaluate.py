@@ -121,6 +121,6 @@ def attend(args: argparse.Namespace) -> int:
 
     finetuned = loading.load(args.run)
     finetuned.model.to(distributed.device())
-    maps = word_maps.attend(finetuned, args.image, args.text, args.out, args.maps, args.layer)
+    maps = word_maps.save_figure(finetuned, args.image, args.text, args.out, args.maps, args.layer)
     print(*maps.lines(), f"wrote {args.out}", sep="\n")
     return DONE

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from finetune.explain import heatmap
-from finetune.explain.word_maps import WordMaps, examples, share_of
+from finetune.explain.word_maps import WordMaps, format_share, sample_examples
 from finetune.loading import Finetuned
 from launch.report import figures
 from launch.report.run_history import Line, RunHistory
@@ -110,7 +110,7 @@ def build_section(model: Finetuned, shards: Any, workers: int = 2, count: int = 
         section.missing = "the run names no validation shards (data.val); give some with --data."
         return section
     try:
-        section.examples = [build_example(maps) for maps in examples(model, shards, count, workers=workers)]
+        section.examples = [build_example(maps) for maps in sample_examples(model, shards, count, workers=workers)]
     except UserError as error:
         section.missing = str(error)
     return section
@@ -119,16 +119,16 @@ def build_section(model: Finetuned, shards: Any, workers: int = 2, count: int = 
 def build_example(maps: WordMaps) -> Example:
     """Turn an image, its text and the maps of its words into what the page shows."""
     answer, probability = maps.answers[0] if maps.answers else ("", 0.0)
-    others = ", ".join(f"{other} {share_of(score)}" for other, score in maps.answers[1:3] if score >= 0.005)
-    strengths = heatmap.strengths(maps.maps)
+    others = ", ".join(f"{other} {format_share(score)}" for other, score in maps.answers[1:3] if score >= 0.005)
+    strengths = heatmap.compute_strengths(maps.maps)
     words = [
-        WordTile(word, heatmap.uri(image), bool(strength < heatmap.GLANCE))
+        WordTile(word, heatmap.encode_data_uri(image), bool(strength < heatmap.RING_THRESHOLD))
         for (word, image), strength in zip(maps.tiles(TILE_PIXELS), strengths, strict=True)
     ]
     return Example(
-        image=heatmap.uri(maps.picture.resize((TILE_PIXELS, TILE_PIXELS))),
+        image=heatmap.encode_data_uri(maps.image.resize((TILE_PIXELS, TILE_PIXELS))),
         text=maps.text,
-        answer=f"{answer}, {share_of(probability)}" if answer else "",
+        answer=f"{answer}, {format_share(probability)}" if answer else "",
         other_answers=others,
         truth=maps.truth,
         is_right=bool(maps.truth) and answer == maps.truth,

@@ -1,4 +1,4 @@
-"""Tokens put back together into words, with tokenizers of several kinds."""
+"""Tokens are joined into words, with tokenizers of several kinds."""
 
 from __future__ import annotations
 
@@ -7,48 +7,48 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from finetune.explain.token_spans import TokenSpans, word_maps
+from finetune.explain.token_spans import TokenSpans, average_words
 from pretrain.data.text import TextDecoder, load_tokenizer
 from pretrain.errors import ConfigError
 from tests.support import Small
 
 
-def test_words_of_our_own_tokenizer(small: Small) -> None:
-    """Byte-level BPE of 400 tokens: rare words fall into many local_shards; together they are the ids the model reads."""
+def test_words_of_a_trained_tokenizer(small: Small) -> None:
+    """With a byte-level BPE of 400 tokens rare words have many tokens; all are positions in the ids that the model reads."""
     decoder = TextDecoder(load_tokenizer(small.tokenizer), 48)
     text = "what colour  is the unpronounceable car, naïve?\n"
-    cut, (ids, mask) = TokenSpans(decoder, text), decoder.encode([text])
-    words = cut.words()
+    spans, (ids, mask) = TokenSpans(decoder, text), decoder.encode([text])
+    words = spans.find_words()
     assert [word.text for word in words] == ["what", "colour", "is", "the", "unpronounceable", "car", "naïve"]
     assert len(words[4].tokens) > 3
     for word in words:
-        local_shards = decoder.tokenizer.decode(ids[0, list(word.tokens)])
-        assert local_shards.strip() == word.text
+        decoded = decoder.tokenizer.decode(ids[0, list(word.tokens)])
+        assert decoded.strip() == word.text
     used = [token for word in words for token in word.tokens]
     assert used == sorted(set(used))  # no token in two words
-    assert len(cut.spans) == int(mask.sum())  # positions are those of the encoded text, special tokens included
+    assert len(spans.spans) == int(mask.sum())  # positions are those of the encoded text, special tokens included
 
 
-def test_words_beyond_the_cut_have_no_tokens(small: Small) -> None:
+def test_words_beyond_the_maximum_length_are_left_out(small: Small) -> None:
     decoder = TextDecoder(load_tokenizer(small.tokenizer), 8)
-    cut = TokenSpans(decoder, "a red car on a black sofa in a meadow with unpronounceable things")
-    assert 0 < len(cut.words()) < 12
-    assert max(token for word in cut.words() for token in word.tokens) < 8
+    spans = TokenSpans(decoder, "a red car on a black sofa in a meadow with unpronounceable things")
+    assert 0 < len(spans.find_words()) < 12
+    assert max(token for word in spans.find_words() for token in word.tokens) < 8
 
 
-def test_word_pieces() -> None:
-    """BERT's way: no spaces in tokens, ## in front of local_shards, lower case."""
+def test_words_of_a_wordpiece_tokenizer() -> None:
+    """As in BERT: tokens without spaces, ## in front of those inside a word, lower case."""
     vocabulary = {"[UNK]": 0, "red": 1, "car": 2, "##s": 3, "left": 4, "-": 5}
     core = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     core.normalizer, core.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.BertPreTokenizer()
     decoder = TextDecoder(PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]", pad_token="[UNK]"), 16)
-    words = TokenSpans(decoder, "RED Cars left-left, zebra").words()
+    words = TokenSpans(decoder, "RED Cars left-left, zebra").find_words()
     assert [(word.text, word.tokens) for word in words] == [
         ("RED", (0,)), ("Cars", (1, 2)), ("left-left", (3, 4, 5)), ("zebra", (7,))
     ]  # fmt: skip
     maps = torch.arange(8.0)[:, None, None].expand(8, 2, 3)
-    torch.testing.assert_close(word_maps(maps, words)[:, 0, 0], torch.tensor([0, 1.5, 4, 7]))
-    assert word_maps(maps, []).shape == (0, 2, 3)
+    torch.testing.assert_close(average_words(maps, words)[:, 0, 0], torch.tensor([0, 1.5, 4, 7]))
+    assert average_words(maps, []).shape == (0, 2, 3)
 
 
 def test_a_tokenizer_without_offsets_is_refused(small: Small) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from finetune import model as models
-from finetune.adapt.freeze import freeze_unreached
+from finetune.adapt.freeze import freeze_unused
 from finetune.model import FusionModel
 from finetune.tasks import EvalConfig, EvalSetup, hard_negatives, retrieval
 from pretrain import registry
@@ -40,7 +40,7 @@ def built(dtype: torch.dtype) -> tuple[FusionModel, retrieval.Retrieval]:
         for p in [*model.fusion.parameters(), *model.head.parameters()]:  # type: ignore[union-attr]
             p.add_(0.2 * torch.randn_like(p))
     model = model.to(dtype)
-    freeze_unreached(model, [task.loss(task.encode(model, whole().slice(0, 2)), whole().slice(0, 2).targets)[0]])
+    freeze_unused(model, [task.loss(task.encode(model, whole().slice(0, 2)), whole().slice(0, 2).targets)[0]])
     return model.train(), task
 
 
