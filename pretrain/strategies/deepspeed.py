@@ -1,9 +1,12 @@
-"""zero1 | zero2 | zero3: DeepSpeed's ZeRO. OptimizerState, then gradients too, then weights too, are cut into shares.
+"""What the stages of DeepSpeed's ZeRO share: the engine, its settings, one step, and saving.
 
-Weights, gradients, reductions and moments are float32 in every precision; bf16 and fp16 are autocast inside the model, as
-under every other strategy (DeepSpeed's own bf16 mode would round the logit scale and the gradients to 8 bits). DeepSpeed
-keeps a float32 master copy of each share, which is what the optimizer moves; the weights of the model follow it. So what
-changes a weight outside the optimizer (the clamp of the logit scale, averaging, resuming) must change both.
+Stage 1 shards the optimizer state, stage 2 the gradients too, stage 3 the weights too.
+
+Weights, gradients, reductions and optimizer state are float32 in every precision. bf16 and fp16 are autocast inside the
+model, as under every other strategy: DeepSpeed's own bf16 mode would round the logit scale and the gradients to 8 bits.
+
+DeepSpeed keeps float32 master weights, sharded. The optimizer updates these, and the weights of the model are copied from
+them. So whatever changes a weight outside the optimizer must change both: the clamp of the logit scale, averaging, resuming.
 """
 
 from __future__ import annotations
@@ -24,35 +27,36 @@ from pretrain.runtime import distributed
 from pretrain.strategies import DTYPES, OptimizerState, Precision, StepResult, Strategy, deepspeed_config
 from pretrain.strategies.batch_norm import convert_sync_batch_norm
 
-KINDS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's names for its state of a parameter."""
 BUCKET_ELEMENTS = 50_000_000
-"""Elements sent at a time, and gathered ahead of use: 200 MB."""
+"""Elements that are sent at once, and gathered ahead of use: 200 MB."""
 
 
 class Zero(Strategy):
-    """What the three stages share. Bytes a step and process: 2 x 4 x parameters; 3 x 4 under zero3."""
+    """Base class of the three stages. Bytes sent per step and process: 2 x 4 x parameters; 3 x 4 under zero3."""
 
     stage: int
-    tuning: dict[str, Any] = {}  # noqa: RUF012
-    """Settings of a train.deepspeed file."""
+    file_settings: dict[str, Any] = {}  # noqa: RUF012
+    """Settings of the file that train.deepspeed names."""
     persistence_threshold = 100_000
-    """zero3: parameters below so many elements stay whole on every process."""
+    """zero3: parameters with fewer elements than this stay unsharded on every process."""
 
     def __init__(self, precision: Precision, optim: OptimConfig, device: torch.device, offload: bool) -> None:
         super().__init__(precision, optim, device)
         self.offload = offload
         self.name = f"zero{self.stage}"  # type: ignore[misc]
-        self._replay: ExitStack | None = None
-        self._scale = LossScale() if precision == "fp16" else None
+        self._deferred_reduction: ExitStack | None = None
+        self._loss_scale = LossScale() if precision == "fp16" else None
 
     def setup(self, model: nn.Module) -> None:
         distributed.ensure_group()
         self.module = convert_sync_batch_norm(model).to(self.device)
-        deepspeed = _deepspeed()
-        inside = _Autocast(self.module, self.device.type, self.precision) if self.precision != "fp32" else self.module
-        self._before_engine(inside)
+        deepspeed = _init_deepspeed()
+        inner = _AutocastModel(self.module, self.device.type, self.precision) if self.precision != "fp32" else self.module
+        self._prepare_model(inner)
         client = optimizers.build_adamw(optimizers.parameter_groups(self.module, self.optim), self.optim)
-        engine = deepspeed.initialize(model=inside, optimizer=client, config=self._config(), dist_init_required=False)[0]
+        engine = deepspeed.initialize(model=inner, optimizer=client, config=self._engine_config(), dist_init_required=False)[0]
         self.model = self.engine = engine
         self.zero: Any = engine.optimizer
         self.optimizer = self.zero.optimizer
@@ -60,18 +64,19 @@ class Zero(Strategy):
         assert engine.dp_world_size == distributed.world_size(), (
             f"{engine.dp_world_size} of {distributed.world_size()} processes"
         )
-        assert isinstance(self.zero, self._engine_class()), type(self.zero)
-        if self._scale:
-            self.zero.override_loss_scale(self._scale.scale)
+        assert isinstance(self.zero, self._zero_optimizer_class()), type(self.zero)
+        if self._loss_scale:
+            self.zero.override_loss_scale(self._loss_scale.scale)
 
-    def _config(self) -> dict[str, Any]:
-        """DeepSpeed's settings: every default that changes what is computed is written out."""
-        return deepspeed_config.merge(self._ours(), self.tuning)
+    def _engine_config(self) -> dict[str, Any]:
+        """Return the settings that DeepSpeed is initialized with: the defaults, replaced by those of train.deepspeed."""
+        return deepspeed_config.merge(self._default_config(), self.file_settings)
 
-    def _ours(self) -> dict[str, Any]:
-        place = {"device": "cpu", "pin_memory": torch.cuda.is_available()} if self.offload else {"device": "none"}
+    def _default_config(self) -> dict[str, Any]:
+        """Return our settings. Each one that changes what is computed is explicit: DeepSpeed's defaults change."""
+        offload = {"device": "cpu", "pin_memory": torch.cuda.is_available()} if self.offload else {"device": "none"}
         return {
-            "train_micro_batch_size_per_gpu": 1,  # only for DeepSpeed's own reports
+            "train_micro_batch_size_per_gpu": 1,  # only DeepSpeed's own reports read it
             "gradient_accumulation_steps": 1,
             "gradient_clipping": self.optim.clip_norm,
             "prescale_gradients": False,
@@ -83,7 +88,7 @@ class Zero(Strategy):
             "steps_per_print": 2**31,
             "wall_clock_breakdown": False,
             "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW, not one that is compiled for a minute first
+            "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW: DeepSpeed's takes a minute to compile
             "zero_optimization": {
                 "stage": self.stage,
                 "contiguous_gradients": True,
@@ -93,40 +98,41 @@ class Zero(Strategy):
                 "allgather_partitions": True,
                 "allgather_bucket_size": BUCKET_ELEMENTS,
                 "round_robin_gradients": False,
-                "offload_optimizer": place,
-                **({"offload_param": place} if self.stage == 3 else {}),
+                "offload_optimizer": offload,
+                **({"offload_param": offload} if self.stage == 3 else {}),
                 "sub_group_size": 1_000_000_000,
                 "stage3_prefetch_bucket_size": BUCKET_ELEMENTS,
                 "stage3_param_persistence_threshold": self.persistence_threshold,
                 "stage3_max_live_parameters": 1_000_000_000,
                 "stage3_max_reuse_distance": 1_000_000_000,
-                "memory_efficient_linear": False,  # it replaces torch's linear layer, for the whole process
+                "memory_efficient_linear": False,  # it would replace torch's linear layer in the whole process
             },
         }
 
-    def _before_engine(self, inside: nn.Module) -> None:
-        """What needs the model, and what of it DeepSpeed gets, before it does."""
+    def _prepare_model(self, inner: nn.Module) -> None:
+        """Prepare the model before DeepSpeed wraps it. inner: the module that is given to DeepSpeed."""
 
-    def _engine_class(self) -> Any:
+    def _zero_optimizer_class(self) -> Any:
+        """Return the class of DeepSpeed's optimizer for this stage, to check that the engine uses it."""
         raise NotImplementedError
 
     # -----------------------------------------------------------------------------------------------------------------
     # One step
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Nothing: the engine switches off what is around it, so `_Autocast` is inside."""
+        """Return an empty context: the engine disables autocast around it, so `_AutocastModel` enables it inside."""
         return nullcontext()
 
     @contextmanager
-    def sync_gradients(self, on: bool) -> Iterator[None]:
-        """The first chunk that is not the last opens a block in which gradients stay here; the last one closes it."""
-        if not on and self._replay is None:
-            self._replay = ExitStack()
-            self._replay.enter_context(self.engine.coalesce_grad_reduction())
+    def sync_gradients(self, is_last_chunk: bool) -> Iterator[None]:
+        """Defer the reduction of gradients from the first chunk until the last one has run its backward pass."""
+        if not is_last_chunk and self._deferred_reduction is None:
+            self._deferred_reduction = ExitStack()
+            self._deferred_reduction.enter_context(self.engine.coalesce_grad_reduction())
         yield
-        if on and self._replay is not None:
-            replay, self._replay = self._replay, None
-            replay.close()
+        if is_last_chunk and self._deferred_reduction is not None:
+            deferred, self._deferred_reduction = self._deferred_reduction, None
+            deferred.close()
 
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss)
@@ -140,12 +146,12 @@ class Zero(Strategy):
     def apply(self, lr: float) -> StepResult:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        self.engine.step()  # unscales, clips, skips everywhere if not finite anywhere, steps, clears the gradients
+        self.engine.step()  # unscales, clips, skips on all ranks if not finite on any, steps, clears the gradients
         skipped = bool(self.zero.overflow)
         norm = float("inf") if skipped else self.engine.get_global_grad_norm()
-        if self._scale:
-            self._scale.update(skipped)
-            self.zero.override_loss_scale(self._scale.scale)
+        if self._loss_scale:
+            self._loss_scale.update(skipped)
+            self.zero.override_loss_scale(self._loss_scale.scale)
         self._clamp()
         return StepResult(
             torch.as_tensor(norm, dtype=torch.float32, device=self.device).detach().reshape(()),
@@ -154,45 +160,44 @@ class Zero(Strategy):
 
     @torch.no_grad()
     def _clamp(self) -> None:
-        """The model clamps its scalars in place: in the weights it computes with, and in each copy a process holds."""
-        scalars = [p for _, p in self._trainable_parameters() if _size(p) == 1]
+        """Let the model clamp its scalars in place, in its own weights and in every other copy that this process holds."""
+        scalars = [p for _, p in self._trainable_parameters() if _numel(p) == 1]
         self.module.clamp_()  # type: ignore[operator]
-        for copies in zip(*[self._copies(p) for p in scalars], strict=True):
-            kept = [p.data for p in scalars]
+        for copies in zip(*[self._other_copies(p) for p in scalars], strict=True):
+            data = [p.data for p in scalars]
             for p, tensor in zip(scalars, copies, strict=True):
                 p.data = tensor
             self.module.clamp_()  # type: ignore[operator]
-            for p, tensor in zip(scalars, kept, strict=True):
+            for p, tensor in zip(scalars, data, strict=True):
                 p.data = tensor
 
-    def _copies(self, p: nn.Parameter) -> list[Tensor]:
-        """The other places of a parameter of one element on this process, each (1,); empty (0,) where it has none."""
+    def _other_copies(self, p: nn.Parameter) -> list[Tensor]:
+        """Return this process's other tensors that hold a one-element parameter, each (1,), to be written into.
+
+        Where this process holds none: a tensor that nothing reads, (1,) or (0,).
+        """
         raise NotImplementedError
 
     # -----------------------------------------------------------------------------------------------------------------
-    # Weights, there and back
+    # Weights and optimizer state
 
-    def _flat(self) -> list[Tensor]:
-        """The float32 master shares of this process, flat, one or more a parameter group."""
+    def _flat_shards(self) -> list[Tensor]:
+        """Return this process's shards of the float32 master weights: flat tensors, one or more per parameter group."""
         raise NotImplementedError
 
-    def _master(self, p: nn.Parameter, kind: str | None) -> Tensor:
-        """A trainable parameter's master copy, or one of its moments, whole. Collective."""
+    def _gather_master(self, p: nn.Parameter, key: str | None) -> Tensor:
+        """Return the full master weight of a trainable parameter or, by `key` of MOMENTS, its optimizer state. Collective."""
         raise NotImplementedError
 
-    def _load_master(self, p: nn.Parameter, value: Tensor, kind: str | None) -> None:
-        """The reverse of `_master`."""
+    def _load_master(self, p: nn.Parameter, value: Tensor, key: str | None) -> None:
+        """Set this process's shard of what `_gather_master` returns from the full tensor."""
         raise NotImplementedError
 
     def _trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
 
-    def _state_of(self, p: nn.Parameter) -> dict[str, Tensor] | None:
-        """The optimizer's state of the share that a parameter lies in; None before the first step."""
-        raise NotImplementedError
-
     def local_shards(self) -> dict[str, Tensor]:
-        return {f"share {i}": flat for i, flat in enumerate(self._flat())}
+        return {f"shard {i}": flat for i, flat in enumerate(self._flat_shards())}
 
     @torch.no_grad()
     def load_full_weights(self, weights: dict[str, Tensor]) -> None:
@@ -200,88 +205,90 @@ class Zero(Strategy):
             self._load_master(p, weights[name].to(self.device), None)
         self.refresh()
 
-    def _frozen(self, p: nn.Parameter) -> Tensor:
+    def _gather_frozen(self, p: nn.Parameter) -> Tensor:
+        """Return the full tensor of a frozen parameter, which has no master weight. Collective."""
         return p.detach()
 
     @torch.no_grad()
-    def _whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+    def _gather_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield every parameter's name and full tensor, one after the other, in the order of the model. Collective."""
         for name, p in self.module.named_parameters():
-            yield name, (self._master(p, None) if p.requires_grad else self._frozen(p))
+            yield name, (self._gather_master(p, None) if p.requires_grad else self._gather_frozen(p))
 
     def full_weights(self) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        for name, value in self._whole_weights():
+        weights: dict[str, Tensor] = {}
+        for name, value in self._gather_weights():
             if distributed.is_main():
-                found[name] = value.to("cpu", copy=True)
+                weights[name] = value.to("cpu", copy=True)
         if not distributed.is_main():
-            return found
+            return weights
         buffers = dict(self.module.named_buffers())
         names = self.module.state_dict()
-        return {name: found[name] if name in found else buffers[name].detach().cpu() for name in names}
+        return {name: weights[name] if name in weights else buffers[name].detach().cpu() for name in names}
 
     @torch.no_grad()
     def optimizer_state(self) -> OptimizerState:
-        found: OptimizerState = {}
-        if not any(len(self.optimizer.state[flat]) for flat in self._flat() if flat in self.optimizer.state):
-            return found
+        state: OptimizerState = {}
+        if not any(len(self.optimizer.state[flat]) for flat in self._flat_shards() if flat in self.optimizer.state):
+            return state
         for name, p in self._trainable_parameters():
-            values = {kind: self._master(p, kind) for kind in KINDS}
+            values = {key: self._gather_master(p, key) for key in MOMENTS}
             if distributed.is_main():
-                step = next(self.optimizer.state[flat]["step"] for flat in self._flat())
-                found[name] = {kind: value.to("cpu", copy=True) for kind, value in values.items()}
-                found[name]["step"] = step.detach().cpu().clone()
-        return found
+                step = next(self.optimizer.state[flat]["step"] for flat in self._flat_shards())
+                state[name] = {key: value.to("cpu", copy=True) for key, value in values.items()}
+                state[name]["step"] = step.detach().cpu().clone()
+        return state
 
     @torch.no_grad()
-    def load_optimizer_state(self, moments: OptimizerState) -> None:
-        if not moments:
+    def load_optimizer_state(self, state: OptimizerState) -> None:
+        if not state:
             return
-        step = next(iter(moments.values()))["step"]
-        for flat in self._flat():
-            zeros = {kind: torch.zeros_like(flat) for kind in KINDS}
+        step = next(iter(state.values()))["step"]
+        for flat in self._flat_shards():
+            zeros = {key: torch.zeros_like(flat) for key in MOMENTS}
             self.optimizer.state[flat] = {"step": step.to(flat.device, torch.float32, copy=True), **zeros}
         for name, p in self._trainable_parameters():
-            if name in moments:
-                for kind in KINDS:
-                    self._load_master(p, moments[name][kind], kind)
+            if name in state:
+                for key in MOMENTS:
+                    self._load_master(p, state[name][key], key)
 
     def scaler_state(self) -> dict[str, Any]:
-        return self._scale.state() if self._scale else {}
+        return self._loss_scale.state_dict() if self._loss_scale else {}
 
     def load_scaler_state(self, state: dict[str, Any]) -> None:
-        if self._scale:
-            self._scale = LossScale(state["scale"], state["_growth_tracker"])
-            self.zero.override_loss_scale(self._scale.scale)
+        if self._loss_scale:
+            self._loss_scale = LossScale(state["scale"], state["_growth_tracker"])
+            self.zero.override_loss_scale(self._loss_scale.scale)
 
     def trainable_names(self) -> list[str]:
         return [name for name, _ in self._trainable_parameters()]
 
 
 class LossScale:
-    """fp16's loss scale by the rule of torch.amp.GradScaler: halved on overflow, doubled after 2,000 good steps.
+    """fp16's loss scale by the rule of torch.amp.GradScaler: halved on overflow, doubled after 2,000 steps without one.
 
-    DeepSpeed's own needs float16 weights.
+    DeepSpeed's own loss scaler needs float16 weights.
     """
 
-    def __init__(self, scale: float = 65536.0, good: int = 0) -> None:
-        self.scale, self.good = scale, good
+    def __init__(self, scale: float = 65536.0, good_steps: int = 0) -> None:
+        self.scale, self.good_steps = scale, good_steps
 
     def update(self, skipped: bool) -> None:
-        """After each step."""
-        self.good = 0 if skipped else self.good + 1
+        """Adjust the scale after a step. skipped: whether the step was skipped because of an overflow."""
+        self.good_steps = 0 if skipped else self.good_steps + 1
         if skipped:
             self.scale /= 2
-        elif self.good == 2000:
-            self.scale, self.good = self.scale * 2, 0
+        elif self.good_steps == 2000:
+            self.scale, self.good_steps = self.scale * 2, 0
 
-    def state(self) -> dict[str, Any]:
-        """In the layout of GradScaler, so that another strategy can go on with it."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state in the layout of GradScaler, so that another strategy can resume from it."""
         rule = {"growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000}
-        return {"scale": self.scale, **rule, "_growth_tracker": self.good}
+        return {"scale": self.scale, **rule, "_growth_tracker": self.good_steps}
 
 
-class _Autocast(nn.Module):
-    """The model, forward under autocast."""
+class _AutocastModel(nn.Module):
+    """Wraps the model and runs its forward pass under autocast."""
 
     def __init__(self, model: nn.Module, device: str, precision: Precision) -> None:
         super().__init__()
@@ -292,18 +299,19 @@ class _Autocast(nn.Module):
             return self.model(*args, **kwargs)
 
 
-def _size(p: nn.Parameter) -> int:
+def _numel(p: nn.Parameter) -> int:
+    """Return the number of elements of the full parameter."""
     return int(getattr(p, "ds_numel", p.numel()))  # zero3 leaves an empty tensor in place of a parameter
 
 
-def _deepspeed() -> Any:
-    """DeepSpeed, quiet, on the process group that is there."""
+def _init_deepspeed() -> Any:
+    """Import DeepSpeed, silence its log, and let it use the existing process group."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    os.environ.setdefault("LOCAL_RANK", str(distributed.local_rank()))  # asserted on, also in a run of one process
+    os.environ.setdefault("LOCAL_RANK", str(distributed.local_rank()))  # DeepSpeed requires it even with one process
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
-    # The shared-memory kernels serve inference only, and would be compiled for a minute at each machine's first run.
+    # The shared-memory kernels serve inference only, and compiling them takes a minute at a machine's first run.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = td.get_backend()
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, dist_init_required=False)

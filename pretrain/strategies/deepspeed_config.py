@@ -1,7 +1,8 @@
-"""train.deepspeed=FILE.json: DeepSpeed's settings of how bytes move, laid over ours (launch/deepspeed/ has such files).
+"""Reads train.deepspeed=FILE.json: DeepSpeed's settings of communication and logging, which replace our defaults.
 
-Only what leaves the numbers as they are: bucket sizes, overlap, prefetching, logging. Precision, clipping, accumulation,
-optimizer and stage are words of our own configuration; a file that sets them is refused, not half obeyed.
+launch/deepspeed/ has such files. A file may set only what does not change the numbers: bucket sizes, overlap, prefetching,
+logging. Precision, clipping, accumulation, optimizer and stage belong to our own configuration. A file that sets any of
+them is refused, so that no setting is ignored silently.
 """
 
 from __future__ import annotations
@@ -12,10 +13,17 @@ from typing import Any
 
 from pretrain.errors import ConfigError, closest
 
-COMMENT = "_command"
-"""A key for people: JSON has no comments."""
-TOP = ("comms_logger", "flops_profiler", "memory_breakdown", "steps_per_print", "wall_clock_breakdown", "zero_optimization")
-ZERO = (
+COMMENT_KEY = "_command"
+"""A key that is ignored. Files use it as a comment, which JSON lacks."""
+TOP_LEVEL_KEYS = (
+    "comms_logger",
+    "flops_profiler",
+    "memory_breakdown",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "zero_optimization",
+)
+ZERO_KEYS = (
     "allgather_bucket_size",
     "allgather_partitions",
     "contiguous_gradients",
@@ -33,31 +41,35 @@ ZERO = (
 
 
 def read(path: str, stage: int) -> dict[str, Any]:
-    """The settings in a file. Raises ConfigError for one that is not there, no JSON, or sets what is not for it to set."""
+    """Return the settings in a file for that stage of ZeRO.
+
+    Raises ConfigError: a file that is missing, is not JSON, is for another stage, or sets a key that it may not set.
+    """
     try:
-        given = json.loads(Path(path).read_text())
+        settings = json.loads(Path(path).read_text())
     except OSError as error:
         raise ConfigError(f"train.deepspeed={path}: {error.strerror or error}") from error
     except ValueError as error:
-        raise ConfigError(f"train.deepspeed={path} is no JSON: {error}") from error
-    if not isinstance(given, dict) or not isinstance(given.get("zero_optimization", {}), dict):
+        raise ConfigError(f"train.deepspeed={path} is not JSON: {error}") from error
+    if not isinstance(settings, dict) or not isinstance(settings.get("zero_optimization", {}), dict):
         raise ConfigError(f"train.deepspeed={path} must hold settings of DeepSpeed: {{zero_optimization: {{...}}}}")
-    given.pop(COMMENT, None)
-    zero = given.get("zero_optimization", {})
-    for key, choices, prefix in [(k, TOP, "") for k in given] + [(k, ZERO, "zero_optimization.") for k in zero]:
+    settings.pop(COMMENT_KEY, None)
+    zero = settings.get("zero_optimization", {})
+    keys = [(k, TOP_LEVEL_KEYS, "") for k in settings] + [(k, ZERO_KEYS, "zero_optimization.") for k in zero]
+    for key, choices, prefix in keys:
         if key not in choices:
             raise ConfigError(
-                f"train.deepspeed={path}: {prefix}{key} is not for this file{closest(key, list(choices))}; it may set "
-                f"{', '.join(choices)} (precision, clipping, offload and stage are words under train. and optim.)"
+                f"train.deepspeed={path} may not set {prefix}{key}{closest(key, list(choices))}; it may set "
+                f"{', '.join(choices)} (set precision, clipping, offload and stage under train. and optim.)"
             )
     if zero.get("stage", stage) != stage:
         raise ConfigError(
             f"train.deepspeed={path} is for stage {zero['stage']}; choose train.strategy=zero{zero['stage']}, or another file"
         )
-    return given
+    return settings
 
 
-def merge(ours: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Our settings with those of a file in their place."""
-    zero = {**ours["zero_optimization"], **given.get("zero_optimization", {})}
-    return {**ours, **given, "zero_optimization": zero}
+def merge(defaults: dict[str, Any], file_settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the default settings, replaced by those of a file where it has them."""
+    zero = {**defaults["zero_optimization"], **file_settings.get("zero_optimization", {})}
+    return {**defaults, **file_settings, "zero_optimization": zero}

@@ -1,8 +1,8 @@
-"""fsdp2: weights, gradients and moments are cut into shares, one a process (torch's fully_shard).
+"""train.strategy=fsdp2: weights, gradients and optimizer state sharded over the processes, by torch's fully_shard.
 
-Each block of a tower gathers its weights just before it runs and drops them after; everything else (embeddings,
-projections, scalars) is one more group that stays gathered from the forward to the backward pass. Shares and moments are
-float32. Under bf16 and fp16 the blocks gather and compute in that type; gradients travel and add up in float32.
+Each block of a tower gathers its weights just before it runs and frees them afterwards. Everything else (embeddings,
+projections, scalars) is one more group, which stays gathered from the forward to the backward pass. Shards and optimizer
+state are float32. Under bf16 and fp16 the blocks gather and compute in that type; gradients are reduced in float32.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ from pretrain.strategies.single import Single
 
 
 class FSDP2(Single):
-    """Bytes a step and process: 3 x 4 x parameters (gather twice, reduce once); blocks gather 2 bytes under bf16."""
+    """The sharded model. Bytes sent per step and process: 3 x 4 x parameters, for two gathers and one reduction.
+
+    Under bf16 and fp16 the blocks gather 2 bytes per parameter.
+    """
 
     name = "fsdp2"
 
@@ -38,12 +41,13 @@ class FSDP2(Single):
         disable_length_buckets(model)
         with torch.no_grad():
             for tensor in [*model.parameters(), *model.buffers()]:
-                td.broadcast(tensor, 0)  # shares of different models would make no model
+                td.broadcast(tensor, 0)  # all shards must come from the same weights
         mesh = init_device_mesh(self.device.type, (distributed.world_size(),))
         self.blocks = find_blocks(model)
-        low = None if self.precision == "fp32" else DTYPES[self.precision]
+        param_dtype = None if self.precision == "fp32" else DTYPES[self.precision]
         for block in self.blocks:
-            fully_shard(block, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=low, reduce_dtype=_exact(block)))
+            policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=_weight_dtype(block))
+            fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh)
         self.module = self.model = model
         assert isinstance(model, FSDPModule)
@@ -53,26 +57,26 @@ class FSDP2(Single):
         self._prepare()
 
     def compile(self, backend: str = "inductor") -> None:
-        for block in self.blocks:  # whole graphs between the hooks that gather
+        for block in self.blocks:  # block by block, so that the hooks that gather weights do not break a graph
             block.compile(backend=backend)
 
-    def sync_gradients(self, on: bool) -> AbstractContextManager[Any]:
+    def sync_gradients(self, is_last_chunk: bool) -> AbstractContextManager[Any]:
         assert isinstance(self.model, FSDPModule)
-        self.model.set_requires_gradient_sync(on)
+        self.model.set_requires_gradient_sync(is_last_chunk)
         return nullcontext()
 
     def _clip(self) -> Tensor:
         return self._unshard(super()._clip())
 
-    def _unshard(self, part: Tensor) -> Tensor:
-        if not isinstance(part, DTensor):
-            return part.detach()
-        whole: Tensor = part.full_tensor()
-        return whole.detach()
+    def _unshard(self, shard: Tensor) -> Tensor:
+        if not isinstance(shard, DTensor):
+            return shard.detach()
+        full: Tensor = shard.full_tensor()
+        return full.detach()
 
-    def _shard(self, whole: Tensor, like: Tensor) -> Tensor:
+    def _shard(self, full: Tensor, like: Tensor) -> Tensor:
         assert isinstance(like, DTensor)
-        return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+        return distribute_tensor(full.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
     def local_shards(self) -> dict[str, Tensor]:
         return {name: p.to_local() for name, p in super().local_shards().items() if isinstance(p, DTensor)}
@@ -84,13 +88,16 @@ class FSDP2(Single):
             yield module
 
 
-def _exact(block: nn.Module) -> torch.dtype:
-    """The type gradients are reduced in: the weights' own (float32; float64 in tests)."""
+def _weight_dtype(block: nn.Module) -> torch.dtype:
+    """Return the type of a block's weights, in which its gradients are reduced: float32; float64 in tests."""
     return next(block.parameters()).dtype
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:
-    """The outermost repeated layers: the children, if they have weights, of every list or sequence with two or more such."""
+    """Return the outermost repeated layers of a model, which are sharded one by one.
+
+    They are the children that have weights of every ModuleList or Sequential with at least two such children.
+    """
     if isinstance(model, nn.ModuleList | nn.Sequential):
         repeated = [child for child in model.children() if next(child.parameters(), None) is not None]
         if len(repeated) > 1:
@@ -99,5 +106,5 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def build(precision: Precision, optim: OptimConfig, device: torch.device) -> FSDP2:
-    """The strategy."""
+    """Build the strategy."""
     return FSDP2(precision, optim, device)

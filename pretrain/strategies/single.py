@@ -1,4 +1,4 @@
-"""single: one process, the model as it is. Also the base of the strategies whose optimizer is torch's own."""
+"""train.strategy=single: one process, the model unwrapped. Also the base class of ddp and fsdp2."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pretrain.strategies import OptimizerState, Precision, StepResult, Strategy
 
 
 class Single(Strategy):
-    """Subclasses whose parameters are parts of the weights say how a part becomes whole (`_unshard`) and back (`_shard`)."""
+    """One process, with torch's own optimizer. A subclass that shards its parameters overrides `_unshard` and `_shard`."""
 
     name = "single"
 
@@ -28,13 +28,13 @@ class Single(Strategy):
         self.scaler = torch.amp.GradScaler(self.device.type) if self.precision == "fp16" else None
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def _unshard(self, part: Tensor) -> Tensor:
-        """A parameter, or a tensor shaped like one, whole. Collective."""
-        return part.detach()
+    def _unshard(self, shard: Tensor) -> Tensor:
+        """Return the full tensor of a parameter, or of a tensor sharded like one. Collective."""
+        return shard.detach()
 
-    def _shard(self, whole: Tensor, like: Tensor) -> Tensor:
-        """The part of a whole tensor that stands where `like` stands."""
-        return whole.to(like.device)
+    def _shard(self, full: Tensor, like: Tensor) -> Tensor:
+        """Return this process's shard of a full tensor, sharded like the parameter `like`."""
+        return full.to(like.device)
 
     # -----------------------------------------------------------------------------------------------------------------
     # One step
@@ -44,8 +44,8 @@ class Single(Strategy):
 
     def gradients(self) -> dict[str, Tensor]:
         scale = self.scaler.get_scale() if self.scaler else 1.0
-        found = [(name, p.grad) for name, p in self._trainable_parameters()]
-        return {name: self._unshard(grad) / scale for name, grad in found if grad is not None}
+        grads = [(name, p.grad) for name, p in self._trainable_parameters()]
+        return {name: self._unshard(grad) / scale for name, grad in grads if grad is not None}
 
     def apply(self, lr: float) -> StepResult:
         for group in self.optimizer.param_groups:
@@ -58,7 +58,7 @@ class Single(Strategy):
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
-            # The fused kernel leaves weights and moments alone where found_inf is 1: no answer has to travel to the host.
+            # The fused kernel changes nothing where found_inf is 1, so that the host need not wait for its value.
             self.optimizer.grad_scale = None  # type: ignore[attr-defined]
             self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
             self.optimizer.step()
@@ -86,35 +86,35 @@ class Single(Strategy):
 
     @torch.no_grad()
     def full_weights(self) -> dict[str, Tensor]:
-        found = {}
+        weights = {}
         for name, value in self.module.state_dict().items():
-            value = self._unshard(value)  # every rank takes part, rank 0 keeps
+            value = self._unshard(value)  # collective: all ranks call it, and only rank 0 keeps the result
             if distributed.is_main():
-                found[name] = value.to("cpu", copy=True)
-        return found
+                weights[name] = value.to("cpu", copy=True)
+        return weights
 
     # -----------------------------------------------------------------------------------------------------------------
-    # There and back
+    # Saving and resuming
 
     @torch.no_grad()
     def optimizer_state(self) -> OptimizerState:
-        found: OptimizerState = {}
+        state: OptimizerState = {}
         for name, p in self._trainable_parameters():
             if p not in self.optimizer.state:
                 continue
             values = {key: self._unshard(value) for key, value in self.optimizer.state[p].items()}
             if distributed.is_main():
-                found[name] = {key: value.cpu() for key, value in values.items()}
-        return found
+                state[name] = {key: value.cpu() for key, value in values.items()}
+        return state
 
     @torch.no_grad()
-    def load_optimizer_state(self, moments: OptimizerState) -> None:
+    def load_optimizer_state(self, state: OptimizerState) -> None:
         for name, p in self._trainable_parameters():
-            if name in moments:
+            if name in state:
                 self.optimizer.state[p] = {
-                    # Copies: what is given may lie in a mapped file.
+                    # Copied, because `state` may be memory-mapped from a file.
                     key: self._shard(value, p).to(p.dtype, copy=True) if value.ndim else value.to(self.device, copy=True)
-                    for key, value in moments[name].items()
+                    for key, value in state[name].items()
                 }
 
     def scaler_state(self) -> dict[str, Any]:
@@ -128,10 +128,10 @@ class Single(Strategy):
         return [name for name, _ in self._trainable_parameters()]
 
     def _trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """The optimizer's parameters with their names, in the order of the model: the same on every rank."""
+        """Return the optimizer's parameters with their names, in the order of the model: the same on every rank."""
         return [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
 
 
 def build(precision: Precision, optim: OptimConfig, device: torch.device) -> Single:
-    """The strategy."""
+    """Build the strategy."""
     return Single(precision, optim, device)

@@ -1,4 +1,4 @@
-"""zero1 | zero2 | zero3: builds DeepSpeed's ZeRO in the stage that train.strategy names; deepspeed.py says how it works."""
+"""train.strategy=zero1 | zero2 | zero3: builds DeepSpeed's ZeRO in that stage. See deepspeed.py for how it works."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def build(
     offload: bool = False,
     deepspeed: str | None = None,
 ) -> Zero:
-    """The strategy of a stage. deepspeed: a file that deepspeed_config.py reads."""
-    three = stage == 3
-    made = Zero3(precision, optim, device, offload) if three else Zero12(stage, precision, optim, device, offload)
-    made.tuning = deepspeed_config.read(deepspeed, stage) if deepspeed else {}
-    return made
+    """Build the strategy of a stage, 1 to 3. deepspeed: path of a settings file, which deepspeed_config.py reads."""
+    is_stage_3 = stage == 3
+    strategy = Zero3(precision, optim, device, offload) if is_stage_3 else Zero12(stage, precision, optim, device, offload)
+    strategy.file_settings = deepspeed_config.read(deepspeed, stage) if deepspeed else {}
+    return strategy

@@ -1,6 +1,6 @@
-"""Where DeepSpeed keeps the shares: stages 1 and 2 cut flat groups of parameters, stage 3 cuts each parameter.
+"""Where DeepSpeed keeps the shards: stages 1 and 2 shard flattened groups of parameters, stage 3 shards each parameter.
 
-Its own helpers for whole tensors (safe_get_full_...) want an optimizer step to have been made; these do not.
+DeepSpeed's own helpers for full tensors (safe_get_full_...) work only after an optimizer step. These also work before.
 """
 
 from __future__ import annotations
@@ -19,123 +19,134 @@ from pretrain.strategies import Precision
 from pretrain.strategies.deepspeed import Zero
 from pretrain.strategies.full_copy import disable_length_buckets, materialized, meta_copy
 
-RECOMPUTES = ("grad_checkpointing", "gradient_checkpointing")
-"""What timm's and transformers' modules say when they recompute activations in the backward pass."""
+CHECKPOINTING_FLAGS = ("grad_checkpointing", "gradient_checkpointing")
+"""Attributes that timm's and transformers' modules set when they recompute activations in the backward pass."""
 
 
 class Zero12(Zero):
-    """Stages 1 and 2: every process holds the weights; each parameter group is one flat tensor, cut evenly."""
+    """Stages 1 and 2: every process holds the weights; the master weights of a group are one flat tensor, sharded evenly."""
 
     def __init__(self, stage: int, precision: Precision, optim: OptimConfig, device: torch.device, offload: bool) -> None:
         self.stage = stage
         super().__init__(precision, optim, device, offload)
 
-    def _engine_class(self) -> Any:
+    def _zero_optimizer_class(self) -> Any:
         from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
         return DeepSpeedZeroOptimizer
 
-    def _flat(self) -> list[Tensor]:
+    def _flat_shards(self) -> list[Tensor]:
         flats: list[Tensor] = self.zero.single_partition_of_fp32_groups
         return flats
 
-    def _span(self, p: nn.Parameter) -> tuple[Tensor, slice, slice] | None:
-        """(flat share, where in it, where in the flattened parameter) of what this process holds of p, if anything."""
-        held = p._hp_mapping  # type: ignore[attr-defined]
-        if held is None:
+    def _fragment(self, p: nn.Parameter) -> tuple[Tensor, slice, slice] | None:
+        """Return where this process holds a fragment of p's master weight; None if it holds nothing of it.
+
+        Returns (flat shard, slice of that shard, slice of the flattened parameter).
+        """
+        mapping = p._hp_mapping  # type: ignore[attr-defined]
+        if mapping is None:
             return None
-        there, here = held.hp_fragment_address, held.lp_fragment_address
-        flat = self._flat()[held.param_group_index]
-        return flat, slice(there.start, there.start + there.numel), slice(here.start, here.start + here.numel)
+        in_flat, in_parameter = mapping.hp_fragment_address, mapping.lp_fragment_address
+        flat = self._flat_shards()[mapping.param_group_index]
+        return (
+            flat,
+            slice(in_flat.start, in_flat.start + in_flat.numel),
+            slice(in_parameter.start, in_parameter.start + in_parameter.numel),
+        )
 
-    def _master(self, p: nn.Parameter, kind: str | None) -> Tensor:
-        whole = torch.zeros(p.numel(), device=self.device)
-        span = self._span(p)
-        if span is not None:
-            flat, there, here = span
-            whole[here] = (flat if kind is None else self.optimizer.state[flat][kind])[there].to(self.device)
-        td.all_reduce(whole)
-        return whole.view(p.shape)
+    def _gather_master(self, p: nn.Parameter, key: str | None) -> Tensor:
+        full = torch.zeros(p.numel(), device=self.device)
+        fragment = self._fragment(p)
+        if fragment is not None:
+            flat, in_flat, in_parameter = fragment
+            full[in_parameter] = (flat if key is None else self.optimizer.state[flat][key])[in_flat].to(self.device)
+        td.all_reduce(full)
+        return full.view(p.shape)
 
-    def _load_master(self, p: nn.Parameter, value: Tensor, kind: str | None) -> None:
-        span = self._span(p)
-        if span is not None:
-            flat, there, here = span
-            (flat if kind is None else self.optimizer.state[flat][kind])[there] = value.reshape(-1)[here].to(flat.device)
+    def _load_master(self, p: nn.Parameter, value: Tensor, key: str | None) -> None:
+        fragment = self._fragment(p)
+        if fragment is not None:
+            flat, in_flat, in_parameter = fragment
+            shard = flat if key is None else self.optimizer.state[flat][key]
+            shard[in_flat] = value.reshape(-1)[in_parameter].to(flat.device)
 
-    def _copies(self, p: nn.Parameter) -> list[Tensor]:
-        span = self._span(p)
-        return [p.new_zeros(1) if span is None else span[0].data[span[1]]]
+    def _other_copies(self, p: nn.Parameter) -> list[Tensor]:
+        fragment = self._fragment(p)
+        return [p.new_zeros(1) if fragment is None else fragment[0].data[fragment[1]]]
 
     def refresh(self) -> None:
         self.zero.update_lp_params()
 
 
 class Zero3(Zero):
-    """Stage 3: each parameter is cut evenly, and gathered while it is needed."""
+    """Stage 3: each parameter is sharded evenly, and gathered while it is used."""
 
     stage = 3
 
-    def _before_engine(self, inside: nn.Module) -> None:
+    def _prepare_model(self, inner: nn.Module) -> None:
         self._meta_copy = meta_copy(self.module)
         disable_length_buckets(self.module)
-        self._surprises = any(getattr(m, flag, False) for m in self.module.modules() for flag in RECOMPUTES)
-        inside.register_forward_pre_hook(self._forget)  # before DeepSpeed's own hook, which reads the trace
+        modules = self.module.modules()
+        self._is_order_irregular = any(getattr(m, flag, False) for m in modules for flag in CHECKPOINTING_FLAGS)
+        inner.register_forward_pre_hook(self._drop_trace)  # runs before DeepSpeed's own hook, which reads the trace
 
-    def _forget(self, *_: Any) -> None:
-        """Drops the trace of which module runs when, by which DeepSpeed gathers weights ahead of use.
+    def _drop_trace(self, *_: Any) -> None:
+        """Drop DeepSpeed's trace of the order of modules, by which it gathers weights ahead of use, if it cannot hold.
 
-        Recomputed activations and forward passes without backward pass (the cached step) do not follow it, and DeepSpeed
-        0.19.8 then either drops it itself or ends the run with a "tracing error". Weights are gathered when needed instead.
+        Recomputed activations and forward passes without a backward pass (the cached step) do not follow the trace.
+        DeepSpeed 0.19.8 then either drops it itself or ends the run with a "tracing error". Without it, weights are
+        gathered when they are used.
         """
-        self._surprises = self._surprises or not torch.is_grad_enabled()
-        trace = self.zero.parameter_offload.get_param_coordinator()
-        if self._surprises and not trace.is_invalid_trace():
-            trace._invalidate_trace()
+        self._is_order_irregular = self._is_order_irregular or not torch.is_grad_enabled()
+        coordinator = self.zero.parameter_offload.get_param_coordinator()
+        if self._is_order_irregular and not coordinator.is_invalid_trace():
+            coordinator._invalidate_trace()
 
-    def _engine_class(self) -> Any:
+    def _zero_optimizer_class(self) -> Any:
         from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
         return DeepSpeedZeroOptimizer_Stage3
 
-    def _flat(self) -> list[Tensor]:
+    def _flat_shards(self) -> list[Tensor]:
         flats: list[Tensor] = self.zero.fp32_partitioned_groups_flat
         return flats
 
-    def _master(self, p: nn.Parameter, kind: str | None) -> Tensor:
+    def _gather_master(self, p: nn.Parameter, key: str | None) -> Tensor:
         shape: torch.Size = p.ds_shape  # type: ignore[attr-defined]
-        whole: Tensor = self.zero.get_full_hp_param(p, kind).view(shape)
-        return whole
+        full: Tensor = self.zero.get_full_hp_param(p, key).view(shape)
+        return full
 
-    def _load_master(self, p: nn.Parameter, value: Tensor, kind: str | None) -> None:
-        share = self._share(p, kind)
+    def _load_master(self, p: nn.Parameter, value: Tensor, key: str | None) -> None:
+        shard = self._master_shard(p, key)
         value = value.reshape(-1)
-        begin = share.numel() * distributed.rank()
-        mine = value[begin : begin + share.numel()]
-        share[: mine.numel()] = mine.to(share.device)
+        begin = shard.numel() * distributed.rank()
+        local = value[begin : begin + shard.numel()]  # shorter than the shard where that is padded
+        shard[: local.numel()] = local.to(shard.device)
 
-    def _share(self, p: nn.Parameter, kind: str | None) -> Tensor:
+    def _master_shard(self, p: nn.Parameter, key: str | None) -> Tensor:
+        """Return this process's shard of p's master weight or, by `key` of MOMENTS, of its optimizer state: a flat view."""
         group, begin, count = self.zero.grad_position[self.zero.get_param_id(p)]
-        flat = self._flat()[group]
-        whole: Tensor = flat if kind is None else self.optimizer.state[flat][kind]
-        return whole.narrow(0, begin, count)
+        flat = self._flat_shards()[group]
+        values: Tensor = flat if key is None else self.optimizer.state[flat][key]
+        return values.narrow(0, begin, count)
 
-    def _copies(self, p: nn.Parameter) -> list[Tensor]:
-        return [self._share(p, None).data, p.ds_tensor.data]  # type: ignore[attr-defined]
+    def _other_copies(self, p: nn.Parameter) -> list[Tensor]:
+        return [self._master_shard(p, None).data, p.ds_tensor.data]  # type: ignore[attr-defined]
 
-    def _frozen(self, p: nn.Parameter) -> Tensor:
+    def _gather_frozen(self, p: nn.Parameter) -> Tensor:
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([p]):
             return p.detach().clone()
 
     def refresh(self) -> None:
-        self.zero._partition_all_parameters()  # what is whole already would not be gathered anew
-        for group in range(len(self._flat())):
+        self.zero._partition_all_parameters()  # a parameter that is still gathered would not be gathered again
+        for group in range(len(self._flat_shards())):
             self.zero._reassign_or_swap_out_partitioned_parameters(group)
         self.zero._post_step(set())
 
     @contextmanager
     def full_model(self) -> Iterator[nn.Module]:
-        with materialized(self._meta_copy, self._whole_weights(), self.module.named_buffers(), self.device) as module:
+        with materialized(self._meta_copy, self._gather_weights(), self.module.named_buffers(), self.device) as module:
             yield module

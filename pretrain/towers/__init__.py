@@ -1,9 +1,17 @@
-"""Towers: one encoder a modality. A tower is ONE file with a Config dataclass and build(config, tokenizer=None) -> Tower.
+"""Towers: one encoder for each modality, and the base class of all towers.
 
-timm.py encodes pictures (stem.py: convolutions before a vision transformer; pooling.py: how they become one vector; linear.py:
-faster products on CPUs), transformers.py texts (hub.py finds its model, lengths.py sorts a batch by length). May import
-pretrain.config and registry only. Shapes: b = samples, N = tokens a sample, C = width of a token, P = width of the pooled
-vector.
+    timm.py            images: any timm model
+    pooling.py         how a timm model pools its tokens into one vector
+    stem.py            a convolutional stem for vision transformers
+    transformers.py    texts: any transformers text model
+    hf_models.py       finds and builds the transformers model
+    length_buckets.py  encodes a batch of texts in groups of similar length
+
+A tower is one file with a Config dataclass and build(config, tokenizer=None) -> Tower.
+
+May import pretrain.runtime, pretrain.ops and pretrain.errors.
+
+Shapes: b = samples, N = tokens of a sample, C = width of a token, P = width of the pooled vector.
 """
 
 from __future__ import annotations
@@ -18,66 +26,75 @@ from pretrain.errors import ConfigError
 
 
 class TokenSequence(NamedTuple):
-    """What every tower returns."""
+    """The output of every tower."""
 
     states: Tensor
-    """(b, N, C): grid tokens row-major, or words. Class and register tokens are left out."""
+    """(b, N, C): grid tokens in row-major order, or text tokens. Class and register tokens are left out."""
     mask: Tensor
     """(b, N) bool, True where a state is valid."""
     grid: tuple[int, int] | None
-    """(H, W) with N = H W for pictures; None for words, and where patch dropout has broken the grid."""
+    """(H, W) with N = H W for images; None for texts, and where patch dropout has removed tokens of the grid."""
     pooled: Tensor
-    """(b, P): one vector a sample."""
+    """(b, P): one vector for each sample."""
 
 
 class Tower(nn.Module):
-    """Base of all towers: freezing, layer numbers, checkpointing. A subclass sets the attributes and defines forward()."""
+    """Base class of all towers: freezing, layer numbers, checkpointing.
+
+    A subclass sets the attributes and defines forward() and layer_ids().
+    """
 
     modality: str
     """The name of its input in a batch: "image", "text", ..."""
     width: int
-    """C."""
+    """C, the width of a token."""
     pooled_width: int
-    """P."""
+    """P, the width of the pooled vector."""
     depth: int = 0
-    """Number of blocks L: layer ids run from 0 to L + 1."""
+    """Number of blocks L. Layer ids run from 0 to L + 1."""
     trims: bool = False
     """Whether leaving out padding on the right leaves `pooled` and the valid states unchanged."""
     pools_mean: bool = False
-    """Whether `pooled` is the masked mean of `states`."""
+    """Whether `pooled` is the mean of the valid `states`."""
     pools_max: bool = False
-    """Whether `pooled` is the largest of `states`, channel by channel."""
+    """Whether `pooled` is the maximum of `states`, channel by channel."""
 
     def __init__(self) -> None:
         super().__init__()
         self.unused_parameters: frozenset[str] = frozenset()
-        """Parameters that the forward never reaches: they stay frozen, so that no strategy waits for their gradient."""
-        self._frozen: list[str] = []
+        """Parameters that forward() never uses. They stay frozen, so that no strategy waits for their gradients."""
+        self._frozen_modules: list[str] = []
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None) -> TokenSequence:
-        """inputs (b, ...) and mask (b, N) or None -> TokenSequence."""
+        """Encode inputs (b, ...) with a mask (b, N) bool; None means that every token is valid."""
         raise NotImplementedError(f"{type(self).__name__}.forward")
 
     def layer_ids(self) -> dict[str, int]:
-        """Parameter name -> 0 for stem and embeddings, 1..L for the blocks, L + 1 for the final norm and the pooler."""
+        """Return the layer of each parameter: 0 stem and embeddings, 1..L blocks, L + 1 final norm and pooler."""
         raise NotImplementedError(f"{type(self).__name__}.layer_ids")
 
     def settings(self) -> dict[str, Any]:
-        """Fields of the Config to change so that it builds this architecture with neither hub nor folder at hand."""
+        """Return the Config fields to change so that it builds this architecture without the hub or a model folder."""
         return {}
 
     def set_checkpointing(self, on: bool) -> None:
-        """Recomputes activations in the backward pass: less memory, a third more time. Raises ConfigError."""
+        """Recompute activations in the backward pass, or stop doing so: less memory, a third more time.
+
+        Raises ConfigError where the model cannot.
+        """
         if on:
-            raise ConfigError(f"the {self.modality} tower cannot recompute activations: leave out checkpointing")
+            raise ConfigError(
+                f"{self.modality}.checkpointing=true: this tower cannot recompute activations; use checkpointing=false"
+            )
 
     # -----------------------------------------------------------------------------------------------------------------
     # Freezing
 
     def freeze(self, trainable_blocks: int) -> None:
-        """-1 trains everything, 0 nothing, n the last n blocks with final norm and pooler. Raises ConfigError.
+        """Freeze all but the last `trainable_blocks` blocks, the final norm and the pooler. Raises ConfigError.
 
-        Frozen parts are in eval mode (dropout off, BatchNorm on its running statistics) and stay so after train().
+        -1 trains everything, 0 nothing. Frozen modules are in eval mode (dropout off, BatchNorm on its running statistics)
+        and stay in it after train().
         """
         if trainable_blocks > self.depth:
             raise ConfigError(
@@ -85,67 +102,69 @@ class Tower(nn.Module):
                 "-1 trains everything"
             )
         ids = self.layer_ids()
-        first = {-1: 0, 0: self.depth + 2}.get(trainable_blocks, self.depth + 1 - trainable_blocks)
-        still = {name for name, layer in ids.items() if layer < first}
+        first_trained = {-1: 0, 0: self.depth + 2}.get(trainable_blocks, self.depth + 1 - trainable_blocks)
+        frozen_names = {name for name, layer in ids.items() if layer < first_trained}
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(name not in still and name not in self.unused_parameters)
-        frozen = {id(p) for name, p in self.named_parameters() if name in still}
-        self._frozen = [""] if first > self.depth + 1 else list(_whole(self, frozen))
+            parameter.requires_grad_(name not in frozen_names and name not in self.unused_parameters)
+        frozen = {id(p) for name, p in self.named_parameters() if name in frozen_names}
+        self._frozen_modules = [""] if first_trained > self.depth + 1 else list(_find_frozen_modules(self, frozen))
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Tower:
-        """Training mode for all but frozen parts."""
+        """Set training mode for all modules but the frozen ones, which stay in eval mode."""
         super().train(mode)
-        for name in self._frozen:
-            module = self.get_submodule(name)
-            for part in module.modules():  # not module.eval(): for the tower itself that would come back here
-                part.training = False
+        for name in self._frozen_modules:
+            for module in self.get_submodule(name).modules():  # eval() of the tower itself would call train() again
+                module.training = False
         return self
 
-    def freeze_unused(self, reached: Iterable[str]) -> None:
-        """Freezes every parameter that is not among `reached` for good."""
-        self.unused_parameters = frozenset(name for name, _ in self.named_parameters()) - frozenset(reached)
+    def freeze_unused(self, used: Iterable[str]) -> None:
+        """Freeze every parameter whose name is not in `used`, for good: freeze() will not train it again."""
+        self.unused_parameters = frozenset(name for name, _ in self.named_parameters()) - frozenset(used)
         for name, parameter in self.named_parameters():
             if name in self.unused_parameters:
                 parameter.requires_grad_(False)
 
 
-def _whole(module: nn.Module, frozen: set[int], prefix: str = "") -> Iterable[str]:
-    """The largest modules that have parameters, all of them among `frozen` (by id: a tied one has several names)."""
-    own = [id(p) for p in module.parameters()]
-    if own and frozen.issuperset(own):
+def _find_frozen_modules(module: nn.Module, frozen: set[int], prefix: str = "") -> Iterable[str]:
+    """Yield the names of the largest modules that have parameters, all of them frozen.
+
+    frozen: ids of the parameters, because a tied parameter has several names.
+    """
+    parameters = [id(p) for p in module.parameters()]
+    if parameters and frozen.issuperset(parameters):
         yield prefix.removesuffix(".")
         return
     for name, child in module.named_children():
-        yield from _whole(child, frozen, f"{prefix}{name}.")
+        yield from _find_frozen_modules(child, frozen, f"{prefix}{name}.")
 
 
 def used_parameters(output: Tensor, tensors: dict[str, Tensor]) -> list[str]:
-    """The names of the leaf tensors that the autograd graph of `output` leads to. Walks the graph, computes nothing."""
+    """Return the names of the leaf tensors that the autograd graph of `output` leads to. Computes no gradient."""
     names = {id(tensor): name for name, tensor in tensors.items()}
-    found: list[str] = []
-    seen: set[Any] = set()
-    todo: list[Any] = [output.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
+    used: list[str] = []
+    visited: set[Any] = set()
+    pending: list[Any] = [output.grad_fn]
+    while pending:
+        node = pending.pop()
+        if node is None or node in visited:
             continue
-        seen.add(node)
+        visited.add(node)
         leaf = getattr(node, "variable", None)
         if leaf is not None and id(leaf) in names:
-            found.append(names[id(leaf)])
-        todo.extend(following for following, _ in node.next_functions)
-    return found
+            used.append(names[id(leaf)])
+        pending.extend(next_node for next_node, _ in node.next_functions)
+    return used
 
 
 def masked_mean(states: Tensor, mask: Tensor) -> Tensor:
-    """(b, N, C), (b, N) -> (b, C): the mean of the valid states."""
+    """Return the mean of the valid states: (b, N, C), (b, N) -> (b, C)."""
     weight = mask.to(states.dtype).unsqueeze(-1)
     return (states * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
 
 
 def last_valid(states: Tensor, mask: Tensor) -> Tensor:
-    """(b, N, C), (b, N) -> (b, C): the state at each row's last valid position."""
+    """Return the state at each row's last valid position: (b, N, C), (b, N) -> (b, C)."""
     positions = torch.arange(mask.shape[1], device=mask.device)
     last = (positions * mask).argmax(dim=1)
     return states[torch.arange(states.shape[0], device=states.device), last]

@@ -1,4 +1,4 @@
-"""How a timm model pools: its own head kept, or changed to class token, mean or attention pooling."""
+"""How a timm model pools its tokens: by its own head, or by a head changed to class token, mean or attention pooling."""
 
 from __future__ import annotations
 
@@ -9,44 +9,52 @@ from torch import nn
 from pretrain.errors import ConfigError
 
 
-def repool(model: Any, pool: str, name: str) -> None:
-    """Makes the model's own head pool as configured, where it can; else raises ConfigError.
+def set_pooling(model: Any, pool: str, name: str) -> None:
+    """Change the model's own head to pool as image.pool says. Raises ConfigError where it cannot.
 
-    For avg and cls the final norm acts on the tokens, so that the states are normalised and their mean is the pooled
-    vector; a model whose norm stands behind the pooling (timm's fc_norm) gets it moved, weights and all.
+    For avg and cls the final norm acts on the tokens, so that the states are normalized and their mean is the pooled
+    vector. Where the model has its norm after the pooling (timm's fc_norm), the norm is moved, with its weights.
+
+    name: the model's name, for the error message.
     """
-    transformer = hasattr(model, "fc_norm") and hasattr(model, "blocks")
-    if pool == "tower" or (pool == "avg" and not transformer):
+    is_transformer = hasattr(model, "fc_norm") and hasattr(model, "blocks")
+    if pool == "tower" or (pool == "avg" and not is_transformer):
         return
-    if not transformer or (pool == "cls" and getattr(model, "cls_token", None) is None):
-        kind = "has no class token" if pool == "cls" else "cannot take attention pooling"
-        raise ConfigError(f"image.pool={pool}: {name} {kind}; use pool: tower or avg")
+    if not is_transformer or (pool == "cls" and getattr(model, "cls_token", None) is None):
+        reason = "has no class token" if pool == "cls" else "cannot use attention pooling"
+        raise ConfigError(f"image.pool={pool}: {name} {reason}; use pool: tower or avg")
     if isinstance(model.norm, nn.Identity):
         model.norm, model.fc_norm = model.fc_norm, model.norm
     model.global_pool = {"cls": "token"}.get(pool, pool)
     if pool != "map":
         model.attn_pool = None
     elif getattr(model, "attn_pool", None) is None:
-        model.attn_pool = _attention_pool(model)
+        model.attn_pool = _build_attention_pool(model)
 
 
-def _attention_pool(model: Any) -> nn.Module:
+def _build_attention_pool(model: Any) -> nn.Module:
+    """Build a new attention pooling layer for a vision transformer. Raises ConfigError for a model without one."""
     from timm.layers import AttentionPoolLatent
     from timm.models.vision_transformer import init_weights_vit_timm
 
     attention = model.blocks[0].attn
     if not hasattr(model, "attn_pool"):
-        raise ConfigError(f"image.pool=map: {type(model).__name__} has no place for attention pooling")
+        raise ConfigError(
+            f"image.pool=map: timm's {type(model).__name__} does not support attention pooling; use pool: tower, avg or cls"
+        )
     norm = type(model.norm) if isinstance(model.norm, nn.LayerNorm) else nn.LayerNorm
     pool = AttentionPoolLatent(model.embed_dim, num_heads=attention.num_heads, norm_layer=norm)
-    for part in pool.modules():
-        if isinstance(part, nn.Linear):
-            init_weights_vit_timm(part)
+    for module in pool.modules():
+        if isinstance(module, nn.Linear):
+            init_weights_vit_timm(module)
     return pool
 
 
-def head_norm(model: nn.Module) -> nn.Module | None:
-    """The norm that a convolutional head (ConvNeXt) applies to the pooled map; it acts on each position alike."""
+def get_head_norm(model: nn.Module) -> nn.Module | None:
+    """Return the norm that a convolutional head (ConvNeXt's) applies to the pooled map, if any.
+
+    It can act on each position of the map just as well.
+    """
     head = getattr(model, "head", None)
     norm = getattr(head, "norm", None)
     return norm if isinstance(norm, nn.Module) and any(True for _ in norm.parameters()) else None

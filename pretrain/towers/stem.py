@@ -1,9 +1,11 @@
-"""A stem of small convolutions in place of a vision transformer's patch embedding.
+"""A stem of small convolutions that replaces a vision transformer's patch embedding.
 
-One large patch in one product is the hardest part of a vision transformer to train; a few 3 x 3 convolutions see edges and
-textures sooner, cost as much as a block and leave the grid as it was (Xiao et al. 2021, "Early Convolutions Help Transformers
-See Better", arXiv:2106.14881). Theirs normalise over the batch; these do so within a picture, so that a gradient depends on
-no neighbour and chunks, processes and resumed runs agree.
+A patch embedding is one large convolution, the hardest part of a vision transformer to train. A few 3 x 3 convolutions learn
+edges and textures sooner, cost as much as a block, and give the same grid.
+
+Source: Xiao et al. 2021, "Early Convolutions Help Transformers See Better", arXiv:2106.14881. Their convolutions use
+BatchNorm. These use GroupNorm, which normalizes within an image: a gradient then depends on no other image, so that chunks,
+processes and resumed runs agree.
 """
 
 from __future__ import annotations
@@ -18,9 +20,9 @@ from torch import nn
 
 
 class ConvStem(nn.Sequential):
-    """(b, 3, S, S) -> (b, widths[-1], S / p, S / p): a 3 x 3 convolution, GroupNorm and GELU for each width.
+    """A 3 x 3 convolution, GroupNorm and GELU for each width: (b, 3, S, S) -> (b, widths[-1], S / p, S / p).
 
-    The first convolution and each that widens halve the picture, so that p = patch(widths).
+    The first convolution, and each that is wider than the one before it, halves the resolution: p = patch_size(widths).
     """
 
     def __init__(self, widths: Sequence[int], channels: int = 3) -> None:
@@ -31,17 +33,21 @@ class ConvStem(nn.Sequential):
         super().__init__(*layers)
 
 
-def patch(widths: Sequence[int]) -> int:
-    """Pixels from one position of the stem's grid to the next."""
+def patch_size(widths: Sequence[int]) -> int:
+    """Return the pixels between neighboring positions of the stem's grid, which is the patch size of the transformer."""
     return prod(_strides(widths))
 
 
 def _strides(widths: Sequence[int]) -> list[int]:
+    """Return the stride of each convolution: 2 for the first and for each that widens, else 1."""
     return [2, *(2 if after > before else 1 for before, after in pairwise(widths))]
 
 
-def arguments(widths: Sequence[int]) -> dict[str, Any]:
-    """Of timm's VisionTransformer, which projects what the stem gives, 1 x 1, to its own width."""
+def vit_arguments(widths: Sequence[int]) -> dict[str, Any]:
+    """Return the arguments of timm's VisionTransformer that make it use this stem.
+
+    The transformer projects the stem's output to its own width by a 1 x 1 convolution.
+    """
     from timm.models.vision_transformer_hybrid import HybridEmbed
 
     return {"embed_layer": partial(HybridEmbed, ConvStem(widths)), "patch_size": 1}

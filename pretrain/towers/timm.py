@@ -1,10 +1,11 @@
-"""Pictures: any timm image model, transformer or convolutional.
+"""The image tower: any timm image model, transformer or convolutional.
 
     image: {name: vit_base_patch16_224, size: 112, args: {embed_dim: 192, depth: 6, num_heads: 3}, pool: avg}
     image: {name: vit_base_patch16_clip_224.openai, size: 224, pretrained: true}
     image: {name: vit_tiny_patch16_224, size: 72, stem: [32, 64, 64, 128, 128, 128], args: {embed_dim: 128, depth: 2}}
 
-Another size than the model's own is built for that size; pretrained position embeddings are interpolated by timm.
+The model is built for `size`, which may differ from its published size; timm then interpolates pretrained position
+embeddings.
 """
 
 from __future__ import annotations
@@ -24,75 +25,87 @@ from torch.func import functional_call
 from pretrain.errors import ConfigError, closest
 from pretrain.ops import CLIP_MEAN, CLIP_STD, use_onednn
 from pretrain.towers import TokenSequence, Tower, stem, used_parameters
-from pretrain.towers.pooling import head_norm, repool
+from pretrain.towers.pooling import get_head_norm, set_pooling
 
-TAKEN = {"img_size": "image.size", "num_classes": "nothing: towers have no classes", "features_only": "nothing"}
-"""Arguments of timm that have a place of their own here."""
+RESERVED_ARGS = {
+    "img_size": "use image.size",
+    "num_classes": "leave it out: towers have no classifier",
+    "features_only": "leave it out: towers need the whole model",
+}
+"""Arguments of timm that image.args may not set, and what to do instead."""
 
 
 @dataclass
 class Config:
-    """An image tower."""
+    """Settings of an image tower."""
 
     tower: str = "timm"
-    """This file."""
+    """Name of this file."""
     name: str = "vit_base_patch16_224"
     """A timm model name, with or without a tag (`vit_base_patch16_clip_224.openai`), `hf-hub:...` or `local-dir:...`."""
     size: int = 224
-    """Side of the square picture, pixels."""
+    """Side of the square image, pixels."""
     args: dict[str, Any] = field(default_factory=dict)
-    """Passed to the timm model: embed_dim, depth, num_heads, drop_path_rate, ..."""
+    """Arguments passed to the timm model: embed_dim, depth, num_heads, drop_path_rate, ..."""
     stem: list[int] = field(default_factory=list)
-    """Widths of 3 x 3 convolutions in place of a vision transformer's patch embedding; the first, and each that is wider
-    than the one before it, halves the picture: [32, 64, 64, 128] makes patches of 8 px. Empty: the model's own."""
+    """Widths of 3 x 3 convolutions that replace a vision transformer's patch embedding. The first, and each that is wider
+    than the one before it, halves the resolution: [32, 64, 64, 128] makes patches of 8 px. Empty keeps the model's own."""
     pretrained: bool = False
-    """Whether the model comes with its published weights."""
+    """Whether the model is loaded with its published weights."""
     mean: list[float] | None = None
-    """Subtracted from channels scaled to [0, 1]; null takes a pretrained model's own, else CLIP's."""
+    """Subtracted from the channels, which are scaled to [0, 1]. null: a pretrained model's own mean, else CLIP's."""
     std: list[float] | None = None
-    """Divides the channels after that; null as for `mean`."""
+    """The channels are divided by it after that; null as for `mean`."""
     resize: Literal["crop", "squash"] = "crop"
-    """Evaluation: short side to `size` and the centre, or both sides to `size`."""
+    """In evaluation. crop: the short side is resized to `size`, then the center is cropped. squash: both sides to `size`."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    """How pictures are resized."""
+    """How images are resized."""
     pool: Literal["tower", "cls", "avg", "map"] = "tower"
-    """tower: the model's own. avg: the mean of the normalised grid tokens. cls: the class token. map: attention pooling
-    with a learned query (SigLIP)."""
+    """tower: the model's own pooling. avg: the mean of the normalized grid tokens. cls: the class token. map: attention
+    pooling with a learned query (SigLIP)."""
     patch_dropout: float = 0.0
-    """Share of the patches left out in training, 0 to 1 (0.5: about twice the speed)."""
+    """Fraction of the patches that are left out in training, 0 to 1 (0.5: about twice the speed)."""
     trainable_blocks: int = -1
     """-1 trains everything, 0 freezes the tower, n trains the last n blocks, the final norm and the pooler."""
     checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, a third more time."""
+    """Whether to recompute activations in the backward pass: less memory, a third more time."""
 
     def check(self) -> None:
-        """Raises ConfigError."""
+        """Raise ConfigError for an impossible value or combination."""
         if self.size < 1 or not 0 <= self.patch_dropout < 1 or self.trainable_blocks < -1:
             raise ConfigError(
-                f"image.size={self.size} (from 1), image.patch_dropout={self.patch_dropout} (0 to below 1), "
-                f"image.trainable_blocks={self.trainable_blocks} (from -1) do not fit together"
+                f"image.size={self.size} must be 1 or more, image.patch_dropout={self.patch_dropout} from 0 to below 1, "
+                f"image.trainable_blocks={self.trainable_blocks} -1 or more"
             )
         for key, values in (("mean", self.mean), ("std", self.std)):
             if values is not None and (len(values) != 3 or (key == "std" and min(values) <= 0)):
-                raise ConfigError(f"image.{key}={values} must be three numbers, one a channel" + ", above 0" * (key == "std"))
+                raise ConfigError(
+                    f"image.{key}={values} must be three numbers, one for each channel" + ", above 0" * (key == "std")
+                )
         self._check_stem()
-        for key in TAKEN:
+        for key in RESERVED_ARGS:
             if key in self.args:
-                raise ConfigError(f"image.args.{key} is not passed on; use {TAKEN[key]}")
+                raise ConfigError(f"image.args.{key} cannot be set; {RESERVED_ARGS[key]}")
 
     def _check_stem(self) -> None:
         if not self.stem:
             return
         if min(self.stem) < 1 or any(after < before for before, after in pairwise(self.stem)):
-            raise ConfigError(f"image.stem={self.stem} must be widths from 1 that do not shrink, as [32, 64, 64, 128]")
+            raise ConfigError(
+                f"image.stem={self.stem} must list widths of 1 or more, none smaller than the one before, "
+                "for example [32, 64, 64, 128]"
+            )
         if self.pretrained:
-            raise ConfigError("image.stem has no published weights: use image.pretrained=false, or leave the stem out")
+            raise ConfigError("image.stem has no published weights: use image.pretrained=false, or leave out image.stem")
         if "patch_size" in self.args:
-            raise ConfigError(f"image.args.patch_size is set by image.stem, to {stem.patch(self.stem)} px: leave it out")
+            raise ConfigError(f"image.args.patch_size is set by image.stem, to {stem.patch_size(self.stem)} px: leave it out")
 
 
 class ImageTower(Tower):
-    """A timm model without its classifier. inputs (b, 3, size, size): uint8, or floats that are already normalised."""
+    """A timm model without its classifier.
+
+    Inputs are (b, 3, size, size): uint8, or floats that are already normalized.
+    """
 
     modality = "image"
 
@@ -101,106 +114,126 @@ class ImageTower(Tower):
         self.model = model
         self.config = config
         self.mean_pool = config.pool == "avg"
-        own = cast(dict[str, Any], model.pretrained_cfg) if config.pretrained else {}
+        published = cast(dict[str, Any], model.pretrained_cfg) if config.pretrained else {}
         self.statistics = (
-            [float(m) for m in config.mean or own.get("mean", CLIP_MEAN)],
-            [float(s) for s in config.std or own.get("std", CLIP_STD)],
+            [float(m) for m in config.mean or published.get("mean", CLIP_MEAN)],
+            [float(s) for s in config.std or published.get("std", CLIP_STD)],
         )
-        """Mean and standard deviation of the channels, which pictures are normalised with."""
+        """(mean, standard deviation) of the channels, by which images are normalized."""
         for name, values in zip(("mean", "std"), self.statistics, strict=True):
             self.register_buffer(name, torch.tensor(values).reshape(3, 1, 1), persistent=False)
-        self._ids, self.depth = _layer_ids(model)
+        self._layer_ids, self.depth = _number_layers(model)
         self._measure()
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None) -> TokenSequence:
-        """inputs (b, 3, S, S) -> states (b, H W, C), pooled (b, P). `mask` is not used: a picture has no padding."""
+        """Encode images (b, 3, S, S): states (b, H W, C), pooled (b, P). `mask` is ignored, because images have no padding."""
         return self.encode(inputs)[1]
 
     def encode(self, inputs: Tensor) -> tuple[Tensor, TokenSequence]:
-        """The model's own feature map or tokens, and what forward() makes of them."""
-        features = self._model("forward_features", self.normalize(inputs))
-        norm = head_norm(self.model) if self.mean_pool else None
+        """Return the feature map or tokens of the timm model, and the TokenSequence that forward() returns."""
+        features = self._call_model("forward_features", self.normalize(inputs))
+        norm = get_head_norm(self.model) if self.mean_pool else None
         if norm is not None:
             features = norm(features)
-        states, grid = self._tokens(features)
-        pooled = states.mean(dim=1) if self.mean_pool else self._model("forward_head", features, pre_logits=True)
+        states, grid = self._to_tokens(features)
+        pooled = states.mean(dim=1) if self.mean_pool else self._call_model("forward_head", features, pre_logits=True)
         return features, TokenSequence(states, states.new_ones(states.shape[:2], dtype=torch.bool), grid, pooled)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """uint8 (b, 3, S, S) -> floats of mean 0 and deviation 1; floats pass."""
+        """Convert uint8 images (b, 3, S, S) to floats, normalized by `statistics`; floats are returned unchanged."""
         if images.dtype != torch.uint8:
             return images
         mean, std = cast(Tensor, self.mean), cast(Tensor, self.std)
         return images.to(mean.dtype).sub_(255 * mean).div_(255 * std)
 
-    def _model(self, method: str, *inputs: Any, **kwargs: Any) -> Tensor:
+    def _call_model(self, method: str, *inputs: Any, **kwargs: Any) -> Tensor:
         out: Tensor = getattr(self.model, method)(*inputs, **kwargs)
         return out
 
-    def _tokens(self, features: Tensor) -> tuple[Tensor, tuple[int, int] | None]:
-        """(b, C, H, W), (b, H, W, C) or (b, prefix + H W, C) -> (b, H W, C) and (H, W)."""
+    def _to_tokens(self, features: Tensor) -> tuple[Tensor, tuple[int, int] | None]:
+        """Return the grid tokens (b, H W, C) and their grid (H, W).
+
+        features: (b, C, H, W), (b, H, W, C), or (b, prefix + H W, C) with class and register tokens first.
+        The grid is None where patch dropout has removed tokens. Raises ConfigError for tokens that are no square grid.
+        """
         if features.ndim == 4:
             if getattr(self.model, "output_fmt", "NCHW") != "NHWC":
                 features = features.permute(0, 2, 3, 1)
             return features.flatten(1, 2), (features.shape[1], features.shape[2])
         drop = getattr(self.model, "patch_drop", None)
         if isinstance(drop, nn.Module) and drop.training and getattr(drop, "prob", 0) > 0:
-            return features[:, getattr(self.model, "num_prefix_tokens", 0) :], None  # which are left is chance
+            return features[:, getattr(self.model, "num_prefix_tokens", 0) :], None  # a random subset of the grid
         prefix = getattr(self.model, "num_prefix_tokens", None)
         tokens = features.shape[1]
         for count in [prefix] if prefix is not None else range(3):
             side = isqrt(tokens - count)
             if side * side == tokens - count:
                 return features[:, count:], (side, side)
-        raise ConfigError(f"image.name: {type(self.model).__name__} returns {tokens} tokens, which are no square grid")
+        raise ConfigError(
+            f"image.name: {type(self.model).__name__} returns {tokens} tokens, which do not form a square grid; "
+            "choose another model"
+        )
 
     def layer_ids(self) -> dict[str, int]:
-        """Stem 0, blocks 1..L (over all stages), final norm and pooler L + 1; by timm's own grouping."""
-        return self._ids
+        """Return 0 for the stem, 1..L for the blocks of all stages, L + 1 for final norm and pooler, as timm groups them."""
+        return self._layer_ids
 
     def settings(self) -> dict[str, Any]:
-        """The architecture by its plain name, with the arguments that a hub or folder entry brought."""
-        made, (mean, std) = cast(Any, self.model), self.statistics
-        args = {**getattr(made, "pretrained_model_args", {}), **self.config.args}
-        args = {key: value for key, value in args.items() if key not in TAKEN}
-        name = made.pretrained_cfg["architecture"] if ":" in self.config.name else self.config.name
+        """Return the Config fields that build this architecture by timm's own name for it.
+
+        They include the arguments that came with a model of the hub or of a folder.
+        """
+        model, (mean, std) = cast(Any, self.model), self.statistics
+        args = {**getattr(model, "pretrained_model_args", {}), **self.config.args}
+        args = {key: value for key, value in args.items() if key not in RESERVED_ARGS}
+        name = model.pretrained_cfg["architecture"] if ":" in self.config.name else self.config.name
         return {"name": name, "pretrained": False, "mean": mean, "std": std, "args": args}
 
     def set_checkpointing(self, on: bool) -> None:
-        """Raises ConfigError where timm has none for this model."""
+        """Recompute activations in the backward pass, or stop. Raises ConfigError where timm's model cannot."""
         try:
             cast(Any, self.model).set_grad_checkpointing(on)
         except (AssertionError, AttributeError) as error:
             if on:
                 name = type(self.model).__name__
-                raise ConfigError(f"image.checkpointing: {name} cannot recompute activations") from error
+                raise ConfigError(
+                    f"image.checkpointing=true: {name} cannot recompute activations; use image.checkpointing=false"
+                ) from error
 
     def _measure(self) -> None:
-        """Shapes and reached parameters from one forward on the meta device: nothing is computed."""
-        training = self.training
+        """Set the widths, the unused parameters and how the model pools.
+
+        Widths and unused parameters come from one forward pass on the meta device, which computes nothing.
+        """
+        was_training = self.training
         self.eval()
         meta = {f"tower.{name}": p.detach().to("meta").requires_grad_() for name, p in self.named_parameters()}
         buffers = {f"tower.{name}": b.to("meta") for name, b in self.named_buffers()}
-        picture = torch.empty(2, 3, self.config.size, self.config.size, dtype=torch.uint8, device="meta")
-        features, out = functional_call(_Encode(self), {**meta, **buffers}, (picture,))
+        images = torch.empty(2, 3, self.config.size, self.config.size, dtype=torch.uint8, device="meta")
+        features, out = functional_call(_EncodeModule(self), {**meta, **buffers}, (images,))
         self.width, self.pooled_width = out.states.shape[-1], out.pooled.shape[-1]
         self.freeze_unused(name.removeprefix("tower.") for name in used_parameters(out.pooled, meta))
-        mean, largest = self._head_pools(features.shape)
-        self.pools_mean, self.pools_max = self.mean_pool or mean, largest and not self.mean_pool
-        self.train(training)
+        is_mean, is_max = self._detect_head_pooling(features.shape)
+        self.pools_mean, self.pools_max = self.mean_pool or is_mean, is_max and not self.mean_pool
+        self.train(was_training)
 
     @torch.no_grad()
-    def _head_pools(self, shape: torch.Size) -> tuple[bool, bool]:
-        """Whether the model's own head does nothing but take the mean, or the maximum, of its grid tokens: tried on numbers."""
+    def _detect_head_pooling(self, shape: torch.Size) -> tuple[bool, bool]:
+        """Return whether the model's head only takes the mean, and whether only the maximum, of its grid tokens.
+
+        Tested by running the head on numbers. shape: the shape of the model's features.
+        """
         features = torch.linspace(-2, 3, shape.numel()).sin().reshape(shape)
-        pooled, tokens = self._model("forward_head", features, pre_logits=True), self._tokens(features)[0]
-        kinds = (tokens.mean(dim=1), tokens.amax(dim=1))
-        mean, largest = (pooled.shape == kind.shape and torch.allclose(pooled, kind, atol=1e-5) for kind in kinds)
-        return mean, largest
+        pooled, tokens = self._call_model("forward_head", features, pre_logits=True), self._to_tokens(features)[0]
+        candidates = (tokens.mean(dim=1), tokens.amax(dim=1))
+        is_mean, is_max = (
+            pooled.shape == candidate.shape and torch.allclose(pooled, candidate, atol=1e-5) for candidate in candidates
+        )
+        return is_mean, is_max
 
 
-class _Encode(nn.Module):
-    """A tower's forward with the model's own features beside the result."""
+class _EncodeModule(nn.Module):
+    """Wraps ImageTower.encode as a forward(), which functional_call needs."""
 
     def __init__(self, tower: ImageTower) -> None:
         super().__init__()
@@ -210,21 +243,24 @@ class _Encode(nn.Module):
         return self.tower.encode(inputs)
 
 
-def _layer_ids(model: nn.Module) -> tuple[dict[str, int], int]:
-    """timm's groups as 0 (stem), 1..L (blocks), L + 1 (the rest), and L."""
+def _number_layers(model: nn.Module) -> tuple[dict[str, int], int]:
+    """Return the layer of each parameter (0 stem, 1..L blocks, L + 1 the rest) by timm's groups, and L."""
     matcher = cast(Any, model).group_matcher(coarse=False)
     names = [name for name, _ in model.named_parameters()]
-    orders = {name: _order(name, matcher) for name in names}
+    orders = {name: _get_order(name, matcher) for name in names}
     blocks = sorted({order for order in orders.values() if order is not None and order[0] > 0})
     ids = {None: len(blocks) + 1} | {order: i for i, order in enumerate(blocks, 1)}
     return {f"model.{name}": ids[order] if order is None or order[0] > 0 else 0 for name, order in orders.items()}, len(blocks)
 
 
-def _order(name: str, matcher: Any) -> tuple[float, ...] | None:
-    """(group, block, ...) by timm's rules; None for what stands behind the blocks."""
+def _get_order(name: str, matcher: Any) -> tuple[float, ...] | None:
+    """Return (group, block, ...) of a parameter by timm's group matcher; None for what comes after the blocks.
+
+    timm marks the latter by the number 99999 or infinity.
+    """
     if callable(matcher):
-        found = matcher(name)
-        order = tuple(found) if isinstance(found, tuple) else (found,)
+        group_or_order = matcher(name)
+        order = tuple(group_or_order) if isinstance(group_or_order, tuple) else (group_or_order,)
         return None if order[0] in (99999, float("inf")) else tuple(float(o) for o in order)
     for group, spec in enumerate(matcher.values()):
         for pattern, suffix in spec if isinstance(spec, (list, tuple)) else [(spec, None)]:
@@ -240,12 +276,12 @@ def _order(name: str, matcher: Any) -> tuple[float, ...] | None:
 
 
 def build(config: Config, tokenizer: Any = None) -> ImageTower:
-    """An ImageTower. Raises ConfigError: an unknown model or argument, a size or a pooling that does not fit."""
-    model = _create(config)
+    """Build an ImageTower. Raises ConfigError: an unknown model or argument, a size or a pooling that does not fit."""
+    model = _create_model(config)
     side = patch_side(model, config)
     if side and config.size % side:
         raise ConfigError(f"image.size={config.size} is not a multiple of {config.name}'s patch of {side} px")
-    repool(model, config.pool, config.name)
+    set_pooling(model, config.pool, config.name)
     try:
         tower = ImageTower(model, config)
     except (RuntimeError, AssertionError, ValueError, TypeError, AttributeError) as error:
@@ -259,15 +295,16 @@ def build(config: Config, tokenizer: Any = None) -> ImageTower:
 
 
 def patch_side(model: nn.Module, config: Config) -> int | None:
-    """Pixels that the sides of a picture must be a multiple of; None where any will do."""
+    """Return the side of the model's patches in pixels, of which image.size must be a multiple; None where any size fits."""
     if config.stem:
-        return stem.patch(config.stem)
+        return stem.patch_size(config.stem)
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
     side = patch[0] if isinstance(patch, tuple) else patch
     return side if isinstance(side, int) else None
 
 
-def _create(config: Config) -> nn.Module:
+def _create_model(config: Config) -> nn.Module:
+    """Create the timm model. Raises ConfigError, which names the setting that does not fit."""
     import timm
 
     bare = config.name.split(".")[0]
@@ -279,37 +316,38 @@ def _create(config: Config) -> nn.Module:
     if config.patch_dropout:
         args["patch_drop_rate"] = config.patch_dropout
     if config.stem:
-        args |= stem.arguments(config.stem)
+        args |= stem.vit_arguments(config.stem)
     try:
         try:
             return timm.create_model(config.name, pretrained=config.pretrained, img_size=config.size, **args)
         except TypeError as error:
             if "'img_size'" not in str(error):
                 raise
-            return timm.create_model(config.name, pretrained=config.pretrained, **args)  # convolutional: any size
+            return timm.create_model(config.name, pretrained=config.pretrained, **args)  # convolutional: takes any size
     except TypeError as error:
-        raise ConfigError(_unexpected(config, error)) from error
-    except Exception as error:  # timm and its hub raise what they like
-        what = f"image.name={config.name}" + (" with its weights" if config.pretrained else "")
+        raise ConfigError(_explain_argument_error(config, error)) from error
+    except Exception as error:  # timm and its hub raise errors of many types
+        name = f"image.name={config.name}" + (" with its published weights" if config.pretrained else "")
         raise ConfigError(
-            f"{what} cannot be built with image.args={config.args}: {' '.join(str(error).split())[:300]}"
+            f"{name} cannot be built with image.args={config.args}: {' '.join(str(error).split())[:300]}"
         ) from error
 
 
-def _unexpected(config: Config, error: TypeError) -> str:
-    """Names the argument that the model does not take, and those near it."""
+def _explain_argument_error(config: Config, error: TypeError) -> str:
+    """Return a message that names the argument that the model does not take, and the closest one that it does."""
     import timm
 
-    found = re.search(r"argument '(\w+)'", str(error))
-    if found is None:
+    match = re.search(r"argument '(\w+)'", str(error))
+    if match is None:
         return f"image.args={config.args} does not fit {config.name}: {' '.join(str(error).split())[:200]}"
+    argument = match[1]
     if "multiple values" in str(error):
-        return f"image.args.{found[1]} is fixed by {config.name}: choose another model, or leave it out"
-    if found[1] == "embed_layer":
-        return f"image.stem: {config.name} has no patch embedding to replace; it is for vision transformers"
-    if found[1] == "patch_drop_rate":
-        return f"image.patch_dropout: {config.name} has no patch dropout; it is for plain vision transformers"
+        return f"image.args.{argument} is fixed by {config.name}: choose another model, or leave it out"
+    if argument == "embed_layer":
+        return f"image.stem: {config.name} has no patch embedding to replace; image.stem is for vision transformers"
+    if argument == "patch_drop_rate":
+        return f"image.patch_dropout: {config.name} has no patch dropout; only plain vision transformers have it"
     model = type(timm.create_model(config.name, num_classes=0))
-    return f"image.args.{found[1]}: {config.name} takes no such argument" + closest(
-        found[1], [name for name in inspect.signature(model.__init__).parameters if name != "self"]
+    return f"image.args.{argument}: {config.name} takes no such argument" + closest(
+        argument, [name for name in inspect.signature(model.__init__).parameters if name != "self"]
     )

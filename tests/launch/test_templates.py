@@ -88,8 +88,8 @@ def test_deepspeed_reads_its_files(path: Path) -> None:
 def test_a_deepspeed_file_may_not_change_the_numbers(tmp_path: Path) -> None:
     path = tmp_path / "own.json"
     for given, line in (
-        ({"gradient_clipping": 1.0}, "gradient_clipping is not for this file"),
-        ({"bf16": {"enabled": True}}, "bf16 is not for this file"),
+        ({"gradient_clipping": 1.0}, r"own\.json may not set gradient_clipping;"),
+        ({"bf16": {"enabled": True}}, r"own\.json may not set bf16;"),
         ({"zero_optimization": {"stage": 3}}, r"is for stage 3; choose train\.strategy=zero3"),
         ({"zero_optimization": {"overlap_com": True}}, "did you mean 'overlap_comm'"),
         ([], "must hold settings of DeepSpeed"),
@@ -98,7 +98,7 @@ def test_a_deepspeed_file_may_not_change_the_numbers(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=line):
             deepspeed_config.read(str(path), 2)
     path.write_text("{")
-    with pytest.raises(ConfigError, match="is no JSON"):
+    with pytest.raises(ConfigError, match="is not JSON"):
         deepspeed_config.read(str(path), 2)
     with pytest.raises(ConfigError, match="No such file"):
         deepspeed_config.read(str(tmp_path / "none.json"), 2)

@@ -20,7 +20,7 @@ from pretrain.towers import Tower
 from pretrain.towers import timm as images
 from pretrain.towers import transformers as texts
 from pretrain.towers.length_buckets import GROUP_COST, group_by_length
-from pretrain.towers.stem import ConvStem, patch
+from pretrain.towers.stem import ConvStem, patch_size
 
 VIT = {"patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}
 IMAGES: dict[str, dict[str, Any]] = {
@@ -274,7 +274,7 @@ def test_a_stem_is_its_convolutions_written_out() -> None:
 
 @pytest.mark.parametrize(("widths", "side"), [([8], 2), ([2, 8], 4), ([8, 8, 16], 4), ([32, 64, 64, 128, 128, 128], 8)])
 def test_a_stem_halves_at_first_and_where_it_widens(widths: list[int], side: int) -> None:
-    assert patch(widths) == side
+    assert patch_size(widths) == side
     assert ConvStem(widths)(torch.zeros(1, 3, 48, 48)).shape[1:] == (widths[-1], 48 // side, 48 // side)
 
 
