@@ -3,7 +3,7 @@
 It draws scenes, trains a tokenizer and two encoders, evaluates and exports them, and embeds the test images. Then it
 fine-tunes a model that answers questions about the images.
 
-The demo prints each command before it runs it, as a person would type it, so that its output is a short tour of the project.
+The demo prints each command before it runs it, as a person would type it. Its output is a short tour of the project.
 Everything is written into one folder. A demo that was stopped resumes when it is started again.
 """
 
@@ -30,7 +30,10 @@ PRETRAIN_SHARE = 0.55
 
 
 def build_commands(folder: Path, minutes: float) -> list[list[str]]:
-    """Build the commands of the demo, without the leading `clipfuse`; `minutes` is the training time of both stages."""
+    """Build the commands of the demo, without the leading `clipfuse`.
+
+    minutes: training time of both stages together.
+    """
     scenes, run, answers = folder / "scenes", folder / "run", folder / "answers"
     data = [f"data.train={scenes}/train-*.tar", f"data.val={scenes}/val-*.tar"]
     pretrain = build_length_settings(minutes * PRETRAIN_SHARE, "pretrain")
@@ -54,7 +57,7 @@ def build_commands(folder: Path, minutes: float) -> list[list[str]]:
 
 
 def build_process_settings() -> list[str]:
-    """Build the settings that train on two processes where there are two cores and no GPU; empty elsewhere.
+    """Build the settings that train on two processes, for two cores without a GPU; empty elsewhere.
 
     Small batches gain more from processes than from threads.
     """

@@ -1,4 +1,4 @@
-"""The report of a run: one self-contained HTML page with curves, metrics, examples, and the commands to continue with.
+"""The report of a run: one self-contained HTML page with curves, metrics, examples and commands.
 
     write("runs/clipart")                  writes runs/clipart/report.html
     write("runs/clipart", "new/*.tar")     the same, with examples from other shards
@@ -200,7 +200,10 @@ def build_recall_charts(history: RunHistory) -> list[dict[str, Any]]:
 
 
 def build_task_charts(history: RunHistory, section: FinetunedSection) -> list[dict[str, Any]]:
-    """Build the chart of the primary metric over steps, with and without the image; none for fewer than two evaluations."""
+    """Build the chart of the primary metric over steps, with and without the image.
+
+    There is none for fewer than two evaluations.
+    """
     steps = [line["step"] for line in history.evaluations]
     if len(steps) < 2 or section.best_evaluation(history) is None:
         return []

@@ -1,9 +1,10 @@
-"""Line charts as inline SVG, without a plotting library; CSS variables make them readable in light and dark mode.
+"""Line charts as inline SVG, without a plotting library.
 
     draw_line_chart([Series("loss", steps, values)], reference=(4.85, "blind guess"))
 
 A chart is a string of SVG for a page that defines the CSS classes used here (page.html.j2). A data attribute holds its
-numbers, so that the page's script can show the one nearest to the pointer. The chart is complete without the script.
+numbers, so that the page's script can show the one nearest to the pointer. The chart is complete without the script. CSS
+variables make it readable in light and dark mode.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ def draw_line_chart(
 
 
 def downsample(series: Series, points: int = POINTS) -> list[tuple[float, float | None]]:
-    """Return about `points` points at most, which keep the lowest and highest value of each interval: no spike is lost."""
+    """Reduce a series to about `points` points that keep the extremes of each interval: no spike is lost."""
     n = len(series.x)
     if n <= points:
         return list(zip(series.x, series.y, strict=True))
@@ -127,7 +128,7 @@ def downsample(series: Series, points: int = POINTS) -> list[tuple[float, float 
 
 
 def running_mean(values: Sequence[float | None]) -> list[float | None]:
-    """Return the mean over a fortieth of the values around each value, over fewer at the ends; gaps stay gaps."""
+    """Return the mean of a fortieth of the values around each value, of fewer at the ends; keep gaps."""
     half = max(2, len(values) // 80)
     sums, known = [0.0], [0]
     for value in values:
@@ -142,7 +143,10 @@ def running_mean(values: Sequence[float | None]) -> list[float | None]:
 
 
 def choose_ticks(low: float, high: float, count: int, unit: str = "") -> list[float]:
-    """Choose round numbers (1, 2, 2.5 or 5 times a power of ten) that enclose [low, high], with about `count` intervals."""
+    """Choose round numbers that enclose [low, high], with about `count` intervals.
+
+    Their distance is 1, 2, 2.5 or 5 times a power of ten.
+    """
     if high <= low:
         spread = abs(low) * 0.1 or (0.01 if unit == "%" else 1.0)
         low, high = low - spread, high + spread
@@ -170,7 +174,7 @@ def format_number(value: float, digits: int = 3) -> str:
 
 
 def _format_tick(value: float, all_ticks: Sequence[float], unit: str = "") -> str:
-    """Format a tick's label: in percent for unit "%", else with the fewest digits that are exact for all ticks."""
+    """Format a tick's label: in percent, or with the fewest digits that are exact for all ticks."""
     if unit == "%":
         return f"{_trim(f'{100 * value:.2f}')}%"
     digits = next((d for d in (1, 2, 3, 4, 5) if all(format_number(t, d) == format_number(t, d + 3) for t in all_ticks)), 6)
@@ -193,7 +197,7 @@ def _drop_unmeasured_ends(series: Series) -> Series:
 
 
 def _is_near(level: float, low: float, high: float) -> bool:
-    """Return whether a reference is near enough to be shown: at most two times the range of the data away from it."""
+    """Return whether a reference is at most twice the data's range away from the data, to be shown."""
     return low - 2 * (high - low) <= level <= high + 2 * (high - low)
 
 

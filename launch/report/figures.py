@@ -1,4 +1,4 @@
-"""The texts and numbers of the page: description, facts, recalls with the level of chance, tables. Nothing is drawn here."""
+"""The texts and numbers of the page: description, facts, recalls with chance levels, and tables."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def describe_run(history: RunHistory) -> str:
         return "A run whose configuration is missing."
     size = f"{history.get('image.size')} px" if history.get("image.size") else ""
     image_args, text_args = history.get("image.args") or {}, history.get("text.args") or {}
-    start = "from given weights" if history.get("init") else "from scratch"
+    start = "from existing weights" if history.get("init") else "from scratch"
     if history.get("image.pretrained") or history.get("text.name"):
         start = "from published weights"
     image_details, text_details = _describe_architecture(image_args, size), _describe_architecture(text_args)
@@ -33,7 +33,7 @@ def describe_run(history: RunHistory) -> str:
 
 
 def _describe_architecture(args: dict[str, Any], size: str = "") -> str:
-    """Describe what the configuration sets of a named architecture: " (96 px, patch 8, width 192, 4 layers)"."""
+    """Describe the architecture that the configuration sets: " (96 px, patch 8, width 192, 4 layers)"."""
     patch, width = args.get("patch_size"), args.get("embed_dim") or args.get("hidden_size")
     depth = args.get("depth") or args.get("num_hidden_layers")
     details = [size, f"patch {patch}" if patch else "", f"width {width}" if width else "", f"{depth} layers" if depth else ""]
@@ -100,7 +100,7 @@ def build_classification(line: Line) -> list[dict[str, Any]]:
 
 
 def compare_with_chance(value: float, chance: float | None) -> str:
-    """Say how many times the level of chance a value is, in two digits; empty where there is no such level."""
+    """Say in two digits how many times chance a value is; empty where no chance level is known."""
     return f"{format_number(value / chance, 2)}× chance" if chance and value > 0 else ""
 
 
@@ -135,14 +135,14 @@ def build_evaluation_table(history: RunHistory) -> dict[str, Any]:
 
 
 def count_bad_samples(history: RunHistory) -> dict[str, Any]:
-    """Return the last training line's counts of samples whose content could not be used, and of skipped steps."""
+    """Return the last training line's counts of bad samples, by reason, and of skipped steps."""
     last = history.steps[-1] if history.steps else {}
     reasons = [(name.removeprefix("bad/"), int(count)) for name, count in last.items() if name.startswith("bad/") and count]
     return {
         "total": int(last.get("bad_samples") or 0),
         "reasons": sorted(reasons, key=lambda pair: -pair[1]),
         "skipped": int(last.get("skipped") or 0),
-        "seen": int(last.get("samples_seen") or 0),
+        "samples_seen": int(last.get("samples_seen") or 0),
     }
 
 
@@ -173,7 +173,10 @@ def format_command(history: RunHistory) -> str:
 
 
 def list_shards(value: Any) -> list[str]:
-    """List the shards in a value of data.train or data.val: a string, or a list of strings or of {shards, weight}."""
+    """List the shards that a value of data.train or data.val names.
+
+    The value is a string, or a list of strings or of {shards, weight}.
+    """
     if isinstance(value, dict):
         return list_shards(value.get("shards"))
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""The page's section about a fine-tuned run: metrics of its task, answers on held-out images, and heat maps of words.
+"""The page's section about a fine-tuned run: task metrics, answers on images, heat maps of words.
 
 Images and texts are drawn by a fixed seed, whether or not the model is right about them, so that they cannot flatter it.
 """

@@ -1,7 +1,7 @@
-"""What the model answers on held-out pairs: captions as queries for images, and images as queries for captions.
+"""Example queries on held-out pairs: images found by caption, and captions found by image.
 
-The queries are drawn by a fixed seed, half from those whose first answer is right and half from those whose first answer is
-wrong (fewer where there are not enough of one kind). The page states the recall beside them, so they cannot flatter the model.
+The queries are drawn by a fixed seed: half of them have the right answer first and half do not, as far as there are enough of
+both kinds. The page states the recall beside them, so they cannot flatter the model.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def build_caption_queries(split: EmbeddedSplit, thumbnails: list[bytes], count: 
 
 
 def build_image_queries(split: EmbeddedSplit, thumbnails: list[bytes], count: int) -> list[Query]:
-    """Build `count` queries by image: the first captions, and the rank of the best of the image's own captions."""
+    """Build `count` queries by image: the first captions, and the best rank of the image's captions."""
     rank_n, _ = answer_ranks(split.image, split.text, split.image_index)
     queries = []
     for i in choose_queries(rank_n, count):
@@ -133,9 +133,9 @@ def build_image_queries(split: EmbeddedSplit, thumbnails: list[bytes], count: in
 
 
 def choose_queries(ranks: Tensor, count: int) -> list[int]:
-    """Choose `count` queries by a fixed seed, half with the right answer first and half not; return them by rising rank.
+    """Choose `count` queries by a fixed seed, half with the right answer first and half without.
 
-    ranks: (q,), the rank of each query's right answer.
+    ranks: (q,), the rank of each query's right answer. Returns the queries by rising rank.
     """
     rng = np.random.Generator(np.random.Philox(key=0))
     is_first = (ranks <= 1).numpy()
@@ -146,7 +146,7 @@ def choose_queries(ranks: Tensor, count: int) -> list[int]:
 
 
 def _sort_answers(scores: Tensor, right: set[int]) -> list[int]:
-    """Sort answers, best first; of equal scores a right answer comes last, so that the gallery does not flatter the model."""
+    """Sort answers, best first; of equal scores right answers come last, to not flatter the model."""
     values = scores.tolist()
     return sorted(range(len(values)), key=lambda i: (-values[i], i in right, i))
 

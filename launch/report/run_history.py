@@ -1,4 +1,6 @@
-"""What a run wrote into its folder, as far as it got: a run that continues, was stopped, or lacks a file can be read too.
+"""What a run wrote into its folder, as far as it got.
+
+A run that continues, was stopped, or lacks a file can be read too.
 
 history = read_run("runs/clipart")
 history.steps[-1]["loss"], history.evaluations[-1]["val/image_to_text_R@1"], history.get("image.name")
@@ -66,7 +68,7 @@ class RunHistory:
 
     @property
     def training_seconds(self) -> float:
-        """Seconds spent on steps, over all resumptions; without evaluation, saving, and the time while the run was stopped."""
+        """Seconds spent on steps, over all resumptions; evaluation and saving are excluded."""
         total, before = 0.0, 0
         for line in self.steps:
             rate, samples_seen = line.get("samples_per_second"), line.get("samples_seen") or before
@@ -76,7 +78,7 @@ class RunHistory:
         return total
 
     def best_evaluation(self) -> Line | None:
-        """Return the evaluation with the highest mean of both recalls at 1; without recalls, the last evaluation."""
+        """Return the evaluation with the highest mean of both recalls at 1; without recalls, the last one."""
         if not self.evaluations:
             return None
         names = ("val/image_to_text_R@1", "val/text_to_image_R@1")

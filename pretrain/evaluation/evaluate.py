@@ -157,9 +157,9 @@ def evaluate(
 def evaluate_checkpoint(
     loaded: LoadedModel, shards: Any, config: EvalConfig, device: torch.device, precision: str = "fp32"
 ) -> dict[str, Any]:
-    """Evaluate a loaded checkpoint and return its metrics with checkpoint, step, data and chance. Collective.
+    """Evaluate a loaded checkpoint; return metrics, chance levels, and what was evaluated on what.
 
-    The result holds plain values only, for --json and build_table().
+    Collective. The result holds plain values only, for --json and build_table().
 
     Args:
         loaded: the result of checkpoints.loading.load_model(): model, decoders, folder, step.
@@ -187,7 +187,7 @@ def evaluate_checkpoint(
 
 
 def build_table(result: dict[str, Any]) -> Table:
-    """Build a table of what evaluate_checkpoint() returned: metrics in percent, with the level of chance next to each."""
+    """Build a table of evaluate_checkpoint()'s result: metrics in percent, next to the chance levels."""
     metrics, chance = result["metrics"], result["chance"]
     caption = f"{int(metrics['samples']):,} images"
     if metrics["captions"]:

@@ -142,7 +142,7 @@ def solve(
 
 
 def _loss(weights: Tensor, rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean cross-entropy () and its gradient (K, D + 1), computed on a chunk of the rows at a time."""
+    """Return the mean cross-entropy () and its gradient (K, D + 1), computed in chunks of rows."""
     gradient = torch.zeros_like(weights)
     loss = weights.new_zeros(())
     step = max(1, LOGITS_PER_CHUNK // weights.shape[0])

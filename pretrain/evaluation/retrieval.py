@@ -8,8 +8,8 @@ caption must find its one image. Two images with the same caption stay two: only
 open_clip.
 
 Ties are resolved by expectation. Where t wrong answers score exactly what the right one scores, each order of the t + 1 is
-equally likely, and the metrics are the mean over those orders. So a model that gives every image the same embedding gets
-R@k = k / n, which is chance, and no order of the data can raise it.
+equally likely. The metrics are the mean over those orders. So a model that gives every image the same embedding gets
+R@k = k / n, which is chance. No order of the data can raise it.
 
 Shapes: n = images, m = captions, D = embedding width, q = queries of one direction. The n x m scores exist only tile by tile.
 """
@@ -65,7 +65,7 @@ def retrieval_metrics(
 
 
 def answer_ranks(image: Tensor, text: Tensor, image_index: Tensor, tile: int = 2048) -> tuple[Tensor, Tensor]:
-    """Return the rank of the right answer, from 1: (n,) for images as queries, (m,) for captions as queries.
+    """Return the rank, from 1, of each query's right answer: (n,) for images, (m,) for captions.
 
     Arguments as for retrieval_metrics(). A tie gives the mean of the ranks it covers, so a rank may be fractional.
     """
@@ -153,5 +153,5 @@ def hit_probability(better: Tensor, right: Tensor, wrong: Tensor, k: int) -> Ten
 
 
 def expected_rank(better: Tensor, right: Tensor, wrong: Tensor) -> Tensor:
-    """Return the expected rank (q,), from 1, of the first right answer of a tie; arguments as for hit_probability()."""
+    """Return the expected rank (q,), from 1, of a tie's first right answer; see hit_probability()."""
     return better + 1 + wrong / (right + 1)

@@ -53,7 +53,10 @@ def build_flop_counter(model: nn.Module, sample: Batch) -> Callable[[Batch], flo
 
 
 def build_sample(image_size: int | None, text_length: int | None, texts: int = 1) -> Batch:
-    """Build a batch of one sample: a black image and `texts` full-length texts. None leaves a modality out."""
+    """Build a batch of one sample: a black image and `texts` full-length texts.
+
+    None as a size or length leaves that modality out.
+    """
     batch = Batch({}, {}, ["one"])
     if image_size is not None:
         batch.inputs["image"] = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""fit(), the only training loop: it owns optimizer, schedule, logging, evaluation, saving and stopping.
+"""fit(), the only training loop, with optimizer, schedule, logging, evaluation, saving and stopping.
 
 Eight calls lead from the command to the gradient:
 
@@ -159,10 +159,11 @@ def fit(
     evaluate: Callable[[nn.Module], dict[str, float]] | None,
     resume_from: Path | None,
 ) -> Outcome:
-    """Train `model` from the checkpoint `resume_from`, or from its present weights, to plan.total_steps. Collective.
+    """Train `model` up to plan.total_steps. Collective.
 
     Args:
         model: not wrapped yet; the strategy wraps it.
+        resume_from: a checkpoint folder; None = start from the model's present weights.
         evaluate: returns metrics of a model; None = no evaluation.
     """
     run = _Run(plan, folder, strategy, model, loader, evaluate)
@@ -231,7 +232,7 @@ def fit(
 
 
 class _Run:
-    """The state of one fit(): step, averaged weights, best score; and how it is saved, restored and evaluated."""
+    """The state of one fit(), and how it is saved, restored and evaluated."""
 
     def __init__(
         self,
@@ -254,9 +255,10 @@ class _Run:
     # Saving and resuming
 
     def restore(self, checkpoint: Path | None) -> int:
-        """Set up the strategy and, with a checkpoint, load it: weights before wrapping, optimizer state after. Collective.
+        """Set up the strategy and load the checkpoint, if there is one. Collective.
 
-        Returns the step to resume from, 0 without a checkpoint. Raises ConfigError for a checkpoint of another run.
+        Weights are loaded before the strategy wraps the model, the optimizer state after. Returns the step to resume from, 0
+        without a checkpoint. Raises ConfigError for a checkpoint of another run.
         """
         trainer_state: dict[str, Any] | None = None
         if checkpoint is not None:
@@ -341,7 +343,7 @@ class _Run:
 
     @contextmanager
     def record_failure(self, watchdog: Watchdog) -> Iterator[None]:
-        """Write an error raised inside to status.json; replace errors of memory or lost processes by ones that explain them."""
+        """Write an error raised inside to status.json, explained where memory or a lost process caused it."""
         try:
             yield
         except BaseException as error:
@@ -373,7 +375,7 @@ class _Run:
             raise
 
     def _evaluate(self, log: RunLog) -> bool:
-        """Evaluate the averaged weights, log the metrics, and return whether the primary one is the highest so far."""
+        """Evaluate the averaged weights, log the metrics, and return whether they are the best so far."""
         assert self.evaluate is not None
         with self.averaged_weights(), self.strategy.full_model() as model:
             self.results = self.evaluate(model)

@@ -91,7 +91,7 @@ def check_trackers(names: list[str]) -> None:
 
 
 def _build_tracker(name: str, folder: RunFolder, config: dict[str, Any]) -> Any:
-    """Build one of accelerate's trackers and start it. Raises ConfigError for a tracker that is not installed."""
+    """Build and start one of accelerate's trackers. Raises ConfigError where it is not installed."""
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 

@@ -36,7 +36,10 @@ class Objective(Protocol):
 
 
 class Contrastive:
-    """A loss of losses/ on pairs from two towers (or all pairs of more towers), averaged over the k texts of each sample."""
+    """A loss of losses/ on pairs of embeddings, averaged over the k texts of each sample.
+
+    Of more than two towers, the loss covers all pairs.
+    """
 
     can_split = True
 
@@ -66,7 +69,7 @@ class Contrastive:
 
 
 def _split_texts(embeddings: Features, targets: dict[str, Any]) -> Iterator[tuple[Features, dict[str, Any]]]:
-    """Yield, for every k, features (b, D) with the k-th text of each sample, and targets with its caption ids.
+    """Yield, for every k, features (b, D) with the k-th text of each sample, and its targets.
 
     Modalities with one item a sample are the same in every yield.
     """

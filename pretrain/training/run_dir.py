@@ -25,7 +25,9 @@ LIBRARIES = ("torch", "torchvision", "timm", "transformers", "accelerate", "deep
 
 
 class RunFolder:
-    """The folder of one run, locked by one run at a time. Rank 0 writes into it; other ranks write only their audit file.
+    """The folder of a run, locked by one run at a time.
+
+    Rank 0 writes into it; other ranks write only their audit file.
 
     Args:
         run: a name (the folder is runs/NAME), or a path that contains a slash.
@@ -106,7 +108,7 @@ def _is_installed(name: str) -> bool:
 
 
 def _git_revision() -> str | None:
-    """Return the commit of this code, followed by + where files differ from it; None outside a git checkout."""
+    """Return the commit of this code, with + where files differ from it; None outside a git checkout."""
     folder = Path(__file__).resolve().parent
     command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
     try:

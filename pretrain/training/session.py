@@ -1,4 +1,4 @@
-"""What pretraining and fine-tuning runs have in common; pretrain/train.py and finetune/train.py add the rest and call fit().
+"""What pretraining and fine-tuning runs share: from a configuration to the arguments of fit().
 
     with open_session(config) as session:      # the run folder is locked, the checkpoint to resume from is known
         ...                                    # model, loader and objective, which only the trainer knows
@@ -38,7 +38,7 @@ from pretrain.training.run_dir import RunFolder
 
 
 def check_batch_and_evaluation(config: Any) -> None:
-    """Refuse a batch that the processes cannot divide evenly, and evaluations without data. Raises ConfigError."""
+    """Refuse batches that do not divide evenly, and evaluation without data. Raises ConfigError."""
     if config.data.batch_size % (distributed.world_size() * config.train.chunks):
         raise ConfigError(
             f"data.batch_size={config.data.batch_size} must be divisible by processes x train.chunks = "
@@ -54,7 +54,7 @@ def check_batch_and_evaluation(config: Any) -> None:
 
 @dataclass
 class Session:
-    """What one process of a run starts from: the locked run folder, the checkpoint to resume from, and the device."""
+    """What one process of a run starts from: run folder, checkpoint to resume from, and device."""
 
     config: Any
     folder: RunFolder
@@ -115,9 +115,9 @@ class Session:
 
 @contextmanager
 def open_session(config: Any) -> Iterator[Session]:
-    """Check that all processes agree, lock the run folder, and find the checkpoint to resume from. Collective.
+    """Check that processes agree, lock the run folder, and find the checkpoint to resume from.
 
-    The lock is released when the `with` block ends. Raises UserError.
+    Collective. The lock is released when the `with` block ends. Raises UserError.
     """
     check_agreement(config)
     threads = distributed.pin_threads(config.train.threads)
@@ -147,9 +147,9 @@ def check_agreement(config: Any) -> None:
 
 
 def find_checkpoint(resume: str, folder: RunFolder) -> Path | None:
-    """Find the checkpoint to resume from, the same on every process; None = a run that begins. Collective. Raises UserError.
+    """Find the checkpoint to resume from, the same on every process; None = a run that begins.
 
-    resume: "auto", "never", or a checkpoint folder.
+    resume: "auto", "never", or a checkpoint folder. Collective. Raises UserError.
     """
     return on_main(lambda: _find_checkpoint(resume, folder))
 
@@ -182,10 +182,10 @@ def _save_config_and_tokenizer(folder: Path, config: ModelSchema, tokenizer: Any
 
 
 def build_encoders(config: Any) -> tuple[Any, DualEncoder]:
-    """Build the tokenizer (None for a model without texts) and the encoders, with the same weights on every process.
+    """Build the tokenizer (None for a model without texts) and the encoders.
 
-    Seeds torch's generator. Resolves data.val first, so that missing shards are an error now and not after the first thousand
-    steps. Raises UserError.
+    The weights are the same on every process. Seeds torch's generator. Resolves data.val first, so that missing shards are
+    an error now and not after the first thousand steps. Raises UserError.
     """
     if config.data.val is not None:
         resolve_sources(config.data.val, "data.val")
@@ -222,7 +222,7 @@ def build_loader(config: Any, decoders: dict[str, Any]) -> Loader:
 
 
 def print_summary(config: Any, parameter_counts: dict[str, dict[str, int]], loader: Loader) -> None:
-    """Print, on rank 0, what would run: configuration, parameters of each component, shards, samples and steps.
+    """Print, on rank 0, what would run: configuration, parameters, shards, samples and steps.
 
     parameter_counts: for each component of the model {"total": ..., "trainable": ...}.
     """

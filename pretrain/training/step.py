@@ -57,7 +57,7 @@ def _encode(strategy: Strategy, objective: Objective, chunk: Batch, seeds: tuple
 def _backward_cached(
     strategy: Strategy, objective: Objective, batch: Batch, count: int, seeds: tuple[int, int, int]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Run forward and backward passes over `count` chunks; return the loss of the whole batch and its report."""
+    """Run forward and backward passes over `count` chunks; return the whole batch's loss and report."""
     chunks = batch.chunks(count)
     # -- encode every chunk, without a graph
     chunk_features: list[Features] = []

@@ -1,4 +1,4 @@
-"""The report: of runs in every condition, its charts and gallery, and the escaping of untrusted captions."""
+"""The report of runs in every condition, its charts and gallery, and its escaping of captions."""
 
 import base64
 import io
@@ -214,7 +214,7 @@ EVIL = '<script>alert("x")</script> "quoted" & <img src=x onerror=alert(1)>'
 
 
 def build_small_split() -> tuple[EmbeddedSplit, list[bytes]]:
-    """Build eight images and their captions: 2 and 3 are exchanged, and image 0 has two. Return the split and thumbnails."""
+    """Build eight images with captions; captions 2 and 3 are exchanged, and image 0 has two."""
     image = torch.eye(8)
     text = torch.cat([torch.eye(8)[[0, 1, 3, 2, 4, 5, 6, 7]], torch.eye(8)[:1]])
     captions = [f"caption {j} {EVIL}" for j in range(9)]

@@ -1,4 +1,4 @@
-"""Evaluation of a small real model on drawn scenes: against encoding one sample at a time, and on several processes."""
+"""Evaluation of a small real model on drawn scenes, on one process and on several."""
 
 import io
 import json
@@ -46,7 +46,7 @@ def eval_config(**fields: Any) -> EvalConfig:
 
 
 def encode_one_by_one(loaded: loading.LoadedModel, shards: str) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """Encode without the code under test: each image and each caption alone, through the model's forward()."""
+    """Encode each image and each caption alone by the model's forward(), without the code under test."""
     image, text, image_index = [], [], []
     loaded.model.eval()
     with torch.no_grad():
@@ -253,7 +253,7 @@ def test_two_processes_return_the_metrics_of_one(small: Small) -> None:
 
 
 def rewrite_shards(small: Small, folder: Path, change: Any) -> str:
-    """Write the validation shards as one shard, each member replaced by change(name, data); None leaves a member out."""
+    """Write the validation shards as one shard of members change(name, data); None leaves one out."""
     path = folder / "changed.tar"
     with tarfile.open(path, "w") as out:
         for source in sorted(Path(small.root / "scenes").glob("val-*.tar")):

@@ -11,7 +11,10 @@ from pretrain.evaluation import linear_probe
 
 
 def draw_clusters(n: int, classes: int = 4, width: int = 12, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw overlapping clusters whose features have very different scales, one of them constant: (n, width), (n,)."""
+    """Draw overlapping clusters, (n, width) and (n,).
+
+    The features have very different scales, and one of them is constant.
+    """
     generator = torch.Generator().manual_seed(seed)
     centers = torch.randn(classes, width, generator=torch.Generator().manual_seed(99))
     labels = torch.randint(classes, (n,), generator=generator)

@@ -1,4 +1,4 @@
-"""Retrieval metrics against open_clip's, a brute-force computation, and the mean over random orders of ties."""
+"""Retrieval metrics against open_clip's, sorting, and the mean over random orders of ties."""
 
 import itertools
 import math
@@ -14,7 +14,10 @@ from pretrain.evaluation.retrieval import answer_ranks, chance_recall, retrieval
 
 
 def draw_embeddings(n: int, m: int, width: int = 16, noise: float = 2.0, seed: int = 0) -> tuple[torch.Tensor, ...]:
-    """Draw images (n, width), captions near their image (m, width), and their image_index (m,); every image has a caption."""
+    """Draw images (n, width), captions near their images (m, width), and the image_index (m,).
+
+    Every image has a caption.
+    """
     generator = torch.Generator().manual_seed(seed)
     image = F.normalize(torch.randn(n, width, generator=generator), dim=-1)
     image_index = torch.cat([torch.arange(n), torch.randint(n, (m - n,), generator=generator)])
@@ -72,7 +75,7 @@ def test_constant_model_gets_chance() -> None:
 
 
 def test_ties_are_the_mean_over_orders() -> None:
-    """Scores on a coarse grid, several captions an image: the mean, over random orders, of sorting as open_clip does."""
+    """With many equal scores, metrics are the mean, over random orders, of sorting as open_clip does."""
     generator = np.random.default_rng(3)
     text = torch.eye(3)[torch.from_numpy(generator.integers(0, 3, 30))]
     image_index = torch.arange(12).repeat(3)[:30]

@@ -22,7 +22,10 @@ def model() -> torch.nn.Module:
 
 
 def expected_operations(tokens: int) -> float:
-    """Forward and backward operations of L blocks (4 C^2 + 8 C^2 weights, 2 operations each, 3 passes) and the projection."""
+    """Return the forward and backward operations of L blocks and the projection.
+
+    A block has 4 C^2 + 8 C^2 weights, each with 2 operations in 3 passes.
+    """
     return 3 * 2 * (tokens * L * 12 * C * C + C * D)
 
 

@@ -1,4 +1,4 @@
-"""Several texts an image: the loss is the mean of the losses of each text alone, against a closed form."""
+"""Several texts an image: the loss is the mean over the texts, against a closed form."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ def test_the_loss_is_the_mean_over_texts() -> None:
 
 
 def test_equal_captions_are_ignored_only_where_both_are_the_kth_text() -> None:
-    """Row 0 and row 1 share their second caption; the first of row 2 is the second of row 3: that one stays a negative."""
+    """Rows 0 and 1 share their second caption, which is ignored.
+
+    The first caption of row 2 is the second of row 3, and stays a negative.
+    """
     ids = torch.arange(B * K).reshape(B, K)
     ids[1, 1], ids[3, 1] = ids[0, 1], ids[2, 0]
     features = draw_features()

@@ -67,7 +67,7 @@ STOPS = [
 def test_a_run_stopped_five_times_at_random_moments_equals_one_never_stopped(
     small: Small, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    """Two stops are kill -9, which print nothing; the others save, exit with 75 and print the command that resumes."""
+    """Two stops are kill -9; the others save, exit with 75 and print the command that resumes."""
     run, rng, stop_step = tmp_path / "run", random.Random(0), 0
     metrics, log = run / "metrics.jsonl", tmp_path / "log.txt"
     for number, workers in STOPS:
