@@ -190,7 +190,7 @@ def _build_component(spec: Field[Any], values: Any, prefix: str, where: str) -> 
         raise ConfigError(f"{prefix.rstrip('.')} in {where} must hold settings, not {values!r}; write {prefix}{key}=...")
     name = values.get(key, spec.metadata.get("default"))
     if not isinstance(name, str):
-        raise ConfigError(f"{prefix}{key} in {where} must be a word, not {name!r}")
+        raise ConfigError(f"{prefix}{key} in {where} must be a name, not {name!r}")
     return _build(spec.metadata["find"](package, name).Config, {key: name, **values}, prefix, where)
 
 

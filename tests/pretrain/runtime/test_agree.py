@@ -1,4 +1,4 @@
-"""An error of one rank is every rank's: the same type, the same line, and nobody waits."""
+"""An error on one rank is raised on every rank with the same type and message, and no rank waits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support import world
 
 
 class TwoWordsError(ConfigError):
-    """Pickle calls its constructor with one argument: it cannot travel as it is."""
+    """Pickle cannot rebuild it: it calls the constructor with one argument, which takes two."""
 
     def __init__(self, key: str, value: str) -> None:
         super().__init__(f"{key}={value}")
@@ -34,12 +34,12 @@ ERRORS: list[Exception] = [
     DamagedTarError("a.tar is damaged at byte 512"),
     OSError(errno.ENOSPC, "No space left on device", "runs/first"),
     PermissionError(errno.EACCES, "Permission denied", "runs/first"),
-    OSError("said without a number"),
+    OSError("an error without a number"),
 ]
 
 
 def outcome(work: Callable[[], Any]) -> tuple[str, str, Any]:
-    """(kind, message, detail) of what happened, as plain values."""
+    """Call `work` and return (kind, message, result or errno), as plain values."""
     try:
         return "result", "", work()
     except Exception as error:
@@ -47,22 +47,24 @@ def outcome(work: Callable[[], Any]) -> tuple[str, str, Any]:
 
 
 def fail(error: Exception) -> Any:
+    """Raise `error`."""
     raise error
 
 
 def fail_on(rank: int, error: Exception) -> Any:
+    """Raise `error` on one rank; return the rank on the others."""
     return fail(error) if distributed.rank() == rank else f"rank {distributed.rank()}"
 
 
-def seen() -> dict[str, Any]:
-    """What each function did on this rank."""
+def collect_outcomes() -> dict[str, Any]:
+    """Call each function with work that succeeds and work that fails; return the outcomes on this rank."""
     distributed.set_timeout(20)
-    kept: list[UserError] = []
-    own = UserError("mine")
+    caught: list[UserError] = []
+    original = UserError("original")
     try:
-        on_all(lambda: fail_on(0, own))
+        on_all(lambda: fail_on(0, original))
     except UserError as error:
-        kept.append(error)
+        caught.append(error)
     return {
         "main": outcome(lambda: on_main(lambda: ["from", distributed.rank()])),
         "main fails": [outcome(lambda error=error: on_main(lambda: fail(error))) for error in ERRORS],
@@ -79,50 +81,50 @@ def seen() -> dict[str, Any]:
             for rank in range(distributed.world_size())
         ],
         "rebuilt": outcome(lambda: on_all(lambda: fail_on(0, TwoWordsError("batch", "7")))),
-        "its own object": kept[0] is own,
-        "in step": distributed.gather_objects(distributed.rank()),
+        "original object": caught[0] is original,
+        "collectives still match": distributed.gather_objects(distributed.rank()),
     }
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_errors_and_results_are_shared(processes: int) -> None:
     expected = [outcome(lambda error=error: fail(error)) for error in ERRORS]
-    ranks = world.run(seen, processes) if processes > 1 else [seen()]
-    for rank, got in enumerate(ranks):
-        assert got["main"] == ("result", "", ["from", 0])
-        assert got["main fails"] == expected
-        assert got["all"] == ("result", "", rank)
-        assert got["all, not picklable"] == 3
-        assert got["one of all fails"] == [expected] * processes
-        assert got["all fail"] == ("UserError", "rank 0", None)
-        assert got["gathered"] == ("result", "", [10 * i for i in range(processes)])
-        assert got["one of gathered fails"] == [expected] * processes
-        assert got["rebuilt"][:2] == ("TwoWordsError" if rank == 0 else "ConfigError", "batch=7")
-        assert got["its own object"] == (rank == 0)
-        assert got["in step"] == list(range(processes))
+    ranks = world.run(collect_outcomes, processes) if processes > 1 else [collect_outcomes()]
+    for rank, outcomes in enumerate(ranks):
+        assert outcomes["main"] == ("result", "", ["from", 0])
+        assert outcomes["main fails"] == expected
+        assert outcomes["all"] == ("result", "", rank)
+        assert outcomes["all, not picklable"] == 3
+        assert outcomes["one of all fails"] == [expected] * processes
+        assert outcomes["all fail"] == ("UserError", "rank 0", None)
+        assert outcomes["gathered"] == ("result", "", [10 * i for i in range(processes)])
+        assert outcomes["one of gathered fails"] == [expected] * processes
+        assert outcomes["rebuilt"][:2] == ("TwoWordsError" if rank == 0 else "ConfigError", "batch=7")
+        assert outcomes["original object"] == (rank == 0)
+        assert outcomes["collectives still match"] == list(range(processes))
 
 
-def unexpected() -> tuple[tuple[str, str, Any], list[int]]:
-    """A bug on rank 0 alone: it does not hide behind a line, and needs no other rank to be raised."""
+def raise_unexpected() -> tuple[tuple[str, str, Any], list[int]]:
+    """Raise an unexpected error, which each rank raises by itself, without a collective."""
     return outcome(lambda: on_all(lambda: fail(ZeroDivisionError("bug")))), distributed.gather_objects(distributed.rank())
 
 
-def test_an_unexpected_error_is_raised_as_it_is() -> None:
-    for rank in world.run(unexpected, 2):
-        assert rank == (("ZeroDivisionError", "bug", None), [0, 1])
+def test_an_unexpected_error_is_raised_unchanged() -> None:
+    for outcomes in world.run(raise_unexpected, 2):
+        assert outcomes == (("ZeroDivisionError", "bug", None), [0, 1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Places where the other ranks used to wait
+# Calls in which the other ranks used to wait
 
 
-def a_file_in_the_way(folder: str) -> list[tuple[str, str, Any]]:
-    """Rank 0 cannot make the folder of a checkpoint; then writing fails on rank 1 alone; then it succeeds."""
+def save_checkpoints(folder: str) -> list[tuple[str, str, Any]]:
+    """Save four checkpoints: rank 0 cannot create the folder; rank 1 fails twice while writing; the last succeeds."""
     distributed.set_timeout(20)
     weights = {"w": torch.zeros(1)}
 
-    def save(where: str, state: Callable[[Path], Any]) -> Any:
-        return str(store.save(Path(folder) / where, 1, weights, lambda _: None, state, keep=0).name)
+    def save(name: str, state: Callable[[Path], Any]) -> Any:
+        return str(store.save(Path(folder) / name, 1, weights, lambda _: None, state, keep=0).name)
 
     return [
         outcome(lambda: save("file", lambda _: None)),
@@ -135,21 +137,21 @@ def a_file_in_the_way(folder: str) -> list[tuple[str, str, Any]]:
 def test_a_checkpoint_that_one_rank_cannot_write_fails_on_all(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     (tmp_path / "folder").mkdir()
-    first, second = world.run(a_file_in_the_way, 2, str(tmp_path))
+    first, second = world.run(save_checkpoints, 2, str(tmp_path))
     assert first == second
-    blocked, full, stateless, written = first
-    assert blocked[0] == "UserError"
-    assert blocked[1].startswith(f"cannot write the checkpoint of step 1 into {tmp_path / 'file'}: ")
-    assert "Not a directory" in blocked[1]
-    assert full[0] == "UserError"
-    assert "No space left on device; older ones are intact" in full[1]
-    assert stateless[:2] == ("UserError", "no state")
-    assert written == ("result", "", "step-0000001")
+    no_folder, disk_full, no_state, saved = first
+    assert no_folder[0] == "UserError"
+    assert no_folder[1].startswith(f"cannot write the checkpoint of step 1 into {tmp_path / 'file'}: ")
+    assert "Not a directory" in no_folder[1]
+    assert disk_full[0] == "UserError"
+    assert "No space left on device; older ones are intact" in disk_full[1]
+    assert no_state[:2] == ("UserError", "no state")
+    assert saved == ("result", "", "step-0000001")
     assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == ["latest", "step-0000001"]
 
 
-def disk_full(folder: str) -> list[tuple[str, str, Any]]:
-    """Counting and taking the run folder, where the disk of rank 0 answers with an error."""
+def count_and_open_on_a_full_disk(folder: str) -> list[tuple[str, str, Any]]:
+    """Count shards on a disk that is full, count them with a wrong cache folder, open a run folder below a file."""
     distributed.set_timeout(20)
     full = OSError(errno.ENOSPC, "No space left on device")
     kept, config.count_samples = config.count_samples, lambda paths, cache: fail(full)
@@ -165,7 +167,7 @@ def disk_full(folder: str) -> list[tuple[str, str, Any]]:
 
 def test_counting_and_the_run_folder_fail_on_all(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
-    first, second = world.run(disk_full, 2, str(tmp_path))
+    first, second = world.run(count_and_open_on_a_full_disk, 2, str(tmp_path))
     assert first == second
     assert first[0] == ("OSError", "[Errno 28] No space left on device", errno.ENOSPC)
     assert first[1][:2] == ("ConfigError", "data.cache is no folder")

@@ -1,4 +1,4 @@
-"""What a launcher got wrong, and machines that are not alike: refused before anything trains."""
+"""Mistakes of launchers, and differences between processes, are refused before training."""
 
 import subprocess
 import sys
@@ -20,15 +20,15 @@ GROUP = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1",
     [
         {},
         GROUP,
-        GROUP | {"SLURM_STEP_NUM_TASKS": "2", "GROUP_WORLD_SIZE": "2"},  # our own job: an agent a task
-        GROUP | {"SLURM_STEP_NUM_TASKS": "2"},  # ranks given by hand to two tasks
+        GROUP | {"SLURM_STEP_NUM_TASKS": "2", "GROUP_WORLD_SIZE": "2"},  # our own job: one agent per task
+        GROUP | {"SLURM_STEP_NUM_TASKS": "2"},  # ranks that the user set for two tasks
         {"SLURM_STEP_NUM_TASKS": "1"},
         {"SLURM_NTASKS": "2"},  # a batch script, not its tasks
         {"ACCELERATE_MIXED_PRECISION": "no"},  # accelerate launch with one process
-        {"MASTER_ADDR": "left over"},
+        {"MASTER_ADDR": "from an earlier run"},
     ],
 )
-def test_sound_worlds_pass(env: dict[str, str]) -> None:
+def test_valid_environments_pass(env: dict[str, str]) -> None:
     preflight.check_launcher(env, gpus=0)
 
 
@@ -39,17 +39,17 @@ def test_sound_worlds_pass(env: dict[str, str]) -> None:
         ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE=2 without MASTER_ADDR, MASTER_PORT"),
         ({"SLURM_STEP_NUM_TASKS": "2"}, "srun started 2 tasks that do not know each other"),
         ({"OMPI_COMM_WORLD_SIZE": "4"}, "mpirun started 4 tasks that do not know each other"),
-        # two tasks, each with a torchrun of its own
+        # two tasks, each of which started a torchrun
         (GROUP | {"SLURM_STEP_NUM_TASKS": "2", "GROUP_WORLD_SIZE": "1"}, "srun started 2 tasks that do not know each other"),
         (GROUP | {"LOCAL_RANK": "2", "RANK": "2", "WORLD_SIZE": "4"}, "number 2 on its node, which has 2 GPUs"),
     ],
 )
-def test_lonely_copies_are_refused(env: dict[str, str], line: str) -> None:
+def test_processes_without_a_common_group_are_refused(env: dict[str, str], line: str) -> None:
     with pytest.raises(ConfigError, match=line):
         preflight.check_launcher(env, gpus=2 if "LOCAL_RANK" in env else 0)
 
 
-def test_what_accelerate_was_asked_for_is_what_runs() -> None:
+def test_settings_of_accelerate_must_match_the_configuration() -> None:
     preflight.check_accelerate("bf16", "ddp", {"ACCELERATE_MIXED_PRECISION": "bf16"})
     preflight.check_accelerate("fp32", "ddp", {"ACCELERATE_MIXED_PRECISION": "no"})
     preflight.check_accelerate("bf16", "fsdp2", {"ACCELERATE_USE_FSDP": "true"})
@@ -79,13 +79,13 @@ distributed.setup(60)
 for name, zero, one, _ in CASES:
     try:
         preflight.require_equal(name, zero if distributed.rank() == 0 else one)
-        print("agreed", flush=True)
+        print("equal", flush=True)
     except UserError as error:
         print(f"refused: {error}", flush=True)
 folder = sys.argv[1 + distributed.rank()]
 try:
     preflight.require_equal("data.train", lambda: preflight.data_fingerprint([f"{folder}/a.tar", f"{folder}/b.tar"]))
-    print("agreed", flush=True)
+    print("equal", flush=True)
 except UserError as error:
     print(f"refused: {error}", flush=True)
 def missing():
@@ -103,14 +103,14 @@ distributed.shutdown()
 """
 
 
-def test_processes_agree_or_end_with_the_same_line(tmp_path: Path) -> None:
+def test_processes_are_equal_or_raise_the_same_error(tmp_path: Path) -> None:
     import os
 
     for name, content in (("zero", b"first"), ("one", b"first")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.tar").write_bytes(content * 1000)
     (tmp_path / "zero" / "b.tar").write_bytes(b"second" * 1000)
-    (tmp_path / "one" / "b.tar").write_bytes(b"sekond" * 1000)  # the same size, another beginning
+    (tmp_path / "one" / "b.tar").write_bytes(b"sekond" * 1000)  # the same size, different first bytes
     port = str(free_port())
     processes = [
         subprocess.Popen(
@@ -125,20 +125,20 @@ def test_processes_agree_or_end_with_the_same_line(tmp_path: Path) -> None:
     outputs = [process.communicate(timeout=200)[0].splitlines() for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     assert outputs[0][:-1] == outputs[1][:-1]
-    assert sorted([outputs[0][-1], outputs[1][-1]]) == ["False", "True"]  # said once
+    assert sorted([outputs[0][-1], outputs[1][-1]]) == ["False", "True"]  # one process is the first to report
     for line, (_, _, _, expected) in zip(outputs[0], CASES, strict=False):
         if expected is None:
-            assert line == "agreed"
+            assert line == "equal"
         else:
             assert line.startswith("refused: " + expected.replace("HOST", os.uname().nodename)), line
-    data, everywhere, somewhere = outputs[0][len(CASES) : -1]
-    assert data.startswith("refused: data.train differs between processes: b.tar is '6,000 bytes, beginning ")
-    assert everywhere == "refused: no file matches"  # as it is where all have it
-    assert somewhere.startswith("refused: data.train differs between processes: ")
-    assert "no file matches" in somewhere
+    different_data, error_on_all, error_on_one = outputs[0][len(CASES) : -1]
+    assert different_data.startswith("refused: data.train differs between processes: b.tar is '6,000 bytes, beginning ")
+    assert error_on_all == "refused: no file matches"  # unchanged, since all processes share it
+    assert error_on_one.startswith("refused: data.train differs between processes: ")
+    assert "no file matches" in error_on_one
 
 
-def test_code_is_told_apart_by_a_comment(tmp_path: Path) -> None:
+def test_a_comment_changes_the_fingerprint_of_the_code(tmp_path: Path) -> None:
     import shutil
 
     shutil.copytree(ROOT / "pretrain", tmp_path / "pretrain", ignore=shutil.ignore_patterns("__pycache__"))
@@ -147,17 +147,17 @@ def test_code_is_told_apart_by_a_comment(tmp_path: Path) -> None:
     code = (
         "import pretrain, json; from pretrain.runtime.preflight import code_fingerprint; print(json.dumps(code_fingerprint()))"
     )
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment(PYTHONPATH=""), capture_output=True, text=True, check=True
     )
     import json
 
-    theirs, mine = json.loads(done.stdout), preflight.code_fingerprint()
-    assert {name for name in mine if mine[name] != theirs.get(name)} == {"pretrain/training/step.py"}
-    assert mine.keys() == theirs.keys()
+    changed, original = json.loads(result.stdout), preflight.code_fingerprint()
+    assert {name for name in original if original[name] != changed.get(name)} == {"pretrain/training/step.py"}
+    assert original.keys() == changed.keys()
 
 
-def test_a_configuration_is_checked_for_a_world_elsewhere() -> None:
+def test_a_run_elsewhere_can_be_assumed() -> None:
     assert (distributed.world_size(), distributed.nodes()) == (1, 1)
     with distributed.assume_world(16, 2, True):
         assert (distributed.world_size(), distributed.nodes(), distributed.local_world_size(), distributed.has_gpu()) == (

@@ -1,4 +1,4 @@
-"""Who was lost, said by who is left, in time."""
+"""A process that dies, fails or stalls is named by the others, in time."""
 
 import re
 import signal
@@ -13,27 +13,30 @@ from tests.support.launches import clipfuse_lines, free_port, start_launcher
 TIMEOUT = 10.0
 
 
-def world(mode: str, folder: Path, size: int = 2) -> tuple[list[int], str]:
-    """Exit codes and output of all. A frozen process is killed here, once the others have ended."""
+def run_program(mode: str, folder: Path, size: int = 2) -> tuple[list[int], str]:
+    """Run watchdog_program.py on `size` ranks; return the exit codes and the output of all.
+
+    A frozen process is killed once the others have ended.
+    """
     env = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    words = [sys.executable, "-m", "tests.support.watchdog_program", mode, str(TIMEOUT)]
+    command = [sys.executable, "-m", "tests.support.watchdog_program", mode, str(TIMEOUT)]
     with ExitStack() as stack:
         ranks = [
-            stack.enter_context(start_launcher(*words, cwd=folder, RANK=str(rank), LOCAL_RANK=str(rank), **env))
+            stack.enter_context(start_launcher(*command, cwd=folder, RANK=str(rank), LOCAL_RANK=str(rank), **env))
             for rank in range(size)
         ]
-        for rank, each in enumerate(ranks):
+        for rank, launcher in enumerate(ranks):
             if rank != 1:
-                each.wait_for_exit(None)
+                launcher.wait_for_exit(None)
         if mode == "freeze":
             ranks[1].process.kill()
         ranks[1].wait_for_exit(None)
-        return [each.process.returncode for each in ranks], "".join(each.output for each in ranks)
+        return [launcher.process.returncode for launcher in ranks], "".join(launcher.output for launcher in ranks)
 
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
-    ("mode", "line", "codes"),
+    ("mode", "pattern", "codes"),
     [
         ("nothing", None, [0, 0]),
         ("die", r"process 1 \(.*, pid \d+\) died, last at step \d+, ", [1, -signal.SIGKILL]),
@@ -44,28 +47,28 @@ def world(mode: str, folder: Path, size: int = 2) -> tuple[list[int], str]:
         ("freeze", r"process 1 \(.*\) is dead: no heartbeat for \d+ s, last at step \d+, ", [1, -signal.SIGKILL]),
     ],
 )
-def test_the_lost_process_is_named(mode: str, line: str | None, codes: list[int], tmp_path: Path) -> None:
-    got, output = world(mode, tmp_path)
-    if mode == "data":  # the hung process wakes up to a store that is gone: how it ends is up to the moment
-        assert got[0] == codes[0], output
-        assert got[1] != 0, output
+def test_the_lost_process_is_named(mode: str, pattern: str | None, codes: list[int], tmp_path: Path) -> None:
+    exit_codes, output = run_program(mode, tmp_path)
+    if mode == "data":  # the stalled process finds the store gone, at a point that depends on timing
+        assert exit_codes[0] == codes[0], output
+        assert exit_codes[1] != 0, output
     else:
-        assert got == codes, output
-    own = clipfuse_lines(output)
-    if line is None:
-        assert own == []
+        assert exit_codes == codes, output
+    errors = clipfuse_lines(output)
+    if pattern is None:
+        assert errors == []
         return
-    named = [one for one in own if re.search(line, one)]
-    assert len(named) == 1, f"said {len(named)} times\n{output}"
+    named = [line for line in errors if re.search(pattern, line)]
+    assert len(named) == 1, f"named {len(named)} times\n{output}"
     assert "the run ends, the last checkpoint is intact" in named[0]
-    if mode not in ("refuse", "data"):  # its own error is said as well
-        assert len(own) == 1, output
+    if mode not in ("refuse", "data"):  # the process reports its own error as well
+        assert len(errors) == 1, output
     assert f"recorded: {named[0].removeprefix('clipfuse: ')}" in output
 
 
-def test_one_process_has_no_heartbeat() -> None:
+def test_one_process_needs_no_watchdog() -> None:
     from pretrain.runtime.watchdog import Watchdog
 
-    with Watchdog(1.0, lambda why: None) as watchdog:
+    with Watchdog(1.0, lambda reason: None) as watchdog:
         watchdog.mark(0, "computing")
         assert watchdog.diagnose(RuntimeError("gloo")) is None
