@@ -288,6 +288,7 @@ class _Run:
             self.strategy.load_full_weights(raw)
         self.loader.load_state_dict(trainer_state["loader"])
         self.skipped, self.best_score, self.step = trainer_state["skipped"], trainer_state["best"], trainer_state["step"]
+        self.results = trainer_state["results"]
         log_info(f"resuming {checkpoint} at step {self.step} of {self.plan.total_steps}")
         return self.step
 
