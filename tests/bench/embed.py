@@ -1,11 +1,12 @@
-"""Samples/s of `clipfuse embed` against its own encoder alone, in turn, on the same samples; one JSON line.
+"""Compares samples/s of `clipfuse embed` with those of its encoder alone; prints one JSON line.
 
     python -m tests.bench.embed [--data 'SHARDS' --config clipart --rounds 3 key=value ...]
 
-The encoder alone gets batches that were read and decoded before, in the same process, and its results go nowhere. What
-embed needs beyond that, reading, decoding, writing, and a worker process on the same cores, is the difference; on a CPU
-`processor_time` says how much of it there is, which others on the machine disturb less. Weights are random: speed does not
-depend on them. Without --data, scenes of 256 px are drawn. Figures are medians of rounds.
+The two take turns on the same samples. The encoder alone gets batches that this process has read and decoded before, and
+its results are discarded. The difference is what `embed` does in addition: reading, decoding, writing, and running a worker
+process on the same cores. On a CPU, `processor_time` measures this difference; other work on the machine disturbs it less.
+Weights are random, because speed does not depend on them. Without --data, scenes of 256 px are drawn. Figures are medians
+of the rounds.
 """
 
 from __future__ import annotations
@@ -35,52 +36,52 @@ from pretrain.runtime import distributed
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure both and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="shards; drawn scenes where missing")
-    parser.add_argument("--config", default="clipart", help="whose towers (default clipart)")
+    parser.add_argument("--data", help="shards (default: drawn scenes)")
+    parser.add_argument("--config", default="clipart", help="configuration whose towers are measured (default clipart)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--workers", type=int, help="default: embed's own")
+    parser.add_argument("--workers", type=int, help="worker processes (default: that of embed)")
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("settings", nargs="*", help="key=value settings of the towers")
-    given = parser.parse_args()
+    args = parser.parse_args()
     device = distributed.device()
     threads = distributed.pin_threads(0)
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        if given.data is None:
+        if args.data is None:
             draw_dataset(root / "scenes", {"test": 1000}, size=256)
-        shards = given.data or f"{root}/scenes/test-*.tar"
+        shards = args.data or f"{root}/scenes/test-*.tar"
         train_tokenizer(shards, root / "tokenizer", vocab=4096)
-        loaded = build(given.config, [f"text.tokenizer={root / 'tokenizer'}", *given.settings], root / "model")
-        batches = list(build_eval_loader(shards, loaded.decoders, given.batch))
+        loaded = build(args.config, [f"text.tokenizer={root / 'tokenizer'}", *args.settings], root / "model")
+        batches = list(build_eval_loader(shards, loaded.decoders, args.batch))
         samples = sum(len(batch) for batch in batches)
-        encoder = Encoder(loaded.model.to(device), loaded.decoders, device, given.precision, dtype=torch.float16)
+        encoder = Encoder(loaded.model.to(device), loaded.decoders, device, args.precision, dtype=torch.float16)
 
-        def alone() -> tuple[float, float]:
+        def run_encoder() -> tuple[float, float]:
             begin, used = time.perf_counter(), processor_time()
             with eval_mode(loaded.model):
-                encoded = sum(len(batch.keys) for _, batch in encoder.stream((None, each) for each in batches) if batch)
+                encoded = sum(len(batch.keys) for _, batch in encoder.stream((None, batch) for batch in batches) if batch)
             assert encoded == samples
             return samples / (time.perf_counter() - begin), processor_time() - used
 
-        def files(round_: int) -> tuple[float, float]:
-            asked = Options([shards], str(root / f"out-{round_}"), precision=given.precision, batch_size=given.batch)
-            asked.workers = given.workers
+        def run_embed(index: int) -> tuple[float, float]:
+            options = Options([shards], str(root / f"out-{index}"), precision=args.precision, batch_size=args.batch)
+            options.workers = args.workers
             used = processor_time()
-            summary = embed(loaded, asked, device)
+            summary = embed(loaded, options, device)
             assert summary is not None
             assert summary.samples == samples
             return summary.samples_per_second, processor_time() - used
 
-        alone()  # warm
-        rounds = [(*alone(), *files(i)) for i in range(given.rounds)]
-    encoders, encoder_time, embeds, embed_time = ([round(each, 1) for each in side] for side in zip(*rounds, strict=True))
+        run_encoder()  # warm up
+        rounds = [(*run_encoder(), *run_embed(i)) for i in range(args.rounds)]
+    encoders, encoder_time, embeds, embed_time = ([round(value, 1) for value in column] for column in zip(*rounds, strict=True))
     figures = {
         "bench": "embed",
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {threads} threads",
-        "config": given.config,
+        "config": args.config,
         "samples": samples,
         "encoder_samples_per_second": statistics.median(encoders),
         "embed_samples_per_second": statistics.median(embeds),
@@ -92,17 +93,17 @@ def main() -> None:
 
 
 def processor_time() -> float:
-    """Seconds of all cores, of this process and of the workers that ended."""
+    """Return the processor seconds of this process and of its workers that have ended."""
     return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
 def build(config: str, settings: list[str], folder: Path) -> LoadedModel:
-    """An untrained model of a shipped configuration."""
+    """Build an untrained model of a shipped configuration."""
     values = configuration.load_values(find_config(config, "pretrain"), settings)
-    made = configuration.build(ModelSchema, values, config, partial=True)
-    tokenizer = load_tokenizer(made.text.tokenizer)
-    model = models.build(models.tower_configs(made), made.model, tokenizer).eval()
-    return LoadedModel(model, made, tokenizer, models.build_decoders(made, tokenizer, model, "txt"), folder, 0)
+    resolved = configuration.build(ModelSchema, values, config, partial=True)
+    tokenizer = load_tokenizer(resolved.text.tokenizer)
+    model = models.build(models.tower_configs(resolved), resolved.model, tokenizer).eval()
+    return LoadedModel(model, resolved, tokenizer, models.build_decoders(resolved, tokenizer, model, "txt"), folder, 0)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Images/s on one core, JPEGs of 500 x 375 to training pictures of 224: our loader against open_clip's; one JSON line.
+"""Compares images/s of our loader and open_clip's on one core; prints one JSON line.
 
     python -m tests.bench.loader [--images 1000 --rounds 3]
 
-Pictures with the spectrum of photographs (about 80 KB each) are drawn on the spot and lie in the page cache for
-both. Both run in this process with one thread, from the tars to batches of pictures and token ids. open_clip's pipeline is
-put together from the parts, in the order and with the settings of open_clip_train.data.get_wds_dataset (3.3.0); its own
-transform and tokenizer.
+Both turn JPEGs of 500 x 375 into training images of 224 px. The images have the spectrum of photographs (about 80 KB each),
+are generated for the run, and are in the page cache for both. Both run in this process with one thread, from tars to
+batches of images and token ids. open_clip's pipeline is assembled from its parts, in the order and with the settings of
+open_clip_train.data.get_wds_dataset (3.3.0), with its own transform and tokenizer.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ WORDS = "a red blue old dog cat house tree boat on the under of near with street
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure both and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=3)
@@ -49,38 +49,38 @@ def main() -> None:
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     with tempfile.TemporaryDirectory() as folder:
-        size = draw(Path(folder), args.images)
+        size = write_shards(Path(folder), args.images)
         train_tokenizer(folder, Path(folder) / "tokenizer", vocab=400)
         decoders = {
             "image": ImageDecoder(224, AugmentConfig()),
             "text": TextDecoder(load_tokenizer(Path(folder) / "tokenizer"), 77),
         }
-        own = iter(build_loader(DataConfig(train=folder, batch_size=BATCH, workers=0), decoders, seed=0))
-        peer = open_clip_batches(expand_shards(folder))
-        first = next(own), next(peer)
+        our_batches = iter(build_loader(DataConfig(train=folder, batch_size=BATCH, workers=0), decoders, seed=0))
+        peer_batches = iterate_open_clip_batches(expand_shards(folder))
+        first = next(our_batches), next(peer_batches)
         assert first[0].inputs["image"].shape == first[1][0].shape == (BATCH, 3, 224, 224)
-        rounds = [(rate(peer, args.images), rate(own, args.images)) for _ in range(args.rounds)]
-    theirs, ours = (statistics.median(each) for each in zip(*rounds, strict=True))
+        rounds = [(measure_rate(peer_batches, args.images), measure_rate(our_batches, args.images)) for _ in range(args.rounds)]
+    peer_rate, our_rate = (statistics.median(rates) for rates in zip(*rounds, strict=True))
     figures = {
         "bench": "loader",
         "kilobytes_per_image": round(size / 1000, 1),
-        "open_clip_images_per_second": round(theirs, 1),
-        "images_per_second": round(ours, 1),
-        "ratio": round(ours / theirs, 2),
+        "open_clip_images_per_second": round(peer_rate, 1),
+        "images_per_second": round(our_rate, 1),
+        "ratio": round(our_rate / peer_rate, 2),
     }
     print(json.dumps(figures))
 
 
-def rate(batches: Iterator[Any], images: int) -> float:
-    """Images a second of processor time."""
+def measure_rate(batches: Iterator[Any], images: int) -> float:
+    """Return images per second of processor time."""
     start = time.process_time()
     for _ in range(images // BATCH):
         next(batches)
     return images // BATCH * BATCH / (time.process_time() - start)
 
 
-def open_clip_batches(paths: list[str]) -> Iterator[Any]:
-    """What open_clip's training script iterates over, endlessly."""
+def iterate_open_clip_batches(paths: list[str]) -> Iterator[Any]:
+    """Yield the batches of open_clip's training script, without end."""
     preprocess = image_transform(224, is_train=True)
     tokenizer = open_clip.get_tokenizer("ViT-B-32")
     while True:
@@ -97,15 +97,15 @@ def open_clip_batches(paths: list[str]) -> Iterator[Any]:
         )
 
 
-def draw(folder: Path, images: int) -> float:
-    """Shards of pictures and captions; bytes of an image on average."""
+def write_shards(folder: Path, images: int) -> float:
+    """Write shards of images and captions; return the mean size of an image in bytes."""
     rng = np.random.default_rng(0)
     size = 0
     for shard in range(4):
         with tarfile.open(folder / f"{shard:04d}.tar", "w") as tar:
             for i in range(images // 4):
                 data = io.BytesIO()
-                Image.fromarray(photograph(rng)).save(data, "JPEG", quality=88)
+                Image.fromarray(generate_photograph(rng)).save(data, "JPEG", quality=88)
                 size += len(data.getvalue())
                 caption = " ".join(rng.choice(WORDS, int(rng.integers(5, 20)))).encode()
                 for name, content in (("jpg", data.getvalue()), ("txt", caption)):
@@ -115,15 +115,15 @@ def draw(folder: Path, images: int) -> float:
     return size / images
 
 
-def photograph(rng: np.random.Generator) -> np.ndarray:
-    """(375, 500, 3) uint8 whose amplitudes fall with frequency."""
+def generate_photograph(rng: np.random.Generator) -> np.ndarray:
+    """Return random pixels whose amplitudes fall with frequency as in photographs: (375, 500, 3) uint8."""
     height, width = 375, 500
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     frequency[0, 0] = 1
     frequency **= 1.2
-    grey = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((height, width))) / frequency, (height, width))
+    luminance = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((height, width))) / frequency, (height, width))
     tint = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((3, height, width))) / frequency**1.25, (height, width))
-    pixels = 128 + 50 * grey[..., None] / grey.std() + 15 * np.moveaxis(tint, 0, -1) / tint.std()
+    pixels = 128 + 50 * luminance[..., None] / luminance.std() + 15 * np.moveaxis(tint, 0, -1) / tint.std()
     return pixels.clip(0, 255).astype(np.uint8)
 
 

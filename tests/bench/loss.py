@@ -1,11 +1,14 @@
-"""Memory and time of the softmax loss with its gradients, ours and open_clip's ClipLoss; one JSON line a size.
+"""Compares memory and time of our loss with open_clip's; prints one JSON line per batch size.
 
     python -m tests.bench.loss [--batch 4096 16384 65536] [--dim 512] [--threads 2] [--rounds 2] [--loss clip] [--tile 0]
 
-Each measurement runs in a process of its own: float32, one process's whole batch, loss and gradients of both features and
-the scale. `memory` is by how much the process's resident memory grows at its peak (features excluded, gradients included),
-in MiB; `seconds` the best of the rounds, the two taking turns. Ratios are ours over theirs; null where theirs does not fit
-into the machine's free memory. With --device cuda memory is what torch allocated at the peak.
+Each measurement runs in a process of its own, in float32: one process has the whole batch and computes the loss and the
+gradients of both features and of the scale. The two losses take turns.
+
+- `memory_mib`: by how much the resident memory grows at its peak, in MiB, without the features and with the gradients. With
+  --device cuda it is the peak of what torch allocates.
+- `seconds`: the best of the rounds.
+- Ratios are ours divided by open_clip's; null if open_clip's loss does not fit into the free memory of the machine.
 """
 
 from __future__ import annotations
@@ -23,73 +26,77 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def one(arguments: argparse.Namespace) -> dict[str, float]:
-    """Loss and gradients once, in this process."""
+def run_once(args: argparse.Namespace) -> dict[str, float]:
+    """Compute loss and gradients once, in this process; return memory in MiB, seconds and the loss."""
     from pretrain import registry
 
-    torch.set_num_threads(arguments.threads)
-    device = torch.device(arguments.device)
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
     g = torch.Generator().manual_seed(0)
     features = {
-        name: F.normalize(torch.randn(arguments.batch[0], arguments.dim, generator=g), dim=1).to(device).requires_grad_()
+        name: F.normalize(torch.randn(args.batch[0], args.dim, generator=g), dim=1).to(device).requires_grad_()
         for name in ("image", "text")
     }
-    module = registry.get_component("losses", arguments.loss)
+    module = registry.get_component("losses", args.loss)
     scale = torch.full((1,), module.LOGIT_SCALE, device=device).exp().requires_grad_()
     bias = None if module.LOGIT_BIAS is None else torch.full((1,), module.LOGIT_BIAS, device=device).requires_grad_()
-    score = _score(arguments, module)
+    compute_loss = _build_loss(args, module)
     warm = {name: x[:400].detach().requires_grad_() for name, x in features.items()}
-    score(warm, scale, bias).backward()  # threads, libraries, in tiles as well
-    before = _memory(device)
+    compute_loss(warm, scale, bias).backward()  # starts threads and loads libraries, for tiles as well
+    before = _read_memory(device)
     start = time.perf_counter()
-    loss = score(features, scale, bias)
+    loss = compute_loss(features, scale, bias)
     loss.backward()
     if device.type == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
-    return {"memory": _memory(device, peak=True) - before, "seconds": seconds, "loss": float(loss.detach())}
+    return {"memory": _read_memory(device, peak=True) - before, "seconds": seconds, "loss": float(loss.detach())}
 
 
-def _score(arguments: argparse.Namespace, module: Any) -> Any:
-    if arguments.who == "ours":
-        ours = module.build(module.Config(tile=arguments.tile))
-        return lambda features, scale, bias: ours(features, scale, bias, {})[0]
+def _build_loss(args: argparse.Namespace, module: Any) -> Any:
+    """Return our loss or open_clip's as a function of (features, scale, bias)."""
+    if args.who == "ours":
+        our_loss = module.build(module.Config(tile=args.tile))
+        return lambda features, scale, bias: our_loss(features, scale, bias, {})[0]
     from open_clip.loss import ClipLoss, SigLipLoss
 
-    peer = {"clip": ClipLoss, "siglip": SigLipLoss}[arguments.loss]()
+    peer_loss = {"clip": ClipLoss, "siglip": SigLipLoss}[args.loss]()
 
-    def theirs(features: dict[str, Tensor], scale: Tensor, bias: Tensor | None) -> Tensor:
-        loss: Tensor = peer(features["image"], features["text"], scale, bias)
+    def compute_peer_loss(features: dict[str, Tensor], scale: Tensor, bias: Tensor | None) -> Tensor:
+        loss: Tensor = peer_loss(features["image"], features["text"], scale, bias)
         return loss
 
-    return theirs
+    return compute_peer_loss
 
 
-def _memory(device: torch.device, peak: bool = False) -> float:
-    """MiB held now, from where the peak is counted anew; or that peak."""
+def _read_memory(device: torch.device, peak: bool = False) -> float:
+    """Return the memory in use now in MiB, and reset the peak; or return the peak since then."""
     if device.type == "cuda":
         if not peak:
             torch.cuda.reset_peak_memory_stats()
         return (torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()) / 2**20
     if not peak:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark falls to what is resident
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the peak to the current resident memory
     words = Path("/proc/self/status").read_text().split()
     return int(words[words.index("VmHWM:" if peak else "VmRSS:") + 1]) / 2**10
 
 
-def spawn(who: str, batch: int, arguments: argparse.Namespace) -> dict[str, float] | None:
-    """`one` in a fresh process; None where it ran out of memory."""
-    words = ["--who", who, "--batch", batch, "--dim", arguments.dim, "--threads", arguments.threads, "--loss", arguments.loss]
-    command = [sys.executable, "-m", "tests.bench.loss", *map(str, words), "--tile", str(arguments.tile)]
-    done = subprocess.run([*command, "--device", arguments.device], capture_output=True, text=True)
-    if done.returncode:
+def run_in_process(who: str, batch: int, args: argparse.Namespace) -> dict[str, float] | None:
+    """Call `run_once` in a fresh process; return None if it fails, for example because memory ran out."""
+    options = ["--who", who, "--batch", batch, "--dim", args.dim, "--threads", args.threads, "--loss", args.loss]
+    command = [sys.executable, "-m", "tests.bench.loss", *map(str, options), "--tile", str(args.tile)]
+    process = subprocess.run([*command, "--device", args.device], capture_output=True, text=True)
+    if process.returncode:
         return None
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    figures: dict[str, float] = json.loads(process.stdout.splitlines()[-1])
+    return figures
 
 
 def fits(batch: int, device: str) -> bool:
-    """Whether open_clip's four matrices of B x B float32 fit (measured: 4,152 MiB at 16,384)."""
+    """Return whether the four B x B float32 matrices of open_clip's loss fit into memory.
+
+    Measured: 4,152 MiB at B = 16,384.
+    """
     if device == "cuda":
         return 4.2 * 4 * batch**2 < torch.cuda.get_device_properties(0).total_memory
     words = Path("/proc/meminfo").read_text().split()
@@ -97,28 +104,31 @@ def fits(batch: int, device: str) -> bool:
     return 4.5 * 4 * batch**2 < free
 
 
-def measure(batch: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Both, in turn, the best of the rounds."""
-    runs: dict[str, list[dict[str, float]]] = {"ours": [], "theirs": []}
-    for _ in range(arguments.rounds):
-        for who in ["ours", *(["theirs"] if fits(batch, arguments.device) else [])]:
-            found = spawn(who, batch, arguments)
-            if found is None and who == "ours":
+def measure(batch: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Measure both losses in turn and return the figures of a batch size, each the best of the rounds."""
+    runs: dict[str, list[dict[str, float]]] = {"ours": [], "peer": []}
+    for _ in range(args.rounds):
+        for who in ["ours", *(["peer"] if fits(batch, args.device) else [])]:
+            figures = run_in_process(who, batch, args)
+            if figures is None and who == "ours":
                 raise SystemExit(f"our loss failed at a batch of {batch}")
-            runs[who] += [found] if found else []
-    ours, theirs = ({k: min(run[k] for run in part) for k in part[0]} if part else None for part in runs.values())
+            runs[who] += [figures] if figures else []
+    ours, peer = (
+        {key: min(run[key] for run in results) for key in results[0]} if results else None for results in runs.values()
+    )
     assert ours is not None
-    line: dict[str, Any] = {"batch": batch, "dim": arguments.dim, "loss": arguments.loss, "threads": arguments.threads}
+    line: dict[str, Any] = {"batch": batch, "dim": args.dim, "loss": args.loss, "threads": args.threads}
     line |= {"memory_mib": round(ours["memory"], 1), "seconds": round(ours["seconds"], 3), "value": round(ours["loss"], 5)}
     for key, name in (("memory", "memory_ratio"), ("seconds", "time_ratio")):
-        line[name] = None if theirs is None else round(ours[key] / theirs[key], 4)
-    if theirs is not None:
-        line |= {"peer_memory_mib": round(theirs["memory"], 1), "peer_seconds": round(theirs["seconds"], 3)}
-        line["peer_value"] = round(theirs["loss"], 5)
+        line[name] = None if peer is None else round(ours[key] / peer[key], 4)
+    if peer is not None:
+        line |= {"peer_memory_mib": round(peer["memory"], 1), "peer_seconds": round(peer["seconds"], 3)}
+        line["peer_value"] = round(peer["loss"], 5)
     return line
 
 
 def main() -> None:
+    """Measure each batch size and print its figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, nargs="+", default=[1024, 4096, 16384])
     parser.add_argument("--dim", type=int, default=512)
@@ -128,12 +138,12 @@ def main() -> None:
     parser.add_argument("--tile", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--who", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.who:
-        print(json.dumps(one(arguments)))
+    args = parser.parse_args()
+    if args.who:
+        print(json.dumps(run_once(args)))
         return
-    for batch in arguments.batch:
-        print(json.dumps(measure(batch, arguments)), flush=True)
+    for batch in args.batch:
+        print(json.dumps(measure(batch, args)), flush=True)
 
 
 if __name__ == "__main__":

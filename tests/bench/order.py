@@ -1,8 +1,8 @@
-"""Time to the first batch of positions, and memory, for a billion samples in a hundred thousand shards.
+"""Measures time to the first batch and memory of the sample order, for 1e9 samples in 1e5 shards.
 
     python -m tests.bench.order
 
-Counts are simulated. Prints one JSON line; times in seconds, memory in MB over what the imports took.
+The counts of samples are simulated. Prints one JSON line: times in seconds, memory in MB above what the imports need.
 """
 
 import json
@@ -15,7 +15,7 @@ from pretrain.data.order import Order, ShardSource
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print the figures."""
     imported = _peak_mb()
     counts = np.full(100_000, 10_000)
     start = time.perf_counter()
@@ -41,6 +41,7 @@ def main() -> None:
 
 
 def _peak_mb() -> float:
+    """Return the peak resident memory of this process so far, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 

@@ -1,11 +1,14 @@
-"""Holds `clipfuse plan` against measured runs on the CPU; one JSON line a case.
+"""Compares estimates of `clipfuse plan` with runs on the CPU; prints one JSON line per case.
 
     python -m tests.bench.plan [--quick]
 
-Each case trains two steps on fixed random samples of full length, in processes of its own. `measured_mib` is the peak of
-what torch allocated since before the model was built (the profiler's memory events, which are the allocator's own);
-`resident_mib` by how much the process's resident memory grew at its peak, which also has the workspaces of the kernels.
-`estimated_mib` is the plan's total without its allowance for CUDA and NCCL; `error` is estimated / measured - 1.
+Each case trains two steps on constant random samples of full length, in processes of its own.
+
+- `measured_mib`: the peak of what torch has allocated since before the model was built, from the allocator's memory events
+  in the profiler.
+- `resident_mib`: by how much the resident memory of the process grows at its peak; it includes the kernels' workspaces.
+- `estimated_mib`: the plan's total without its allowance for CUDA and NCCL.
+- `error`: estimated / measured - 1.
 """
 
 from __future__ import annotations
@@ -39,9 +42,9 @@ WIDE = [
     "text.args={model_type: clip_text_model, vocab_size: 8192, hidden_size: 512, intermediate_size: 2048, "
     "num_hidden_layers: 6, num_attention_heads: 8}",
 ]
-"""40 million parameters and few tokens: weights count, not activations."""
+"""40 million parameters and few tokens: weights dominate memory, not activations."""
 LARGE_BATCH = ["image.size=32", "image.args.depth=1", "text.args.num_hidden_layers=1", "text.length=8", "model.dim=512"]
-"""Where the loss counts."""
+"""Small towers and a large batch: the loss dominates memory."""
 CASES: dict[str, tuple[int, list[str]]] = {
     "single": (1, ["data.batch_size=48"]),
     "single, 4 chunks": (1, ["data.batch_size=96", "train.chunks=4"]),
@@ -63,26 +66,27 @@ CASES: dict[str, tuple[int, list[str]]] = {
 QUICK = ("single", "single, 4 chunks", "single, checkpointing", "single, wide", "ddp, wide")
 
 
-def configuration(settings: list[str]) -> Any:
+def load_configuration(settings: list[str]) -> Any:
+    """Return the configuration of a case."""
     from pretrain.config import find_config
     from pretrain.train import load_config
 
     return load_config(find_config("scenes", "pretrain"), [*BASE, *settings])
 
 
-def estimated(settings: list[str], world: int) -> float:
-    """MiB."""
+def estimate(settings: list[str], world: int) -> float:
+    """Return the plan's estimate for one process in MiB."""
     from launch import plan
     from pretrain.runtime import distributed
 
     with distributed.assume_world(world, 1, False):
-        config = configuration(settings)
+        config = load_configuration(settings)
     model, _ = plan.measure_model(config)
     return plan.estimate(config, model, world, overhead=False).total / MIB
 
 
-def measured(settings: list[str]) -> dict[str, float]:
-    """Two steps in this process (one of a group, where there is one): MiB."""
+def measure(settings: list[str]) -> dict[str, float]:
+    """Train two steps in this process, which may be one of a group, and return peak memory in MiB."""
     from launch.plan.measure import PlaceholderTokenizer
     from pretrain import model as models
     from pretrain import registry, strategies
@@ -93,15 +97,15 @@ def measured(settings: list[str]) -> dict[str, float]:
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    config = configuration(settings)
+    config = load_configuration(settings)
     tokenizer: Any = PlaceholderTokenizer(8192)
-    share = config.data.batch_size // distributed.world_size()
-    one = flops.build_sample(config.image.size, config.text.length)
-    inputs = {name: x.expand(share, *x.shape[1:]).contiguous() for name, x in one.inputs.items()}
-    masks = {name: x.expand(share, *x.shape[1:]).contiguous() for name, x in one.masks.items()}
-    batch = Batch(inputs, masks, [str(i) for i in range(share)])
+    batch_size = config.data.batch_size // distributed.world_size()
+    sample = flops.build_sample(config.image.size, config.text.length)
+    inputs = {name: x.expand(batch_size, *x.shape[1:]).contiguous() for name, x in sample.inputs.items()}
+    masks = {name: x.expand(batch_size, *x.shape[1:]).contiguous() for name, x in sample.masks.items()}
+    batch = Batch(inputs, masks, [str(i) for i in range(batch_size)])
     train = config.train
-    before = _resident(reset=True)
+    before = _read_peak_resident(reset=True)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         loss = registry.get_component("losses", config.loss.name)
         scaled = replace(config.model, logit_scale=loss.LOGIT_SCALE, logit_bias=loss.LOGIT_BIAS)
@@ -112,42 +116,43 @@ def measured(settings: list[str]) -> dict[str, float]:
         task = objective.Contrastive(loss.build(config.loss))
         for step in range(2):
             train_step(strategy, task, batch, train.chunks, 1e-4, (0, step, distributed.rank()))
-    resident = _resident() - before
+    resident = _read_peak_resident() - before
     events = profile.profiler.kineto_results.events()
     sizes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    live = peak = 0
+    allocated = peak = 0
     for _, size in sizes:
-        live += size
-        peak = max(peak, live)
+        allocated += size
+        peak = max(peak, allocated)
     return {"measured_mib": peak / MIB, "resident_mib": resident / MIB}
 
 
-def _resident(reset: bool = False) -> int:
-    """Peak resident bytes since the last reset; at a reset, resident bytes now."""
+def _read_peak_resident(reset: bool = False) -> int:
+    """Return the peak of resident bytes since the last reset. After a reset it is the current number."""
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
 
 
-def case(name: str) -> dict[str, Any]:
-    """Estimate against measure, in processes of their own."""
+def run_case(name: str) -> dict[str, Any]:
+    """Measure and estimate one case, each in processes of its own."""
     from tests.support import world
 
     processes, settings = CASES[name]
-    found = world.run(measured, processes, settings, timeout=1500.0)[0]
-    guess = estimated(settings, processes)
-    return {"case": name, "estimated_mib": guess, **found, "error": guess / found["measured_mib"] - 1}
+    figures = world.run(measure, processes, settings, timeout=1500.0)[0]
+    estimated = estimate(settings, processes)
+    return {"case": name, "estimated_mib": estimated, **figures, "error": estimated / figures["measured_mib"] - 1}
 
 
 def main() -> None:
+    """Run the cases and print their figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="five cases")
+    parser.add_argument("--quick", action="store_true", help="run only five cases")
     parser.add_argument("--case", action="append", choices=list(CASES))
-    arguments = parser.parse_args()
+    args = parser.parse_args()
     warnings.simplefilter("ignore")
-    for name in arguments.case or (QUICK if arguments.quick else CASES):
-        print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in case(name).items()}), flush=True)
+    for name in args.case or (QUICK if args.quick else CASES):
+        print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in run_case(name).items()}), flush=True)
 
 
 if __name__ == "__main__":

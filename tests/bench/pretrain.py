@@ -1,10 +1,11 @@
-"""Pretraining samples/s of ours and of open_clip's own training script, in turn, on the same shards; one JSON line.
+"""Compares pretraining samples/s with open_clip's training script; prints one JSON line.
 
     python -m tests.bench.pretrain --train 'SHARDS' --peer PYTHON [--epochs 3 --rounds 2]
 
 PYTHON is the interpreter of an environment with open-clip-torch 3.3.0 and webdataset 0.2.86 (which open_clip needs and we
-do not). Both train towers of the same size (configs/pretrain/clipart.yaml) at the same batch in fp32. Samples/s are those
-of the second and later epochs, so neither start nor evaluation counts. Without --train, scenes are drawn.
+do not). The two take turns on the same shards. Both train towers of the same size (configs/pretrain/clipart.yaml) with the
+same batch size in fp32. Samples/s are those of the second and later epochs, so that neither startup nor evaluation counts.
+Without --train, scenes are drawn.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ runpy.run_module("open_clip_train.main", run_name="__main__")
 """
 
 
-def ours(folder: Path, train: str, tokenizer: Path, batch: int, epochs: int, samples: int, extra: list[str]) -> float:
-    """Samples/s of our run."""
+def run_ours(folder: Path, train: str, tokenizer: Path, batch: int, epochs: int, samples: int, extra: list[str]) -> float:
+    """Train with clipfuse and return samples/s."""
     settings = [f"run={folder}", f"data.train={train}", "data.val=null", f"text.tokenizer={tokenizer}"]
     settings += [f"data.batch_size={batch}", f"train.epochs={epochs}", "train.log_every=1", *extra]
     run_clipfuse("pretrain", "clipart", *settings, cwd=folder.parent, timeout=7200)
@@ -46,8 +47,8 @@ def ours(folder: Path, train: str, tokenizer: Path, batch: int, epochs: int, sam
     return (rows[-1]["samples_seen"] - rows[first]["samples_seen"]) / (rows[-1]["time"] - rows[first]["time"])
 
 
-def theirs(folder: Path, train: list[str], python: str, batch: int, epochs: int, samples: int) -> float:
-    """Samples/s of open_clip's run, from the times in its log."""
+def run_open_clip(folder: Path, train: list[str], python: str, batch: int, epochs: int, samples: int) -> float:
+    """Train with open_clip and return samples/s, from the times in its log."""
     folder.mkdir()
     (folder / "bench_towers.json").write_text(json.dumps(TOWERS))
     flags = {
@@ -56,44 +57,45 @@ def theirs(folder: Path, train: list[str], python: str, batch: int, epochs: int,
         "--warmup": 20, "--wd": 0.1, "--precision": "fp32", "--device": "cpu", "--logs": folder, "--name": "run",
         "--log-every-n-steps": 1,
     }  # fmt: skip
-    words = [str(word) for pair in flags.items() for word in pair]
-    command = [python, "-c", PEER, str(folder / "bench_towers.json"), *words]
+    options = [str(word) for pair in flags.items() for word in pair]
+    command = [python, "-c", PEER, str(folder / "bench_towers.json"), *options]
     subprocess.run(command, cwd=folder, env=environment(PYTHONPATH=""), check=True, capture_output=True, timeout=7200)
     stamps = re.findall(r"^(\S+,\d\d:\d\d:\d\d) .*Train Epoch: (\d+) \[", (folder / "run/out.log").read_text(), re.M)
-    times = [(int(epoch), datetime.strptime(when, "%Y-%m-%d,%H:%M:%S")) for when, epoch in stamps]
-    steps = [when for epoch, when in times if epoch >= 1]
+    times = [(int(epoch), datetime.strptime(stamp, "%Y-%m-%d,%H:%M:%S")) for stamp, epoch in stamps]
+    steps = [time for epoch, time in times if epoch >= 1]
     return (len(steps) - 1) * batch / (steps[-1] - steps[0]).total_seconds()
 
 
 def main() -> None:
+    """Run both in turn and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", help="shards; drawn scenes where missing")
-    parser.add_argument("--peer", help="Python of the peer's environment; without it only ours is measured")
+    parser.add_argument("--train", help="shards (default: drawn scenes)")
+    parser.add_argument("--peer", help="Python of open_clip's environment; without it only ours is measured")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--vocab", type=int, default=49408, help="ours; open_clip's own is 49,408")
-    parser.add_argument("settings", nargs="*", help="key=value settings for ours")
-    given = parser.parse_args()
+    parser.add_argument("--vocab", type=int, default=49408, help="size of our vocabulary; open_clip's is 49,408")
+    parser.add_argument("settings", nargs="*", help="key=value settings for our run")
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        train = given.train
+        train = args.train
         if train is None:
             run_clipfuse("data", "scenes", root / "scenes", "--num", "2000", cwd=root)
             train = f"{root}/scenes/train-*.tar"
-        run_clipfuse("tokenizer", train, root / "tokenizer", "--vocab", str(given.vocab), cwd=root)
+        run_clipfuse("tokenizer", train, root / "tokenizer", "--vocab", str(args.vocab), cwd=root)
         paths = expand_shards(train)
         samples = sum(count_samples(paths))
-        size = (given.batch, given.epochs, samples)
-        a, b = [], []
-        for i in range(given.rounds):
-            a.append(ours(root / f"ours-{i}", train, root / "tokenizer", *size, given.settings))
-            if given.peer:
-                b.append(theirs(root / f"theirs-{i}", paths, given.peer, *size))
-        line = {"bench": "pretrain", "samples": samples, "batch": given.batch, "ours_samples_per_second": a}
-        if b:
-            ratios = [x / y for x, y in zip(a, b, strict=True)]
-            line |= {"open_clip_samples_per_second": b, "ratio": statistics.median(ratios), "ratios": ratios}
+        size = (args.batch, args.epochs, samples)
+        our_rates, peer_rates = [], []
+        for i in range(args.rounds):
+            our_rates.append(run_ours(root / f"ours-{i}", train, root / "tokenizer", *size, args.settings))
+            if args.peer:
+                peer_rates.append(run_open_clip(root / f"theirs-{i}", paths, args.peer, *size))
+        line = {"bench": "pretrain", "samples": samples, "batch": args.batch, "ours_samples_per_second": our_rates}
+        if peer_rates:
+            ratios = [x / y for x, y in zip(our_rates, peer_rates, strict=True)]
+            line |= {"open_clip_samples_per_second": peer_rates, "ratio": statistics.median(ratios), "ratios": ratios}
         print(json.dumps(line))
 
 

@@ -1,9 +1,10 @@
-"""Samples/s on one core, without decoding: our reads in random order against webdataset's stream; one JSON line.
+"""Compares samples/s of our random reads with webdataset's stream on one core; prints one JSON line.
 
     python -m tests.bench.reads [--samples 10000 --rounds 3]
 
-Shards are drawn on the spot (a picture of 8 to 15 KB, a caption and a json each) and lie in the page cache for both. Rounds
-alternate; the figures are medians of processor time, so that a busy machine disturbs less.
+Nothing is decoded. The shards are generated for the run (an image of 8 to 15 KB, a caption and a json per sample) and are
+in the page cache for both. Rounds alternate. Figures are medians of processor time, which other work on the machine
+disturbs less.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ from pretrain.data.shards.reader import ShardReader
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure both and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samples", type=int, default=10_000)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    warnings.simplefilter("ignore")  # webdataset's, about names and unclosed files
+    warnings.simplefilter("ignore")  # webdataset warns about names and unclosed files
     with tempfile.TemporaryDirectory() as folder:
-        draw(Path(folder), args.samples)
+        write_shards(Path(folder), args.samples)
         paths = expand_shards(folder)
         start = time.process_time()
         for path in paths:
@@ -45,18 +46,21 @@ def main() -> None:
         order = Order([ShardSource(count_samples(paths))], seed=0)
         reader = ShardReader(paths)
 
-        def ours() -> int:
+        def read_ours() -> int:
             located = order.locate(np.arange(args.samples))
             return sum(
-                len(reader.read(*at).members) for at in zip(located.shard.tolist(), located.sample.tolist(), strict=True)
+                len(reader.read(shard, sample).members)
+                for shard, sample in zip(located.shard.tolist(), located.sample.tolist(), strict=True)
             )
 
-        def theirs() -> int:
-            found = wds.WebDataset(paths, shardshuffle=False)
-            return sum(len([name for name in sample if not name.startswith("__")]) for sample in found)
+        def read_webdataset() -> int:
+            samples = wds.WebDataset(paths, shardshuffle=False)
+            return sum(len([name for name in sample if not name.startswith("__")]) for sample in samples)
 
-        rounds = [(rate(theirs, args.samples), rate(ours, args.samples)) for _ in range(args.rounds)]
-    stream, random = (statistics.median(each) for each in zip(*rounds, strict=True))
+        rounds = [
+            (measure_rate(read_webdataset, args.samples), measure_rate(read_ours, args.samples)) for _ in range(args.rounds)
+        ]
+    stream, random = (statistics.median(rates) for rates in zip(*rounds, strict=True))
     figures = {
         "bench": "reads",
         "webdataset_samples_per_second": round(stream),
@@ -67,8 +71,8 @@ def main() -> None:
     print(json.dumps(figures))
 
 
-def draw(folder: Path, samples: int) -> None:
-    """Ten shards; what they hold is not decoded here, so noise will do."""
+def write_shards(folder: Path, samples: int) -> None:
+    """Write ten shards of noise, because their content is not decoded."""
     rng = np.random.default_rng(0)
     for shard in range(10):
         with tarfile.open(folder / f"{shard:04d}.tar", "w") as tar:
@@ -79,13 +83,13 @@ def draw(folder: Path, samples: int) -> None:
                     tar.addfile(info, io.BytesIO(rng.bytes(length)))
 
 
-def rate(read: Callable[[], int], samples: int) -> float:
-    """Samples a second of processor time; what was read must be whole."""
+def measure_rate(read: Callable[[], int], samples: int) -> float:
+    """Return samples per second of processor time, and check that all members were read."""
     start = time.process_time()
     members = read()
-    taken = time.process_time() - start
+    seconds = time.process_time() - start
     assert members == 3 * samples, members
-    return samples / taken
+    return samples / seconds
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ MODEL = plan.ModelSize(
 
 
 def config(*settings: str) -> Any:
-    return bench.configuration(["data.batch_size=64", *settings])
+    return bench.load_configuration(["data.batch_size=64", *settings])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -38,8 +38,8 @@ def config(*settings: str) -> Any:
 def test_memory_is_what_a_run_takes(name: str) -> None:
     """Peak of two training steps by torch's profiler, whose events are the allocator's own."""
     processes, settings = bench.CASES[name]
-    found = world.run(bench.measured, processes, settings)[0]["measured_mib"]
-    assert bench.estimated(settings, processes) == pytest.approx(found, rel=0.1)
+    found = world.run(bench.measure, processes, settings)[0]["measured_mib"]
+    assert bench.estimate(settings, processes) == pytest.approx(found, rel=0.1)
 
 
 def test_the_pass_without_contents_counts_a_known_network() -> None:
