@@ -1,11 +1,11 @@
-"""Texts: any transformers text model, from the hub, a folder, or described inline.
+"""The text tower: any transformers text model, from the hub, from a folder, or described in the configuration.
 
     text: {name: FacebookAI/roberta-base, tokenizer: FacebookAI/roberta-base, pool: avg}
     text: {args: {model_type: clip_text_model, hidden_size: 192, num_hidden_layers: 4, ...}, tokenizer: runs/tokenizer}
 
-What differs between architectures is measured when a tower is built, not looked up in a table: whether the model looks
-only to the left (then it needs no padding mask), whether trimmed padding leaves its result unchanged (`trims`), and which
-parameters its forward reaches.
+What differs between architectures is measured when a tower is built, not looked up in a table: whether attention is causal
+(then the model needs no padding mask), whether trimming padding leaves the result unchanged (`trims`), and which parameters
+forward() uses.
 """
 
 from __future__ import annotations
@@ -24,43 +24,46 @@ from pretrain.towers.length_buckets import encode_grouped
 
 @dataclass
 class Config:
-    """A text tower. Names a published model, or describes a new one in `args`."""
+    """Settings of a text tower, which name a published model or describe a new one in `args`."""
 
     tower: str = "transformers"
-    """This file."""
+    """Name of this file."""
     name: str | None = None
     """A hub name or a local folder; null builds a new model from `args`."""
     args: dict[str, Any] = field(default_factory=dict)
-    """The model's own configuration: `model_type` and sizes for a new model, changes for a named one."""
+    """The model's own configuration: `model_type` and sizes of a new model, or changes to a named one."""
     pretrained: bool = True
-    """Whether a named model comes with its weights."""
+    """Whether a named model is loaded with its weights."""
     tokenizer: str = ""
     """Hub name or local folder of the tokenizer; empty takes `name`'s own."""
     length: int = 77
-    """Longest text, in tokens; CLIP's."""
+    """Longest text in tokens. The default is CLIP's."""
     pool: Literal["eot", "cls", "avg", "tower"] = "eot"
     """eot: the last valid position (CLIP). cls: the first. avg: the mean over valid positions. tower: the model's own
-    pooler (SigLIP: last position whatever it holds, no padding mask)."""
+    pooler (SigLIP: the last position, padding or not, and no padding mask)."""
     groups: int = 6
-    """On the CPU a batch is encoded in at most so many groups of similar length; 1 encodes it in one piece."""
+    """On the CPU a batch is encoded in at most so many groups of similar length; 1 encodes it as a whole."""
     trainable_blocks: int = -1
     """-1 trains everything, 0 freezes the tower, n trains the last n blocks and the final norm."""
     checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, a third more time."""
+    """Whether to recompute activations in the backward pass: less memory, a third more time."""
 
     def check(self) -> None:
-        """Raises ConfigError."""
+        """Raise ConfigError for an impossible value or combination."""
         if self.name is None and "model_type" not in self.args:
             raise ConfigError("text: give text.name (hub name or folder) or text.args.model_type (a new model)")
         if self.length < 2 or self.groups < 1 or self.trainable_blocks < -1:
             raise ConfigError(
-                f"text.length={self.length} (from 2), text.groups={self.groups} (from 1), "
-                f"text.trainable_blocks={self.trainable_blocks} (from -1) do not fit together"
+                f"text.length={self.length} must be 2 or more, text.groups={self.groups} 1 or more, "
+                f"text.trainable_blocks={self.trainable_blocks} -1 or more"
             )
 
 
 class TextTower(Tower):
-    """A transformers model with one way of pooling. inputs (b, T) int64 right-padded, mask (b, T) bool."""
+    """A transformers text model and the pooling of its states.
+
+    Inputs are token ids (b, T) int64, padded on the right, and a mask (b, T) bool.
+    """
 
     modality = "text"
     round_to = 4
@@ -74,7 +77,7 @@ class TextTower(Tower):
         self.length = config.length
         self.pools_mean = config.pool == "avg"
         self.causal = False
-        """Whether a state depends only on what stands left of it: padding on the right is then invisible by itself."""
+        """Whether a state depends only on tokens to its left. Padding on the right then needs no mask."""
         blocks = max(
             (m for m in model.named_modules() if isinstance(m[1], nn.ModuleList)),
             key=lambda m: sum(p.numel() for p in m[1].parameters()),
@@ -83,10 +86,10 @@ class TextTower(Tower):
         self._blocks, self.depth = blocks[0], len(blocks[1])
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None) -> TokenSequence:
-        """inputs (b, T) int64, mask (b, T) bool or None (all valid) -> states (b, T, C), pooled (b, P)."""
+        """Encode token ids (b, T) with a mask (b, T) or None (all valid): states (b, T, C), pooled (b, P)."""
         mask = torch.ones_like(inputs, dtype=torch.bool) if mask is None else mask.bool()
-        sorting = self.groups > 1 and self.trims and inputs.device.type == "cpu" and inputs.shape[0] > 1
-        if sorting and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+        can_group = self.groups > 1 and self.trims and inputs.device.type == "cpu" and inputs.shape[0] > 1
+        if can_group and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
             return encode_grouped(self._encode, inputs, mask, self.groups, self.round_to)
         return self._encode(inputs, mask)
 
@@ -102,35 +105,39 @@ class TextTower(Tower):
         return TokenSequence(states, mask, None, pooled)
 
     def _attention_mask(self, mask: Tensor) -> Tensor | None:
-        """None where the model needs none: SigLIP was trained without, and a causal one never sees padding on the right.
-        Without a mask attention takes its fastest path."""
+        """Return the padding mask for the model, or None where it needs none, because attention is fastest without a mask.
+
+        SigLIP was trained without a mask. A causal model does not attend to padding on the right.
+        """
         if self.causal or (self.pool == "tower" and hf_models.attends_to_padding(self.model)):
             return None
         return mask.long()
 
     def layer_ids(self) -> dict[str, int]:
-        """Embeddings 0, blocks 1..L, what the model registers after its blocks L + 1."""
-        ids, behind, start = {}, False, f"model.{self._blocks}."
+        """Return 0 for embeddings, 1..L for the blocks, L + 1 for what the model registers after its blocks."""
+        ids, is_after_blocks, prefix = {}, False, f"model.{self._blocks}."
         for name, _ in self.named_parameters():
-            if name.startswith(start):
-                behind = True
-                ids[name] = 1 + int(name[len(start) :].split(".")[0])
+            if name.startswith(prefix):
+                is_after_blocks = True
+                ids[name] = 1 + int(name[len(prefix) :].split(".")[0])
             else:
-                shared = "embed" in name or "relative" in name  # positions that all blocks share
-                ids[name] = self.depth + 1 if behind and not shared else 0
+                is_embedding = "embed" in name or "relative" in name  # relative positions that all blocks share
+                ids[name] = self.depth + 1 if is_after_blocks and not is_embedding else 0
         return ids
 
     def settings(self) -> dict[str, Any]:
-        """The whole architecture inline, where it came from a name."""
+        """Return the Config fields that build this architecture from `args` alone, also where it was built by name."""
         return {"name": None, "pretrained": False, "args": hf_models.inline_args(self.model)}
 
     def set_checkpointing(self, on: bool) -> None:
-        """Raises ConfigError where transformers has none for this model."""
+        """Recompute activations in the backward pass, or stop. Raises ConfigError where the model cannot."""
         model: Any = self.model
         if on and not getattr(model, "supports_gradient_checkpointing", False):
-            raise ConfigError(f"text.checkpointing: {type(model).__name__} cannot recompute activations")
-        new = hasattr(model, "activation_checkpointing_enable")  # the name since transformers 5.2x
-        kind = "activation" if new else "gradient"
+            raise ConfigError(
+                f"text.checkpointing=true: {type(model).__name__} cannot recompute activations; use text.checkpointing=false"
+            )
+        has_new_name = hasattr(model, "activation_checkpointing_enable")  # the name since transformers 5.2x
+        kind = "activation" if has_new_name else "gradient"
         if on:
             options = {f"{kind}_checkpointing_kwargs": {"use_reentrant": False}}
             getattr(model, f"{kind}_checkpointing_enable")(**options)
@@ -138,44 +145,48 @@ class TextTower(Tower):
             getattr(model, f"{kind}_checkpointing_disable")()
 
     # -----------------------------------------------------------------------------------------------------------------
-    # Found out when built
+    # Measuring the model when it is built
 
     def measure(self, vocabulary: int, pad: int) -> None:
-        """Runs two short texts, full length and trimmed: sets width, pooled_width, causal, trims, unused_parameters.
+        """Set width, pooled_width, causal, trims and unused_parameters by encoding two short texts, padded and trimmed.
 
-        Uses no random numbers. Raises ConfigError where the model cannot encode `length` tokens.
+        vocabulary: number of token ids. pad: id of the padding token. Uses no random numbers. Raises an error of the model
+        where it cannot encode `length` tokens; build() turns it into a ConfigError.
         """
-        training, short = self.training, max(1, min(8, self.length // 2))
+        was_training, short = self.training, max(1, min(8, self.length // 2))
         self.eval()
         ids = torch.arange(2 * self.length).reshape(2, -1) * 7 % max(1, vocabulary - 3) + 3
         ids[ids == pad] = (pad + 1) % vocabulary
         end = getattr(self.model.config, "eos_token_id", None)
         if isinstance(end, int) and end < vocabulary:
-            ids[:, short - 1] = end  # every text has one, and CLIP's own pooling looks for it
+            ids[:, short - 1] = end  # CLIP's own pooling searches for the end token, which every text has
         padded, changed = ids.clone(), ids.clone()
         padded[:, short:] = pad
         changed[:, short:] = ids[:, :1]
         mask = torch.ones_like(ids, dtype=torch.bool)
         mask[:, short:] = False
         with torch.no_grad():
-            self.causal = True  # so that _encode gives no mask
-            plain, other = self._encode(ids, mask | True).states, self._encode(changed, mask | True).states
-            self.causal = _same(plain[:, :short], other[:, :short])
+            self.causal = True  # so that _encode passes no mask to the model
+            states, changed_states = self._encode(ids, mask | True).states, self._encode(changed, mask | True).states
+            self.causal = _is_equal(states[:, :short], changed_states[:, :short])
             full = self._encode(padded, mask)
         trimmed = self._encode(ids[:, :short], mask[:, :short])
-        self.trims = _same(full.pooled, trimmed.pooled) and _same(full.states[:, :short], trimmed.states)
+        self.trims = _is_equal(full.pooled, trimmed.pooled) and _is_equal(full.states[:, :short], trimmed.states)
         self.width, self.pooled_width = full.states.shape[-1], full.pooled.shape[-1]
         self.freeze_unused(used_parameters(trimmed.pooled, dict(self.named_parameters())))
-        self.train(training)
+        self.train(was_training)
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Equal but for float32 rounding: a fresh and tiny model that looks at its padding already differs by 1e-3."""
+def _is_equal(a: Tensor, b: Tensor) -> bool:
+    """Whether a and b are equal but for float32 rounding.
+
+    Measured: even a tiny untrained model that attends to its padding changes its states by 1e-3.
+    """
     return bool((a - b).abs().max() <= 3e-5 * b.abs().max())
 
 
 def build(config: Config, tokenizer: Any = None) -> TextTower:
-    """A TextTower. With a tokenizer, a new model takes its vocabulary and special tokens from it.
+    """Build a TextTower. A new model takes its vocabulary and special tokens from the tokenizer, if there is one.
 
     Raises ConfigError: an unknown model or argument, a vocabulary smaller than the tokenizer's, too few positions.
     """
