@@ -1,4 +1,4 @@
-"""`check` finds what training would stumble over."""
+"""Tests of check_shards: it reports every shard and sample that training could not use."""
 
 import io
 import json
@@ -53,10 +53,10 @@ def shards(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_everything_is_found(shards, workers):
-    seen = []
-    report = check_shards(shards, workers=workers, progress=lambda *at: seen.append(at))
-    assert seen == [(i, 5) for i in range(1, 6)]
+def test_every_problem_is_reported(shards, workers):
+    calls = []
+    report = check_shards(shards, workers=workers, progress=lambda *arguments: calls.append(arguments))
+    assert calls == [(i, 5) for i in range(1, 6)]
     assert (report.shards, report.samples, report.bad_samples) == (5, 13, 5)
     assert dict(report.bad) == {
         "no caption": 1,
@@ -76,7 +76,7 @@ def test_everything_is_found(shards, workers):
         count_samples(shards)
 
 
-def test_without_decoding_only_what_is_there_counts(shards):
+def test_without_decoding_only_missing_members_are_reported(shards):
     report = check_shards(shards, decode=False, workers=1)
     assert dict(report.bad) == {"no caption": 1, "no image": 1, "duplicate key": 1}
     assert check_shards(shards, decode=False, workers=1, caption="title").bad["no caption"] == 12

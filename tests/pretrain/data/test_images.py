@@ -1,4 +1,4 @@
-"""Pictures, against Pillow, torchvision, open_clip's own transforms and transformers' processor."""
+"""Tests of image decoding and preprocessing, against Pillow, torchvision, open_clip and transformers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from pretrain.ops import CLIP_MEAN, CLIP_STD
 
 
 def natural(height: int, width: int, seed: int = 0) -> Image.Image:
-    """A picture with the 1/f spectrum of photographs, and a few hard edges."""
+    """Return an image with the 1/f spectrum of photographs and a few hard edges."""
     rng = np.random.default_rng(seed)
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]) + 1 / max(height, width)
     planes = []
@@ -43,6 +43,7 @@ def natural(height: int, width: int, seed: int = 0) -> Image.Image:
 
 
 def drawn(height: int, width: int) -> Image.Image:
+    """Return a line drawing."""
     image = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(image)
     for i in range(0, width, 9):
@@ -58,7 +59,7 @@ def encode(image: Image.Image, form: str = "JPEG", **options: Any) -> bytes:
 
 
 def pillow(data: bytes) -> np.ndarray:
-    """What Pillow shows, upright, transparent parts on white."""
+    """Return the pixels that Pillow decodes, upright, with transparent pixels blended with white."""
     image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     assert image is not None
     rgba = image.convert("RGBA")
@@ -67,10 +68,10 @@ def pillow(data: bytes) -> np.ndarray:
     return np.asarray(white)
 
 
-def exact_uint8(normalised: torch.Tensor) -> torch.Tensor:
-    """open_clip's output back to levels."""
+def exact_uint8(normalized: torch.Tensor) -> torch.Tensor:
+    """Convert normalized pixels, as open_clip returns them, back to uint8 levels."""
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (CLIP_MEAN, CLIP_STD))
-    return ((normalised * std + mean) * 255).round().to(torch.uint8)
+    return ((normalized * std + mean) * 255).round().to(torch.uint8)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -88,25 +89,26 @@ FORMS: dict[str, bytes] = {}
 
 
 def _forms() -> None:
+    """Fill FORMS: name of a format -> an encoded image of 60 x 80 pixels."""
     image = natural(60, 80)
     alpha = Image.fromarray(np.tile(np.linspace(0, 255, 80).astype(np.uint8), (60, 1)))
     rgba = image.copy()
     rgba.putalpha(alpha)
     palette = image.quantize(60)
-    see_through = image.quantize(60)
+    transparent = image.quantize(60)
     FORMS.update(
-        grey_jpeg=encode(image.convert("L")),
+        gray_jpeg=encode(image.convert("L")),
         rgb_jpeg=encode(image, keep_rgb=True),
         cmyk_jpeg=encode(image.convert("CMYK")),
         png=encode(image, "PNG"),
-        grey_png=encode(image.convert("L"), "PNG"),
+        gray_png=encode(image.convert("L"), "PNG"),
         one_bit_png=encode(image.convert("1"), "PNG"),
         palette_png=encode(palette, "PNG"),
-        palette_see_through_png=encode(see_through, "PNG", transparency=3),
-        palette_alpha_png=encode(see_through, "PNG", transparency=bytes(range(0, 240, 4))),
+        palette_transparent_png=encode(transparent, "PNG", transparency=3),
+        palette_alpha_png=encode(transparent, "PNG", transparency=bytes(range(0, 240, 4))),
         rgba_png=encode(rgba, "PNG"),
-        grey_alpha_png=encode(rgba.convert("LA"), "PNG"),
-        colour_key_png=encode(image, "PNG", transparency=image.getpixel((5, 5))),
+        gray_alpha_png=encode(rgba.convert("LA"), "PNG"),
+        color_key_png=encode(image, "PNG", transparency=image.getpixel((5, 5))),
         webp=encode(image, "WEBP", quality=80),
         webp_lossless=encode(image, "WEBP", lossless=True),
         webp_alpha=encode(rgba, "WEBP", quality=80),
@@ -120,7 +122,7 @@ _forms()
 
 
 @pytest.mark.parametrize("form", sorted(FORMS))
-def test_every_kind_of_picture_is_what_pillow_shows(form: str) -> None:
+def test_every_format_decodes_as_in_pillow(form: str) -> None:
     pixels = decode_image(FORMS[form])
     assert pixels.shape == (60, 80, 3)
     assert pixels.dtype == np.uint8
@@ -131,7 +133,7 @@ def test_every_kind_of_picture_is_what_pillow_shows(form: str) -> None:
 def test_sixteen_bits_are_scaled_not_clipped() -> None:
     ramp = (np.arange(256 * 4, dtype=np.uint16).reshape(4, 256) % 256) * 257
     assert np.array_equal(decode_image(encode(Image.fromarray(ramp), "PNG"))[..., 1], np.tile(np.arange(256), (4, 1)))
-    dark = np.full((3, 5), 200, np.uint16)  # 200 of 65535 is black, although it would fit in a byte
+    dark = np.full((3, 5), 200, np.uint16)  # 200 of 65,535 is black, although it would fit in a byte
     assert decode_image(encode(Image.fromarray(dark), "PNG")).max() == 0
 
 
@@ -162,6 +164,7 @@ def test_a_jpeg_is_never_decoded_below_what_is_needed() -> None:
 
 
 def reason(data: bytes) -> str:
+    """Return the reason of the BadSample that decoding raises."""
     with pytest.raises(BadSample) as caught:
         decode_image(data)
     assert caught.value.detail
@@ -184,7 +187,7 @@ def huge_png(side: int = 30000) -> bytes:
 
 
 def huge_webp() -> bytes:
-    """A one-colour picture of the largest side WebP has: under a kilobyte a row of blocks, 805 MB decoded."""
+    """Return a single-color image of the largest size of WebP: under a kilobyte encoded, 805 MB decoded."""
     data = bytearray(encode(Image.new("RGB", (16, 16)), "WEBP", quality=50))
     at = data.index(b"\x9d\x01\x2a") + 3  # key frame: start code, then 14 bits each of width and height
     data[at : at + 4] = struct.pack("<HH", 16383, 16383)
@@ -192,7 +195,7 @@ def huge_webp() -> bytes:
 
 
 @pytest.mark.parametrize("make", [huge_jpeg, huge_png, huge_webp, lambda: huge_png(9000)])
-def test_huge_pictures_are_refused_on_their_header(make: Any) -> None:
+def test_huge_images_are_refused_by_their_header(make: Any) -> None:
     data = make()
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     assert reason(data) == "image too large"
@@ -200,7 +203,7 @@ def test_huge_pictures_are_refused_on_their_header(make: Any) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 32 * 1024  # KiB
 
 
-def test_what_is_no_picture() -> None:
+def test_data_that_is_not_an_image() -> None:
     assert reason(b"") == "image empty"
     for data in (
         b"<html>not found</html>",
@@ -214,10 +217,10 @@ def test_what_is_no_picture() -> None:
 
 
 @pytest.mark.parametrize("form", sorted(set(FORMS) - {"bmp", "tiff"}))
-@pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
-def test_truncated_pictures_are_bad_not_half_grey(form: str, share: float) -> None:
+@pytest.mark.parametrize("fraction", [0.3, 0.6, 0.95])
+def test_truncated_images_are_bad_samples(form: str, fraction: float) -> None:
     data = FORMS[form]
-    assert reason(data[: int(len(data) * share)]) in ("image truncated", "image unreadable")
+    assert reason(data[: int(len(data) * fraction)]) in ("image truncated", "image unreadable")
 
 
 @pytest.mark.parametrize("progressive", [False, True])
@@ -226,14 +229,14 @@ def test_a_truncated_jpeg_with_an_end_marker_is_bad_too(progressive: bool) -> No
     assert reason(data[: len(data) // 2] + b"\xff\xd9") == "image truncated"
 
 
-def test_padding_that_viewers_pass_over_is_no_damage() -> None:
+def test_padding_that_viewers_ignore_is_accepted() -> None:
     data = encode(natural(64, 64))
     assert np.array_equal(decode_image(data + b"appended"), decode_image(data))
     padded = data[:-2] + bytes(40) + data[-2:]
     assert np.array_equal(decode_image(padded), decode_image(data))
 
 
-def test_a_jpeg_of_endless_scans_is_refused() -> None:
+def test_a_jpeg_with_too_many_scans_is_refused() -> None:
     data = encode(natural(1100, 1100), progressive=True, quality=30)
     last = data.rindex(b"\xff\xda")
     assert reason(data[:last] + data[last:-2] * 80 + b"\xff\xd9") == "image unreadable"
@@ -253,7 +256,7 @@ def test_random_bytes_raise_nothing_but_bad_sample() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation
 
-PICTURES = {
+IMAGES = {
     "wide": natural(375, 500),
     "tall": natural(500, 333, 1),
     "long": natural(90, 500, 2),
@@ -263,11 +266,11 @@ PICTURES = {
 }
 
 
-@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("name", IMAGES)
 @pytest.mark.parametrize("mode", ["shortest", "squash"])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-def test_evaluation_equals_open_clips_transform(name: str, mode: str, interpolation: str) -> None:
-    data = encode(PICTURES[name], quality=92)
+def test_evaluation_equals_the_transform_of_open_clip(name: str, mode: str, interpolation: str) -> None:
+    data = encode(IMAGES[name], quality=92)
     reference = image_transform(224, is_train=False, resize_mode=mode, interpolation=interpolation)
     expected = exact_uint8(reference(Image.open(io.BytesIO(data))))
     ours = "squash" if mode == "squash" else "crop"
@@ -279,19 +282,19 @@ def test_evaluation_equals_open_clips_transform(name: str, mode: str, interpolat
 
 
 @pytest.mark.parametrize("mode", ["crop", "squash"])
-def test_the_recipe_for_exports(mode: Any) -> None:
+def test_exported_preprocessing_equals_evaluation(mode: Any) -> None:
     from open_clip.transform import PreprocessCfg, image_transform_v2
     from transformers import CLIPImageProcessor
 
-    recipe, data = Preprocess(96, resize=mode), encode(PICTURES["wide"])
+    preprocess, data = Preprocess(96, resize=mode), encode(IMAGES["wide"])
     image = Image.open(io.BytesIO(data))
     ours = ImageDecoder(96, resize=mode).decode_eval(data)
-    assert torch.equal(exact_uint8(image_transform_v2(PreprocessCfg(**recipe.to_open_clip()), is_train=False)(image)), ours)
-    settings = recipe.to_transformers()
+    assert torch.equal(exact_uint8(image_transform_v2(PreprocessCfg(**preprocess.to_open_clip()), is_train=False)(image)), ours)
+    settings = preprocess.to_transformers()
     settings.pop("image_processor_type")
-    theirs = CLIPImageProcessor(**settings)(image, return_tensors="pt")["pixel_values"][0]
-    difference = (exact_uint8(theirs).int() - ours.int()).abs()
-    assert theirs.shape == ours.shape
+    expected = CLIPImageProcessor(**settings)(image, return_tensors="pt")["pixel_values"][0]
+    difference = (exact_uint8(expected).int() - ours.int()).abs()
+    assert expected.shape == ours.shape
     assert difference.float().mean() < 0.02
     assert difference.max() <= 2
 
@@ -301,7 +304,7 @@ def test_the_recipe_for_exports(mode: Any) -> None:
 
 
 class Replay:
-    """A generator that hands out given draws: torchvision's and ours then see the same ones."""
+    """Generator that records its draws, so that torchvision can be given the same ones."""
 
     def __init__(self, seed: int) -> None:
         self.rng = np.random.default_rng(seed)
@@ -326,15 +329,17 @@ def test_crops_are_those_of_torchvision(size: tuple[int, int], scale: list[float
         draws = iter([torch.tensor([x]) for x in replay.floats])
         monkeypatch.setattr(torch.Tensor, "uniform_", lambda self, low, high, draws=draws: next(draws))
         monkeypatch.setattr(torch, "randint", lambda low, high, size: torch.tensor([low + (high - low) // 2]))
-        theirs = RandomResizedCrop.get_params(torch.zeros(3, *size), scale, ratio)
+        expected = RandomResizedCrop.get_params(torch.zeros(3, *size), scale, ratio)
         monkeypatch.undo()
-        assert ours == tuple(theirs)
+        assert ours == tuple(expected)
 
 
 @pytest.mark.parametrize(("height", "width", "limit"), [(300, 400, 0.3), (600, 800, 2.5), (1200, 1600, 2.5), (100, 120, 0.3)])
-def test_training_pictures_against_pillow(height: int, width: int, limit: float) -> None:
-    """limit: mean absolute difference, levels of 255, to Pillow's crop and antialiased bicubic resize of the full
-    picture; above 0.3 only where the JPEG is decoded smaller."""
+def test_training_images_against_pillow(height: int, width: int, limit: float) -> None:
+    """The result is close to Pillow's crop and antialiased bicubic resize of the full image.
+
+    `limit` is the largest mean absolute difference, in levels of 255; above 0.3 only where the JPEG is decoded smaller.
+    """
     data = encode(natural(height, width), quality=92)
     for seed in range(5):
         top, left, h, w = images.draw_crop(height, width, [0.9, 1.0], [3 / 4, 4 / 3], np.random.default_rng(seed))
@@ -350,29 +355,29 @@ def test_training_pictures_against_pillow(height: int, width: int, limit: float)
 @pytest.mark.parametrize(
     "factors", [(1.3, 1, 1), (0.6, 1, 1), (1, 1.4, 1), (1, 0.5, 1), (1, 1, 1.5), (1, 1, 0.0), (0.8, 1.2, 1.3)]
 )
-def test_colour_against_torchvision(factors: tuple[float, float, float]) -> None:
+def test_recolor_against_torchvision(factors: tuple[float, float, float]) -> None:
     image = tvf.pil_to_tensor(natural(64, 64))
     expected = tvf.adjust_brightness(image, factors[0])
     expected = tvf.adjust_saturation(tvf.adjust_contrast(expected, factors[1]), factors[2])
     ours = images.recolor(image, *factors)
-    assert (ours.int() - expected.int()).abs().max() <= 3  # torchvision cuts to whole levels after each of the three
+    assert (ours.int() - expected.int()).abs().max() <= 3  # torchvision truncates to integer levels after each of the three
 
 
-def test_flip_colour_and_grey_are_drawn() -> None:
+def test_flip_color_and_grayscale_are_drawn() -> None:
     data = encode(natural(64, 64), "PNG")
-    plain = ImageDecoder(64, AugmentConfig(scale=[1, 1], ratio=[1, 1]))
-    base = plain.decode_train(data, np.random.default_rng(0))
+    unchanged = ImageDecoder(64, AugmentConfig(scale=[1, 1], ratio=[1, 1]))
+    base = unchanged.decode_train(data, np.random.default_rng(0))
     flips = ImageDecoder(64, AugmentConfig(scale=[1, 1], ratio=[1, 1], flip=True))
-    seen = [torch.equal(flips.decode_train(data, np.random.default_rng(s)), base.flip(-1)) for s in range(200)]
-    assert 70 < sum(seen) < 130
-    grey = ImageDecoder(64, AugmentConfig(grayscale=1.0, color=0.4)).decode_train(data, np.random.default_rng(0))
-    assert torch.equal(grey[0], grey[1])
-    assert torch.equal(grey[0], grey[2])
-    colour = ImageDecoder(64, AugmentConfig(scale=[1, 1], ratio=[1, 1], color=0.4))
-    assert len({bytes(colour.decode_train(data, np.random.default_rng(s)).numpy()) for s in range(5)}) == 5
+    is_flipped = [torch.equal(flips.decode_train(data, np.random.default_rng(s)), base.flip(-1)) for s in range(200)]
+    assert 70 < sum(is_flipped) < 130
+    gray = ImageDecoder(64, AugmentConfig(grayscale=1.0, color=0.4)).decode_train(data, np.random.default_rng(0))
+    assert torch.equal(gray[0], gray[1])
+    assert torch.equal(gray[0], gray[2])
+    recolored = ImageDecoder(64, AugmentConfig(scale=[1, 1], ratio=[1, 1], color=0.4))
+    assert len({bytes(recolored.decode_train(data, np.random.default_rng(s)).numpy()) for s in range(5)}) == 5
 
 
-def test_the_decoder_in_the_loader() -> None:
+def test_the_decoder_as_the_loader_calls_it() -> None:
     decoder = pickle.loads(pickle.dumps(ImageDecoder(48)))
     sample: Any = SimpleNamespace(key="a/1", members={"jpeg": encode(natural(70, 90)), "txt": b"x"})
     one = decoder(sample, np.random.default_rng(3), True)
@@ -389,7 +394,7 @@ def test_the_decoder_in_the_loader() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    "options",
     [
         {"scale": [0.0, 1.0]},
         {"scale": [0.9, 1.1]},
@@ -399,12 +404,12 @@ def test_the_decoder_in_the_loader() -> None:
         {"grayscale": -1},
     ],
 )
-def test_wrong_settings_are_named(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=f"augment.{next(iter(wrong))}="):
-        AugmentConfig(**wrong).check()
+def test_invalid_augmentation_is_named(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"augment.{next(iter(options))}="):
+        AugmentConfig(**options).check()
 
 
-def test_wrong_decoder_settings_are_named() -> None:
-    for wrong in ({"size": 0}, {"size": 8, "resize": "stretch"}, {"size": 8, "interpolation": "nearest"}):
+def test_invalid_decoder_options_are_refused() -> None:
+    for options in ({"size": 0}, {"size": 8, "resize": "stretch"}, {"size": 8, "interpolation": "nearest"}):
         with pytest.raises(ConfigError):
-            ImageDecoder(**wrong)
+            ImageDecoder(**options)

@@ -1,4 +1,4 @@
-"""The order of samples, against the design's formulae written out slowly, and as properties that must hold anywhere."""
+"""Tests of the order of samples: against a slow transcription of its formulas, and as properties of any order."""
 
 import hashlib
 import pickle
@@ -22,7 +22,7 @@ NEVER = st.just(False)
 
 @st.composite
 def orders(draw, max_sources=3, replacement=NEVER):
-    """Arguments of an Order that is not refused."""
+    """Draw arguments of an Order that is not refused."""
     sources = [ShardSource(c, draw(weights)) for c in draw(st.lists(counts, min_size=1, max_size=max_sources))]
     streams = draw(st.integers(1, min(4, *(sum(s.counts) for s in sources), 4)))
     block = draw(st.integers(0, min(sum(s.counts) for s in sources) // streams))
@@ -36,58 +36,60 @@ def orders(draw, max_sources=3, replacement=NEVER):
     }
 
 
-def triples(located):
-    return list(zip(*(each.tolist() for each in located), strict=True))
+def triples(locations):
+    """Return SampleLocations as [(source, shard, sample)]."""
+    return list(zip(*(column.tolist() for column in locations), strict=True))
 
 
-# ---- a literal transcription of the design ---------------------------------------------------------------------------
+# ---- a literal transcription of the formulas -------------------------------------------------------------------------
 
 
-def slow_words(n, *what):
-    digest = hashlib.blake2b("/".join(str(w) for w in what).encode(), digest_size=16).digest()
+def slow_words(n, *purpose):
+    digest = hashlib.blake2b("/".join(str(part) for part in purpose).encode(), digest_size=16).digest()
     generator = np.random.Philox(key=int.from_bytes(digest, "little"))
     return [int(generator.random_raw()) for _ in range(n)]
 
 
-def slow_permutation(n, *what):
-    words = [w >> max(n - 1, 0).bit_length() for w in slow_words(n, *what)]
+def slow_permutation(n, *purpose):
+    words = [word >> max(n - 1, 0).bit_length() for word in slow_words(n, *purpose)]
     return sorted(range(n), key=lambda i: words[i])  # Python's sort is stable
 
 
 def slow_sequence(counts, seed, source, window, length):
-    """S(0), S(1), ... of one source, epoch by epoch."""
-    out, epoch = [], 0
-    while len(out) < length:
+    """Return the first `length` elements of the sequence of one source, epoch by epoch."""
+    elements, epoch = [], 0
+    while len(elements) < length:
         shards = slow_permutation(len(counts), seed, source, "shards", epoch)
         for w in range(0, len(shards), window):
-            held = [(shard, i) for shard in shards[w : w + window] for i in range(counts[shard])]
-            out += [held[i] for i in slow_permutation(len(held), seed, source, "samples", epoch, w // window)]
+            window_samples = [(shard, i) for shard in shards[w : w + window] for i in range(counts[shard])]
+            order = slow_permutation(len(window_samples), seed, source, "samples", epoch, w // window)
+            elements += [window_samples[i] for i in order]
         epoch += 1
-    return out[:length]
+    return elements[:length]
 
 
 def slow_order(sources, seed, window, streams, block, length, shares):
-    """The first `length` positions, one after the other: count, pick by reversed bits, apply the streams rule."""
-    C, taken, out = streams, [0] * len(sources), []
+    """Return the first `length` samples one by one: select a source by reversed bits, then apply the streams rule."""
+    C, selections, samples = streams, [0] * len(sources), []
     sizes = [sum(s.counts) for s in sources]
     blocks = [block or max(1, min(round(n / -(-len(s.counts) // window)), n // C)) for n, s in zip(sizes, sources, strict=True)]
-    reach = length + C * max(blocks)
-    sequences = [slow_sequence(s.counts, seed, i, window, reach) for i, s in enumerate(sources)]
+    sequence_length = length + C * max(blocks)
+    sequences = [slow_sequence(s.counts, seed, i, window, sequence_length) for i, s in enumerate(sources)]
     for t in range(-(-length // C)):
         point = int(format(t % 2**16, "016b")[::-1], 2)
         source = next(i for i, end in enumerate(accumulate(shares)) if point < end)
-        j, m = taken[source], blocks[source]
-        taken[source] += 1
+        j, m = selections[source], blocks[source]
+        selections[source] += 1
         for c in range(C):
             b, rest = divmod(j * C + c, C * m)  # p' = bCm + kC + c
             k = rest // C
-            out.append((source, *sequences[source][b * C * m + c * m + k]))
-    return out[:length]
+            samples.append((source, *sequences[source][b * C * m + c * m + k]))
+    return samples[:length]
 
 
 @given(orders())
 @settings(max_examples=40, deadline=None)
-def test_agrees_with_the_design_written_out(arguments):
+def test_agrees_with_the_slow_transcription(arguments):
     order = Order(**arguments)
     length = 150
     assert triples(order.locate(np.arange(length))) == slow_order(
@@ -104,24 +106,24 @@ def test_each_sample_once_per_epoch(arguments, epochs):
     arguments |= {"streams": 1}
     (source,), order = arguments["sources"], Order(**arguments)
     n = order.epoch_size
-    everything = {(0, i, k) for i, count in enumerate(source.counts) for k in range(count)}
+    all_samples = {(0, i, k) for i, count in enumerate(source.counts) for k in range(count)}
     for epoch in range(epochs):
-        assert set(triples(order.locate(np.arange(epoch * n, (epoch + 1) * n)))) == everything
+        assert set(triples(order.locate(np.arange(epoch * n, (epoch + 1) * n)))) == all_samples
 
 
 @given(orders(), st.integers(1, 6))
 @settings(max_examples=40, deadline=None)
 def test_each_sample_once_per_epoch_of_its_source_with_streams_and_weights(arguments, blocks):
-    """Read whole blocks of all streams: of each source a whole part of its sequence was read, nothing else."""
+    """Reading whole blocks of all streams reads a contiguous beginning of each source's sequence, and nothing else."""
     order = Order(**arguments)
-    seen = [[] for _ in order.sources]
+    samples_of = [[] for _ in order.sources]
     for source, shard, sample in triples(order.locate(np.arange(blocks * 100 * order.streams))):
-        seen[source].append((shard, sample))
+        samples_of[source].append((shard, sample))
     for i, source in enumerate(order.sources):
-        whole = order.streams * int(order._blocks[i])
-        n = len(seen[i]) // whole * whole
+        stripe = order.streams * int(order._blocks[i])  # a block of each stream
+        n = len(samples_of[i]) // stripe * stripe
         full, rest = divmod(n, sum(source.counts))
-        times = Counter(seen[i][:n])
+        times = Counter(samples_of[i][:n])
         assert set(times.values()) <= {full, full + 1}
         assert sum(v == full + 1 for v in times.values()) == (rest if full else len(times))
 
@@ -129,17 +131,17 @@ def test_each_sample_once_per_epoch_of_its_source_with_streams_and_weights(argum
 @given(orders(replacement=st.booleans()), st.lists(st.integers(0, 10**12), min_size=1, max_size=30))
 @settings(max_examples=40, deadline=None)
 def test_any_position_can_be_looked_up_alone(arguments, positions):
-    order, together = Order(**arguments), Order(**arguments)
-    assert [triples(order.locate(p))[0] for p in positions] == triples(together.locate(positions))
+    order, other = Order(**arguments), Order(**arguments)
+    assert [triples(order.locate(p))[0] for p in positions] == triples(other.locate(positions))
 
 
 def test_sequential_and_random_access_agree():
     order = Order([ShardSource([50] * 30, 2), ShardSource([7, 90, 4])], seed=3, window=4, streams=2)
-    whole = triples(order.locate(np.arange(3000)))
+    expected = triples(order.locate(np.arange(3000)))
     shuffled = np.random.default_rng(0).permutation(3000)
-    assert triples(order.locate(shuffled)) == [whole[p] for p in shuffled]
+    assert triples(order.locate(shuffled)) == [expected[p] for p in shuffled]
     copy = pickle.loads(pickle.dumps(order))
-    assert triples(copy.locate(np.arange(3000))) == whole
+    assert triples(copy.locate(np.arange(3000))) == expected
     assert copy.digest() == order.digest()
 
 
@@ -151,22 +153,22 @@ def test_sequential_and_random_access_agree():
     batch=st.integers(0, 10**6),
 )
 @settings(max_examples=60, deadline=None)
-def test_a_batch_is_the_same_for_any_world(nodes, per_node, streams, share, batch):
+def test_a_batch_is_the_same_for_any_number_of_processes(nodes, per_node, streams, share, batch):
     world, c = nodes * per_node, nodes * streams
     size = world * c * share
     order = Order([ShardSource([1000] * 9)], seed=0, window=2, streams=c)
     order.check(size, world, nodes)
     served = [order.positions(batch, size, rank, world, nodes) for rank in range(world)]
     assert sorted(np.concatenate(served).tolist()) == list(range(batch * size, (batch + 1) * size))
-    assert all(len(each) == size // world and (np.diff(each) > 0).all() for each in served)
-    for rank, each in enumerate(served):  # a node serves its own streams
-        assert c == 1 or set(each % c // streams) == {rank // per_node}
+    assert all(len(positions) == size // world and (np.diff(positions) > 0).all() for positions in served)
+    for rank, positions in enumerate(served):  # a node serves its own streams
+        assert c == 1 or set(positions % c // streams) == {rank // per_node}
 
 
 @given(st.lists(weights, min_size=1, max_size=5), st.integers(1, 300_000))
 @settings(max_examples=40, deadline=None)
-def test_every_stretch_has_its_share_of_each_source(w, length):
-    """Béjian and Faure (1977): n points of van der Corput miss an interval's share by log2(n) / 3 + 1 at most."""
+def test_every_beginning_has_each_source_in_proportion_to_its_weight(w, length):
+    """Béjian and Faure (1977): n van der Corput points miss an interval's expected count by at most log2(n) / 3 + 1."""
     order = Order([ShardSource([5] * 3, x) for x in w], seed=0)
     source, _ = order._map_to_sources(np.arange(length))
     bound = np.log2(length) / 3 + 1
@@ -177,12 +179,12 @@ def test_every_stretch_has_its_share_of_each_source(w, length):
         assert np.abs(np.cumsum(source == i) - exact * np.arange(1, length + 1)).max() <= bound
 
 
-def test_streams_keep_nodes_on_their_own_shards():
-    """With blocks as large as windows, a node touches about 1/nodes of the shards of a stretch of the run."""
+def test_with_streams_each_node_reads_its_own_shards():
+    """With blocks as large as windows, a node reads about 1/nodes of the shards of any part of the run."""
     order = Order([ShardSource([100] * 64)], seed=1, window=4, streams=4)
     served = [np.concatenate([order.positions(g, 64, n, 4, 4) for g in range(25)]) for n in range(4)]
     shards = [set(order.locate(p).shard.tolist()) for p in served]
-    assert [len(each) for each in shards] == [4] * 4
+    assert [len(node_shards) for node_shards in shards] == [4] * 4
     assert len(set.union(*shards)) == 16
 
 
@@ -195,29 +197,31 @@ def test_epochs_and_seeds_differ():
     assert sum(a == b for a, b in zip(first, other, strict=True)) < 20
 
 
-def test_generators_are_philox_by_key():
-    generators = KeyedGenerator()
+def test_the_keyed_generator_is_philox_with_that_key():
+    generator = KeyedGenerator()
     for words in ((1, "sample", 5, "image"), (1, "sample", 6, "image"), (1, "sample", 5, "image")):
-        ours, fresh = generators.rekey(*words), np.random.Generator(np.random.Philox(key=philox_key(*words)))
+        ours, fresh = generator.rekey(*words), np.random.Generator(np.random.Philox(key=philox_key(*words)))
         for draw in ("random", "standard_normal"):
             assert getattr(ours, draw)() == getattr(fresh, draw)()
-        assert ours.integers(2**20, dtype=np.uint32) == fresh.integers(2**20, dtype=np.uint32)  # leaves half a word behind
+        assert ours.integers(2**20, dtype=np.uint32) == fresh.integers(
+            2**20, dtype=np.uint32
+        )  # leaves half a 64-bit word unused
 
 
-def test_permutations_are_even():
-    """Each of the 24 orders of 4 things comes about equally often: chi-square, 23 degrees of freedom, p = 1e-4."""
+def test_permutations_are_uniform():
+    """Each of the 24 orders of 4 items is about equally frequent: chi-square, 23 degrees of freedom, p = 1e-4."""
     times = Counter(tuple(permutation(4, "test", i).tolist()) for i in range(4800))
     assert len(times) == 24
     assert sum((n - 200) ** 2 / 200 for n in times.values()) < 55.0
 
 
-def test_with_replacement_every_sample_has_the_same_chance():
+def test_with_replacement_every_sample_is_equally_probable():
     counts = [1, 0, 9, 40]
     order = Order([ShardSource(counts)], seed=5, window=2, replacement=True)
     n = 200_000
     times = Counter(triples(order.locate(np.arange(n))))
     assert set(times) == {(0, i, k) for i, c in enumerate(counts) for k in range(c)}
-    # draws share windows of 25, so their spread is wider than that of independent ones: 1/50 each, within a tenth
+    # draws share windows of 25 and vary more than independent ones: a frequency of 1/50 each, within a tenth
     assert all(abs(v / n - 1 / 50) < 0.002 for v in times.values())
 
 
@@ -235,8 +239,8 @@ def test_a_substitute_is_another_sample_of_the_window(arguments, position, attem
     assert 0 <= sample < order.sources[source].counts[shard]
     sequence = order._sequences[source]
     _, q = order._map_to_sources(np.array([position]))
-    ((_, where, _),) = sequence._group_by_window(q)
-    window = sequence._window(where)
+    ((_, window_id, _),) = sequence._group_by_window(q)
+    window = sequence._window(window_id)
     assert shard in window.shards
     if not arguments["replacement"] and window.starts[-1] > 1:
         assert (source, shard, sample) != original
@@ -250,7 +254,7 @@ def test_attempts_reach_all_other_samples_of_the_window():
     }
 
 
-# ---- numbers that must never change ----------------------------------------------------------------------------------
+# ---- digests that must never change ----------------------------------------------------------------------------------
 
 GOLDEN = {
     "plain": ({"sources": [ShardSource([100] * 50)], "seed": 0}, "411f8a108e872f71"),
@@ -267,15 +271,15 @@ GOLDEN = {
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden(name):
-    """A change here makes every run that is under way unable to resume."""
+    """If a digest changes, runs started before cannot be resumed."""
     arguments, digest = GOLDEN[name]
     order = Order(**arguments)
-    located = np.stack(order.locate(np.arange(12_345))).astype("<i8")
+    locations = np.stack(order.locate(np.arange(12_345))).astype("<i8")
     substitutes = np.array([order.substitute(p, a) for p in (0, 99, 5000) for a in range(3)], dtype="<i8")
-    assert hashlib.blake2b(located.tobytes() + substitutes.tobytes(), digest_size=8).hexdigest() == digest
+    assert hashlib.blake2b(locations.tobytes() + substitutes.tobytes(), digest_size=8).hexdigest() == digest
 
 
-# ---- refusals --------------------------------------------------------------------------------------------------------
+# ---- invalid arguments -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -316,15 +320,15 @@ def test_batches_refused(batch_size, world, nodes, message):
         order.check(batch_size, world, nodes)
 
 
-def test_epochs_are_steps():
+def test_steps_of_epochs():
     order = Order([ShardSource([20] * 5)], seed=0)
     assert [order.steps(e, 32) for e in (1, 2, 0.5, 8)] == [4, 7, 2, 25]
-    assert order.steps(0.1, 10) == 1  # 0.1 is a tenth, not the float just above it
+    assert order.steps(0.1, 10) == 1  # 0.1 means one tenth, not the float slightly above it
 
 
-def test_the_digest_tells_data_apart():
+def test_the_digest_differs_for_other_data_or_order():
     base = {"sources": [ShardSource([20] * 5), ShardSource([3, 4])], "seed": 0, "window": 2}
-    others = [
+    variants = [
         base,
         base | {"seed": 1},
         base | {"window": 3},
@@ -333,4 +337,4 @@ def test_the_digest_tells_data_apart():
         base | {"sources": [ShardSource([20] * 5), ShardSource([4, 3])]},
         base | {"sources": [ShardSource([20] * 5, 2), ShardSource([3, 4])]},
     ]
-    assert len({Order(**each).digest() for each in others}) == len(others)
+    assert len({Order(**arguments).digest() for arguments in variants}) == len(variants)

@@ -1,4 +1,4 @@
-"""Captions and tokenizers, against transformers' own padding and truncation, open_clip's tokenizer, and tarfile."""
+"""Tests of captions and tokenizers, against the padding and truncation of transformers and open_clip's tokenizer."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ TEXTS = [
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tokenizers of each kind, made here
+# Tokenizers of each kind, built here
 
 
 def clip(folder: Path) -> Any:
-    """CLIP's own, from the vocabulary that open_clip ships."""
+    """Build CLIP's tokenizer from the vocabulary that ships with open_clip."""
     with gzip.open(default_bpe(), "rt", encoding="utf-8") as file:
         merges = file.read().split("\n")[1 : 49152 - 256 - 2 + 1]
     symbols = list(bytes_to_unicode().values())
@@ -75,29 +75,29 @@ def bert(folder: Path) -> Any:
         *(f"##{c}" for c in letters),
     ]
     (folder / "vocab.txt").write_text("\n".join(tokens))
-    return BertTokenizer(str(folder / "vocab.txt"), padding_side="left")  # left: a habit we must overrule
+    return BertTokenizer(str(folder / "vocab.txt"), padding_side="left")  # left: a setting that the decoder must override
 
 
 def t5(folder: Path) -> Any:
-    """Pieces with scores and a final </s>, like sentencepiece models."""
-    local_shards = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((c, -5.0) for c in sorted(set("".join(TEXTS)) | {"▁"}))]
-    local_shards += [("▁a", -2.0), ("▁car", -3.0), ("▁very", -3.0), ("▁long", -3.5)]
-    made = Tokenizer(models.Unigram(local_shards, unk_id=2))
-    made.pre_tokenizer = pre_tokenizers.Metaspace()
-    made.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    """Build a tokenizer of pieces with scores and a final </s>, like sentencepiece models."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((c, -5.0) for c in sorted(set("".join(TEXTS)) | {"▁"}))]
+    pieces += [("▁a", -2.0), ("▁car", -3.0), ("▁very", -3.0), ("▁long", -3.5)]
+    unigram = Tokenizer(models.Unigram(pieces, unk_id=2))
+    unigram.pre_tokenizer = pre_tokenizers.Metaspace()
+    unigram.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=unigram, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 
 
 def gpt2(folder: Path) -> Any:
-    """Bytes, nothing added, no padding: an end token that the tokenizer itself never writes."""
+    """Build a byte tokenizer without padding token, whose end token the tokenizer itself never appends."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = Tokenizer(models.BPE({c: i for i, c in enumerate([*alphabet, "<|endoftext|>"])}, []))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|endoftext|>", truncation_side="left")
+    bpe = Tokenizer(models.BPE({c: i for i, c in enumerate([*alphabet, "<|endoftext|>"])}, []))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>", truncation_side="left")
 
 
 def byt5(folder: Path) -> Any:
-    """Written in Python, not one of the tokenizers library."""
+    """Build a tokenizer that is written in Python, not with the tokenizers library."""
     return ByT5Tokenizer()
 
 
@@ -118,17 +118,17 @@ def test_ids_are_those_of_transformers(tokenizer: Any, length: int) -> None:
     ids, mask = TextDecoder(tokenizer, length, trim=False).encode(TEXTS)
     assert ids.shape == mask.shape == (len(TEXTS), length)
     assert (ids.dtype, mask.dtype) == (torch.int64, torch.bool)
-    ends = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
-    adds = ends in tokenizer("a")["input_ids"]
+    end_id = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    appends_end = end_id in tokenizer("a")["input_ids"]
     for i, text in enumerate(TEXTS):
-        expected = tokenizer(normalize_whitespace(text), truncation=True, max_length=length if adds else length - 1)[
+        expected = tokenizer(normalize_whitespace(text), truncation=True, max_length=length if appends_end else length - 1)[
             "input_ids"
         ]
-        expected = expected if adds else [*expected, ends]
+        expected = expected if appends_end else [*expected, end_id]
         assert ids[i][mask[i]].tolist() == expected
         assert mask[i].tolist() == [True] * len(expected) + [False] * (length - len(expected))
-        assert expected[-1] == ends
-    assert mask[4].all()  # the long one is cut, and still ends as a text ends
+        assert expected[-1] == end_id
+    assert mask[4].all()  # the long text is truncated, and still ends with the end token
 
 
 def test_trimming_only_drops_padding(tokenizer: Any) -> None:
@@ -140,11 +140,11 @@ def test_trimming_only_drops_padding(tokenizer: Any) -> None:
     assert torch.equal(ids, full[:, :width])
     assert torch.equal(mask, full_mask[:, :width])
     assert not full_mask[:, width:].any()
-    assert TextDecoder(tokenizer, 77).encode(TEXTS)[0].shape[1] == 77  # to `length`, not beyond
+    assert TextDecoder(tokenizer, 77).encode(TEXTS)[0].shape[1] == 77  # at most `length`
     assert TextDecoder(tokenizer, 77, multiple=1).encode(TEXTS[:2])[0].shape[1] == full_mask.sum(1).max()
 
 
-def test_pieces_of_a_batch_merge(tokenizer: Any) -> None:
+def test_partial_batches_are_merged(tokenizer: Any) -> None:
     decoder = TextDecoder(tokenizer, 77)
     parts = [decoder.encode(TEXTS[:2]), decoder.encode(TEXTS[3:4]), decoder.encode(TEXTS[5:])]
     ids, mask = decoder.encode([*TEXTS[:2], *TEXTS[3:4], *TEXTS[5:]])
@@ -165,7 +165,7 @@ def test_a_decoder_survives_pickling(tokenizer: Any) -> None:
     assert torch.equal(again.encode(TEXTS)[0], decoder.encode(TEXTS)[0])
 
 
-def test_clip_ids_equal_open_clips(tmp_path: Path) -> None:
+def test_clip_ids_equal_those_of_open_clip(tmp_path: Path) -> None:
     ids, mask = TextDecoder(clip(tmp_path), 77, trim=False).encode(TEXTS)
     expected = open_clip.get_tokenizer("ViT-B-32")(TEXTS)
     assert torch.equal(ids * mask, expected * mask)
@@ -177,7 +177,7 @@ def test_a_length_without_room_is_refused(tokenizer: Any) -> None:
         TextDecoder(tokenizer, 1)
 
 
-def test_a_giant_caption_costs_little(tmp_path: Path) -> None:
+def test_a_very_long_caption_is_cut_before_tokenization(tmp_path: Path) -> None:
     ids, _ = TextDecoder(clip(tmp_path), 77).encode(["word " * 1_000_000])
     assert ids.shape == (1, 77)
 
@@ -190,7 +190,7 @@ def sample(**members: bytes) -> Any:
     return SimpleNamespace(key="s/1", members=members)
 
 
-def test_captions_are_cleaned_only_of_white_space() -> None:
+def test_only_white_space_of_captions_is_changed() -> None:
     assert read_captions({"txt": "\ufeff  A  Red\tcar,\r\non a\u00a0bridge \n".encode()}) == ["A Red car, on a bridge"]
     assert read_captions({"json": b'{"title": "x", "alt": ["  one ", "", "two"]}'}, "alt") == ["one", "two"]
 
@@ -226,10 +226,10 @@ def test_one_of_several_captions_is_drawn_in_training(tmp_path: Path) -> None:
     drawn = [decoder(several, np.random.default_rng(seed), True) for seed in range(300)]
     assert all(70 < drawn.count(text) < 130 for text in ("one", "two", "three"))
     assert drawn[:20] == [decoder(several, np.random.default_rng(seed), True) for seed in range(20)]
-    found = decoder(several, np.random.default_rng(0), False)
-    assert found == ["one", "two", "three"]
-    assert isinstance(found, list)
-    assert torch.equal(decoder.collate([found])[0], decoder.encode(["one"])[0])
+    all_captions = decoder(several, np.random.default_rng(0), False)
+    assert all_captions == ["one", "two", "three"]
+    assert isinstance(all_captions, list)
+    assert torch.equal(decoder.collate([all_captions])[0], decoder.encode(["one"])[0])
 
 
 def test_several_captions_of_each_sample_are_drawn(tmp_path: Path) -> None:
@@ -238,8 +238,8 @@ def test_several_captions_of_each_sample_are_drawn(tmp_path: Path) -> None:
     decoder = TextDecoder(bert(tmp_path), 16, "caption", multiple=1, draw=3)
     drawn = [decoder(several, np.random.default_rng(seed), True) for seed in range(400)]
     assert all(len(set(texts)) == 3 for texts in drawn)
-    for place in range(3):  # each caption as often in each place
-        assert min(Counter(texts[place] for texts in drawn).values()) > 70
+    for i in range(3):  # each caption is equally frequent at each index
+        assert min(Counter(texts[i] for texts in drawn).values()) > 70
     assert decoder(single, np.random.default_rng(0), True) == ("alone",) * 3
     assert decoder(several, np.random.default_rng(0), False) == ["one", "two", "three", "four words are here"]
     ids, mask = decoder.collate([drawn[0], drawn[1]])
@@ -248,8 +248,8 @@ def test_several_captions_of_each_sample_are_drawn(tmp_path: Path) -> None:
     assert torch.equal(mask, flat_mask.unflatten(0, (2, 3)))
     long = [("one", "two", "three"), ("one", "two", "three " * 12)]
     merged = decoder.merge([decoder.collate(long[:1]), decoder.collate(long[1:])])
-    for got, expected in zip(merged, decoder.collate(long), strict=True):
-        assert torch.equal(got, expected)
+    for actual, expected in zip(merged, decoder.collate(long), strict=True):
+        assert torch.equal(actual, expected)
 
 
 def test_the_caption_hash_is_stable_and_signed() -> None:
@@ -284,42 +284,44 @@ def write_shard(path: Path, samples: list[dict[str, bytes]]) -> Path:
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Captions in txt, and others, in lists, in json; some samples are bad."""
+    """A folder of shards with captions in txt and lists of other captions in json; some samples are bad."""
     folder = tmp_path_factory.mktemp("shards")
     rng = np.random.default_rng(0)
-    colours, things, places = (
+    colors, objects, places = (
         ["red", "blue", "green", "black", "white"],
         ["car", "sofa", "dog", "house", "Tree"],
         ["grass", "beach", "bridge"],
     )
     for shard in range(3):
-        made: list[dict[str, bytes]] = [{"jpg": b"x", "txt": b"\xff\xfe"}, {"jpg": b"x"}]
+        samples: list[dict[str, bytes]] = [{"jpg": b"x", "txt": b"\xff\xfe"}, {"jpg": b"x"}]
         for _ in range(150):
-            text = f"A {rng.choice(colours)} {rng.choice(things)} on the {rng.choice(places)}"
-            made.append({"txt": text.encode(), "json": json.dumps({"alt": ["une voiture rouge", "ein rotes auto"]}).encode()})
-        write_shard(folder / f"part-{shard}.tar", made)
+            text = f"A {rng.choice(colors)} {rng.choice(objects)} on the {rng.choice(places)}"
+            samples.append(
+                {"txt": text.encode(), "json": json.dumps({"alt": ["une voiture rouge", "ein rotes auto"]}).encode()}
+            )
+        write_shard(folder / f"part-{shard}.tar", samples)
     return str(folder)
 
 
-def test_a_trained_tokenizer_loads_anywhere(shards: str, tmp_path: Path) -> None:
+def test_a_trained_tokenizer_loads_in_transformers_and_open_clip(shards: str, tmp_path: Path) -> None:
     size = len(train_tokenizer(shards, tmp_path / "tok", vocab=400, length=32))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tok", local_files_only=True)
     assert size == len(tokenizer) <= 400
     assert (tokenizer.pad_token, tokenizer.bos_token, tokenizer.eos_token) == ("<pad>", "<bos>", "<eos>")
-    assert tokenizer.eos_token_id == size - 1  # the largest: towers that pool at the maximum of the ids find it
+    assert tokenizer.eos_token_id == size - 1  # the largest id: some towers pool at the maximum of the ids
     assert tokenizer.model_max_length == 32
     ids = tokenizer("A Red  car")["input_ids"]
     assert (ids[0], ids[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
     assert ids == tokenizer("a red car")["input_ids"]
-    assert len(ids) == 5  # each word was learnt as one token
-    theirs = HFTokenizer(str(tmp_path / "tok"), context_length=32)(["a red car", "a dog"])
+    assert len(ids) == 5  # each word is one token
+    expected = HFTokenizer(str(tmp_path / "tok"), context_length=32)(["a red car", "a dog"])
     ours, mask = TextDecoder(load_tokenizer(tmp_path / "tok"), 32, trim=False).encode(["a red car", "a dog"])
-    assert torch.equal(theirs * mask, ours * mask)
+    assert torch.equal(expected * mask, ours * mask)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.text())
-def test_nothing_is_unknown_to_a_trained_tokenizer(shards: str, text: str) -> None:
+def test_a_trained_tokenizer_encodes_any_text(shards: str, text: str) -> None:
     cached = Path(shards) / "any"
     if not cached.exists():
         train_tokenizer(shards, cached, vocab=300, lowercase=False)
@@ -345,8 +347,8 @@ def test_captions_of_a_json_field(shards: str, tmp_path: Path) -> None:
     assert len(load_tokenizer(tmp_path)("rotes")["input_ids"]) == 3
 
 
-def test_words_of_questions_become_tokens_where_they_are_asked_for(small: Small, tmp_path: Path) -> None:
-    """No caption says "how many": without the questions it falls apart."""
+def test_words_of_questions_become_tokens_with_caption_questions(small: Small, tmp_path: Path) -> None:
+    """No caption contains "how many": without the questions it is split into many tokens."""
     train_tokenizer(small.train, tmp_path / "both", vocab=500, caption="txt,questions")
     both = load_tokenizer(tmp_path / "both")
     assert len(both("how many")["input_ids"]) == 4  # <bos> how many <eos>
@@ -354,7 +356,7 @@ def test_words_of_questions_become_tokens_where_they_are_asked_for(small: Small,
     assert len(both("a car")["input_ids"]) == len(load_tokenizer(small.tokenizer)("a car")["input_ids"])
 
 
-def test_what_cannot_be_trained_is_said_in_a_line(shards: str, tmp_path: Path) -> None:
+def test_errors_of_training(shards: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="at least 259"):
         train_tokenizer(shards, tmp_path, vocab=100)
     with pytest.raises(UserError, match="no captions in"):
@@ -367,14 +369,14 @@ def test_what_cannot_be_trained_is_said_in_a_line(shards: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", [None, "", "./missing", "/missing/folder", "runs/a/missing", "no-such-name"])
-def test_a_missing_tokenizer_is_said_in_a_line(name: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_tokenizer_is_an_error_of_one_line(name: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match=r"^text\.tokenizer") as caught:
         load_tokenizer(name)
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_without_tokenizer_is_said_in_a_line(tmp_path: Path) -> None:
+def test_a_folder_without_tokenizer_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "notes.md").write_text("nothing here")
     with pytest.raises(ConfigError, match=r"it holds notes\.md, but no tokenizer"):
         load_tokenizer(tmp_path)

@@ -1,4 +1,4 @@
-"""The words for objects that a data set brings: its file, what lies beside which shards, and the words of samples."""
+"""Tests of vocabularies: their file, finding the file of a data set, and building one from objects."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pretrain.errors import UserError
 FARM = Vocabulary(("tractor", "sheep"), {"color": ("turquoise",)}, {"sheep": "sheep"})
 
 
-def test_written_and_read() -> None:
+def test_a_vocabulary_is_written_and_parsed() -> None:
     assert parse_vocabulary(FARM.to_json().encode(), "x") == FARM
     assert parse_vocabulary(b"{}", "x") == Vocabulary() == parse_vocabulary(Vocabulary().to_json().encode(), "x")
     assert parse_vocabulary(b'{"name": [" Hay Bale "], "size": ["HUGE"]}', "x") == Vocabulary(
@@ -47,12 +47,12 @@ def test_written_and_read() -> None:
         ({"plural": {"fish": None}}, "'plural' must be words"),
     ],
 )
-def test_a_file_that_is_no_vocabulary(content: Any, message: str) -> None:
+def test_invalid_files_are_refused(content: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse_vocabulary((content if isinstance(content, str) else json.dumps(content)).encode(), "x.json")
 
 
-def test_words_of_samples() -> None:
+def test_vocabularies_are_built_from_objects_and_merged() -> None:
     objects = [{"name": "Tractor", "color": "turquoise", "on": 3}, {"name": "tractor", "size": 4}, "sheep", {"color": "beige"}]
     assert vocabulary_from_objects(objects) == Vocabulary(("tractor",), {"color": ("turquoise", "beige")})
     assert merge_vocabularies([FARM, vocabulary_from_objects(objects)]) == Vocabulary(
@@ -61,7 +61,7 @@ def test_words_of_samples() -> None:
     assert merge_vocabularies([]) == Vocabulary()
 
 
-def test_every_folder_of_shards_brings_its_own(tmp_path: Path) -> None:
+def test_every_folder_of_shards_needs_a_vocabulary(tmp_path: Path) -> None:
     for name in ("a", "b", "old"):
         (tmp_path / name).mkdir()
     a, b, old = (f"{tmp_path}/{name}/0.tar" for name in ("a", "b", "old"))
@@ -79,12 +79,12 @@ def test_every_folder_of_shards_brings_its_own(tmp_path: Path) -> None:
         find_vocabulary([b])
 
 
-def test_shards_of_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vocabulary_of_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "vocabulary.json").write_text(FARM.to_json())
     assert find_vocabulary(["0.tar"]) == FARM
 
 
-def test_what_ships() -> None:
+def test_builtin_vocabularies() -> None:
     assert builtin_names() == ["scenes"]
     assert len(load_builtin("scenes").names) == 16

@@ -1,4 +1,4 @@
-"""Finding, counting, indexing and reading shards, against Python's tarfile and webdataset; every way a tar can be broken."""
+"""Tests of finding, counting, indexing and reading shards, against tarfile and webdataset; damaged archives of all kinds."""
 
 import gc
 import io
@@ -52,29 +52,30 @@ def shard(tmp_path):
     return write_tar(tmp_path / "a-0000.tar", samples(20))
 
 
-# webdataset leaves its files to the garbage collector, which Python reports
-theirs = pytest.mark.filterwarnings(
+# webdataset leaves closing its files to the garbage collector, which Python reports
+ignores_webdataset_warnings = pytest.mark.filterwarnings(
     "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::UserWarning"
 )
 
 
-def in_webdataset(path):
-    found = list(wds.WebDataset(str(path), shardshuffle=False, empty_check=False, handler=wds.warn_and_stop))
+def read_with_webdataset(path):
+    samples = list(wds.WebDataset(str(path), shardshuffle=False, empty_check=False, handler=wds.warn_and_stop))
     gc.collect()
-    return found
+    return samples
 
 
-def walked(path):
+def scan(path):
     with open(path, "rb") as f:
         return read_members(f.fileno(), str(path))
 
 
-def in_tarfile(path):
+def read_with_tarfile(path):
+    """Return [(name, offset, length)] of the regular members."""
     with tarfile.open(path) as tar:
         return [(m.name, m.offset_data, m.size) for m in tar if m.isreg()]
 
 
-# ---- the walk over headers ---------------------------------------------------------------------------------------------
+# ---- scanning headers ------------------------------------------------------------------------------------------------
 
 names = st.text(st.characters(codec="utf-8", exclude_characters="\0/", exclude_categories=["C"]), min_size=1, max_size=90)
 paths = st.lists(names.filter(lambda n: n not in (".", "..")), min_size=1, max_size=4).map("/".join)
@@ -87,10 +88,10 @@ paths = st.lists(names.filter(lambda n: n not in (".", "..")), min_size=1, max_s
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_members_are_those_of_tarfile(tmp_path, members, format):
     path = write_tar(tmp_path / "x.tar", members, format)
-    assert list(zip(*walked(path), strict=True)) == in_tarfile(path)
+    assert list(zip(*scan(path), strict=True)) == read_with_tarfile(path)
 
 
-def test_members_that_are_no_files_are_left_out(tmp_path):
+def test_members_other_than_regular_files_are_left_out(tmp_path):
     path = tmp_path / "x.tar"
     with tarfile.open(path, "w") as tar:
         for kind, name in [
@@ -105,25 +106,25 @@ def test_members_that_are_no_files_are_left_out(tmp_path):
         info = tarfile.TarInfo("d/a.txt")
         info.size = 3
         tar.addfile(info, io.BytesIO(b"abc"))
-    assert list(zip(*walked(path), strict=True)) == in_tarfile(path)
-    assert walked(path).names == ["d/a.txt"]
+    assert list(zip(*scan(path), strict=True)) == read_with_tarfile(path)
+    assert scan(path).names == ["d/a.txt"]
 
 
-def test_ustar_prefixes_and_what_tar_itself_writes(tmp_path):
+def test_ustar_prefixes_and_archives_written_by_tar(tmp_path):
     long = "/".join(["directory-with-a-long-name"] * 5) + "/file.jpg"
     path = write_tar(tmp_path / "x.tar", [(long, b"x" * 600), ("b.jpg", b"")], tarfile.USTAR_FORMAT)
-    assert walked(path).names == [long, "b.jpg"]
+    assert scan(path).names == [long, "b.jpg"]
     for i, options in enumerate([["--format=gnu"], ["--format=pax"], ["--format=v7"], ["-b", "1"]]):
         folder = tmp_path / "folder"
         folder.mkdir(exist_ok=True)
         (folder / "a.txt").write_bytes(b"x" * 513)
         path = tmp_path / f"t{i}.tar"
         assert os.system(f"tar -C {tmp_path} {' '.join(options)} -cf {path} folder") == 0
-        assert list(zip(*walked(path), strict=True)) == in_tarfile(path)
+        assert list(zip(*scan(path), strict=True)) == read_with_tarfile(path)
 
 
 def test_sizes_beyond_eight_gigabytes(tmp_path):
-    """Octal digits end there: GNU goes on in base 256, pax in an extended header. The test's file is sparse."""
+    """Octal digits end there: GNU continues in base 256, pax in an extended header. The file of this test is sparse."""
     for format in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
         info = tarfile.TarInfo("a.bin")
         info.size = 9 * 2**30 + 5
@@ -131,76 +132,76 @@ def test_sizes_beyond_eight_gigabytes(tmp_path):
         path = tmp_path / "big.tar"
         path.write_bytes(header)
         os.truncate(path, len(header) + 9 * 2**30 + 512 + 1024)
-        assert list(zip(*walked(path), strict=True)) == [("a.bin", len(header), info.size)]
+        assert list(zip(*scan(path), strict=True)) == [("a.bin", len(header), info.size)]
 
 
-# ---- broken archives ---------------------------------------------------------------------------------------------------
+# ---- damaged archives ------------------------------------------------------------------------------------------------
 
 
-def refused(path, message):
+def assert_refused(path, message):
     with pytest.raises(DamagedTarError, match=message) as e:
-        walked(path)
+        scan(path)
     assert str(path) in str(e.value)
     assert "\n" not in str(e.value)
 
 
 def test_damaged_header_in_the_middle_is_named(shard):
-    offsets = [o for _, o, _ in in_tarfile(shard)]
-    for place in (0, 100, 124, 148, 156, 257):  # name, mode, size, checksum, type, magic
+    offsets = [o for _, o, _ in read_with_tarfile(shard)]
+    for field in (0, 100, 124, 148, 156, 257):  # name, mode, size, checksum, type, magic
         with open(shard, "r+b") as f:
-            f.seek(offsets[20] - 512 + place)
-            old = f.read(1)
+            f.seek(offsets[20] - 512 + field)
+            original = f.read(1)
             f.seek(-1, 1)
-            f.write(bytes([old[0] ^ 0x41]))
-        refused(shard, rf"damaged at byte {offsets[20] - 512:,} of .*after member '00009.txt': the header is damaged")
+            f.write(bytes([original[0] ^ 0x41]))
+        assert_refused(shard, rf"damaged at byte {offsets[20] - 512:,} of .*after member '00009.txt': the header is damaged")
         with open(shard, "r+b") as f:
-            f.seek(offsets[20] - 512 + place)
-            f.write(old)
-    assert len(walked(shard).names) == 40
+            f.seek(offsets[20] - 512 + field)
+            f.write(original)
+    assert len(scan(shard).names) == 40
 
 
 def test_a_hole_of_zeros_is_not_the_end(shard):
-    offset = in_tarfile(shard)[20][1]
+    offset = read_with_tarfile(shard)[20][1]
     with open(shard, "r+b") as f:
         f.seek(offset - 512)
         f.write(bytes(512))
-    refused(shard, f"byte {offset - 512:,} .*a block of zeros, and data after it")
+    assert_refused(shard, f"byte {offset - 512:,} .*a block of zeros, and data after it")
     size = os.path.getsize(shard)
     os.truncate(shard, offset - 512)
-    os.truncate(shard, size + 2**21)  # a copy that reserved its space and then died
-    refused(shard, "bytes follow the block of zeros")
+    os.truncate(shard, size + 2**21)  # a copy that reserved its space and was then killed
+    assert_refused(shard, "bytes follow the block of zeros")
 
 
-@theirs
-def test_every_truncation_is_found(shard):
-    """Anywhere up to the end marker, also between two members, where other readers see a shorter archive and nothing else."""
-    whole = Path(shard).read_bytes()
-    members = in_tarfile(shard)
+@ignores_webdataset_warnings
+def test_every_truncation_is_detected(shard):
+    """Also between two members, where other readers see only a shorter archive."""
+    content = Path(shard).read_bytes()
+    members = read_with_tarfile(shard)
     end = members[-1][1] + 512
     rng = random.Random(0)
     for length in {m[1] - 512 for m in members[1:]} | {end, *rng.sample(range(1, end), 60)}:
         with open(shard, "wb") as f:
-            f.write(whole[:length])
-        refused(shard, "cut short|middle of a header|not a tar file")
-    assert len(in_webdataset(shard)) < 20
+            f.write(content[:length])
+        assert_refused(shard, "cut short|middle of a header|not a tar file")
+    assert len(read_with_webdataset(shard)) < 20
 
 
-def test_things_that_are_no_shards(tmp_path):
+def test_files_that_are_not_shards(tmp_path):
     path = tmp_path / "x.tar"
     path.write_bytes(b"")
-    refused(path, r"is empty \(0 bytes\), not a tar file")
+    assert_refused(path, r"is empty \(0 bytes\), not a tar file")
     for content in (b"short", b"long" * 1000, os.urandom(5000), b"<html>" + bytes(5000)):
         path.write_bytes(content)
-        refused(path, "is not a tar file")
+        assert_refused(path, "is not a tar file")
     for suffix, name in (("gz", "gzip"), ("bz2", "bzip2"), ("xz", "xz")):
         with tarfile.open(path, f"w:{suffix}"):
             pass
-        refused(path, f"is {name}-compressed")
+        assert_refused(path, f"is {name}-compressed")
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
         info = tarfile.TarInfo("a.txt")
         info.pax_headers = {"GNU.sparse.major": "1"}
         tar.addfile(info)
-    refused(path, "sparse")
+    assert_refused(path, "sparse")
 
 
 def test_damaged_extended_headers(tmp_path):
@@ -209,13 +210,13 @@ def test_damaged_extended_headers(tmp_path):
         info.type, info.size = tarfile.XHDTYPE, len(records)
         path = tmp_path / "x.tar"
         path.write_bytes(info.tobuf(tarfile.USTAR_FORMAT) + records.ljust(512, b"\0") + bytes(1024))
-        refused(path, "extended header is damaged|no valid size")
+        assert_refused(path, "extended header is damaged|no valid size")
 
 
-# ---- index -------------------------------------------------------------------------------------------------------------
+# ---- index -----------------------------------------------------------------------------------------------------------
 
 
-@theirs
+@ignores_webdataset_warnings
 def test_samples_are_those_of_webdataset(tmp_path):
     members = [
         ("a.jpg", b"1"),
@@ -234,15 +235,15 @@ def test_samples_are_those_of_webdataset(tmp_path):
     path = write_tar(tmp_path / "x.tar", members, tarfile.PAX_FORMAT)
     reader = ShardReader([path])
     ours = [reader.read(0, i) for i in range(load_index(path).count)]
-    reference = in_webdataset(path)
+    reference = read_with_webdataset(path)
     assert [s.key for s in ours] == [f"x/{s['__key__']}" for s in reference]
     assert [s.members for s in ours] == [{k: v for k, v in s.items() if not k.startswith("__")} for s in reference]
 
 
-def test_the_index_is_saved_and_fits(shard, monkeypatch):
+def test_the_index_is_saved_and_loaded(shard, monkeypatch):
     first = load_index(shard)
     assert os.path.exists(f"{shard}.idx")
-    monkeypatch.setattr("pretrain.data.shards.index.read_members", None)  # not walked again
+    monkeypatch.setattr("pretrain.data.shards.index.read_members", None)  # not scanned again
     second = load_index(shard)
     assert second.keys == first.keys == [f"{i:05d}" for i in range(20)]
     assert (second.members == first.members).all()
@@ -250,7 +251,7 @@ def test_the_index_is_saved_and_fits(shard, monkeypatch):
 
 
 @pytest.mark.parametrize("keep_times", [False, True])
-def test_a_stale_index_is_rebuilt(tmp_path, caplog, keep_times):
+def test_an_outdated_index_is_rebuilt(tmp_path, caplog, keep_times):
     shard = write_tar(tmp_path / "s.tar", samples(20, size=2))
     before, stat = load_index(shard), os.stat(shard)
     write_tar(shard, samples(20, start=500, size=2))  # same size
@@ -263,8 +264,8 @@ def test_a_stale_index_is_rebuilt(tmp_path, caplog, keep_times):
 
 def test_a_damaged_index_is_rebuilt(shard, caplog):
     load_index(shard)
-    whole = Path(f"{shard}.idx").read_bytes()
-    for content in (b"", whole[:-100], whole[:2000] + b"damage" + whole[2006:], b"PK garbage"):
+    saved = Path(f"{shard}.idx").read_bytes()
+    for content in (b"", saved[:-100], saved[:2000] + b"damage" + saved[2006:], b"PK garbage"):
         with open(f"{shard}.idx", "wb") as f:
             f.write(content)
         assert load_index(shard).count == 20
@@ -274,7 +275,7 @@ def test_a_damaged_index_is_rebuilt(shard, caplog):
     assert load_index(shard).count == 20
 
 
-def test_a_read_only_place_leaves_the_index_in_the_cache(shard, tmp_path, monkeypatch):
+def test_the_index_of_a_read_only_folder_is_in_the_cache(shard, tmp_path, monkeypatch):
     folder = tmp_path / "cache"
     os.mkdir(f"{shard}.idx.in-the-way")
     os.rename(f"{shard}.idx.in-the-way", f"{shard}.idx")  # a folder by that name: writing there fails, for root as well
@@ -285,7 +286,7 @@ def test_a_read_only_place_leaves_the_index_in_the_cache(shard, tmp_path, monkey
     assert load_index(shard, ShardCache(str(folder))).count == 20
 
 
-def test_nowhere_to_write_is_no_error(shard, tmp_path):
+def test_an_index_that_cannot_be_saved_is_no_error(shard, tmp_path):
     (tmp_path / "file").write_text("")
     os.mkdir(f"{shard}.idx")
     assert load_index(shard, ShardCache(str(tmp_path / "file"))).count == 20
@@ -294,7 +295,7 @@ def test_nowhere_to_write_is_no_error(shard, tmp_path):
 
 def test_stats_that_disagree_are_refused(shard, tmp_path):
     (tmp_path / "a-0000_stats.json").write_text(json.dumps({"successes": 25}))
-    assert count_samples([shard]) == [25]  # taken at its word until the shard is opened
+    assert count_samples([shard]) == [25]  # not verified until the shard is opened
     with pytest.raises(UserError, match=r"a-0000.tar holds 20 samples, but .*a-0000_stats.json says 25"):
         load_index(shard)
     (tmp_path / "a-0000_stats.json").write_text("not json")
@@ -305,23 +306,23 @@ def test_stats_that_disagree_are_refused(shard, tmp_path):
     assert load_index(shard).count == 20
 
 
-# ---- find and count ----------------------------------------------------------------------------------------------------
+# ---- finding and counting --------------------------------------------------------------------------------------------
 
 
 def test_expand(tmp_path, monkeypatch):
     for i in range(12):
         write_tar(tmp_path / f"s-{i:04d}.tar", [])
     (tmp_path / "s-0000.tar.idx").write_text("")
-    every = [str(tmp_path / f"s-{i:04d}.tar") for i in range(12)]
-    assert expand_shards(str(tmp_path)) == every
-    assert expand_shards(f"{tmp_path}/s-*.tar") == every
-    assert expand_shards(f"{tmp_path}/s-{{0000..0011}}.tar") == every
-    assert expand_shards([f"{tmp_path}/s-000{{3,1}}.tar", f"{tmp_path}/s-0001.tar"]) == [every[1], every[3]]
-    assert expand_shards(f"file://{tmp_path}/s-0001.tar") == [every[1]]
+    shards = [str(tmp_path / f"s-{i:04d}.tar") for i in range(12)]
+    assert expand_shards(str(tmp_path)) == shards
+    assert expand_shards(f"{tmp_path}/s-*.tar") == shards
+    assert expand_shards(f"{tmp_path}/s-{{0000..0011}}.tar") == shards
+    assert expand_shards([f"{tmp_path}/s-000{{3,1}}.tar", f"{tmp_path}/s-0001.tar"]) == [shards[1], shards[3]]
+    assert expand_shards(f"file://{tmp_path}/s-0001.tar") == [shards[1]]
     assert expand_shards("https://host/x-{00..02}.tar") == [f"https://host/x-0{i}.tar" for i in range(3)]
     assert expand_shards("pipe:cat {a,b} | sort") == ["pipe:cat {a,b} | sort"]
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert expand_shards("~/s-0001.tar") == [every[1]]
+    assert expand_shards("~/s-0001.tar") == [shards[1]]
 
 
 @pytest.mark.parametrize(
@@ -333,7 +334,7 @@ def test_expand(tmp_path, monkeypatch):
         ("{}/x-{{00..02.tar", "braces are not balanced"),
     ],
 )
-def test_nothing_found(tmp_path, spec, message):
+def test_patterns_without_a_match(tmp_path, spec, message):
     with pytest.raises(ConfigError, match=f"^data.val=.*{message}"):
         expand_shards(spec.format(tmp_path), "data.val")
     with pytest.raises(ConfigError, match="names no shards"):
@@ -342,14 +343,14 @@ def test_nothing_found(tmp_path, spec, message):
 
 def test_counts_in_parallel_and_from_saved(tmp_path, monkeypatch):
     paths = [write_tar(tmp_path / f"{i}.tar", samples(i)) for i in range(9)]
-    seen = []
-    assert count_samples(paths, workers=2, progress=lambda done, of: seen.append((done, of))) == list(range(9))
-    assert seen[-1] == (9, 9)
+    calls = []
+    assert count_samples(paths, workers=2, progress=lambda done, total: calls.append((done, total))) == list(range(9))
+    assert calls[-1] == (9, 9)
     monkeypatch.setattr("pretrain.data.shards.index.read_members", None)
     assert count_samples(paths, workers=1) == list(range(9))
 
 
-def test_counts_name_what_is_damaged(tmp_path):
+def test_counting_names_damaged_shards(tmp_path):
     paths = [write_tar(tmp_path / f"{i}.tar", samples(3)) for i in range(5)]
     os.truncate(paths[2], 1536)
     (tmp_path / "3.tar").write_bytes(b"")
@@ -359,22 +360,22 @@ def test_counts_name_what_is_damaged(tmp_path):
         count_samples([str(tmp_path / "none.tar")])
 
 
-# ---- read --------------------------------------------------------------------------------------------------------------
+# ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def test_reads_what_tarfile_reads(tmp_path):
+def test_samples_are_read_as_by_tarfile(tmp_path):
     paths = [write_tar(tmp_path / f"{i}.tar", samples(30, start=30 * i, size=30000)) for i in range(5)]
-    want = {}
+    expected = {}
     for i, path in enumerate(paths):
         with tarfile.open(path) as tar:
             for m in tar:
-                want.setdefault((i, m.name[:5]), {})[m.name[6:]] = tar.extractfile(m).read()
+                expected.setdefault((i, m.name[:5]), {})[m.name[6:]] = tar.extractfile(m).read()
     reader = ShardReader(paths, max_open=2)
-    places = [(i, k) for i in range(5) for k in range(30)]
-    random.Random(1).shuffle(places)
-    for shard, sample in places:
+    addresses = [(i, k) for i in range(5) for k in range(30)]
+    random.Random(1).shuffle(addresses)
+    for shard, sample in addresses:
         raw = reader.read(shard, sample)
-        assert raw.members == want[shard, raw.key.partition("/")[2]]
+        assert raw.members == expected[shard, raw.key.partition("/")[2]]
         assert raw.key == reader.key(shard, sample)
         assert reader.read(shard, sample, ["txt"]).members == {"txt": raw.members["txt"]}
     assert len(reader._open) == 2
@@ -382,7 +383,7 @@ def test_reads_what_tarfile_reads(tmp_path):
     assert again.read(0, 0).members == reader.read(0, 0).members
 
 
-def test_odd_samples_are_bad_ones(tmp_path):
+def test_duplicate_and_oversized_members_are_bad_samples(tmp_path):
     members = [("a.txt", b"1"), ("a.TXT", b"2"), ("b.txt", b"3"), ("c.txt", b"4"), ("b.txt", b"5"), ("d.txt", b"66666")]
     path = write_tar(tmp_path / "x.tar", members)
     reader = ShardReader([path], max_bytes=4)
@@ -407,36 +408,36 @@ def test_a_shard_that_shrinks_or_changes_stops_the_run(shard, monkeypatch):
         ShardReader([shard], counts=[20]).read(0, 0)
 
 
-def test_errors_of_the_disk_are_tried_again(shard, monkeypatch):
+def test_disk_errors_are_retried(shard, monkeypatch):
     monkeypatch.setattr(cache, "RETRY_SECONDS", (0.0, 0.0))
-    real, fails = os.pread, []
+    real_pread, errors = os.pread, []
 
-    def pread(fd, n, at):
-        if fails:
-            raise fails.pop()
-        return real(fd, n, at)
+    def pread(fd, length, offset):
+        if errors:
+            raise errors.pop()
+        return real_pread(fd, length, offset)
 
     reader = ShardReader([shard])
-    want = reader.read(0, 3).members
+    expected = reader.read(0, 3).members
     monkeypatch.setattr("pretrain.data.shards.reader.os.pread", pread)
-    fails[:] = [OSError(5, "Input/output error")] * 3
-    assert reader.read(0, 3).members == want
-    fails[:] = [OSError(5, "Input/output error")] * 4
+    errors[:] = [OSError(5, "Input/output error")] * 3
+    assert reader.read(0, 3).members == expected
+    errors[:] = [OSError(5, "Input/output error")] * 4
     with pytest.raises(UserError, match=r"cannot read .*a-0000.tar: \[Errno 5\] Input/output error, tried 3 times"):
         reader.read(0, 3)
 
 
-# ---- from elsewhere ----------------------------------------------------------------------------------------------------
+# ---- remote shards ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def server(tmp_path):
-    """Serves tmp_path/www; yields (url, list of what was asked for)."""
-    asked = []
+    """Serve tmp_path/www over HTTP; yields (url, list of the requested paths)."""
+    requests = []
 
     class Handler(SimpleHTTPRequestHandler):
         def log_request(self, *args):
-            asked.append(self.path)
+            requests.append(self.path)
 
         def log_message(self, *args):
             pass
@@ -446,7 +447,7 @@ def server(tmp_path):
 
         def copyfile(self, source, out):
             if "short" in self.path:
-                out.write(source.read(700))  # the connection dies
+                out.write(source.read(700))  # the connection ends early
             else:
                 shutil.copyfileobj(source, out)
 
@@ -454,66 +455,66 @@ def server(tmp_path):
     http = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path / "www")))
     thread = threading.Thread(target=http.serve_forever)
     thread.start()
-    yield f"http://127.0.0.1:{http.server_port}", asked
+    yield f"http://127.0.0.1:{http.server_port}", requests
     http.shutdown()
     http.server_close()
     thread.join()
 
 
 def test_remote_shards_are_fetched_once(tmp_path, server):
-    url, asked = server
+    url, requests = server
     for i in range(3):
         write_tar(tmp_path / f"www/s-{i}.tar", samples(5, start=10 * i))
-    kept = ShardCache(str(tmp_path / "cache"))
+    shard_cache = ShardCache(str(tmp_path / "cache"))
     paths = expand_shards(url + "/s-{0..2}.tar")
-    assert count_samples(paths, kept) == [5, 5, 5]
-    reader = ShardReader(paths, kept)
+    assert count_samples(paths, shard_cache) == [5, 5, 5]
+    reader = ShardReader(paths, shard_cache)
     assert reader.read(2, 0).members["txt"] == b"caption 20"
-    assert ShardReader(paths, kept).read(2, 1).members["txt"] == b"caption 21"
-    assert sorted(a for a in asked if a.endswith(".tar")) == ["/s-0.tar", "/s-1.tar", "/s-2.tar"]
+    assert ShardReader(paths, shard_cache).read(2, 1).members["txt"] == b"caption 21"
+    assert sorted(a for a in requests if a.endswith(".tar")) == ["/s-0.tar", "/s-1.tar", "/s-2.tar"]
     files = sorted(f.name.partition("-")[2] for f in (tmp_path / "cache/shards").iterdir() if not f.name.endswith(".lock"))
     assert files == ["s-0.tar", "s-0.tar.idx", "s-1.tar", "s-1.tar.idx", "s-2.tar", "s-2.tar.idx"]
 
 
 def test_remote_counts_need_no_shard(tmp_path, server):
-    url, asked = server
+    url, requests = server
     (tmp_path / "www/sizes.json").write_text(json.dumps({f"t-{i}.tar": i for i in range(50)}))
     assert count_samples([f"{url}/t-{i}.tar" for i in range(50)], ShardCache(str(tmp_path / "cache"))) == list(range(50))
-    assert not any(a.endswith(".tar") for a in asked)
+    assert not any(a.endswith(".tar") for a in requests)
 
 
-def test_an_interrupted_download_leaves_nothing(tmp_path, server, monkeypatch):
+def test_an_interrupted_download_leaves_no_file(tmp_path, server, monkeypatch):
     monkeypatch.setattr(cache, "RETRY_SECONDS", (0.0,))
-    url, asked = server
+    url, requests = server
     write_tar(tmp_path / "www/short.tar", samples(5))
     with pytest.raises(UserError, match=r"cannot read .*short.tar: the connection ended [\d,]+ bytes early, tried 2 times"):
         count_samples([f"{url}/short.tar"], ShardCache(str(tmp_path / "cache")))
     assert [f.name for f in (tmp_path / "cache/shards").iterdir() if not f.name.endswith(".lock")] == []
     with pytest.raises(UserError, match=r"cannot read .*absent.tar: HTTP Error 404: File not found$"):
         count_samples([f"{url}/absent.tar"], ShardCache(str(tmp_path / "cache")))
-    assert sum(a == "/absent.tar" for a in asked) == 1
+    assert sum(a == "/absent.tar" for a in requests) == 1
 
 
 def test_the_cache_has_a_limit(tmp_path, server):
     url, _ = server
     for i in range(4):
         write_tar(tmp_path / f"www/s-{i}.tar", [("a.txt", bytes(300_000))])
-    kept = ShardCache(str(tmp_path / "cache"), gib=0.5e6 / 2**30)
-    reader = ShardReader([f"{url}/s-{i}.tar" for i in range(4)], kept, max_open=2)
+    shard_cache = ShardCache(str(tmp_path / "cache"), gib=0.5e6 / 2**30)
+    reader = ShardReader([f"{url}/s-{i}.tar" for i in range(4)], shard_cache, max_open=2)
     for i in (0, 1, 2, 3, 0):
         assert len(reader.read(i, 0).members["txt"]) == 300_000
     assert len(list((tmp_path / "cache/shards").glob("*.tar"))) <= 3
 
 
-def test_commands_are_off_unless_asked_for(tmp_path, shard, monkeypatch):
-    kept = str(tmp_path / "cache")
+def test_commands_are_refused_unless_allowed(tmp_path, shard, monkeypatch):
+    folder = str(tmp_path / "cache")
     command = f"pipe:cat {shard}"
     with pytest.raises(UserError, match=r"would run a shell command: set data\.commands=true"):
-        count_samples([command], ShardCache(kept))
-    assert count_samples([command], ShardCache(kept, commands=True)) == [20]
+        count_samples([command], ShardCache(folder))
+    assert count_samples([command], ShardCache(folder, commands=True)) == [20]
     monkeypatch.setenv("GOPEN_REWRITE", "http://=https://")
     with pytest.raises(UserError, match="GOPEN_REWRITE is set"):
-        count_samples(["http://host/x.tar"], ShardCache(kept))
+        count_samples(["http://host/x.tar"], ShardCache(folder))
     monkeypatch.delenv("GOPEN_REWRITE")
     with pytest.raises(UserError, match="cannot open urls of scheme gopher; valid schemes are"):
-        count_samples(["gopher://host/x.tar"], ShardCache(kept))
+        count_samples(["gopher://host/x.tar"], ShardCache(folder))
