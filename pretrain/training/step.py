@@ -58,7 +58,7 @@ def _backward_cached(
     strategy: Strategy, objective: Objective, batch: Batch, count: int, seeds: tuple[int, int, int]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Run forward and backward passes over `count` chunks; return the whole batch's loss and report."""
-    chunks = batch.chunks(count)
+    chunks = batch.chunk(count)
     # -- encode every chunk, without a graph
     chunk_features: list[Features] = []
     with torch.no_grad():
