@@ -1,4 +1,4 @@
-"""python -m pretrain CONFIG [--dry-run] [key=value ...]: every launcher starts this command, once per process."""
+"""python -m pretrain CONFIG [--dry-run] [key=value ...]: launchers start it, once per process."""
 
 import sys
 

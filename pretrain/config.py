@@ -1,4 +1,4 @@
-"""Configuration: dataclass schema <- YAML (with an optional `base:` file) <- `key=value` on the command line.
+"""Configuration: dataclass schema <- YAML (and its `base:` file) <- `key=value` settings.
 
     load(Schema, "configs/pretrain/scenes.yaml", ["optim.lr=1e-3"]) -> Schema
 
@@ -78,7 +78,7 @@ def build(schema: type[T], values: dict[str, Any], where: str, partial: bool = F
 
 
 def read_yaml(path: Path, parents: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Read one YAML file as plain values, merged over the file that its `base:` names (relative to this file).
+    """Read a YAML file as plain values, over the file that its `base:` names (relative to this file).
 
     parents: the files whose `base` led here, to detect a cycle. Raises ConfigError.
     """
@@ -142,7 +142,10 @@ def merge(base: dict[str, Any], override: dict[str, Any], section: str = "") -> 
 
 
 def _build(schema: type[Any], values: Any, prefix: str, where: str) -> Any:
-    """Build an instance of `schema` from plain values. prefix: the dotted key of `values`, with a dot at its end."""
+    """Build an instance of `schema` from plain values.
+
+    prefix: the dotted key of `values`, with a dot at its end; where: the origin of the values, for error messages.
+    """
     if not isinstance(values, dict):
         raise ConfigError(f"{prefix.rstrip('.')} in {where} must hold settings, not {values!r}")
     known = {f.name: f for f in fields(schema) if "extra" not in f.metadata}
@@ -168,7 +171,7 @@ def _build(schema: type[Any], values: Any, prefix: str, where: str) -> Any:
 def _split_extra_components(
     schema: type[Any], values: dict[str, Any], prefix: str, where: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the values without the sections of an `extra_components` field, and {that field: its components}."""
+    """Split off the sections of an `extra_components` field: return the rest, and {field: components}."""
     specs = fields(schema)
     names = {f.name for f in specs}
     for spec in specs:
@@ -182,7 +185,7 @@ def _split_extra_components(
 
 
 def _build_component(spec: Field[Any], values: Any, prefix: str, where: str) -> Any:
-    """Build the Config of the component that `values` names, or the default one; None where a section is null."""
+    """Build the Config of the component that `values` names, or of the default one; None if it is null."""
     package, key = spec.metadata["package"], spec.metadata["key"]
     if values is None:
         return None
@@ -197,7 +200,7 @@ def _build_component(spec: Field[Any], values: Any, prefix: str, where: str) -> 
 def _convert_leaves(
     schema: type[Any], known: dict[str, Field[Any]], hints: dict[str, Any], leaves: dict[str, Any], prefix: str, where: str
 ) -> dict[str, Any]:
-    """Check and convert values that are no sections with OmegaConf, one by one so that an error names its key."""
+    """Convert values that are no sections with OmegaConf, one by one, so that an error names its key."""
     converted: dict[str, Any] = {}
     for name, value in leaves.items():
         default = known[name].default

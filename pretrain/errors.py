@@ -1,4 +1,4 @@
-"""UserError and ConfigError, whose message is the one line that a user reads. Imports nothing of the project."""
+"""UserError and ConfigError, whose message is one line for the user. Imports nothing of the project."""
 
 from __future__ import annotations
 

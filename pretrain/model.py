@@ -1,6 +1,6 @@
-"""DualEncoder: a tower and a projection for each modality, one shared embedding space, one logit scale.
+"""DualEncoder: a tower and a projection for each modality, one shared space, one logit scale.
 
-Legend: b = samples, k = texts a sample, N = tokens, P = width of a tower's pooled vector, D = width of the shared space.
+Legend: b = samples, k = texts a sample, N = tokens, P = width of a pooled vector, D = width of the shared space.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class ModelConfig:
 
 @dataclass
 class ModelSchema:
-    """The part of a run's configuration that defines the model. Loading a checkpoint reads nothing else of it."""
+    """The part of a configuration that defines the model; loading a checkpoint reads no other part."""
 
     image: Any = component_field(registry.get_component, "towers", "tower", "timm")
     """The image tower."""
@@ -65,7 +65,7 @@ class ModelSchema:
 
 
 class DualEncoder(nn.Module):
-    """Encoders of two or more modalities into one shared space. Modalities are named by the keys of `towers`."""
+    """Encoders of two or more modalities, named by the keys of `towers`, into one shared space."""
 
     def __init__(
         self, towers: dict[str, Tower], dim: int, logit_scale: float, logit_bias: float | None, projected: bool = True
@@ -163,7 +163,7 @@ class NoProjection(nn.Module):
 
 
 def build(towers: dict[str, Any], config: ModelConfig, tokenizer: Any = None) -> DualEncoder:
-    """Build a DualEncoder from {modality: a tower's Config}. It has a logit_bias only if the configuration sets one.
+    """Build a DualEncoder from {modality: tower's Config}; it has a logit_bias only if `config` sets one.
 
     Initial weights come from torch's global random generator: seed it before. Raises ConfigError.
     """
@@ -184,7 +184,10 @@ def build(towers: dict[str, Any], config: ModelConfig, tokenizer: Any = None) ->
 
 
 def tower_configs(config: ModelSchema) -> dict[str, Any]:
-    """Return the tower configurations by modality, without those set to null. Raises ConfigError for fewer than two."""
+    """Return the tower configurations by modality, without those set to null.
+
+    Raises ConfigError for fewer than two.
+    """
     configs = {"image": config.image, "text": config.text, **config.others}
     used = {modality: tower for modality, tower in configs.items() if tower is not None}
     if len(used) < 2:
@@ -216,7 +219,7 @@ def build_decoders(
 
 
 def portable_config(config: ModelSchema, model: DualEncoder) -> ModelSchema:
-    """Return the configuration for a checkpoint: with every architecture inline, loading needs neither hub nor folders."""
+    """Return the configuration with every architecture inline, so that loading needs no hub and no folder."""
     inlined: dict[str, Any] = {}
     for modality, tower in tower_configs(config).items():
         settings = getattr(model.towers[modality], "settings", None)

@@ -1,4 +1,4 @@
-"""Float32 products and linear layers through oneDNN on the CPU; CLIP's mean and standard deviation of images.
+"""Float32 products and linear layers through oneDNN on the CPU; CLIP's image mean and std.
 
 torch computes float32 products with MKL, and MKL runs slower code on AMD's processors than on Intel's. `product` calls
 oneDNN instead. `Linear` is an nn.Linear with the same parameter names and state_dict that computes through `product`. On
@@ -26,7 +26,10 @@ ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_li
 
 
 def product(x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute x y^T + bias with oneDNN, without gradient: (..., k), (m, k), (m,) -> (..., m), float32 on the CPU."""
+    """Compute x y^T + bias with oneDNN, without gradient, float32 on the CPU.
+
+    (..., k), (m, k), (m,) -> (..., m).
+    """
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, y, bias, "none", [], "")
     return out
 
@@ -65,7 +68,7 @@ class Linear(nn.Linear):
 
 
 def use_onednn(model: nn.Module) -> None:
-    """Turn every nn.Linear of a model (no subclasses) into a `Linear` of this module, in place, where oneDNN is available."""
+    """Turn every nn.Linear of a model (no subclasses) into a `Linear`, in place, if oneDNN is available."""
     for module in model.modules() if ONEDNN else ():
         if type(module) is nn.Linear:
             module.__class__ = Linear

@@ -86,11 +86,11 @@ def learning_rate(step: int, total: int, config: OptimConfig) -> float:
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """Build AdamW's parameter groups: one per (part, layer, with or without weight decay) with trainable parameters.
+    """Build AdamW's parameter groups: one per part, layer, and whether weight decay applies.
 
-    A group has `lr_scale`, by which the loop multiplies the schedule, and a readable `name`. Parts are the model's towers by
-    modality and `heads` for all else, or those of the model's own `parameter_layout()`. Raises ConfigError where lr_scale or
-    weight_decay_of names a part that the model does not have, or where every parameter is frozen.
+    Frozen parameters are left out. A group has `lr_scale`, by which the loop multiplies the schedule, and a readable `name`.
+    Parts are the model's towers by modality and `heads` for all else, or those of the model's own `parameter_layout()`.
+    Raises ConfigError where lr_scale or weight_decay_of names an unknown part, or where every parameter is frozen.
     """
     part_of, layer_of, last_layer = _parameter_layout(model)
     parts = sorted(set(part_of.values()))
@@ -143,10 +143,11 @@ def build_adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.opti
 
 
 class WeightAverage:
-    """Exponential moving average, in float32, of the trainable weights that this process holds (its local shards).
+    """Exponential moving average, in float32, of the trainable weights that this process holds.
 
-    The decay is warmed up as min(decay, (1 + n) / (10 + n)) so that the random initial weights do not weigh in the average
-    of the first thousand steps (as in TensorFlow's ExponentialMovingAverage). A skipped step leaves it unchanged.
+    These are its local shards. The decay is warmed up as min(decay, (1 + n) / (10 + n)), as in TensorFlow's
+    ExponentialMovingAverage: so the random initial weights do not weigh in the average of the first thousand steps. A
+    skipped step leaves the average unchanged.
     """
 
     def __init__(self, parameters: Iterable[tuple[str, Tensor]], decay: float) -> None:
@@ -155,7 +156,10 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, parameters: Iterable[tuple[str, Tensor]], step: int, applied: Tensor | float = 1.0) -> None:
-        """Move the average towards the weights after step `step` (from 0); applied: 0 if the step was skipped, else 1."""
+        """Move the average towards the weights after step `step` (from 0).
+
+        applied: 0 if the step was skipped, else 1.
+        """
         weight = (1 - min(self.decay, (1 + step) / (10 + step))) * applied
         pairs = [(self.weights[name], p.detach()) for name, p in parameters]
         if not isinstance(weight, Tensor):

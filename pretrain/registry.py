@@ -1,4 +1,4 @@
-"""Find components by file name: get_component("losses", "clip") returns the module pretrain/losses/clip.py.
+"""Find components by file name: get_component("losses", "clip") is pretrain/losses/clip.py.
 
 A file's name is its name in the configuration. A user adds a loss, a tower or a strategy (in finetune: a fusion, a context, a
 task) with ONE new file. A dotted path ("my_package.my_loss") names a module outside the project. finetune registers itself

@@ -1,4 +1,4 @@
-"""A pretraining run: the schema of its configuration, and train(), which builds its components and calls fit()."""
+"""A pretraining run: its configuration schema, and train(), which builds components and calls fit()."""
 
 from __future__ import annotations
 
@@ -65,7 +65,9 @@ class PretrainConfig(ModelSchema):
 
 
 def load_config(path: Path, settings: list[str]) -> PretrainConfig:
-    """Load a run's configuration from a file and key=value settings; the architecture of `init` gives the defaults.
+    """Load a run's configuration: a file, and key=value settings over it.
+
+    Towers without an architecture take that of `init`.
 
     All code that runs, checks or measures a run loads its configuration here. Raises ConfigError, UserError.
     """
@@ -114,7 +116,10 @@ class Components:
 
 
 def build(config: PretrainConfig) -> Components:
-    """Build the components of a run, those first that fail fastest; initial weights are equal on every process."""
+    """Build the components of a run, those first that fail fastest.
+
+    Initial weights are equal on every process.
+    """
     loss = registry.get_component("losses", config.loss.name)
     if config.model.logit_scale is None:
         config.model.logit_scale = loss.LOGIT_SCALE
@@ -126,7 +131,7 @@ def build(config: PretrainConfig) -> Components:
 
 
 def build_flops_counter(config: PretrainConfig, components: Components) -> Callable[[Batch], float] | None:
-    """Build a function that counts the FLOPs of an image-text batch; None for a model with other modalities."""
+    """Build a function that counts the FLOPs of an image-text batch; None with other modalities."""
     if config.others or config.image is None or config.text is None:
         return None
     return flops.build_flop_counter(components.model, flops.build_sample(config.image.size, config.text.length))

@@ -1,4 +1,4 @@
-"""Fixtures of all tests: a small data set of drawn scenes, a tokenizer trained on it, an empty working folder."""
+"""Fixtures of all tests: a small data set with a tokenizer, and an empty working folder."""
 
 import os
 from pathlib import Path
@@ -12,14 +12,14 @@ from tests.support import Small, make_small
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run files with slow tests first: started last, they would run alone while the other test processes are idle."""
+    """Run files with slow tests first: started last, they would run while other processes are idle."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
-    """300 training scenes of 64 px, 64 each for val and test, and a tokenizer with a vocabulary of at most 400."""
+    """300 training scenes of 64 px, 64 each for val and test, and a tokenizer of at most 400 tokens."""
     return make_small(tmp_path_factory.mktemp("small"))
 
 

@@ -1,4 +1,4 @@
-"""Wrong settings and damaged data give one error line: what was given, where, and what is valid. No command hangs."""
+"""Wrong settings and damaged data give one error line: what was given, where, and what is valid."""
 
 import io
 import os
@@ -41,7 +41,7 @@ def valid_samples(count: int) -> list[dict[str, bytes]]:
 
 
 def assert_refused(capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, *expected: str) -> None:
-    """Assert that the command exits with `code` and prints exactly one error line, which contains all of `expected`."""
+    """Assert that the command exits with `code` and one error line that contains all of `expected`."""
     assert cli.main(arguments) == code
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("clipfuse: ")]
     assert len(errors) == 1, errors

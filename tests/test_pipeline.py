@@ -1,4 +1,4 @@
-"""Pretraining through its commands, as a user runs it: shards -> tokenizer -> run -> evaluation -> report."""
+"""Pretraining through its commands: shards -> tokenizer -> run -> evaluation -> report."""
 
 import json
 import math
@@ -68,7 +68,7 @@ def test_rotation_keeps_the_newest_and_the_best_checkpoint(run: Path) -> None:
 
 
 def test_a_checkpoint_loads_without_its_run_and_its_tokenizer_folder(run: Path, tmp_path: Path) -> None:
-    """Loading reads config.yaml, weights and tokenizer of the checkpoint, but neither the run nor text.tokenizer's folder."""
+    """Loading reads only config.yaml, weights and tokenizer: not the run, not text.tokenizer's folder."""
     folder = store.find(run)
     copy = tmp_path / folder.name
     copy.mkdir()

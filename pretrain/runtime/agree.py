@@ -36,7 +36,7 @@ def on_main(work: Callable[[], T]) -> T:
 
 
 def on_all(work: Callable[[], T]) -> T:
-    """Return what `work` returns on this rank; if any rank fails, raise its error on every rank. Collective.
+    """Return what `work` returns on this rank; raise an error of any rank on every rank. Collective.
 
     The result stays on its rank and need not be picklable.
     """
@@ -47,7 +47,7 @@ def on_all(work: Callable[[], T]) -> T:
 
 
 def gather_or_raise(work: Callable[[], T]) -> list[T]:
-    """Return the results of `work` on all ranks, in rank order; if any rank fails, raise its error. Collective."""
+    """Return the results of `work` on all ranks in rank order, or raise an error of any rank. Collective."""
     value, error = _attempt(work)
     outcomes = distributed.gather_objects((value, _picklable(error)))
     _raise_first(error, [received for _, received in outcomes])
@@ -63,14 +63,14 @@ def _attempt(work: Callable[[], Any]) -> tuple[Any, Failure | None]:
 
 
 def _raise_first(local_error: Failure | None, errors: list[Failure | None]) -> None:
-    """Raise the error of the lowest rank that has one; that rank raises its original object, with its traceback."""
+    """Raise the error of the lowest rank that has one; there, the original object with its traceback."""
     for rank, error in enumerate(errors):
         if error is not None:
             raise local_error if local_error is not None and rank == distributed.rank() else error
 
 
 def _picklable(error: Failure | None) -> Failure | None:
-    """Return an error that pickle can rebuild: the error itself, or else one of the nearest base class with its message."""
+    """Return an error that pickle can rebuild: `error`, or one of its nearest base class with its message."""
     if error is None:
         return None
     try:

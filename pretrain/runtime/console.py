@@ -55,7 +55,10 @@ class ProgressBar:
             self._progress.update(self._task, completed=step)
 
     def log(self, line: dict[str, Any], eta_seconds: float) -> None:
-        """Show the metrics of a log step. line: a line of metrics.jsonl; eta_seconds: estimated time that remains."""
+        """Show the metrics of a log step.
+
+        line: a line of metrics.jsonl; eta_seconds: estimated time that remains.
+        """
         wait = 100 * line["data_wait_share"]
         text = (
             f"loss {line['loss']:.4f}  {line['samples_per_second']:.1f} samples/s  data wait {wait:.0f}%  lr {line['lr']:.2e}"

@@ -65,7 +65,7 @@ def has_gpu() -> bool:
 
 
 class _World(NamedTuple):
-    """Size of a run that this process assumes where there is no group. gpu: None = whether this machine has one."""
+    """Size of the run that this process assumes without a group; gpu=None: ask this machine."""
 
     processes: int = 1
     nodes: int = 1
@@ -106,9 +106,10 @@ def setup(timeout_seconds: float = 600.0) -> None:
 
 
 def open_shared_store(name: str) -> td.Store:
-    """Open a key-value store that all processes of the run share, over a new connection that outlives the group. Collective.
+    """Open a key-value store that all processes share. Collective.
 
-    A launcher that restarts the processes may keep its store, so a random prefix separates the keys of each start.
+    It has its own connection, which outlives the group. A launcher that restarts the processes may keep its store, so a
+    random prefix separates the keys of each start.
     """
     world = broadcast_object(os.urandom(8).hex())
     return td.PrefixStore(f"{name}/{world}", td.distributed_c10d._get_default_store().clone())
@@ -126,7 +127,7 @@ _reported: td.Store | None = None
 
 
 def is_first_to_report(line: str) -> bool:
-    """Return whether this process is the first to report `line`: an error that all processes share is printed once."""
+    """Return whether no other process reported `line` before: an error that all share is printed once."""
     try:
         return _reported is None or _reported.add(line, 1) == 1
     except RuntimeError:  # the store is gone
@@ -147,7 +148,7 @@ def shutdown() -> None:
 
 
 def pin_threads(count: int) -> int:
-    """Set and return the number of torch's CPU threads; 0 divides the node's cores among the processes on it."""
+    """Set and return the number of torch's CPU threads; 0 divides the node's cores among its processes."""
     threads = count or max(1, len(os.sched_getaffinity(0)) // local_world_size())
     torch.set_num_threads(threads)
     return threads
@@ -164,7 +165,7 @@ def barrier() -> None:
 
 
 class _Gather(torch.autograd.Function):
-    """Forward: all_gather. Backward: reduce_scatter, the sum over ranks of the gradients of this rank's rows."""
+    """Forward: all_gather. Backward: reduce_scatter, which sums the gradients of this rank's rows."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
@@ -181,10 +182,10 @@ class _Gather(torch.autograd.Function):
 
 
 def gather(rows: Tensor) -> Tensor:
-    """Gather the rows of all ranks in rank order, with gradient: (b, ...) -> (B, ...). Collective; b is equal on all ranks.
+    """Gather the rows of all ranks in rank order, with gradient: (b, ...) -> (B, ...). Collective.
 
-    A loss over local rows against gathered columns, averaged over local rows, gives exact gradients under a strategy
-    that averages gradients over ranks (DDP, FSDP, ZeRO).
+    b is equal on all ranks. A loss over local rows against gathered columns, averaged over local rows, has exact gradients
+    under strategies that average gradients over ranks (DDP, FSDP, ZeRO).
     """
     return rows if world_size() == 1 else _Gather.apply(rows)
 
@@ -198,7 +199,7 @@ def gather_many(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 class _GatherRows(torch.autograd.Function):
-    """Forward: each rank receives the rows that it requested. Backward: their gradients return and are summed."""
+    """Forward: each rank receives the rows it requested. Backward: their gradients return and are summed."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, send_rows: Tensor, order: Tensor, sent: list[int], received: list[int]) -> Tensor:
@@ -217,7 +218,7 @@ class _GatherRows(torch.autograd.Function):
 
 
 def gather_rows(tensors: Sequence[Tensor], index: Tensor) -> list[Tensor]:
-    """Return rows `index` (q,) of the gathered tensors, with gradient: [(b, ...)] -> [(q, ...)]. Collective.
+    """Gather only the rows `index` (q,), with gradient: [(b, ...)] -> [(q, ...)]. Collective.
 
     The result equals gather(tensor)[index], but only the requested rows are sent and held. b, q, shapes and dtypes are equal
     on all ranks; the requested rows differ. Integers and bools have no gradient.
@@ -239,7 +240,7 @@ def gather_rows(tensors: Sequence[Tensor], index: Tensor) -> list[Tensor]:
 
 @torch.no_grad()
 def gather_without_grad(rows: Tensor) -> Tensor:
-    """Gather the rows of all ranks in rank order, without gradient, in any dtype: (b, ...) -> (B, ...). Collective."""
+    """Gather the rows of all ranks without gradient, in any dtype: (b, ...) -> (B, ...). Collective."""
     if world_size() == 1:
         return rows
     out = rows.new_empty(world_size() * rows.shape[0], *rows.shape[1:])
@@ -259,7 +260,7 @@ def mean(value: Tensor) -> Tensor:
 
 @torch.no_grad()
 def maximum(value: Tensor) -> Tensor:
-    """Return the elementwise maximum of a tensor over ranks: a flag that is 1 on any rank is 1. Collective."""
+    """Return the elementwise maximum over ranks: a flag that is 1 on any rank is 1. Collective."""
     if world_size() == 1:
         return value
     value = value.detach().clone()
@@ -268,7 +269,7 @@ def maximum(value: Tensor) -> Tensor:
 
 
 def start_maximum(value: int) -> Callable[[], int]:
-    """Start the maximum over ranks of a small number, on the CPU; the returned function waits for the result. Collective."""
+    """Start `maximum` of a number on the CPU; the returned function waits for the result. Collective."""
     if world_size() == 1:
         return lambda: value
     flag = torch.tensor(value)

@@ -1,4 +1,4 @@
-"""One process of a run, as every launcher starts it: arguments, exit codes, errors in one line, signals during setup."""
+"""One process of a run, as every launcher starts it: exit codes, error lines, signals during setup."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 
 def run_with_exit_code(work: Callable[P, int], *args: P.args, **kwargs: P.kwargs) -> int:
-    """Call `work` and return its exit code; print one line for an expected failure and return the failure's exit code."""
+    """Call `work` and return its exit code, or print an expected failure in one line and return its code."""
     try:
         return work(*args, **kwargs)
     except ConfigError as error:

@@ -1,4 +1,4 @@
-"""Write files atomically: under a hidden name, then renamed, so that a reader sees a complete file or none.
+"""Write files atomically: under a hidden name, then renamed. A reader sees a complete file or none.
 
 A killed process leaves at most a hidden `.NAME.PID.partial` next to the file that it was writing. Imports nothing of the
 project.
@@ -27,7 +27,7 @@ def partial_path(path: Path) -> Path:
 
 @contextmanager
 def replace_atomically(path: Path, sync: bool = False) -> Iterator[Path]:
-    """Yield a temporary path to write to; it is renamed to `path` if the block succeeds, and removed if it fails.
+    """Yield a temporary path, which is renamed to `path` if the block succeeds, and removed if it fails.
 
     sync: flush the content to the disk before the rename. Raises OSError where the disk is full or cannot be written.
     """
@@ -63,7 +63,7 @@ def flush(path: Path) -> None:
 
 
 def save_weights(path: Path, weights: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Save weights as one safetensors file, with the permissions of any new file. Raises OSError or SafetensorError."""
+    """Save weights as one safetensors file. Raises OSError or SafetensorError."""
     save_file({name: value.contiguous() for name, value in weights.items()}, path, metadata)
     apply_umask(path)
 

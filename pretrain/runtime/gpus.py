@@ -1,4 +1,4 @@
-"""Memory and peak throughput of GPUs by name, from the vendor's data sheets; MFU and `clipfuse plan` use them."""
+"""Memory and peak throughput of GPUs, from the vendor's data sheets, for MFU and `clipfuse plan`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Peak memory, and the error message for out of memory: the measured peak and the three settings that help most."""
+"""Peak memory, and an out-of-memory error that names the peak and the settings that help most."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ SIMILARITY_BYTES = 2**28
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Return the peak memory of this process so far, in bytes: of the GPU's allocator, or resident memory on the CPU."""
+    """Return the peak memory of this process in bytes: of the GPU's allocator, or resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error is out of memory: of CUDA, of Python, or torch's CPU allocator (a RuntimeError)."""
+    """Return whether CUDA, Python or torch's CPU allocator (RuntimeError) ran out of memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     message = str(error)
@@ -51,7 +51,10 @@ def explain_out_of_memory(
 
 
 def suggest_settings(resolved: dict[str, Any], world: int, gpu: bool) -> list[str]:
-    """Return at least three settings that lower the peak: first those that keep the results, the most effective first."""
+    """Return at least three settings that lower the peak, the most effective first.
+
+    Settings that change the results come last.
+    """
     train, batch = resolved["train"], resolved["data"]["batch_size"]
     towers = [name for name, section in resolved.items() if isinstance(section, dict) and "checkpointing" in section]
     share, chunks = batch // world, train["chunks"]

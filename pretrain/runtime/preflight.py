@@ -1,4 +1,4 @@
-"""Checks before training: the launcher started the right processes, and all have equal code, configuration and data.
+"""Checks before training: the launcher's processes form one group, with equal code, data and settings.
 
 A launcher can start the wrong number of processes, or processes that form no common group: each would train a separate copy
 without an error. The nodes of one run can hold unequal data, code or configuration. So every process checks its environment
@@ -35,7 +35,7 @@ PROBES = 64
 
 
 def check_launcher(env: Mapping[str, str] = os.environ, gpus: int | None = None) -> None:
-    """Raise ConfigError if a launcher started the wrong number of processes, or processes without a common group.
+    """Raise ConfigError for a wrong number of processes, or for processes without a common group.
 
     gpus: the number of GPUs that this process can use; None = torch's count.
     """
@@ -57,7 +57,7 @@ def check_launcher(env: Mapping[str, str] = os.environ, gpus: int | None = None)
 
 
 def _check_tasks(env: Mapping[str, str], world: int) -> None:
-    """Raise ConfigError if srun or mpirun started several tasks that do not all belong to one process group."""
+    """Raise ConfigError if srun or mpirun started several tasks that do not form one process group."""
     for name, starter in TASKS.items():
         tasks = int(env.get(name, "1"))
         if tasks < 2:
@@ -82,7 +82,7 @@ def _check_gpus(env: Mapping[str, str], gpus: int) -> None:
 
 
 def check_accelerate(precision: str, strategy: str, env: Mapping[str, str] = os.environ) -> None:
-    """Raise ConfigError if accelerate's launcher was given settings that contradict the run's configuration."""
+    """Raise ConfigError if settings of accelerate's launcher contradict the run's configuration."""
     names = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
     mixed = env.get("ACCELERATE_MIXED_PRECISION", "no")
     if mixed not in ("no", names[precision]):
@@ -135,7 +135,7 @@ def require_equal(name: str, value: Any) -> None:
 
 
 def _difference(left: Any, right: Any, prefix: str = "") -> tuple[str, str, str]:
-    """Return the dotted key of the first difference between two plain values, and both values there, shortened."""
+    """Return the dotted key of the first difference between two values, and both values there."""
     if isinstance(left, dict) and isinstance(right, dict):
         for key in {**left, **right}:
             if left.get(key) != right.get(key):
@@ -149,7 +149,7 @@ def _shorten(value: Any) -> str:
 
 
 def code_fingerprint(*packages: str) -> dict[str, str]:
-    """Return digests of all source files of the packages (default: pretrain), and the versions of Python and torch."""
+    """Return digests of the packages' source files (default: pretrain), and versions of Python and torch."""
     fingerprint = {"python": ".".join(map(str, sys.version_info[:2])), "torch": torch.__version__}
     for package in packages or ("pretrain",):
         origin = sys.modules[package].__file__ if package in sys.modules else None
@@ -163,7 +163,7 @@ def code_fingerprint(*packages: str) -> dict[str, str]:
 
 
 def data_fingerprint(paths: Sequence[str]) -> dict[str, Any]:
-    """Return a fingerprint of shards without reading them whole: their names; of some, the size and the first 4 KB.
+    """Return a fingerprint of shards: all names, and of some the size and a digest of the first 4 KB.
 
     paths: local paths or urls of the shards.
     """

@@ -1,8 +1,8 @@
-"""Watch all processes by heartbeats, so that a run that lost one ends soon, with a line that names the lost process.
+"""Heartbeats of all processes: a run that lost a process ends soon, with a line that names it.
 
 A collective only reports that an answer is missing, not whose: NCCL waits for its timeout and aborts, gloo says "connection
-closed by peer" or "timed out". So a thread of every process writes a heartbeat (a counter, and the position of the main
-thread) into the group's TCPStore, up to once a second. Three conditions are detected:
+closed by peer" or "timed out". So a thread of every process writes heartbeats into the group's TCPStore, up to once a
+second: a counter, and the position of the main thread. Three conditions are detected:
 
     dead      the process ended, and ran on this machine: every thread on the machine detects it within two seconds
               no heartbeat for `timeout` seconds, on another machine: rank 0 detects it; the other ranks watch rank 0
@@ -40,7 +40,9 @@ _RUN_ENDS = "; the run ends, the last checkpoint is intact"
 
 
 class Watchdog:
-    """A thread that writes this process's heartbeat and watches the others; does nothing without a group of two or more.
+    """A thread that writes this process's heartbeat and watches those of the others.
+
+    It does nothing without a group of two or more.
 
     `with Watchdog(timeout, record) as watchdog:`, with `watchdog.mark(step, phase)` at the same points on every process.
     timeout: seconds after which a silent or stalled process ends the run. record(reason): called once in the run, by the
@@ -82,7 +84,10 @@ class Watchdog:
                 self._store.set(f"end/{distributed.rank()}", json.dumps([False, "done"]))
 
     def mark(self, step: int, phase: str) -> None:
-        """Record the position of the main thread, at no cost; all processes must pass the same marks in the same order."""
+        """Record the position of the main thread; costs nothing.
+
+        All processes must pass the same marks in the same order.
+        """
         self._position = f"step {step}, {phase}"
         self._marks += 1
 
@@ -110,7 +115,10 @@ class Watchdog:
                 self._end_process(diagnosis)
 
     def _read_heartbeats(self, all_ranks: bool = False) -> None:
-        """Read the heartbeats of all ranks (rank 0, or `all_ranks`) or of rank 0, and the local time of each one's change."""
+        """Read the other ranks' heartbeats, and note the local time at which each last changed.
+
+        Rank 0 reads those of all ranks; the others read that of rank 0, or all with `all_ranks`.
+        """
         assert self._store is not None
         ranks = list(range(distributed.world_size())) if distributed.rank() == 0 or all_ranks else [0]
         now = time.monotonic()
@@ -125,7 +133,10 @@ class Watchdog:
             process.pid = pid if (host, namespace) == (_THIS_PROCESS[0], _THIS_PROCESS[2]) else None
 
     def _find_lost_process(self) -> str | None:
-        """Return the line that ends the run, or None. Rank 0 checks all; the others check rank 0 and their own machine."""
+        """Return the line that ends the run, or None.
+
+        Rank 0 checks all ranks; the others check rank 0 and the processes on their own machine.
+        """
         assert self._store is not None
         if self._store.check(["diagnosis"]):
             return self._store.get("diagnosis").decode()
@@ -149,7 +160,7 @@ class Watchdog:
         return None
 
     def _publish(self, diagnosis: str) -> str:
-        """Store the diagnosis if no process has stored one; return the stored one, which is the same on all processes."""
+        """Store the diagnosis if no process has stored one; return the stored one, equal on all processes."""
         assert self._store is not None
         return self._store.compare_set("diagnosis", "", diagnosis).decode()
 
@@ -165,7 +176,9 @@ class Watchdog:
     # After an exception: find the process that failed first
 
     def diagnose(self, error: BaseException) -> UserError | None:
-        """Return the error that names the process that failed first. Every process whose main thread raised calls it.
+        """Return the error that names the process that failed first.
+
+        Called on every process whose main thread raised an error.
 
         None if this process failed by itself, since `error` explains that, or if the cause is unknown.
         """
@@ -189,7 +202,7 @@ class Watchdog:
         return diagnosis
 
     def _find_failed_process(self) -> UserError | None:
-        """Wait for the other processes to report their errors; return the error of the one that failed, died or is absent."""
+        """Wait for the other processes' reports; return an error that names the one that failed or is absent."""
         assert self._store is not None
         missing = [rank for rank in range(distributed.world_size()) if rank != distributed.rank()]
         begin = time.monotonic()
@@ -215,7 +228,7 @@ class Watchdog:
 
 
 class _ProcessState:
-    """The last heartbeat of one process, and when its count and its marks last changed (monotonic seconds)."""
+    """The last heartbeat of a process, and when its count and marks last changed (monotonic seconds)."""
 
     def __init__(self, count: int, marks: int, heartbeat_time: float, mark_time: float) -> None:
         self.count, self.marks, self.heartbeat_time, self.mark_time = count, marks, heartbeat_time, mark_time
@@ -225,7 +238,7 @@ class _ProcessState:
 
 
 def _is_running(pid: int) -> bool:
-    """Return whether a process runs; a zombie, which ended but was not yet reaped by its launcher, does not."""
+    """Return whether a process runs; a zombie, which its launcher has not reaped yet, does not."""
     try:
         os.kill(pid, 0)
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
@@ -239,7 +252,7 @@ def _is_running(pid: int) -> bool:
 
 
 def _pid_namespace() -> int:
-    """Return the id of the pid namespace: containers on one machine have their own pids. 0 if it is unknown."""
+    """Return the id of the pid namespace, since containers have their own pids; 0 if it is unknown."""
     try:
         return os.stat("/proc/self/ns/pid").st_ino
     except OSError:

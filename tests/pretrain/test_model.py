@@ -1,4 +1,4 @@
-"""DualEncoder: equal embeddings to open_clip and transformers from equal weights; scale, tokens, counts, modalities."""
+"""DualEncoder gives the embeddings of open_clip and transformers from their weights; other properties."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ VIT = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 
 
 def build_clip(act: str = "quick_gelu", seed: int = 0, **more: Any) -> DualEncoder:
-    """Build a tiny CLIP. more: `image` and `text`, changes of the towers' settings, and fields of ModelConfig."""
+    """Build a tiny CLIP.
+
+    more: `image` and `text`, changes of the towers' settings, and fields of ModelConfig.
+    """
     torch.manual_seed(seed)
     text = {"model_type": "clip_text_model", **TEXT, "hidden_act": act, "max_position_embeddings": LENGTH}
     image = {**VIT, "act_layer": act}
@@ -42,7 +45,7 @@ def build_clip(act: str = "quick_gelu", seed: int = 0, **more: Any) -> DualEncod
 
 
 def build_batch(b: int = 6) -> tuple[Tensor, Tensor, Tensor]:
-    """Return normalized images (b, 3, S, S), ids (b, T) that end in token 59 with padding 1, and their mask (b, T)."""
+    """Return normalized images (b, 3, S, S), ids (b, T) ending in 59 and padded with 1, and mask (b, T)."""
     g = torch.Generator().manual_seed(1)
     ids = torch.randint(4, 58, (b, LENGTH), generator=g)
     lengths = torch.randint(2, LENGTH + 1, (b,), generator=g)

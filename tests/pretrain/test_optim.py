@@ -1,4 +1,4 @@
-"""Schedules against closed forms and open_clip, parameter groups against their rule, averaging against its definition."""
+"""Schedules against closed forms and open_clip; parameter groups and averaging against their rules."""
 
 import math
 

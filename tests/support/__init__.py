@@ -1,4 +1,4 @@
-"""Helpers of all tests: small real data, small configurations, the clipfuse command, readers of run folders."""
+"""Helpers of all tests: small data and configurations, the clipfuse command, readers of run folders."""
 
 from __future__ import annotations
 
@@ -75,11 +75,11 @@ def make_small(root: Path) -> Small:
 
 
 def run_clipfuse(
-    *words: str | Path, cwd: Path, timeout: float = 240, check: int | None = 0
+    *arguments: str | Path, cwd: Path, timeout: float = 240, check: int | None = 0
 ) -> subprocess.CompletedProcess[str]:
-    """Run the clipfuse command in a new process; fail the test if its exit code is not `check` (None: any code)."""
+    """Run clipfuse in a new process; fail the test if its exit code is not `check` (None: any code)."""
     done = subprocess.run(
-        [sys.executable, "-m", "launch.cli", *map(str, words)],
+        [sys.executable, "-m", "launch.cli", *map(str, arguments)],
         cwd=cwd,
         env=environment(),
         capture_output=True,
@@ -93,7 +93,7 @@ def run_clipfuse(
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Return the environment of a child process: this checkout importable, no launcher variables, no network, no GPU."""
+    """Return a child's environment: this checkout importable, no launcher variables, no network, no GPU."""
     inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
     path = os.pathsep.join(filter(None, [str(ROOT), inherited.get("PYTHONPATH", "")]))
     return {**inherited, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", **more}

@@ -1,4 +1,4 @@
-"""References for attention, slow and obvious: attention as loops, masks of the contexts, random tokens."""
+"""Slow and obvious references for attention: loops over queries, masks of the contexts, random tokens."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> tuple[T
 
 
 def windows(grid: tuple[int, int], side: int, shift: int) -> Tensor:
-    """Return (N, N) bool: two cells see each other if their coordinates, moved by `shift`, fall into the same window."""
+    """Return (N, N) bool: whether two cells, moved by `shift`, fall into the same window."""
     sides = [min(side, cells) for cells in grid]
     shifts = [shift if sides[i] < grid[i] else 0 for i in (0, 1)]
     window_of_cell = [

@@ -1,4 +1,4 @@
-"""A tower for a third modality, as a user would write it: one module outside the project, named in the configuration."""
+"""A tower for a third modality, as a user would write it: one module outside the project."""
 
 from __future__ import annotations
 

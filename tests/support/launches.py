@@ -110,7 +110,7 @@ class Launcher:
 
 @contextmanager
 def start_launcher(*command: str | Path, cwd: Path, **env: str) -> Iterator[Launcher]:
-    """Start a launcher in `cwd`, with `env` added to its environment; kill what is left of it at the end of the block."""
+    """Start a launcher in `cwd` with `env` in its environment; kill its processes at the end of the block."""
     launcher = Launcher(list(command), cwd, **env)
     try:
         yield launcher

@@ -1,4 +1,7 @@
-"""A real Slurm cluster of two nodes on this machine: munged, slurmctld and two slurmd in a temporary folder."""
+"""A real Slurm cluster of two nodes on this machine: munged, slurmctld and two slurmd.
+
+Their files are in a temporary folder; they are ended by pid.
+"""
 
 from __future__ import annotations
 
@@ -49,10 +52,10 @@ class Cluster:
         self.conf = root / "slurm.conf"
         self._daemons: list[tuple[subprocess.Popen[bytes], IO[bytes]]] = []
 
-    def run(self, *words: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
+    def run(self, *command: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
         """Run one of Slurm's programs, or a program that calls them, and return its output."""
         done = subprocess.run(
-            [str(word) for word in words],
+            [str(argument) for argument in command],
             cwd=cwd or self.root,
             env={**(env or os.environ), "SLURM_CONF": str(self.conf)},
             capture_output=True,
@@ -60,7 +63,7 @@ class Cluster:
             timeout=120,
             check=False,
         )
-        assert done.returncode == 0, f"{words}: {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        assert done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         return done.stdout
 
     def state(self, job: str) -> str:
@@ -69,8 +72,8 @@ class Cluster:
 
     def field(self, job: str, name: str) -> str:
         """Return one field of `scontrol show job`."""
-        words = self.run("scontrol", "show", "job", "--oneliner", job).split()
-        return next(word.partition("=")[2] for word in words if word.startswith(f"{name}="))
+        fields = self.run("scontrol", "show", "job", "--oneliner", job).split()
+        return next(field.partition("=")[2] for field in fields if field.startswith(f"{name}="))
 
     def wait(self, job: str, states: tuple[str, ...], seconds: float) -> str:
         """Wait until the job is in one of the states and return that state."""
@@ -146,7 +149,10 @@ PartitionName=main Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP
         self._daemons.append((process, out))
 
     def _wait_until(self, is_ready: object, name: str, seconds: float = 60) -> None:
-        """Wait until is_ready() is true; an AssertionError in it counts as false. Fail the test if a daemon ends before."""
+        """Wait until is_ready() is true, and fail the test if a daemon ends before.
+
+        An AssertionError in is_ready() counts as false.
+        """
         assert callable(is_ready)
         end = time.monotonic() + seconds
         while True:
@@ -180,7 +186,7 @@ PartitionName=main Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP
 
 @contextmanager
 def run_cluster(root: Path) -> Iterator[Cluster]:
-    """Start a cluster in `root`, a folder that daemons of other users can read; stop it at the end of the block."""
+    """Start a cluster in `root`, which daemons of other users can read; stop it at the end of the block."""
     cluster = Cluster(root)
     try:
         cluster.start()

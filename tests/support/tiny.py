@@ -1,4 +1,4 @@
-"""A two-tower model of a few thousand weights, batches for it, and reference losses and gradients in closed form."""
+"""A two-tower model of a few thousand weights, its batches, and reference losses and gradients."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def run_one_step(
 
 
 def gradient_errors(gradients: dict[str, Tensor], expected: dict[str, Tensor], floor: float = 1e-3) -> dict[str, float]:
-    """Return ||g - ref|| / max(||ref||, floor ||full gradient||) by parameter; logit scale and bias without the floor."""
+    """Return ||g - ref|| / max(||ref||, floor ||full gradient||) by parameter; scalars without the floor."""
     assert gradients.keys() == expected.keys(), gradients.keys() ^ expected.keys()
     floor *= math.sqrt(sum(float(g.square().sum()) for g in expected.values()))
     errors = {}

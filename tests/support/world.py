@@ -1,4 +1,4 @@
-"""Run a function on several ranks: one call forks the processes, joins them in a gloo group, and ends them all.
+"""Run a function on several ranks: one call forks them, joins them in a gloo group, and ends them all.
 
 A fork server imports torch, DeepSpeed and the towers once; processes are forked from it in a fraction of a second.
 """
@@ -106,9 +106,7 @@ def _main(rank: int, processes: int, folder: str, result: Connection, work: Call
             limit = datetime.timedelta(seconds=300)
             td.init_process_group("gloo", store=store, rank=rank, world_size=processes, timeout=limit)
         value = io.BytesIO()
-        torch.save(
-            work(*args), value
-        )  # serialized: a tensor sent as such lives only as long as this process
+        torch.save(work(*args), value)  # serialized: a tensor sent as such lives only as long as this process
         result.send((True, value.getvalue()))
         if td.is_initialized():
             td.barrier()  # no rank leaves while another still communicates with it

@@ -119,7 +119,7 @@ def test_an_unexpected_error_is_raised_unchanged() -> None:
 
 
 def save_checkpoints(folder: str) -> list[tuple[str, str, Any]]:
-    """Save four checkpoints: rank 0 cannot create the folder; rank 1 fails twice while writing; the last succeeds."""
+    """Save four times: rank 0 cannot create the folder; rank 1 fails to write twice; the last succeeds."""
     distributed.set_timeout(20)
     weights = {"w": torch.zeros(1)}
 
@@ -151,16 +151,16 @@ def test_a_checkpoint_that_one_rank_cannot_write_fails_on_all(tmp_path: Path) ->
 
 
 def count_and_open_on_a_full_disk(folder: str) -> list[tuple[str, str, Any]]:
-    """Count shards on a disk that is full, count them with a wrong cache folder, open a run folder below a file."""
+    """Count shards on a full disk and with a wrong cache folder; open a run folder below a file."""
     distributed.set_timeout(20)
     full = OSError(errno.ENOSPC, "No space left on device")
-    kept, config.count_samples = config.count_samples, lambda paths, cache: fail(full)
+    original_counts, config.count_samples = config.count_samples, lambda paths, cache: fail(full)
     try:
         counted = outcome(lambda: config.count_samples_once(["a.tar"], ShardCache(), "data.train"))
         config.count_samples = lambda paths, cache: fail(ConfigError("data.cache is no folder"))
         configured = outcome(lambda: config.count_samples_once(["a.tar"], ShardCache(), "data.train"))
     finally:
-        config.count_samples = kept
+        config.count_samples = original_counts
     run = RunFolder(f"{folder}/file/run")
     return [counted, configured, outcome(run.open)]
 
