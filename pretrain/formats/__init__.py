@@ -1,17 +1,19 @@
-"""The same model in other libraries: written for them (export), and read from them (import).
+"""The same model in other libraries: written for them (export) and read from them (import).
 
-hf.py           transformers: CLIPModel and SiglipModel where the architecture is theirs, else VisionTextDualEncoderModel
-open_clip.py    open_clip: its own towers where the architecture is theirs, else timm's
-onnx.py         two graphs, image and text, for onnxruntime
-read_hf.py      read_open_clip.py: the way back
-vision.py       plain vision transformers under the names of timm, open_clip and transformers
-words.py        text transformers of CLIP and SigLIP under the names of transformers and open_clip
-blocks.py       one transformer block under those names
-mean.py         mean pooling as one more layer of attention, for formats that know none
-tokens.py       a tokenizer that gives the tower's ids wherever it is loaded
-card.py         the model card
+hf.py                   export to transformers: CLIPModel or SiglipModel if one has the same architecture, else
+                        VisionTextDualEncoderModel
+hf_import.py            import of CLIP, SigLIP and dual encoders from transformers
+open_clip.py            export to open_clip: its own towers if they have the same architecture, else timm's
+open_clip_import.py     import of open_clip's folders and weight files
+onnx.py                 export of two ONNX graphs, image and text, for onnxruntime
+vit_weights.py          vision transformers of CLIP and SigLIP under the weight names of timm, open_clip and transformers
+text_weights.py         text transformers of CLIP and SigLIP under the weight names of transformers and open_clip
+block_weights.py        one transformer block under those names
+mean_pooling.py         mean pooling as one more attention layer, for formats that have no mean pooling
+portable_tokenizer.py   a tokenizer folder that gives the text tower's ids wherever it is loaded
+model_card.py           the model card; it alone reads files of a run folder (config.yaml, environment.json, metrics.jsonl)
 
-May import pretrain.data, towers and model; nothing here knows of runs or checkpoints.
+May import pretrain.model, data, towers and what lies below them, but not checkpoints.
 """
 
 from __future__ import annotations
@@ -30,27 +32,27 @@ from pretrain.towers.transformers import TextTower
 
 @dataclass
 class Encoders:
-    """What a format writes: a trained pair of encoders, in eval mode on the CPU, and all that prepares their inputs."""
+    """A trained pair of image and text encoder, in eval mode on the CPU, with what prepares their inputs."""
 
     model: DualEncoder
     config: ModelSchema
     text: TextDecoder
-    """Tokenizes the way the text tower was trained."""
+    """Tokenizes as in the training of the text tower."""
 
     @property
     def image_tower(self) -> ImageTower | None:
-        """The image tower, if it is one of timm's."""
+        """The image tower, or None if it is not one of timm's."""
         tower = dict(self.model.towers.items()).get("image")
         return tower if isinstance(tower, ImageTower) else None
 
     @property
     def text_tower(self) -> TextTower | None:
-        """The text tower, if it is one of transformers'."""
+        """The text tower, or None if it is not one of transformers'."""
         tower = dict(self.model.towers.items()).get("text")
         return tower if isinstance(tower, TextTower) else None
 
     def projection(self, modality: str) -> Tensor | None:
-        """(D, P), or None where the tower's pooled vector is the embedding."""
+        """Return the projection matrix (D, P), or None if the tower's pooled vector is the embedding."""
         weight = getattr(self.model.projection(modality), "weight", None)
         return None if weight is None else weight.detach()
 
@@ -61,7 +63,7 @@ class Encoders:
 
     @property
     def preprocess(self) -> Preprocess:
-        """The recipe of the image tower."""
+        """How images are resized and normalized for the image tower."""
         tower = self.image_tower
         assert tower is not None
         mean, std = (tuple(values) for values in tower.statistics)
@@ -71,7 +73,7 @@ class Encoders:
 
 @dataclass
 class ImportedModel:
-    """What a format reads: weights under our names, and the configuration that builds a model for them."""
+    """A model read from another library: weights under the names of DualEncoder, and the configuration that builds it."""
 
     config: ModelSchema
     weights: dict[str, Tensor]
@@ -79,10 +81,10 @@ class ImportedModel:
 
 
 def unsupported(encoders: Encoders) -> str | None:
-    """Why no format can hold these encoders, or None: each knows one image tower and one text tower."""
+    """Return why no format can hold these encoders, or None: every format knows one image tower and one text tower."""
     extra = sorted(set(encoders.model.towers) - {"image", "text"})
     if extra:
-        return f"the {extra[0]} tower: there is no place for a third modality"
+        return f"the {extra[0]} tower: it holds an image and a text tower only"
     if encoders.image_tower is None:
         return "the image tower: it is not one of timm's"
     if encoders.text_tower is None:

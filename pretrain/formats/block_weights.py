@@ -1,6 +1,6 @@
-"""One pre-norm transformer block (LayerNorm, attention, LayerNorm, MLP) under the names that libraries give its weights.
+"""One pre-norm transformer block (LayerNorm, attention, LayerNorm, MLP) under the weight names of three libraries.
 
-open_clip's names, which are OpenAI's, stand in the middle: timm's and transformers' are translated from and to them.
+Weights are translated by way of open_clip's names, which are OpenAI's: timm's and transformers' from them and to them.
 Legend: C = width of the block; attention keeps queries, keys and values in one (3C, C) matrix, transformers in three.
 """
 
@@ -19,7 +19,7 @@ TIMM = {
     "mlp.fc1.": "mlp.c_fc.",
     "mlp.fc2.": "mlp.c_proj.",
 }
-"""timm's Block -> open_clip's ResidualAttentionBlock."""
+"""Beginnings of weight names: timm's Block -> open_clip's ResidualAttentionBlock."""
 
 TRANSFORMERS = {
     "layer_norm1.": "ln_1.",
@@ -28,53 +28,60 @@ TRANSFORMERS = {
     "mlp.fc1.": "mlp.c_fc.",
     "mlp.fc2.": "mlp.c_proj.",
 }
-"""transformers' CLIPEncoderLayer and SiglipEncoderLayer -> the same, but for queries, keys and values."""
+"""Likewise for transformers' CLIPEncoderLayer and SiglipEncoderLayer, without queries, keys and values."""
 
 Weights = dict[str, Tensor]
 
 
 def rename_blocks(weights: Mapping[str, Tensor], old: str, new: str, table: Mapping[str, str]) -> Weights:
-    """Weights whose name is `old`, a block's number, and a beginning in `table` -> under `new`; the others stay."""
+    """Rename the weights of the blocks from one library's names to another's; other weights keep their names.
+
+    Args:
+        weights: by name.
+        old: the prefix of all blocks, followed by a block's number and by a beginning that `table` lists.
+        new: the prefix to put in its place.
+        table: beginnings of names within a block, old -> new.
+    """
     out: Weights = {}
     for name, value in weights.items():
         number, _, rest = name.removeprefix(old).partition(".")
-        begin = next((begin for begin in table if rest.startswith(begin)), None)
-        known = name.startswith(old) and number.isdigit() and begin is not None
-        out[f"{new}{number}.{table[begin]}{rest.removeprefix(begin)}" if known and begin is not None else name] = value
+        prefix = next((prefix for prefix in table if rest.startswith(prefix)), None)
+        is_block = name.startswith(old) and number.isdigit() and prefix is not None
+        out[f"{new}{number}.{table[prefix]}{rest.removeprefix(prefix)}" if is_block and prefix is not None else name] = value
     return out
 
 
 def from_transformers(weights: Mapping[str, Tensor], old: str, new: str) -> Weights:
-    """transformers' names below `old` -> open_clip's below `new`: q_proj, k_proj, v_proj of each block become in_proj."""
+    """Rename blocks from transformers' names below `old` to open_clip's below `new`; q_proj, k_proj, v_proj become in_proj."""
     out = dict(weights)
     for name in weights:
-        head, found, kind = name.partition("self_attn.q_proj.")
-        parts = [f"{head}self_attn.{part}_proj.{kind}" for part in "qkv"]
-        if found and name.startswith(old) and all(part in out for part in parts):
-            out[f"{head}attn.in_proj_{kind}"] = torch.cat([out.pop(part) for part in parts])
+        block, is_query, kind = name.partition("self_attn.q_proj.")
+        names = [f"{block}self_attn.{letter}_proj.{kind}" for letter in "qkv"]
+        if is_query and name.startswith(old) and all(name in out for name in names):
+            out[f"{block}attn.in_proj_{kind}"] = torch.cat([out.pop(name) for name in names])
     return rename_blocks(out, old, new, TRANSFORMERS | {"attn.in_proj_": "attn.in_proj_"})
 
 
 def to_transformers(weights: Mapping[str, Tensor], old: str, new: str) -> Weights:
-    """open_clip's names below `old` -> transformers' below `new`."""
+    """Rename blocks from open_clip's names below `old` to transformers' below `new`; in_proj is split in three."""
     out: Weights = {}
     for name, value in weights.items():
-        head, found, kind = name.partition("attn.in_proj_")
-        if found and name.startswith(old):
-            for part, rows in zip("qkv", value.chunk(3), strict=True):
-                out[f"{head}self_attn.{part}_proj.{kind}"] = rows.clone()
+        block, is_in_proj, kind = name.partition("attn.in_proj_")
+        if is_in_proj and name.startswith(old):
+            for letter, rows in zip("qkv", value.chunk(3), strict=True):
+                out[f"{block}self_attn.{letter}_proj.{kind}"] = rows.clone()
         else:
             out[name] = value
-    kept = {f"self_attn.{part}_proj.": f"self_attn.{part}_proj." for part in "qkv"}
-    return rename_blocks(out, old, new, invert(TRANSFORMERS) | kept)
+    unchanged = {f"self_attn.{letter}_proj.": f"self_attn.{letter}_proj." for letter in "qkv"}
+    return rename_blocks(out, old, new, invert(TRANSFORMERS) | unchanged)
 
 
 def invert(table: Mapping[str, str]) -> dict[str, str]:
-    """A table read the other way."""
+    """Return the table with keys and values exchanged."""
     return {new: old for old, new in table.items()}
 
 
 def compute_mlp_ratio(hidden: int, width: int) -> float:
-    """The mlp_ratio r with int(width * r) == hidden: that is how libraries read it."""
+    """Return the mlp_ratio r for which int(width * r) == hidden, as libraries compute the hidden width."""
     exact = hidden / width
     return exact if int(width * exact) == hidden else (hidden + 0.5) / width

@@ -1,11 +1,12 @@
-"""transformers: a folder that AutoProcessor and AutoModel load, and with them the zero-shot-image-classification pipeline.
+"""Export to transformers: a folder that AutoProcessor, AutoModel and zero-shot-image-classification pipelines load.
 
     config.json  model.safetensors  processor_config.json  tokenizer files  README.md
 
-CLIPModel or SiglipModel where the architecture is exactly theirs; else VisionTextDualEncoderModel, with the timm model as it
-is (TimmWrapperModel) and the text model as it is. Pictures are prepared by timm's transforms: of transformers' processors
-that one alone resizes and crops bit for bit as in training's evaluation (others differ in rounding, and by a pixel in where
-they crop). It wants pictures in RGB.
+The model is a CLIPModel or SiglipModel if one has exactly the same architecture. Otherwise it is a VisionTextDualEncoderModel,
+which holds the timm model (as TimmWrapperModel) and the text model unchanged.
+
+Images are prepared by timm's transforms. Of transformers' image processors, only that one resizes and crops bit for bit as
+evaluation during training does; the others round differently and crop a pixel off. It requires RGB images.
 """
 
 from __future__ import annotations
@@ -25,53 +26,53 @@ from pretrain.formats.vit_weights import ViTSpec
 from pretrain.runtime.files import apply_umask
 
 TIMM_ONLY = ("weight_init", "fix_init", "drop_path_rate", "drop_rate", "proj_drop_rate", "attn_drop_rate", "patch_drop_rate")
-"""Arguments of timm that are for training only."""
+"""Arguments of timm that matter in training only."""
 
 PIPELINE_LENGTH = 64
-"""To which transformers' pipelines fill up the texts of SigLIP."""
+"""Tokens to which transformers' pipelines pad the texts of a SiglipModel."""
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Without transformers' bars and remarks; what goes wrong is said in our one line."""
+def quiet_transformers() -> Iterator[None]:
+    """Silence progress bars and warnings of transformers inside the block: clipfuse reports errors in one line of its own."""
     from transformers.utils import logging
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    level, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(level)
-        if bars:
+        if has_bars:
             logging.enable_progress_bar()
 
 
 def export_error(encoders: Encoders) -> str | None:
-    """Which part of the encoders transformers cannot hold, or None."""
-    if wrong := unsupported(encoders):
-        return wrong
-    made = _make(encoders)
-    return made if isinstance(made, str) else None
+    """Return which part of the encoders transformers cannot hold, or None."""
+    if error := unsupported(encoders):
+        return error
+    model = _build_model(encoders)
+    return model if isinstance(model, str) else None
 
 
 def write(encoders: Encoders, folder: Path) -> None:
-    """Writes the folder, which exists. The encoders have no `problem`."""
-    with quiet():
-        made = _make(encoders)
-        assert not isinstance(made, str)
-        made.save_pretrained(folder)
+    """Write model, tokenizer and processor into an existing folder. `export_error` must be None for the encoders."""
+    with quiet_transformers():
+        model = _build_model(encoders)
+        assert not isinstance(model, str)
+        model.save_pretrained(folder)
     for weights in folder.glob("*.safetensors"):
         apply_umask(weights)
     tokenizer = portable_tokenizer.build_portable(encoders.text)
-    if made.config.model_type == "siglip":
-        # Its text model attends to padding. Saved is the attribute, where it was given when the tokenizer was made.
+    if model.config.model_type == "siglip":
+        # Its text model attends to padding, so it gets no mask. The attribute is saved only if init_kwargs has it too.
         tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = ["input_ids"]
     tokenizer.save_pretrained(folder)
-    _processor(encoders, folder, made.config.model_type)
+    _write_processor(encoders, folder, model.config.model_type)
 
 
-def _processor(encoders: Encoders, folder: Path, kind: str) -> None:
+def _write_processor(encoders: Encoders, folder: Path, kind: str) -> None:
     recipe = encoders.preprocess
     pretrained_cfg = {
         "input_size": [3, recipe.size, recipe.size],
@@ -83,89 +84,96 @@ def _processor(encoders: Encoders, folder: Path, kind: str) -> None:
     }
     image = {"image_processor_type": "TimmWrapperImageProcessor", "pretrained_cfg": pretrained_cfg, "architecture": None}
     classes = {"clip": "CLIPProcessor", "siglip": "SiglipProcessor"}
-    word = classes.get(kind, "VisionTextDualEncoderProcessor")
-    (folder / "processor_config.json").write_text(json.dumps({"processor_class": word, "image_processor": image}, indent=1))
+    processor_class = classes.get(kind, "VisionTextDualEncoderProcessor")
+    processor = {"processor_class": processor_class, "image_processor": image}
+    (folder / "processor_config.json").write_text(json.dumps(processor, indent=1))
     (folder / "preprocessor_config.json").write_text(json.dumps(image, indent=1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The model
+# Building the model
 
 
-def _make(encoders: Encoders) -> Any:
-    """The transformers model with the weights in it, or what keeps it from being one."""
+def _build_model(encoders: Encoders) -> Any:
+    """Return the model of transformers with the encoders' weights, or which part of the encoders it cannot hold."""
     tower, image_tower = encoders.text_tower, encoders.image_tower
     assert tower is not None
     assert image_tower is not None
     text = text_weights.text_spec(tower)
     if isinstance(text, TextSpec) and not text.causal:
-        return _siglip(encoders, text)
+        return _build_siglip(encoders, text)
     if isinstance(text, str) and not (tower.pool == "tower" and tower.trims):
-        return f"{text} pooled by {tower.pool}, and transformers pools a text model in its own way only"
-    picture = vit_weights.vit_spec(image_tower.model)
-    if isinstance(text, TextSpec) and isinstance(picture, ViTSpec) and picture.pre_norm and picture.pool == "token":
-        return _clip(encoders, text, picture)
-    return _dual(encoders, text)
+        return f"{text} pooled by {tower.pool}: transformers pools a text model only in the way that its class defines"
+    vision = vit_weights.vit_spec(image_tower.model)
+    if isinstance(text, TextSpec) and isinstance(vision, ViTSpec) and vision.pre_norm and vision.pool == "token":
+        return _build_clip(encoders, text, vision)
+    return _build_dual(encoders, text)
 
 
-def _text(encoders: Encoders, made: TextSpec) -> tuple[TextSpec, dict[str, Tensor]]:
-    """A causal text tower under transformers' names, with `text_projection.weight` (D, C)."""
+def _convert_text_tower(encoders: Encoders, spec: TextSpec) -> tuple[TextSpec, dict[str, Tensor]]:
+    """Return the architecture and weights of a causal text tower that pools at the end token.
+
+    The weights are under transformers' names, with `text_projection.weight` (D, C).
+    """
     tower = encoders.text_tower
     assert tower is not None
-    weights = text_weights.to_open_clip(tower, _matrix(encoders, "text"))
+    weights = text_weights.to_open_clip(tower, _get_projection(encoders, "text"))
     if tower.pool == "avg":
-        made, weights = mean_pooling.to_attention_layer(made, weights)
-    project = weights.pop("text_projection").t().contiguous()
-    return made, text_weights.to_transformers(weights) | {"text_projection.weight": project}
+        spec, weights = mean_pooling.to_attention_layer(spec, weights)
+    matrix = weights.pop("text_projection").t().contiguous()
+    return spec, text_weights.to_transformers(weights) | {"text_projection.weight": matrix}
 
 
-def _text_settings(encoders: Encoders, made: TextSpec) -> dict[str, Any]:
+def _to_text_config(encoders: Encoders, spec: TextSpec) -> dict[str, Any]:
+    """Return the text_config of a model of transformers, with the ids of the tokenizer's special tokens."""
     tokenizer = encoders.text.tokenizer
-    ends = {
+    special_ids = {
         "eos_token_id": tokenizer.eos_token_id,
         "bos_token_id": tokenizer.bos_token_id,
         "pad_token_id": encoders.text.pad_id,
     }
-    return text_weights.to_text_args(made) | ends
+    return text_weights.to_text_args(spec) | special_ids
 
 
-def _clip(encoders: Encoders, text: TextSpec, picture: ViTSpec) -> Any:
+def _build_clip(encoders: Encoders, text: TextSpec, vision: ViTSpec) -> Any:
+    """Return a CLIPModel with the encoders' weights."""
     from transformers import CLIPConfig, CLIPModel
 
     assert encoders.image_tower is not None
-    made, weights = _text(encoders, text)
-    settings = _text_settings(encoders, made)
+    spec, weights = _convert_text_tower(encoders, text)
+    settings = _to_text_config(encoders, spec)
     model = CLIPModel(
         CLIPConfig(
             text_config=settings,
-            vision_config=vit_weights.to_vision_config(picture),
+            vision_config=vit_weights.to_vision_config(vision),
             projection_dim=encoders.dim,
         )
     )
     named = {name if name.startswith("text_projection") else f"text_model.{name}": value for name, value in weights.items()}
-    pictures = vit_weights.to_clip(vit_weights.to_open_clip(encoders.image_tower.model))
-    named |= {f"vision_model.{name}": value for name, value in pictures.items()}
-    return _filled(model, encoders, named)
+    vision_weights = vit_weights.to_clip(vit_weights.to_open_clip(encoders.image_tower.model))
+    named |= {f"vision_model.{name}": value for name, value in vision_weights.items()}
+    return _load_weights(model, encoders, named)
 
 
-def _dual(encoders: Encoders, text: TextSpec | str) -> Any:
+def _build_dual(encoders: Encoders, text: TextSpec | str) -> Any:
+    """Return a VisionTextDualEncoderModel with the encoders' weights, or which part of the encoders it cannot hold."""
     from transformers import AutoConfig, TimmWrapperConfig, VisionTextDualEncoderConfig, VisionTextDualEncoderModel
 
     tower, image_tower = encoders.text_tower, encoders.image_tower
     assert tower is not None
     assert image_tower is not None
-    arguments = _timm_arguments(image_tower)
+    arguments = _find_timm_arguments(image_tower)
     if isinstance(arguments, str):
         return arguments
     if isinstance(text, TextSpec):
-        made, weights = _text(encoders, text)
-        settings = _text_settings(encoders, made)
+        spec, weights = _convert_text_tower(encoders, text)
+        settings = _to_text_config(encoders, spec)
         text_config = AutoConfig.for_model(settings.pop("model_type"), **settings)
         named = {name if name.startswith("text_projection") else f"text_model.{name}": value for name, value in weights.items()}
     else:
         text_config: Any = tower.model.config  # type: ignore[no-redef]
         named = {f"text_model.{name}": value for name, value in tower.model.state_dict().items()}
-        named["text_projection.weight"] = _matrix(encoders, "text")
+        named["text_projection.weight"] = _get_projection(encoders, "text")
     name = image_tower.config.name.split(".")[0]
     vision_config = TimmWrapperConfig(architecture=name, model_args=arguments).to_dict()
     config = VisionTextDualEncoderConfig(
@@ -175,24 +183,24 @@ def _dual(encoders: Encoders, text: TextSpec | str) -> Any:
     )
     model = VisionTextDualEncoderModel(config)
     named |= {f"vision_model.timm_model.{name}": value for name, value in image_tower.model.state_dict().items()}
-    return _filled(model, encoders, named)
+    return _load_weights(model, encoders, named)
 
 
-def _siglip(encoders: Encoders, text: TextSpec) -> Any:
-    """SiglipModel, whose image tower has no projection; or what keeps it from being one."""
+def _build_siglip(encoders: Encoders, text: TextSpec) -> Any:
+    """Return a SiglipModel with the encoders' weights, or which part of the encoders it cannot hold."""
     from transformers import SiglipConfig, SiglipModel
 
     tower, image_tower = encoders.text_tower, encoders.image_tower
     assert tower is not None
     assert image_tower is not None
-    picture = vit_weights.siglip_spec(image_tower.model)
-    if isinstance(picture, str):
-        return f"{picture}, beside a text tower that is SigLIP's and attends to padding"
+    vision = vit_weights.siglip_spec(image_tower.model)
+    if isinstance(vision, str):
+        return f"{vision}, together with a text tower that is SigLIP's and attends to padding"
     if encoders.projection("image") is not None:
         return "the projection of the image tower: SiglipModel has none (model.projection=none trains it so)"
     if encoders.text.length != PIPELINE_LENGTH:
-        return f"texts of {encoders.text.length} tokens: transformers fills up SigLIP's to {PIPELINE_LENGTH}"
-    vision_config = vit_weights.to_vision_config(picture)
+        return f"texts of {encoders.text.length} tokens: transformers pads those of SigLIP to {PIPELINE_LENGTH}"
+    vision_config = vit_weights.to_vision_config(vision)
     settings = text_weights.to_text_args(text) | {"projection_size": encoders.dim}
     model = SiglipModel(SiglipConfig(text_config=settings, vision_config=vision_config))
     weights = text_weights.to_open_clip(tower, encoders.projection("text"))
@@ -200,64 +208,65 @@ def _siglip(encoders: Encoders, text: TextSpec) -> Any:
     named = {f"text_model.{name}": value for name, value in (text_weights.to_transformers(weights) | heads).items()}
     named |= {f"vision_model.{name}": value for name, value in vit_weights.to_siglip(image_tower.model).items()}
     bias = encoders.model.logit_bias
-    return _filled(model, encoders, named | {"logit_bias": torch.zeros(1) if bias is None else bias.reshape(1)})
+    return _load_weights(model, encoders, named | {"logit_bias": torch.zeros(1) if bias is None else bias.reshape(1)})
 
 
-def _matrix(encoders: Encoders, modality: str) -> Tensor:
-    """The projection, the identity where there is none."""
-    project = encoders.projection(modality)
-    return torch.eye(encoders.dim) if project is None else project
+def _get_projection(encoders: Encoders, modality: str) -> Tensor:
+    """Return the projection matrix (D, P) of a modality: the identity if there is none."""
+    matrix = encoders.projection(modality)
+    return torch.eye(encoders.dim) if matrix is None else matrix
 
 
-def _filled(model: Any, encoders: Encoders, weights: dict[str, Tensor]) -> Any:
-    """The weights in the model, with projection and scale; strictly."""
-    ours = encoders.model
+def _load_weights(model: Any, encoders: Encoders, weights: dict[str, Tensor]) -> Any:
+    """Load the weights, the image projection and the logit scale into a model, strictly, and return it in eval mode."""
+    source = encoders.model
     if hasattr(model, "visual_projection"):
-        weights = {"visual_projection.weight": _matrix(encoders, "image"), **weights}
-    weights["logit_scale"] = ours.logit_scale.reshape(model.logit_scale.shape)
+        weights = {"visual_projection.weight": _get_projection(encoders, "image"), **weights}
+    weights["logit_scale"] = source.logit_scale.reshape(model.logit_scale.shape)
     model.load_state_dict({name: value.detach().float() for name, value in weights.items()})
     return model.eval()
 
 
-def _timm_arguments(tower: Any) -> dict[str, Any] | str:
-    """model_args with which timm's own name builds this model, pooling and all; or what it cannot build."""
+def _find_timm_arguments(tower: Any) -> dict[str, Any] | str:
+    """Return the model_args with which timm builds this image tower, or which part of the tower it cannot build."""
     import timm
 
     model, config = tower.model, tower.config
     if config.stem:
-        return f"the image tower's own stem, image.stem={config.stem}, which timm does not know"
+        return f"the image tower's stem, image.stem={config.stem}, which timm does not have"
     arguments = {key: value for key, value in config.args.items() if key not in TIMM_ONLY}
     if config.pool != "tower" and hasattr(model, "global_pool") and hasattr(model, "blocks"):
         arguments |= {"global_pool": model.global_pool, "fc_norm": not isinstance(model.fc_norm, torch.nn.Identity)}
     name = config.name.split(".")[0]
-    for sized in ({"img_size": config.size}, {}):
+    for size in ({"img_size": config.size}, {}):
         try:
-            other: Any = timm.create_model(name, num_classes=0, **arguments, **sized)
+            other: Any = timm.create_model(name, num_classes=0, **arguments, **size)
             other.load_state_dict(model.state_dict())
         except (TypeError, RuntimeError, AssertionError, ValueError):
             continue
-        if _same(tower, other.eval()):
-            return arguments | sized
-    return f"the image tower: timm's {name} with image.args and pool={config.pool} is not built by timm alone"
+        if _has_same_output(tower, other.eval()):
+            return arguments | size
+    return f"the image tower: timm's {name} with image.args and pool={config.pool} cannot be built by timm alone"
 
 
 @torch.no_grad()
-def _same(tower: Any, other: Any) -> bool:
+def _has_same_output(tower: Any, other: Any) -> bool:
+    """Return whether a timm model gives the pooled output of the image tower, for a fixed image."""
     size = tower.config.size
-    picture = torch.linspace(-2, 2, 3 * size * size).sin().reshape(1, 3, size, size)
-    theirs, ours = other.forward_head(other.forward_features(picture)), tower(picture, None).pooled
-    return theirs.shape == ours.shape and bool((theirs - ours).abs().max() <= 1e-5 * ours.abs().max())
+    image = torch.linspace(-2, 2, 3 * size * size).sin().reshape(1, 3, size, size)
+    output, expected = other.forward_head(other.forward_features(image)), tower(image, None).pooled
+    return output.shape == expected.shape and bool((output - expected).abs().max() <= 1e-5 * expected.abs().max())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Loading, as a stranger would
+# Loading with transformers alone
 
 
 def load(folder: Path) -> Any:
-    """What transformers makes of the folder: (images (b, 3, S, S), texts) -> embeddings."""
+    """Load an exported folder with transformers and return embed(images (b, 3, S, S) normalized, texts) -> 2 x (b, D)."""
     from transformers import AutoModel, AutoTokenizer
 
-    with quiet():
+    with quiet_transformers():
         model = AutoModel.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     length = tokenizer.model_max_length
@@ -265,9 +274,9 @@ def load(folder: Path) -> Any:
 
     @torch.no_grad()
     def embed(images: Tensor, texts: list[str]) -> tuple[Tensor, Tensor]:
-        words = tokenizer(texts, return_tensors="pt", padding=padding, truncation=True, max_length=length)
-        words.pop("token_type_ids", None)
-        out = model(pixel_values=images, **words)
+        tokens = tokenizer(texts, return_tensors="pt", padding=padding, truncation=True, max_length=length)
+        tokens.pop("token_type_ids", None)
+        out = model(pixel_values=images, **tokens)
         return out.image_embeds, out.text_embeds
 
     return embed

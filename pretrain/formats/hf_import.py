@@ -1,4 +1,7 @@
-"""Reads transformers' CLIP, SigLIP and vision-text dual encoders. Each is named as it was given in every error."""
+"""Import CLIP, SigLIP and vision-text dual encoders from transformers.
+
+Every error names the model as the user gave it, in `source`.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from pretrain import config as configuration
 from pretrain.data.text import explain_unreachable_hub, load_tokenizer
 from pretrain.errors import UserError
 from pretrain.formats import ImportedModel, text_weights, vit_weights
-from pretrain.formats.hf import quiet
+from pretrain.formats.hf import quiet_transformers
 from pretrain.formats.vit_weights import ViTSpec
 from pretrain.model import ModelSchema
 from pretrain.ops import CLIP_MEAN, CLIP_STD
@@ -22,78 +25,89 @@ from pretrain.towers.hf_models import one_line
 
 
 def read(source: str) -> ImportedModel:
-    """A CLIP, SigLIP or vision-text dual encoder, from a folder or by its hub name. Raises UserError."""
-    with quiet():
-        config = _config(source)
+    """Read a CLIP, SigLIP or vision-text dual encoder from a folder or from the hub.
+
+    Args:
+        source: a folder, or a name on the hub.
+
+    Raises:
+        UserError: it cannot be fetched or read, its weights are incomplete, or it is another kind of model.
+    """
+    with quiet_transformers():
+        config = _load_config(source)
     readers = {"clip": _read_clip, "siglip": _read_siglip, "vision-text-dual-encoder": _read_dual}
     if config.model_type not in readers:
         raise UserError(f"{source} is a {config.model_type}; {', '.join(readers)} can be read")
-    weights = _weights(source)
+    weights = _load_weights(source)
     image, text, model, named = readers[config.model_type](config, weights, source)
     named["logit_scale"] = weights["logit_scale"].reshape(1)
     tokenizer = load_tokenizer(source)
-    preprocess, size = _preprocess(source)
+    preprocess, size = _read_preprocess(source)
     image = {"size": size, **image, **preprocess}
     values = {"image": image, "text": {"tokenizer": source, "pretrained": False, **text}, "model": model}
     return ImportedModel(configuration.build(ModelSchema, values, source), named, tokenizer)
 
 
-def _config(source: str) -> Any:
+def _load_config(source: str) -> Any:
+    """Return the configuration of a model, from a folder, the local cache or the hub. Raises UserError."""
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(source, local_files_only=True)  # a folder, or fetched before
+        return AutoConfig.from_pretrained(source, local_files_only=True)  # a folder, or a model in the local cache
     except Exception as error:
         if Path(source).is_dir():
             raise UserError(f"{source}: transformers cannot read its configuration: {one_line(error)}") from error
-        if problem := explain_unreachable_hub():
-            raise UserError(f"{source}: no run or folder here, not fetched before, and {problem}") from error
+        if reason := explain_unreachable_hub():
+            raise UserError(f"{source}: no run or folder here, not fetched before, and {reason}") from error
     try:
         return AutoConfig.from_pretrained(source)
-    except Exception as error:  # the hub and transformers raise what they like
+    except Exception as error:  # the hub and transformers raise many types of exceptions
         raise UserError(f"{source}: no run or folder here, and the hub has no such model ({one_line(error)})") from error
 
 
 Read = tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Tensor]]
-"""image.*, text.*, model.*, weights under our names."""
+"""The configuration sections image, text and model, and the weights under the names of DualEncoder."""
 
 
-def _weights(source: str) -> dict[str, Tensor]:
-    """The weights as transformers loads them, nothing missing and nothing left over."""
+def _load_weights(source: str) -> dict[str, Tensor]:
+    """Return the weights as transformers loads them. Raises UserError where weights are missing or left over."""
     from transformers import AutoModel
 
     try:
-        with quiet():
-            model, said = AutoModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
-    except Exception as error:  # the library raises what it likes for files that do not fit
+        with quiet_transformers():
+            model, info = AutoModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+    except Exception as error:  # transformers raises many types of exceptions for files that do not fit
         raise UserError(f"{source}: transformers cannot load its weights: {one_line(error)}") from error
-    wrong = []
-    for key, word in (("missing_keys", "missing"), ("unexpected_keys", "not in the model")):
-        names = sorted(name for name in said.get(key, ()) if not name.endswith("position_ids"))
+    errors = []
+    for key, state in (("missing_keys", "missing"), ("unexpected_keys", "not in the model")):
+        names = sorted(name for name in info.get(key, ()) if not name.endswith("position_ids"))
         if names:
-            wrong.append(f"{len(names)} weights are {word} (first {names[0]})")
-    if wrong:
-        raise UserError(f"{source} does not hold a whole {type(model).__name__}: {'; '.join(wrong)}")
+            errors.append(f"{len(names)} weights are {state} (first {names[0]})")
+    if errors:
+        raise UserError(f"{source} does not hold a complete {type(model).__name__}: {'; '.join(errors)}")
     return dict(model.state_dict())
 
 
-def _below(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _select_prefix(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the weights whose names have a prefix, without the prefix."""
     return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 
-def _ours(image: dict[str, Tensor], text: dict[str, Tensor]) -> dict[str, Tensor]:
+def _name_towers(image: dict[str, Tensor], text: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of both towers under the names of DualEncoder."""
     return {f"towers.image.model.{n}": v for n, v in image.items()} | {f"towers.text.model.{n}": v for n, v in text.items()}
 
 
-def _projections(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def _read_projections(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the projections under the names of DualEncoder."""
     return {
         "projections.image.weight": weights["visual_projection.weight"],
         "projections.text.weight": weights["text_projection.weight"],
     }
 
 
-def _plain(config: Any, source: str, pre_norm: bool, pool: str) -> ViTSpec:
-    """A vision configuration of CLIP or SigLIP. Raises UserError."""
+def _read_vit_spec(config: Any, source: str, pre_norm: bool, pool: str) -> ViTSpec:
+    """Return the architecture of a vision configuration of CLIP or SigLIP. Raises UserError for an unknown activation."""
     act = text_weights.ACTS.get(config.hidden_act)
     if act is None:
         raise UserError(f"{source}: the image tower's activation {config.hidden_act} is none of {', '.join(text_weights.ACTS)}")
@@ -112,13 +126,14 @@ def _plain(config: Any, source: str, pre_norm: bool, pool: str) -> ViTSpec:
     )
 
 
-def _clip_picture(config: Any, weights: dict[str, Tensor], source: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    made = _plain(config, source, pre_norm=True, pool="token")
-    return vit_weights.to_image_config(made), vit_weights.from_open_clip(vit_weights.from_clip(weights), made)
+def _read_clip_vision(config: Any, weights: dict[str, Tensor], source: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the section `image` and the image tower's weights of a CLIPVisionModel."""
+    spec = _read_vit_spec(config, source, pre_norm=True, pool="token")
+    return vit_weights.to_image_config(spec), vit_weights.from_open_clip(vit_weights.from_clip(weights), spec)
 
 
-def _text_section(config: Any) -> dict[str, Any]:
-    """text.* of a text model of transformers, its whole configuration inline."""
+def _build_text_section(config: Any) -> dict[str, Any]:
+    """Return the section `text` for a text model of transformers, with its whole configuration inline."""
     return {
         "tower": "transformers",
         "args": hf_models.inline_args(SimpleNamespace(config=config)),
@@ -127,53 +142,55 @@ def _text_section(config: Any) -> dict[str, Any]:
 
 
 def _read_clip(config: Any, weights: dict[str, Tensor], source: str) -> Read:
-    image, pictures = _clip_picture(config.vision_config, _below(weights, "vision_model."), source)
-    text = _text_section(config.text_config) | {"pool": "eot"}
-    named = _ours(pictures, _below(weights, "text_model.")) | _projections(weights)
+    image, vision_weights = _read_clip_vision(config.vision_config, _select_prefix(weights, "vision_model."), source)
+    text = _build_text_section(config.text_config) | {"pool": "eot"}
+    named = _name_towers(vision_weights, _select_prefix(weights, "text_model.")) | _read_projections(weights)
     return image, text, {"dim": config.projection_dim}, named
 
 
 def _read_siglip(config: Any, weights: dict[str, Tensor], source: str) -> Read:
-    made = _plain(config.vision_config, source, pre_norm=False, pool="map")
-    text = _text_section(config.text_config) | {"pool": "tower"}
-    named = _ours(vit_weights.from_siglip(_below(weights, "vision_model.")), _below(weights, "text_model."))
+    spec = _read_vit_spec(config.vision_config, source, pre_norm=False, pool="map")
+    text = _build_text_section(config.text_config) | {"pool": "tower"}
+    vision_weights = vit_weights.from_siglip(_select_prefix(weights, "vision_model."))
+    named = _name_towers(vision_weights, _select_prefix(weights, "text_model."))
     named["logit_bias"] = weights["logit_bias"].reshape(1)
-    model = {"dim": made.width, "projection": "none", "logit_bias": float(weights["logit_bias"])}
-    return vit_weights.to_siglip_image_config(made), text, model, named
+    model = {"dim": spec.width, "projection": "none", "logit_bias": float(weights["logit_bias"])}
+    return vit_weights.to_siglip_image_config(spec), text, model, named
 
 
 def _read_dual(config: Any, weights: dict[str, Tensor], source: str) -> Read:
-    picture, text_config = config.vision_config, config.text_config
-    if picture.model_type == "timm_wrapper":
-        args = dict(picture.model_args or {})
+    vision_config, text_config = config.vision_config, config.text_config
+    if vision_config.model_type == "timm_wrapper":
+        args = dict(vision_config.model_args or {})
         size = args.pop("img_size", None)
-        image = {"tower": "timm", "name": picture.architecture, "args": args, "pretrained": False}
+        image = {"tower": "timm", "name": vision_config.architecture, "args": args, "pretrained": False}
         if size is not None:
             image["size"] = size
-        pictures = _below(weights, "vision_model.timm_model.")
-    elif picture.model_type == "clip_vision_model":
-        image, pictures = _clip_picture(picture, _below(weights, "vision_model."), source)
+        vision_weights = _select_prefix(weights, "vision_model.timm_model.")
+    elif vision_config.model_type == "clip_vision_model":
+        image, vision_weights = _read_clip_vision(vision_config, _select_prefix(weights, "vision_model."), source)
     else:
-        raise UserError(f"{source}: its image tower is a {picture.model_type}; timm_wrapper and clip_vision_model can be read")
-    text = _text_section(text_config) | {"pool": "eot" if text_config.model_type == "clip_text_model" else "tower"}
-    named = _ours(pictures, _below(weights, "text_model.")) | _projections(weights)
+        kind = vision_config.model_type
+        raise UserError(f"{source}: its image tower is a {kind}; timm_wrapper and clip_vision_model can be read")
+    text = _build_text_section(text_config) | {"pool": "eot" if text_config.model_type == "clip_text_model" else "tower"}
+    named = _name_towers(vision_weights, _select_prefix(weights, "text_model.")) | _read_projections(weights)
     return image, text, {"dim": config.projection_dim}, named
 
 
-def _preprocess(source: str) -> tuple[dict[str, Any], int]:
-    """image.mean, std, resize, interpolation, and the side of the picture, of its image processor."""
+def _read_preprocess(source: str) -> tuple[dict[str, Any], int]:
+    """Return image.mean, std, resize and interpolation of a model's image processor, and the side of its images in pixels."""
     from transformers.models.auto.image_processing_auto import get_image_processor_config
 
-    found = get_image_processor_config(source)
-    timm_cfg = found.get("pretrained_cfg")
+    processor = get_image_processor_config(source)
+    timm_cfg = processor.get("pretrained_cfg")
     if timm_cfg:
         squash, size = timm_cfg.get("crop_mode") == "squash", timm_cfg["input_size"][-1]
         mean, std, filter_ = timm_cfg["mean"], timm_cfg["std"], timm_cfg.get("interpolation", "bicubic")
     else:
-        side = found.get("crop_size" if found.get("do_center_crop") else "size") or 224
+        side = processor.get("crop_size" if processor.get("do_center_crop") else "size") or 224
         size = side if isinstance(side, int) else side.get("height") or side.get("shortest_edge")
-        squash = not found.get("do_center_crop", True)
-        mean, std = found.get("image_mean", CLIP_MEAN), found.get("image_std", CLIP_STD)
-        filter_ = {2: "bilinear", 3: "bicubic"}.get(found.get("resample", 3), "bicubic")
+        squash = not processor.get("do_center_crop", True)
+        mean, std = processor.get("image_mean", CLIP_MEAN), processor.get("image_std", CLIP_STD)
+        filter_ = {2: "bilinear", 3: "bicubic"}.get(processor.get("resample", 3), "bicubic")
     recipe = {"mean": list(mean), "std": list(std), "interpolation": filter_, "resize": "squash" if squash else "crop"}
     return recipe, size

@@ -1,4 +1,4 @@
-"""The model card: README.md of an exported folder, written from the run that made the weights."""
+"""The model card: README.md of an exported folder, written from the files of the run that trained the weights."""
 
 from __future__ import annotations
 
@@ -45,20 +45,26 @@ graphs = [onnxruntime.InferenceSession(f"{{folder}}/{{name}}.onnx") for name in 
 image, text = (graph.run(None, {{one.name: given[one.name] for one in graph.get_inputs()}})[0] for graph in graphs)
 print(image @ text.T)  # cosines""",
 }
-"""By format: what loads the folder."""
+"""By format: Python code that loads the folder without clipfuse and compares an image with two texts."""
 RESIZE_CODE = {
     "squash": "picture = picture.resize((S, S), Image.Resampling.{how})",
     "crop": """w, h = (max(S, S * side // min(picture.size)) for side in picture.size)  # the shorter side to S, then the centre
 left, top = round((w - S) / 2), round((h - S) / 2)
 picture = picture.resize((w, h), Image.Resampling.{how}).crop((left, top, left + S, top + S))""",
 }
-"""By preprocess' way of resizing: the lines that make `picture` S pixels square."""
+"""By the value of Preprocess.resize: Python code that makes the image `picture` S pixels square."""
 
 
-def format_loading_code(encoders: Encoders, form: str, name: str) -> str:
-    """Python that loads the folder `name` without clipfuse and compares a picture with two texts."""
+def format_loading_code(encoders: Encoders, format_name: str, name: str) -> str:
+    """Return the Python code that loads an exported folder without clipfuse and compares an image with two texts.
+
+    Args:
+        encoders: what was exported.
+        format_name: hf, open_clip or onnx.
+        name: of the folder.
+    """
     recipe = encoders.preprocess
-    return LOADING_CODE[form].format(
+    return LOADING_CODE[format_name].format(
         name=json.dumps(name)[1:-1],
         resize=RESIZE_CODE[recipe.resize].format(how=recipe.interpolation.upper()),
         padding=repr("max_length" if not encoders.model.tower("text").trims else True),
@@ -66,16 +72,20 @@ def format_loading_code(encoders: Encoders, form: str, name: str) -> str:
 
 
 def render_card(
-    encoders: Encoders, source: Path, step: int, form: str, name: str, license: str | None, difference: float | None
+    encoders: Encoders, source: Path, step: int, format_name: str, name: str, license: str | None, difference: float | None
 ) -> str:
-    """The card.
+    """Return the model card as Markdown.
 
     Args:
-        source: the checkpoint folder the weights come from; step: the step they were saved at.
+        encoders: what was exported.
+        source: the checkpoint folder that the weights come from.
+        step: the step at which they were saved.
+        format_name: hf, open_clip or onnx.
         name: of the exported folder.
-        difference: largest difference of an embedding, measured when the folder was written; None: not measured.
+        license: of the weights; None if it is not stated.
+        difference: largest difference of an embedding, measured when the folder was written; None if not measured.
     """
-    library = {"hf": "transformers", "open_clip": "open_clip", "onnx": "onnx"}[form]
+    library = {"hf": "transformers", "open_clip": "open_clip", "onnx": "onnx"}[format_name]
     lines = [
         "---",
         f"license: {license or 'unknown'}",
@@ -85,13 +95,13 @@ def render_card(
         "---",
         f"# {name}",
         "",
-        "A contrastive pair of encoders, one for pictures and one for text, trained with clipfuse.",
+        "A pair of image and text encoder, trained contrastively with clipfuse.",
         "",
         "```python",
-        format_loading_code(encoders, form, name),
+        format_loading_code(encoders, format_name, name),
         "```",
         "",
-        *_measured(difference),
+        *_format_difference(difference),
         *describe_model(encoders, source, step, license),
     ]
     return "\n".join(lines) + "\n"
@@ -100,56 +110,65 @@ def render_card(
 def describe_model(
     encoders: Encoders, source: Path, step: int, license: str | None, more: Sequence[tuple[str, Any]] = ()
 ) -> list[str]:
-    """What the model is (with `more` rows), what it learned from and how, what it reached, its licence; as `text` has it."""
+    """Return the card's lines on the model, its data and training, its metrics and its license.
+
+    Args:
+        encoders: what was exported.
+        source: the checkpoint folder that the weights come from.
+        step: the step at which they were saved.
+        license: of the weights; None if it is not stated.
+        more: further rows (name, value) of the table that describes the model.
+    """
     run = source.parent.parent if source.parent.name == "checkpoints" else None
-    said = _said(run / "metrics.jsonl", step) if run is not None else []
+    metrics = _read_metrics(run / "metrics.jsonl", step) if run is not None else []
     return [
-        *_model(encoders, more),
-        *(_run(run, step, said) if run is not None else []),
-        *_recalls(said),
+        *_describe_architecture(encoders, more),
+        *(_describe_training(run, step, metrics) if run is not None else []),
+        *_describe_results(metrics),
         "## License",
         "",
-        f"{license}." if license else "Not stated by those who exported it.",
+        f"{license}." if license else "Not stated in the export.",
     ]
 
 
-def _measured(difference: float | None) -> list[str]:
+def _format_difference(difference: float | None) -> list[str]:
     if difference is None:
         return []
-    return [f"Loaded back, its embeddings differ from the run's by at most {difference:.1g} in float32.", ""]
+    return [f"Loaded from this folder, its embeddings differ from the run's by at most {difference:.1g} in float32.", ""]
 
 
-def _model(encoders: Encoders, more: Sequence[tuple[str, Any]]) -> list[str]:
+def _describe_architecture(encoders: Encoders, more: Sequence[tuple[str, Any]]) -> list[str]:
     recipe, model = encoders.preprocess, encoders.model
     counts = model.parameter_counts()
     tower = encoders.text_tower
     assert tower is not None
-    how = "both sides to that size" if recipe.resize == "squash" else "the shorter side to that size, then the centre"
+    how = "both sides to that size" if recipe.resize == "squash" else "the shorter side to that size, then a center crop"
+    mean, std = _format_numbers(recipe.mean), _format_numbers(recipe.std)
     rows = [
         ("image tower", f"{encoders.config.image.name}, {counts['image']['total']:,} parameters with its projection"),
         ("text tower", f"{tower.model.config.model_type}, {counts['text']['total']:,} parameters with its projection"),  # type: ignore[union-attr]
-        ("shared space", f"{encoders.dim} numbers, length 1"),
-        ("pictures", f"RGB, {recipe.size} px, {recipe.interpolation}: {how}"),
-        ("normalised with", f"mean {_short(recipe.mean)}, deviation {_short(recipe.std)}, of channels in 0 to 1"),
-        ("texts", f"up to {encoders.text.length} tokens of a vocabulary of {len(encoders.text.tokenizer):,}"),
+        ("embedding", f"{encoders.dim} numbers, length 1"),
+        ("images", f"RGB, {recipe.size} px, {recipe.interpolation}: {how}"),
+        ("normalized with", f"mean {mean}, standard deviation {std}, of channels from 0 to 1"),
+        ("texts", f"up to {encoders.text.length} tokens, from a vocabulary of {len(encoders.text.tokenizer):,}"),
         ("logit scale", f"{float(model.logit_scale.detach().exp()):.2f}"),
     ]
     if model.logit_bias is not None:
         rows.append(("logit bias", f"{float(model.logit_bias.detach()):.3f}"))
-    return ["## The model", "", *_table([*rows, *more])]
+    return ["## The model", "", *_format_table([*rows, *more])]
 
 
-def _run(run: Path, step: int, said: list[dict[str, Any]]) -> list[str]:
-    """Data and recipe, from the run's own files, of the weights at `step`."""
+def _describe_training(run: Path, step: int, metrics: list[dict[str, Any]]) -> list[str]:
+    """Return the card's lines on data and training up to `step`, from config.yaml and environment.json of the run."""
     path = run / "config.yaml"
     if not path.is_file():
         return []
     values = configuration.read_yaml(path)
     environment = json.loads((run / "environment.json").read_text()) if (run / "environment.json").is_file() else {}
     data, optim, train = (values.get(key) or {} for key in ("data", "optim", "train"))
-    last = _last(said, "samples_seen")
+    last = _find_last(metrics, "samples_seen")
     rows = [
-        ("data", _source(data.get("train"))),
+        ("data", _format_shards(data.get("train"))),
         ("samples seen", f"{last['samples_seen'] * step // last['step']:,}" if last else None),
         ("steps", f"{step:,} of {data.get('batch_size', 0):,} samples"),
         ("loss", (values.get("loss") or values.get("task") or {}).get("name")),
@@ -164,47 +183,47 @@ def _run(run: Path, step: int, said: list[dict[str, Any]]) -> list[str]:
         ("code", environment.get("git")),
         ("versions", ", ".join(f"{name} {version}" for name, version in (environment.get("versions") or {}).items())),
     ]
-    return ["## Data and recipe", "", *_table(rows)]
+    return ["## Data and training", "", *_format_table(rows)]
 
 
-def _recalls(said: list[dict[str, Any]]) -> list[str]:
-    line = _last(said, "val/")
+def _describe_results(metrics: list[dict[str, Any]]) -> list[str]:
+    line = _find_last(metrics, "val/")
     if not line:
         return []
-    found = {name.removeprefix("val/"): value for name, value in line.items() if name.startswith("val/")}
-    shares = {name: f"{100 * value:.1f} %" if "R@" in name or "_top" in name else f"{value:g}" for name, value in found.items()}
+    values = {name.removeprefix("val/"): value for name, value in line.items() if name.startswith("val/")}
+    texts = {name: f"{100 * value:.1f} %" if "R@" in name or "_top" in name else f"{value:g}" for name, value in values.items()}
     return [
         f"## Measured on held-out data, at step {line['step']:,}",
         "",
-        *_table([(n.replace("_", " "), v) for n, v in shares.items()]),
+        *_format_table([(name.replace("_", " "), text) for name, text in texts.items()]),
     ]
 
 
-def _said(path: Path, step: int) -> list[dict[str, Any]]:
-    """The lines of a run's metrics up to a step: it may have gone on from these weights."""
+def _read_metrics(path: Path, step: int) -> list[dict[str, Any]]:
+    """Return the lines of a run's metrics.jsonl up to `step`: the run may have continued after these weights."""
     if not path.is_file():
         return []
     lines = [json.loads(text) for text in path.read_text().splitlines()]
     return [line for line in lines if line["step"] <= step]
 
 
-def _last(said: list[dict[str, Any]], begin: str) -> dict[str, Any] | None:
-    """The last line with a key that begins so."""
-    return next((line for line in reversed(said) if any(key.startswith(begin) for key in line)), None)
+def _find_last(metrics: list[dict[str, Any]], prefix: str) -> dict[str, Any] | None:
+    """Return the last line that has a key with this prefix, or None."""
+    return next((line for line in reversed(metrics) if any(key.startswith(prefix) for key in line)), None)
 
 
-def _source(given: Any) -> str:
-    """Shards by their file names: folders of the machine that trained say nothing to others."""
-    if isinstance(given, list):
-        parts = [(one.get("shards"), one.get("weight", 1)) if isinstance(one, dict) else (one, 1) for one in given]
-        return ", ".join(f"{_source(shards)} (weight {weight:g})" for shards, weight in parts)
-    text = str(given)
+def _format_shards(shards: Any) -> str:
+    """Format shards by their file names alone: folders of the machine that trained mean nothing elsewhere."""
+    if isinstance(shards, list):
+        sources = [(s.get("shards"), s.get("weight", 1)) if isinstance(s, dict) else (s, 1) for s in shards]
+        return ", ".join(f"{_format_shards(source)} (weight {weight:g})" for source, weight in sources)
+    text = str(shards)
     return text if "://" in text else "/".join(Path(text).parts[-2:])
 
 
-def _table(rows: list[tuple[str, Any]]) -> list[str]:
+def _format_table(rows: list[tuple[str, Any]]) -> list[str]:
     return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows if value not in (None, "", "None")), ""]
 
 
-def _short(values: Any) -> str:
+def _format_numbers(values: Any) -> str:
     return ", ".join(f"{value:.4g}" for value in values)

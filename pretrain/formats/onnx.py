@@ -1,11 +1,11 @@
-"""ONNX: two graphs, for onnxruntime and what reads its files. Written only.
+"""Export to ONNX: two graphs for onnxruntime and other readers of ONNX files. There is no import.
 
-    image.onnx  image-fp16.onnx     pixel_values (b, 3, S, S) float32, normalised -> image_embeds (b, D) float32, length 1
+    image.onnx  image-fp16.onnx     pixel_values (b, 3, S, S) float32, normalized -> image_embeds (b, D) float32, length 1
     text.onnx   text-fp16.onnx      input_ids, attention_mask (b, T) int64 -> text_embeds (b, D) float32, length 1
     preprocess.json  tokenizer files  README.md
 
-b is any number, T any length up to the tower's, unless the tower attends to padding (SigLIP): then T is the tower's length.
-The fp16 graphs compute in float16 and keep their inputs and outputs.
+b is any number. T is any length up to the tower's; for a tower that attends to padding (SigLIP), it is the tower's length.
+The fp16 graphs compute in float16; their inputs and outputs are the same.
 """
 
 from __future__ import annotations
@@ -31,29 +31,31 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def export_error(encoders: Encoders) -> str | None:
-    """Which part of the encoders has no graph, or None."""
+    """Return which part of the encoders cannot be written as a graph, or None."""
     return unsupported(encoders)
 
 
 def write(encoders: Encoders, folder: Path) -> None:
-    """Writes the folder, which exists. Raises UserError where the exporter's libraries are missing."""
+    """Write graphs, preprocessing and tokenizer into an existing folder. Raises UserError where a library is missing."""
     check_libraries()
     for precision, suffix in ((torch.float32, ""), (torch.float16, "-fp16")):
         model = to_exportable(encoders.model, precision)
-        _image(model, encoders.preprocess.size, folder / f"image{suffix}.onnx")
-        _text(model, encoders.text.length, folder / f"text{suffix}.onnx")
+        _write_image_graph(model, encoders.preprocess.size, folder / f"image{suffix}.onnx")
+        _write_text_graph(model, encoders.text.length, folder / f"text{suffix}.onnx")
     (folder / "preprocess.json").write_text(json.dumps(encoders.preprocess.to_open_clip(), indent=1))
     portable_tokenizer.save(encoders.text, folder)
 
 
 def check_libraries() -> None:
-    """Raises UserError where the exporter's libraries are missing."""
+    """Raise UserError if a library that the exporter needs is not installed."""
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"--format onnx needs {', '.join(missing)}, not installed here: pip install 'clipfuse[onnx]'")
 
 
 class _Image(nn.Module):
+    """The image encoder as a graph: pixel_values (b, 3, S, S) float32, normalized -> (b, D)."""
+
     def __init__(self, model: DualEncoder) -> None:
         super().__init__()
         self.model = model
@@ -63,6 +65,8 @@ class _Image(nn.Module):
 
 
 class _Text(nn.Module):
+    """The text encoder as a graph: input_ids and attention_mask (b, T) int64 -> (b, D)."""
+
     def __init__(self, model: DualEncoder) -> None:
         super().__init__()
         self.model = model
@@ -72,29 +76,39 @@ class _Text(nn.Module):
 
 
 def to_exportable(model: Model, precision: torch.dtype) -> Model:
-    """A copy without what a graph has no place for: groups by length, products by another route."""
-    made = copy.deepcopy(model).to(precision).eval().requires_grad_(False)
-    for module in made.modules():
+    """Copy a model without what a graph cannot express: length buckets, and Linear layers with their own matrix product.
+
+    Args:
+        model: the model, which stays as it is.
+        precision: dtype of the copy's parameters.
+    """
+    exportable = copy.deepcopy(model).to(precision).eval().requires_grad_(False)
+    for module in exportable.modules():
         if isinstance(module, TextTower):
             module.groups = 1
         if isinstance(module, nn.Linear):
             module.__class__ = nn.Linear
-    return made
+    return exportable
 
 
-def _image(model: DualEncoder, size: int, path: Path) -> None:
+def _write_image_graph(model: DualEncoder, size: int, path: Path) -> None:
     batch = torch.export.Dim("batch")
     write_graph(_Image(model), (torch.zeros(2, 3, size, size),), ["pixel_values"], ["image_embeds"], ({0: batch},), path)
 
 
-def _text(model: DualEncoder, length: int, path: Path) -> None:
+def _write_text_graph(model: DualEncoder, length: int, path: Path) -> None:
     ids, shape = build_trace_ids(model.tower("text").trims, length)
     inputs = (ids, torch.ones_like(ids))
     write_graph(_Text(model), inputs, ["input_ids", "attention_mask"], ["text_embeds"], (shape, shape), path)
 
 
 def build_trace_ids(trims: bool, length: int) -> tuple[Tensor, dict[int, Any]]:
-    """Ids (2, T) int64 to trace a text tower with, and what of their shape is free: the length only where it trims."""
+    """Return token ids (2, T) int64 to trace a text tower with, and the dimensions of them that are dynamic.
+
+    Args:
+        trims: the tower gives the same result without padding; only then is the length dynamic.
+        length: the tower's longest text, in tokens.
+    """
     shape: dict[int, Any] = {0: torch.export.Dim("batch")}
     if trims:
         shape[1] = torch.export.Dim("length", max=length)
@@ -105,8 +119,17 @@ def build_trace_ids(trims: bool, length: int) -> tuple[Tensor, dict[int, Any]]:
 def write_graph(
     module: nn.Module, inputs: tuple[Tensor, ...], names: list[str], outputs: list[str], shapes: tuple[Any, ...], path: Path
 ) -> None:
-    """Writes `module`, traced with `inputs`, as one file; `shapes`: as torch.export's dynamic_shapes."""
-    before = logging.getLogger("torch.onnx").level
+    """Trace a module and write its graph as one file, with the weights in a second file beside it beyond 1 GiB.
+
+    Args:
+        module: put in eval mode.
+        inputs: to trace it with.
+        names: of the inputs.
+        outputs: names of the outputs.
+        shapes: the dynamic dimensions of each input, as torch.export's dynamic_shapes.
+        path: the file.
+    """
+    level = logging.getLogger("torch.onnx").level
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
@@ -122,21 +145,24 @@ def write_graph(
                 verbose=False,
             )
     finally:
-        logging.getLogger("torch.onnx").setLevel(before)
+        logging.getLogger("torch.onnx").setLevel(level)
     assert program is not None
-    program.save(str(path), external_data=_bytes(module) > 1 << 30)  # one file holds 2 GiB
+    program.save(str(path), external_data=_count_bytes(module) > 1 << 30)  # a file holds at most 2 GiB
 
 
-def _bytes(module: nn.Module) -> int:
+def _count_bytes(module: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Loading, as a stranger would
+# Loading with onnxruntime alone
 
 
 def load(folder: Path, suffix: str = "") -> Any:
-    """What onnxruntime makes of the folder: (images (b, 3, S, S), texts) -> embeddings."""
+    """Load an exported folder with onnxruntime and return embed(images (b, 3, S, S) normalized, texts) -> 2 x (b, D).
+
+    suffix: "-fp16" loads the float16 graphs.
+    """
     import onnxruntime
     from transformers import AutoTokenizer
 
@@ -145,20 +171,20 @@ def load(folder: Path, suffix: str = "") -> Any:
         for name in ("image", "text")
     )
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    fixed = isinstance(text.get_inputs()[0].shape[1], int)
+    has_fixed_length = isinstance(text.get_inputs()[0].shape[1], int)
 
     def embed(images: Tensor, texts: list[str]) -> tuple[Tensor, Tensor]:
         length = tokenizer.model_max_length
-        padding = "max_length" if fixed else True
-        made = tokenizer(
+        padding = "max_length" if has_fixed_length else True
+        tokens = tokenizer(
             texts, padding=padding, truncation=True, max_length=length, return_tensors="np", return_attention_mask=True
         )
-        words = {"input_ids": made["input_ids"], "attention_mask": made["attention_mask"]}
-        known = {one.name for one in text.get_inputs()}
-        found = (
+        values = {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+        names = {node.name for node in text.get_inputs()}
+        embeddings = (
             image.run(None, {"pixel_values": images.numpy()})[0],
-            text.run(None, {name: value for name, value in words.items() if name in known})[0],
+            text.run(None, {name: value for name, value in values.items() if name in names})[0],
         )
-        return torch.from_numpy(found[0]), torch.from_numpy(found[1])
+        return torch.from_numpy(embeddings[0]), torch.from_numpy(embeddings[1])
 
     return embed

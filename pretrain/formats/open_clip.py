@@ -1,9 +1,9 @@
-"""open_clip: a folder that `open_clip.create_model_from_pretrained("local-dir:DIR")` and `get_tokenizer` load.
+"""Export to open_clip: a folder for `open_clip.create_model_from_pretrained("local-dir:DIR")` and `get_tokenizer`.
 
     open_clip_config.json  open_clip_model.safetensors  tokenizer files  README.md
 
-A plain vision transformer and the text transformers of CLIP and SigLIP are open_clip's own towers; any other timm model
-stays timm's, where its plain name builds it. Weights are under OpenAI's names, which every version of open_clip knows.
+A plain vision transformer and the text transformers of CLIP and SigLIP become open_clip's own towers. Any other timm model
+stays timm's, if its name alone builds it. Weights are under OpenAI's names, which every version of open_clip reads.
 """
 
 from __future__ import annotations
@@ -24,35 +24,35 @@ from pretrain.towers.timm import ImageTower
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 
-Part = tuple[dict[str, Any], Weights]
-"""A tower's section of the configuration, and its weights."""
+TowerExport = tuple[dict[str, Any], Weights]
+"""A tower's section of open_clip's configuration, and its weights."""
 
 
 def export_error(encoders: Encoders) -> str | None:
-    """Which part of the encoders open_clip cannot hold, or None."""
-    if wrong := unsupported(encoders):
-        return wrong
-    made = _words(encoders)
-    if isinstance(made, str):
-        return made
-    image = _vision(encoders, made.act == "quick_gelu")
+    """Return which part of the encoders open_clip cannot hold, or None."""
+    if error := unsupported(encoders):
+        return error
+    spec = _get_text_spec(encoders)
+    if isinstance(spec, str):
+        return spec
+    image = _convert_image_tower(encoders, spec.act == "quick_gelu")
     return image if isinstance(image, str) else None
 
 
 def write(encoders: Encoders, folder: Path) -> None:
-    """Writes the folder, which exists. The encoders have no `problem`."""
-    made = _words(encoders)
-    assert not isinstance(made, str)
-    image = _vision(encoders, made.act == "quick_gelu")
+    """Write model, preprocessing and tokenizer into an existing folder. `export_error` must be None for the encoders."""
+    spec = _get_text_spec(encoders)
+    assert not isinstance(spec, str)
+    image = _convert_image_tower(encoders, spec.act == "quick_gelu")
     assert not isinstance(image, str)
     model = encoders.model
-    text_cfg, text = _text(encoders, made)
+    text_cfg, text = _convert_text_tower(encoders, spec)
     vision_cfg, weights = image
     weights = {f"visual.{name}": value for name, value in weights.items()} | text
     weights["logit_scale"] = model.logit_scale.detach().reshape(())
     config: dict[str, Any] = {
         "embed_dim": encoders.dim,
-        "quick_gelu": made.act == "quick_gelu",
+        "quick_gelu": spec.act == "quick_gelu",
         "vision_cfg": vision_cfg,
         "text_cfg": text_cfg,
     }
@@ -69,80 +69,86 @@ def write(encoders: Encoders, folder: Path) -> None:
 # Towers
 
 
-def _words(encoders: Encoders) -> TextSpec | str:
+def _get_text_spec(encoders: Encoders) -> TextSpec | str:
     tower = encoders.text_tower
     assert tower is not None
     return text_weights.text_spec(tower)
 
 
-def _text(encoders: Encoders, made: TextSpec) -> Part:
-    """text_cfg, and weights under the names of open_clip's CLIP class."""
+def _convert_text_tower(encoders: Encoders, spec: TextSpec) -> TowerExport:
+    """Return text_cfg, and the text tower's weights under the names of open_clip's CLIP class."""
     tower, length = encoders.text_tower, encoders.text.length
     assert tower is not None
     weights = text_weights.to_open_clip(tower, encoders.projection("text"))
     if tower.pool == "avg":
-        made, weights = mean_pooling.to_attention_layer(made, weights)
+        spec, weights = mean_pooling.to_attention_layer(spec, weights)
     weights["positional_embedding"] = weights["positional_embedding"][:length].contiguous()
     config: dict[str, Any] = {
         "context_length": length,
-        "vocab_size": made.vocab,
+        "vocab_size": spec.vocab,
         "hf_tokenizer_name": ".",  # get_tokenizer("local-dir:DIR") then reads DIR
-        "width": made.width,
-        "heads": made.heads,
-        "layers": made.depth,
-        "mlp_ratio": block_weights.compute_mlp_ratio(made.hidden, made.width),
-        "norm_kwargs": {"eps": made.eps},
+        "width": spec.width,
+        "heads": spec.heads,
+        "layers": spec.depth,
+        "mlp_ratio": block_weights.compute_mlp_ratio(spec.hidden, spec.width),
+        "norm_kwargs": {"eps": spec.eps},
     }
-    if made.act == "gelu_tanh":
+    if spec.act == "gelu_tanh":
         config["act_kwargs"] = {"approximate": "tanh"}
-    if not made.causal:
+    if not spec.causal:
         return config | {"no_causal_mask": True, "proj_bias": True, "pool_type": "last"}, weights
-    end = encoders.text.tokenizer.eos_token_id
-    if end == made.vocab - 1:
-        return config | {"pool_type": "argmax"}, weights  # the highest id: OpenAI's rule, which older versions know too
-    return config | {"pool_type": "eos", "eos_id": end}, weights
+    end_id = encoders.text.tokenizer.eos_token_id
+    if end_id == spec.vocab - 1:
+        return config | {"pool_type": "argmax"}, weights  # pool at the highest id, as OpenAI does: older versions know no other
+    return config | {"pool_type": "eos", "eos_id": end_id}, weights
 
 
-def _vision(encoders: Encoders, quick: bool) -> Part | str:
-    """vision_cfg and weights (without `visual.`), or which part of the image tower has no place there."""
+def _convert_image_tower(encoders: Encoders, is_quick: bool) -> TowerExport | str:
+    """Return vision_cfg and the image tower's weights (names without `visual.`), or which part open_clip cannot hold.
+
+    is_quick: the text tower's activation is quick_gelu, which open_clip can only set for both towers.
+    """
     tower = encoders.image_tower
     assert tower is not None
     model: Any = tower.model
-    project = encoders.projection("image")
-    made = vit_weights.vit_spec(model)
-    if isinstance(made, ViTSpec) and made.width % made.heads == 0 and (made.act == "quick_gelu") == quick:
+    projection = encoders.projection("image")
+    spec = vit_weights.vit_spec(model)
+    if isinstance(spec, ViTSpec) and spec.width % spec.heads == 0 and (spec.act == "quick_gelu") == is_quick:
         config: dict[str, Any] = {
-            "image_size": made.size,
-            "patch_size": made.patch,
-            "width": made.width,
-            "layers": made.depth,
-            "head_width": made.width // made.heads,
-            "mlp_ratio": block_weights.compute_mlp_ratio(made.hidden, made.width),
-            "no_ln_pre": not made.pre_norm,
-            "pool_type": "tok" if made.pool == "token" else "avg",
-            "final_ln_after_pool": made.norm_after,
-            "norm_kwargs": {"eps": made.eps},
+            "image_size": spec.size,
+            "patch_size": spec.patch,
+            "width": spec.width,
+            "layers": spec.depth,
+            "head_width": spec.width // spec.heads,
+            "mlp_ratio": block_weights.compute_mlp_ratio(spec.hidden, spec.width),
+            "no_ln_pre": not spec.pre_norm,
+            "pool_type": "tok" if spec.pool == "token" else "avg",
+            "final_ln_after_pool": spec.norm_after,
+            "norm_kwargs": {"eps": spec.eps},
         }
-        if made.act == "gelu_tanh":
+        if spec.act == "gelu_tanh":
             config["act_kwargs"] = {"approximate": "tanh"}
-        matrix = torch.eye(made.width) if project is None else project.t().contiguous()
+        matrix = torch.eye(spec.width) if projection is None else projection.t().contiguous()
         return config, vit_weights.to_open_clip(model) | {"proj": matrix}
-    by_name = _by_name(encoders)
-    if by_name is not None:
+    timm_config = _find_timm_config(encoders)
+    if timm_config is not None:
         weights = {f"trunk.{name}": value.detach() for name, value in model.state_dict().items()}
-        if project is None:
-            return by_name | {"timm_proj": "none"}, weights
-        return by_name | {"timm_proj": "linear"}, weights | {"head.proj.weight": project}
-    if isinstance(made, ViTSpec):
+        if projection is None:
+            return timm_config | {"timm_proj": "none"}, weights
+        return timm_config | {"timm_proj": "linear"}, weights | {"head.proj.weight": projection}
+    if isinstance(spec, ViTSpec):
         return (
-            f"the activations of the towers, {made.act} for pictures and {'quick_gelu' if quick else 'another'} for texts: "
+            f"the activations of the towers, {spec.act} for images and {'quick_gelu' if is_quick else 'another'} for texts: "
             "open_clip has one for both (text.args.hidden_act=gelu trains such a pair)"
         )
-    return f"{made}, and timm's {tower.config.name} by name is another model"
+    return f"{spec}, and timm builds another model from the name {tower.config.name} alone"
 
 
-def _by_name(encoders: Encoders) -> dict[str, Any] | None:
-    """vision_cfg where the plain name of a timm model builds this one, tried on a picture; open_clip passes no arguments."""
+def _find_timm_config(encoders: Encoders) -> dict[str, Any] | None:
+    """Return vision_cfg if a timm model's name alone builds the image tower, as open_clip does, else None.
+
+    Whether it is the same model is checked by its output for an image.
+    """
     import timm
 
     tower = encoders.image_tower
@@ -152,18 +158,21 @@ def _by_name(encoders: Encoders) -> dict[str, Any] | None:
         return None
     shapes = {key: value.shape for key, value in tower.model.state_dict().items()}
     for pool in ("", "avg", "token", "map"):
-        if _shapes(name, pool) != shapes:
-            continue  # another architecture, or no such pooling; seen without building it
+        if _get_shapes(name, pool) != shapes:
+            continue  # another architecture, or no such pooling, found without allocating the model
         other: Any = timm.create_model(name)
         other.reset_classifier(0, **({"global_pool": pool} if pool else {}))
         other.load_state_dict(tower.model.state_dict())
-        if _same(tower, other.eval()):
+        if _has_same_output(tower, other.eval()):
             return {"timm_model_name": name, "timm_pool": pool, "image_size": tower.config.size}
     return None
 
 
-def _shapes(name: str, pool: str) -> dict[str, torch.Size]:
-    """Of the weights of a timm model as open_clip builds it; none where it cannot pool so. Nothing is computed."""
+def _get_shapes(name: str, pool: str) -> dict[str, torch.Size]:
+    """Return the shapes of a timm model's weights as open_clip builds it; empty if it has no such pooling.
+
+    The model is built on the meta device: nothing is computed.
+    """
     import timm
 
     try:
@@ -176,23 +185,27 @@ def _shapes(name: str, pool: str) -> dict[str, torch.Size]:
 
 
 @torch.no_grad()
-def _same(tower: ImageTower, other: nn.Module) -> bool:
+def _has_same_output(tower: ImageTower, other: nn.Module) -> bool:
+    """Return whether a timm model gives the pooled output of the image tower, for a fixed image."""
     size = tower.config.size
-    picture = torch.linspace(-2, 2, 3 * size * size).sin().reshape(1, 3, size, size)
+    image = torch.linspace(-2, 2, 3 * size * size).sin().reshape(1, 3, size, size)
     try:
-        theirs = other(picture)
-    except (RuntimeError, AssertionError):  # it takes pictures of another size
+        output = other(image)
+    except (RuntimeError, AssertionError):  # the model takes images of another size
         return False
-    ours = tower(picture, None).pooled
-    return theirs.shape == ours.shape and bool((theirs - ours).abs().max() <= 1e-5 * ours.abs().max())
+    expected = tower(image, None).pooled
+    return output.shape == expected.shape and bool((output - expected).abs().max() <= 1e-5 * expected.abs().max())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Loading, as a stranger would
+# Loading with open_clip alone
 
 
 def load(folder: Path) -> Any:
-    """What open_clip makes of the folder: (images (b, 3, S, S), texts) -> embeddings; None where it is not installed."""
+    """Load an exported folder with open_clip and return embed(images (b, 3, S, S) normalized, texts) -> 2 x (b, D).
+
+    None if open_clip is not installed.
+    """
     try:
         import open_clip
     except ImportError:

@@ -1,7 +1,7 @@
 """A tokenizer folder that gives the text tower's ids wherever it is loaded.
 
-Training fills up, cuts and, for tokenizers that leave it out, appends the end token itself (pretrain.data.text); other
-libraries call the tokenizer alone. So these habits go into the tokenizer, and what it then gives is compared.
+In training, pretrain.data.text pads and truncates texts, and appends the end token for tokenizers that do not. Other
+libraries call the tokenizer alone. These settings are therefore stored in the tokenizer, and its ids are compared.
 """
 
 from __future__ import annotations
@@ -19,57 +19,65 @@ PROBES = [
     "naïve café — 42%",
     " ".join(["one", "two", "three"] * 200),
 ]
-"""Short, punctuated, beyond ASCII, and longer than any tower reads."""
+"""Texts to compare tokenizers with: short, punctuated, not ASCII, and longer than any tower reads."""
 
 
 def build_portable(text: TextDecoder) -> Any:
-    """A copy of the tokenizer with the tower's habits. Raises UserError where it cannot be given them."""
-    made = copy.deepcopy(text.tokenizer)
-    made.padding_side = made.truncation_side = "right"
-    made.model_max_length = text.length
-    if made.pad_token_id != text.pad_id:
-        made.pad_token = made.convert_ids_to_tokens(text.pad_id)
+    """Build a copy of the tokenizer that pads, truncates and ends texts as the text tower's training did.
+
+    Raises UserError where the tokenizer cannot do so.
+    """
+    tokenizer = copy.deepcopy(text.tokenizer)
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    tokenizer.model_max_length = text.length
+    if tokenizer.pad_token_id != text.pad_id:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(text.pad_id)
     if text.appended_id is not None:
-        _append(made, text.appended_id)
-    wrong = find_difference(text, made)
-    if wrong is not None:
+        _append_end_token(tokenizer, text.appended_id)
+    difference = find_difference(text, tokenizer)
+    if difference is not None:
         raise UserError(
-            f"the tokenizer ({type(made).__name__}) alone does not give the ids that the tower was trained on: {wrong}"
+            f"the tokenizer ({type(tokenizer).__name__}) alone does not give the ids that the tower was trained on: "
+            f"{difference}"
         )
-    return made
+    return tokenizer
 
 
 def find_difference(text: TextDecoder, tokenizer: Any) -> str | None:
-    """What a tokenizer makes otherwise than the tower's does, in words, or None."""
+    """Return the first of PROBES that a tokenizer encodes otherwise than in training, in words, or None."""
     for probe in PROBES:
         ids, mask = text.encode([probe])
-        ours = ids[0][mask[0]].tolist()
-        theirs = tokenizer([probe], truncation=True, max_length=text.length)["input_ids"][0]
-        if list(theirs) != ours:
-            return f"{probe[:40]!r} becomes {list(theirs)[:8]}, not {ours[:8]}"
+        expected = ids[0][mask[0]].tolist()
+        actual = tokenizer([probe], truncation=True, max_length=text.length)["input_ids"][0]
+        if list(actual) != expected:
+            return f"{probe[:40]!r} becomes {list(actual)[:8]}, not {expected[:8]}"
     return None
 
 
 def save(text: TextDecoder, folder: Path) -> None:
-    """Writes the portable tokenizer. Raises UserError."""
+    """Write the portable tokenizer into a folder. Raises UserError where there can be none."""
     build_portable(text).save_pretrained(folder)
 
 
-def _append(tokenizer: Any, end: int) -> None:
-    """Makes a fast tokenizer write the end token, keeping what it writes before a text."""
+def _append_end_token(tokenizer: Any, end_id: int) -> None:
+    """Make a fast tokenizer append the end token to every text, after its own post-processor. Raises UserError."""
     from tokenizers import processors
 
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise UserError(f"the tokenizer ({type(tokenizer).__name__}) writes no end token and cannot be taught to")
-    word = tokenizer.convert_ids_to_tokens(end)
-    template = processors.TemplateProcessing(single=f"$A {word}", pair=f"$A {word} $B {word}", special_tokens=[(word, end)])
+        kind = type(tokenizer).__name__
+        raise UserError(f"the tokenizer ({kind}) appends no end token, and only a fast tokenizer can be made to append one")
+    end = tokenizer.convert_ids_to_tokens(end_id)
+    template = processors.TemplateProcessing(single=f"$A {end}", pair=f"$A {end} $B {end}", special_tokens=[(end, end_id)])
     before = backend.post_processor
     backend.post_processor = template if before is None else processors.Sequence([before, template])
 
 
 def build_openai_tokenizer(length: int) -> Any:
-    """OpenAI's byte-pair tokenizer, as open_clip ships its vocabulary, in transformers' form. Raises UserError."""
+    """Build OpenAI's byte-pair tokenizer, as a tokenizer of transformers, from the vocabulary that open_clip ships.
+
+    Raises UserError where open_clip is not installed.
+    """
     import gzip
     from importlib.util import find_spec
 
@@ -79,19 +87,19 @@ def build_openai_tokenizer(length: int) -> Any:
     if spec is None or not spec.submodule_search_locations:
         raise UserError("this model reads OpenAI's vocabulary, which comes with open_clip: pip install open_clip_torch")
     path = Path(spec.submodule_search_locations[0]) / "bpe_simple_vocab_16e6.txt.gz"
-    # As OpenAI's SimpleTokenizer: a version line, then merges; of them 49152 - 256 - 2 are in use.
+    # As in OpenAI's SimpleTokenizer: a version line, then the merges, of which 49152 - 256 - 2 are in use.
     lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")[1 : 49152 - 256 - 2 + 1]
-    merges: Any = [(left, right) for left, right in (one.split() for one in lines)]
-    letters = list(_bytes_as_letters())
+    merges: Any = [(left, right) for left, right in (line.split() for line in lines)]
+    letters = list(_list_byte_letters())
     words = [*letters, *(letter + "</w>" for letter in letters), *(left + right for left, right in merges)]
     words += ["<|startoftext|>", "<|endoftext|>"]
-    made = CLIPTokenizer(vocab={word: number for number, word in enumerate(words)}, merges=merges, model_max_length=length)
-    made.padding_side = made.truncation_side = "right"
-    return made
+    tokenizer = CLIPTokenizer(vocab={word: number for number, word in enumerate(words)}, merges=merges, model_max_length=length)
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    return tokenizer
 
 
-def _bytes_as_letters() -> list[str]:
-    """A printable letter for each byte, in the order of OpenAI's vocabulary: printable ones first, as themselves."""
+def _list_byte_letters() -> list[str]:
+    """Return a printable letter for each byte, in the order of OpenAI's vocabulary: printable bytes first, as themselves."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) for byte in printable] + [chr(256 + number) for number in range(len(others))]

@@ -1,7 +1,7 @@
-"""The text transformers of CLIP (causal, pooled where the text ends) and SigLIP (sees all, pooled at the last position).
+"""The text transformers of CLIP (causal, pooled at the end token) and SigLIP (not causal, pooled at the last position).
 
-Ours are transformers' CLIPTextModel and SiglipTextModel. open_clip's names stand in the middle, with the projection into
-the shared space: its TextTransformer holds both kinds.
+Our text towers are transformers' CLIPTextModel and SiglipTextModel. Weights are translated to and from open_clip's names,
+which include the projection into the shared space: its TextTransformer can be either kind.
 Legend: V = vocabulary, T = positions, C = width, D = width of the shared space.
 """
 
@@ -20,7 +20,7 @@ from pretrain.formats.vit_weights import BLOCKS
 from pretrain.towers.transformers import TextTower
 
 ACTS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
-"""transformers' hidden_act -> our word."""
+"""transformers' hidden_act -> the name in TextSpec.act."""
 
 NAMES = {
     "embeddings.token_embedding.weight": "token_embedding.weight",
@@ -28,17 +28,19 @@ NAMES = {
     "final_layer_norm.weight": "ln_final.weight",
     "final_layer_norm.bias": "ln_final.bias",
 }
-"""transformers -> open_clip, beside the blocks."""
+"""Names of the weights outside the blocks: transformers -> open_clip."""
 
 
 @dataclass(frozen=True)
 class TextSpec:
-    """All there is to say about a text transformer of one of the two kinds."""
+    """The complete architecture of a text transformer of one of the two kinds."""
 
     vocab: int
+    """V."""
     positions: int
-    """T, the longest text it can read."""
+    """T, the number of tokens of the longest text."""
     width: int
+    """C."""
     depth: int
     heads: int
     hidden: int
@@ -46,15 +48,20 @@ class TextSpec:
     act: str
     """gelu, quick_gelu or gelu_tanh."""
     eps: float
+    """Of every LayerNorm."""
     causal: bool
-    """True: CLIP's. False: SigLIP's, whose head is part of the projection here."""
+    """True for CLIP; false for SigLIP, whose head is part of the projection here."""
     eos: int | None = None
-    """The id that ends a text, where CLIP's pools."""
+    """The id of the token that ends a text, at which CLIP pools."""
     pad: int | None = None
+    """The id of the padding token."""
 
 
 def text_spec(tower: TextTower) -> TextSpec | str:
-    """What a text tower is as one of the two kinds, or what keeps it from being one. Pooling by the mean passes here."""
+    """Return a text tower's architecture if it is one of the two kinds, else which part of it is not.
+
+    A causal tower may pool by the mean: mean_pooling.py turns it into one that pools at the end token.
+    """
     config: Any = tower.model.config
     kind = config.model_type
     if kind not in ("clip_text_model", "siglip_text_model"):
@@ -80,50 +87,54 @@ def text_spec(tower: TextTower) -> TextSpec | str:
 
 
 def to_open_clip(tower: TextTower, projection: Tensor | None) -> Weights:
-    """The tower's weights under open_clip's names. projection (D, C) or None.
+    """Return the tower's weights under open_clip's names, with its projection.
 
-    CLIP's projection becomes `text_projection` (C, D); SigLIP's head and projection together a linear layer with bias.
+    Args:
+        tower: a text tower for which `text_spec` returns a TextSpec.
+        projection: (D, C), or None.
+
+    CLIP's projection becomes `text_projection` (C, D); SigLIP's head and projection together become a linear layer with bias.
     """
     weights = {name.removeprefix("text_model."): value.detach() for name, value in tower.model.state_dict().items()}
     head, bias = weights.pop("head.weight", None), weights.pop("head.bias", None)
     out = from_transformers(weights)
     if head is not None and bias is not None:
-        project = projection if projection is not None else torch.eye(len(head))
-        out["text_projection.weight"], out["text_projection.bias"] = project @ head, project @ bias
+        matrix = projection if projection is not None else torch.eye(len(head))
+        out["text_projection.weight"], out["text_projection.bias"] = matrix @ head, matrix @ bias
     elif projection is not None:
         out["text_projection"] = projection.detach().t()
     return {name: value.contiguous() for name, value in out.items()}
 
 
 def from_transformers(weights: Mapping[str, Tensor]) -> Weights:
-    """transformers' names -> open_clip's; those that are not known stay as they are."""
-    named = block_weights.from_transformers(weights, "encoder.layers.", BLOCKS)
-    return {NAMES.get(name, name): value for name, value in named.items()}
+    """Rename weights from transformers' names to open_clip's; unknown names stay as they are."""
+    renamed = block_weights.from_transformers(weights, "encoder.layers.", BLOCKS)
+    return {NAMES.get(name, name): value for name, value in renamed.items()}
 
 
 def to_transformers(weights: Mapping[str, Tensor]) -> Weights:
-    """open_clip's names -> transformers'; those that are not known stay as they are."""
-    back = {ours: theirs for theirs, ours in NAMES.items()}
-    named = block_weights.to_transformers(weights, BLOCKS, "encoder.layers.")
-    return {back.get(name, name): value for name, value in named.items()}
+    """Rename weights from open_clip's names to transformers'; unknown names stay as they are."""
+    names = block_weights.invert(NAMES)
+    renamed = block_weights.to_transformers(weights, BLOCKS, "encoder.layers.")
+    return {names.get(name, name): value for name, value in renamed.items()}
 
 
-def to_text_args(made: TextSpec) -> dict[str, Any]:
-    """text.args of a tower of ours with this architecture, but for the length of texts."""
-    kind = "clip_text_model" if made.causal else "siglip_text_model"
-    act = {ours: theirs for theirs, ours in reversed(ACTS.items())}[made.act]
+def to_text_args(spec: TextSpec) -> dict[str, Any]:
+    """Return the configuration `text.args` that builds a text tower of this architecture; text.length is not part of it."""
+    kind = "clip_text_model" if spec.causal else "siglip_text_model"
+    act = {name: hidden_act for hidden_act, name in reversed(ACTS.items())}[spec.act]
     args = {
         "model_type": kind,
-        "vocab_size": made.vocab,
-        "max_position_embeddings": made.positions,
-        "hidden_size": made.width,
-        "num_hidden_layers": made.depth,
-        "num_attention_heads": made.heads,
-        "intermediate_size": made.hidden,
+        "vocab_size": spec.vocab,
+        "max_position_embeddings": spec.positions,
+        "hidden_size": spec.width,
+        "num_hidden_layers": spec.depth,
+        "num_attention_heads": spec.heads,
+        "intermediate_size": spec.hidden,
         "hidden_act": act,
-        "layer_norm_eps": made.eps,
-        "eos_token_id": made.eos,
-        "pad_token_id": made.pad,
+        "layer_norm_eps": spec.eps,
+        "eos_token_id": spec.eos,
+        "pad_token_id": spec.pad,
         "bos_token_id": None,
     }
-    return args if made.causal else args | {"projection_size": made.width}
+    return args if spec.causal else args | {"projection_size": spec.width}

@@ -1,7 +1,9 @@
-"""ViTSpec vision transformers: patches by one convolution, a class token, learned positions, pre-norm blocks, one last norm.
+"""The vision transformers of CLIP and SigLIP: their architecture, and their weights under the names of three libraries.
 
-timm's VisionTransformer (our image tower) is one for most of its settings, and so are open_clip's VisionTransformer and
-transformers' CLIPVisionModel. open_clip's names stand in the middle.
+A plain vision transformer has patches by one convolution, a class token, learned positions, pre-norm blocks and one last norm.
+timm's VisionTransformer (our image tower) is one with most of its settings, and so are open_clip's VisionTransformer and
+transformers' CLIPVisionModel. Its weights are translated by way of open_clip's names. SigLIP's has no class token and pools by
+attention; its weights are translated between timm's and transformers' names.
 Legend: C = width, S = positions (1 + patches).
 """
 
@@ -34,18 +36,19 @@ POOL = {
     "kv.weight": "",
     "kv.bias": "",
 }
-"""timm's attention pooling -> SigLIP's head in transformers, whose queries, keys and values are one matrix."""
+"""timm's attention pooling -> SigLIP's head in transformers, which keeps queries, keys and values in one matrix ("")."""
 
 
 @dataclass(frozen=True)
 class ViTSpec:
-    """All there is to say about a plain vision transformer."""
+    """The complete architecture of a vision transformer of CLIP or SigLIP."""
 
     size: int
-    """Side of the picture, pixels."""
+    """Side of the image, pixels."""
     patch: int
     """Side of a patch, pixels."""
     width: int
+    """C."""
     depth: int
     heads: int
     hidden: int
@@ -57,13 +60,13 @@ class ViTSpec:
     pre_norm: bool
     """A norm between positions and blocks (CLIP)."""
     pool: str
-    """token (the class token) or avg (the mean of the others)."""
+    """token (the class token), avg (the mean of the other tokens) or map (SigLIP's attention pooling)."""
     norm_after: bool
-    """The last norm acts on the pooled vector, not on the tokens. For the class token that is the same."""
+    """The last norm acts on the pooled vector, not on the tokens. For pooling by the class token, both are the same."""
 
 
-def activation(module: Any) -> str | None:
-    """gelu, quick_gelu or gelu_tanh; None for another one."""
+def get_activation(module: Any) -> str | None:
+    """Return the name of an activation module: gelu, quick_gelu or gelu_tanh; None for any other."""
     kind = type(module).__name__
     if kind in ("GELU", "GELUActivation"):
         return "gelu_tanh" if getattr(module, "approximate", "none") == "tanh" else "gelu"
@@ -72,58 +75,58 @@ def activation(module: Any) -> str | None:
 
 
 def vit_spec(model: Any) -> ViTSpec | str:
-    """What a timm model is as a plain vision transformer, or the part of it that is not plain."""
+    """Return a timm model's architecture if it is a plain vision transformer, else which part of it is not."""
     if type(model).__name__ != "VisionTransformer" or not len(getattr(model, "blocks", [])):
         return f"the image tower, a {type(model).__name__}"
     if model.cls_token is None or model.pos_embed is None:
         return "the image tower without class token" if model.cls_token is None else "the image tower without learned positions"
-    if strange := _strange(model, {"cls_token"}):
-        return strange
+    if mismatch := _find_mismatch(model, {"cls_token"}):
+        return mismatch
     norm = model.norm if isinstance(model.norm, nn.LayerNorm) else model.fc_norm
     prefix = model.global_pool == "avg" and getattr(model, "pool_include_prefix", False)
     if model.global_pool not in ("token", "avg") or prefix or not isinstance(norm, nn.LayerNorm):
         return f"the image tower's pooling, {model.global_pool}"
-    return _described(model, norm)
+    return _build_spec(model, norm)
 
 
 def siglip_spec(model: Any) -> ViTSpec | str:
-    """What a timm model is as SigLIP's vision transformer (no class token, pooled by attention), or what is not SigLIP's."""
+    """Return a timm model's architecture if it is SigLIP's vision transformer, else which part of it is not."""
     if type(model).__name__ != "VisionTransformer" or model.global_pool != "map" or model.cls_token is not None:
         return "the image tower, which is not SigLIP's"
     names = {f"attn_pool.{name}" for name in POOL}
-    if strange := _strange(model, names):
-        return strange
+    if mismatch := _find_mismatch(model, names):
+        return mismatch
     if missing := sorted(names - set(model.state_dict())):
         return f"the image tower without {missing[0]}"
-    made = _described(model, model.norm)
-    same = model.blocks[0].attn.num_heads == model.attn_pool.num_heads
-    if isinstance(made, ViTSpec) and (made.pre_norm or not same):
+    spec = _build_spec(model, model.norm)
+    has_equal_heads = model.blocks[0].attn.num_heads == model.attn_pool.num_heads
+    if isinstance(spec, ViTSpec) and (spec.pre_norm or not has_equal_heads):
         return "the image tower, which is not SigLIP's"
-    return made
+    return spec
 
 
-def _strange(model: Any, more: set[str]) -> str | None:
-    """A weight that these transformers do not have or lack, in words."""
+def _find_mismatch(model: Any, more: set[str]) -> str | None:
+    """Return the first weight that the model has or lacks, compared with a plain one plus `more`, in words, or None."""
     kinds = ("weight", "bias")
-    within = {f"blocks.{i}.{name}{kind}" for i in range(len(model.blocks)) for name in block_weights.TIMM for kind in kinds}
-    around = {f"{name}.{kind}" for name in ("norm", "fc_norm", "norm_pre", "patch_embed.proj") for kind in kinds}
+    in_blocks = {f"blocks.{i}.{name}{kind}" for i in range(len(model.blocks)) for name in block_weights.TIMM for kind in kinds}
+    outside = {f"{name}.{kind}" for name in ("norm", "fc_norm", "norm_pre", "patch_embed.proj") for kind in kinds}
     names = set(model.state_dict())
-    if extra := sorted(names - within - around - more - {"pos_embed"}):
+    if extra := sorted(names - in_blocks - outside - more - {"pos_embed"}):
         return f"the image tower's {extra[0]}"
-    if missing := sorted(within - names):
+    if missing := sorted(in_blocks - names):
         return f"the image tower without {missing[0]}"
     return None
 
 
-def _described(model: Any, norm: Any) -> ViTSpec | str:
+def _build_spec(model: Any, norm: Any) -> ViTSpec | str:
     block = model.blocks[0]
-    act = activation(block.mlp.act)
+    act = get_activation(block.mlp.act)
     if act is None:
         return f"the image tower's activation, {type(block.mlp.act).__name__}"
-    side = model.patch_embed.patch_size
+    patch = model.patch_embed.patch_size
     return ViTSpec(
         size=model.patch_embed.img_size[0],
-        patch=side[0] if isinstance(side, tuple) else side,
+        patch=patch[0] if isinstance(patch, tuple) else patch,
         width=model.embed_dim,
         depth=len(model.blocks),
         heads=block.attn.num_heads,
@@ -137,7 +140,7 @@ def _described(model: Any, norm: Any) -> ViTSpec | str:
 
 
 def to_open_clip(model: Any) -> Weights:
-    """A plain timm model's weights under open_clip's names. A bias of the patches moves into their positions."""
+    """Return a plain timm model's weights under open_clip's names. A bias of the patches moves into their positions."""
     weights = {name: value.detach() for name, value in model.state_dict().items()}
     positions = weights.pop("pos_embed")[0]  # (S, C), or (S - 1, C) where the class token has none
     if model.no_embed_class:
@@ -157,10 +160,10 @@ def to_open_clip(model: Any) -> Weights:
     return out
 
 
-def from_open_clip(weights: Mapping[str, Tensor], made: ViTSpec) -> Weights:
-    """The reverse, for the tower that `to_image_config(made)` builds. Names that are not known stay as they are."""
+def from_open_clip(weights: Mapping[str, Tensor], spec: ViTSpec) -> Weights:
+    """Rename weights from open_clip's names to those of the tower that `to_image_config(spec)` builds; unknown names stay."""
     out: Weights = {}
-    norm = "fc_norm" if made.norm_after and made.pool == "avg" else "norm"
+    norm = "fc_norm" if spec.norm_after and spec.pool == "avg" else "norm"
     names = {"conv1.weight": "patch_embed.proj.weight"}
     for kind in ("weight", "bias"):
         names |= {f"ln_pre.{kind}": f"norm_pre.{kind}", f"ln_post.{kind}": f"{norm}.{kind}"}
@@ -173,35 +176,35 @@ def from_open_clip(weights: Mapping[str, Tensor], made: ViTSpec) -> Weights:
             out["pos_embed"] = value.unsqueeze(0)
         else:
             out[names.get(name, name)] = value
-    if not made.pre_norm:
-        out["patch_embed.proj.bias"] = torch.zeros(made.width)  # timm's has one there
+    if not spec.pre_norm:
+        out["patch_embed.proj.bias"] = torch.zeros(spec.width)  # timm's model has a bias there, open_clip's has none
     return out
 
 
-def to_image_config(made: ViTSpec) -> dict[str, Any]:
-    """image.* of a tower of ours with this architecture. Raises UserError where timm has no name for it."""
+def to_image_config(spec: ViTSpec) -> dict[str, Any]:
+    """Return the configuration section `image` that builds this architecture. Raises UserError where timm has no such model."""
     names = {1e-5: "vit_base_patch16_clip_224", 1e-6: "vit_base_patch16_224"}
-    if made.eps not in names:
+    if spec.eps not in names:
         raise UserError(
-            f"the image tower's norms have eps={made.eps}; timm's vision transformers know {', '.join(map(str, names))}"
+            f"the image tower's norms have eps={spec.eps}; timm's vision transformers know {', '.join(map(str, names))}"
         )
     args: dict[str, Any] = {
-        "patch_size": made.patch,
-        "embed_dim": made.width,
-        "depth": made.depth,
-        "num_heads": made.heads,
-        "mlp_ratio": block_weights.compute_mlp_ratio(made.hidden, made.width),
-        "pre_norm": made.pre_norm,
-        "global_pool": made.pool,
-        "fc_norm": made.norm_after and made.pool == "avg",
+        "patch_size": spec.patch,
+        "embed_dim": spec.width,
+        "depth": spec.depth,
+        "num_heads": spec.heads,
+        "mlp_ratio": block_weights.compute_mlp_ratio(spec.hidden, spec.width),
+        "pre_norm": spec.pre_norm,
+        "global_pool": spec.pool,
+        "fc_norm": spec.norm_after and spec.pool == "avg",
     }
-    if made.act != "gelu":
-        args["act_layer"] = made.act
-    return {"tower": "timm", "name": names[made.eps], "size": made.size, "args": args, "pretrained": False}
+    if spec.act != "gelu":
+        args["act_layer"] = spec.act
+    return {"tower": "timm", "name": names[spec.eps], "size": spec.size, "args": args, "pretrained": False}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# transformers' CLIPVisionModel, from and to open_clip's names
+# To and from the names of transformers' CLIPVisionModel and SiglipVisionModel
 
 _CLIP = {
     "class_embedding": "embeddings.class_embedding",
@@ -215,7 +218,7 @@ _CLIP = {
 
 
 def to_clip(weights: Mapping[str, Tensor]) -> Weights:
-    """open_clip's names -> CLIPVisionModel's."""
+    """Rename weights from open_clip's names to CLIPVisionModel's; unknown names stay as they are."""
     return {
         _CLIP.get(name, name): value
         for name, value in block_weights.to_transformers(weights, BLOCKS, "encoder.layers.").items()
@@ -223,14 +226,14 @@ def to_clip(weights: Mapping[str, Tensor]) -> Weights:
 
 
 def from_clip(weights: Mapping[str, Tensor]) -> Weights:
-    """CLIPVisionModel's names -> open_clip's. Names that are not known stay as they are."""
-    back = {theirs: ours for ours, theirs in _CLIP.items()}
-    named = block_weights.from_transformers(weights, "encoder.layers.", BLOCKS)
-    return {back.get(name, name): value for name, value in named.items()}
+    """Rename weights from CLIPVisionModel's names to open_clip's; unknown names stay as they are."""
+    names = block_weights.invert(_CLIP)
+    renamed = block_weights.from_transformers(weights, "encoder.layers.", BLOCKS)
+    return {names.get(name, name): value for name, value in renamed.items()}
 
 
 def to_siglip(model: Any) -> Weights:
-    """A timm model that is SigLIP's -> the names of transformers' SiglipVisionModel."""
+    """Return the weights of a timm model, for which `siglip_spec` returns a ViTSpec, under SiglipVisionModel's names."""
     weights = {name: value.detach() for name, value in model.state_dict().items()}
     out: Weights = {"embeddings.position_embedding.weight": weights.pop("pos_embed")[0]}
     for kind in ("weight", "bias"):
@@ -240,18 +243,19 @@ def to_siglip(model: Any) -> Weights:
         out[f"head.attention.in_proj_{kind}"] = torch.cat(rows)
     for name in [name for name in weights if name.startswith("attn_pool.")]:
         out[f"head.{POOL[name.removeprefix('attn_pool.')]}"] = weights.pop(name)
-    middle = block_weights.rename_blocks(weights, "blocks.", BLOCKS, block_weights.TIMM)
-    return out | block_weights.to_transformers(middle, BLOCKS, "encoder.layers.")
+    renamed = block_weights.rename_blocks(weights, "blocks.", BLOCKS, block_weights.TIMM)
+    return out | block_weights.to_transformers(renamed, BLOCKS, "encoder.layers.")
 
 
 def from_siglip(weights: Mapping[str, Tensor]) -> Weights:
-    """The reverse of `to_siglip`. Names that are not known stay as they are."""
-    names = {f"head.{theirs}": f"attn_pool.{ours}" for ours, theirs in POOL.items() if theirs}
+    """Rename weights from SiglipVisionModel's names to timm's; unknown names stay as they are."""
+    names = {f"head.{siglip}": f"attn_pool.{timm}" for timm, siglip in POOL.items() if siglip}
     for kind in ("weight", "bias"):
         names |= {f"embeddings.patch_embedding.{kind}": f"patch_embed.proj.{kind}", f"post_layernorm.{kind}": f"norm.{kind}"}
     out: Weights = {}
-    middle = block_weights.from_transformers(weights, "encoder.layers.", BLOCKS)
-    for name, value in block_weights.rename_blocks(middle, BLOCKS, "blocks.", block_weights.invert(block_weights.TIMM)).items():
+    renamed = block_weights.from_transformers(weights, "encoder.layers.", BLOCKS)
+    to_timm = block_weights.invert(block_weights.TIMM)
+    for name, value in block_weights.rename_blocks(renamed, BLOCKS, "blocks.", to_timm).items():
         if name == "embeddings.position_embedding.weight":
             out["pos_embed"] = value.unsqueeze(0)
         elif name.startswith("head.attention.in_proj_"):
@@ -262,23 +266,23 @@ def from_siglip(weights: Mapping[str, Tensor]) -> Weights:
     return out
 
 
-def to_siglip_image_config(made: ViTSpec) -> dict[str, Any]:
-    """image.* of a tower of ours that is SigLIP's. Raises UserError where timm has no name for it."""
-    settings = to_image_config(made)
+def to_siglip_image_config(spec: ViTSpec) -> dict[str, Any]:
+    """Return the configuration section `image` that builds SigLIP's tower. Raises UserError where timm has no such model."""
+    settings = to_image_config(spec)
     del settings["args"]["pre_norm"]
     del settings["args"]["fc_norm"]
     return settings | {"name": "vit_base_patch16_siglip_224"}
 
 
-def to_vision_config(made: ViTSpec) -> dict[str, Any]:
-    """The vision_config of a transformers CLIPModel or SiglipModel."""
+def to_vision_config(spec: ViTSpec) -> dict[str, Any]:
+    """Return the vision_config of a transformers CLIPModel or SiglipModel of this architecture."""
     return {
-        "hidden_size": made.width,
-        "intermediate_size": made.hidden,
-        "num_hidden_layers": made.depth,
-        "num_attention_heads": made.heads,
-        "image_size": made.size,
-        "patch_size": made.patch,
-        "hidden_act": {"gelu_tanh": "gelu_pytorch_tanh"}.get(made.act, made.act),
-        "layer_norm_eps": made.eps,
+        "hidden_size": spec.width,
+        "intermediate_size": spec.hidden,
+        "num_hidden_layers": spec.depth,
+        "num_attention_heads": spec.heads,
+        "image_size": spec.size,
+        "patch_size": spec.patch,
+        "hidden_act": {"gelu_tanh": "gelu_pytorch_tanh"}.get(spec.act, spec.act),
+        "layer_norm_eps": spec.eps,
     }
