@@ -1,29 +1,23 @@
-"""finetune: aligned encoders -> cross-attention, and maps of what each word looked at.
+"""Fine-tuning: cross-attention on aligned encoders for downstream tasks, and maps of what each word attends to.
 
-    attention.py    multi-head attention: a fast path, and an exact one that returns the weights
-    trace.py        what the exact path leaves behind
-    places.py       where regions and words stand, told to the fusion
-    context/        how a picture is attended to: dense | local | coarse_to_fine | pooled
-    fusion/         who asks whom: cross | co | merged
-    maps.py         a trace -> one map a word on the picture's grid: raw | rollout | gradcam | relevance
-    model.py        encoder + fusion + a task's head
-    mining.py       hard negatives, over all processes
-    adapt.py        what of the encoders moves: freezing, another picture size, lora.py
-    aligned.py      a task with the contrastive loss kept on
-    wise.py         weights between the pretrained and the fine-tuned encoders
-    tasks/          what is learned: one file a task
-    config.py       the schema of a run, laid over what `init` brings
-    recipe.py       a run assembled and trained by pretrain's one loop; __main__.py is what launchers start
-    inference.py    load(RUN): a fine-tuned model, ready to answer; evaluate.py measures it
-    export.py       its graphs for onnxruntime: image, text, and the head with the fusion; card.py is their model card
+    config.py       the configuration of a run, completed with the architecture of `init`
+    model.py        FusionModel: encoders, fusion and the head of a task
+    train.py        train(): assembles a run and calls pretrain's fit(); __main__.py is what launchers start
+    loading.py      load(RUN): a fine-tuned model, ready to predict
+    evaluate.py     the metrics of a fine-tuned run, for `clipfuse evaluate`
+    export.py       ONNX graphs of encoders and head; model_card.py writes their model card
+    wise_ft.py      WiSE-FT: interpolation between pretrained and fine-tuned weights
 
-    attend.py       what each word looks at: maps of a model's own task; drawing.py draws them, words.py puts tokens together
-    grounding.py    do maps find what words speak of: pointing game, attention lift, colours exchanged, with controls
-                    phrases.py: which words name which objects; pointing.py: one map against boxes; probes.py: a batch
+    attention/      multi-head attention that can record its weights
+    context/        how images are attended to: dense | local | coarse_to_fine | pooled
+    fusion/         which modality attends to which: cross | co | merged
+    adapt/          frozen layers, low-rank adapters, another image size
+    tasks/          one file per task: vqa | retrieval | classification | captioning
+    explain/        maps of what each word attends to
+    grounding/      evaluation of these maps against boxes of objects
 
-Imports pretrain, never launch. Floors, each importing only those before it: trace, attention, places, context, fusion, model,
-tasks, config, inference, recipe; attend and grounding stand on inference; maps needs trace alone. Importing this package
-makes its rooms known to pretrain.registry.
+Imports pretrain, never launch. The order of layers is a contract in pyproject.toml, [tool.importlinter].
+Importing this package adds its packages to pretrain.registry.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -39,7 +33,7 @@ registry.add_root_package("finetune")
 
 
 def __getattr__(name: str) -> Any:
-    """`finetune.load(RUN)`, imported when it is asked for: the rooms below import this package first."""
+    """Import `load` and `Finetuned` on first access, because the modules below import this package first."""
     if name not in __all__:
         raise AttributeError(f"module 'finetune' has no attribute {name!r}")
     from finetune import loading

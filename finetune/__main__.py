@@ -1,4 +1,4 @@
-"""python -m finetune CONFIG [--dry-run] [key=value ...]: what every launcher starts, once per process."""
+"""Entry point of fine-tuning, which launchers start once per process: python -m finetune CONFIG [--dry-run] [key=value ...]."""
 
 from __future__ import annotations
 

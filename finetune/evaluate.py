@@ -1,4 +1,4 @@
-"""A fine-tuned run's own evaluation, with what was measured on what: for `clipfuse evaluate RUN`, --json or a table."""
+"""Evaluation of a fine-tuned run on its own task, for `clipfuse evaluate RUN`, as json values or a table."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from finetune.loading import Finetuned
 from finetune.tasks import EvalConfig
 
 COUNTS = ("samples", "captions", "questions", "bad_samples")
-"""What is not a figure of its own: goes below the table."""
+"""Metrics that are counts; the table shows them below."""
 
 
 def run(
@@ -23,9 +23,9 @@ def run(
     precision: str = "fp32",
     train: Any = None,
 ) -> dict[str, Any]:
-    """The task's figures on `shards` as plain values. `train`: shards that baselines are learnt from, instead of the run's.
+    """Compute the task's metrics on `shards`, as plain values for json. Collective. Raises UserError.
 
-    Collective. Raises UserError.
+    `train` names shards from which baselines are computed, instead of the run's training shards.
     """
     begin = time.perf_counter()
     metrics = tuned.evaluate(shards, config or EvalConfig(), device, precision, train)
@@ -41,26 +41,28 @@ def run(
 
 
 def summary(result: dict[str, Any]) -> Table:
-    """The result of `run` for people: shares in percent, and beside a figure that of who saw no picture."""
+    """Format the result of `run` as a table, with fractions in percent and question-only baselines in a second column."""
     metrics = result["metrics"]
-    counted = [f"{int(metrics[name]):,} {name.replace('_', ' ')}" for name in COUNTS if metrics.get(name)]
+    counts = [f"{int(metrics[name]):,} {name.replace('_', ' ')}" for name in COUNTS if metrics.get(name)]
     title = f"{result['checkpoint']}, step {result['step']:,}: {result['tasks'][0]}"
-    table = Table(title=title, caption=f"{', '.join(counted)}, {result['seconds']:.0f} s", min_width=len(title))
-    table.add_column("measure")
+    table = Table(title=title, caption=f"{', '.join(counts)}, {result['seconds']:.0f} s", min_width=len(title))
+    table.add_column("metric")
     table.add_column("result", justify="right")
-    blind = any(name.startswith("blind_") for name in metrics)
-    if blind:
-        table.add_column("without picture", justify="right", style="dim")
+    has_baseline = any(name.startswith("blind_") for name in metrics)
+    if has_baseline:
+        table.add_column("without image", justify="right", style="dim")
     for name, value in metrics.items():
         if name in COUNTS or name.startswith("blind_"):
             continue
-        row = [name.replace("_", " "), _shown(name, value)]
-        if blind:
-            row.append(_shown(name, metrics[f"blind_{name}"]) if f"blind_{name}" in metrics else "")
+        row = [name.replace("_", " "), _format(name, value)]
+        if has_baseline:
+            row.append(_format(name, metrics[f"blind_{name}"]) if f"blind_{name}" in metrics else "")
         table.add_row(*row)
     return table
 
 
-def _shown(name: str, value: float) -> str:
-    share = isinstance(value, float) and 0 <= value <= 1 and not name.endswith(("_rank", "_ms"))  # rank 1 is no 100 %
-    return f"{100 * value:.1f} %" if share else f"{round(value, 2):g}"
+def _format(name: str, value: float) -> str:
+    """Format a fraction in percent, any other number with two decimals."""
+    # A rank of 1 or a time of 1 ms is not 100 %.
+    is_fraction = isinstance(value, float) and 0 <= value <= 1 and not name.endswith(("_rank", "_ms"))
+    return f"{100 * value:.1f} %" if is_fraction else f"{round(value, 2):g}"

@@ -1,7 +1,7 @@
-"""FusionModel: aligned encoders, a fusion that lets their tokens read each other, and a task's head. Trained as one.
+"""FusionModel: aligned encoders, a fusion module that cross-attends between their tokens, and the head of a task.
 
-Shapes: b = pictures (samples), m = texts a picture, T = tokens of a text, N = tokens, C = width of a token,
-D = width of the shared space.
+Shapes: b = images (samples), m = texts per image, T = tokens of a text, N = tokens of a sequence, C = width of a token,
+D = width of the shared space, rows = b for images and b m for texts.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from pretrain.model import DualEncoder
 from pretrain.towers import TokenSequence, Tower
 
 Features = dict[str, Tensor]
-"""What a head returns, by name: (b, ...) a sample each, so that chunks can be put together."""
-Source = Literal["auto", "aligned", "tower"]
+"""Output of a head, by name: (b, ...), one row per sample, so that the outputs of chunks can be concatenated."""
+TokenSource = Literal["auto", "aligned", "tower"]
 CAPTION = "caption"
-"""The input that asks for embeddings beside the task: texts (b, T) as the text tower reads them."""
+"""Name of an optional input (b, T): a caption per image. It makes the model return contrastive embeddings as well."""
 
 
 class Head(nn.Module):
-    """Base of all heads: what a task computes from a batch, and the weights that are its own."""
+    """Base class of all heads: a task's own weights, and what it computes from a batch."""
 
     def forward(
         self,
@@ -39,15 +39,25 @@ class Head(nn.Module):
         targets: dict[str, Any],
         trace: Trace | None = None,
     ) -> Features:
-        """A batch -> what the task's loss scores. `model` gives tokens, embeddings and fusion; it fills `trace`.
+        """Compute the features that the task's loss scores.
 
-        The same weights must take part whatever is in the batch, on every process: leave out a term by weight 0.
+        Every batch must use the same weights on every process: leave out a term by giving it weight 0.
+
+        Args:
+            model: computes tokens, embeddings and fused tokens.
+            inputs: {modality: (b, ...)}.
+            masks: {modality: (b, T) or (b, m, T) bool}, True for real tokens.
+            targets: targets of the batch, by name.
+            trace: where given, the fusion records its attention in it.
+
+        Returns:
+            Features, each (b, ...).
         """
         raise NotImplementedError(f"{type(self).__name__}.forward")
 
 
 class TowerCopy(nn.Module):
-    """A tower and its projection once more, for what the fusion reads: equal at first, all of it learns."""
+    """A trainable copy of a tower and its projection, whose tokens the fusion reads instead of the original's (adapt.fork)."""
 
     def __init__(self, encoder: DualEncoder, modality: str) -> None:
         super().__init__()
@@ -58,25 +68,34 @@ class TowerCopy(nn.Module):
 
 
 class FusionModel(nn.Module):
-    """encoder, fusion (or None) and head. Training calls the model, never a part of it, so that every strategy's hooks run."""
+    """Encoders, a fusion (or None) and a head.
+
+    Training calls the model itself, never one of its submodules, so that the hooks of every strategy run.
+    """
 
     head: Head
 
     def __init__(
-        self, encoder: DualEncoder, fusion: Fusion | None, sources: dict[str, str], forks: Collection[str] = ()
+        self, encoder: DualEncoder, fusion: Fusion | None, token_sources: dict[str, str], tower_copies: Collection[str] = ()
     ) -> None:
-        """`sources`: modality -> aligned (tokens in the shared space) or tower (the tower's own states). `forks`: modalities
-        whose tokens come from a copy of their tower."""
+        """Join encoders and fusion; the caller assigns `head`.
+
+        Args:
+            encoder: the aligned encoders.
+            fusion: None for a task that reads embeddings only.
+            token_sources: modality -> "aligned" (tokens projected into the shared space) or "tower" (the tower's own states).
+            tower_copies: modalities whose tokens come from a copy of their tower.
+        """
         super().__init__()
         self.encoder = encoder
-        self.forks = nn.ModuleDict({name: TowerCopy(encoder, name) for name in forks})
+        self.forks = nn.ModuleDict({name: TowerCopy(encoder, name) for name in tower_copies})  # named so in checkpoints
         self.fusion = fusion
-        self.sources = sources
+        self.token_sources = token_sources
 
     @property
     def widths(self) -> dict[str, int]:
-        """Modality -> C of its tokens, fused or not."""
-        return widths(self.encoder, self.sources)
+        """Token width C by modality, the same before and after fusion."""
+        return token_widths(self.encoder, self.token_sources)
 
     def forward(
         self,
@@ -85,77 +104,88 @@ class FusionModel(nn.Module):
         targets: dict[str, Any] | None = None,
         trace: Trace | None = None,
     ) -> Features:
-        """{modality: (b, ...)} -> what the head returns. With an input `caption`, a text of its own for each picture, also
-        the embeddings of both and the scalars that a contrastive loss needs (aligned.py); the picture is encoded once."""
+        """Return the head's features of {modality: (b, ...)} inputs.
+
+        Where the inputs hold a caption of each image (CAPTION), the result also has the embeddings of images and captions
+        and the scalars of a contrastive loss (see tasks/with_contrastive.py). Each image is then encoded only once.
+        """
         if CAPTION not in inputs:
-            found: Features = self.head(self, inputs, masks, targets or {}, trace)
-            return found
-        once = _Once(self)
-        found = self.head(cast(FusionModel, once), inputs, masks, targets or {}, trace)
-        kept = {
-            f"{CAPTION}_image": once.embed("image", inputs["image"]),
+            features: Features = self.head(self, inputs, masks, targets or {}, trace)
+            return features
+        cached = _CachedImageModel(self)
+        features = self.head(cast(FusionModel, cached), inputs, masks, targets or {}, trace)
+        contrastive = {
+            f"{CAPTION}_image": cached.embed("image", inputs["image"]),
             f"{CAPTION}_text": self.embed("text", inputs[CAPTION], masks[CAPTION]),
             "logit_scale": self.encoder.logit_scale.exp(),
         }
         if self.encoder.logit_bias is not None:
-            kept["logit_bias"] = self.encoder.logit_bias
-        return {**found, **kept}
+            contrastive["logit_bias"] = self.encoder.logit_bias
+        return {**features, **contrastive}
 
     # -----------------------------------------------------------------------------------------------------------------
-    # What heads are made of
+    # Tokens, embeddings and fusion, for heads
 
     def tokens(self, modality: str, inputs: Tensor, mask: Tensor | None = None) -> TokenSequence:
-        """Texts (b, T) or (b, m, T), then b m rows; pictures (b, 3, H, W) -> states (rows, N, C) as `sources` says."""
-        return self.read(modality, inputs, mask, embed=False)[0]
+        """Encode texts (b, T) or (b, m, T), or images (b, 3, H, W), into states (rows, N, C) of the configured source."""
+        return self.tokens_and_embedding(modality, inputs, mask, embed=False)[0]
 
     def embed(self, modality: str, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(rows, ...) -> (rows, D), L2-normalised, in float32 at least: the contrastive embedding."""
+        """Return the contrastive embeddings (rows, D), L2-normalized, in float32 or float64."""
         if modality == "text":
             inputs, mask = _rows(inputs, mask)
         return self.encoder.encode(modality, inputs, mask)
 
-    def read(
+    def tokens_and_embedding(
         self, modality: str, inputs: Tensor, mask: Tensor | None = None, embed: bool = True
     ) -> tuple[TokenSequence, Tensor | None]:
-        """`tokens` and, if asked for, `embed`, from one pass through the tower; where it is forked, from one through each."""
+        """Return `tokens` and, with `embed`, also `embed` from one pass through the tower.
+
+        Where the modality has a tower copy, tokens come from the copy and embeddings from the original tower.
+        """
         if modality == "text":
             inputs, mask = _rows(inputs, mask)
-        fork = cast(TowerCopy, self.forks[modality]) if modality in self.forks else None
-        project = self.encoder.projection(modality) if fork is None else fork.projection
-        found: TokenSequence = (self.encoder.tower(modality) if fork is None else fork.tower)(inputs, mask)
+        tower_copy = cast(TowerCopy, self.forks[modality]) if modality in self.forks else None
+        project = self.encoder.projection(modality) if tower_copy is None else tower_copy.projection
+        tokens: TokenSequence = (self.encoder.tower(modality) if tower_copy is None else tower_copy.tower)(inputs, mask)
         embedding = None
-        if embed and fork is not None:
+        if embed and tower_copy is not None:
             embedding = self.encoder.encode(modality, inputs, mask)
         elif embed:
-            pooled = project(found.pooled)
+            pooled = project(tokens.pooled)
             embedding = F.normalize(pooled.to(torch.promote_types(pooled.dtype, torch.float32)), dim=-1)
-        if self.sources[modality] == "aligned":
-            found = found._replace(states=project(found.states))
-        return found, embedding
+        if self.token_sources[modality] == "aligned":
+            tokens = tokens._replace(states=project(tokens.states))
+        return tokens, embedding
 
     def fuse(self, tokens: dict[str, TokenSequence], trace: Trace | None = None) -> dict[str, TokenSequence]:
-        """The same sequences after reading each other. The query may have m rows to the context's one."""
+        """Return the same sequences after cross-attention. The query may have m rows for each row of the context.
+
+        Raises ConfigError where the model has no fusion.
+        """
         if self.fusion is None:
-            raise ConfigError("this task reads fused tokens: leave out fusion=null, or name a fusion")
+            raise ConfigError("this task reads fused tokens, but fusion=null: leave that out, or name a fusion")
         fused: dict[str, TokenSequence] = self.fusion(tokens, trace)
         return fused
 
     # -----------------------------------------------------------------------------------------------------------------
-    # What the loop and the optimizer ask of a model
+    # For the training loop and the optimizer
 
     @torch.no_grad()
     def clamp_(self) -> None:
-        """Keeps logit_scale in its range; called after each step."""
+        """Clamp logit_scale to its range; called after each optimizer step."""
         self.encoder.clamp_()
 
     def parameter_layout(self) -> tuple[dict[str, str], dict[str, int]]:
-        """Parameter -> the part that optim.lr_scale knows it by (a tower's modality; `heads`: projections and scale; `fusion`;
-        `task`), and, for those in towers, -> layer."""
+        """Return the part of the model that each parameter belongs to, and the layer of those in towers.
+
+        Parts are the names in optim.lr_scale: a tower's modality, `heads` (projections and scale), `fusion`, `task`.
+        """
         parts = {"encoder": "heads", "forks": "heads", "fusion": "fusion", "head": "task"}
         part_of = {name: parts[name.split(".")[0]] for name, _ in self.named_parameters()}
         layer_of: dict[str, int] = {}
         towers = {f"encoder.towers.{name}": (name, self.encoder.tower(name)) for name in self.encoder.towers}
-        towers |= {f"forks.{name}.tower": (name, cast(Tower, fork.tower)) for name, fork in self.forks.items()}
+        towers |= {f"forks.{name}.tower": (name, cast(Tower, copy.tower)) for name, copy in self.forks.items()}
         for prefix, (modality, tower) in towers.items():
             for name, layer in tower.layer_ids().items():
                 part_of[f"{prefix}.{name}"] = modality
@@ -163,46 +193,46 @@ class FusionModel(nn.Module):
         return part_of, layer_of
 
     def parameter_counts(self) -> dict[str, dict[str, int]]:
-        """{part: {"total": n, "trainable": n}}: towers, scalars, forked towers, fusion, task."""
-        found = self.encoder.parameter_counts()
-        forks = [(f"{name} forked", fork) for name, fork in self.forks.items()]
-        for part, module in (*forks, ("fusion", self.fusion), ("task", self.head)):
+        """Count parameters as {part: {"total": n, "trainable": n}}: towers, scalars, tower copies, fusion, task."""
+        counts = self.encoder.parameter_counts()
+        copies = [(f"{name} forked", copy) for name, copy in self.forks.items()]
+        for part, module in (*copies, ("fusion", self.fusion), ("task", self.head)):
             parameters = [] if module is None else list(module.parameters())
-            found[part] = {
+            counts[part] = {
                 "total": sum(p.numel() for p in parameters),
                 "trainable": sum(p.numel() for p in parameters if p.requires_grad),
             }
-        return found
+        return counts
 
 
-class _Once:
-    """A model that passes pictures through their tower once, whoever asks; all else is the model's own."""
+class _CachedImageModel:
+    """A view of a FusionModel that encodes a batch of images once, however often its tokens or embeddings are requested."""
 
     def __init__(self, model: FusionModel) -> None:
         self._model = model
-        self._read: tuple[Tensor, tuple[TokenSequence, Tensor | None]] | None = None
+        self._cache: tuple[Tensor, tuple[TokenSequence, Tensor | None]] | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def read(
+    def tokens_and_embedding(
         self, modality: str, inputs: Tensor, mask: Tensor | None = None, embed: bool = True
     ) -> tuple[TokenSequence, Tensor | None]:
         if modality != "image":
-            return self._model.read(modality, inputs, mask, embed)
-        if self._read is None or self._read[0] is not inputs:
-            self._read = inputs, self._model.read(modality, inputs, mask)
-        return self._read[1]
+            return self._model.tokens_and_embedding(modality, inputs, mask, embed)
+        if self._cache is None or self._cache[0] is not inputs:
+            self._cache = inputs, self._model.tokens_and_embedding(modality, inputs, mask)
+        return self._cache[1]
 
     def tokens(self, modality: str, inputs: Tensor, mask: Tensor | None = None) -> TokenSequence:
-        return self.read(modality, inputs, mask, embed=False)[0]
+        return self.tokens_and_embedding(modality, inputs, mask, embed=False)[0]
 
     def embed(self, modality: str, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
-        return cast(Tensor, self.read(modality, inputs, mask)[1])
+        return cast(Tensor, self.tokens_and_embedding(modality, inputs, mask)[1])
 
 
 def _rows(ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """(b, m, T) -> (b m, T); (b, T) stays."""
+    """Flatten ids and mask (b, m, T) to (b m, T); leave (b, T) as it is."""
     return ids.flatten(0, -2), None if mask is None else mask.flatten(0, -2)
 
 
@@ -210,41 +240,54 @@ def _rows(ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
 # Assembly
 
 
-def sources_of(encoder: DualEncoder, tokens: Source) -> dict[str, str]:
-    """Where each modality's tokens come from; `auto`: the shared space where the tower pools the mean or the maximum of its
-    tokens, so that what was aligned is made of them."""
+def choose_token_sources(encoder: DualEncoder, tokens: TokenSource) -> dict[str, str]:
+    """Return "aligned" or "tower" for each modality.
+
+    `auto` takes tokens in the shared space where the tower pools the mean or the maximum of its tokens: contrastive
+    training then aligned the tokens too. Raises ConfigError for tokens=aligned with another pooling.
+    """
     pools = {name: encoder.tower(name).pools_mean or encoder.tower(name).pools_max for name in encoder.towers}
     if tokens != "auto":
         wrong = [name for name, has in pools.items() if tokens == "aligned" and not has]
         if wrong:
             raise ConfigError(
-                f"tokens=aligned: the {wrong[0]} tower does not pool the mean or the maximum of its tokens, so they have no "
-                f"place in the shared space; use tokens=tower (or auto), or pretrain with {wrong[0]}.pool=avg"
+                f"tokens=aligned: the {wrong[0]} tower does not pool the mean or the maximum of its tokens, so they are not "
+                f"trained to lie in the shared space; use tokens=tower (or auto), or pretrain with {wrong[0]}.pool=avg"
             )
         return dict.fromkeys(encoder.towers, tokens)
     return {name: "aligned" if has else "tower" for name, has in pools.items()}
 
 
-def widths(encoder: DualEncoder, sources: dict[str, str]) -> dict[str, int]:
-    """Modality -> C of its tokens."""
+def token_widths(encoder: DualEncoder, sources: dict[str, str]) -> dict[str, int]:
+    """Return the token width C of each modality."""
     return {
         name: encoder.projection(name).out_features if source == "aligned" else encoder.tower(name).width
         for name, source in sources.items()
     }
 
 
-def build(encoder: DualEncoder, fusion: Any, context: Any, tokens: Source = "auto", forks: Collection[str] = ()) -> FusionModel:
-    """Encoder and new fusion, from Configs (fusion None: without); the head is the task's to add. Raises ConfigError.
+def build(
+    encoder: DualEncoder, fusion: Any, context: Any, tokens: TokenSource = "auto", tower_copies: Collection[str] = ()
+) -> FusionModel:
+    """Build a model without a head: the given encoders and a new fusion. The task adds the head.
 
-    `forks`: see FusionModel.
+    Args:
+        encoder: the aligned encoders.
+        fusion: Config of the fusion; None for a model without one.
+        context: Config of the context, which decides how images are attended to.
+        tokens: where the tokens that fusion reads come from.
+        tower_copies: see FusionModel.
+
+    Raises:
+        ConfigError: the parts do not fit together.
     """
-    sources = sources_of(encoder, tokens)
-    made = None
+    sources = choose_token_sources(encoder, tokens)
+    fusion_module = None
     if fusion is not None:
-        pictures = [name for name in encoder.towers if name == "image"]
-        made = registry.get_component("fusion", fusion.name).build(
-            fusion, widths(encoder, sources), context=context, pictures=pictures
+        image_modalities = [name for name in encoder.towers if name == "image"]
+        fusion_module = registry.get_component("fusion", fusion.name).build(
+            fusion, token_widths(encoder, sources), context=context, image_modalities=image_modalities
         )
         if set(sources.values()) == {"aligned"}:
-            made.tie_query_key_()
-    return FusionModel(encoder, made, sources, forks)
+            fusion_module.tie_query_key_()
+    return FusionModel(encoder, fusion_module, sources, tower_copies)

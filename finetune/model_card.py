@@ -1,4 +1,4 @@
-"""The model card of a fine-tuned model's graphs: README.md of the folder that export.py writes."""
+"""The model card of an exported fine-tuned model: README.md in the folder that export.py writes."""
 
 from __future__ import annotations
 
@@ -16,48 +16,56 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 folder = Path("{name}")
-told, recipe = (json.loads((folder / f"{{file}}.json").read_text()) for file in ("task", "preprocess"))
-S = recipe["size"]
+task, preprocess = (json.loads((folder / f"{{file}}.json").read_text()) for file in ("task", "preprocess"))
+S = preprocess["size"]
 picture = Image.open("picture.jpg").convert("RGB")
 {resize}
-pixels = (np.asarray(picture, np.float32) / 255 - np.float32(recipe["mean"])) / np.float32(recipe["std"])
-words = AutoTokenizer.from_pretrained(folder)(["{text}"], padding={padding}, truncation=True, return_tensors="np")
-known = {{"pixel_values": pixels.transpose(2, 0, 1)[None], **words}}
-for graph, names in told["graphs"].items():
+pixels = (np.asarray(picture, np.float32) / 255 - np.float32(preprocess["mean"])) / np.float32(preprocess["std"])
+tokens = AutoTokenizer.from_pretrained(folder)(["{text}"], padding={padding}, truncation=True, return_tensors="np")
+values = {{"pixel_values": pixels.transpose(2, 0, 1)[None], **tokens}}
+for graph, names in task["graphs"].items():
     session = onnxruntime.InferenceSession(f"{{folder}}/{{graph}}.onnx")
-    found = session.run(None, {{one.name: known[one.name] for one in session.get_inputs()}})
-    known.update(zip(names["outputs"], found))
+    outputs = session.run(None, {{arg.name: values[arg.name] for arg in session.get_inputs()}})
+    values.update(zip(names["outputs"], outputs))
 {print}"""
 PRINT = {
-    True: 'print(told["names"][known[told["output"]][0].argmax()])',
-    False: 'print(1 / (1 + np.exp(-known[told["output"]])))  # how likely they belong together',
+    True: 'print(task["names"][values[task["output"]][0].argmax()])',
+    False: 'print(1 / (1 + np.exp(-values[task["output"]])))  # probability that image and text match',
 }
 
 
-def text(tuned: Finetuned, encoders: Encoders, said: dict[str, Any], name: str, license: str | None, difference: float) -> str:
-    """The card.
+def render_card(
+    tuned: Finetuned, encoders: Encoders, task_values: dict[str, Any], name: str, license: str | None, difference: float
+) -> str:
+    """Render the model card as Markdown.
 
     Args:
-        said: what task.json holds.
-        name: of the exported folder.
-        difference: largest difference of an answer, measured when the folder was written.
+        tuned: the exported model.
+        encoders: its encoders and their preprocessing.
+        task_values: the content of task.json.
+        name: name of the exported folder.
+        license: license of the weights; None = unknown.
+        difference: largest difference of an output, measured when the folder was written.
     """
-    recipe, task = encoders.preprocess, said["task"]
+    preprocess, task = encoders.preprocess, task_values["task"]
     fusion = tuned.config.fusion
     code = LOADING.format(
         name=name,
-        resize=RESIZE_CODE[recipe.resize].format(how=recipe.interpolation.upper()),
-        text="what colour is the car?" if tuned.task.text_is_question else "a red car",
+        resize=RESIZE_CODE[preprocess.resize].format(how=preprocess.interpolation.upper()),
+        text="how many cars are there?" if tuned.task.text_is_question else "a red car",
         padding=repr("max_length" if not tuned.model.encoder.tower("text").trims else True),
-        print=PRINT[bool(said["names"])],
+        print=PRINT[bool(task_values["names"])],
     )
     rows = [
         ("task", task),
         ("fusion", None if fusion is None else f"{fusion.name}, {fusion.layers} layers"),
         ("context", None if fusion is None else tuned.config.context.name),
-        ("answers", f"{len(said['names']):,}, named in task.json" if said["names"] else None),
-        ("numbers", f"{said['output']}, made probabilities by {said['probabilities']}"),
-        *((f"{graph}.onnx", f"{', '.join(n['inputs'])} → {', '.join(n['outputs'])}") for graph, n in said["graphs"].items()),
+        ("answers", f"{len(task_values['names']):,}, named in task.json" if task_values["names"] else None),
+        ("output", f"{task_values['output']}; {task_values['probabilities']} turns it into probabilities"),
+        *(
+            (f"{graph}.onnx", f"{', '.join(names['inputs'])} → {', '.join(names['outputs'])}")
+            for graph, names in task_values["graphs"].items()
+        ),
     ]
     lines = [
         "---",
@@ -67,14 +75,14 @@ def text(tuned: Finetuned, encoders: Encoders, said: dict[str, Any], name: str, 
         "---",
         f"# {name}",
         "",
-        f"Encoders of pictures and texts, fine-tuned together for {task} with clipfuse. A picture is encoded once for all",
-        "texts about it: repeat its rows beside theirs, then run the head.",
+        f"Image and text encoders, fine-tuned together for {task} with clipfuse. An image is encoded once for any number of",
+        "texts: repeat its rows for each text, then run the head.",
         "",
         "```python",
         code,
         "```",
         "",
-        f"Loaded back, its answers differ from the run's by at most {difference:.1g} of the largest (or of 1), in float32.",
+        f"In float32, its outputs differ from the run's by at most {difference:.1g} of the largest of them (or of 1).",
         "",
         *describe_model(encoders, tuned.folder, tuned.step, license, rows),
     ]

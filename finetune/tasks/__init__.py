@@ -1,20 +1,26 @@
-"""Tasks: what aligned encoders learn to do. A task is ONE file with a Config and build(config, survey) -> Task.
+"""Downstream tasks. Each task is ONE file with a Config and build(config, survey) -> Task.
 
-    vqa.py     answers to questions about a picture, from a vocabulary (questions.py reads them, answers.py scores them)
-    retrieval.py        embeddings rank, cross-attention looks again (reranking.py); negatives from the batch and foils.py
-    captioning.py       sentences about a picture, word after word (generate.py searches, wording.py scores)
-    classification.py   one label or several, of a picture, a pair, two pictures with a text (labels.py reads and scores)
+    vqa.py                answers to questions about an image, from a vocabulary
+    questions.py          reads the questions of a sample; vqa_accuracy.py scores answers as the VQA challenge does
+    retrieval.py          ranking by embeddings, then re-ranking by cross-attention
+    hard_negatives.py     negatives drawn from the batch of all processes; negative_captions.py: those that the data holds
+    reranking.py          evaluation of two-stage retrieval
+    captioning.py         sentences about an image, generated token by token
+    decoding.py           greedy, beam and nucleus search; caption_metrics.py: CIDEr and BLEU
+    classification.py     one or several labels of an image, of an image with a text, or of two images
+    labels.py             reads labels and computes classification metrics
+    with_contrastive.py   any task with the contrastive loss added
 
-    part = registry.get_component("tasks", config.name)
-    task = part.build(config, survey)
-    decoders = task.build_decoders(towers' decoders)        what the loader makes of a sample
-    model.head = task.build_head(model)                     the task's own weights
-    task.encode(model, batch), task.loss(...)         pretrain's Objective: fit() trains a task
-    task.evaluate(model, shards, setup)             its figures; `primary_metric` decides which checkpoint is best
-    task.predict(model, inputs, masks, trace)         for maps, reports and demonstrations
-    task.export_spec()                                       which feature of the head is its answer, for exports
+    component = registry.get_component("tasks", config.name)
+    task = component.build(config, survey)
+    decoders = task.build_decoders(decoders)      what the loader reads from a sample, from the towers' decoders
+    model.head = task.build_head(model)           the task's own weights
+    task.encode(model, batch), task.loss(...)     pretrain's Objective: fit() trains a task
+    task.evaluate(model, shards, setup)           its metrics; `primary_metric` decides which checkpoint is best
+    task.predict(model, inputs, masks, trace)     for maps, reports and demonstrations
+    task.export_spec()                            which feature of the head is the answer, for exports
 
-A dotted path names a task outside the project (task.name=my.module). May import model.py and all before it.
+A dotted path names a task outside the project (task.name=my.module). May import finetune.model and the layers below it.
 """
 
 from __future__ import annotations
@@ -114,19 +120,19 @@ def survey(shards: Any, cache: ShardCache | None = None) -> Iterator[dict[str, A
     """
     paths = [path for source in resolve_sources(shards, "data.train") for path in source.shards]
     cache = cache or ShardCache()
-    numbers = count_samples_once(paths, cache, "data.train")
-    reader = ShardReader(paths, cache, numbers, keep=8)
-    begin, end = (sum(numbers) * r // distributed.world_size() for r in (distributed.rank(), distributed.rank() + 1))
-    at = 0
-    for shard, number in enumerate(numbers):
-        for sample in range(max(begin - at, 0), min(end - at, number)):
+    counts = count_samples_once(paths, cache, "data.train")
+    reader = ShardReader(paths, cache, counts, max_open=8)
+    begin, end = (sum(counts) * r // distributed.world_size() for r in (distributed.rank(), distributed.rank() + 1))
+    first = 0  # index of the shard's first sample among all samples
+    for shard, count in enumerate(counts):
+        for sample in range(max(begin - first, 0), min(end - first, count)):
             try:
                 values = read_json(reader.read(shard, sample, ["json"]).members)
             except BadSample:
                 continue
             if isinstance(values, dict):
                 yield values
-        at += number
+        first += count
 
 
 @dataclass
@@ -154,14 +160,14 @@ class ExportSpec:
 
 
 class Task:
-    """Base of all tasks; an Objective, so that pretrain's fit() trains it."""
+    """Base class of all tasks; an Objective, so that pretrain's fit() trains it."""
 
     primary_metric: ClassVar[str]
-    """The figure of evaluate(), higher is better, that decides `best`."""
+    """Metric of evaluate() that decides which checkpoint is `best`; higher is better."""
     text_is_question: ClassVar[bool] = False
-    """Whether its texts are questions about the picture."""
+    """Whether the texts are questions about the image."""
     can_split: bool = True
-    """Whether encode() of a batch is the concatenation of encode() of its chunks: what train.chunks > 1 needs."""
+    """Whether encode() of a batch is the concatenation of encode() of its chunks, as train.chunks > 1 requires."""
 
     def build_decoders(self, towers: dict[str, Any]) -> dict[str, Any]:
         """Build the decoders that turn a sample into inputs and targets of a batch, from the towers' decoders.

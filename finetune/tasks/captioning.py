@@ -1,14 +1,14 @@
-"""Captioning: a causal decoder whose words look at the picture, and the sentences it writes.
+"""Captioning: a causal decoder that attends to the image and generates sentences about it.
 
     task: {name: captioning, search: beam}
     fusion: {name: cross, causal: true}
 
-The state of word t, which has seen words up to t and the picture, predicts word t + 1. Where the text tower itself looks only
-to the left (CLIP's), its states are what the fusion reads; a tower that looks both ways (BERT) would tell the answer, so its
-place is taken by new word embeddings. generate.py searches, wording.py scores. Sentences about the picture only: generative
-open-ended question answering, momentum distillation and masked language modelling are not included.
+The state of token t, which depends on tokens up to t and on the image, predicts token t + 1. The fusion reads the states of
+the text tower where that is causal (CLIP). A bidirectional tower (BERT) would reveal the next token, so new token embeddings
+replace it. decoding.py searches, caption_metrics.py scores. Generative open-ended question answering, momentum distillation
+and masked language modeling are not included.
 
-Shapes: b = pictures, T = tokens of a caption, V = tokens in the vocabulary, C = width of a token, n = sequences.
+Shapes: b = images, T = tokens of a caption, V = tokens in the vocabulary, C = width of a token, n = sequences.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from finetune.attention.trace import Trace
 from finetune.model import Features, FusionModel, Head
-from finetune.tasks import Prediction, Setting, Survey, Task, caption_metrics, per_item
-from finetune.tasks.decoding import Generated, beam, greedy, nucleus
+from finetune.tasks import EvalSetup, Prediction, Survey, Task, caption_metrics, global_weighted_mean
+from finetune.tasks.decoding import Generated, beam_search, greedy_search, nucleus_sampling
 from pretrain.data.text import TextDecoder
 from pretrain.errors import ConfigError, UserError
 from pretrain.runtime import distributed
@@ -35,76 +35,78 @@ from pretrain.towers import TokenSequence, masked_mean
 
 @dataclass
 class Config:
-    """Describing pictures."""
+    """Input of the decoder, label smoothing, and how sentences are generated."""
 
     name: str = "captioning"
-    """This file."""
+    """Name of the task, which is the name of this file."""
     words: Literal["auto", "tower", "new"] = "auto"
-    """What the decoder reads: the text tower's states, or new word embeddings; auto takes the tower where it is causal."""
+    """Input of the decoder: the text tower's states, or new token embeddings; auto = the tower where it is causal."""
     smoothing: float = 0.1
-    """Label smoothing: this share of a target's weight goes to all other tokens."""
+    """Label smoothing: fraction of a target's weight that is spread over all tokens."""
     search: Literal["greedy", "beam", "nucleus"] = "beam"
-    """How sentences are written in evaluation and prediction; any checkpoint can be read with another."""
+    """How sentences are generated in evaluation and prediction; it can be changed for any checkpoint."""
     length: int = 0
-    """Most new tokens of a sentence; 0 = as many as the text tower reads."""
+    """Maximum number of new tokens of a sentence; 0 = as many as the text tower can read."""
     beams: int = 3
-    """beam: sequences kept."""
+    """beam: number of beams."""
     penalty: float = 1.0
-    """beam: sums of log-probabilities are divided by (tokens ** penalty); 0 = not, larger = longer sentences."""
+    """beam: length penalty; sums of log-probabilities are divided by tokens ** penalty. 0 = none, larger = longer sentences."""
     top_p: float = 0.9
-    """nucleus: drawn from the likeliest tokens that together reach this probability."""
+    """nucleus: sample from the most likely tokens whose probabilities add up to this."""
     temperature: float = 1.0
-    """nucleus: above 1 flatter, below 1 sharper."""
+    """nucleus: divides the logits; above 1 flattens the distribution, below 1 sharpens it."""
     seed: int = 0
-    """nucleus: with the sample's key all there is to its chance."""
+    """nucleus: seed; the random numbers of a sample depend on it and the sample's key alone."""
     generate: bool = True
-    """Write sentences in evaluation, for CIDEr and BLEU; false measures the likelihood of the given ones only."""
+    """Generate sentences in evaluation, for CIDEr and BLEU; false = measure only the likelihood of the reference captions."""
 
     def check(self) -> None:
-        """Raises ConfigError."""
+        """Refuse values out of range. Raises ConfigError."""
         if not 0 <= self.smoothing < 1 or self.length < 0:
-            raise ConfigError(f"task.smoothing={self.smoothing} (0 to below 1), task.length={self.length} (from 0) do not fit")
+            raise ConfigError(
+                f"task.smoothing={self.smoothing} must be from 0 to below 1, task.length={self.length} at least 0"
+            )
         if self.beams < 1 or self.penalty < 0 or not 0 < self.top_p <= 1 or self.temperature <= 0:
             raise ConfigError(
-                f"task.beams={self.beams} (from 1), task.penalty={self.penalty} (from 0), task.top_p={self.top_p} (above 0, at "
-                f"most 1), task.temperature={self.temperature} (above 0) do not fit together"
+                f"task.beams={self.beams} must be at least 1, task.penalty={self.penalty} at least 0, task.top_p={self.top_p} "
+                f"above 0 and at most 1, task.temperature={self.temperature} above 0"
             )
 
 
 class Captions(TextDecoder):
-    """A text decoder whose captions always begin with the tokens a sentence is started from."""
+    """A text decoder whose captions always start with the tokens from which generation starts."""
 
     def __init__(self, text: TextDecoder) -> None:
         super().__init__(text.tokenizer, text.length, text.caption, text.trim, text.multiple)
         ids, mask = super().encode([""])
         special = ids[0][mask[0]].tolist()
         if not special:
-            raise ConfigError("task.name=captioning needs a tokenizer with a token that ends texts; this one has none")
+            raise ConfigError("task.name=captioning needs a tokenizer that appends an end token to texts; this one does not")
         self.end: int = special[-1]
         self.start: list[int] = special[:-1] or [self.end]
-        """Begins every sentence; the end token where the tokenizer writes nothing in front (GPT-2, SigLIP)."""
-        self._missing = [] if special[:-1] else [self.end]
+        """First tokens of every sentence; the end token where the tokenizer has no start token (GPT-2, SigLIP)."""
+        self._lacks_start = not special[:-1]
         self.banned = sorted({int(i) for i in text.tokenizer.all_special_ids} - {self.end})
-        """Tokens that no sentence has."""
+        """Tokens that are never generated."""
 
     def encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         ids, mask = super().encode(texts)
-        if self._missing:
+        if self._lacks_start:
             ids = torch.cat([torch.full((len(ids), 1), self.end), ids], dim=1)[:, : self.length]
             mask = torch.cat([torch.ones(len(mask), 1, dtype=torch.bool), mask], dim=1)[:, : self.length]
         return ids, mask
 
     def decode(self, ids: list[int]) -> str:
-        """Tokens -> text."""
+        """Turn token ids into text, without special tokens."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The model
+# The head
 
 
-class Writer(Head):
-    """Fused words -> norm -> a logit for each token of the vocabulary."""
+class CaptionHead(Head):
+    """Turns fused text tokens into a logit for each token of the vocabulary."""
 
     def __init__(self, width: int, vocabulary: int, length: int, words: str, smoothing: float) -> None:
         super().__init__()
@@ -127,8 +129,13 @@ class Writer(Head):
         targets: dict[str, Any],
         trace: Trace | None = None,
     ) -> Features:
-        """text (b, T), image -> of each position that predicts the next token, (b, T - 1), float32: `losses` (smoothed
-        cross-entropy), `likelihood` (logarithm of the token's probability), `weights` (1 where there is a next token)."""
+        """Score each next token of text (b, T).
+
+        Returns:
+            losses: (b, T - 1) smoothed cross-entropy, at least float32.
+            likelihood: (b, T - 1) log-probability of the next token.
+            weights: (b, T - 1), 1 where there is a next token, else 0.
+        """
         image = model.tokens("image", inputs["image"])
         ids, mask = inputs["text"], masks["text"]
         logits = self.logits(model, image, ids, mask, trace)[:, :-1]
@@ -138,13 +145,13 @@ class Writer(Head):
         return {"losses": losses, "likelihood": likelihood, "weights": mask[:, 1:].to(losses.dtype)}
 
     def logits(self, model: FusionModel, image: TokenSequence, ids: Tensor, mask: Tensor, trace: Trace | None = None) -> Tensor:
-        """ids (n, T), n a multiple of the pictures -> (n, T, V): what follows each token."""
-        text = self._words(model, ids, mask)
+        """Compute next-token logits (n, T, V) of ids (n, T); n is a multiple of the number of images."""
+        text = self._text_tokens(model, ids, mask)
         fused = model.fuse({"text": text, "image": image}, trace)["text"].states
         out: Tensor = self.out(self.norm(fused))
         return out
 
-    def _words(self, model: FusionModel, ids: Tensor, mask: Tensor) -> TokenSequence:
+    def _text_tokens(self, model: FusionModel, ids: Tensor, mask: Tensor) -> TokenSequence:
         if self.embedding is None or self.positions is None:
             return model.tokens("text", ids, mask)
         states = self.embedding(ids) + self.positions[: ids.shape[1]]
@@ -152,137 +159,154 @@ class Writer(Head):
 
 
 class Captioning(Task):
-    """See the file."""
+    """The captioning task; see the module."""
 
     primary_metric = "likelihood"
-    """Not CIDEr: it is there on every machine, and small sets rank by it with less noise."""
+    """Not CIDEr: likelihood needs no extra package, and ranks checkpoints with less noise on small sets."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
         self.captions: Captions | None = None
 
-    def decoders(self, towers: dict[str, Any]) -> dict[str, Any]:
+    def build_decoders(self, towers: dict[str, Any]) -> dict[str, Any]:
         for name in ("image", "text"):
             if name not in towers:
                 raise ConfigError(f"task.name=captioning needs an {name} tower; the model has {', '.join(towers)}")
         self.captions = Captions(towers["text"])
         return {"image": towers["image"], "text": self.captions}
 
-    def head(self, model: FusionModel) -> Writer:
+    def build_head(self, model: FusionModel) -> CaptionHead:
         fusion = cast(Any, model.fusion)
-        asks = fusion is not None and (fusion.config.query, fusion.config.context) == ("text", "image")
-        if not asks or not getattr(fusion, "causal", False):
+        is_text_to_image = fusion is not None and (fusion.config.query, fusion.config.context) == ("text", "image")
+        if not is_text_to_image or not getattr(fusion, "causal", False):
             raise ConfigError(
-                "task.name=captioning writes word after word, each looking at the picture: set fusion.name=cross "
+                "task.name=captioning needs causal text tokens that attend to the image: set fusion.name=cross "
                 "fusion.causal=true fusion.query=text fusion.context=image"
             )
         tower = cast(Any, model.encoder.tower("text"))
         causal = bool(getattr(tower, "causal", False))
         if self.config.words == "tower" and not causal:
-            raise ConfigError("task.words=tower: the text tower looks both ways, its states would tell the next word; use new")
+            raise ConfigError(
+                "task.words=tower: the text tower is bidirectional, its states would reveal the next word; use new"
+            )
         words = "tower" if causal and self.config.words != "new" else "new"
         vocabulary = tower.model.get_input_embeddings().weight.shape[0]
-        return Writer(model.widths["text"], vocabulary, tower.length, words, self.config.smoothing)
+        return CaptionHead(model.widths["text"], vocabulary, tower.length, words, self.config.smoothing)
 
     def loss(self, features: Features, targets: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean over the words of all processes."""
+        """Compute the mean loss over the tokens of all processes, and the mean log-probability of this process's tokens."""
         weights = features["weights"].detach()
         with torch.no_grad():
             likelihood = (features["likelihood"] * weights).sum() / weights.sum().clamp(min=1)
-        return per_item(features["losses"].flatten(), weights.flatten()), {"likelihood": likelihood}
+        return global_weighted_mean(features["losses"].flatten(), weights.flatten()), {"likelihood": likelihood}
 
     # -----------------------------------------------------------------------------------------------------------------
-    # Writing
+    # Generation
 
-    def write(self, model: FusionModel, images: Tensor, keys: list[str]) -> Generated:
-        """Pictures (b, 3, H, W) -> a sentence each, by config.search. `keys`: names that nucleus draws by."""
-        config, captions, writer = self.config, self._captions(), cast(Writer, model.head)
+    def generate(self, model: FusionModel, images: Tensor, keys: list[str]) -> Generated:
+        """Generate a sentence for each image (b, 3, H, W) by config.search.
+
+        `keys` name the samples; nucleus sampling derives its random numbers from them.
+        """
+        config, captions, head = self.config, self._text_decoder(), cast(CaptionHead, model.head)
         image = model.tokens("image", images)
         start = torch.tensor([captions.start], device=images.device).repeat(len(images), 1)
-        room = captions.length - start.shape[1]
-        length = min(config.length or room, room)
+        max_length = captions.length - start.shape[1]
+        length = min(config.length or max_length, max_length)
 
         def step(ids: Tensor) -> Tensor:
-            logits = writer.logits(model, image, ids, torch.ones_like(ids, dtype=torch.bool))[:, -1].float()
+            logits = head.logits(model, image, ids, torch.ones_like(ids, dtype=torch.bool))[:, -1].float()
             logits[:, captions.banned] = -torch.inf
-            logits[:, len(cast(Any, captions.tokenizer)) :] = -torch.inf  # embeddings that no token has
+            logits[:, len(cast(Any, captions.tokenizer)) :] = -torch.inf  # rows beyond the tokenizer's tokens
             return logits.log_softmax(dim=-1)
 
         if config.search == "beam":
-            return beam(step, start, captions.end, length, config.beams, config.penalty)
+            return beam_search(step, start, captions.end, length, config.beams, config.penalty)
         if config.search == "greedy":
-            return greedy(step, start, captions.end, length)
-        uniform = np.stack([_uniform(config.seed, key, length) for key in keys])
-        drawn = torch.from_numpy(uniform).to(images.device)
-        return nucleus(step, start, captions.end, length, drawn, config.top_p, config.temperature)
+            return greedy_search(step, start, captions.end, length)
+        uniform = torch.from_numpy(np.stack([_uniform(config.seed, key, length) for key in keys])).to(images.device)
+        return nucleus_sampling(step, start, captions.end, length, uniform, config.top_p, config.temperature)
 
-    def _captions(self) -> Captions:
-        assert self.captions is not None, "decoders() comes first"
+    def _text_decoder(self) -> Captions:
+        assert self.captions is not None, "build_decoders() comes first"
         return self.captions
 
     def predict(
         self, model: FusionModel, inputs: dict[str, Tensor], masks: dict[str, Tensor], trace: Trace | None = None, top: int = 5
     ) -> Prediction:
-        """`score`: the log-probability of the given text. `best`: the sentence the model writes itself, with its mean
-        log-probability a token; with a trace, the given text alone. In maps, position t looked in order to predict t + 1."""
-        found = model(inputs, masks, {}, trace)
-        score = (found["likelihood"] * found["weights"]).sum(dim=1)
-        captions = self._captions()
+        """Generate a sentence, and score the given text.
+
+        `score` is the log-probability of the given text. `best` is the generated sentence with its mean log-probability per
+        token. With a trace nothing is generated and `best` is the given text. Attention at position t predicts token t + 1.
+        """
+        features = model(inputs, masks, {}, trace)
+        score = (features["likelihood"] * features["weights"]).sum(dim=1)
+        captions = self._text_decoder()
         if trace is not None:
             rows = [row[mask].tolist() for row, mask in zip(inputs["text"], masks["text"], strict=True)]
-            mean = (score / found["weights"].sum(dim=1).clamp(min=1)).tolist()
+            mean = (score / features["weights"].sum(dim=1).clamp(min=1)).tolist()
             return Prediction([[(captions.decode(row), value)] for row, value in zip(rows, mean, strict=True)], score)
         with torch.no_grad():
-            written = self.write(model, inputs["image"], [str(i) for i in range(len(score))])
+            generated = self.generate(model, inputs["image"], [str(i) for i in range(len(score))])
         best = [
             [(captions.decode(ids), value / (len(ids) + 1))]
-            for ids, value in zip(written.ids, written.scores.tolist(), strict=True)
+            for ids, value in zip(generated.ids, generated.scores.tolist(), strict=True)
         ]
         return Prediction(best, score)
 
     # -----------------------------------------------------------------------------------------------------------------
-    # Figures
+    # Evaluation
 
-    def evaluate(self, model: FusionModel, shards: Any, setting: Setting) -> dict[str, float]:
-        """`likelihood`, the mean log-probability of a token of the first given caption, and `perplexity`, its exp(-x); CIDEr
-        and BLEU_1 to BLEU_4 of the written sentences against all given ones (see wording.py); `samples`, `bad_samples`."""
-        batches = setting.batches(shards)
-        rows = [row for part in gather_or_raise(lambda: self._scored(model, batches, setting)) for row in part]
+    def evaluate(self, model: FusionModel, shards: Any, setup: EvalSetup) -> dict[str, float]:
+        """Compute the captioning metrics on `shards`. Collective. Raises UserError.
+
+        Returns:
+            likelihood: mean log-probability of a token of the first reference caption; perplexity: exp(-likelihood).
+            CIDEr, BLEU_1 to BLEU_4: of the generated sentences against all reference captions, see caption_metrics.py.
+            samples, bad_samples: counts.
+        """
+        batches = setup.batches(shards)
+        rows = [row for part in gather_or_raise(lambda: self._score_samples(model, batches, setup)) for row in part]
         bad = sum(distributed.gather_objects(batches.bad.total()))
         if not rows:
             raise UserError(f"no caption to evaluate in {shards}: {bad} samples were left out because of their content")
-        rows.sort()  # by key: the same sums on any number of processes
+        rows.sort()  # by key, so that sums are the same on any number of processes
         likelihood = sum(row[1] for row in rows) / max(1.0, sum(row[2] for row in rows))
-        figures = {"likelihood": likelihood, "perplexity": math.exp(min(-likelihood, 700.0))}
+        metrics = {"likelihood": likelihood, "perplexity": math.exp(min(-likelihood, 700.0))}
         if self.config.generate:
-            # Computed once: it starts a program of its own.
-            figures |= on_main(lambda: caption_metrics.scores([row[3] for row in rows], [row[4] for row in rows]))
-        return {**figures, "samples": len(rows), "bad_samples": bad}
+            # On one process only: it starts a Java process.
+            metrics |= on_main(lambda: caption_metrics.score_captions([row[3] for row in rows], [row[4] for row in rows]))
+        return {**metrics, "samples": len(rows), "bad_samples": bad}
 
-    def _scored(self, model: FusionModel, batches: Any, setting: Setting) -> list[tuple[str, float, float, str, list[str]]]:
-        """Of each sample of this process's share: key, log-probability of its first caption, its tokens, what was written,
-        all captions."""
-        found: list[tuple[str, float, float, str, list[str]]] = []
-        captions = self._captions()
-        with setting.measuring(model):
+    def _score_samples(
+        self, model: FusionModel, batches: Any, setup: EvalSetup
+    ) -> list[tuple[str, float, float, str, list[str]]]:
+        """Score this process's share of the samples.
+
+        Returns:
+            Per sample: key, log-probability and number of tokens of its first caption, generated sentence, all captions.
+        """
+        rows: list[tuple[str, float, float, str, list[str]]] = []
+        captions = self._text_decoder()
+        with setup.inference_mode(model):
             for batch in batches:
-                batch = batch.to(setting.device, non_blocking=True)
-                out = self.encode(model, batch)
-                sums = (out["likelihood"] * out["weights"]).double().sum(dim=1).tolist()
-                counts = out["weights"].double().sum(dim=1).tolist()
-                said = [""] * len(batch)
+                batch = batch.to(setup.device, non_blocking=True)
+                features = self.encode(model, batch)
+                sums = (features["likelihood"] * features["weights"]).double().sum(dim=1).tolist()
+                counts = features["weights"].double().sum(dim=1).tolist()
+                sentences = [""] * len(batch)
                 if self.config.generate:
-                    said = [captions.decode(ids) for ids in self.write(model, batch.inputs["image"], batch.keys).ids]
-                found.extend(zip(batch.keys, sums, counts, said, batch.targets["captions"], strict=True))
-        return found
+                    sentences = [captions.decode(ids) for ids in self.generate(model, batch.inputs["image"], batch.keys).ids]
+                rows.extend(zip(batch.keys, sums, counts, sentences, batch.targets["captions"], strict=True))
+        return rows
 
 
 def _uniform(seed: int, key: str, count: int) -> np.ndarray:
-    """(count,) numbers in [0, 1) that depend on seed and key alone."""
+    """Return (count,) numbers in [0, 1) that depend on seed and key alone."""
     digest = hashlib.blake2b(f"{seed} {key}".encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little"))).random(count)
 
 
 def build(config: Config, survey: Survey | None) -> Captioning:
-    """The task; it needs to know nothing of the data."""
+    """Build the task, which needs nothing from the training data."""
     return Captioning(config)

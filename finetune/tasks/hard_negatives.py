@@ -1,11 +1,13 @@
-"""Hard negatives: for each picture a caption that is like its own and is not, for each caption such a picture.
+"""Hard negatives: for each image a similar caption that is not its own, and for each caption such an image.
 
-Drawn from the softmax of the contrastive similarities over the whole batch, across processes (ALBEF, arXiv 2107.07651,
-section 3.2), one for each row. What is known to be right (the same sample, the same caption) is masked BEFORE the softmax;
-a row that is left with nothing is marked and given itself, so that shapes never depend on the data.
+One negative per row is drawn from the softmax of the contrastive similarities over the batch of all processes (ALBEF,
+arXiv 2107.07651, section 3.2). Known positives (the same sample, the same caption) are masked BEFORE the softmax. A row
+without any negative is marked and given itself, so that shapes never depend on the data.
 
-A draw is one uniform number a row, the same whatever the number of processes, so that a step on several is the step of one.
-Shapes: b = rows of this process, B = b * world, I = ids a sample, N = tokens, C = width of a token.
+A draw is one uniform number per row. It does not depend on the number of processes, so that a step on several processes
+equals the step of one.
+
+Shapes: b = rows of this process, B = b * world size, I = ids per sample, N = tokens, C = width of a token, q = requested rows.
 """
 
 from __future__ import annotations
@@ -24,82 +26,85 @@ from pretrain.towers import TokenSequence
 
 
 class Negatives(NamedTuple):
-    """One negative for each local row."""
+    """One negative for each row of this process."""
 
     row: Tensor
-    """(b,) int64: which of the B rows; the row itself where there is none."""
+    """(b,) int64: index of the negative among the B rows; the row's own index where it has no negative."""
     valid: Tensor
-    """(b,) bool: whether there is one."""
-    ahead: Tensor
-    """(b,): its logit less that of the row itself."""
+    """(b,) bool: whether the row has a negative."""
+    logit_margin: Tensor
+    """(b,): contrastive logit of the negative minus that of the row's own pair."""
 
 
-def mine(similarity: Tensor, same: Tensor, draw: Tensor, offset: int = 0) -> Negatives:
-    """A negative for each row, the likelier the more similar it is.
+def draw_negatives(similarity: Tensor, positives: Tensor, draw: Tensor, offset: int = 0) -> Negatives:
+    """Draw a negative for each row, with probability softmax(similarity) over all columns that are not positives.
 
     Args:
-        similarity: (b, B) logits: what the contrastive softmax sees, scale included. No gradient goes through it.
-        same: (b, B) bool, True where the column is no negative. A row's own column never is.
+        similarity: (b, B) logits as in the contrastive softmax, scale included. No gradient flows through it.
+        positives: (b, B) bool, True where the column is not a negative. A row's own column never is one.
         draw: (b,) uniform in [0, 1).
         offset: the column that belongs to the first row.
     """
     with torch.no_grad():
-        own = torch.arange(len(similarity), device=similarity.device) + offset
-        same = same.scatter(1, own[:, None], True)
-        valid = ~same.all(dim=1)
-        logits = similarity.double().nan_to_num(0.0, 0.0, 0.0).masked_fill(same, -math.inf)
-        logits = torch.where(valid[:, None], logits, 0.0)  # a row of -inf would be a row of NaN
-        below = logits.softmax(dim=1).cumsum(dim=1)
-        # The first column whose cumulated share lies above the draw: its own share is above zero, so it is not masked.
+        own_column = torch.arange(len(similarity), device=similarity.device) + offset
+        positives = positives.scatter(1, own_column[:, None], True)
+        valid = ~positives.all(dim=1)
+        logits = similarity.double().nan_to_num(0.0, 0.0, 0.0).masked_fill(positives, -math.inf)
+        logits = torch.where(valid[:, None], logits, 0.0)  # the softmax of a row of -inf would be NaN
+        cumulative = logits.softmax(dim=1).cumsum(dim=1)
+        # The first column whose cumulative probability exceeds the draw has a probability above zero: it is not masked.
         # Draws have fewer bits than the sums, so that the product stays below the last of them.
-        drawn = torch.searchsorted(below, draw.float().double()[:, None] * below[:, -1:], right=True)[:, 0]
-        row = torch.where(valid, drawn.clamp(max=same.shape[1] - 1), own)
-        chosen, right = (similarity.gather(1, which[:, None])[:, 0] for which in (row, own))
-        return Negatives(row, valid, chosen - right)
+        drawn = torch.searchsorted(cumulative, draw.float().double()[:, None] * cumulative[:, -1:], right=True)[:, 0]
+        row = torch.where(valid, drawn.clamp(max=positives.shape[1] - 1), own_column)
+        negative, positive = (similarity.gather(1, column[:, None])[:, 0] for column in (row, own_column))
+        return Negatives(row, valid, negative - positive)
 
 
-def same_ids(ids: Tensor) -> Tensor:
-    """(b, I) int64, the ids of local samples -> (b, B) bool: which samples of all processes share any of them. Collective."""
-    everyone = distributed.gather_without_grad(ids)
-    return (ids[:, None] == everyone[None]).any(dim=2)
+def shares_id(ids: Tensor) -> Tensor:
+    """Return (b, B) bool: whether local samples with ids (b, I) int64 share an id with those of all processes. Collective."""
+    all_ids = distributed.gather_without_grad(ids)
+    return (ids[:, None] == all_ids[None]).any(dim=2)
 
 
 @torch.compiler.disable
-def draws(b: int, count: int, device: torch.device) -> list[Tensor]:
-    """`count` tensors (b,) uniform in [0, 1): this process's part of numbers that all processes have in common. Collective.
+def draw_uniform(b: int, count: int, device: torch.device) -> list[Tensor]:
+    """Draw `count` tensors (b,) uniform in [0, 1): this process's slice of numbers that all processes share. Collective.
 
-    They follow from rank 0's generator, which a step seeds with its number: another world draws the same ones.
+    They follow from rank 0's generator, which a step seeds with its number: another world size draws the same numbers.
     """
     seed = distributed.gather_without_grad(torch.randint(1 << 62, (1,)))[0]
     generator = torch.Generator().manual_seed(int(seed))
-    every = torch.rand(count, b * distributed.world_size(), generator=generator)
-    mine = every[:, distributed.rank() * b : (distributed.rank() + 1) * b]
-    return list(mine.to(device))
+    numbers = torch.rand(count, b * distributed.world_size(), generator=generator)
+    local = numbers[:, distributed.rank() * b : (distributed.rank() + 1) * b]
+    return list(local.to(device))
 
 
-def sample_ids(keys: Sequence[str], caption_id: Tensor) -> Tensor:
-    """(b, 2) int64: a hash of each sample's key (a batch may hold a sample twice), and that of its caption."""
-    hashed = [hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest() for key in keys]
-    own = torch.tensor([int.from_bytes(digest, "big", signed=True) for digest in hashed], dtype=torch.int64)
-    return torch.stack([own.to(caption_id.device), caption_id], dim=1)
+def hash_sample_ids(keys: Sequence[str], caption_id: Tensor) -> Tensor:
+    """Return ids (b, 2) int64: a hash of each sample's key (a batch may hold a sample twice) and the id of its caption."""
+    digests = [hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest() for key in keys]
+    key_ids = torch.tensor([int.from_bytes(digest, "big", signed=True) for digest in digests], dtype=torch.int64)
+    return torch.stack([key_ids.to(caption_id.device), caption_id], dim=1)
 
 
 @torch.compiler.disable
-def fetch(tokens: TokenSequence, row: Tensor) -> TokenSequence:
-    """(b, N, C), (q,) rows of all B -> (q, N, C), with gradient: only these travel. N is the same everywhere. Collective."""
+def fetch_tokens(tokens: TokenSequence, row: Tensor) -> TokenSequence:
+    """Fetch the tokens (q, N, C) of rows (q,) among all B, with gradient; only these are sent. Collective.
+
+    `tokens` are the local ones (b, N, C); N must be the same on every process.
+    """
     states, mask, pooled = distributed.gather_rows([tokens.states, tokens.mask, tokens.pooled], row)
     return tokens._replace(states=states, mask=mask, pooled=pooled)
 
 
 @torch.compiler.disable
-def longest(tokens: TokenSequence) -> int:
-    """N of the process that has most: what a batch in one process would be padded to. Collective."""
+def max_token_count(tokens: TokenSequence) -> int:
+    """Return the largest N of all processes, to which a batch in one process would be padded. Collective."""
     return int(distributed.maximum(torch.tensor(tokens.states.shape[1])))
 
 
-def padded(tokens: TokenSequence, length: int) -> TokenSequence:
-    """(b, N, C) -> (b, length, C): what `fetch` needs of words."""
-    more = length - tokens.states.shape[1]
-    if not more:
+def pad_tokens(tokens: TokenSequence, length: int) -> TokenSequence:
+    """Pad (b, N, C) to (b, length, C): `fetch_tokens` needs texts of equal length on every process."""
+    missing = length - tokens.states.shape[1]
+    if not missing:
         return tokens
-    return tokens._replace(states=F.pad(tokens.states, (0, 0, 0, more)), mask=F.pad(tokens.mask, (0, more), value=False))
+    return tokens._replace(states=F.pad(tokens.states, (0, 0, 0, missing)), mask=F.pad(tokens.mask, (0, missing), value=False))

@@ -1,6 +1,6 @@
-"""What a sample is labelled with, and how well labels were told: reading, weighing, figures (by torchmetrics).
+"""Labels of samples: reading, class weights, and classification metrics (computed by torchmetrics).
 
-Shapes: b = samples, n = samples of an evaluation, K = classes.
+Shapes: b = samples of a batch, n = samples of an evaluation, K = classes.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from pretrain.errors import UserError
 
 
 class Labels:
-    """A decoder that gives targets only: `label` (b,) int64, or of several labels a sample `labels` (b, K) float32, 0 or 1.
+    """A decoder that gives targets only: `label` (b,) int64, or with several labels `labels` (b, K) float32 of 0 and 1.
 
-    In evaluation a label that is none of the classes is -1, and an unknown one of several is left out.
+    In evaluation, a label that is not among the classes is -1; of several labels, unknown ones are left out.
     """
 
     def __init__(self, field: str, classes: Sequence[str], several: bool) -> None:
@@ -32,128 +32,148 @@ class Labels:
         self.ids = {name: i for i, name in enumerate(classes)}
 
     def __call__(self, sample: RawSample, rng: np.random.Generator, train: bool) -> list[int]:
-        """Positions in the classes. Raises BadSample."""
+        """Return the class index of each label. Raises BadSample."""
         values = read_json(sample.members)
-        names = labels_of(values, self.field, self.several)
+        names = read_labels(values, self.field, self.several)
         unknown = [name for name in names if name not in self.ids]
         if unknown and train:
-            raise BadSample("unknown label", f"{self.field}={unknown[0]!r} is none of the {len(self.ids)} classes"[:200])
+            raise BadSample("unknown label", f"{self.field}={unknown[0]!r} is not one of the {len(self.ids)} classes"[:200])
         return [self.ids.get(name, -1) for name in names]
 
     def collate(self, items: list[list[int]]) -> None:
-        """No input."""
+        """Return None: labels are targets, not inputs."""
         return
 
     def targets(self, items: list[list[int]]) -> dict[str, Any]:
-        """See the class."""
+        """Collate the targets described at the class."""
         if not self.several:
             return {"label": torch.tensor([item[0] for item in items], dtype=torch.int64)}
-        found = torch.zeros(len(items), len(self.ids))
+        labels = torch.zeros(len(items), len(self.ids))
         for i, item in enumerate(items):
-            found[i, [at for at in item if at >= 0]] = 1
-        return {"labels": found}
+            labels[i, [index for index in item if index >= 0]] = 1
+        return {"labels": labels}
 
 
-def labels_of(values: Any, field: str, several: bool) -> list[str]:
-    """The labels in a sample's json, as words: names, numbers, true and false. Raises BadSample."""
-    given = values.get(field) if isinstance(values, dict) else None
-    if given is None:
-        has = ", ".join(sorted(map(str, values)))[:150] if isinstance(values, dict) else ""
-        raise BadSample("no label", f"its json has no {field!r}, but {has or 'nothing'}")
-    if isinstance(given, list) != several:
+def read_labels(values: Any, field: str, several: bool) -> list[str]:
+    """Return the labels in a sample's json as text: names, whole numbers, true and false. Raises BadSample."""
+    label = values.get(field) if isinstance(values, dict) else None
+    if label is None:
+        fields = ", ".join(sorted(map(str, values)))[:150] if isinstance(values, dict) else ""
+        raise BadSample("no label", f"its json has no field {field!r}, only {fields or 'none'}")
+    if isinstance(label, list) != several:
         raise BadSample(
             "label of the wrong kind",
-            f"{field}={given!r} is {'a list: one' if not several else 'no list: several'} labels are expected"[:200],
+            f"{field}={label!r} is {'a list, but one label is' if not several else 'not a list, but several labels are'} "
+            "expected"[:200],
         )
-    return list(dict.fromkeys(_word(each, field) for each in (given if several else [given])))
+    return list(dict.fromkeys(_label_text(value, field) for value in (label if several else [label])))
 
 
-def _word(value: Any, field: str) -> str:
+def _label_text(value: Any, field: str) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     text = str(value).strip() if isinstance(value, str | int) else ""
     if not text:
-        raise BadSample("label of the wrong kind", f"{field}={value!r} is no name and no whole number"[:200])
+        raise BadSample("label of the wrong kind", f"{field}={value!r} is neither a name nor a whole number"[:200])
     return text
 
 
-def count(samples: Iterator[dict[str, Any]], field: str, several: bool) -> tuple[Counter[str], int]:
-    """How often each label occurs, and in how many samples labels can be read."""
-    found: Counter[str] = Counter()
+def count_labels(samples: Iterator[dict[str, Any]], field: str, several: bool) -> tuple[Counter[str], int]:
+    """Count how often each label occurs, and the samples whose labels can be read."""
+    counts: Counter[str] = Counter()
     usable = 0
     for values in samples:
         try:
-            found.update(labels_of(values, field, several))
+            counts.update(read_labels(values, field, several))
         except BadSample:
-            continue  # counted where it is read to be learned from
+            continue  # training counts it when it reads the sample
         usable += 1
-    return found, usable
+    return counts, usable
 
 
-def in_order(names: Sequence[str]) -> list[str]:
-    """Whole numbers by size, then words by the alphabet."""
+def sort_labels(names: Sequence[str]) -> list[str]:
+    """Sort whole numbers by value, then names alphabetically."""
     numbers = {name: int(name) for name in names if name.lstrip("-").isdecimal()}
     return sorted(names, key=lambda name: (name not in numbers, numbers.get(name, 0), name))
 
 
-def balance(counts: Counter[str], samples: int, several: bool) -> dict[str, float]:
-    """Weights under which all classes count the same: n / (K n_c); of several labels, how often a class is absent for each
-    time it is there."""
+def balanced_weights(counts: Counter[str], samples: int, several: bool) -> dict[str, float]:
+    """Return weights with which all classes contribute equally to the loss.
+
+    For single labels n / (K n_c). For several labels, how often a class is absent for each time it is present.
+    """
     if several:
         return {name: max(samples - n, 1) / n for name, n in counts.items()}
     return {name: samples / (len(counts) * n) for name, n in counts.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Figures
+# Metrics
 
 
-def check_measures() -> None:
-    """Raises UserError where torchmetrics is missing: now, not at the first evaluation."""
+def check_torchmetrics() -> None:
+    """Raise UserError where torchmetrics is missing: at the start of a run, not at its first evaluation."""
     if importlib.util.find_spec("torchmetrics") is None:
         raise UserError("classification is measured by torchmetrics, which is not installed: pip install torchmetrics")
 
 
-def single(logits: Tensor, label: Tensor, top: Sequence[int]) -> dict[str, float]:
-    """(n, K), (n,) -> top1, top5, ... (fractions; of fewer classes: of all), macro_f1, auc (one class against the rest, the
-    mean over classes that some samples have and some have not; left out where there is none)."""
+def single_label_metrics(logits: Tensor, label: Tensor, top: Sequence[int]) -> dict[str, float]:
+    """Compute top-k accuracies, macro F1 and AUC of one label per sample.
+
+    Args:
+        logits: (n, K).
+        label: (n,) int64.
+        top: values of k; with k >= K the accuracy is 1.
+
+    Returns:
+        top1, top5, ... (fractions), macro_f1, and auc: one class against the rest, averaged over the classes that occur in
+        some samples and not in others. auc is left out where there is no such class.
+    """
     from torchmetrics.functional import classification as measure
 
     K = logits.shape[1]
-    share = logits.float().softmax(dim=1)
-    out = {
-        f"top{k}": float(measure.multiclass_accuracy(share, label, K, average="micro", top_k=min(k, K))) if k < K else 1.0
-        for k in top
-    }
-    out["macro_f1"] = float(measure.multiclass_f1_score(share, label, K, average="macro"))
-    there = torch.nn.functional.one_hot(label, K)
-    return {**out, **_auc([measure.binary_auroc(share[:, c], there[:, c]) for c in _mixed(there)])}
+    probabilities = logits.float().softmax(dim=1)
+
+    def top_k_accuracy(k: int) -> float:
+        return float(measure.multiclass_accuracy(probabilities, label, K, average="micro", top_k=k)) if k < K else 1.0
+
+    out = {f"top{k}": top_k_accuracy(k) for k in top}
+    out["macro_f1"] = float(measure.multiclass_f1_score(probabilities, label, K, average="macro"))
+    one_hot = torch.nn.functional.one_hot(label, K)
+    return {**out, **_mean_auc([measure.binary_auroc(probabilities[:, c], one_hot[:, c]) for c in _classes_with_both(one_hot)])}
 
 
-def multi(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """(n, K), (n, K) of 0 and 1 -> macro_f1 and micro_f1 of what is above one half, exact (all labels of a sample right),
-    auc (mean over classes, as in `single`)."""
+def multi_label_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Compute F1, exact matches and AUC of several labels per sample.
+
+    Args:
+        logits: (n, K); a probability above one half is a prediction.
+        labels: (n, K) of 0 and 1.
+
+    Returns:
+        macro_f1, micro_f1, exact (fraction of samples with all labels right), auc as in `single_label_metrics`.
+    """
     from torchmetrics.functional import classification as measure
 
     K, labels = logits.shape[1], labels.long()
-    share = logits.float().sigmoid()
+    probabilities = logits.float().sigmoid()
     out = {
-        "macro_f1": float(measure.multilabel_f1_score(share, labels, K, average="macro")),
-        "micro_f1": float(measure.multilabel_f1_score(share, labels, K, average="micro")),
-        "exact": float(measure.multilabel_exact_match(share, labels, K)),
+        "macro_f1": float(measure.multilabel_f1_score(probabilities, labels, K, average="macro")),
+        "micro_f1": float(measure.multilabel_f1_score(probabilities, labels, K, average="micro")),
+        "exact": float(measure.multilabel_exact_match(probabilities, labels, K)),
     }
-    return {**out, **_auc([measure.binary_auroc(share[:, c], labels[:, c]) for c in _mixed(labels)])}
+    return {**out, **_mean_auc([measure.binary_auroc(probabilities[:, c], labels[:, c]) for c in _classes_with_both(labels)])}
 
 
-def _mixed(there: Tensor) -> list[int]:
-    """(n, K) of 0 and 1 -> the classes that some samples have and some have not: those with an area under a curve."""
-    seen = there.sum(dim=0)
-    found: list[int] = ((seen > 0) & (seen < len(there))).nonzero().flatten().tolist()
-    return found
+def _classes_with_both(labels: Tensor) -> list[int]:
+    """Return the classes that some of the samples (n, K) have and others lack: only these have an ROC curve."""
+    counts = labels.sum(dim=0)
+    classes: list[int] = ((counts > 0) & (counts < len(labels))).nonzero().flatten().tolist()
+    return classes
 
 
-def _auc(areas: list[Tensor]) -> dict[str, float]:
+def _mean_auc(areas: list[Tensor]) -> dict[str, float]:
     mean = float(torch.stack(areas).mean()) if areas else math.nan
     return {} if math.isnan(mean) else {"auc": mean}

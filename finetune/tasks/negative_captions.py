@@ -1,6 +1,7 @@
-"""Captions that are wrong about their picture, in one word or more: negatives that the data brings.
+"""Negative captions from the data: captions that differ from the truth about their image in one word or more.
 
-Shapes: b = samples, F = foils a sample, T = tokens of the longest.
+The configuration and the json of samples call them `foils`.
+Shapes: b = samples, F = negative captions per sample, T = tokens of the longest.
 """
 
 from __future__ import annotations
@@ -18,32 +19,32 @@ from pretrain.data.text import TextDecoder, normalize_whitespace
 
 
 class NegativeCaptions(TextDecoder):
-    """A text decoder whose items are captions that are wrong about their picture."""
+    """A text decoder whose items are the negative captions of a sample."""
 
     def __init__(self, text: TextDecoder, field: str, draw: int) -> None:
         super().__init__(text.tokenizer, text.length, text.caption, text.trim, text.multiple)
         self.field, self.draw = field, draw
 
     def __call__(self, sample: RawSample, rng: np.random.Generator, train: bool) -> tuple[str, ...]:
-        """Up to `draw` of them, in evaluation the first ones. Raises BadSample where the field holds something else."""
-        found = negative_captions_of(sample, self.field)
-        order = rng.permutation(len(found)) if train else range(len(found))
-        return tuple(found[int(i)] for i in order)[: self.draw]
+        """Return up to `draw` of them: random ones in training, the first ones in evaluation. Raises BadSample."""
+        captions = read_negative_captions(sample, self.field)
+        order = rng.permutation(len(captions)) if train else range(len(captions))
+        return tuple(captions[int(i)] for i in order)[: self.draw]
 
     def collate(self, items: list[tuple[str, ...]]) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """(b, F, T) int64, (b, F, T) bool; where there are too few, an empty text that is not counted."""
+        """Return ids (b, F, T) int64 and mask (b, F, T) bool, padded with empty texts where a sample has fewer than F."""
         ids, mask = self.encode([text for item in items for text in [*item, *[""] * (self.draw - len(item))]])
         return ids.unflatten(0, (-1, self.draw)), mask.unflatten(0, (-1, self.draw))
 
     def targets(self, items: list[tuple[str, ...]]) -> dict[str, Any]:
-        """foiled (b, F) bool: which texts are foils and not there to fill up."""
-        return {"foiled": torch.tensor([[i < len(item) for i in range(self.draw)] for item in items])}
+        """Return negative_mask (b, F) bool: True for negative captions, False for padding."""
+        return {"negative_mask": torch.tensor([[i < len(item) for i in range(self.draw)] for item in items])}
 
 
-def negative_captions_of(sample: RawSample, field: str) -> list[str]:
-    """The wrong captions of a sample; [] where it has none. Raises BadSample for a field of another kind."""
-    given = read_fields(sample.members).get(field) or []
-    if not isinstance(given, list):
-        raise BadSample("foils unreadable", f"{field} is no list: {given!r}"[:200])
-    texts = [item.get("caption") if isinstance(item, dict) else item for item in given]
+def read_negative_captions(sample: RawSample, field: str) -> list[str]:
+    """Return the negative captions of a sample; [] where it has none. Raises BadSample where the field is not a list."""
+    entries = read_fields(sample.members).get(field) or []
+    if not isinstance(entries, list):
+        raise BadSample("foils unreadable", f"{field} is not a list: {entries!r}"[:200])
+    texts = [entry.get("caption") if isinstance(entry, dict) else entry for entry in entries]
     return [normalize_whitespace(text) for text in texts if isinstance(text, str) and normalize_whitespace(text)]

@@ -1,14 +1,14 @@
-"""Search that looks twice: the first k of the contrastive ranking, ordered again by a matching score.
+"""Evaluation of two-stage retrieval: the first k of the contrastive ranking are re-ranked by a matching score.
 
-    search(model, shards, setup, match, k, score) -> recall before and after, the ceiling, milliseconds a query
+    evaluate_reranking(model, shards, setup, match, k, add) -> recall before and after, the ceiling, milliseconds per query
 
-Each picture and each caption passes its tower once; their tokens wait on the host, words without their padding, and only
-the fusion runs for every pair. Beyond k nothing changes: recall at K >= k is that of the contrastive ranking, and what is
-not among the first k no order of them finds: that recall is the ceiling. Ties count by expectation, as in
-pretrain/evaluation/retrieval.py. Every process holds the whole gallery and answers its share of the queries.
+Each image and each caption passes its tower once. Their tokens are stored on the CPU, those of captions without padding, and
+only the fusion runs for every pair. Recall at K >= k is that of the contrastive ranking, because re-ranking changes nothing
+beyond k. The ceiling is the share of queries with a right answer among the first k. Ties count by expectation, as in
+pretrain/evaluation/retrieval.py. Every process holds the whole gallery and ranks for its share of the queries.
 
-Shapes: n = pictures, m = captions, q = queries, k = candidates, N = tokens, T = tokens of a text, L = words of all captions,
-C = width of a token, D = width of the shared space.
+Shapes: n = images, m = captions, q = queries, k = candidates, N = tokens, T = tokens of a text, L = tokens of all captions,
+p = pairs or requested rows, r = texts per image, C = width of a token, D = width of the shared space.
 """
 
 from __future__ import annotations
@@ -33,145 +33,167 @@ from pretrain.towers import TokenSequence
 
 KS = (1, 5, 10)
 PAIRS = 512
-"""Pairs of text and picture that are fused at once."""
+"""Pairs of text and image per forward pass of the fusion."""
 
 Match = Callable[[FusionModel, TokenSequence, TokenSequence], Tensor]
-"""(model, texts (r p, T, C), r about each of p pictures (p, N, C)) -> (r p,) matching logits."""
+"""(model, texts (r p, T, C), images (p, N, C)) -> (r p,) matching logits; r texts belong to each image."""
 Scores = tuple[Tensor, Tensor, float]
-"""(q, k) scores, (q, k) bool which candidates are right, seconds that scoring took."""
+"""(q, k) scores, (q, k) bool whether a candidate is right, seconds of scoring."""
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Figures of given scores
+# Candidates and recall
 
 
 def find_candidates(queries: Tensor, gallery: Tensor, k: int, tile: int = 512) -> tuple[Tensor, Tensor]:
-    """(q, D), (n, D) L2-normalised -> the k most similar rows of the gallery (q, k) int64, and their similarity (q, k).
+    """Return the k most similar rows of the gallery, (q, k) int64, and their similarity, (q, k) float64.
 
-    k is cut to n. Which of equals is taken does not depend on where they stand: the gallery is shuffled first.
+    The gallery is shuffled first, so that the choice among equal similarities does not depend on their position.
+
+    Args:
+        queries: (q, D), L2-normalized.
+        gallery: (n, D), L2-normalized.
+        k: limited to n.
+        tile: queries per matrix product.
     """
     k = min(k, len(gallery))
     order = torch.randperm(len(gallery), generator=torch.Generator().manual_seed(0)).to(gallery.device)
     shuffled = gallery[order].double()
     rows, values = [order.new_zeros(0, k)], [shuffled.new_zeros(0, k)]
-    for part in queries.split(tile):
-        value, place = (part.double() @ shuffled.T).topk(k, dim=1)
-        rows.append(order[place])
+    for query in queries.split(tile):
+        value, index = (query.double() @ shuffled.T).topk(k, dim=1)
+        rows.append(order[index])
         values.append(value)
     return torch.cat(rows), torch.cat(values)
 
 
 def expected_recall(right: Tensor, scores: Tensor, k: int) -> Tensor:
-    """(q, k') bool, which candidates are right, and their scores -> (q,) the chance that one of them is among the first k."""
+    """Return (q,) the probability that a right candidate is among the first k.
+
+    `right` (q, k') bool tells which candidates are right, `scores` (q, k') orders them; ties are broken at random.
+    """
     scores = scores.double()
     best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
-    level = (scores - best).abs() <= TIE * (1 + best.abs())
-    better = ((scores > best) & ~level).sum(dim=1).double()
-    own, wrong = (level & right).sum(dim=1).double(), (level & ~right).sum(dim=1).double()
-    return torch.where(right.any(dim=1), hit_probability(better, own, wrong, k), 0.0)
+    tied = (scores - best).abs() <= TIE * (1 + best.abs())
+    better = ((scores > best) & ~tied).sum(dim=1).double()
+    tied_right, tied_wrong = (tied & right).sum(dim=1).double(), (tied & ~right).sum(dim=1).double()
+    return torch.where(right.any(dim=1), hit_probability(better, tied_right, tied_wrong, k), 0.0)
 
 
-def reranking_metrics(name: str, right: Tensor, scores: Tensor, before: dict[str, float], ks: Sequence[int] = KS) -> dict[str, float]:
-    """Recall of one direction (`image_to_text`) after re-ranking, and its ceiling.
+def reranking_metrics(
+    name: str, right: Tensor, scores: Tensor, before: dict[str, float], ks: Sequence[int] = KS
+) -> dict[str, float]:
+    """Return recall after re-ranking and its ceiling, for one direction.
 
     Args:
-        right: (q, k) bool, which candidates are right answers.
+        name: the direction, such as `image_to_text`.
+        right: (q, k) bool, whether a candidate is a right answer.
         scores: (q, k) of the candidates.
-        before: the figures of the contrastive ranking, `{name}_R@{K}`; they hold for K from k on.
+        before: recall of the contrastive ranking, `{name}_R@{K}`; it also holds after re-ranking for K >= k.
+        ks: the values of K.
     """
-    out = {
-        f"reranked_{name}_R@{at}": float(expected_recall(right, scores, at).mean()) if at < right.shape[1] else before[f"{name}_R@{at}"]
-        for at in ks
-    }
+    k, out = right.shape[1], {}
+    for K in ks:
+        recall = float(expected_recall(right, scores, K).mean()) if k > K else before[f"{name}_R@{K}"]
+        out[f"reranked_{name}_R@{K}"] = recall
     return {**out, f"{name}_ceiling": float(right.any(dim=1).double().mean())}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is kept of a split
+# The gallery: embeddings and tokens of a split
 
 
 @dataclass
 class Gallery:
-    """A split after the towers, on the host."""
+    """Embeddings and tokens of a split, on the CPU."""
 
     image: Tensor
-    """(n, D) L2-normalised."""
+    """(n, D) embeddings, L2-normalized."""
     text: Tensor
-    """(m, D) L2-normalised."""
+    """(m, D) embeddings, L2-normalized."""
     image_index: Tensor
-    """(m,) int64: the picture of each caption."""
-    pictures: Tensor
-    """(n, N, C), the tokens."""
-    seen: Tensor
-    """(n, N) bool, which of them are real."""
+    """(m,) int64: the image of each caption."""
+    image_states: Tensor
+    """(n, N, C) tokens of the images."""
+    image_mask: Tensor
+    """(n, N) bool, True for real tokens."""
     grid: tuple[int, int] | None
-    words: Tensor
-    """(L, C), the tokens of all captions one after the other."""
+    text_states: Tensor
+    """(L, C) tokens of all captions, concatenated without padding."""
     lengths: Tensor
-    """(m,) int64."""
+    """(m,) int64: tokens of each caption."""
 
     def image_tokens(self, rows: Tensor, device: torch.device) -> TokenSequence:
-        """(p,) -> (p, N, C) on the device."""
-        states = self.pictures[rows].to(device, non_blocking=True)
-        return TokenSequence(states, self.seen[rows].to(device), self.grid, states[:, 0])
+        """Return the tokens (p, N, C) of images `rows` (p,) on the device."""
+        states = self.image_states[rows].to(device, non_blocking=True)
+        return TokenSequence(states, self.image_mask[rows].to(device), self.grid, states[:, 0])
 
     def text_tokens(self, rows: Tensor, device: torch.device) -> TokenSequence:
-        """(p,) -> (p, T, C) on the device; T is the longest of these."""
+        """Return the tokens (p, T, C) of captions `rows` (p,) on the device; T is the longest of these."""
         lengths = self.lengths[rows]
-        place = torch.arange(max(1, int(lengths.max())))
-        mask = place < lengths[:, None]
+        position = torch.arange(max(1, int(lengths.max())))
+        mask = position < lengths[:, None]
         start = (self.lengths.cumsum(0) - self.lengths)[rows]
-        states = self.words[(start[:, None] + place).clamp(max=len(self.words) - 1)].to(device, non_blocking=True)
+        index = (start[:, None] + position).clamp(max=len(self.text_states) - 1)
+        states = self.text_states[index].to(device, non_blocking=True)
         return TokenSequence(states, mask.to(device), None, states[:, 0])
 
 
-def _encoded(model: FusionModel, batches: Iterable[Batch], setup: EvalSetup) -> Gallery | None:
-    """This process's share; None where it has no sample."""
-    image, pictures, seen, text, words, lengths, image_index, count = [], [], [], [], [], [], [], 0
+def _encode_gallery(model: FusionModel, batches: Iterable[Batch], setup: EvalSetup) -> Gallery | None:
+    """Encode this process's share of the samples; None where it has none."""
+    image, image_states, image_mask, text, text_states, lengths, image_index, count = [], [], [], [], [], [], [], 0
     grid = None
     for batch in batches:
-        tokens, rows = model.tokens_and_embedding("image", batch.inputs["image"].to(setup.device, non_blocking=True))
-        assert rows is not None
+        tokens, embedding = model.tokens_and_embedding("image", batch.inputs["image"].to(setup.device, non_blocking=True))
+        assert embedding is not None
         grid = tokens.grid
-        image.append(rows.float().cpu())
-        pictures.append(tokens.states.cpu())
-        seen.append(tokens.mask.cpu())
-        captions = batch.targets["captions"]
-        image_index += [count + i for i, own in enumerate(captions) for _ in own]
+        image.append(embedding.float().cpu())
+        image_states.append(tokens.states.cpu())
+        image_mask.append(tokens.mask.cpu())
+        captions = batch.targets["captions"]  # a list per image
+        image_index += [count + i for i, texts in enumerate(captions) for _ in texts]
         count += len(captions)
-        every = [caption for own in captions for caption in own]
-        for start in range(0, len(every), 256):
-            ids, mask = setup.decoders["text"].encode(every[start : start + 256])
-            tokens, rows = model.tokens_and_embedding("text", ids.to(setup.device), mask.to(setup.device))
-            assert rows is not None
-            text.append(rows.float().cpu())
-            words.append(tokens.states[tokens.mask].cpu())
+        all_captions = [caption for texts in captions for caption in texts]
+        for start in range(0, len(all_captions), 256):
+            ids, mask = setup.decoders["text"].encode(all_captions[start : start + 256])
+            tokens, embedding = model.tokens_and_embedding("text", ids.to(setup.device), mask.to(setup.device))
+            assert embedding is not None
+            text.append(embedding.float().cpu())
+            text_states.append(tokens.states[tokens.mask].cpu())
             lengths.append(tokens.mask.sum(dim=1).cpu())
     if not count:
         return None
-    owners = torch.tensor(image_index, dtype=torch.int64)
     cat = torch.cat
-    return Gallery(cat(image), cat(text), owners, cat(pictures), cat(seen), grid, cat(words), cat(lengths))
+    return Gallery(
+        image=cat(image),
+        text=cat(text),
+        image_index=torch.tensor(image_index, dtype=torch.int64),
+        image_states=cat(image_states),
+        image_mask=cat(image_mask),
+        grid=grid,
+        text_states=cat(text_states),
+        lengths=cat(lengths),
+    )
 
 
-def _everyone(mine: Gallery | None) -> Gallery | None:
-    """The shares of all processes, laid end to end, on each of them. Collective."""
+def _gather_gallery(local: Gallery | None) -> Gallery | None:
+    """Concatenate the galleries of all processes in rank order, on every process. Collective."""
     if distributed.world_size() == 1:
-        return mine
-    sizes = distributed.gather_objects(None if mine is None else (len(mine.image), mine.grid))
+        return local
+    sizes = distributed.gather_objects(None if local is None else (len(local.image), local.grid))
     known = [size for size in sizes if size is not None]
     if not known:
         return None
-    before = sum(size[0] for size in sizes[: distributed.rank()] if size is not None)
-    rows = {} if mine is None else {**vars(mine), "image_index": mine.image_index + before}
-    names = ("image", "text", "image_index", "pictures", "seen", "words", "lengths")
-    return Gallery(**{name: _stacked(rows.get(name)) for name in names}, grid=known[0][1])
+    images_before = sum(size[0] for size in sizes[: distributed.rank()] if size is not None)
+    rows = {} if local is None else {**vars(local), "image_index": local.image_index + images_before}
+    names = ("image", "text", "image_index", "image_states", "image_mask", "text_states", "lengths")
+    return Gallery(**{name: _gather_unequal_rows(rows.get(name)) for name in names}, grid=known[0][1])
 
 
-def _stacked(rows: Tensor | None) -> Tensor:
-    """(r, ...) of each process -> (sum of r, ...); None stands for no rows."""
-    told = distributed.gather_objects(None if rows is None else (rows.shape, rows.dtype))
-    shape, dtype = next(each for each in told if each is not None)
-    counts = [0 if each is None else each[0][0] for each in told]
+def _gather_unequal_rows(rows: Tensor | None) -> Tensor:
+    """Concatenate the rows of all processes, of which each may have another number; None stands for no rows. Collective."""
+    layouts = distributed.gather_objects(None if rows is None else (rows.shape, rows.dtype))
+    shape, dtype = next(layout for layout in layouts if layout is not None)
+    counts = [0 if layout is None else layout[0][0] for layout in layouts]
     rows = torch.empty(0, *shape[1:], dtype=dtype) if rows is None else rows
     padded = F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, max(counts) - len(rows)))
     return torch.cat(
@@ -180,19 +202,28 @@ def _stacked(rows: Tensor | None) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Search
+# Evaluation
 
 
 def evaluate_reranking(model: FusionModel, shards: Any, setup: EvalSetup, match: Match, k: int, add: bool) -> dict[str, float]:
-    """The figures of Retrieval.evaluate. Collective. `add`: contrastive logit + matching logit, else the latter alone.
+    """Compute the metrics of Retrieval.evaluate on `shards`. Collective.
 
-    Raises UserError: nothing to rank, embeddings that are not finite.
+    Args:
+        model: encodes samples; its logit scale weights the similarity.
+        shards: what to evaluate on.
+        setup: decoders, device and batches.
+        match: computes matching logits.
+        k: candidates per query.
+        add: True to order candidates by contrastive logit + matching logit, False by the matching logit alone.
+
+    Raises:
+        UserError: nothing to rank, or embeddings that are not finite.
     """
     batches = setup.batches(shards, {name: setup.decoders[name] for name in ("image", "text")})
     with setup.inference_mode(model):
-        mine = on_all(lambda: _encoded(model, batches, setup))
+        local = on_all(lambda: _encode_gallery(model, batches, setup))
         bad = sum(distributed.gather_objects(batches.bad.total()))
-        gallery = _everyone(mine)
+        gallery = _gather_gallery(local)
         if gallery is None:
             raise UserError(f"nothing to rank in {shards}: {bad} samples were left out because of their content")
         device = setup.device
@@ -200,51 +231,55 @@ def evaluate_reranking(model: FusionModel, shards: Any, setup: EvalSetup, match:
         before = on_main(lambda: retrieval_metrics(image, text, image_index, KS))
         scale = float(model.encoder.logit_scale.exp()) if add else 0.0
 
-        def ordered(forth: bool) -> Scores:
-            queries, found_in = (image, text) if forth else (text, image)
+        def score(by_image: bool) -> Scores:
+            queries, targets = (image, text) if by_image else (text, image)
             first, last = (len(queries) * (distributed.rank() + i) // distributed.world_size() for i in (0, 1))
-            asks = torch.arange(first, last)
-            rows, similarity = (each.cpu() for each in find_candidates(queries[first:last], found_in, k))
-            right = image_index[rows] == asks[:, None] if forth else rows == image_index[asks][:, None]
-            logits, seconds = _scored(model, gallery, match, asks, rows, forth, device)
+            query_rows = torch.arange(first, last)
+            rows, similarity = (values.cpu() for values in find_candidates(queries[first:last], targets, k))
+            right = image_index[rows] == query_rows[:, None] if by_image else rows == image_index[query_rows][:, None]
+            logits, seconds = _score_candidates(model, gallery, match, query_rows, rows, by_image, device)
             return logits.double() + scale * similarity, right, seconds
 
-        parts = {name: gather_or_raise(lambda forth=forth: ordered(forth)) for name, forth in WAYS}  # type: ignore[misc]
+        parts = {
+            name: gather_or_raise(lambda by_image=by_image: score(by_image))  # type: ignore[misc]
+            for name, by_image in DIRECTIONS
+        }
     out = dict(before)
     seconds = 0.0
-    for name, found_by in parts.items():
-        scores, right = torch.cat([part[0] for part in found_by]), torch.cat([part[1] for part in found_by])
+    for name, scored in parts.items():
+        scores, right = torch.cat([part[0] for part in scored]), torch.cat([part[1] for part in scored])
         out |= reranking_metrics(name, right, scores, before)
-        seconds += sum(part[2] for part in found_by)
-    for kind in ("", "reranked_"):
-        out[f"{kind}R@1"] = sum(out[f"{kind}{name}_R@1"] for name, _ in WAYS) / len(WAYS)
+        seconds += sum(part[2] for part in scored)
+    for prefix in ("", "reranked_"):
+        out[f"{prefix}R@1"] = sum(out[f"{prefix}{name}_R@1"] for name, _ in DIRECTIONS) / len(DIRECTIONS)
     n, m = len(gallery.image), len(gallery.text)
     counts = {"rerank_k": min(k, n), "rerank_ms": 1000 * seconds / (n + m), "samples": n, "captions": m, "bad_samples": bad}
     return out | counts
 
 
-WAYS = (("image_to_text", True), ("text_to_image", False))
+DIRECTIONS = (("image_to_text", True), ("text_to_image", False))
+"""Name of each direction, and whether images are the queries."""
 
 
-def _scored(
-    model: FusionModel, gallery: Gallery, match: Match, asks: Tensor, rows: Tensor, forth: bool, device: torch.device
+def _score_candidates(
+    model: FusionModel, gallery: Gallery, match: Match, queries: Tensor, rows: Tensor, by_image: bool, device: torch.device
 ) -> tuple[Tensor, float]:
-    """(q,) queries and (q, k) candidates -> (q, k) matching logits on the host, and the seconds that took."""
+    """Return matching logits (q, k) on the CPU of queries (q,) and candidates `rows` (q, k), and the seconds it took."""
     k = rows.shape[1]
     out = [torch.zeros(0, k)]
 
-    def some(asks: Tensor, rows: Tensor) -> Tensor:
-        if forth:  # a picture answers its k captions at once
-            pair = gallery.text_tokens(rows.flatten(), device), gallery.image_tokens(asks, device)
+    def score(queries: Tensor, rows: Tensor) -> Tensor:
+        if by_image:  # an image is passed once for its k captions
+            pair = gallery.text_tokens(rows.flatten(), device), gallery.image_tokens(queries, device)
         else:
-            pair = gallery.text_tokens(asks.repeat_interleave(k), device), gallery.image_tokens(rows.flatten(), device)
+            pair = gallery.text_tokens(queries.repeat_interleave(k), device), gallery.image_tokens(rows.flatten(), device)
         logits: Tensor = match(model, *pair).float().unflatten(0, (-1, k))
         return logits.cpu()
 
-    if len(asks):
-        some(asks[:1], rows[:1])  # what happens once is not a query's time
+    if len(queries):
+        score(queries[:1], rows[:1])  # warm up: one-time costs are not part of the time per query
     begin = time.perf_counter()
     step = max(1, PAIRS // k)
-    for start in range(0, len(asks), step):
-        out.append(some(asks[start : start + step], rows[start : start + step]))
+    for start in range(0, len(queries), step):
+        out.append(score(queries[start : start + step], rows[start : start + step]))
     return torch.cat(out), time.perf_counter() - begin

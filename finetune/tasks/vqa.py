@@ -1,13 +1,13 @@
-"""Visual question answering: one answer of a vocabulary that is built from the training data.
+"""Visual question answering: classification over a vocabulary of answers that is built from the training data.
 
     task: {name: vqa, questions: 8}
 
-All questions about a picture share one image encoding. Targets are soft: each answer is worth its official accuracy. The
-accuracy of evaluation is the official one, overall and by question type, beside that of a guesser who saw the questions only.
-`blind: true` trains a model that never sees the picture. Open-ended generation of answers is not part of this task: an answer
-outside the vocabulary cannot be given; the share that can is reported as `ceiling`.
+All questions about an image share one image encoding. Targets are soft: the target of an answer is its official accuracy.
+Evaluation reports the official accuracy, overall and by question type, next to that of a question-only baseline.
+`blind: true` trains a model without images. Open-ended generation of answers is not part of this task: an answer outside the
+vocabulary cannot be given. `ceiling` reports the accuracy that the vocabulary allows.
 
-Shapes: b = pictures, m = questions a picture, A = answers in the vocabulary, K = answers kept of a question, C = width.
+Shapes: b = images, m = questions per image, A = answers in the vocabulary, K = answers per question, C = width of a token.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from torch.nn import functional as F
 
 from finetune.attention.trace import Trace
 from finetune.model import Features, FusionModel, Head
-from finetune.tasks import ExportSpec, Prediction, Setting, Survey, Task, per_item
-from finetune.tasks.questions import Question, Questions, questions_of
-from finetune.tasks.vqa_accuracy import Blind, accuracy, vocabulary
+from finetune.tasks import EvalSetup, ExportSpec, Prediction, Survey, Task, global_weighted_mean
+from finetune.tasks.questions import Question, Questions, read_questions
+from finetune.tasks.vqa_accuracy import QuestionOnlyBaseline, build_vocabulary, official_accuracy
 from pretrain.data import BadSample
 from pretrain.errors import ConfigError, UserError
 from pretrain.runtime import distributed
@@ -36,41 +36,41 @@ from pretrain.towers import TokenSequence
 
 @dataclass
 class Config:
-    """Answering questions about pictures."""
+    """Source of the questions, vocabulary, loss and classifier."""
 
     name: str = "vqa"
-    """This file."""
+    """Name of the task, which is the name of this file."""
     field: str = "questions"
-    """Field of a sample's json: a list of {question, answers, type}."""
+    """Field of a sample's json that holds a list of {question, answers, type}."""
     questions: int = 4
-    """m, questions drawn a picture and step; fewer where a picture has fewer. More of them cost less than more pictures."""
+    """m, questions drawn per image and step; fewer where an image has fewer. More questions cost less than more images."""
     types: list[str] = dataclasses.field(default_factory=list)
-    """Types of question to learn and to be measured on; [] = all."""
+    """Question types to train and evaluate on; [] = all."""
     vocabulary: int = 3129
-    """Answers that can be given: the most frequent in training. 3,129 is usual for VQA v2."""
+    """Size of the vocabulary: the most frequent answers of the training data. 3,129 is usual for VQA v2."""
     answers: list[str] = dataclasses.field(default_factory=list)
     """The vocabulary itself; [] = built from the training data. A checkpoint keeps it."""
     loss: Literal["softmax", "sigmoid"] = "softmax"
-    """softmax: cross-entropy weighted by what each answer is worth. sigmoid: each answer for itself, towards what it is
-    worth (BCE, for vocabularies in which several answers are right)."""
+    """softmax: cross-entropy weighted by the accuracy of each answer. sigmoid: binary cross-entropy of each answer with its
+    accuracy as the target, for vocabularies in which several answers are right."""
     hidden: float = 2.0
-    """Hidden width of the classifier, in widths of a token."""
+    """Hidden width of the classifier as a multiple of the token width."""
     dropout: float = 0.0
-    """Before the classifier's last layer, 0 to below 1."""
+    """Dropout before the classifier's last layer, from 0 to below 1."""
     blind: bool = False
-    """Train without the picture: how far the questions alone lead."""
+    """Train without images, to measure what the questions alone allow."""
 
     def check(self) -> None:
-        """Raises ConfigError."""
+        """Refuse values out of range. Raises ConfigError."""
         if self.questions < 1 or self.vocabulary < 1 or self.hidden <= 0 or not 0 <= self.dropout < 1:
             raise ConfigError(
-                f"task.questions={self.questions} (from 1), task.vocabulary={self.vocabulary} (from 1), task.hidden="
-                f"{self.hidden} (above 0) and task.dropout={self.dropout} (0 to below 1) do not fit together"
+                f"task.questions={self.questions} and task.vocabulary={self.vocabulary} must be at least 1, task.hidden="
+                f"{self.hidden} above 0, task.dropout={self.dropout} from 0 to below 1"
             )
 
 
-class Answerer(Head):
-    """Fused words -> their mean -> a logit for each answer."""
+class AnswerHead(Head):
+    """Turns the mean fused text token into a logit for each answer."""
 
     def __init__(self, width: int, config: Config) -> None:
         super().__init__()
@@ -89,32 +89,32 @@ class Answerer(Head):
         targets: dict[str, Any],
         trace: Trace | None = None,
     ) -> Features:
-        """text (b, m, T) or (b, T) -> logits (b, m, A); (b, T) has m = 1."""
-        text, image = model.tokens("text", inputs["text"], masks["text"]), self._look(model, inputs, text=inputs["text"])
+        """Compute logits (b, m, A) of text (b, m, T), or of (b, T) with m = 1."""
+        text, image = model.tokens("text", inputs["text"], masks["text"]), self._image_tokens(model, inputs)
         fused = model.fuse({"text": text, "image": image}, trace)["text"].pooled
         logits: Tensor = self.out(self.dropout(F.gelu(self.up(self.norm(fused)))))
         return {"logits": logits.unflatten(0, (inputs["image"].shape[0], -1))}
 
-    def _look(self, model: FusionModel, inputs: dict[str, Tensor], text: Tensor) -> TokenSequence:
-        """The picture's tokens; one token of zeros for the blind."""
+    def _image_tokens(self, model: FusionModel, inputs: dict[str, Tensor]) -> TokenSequence:
+        """Return the image's tokens; one token of zeros where the model is trained without images."""
         if not self.blind:
             return model.tokens("image", inputs["image"])
-        nothing = self.norm.weight.new_zeros(inputs["image"].shape[0], 1, model.widths["image"])
-        return TokenSequence(nothing, nothing.new_ones(nothing.shape[:2], dtype=torch.bool), (1, 1), nothing[:, 0])
+        zeros = self.norm.weight.new_zeros(inputs["image"].shape[0], 1, model.widths["image"])
+        return TokenSequence(zeros, zeros.new_ones(zeros.shape[:2], dtype=torch.bool), (1, 1), zeros[:, 0])
 
 
 class VQA(Task):
-    """See the file."""
+    """The visual question answering task; see the module."""
 
     primary_metric = "accuracy"
     text_is_question = True
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self._known = frozenset(config.answers)
-        self._guessers: dict[str, Blind] = {}
+        self._vocabulary = frozenset(config.answers)
+        self._baselines: dict[str, QuestionOnlyBaseline] = {}
 
-    def decoders(self, towers: dict[str, Any]) -> dict[str, Any]:
+    def build_decoders(self, towers: dict[str, Any]) -> dict[str, Any]:
         config = self.config
         for name in ("image", "text"):
             if name not in towers:
@@ -124,104 +124,114 @@ class VQA(Task):
             "text": Questions(towers["text"], config.field, config.questions, config.answers, config.types),
         }
 
-    def head(self, model: FusionModel) -> Answerer:
+    def build_head(self, model: FusionModel) -> AnswerHead:
         if model.fusion is None or "text" not in (model.fusion.config.query, model.fusion.config.context):
-            raise ConfigError("task.name=vqa reads words that looked at the picture: it needs a fusion of text and image")
+            raise ConfigError("task.name=vqa reads text tokens that attended to the image: it needs a fusion of text and image")
         if model.fusion.config.query != "text":
             raise ConfigError(
-                f"fusion.query={model.fusion.config.query}: in task.name=vqa the question asks; set fusion.query=text and "
-                "fusion.context=image"
+                f"fusion.query={model.fusion.config.query}: task.name=vqa needs the question as query; set fusion.query=text "
+                "and fusion.context=image"
             )
-        return Answerer(model.widths["text"], self.config)
+        return AnswerHead(model.widths["text"], self.config)
 
-    def settings(self) -> dict[str, Any]:
+    def learned_settings(self) -> dict[str, Any]:
         return {"answers": self.config.answers}
 
     def questions(self, values: dict[str, Any]) -> list[Question]:
-        """None where there are none."""
-        return _asked(values, self.config)
+        """Return the questions in a sample's json; [] where it has none."""
+        return _readable_questions(values, self.config)
 
     def export_spec(self) -> ExportSpec:
         return ExportSpec("logits", self.config.loss, self.config.answers)
 
     def loss(self, features: Features, targets: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean over the questions of all processes."""
+        """Compute the mean loss over the questions of all processes, and the accuracy on this process's questions."""
         logits = features["logits"]
         logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-        answers, scores, asked = targets["answers"], targets["scores"].to(logits.dtype), targets["asked"].to(logits.dtype)
+        answers, scores = targets["answers"], targets["scores"].to(logits.dtype)
+        question_mask = targets["question_mask"].to(logits.dtype)
         if self.config.loss == "softmax":
             losses = -(logits.log_softmax(dim=-1).gather(-1, answers) * scores).sum(dim=-1)
         else:
-            worth = torch.zeros_like(logits).scatter_add(-1, answers, scores)
-            losses = F.binary_cross_entropy_with_logits(logits, worth, reduction="none").sum(dim=-1)
+            accuracies = torch.zeros_like(logits).scatter_add(-1, answers, scores)
+            losses = F.binary_cross_entropy_with_logits(logits, accuracies, reduction="none").sum(dim=-1)
         with torch.no_grad():
             best = logits.argmax(dim=-1, keepdim=True)
             right = (scores * (answers == best)).sum(dim=-1)
-            share = (right * asked).sum() / asked.sum().clamp(min=1)
-        return per_item(losses.flatten(), asked.flatten()), {"accuracy": share}
+            accuracy = (right * question_mask).sum() / question_mask.sum().clamp(min=1)
+        return global_weighted_mean(losses.flatten(), question_mask.flatten()), {"accuracy": accuracy}
 
     # -----------------------------------------------------------------------------------------------------------------
-    # Figures
+    # Evaluation
 
-    def evaluate(self, model: FusionModel, shards: Any, setting: Setting) -> dict[str, float]:
-        """`accuracy` (official, 0 to 1) over all questions, and by type; `ceiling`, what the best answers of the vocabulary
-        would reach; `blind_accuracy` likewise, of who knows the questions and answers of the training data only, where they
-        are at hand; `questions`, `samples`, `bad_samples`. Collective."""
-        batches = setting.batches(shards)
-        scored = gather_or_raise(lambda: list(self._scored(model, batches, setting)))
+    def evaluate(self, model: FusionModel, shards: Any, setup: EvalSetup) -> dict[str, float]:
+        """Compute the official accuracy on `shards`. Collective. Raises UserError.
+
+        Returns:
+            accuracy, accuracy_TYPE: official accuracy, 0 to 1, over all questions and by question type.
+            ceiling: accuracy of the best answers in the vocabulary.
+            blind_accuracy, blind_accuracy_TYPE: accuracy of the question-only baseline, where training data are available.
+            questions, samples, bad_samples: counts.
+        """
+        batches = setup.batches(shards)
+        scored = gather_or_raise(lambda: list(self._score_questions(model, batches, setup)))
         rows = [row for part in scored for row in part]
         bad = sum(distributed.gather_objects(batches.bad.total()))
         if not rows:
             raise UserError(f"no question to evaluate in {shards}: {bad} samples were left out because of their content")
-        guesser = self._guesser(setting)
-        figures: dict[str, list[float]] = {}
-        for question, said in rows:
-            values = {"accuracy": said, "ceiling": self._ceiling(question)}
-            if guesser is not None:
-                values["blind_accuracy"] = accuracy(guesser(question.kind, question.text), question.answers)
+        baseline = self._baseline(setup)
+        values_by_name: dict[str, list[float]] = {}
+        for question, accuracy in rows:
+            values = {"accuracy": accuracy, "ceiling": self._ceiling(question)}
+            if baseline is not None:
+                values["blind_accuracy"] = official_accuracy(baseline(question.kind, question.text), question.answers)
             for name, value in values.items():
-                figures.setdefault(name, []).append(value)
+                values_by_name.setdefault(name, []).append(value)
                 if name != "ceiling":
-                    figures.setdefault(f"{name}_{question.kind}", []).append(value)
-        out = {name: sum(values) / len(values) for name, values in sorted(figures.items())}
+                    values_by_name.setdefault(f"{name}_{question.kind}", []).append(value)
+        out = {name: sum(values) / len(values) for name, values in sorted(values_by_name.items())}
         return {**out, "questions": len(rows), "samples": batches.total - bad, "bad_samples": bad}
 
-    def _scored(self, model: FusionModel, batches: Any, setting: Setting) -> Iterator[tuple[Question, float]]:
-        """Each question of this process's share with the official accuracy of the model's answer."""
-        with setting.measuring(model):
+    def _score_questions(self, model: FusionModel, batches: Any, setup: EvalSetup) -> Iterator[tuple[Question, float]]:
+        """Yield each question of this process's share with the official accuracy of the model's answer."""
+        with setup.inference_mode(model):
             for batch in batches:
-                batch = batch.to(setting.device, non_blocking=True)
-                said = self.encode(model, batch)["logits"].argmax(dim=-1).tolist()
-                for asked, answered in zip(batch.targets["questions"], said, strict=True):
-                    for question, answer in zip(asked, answered, strict=False):  # those behind only fill up
-                        yield question, accuracy(self.config.answers[answer], question.answers)
+                batch = batch.to(setup.device, non_blocking=True)
+                predicted = self.encode(model, batch)["logits"].argmax(dim=-1).tolist()
+                for questions, answers in zip(batch.targets["questions"], predicted, strict=True):
+                    for question, answer in zip(questions, answers, strict=False):  # answers to padding come last
+                        yield question, official_accuracy(self.config.answers[answer], question.answers)
 
     def _ceiling(self, question: Question) -> float:
-        """What the best answer of the vocabulary is worth."""
-        known = (answer for answer in set(question.answers) if answer in self._known)
-        return max((accuracy(answer, question.answers) for answer in known), default=0.0)
+        """Return the accuracy of the best answer in the vocabulary; 0 where it holds none of the question's answers."""
+        known = (answer for answer in set(question.answers) if answer in self._vocabulary)
+        return max((official_accuracy(answer, question.answers) for answer in known), default=0.0)
 
-    def _guesser(self, setting: Setting) -> Blind | None:
-        if setting.train is None:
+    def _baseline(self, setup: EvalSetup) -> QuestionOnlyBaseline | None:
+        """Build the baseline from the training shards once; None where they are not available. Collective."""
+        if setup.train is None:
             return None
-        key = repr(setting.train)
-        if key not in self._guessers:
-            self._guessers[key] = Blind(gather_or_raise(lambda: _counted(setting.survey(), self.config)))
-        return self._guessers[key]
+        key = repr(setup.train)
+        if key not in self._baselines:
+            self._baselines[key] = QuestionOnlyBaseline(gather_or_raise(lambda: _count_answers(setup.survey(), self.config)))
+        return self._baselines[key]
 
     # -----------------------------------------------------------------------------------------------------------------
-    # One answer
+    # Prediction
 
     def predict(
         self, model: FusionModel, inputs: dict[str, Tensor], masks: dict[str, Tensor], trace: Trace | None = None, top: int = 5
     ) -> Prediction:
-        """The `top` likeliest answers with their probabilities; `score` is the logarithm of the first one's odds against all
-        others: its logit alone also rises with whatever raises all of them, and maps of that look past the thing."""
+        """Return the `top` most likely answers with their probabilities. Raises UserError for an empty question.
+
+        `score` is the log-odds of the first answer against all others. The logit alone also rises with anything that raises
+        all logits, and maps of it point less at the object.
+        """
         if not bool(masks["text"].any(dim=-1).all()):
-            raise UserError('an empty question has no answer: write one, for example "what colour is the car?"')
+            raise UserError('an empty question has no answer: give one, for example "how many cars are there?"')
         logits = model(inputs, masks, {}, trace)["logits"][:, 0].float()
-        likely = logits.softmax(dim=-1) if self.config.loss == "softmax" else logits.sigmoid()
-        values, order = likely.detach().topk(min(top, likely.shape[-1]), dim=-1)
+        probabilities = logits.softmax(dim=-1) if self.config.loss == "softmax" else logits.sigmoid()
+        values, order = probabilities.detach().topk(min(top, probabilities.shape[-1]), dim=-1)
         names = [[self.config.answers[i] for i in row] for row in order.tolist()]
         best = [list(zip(row, value, strict=True)) for row, value in zip(names, values.tolist(), strict=True)]
         if self.config.loss == "sigmoid" or logits.shape[-1] == 1:
@@ -230,37 +240,40 @@ class VQA(Task):
         return Prediction(best, logits.amax(dim=-1) - others)
 
 
-def _asked(values: dict[str, Any], config: Config) -> list[Question]:
-    """The questions in a sample's json; a bad one has none here, and is counted where it is read to be learned from."""
+def _readable_questions(values: dict[str, Any], config: Config) -> list[Question]:
+    """Return the questions in a sample's json; [] for a bad sample, which the loader counts when it reads it."""
     try:
-        return questions_of(values, config.field, config.types)
+        return read_questions(values, config.field, config.types)
     except BadSample:
         return []
 
 
-def _counted(samples: Iterator[dict[str, Any]], config: Config) -> Counter[tuple[str, str, str]]:
-    """(type, question, answer) of a share of the training data."""
-    found: Counter[tuple[str, str, str]] = Counter()
+def _count_answers(samples: Iterator[dict[str, Any]], config: Config) -> Counter[tuple[str, str, str]]:
+    """Count (type, question, answer) in the json of samples."""
+    counts: Counter[tuple[str, str, str]] = Counter()
     for values in samples:
-        found.update((q.kind, q.text, answer) for q in _asked(values, config) for answer in q.answers)
-    return found
+        counts.update((q.kind, q.text, answer) for q in _readable_questions(values, config) for answer in q.answers)
+    return counts
 
 
 def build(config: Config, survey: Survey | None) -> VQA:
-    """`survey`: the json of the training samples, for the vocabulary. Collective. Raises ConfigError, UserError."""
+    """Build the task. Collective. Raises ConfigError, UserError.
+
+    `survey` gives the json of the training samples, for the vocabulary; None for a checkpoint, which holds it.
+    """
     if not config.answers:
         if survey is None:
-            raise UserError("this checkpoint of task vqa holds no task.answers: it is not whole")
+            raise UserError("this checkpoint of task vqa holds no task.answers: it is incomplete")
         counts: Counter[str] = Counter()
-        for counted in gather_or_raise(lambda: _counted(survey(), config)):
-            for (_, _, answer), n in counted.items():
+        for process_counts in gather_or_raise(lambda: _count_answers(survey(), config)):
+            for (_, _, answer), n in process_counts.items():
                 counts[answer] += n
         if not counts:
             raise UserError(
                 f"no questions in the training data: task.field={config.field} must name a field of the samples' json that "
                 f"holds a list of {{question, answers, type}}{f', of task.types {config.types}' if config.types else ''}"
             )
-        config = dataclasses.replace(config, answers=vocabulary(counts, config.vocabulary))
+        config = dataclasses.replace(config, answers=build_vocabulary(counts, config.vocabulary))
         if len(counts) == 1:
             raise UserError(f"every question of the training data has the same answer, {config.answers[0]!r}: nothing to learn")
     return VQA(config)

@@ -1,4 +1,4 @@
-"""Answers to questions: made comparable, scored as the VQA challenge does, counted into a vocabulary, guessed blindly.
+"""Answers to questions: normalization, the accuracy of the VQA challenge, the vocabulary, and a question-only baseline.
 
 Sources: Antol et al. 2015 (arXiv 1505.00468) for the accuracy, the challenge's evaluation code for normalisation.
 """
@@ -23,68 +23,74 @@ who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all
 you've"""
 
 
-def _misspelt(word: str) -> list[str]:
-    """A contraction with one of its apostrophes left out."""
+def _without_apostrophe(word: str) -> list[str]:
+    """Return the contraction with each one of its apostrophes left out."""
     return [word[:i] + word[i + 1 :] for i, letter in enumerate(word) if letter == "'"]
 
 
-_CONTRACTED = {wrong: word for word in _CONTRACTIONS.split() for wrong in _misspelt(word)}
+_CONTRACTED = {wrong: word for word in _CONTRACTIONS.split() for wrong in _without_apostrophe(word)}
 
 
-def normalise(answer: str) -> str:
-    """Lower case, no punctuation but decimal points, no articles, numbers to ten as digits, contractions with apostrophes.
+def normalize_answer(answer: str) -> str:
+    """Normalize an answer as the VQA challenge does.
 
-    A punctuation mark beside a space goes (and any, in an answer with 1,000 in it), elsewhere it becomes a space.
+    The result is in lower case, without articles and punctuation (decimal points stay), with numbers up to ten as digits
+    and with the apostrophes of contractions. A punctuation mark next to a space is removed, elsewhere it becomes a space.
+    In an answer that contains a number such as 1,000 every mark is removed.
     """
-    said = answer.replace("\n", " ").replace("\t", " ").strip()
-    thousands = re.search(r"\d,\d", said) is not None
-    out = said
+    text = answer.replace("\n", " ").replace("\t", " ").strip()
+    has_thousands = re.search(r"\d,\d", text) is not None
+    out = text
     for mark in _PUNCTUATION:
-        beside = f"{mark} " in said or f" {mark}" in said
-        out = out.replace(mark, "" if beside or thousands else " ")
+        is_next_to_space = f"{mark} " in text or f" {mark}" in text
+        out = out.replace(mark, "" if is_next_to_space or has_thousands else " ")
     out = re.sub(r"\.(?!\d)", "", out)
     words = [_DIGITS.get(word, word) for word in out.lower().split()]
     return " ".join(_CONTRACTED.get(word, word) for word in words if word not in _ARTICLES)
 
 
-def accuracy(said: str, answers: Sequence[str]) -> float:
-    """The official accuracy of an answer among those that people gave (all normalised), 0 to 1.
+def official_accuracy(predicted: str, answers: Sequence[str]) -> float:
+    """Return the accuracy, 0 to 1, of a predicted answer given the answers of several people; all are normalized.
 
-    The mean, over leaving out each person in turn, of min(1, n / 3), n of the others having said the same. Where fewer than
-    three others are left, as many as there are stand for the three; a single person's answer is right or wrong.
+    It leaves out each person in turn and averages min(1, n / 3), where n of the others gave the predicted answer. Where
+    fewer than three others remain, their number replaces the 3. The answer of a single person is right or wrong.
     """
     if len(answers) == 1:
-        return float(said == answers[0])
-    agree = sum(said == answer for answer in answers)
+        return float(predicted == answers[0])
+    agree = sum(predicted == answer for answer in answers)
     needed = min(3, len(answers) - 1)
-    each = (min(1.0, (agree - (said == answer)) / needed) for answer in answers)
-    return sum(each) / len(answers)
+    accuracies = (min(1.0, (agree - (predicted == answer)) / needed) for answer in answers)
+    return sum(accuracies) / len(answers)
 
 
-def vocabulary(counts: Counter[str], size: int) -> list[str]:
-    """The `size` most frequent answers, the most frequent first; of equally frequent ones the alphabet decides."""
+def build_vocabulary(counts: Counter[str], size: int) -> list[str]:
+    """Return the `size` most frequent answers in descending order; equally frequent ones are sorted alphabetically."""
     return [answer for answer, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:size]]
 
 
-class Blind:
-    """Answers from the question alone: the most frequent answer in training to the same question, else to its type, else
-    of all. What a model must beat to have looked at the picture."""
+class QuestionOnlyBaseline:
+    """Answers a question without the image. A model that uses the image must exceed its accuracy.
 
-    SEEN = 10
-    """Times a question must have been asked for its own answers to be trusted more than its type's."""
+    It gives the most frequent training answer to the same question, else to questions of its type, else to all questions.
+    """
+
+    MIN_ANSWERS = 10
+    """Answers that a question must have in training for them to be used instead of those of its type."""
 
     def __init__(self, counts: Iterable[Counter[tuple[str, str, str]]]) -> None:
-        """`counts`: of (type, question, answer), one a process."""
-        by: dict[tuple[str, ...], Counter[str]] = {}
-        for counted in counts:
-            for (kind, question, answer), n in counted.items():
+        """`counts` holds the counts of (type, question, answer) of each process."""
+        answers_by_key: dict[tuple[str, ...], Counter[str]] = {}
+        for process_counts in counts:
+            for (kind, question, answer), n in process_counts.items():
                 for key in ((kind, question), (kind,), ()):
-                    by.setdefault(key, Counter())[answer] += n
+                    answers_by_key.setdefault(key, Counter())[answer] += n
         self._best = {
-            key: vocabulary(answers, 1)[0] for key, answers in by.items() if key[1:] == () or answers.total() >= self.SEEN
+            key: build_vocabulary(answers, 1)[0]
+            for key, answers in answers_by_key.items()
+            if key[1:] == () or answers.total() >= self.MIN_ANSWERS
         }
 
     def __call__(self, kind: str, question: str) -> str:
-        """The guess, normalised."""
-        found = self._best.get((kind, question)) or self._best.get((kind,)) or self._best.get(())
-        return found or ""
+        """Return the normalized answer; "" where training had none."""
+        answer = self._best.get((kind, question)) or self._best.get((kind,)) or self._best.get(())
+        return answer or ""

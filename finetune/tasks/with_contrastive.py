@@ -1,10 +1,10 @@
-"""The contrastive loss kept on while a task is learned, so that embeddings stay searchable.
+"""A task with the contrastive loss added, so that embeddings stay useful for search during fine-tuning.
 
     adapt: {contrastive: 0.5}
 
-Beside the task's own inputs each picture brings its caption (data.caption). One pass through the image tower serves both
-losses. The loss is the one the encoders were pretrained with: sigmoid where the model has a logit bias, softmax where not;
-pictures with the same caption are not each other's negatives.
+Each image comes with its caption (data.caption) in addition to the task's own inputs. One pass through the image tower
+serves both losses. The loss is that of pretraining: sigmoid where the model has a logit bias, else softmax. Images with the
+same caption are not each other's negatives.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from torch import Tensor, nn
 from finetune.adapt.freeze import AdaptConfig
 from finetune.attention.trace import Trace
 from finetune.model import CAPTION, Features, FusionModel, Head
-from finetune.tasks import Prediction, EvalSetup, Task
+from finetune.tasks import EvalSetup, Prediction, Task
 from pretrain import registry
 from pretrain.data.loader import Batch
 from pretrain.errors import ConfigError
 
 
 class WithContrastive(Task):
-    """A task with the contrastive loss beside its own."""
+    """Another task whose loss has a weighted contrastive loss added."""
 
     def __init__(self, task: Task, weight: float) -> None:
         self.task, self.weight = task, weight
         self.primary_metric = task.primary_metric  # type: ignore[misc]
         self.text_is_question = task.text_is_question  # type: ignore[misc]
         self.can_split = task.can_split
-        self._score: nn.Module | None = None
+        self._contrastive_loss: nn.Module | None = None
 
     def build_decoders(self, towers: dict[str, Any]) -> dict[str, Any]:
-        """The task's, and the caption's behind them: `caption_id` is the caption's, whatever the task reads."""
+        """Build the task's decoders, and a last one for the caption, so that `caption_id` is that of the caption."""
         if not {"image", "text"} <= set(towers):
             raise ConfigError(f"adapt.contrastive needs image and text towers; the model has {', '.join(towers)}")
         return {**self.task.build_decoders(towers), CAPTION: towers["text"]}
@@ -42,7 +42,7 @@ class WithContrastive(Task):
     def build_head(self, model: FusionModel) -> Head:
         name = "clip" if model.encoder.logit_bias is None else "siglip"
         loss = registry.get_component("losses", name)
-        self._score = loss.build(loss.Config(same_caption="ignore"))
+        self._contrastive_loss = loss.build(loss.Config(same_caption="ignore"))
         return self.task.build_head(model)
 
     def learned_settings(self) -> dict[str, Any]:
@@ -52,12 +52,13 @@ class WithContrastive(Task):
         return self.task.encode(model, batch)
 
     def loss(self, features: Features, targets: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """task + weight x contrastive."""
-        assert self._score is not None, "head() comes first"
+        """Compute task loss + weight * contrastive loss."""
+        assert self._contrastive_loss is not None, "build_head() comes first"
         pairs = {name: features[f"{CAPTION}_{name}"] for name in ("image", "text")}
-        kept, _ = self._score(pairs, features["logit_scale"], features.get("logit_bias"), targets)
+        contrastive, _ = self._contrastive_loss(pairs, features["logit_scale"], features.get("logit_bias"), targets)
         loss, report = self.task.loss(features, targets)
-        return loss + self.weight * kept, {**report, "task_loss": loss.detach(), "contrastive_loss": kept.detach()}
+        report = {**report, "task_loss": loss.detach(), "contrastive_loss": contrastive.detach()}
+        return loss + self.weight * contrastive, report
 
     def evaluate(self, model: FusionModel, shards: Any, setup: EvalSetup) -> dict[str, float]:
         decoders = {name: decoder for name, decoder in setup.decoders.items() if name != CAPTION}
@@ -70,5 +71,5 @@ class WithContrastive(Task):
 
 
 def add_contrastive_loss(task: Task, config: AdaptConfig) -> Task:
-    """The task itself, or with config.contrastive > 0 the task with the contrastive loss beside it."""
+    """Return the task with the contrastive loss added where config.contrastive > 0, else the task itself."""
     return WithContrastive(task, config.contrastive) if config.contrastive > 0 else task

@@ -56,11 +56,11 @@ def fresh(small: Small, *settings: str) -> Finetuned:
     encoder = encoders.build(encoders.tower_configs(config), config.model, tokenizer)
     task = registry.get_component("tasks", config.task.name).build(config.task, None)
     model = models.build(encoder, config.fusion, config.context, config.tokens)
-    model.head = task.head(model)
+    model.head = task.build_head(model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    decoders = task.decoders(encoders.build_decoders(config, tokenizer, encoder, "txt"))
+    decoders = task.build_decoders(encoders.build_decoders(config, tokenizer, encoder, "txt"))
     return Finetuned(model.eval(), task, config, tokenizer, decoders, Path("none"), 0)
 
 
@@ -120,7 +120,7 @@ def test_onnxruntime_answers_as_the_model_does(case: str, small: Small, tmp_path
     assert isinstance(tuned.model.head.out, torch.nn.Linear)
     tuned.model.head.out.bias.add_(1e-2)  # now they are another model's graphs
     with pytest.raises(UserError, match=r"gives other answers than the run, by 0\.0"):
-        export.compare(tuned, export.encoders_of(tuned), feature, export.load(folder))
+        export.compare(tuned, export.prepare_encoders(tuned), feature, export.load_graphs(folder))
 
 
 def test_what_no_graph_can_hold_is_said_before_anything_is_written(small: Small, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from finetune import model as models
-from finetune.adapt.freeze import freeze_unreached
+from finetune.adapt.freeze import freeze_unused
 from finetune.model import FusionModel
 from finetune.tasks import survey, vqa
 from pretrain import registry
@@ -26,13 +26,13 @@ def built(dtype: torch.dtype) -> tuple[FusionModel, vqa.VQA]:
     task = vqa.build(vqa.Config(answers=ANSWERS), None)
     model = models.build(tiny.build_model("clip"), registry.get_component("fusion", "cross").Config(layers=1, heads=2), None)
     torch.manual_seed(1)
-    model.head = task.head(model)
+    model.head = task.build_head(model)
     with torch.no_grad():
         for p in [*model.fusion.parameters(), *model.head.parameters()]:  # type: ignore[union-attr]
             p.add_(0.2 * torch.randn_like(p))
     model = model.to(dtype)
     small = whole().slice(0, 2)
-    freeze_unreached(model, [task.loss(task.encode(model, small), small.targets)[0]])
+    freeze_unused(model, [task.loss(task.encode(model, small), small.targets)[0]])
     return model.train(), task
 
 
@@ -50,7 +50,7 @@ def whole() -> Batch:
         {"image": pictures.inputs["image"], "text": texts.inputs["text"].unflatten(0, (B, M))},
         {"text": texts.masks["text"].unflatten(0, (B, M))},
         pictures.keys,
-        {"answers": answers, "scores": scores, "asked": asked},
+        {"answers": answers, "scores": scores, "question_mask": asked},
     )
 
 
@@ -62,7 +62,7 @@ def reference() -> tuple[float, dict[str, torch.Tensor]]:
     terms = []
     for i in range(B):
         for j in range(M):
-            if b.targets["asked"][i, j]:
+            if b.targets["question_mask"][i, j]:
                 p = logits[i, j].exp() / logits[i, j].exp().sum()
                 terms.append(-b.targets["scores"][i, j, 0].double() * p[b.targets["answers"][i, j, 0]].log())
     value = torch.stack(terms).mean()

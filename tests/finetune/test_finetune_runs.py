@@ -56,16 +56,16 @@ class Redness(Task):
     primary_metric = "accuracy"
 
     def __init__(self, config): self.config = config
-    def decoders(self, towers): return {"image": towers["image"], "there": Seen(self.config.color)}
-    def head(self, model): return Logit(model.encoder.projection("image").out_features)
+    def build_decoders(self, towers): return {"image": towers["image"], "there": Seen(self.config.color)}
+    def build_head(self, model): return Logit(model.encoder.projection("image").out_features)
 
     def loss(self, features, targets):
         return nn.functional.binary_cross_entropy_with_logits(features["logit"], targets["there"]), {}
 
-    def evaluate(self, model, shards, setting):
+    def evaluate(self, model, shards, setup):
         def right():
-            with setting.measuring(model):
-                said = [(self.encode(model, b)["logit"] > 0, b.targets["there"] > 0) for b in setting.batches(shards)]
+            with setup.inference_mode(model):
+                said = [(self.encode(model, b)["logit"] > 0, b.targets["there"] > 0) for b in setup.batches(shards)]
                 return [x for ours, true in said for x in (ours == true).tolist()]
         found = [x for part in gather_or_raise(right) for x in part]
         return {"accuracy": sum(found) / len(found), "samples": len(found)}
@@ -141,7 +141,7 @@ def test_evaluated_from_the_command(small: Small, straight: Path, capsys: pytest
     logged = [line for line in read_jsonl(straight / "metrics.jsonl") if "val/accuracy" in line]
     assert logged[-1]["val/samples"] == 16
     assert cli.main(["evaluate", str(straight), "--data", small.val]) == 0
-    assert "without picture" in capsys.readouterr().out
+    assert "without image" in capsys.readouterr().out
     assert cli.main(["evaluate", str(straight), "--data", small.val, "--task", "retrieval", "--json"]) == 0  # its encoders
     assert "image_to_text_R@1" in json.loads(capsys.readouterr().out)["metrics"]
 

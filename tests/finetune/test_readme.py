@@ -63,7 +63,7 @@ def test_the_guide_word_by_word(small: Small, in_tmp: Path, capsys: pytest.Captu
             assert cli.main([*shlex.split(line)[1:], *quiet]) == 0, line
             shown[line] = capsys.readouterr().out
     assert "32 samples" in shown["clipfuse data check train"]
-    assert "without picture" in shown["clipfuse evaluate runs/mine --data val"]
+    assert "without image" in shown["clipfuse evaluate runs/mine --data val"]
 
     said = io.StringIO()
     python = "\n".join(line for line in CODE if not line.startswith(("clipfuse ", "{")))

@@ -27,7 +27,7 @@ from finetune.grounding.probes import Record, objects_of
 from finetune.loading import Finetuned
 from finetune.model import FusionModel
 from finetune.tasks import Prediction, Task
-from finetune.tasks.questions import Question, questions_of
+from finetune.tasks.questions import Question, read_questions
 from pretrain import config as configuration
 from pretrain import model as encoders
 from pretrain.data.scenes import dataset
@@ -67,7 +67,7 @@ class Planted(Task):
         return Prediction([[("nothing", 0.5)]] * b, torch.zeros(b))
 
     def questions(self, values: dict[str, Any]) -> list[Question]:
-        return questions_of(values, "questions") if self.text_is_question else []
+        return read_questions(values, "questions") if self.text_is_question else []
 
     def plant(self, rows: Tensor, image: Tensor, ids: Tensor) -> None:
         """Each word's tokens look at all that its boxes cover, shared over the word's tokens as they come."""
@@ -210,7 +210,7 @@ def test_data_with_words_of_its_own(small: Small, tmp_path: Path, brings_file: b
 def test_shuffled_text_looks_elsewhere(small: Small) -> None:
     """The planted model knows where the other text's words would be in this picture: mostly nowhere."""
     tuned = planted(small, False, "boxes")
-    tuned.task.head = lambda model: torch.nn.Identity()  # type: ignore[method-assign, assignment]
+    tuned.task.build_head = lambda model: torch.nn.Identity()  # type: ignore[method-assign, assignment]
     found = grounding(tuned, small.val, GroundingConfig(method="raw", workers=0, resamples=200), CPU)
     assert found["pointing_thing"] == found["pointing_thing_untrained"] == 1  # the sight is the task's, not the fusion's
     assert found["pointing_thing_shuffled"] < 0.6

@@ -35,7 +35,7 @@ def made(text: dict[str, Any] | None = None, **settings: Any) -> tuple[FusionMod
     model = models.build(tiny.build_model("clip", text=text), _causal(), None)
     task = captioning.build(captioning.Config(**settings), None)
     torch.manual_seed(1)
-    model.head = task.head(model)
+    model.head = task.build_head(model)
     with torch.no_grad():
         for p in [*model.fusion.parameters(), *model.head.parameters()]:  # type: ignore[union-attr]
             p.add_(0.2 * torch.randn_like(p))
@@ -54,7 +54,7 @@ def _causal(**settings: Any) -> Any:
 @pytest.mark.parametrize("text", [None, {"args": BERT, "pool": "avg"}], ids=["clip", "bert"])
 def test_no_word_depends_on_those_behind_it(words: Any, text: Any) -> None:
     if text is not None and words == "tower":
-        with pytest.raises(ConfigError, match="looks both ways"):
+        with pytest.raises(ConfigError, match="is bidirectional"):
             made(text, words=words)
         return
     model, task = made(text, words=words)
@@ -92,10 +92,10 @@ def test_a_fusion_that_cannot_write_is_refused(settings: dict[str, Any]) -> None
     model = models.build(tiny.build_model("clip"), _causal(**settings), None)
     task = captioning.build(captioning.Config(), None)
     with pytest.raises(ConfigError, match=r"fusion\.causal=true"):
-        task.head(model)
+        task.build_head(model)
     model.fusion = None
     with pytest.raises(ConfigError, match=r"fusion\.name=cross"):
-        task.head(model)
+        task.build_head(model)
 
 
 def plain_tokenizer() -> Any:
@@ -134,7 +134,7 @@ def test_it_learns_sentences_word_for_word(words: Any) -> None:
     tokenizer = plain_tokenizer()
     model, task = made({"args": {"vocab_size": len(tokenizer) + 3}}, words=words, smoothing=0.0)
     towers = {"image": None, "text": TextDecoder(tokenizer, tiny.LENGTH)}
-    captions = task.decoders(towers)["text"]
+    captions = task.build_decoders(towers)["text"]
     batch = tiny.build_batch(samples=4)
     batch.inputs["text"], batch.masks["text"] = captions.encode(TEXTS)
     adam = torch.optim.Adam(model.parameters(), lr=1e-2)
@@ -147,7 +147,7 @@ def test_it_learns_sentences_word_for_word(words: Any) -> None:
     for search in ("greedy", "beam", "nucleus"):
         task.config.search = search  # type: ignore[assignment]
         with torch.no_grad():
-            written = task.write(model, batch.inputs["image"], batch.keys)
+            written = task.generate(model, batch.inputs["image"], batch.keys)
         assert [captions.decode(ids) for ids in written.ids] == TEXTS
         with torch.no_grad():
             alone = task.encode(model, batch)
@@ -168,15 +168,15 @@ def test_scores_against_what_they_are_by_definition(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PATH", "")  # without Java
-    exact = caption_metrics.scores(TEXTS, [[text, "something else"] for text in TEXTS])
+    exact = caption_metrics.score_captions(TEXTS, [[text, "something else"] for text in TEXTS])
     assert exact["BLEU_1"] == pytest.approx(1)
     assert (
-        caption_metrics.scores(TEXTS, [[text] for text in TEXTS])["CIDEr"]
-        > caption_metrics.scores(TEXTS, [[t] for t in TEXTS[::-1]])["CIDEr"]
+        caption_metrics.score_captions(TEXTS, [[text] for text in TEXTS])["CIDEr"]
+        > caption_metrics.score_captions(TEXTS, [[t] for t in TEXTS[::-1]])["CIDEr"]
     )
-    assert caption_metrics.scores([TEXTS[0]], [[TEXTS[0]]])["CIDEr"] == 0  # one picture: every word is in all of them
+    assert caption_metrics.score_captions([TEXTS[0]], [[TEXTS[0]]])["CIDEr"] == 0  # one picture: every word is in all of them
     # 3 of 4 words are right, and the sentence is as long as the reference
-    assert caption_metrics.scores(["A red car, flying!"], [["a red car standing"]])["BLEU_1"] == pytest.approx(0.75)
+    assert caption_metrics.score_captions(["A red car, flying!"], [["a red car standing"]])["BLEU_1"] == pytest.approx(0.75)
     assert capsys.readouterr().out == ""
 
 
@@ -184,19 +184,19 @@ def test_without_the_library_there_is_a_line_and_no_score(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "pycocoevalcap", None)
-    assert caption_metrics.scores(["a"], [["a"]]) == {}
+    assert caption_metrics.score_captions(["a"], [["a"]]) == {}
     assert "pip install 'clipfuse[finetune]'" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(shutil.which("java") is None, reason="the Penn Treebank's rules come as a Java program")
 def test_the_plain_rule_cuts_ordinary_captions_as_the_penn_treebank_does(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = ["A red car, left of a blue house.", "Two big green trees!", "a cat under 3 yellow moons"]
-    theirs = caption_metrics._words([[text] for text in texts])
+    theirs = caption_metrics._tokenize([[text] for text in texts])
     said = ["", texts[0]]  # an untrained model may write nothing
-    figures = caption_metrics.scores(said, [[texts[1]], [texts[0]]])
+    figures = caption_metrics.score_captions(said, [[texts[1]], [texts[0]]])
     monkeypatch.setenv("PATH", "")
-    assert caption_metrics._words([[text] for text in texts]) == theirs
-    assert caption_metrics.scores(said, [[texts[1]], [texts[0]]]) == figures
+    assert caption_metrics._tokenize([[text] for text in texts]) == theirs
+    assert caption_metrics.score_captions(said, [[texts[1]], [texts[0]]]) == figures
     assert 0 < figures["BLEU_1"] < 1
 
 

@@ -12,7 +12,7 @@ from finetune.adapt.freeze import AdaptConfig
 from finetune.adapt.lora import LoraConfig
 from finetune.model import CAPTION, FusionModel
 from finetune.tasks import captioning
-from finetune.tasks.with_contrastive import keep_aligned
+from finetune.tasks.with_contrastive import add_contrastive_loss
 from pretrain import registry
 from pretrain.data.batch import Batch
 from pretrain.model import ModelSchema
@@ -31,19 +31,19 @@ def built(dtype: torch.dtype) -> tuple[FusionModel, Any]:
     """The same weights at each call, gates and adapters open; what the loss never reaches is frozen, as a run does it."""
     encoder = tiny.build_model("clip")
     config = AdaptConfig(lora=LoraConfig(rank=2, towers=["image"]), contrastive=WEIGHT)
-    freeze.apply(encoder, config, ModelSchema(image=encoder.towers["image"].config, text=None))
+    freeze.adapt_encoder(encoder, config, ModelSchema(image=encoder.towers["image"].config, text=None))
     fusion = registry.get_component("fusion", "cross").Config(layers=1, heads=2, causal=True)
     model = models.build(encoder, fusion, None)
-    task = keep_aligned(captioning.build(captioning.Config(smoothing=SMOOTHING), None), config)
+    task = add_contrastive_loss(captioning.build(captioning.Config(smoothing=SMOOTHING), None), config)
     torch.manual_seed(1)
-    model.head = task.head(model)
+    model.head = task.build_head(model)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "towers" not in name or ".lora_" in name:
                 p.add_(0.2 * torch.randn_like(p))
     model = model.to(dtype)
     small = whole().slice(0, 2)
-    freeze.freeze_unreached(model, [task.loss(task.encode(model, small), small.targets)[0]])
+    freeze.freeze_unused(model, [task.loss(task.encode(model, small), small.targets)[0]])
     return model.train(), task
 
 

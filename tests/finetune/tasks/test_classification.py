@@ -35,7 +35,7 @@ def test_figures_of_single_labels_are_those_of_scikit_learn() -> None:
     label = torch.tensor([0, 1, 3, 5])[torch.randint(0, 4, (80,), generator=g)]
     logits = torch.randn(80, 6, generator=g) + 2 * F.one_hot(label, 6)
     logits[:, 4] = -50
-    got = labels.single(logits, label, [1, 3, 9])
+    got = labels.single_label_metrics(logits, label, [1, 3, 9])
     share, said = logits.softmax(dim=1).numpy(), logits.argmax(dim=1).numpy()
     assert got["top1"] == pytest.approx(sk.accuracy_score(label, said))
     assert got["top3"] == pytest.approx(sk.top_k_accuracy_score(label, share, k=3, labels=range(6)))
@@ -43,14 +43,14 @@ def test_figures_of_single_labels_are_those_of_scikit_learn() -> None:
     assert got["macro_f1"] == pytest.approx(sk.f1_score(label, said, average="macro"))
     expected = [sk.roc_auc_score(label == c, share[:, c]) for c in (0, 1, 3, 5)]
     assert got["auc"] == pytest.approx(np.mean(expected), abs=1e-6)
-    assert "auc" not in labels.single(logits[:2], torch.tensor([1, 1]), [1])  # one class only has no curve
+    assert "auc" not in labels.single_label_metrics(logits[:2], torch.tensor([1, 1]), [1])  # one class only has no curve
 
 
 def test_figures_of_several_labels_are_those_of_scikit_learn() -> None:
     g = torch.Generator().manual_seed(0)
     there = torch.rand(60, 4, generator=g) < torch.tensor([0.5, 0.2, 0.9, 0.0])
     logits = torch.randn(60, 4, generator=g) + 2 * there - 1
-    got = labels.multi(logits, there.float())
+    got = labels.multi_label_metrics(logits, there.float())
     said = (logits > 0).numpy()
     assert got["macro_f1"] == pytest.approx(sk.f1_score(there[:, :4], said, average="macro", zero_division=0), abs=1e-6)
     assert got["micro_f1"] == pytest.approx(sk.f1_score(there, said, average="micro"), abs=1e-6)
@@ -77,8 +77,8 @@ def test_losses_are_torchs() -> None:
 def test_balance_is_scikit_learns() -> None:
     drawn = ["a"] * 7 + ["b"] * 2 + ["c"]
     expected = compute_class_weight("balanced", classes=np.array(["a", "b", "c"]), y=drawn)
-    assert list(labels.balance(Counter(drawn), 10, several=False).values()) == pytest.approx(expected.tolist())
-    assert labels.balance(Counter({"a": 5, "b": 2}), 10, several=True) == {"a": 1.0, "b": 4.0}
+    assert list(labels.balanced_weights(Counter(drawn), 10, several=False).values()) == pytest.approx(expected.tolist())
+    assert labels.balanced_weights(Counter({"a": 5, "b": 2}), 10, several=True) == {"a": 1.0, "b": 4.0}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -97,7 +97,7 @@ def test_labels_are_names_numbers_and_truths() -> None:
     assert read("dog", train=False) == [-1]
     decoder = labels.Labels("label", ("a", "b"), several=True)
     assert decoder.targets([[0], [], [1, -1]])["labels"].tolist() == [[1, 0], [0, 0], [0, 1]]
-    assert labels.in_order(["10", "b", "9", "a"]) == ["9", "10", "a", "b"]
+    assert labels.sort_labels(["10", "b", "9", "a"]) == ["9", "10", "a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -125,11 +125,11 @@ def test_classes_come_from_the_data_and_bad_data_is_one_line() -> None:
         built([None, None])
     with pytest.raises(ConfigError, match="every training sample has the same label, 'a'"):
         built(["a", "a"])
-    with pytest.raises(ConfigError, match="'dog' is none of the classes"):
+    with pytest.raises(ConfigError, match="'dog' is not one of the classes"):
         built(["a", "b"], class_weights={"dog": 1.0})
     with pytest.raises(ConfigError, match="no training sample has the label 'c'"):
         built(["a", "b"], classes=["a", "c"], balanced=True)
-    with pytest.raises(UserError, match="not whole"):
+    with pytest.raises(UserError, match="is incomplete"):
         classification.build(Config(), None)
 
 
@@ -240,7 +240,7 @@ def test_a_picture_swapped_for_the_other_changes_the_answer(pairs: str, encoders
     assert cli.main(words(pairs, encoders, run, *settings)) == 0
     loaded = finetune.load(run)
     g = torch.Generator().manual_seed(0)
-    with pytest.raises(UserError, match=r"compares two pictures \(left\.jpg, right\.jpg\), not one"):
+    with pytest.raises(UserError, match=r"compares two images \(left\.jpg, right\.jpg\), not one"):
         loaded.predict([jpeg(f"{pairs}/pairs-*.tar")], ["a red car"])
     two = torch.randint(0, 256, (1, 2, 3, 32, 32), generator=g, dtype=torch.uint8)
     ids, mask = loaded.decoders["text"].encode(["a red car"])
@@ -252,10 +252,10 @@ def test_a_picture_swapped_for_the_other_changes_the_answer(pairs: str, encoders
 @pytest.mark.parametrize(
     ("settings", "code", "line"),
     [
-        (FUSED, 2, "has no text (task.text) to look at pictures with"),
+        (FUSED, 2, "has no text (task.text) to fuse with images"),
         (("task.text=txt", "task.features=fused"), 2, "features=fused needs a fusion"),
-        (("task.features=fused",), 2, "nothing reads the picture without a text"),
-        (("task.pictures=[left.jpg]",), 2, "must name two members"),
+        (("task.features=fused",), 2, "needs a text to read the image"),
+        (("task.pictures=[left.jpg]",), 2, "must name the extensions of two images"),
         (("task.field=nothing",), 1, "no labels in the training data: task.field=nothing"),
         (("task.field=objects",), 1, "no labels in the training data: task.field=objects"),
     ],

@@ -68,7 +68,7 @@ def test_recall_counts_ties_by_expectation() -> None:
     right = torch.tensor([[True, False, False, False], [False, True, True, False], [False, False, False, False]])
     scores = torch.tensor([[1.0, 1.0, 2.0, 1.0], [0.0, 3.0, 1.0, 3.0], [1.0, 2.0, 3.0, 4.0]])
     for k in (1, 2, 3):
-        found = reranking.recall(right, scores, k).tolist()
+        found = reranking.expected_recall(right, scores, k).tolist()
         for q in range(3):
             orders = [
                 p
@@ -82,12 +82,12 @@ def test_recall_counts_ties_by_expectation() -> None:
 def test_k_is_cut_to_the_gallery_and_beyond_k_nothing_changes() -> None:
     g = torch.Generator().manual_seed(0)
     queries, gallery = torch.randn(3, 4, generator=g), torch.randn(6, 4, generator=g)
-    rows, values = reranking.candidates(queries, gallery, 99)
+    rows, values = reranking.find_candidates(queries, gallery, 99)
     assert rows.sort(dim=1).values.tolist() == [list(range(6))] * 3
     assert torch.equal(values, (queries.double() @ gallery.double().T).gather(1, rows))
     assert (values.diff(dim=1) <= 0).all()
     right = rows == torch.tensor([[0], [1], [2]])
-    out = reranking.figures("way", right[:, :3], values[:, :3], {"way_R@1": 0.1, "way_R@5": 0.7, "way_R@10": 0.9})
+    out = reranking.reranking_metrics("way", right[:, :3], values[:, :3], {"way_R@1": 0.1, "way_R@5": 0.7, "way_R@10": 0.9})
     assert (out["reranked_way_R@5"], out["reranked_way_R@10"]) == (0.7, 0.9)
     assert out["way_ceiling"] == pytest.approx(float(right[:, :3].any(dim=1).double().mean()))
 
@@ -206,12 +206,12 @@ def test_a_fork_learns_and_what_was_indexed_stays_found(small: Small, encoders: 
     batch = read(loaded, small.val, 3)[0]
     before = load_model(encoders).model.eval()
     with torch.no_grad():
-        tokens, embedding = loaded.model.read("text", batch.inputs["text"], batch.masks["text"])
+        tokens, embedding = loaded.model.tokens_and_embedding("text", batch.inputs["text"], batch.masks["text"])
         theirs = before.tower("text")(batch.inputs["text"], batch.masks["text"]).states
         assert torch.equal(embedding, before.encode("text", batch.inputs["text"], batch.masks["text"]))  # type: ignore[arg-type]
         assert torch.equal(loaded.model.embed("image", batch.inputs["image"]), before.encode("image", batch.inputs["image"]))
     assert not torch.equal(tokens.states, theirs)
-    began = wise_ft.pretrained(loaded)
+    began = wise_ft.load_pretrained(loaded)
     assert {name for name in loaded.model.state_dict() if name.startswith("forks.")} <= began.keys()
     export(loaded, tmp_path / "onnx")  # compares
     assert loaded.evaluate(small.val, EvalConfig(workers=0, max_samples=4), CPU)["samples"] == 4
@@ -220,7 +220,7 @@ def test_a_fork_learns_and_what_was_indexed_stays_found(small: Small, encoders: 
 def tiny_task(**settings: Any) -> tuple[Any, retrieval.Retrieval]:
     task = retrieval.build(retrieval.Config(**settings), None)
     model = models.build(tiny.build_model("clip"), registry.get_component("fusion", "cross").Config(layers=1, heads=2), None)
-    model.head = task.head(model)
+    model.head = task.build_head(model)
     return model, task
 
 
@@ -229,8 +229,8 @@ def test_batches_without_a_negative_do_not_crash() -> None:
     for batch in (tiny.build_batch(0, 4).slice(0, 1), tiny.build_batch(0, 4)):
         batch.targets["caption_id"] = torch.zeros(len(batch), dtype=torch.int64)
         features = task.encode(model, batch)
-        assert features["real"].tolist() == [[True, False, False]] * len(batch)
-        assert features["open"].tolist() == [[1, 1, 1]] * len(batch)
+        assert features["valid"].tolist() == [[True, False, False]] * len(batch)
+        assert features["difficulty"].tolist() == [[1, 1, 1]] * len(batch)
         loss, report = task.loss(features, batch.targets)
         loss.backward()
         assert float(report["matching_loss"]) == 0.0  # a right pair alone teaches nothing
@@ -240,7 +240,7 @@ def test_batches_without_a_negative_do_not_crash() -> None:
 def test_siglip_encoders_keep_their_own_loss() -> None:
     task = retrieval.build(retrieval.Config(), None)
     model = models.build(tiny.build_model("siglip"), registry.get_component("fusion", "cross").Config(layers=1, heads=2), None)
-    model.head = task.head(model)
+    model.head = task.build_head(model)
     batch = tiny.build_batch(0, 8)
     features = task.encode(model, batch)
     _, report = task.loss(features, batch.targets)
@@ -257,22 +257,22 @@ def test_foils_are_drawn_as_embeddings_take_them_for_right() -> None:
     generator = torch.Generator().manual_seed(0)
     image, text = (torch.nn.functional.normalize(torch.randn(1, 8, generator=generator)) for _ in range(2))
     with torch.no_grad():
-        ahead = (3 * image * (model.embed("text", ids[:1], mask[:1]) - text)).sum(dim=1)
+        margin = (3 * image * (model.embed("text", ids[:1], mask[:1]) - text)).sum(dim=1)
         torch.manual_seed(0)
-        given = ids, mask, real
-        found = retrieval._foils(model, 3 * image.expand(n, -1), text.expand(n, -1), given, 2)
-    assert found.real.all()
-    drawn = (found.ahead[..., None] - ahead).abs().argmin(dim=2)
-    torch.testing.assert_close(ahead[drawn], found.ahead)
+        pool = ids, mask, real
+        negatives = retrieval._draw_negative_captions(model, 3 * image.expand(n, -1), text.expand(n, -1), pool, 2)
+    assert negatives.valid.all()
+    drawn = (negatives.logit_margin[..., None] - margin).abs().argmin(dim=2)
+    torch.testing.assert_close(margin[drawn], negatives.logit_margin)
     assert (drawn[:, 0] != drawn[:, 1]).all()
-    shares = ahead.masked_fill(~real[0], -math.inf).softmax(dim=0)
+    shares = margin.masked_fill(~real[0], -math.inf).softmax(dim=0)
     counted = torch.bincount(drawn[:, 0], minlength=4) / n
     assert counted[2] == 0
     torch.testing.assert_close(counted, shares, rtol=0, atol=0.03)  # three standard errors
     second = [sum(float(shares[i] * shares[j] / (1 - shares[i])) for i in range(4) if i != j) for j in range(4)]
     torch.testing.assert_close(torch.bincount(drawn[:, 1], minlength=4) / n, torch.tensor(second), rtol=0, atol=0.03)
-    words = model.tokens("text", batch.inputs["text"], batch.masks["text"]).states
-    torch.testing.assert_close(found.tokens.states.unflatten(0, (n, 2))[:9], words[drawn[:9]], rtol=1e-5, atol=1e-5)
+    states = model.tokens("text", batch.inputs["text"], batch.masks["text"]).states
+    torch.testing.assert_close(negatives.tokens.states.unflatten(0, (n, 2))[:9], states[drawn[:9]], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("score", ["sum", "matching"])
@@ -282,7 +282,7 @@ def test_pairs_count_as_far_as_embeddings_leave_them_open(score: str) -> None:
     match = torch.tensor([[2.0, 1.0, -1.0], [0.5, -3.0, 3.0]])
     real = torch.tensor([[True, True, True], [True, True, False]])
     left_open = torch.tensor([[1.0, 0.25, 2.0], [1.0, 0.0, 1.0]])
-    _, report = task.loss({"match": match, "real": real, "open": left_open}, {})
+    _, report = task.loss({"match": match, "valid": real, "difficulty": left_open}, {})
     total = count = 0.0
     for row, there, how in zip(match.tolist(), real.tolist(), left_open.tolist(), strict=True):
         wrong = [there[i] * how[i] for i in (1, 2)]  # a right pair counts as much as its wrong ones together
@@ -295,13 +295,13 @@ def test_pairs_count_as_far_as_embeddings_leave_them_open(score: str) -> None:
 
 def test_a_constant_answer_is_warned_of_once(capsys: pytest.CaptureFixture[str]) -> None:
     _, task = tiny_task(contrastive=0.0, score="matching")
-    constant = {"match": torch.full((4, 3), math.log(0.5)), "real": torch.ones(4, 3, dtype=torch.bool)}
+    constant = {"match": torch.full((4, 3), math.log(0.5)), "valid": torch.ones(4, 3, dtype=torch.bool)}
     for _ in range(3 * retrieval.WINDOW):
         _, report = task.loss(constant, {})
     assert float(report["matching_loss"]) == pytest.approx(0.6365, abs=1e-4)
     said = " ".join(capsys.readouterr().err.split())
     assert said.count("warning") == 1
-    assert "the matching loss was 0.6365; a constant answer has 0.6365" in said
+    assert "the matching loss was 0.6365; a constant prediction has 0.6365" in said
 
     _, task = tiny_task(contrastive=0.0, score="matching")
     learns = constant["match"] + torch.tensor([0.5, 0.0, 0.0])
@@ -323,11 +323,11 @@ def test_foils_of_a_sample(small: Small) -> None:
 
     found = items({"foils": [{"caption": " a  red car", "changed": "colour"}, "a car", "", 3]}, {"foils": []}, {"other": 1})
     assert [sorted(item) for item in found] == [["a car", "a red car"], [], []]
-    assert decoder.targets(found)["foiled"].tolist() == [[True, True], [False, False], [False, False]]
+    assert decoder.targets(found)["negative_mask"].tolist() == [[True, True], [False, False], [False, False]]
     ids, mask = decoder.collate(found)
     assert ids.shape[:2] == mask.shape[:2] == (3, 2)
     assert torch.equal(decoder.merge([decoder.collate(found[:1]), decoder.collate(found[1:])])[0], ids)
-    with pytest.raises(BadSample, match="foils is no list"):
+    with pytest.raises(BadSample, match="foils is not a list"):
         items({"foils": "a red car"})
 
 
@@ -342,18 +342,18 @@ def test_one_text_a_picture(small: Small, run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "line"),
+    ("setup", "line"),
     [
         ("fusion=null", "fusion.query=text"),
         ("fusion.query=image fusion.context=text", "fusion.query=text"),
         ("train.chunks=2", "train.chunks=2: retrieval compares samples"),
         ("task.matching=0", "task.matching=0"),
         ("task.rerank=0", "task.rerank=0"),
-        ("task.draw=3 task.pool=2", "task.pool=2 foils are fewer than task.draw=3"),
+        ("task.draw=3 task.pool=2", "task.pool=2 is smaller than task.draw=3"),
     ],
 )
 def test_refused_in_one_line(
-    setting: str, line: str, small: Small, encoders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    setup: str, line: str, small: Small, encoders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(words(small, encoders, tmp_path / "run", *setting.split())) == 2
+    assert cli.main(words(small, encoders, tmp_path / "run", *setup.split())) == 2
     assert line in " ".join(capsys.readouterr().err.split())

@@ -93,7 +93,10 @@ def reference() -> tuple[float, dict[str, Tensor], int]:
     near = model.encoder.logit_scale.exp() * foil @ image.T
     torch.manual_seed(derive_seed(0, 0, 0, 0))
     first, second = hard_negatives.draw_uniform(B, 2, torch.device("cpu"))
-    forth, back = hard_negatives.draw_negatives(s.detach(), ~kept, first), hard_negatives.draw_negatives(s.detach().T, ~kept, second)
+    forth, back = (
+        hard_negatives.draw_negatives(s.detach(), ~kept, first),
+        hard_negatives.draw_negatives(s.detach().T, ~kept, second),
+    )
 
     def pick(tokens: Any, i: int) -> Any:
         return tokens._replace(states=tokens.states[i : i + 1], mask=tokens.mask[i : i + 1], pooled=tokens.pooled[i : i + 1])
@@ -103,7 +106,9 @@ def reference() -> tuple[float, dict[str, Tensor], int]:
         caption, picture = int(forth.row[i]), int(back.row[i])
         pairs = [(pick(texts, i), i, None), (pick(texts, caption), i, s[i, caption]), (pick(texts, i), picture, s[picture, i])]
         pairs += [
-            (pick(foils, j), i, near[j, i]) for j in range(i * FOILS, (i + 1) * FOILS) if batch.targets["negative_mask"].flatten()[j]
+            (pick(foils, j), i, near[j, i])
+            for j in range(i * FOILS, (i + 1) * FOILS)
+            if batch.targets["negative_mask"].flatten()[j]
         ]
         for words, asked, wrong in pairs:
             p = head.match(model, words, pick(images, asked)).sigmoid()  # type: ignore[operator]

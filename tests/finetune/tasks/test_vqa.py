@@ -1,4 +1,4 @@
-"""Questions read, drawn and collated; the loss in closed form; answers one by one; what is refused."""
+"""VQA: reading, drawing and collating questions, the loss in closed form, metrics question by question, refusals."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ import torch
 from finetune import model as models
 from finetune.attention.trace import Trace
 from finetune.model import FusionModel
-from finetune.tasks import Setting, per_item, vqa
+from finetune.tasks import EvalSetup, global_weighted_mean, vqa
 from finetune.tasks.questions import Questions
 from pretrain import registry
 from pretrain.data import BadSample
@@ -42,18 +42,18 @@ def questions(small: Small) -> Questions:
 # Reading
 
 
-def test_training_draws_without_repeating_and_fills_up(questions: Questions) -> None:
+def test_training_draws_without_replacement_and_pads(questions: Questions) -> None:
     many = sample("a", [ask(f"is it {i}?", "yes") for i in range(9)])
     draws = [[q.text for q in questions(many, np.random.default_rng(seed), True).questions] for seed in range(20)]
     assert all(len(set(draw)) == 3 for draw in draws)
     assert len({tuple(draw) for draw in draws}) > 10
     assert questions(many, np.random.default_rng(1), True) == questions(many, np.random.default_rng(1), True)
     few = questions(sample("b", [ask("what?", "red"), ask("who?", "blue")]), np.random.default_rng(0), True)
-    assert (len(few.questions), few.real) == (3, 2)
+    assert (len(few.questions), few.real_count) == (3, 2)
     assert len(questions(many, np.random.default_rng(0), False).questions) == 9
 
 
-def test_targets_are_worth_their_official_accuracy(questions: Questions) -> None:
+def test_targets_are_the_official_accuracy_of_each_answer(questions: Questions) -> None:
     ten = ["red"] * 5 + ["Blue"] * 2 + ["The red."] + ["green"] * 2
     item = questions(sample("a", [ask("what colour?", *ten), ask("how many?", "two")]), np.random.default_rng(0), False)
     found = questions.targets([item])
@@ -101,12 +101,12 @@ def test_only_questions_of_the_types_that_are_wanted(small: Small) -> None:
     assert [q.kind for q in some(sample("a", mixed), np.random.default_rng(0), False).questions] == ["colour", "count"]
     for train, m in ((True, 3), (False, 1)):  # a sample with none of them is no bad sample: nothing is asked of it
         none = some(sample("b", mixed[2:]), np.random.default_rng(0), train)
-        assert (none.real, len(none.questions)) == (0, m)
+        assert (none.real_count, len(none.questions)) == (0, m)
         found = some.targets([none])
-        assert found["asked"].sum() == found["scores"].sum() == 0
+        assert found["question_mask"].sum() == found["scores"].sum() == 0
         assert train or found["questions"] == [[]]
     task = vqa.build(vqa.Config(types=["colour", "count"]), lambda: iter([{"questions": mixed}]))
-    assert task.settings() == {"answers": ["2", "red"]}
+    assert task.learned_settings() == {"answers": ["2", "red"]}
     assert [q.text for q in task.questions({"questions": mixed})] == ["what colour?", "how many?"]
     assert task.questions({"caption": "nothing asked"}) == []
     with pytest.raises(UserError, match=r"of task\.types \['hue'\]"):
@@ -127,7 +127,7 @@ def test_pieces_merged_are_the_batch_collated_in_one_go(questions: Questions) ->
     assert whole.inputs["text"].shape[:2] == (5, 3)
     assert torch.equal(merged.inputs["text"], whole.inputs["text"])
     assert torch.equal(merged.masks["text"], whole.masks["text"])
-    for name in ("answers", "scores", "asked"):
+    for name in ("answers", "scores", "question_mask"):
         assert torch.equal(merged.targets[name], whole.targets[name])
 
 
@@ -135,13 +135,13 @@ def test_pieces_merged_are_the_batch_collated_in_one_go(questions: Questions) ->
 # Model and loss
 
 
-def made(**settings: Any) -> tuple[FusionModel, vqa.VQA]:
+def build_tiny(**settings: Any) -> tuple[FusionModel, vqa.VQA]:
     """A tiny fused model whose gates are open, and its task."""
     task = vqa.build(vqa.Config(answers=ANSWERS, **settings), None)
     fusion = registry.get_component("fusion", "cross").Config(layers=1, heads=2)
     model = models.build(tiny.build_model("clip"), fusion, None)
     torch.manual_seed(1)
-    model.head = task.head(model)
+    model.head = task.build_head(model)
     with torch.no_grad():
         for p in [*model.fusion.parameters(), *model.head.parameters()]:  # type: ignore[union-attr]
             p.add_(0.2 * torch.randn_like(p))
@@ -162,7 +162,7 @@ def batch(m: int = 3, samples: int = 4) -> Batch:
         {"image": pictures.inputs["image"], "text": texts.inputs["text"].unflatten(0, (samples, m))},
         {"text": texts.masks["text"].unflatten(0, (samples, m))},
         pictures.keys,
-        {"answers": answers, "scores": scores * asked[..., None], "asked": asked},
+        {"answers": answers, "scores": scores * asked[..., None], "question_mask": asked},
     )
 
 
@@ -174,42 +174,42 @@ def test_tokens_are_the_encoders_own_aligned_or_not() -> None:
     assert torch.allclose(text.states, encoder.tokens("text", b.inputs["text"], b.masks["text"]).states)
     assert aligned.widths == {"image": 8, "text": 8}
     assert torch.allclose(aligned.embed("image", b.inputs["image"]), encoder.encode("image", b.inputs["image"]))
-    tokens, embedding = models.build(encoder, None, None, "tower").read("image", b.inputs["image"])
+    tokens, embedding = models.build(encoder, None, None, "tower").tokens_and_embedding("image", b.inputs["image"])
     assert torch.equal(tokens.states, encoder.tower("image")(b.inputs["image"]).states)
     assert embedding is not None
     assert torch.allclose(embedding, encoder.encode("image", b.inputs["image"]))
     ends = tiny.build_model("clip", text={"pool": "eot"})
-    assert models.build(ends, None, None).sources["text"] == "tower"
+    assert models.build(ends, None, None).token_sources["text"] == "tower"
     with pytest.raises(ConfigError, match="text tower does not pool the mean"):
         models.build(tiny.build_model("clip", image={"pool": "avg"}, text={"pool": "eot"}), None, None, "aligned")
 
 
 @pytest.mark.parametrize("name", ["cross", "co", "merged"])
 def test_words_of_the_shared_space_look_first_where_they_are_alike(name: str) -> None:
-    """Queries and keys are read alike where both are aligned; towers' own states tell nothing, and merged has no such look."""
+    """Queries and keys are read alike where both are aligned; towers' own states tell nothing, and merged has no such attention."""
     fusion = registry.get_component("fusion", name).Config(layers=1, heads=1)
     encoder = tiny.build_model("clip", image={"pool": "avg"}, text={"pool": "avg"})
     for tokens, alike in (("aligned", True), ("tower", False)):
         torch.manual_seed(1)
         model = models.build(encoder, fusion, None, tokens)
-        looks = [m for n, m in model.fusion.named_modules() if n.endswith("cross_look")]  # type: ignore[union-attr]
-        assert len(looks) == {"cross": 1, "co": 2, "merged": 0}[name]
-        for look in looks:
-            q, k = look.attention.q.weight, look.attention.k.weight
+        attentions = [m for n, m in model.fusion.named_modules() if n.endswith("cross_look")]  # type: ignore[union-attr]
+        assert len(attentions) == {"cross": 1, "co": 2, "merged": 0}[name]
+        for attention in attentions:
+            q, k = attention.attention.q.weight, attention.attention.k.weight
             own, places = k[:, : q.shape[1]], k[:, q.shape[1] :]
             assert (q.shape == own.shape and torch.equal(q, own) and not places.any()) == alike
 
 
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
 def test_loss_in_closed_form(loss: Any) -> None:
-    model, task = made(loss=loss)
+    model, task = build_tiny(loss=loss)
     b = batch()
     features = task.encode(model, b)
     value, report = task.loss(features, b.targets)
     terms, right = [], []
     for i in range(len(b)):
         for j in range(3):
-            if not b.targets["asked"][i, j]:
+            if not b.targets["question_mask"][i, j]:
                 continue
             z = features["logits"][i, j].double()
             worth = torch.zeros(4, dtype=torch.float64)
@@ -226,13 +226,13 @@ def test_loss_in_closed_form(loss: Any) -> None:
 
 
 def test_questions_of_a_picture_share_one_encoding_and_answer_as_if_alone() -> None:
-    model, task = made()
+    model, task = build_tiny()
     b = batch()
-    seen: list[int] = []
-    handle = model.encoder.tower("image").register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
+    image_counts: list[int] = []
+    handle = model.encoder.tower("image").register_forward_hook(lambda module, args, out: image_counts.append(len(args[0])))
     together = task.encode(model, b)["logits"]
     handle.remove()
-    assert seen == [4]  # pictures, not questions
+    assert image_counts == [4]  # pictures, not questions
     for i in range(4):
         for j in range(3):
             alone = model(
@@ -245,24 +245,24 @@ def test_questions_of_a_picture_share_one_encoding_and_answer_as_if_alone() -> N
 def test_the_blind_answer_without_the_picture_and_the_others_with_it() -> None:
     b = batch()
     for blind in (True, False):
-        model, task = made(blind=blind)
+        model, task = build_tiny(blind=blind)
         one = task.encode(model, b)["logits"]
         b.inputs["image"] = b.inputs["image"].flip(0)
         assert torch.equal(one, task.encode(model, b)["logits"]) == blind
 
 
 def test_predictions_have_probabilities_a_graph_and_maps() -> None:
-    model, task = made()
+    model, task = build_tiny()
     b = batch()
     inputs, masks = {"image": b.inputs["image"], "text": b.inputs["text"][:, 0]}, {"text": b.masks["text"][:, 0]}
     trace = Trace()
-    said = task.predict(model, inputs, masks, trace, top=9)
-    assert [len(row) for row in said.best] == [4] * 4  # all the answers there are
-    for row in said.best:
+    prediction = task.predict(model, inputs, masks, trace, top=9)
+    assert [len(row) for row in prediction.best] == [4] * 4  # all the answers there are
+    for row in prediction.best:
         assert sum(p for _, p in row) == pytest.approx(1, abs=1e-5)
         assert [p for _, p in row] == sorted((p for _, p in row), reverse=True)
-    assert said.score.shape == (4,)
-    assert said.score.requires_grad
+    assert prediction.score.shape == (4,)
+    assert prediction.score.requires_grad
     assert trace.steps
     masks["text"][1] = False
     with pytest.raises(UserError, match="empty question"):
@@ -271,8 +271,8 @@ def test_predictions_have_probabilities_a_graph_and_maps() -> None:
 
 def test_items_are_weighed_over_all_even_where_there_are_none() -> None:
     losses = torch.tensor([1.0, 2.0, 4.0])
-    assert per_item(losses, torch.tensor([1.0, 0.0, 1.0])).item() == pytest.approx(2.5)
-    assert per_item(losses, torch.zeros(3)).item() == 0
+    assert global_weighted_mean(losses, torch.tensor([1.0, 0.0, 1.0])).item() == pytest.approx(2.5)
+    assert global_weighted_mean(losses, torch.zeros(3)).item() == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -304,13 +304,13 @@ def test_figures_are_the_mean_over_questions_one_by_one(small: Small) -> None:
     encoder = build({"image": image, "text": text}, ModelConfig(dim=8), tokenizer)
     task = vqa.build(vqa.Config(answers=["red", "yes", "1", "left"]), None)
     model = models.build(encoder, registry.get_component("fusion", "cross").Config(layers=1, heads=2), None)
-    model.head = task.head(model)
-    decoders = task.decoders({"image": ImageDecoder(32), "text": TextDecoder(tokenizer, 24)})
+    model.head = task.build_head(model)
+    decoders = task.build_decoders({"image": ImageDecoder(32), "text": TextDecoder(tokenizer, 24)})
     path = sorted(Path(small.val).parent.glob("val-*.tar"))[0]
-    setting = Setting(decoders, torch.device("cpu"), train=small.train)
-    setting.config.workers, setting.config.batch_size, setting.config.max_samples = 0, 5, 12
+    setup = EvalSetup(decoders, torch.device("cpu"), train=small.train)
+    setup.config.workers, setup.config.batch_size, setup.config.max_samples = 0, 5, 12
     model.train()
-    figures = task.evaluate(model, str(path), setting)
+    figures = task.evaluate(model, str(path), setup)
     assert model.training
 
     model.eval()
@@ -343,22 +343,22 @@ def test_figures_are_the_mean_over_questions_one_by_one(small: Small) -> None:
 def test_the_vocabulary_is_built_from_what_is_read_and_kept(small: Small) -> None:
     rows = [{"questions": [ask("what?", "Red"), ask("who?", "red"), ask("how?", "two")]}, {"caption": "nothing asked"}]
     task = vqa.build(vqa.Config(vocabulary=1), lambda: iter(rows))
-    assert task.settings() == {"answers": ["red"]}
-    assert vqa.build(vqa.Config(answers=["red"]), None).settings() == {"answers": ["red"]}
+    assert task.learned_settings() == {"answers": ["red"]}
+    assert vqa.build(vqa.Config(answers=["red"]), None).learned_settings() == {"answers": ["red"]}
     with pytest.raises(UserError, match=r"task\.field=questions"):
         vqa.build(vqa.Config(), lambda: iter([{"caption": "x"}]))
     with pytest.raises(UserError, match="same answer"):
         vqa.build(vqa.Config(), lambda: iter([{"questions": [ask("what?", "red")]}]))
-    with pytest.raises(UserError, match="not whole"):
+    with pytest.raises(UserError, match="is incomplete"):
         vqa.build(vqa.Config(), None)
 
 
 def test_a_fusion_that_does_not_fit_is_refused() -> None:
     task = vqa.build(vqa.Config(answers=ANSWERS), None)
     with pytest.raises(ConfigError, match="needs a fusion"):
-        task.head(models.build(tiny.build_model("clip"), None, None))
+        task.build_head(models.build(tiny.build_model("clip"), None, None))
     turned = registry.get_component("fusion", "cross").Config(query="image", context="text", heads=2)
     with pytest.raises(ConfigError, match=r"fusion\.query=text"):
-        task.head(models.build(tiny.build_model("clip"), turned, None))
-    with pytest.raises(ConfigError, match="from 1"):
+        task.build_head(models.build(tiny.build_model("clip"), turned, None))
+    with pytest.raises(ConfigError, match="must be at least 1"):
         vqa.Config(questions=0).check()

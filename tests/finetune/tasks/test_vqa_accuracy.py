@@ -1,4 +1,4 @@
-"""The official accuracy and its normalisation, against the challenge's procedure written out; the vocabulary; the guesser."""
+"""Official VQA accuracy and normalization against the challenge's procedure, the vocabulary, the question-only baseline."""
 
 import re
 from collections import Counter
@@ -7,15 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.tasks.vqa_accuracy import Blind, accuracy, normalise, vocabulary
+from finetune.tasks.vqa_accuracy import QuestionOnlyBaseline, build_vocabulary, normalize_answer, official_accuracy
 
 PUNCTUATION = [";", "/", "[", "]", '"', "{", "}", "(", ")", "=", "+", "\\", "_", "-", ">", "<", "@", "`", ",", "?", "!"]
 NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "ten": "10"}
 CONTRACTIONS = {"dont": "don't", "isnt": "isn't", "couldnt've": "couldn't've", "hes": "he's", "twas": "'twas", "yall": "y'all"}
 
 
-def official(text: str) -> str:
-    """The challenge's evaluation, step by step: punctuation, then digits, articles and contractions."""
+def normalize_officially(text: str) -> str:
+    """Normalize as the challenge's evaluation does: punctuation, then digits, articles and contractions."""
     text = text.replace("\n", " ").replace("\t", " ").strip()
     out = text
     for mark in PUNCTUATION:
@@ -32,13 +32,13 @@ def official(text: str) -> str:
     return " ".join(CONTRACTIONS.get(word, word) for word in words)
 
 
-def leave_one_out(said: str, answers: list[str]) -> float:
-    """The challenge's accuracy: for each person, the others who said the same, three of them being enough."""
-    each = []
+def leave_one_out(predicted: str, answers: list[str]) -> float:
+    """Compute the challenge's accuracy: leave out each person; three others with the predicted answer give accuracy 1."""
+    accuracies = []
     for i in range(len(answers)):
         others = answers[:i] + answers[i + 1 :]
-        each.append(min(1, sum(other == said for other in others) / 3))
-    return sum(each) / len(each)
+        accuracies.append(min(1, sum(other == predicted for other in others) / 3))
+    return sum(accuracies) / len(accuracies)
 
 
 SAMPLES = [
@@ -58,10 +58,10 @@ SAMPLES = [
 ]
 
 
-@pytest.mark.parametrize(("given_", "wanted"), SAMPLES)
-def test_normalised(given_: str, wanted: str) -> None:
-    assert normalise(given_) == wanted
-    assert official(given_) == wanted
+@pytest.mark.parametrize(("answer", "expected"), SAMPLES)
+def test_normalization(answer: str, expected: str) -> None:
+    assert normalize_answer(answer) == expected
+    assert normalize_officially(answer) == expected
 
 
 WORDS = [
@@ -86,36 +86,36 @@ WORDS = [
 
 
 @given(st.lists(st.sampled_from(WORDS), max_size=6), st.sampled_from([" ", "", "  "]))
-def test_normalised_as_the_challenge_does(words: list[str], between: str) -> None:
-    assert normalise(between.join(words)) == official(between.join(words))
+def test_normalization_equals_the_challenges(words: list[str], between: str) -> None:
+    assert normalize_answer(between.join(words)) == normalize_officially(between.join(words))
 
 
 @given(st.lists(st.sampled_from("abc"), min_size=4, max_size=12), st.sampled_from("abcd"))
-def test_accuracy_is_the_official_one(answers: list[str], said: str) -> None:
-    assert accuracy(said, answers) == pytest.approx(leave_one_out(said, answers), abs=1e-12)
+def test_accuracy_is_the_official_one(answers: list[str], predicted: str) -> None:
+    assert official_accuracy(predicted, answers) == pytest.approx(leave_one_out(predicted, answers), abs=1e-12)
 
 
-@pytest.mark.parametrize(("agree", "wanted"), [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)])
-def test_accuracy_among_ten(agree: int, wanted: float) -> None:
-    """The known steps of VQA v2."""
-    assert accuracy("x", ["x"] * agree + ["y"] * (10 - agree)) == pytest.approx(wanted)
+@pytest.mark.parametrize(("agree", "expected"), [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)])
+def test_accuracy_among_ten(agree: int, expected: float) -> None:
+    """With the answers of ten people the accuracy takes these values."""
+    assert official_accuracy("x", ["x"] * agree + ["y"] * (10 - agree)) == pytest.approx(expected)
 
 
 def test_accuracy_among_fewer_than_four_can_reach_one() -> None:
-    assert accuracy("x", ["x"]) == 1
-    assert accuracy("y", ["x"]) == 0
-    assert accuracy("x", ["x", "x"]) == 1
-    assert accuracy("x", ["x", "y"]) == 0.5
-    assert accuracy("x", ["x", "x", "x"]) == 1
+    assert official_accuracy("x", ["x"]) == 1
+    assert official_accuracy("y", ["x"]) == 0
+    assert official_accuracy("x", ["x", "x"]) == 1
+    assert official_accuracy("x", ["x", "y"]) == 0.5
+    assert official_accuracy("x", ["x", "x", "x"]) == 1
 
 
-def test_vocabulary_is_the_most_frequent_and_the_same_whatever_the_order() -> None:
+def test_vocabulary_holds_the_most_frequent_answers_in_any_order_of_counts() -> None:
     counts = Counter({"red": 3, "yes": 5, "blue": 3, "no": 1})
-    assert vocabulary(counts, 3) == ["yes", "blue", "red"]
-    assert vocabulary(Counter(dict(reversed(counts.items()))), 3) == ["yes", "blue", "red"]
+    assert build_vocabulary(counts, 3) == ["yes", "blue", "red"]
+    assert build_vocabulary(Counter(dict(reversed(counts.items()))), 3) == ["yes", "blue", "red"]
 
 
-def test_the_guesser_trusts_a_question_it_knows_else_its_type_else_all() -> None:
+def test_baseline_uses_the_same_question_else_its_type_else_all_questions() -> None:
     one = Counter({("colour", "what colour is the sky?", "blue"): 9, ("colour", "what colour is it?", "red"): 8})
     two = Counter(
         {
@@ -125,7 +125,7 @@ def test_the_guesser_trusts_a_question_it_knows_else_its_type_else_all() -> None
         }
     )
     two[("colour", "what colour is snow?", "green")] = 9
-    guess = Blind([one, two])
-    assert guess("colour", "what colour is the sky?") == "blue"
-    assert guess("colour", "what colour is it?") == "green"  # asked 8 times only: 9 + 9 of its type are green
-    assert guess("taste", "is it sweet?") == "2"
+    baseline = QuestionOnlyBaseline([one, two])
+    assert baseline("colour", "what colour is the sky?") == "blue"
+    assert baseline("colour", "what colour is it?") == "green"  # asked 8 times only: 9 + 9 of its type are green
+    assert baseline("taste", "is it sweet?") == "2"
