@@ -1,4 +1,4 @@
-"""Every shipped configuration builds without network access, and its first line is the command that runs it."""
+"""Every shipped configuration builds without network access, and names the command that runs it."""
 
 from pathlib import Path
 

@@ -40,7 +40,7 @@ CASES = [("self", name) for name in ("dense", "local", "coarse_to_fine", "pooled
 CASES += [("cross", name) for name in ("dense", "coarse_to_fine", "pooled")]
 
 
-def context_settings(name: str, kind: str, patches: int) -> dict[str, Any]:
+def build_settings(name: str, kind: str, patches: int) -> dict[str, Any]:
     """Return the configuration of the context in a case."""
     if name == "coarse_to_fine":
         return {"region": 4 if kind == "cross" or patches <= 1024 else 8, "keep": 8 if kind == "cross" else 4}
@@ -53,7 +53,7 @@ def build_step(kind: str, name: str, patches: int, device: str) -> Callable[[], 
     side = isqrt(patches)
     component = registry.get_component("context", name)
     attention = Attention(WIDTH, heads=HEADS).to(device)
-    context = component.build(component.Config(**context_settings(name, kind, patches)), WIDTH).to(device)
+    context = component.build(component.Config(**build_settings(name, kind, patches)), WIDTH).to(device)
     image = torch.randn(1, side * side, WIDTH, device=device, requires_grad=True)
     words = torch.randn(1, WORDS, WIDTH, device=device, requires_grad=True)
 
@@ -76,7 +76,7 @@ def measure(kind: str, name: str, patches: int, device: str, seconds: float) -> 
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() / 2**20
     else:
-        before = _resident_mib()
+        before = _read_peak_mib()
     clock = time.perf_counter if device == "cuda" else time.process_time
     times, start = [], clock()
     while not times or (clock() - start < seconds and len(times) < 50):
@@ -85,11 +85,11 @@ def measure(kind: str, name: str, patches: int, device: str, seconds: float) -> 
         if device == "cuda":
             torch.cuda.synchronize()
         times.append(clock() - begin)
-    peak = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else _resident_mib()
+    peak = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else _read_peak_mib()
     return {"seconds": statistics.median(times[1:] or times), "mib": peak - before}
 
 
-def _resident_mib() -> float:
+def _read_peak_mib() -> float:
     """Return the peak resident memory of this process so far, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
@@ -120,7 +120,7 @@ def main() -> None:
                 "patches": patches,
                 "what": kind,
                 "context": name,
-                **context_settings(name, kind, patches),
+                **build_settings(name, kind, patches),
                 "seconds": round(figures["seconds"], 5),
                 "mib": round(figures["mib"], 1),
                 "time_of_dense": round(figures["seconds"] / dense[kind]["seconds"], 3),

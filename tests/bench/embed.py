@@ -60,20 +60,20 @@ def main() -> None:
         encoder = Encoder(loaded.model.to(device), loaded.decoders, device, args.precision, dtype=torch.float16)
 
         def run_encoder() -> tuple[float, float]:
-            begin, used = time.perf_counter(), processor_time()
+            begin, used = time.perf_counter(), read_processor_time()
             with eval_mode(loaded.model):
                 encoded = sum(len(batch.keys) for _, batch in encoder.stream((None, batch) for batch in batches) if batch)
             assert encoded == samples
-            return samples / (time.perf_counter() - begin), processor_time() - used
+            return samples / (time.perf_counter() - begin), read_processor_time() - used
 
         def run_embed(index: int) -> tuple[float, float]:
             options = Options([shards], str(root / f"out-{index}"), precision=args.precision, batch_size=args.batch)
             options.workers = args.workers
-            used = processor_time()
+            used = read_processor_time()
             summary = embed(loaded, options, device)
             assert summary is not None
             assert summary.samples == samples
-            return summary.samples_per_second, processor_time() - used
+            return summary.samples_per_second, read_processor_time() - used
 
         run_encoder()  # warm up
         rounds = [(*run_encoder(), *run_embed(i)) for i in range(args.rounds)]
@@ -92,7 +92,7 @@ def main() -> None:
     print(json.dumps(figures))
 
 
-def processor_time() -> float:
+def read_processor_time() -> float:
     """Return the processor seconds of this process and of its workers that have ended."""
     return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 

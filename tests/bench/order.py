@@ -16,7 +16,7 @@ from pretrain.data.order import Order, ShardSource
 
 def main() -> None:
     """Measure and print the figures."""
-    imported = _peak_mb()
+    imported = _read_peak_mb()
     counts = np.full(100_000, 10_000)
     start = time.perf_counter()
     order = Order([ShardSource(counts)], seed=0)
@@ -34,13 +34,13 @@ def main() -> None:
         "batch_size": 32_768,
         "first_batch_seconds": round(first, 4),
         "later_batch_seconds": round(later, 4),
-        "memory_mb": round(_peak_mb() - imported, 1),
-        "process_mb": round(_peak_mb(), 1),
+        "memory_mb": round(_read_peak_mb() - imported, 1),
+        "process_mb": round(_read_peak_mb(), 1),
     }
     print(json.dumps(figures))
 
 
-def _peak_mb() -> float:
+def _read_peak_mb() -> float:
     """Return the peak resident memory of this process so far, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 

@@ -91,7 +91,7 @@ def main() -> None:
         for i in range(args.rounds):
             our_rates.append(run_ours(root / f"ours-{i}", train, root / "tokenizer", *size, args.settings))
             if args.peer:
-                peer_rates.append(run_open_clip(root / f"theirs-{i}", paths, args.peer, *size))
+                peer_rates.append(run_open_clip(root / f"open-clip-{i}", paths, args.peer, *size))
         line = {"bench": "pretrain", "samples": samples, "batch": args.batch, "ours_samples_per_second": our_rates}
         if peer_rates:
             ratios = [x / y for x, y in zip(our_rates, peer_rates, strict=True)]

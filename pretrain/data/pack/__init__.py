@@ -70,9 +70,9 @@ class PackSummary:
             known += names[: 3 - len(known)]
 
     def __str__(self) -> str:
-        return "\n".join(self.lines())
+        return "\n".join(self.format_lines())
 
-    def lines(self) -> list[str]:
+    def format_lines(self) -> list[str]:
         """Return the summary as lines of text for the console."""
         reused = f" ({self.reused:,} finished before)" if self.reused else ""
         out = [f"{self.out}: {self.written:,} samples in {self.shards:,} shards{reused}"]

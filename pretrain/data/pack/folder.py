@@ -49,7 +49,7 @@ def read_file(path: Path) -> bytes:
         raise BadSample("no such file", repr(str(path))) from error
 
 
-def caption_from_path(path: str) -> str:
+def build_caption(path: str) -> str:
     """Return the words of an image's path below the folder, without words of digits only.
 
     shoes/red_sneaker-3.jpg gives "shoes red sneaker".
@@ -82,7 +82,7 @@ class FolderJob:
         """Read sample `i`. Raises BadSample."""
         path = self.root / self.paths[i]
         if self.caption_from == "path":
-            texts = [caption_from_path(self.paths[i])]
+            texts = [build_caption(self.paths[i])]
             if not texts[0]:
                 raise BadSample("empty caption", "the path contains no word")
         else:

@@ -31,10 +31,10 @@ def naming_errors(path: Path) -> Iterator[None]:
         yield
     except (pa.ArrowException, OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
-        raise UserError(f"{path} cannot be read as {table_format(path)}: {reason}") from error
+        raise UserError(f"{path} cannot be read as {get_format(path)}: {reason}") from error
 
 
-def table_format(path: Path) -> str:
+def get_format(path: Path) -> str:
     """Return "csv", "tsv", "jsonl" or "parquet", from the name of the file."""
     extension = path.name.lower().removesuffix(".gz").rpartition(".")[2]
     return "jsonl" if extension in ("ndjson", "json") else extension
@@ -42,9 +42,9 @@ def table_format(path: Path) -> str:
 
 def read_columns(path: Path) -> list[str]:
     """Return the column names in order. For JSON lines they are those of the first hundred rows."""
-    if table_format(path) == "parquet":
+    if get_format(path) == "parquet":
         return list(pa.parquet.read_schema(path).names)
-    if table_format(path) == "jsonl":
+    if get_format(path) == "jsonl":
         names: dict[str, None] = {}
         for i, row in enumerate(iterate_rows(path)):
             if i == 100:
@@ -60,9 +60,9 @@ def count_rows(path: Path, column: str, on_uneven: Callable[[str], None]) -> int
 
     Of CSV and TSV files it reads `column` to the end and calls `on_uneven` with each row that has too few or too many values.
     """
-    if table_format(path) == "parquet":
+    if get_format(path) == "parquet":
         return int(pa.parquet.read_metadata(path).num_rows)
-    if table_format(path) == "jsonl":
+    if get_format(path) == "jsonl":
         with _open_lines(path) as file:
             return sum(1 for line in file if line.strip())
     with _open_csv(path, [column], on_uneven) as reader:
@@ -71,13 +71,13 @@ def count_rows(path: Path, column: str, on_uneven: Callable[[str], None]) -> int
 
 def iterate_rows(path: Path) -> Iterator[dict[str, Any]]:
     """Yield each row as a dictionary, or as {UNREADABLE: reason} if it cannot be read."""
-    if table_format(path) == "parquet":
+    if get_format(path) == "parquet":
         with pa.parquet.ParquetFile(
             path, pre_buffer=False, buffer_size=1 << 20
         ) as file:  # reads less than a whole row group at once
             for batch in file.iter_batches(batch_size=256):
                 yield from batch.to_pylist()
-    elif table_format(path) == "jsonl":
+    elif get_format(path) == "jsonl":
         with _open_lines(path) as lines:
             for line in lines:
                 if line.strip():
@@ -123,7 +123,7 @@ def _open_csv(
         return "skip"
 
     parse = pa.csv.ParseOptions(
-        delimiter="\t" if table_format(path) == "tsv" else ",", newlines_in_values=True, invalid_row_handler=skip
+        delimiter="\t" if get_format(path) == "tsv" else ",", newlines_in_values=True, invalid_row_handler=skip
     )
     read = pa.csv.ReadOptions(block_size=1 << 22, use_threads=False)  # pyarrow reads up to 32 blocks ahead
     names = columns

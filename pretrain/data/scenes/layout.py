@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pretrain.data.scenes.backgrounds import BACKGROUNDS
 from pretrain.data.scenes.objects import KINDS
 from pretrain.data.scenes.rng import KeyedRandom
-from pretrain.data.scenes.shapes import affine_matrix
+from pretrain.data.scenes.shapes import build_matrix
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "black", "white")
 SURFACES = ("plain", "striped", "leather")
@@ -84,9 +84,9 @@ class Scene:
     changed: str = ""
     """In `hard`: how it differs from the first scene of its group ("colour", "kind", "relation"), else ""."""
 
-    def rng(self, purpose: str) -> KeyedRandom:
+    def build_rng(self, purpose: str) -> KeyedRandom:
         """Return the scene's random generator for one purpose. Scenes of one `hard` group share it."""
-        return KeyedRandom(self.seed, self.split, _group_start(self.split, self.index), purpose)
+        return KeyedRandom(self.seed, self.split, _find_group_start(self.split, self.index), purpose)
 
 
 def get_relation(scene: Scene, a: int, b: int) -> str:
@@ -117,7 +117,7 @@ def build_scene(seed: int, split: str, index: int, scale: float = 1.0, num_objec
         scale: multiplies the size of every object, for small objects in large images.
         num_objects: least and largest number of objects in a scene, within 1 to 4.
     """
-    base = _group_start(split, index)
+    base = _find_group_start(split, index)
     rng = KeyedRandom(seed, split, base, "plan")
     least, most = (min(max(num_objects[0], 2), num_objects[1]), min(num_objects[1], 3)) if split == "hard" else num_objects
     count = least + rng.randbelow(most - least + 1)
@@ -168,7 +168,7 @@ def get_columns(scene: Scene) -> list[list[ObjectSpec]]:
     return out
 
 
-def _group_start(split: str, index: int) -> int:
+def _find_group_start(split: str, index: int) -> int:
     return index - index % GROUP_SIZE if split == "hard" else index
 
 
@@ -220,8 +220,8 @@ def _place_objects(columns: list[list[ObjectSpec]], background: str, scale: floa
     columns = [_shrink_to_stack(column) for column in columns]
     available = 1 - 2 * _MARGIN - _GAP * (len(columns) - 1)
     while True:  # shrink the tallest or widest column until all fit
-        widths = [scale * sum(_column_extents(column)) for column in columns]
-        heights = [scale * _column_height(column) for column in columns]
+        widths = [scale * sum(_measure_extents(column)) for column in columns]
+        heights = [scale * _measure_height(column) for column in columns]
         tall = [c for c in range(len(columns)) if heights[c] > high - _MARGIN]
         if not tall and sum(widths) <= available:
             break
@@ -234,7 +234,7 @@ def _place_objects(columns: list[list[ObjectSpec]], background: str, scale: floa
     out: list[SceneObject] = []
     for c, column in enumerate(columns):
         left += slack * spare[c] / sum(spare)
-        x = left + scale * _column_extents(column)[0]
+        x = left + scale * _measure_extents(column)[0]
         left += widths[c] + _GAP
         is_flying = len(column) == 1 and KINDS[column[0].kind].can_fly and rng.bernoulli(0.6)
         highest = heights[c] + _MARGIN
@@ -243,9 +243,11 @@ def _place_objects(columns: list[list[ObjectSpec]], background: str, scale: floa
             tilt = rng.uniform(-0.06, 0.06) if len(column) == 1 else 0.0
             supported_by = len(out) - 1 if row else None
             stretch, texture = rng.uniform(0.95, 1.03), rng.randbelow(1 << 16)
-            out.append(SceneObject(spec, x, y, scale * _longer_side(spec), tilt, stretch, c, supported_by, is_flying, texture))
+            out.append(
+                SceneObject(spec, x, y, scale * _compute_longer_side(spec), tilt, stretch, c, supported_by, is_flying, texture)
+            )
             if row + 1 < len(column):
-                dx, dy = _support_offset(spec, column[row + 1])
+                dx, dy = _compute_support_offset(spec, column[row + 1])
                 x, y = x + scale * dx, y + scale * dy
     return tuple(out)
 
@@ -258,16 +260,16 @@ def _shrink_to_stack(column: list[ObjectSpec]) -> list[ObjectSpec]:
     below, above = column
     upper, lower = sorted((order.index(below.size), order.index(above.size)))
     out = [replace(below, size=order[lower]), replace(above, size=order[upper])]
-    while _hidden_fraction(*out) > _MAX_HIDDEN and (upper or lower < len(order) - 1):
+    while _estimate_hidden_fraction(*out) > _MAX_HIDDEN and (upper or lower < len(order) - 1):
         lower, upper = (lower + 1, upper) if lower < len(order) - 1 else (lower, upper - 1)
         out = [replace(below, size=order[lower]), replace(above, size=order[upper])]
     return out
 
 
-def _hidden_fraction(below: ObjectSpec, above: ObjectSpec) -> float:
+def _estimate_hidden_fraction(below: ObjectSpec, above: ObjectSpec) -> float:
     """Estimate which fraction of the lower object the upper one hides when it stands on the support point."""
     kind = KINDS[below.kind]
-    across = KINDS[above.kind].width * _longer_side(above) / (kind.width * _longer_side(below))
+    across = KINDS[above.kind].width * _compute_longer_side(above) / (kind.width * _compute_longer_side(below))
     return min(1.0, across) * kind.support_point[1] / kind.height
 
 
@@ -278,37 +280,37 @@ def _shrink_largest(column: list[ObjectSpec]) -> list[ObjectSpec]:
     return [replace(x, size=order[max(0, largest - 1)]) if order.index(x.size) == largest else x for x in column]
 
 
-def _longer_side(spec: ObjectSpec) -> float:
+def _compute_longer_side(spec: ObjectSpec) -> float:
     return SIZES[spec.size] * KINDS[spec.kind].size_factor
 
 
-def _support_offset(below: ObjectSpec, above: ObjectSpec) -> tuple[float, float]:
+def _compute_support_offset(below: ObjectSpec, above: ObjectSpec) -> tuple[float, float]:
     """Return the offset from the lower object's base point to the upper one's.
 
     The upper object stands on the support point, or higher if it would hide too much there.
     """
     kind = KINDS[below.kind]
-    depth = kind.support_point[1] * min(1.0, _MAX_HIDDEN / max(_hidden_fraction(below, above), 1e-9))
-    a, b, c, d = affine_matrix(_longer_side(below) / 100, below.flip, 0.0, 1.0)
+    depth = kind.support_point[1] * min(1.0, _MAX_HIDDEN / max(_estimate_hidden_fraction(below, above), 1e-9))
+    a, b, c, d = build_matrix(_compute_longer_side(below) / 100, below.flip, 0.0, 1.0)
     x, y = kind.support_point[0] - kind.width / 2, depth - kind.height
     return a * x + b * y, c * x + d * y
 
 
-def _column_extents(column: list[ObjectSpec]) -> tuple[float, float]:
+def _measure_extents(column: list[ObjectSpec]) -> tuple[float, float]:
     """Return how far a column extends left and right of its lowest base point, with an allowance for tilt."""
     left = right = x = 0.0
     for row, spec in enumerate(column):
-        kind, unit = KINDS[spec.kind], _longer_side(spec) / 100
+        kind, unit = KINDS[spec.kind], _compute_longer_side(spec) / 100
         half = (1.03 * kind.width / 2 + (3.0 if len(column) > 1 else 6.0)) * unit
         left, right = max(left, half - x), max(right, half + x)
-        x += _support_offset(spec, column[row + 1])[0] if row + 1 < len(column) else 0.0
+        x += _compute_support_offset(spec, column[row + 1])[0] if row + 1 < len(column) else 0.0
     return left, right
 
 
-def _column_height(column: list[ObjectSpec]) -> float:
+def _measure_height(column: list[ObjectSpec]) -> float:
     y = top = 0.0
     for row, spec in enumerate(column):
-        kind, unit = KINDS[spec.kind], _longer_side(spec) / 100
+        kind, unit = KINDS[spec.kind], _compute_longer_side(spec) / 100
         top = max(top, (kind.height + 4) * unit - y)
-        y += _support_offset(spec, column[row + 1])[1] if row + 1 < len(column) else 0.0
+        y += _compute_support_offset(spec, column[row + 1])[1] if row + 1 < len(column) else 0.0
     return top

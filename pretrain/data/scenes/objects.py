@@ -29,7 +29,7 @@ from pretrain.data.scenes.shapes import (
     WOOD,
     Point,
     Tile,
-    smooth_curve,
+    compute_curve,
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -152,7 +152,7 @@ def _draw_tree(tile: Tile, variant: int) -> None:
 
 def _draw_boat(tile: Tile, variant: int) -> None:
     tile.line(WOOD, 3.6, (47, 66), (47, 3))
-    tile.polygon(BODY, *smooth_curve((51, 3), (68, 22), (79, 40), (86, 57)), (51, 57))
+    tile.polygon(BODY, *compute_curve((51, 3), (68, 22), (79, 40), (86, 57)), (51, 57))
     if variant != 1:
         tile.polygon(LIGHT, (43, 14), (43, 57), (12, 57))
     else:

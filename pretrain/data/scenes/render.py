@@ -63,7 +63,7 @@ def render_scene(scene: Scene, size: int, skip: Collection[int] = ()) -> tuple[I
     """
     factor = choose_oversampling(size)
     side = size * factor
-    image = np.array(BACKGROUNDS[scene.background].draw(side, scene.rng("place")))  # (S, S, 4): RGBA, opaque
+    image = np.array(BACKGROUNDS[scene.background].draw(side, scene.build_rng("place")))  # (S, S, 4): RGBA, opaque
     pixels = image.view(np.uint32)[:, :, 0]  # (S, S): the same memory, one integer per pixel
     object_ids = np.zeros((side, side), dtype=np.uint8)
     for item in scene.objects:
@@ -72,7 +72,7 @@ def render_scene(scene: Scene, size: int, skip: Collection[int] = ()) -> tuple[I
     for i, item in enumerate(scene.objects):
         if i not in skip:
             _draw_object(pixels, object_ids, item, i + 1, factor)
-    boxes = [_visible_box(object_ids, i + 1, factor) for i in range(len(scene.objects))]
+    boxes = [_find_visible_box(object_ids, i + 1, factor) for i in range(len(scene.objects))]
     return Image.fromarray(image).reduce(factor).convert("RGB"), boxes
 
 
@@ -98,29 +98,29 @@ def _draw_object(pixels: NDArray[np.uint32], object_ids: Bytes, item: SceneObjec
     outlined = _dilate(indices != palette.EMPTY, thickness)
     indices[outlined & (indices == palette.EMPTY)] = palette.OUTLINE
     if item.spec.surface != "plain":
-        indices += _tone_offsets(item, indices.shape[0], indices.shape[1], unit, factor)
-    colors = np.take(_color_table(item.spec.color, item.spec.surface), indices)
+        indices += _compute_tone_offsets(item, indices.shape[0], indices.shape[1], unit, factor)
+    colors = np.take(_build_color_table(item.spec.color, item.spec.surface), indices)
     np.copyto(pixels[y0:y1, x0:x1], colors, where=outlined)
     np.copyto(object_ids[y0:y1, x0:x1], np.uint8(number), where=outlined)
 
 
-def _dilate(mask: NDArray[np.bool_], by: int) -> NDArray[np.bool_]:
-    """Dilate a mask by a square: return every pixel within `by` rows and columns of it."""
+def _dilate(mask: NDArray[np.bool_], radius: int) -> NDArray[np.bool_]:
+    """Dilate a mask by a square: return every pixel within `radius` rows and columns of it."""
     out = mask.copy()
-    for step in range(1, by + 1):
+    for step in range(1, radius + 1):
         out[:, step:] |= mask[:, :-step]
         out[:, :-step] |= mask[:, step:]
     widened = out.copy()
-    for step in range(1, by + 1):
+    for step in range(1, radius + 1):
         out[step:] |= widened[:-step]
         out[:-step] |= widened[step:]
     return out
 
 
-def _tone_offsets(item: SceneObject, h: int, w: int, unit: float, factor: int) -> Bytes:
+def _compute_tone_offsets(item: SceneObject, h: int, w: int, unit: float, factor: int) -> Bytes:
     """Return an (h, w) array that, added to the palette indices, selects each pixel's tone.
 
-    The surface must be striped or leather. Values are multiples of PALETTE_SIZE (see _color_table).
+    The surface must be striped or leather. Values are multiples of PALETTE_SIZE (see _build_color_table).
     """
     rng = KeyedRandom(item.texture)
     phase = rng.random()
@@ -150,7 +150,7 @@ def _slant(line: Bytes, h: int, w: int, rising: bool) -> Bytes:
 
 
 @lru_cache(maxsize=64)
-def _color_table(color: str, surface: str) -> NDArray[np.uint32]:
+def _build_color_table(color: str, surface: str) -> NDArray[np.uint32]:
     """Return the color of each palette index in each tone: (_TONES * PALETTE_SIZE,).
 
     A color is the four bytes of an opaque RGBA pixel.
@@ -197,7 +197,7 @@ def _draw_shadow(image: Bytes, item: SceneObject, side: int) -> None:
     np.copyto(region, (region * np.float32(0.78)).astype(np.uint8), where=inside)
 
 
-def _visible_box(object_ids: Bytes, number: int, factor: int) -> list[int]:
+def _find_visible_box(object_ids: Bytes, number: int, factor: int) -> list[int]:
     """Return the box of an object's visible pixels in the final image, zeros if it is not visible."""
     visible = object_ids == number
     columns, rows = np.flatnonzero(visible.any(axis=0)), np.flatnonzero(visible.any(axis=1))

@@ -33,7 +33,7 @@ class Tile:
         self.image = Image.new("L", size, EMPTY)
         self._draw = ImageDraw.Draw(self.image)
         self._anchor, self._base, self._unit = anchor, base, unit
-        self._matrix = affine_matrix(unit, flip, tilt, stretch)
+        self._matrix = build_matrix(unit, flip, tilt, stretch)
 
     def polygon(self, index: int, *points: Point) -> None:
         """Fill a polygon with straight sides."""
@@ -44,19 +44,19 @@ class Tile:
 
     def curve(self, index: int, *points: Point) -> None:
         """Fill the area inside a smooth closed curve through the points."""
-        self.polygon(index, *_spline_points(points, True))
+        self.polygon(index, *_compute_spline(points, True))
 
     def ellipse(self, index: int, x: float, y: float, rx: float, ry: float | None = None, turn: float = 0.0) -> None:
         """Fill an ellipse (a circle without `ry`), rotated clockwise by `turn` degrees."""
-        self.polygon(index, *_ellipse_points(x, y, rx, rx if ry is None else ry, turn))
+        self.polygon(index, *_compute_ellipse(x, y, rx, rx if ry is None else ry, turn))
 
     def rectangle(self, index: int, x0: float, y0: float, x1: float, y1: float, radius: float = 0.0) -> None:
         """Fill a rectangle whose corners are rounded with `radius`."""
-        self.polygon(index, *_rectangle_points(x0, y0, x1, y1, radius))
+        self.polygon(index, *_compute_rectangle(x0, y0, x1, y1, radius))
 
     def line(self, index: int, width: float, *points: Point, smooth: bool = False) -> None:
         """Draw a line with round ends; `width` is in the kind's units."""
-        path = _spline_points(points, False) if smooth else points
+        path = _compute_spline(points, False) if smooth else points
         (a, b, c, d), (x0, y0), (bx, by) = self._matrix, self._anchor, self._base
         pixels = [(x0 + a * (x - bx) + b * (y - by), y0 + c * (x - bx) + d * (y - by)) for x, y in path]
         thickness = max(1.0, width * self._unit)
@@ -71,7 +71,7 @@ class Tile:
         self.ellipse(DARK, x + 0.15 * r, y, 0.68 * r)
 
 
-def affine_matrix(unit: float, flip: bool, tilt: float, stretch: float) -> tuple[float, float, float, float]:
+def build_matrix(unit: float, flip: bool, tilt: float, stretch: float) -> tuple[float, float, float, float]:
     """Return the 2 x 2 matrix, row by row, from a kind's coordinates to pixels about the base point."""
     cos, sin = math.cos(tilt) * unit, math.sin(tilt) * unit
     across = -stretch if flip else stretch
@@ -79,7 +79,7 @@ def affine_matrix(unit: float, flip: bool, tilt: float, stretch: float) -> tuple
 
 
 @lru_cache(maxsize=4096)
-def _spline_points(points: tuple[Point, ...], closed: bool) -> tuple[Point, ...]:
+def _compute_spline(points: tuple[Point, ...], closed: bool) -> tuple[Point, ...]:
     """Return a Catmull-Rom spline through the points, with five segments for each pair of points."""
     p = np.asarray(points, dtype=np.float64)
     if not closed:
@@ -95,14 +95,14 @@ def _spline_points(points: tuple[Point, ...], closed: bool) -> tuple[Point, ...]
 
 
 @lru_cache(maxsize=4096)
-def _ellipse_points(x: float, y: float, rx: float, ry: float, turn: float) -> tuple[Point, ...]:
+def _compute_ellipse(x: float, y: float, rx: float, ry: float, turn: float) -> tuple[Point, ...]:
     cos, sin = math.cos(math.radians(turn)), math.sin(math.radians(turn))
     circle = [(rx * math.cos(a), ry * math.sin(a)) for a in (2 * math.pi * i / 28 for i in range(28))]
     return tuple((x + cos * u - sin * v, y + sin * u + cos * v) for u, v in circle)
 
 
 @lru_cache(maxsize=4096)
-def _rectangle_points(x0: float, y0: float, x1: float, y1: float, r: float) -> tuple[Point, ...]:
+def _compute_rectangle(x0: float, y0: float, x1: float, y1: float, r: float) -> tuple[Point, ...]:
     if r <= 0:
         return ((x0, y0), (x1, y0), (x1, y1), (x0, y1))
     centers = ((x1 - r, y0 + r), (x1 - r, y1 - r), (x0 + r, y1 - r), (x0 + r, y0 + r))
@@ -110,6 +110,6 @@ def _rectangle_points(x0: float, y0: float, x1: float, y1: float, r: float) -> t
     return tuple((centers[c][0] + r * math.cos(a), centers[c][1] + r * math.sin(a)) for c, a in turns)
 
 
-def smooth_curve(*points: Point) -> tuple[Point, ...]:
+def compute_curve(*points: Point) -> tuple[Point, ...]:
     """Return the points of a smooth open curve through `points`, to use as one side of a polygon."""
-    return _spline_points(points, False)
+    return _compute_spline(points, False)

@@ -43,7 +43,7 @@ def name_object(spec: ObjectSpec, size: bool = False, surface: bool = True) -> s
     return " ".join([*words, spec.kind])
 
 
-def _with_article(words: str) -> str:
+def _add_article(words: str) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
@@ -66,20 +66,20 @@ def build_captions(scene: Scene) -> list[str]:
     The first (KEY.txt) names all objects, their relations and the background. The others say less: all objects without
     relations, the largest object on the background, and each object alone.
     """
-    rng = scene.rng("captions")
+    rng = scene.build_rng("captions")
     columns = get_columns(scene)
-    out = [describe_scene(columns, scene.background, scene.rng("full"), sizes=scene.split != "hard")]
+    out = [describe_scene(columns, scene.background, scene.build_rng("full"), sizes=scene.split != "hard")]
     if len(scene.objects) > 1:
         counted = Counter(name_object(spec) for column in columns for spec in column)
-        phrases = [_with_article(words) if n == 1 else f"{NUMBER_WORDS[n]} {_pluralize(words)}" for words, n in counted.items()]
+        phrases = [_add_article(words) if n == 1 else f"{NUMBER_WORDS[n]} {_pluralize(words)}" for words, n in counted.items()]
         out.append(_add_background(_join_phrases(rng.shuffled(phrases)), scene.background, rng))
-    main = max(scene.objects, key=lambda item: item.longer_side).spec
+    largest = max(scene.objects, key=lambda item: item.longer_side).spec
     out.append(
         _add_background(
-            _with_article(name_object(main, size=rng.bernoulli(0.3), surface=rng.bernoulli(0.7))), scene.background, rng
+            _add_article(name_object(largest, size=rng.bernoulli(0.3), surface=rng.bernoulli(0.7))), scene.background, rng
         )
     )
-    out.append(name_object(main))
+    out.append(name_object(largest))
     out.extend(name_object(item.spec) for item in scene.objects)
     return list(dict.fromkeys(out))
 
@@ -91,7 +91,7 @@ def describe_scene(columns: list[list[ObjectSpec]], background: str, rng: KeyedR
     """
     phrases = []
     for column in columns:
-        names = [_with_article(name_object(spec, size=rng.bernoulli(0.25) and sizes)) for spec in column]
+        names = [_add_article(name_object(spec, size=rng.bernoulli(0.25) and sizes)) for spec in column]
         is_reversed = rng.bernoulli(0.5)
         phrases.append(names[0])
         if len(names) == 2:
@@ -109,13 +109,13 @@ def describe_scene(columns: list[list[ObjectSpec]], background: str, rng: KeyedR
 
 
 def _add_background(text: str, background: str, rng: KeyedRandom) -> str:
-    where = rng.choice(BACKGROUNDS[background].phrases)
+    phrase = rng.choice(BACKGROUNDS[background].phrases)
     form = rng.choice(("after", "after", "before", "picture"))
     if form == "before":
-        return f"{where}, {text}"
+        return f"{phrase}, {text}"
     if form == "picture" and not text.startswith("from"):
-        return f"a picture of {text} {where}"
-    return f"{text}, {where}" if ", " in text or " and " in text else f"{text} {where}"
+        return f"a picture of {text} {phrase}"
+    return f"{text}, {phrase}" if ", " in text or " and " in text else f"{text} {phrase}"
 
 
 def build_negative_captions(scene: Scene) -> list[dict[str, str]]:
@@ -125,11 +125,11 @@ def build_negative_captions(scene: Scene) -> list[dict[str, str]]:
     """
     out = []
     columns, sizes = get_columns(scene), scene.split != "hard"
-    correct = describe_scene(columns, scene.background, scene.rng("full"), sizes)
+    correct = describe_scene(columns, scene.background, scene.build_rng("full"), sizes)
     for changed in ("colour", "kind", "relation"):
-        wrong = change_columns(columns, changed, scene.split, scene.rng(f"foil {changed}"))
+        wrong = change_columns(columns, changed, scene.split, scene.build_rng(f"foil {changed}"))
         if wrong:
-            text = describe_scene(wrong, scene.background, scene.rng("full"), sizes)
+            text = describe_scene(wrong, scene.background, scene.build_rng("full"), sizes)
             if text != correct:
                 out.append({"caption": text, "changed": changed})
     return out
@@ -149,7 +149,7 @@ def build_questions(scene: Scene, boxes: Sequence[Box]) -> list[dict[str, Any]]:
     Returns:
         questions. `box` is that of the object asked about (for a relation: its subject), None if it is not exactly one object.
     """
-    rng = scene.rng("questions")
+    rng = scene.build_rng("questions")
     specs = [item.spec for item in scene.objects]
     order = rng.shuffled(range(len(specs)))
     out: list[dict[str, Any]] = []
@@ -225,7 +225,8 @@ def _ask_existence(split: str, specs: list[ObjectSpec], rng: KeyedRandom, add: A
     present = PHRASE_FORMS[form](specs[index])
     wording = f"is there {{}}{' thing' if form == 'color' else ''}?"
     absent = present
-    for attempt in itertools.count():  # first recombine what the scene contains; from the fourth attempt on choose at random
+    # The first four attempts mostly recombine properties of the scene's objects; later ones choose at random
+    for attempt in itertools.count():
         recombine = rng.bernoulli(0.6) and attempt < 4
         template = rng.choice(specs)
         candidate = replace(
@@ -235,12 +236,12 @@ def _ask_existence(split: str, specs: list[ObjectSpec], rng: KeyedRandom, add: A
             surface=rng.choice(specs).surface if recombine else rng.choice((template.surface, rng.choice(SURFACES))),
         )
         absent = PHRASE_FORMS[form](candidate)
-        # In `unseen`, absent pairs are unseen pairs too, or the pair alone would give the answer away
+        # In `unseen`, absent pairs must be unseen pairs too, or the pair alone would reveal the answer
         is_allowed = can_show if form == "color kind" else can_mention
         if absent not in counts and is_allowed(split, candidate.color, candidate.kind):
             break
-    add("existence", wording.format(_with_article(present)), "yes", index if counts[present] == 1 else None)
-    add("existence", wording.format(_with_article(absent)), "no", None)
+    add("existence", wording.format(_add_article(present)), "yes", index if counts[present] == 1 else None)
+    add("existence", wording.format(_add_article(absent)), "no", None)
 
 
 def _ask_relations(scene: Scene, specs: list[ObjectSpec], rng: KeyedRandom, add: AddQuestion) -> None:

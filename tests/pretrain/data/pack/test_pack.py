@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from pretrain.data.pack import PackSummary, pack
-from pretrain.data.pack.folder import caption_from_path
+from pretrain.data.pack.folder import build_caption
 from pretrain.data.shards import index, paths
 from pretrain.errors import ConfigError, UserError
 from tests.support import ROOT
@@ -102,7 +102,7 @@ def test_a_folder_with_captions_next_to_the_images(tmp_path: Path) -> None:
     ],
 )
 def test_caption_from_a_path(path: str, caption: str) -> None:
-    assert caption_from_path(path) == caption
+    assert build_caption(path) == caption
 
 
 def test_a_folder_with_captions_from_the_paths(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_unusable_samples_are_counted_and_named(tmp_path: Path) -> None:
         "caption not UTF-8": 1,
         "no such file": 2,
     }
-    text = "\n".join(summary.lines())
+    text = "\n".join(summary.format_lines())
     text.encode()
     assert "3 samples in 1 shards" in text
     assert "skipped 9" in text
@@ -398,7 +398,7 @@ def test_a_killed_run_resumes(tmp_path: Path) -> None:
     assert pack(source, out, shard_size=10, size=20, workers=1).reused == 40
 
 
-def error_message(*arguments: Any, **options: Any) -> str:
+def catch_error(*arguments: Any, **options: Any) -> str:
     """Return the message, of one line, of the UserError that `pack` raises."""
     with pytest.raises(UserError) as caught:
         pack(*arguments, **{"workers": 1, **options})
@@ -409,16 +409,16 @@ def error_message(*arguments: Any, **options: Any) -> str:
 def test_another_source_or_other_options_are_refused(tmp_path: Path) -> None:
     source, out = make_folder(tmp_path / "in"), tmp_path / "out"
     pack(source, out, workers=1)
-    assert "(size=None, now 16)" in error_message(source, out, size=16)
-    assert "shard_size=1000, now 7" in error_message(source, out, shard_size=7)
+    assert "(size=None, now 16)" in catch_error(source, out, size=16)
+    assert "shard_size=1000, now 7" in catch_error(source, out, shard_size=7)
     (source / "cars" / "new.jpg").write_bytes(make_image(0))
-    assert "has changed" in error_message(source, out)
+    assert "has changed" in catch_error(source, out)
     assert pack(source, out, prefix="again", workers=1).written == 12
     (out / "shard-plan.json").unlink()
-    assert "has shard-0000.tar already, and no plan to resume from" in error_message(source, out)
+    assert "has shard-0000.tar already, and no plan to resume from" in catch_error(source, out)
     (out / "again-plan.json").write_text("{")
-    assert "again-plan.json cannot be read" in error_message(source, out, prefix="again")
-    assert "both source and target" in error_message(source, source)
+    assert "again-plan.json cannot be read" in catch_error(source, out, prefix="again")
+    assert "both source and target" in catch_error(source, source)
 
 
 def test_a_second_process_is_refused(tmp_path: Path) -> None:
@@ -428,12 +428,12 @@ def test_a_second_process_is_refused(tmp_path: Path) -> None:
     out.mkdir()
     with open(out / ".shard.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert "another process is packing" in error_message(source, out)
+        assert "another process is packing" in catch_error(source, out)
 
 
 def test_a_corrected_source_can_be_packed(tmp_path: Path) -> None:
     table = write_table(tmp_path / "t.csv", [{"image": f"images/{i}.jpg", "caption": "c"} for i in range(7)])
-    assert "no sample can be used; 7 of 7 have the problem: no such file: row 1: images/0.jpg" in error_message(
+    assert "no sample can be used; 7 of 7 have the problem: no such file: row 1: images/0.jpg" in catch_error(
         table, tmp_path / "out"
     )
     make_images(tmp_path)
@@ -448,13 +448,13 @@ def test_errors_of_use_are_one_line(tmp_path: Path) -> None:
     make_images(tmp_path)
     out = tmp_path / "out"
     table = write_table(tmp_path / "t.csv", ROWS)
-    missing = error_message(table, out, caption_column="captoin")
+    missing = catch_error(table, out, caption_column="captoin")
     assert "no column 'captoin'; did you mean 'caption'?; it has image, caption, label, questions, note" in missing
     assert "--caption-column" in missing
-    assert "no column 'url'" in error_message(write_table(tmp_path / "t.jsonl", ROWS), out, image_column="url")
-    assert "no column 'url'" in error_message(write_table(tmp_path / "t.parquet", ROWS), out, image_column="url")
+    assert "no column 'url'" in catch_error(write_table(tmp_path / "t.jsonl", ROWS), out, image_column="url")
+    assert "no column 'url'" in catch_error(write_table(tmp_path / "t.parquet", ROWS), out, image_column="url")
     (tmp_path / "twice.csv").write_text("image,caption,caption\na,b,c\n")
-    assert "two columns are called 'caption'" in error_message(tmp_path / "twice.csv", out)
+    assert "two columns are called 'caption'" in catch_error(tmp_path / "twice.csv", out)
     for name, content, expected in (
         ("empty.csv", b"", "cannot be read as csv"),
         ("rowless.csv", b"image,caption\n", "there are no rows"),
@@ -465,16 +465,16 @@ def test_errors_of_use_are_one_line(tmp_path: Path) -> None:
         ("sheet.xlsx", b"PK", "give a folder of images, a table (.csv"),
     ):
         (tmp_path / name).write_bytes(content)
-        assert expected in error_message(tmp_path / name, out), name
-    assert "no file matches" in error_message(tmp_path / "nowhere.csv", out)
+        assert expected in catch_error(tmp_path / name, out), name
+    assert "no file matches" in catch_error(tmp_path / "nowhere.csv", out)
     (tmp_path / "bare").mkdir()
-    assert "holds no images" in error_message(tmp_path / "bare", out)
-    assert "use --caption-from path" in error_message(tmp_path / "images", out)
+    assert "holds no images" in catch_error(tmp_path / "bare", out)
+    assert "use --caption-from path" in catch_error(tmp_path / "images", out)
     for option in ({"size": 0}, {"side": "left"}, {"caption_from": "name"}, {"shard_size": 0}, {"prefix": "a/b"}):
         with pytest.raises(ConfigError, match=f"^{next(iter(option))}="):
             pack(tmp_path / "images", out, **option)
     (tmp_path / "file").write_text("")
-    assert "cannot write shards to" in error_message(table, tmp_path / "file" / "out")
+    assert "cannot write shards to" in catch_error(table, tmp_path / "file" / "out")
 
 
 def test_a_full_disk_is_reported_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -484,7 +484,7 @@ def test_a_full_disk_is_reported_in_one_line(tmp_path: Path, monkeypatch: pytest
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", fail)
-    assert "shard-0000.tar: No space left on device" in error_message(source, tmp_path / "out")
+    assert "shard-0000.tar: No space left on device" in catch_error(source, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.tar"))
     monkeypatch.undo()
     assert pack(source, tmp_path / "out", workers=1).written == 2
@@ -495,7 +495,7 @@ def test_a_damaged_tar_is_named(tmp_path: Path) -> None:
     path = tmp_path / "first" / "shard-0000.tar"
     path.write_bytes(path.read_bytes()[:20000])
     (tmp_path / "first" / "shard-0000_stats.json").unlink()
-    assert "shard-0000.tar" in error_message(tmp_path / "first", tmp_path / "out")
+    assert "shard-0000.tar" in catch_error(tmp_path / "first", tmp_path / "out")
 
 
 def test_memory_does_not_grow_with_the_table(tmp_path: Path) -> None:
@@ -522,4 +522,4 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 
 
 def test_lines_of_a_summary() -> None:
-    assert PackSummary(Path("x"), 2, 5, 1).lines() == ["x: 5 samples in 2 shards (1 finished before)"]
+    assert PackSummary(Path("x"), 2, 5, 1).format_lines() == ["x: 5 samples in 2 shards (1 finished before)"]

@@ -128,7 +128,7 @@ def test_numbers_and_sizes_of_objects() -> None:
 # Writing shards
 
 
-def digests(folder: Path) -> dict[str, str]:
+def compute_digests(folder: Path) -> dict[str, str]:
     """Return the SHA-256 digest of each file in a folder."""
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
@@ -142,15 +142,15 @@ def test_any_number_of_processes_writes_the_same_bytes(tmp_path: Path, monkeypat
         assert counts == sizes
         assert calls[-1] == (200, 200)
         assert sorted(calls) == calls
-    expected = digests(tmp_path / "w1")
-    assert expected == digests(tmp_path / "w3")
+    expected = compute_digests(tmp_path / "w1")
+    assert expected == compute_digests(tmp_path / "w3")
     shards = [*(f"train-000{i}.tar" for i in range(3)), "unseen-0000.tar", "unseen-0001.tar"]
     assert sorted(expected) == ["classes.txt", "scenes.json", *shards, "vocabulary.json"]
     # A missing shard is drawn again; the others are not touched
     (tmp_path / "w1" / "train-0001.tar").unlink()
     modified = (tmp_path / "w1" / "train-0000.tar").stat().st_mtime_ns
     draw_dataset(tmp_path / "w1", sizes, 64, 7, 1)
-    assert digests(tmp_path / "w1") == expected
+    assert compute_digests(tmp_path / "w1") == expected
     assert (tmp_path / "w1" / "train-0000.tar").stat().st_mtime_ns == modified
 
 

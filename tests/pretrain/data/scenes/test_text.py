@@ -64,7 +64,7 @@ def is_match(named: tuple[str, str, str | None, str | None], item: dict[str, Any
     )
 
 
-def relation_from_boxes(a: list[int], b: list[int]) -> str:
+def infer_relation(a: list[int], b: list[int]) -> str:
     """Return the relation of `a` to `b` from their boxes alone.
 
     Objects are next to each other if their boxes hardly share columns of pixels; else one stands on the other.
@@ -186,16 +186,16 @@ def test_answers_follow_from_the_description(split: str) -> None:
                 assert box == (boxes[matches[0]] if len(matches) == 1 else None)
             elif m := re.fullmatch(r"where is the (.+), seen from the (.+)\?", question):
                 i, j = find_only(objects, m[1]), find_only(objects, m[2])
-                actual = relation_from_boxes(boxes[i], boxes[j])
+                actual = infer_relation(boxes[i], boxes[j])
                 assert (item["type"], answer, box) == ("relation", actual.removesuffix(" of"), boxes[i])
             elif m := re.fullmatch(r"is the (.+) (on|under|left of|right of) the (.+)\?", question):
                 i, j = find_only(objects, m[1]), find_only(objects, m[3])
                 assert (item["type"], box) == ("relation", boxes[i])
-                assert answer == ("yes" if relation_from_boxes(boxes[i], boxes[j]) == m[2] else "no")
+                assert answer == ("yes" if infer_relation(boxes[i], boxes[j]) == m[2] else "no")
             else:
                 pytest.fail(question)
         for r in content["relations"]:
-            assert r["relation"] == relation_from_boxes(boxes[r["subject"]], boxes[r["object"]])
+            assert r["relation"] == infer_relation(boxes[r["subject"]], boxes[r["object"]])
         largest = CLASSES[content["label"]]
         assert largest in {x["name"] for x in objects}
     assert set(types) == {"colour", "kind", "surface", "count", "existence", "relation"}
