@@ -1,20 +1,22 @@
-"""Do maps find what the words speak of? The pointing game and attention lift by class of word, with controls; and what
-happens when a colour in the text is exchanged.
+"""Measure grounding: the pointing game and attention lift by class of word, controls, and a test with exchanged colors.
 
-    grounding(tuned, shards, GroundingConfig(), device) -> {"pointing_thing": 0.93, "pointing_thing_low": 0.91, ...}
+    evaluate_grounding(tuned, shards, GroundingConfig(), device) -> {"pointing_thing": 0.93, "pointing_thing_low": 0.91, ...}
 
-For every word that speaks of objects (phrases.py) the map of its tokens is held against their boxes (pointing.py); of a text
-that speaks of the same objects throughout also the mean map of all its tokens (`text`): what the answer came from.
+For every word that names objects (phrases.py), the map of its tokens is compared with the objects' boxes (pointing_game.py).
+If all such words of a text name the same objects, the mean map of all its tokens is scored too, as the class `text`.
 Controls, on the same words:
 
-    area        a peak anywhere at random: the part of the cells that would be a hit
-    centre      a bell in the middle of every picture
-    untrained   the same encoders with a new fusion and head, gates opened at random
-    shuffled    a word of the same class in the text of another picture, put to this picture
+    area        a peak at a random cell: the share of cells that would be a hit
+    centre      a bell curve in the middle of every image
+    untrained   the same encoders with a new fusion and head, zero-initialized projections drawn at random
+    shuffled    a word of the same class in the text of another image, paired with this image
 
-Counterfactual: a colour in a text is exchanged so that it speaks of exactly one other object. `before` and `after` count
-peaks of that word's map on the object it speaks of, `moved` those that were right before and after, `stayed` those that
-are still on the first object and not on the second. May import probes.py and all before it.
+Counterfactual: a color in a text is exchanged so that it names exactly one other object. `before` and `after` are the shares
+of peaks on the object that the color names. `moved` is the share of those on the right object both times, and `stayed` of
+those that are still on the first object and not on the second.
+
+The classes `thing` and `colour` and the control `centre` are parts of metric names in saved results, so they stay as they
+are spelled. May import probes.py and what that imports.
 """
 
 from __future__ import annotations
@@ -30,10 +32,10 @@ import torch
 from rich.table import Table
 
 from finetune.explain.attribution import METHODS
-from finetune.explain.word_maps import METHOD, readers
-from finetune.grounding.phrases import KINDS_OF_WORDS
+from finetune.explain.word_maps import METHOD, find_decoders
+from finetune.grounding.phrases import WORD_KINDS
 from finetune.grounding.pointing_game import bootstrap
-from finetune.grounding.probes import SWAP, Prober, Record, Sides, untrained
+from finetune.grounding.probes import SWAP, ImageSizeDecoder, Prober, Record, build_untrained
 from finetune.loading import Finetuned
 from pretrain.data import loader, vocabulary
 from pretrain.data.config import resolve_sources
@@ -47,29 +49,29 @@ CONTROLS = ("area", "centre", "untrained", "shuffled")
 
 @dataclass
 class GroundingConfig:
-    """What is measured, on how much."""
+    """Settings of the measurement."""
 
     method: str = METHOD
-    """Of the maps: raw, rollout, gradcam, relevance."""
+    """How maps are computed: raw, rollout, gradcam or relevance."""
     layer: int | None = None
     """For raw and gradcam: one layer of the fusion, -1 the last; null averages them."""
     texts: int = 4
-    """Texts of a picture at most: its captions, or its questions."""
+    """Largest number of texts per image: its captions, or its questions."""
     batch_size: int = 32
-    """Pictures read at a time, and texts run at a time, per process."""
+    """Images read at a time, and texts passed through the model at a time, per process."""
     workers: int = 0
-    """Processes that read and decode, per process; 0 reads in the process itself: the maps take far longer."""
+    """Worker processes that read and decode, per process. 0 reads in the process itself, since maps take far longer."""
     max_samples: int = 0
-    """Only the first so many pictures; 0 = all."""
+    """Only the first so many images; 0 = all."""
     controls: bool = True
-    """Also run the untrained fusion and shuffled texts: three times the work."""
+    """Also run the untrained fusion and shuffled texts, which takes three times as long."""
     resamples: int = 2000
-    """Bootstrap samples of the pictures."""
+    """Number of bootstrap resamples of the images."""
     seed: int = 0
-    """Of the untrained fusion and of the bootstrap."""
+    """Seed of the untrained fusion and of the bootstrap."""
 
     def check(self) -> None:
-        """Raises ConfigError."""
+        """Raise ConfigError for an unknown method or a number out of range."""
         if self.method not in METHODS:
             near = closest(self.method, list(METHODS))
             raise ConfigError(f"no map method {self.method!r}{near}; the choices are {', '.join(METHODS)}")
@@ -78,104 +80,106 @@ class GroundingConfig:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least {least}")
 
 
-def grounding(tuned: Finetuned, shards: Any, config: GroundingConfig, device: torch.device) -> dict[str, float]:
-    """The figures, the same on every process; they move the model to `device`. Collective.
+def evaluate_grounding(tuned: Finetuned, shards: Any, config: GroundingConfig, device: torch.device) -> dict[str, float]:
+    """Measure grounding on shards. Collective: every process gets the same result. Moves the model to `device`.
 
-    For each class of words that occurs (thing, colour, surface, relation; text: all words of one): `pointing_CLASS` and
-    `lift_CLASS`, each with `_low` and `_high` (95 %), the controls as `pointing_CLASS_area` and so on, and `words_CLASS`.
-    `counterfactual_moved` (with `_low`, `_high`), `_before`, `_after`, `_stayed`, `_area` (a blind peak after the swap), and
-    `swaps`. `samples`, `bad_samples`.
+    Returns:
+        For each class of words that occurs (thing, colour, surface, relation, text): `pointing_CLASS` and `lift_CLASS`, each
+        with `_low` and `_high` (95 % interval), the controls as `pointing_CLASS_area` and so on, and the count
+        `words_CLASS`. Of exchanged colors: `counterfactual_moved` (with `_low`, `_high`), `_before`, `_after`, `_stayed`,
+        `_area` (the score of a random peak after the exchange), and their count `swaps`. Also `samples`, `bad_samples`.
 
     Raises:
         ConfigError: a wrong setting.
-        UserError: no word to point at in the shards, or a model that reads no pictures with words.
+        UserError: no word in the shards names an object with a box, or the model does not read images and texts.
     """
     config.check()
-    image, text = readers(tuned)
-    decoders: dict[str, Any] = {"image": image, "sides": Sides(image.max_pixels)}
+    image_decoder, text_decoder = find_decoders(tuned)
+    decoders: dict[str, Any] = {"image": image_decoder, "sides": ImageSizeDecoder(image_decoder.max_pixels)}
     if not tuned.task.text_is_question:
-        decoders["text"] = text
+        decoders["text"] = text_decoder
     rank, world = distributed.rank(), distributed.world_size()
     batches = loader.build_eval_loader(shards, decoders, config.batch_size, config.workers, rank, world, config.max_samples)
     tuned.model.to(device)
-    fresh = untrained(tuned, config.seed).to(device) if config.controls else None
-    prober = Prober(tuned, fresh, config.method, config.layer, config.batch_size, device, vocabulary_of(shards, config))
+    untrained = build_untrained(tuned, config.seed).to(device) if config.controls else None
+    words = gather_vocabulary(shards, config)
+    prober = Prober(tuned, untrained, config.method, config.layer, config.batch_size, device, words)
 
-    def share() -> tuple[list[Record], int, int]:
+    def measure_local() -> tuple[list[Record], int, int]:
         records: list[Record] = []
         count = 0
         for batch in batches:
             count += len(batch)
-            records += prober.records(batch, config.texts)
+            records += prober.measure(batch, config.texts)
         return records, count, batches.bad.total()
 
-    shares = gather_or_raise(share)
-    records = [record for found, _, _ in shares for record in found]
-    count, bad = sum(n for _, n, _ in shares), sum(n for _, _, n in shares)
+    by_rank = gather_or_raise(measure_local)
+    records = [record for local_records, _, _ in by_rank for record in local_records]
+    count, bad = sum(n for _, n, _ in by_rank), sum(n for _, _, n in by_rank)
     if not records:
-        reads = "questions" if tuned.task.text_is_question else "captions"
+        text_field = "questions" if tuned.task.text_is_question else "captions"
         raise UserError(
-            f"no word to point at in {count} samples of {shards}: grounding needs {reads}, and in the json `objects` with "
-            "name, color and box"
+            f"no word names an object with a box in {count} samples of {shards}: grounding needs {text_field}, and in the json "
+            "`objects` with name, color and box"
         )
-    return {**figures(records, config.resamples, config.seed), "samples": count, "bad_samples": bad}
+    return {**summarize_records(records, config.resamples, config.seed), "samples": count, "bad_samples": bad}
 
 
-def vocabulary_of(shards: Any, config: GroundingConfig) -> Vocabulary:
-    """The words for objects: of vocabulary.json beside the shards, else all that the measured samples' objects have.
+def gather_vocabulary(shards: Any, config: GroundingConfig) -> Vocabulary:
+    """Load the words for objects from vocabulary.json beside the shards, else collect those of the measured samples.
 
-    The same on every process. Collective. Raises ConfigError, UserError.
+    Collective: every process gets the same result. Raises ConfigError or UserError for shards or files that are not valid.
     """
 
-    def find() -> Vocabulary | None:
+    def load_local() -> Vocabulary | None:
         return vocabulary.find_vocabulary(path for source in resolve_sources(shards, "data.val") for path in source.shards)
 
-    beside = gather_or_raise(find)
-    present = [words for words in beside if words is not None]
-    if len(present) == len(beside):
+    by_rank = gather_or_raise(load_local)
+    present = [words for words in by_rank if words is not None]
+    if len(present) == len(by_rank):
         return vocabulary.merge_vocabularies(present)
     rank, world = distributed.rank(), distributed.world_size()
     batches = loader.build_eval_loader(shards, {}, config.batch_size, config.workers, rank, world, config.max_samples)
 
-    def collect() -> Vocabulary:
+    def collect_local() -> Vocabulary:
         values = (json.get("objects") for batch in batches for json in batch.targets["json"])
         return vocabulary.vocabulary_from_objects(item for objects in values if isinstance(objects, list) for item in objects)
 
-    return vocabulary.merge_vocabularies([*present, *gather_or_raise(collect)])
+    return vocabulary.merge_vocabularies([*present, *gather_or_raise(collect_local)])
 
 
-def figures(records: Sequence[Record], resamples: int = 2000, seed: int = 0) -> dict[str, float]:
-    """Means over words, with intervals over pictures for what is not a control."""
-    found: dict[tuple[str, str], list[tuple[str, float]]] = defaultdict(list)
+def summarize_records(records: Sequence[Record], resamples: int = 2000, seed: int = 0) -> dict[str, float]:
+    """Average the records over words, with confidence intervals over images for all but the controls."""
+    values_of: dict[tuple[str, str], list[tuple[str, float]]] = defaultdict(list)
     for record in records:
-        found[record.kind, record.measure].append((record.key, record.value))
-    out: dict[str, float] = {}
-    for kind in KINDS_OF_WORDS:
+        values_of[record.kind, record.measure].append((record.key, record.value))
+    metrics: dict[str, float] = {}
+    for kind in WORD_KINDS:
         for name in ("pointing", "lift"):
-            out |= _interval(f"{name}_{kind}", found.get((kind, name), []), resamples, seed)
+            metrics |= _bootstrap_mean(f"{name}_{kind}", values_of.get((kind, name), []), resamples, seed)
             for control in CONTROLS:
-                if values := found.get((kind, f"{name}_{control}")):
-                    out[f"{name}_{kind}_{control}"] = _mean(values)
-        if words := found.get((kind, "pointing")):
-            out[f"words_{kind}"] = len(words)
-    out |= _interval("counterfactual_moved", found.get((SWAP, "moved"), []), resamples, seed)
+                if values := values_of.get((kind, f"{name}_{control}")):
+                    metrics[f"{name}_{kind}_{control}"] = _average(values)
+        if words := values_of.get((kind, "pointing")):
+            metrics[f"words_{kind}"] = len(words)
+    metrics |= _bootstrap_mean("counterfactual_moved", values_of.get((SWAP, "moved"), []), resamples, seed)
     for measure in ("before", "after", "stayed", "area"):
-        if values := found.get((SWAP, measure)):
-            out[f"counterfactual_{measure}"] = _mean(values)
-    out["swaps"] = len(found.get((SWAP, "moved"), []))
-    return out
+        if values := values_of.get((SWAP, measure)):
+            metrics[f"counterfactual_{measure}"] = _average(values)
+    metrics["swaps"] = len(values_of.get((SWAP, "moved"), []))
+    return metrics
 
 
-def _interval(name: str, values: list[tuple[str, float]], resamples: int, seed: int) -> dict[str, float]:
+def _bootstrap_mean(name: str, values: list[tuple[str, float]], resamples: int, seed: int) -> dict[str, float]:
     if not values:
         return {}
-    pictures = {key: i for i, key in enumerate(dict.fromkeys(key for key, _ in values))}
-    image_index = np.array([pictures[key] for key, _ in values], dtype=np.int64)
+    images = {key: i for i, key in enumerate(dict.fromkeys(key for key, _ in values))}
+    image_index = np.array([images[key] for key, _ in values], dtype=np.int64)
     mean, low, high = bootstrap(np.array([value for _, value in values]), image_index, resamples, seed)
     return {name: mean, f"{name}_low": low, f"{name}_high": high}
 
 
-def _mean(values: list[tuple[str, float]]) -> float:
+def _average(values: list[tuple[str, float]]) -> float:
     return float(np.mean([value for _, value in values]))
 
 
@@ -183,10 +187,10 @@ def _mean(values: list[tuple[str, float]]) -> float:
 # clipfuse evaluate --task grounding
 
 
-def run(tuned: Finetuned, shards: Any, config: GroundingConfig, device: torch.device) -> dict[str, Any]:
-    """`grounding` of a checkpoint, with what was measured on what: plain values, for --json and `summary`."""
-    begin = time.perf_counter()
-    metrics = grounding(tuned, shards, config, device)
+def evaluate_checkpoint(tuned: Finetuned, shards: Any, config: GroundingConfig, device: torch.device) -> dict[str, Any]:
+    """Return the metrics of a checkpoint with its folder, step, data and method, for --json and build_table()."""
+    start = time.perf_counter()
+    metrics = evaluate_grounding(tuned, shards, config, device)
     return {
         "checkpoint": str(tuned.folder),
         "step": tuned.step,
@@ -194,42 +198,42 @@ def run(tuned: Finetuned, shards: Any, config: GroundingConfig, device: torch.de
         "tasks": ["grounding"],
         "method": config.method,
         "metrics": metrics,
-        "seconds": round(time.perf_counter() - begin, 3),
+        "seconds": round(time.perf_counter() - start, 3),
     }
 
 
-def summary(result: dict[str, Any]) -> Table:
-    """The result of `run` as a table for people: shares in percent, intervals of 95 %, controls beside them."""
+def build_table(result: dict[str, Any]) -> Table:
+    """Show a result of evaluate_checkpoint() as a table: shares in percent, 95 % intervals, and the controls."""
     metrics = result["metrics"]
     title = f"{result['checkpoint']}, step {result['step']:,}: {result['method']} maps"
-    said = f"{int(metrics['samples']):,} pictures, {int(metrics['swaps']):,} colours exchanged, {result['seconds']:.0f} s"
-    table = Table(title=title, caption=said, min_width=len(title))
+    caption = f"{int(metrics['samples']):,} images, {int(metrics['swaps']):,} colors exchanged, {result['seconds']:.0f} s"
+    table = Table(title=title, caption=caption, min_width=len(title))
     for name in ("measure", "words", "result", "95 %"):
         table.add_column(name, justify="left" if name == "measure" else "right")
     for name in CONTROLS:
         table.add_column(name, justify="right", style="dim")
-    for name, shown in (("pointing", _percent), ("lift", _times)):
-        for kind in KINDS_OF_WORDS:
+    for name, format_value in (("pointing", _format_percent), ("lift", _format_factor)):
+        for kind in WORD_KINDS:
             key = f"{name}_{kind}"
             if key in metrics:
-                interval = f"{shown(metrics[f'{key}_low'])} to {shown(metrics[f'{key}_high'])}"
-                controls = [shown(metrics[f"{key}_{c}"]) if f"{key}_{c}" in metrics else "" for c in CONTROLS]
-                of = "whole text" if kind == "text" else kind
-                label = f"pointing, {of}" if name == "pointing" else f"attention lift, {of}"
-                table.add_row(label, f"{int(metrics[f'words_{kind}']):,}", shown(metrics[key]), interval, *controls)
+                interval = f"{format_value(metrics[f'{key}_low'])} to {format_value(metrics[f'{key}_high'])}"
+                controls = [format_value(metrics[f"{key}_{c}"]) if f"{key}_{c}" in metrics else "" for c in CONTROLS]
+                words = "whole text" if kind == "text" else kind
+                label = f"pointing, {words}" if name == "pointing" else f"attention lift, {words}"
+                table.add_row(label, f"{int(metrics[f'words_{kind}']):,}", format_value(metrics[key]), interval, *controls)
     if "counterfactual_moved" in metrics:
         moved = [metrics[f"counterfactual_moved{end}"] for end in ("", "_low", "_high")]
-        area = _percent(metrics["counterfactual_area"])
-        swapped, interval = f"{int(metrics['swaps']):,}", f"{_percent(moved[1])} to {_percent(moved[2])}"
-        table.add_row("colour exchanged: peak moved", swapped, _percent(moved[0]), interval)
-        table.add_row("  right after the exchange", swapped, _percent(metrics["counterfactual_after"]), "", area)
-        table.add_row("  stayed on the first", swapped, _percent(metrics["counterfactual_stayed"]), "")
+        area = _format_percent(metrics["counterfactual_area"])
+        swapped, interval = f"{int(metrics['swaps']):,}", f"{_format_percent(moved[1])} to {_format_percent(moved[2])}"
+        table.add_row("color exchanged: peak moved", swapped, _format_percent(moved[0]), interval)
+        table.add_row("  right object after the exchange", swapped, _format_percent(metrics["counterfactual_after"]), "", area)
+        table.add_row("  stayed on the first object", swapped, _format_percent(metrics["counterfactual_stayed"]), "")
     return table
 
 
-def _percent(value: float) -> str:
+def _format_percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
-def _times(value: float) -> str:
+def _format_factor(value: float) -> str:
     return f"{value:.2f}x"

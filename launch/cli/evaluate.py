@@ -99,8 +99,8 @@ def _evaluate_grounding(args: argparse.Namespace) -> int:
 
     config = evaluate.GroundingConfig(method=args.maps)
     config.check()
-    result = evaluate.run(loading.load(args.run), args.data, config, distributed.device())
-    return _print_result(args, result, evaluate.summary)
+    result = evaluate.evaluate_checkpoint(loading.load(args.run), args.data, config, distributed.device())
+    return _print_result(args, result, evaluate.build_table)
 
 
 def _print_result(args: argparse.Namespace, result: dict[str, Any], summary: Callable[[dict[str, Any]], Any]) -> int:
@@ -122,5 +122,5 @@ def attend(args: argparse.Namespace) -> int:
     finetuned = loading.load(args.run)
     finetuned.model.to(distributed.device())
     maps = word_maps.save_figure(finetuned, args.image, args.text, args.out, args.maps, args.layer)
-    print(*maps.lines(), f"wrote {args.out}", sep="\n")
+    print(*maps.caption_lines(), f"wrote {args.out}", sep="\n")
     return DONE

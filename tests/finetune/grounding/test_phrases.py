@@ -1,4 +1,4 @@
-"""Words and the objects they speak of, against sentences read by a person and against the scenes' own records."""
+"""Words and the objects they name, compared with sentences labeled by hand and with the records of drawn scenes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from finetune.grounding.phrases import Mention, mentions, pairs, swaps
+from finetune.grounding.phrases import Mention, build_caption_swaps, find_color_swaps, find_mentions
 from pretrain.data.scenes import dataset
 from pretrain.data.vocabulary import Vocabulary, vocabulary_from_objects
 
@@ -19,13 +19,13 @@ OBJECTS = [
 ]
 
 
-def said(
+def list_mentions(
     text: str, objects: Any = OBJECTS, vocabulary: Vocabulary = dataset.VOCABULARY
 ) -> list[tuple[str, str, tuple[int, ...]]]:
-    found = mentions(text, objects, vocabulary)
-    for mention in found:
+    mentions = find_mentions(text, objects, vocabulary)
+    for mention in mentions:
         assert text[mention.start : mention.end].lower() == mention.word
-    return [(mention.word, mention.kind, mention.objects) for mention in found]
+    return [(mention.word, mention.kind, mention.objects) for mention in mentions]
 
 
 @pytest.mark.parametrize(
@@ -61,19 +61,19 @@ def said(
         ("", []),
     ],
 )
-def test_words_and_what_they_speak_of(text: str, expected: list[tuple[str, str, tuple[int, ...]]]) -> None:
-    assert said(text) == expected
+def test_words_name_objects(text: str, expected: list[tuple[str, str, tuple[int, ...]]]) -> None:
+    assert list_mentions(text) == expected
 
 
-def test_objects_of_other_data() -> None:
+def test_objects_of_another_data_set() -> None:
     objects = [{"name": "Teddy bear", "color": "beige", "box": [0, 0, 1, 1]}, {"name": "box", "box": [0, 0, 1, 1]}]
-    assert said("a beige teddy bear behind two boxes", objects) == [
+    assert list_mentions("a beige teddy bear behind two boxes", objects) == [
         ("beige", "colour", (0,)),
         ("teddy bear", "thing", (0,)),
         ("boxes", "thing", (1,)),
     ]
-    assert said("a teddy bear next to a box", objects)[1] == ("next to", "relation", (0, 1))
-    assert said("anything", []) == []
+    assert list_mentions("a teddy bear next to a box", objects)[1] == ("next to", "relation", (0, 1))
+    assert list_mentions("anything", []) == []
 
 
 FIELD = [
@@ -90,80 +90,88 @@ WORDS = Vocabulary(("tractor", "sheep", "hay bale", "barn"), {"color": ("turquoi
     [
         ("a huge turquoise tractor", [("turquoise", "colour", (0,)), ("tractor", "thing", (0,))]),
         ("two tractors, three sheep", [("tractors", "thing", (0, 1)), ("sheep", "thing", (2,))]),
-        ("is the pink tractor rusty?", []),  # the data has something pink and a barn, this image has not
+        ("is the pink tractor rusty?", []),  # other samples have something pink and a barn, this one does not
         ("a beige barn", []),
-        ("a red tractor", [("tractor", "thing", (0, 1))]),  # red is no word of this data
+        ("a red tractor", [("tractor", "thing", (0, 1))]),  # red is not a word of this data set
         ("a green car", []),
         ("a sheep on a hay bale", [("sheep", "thing", (2,)), ("on", "relation", (2, 3)), ("hay bale", "thing", (3,))]),
     ],
 )
-def test_the_vocabulary_is_that_of_the_data(text: str, expected: list[tuple[str, str, tuple[int, ...]]]) -> None:
-    assert said(text, FIELD, WORDS) == expected
+def test_the_vocabulary_is_that_of_the_data_set(text: str, expected: list[tuple[str, str, tuple[int, ...]]]) -> None:
+    assert list_mentions(text, FIELD, WORDS) == expected
 
 
-def test_colors_of_other_data_exchanged() -> None:
-    (one,) = swaps("a turquoise tractor", FIELD, WORDS)
-    assert (one.after, one.new.objects) == ("a beige tractor", (1,))
-    assert [(each.before, each.after) for each in pairs(FIELD, WORDS)] == [
+def test_colors_of_another_data_set_are_exchanged() -> None:
+    (swap,) = find_color_swaps("a turquoise tractor", FIELD, WORDS)
+    assert (swap.after, swap.new.objects) == ("a beige tractor", (1,))
+    assert [(swap.before, swap.after) for swap in build_caption_swaps(FIELD, WORDS)] == [
         ("a turquoise tractor", "a beige tractor"),
         ("a beige tractor", "a turquoise tractor"),
     ]
 
 
-def test_words_of_scenes_are_none_of_other_data() -> None:
-    """A leather boat is a boat where leather names nothing; the drawn scenes know "leather" as a surface."""
+def test_words_of_scenes_do_not_apply_to_another_data_set() -> None:
+    """Where "leather" is no known word, a leather boat is a boat; in drawn scenes "leather" is a surface."""
     boats = [{"name": "boat", "surface": "wooden"}]
-    assert said("a leather boat", boats, vocabulary_from_objects(boats)) == [("boat", "thing", (0,))]
-    assert said("a leather boat", boats) == []
+    assert list_mentions("a leather boat", boats, vocabulary_from_objects(boats)) == [("boat", "thing", (0,))]
+    assert list_mentions("a leather boat", boats) == []
 
 
 def test_a_word_that_names_an_object_and_a_color() -> None:
     fruit = [{"name": "orange"}, {"name": "box", "color": "orange"}, {"name": "box", "color": "blue"}]
-    assert said("an orange box", fruit, vocabulary_from_objects(fruit)) == [("orange", "colour", (1,)), ("box", "thing", (1,))]
-    assert said("an orange, a blue box", fruit, vocabulary_from_objects(fruit)) == [
+    assert list_mentions("an orange box", fruit, vocabulary_from_objects(fruit)) == [
+        ("orange", "colour", (1,)),
+        ("box", "thing", (1,)),
+    ]
+    assert list_mentions("an orange, a blue box", fruit, vocabulary_from_objects(fruit)) == [
         ("orange", "thing", (0,)),
         ("blue", "colour", (2,)),
         ("box", "thing", (2,)),
     ]
 
 
-def test_a_colour_exchanged() -> None:
-    (one,) = swaps("is the red car plain?", OBJECTS)
-    assert (one.after, one.old.objects, one.new) == ("is the blue car plain?", (0,), Mention("blue", 7, 11, "colour", (2,)))
-    # nothing blue is striped; no sofa is red; both cars are spoken of
-    assert swaps("a striped red car", OBJECTS) == swaps("a black sofa", OBJECTS) == []
-    assert swaps("a red car left of a blue car", OBJECTS) == []
-    answers = {each.after for each in swaps("What is a black thing?", OBJECTS)}
+def test_a_color_is_exchanged() -> None:
+    (swap,) = find_color_swaps("is the red car plain?", OBJECTS)
+    assert (swap.after, swap.old.objects, swap.new) == ("is the blue car plain?", (0,), Mention("blue", 7, 11, "colour", (2,)))
+    # nothing blue is striped; no sofa is red; both cars are named
+    assert find_color_swaps("a striped red car", OBJECTS) == find_color_swaps("a black sofa", OBJECTS) == []
+    assert find_color_swaps("a red car left of a blue car", OBJECTS) == []
+    answers = {swap.after for swap in find_color_swaps("What is a black thing?", OBJECTS)}
     assert answers == {"What is a red thing?", "What is a blue thing?", "What is an orange thing?"}
-    (back,) = [each for each in swaps("An orange thing", OBJECTS) if each.new.word == "red"]
+    (back,) = [swap for swap in find_color_swaps("An orange thing", OBJECTS) if swap.new.word == "red"]
     assert (back.after, back.after[back.new.start : back.new.end]) == ("A red thing", "red")
-    assert [(each.before, each.after) for each in pairs(OBJECTS)] == [("a red car", "a blue car"), ("a blue car", "a red car")]
+    assert [(swap.before, swap.after) for swap in build_caption_swaps(OBJECTS)] == [
+        ("a red car", "a blue car"),
+        ("a blue car", "a red car"),
+    ]
 
 
-def test_scenes_speak_of_what_they_record() -> None:
-    """Questions about one thing come with its box: the words must lead to it. The first caption names every thing."""
+def test_texts_of_scenes_name_the_recorded_objects() -> None:
+    """Questions about one object record its box, which their words must name. The first caption names every object."""
     kinds: Counter[str] = Counter()
     checked = moved = 0
     for i in range(60):
-        _, said_of = dataset.draw_scene(7, "train", i)
-        objects = said_of["objects"]
-        for asked in said_of["questions"]:
-            found = [
-                mention for mention in mentions(asked["question"], objects, dataset.VOCABULARY) if mention.kind != "relation"
+        _, record = dataset.draw_scene(7, "train", i)
+        objects = record["objects"]
+        for question in record["questions"]:
+            named = [
+                mention
+                for mention in find_mentions(question["question"], objects, dataset.VOCABULARY)
+                if mention.kind != "relation"
             ]
-            if asked["box"] is not None and asked["type"] != "relation":
-                assert {mention.objects for mention in found} == {(index_of(objects, asked["box"]),)}, asked
+            if question["box"] is not None and question["type"] != "relation":
+                assert {mention.objects for mention in named} == {(index_of(objects, question["box"]),)}, question
                 checked += 1
-            if asked["type"] == "existence" and asked["answers"] == ["no"]:
-                assert not found, asked
-            moved += len(swaps(asked["question"], objects, dataset.VOCABULARY))
-        found = mentions(said_of["captions"][0], objects, dataset.VOCABULARY)
-        assert {i for mention in found if mention.kind == "thing" for i in mention.objects} == set(range(len(objects)))
-        kinds.update(mention.kind for mention in found)
+            if question["type"] == "existence" and question["answers"] == ["no"]:
+                assert not named, question
+            moved += len(find_color_swaps(question["question"], objects, dataset.VOCABULARY))
+        mentions = find_mentions(record["captions"][0], objects, dataset.VOCABULARY)
+        assert {i for mention in mentions if mention.kind == "thing" for i in mention.objects} == set(range(len(objects)))
+        kinds.update(mention.kind for mention in mentions)
     assert checked > 100
     assert moved > 50
     assert min(kinds[kind] for kind in ("thing", "colour", "surface", "relation")) > 15
 
 
 def index_of(objects: list[dict[str, Any]], box: list[int]) -> int:
-    return next(i for i, each in enumerate(objects) if each["box"] == box)
+    return next(i for i, item in enumerate(objects) if item["box"] == box)
