@@ -1,4 +1,4 @@
-"""Exports give the run's embeddings when transformers, open_clip and onnxruntime load them, from pictures and words on."""
+"""Exports give the run's embeddings for the same images and texts in transformers, open_clip and onnxruntime."""
 
 import io
 import json
@@ -45,47 +45,48 @@ SIGLIP = [*SIGLIP_TEXT, "image.args={patch_size: 8, embed_dim: 32, depth: 2, num
 SCENES = [*TINY_TOWERS, "text.pool=avg", "image.args={weight_init: jax}"]
 
 
-def fresh(name: str, tokenizer: Path, *settings: str) -> LoadedModel:
-    """A shipped configuration, shrunk, with random weights: norms and biases too, which are 1 and 0 at the start."""
-    read = load_tokenizer(str(tokenizer))
+def build_model(name: str, tokenizer: Path, *settings: str) -> LoadedModel:
+    """Build a shipped configuration, shrunk, with random weights, also for norms and biases, which start at 1 and 0."""
+    loaded_tokenizer = load_tokenizer(str(tokenizer))
     values = configuration.load_values(ROOT / f"configs/pretrain/{name}.yaml", [f"text.tokenizer={tokenizer}", *settings])
     config = configuration.build(ModelSchema, values, name, partial=True)
     torch.manual_seed(0)
-    model = models.build(models.tower_configs(config), config.model, read)
+    model = models.build(models.tower_configs(config), config.model, loaded_tokenizer)
     with torch.no_grad():
         for parameter in model.towers.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
         model.logit_scale.fill_(3.0)
-    return LoadedModel(model.eval(), config, read, models.build_decoders(config, read, model, "txt"), Path("none"), 0)
+    decoders = models.build_decoders(config, loaded_tokenizer, model, "txt")
+    return LoadedModel(model.eval(), config, loaded_tokenizer, decoders, Path("none"), 0)
 
 
 @pytest.fixture(scope="module")
 def samples(small: Small) -> tuple[list[bytes], list[str]]:
-    """Drawn scenes, one of them cut so that nothing about its crop is even, and their captions, one much too long."""
+    """Drawn scenes, one of them cropped to odd sizes, and their captions, one of them much too long."""
     reader = ShardReader(expand_shards(small.val))
     raw = [reader.read(0, i) for i in range(6)]
-    pictures = [next(data for name, data in one.members.items() if name in ("jpg", "png")) for one in raw]
-    odd = Image.open(io.BytesIO(pictures[0])).convert("RGB").crop((0, 0, 37, 64))
+    images = [next(data for name, data in sample.members.items() if name in ("jpg", "png")) for sample in raw]
+    odd = Image.open(io.BytesIO(images[0])).convert("RGB").crop((0, 0, 37, 64))
     buffer = io.BytesIO()
     odd.save(buffer, "png")
-    captions = [one.members["txt"].decode() for one in raw]
-    return [*pictures, buffer.getvalue()], [*captions, " ".join(captions * 3)]
+    captions = [sample.members["txt"].decode() for sample in raw]
+    return [*images, buffer.getvalue()], [*captions, " ".join(captions * 3)]
 
 
 @torch.no_grad()
-def embedded(loaded: LoadedModel, samples: tuple[list[bytes], list[str]]) -> tuple[torch.Tensor, torch.Tensor]:
+def embed(loaded: LoadedModel, samples: tuple[list[bytes], list[str]]) -> tuple[torch.Tensor, torch.Tensor]:
     image: ImageDecoder = loaded.decoders["image"]
     text: TextDecoder = loaded.decoders["text"]
-    pictures = torch.stack([image.decode_eval(data) for data in samples[0]])
-    return loaded.model.encode("image", pictures), loaded.model.encode("text", *text.encode(samples[1]))
+    images = torch.stack([image.decode_eval(data) for data in samples[0]])
+    return loaded.model.encode("image", images), loaded.model.encode("text", *text.encode(samples[1]))
 
 
-def opened(samples: tuple[list[bytes], list[str]]) -> list[Image.Image]:
+def open_images(samples: tuple[list[bytes], list[str]]) -> list[Image.Image]:
     return [Image.open(io.BytesIO(data)).convert("RGB") for data in samples[0]]
 
 
-def same(ours: tuple[torch.Tensor, ...], theirs: tuple[torch.Tensor, ...], atol: float = 1e-5) -> None:
-    for a, b in zip(ours, theirs, strict=True):
+def assert_close(expected: tuple[torch.Tensor, ...], actual: tuple[torch.Tensor, ...], atol: float = 1e-5) -> None:
+    for a, b in zip(expected, actual, strict=True):
         torch.testing.assert_close(a, b, atol=atol, rtol=0)
 
 
@@ -108,37 +109,36 @@ HF = {
 
 
 @pytest.mark.parametrize("case", HF)
-def test_transformers_gives_the_same(case: str, small: Small, samples: Any, tmp_path: Path) -> None:
+def test_transformers_gives_the_embeddings_of_the_run(case: str, small: Small, samples: Any, tmp_path: Path) -> None:
     name, settings, kind = HF[case]
-    loaded = fresh(name, small.tokenizer, *settings)
+    loaded = build_model(name, small.tokenizer, *settings)
     folder = export.export(loaded, tmp_path / "out", "hf")
     model, processor = AutoModel.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
     assert model.config.model_type == kind
     assert model.logit_scale.ndim == (1 if kind == "siglip" else 0)
     padding: Any = "max_length" if kind == "siglip" else True
-    inputs = processor(images=opened(samples), text=samples[1], return_tensors="pt", padding=padding, truncation=True)
+    inputs = processor(images=open_images(samples), text=samples[1], return_tensors="pt", padding=padding, truncation=True)
     inputs.pop("token_type_ids", None)
     with torch.no_grad():
         out = model(**inputs)
-    ours = embedded(loaded, samples)
-    same(ours, (out.image_embeds, out.text_embeds))
-    logits = loaded.model.logit_scale.exp() * ours[0] @ ours[1].T
+    expected = embed(loaded, samples)
+    assert_close(expected, (out.image_embeds, out.text_embeds))
+    logits = loaded.model.logit_scale.exp() * expected[0] @ expected[1].T
     if loaded.model.logit_bias is not None:
         logits = logits + loaded.model.logit_bias
     torch.testing.assert_close(out.logits_per_image, logits.detach(), atol=1e-3, rtol=1e-4)
 
 
-def test_the_zero_shot_pipeline_works(small: Small, samples: Any, tmp_path: Path) -> None:
-    loaded = fresh("clipart", small.tokenizer, *TINY_TOWERS)
+def test_the_zero_shot_pipeline_gives_the_probabilities_of_the_run(small: Small, samples: Any, tmp_path: Path) -> None:
+    loaded = build_model("clipart", small.tokenizer, *TINY_TOWERS)
     folder = export.export(loaded, tmp_path / "out", "hf")
     classify = pipeline("zero-shot-image-classification", model=str(folder))
     labels = ["a red ball", "two green boxes on grass"]
-    found = {
-        one["label"]: one["score"] for one in classify(opened(samples)[0], candidate_labels=labels, hypothesis_template="{}")
-    }
-    image, text = embedded(loaded, (samples[0][:1], labels))
+    answers = classify(open_images(samples)[0], candidate_labels=labels, hypothesis_template="{}")
+    scores = {answer["label"]: answer["score"] for answer in answers}
+    image, text = embed(loaded, (samples[0][:1], labels))
     expected = (loaded.model.logit_scale.exp() * image @ text.T).softmax(dim=-1)[0]
-    assert [found[label] for label in labels] == pytest.approx(expected.tolist(), abs=1e-4)
+    assert [scores[label] for label in labels] == pytest.approx(expected.tolist(), abs=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -157,27 +157,27 @@ OPEN_CLIP = {
 
 
 @pytest.mark.parametrize("case", OPEN_CLIP)
-def test_open_clip_gives_the_same(case: str, small: Small, samples: Any, tmp_path: Path) -> None:
+def test_open_clip_gives_the_embeddings_of_the_run(case: str, small: Small, samples: Any, tmp_path: Path) -> None:
     name, settings = OPEN_CLIP[case]
-    loaded = fresh(name, small.tokenizer, *settings)
+    loaded = build_model(name, small.tokenizer, *settings)
     folder = export.export(loaded, tmp_path / "out", "open_clip")
     model, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
     model.eval()
     assert model.logit_scale.shape == ()
-    pictures = torch.stack([preprocess(picture) for picture in opened(samples)])
+    images = torch.stack([preprocess(image) for image in open_images(samples)])
     with torch.no_grad():
-        found = model.encode_image(pictures, normalize=True), model.encode_text(tokenizer(samples[1]), normalize=True)
-    same(embedded(loaded, samples), found)
+        embeddings = model.encode_image(images, normalize=True), model.encode_text(tokenizer(samples[1]), normalize=True)
+    assert_close(embed(loaded, samples), embeddings)
     assert model.logit_scale.item() == pytest.approx(3.0)
     if loaded.model.logit_bias is not None:
         assert model.logit_bias.item() == pytest.approx(-10)
 
 
-def test_a_folder_may_be_moved(small: Small, tmp_path: Path) -> None:
-    """Nothing in it names a place."""
+def test_an_exported_folder_may_be_moved(small: Small, tmp_path: Path) -> None:
+    """No file in it names its path."""
     for form in ("hf", "open_clip"):
-        folder = export.export(fresh("clipart", small.tokenizer, *TINY_TOWERS), tmp_path / form, form)
+        folder = export.export(build_model("clipart", small.tokenizer, *TINY_TOWERS), tmp_path / form, form)
         for path in folder.glob("*.json"):
             assert str(tmp_path) not in path.read_text(), path.name
 
@@ -186,69 +186,69 @@ def test_a_folder_may_be_moved(small: Small, tmp_path: Path) -> None:
 # ONNX
 
 
-def test_onnxruntime_gives_the_same(small: Small, samples: Any, tmp_path: Path) -> None:
-    loaded = fresh("scenes", small.tokenizer, *SCENES)
+def test_onnxruntime_gives_the_embeddings_of_the_run(small: Small, samples: Any, tmp_path: Path) -> None:
+    loaded = build_model("scenes", small.tokenizer, *SCENES)
     folder = export.export(loaded, tmp_path / "out", "onnx")
     recipe = json.loads((folder / "preprocess.json").read_text())
     image: ImageDecoder = loaded.decoders["image"]
     scaled = torch.stack([image.decode_eval(data) for data in samples[0]]) / 255
-    pictures = (scaled - torch.tensor(recipe["mean"]).view(3, 1, 1)) / torch.tensor(recipe["std"]).view(3, 1, 1)
-    ours = embedded(loaded, samples)
-    same(ours, onnx.load(folder)(pictures, samples[1]))
-    same(ours, onnx.load(folder, "-fp16")(pictures, samples[1]), atol=5e-3)
-    one = onnx.load(folder)(pictures[:1], samples[1][:1])  # another batch, a shorter text
-    same((ours[0][:1], ours[1][:1]), one)
+    images = (scaled - torch.tensor(recipe["mean"]).view(3, 1, 1)) / torch.tensor(recipe["std"]).view(3, 1, 1)
+    expected = embed(loaded, samples)
+    assert_close(expected, onnx.load(folder)(images, samples[1]))
+    assert_close(expected, onnx.load(folder, "-fp16")(images, samples[1]), atol=5e-3)
+    embeddings = onnx.load(folder)(images[:1], samples[1][:1])  # another batch, a shorter text
+    assert_close((expected[0][:1], expected[1][:1]), embeddings)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Mean pooling as a layer
+# Mean pooling as an attention layer
 
 
 @pytest.mark.parametrize("heads", [1, 4])
-def test_the_mean_written_as_attention(heads: int, small: Small) -> None:
-    """In float64, against the mean itself."""
+def test_an_attention_layer_computes_the_mean(heads: int, small: Small) -> None:
+    """In float64, compared with a tower that pools by the mean."""
     more = ["text.pool=avg", "text.length=77", f"text.args={{num_attention_heads: {heads}}}"]
-    loaded = fresh("scenes", small.tokenizer, *TINY_TOWERS, *more)
+    loaded = build_model("scenes", small.tokenizer, *TINY_TOWERS, *more)
     tower: Any = loaded.model.towers["text"].double()
-    made = text_weights.text_spec(tower)
-    assert isinstance(made, text_weights.TextSpec)
+    spec = text_weights.text_spec(tower)
+    assert isinstance(spec, text_weights.TextSpec)
     projection: Any = loaded.model.projection("text").double()
-    new, weights = mean_pooling.to_attention_layer(
-        made, {n: v.double() for n, v in text_weights.to_open_clip(tower, projection.weight).items()}
+    new_spec, weights = mean_pooling.to_attention_layer(
+        spec, {n: v.double() for n, v in text_weights.to_open_clip(tower, projection.weight).items()}
     )
-    theirs = open_clip.transformer.TextTransformer(
-        context_length=new.positions,
-        vocab_size=new.vocab,
-        width=new.width,
-        heads=new.heads,
-        layers=new.depth,
-        mlp_ratio=block_weights.compute_mlp_ratio(new.hidden, new.width),
+    text_transformer = open_clip.transformer.TextTransformer(
+        context_length=new_spec.positions,
+        vocab_size=new_spec.vocab,
+        width=new_spec.width,
+        heads=new_spec.heads,
+        layers=new_spec.depth,
+        mlp_ratio=block_weights.compute_mlp_ratio(new_spec.hidden, new_spec.width),
         output_dim=16,
         act_layer=torch.nn.GELU,
-        norm_layer=lambda width: torch.nn.LayerNorm(width, eps=new.eps),
+        norm_layer=lambda width: torch.nn.LayerNorm(width, eps=new_spec.eps),
     ).double()
-    theirs.load_state_dict(weights)
+    text_transformer.load_state_dict(weights)
     ids, mask = loaded.decoders["text"].encode(["a red ball", "two green boxes on grass, left of a house", ""])
     full = torch.nn.functional.pad(ids, (0, 77 - ids.shape[1]))
     with torch.no_grad():
-        ours = torch.nn.functional.normalize(projection(tower(ids, mask).pooled), dim=-1)
-        found = torch.nn.functional.normalize(theirs.eval()(full), dim=-1)
-    torch.testing.assert_close(ours, found, atol=1e-6, rtol=0)  # embeddings are normalised in float32
+        expected = torch.nn.functional.normalize(projection(tower(ids, mask).pooled), dim=-1)
+        actual = torch.nn.functional.normalize(text_transformer.eval()(full), dim=-1)
+    torch.testing.assert_close(expected, actual, atol=1e-6, rtol=0)  # embeddings are normalized in float32
 
 
-def test_mlp_ratios_are_read_back_as_the_same_width() -> None:
+def test_mlp_ratios_give_the_same_hidden_width() -> None:
     for width in (32, 80, 192, 448, 513):
         for hidden in (1, 64, 767, 768, 3072, 4304):
             assert int(width * block_weights.compute_mlp_ratio(hidden, width)) == hidden
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The command, its card, and what it refuses
+# The command, the model card, and refused exports
 
 
 @pytest.fixture(scope="module")
 def run(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny run that is done, with its recalls."""
+    """A finished tiny run, with retrieval metrics."""
     run = tmp_path_factory.mktemp("export") / "run"
     more = ("train.steps=4", f"data.val={small.val}", "eval.workers=0")
     assert cli.main(["pretrain", "clipart", *small.settings(run, *more)]) == 0
@@ -261,16 +261,16 @@ def test_the_command_exports_a_trained_run(run: Path, samples: Any, tmp_path: Pa
     assert str(out) in capsys.readouterr().out
     card = (out / "README.md").read_text()
     assert card.startswith("---\nlicense: cc0-1.0\n")
-    for said in ("image to text R@1", "train-*.tar", "steps | 4 of 16", "lr 0.001", "create_model_from_pretrained", "400"):
-        assert said in card, said
+    for text in ("image to text R@1", "train-*.tar", "steps | 4 of 16", "lr 0.001", "create_model_from_pretrained", "400"):
+        assert text in card, text
     assert str(run) not in card
     model, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{out}")
     with torch.no_grad():
-        found = model.encode_image(torch.stack([preprocess(p) for p in opened(samples)]), normalize=True)
-    torch.testing.assert_close(embedded(loading.load_model(run), samples)[0], found, atol=1e-5, rtol=0)
+        embeddings = model.encode_image(torch.stack([preprocess(p) for p in open_images(samples)]), normalize=True)
+    torch.testing.assert_close(embed(loading.load_model(run), samples)[0], embeddings, atol=1e-5, rtol=0)
 
 
-def test_the_card_of_an_earlier_checkpoint_tells_of_that_one(run: Path, tmp_path: Path) -> None:
+def test_the_card_of_an_earlier_checkpoint_describes_that_checkpoint(run: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     later = {"step": 9, "samples_seen": 9 * 16, "val/image_to_text_R@1": 0.987}
@@ -283,7 +283,7 @@ def test_the_card_of_an_earlier_checkpoint_tells_of_that_one(run: Path, tmp_path
     assert "| steps | 4 of 16 samples |" in card
 
 
-def test_the_lines_of_the_card_load_the_graphs(run: Path, samples: Any, tmp_path: Path) -> None:
+def test_the_code_of_the_card_loads_the_graphs(run: Path, samples: Any, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     loaded = loading.load_model(run)
     export.export(loaded, tmp_path / "model", "onnx")
@@ -291,35 +291,35 @@ def test_the_lines_of_the_card_load_the_graphs(run: Path, samples: Any, tmp_path
     assert code is not None
     (tmp_path / "picture.jpg").write_bytes(samples[0][0])
     command = [sys.executable, "-c", code[1]]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    image, text = embedded(loaded, (samples[0][:1], ["a cat", "a dog"]))
-    told = [float(n) for n in re.findall(r"-?\d+\.\d+(?:e-?\d+)?", done.stdout)]
-    assert told == pytest.approx((image @ text.T)[0].tolist(), abs=1e-5)
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
+    assert process.returncode == 0, process.stderr[-2000:]
+    image, text = embed(loaded, (samples[0][:1], ["a cat", "a dog"]))
+    printed = [float(n) for n in re.findall(r"-?\d+\.\d+(?:e-?\d+)?", process.stdout)]
+    assert printed == pytest.approx((image @ text.T)[0].tolist(), abs=1e-5)
 
 
-def refused(*given: str | Path) -> int:
-    return cli.main(["export", *map(str, given)])
+def run_export(*words: str | Path) -> int:
+    return cli.main(["export", *map(str, words)])
 
 
-def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("clipfuse: ")]
     assert len(lines) == 1
     return lines[0]
 
 
-def test_what_exists_is_not_overwritten(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert refused(run, tmp_path, "--format", "hf") == 1
-    assert "exists already" in one_line(capsys)
+def test_an_existing_folder_is_not_overwritten(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_export(run, tmp_path, "--format", "hf") == 1
+    assert "exists already" in error_line(capsys)
 
 
-def test_an_unfinished_run_is_named(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unfinished_run_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     status = json.loads((copy / "status.json").read_text()) | {"state": "stopped", "why": "stopped by SIGTERM"}
     (copy / "status.json").write_text(json.dumps(status))
-    assert refused(copy, tmp_path / "out", "--format", "hf") == 1
-    line = one_line(capsys)
+    assert run_export(copy, tmp_path / "out", "--format", "hf") == 1
+    line = error_line(capsys)
     assert "not finished" in line
     assert "SIGTERM" in line
     assert "step-0000004" in line
@@ -330,22 +330,22 @@ def test_a_damaged_checkpoint_is_refused(run: Path, tmp_path: Path, capsys: pyte
     folder = tmp_path / "step-0000004"
     shutil.copytree(run / "checkpoints/step-0000004", folder)
     (folder / "config.yaml").write_text((folder / "config.yaml").read_text() + "\n")
-    assert refused(folder, tmp_path / "out", "--format", "hf") == 1
-    assert "its manifest says" in one_line(capsys)
+    assert run_export(folder, tmp_path / "out", "--format", "hf") == 1
+    assert "its manifest says" in error_line(capsys)
 
 
-def test_a_part_without_a_place_is_named_with_the_formats_that_have_one(small: Small, tmp_path: Path) -> None:
-    mixed = fresh("clipart", small.tokenizer, *TINY_TOWERS, QUICK)  # gelu for pictures, quick_gelu for texts
+def test_a_part_that_a_format_cannot_hold_is_named_with_the_formats_that_can(small: Small, tmp_path: Path) -> None:
+    mixed = build_model("clipart", small.tokenizer, *TINY_TOWERS, QUICK)  # gelu for images, quick_gelu for texts
     with pytest.raises(export.UserError, match=r"^open_clip cannot hold the activations .* --format hf or onnx can hold it$"):
         export.export(mixed, tmp_path / "out", "open_clip")
-    fused = fresh("siglip-b-16", small.tokenizer, *SIGLIP, "model.projection=linear")
+    projected = build_model("siglip-b-16", small.tokenizer, *SIGLIP, "model.projection=linear")
     with pytest.raises(export.UserError, match=r"^hf cannot hold the projection of the image tower.*--format onnx can"):
-        export.export(fused, tmp_path / "out", "hf")
+        export.export(projected, tmp_path / "out", "hf")
     bert = [
         "text.args={model_type: bert, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 2}"
     ]
-    averaged = fresh("clipart", small.tokenizer, *TINY_TOWERS, *bert, "text.pool=avg")
+    mean_pooled = build_model("clipart", small.tokenizer, *TINY_TOWERS, *bert, "text.pool=avg")
     for form in ("hf", "open_clip"):
         with pytest.raises(export.UserError, match=rf"^{form} cannot hold the text tower, a bert.*--format onnx can hold it$"):
-            export.export(averaged, tmp_path / "out", form)
+            export.export(mean_pooled, tmp_path / "out", form)
     assert not (tmp_path / "out").exists()
