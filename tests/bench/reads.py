@@ -2,8 +2,8 @@
 
     python -m tests.bench.reads [--samples 10000 --rounds 3]
 
-Nothing is decoded. The shards are generated for the run (an image of 8 to 15 KB, a caption and a json per sample) and are
-in the page cache for both. Rounds alternate. Figures are medians of processor time, which other work on the machine
+Nothing is decoded. The shards are generated for the run and are in the page cache for both. A sample has an image of 8 to
+15 KB, a caption and a json. Rounds alternate. Figures are medians of processor time, which other work on the machine
 disturbs less.
 """
 

@@ -1,12 +1,12 @@
 """Draws the built-in data set of scenes with captions, questions and boxes, and writes it as shards.
 
-A scene is a background (grass, beach, room, ...) with one to four objects (a red car, a black leather sofa, ...) that stand on
-or beside each other. Everything is a function of (seed, split, index) alone, so shards have the same bytes however many
+A scene is a background (grass, beach, ...) with one to four objects (a red car, a black leather sofa, ...), which stand next
+to or on each other. Everything is a function of (seed, split, index) alone, so shards have the same bytes however many
 processes draw them.
 
 The splits are `train`, `val` and `test`, and two more for evaluation. In `unseen`, every object is a pair of color and kind
-that the other splits neither show nor mention (UNSEEN). `hard` has groups of four scenes that differ in one color, in one
-kind, or in the positions of two objects, for retrieval among near misses.
+that the other splits neither show nor mention (UNSEEN). `hard` tests retrieval among near misses: its
+scenes come in groups of four that differ in one color, in one kind, or in the positions of two objects.
 """
 
 from __future__ import annotations

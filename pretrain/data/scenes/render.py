@@ -58,8 +58,8 @@ def render_scene(scene: Scene, size: int, skip: Collection[int] = ()) -> tuple[I
     Args:
         skip: indices of objects to leave out. Their shadows stay, so that the images differ only in the object itself.
     Returns:
-        image and boxes. A box is [x0, y0, x1, y1] in whole pixels without the last column and row, or [0, 0, 0, 0] for an
-        object that is left out.
+        image and boxes. A box is [x0, y0, x1, y1] in whole pixels, without the last column and row. The box of an object
+        that is left out is [0, 0, 0, 0].
     """
     factor = choose_oversampling(size)
     side = size * factor
