@@ -16,7 +16,7 @@ A packed folder contains these files:
 Sample n of the source is in shard n // shard_size, unless it was skipped. So the samples of a shard do not depend on other
 shards. Any number of processes write shards in any order, and a run that is started again keeps the finished ones.
 
-May import the rest of `pretrain.data`, `pretrain.runtime` and `pretrain.errors`, but no torch: workers must start quickly.
+May import the rest of `pretrain.data`, `pretrain.runtime` and `pretrain.errors`. Do not import torch: workers start anew.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Writes one shard: reads the samples of a job, checks or resizes their images, and writes a tar.
 
-This is what a worker process runs. It imports no torch, so that worker processes start quickly.
+This is what a worker process runs. Worker processes start anew, so import only what they need here, and no torch.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ to or on each other. Everything is a function of (seed, split, index) alone, so 
 processes draw them.
 
 The splits are `train`, `val` and `test`, and two more for evaluation. In `unseen`, every object is a pair of color and kind
-that the other splits neither show nor mention (UNSEEN). `hard` tests retrieval among near misses: its
-scenes come in groups of four that differ in one color, in one kind, or in the positions of two objects.
+that the other splits neither show nor mention (UNSEEN). `hard` tests retrieval among near misses: its scenes come in groups
+of four that differ in one color, in one kind, or in the positions of two objects.
 """
 
 from __future__ import annotations
