@@ -1,4 +1,4 @@
-"""Export a run to a folder that another library loads: transformers, open_clip, or ONNX graphs for onnxruntime.
+"""Export a run to a folder that transformers, open_clip or onnxruntime loads.
 
     export(loaded, Path("DIR"), "hf") -> Path
 
@@ -75,7 +75,7 @@ def export(loaded: LoadedModel, folder: Path, format_name: str, license: str | N
 
 
 def suggest_format(loaded: LoadedModel, name: str) -> tuple[str, str] | None:
-    """Return the first of FORMATS that can hold the model, and the Python code that loads it from a folder `name`.
+    """Return the first of FORMATS that can hold the model, and Python code that loads a folder `name`.
 
     None if no format can hold it.
     """
@@ -88,7 +88,9 @@ def suggest_format(loaded: LoadedModel, name: str) -> tuple[str, str] | None:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yield a hidden folder to write into, which is renamed to `folder` if the block succeeds and removed if it fails.
+    """Yield a hidden folder to write into, which becomes `folder` if the block succeeds.
+
+    If the block fails, it is removed.
 
     Raises UserError where `folder` exists already.
     """
@@ -105,7 +107,10 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def get_encoders(loaded: LoadedModel) -> Encoders:
-    """Return the image and text encoder of a loaded model, as the formats write them. Raises UserError without text."""
+    """Return the image and text encoder of a loaded model, as the formats write them.
+
+    Raises UserError for a model without text tower.
+    """
     text = loaded.decoders.get("text")
     if text is None:
         raise UserError(f"{loaded.folder} has no text tower: an export holds a pair of image and text encoder")

@@ -183,7 +183,10 @@ def integrity_error(folder: Path) -> str | None:
 
 
 def find_newest(checkpoints: Path, report: Callable[[str], None]) -> Path | None:
-    """Return the newest complete and verified checkpoint; `report` receives a line for each damaged one it skips."""
+    """Return the newest complete and verified checkpoint, or None.
+
+    `report` receives a line for each damaged checkpoint that is skipped.
+    """
     for folder in reversed(list_complete(checkpoints)):
         error = integrity_error(folder)
         if error is None:
@@ -193,7 +196,9 @@ def find_newest(checkpoints: Path, report: Callable[[str], None]) -> Path | None
 
 
 def find(run: str | Path) -> Path:
-    """Return the checkpoint folder that RUN names: RUN itself, or a run folder's best, else its newest verified one.
+    """Return the checkpoint folder that RUN names.
+
+    It is RUN itself, or a run folder's best checkpoint, else its newest verified one.
 
     Raises UserError where there is none, or where RUN is a checkpoint folder that is damaged.
     """
@@ -248,7 +253,10 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], where: Path | str
 
 
 def save_tensors(path: Path, value: dict[str, Any]) -> None:
-    """Write tensors and plain values, which `load_tensors` reads weights-only. Raises OSError where the disk is full."""
+    """Write tensors and plain values, which `load_tensors` reads weights-only.
+
+    Raises OSError where the disk is full.
+    """
     with path.open("wb") as file:  # given a path, torch's own writer turns a full disk into an unrelated RuntimeError
         torch.save(value, file)
 

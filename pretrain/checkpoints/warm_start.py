@@ -28,7 +28,10 @@ NOT_INHERITED = ("tokenizer", "trainable_blocks", "checkpointing", "patch_dropou
 
 @lru_cache(maxsize=2)
 def _load_once(run: str) -> LoadedModel:
-    """Load a run once for its configuration, tokenizer and weights; `load_weights` clears this cache at its end."""
+    """Load a run once for its configuration, tokenizer and weights.
+
+    `load_weights` clears this cache at its end.
+    """
     return loading.load_model(run)
 
 
@@ -74,7 +77,10 @@ def choose_tokenizer(init: Any, text: Any) -> Any:
 
 
 def _check_same_vocabulary(tokenizer: Any, run: str) -> None:
-    """Refuse a tokenizer whose vocabulary is not the one that init's text tower was trained with. Raises ConfigError."""
+    """Refuse a tokenizer whose vocabulary is not the one that init's text tower was trained with.
+
+    Raises ConfigError.
+    """
     expected = _load_once(run).tokenizer
     if tokenizer.get_vocab() != expected.get_vocab():
         a, b = len(tokenizer), len(expected)

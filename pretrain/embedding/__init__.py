@@ -1,4 +1,4 @@
-"""Embeddings of a data set: encoding batches, a split in memory, and whole data sets written to Parquet files.
+"""Embeddings: of batches, of a split in memory, and of whole data sets in Parquet files.
 
 encoder.py      batches encoded one after the other, on a GPU without waiting between them; a function that encodes texts
 split.py        a split embedded in memory, by all processes together; evaluation starts from it

@@ -1,4 +1,4 @@
-"""The embedding folder: the files that hold the embeddings of a data set, and the manifest that lists them.
+"""The embedding folder: files with the embeddings of a data set, and a manifest that lists them.
 
     _manifest.json             the model, the data, the settings and the files; whether all are complete
     00000-train-0000.parquet   the samples of one shard, of a slice of a large one, or of several small ones: see parquet.py
@@ -104,7 +104,7 @@ def fingerprint_json(value: Any) -> str:
 
 
 def _find_difference(old: dict[str, Any], new: dict[str, Any], out: Path) -> str | None:
-    """Return why a job with the manifest `new` cannot continue the folder with the manifest `old`, or None."""
+    """Return why a job with the manifest `new` cannot continue a folder with `old`; None if it can."""
     if old.get("format") != FORMAT:
         return f"{out}/{MANIFEST} is not of {FORMAT}; choose another --out"
     if old["model"]["fingerprint"] != new["model"]["fingerprint"]:
@@ -225,7 +225,7 @@ def is_embedding_folder(where: Any) -> bool:
 
 
 def load(folder: str | Path, loaded: LoadedModel | None = None, label: str = "label") -> EmbeddedSplit:
-    """Load the image and text embeddings of a complete embedding folder; rows are in the order of the shards.
+    """Load the image and text embeddings of a complete embedding folder, in the order of the shards.
 
     Args:
         folder: the embedding folder.

@@ -1,4 +1,4 @@
-"""Encode batches one after the other; splits (split.py) and whole data sets (job.py) are embedded through it.
+"""Encode batches one after the other; split.py and job.py embed splits and data sets with it.
 
 A model keeps its train and eval modes, and no global random generator is drawn from.
 
@@ -45,7 +45,9 @@ class EncodedBatch:
 
 
 class Encoder:
-    """Encodes batches, one after the other. On a GPU the next batch is started before the last one is waited for.
+    """Encodes batches, one after the other.
+
+    On a GPU the next batch is started before the last one is waited for.
 
     Args:
         model: towers and projections, on `device`.
@@ -89,7 +91,10 @@ class Encoder:
             yield tag, finish and finish()
 
     def _start(self, batch: Batch) -> Callable[[], EncodedBatch]:
-        """Start encoding a batch and return a function that waits for the result. On the CPU all is done at once."""
+        """Start encoding a batch and return a function that waits for the result.
+
+        On the CPU all is done at once.
+        """
         is_gpu = self.device.type == "cuda"
         # These contexts may not span a yield: the caller's code would run in them.
         with torch.inference_mode(), _autocast(self.device, self.precision):
@@ -137,7 +142,7 @@ def _copy_to_cpu(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put the model in eval mode inside the block; afterwards every module has its former mode, frozen ones too."""
+    """Put the model in eval mode inside the block; afterwards every module has its former mode again."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

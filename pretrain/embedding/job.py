@@ -1,4 +1,6 @@
-"""Embed a whole data set into files, on one process or many: python -m pretrain.embedding.job RUN --data SHARDS --out DIR
+"""Embed a whole data set into files, on one process or many.
+
+    python -m pretrain.embedding.job RUN --data SHARDS --out DIR
 
     embed(load_model("runs/first"), Options(["shards"], "embeddings"), device) -> Summary
 
@@ -82,7 +84,7 @@ class Summary:
 
 
 def embed(loaded: LoadedModel, options: Options, device: torch.device) -> Summary | None:
-    """Write the files that are missing in the embedding folder, and return a summary on rank 0. Collective.
+    """Write the missing files of the embedding folder, and return a summary on rank 0. Collective.
 
     Args:
         loaded: the model.
@@ -140,7 +142,10 @@ def embed(loaded: LoadedModel, options: Options, device: torch.device) -> Summar
 
 
 def _build_layout(loaded: LoadedModel, options: Options) -> tuple[Layout, tuple[str, ...]]:
-    """Return the columns and modalities that the options name. Raises ConfigError if the model cannot fill them."""
+    """Return the columns and modalities that the options name.
+
+    Raises ConfigError if the model cannot fill them.
+    """
     model, text = loaded.model, loaded.decoders.get("text")
     available = [name for name in model.towers if name in loaded.decoders]
     if options.only and options.only not in available:
@@ -170,7 +175,10 @@ def _build_layout(loaded: LoadedModel, options: Options) -> tuple[Layout, tuple[
 def _build_manifest(
     loaded: LoadedModel, options: Options, layout: Layout, paths: list[str], counts: list[int]
 ) -> dict[str, Any]:
-    """Build the manifest: model, data, settings. Raises UserError where the processes' models differ. Collective."""
+    """Build the manifest: model, data, settings. Collective.
+
+    Raises UserError where the processes have different models.
+    """
     model = dataset.fingerprint_model(loaded)
     preflight.require_equal("the model", model)
     limit = -(-sum(counts) // (FILES_PER_PROCESS * distributed.world_size())) if distributed.world_size() > 1 else PER_FILE
@@ -261,7 +269,10 @@ def _embed_pending(
 
 
 class _Jobs:
-    """The batches that the workers decode next, as lists of (shard, sample), from work units that this process takes."""
+    """The batches that the workers decode, as lists of (shard, sample).
+
+    This process takes a work unit from the queue when the workers need its first batch.
+    """
 
     def __init__(self, plan: EmbeddingPlan, queue: WorkQueue, size: int) -> None:
         self.plan, self.queue, self.size = plan, queue, size
@@ -281,7 +292,9 @@ class _Jobs:
 def _read_batches(
     jobs: _Jobs, partial_batches: Iterator[Any], skipped: dict[str, Counter[str]]
 ) -> Iterator[tuple[tuple[WorkUnit, int, bool], Batch | None]]:
-    """Yield (work unit, samples, whether they are its last) and the batch of each job, None if all its samples are bad.
+    """Yield the decoded batch of each job; None if all its samples are bad.
+
+    Each comes with (work unit, samples, whether they are its last).
 
     Counts the skipped samples of each file, by reason, in `skipped`. Raises UserError where a shard cannot be read.
     """

@@ -1,4 +1,7 @@
-"""The command-line options of `clipfuse embed` and of `python -m pretrain.embedding.job`. Imports nothing heavy."""
+"""The command-line options of `clipfuse embed` and of `python -m pretrain.embedding.job`.
+
+Imports nothing heavy.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Embeddings in Parquet files: the columns, a thread that writes them in bounded memory, and how they are read.
+"""Embeddings in Parquet files: the columns, a thread that writes them, and how they are read.
 
     key             "shard/KEY"
     image           D numbers (fixed-size list), L2-normalized
@@ -120,7 +120,9 @@ def _check_finite(rows: Tensor, content: str, dtype: str, keys: list[str]) -> No
 
 
 class Writer:
-    """Writes files, one after the other, in a thread: batches are converted and compressed while the next are encoded.
+    """Writes files, one after the other, in a thread.
+
+    Batches are converted and compressed while the next ones are encoded.
 
     Args:
         folder: where the files go.
@@ -137,7 +139,9 @@ class Writer:
         self._thread.start()
 
     def put(self, name: str, batch: EncodedBatch | None, footer: dict[str, Any] | None = None) -> None:
-        """Add a batch to the file `name`; with a `footer`, finish the file. Blocks while too many batches wait.
+        """Add a batch to the file `name`; with a `footer`, finish the file.
+
+        Blocks while too many batches wait.
 
         Raises the error of an earlier write: OSError where the disk is full, or UserError.
         """
@@ -146,7 +150,10 @@ class Writer:
             raise self._error
 
     def close(self, abandon: bool = False) -> None:
-        """Wait until all is written, and raise the error of a write. abandon: drop the unfinished file, raise nothing."""
+        """Wait until all is written, and raise the error of a write.
+
+        abandon: drop the unfinished file and raise nothing.
+        """
         if abandon:
             self._error = self._error or UserError("abandoned")
         self._queue.put(None)
@@ -231,7 +238,10 @@ def _choose_codecs(schema: pa.Schema) -> dict[str, str]:
 
 
 def read_footer(path: Path) -> dict[str, Any] | None:
-    """Return the footer of a finished file; None where the file is missing, incomplete or not written by `Writer`."""
+    """Return the footer of a finished file, or None.
+
+    None means that the file is missing, incomplete or not written by `Writer`.
+    """
     try:
         encoded = (pq.read_metadata(path).metadata or {}).get(FOOTER)
         footer = json.loads(encoded) if encoded else None

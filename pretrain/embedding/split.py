@@ -24,7 +24,10 @@ __all__ = ["EmbeddedSplit", "build_text_encoder", "embed_split", "eval_mode"]
 
 @dataclass
 class EmbeddedSplit:
-    """A split in the shared space, float32 on the CPU. On ranks other than 0, only the samples of that rank."""
+    """A split in the shared space, float32 on the CPU.
+
+    On ranks other than 0, only the samples of that rank.
+    """
 
     image: Tensor
     """(n, D), L2-normalized."""
@@ -141,7 +144,10 @@ def _gather(local: EmbeddedSplit) -> EmbeddedSplit:
 
 
 def _gather_rows(rows: Tensor) -> Tensor:
-    """Return the rows of every rank, in rank order, on rank 0. Ranks may hold different numbers of rows, or none."""
+    """Return the rows of every rank, in rank order, on rank 0.
+
+    Ranks may hold different numbers of rows, or none.
+    """
     shapes = distributed.gather_objects(tuple(rows.shape))
     width = max(shape[1] for shape in shapes)
     if distributed.rank() > 0:

@@ -20,7 +20,10 @@ LOG_SECONDS = 10.0
 
 
 class WorkQueue:
-    """Counters and results that all processes of the run share; plain variables where there is one process."""
+    """Counters and results that all processes of the run share.
+
+    With one process, they are plain variables.
+    """
 
     def __init__(self) -> None:
         self._store = distributed.open_shared_store("embed") if distributed.world_size() > 1 else None

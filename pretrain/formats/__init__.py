@@ -73,7 +73,10 @@ class Encoders:
 
 @dataclass
 class ImportedModel:
-    """A model read from another library: weights under the names of DualEncoder, and the configuration that builds it."""
+    """A model read from another library.
+
+    The weights are under the names of DualEncoder; the configuration builds a model for them.
+    """
 
     config: ModelSchema
     weights: dict[str, Tensor]
@@ -81,7 +84,10 @@ class ImportedModel:
 
 
 def unsupported(encoders: Encoders) -> str | None:
-    """Return why no format can hold these encoders, or None: every format knows one image tower and one text tower."""
+    """Return why no format can hold these encoders, or None.
+
+    Every format holds one image tower of timm and one text tower of transformers.
+    """
     extra = sorted(set(encoders.model.towers) - {"image", "text"})
     if extra:
         return f"the {extra[0]} tower: it holds an image and a text tower only"

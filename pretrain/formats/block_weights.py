@@ -1,4 +1,6 @@
-"""One pre-norm transformer block (LayerNorm, attention, LayerNorm, MLP) under the weight names of three libraries.
+"""The weight names of a pre-norm transformer block in timm, open_clip and transformers.
+
+A block is LayerNorm, attention, LayerNorm and MLP.
 
 Weights are translated by way of open_clip's names, which are OpenAI's: timm's and transformers' from them and to them.
 Legend: C = width of the block; attention keeps queries, keys and values in one (3C, C) matrix, transformers in three.
@@ -34,7 +36,7 @@ Weights = dict[str, Tensor]
 
 
 def rename_blocks(weights: Mapping[str, Tensor], old: str, new: str, table: Mapping[str, str]) -> Weights:
-    """Rename the weights of the blocks from one library's names to another's; other weights keep their names.
+    """Rename the weights of blocks from one library's names to another's; other weights keep theirs.
 
     Args:
         weights: by name.
@@ -52,7 +54,10 @@ def rename_blocks(weights: Mapping[str, Tensor], old: str, new: str, table: Mapp
 
 
 def from_transformers(weights: Mapping[str, Tensor], old: str, new: str) -> Weights:
-    """Rename blocks from transformers' names below `old` to open_clip's below `new`; q_proj, k_proj, v_proj become in_proj."""
+    """Rename blocks from transformers' names below `old` to open_clip's below `new`.
+
+    q_proj, k_proj and v_proj of each block become in_proj.
+    """
     out = dict(weights)
     for name in weights:
         block, is_query, kind = name.partition("self_attn.q_proj.")
@@ -63,7 +68,10 @@ def from_transformers(weights: Mapping[str, Tensor], old: str, new: str) -> Weig
 
 
 def to_transformers(weights: Mapping[str, Tensor], old: str, new: str) -> Weights:
-    """Rename blocks from open_clip's names below `old` to transformers' below `new`; in_proj is split in three."""
+    """Rename blocks from open_clip's names below `old` to transformers' below `new`.
+
+    in_proj of each block becomes q_proj, k_proj and v_proj.
+    """
     out: Weights = {}
     for name, value in weights.items():
         block, is_in_proj, kind = name.partition("attn.in_proj_")

@@ -1,4 +1,4 @@
-"""Export to transformers: a folder that AutoProcessor, AutoModel and zero-shot-image-classification pipelines load.
+"""Export to transformers: a folder for AutoModel, AutoProcessor and zero-shot pipelines.
 
     config.json  model.safetensors  processor_config.json  tokenizer files  README.md
 
@@ -34,7 +34,10 @@ PIPELINE_LENGTH = 64
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence progress bars and warnings of transformers inside the block: clipfuse reports errors in one line of its own."""
+    """Silence progress bars and warnings of transformers inside the block.
+
+    clipfuse reports errors in one line of its own.
+    """
     from transformers.utils import logging
 
     level, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -57,7 +60,10 @@ def export_error(encoders: Encoders) -> str | None:
 
 
 def write(encoders: Encoders, folder: Path) -> None:
-    """Write model, tokenizer and processor into an existing folder. `export_error` must be None for the encoders."""
+    """Write model, tokenizer and processor into an existing folder.
+
+    `export_error` must be None for the encoders.
+    """
     with quiet_transformers():
         model = _build_model(encoders)
         assert not isinstance(model, str)
@@ -95,7 +101,7 @@ def _write_processor(encoders: Encoders, folder: Path, kind: str) -> None:
 
 
 def _build_model(encoders: Encoders) -> Any:
-    """Return the model of transformers with the encoders' weights, or which part of the encoders it cannot hold."""
+    """Return the transformers model with the encoders' weights, or which part it cannot hold."""
     tower, image_tower = encoders.text_tower, encoders.image_tower
     assert tower is not None
     assert image_tower is not None
@@ -156,7 +162,7 @@ def _build_clip(encoders: Encoders, text: TextSpec, vision: ViTSpec) -> Any:
 
 
 def _build_dual(encoders: Encoders, text: TextSpec | str) -> Any:
-    """Return a VisionTextDualEncoderModel with the encoders' weights, or which part of the encoders it cannot hold."""
+    """Return a VisionTextDualEncoderModel with the encoders' weights, or which part it cannot hold."""
     from transformers import AutoConfig, TimmWrapperConfig, VisionTextDualEncoderConfig, VisionTextDualEncoderModel
 
     tower, image_tower = encoders.text_tower, encoders.image_tower
@@ -218,7 +224,7 @@ def _get_projection(encoders: Encoders, modality: str) -> Tensor:
 
 
 def _load_weights(model: Any, encoders: Encoders, weights: dict[str, Tensor]) -> Any:
-    """Load the weights, the image projection and the logit scale into a model, strictly, and return it in eval mode."""
+    """Load weights, image projection and logit scale into a model, strictly; return it in eval mode."""
     source = encoders.model
     if hasattr(model, "visual_projection"):
         weights = {"visual_projection.weight": _get_projection(encoders, "image"), **weights}
@@ -228,7 +234,7 @@ def _load_weights(model: Any, encoders: Encoders, weights: dict[str, Tensor]) ->
 
 
 def _find_timm_arguments(tower: Any) -> dict[str, Any] | str:
-    """Return the model_args with which timm builds this image tower, or which part of the tower it cannot build."""
+    """Return the model_args with which timm builds this image tower, or which part it cannot build."""
     import timm
 
     model, config = tower.model, tower.config
@@ -263,7 +269,11 @@ def _has_same_output(tower: Any, other: Any) -> bool:
 
 
 def load(folder: Path) -> Any:
-    """Load an exported folder with transformers and return embed(images (b, 3, S, S) normalized, texts) -> 2 x (b, D)."""
+    """Load an exported folder with transformers and return a function that embeds with it.
+
+    Returns:
+        embed(images (b, 3, S, S) float32, normalized; texts) -> image and text embeddings, (b, D) each.
+    """
     from transformers import AutoModel, AutoTokenizer
 
     with quiet_transformers():

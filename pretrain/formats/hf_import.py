@@ -70,7 +70,10 @@ Read = tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Tensor]]
 
 
 def _load_weights(source: str) -> dict[str, Tensor]:
-    """Return the weights as transformers loads them. Raises UserError where weights are missing or left over."""
+    """Return the weights as transformers loads them.
+
+    Raises UserError where weights are missing or left over.
+    """
     from transformers import AutoModel
 
     try:
@@ -107,7 +110,10 @@ def _read_projections(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _read_vit_spec(config: Any, source: str, pre_norm: bool, pool: str) -> ViTSpec:
-    """Return the architecture of a vision configuration of CLIP or SigLIP. Raises UserError for an unknown activation."""
+    """Return the architecture of a vision configuration of CLIP or SigLIP.
+
+    Raises UserError for an unknown activation.
+    """
     act = text_weights.ACTS.get(config.hidden_act)
     if act is None:
         raise UserError(f"{source}: the image tower's activation {config.hidden_act} is none of {', '.join(text_weights.ACTS)}")
@@ -178,7 +184,11 @@ def _read_dual(config: Any, weights: dict[str, Tensor], source: str) -> Read:
 
 
 def _read_preprocess(source: str) -> tuple[dict[str, Any], int]:
-    """Return image.mean, std, resize and interpolation of a model's image processor, and the side of its images in pixels."""
+    """Read how a model's image processor prepares images.
+
+    Returns:
+        image.mean, std, resize and interpolation, and the side of the images in pixels.
+    """
     from transformers.models.auto.image_processing_auto import get_image_processor_config
 
     processor = get_image_processor_config(source)

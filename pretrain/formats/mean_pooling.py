@@ -1,9 +1,9 @@
-"""Mean pooling written as one more attention layer, for formats that can only pool at the end token of a text.
+"""Mean pooling written as one more attention layer, for formats that only pool at the end token.
 
-A causal text tower that pools by the mean gives  P mean_t(g x_t + b),  where x_t are its normalized states, g and b the scale
+A causal text tower that pools by the mean gives  P mean_t(g x_t + b).  Here x_t are its normalized states, g and b the scale
 and shift of its last norm, and P the projection. The last position attends to all others, so attention with equal weights
 there is the mean. One layer is therefore added whose queries and keys are zero. Its values are x_t and the constants 1 and
--1, written into channels of their own; g, b and P together become the new projection. The last norm multiplies the whole
+-1, written into additional channels; g, b and P together become the new projection. The last norm multiplies the whole
 vector by a positive factor, which normalizing the embedding removes: the result is exact up to rounding.
 
 The additional channels make the tower wider (2C and one head, from C), so that its norms average over more channels. What
@@ -65,7 +65,7 @@ def to_attention_layer(spec: TextSpec, weights: Weights) -> tuple[TextSpec, Weig
 
 
 def _build_mean_layer(number: int, C: int, W: int, hidden: int, shrink: float) -> Weights:
-    """Build the layer that writes the mean of x into channels C to 2C, and 1 and -1 into the two channels after them."""
+    """Build the layer that writes the mean of x into channels C to 2C, and 1 and -1 into the next two."""
     scale, shift = torch.zeros(W), torch.zeros(W)
     scale[:C] = shrink
     shift[2 * C], shift[2 * C + 1] = 1, -1
@@ -91,7 +91,7 @@ def _build_mean_layer(number: int, C: int, W: int, hidden: int, shrink: float) -
 
 
 def _build_end(weights: Weights, C: int, W: int) -> Weights:
-    """Build the last norm with scale 1 and shift 0, and the projection that contains the old scale and shift instead."""
+    """Build the last norm with scale 1 and shift 0, and the projection that contains the old ones."""
     scale, shift, project = weights["ln_final.weight"], weights["ln_final.bias"], weights["text_projection"]
     new = torch.zeros(W, project.shape[1])
     new[C : 2 * C] = scale[:, None] * project

@@ -1,4 +1,4 @@
-"""The model card: README.md of an exported folder, written from the files of the run that trained the weights."""
+"""The model card: README.md of an exported folder, written from the files of the run."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ picture = picture.resize((w, h), Image.Resampling.{how}).crop((left, top, left +
 
 
 def format_loading_code(encoders: Encoders, format_name: str, name: str) -> str:
-    """Return the Python code that loads an exported folder without clipfuse and compares an image with two texts.
+    """Return Python code that loads an exported folder and compares an image with two texts.
 
     Args:
         encoders: what was exported.
@@ -159,7 +159,10 @@ def _describe_architecture(encoders: Encoders, more: Sequence[tuple[str, Any]]) 
 
 
 def _describe_training(run: Path, step: int, metrics: list[dict[str, Any]]) -> list[str]:
-    """Return the card's lines on data and training up to `step`, from config.yaml and environment.json of the run."""
+    """Return the card's lines on data and training up to `step`.
+
+    They come from config.yaml and environment.json of the run.
+    """
     path = run / "config.yaml"
     if not path.is_file():
         return []
@@ -200,7 +203,7 @@ def _describe_results(metrics: list[dict[str, Any]]) -> list[str]:
 
 
 def _read_metrics(path: Path, step: int) -> list[dict[str, Any]]:
-    """Return the lines of a run's metrics.jsonl up to `step`: the run may have continued after these weights."""
+    """Return the lines of a run's metrics.jsonl up to `step`, after which the run may have continued."""
     if not path.is_file():
         return []
     lines = [json.loads(text) for text in path.read_text().splitlines()]

@@ -36,7 +36,10 @@ def export_error(encoders: Encoders) -> str | None:
 
 
 def write(encoders: Encoders, folder: Path) -> None:
-    """Write graphs, preprocessing and tokenizer into an existing folder. Raises UserError where a library is missing."""
+    """Write graphs, preprocessing and tokenizer into an existing folder.
+
+    Raises UserError where a library is missing.
+    """
     check_libraries()
     for precision, suffix in ((torch.float32, ""), (torch.float16, "-fp16")):
         model = to_exportable(encoders.model, precision)
@@ -76,7 +79,7 @@ class _Text(nn.Module):
 
 
 def to_exportable(model: Model, precision: torch.dtype) -> Model:
-    """Copy a model without what a graph cannot express: length buckets, and Linear layers with their own matrix product.
+    """Copy a model without length buckets and special matrix products, which a graph cannot express.
 
     Args:
         model: the model, which stays as it is.
@@ -103,7 +106,7 @@ def _write_text_graph(model: DualEncoder, length: int, path: Path) -> None:
 
 
 def build_trace_ids(trims: bool, length: int) -> tuple[Tensor, dict[int, Any]]:
-    """Return token ids (2, T) int64 to trace a text tower with, and the dimensions of them that are dynamic.
+    """Return token ids (2, T) int64 to trace a text tower with, and which dimensions are dynamic.
 
     Args:
         trims: the tower gives the same result without padding; only then is the length dynamic.
@@ -119,7 +122,7 @@ def build_trace_ids(trims: bool, length: int) -> tuple[Tensor, dict[int, Any]]:
 def write_graph(
     module: nn.Module, inputs: tuple[Tensor, ...], names: list[str], outputs: list[str], shapes: tuple[Any, ...], path: Path
 ) -> None:
-    """Trace a module and write its graph as one file, with the weights in a second file beside it beyond 1 GiB.
+    """Trace a module and write its graph to a file; weights beyond 1 GiB go to a second file beside it.
 
     Args:
         module: put in eval mode.
@@ -159,7 +162,10 @@ def _count_bytes(module: nn.Module) -> int:
 
 
 def load(folder: Path, suffix: str = "") -> Any:
-    """Load an exported folder with onnxruntime and return embed(images (b, 3, S, S) normalized, texts) -> 2 x (b, D).
+    """Load an exported folder with onnxruntime and return a function that embeds with it.
+
+    Returns:
+        embed(images (b, 3, S, S) float32, normalized; texts) -> image and text embeddings, (b, D) each.
 
     suffix: "-fp16" loads the float16 graphs.
     """

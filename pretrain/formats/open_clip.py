@@ -1,4 +1,4 @@
-"""Export to open_clip: a folder for `open_clip.create_model_from_pretrained("local-dir:DIR")` and `get_tokenizer`.
+"""Export to open_clip: a folder for create_model_from_pretrained("local-dir:DIR") and get_tokenizer.
 
     open_clip_config.json  open_clip_model.safetensors  tokenizer files  README.md
 
@@ -40,7 +40,10 @@ def export_error(encoders: Encoders) -> str | None:
 
 
 def write(encoders: Encoders, folder: Path) -> None:
-    """Write model, preprocessing and tokenizer into an existing folder. `export_error` must be None for the encoders."""
+    """Write model, preprocessing and tokenizer into an existing folder.
+
+    `export_error` must be None for the encoders.
+    """
     spec = _get_text_spec(encoders)
     assert not isinstance(spec, str)
     image = _convert_image_tower(encoders, spec.act == "quick_gelu")
@@ -104,7 +107,9 @@ def _convert_text_tower(encoders: Encoders, spec: TextSpec) -> TowerExport:
 
 
 def _convert_image_tower(encoders: Encoders, is_quick: bool) -> TowerExport | str:
-    """Return vision_cfg and the image tower's weights (names without `visual.`), or which part open_clip cannot hold.
+    """Return vision_cfg and the image tower's weights, or which part of it open_clip cannot hold.
+
+    The names of the weights are without `visual.`.
 
     is_quick: the text tower's activation is quick_gelu, which open_clip can only set for both towers.
     """
@@ -202,7 +207,10 @@ def _has_same_output(tower: ImageTower, other: nn.Module) -> bool:
 
 
 def load(folder: Path) -> Any:
-    """Load an exported folder with open_clip and return embed(images (b, 3, S, S) normalized, texts) -> 2 x (b, D).
+    """Load an exported folder with open_clip and return a function that embeds with it.
+
+    Returns:
+        embed(images (b, 3, S, S) float32, normalized; texts) -> image and text embeddings, (b, D) each.
 
     None if open_clip is not installed.
     """

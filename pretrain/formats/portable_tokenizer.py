@@ -60,7 +60,10 @@ def save(text: TextDecoder, folder: Path) -> None:
 
 
 def _append_end_token(tokenizer: Any, end_id: int) -> None:
-    """Make a fast tokenizer append the end token to every text, after its own post-processor. Raises UserError."""
+    """Make a fast tokenizer append the end token to every text, after its own post-processor.
+
+    Raises UserError.
+    """
     from tokenizers import processors
 
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -74,7 +77,9 @@ def _append_end_token(tokenizer: Any, end_id: int) -> None:
 
 
 def build_openai_tokenizer(length: int) -> Any:
-    """Build OpenAI's byte-pair tokenizer, as a tokenizer of transformers, from the vocabulary that open_clip ships.
+    """Build OpenAI's byte-pair tokenizer from the vocabulary that open_clip ships.
+
+    It is a tokenizer of transformers.
 
     Raises UserError where open_clip is not installed.
     """
@@ -99,7 +104,10 @@ def build_openai_tokenizer(length: int) -> Any:
 
 
 def _list_byte_letters() -> list[str]:
-    """Return a printable letter for each byte, in the order of OpenAI's vocabulary: printable bytes first, as themselves."""
+    """Return a printable letter for each byte, in the order of OpenAI's vocabulary.
+
+    Printable bytes come first and stand for themselves.
+    """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) for byte in printable] + [chr(256 + number) for number in range(len(others))]

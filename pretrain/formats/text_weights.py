@@ -1,4 +1,6 @@
-"""The text transformers of CLIP (causal, pooled at the end token) and SigLIP (not causal, pooled at the last position).
+"""The text transformers of CLIP and SigLIP: architecture, and weight names in two libraries.
+
+CLIP's is causal and pooled at the end token; SigLIP's is not causal and pooled at the last position.
 
 Our text towers are transformers' CLIPTextModel and SiglipTextModel. Weights are translated to and from open_clip's names,
 which include the projection into the shared space: its TextTransformer can be either kind.
@@ -120,7 +122,7 @@ def to_transformers(weights: Mapping[str, Tensor]) -> Weights:
 
 
 def to_text_args(spec: TextSpec) -> dict[str, Any]:
-    """Return the configuration `text.args` that builds a text tower of this architecture; text.length is not part of it."""
+    """Return the configuration `text.args` for this architecture; `text.length` is not part of it."""
     kind = "clip_text_model" if spec.causal else "siglip_text_model"
     act = {name: hidden_act for hidden_act, name in reversed(ACTS.items())}[spec.act]
     args = {

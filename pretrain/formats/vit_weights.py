@@ -1,4 +1,4 @@
-"""The vision transformers of CLIP and SigLIP: their architecture, and their weights under the names of three libraries.
+"""The vision transformers of CLIP and SigLIP: architecture, and weight names in three libraries.
 
 A plain vision transformer has patches by one convolution, a class token, learned positions, pre-norm blocks and one last norm.
 timm's VisionTransformer (our image tower) is one with most of its settings, and so are open_clip's VisionTransformer and
@@ -75,7 +75,7 @@ def get_activation(module: Any) -> str | None:
 
 
 def vit_spec(model: Any) -> ViTSpec | str:
-    """Return a timm model's architecture if it is a plain vision transformer, else which part of it is not."""
+    """Return a timm model's architecture if it is a plain vision transformer, else what is not plain."""
     if type(model).__name__ != "VisionTransformer" or not len(getattr(model, "blocks", [])):
         return f"the image tower, a {type(model).__name__}"
     if model.cls_token is None or model.pos_embed is None:
@@ -90,7 +90,7 @@ def vit_spec(model: Any) -> ViTSpec | str:
 
 
 def siglip_spec(model: Any) -> ViTSpec | str:
-    """Return a timm model's architecture if it is SigLIP's vision transformer, else which part of it is not."""
+    """Return a timm model's architecture if it is SigLIP's vision transformer, else which part is not."""
     if type(model).__name__ != "VisionTransformer" or model.global_pool != "map" or model.cls_token is not None:
         return "the image tower, which is not SigLIP's"
     names = {f"attn_pool.{name}" for name in POOL}
@@ -106,7 +106,10 @@ def siglip_spec(model: Any) -> ViTSpec | str:
 
 
 def _find_mismatch(model: Any, more: set[str]) -> str | None:
-    """Return the first weight that the model has or lacks, compared with a plain one plus `more`, in words, or None."""
+    """Return, in words, the first weight that the model has in addition or lacks, or None.
+
+    It is compared with a plain vision transformer that has the weights `more` too.
+    """
     kinds = ("weight", "bias")
     in_blocks = {f"blocks.{i}.{name}{kind}" for i in range(len(model.blocks)) for name in block_weights.TIMM for kind in kinds}
     outside = {f"{name}.{kind}" for name in ("norm", "fc_norm", "norm_pre", "patch_embed.proj") for kind in kinds}
@@ -140,7 +143,10 @@ def _build_spec(model: Any, norm: Any) -> ViTSpec | str:
 
 
 def to_open_clip(model: Any) -> Weights:
-    """Return a plain timm model's weights under open_clip's names. A bias of the patches moves into their positions."""
+    """Return a plain timm model's weights under open_clip's names.
+
+    A bias of the patches moves into their positions.
+    """
     weights = {name: value.detach() for name, value in model.state_dict().items()}
     positions = weights.pop("pos_embed")[0]  # (S, C), or (S - 1, C) where the class token has none
     if model.no_embed_class:
@@ -161,7 +167,10 @@ def to_open_clip(model: Any) -> Weights:
 
 
 def from_open_clip(weights: Mapping[str, Tensor], spec: ViTSpec) -> Weights:
-    """Rename weights from open_clip's names to those of the tower that `to_image_config(spec)` builds; unknown names stay."""
+    """Rename weights from open_clip's names to those of the tower that `to_image_config(spec)` builds.
+
+    Unknown names stay as they are.
+    """
     out: Weights = {}
     norm = "fc_norm" if spec.norm_after and spec.pool == "avg" else "norm"
     names = {"conv1.weight": "patch_embed.proj.weight"}
@@ -182,7 +191,10 @@ def from_open_clip(weights: Mapping[str, Tensor], spec: ViTSpec) -> Weights:
 
 
 def to_image_config(spec: ViTSpec) -> dict[str, Any]:
-    """Return the configuration section `image` that builds this architecture. Raises UserError where timm has no such model."""
+    """Return the configuration section `image` that builds this architecture.
+
+    Raises UserError where timm has no such model.
+    """
     names = {1e-5: "vit_base_patch16_clip_224", 1e-6: "vit_base_patch16_224"}
     if spec.eps not in names:
         raise UserError(
@@ -233,7 +245,10 @@ def from_clip(weights: Mapping[str, Tensor]) -> Weights:
 
 
 def to_siglip(model: Any) -> Weights:
-    """Return the weights of a timm model, for which `siglip_spec` returns a ViTSpec, under SiglipVisionModel's names."""
+    """Return a timm model's weights under SiglipVisionModel's names.
+
+    `siglip_spec` must return a ViTSpec for the model.
+    """
     weights = {name: value.detach() for name, value in model.state_dict().items()}
     out: Weights = {"embeddings.position_embedding.weight": weights.pop("pos_embed")[0]}
     for kind in ("weight", "bias"):
@@ -267,7 +282,10 @@ def from_siglip(weights: Mapping[str, Tensor]) -> Weights:
 
 
 def to_siglip_image_config(spec: ViTSpec) -> dict[str, Any]:
-    """Return the configuration section `image` that builds SigLIP's tower. Raises UserError where timm has no such model."""
+    """Return the configuration section `image` that builds SigLIP's tower.
+
+    Raises UserError where timm has no such model.
+    """
     settings = to_image_config(spec)
     del settings["args"]["pre_norm"]
     del settings["args"]["fc_norm"]

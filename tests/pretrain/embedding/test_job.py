@@ -1,4 +1,4 @@
-"""clipfuse embed writes each sample once across processes and kills, equal to encoding samples one by one."""
+"""clipfuse embed writes each sample once, across kills, as if encoding samples one by one."""
 
 import dataclasses
 import io
@@ -79,7 +79,10 @@ def read_tables(out: Path) -> pa.Table:
 
 
 def encode_one_by_one(loaded: LoadedModel, shards: str) -> dict[str, dict[str, torch.Tensor]]:
-    """Return the embeddings by key, without the code under test: each sample and caption alone, by the model's forward()."""
+    """Return the embeddings by key, without the code under test.
+
+    Each sample and caption is encoded alone, by the model's forward().
+    """
     embeddings = {}
     with torch.no_grad():
         for batch in build_eval_loader(shards, loaded.decoders, 1):

@@ -1,4 +1,4 @@
-"""Exports give the run's embeddings for the same images and texts in transformers, open_clip and onnxruntime."""
+"""Exports give the run's embeddings when transformers, open_clip and onnxruntime load them."""
 
 import io
 import json
@@ -46,7 +46,10 @@ SCENES = [*TINY_TOWERS, "text.pool=avg", "image.args={weight_init: jax}"]
 
 
 def build_model(name: str, tokenizer: Path, *settings: str) -> LoadedModel:
-    """Build a shipped configuration, shrunk, with random weights, also for norms and biases, which start at 1 and 0."""
+    """Build a shipped configuration, shrunk, with random weights.
+
+    Norms and biases, which start at 1 and 0, get random values too.
+    """
     loaded_tokenizer = load_tokenizer(str(tokenizer))
     values = configuration.load_values(ROOT / f"configs/pretrain/{name}.yaml", [f"text.tokenizer={tokenizer}", *settings])
     config = configuration.build(ModelSchema, values, name, partial=True)

@@ -1,4 +1,4 @@
-"""Imported models of open_clip and transformers keep their embeddings, can be trained, and are exported unchanged."""
+"""Imported models keep their embeddings, can be trained, and are exported unchanged."""
 
 import json
 from pathlib import Path
@@ -108,7 +108,7 @@ def test_an_open_clip_folder_is_imported_and_exported_unchanged(vision: dict[str
 def test_a_weight_file_of_open_clips_training_is_imported(
     small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """MODEL:FILE, and a file in a folder whose params.txt names the model; the vocabulary is then OpenAI's."""
+    """MODEL:FILE, and a file whose folder has a params.txt with the model; both use OpenAI's vocabulary."""
     config = json.loads(json.dumps(OPENAI))
     monkeypatch.setattr(open_clip, "get_model_config", lambda name: config if name == "tiny" else None)
     model = randomize(open_clip.CLIP(**config))
