@@ -1,4 +1,4 @@
-"""Every kind of tower, tiny: what all share, by a table; then what only pictures or only texts have."""
+"""Tiny towers of every architecture: tests of all towers, then of image towers, then of text towers."""
 
 from __future__ import annotations
 
@@ -89,16 +89,17 @@ TEXTS: dict[str, dict[str, Any]] = {
 PAD, LENGTH, SIZE = 1, 20, 32
 
 
-def tower(name: str, **more: Any) -> Tower:
+def build_tower(name: str, **more: Any) -> Tower:
     torch.manual_seed(0)
     if name in IMAGES:
         return images.build(images.Config(size=SIZE, **{**IMAGES[name], **more}))
     return texts.build(texts.Config(length=LENGTH, **{**TEXTS[name], **more}))
 
 
-def batch(of: Tower, b: int = 5) -> tuple[Tensor, Tensor | None]:
+def make_batch(tower: Tower, b: int = 5) -> tuple[Tensor, Tensor | None]:
+    """Return random inputs of the tower's modality and, for texts, their mask."""
     g = torch.Generator().manual_seed(1)
-    if of.modality == "image":
+    if tower.modality == "image":
         return torch.randint(0, 256, (b, 3, SIZE, SIZE), dtype=torch.uint8, generator=g), None
     ids = torch.randint(4, 58, (b, LENGTH), generator=g)
     lengths = torch.tensor([3, LENGTH, 9, 1, 6])[:b]
@@ -108,90 +109,88 @@ def batch(of: Tower, b: int = 5) -> tuple[Tensor, Tensor | None]:
 
 
 @pytest.mark.parametrize("name", [*IMAGES, *TEXTS])
-def test_shapes_and_every_parameter_learns(name: str) -> None:
-    made = tower(name).train()
-    inputs, mask = batch(made)
-    states, valid, grid, pooled = made(inputs, mask)
+def test_shapes_and_that_every_parameter_gets_a_gradient(name: str) -> None:
+    tower = build_tower(name).train()
+    inputs, mask = make_batch(tower)
+    states, valid, grid, pooled = tower(inputs, mask)
     b, n, _ = states.shape
-    assert states.shape == (b, n, made.width)
-    assert pooled.shape == (b, made.pooled_width)
+    assert states.shape == (b, n, tower.width)
+    assert pooled.shape == (b, tower.pooled_width)
     assert valid.shape == (b, n)
     assert valid.dtype == torch.bool
     assert torch.equal(valid, torch.ones_like(valid) if mask is None else mask)
-    assert grid is None if made.modality == "text" else grid is not None and grid[0] * grid[1] == n
+    assert grid is None if tower.modality == "text" else grid is not None and grid[0] * grid[1] == n
     pooled.square().sum().backward()
-    idle = [n for n, p in made.named_parameters() if p.requires_grad and p.grad is None]
-    assert not idle, "DDP would wait for these"
-    unused_parameters = [n for n, p in made.named_parameters() if not p.requires_grad]
-    assert set(unused_parameters) == made.unused_parameters
-    assert not made.unused_parameters or name == "mobilenet-avg", (
-        "weights that nothing uses are left out of the model where it can be"
-    )
+    without_gradient = [n for n, p in tower.named_parameters() if p.requires_grad and p.grad is None]
+    assert not without_gradient, "DDP would wait for their gradients"
+    frozen = [n for n, p in tower.named_parameters() if not p.requires_grad]
+    assert set(frozen) == tower.unused_parameters
+    assert not tower.unused_parameters or name == "mobilenet-avg", "other models are built without the weights they do not use"
 
 
 @pytest.mark.parametrize("name", [*IMAGES, *TEXTS])
 def test_pools_mean_is_true_exactly_where_it_holds(name: str) -> None:
-    made = tower(name).eval()
+    tower = build_tower(name).eval()
     with torch.no_grad():
-        states, valid, _, pooled = made(*batch(made))
+        states, valid, _, pooled = tower(*make_batch(tower))
     weight = valid[..., None].float()
     mean = (states * weight).sum(dim=1) / weight.sum(dim=1)
-    assert made.pools_mean == (pooled.shape == mean.shape and torch.allclose(pooled, mean, atol=1e-5))
+    assert tower.pools_mean == (pooled.shape == mean.shape and torch.allclose(pooled, mean, atol=1e-5))
 
 
-def test_the_shipped_way_of_asking_for_the_mean() -> None:
+def test_the_shipped_configurations_pool_by_the_mean() -> None:
     args = {**VIT, "global_pool": "avg", "fc_norm": False}
     assert images.build(images.Config(name="vit_tiny_patch16_224", size=SIZE, args=args)).pools_mean
 
 
-def test_the_largest_of_each_channel_is_known_for_what_it_is() -> None:
+def test_max_pooling_is_recognized() -> None:
     args = {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 16], "output_stride": 8, "norm_layer": "groupnorm1"}
-    pictures = torch.randint(0, 256, (2, 3, SIZE, SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    for pool, largest in (("max", True), ("avg", False)):
-        made = images.build(images.Config(name="resnet18", size=SIZE, args={**args, "global_pool": pool})).eval()
-        states, _, _, pooled = made(pictures)
-        assert (made.pools_max, made.pools_mean) == (largest, not largest)
-        assert torch.equal(states.amax(dim=1), pooled) == largest
+    inputs = torch.randint(0, 256, (2, 3, SIZE, SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for pool, is_max in (("max", True), ("avg", False)):
+        tower = images.build(images.Config(name="resnet18", size=SIZE, args={**args, "global_pool": pool})).eval()
+        states, _, _, pooled = tower(inputs)
+        assert (tower.pools_max, tower.pools_mean) == (is_max, not is_max)
+        assert torch.equal(states.amax(dim=1), pooled) == is_max
 
 
 @pytest.mark.parametrize("name", [*IMAGES, *TEXTS])
 def test_layers_are_numbered_from_stem_to_pooler(name: str) -> None:
-    made = tower(name)
-    ids = made.layer_ids()
-    assert set(ids) == {name for name, _ in made.named_parameters()}
-    blocks = {i for i in ids.values() if 0 < i <= made.depth}
-    assert blocks == set(range(1, made.depth + 1))
-    assert made.depth >= 2
+    tower = build_tower(name)
+    ids = tower.layer_ids()
+    assert set(ids) == {name for name, _ in tower.named_parameters()}
+    blocks = {i for i in ids.values() if 0 < i <= tower.depth}
+    assert blocks == set(range(1, tower.depth + 1))
+    assert tower.depth >= 2
     assert min(ids.values()) == 0
-    assert max(ids.values()) <= made.depth + 1
+    assert max(ids.values()) <= tower.depth + 1
 
 
 @pytest.mark.parametrize("name", [*IMAGES, *TEXTS])
-def test_frozen_parts_do_not_move_whatever_train_says(name: str) -> None:
+def test_frozen_modules_stay_in_eval_mode_and_do_not_change(name: str) -> None:
     for blocks in (0, 1):
-        made = tower(name, trainable_blocks=blocks).train()
-        before = {n: t.clone() for n, t in [*made.named_parameters(), *made.named_buffers()]}
+        tower = build_tower(name, trainable_blocks=blocks).train()
+        before = {n: t.clone() for n, t in [*tower.named_parameters(), *tower.named_buffers()]}
         for _ in range(2):
-            pooled = made(*batch(made)).pooled
+            pooled = tower(*make_batch(tower)).pooled
             if blocks:
                 pooled.square().sum().backward()
-        ids = made.layer_ids()
-        layer = {id(p): ids[n] for n, p in made.named_parameters()}
-        for n, p in made.named_parameters():
-            assert p.requires_grad == (blocks > 0 and ids[n] >= made.depth + 1 - blocks and n not in made.unused_parameters)
+        ids = tower.layer_ids()
+        layer = {id(p): ids[n] for n, p in tower.named_parameters()}
+        for n, p in tower.named_parameters():
+            assert p.requires_grad == (blocks > 0 and ids[n] >= tower.depth + 1 - blocks and n not in tower.unused_parameters)
             assert blocks == 0 or not p.requires_grad or p.grad is not None
-        for n, module in made.named_modules():
-            own = [layer[id(p)] for p in module.parameters()]
-            still = bool(own) and (not blocks or max(own) < made.depth + 1 - blocks)
-            if still:
+        for n, module in tower.named_modules():
+            layers = [layer[id(p)] for p in module.parameters()]
+            is_frozen = bool(layers) and (not blocks or max(layers) < tower.depth + 1 - blocks)
+            if is_frozen:
                 assert not any(m.training for m in module.modules()), n
                 assert all(torch.equal(before[f"{n}.{b}" if n else b], t) for b, t in module.named_buffers()), n
-        assert blocks == 0 or any(m.training for m in made.modules())
+        assert blocks == 0 or any(m.training for m in tower.modules())
 
 
-def test_too_many_blocks() -> None:
+def test_more_trainable_blocks_than_the_tower_has_are_refused() -> None:
     with pytest.raises(ConfigError, match="the tower has 3 blocks"):
-        tower("clip", trainable_blocks=4)
+        build_tower("clip", trainable_blocks=4)
 
 
 @pytest.mark.parametrize("name", ["vit-avg", "siglip-vit", "eva", "swin", "convnext", "resnet", "clip", "bert-cls", "t5"])
@@ -199,112 +198,116 @@ def test_too_many_blocks() -> None:
 def test_checkpointing_changes_no_gradient(name: str, blocks: int) -> None:
     grads = []
     for checkpointing in (False, True):
-        made = tower(name, trainable_blocks=blocks, checkpointing=checkpointing).double()
-        made.train()
-        for module in made.modules():
+        tower = build_tower(name, trainable_blocks=blocks, checkpointing=checkpointing).double()
+        tower.train()
+        for module in tower.modules():
             if isinstance(module, (nn.Dropout, nn.BatchNorm2d)):
                 module.eval()
-        made(*batch(made)).pooled.square().sum().backward()
-        grads.append({n: p.grad for n, p in made.named_parameters() if p.grad is not None})
+        tower(*make_batch(tower)).pooled.square().sum().backward()
+        grads.append({n: p.grad for n, p in tower.named_parameters() if p.grad is not None})
     assert grads[0].keys() == grads[1].keys()
     assert len(grads[0]) > 3
     for n, grad in grads[0].items():
         torch.testing.assert_close(grad, grads[1][n], rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize(("name", "part"), [("vit-avg", "model.blocks.1.mlp"), ("clip", "model.encoder.layers.1.mlp")])
-def test_checkpointing_really_recomputes(name: str, part: str) -> None:
-    made = tower(name, checkpointing=True, **({"groups": 1} if name == "clip" else {})).train()
-    entered: list[int] = []  # entered, not left: recomputation ends as soon as it has what it needs
-    made.get_submodule(part).register_forward_pre_hook(lambda *_: entered.append(1))
-    made(*batch(made)).pooled.sum().backward()
-    assert len(entered) == 2
-    made.set_checkpointing(False)
-    made(*batch(made)).pooled.sum().backward()
-    assert len(entered) == 3
+@pytest.mark.parametrize(("name", "module"), [("vit-avg", "model.blocks.1.mlp"), ("clip", "model.encoder.layers.1.mlp")])
+def test_checkpointing_runs_forward_twice(name: str, module: str) -> None:
+    tower = build_tower(name, checkpointing=True, **({"groups": 1} if name == "clip" else {})).train()
+    calls: list[int] = []  # counted before forward(), because recomputation may stop before forward() returns
+    tower.get_submodule(module).register_forward_pre_hook(lambda *_: calls.append(1))
+    tower(*make_batch(tower)).pooled.sum().backward()
+    assert len(calls) == 2
+    tower.set_checkpointing(False)
+    tower(*make_batch(tower)).pooled.sum().backward()
+    assert len(calls) == 3
 
 
 @pytest.mark.parametrize("name", [*IMAGES, *TEXTS])
 def test_settings_rebuild_the_same_architecture(name: str) -> None:
-    made = tower(name).eval()
-    module = images if made.modality == "image" else texts
-    config = module.Config(**({"size": SIZE} if made.modality == "image" else {"length": LENGTH}), **(IMAGES | TEXTS)[name])
-    again = module.build(dataclasses.replace(config, **made.settings())).eval()
-    again.load_state_dict(made.state_dict())
+    tower = build_tower(name).eval()
+    module = images if tower.modality == "image" else texts
+    config = module.Config(**({"size": SIZE} if tower.modality == "image" else {"length": LENGTH}), **(IMAGES | TEXTS)[name])
+    rebuilt = module.build(dataclasses.replace(config, **tower.settings())).eval()
+    rebuilt.load_state_dict(tower.state_dict())
     with torch.no_grad():
-        assert torch.equal(made(*batch(made)).pooled, again(*batch(made)).pooled)
+        assert torch.equal(tower(*make_batch(tower)).pooled, rebuilt(*make_batch(tower)).pooled)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures
+# Image towers
 
 
 @pytest.mark.parametrize("name", [n for n in IMAGES if n not in ("mixer", "mobilenet", "mobilenet-avg")])
 def test_states_are_row_major(name: str) -> None:
-    """A change in one place of the picture moves the state of that place most; convolutions overlap: or of one beside it."""
-    made = tower(name).double().eval()
-    picture, _ = batch(made, 1)
+    """A change of one cell of the image changes the state at that cell most.
+
+    With a stem, whose convolutions overlap, it may be the state of a neighboring cell.
+    """
+    tower = build_tower(name).double().eval()
+    image, _ = make_batch(tower, 1)
     with torch.no_grad():
-        before, _, grid, _ = made(picture)
+        before, _, grid, _ = tower(image)
         assert grid is not None
         for row, column in ((0, grid[1] - 1), (grid[0] - 1, 0)):
             cell = SIZE // grid[0]
-            changed = picture.clone()
+            changed = image.clone()
             changed[:, :, row * cell : (row + 1) * cell, column * cell : (column + 1) * cell] ^= 255
-            moved = (made(changed).states - before).norm(dim=-1)[0]
-            found = divmod(int(moved.argmax()), grid[1])
-            assert max(abs(found[0] - row), abs(found[1] - column)) <= (1 if name == "vit-stem" else 0)
+            change = (tower(changed).states - before).norm(dim=-1)[0]
+            position = divmod(int(change.argmax()), grid[1])
+            assert max(abs(position[0] - row), abs(position[1] - column)) <= (1 if name == "vit-stem" else 0)
 
 
-def test_a_stem_is_its_convolutions_written_out() -> None:
-    made = ConvStem([16, 32, 32]).double()
-    picture = torch.randn(2, 3, 16, 16, dtype=torch.float64)
-    x = picture
+def test_a_stem_computes_convolution_group_norm_and_gelu() -> None:
+    conv_stem = ConvStem([16, 32, 32]).double()
+    image = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    x = image
     for layer, (stride, groups) in enumerate(((2, 1), (2, 2), (1, 2))):
-        convolution, norm = cast(nn.Conv2d, made[3 * layer]), cast(nn.GroupNorm, made[3 * layer + 1])
+        convolution, norm = cast(nn.Conv2d, conv_stem[3 * layer]), cast(nn.GroupNorm, conv_stem[3 * layer + 1])
         x = F.conv2d(F.pad(x, (1, 1, 1, 1)), convolution.weight, stride=stride)
-        parts = x.unflatten(1, (groups, -1))
-        at = (2, 3, 4)
-        parts = (parts - parts.mean(at, keepdim=True)) / (parts.var(at, correction=0, keepdim=True) + 1e-5).sqrt()
-        x = F.gelu(parts.flatten(1, 2) * norm.weight[:, None, None] + norm.bias[:, None, None])
-    torch.testing.assert_close(made(picture), x)
+        grouped = x.unflatten(1, (groups, -1))
+        dims = (2, 3, 4)
+        variance = grouped.var(dims, correction=0, keepdim=True)
+        grouped = (grouped - grouped.mean(dims, keepdim=True)) / (variance + 1e-5).sqrt()
+        x = F.gelu(grouped.flatten(1, 2) * norm.weight[:, None, None] + norm.bias[:, None, None])
+    torch.testing.assert_close(conv_stem(image), x)
     assert x.shape == (2, 32, 4, 4)
-    torch.testing.assert_close(made(picture)[:1], made(picture[:1]))  # no picture sees its neighbours
+    torch.testing.assert_close(conv_stem(image)[:1], conv_stem(image[:1]))  # images do not influence each other
 
 
 @pytest.mark.parametrize(("widths", "side"), [([8], 2), ([2, 8], 4), ([8, 8, 16], 4), ([32, 64, 64, 128, 128, 128], 8)])
-def test_a_stem_halves_at_first_and_where_it_widens(widths: list[int], side: int) -> None:
+def test_a_stem_halves_the_resolution_first_and_where_it_widens(widths: list[int], side: int) -> None:
     assert patch_size(widths) == side
     assert ConvStem(widths)(torch.zeros(1, 3, 48, 48)).shape[1:] == (widths[-1], 48 // side, 48 // side)
 
 
-def test_pictures_are_normalised_with_clips_statistics() -> None:
-    made = tower("vit-avg").eval()
-    picture, _ = batch(made)
+def test_images_are_normalized_by_clips_statistics_or_those_of_the_configuration() -> None:
+    tower = build_tower("vit-avg").eval()
+    inputs, _ = make_batch(tower)
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
     with torch.no_grad():
-        torch.testing.assert_close(made(picture).pooled, made((picture / 255 - mean) / std).pooled)
-    own = tower("vit-avg", mean=[0.5, 0.5, 0.5], std=[0.5, 0.5, 0.5])
-    torch.testing.assert_close(own.normalize(picture), picture / 127.5 - 1)  # type: ignore[operator]
+        torch.testing.assert_close(tower(inputs).pooled, tower((inputs / 255 - mean) / std).pooled)
+    configured = build_tower("vit-avg", mean=[0.5, 0.5, 0.5], std=[0.5, 0.5, 0.5])
+    torch.testing.assert_close(configured.normalize(inputs), inputs / 127.5 - 1)  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("name", ["vit-own", "vit-avg", "siglip-vit", "eva"])
 def test_patch_dropout_only_in_training(name: str) -> None:
-    whole, made = tower(name), tower(name, patch_dropout=0.5)
-    made.load_state_dict(whole.state_dict())
-    picture, _ = batch(made)
-    states, valid, grid, _ = made.train()(picture)
+    without_dropout, tower = build_tower(name), build_tower(name, patch_dropout=0.5)
+    tower.load_state_dict(without_dropout.state_dict())
+    inputs, _ = make_batch(tower)
+    states, valid, grid, _ = tower.train()(inputs)
     assert (states.shape[1], valid.shape[1], grid) == (8, 8, None)
     with torch.no_grad():
-        assert torch.equal(made.eval()(picture).pooled, whole.eval()(picture).pooled)
-    assert made(picture).grid == (4, 4)
-    frozen = tower(name, patch_dropout=0.5, trainable_blocks=0).train()
-    assert frozen(picture).grid == (4, 4)
+        assert torch.equal(tower.eval()(inputs).pooled, without_dropout.eval()(inputs).pooled)
+    assert tower(inputs).grid == (4, 4)
+    frozen = build_tower(name, patch_dropout=0.5, trainable_blocks=0).train()
+    assert frozen(inputs).grid == (4, 4)
 
 
 def test_pretrained_positions_are_interpolated(tmp_path: Path) -> None:
-    """Weights of a 32 px model in a 48 px one: as timm's own resampling makes them; everything else is copied."""
+    """A 48 px model loads the weights of a 32 px one: positions as timm resamples them, everything else unchanged."""
     torch.manual_seed(0)
     small = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=0, **VIT)
     torch.save(small.state_dict(), tmp_path / "weights.pth")
@@ -312,12 +315,12 @@ def test_pretrained_positions_are_interpolated(tmp_path: Path) -> None:
     config = images.Config(
         name="vit_tiny_patch16_224", size=48, args={**VIT, "pretrained_cfg_overlay": overlay}, pretrained=True, pool="avg"
     )
-    made = images.build(config)
-    loaded = made.model.state_dict()
+    tower = images.build(config)
+    loaded = tower.model.state_dict()
     positions = timm.layers.resample_abs_pos_embed(small.state_dict()["pos_embed"], new_size=[6, 6], num_prefix_tokens=1)
     torch.testing.assert_close(loaded["pos_embed"], positions)
     assert torch.equal(loaded["blocks.1.attn.qkv.weight"], small.state_dict()["blocks.1.attn.qkv.weight"])
-    assert made.statistics == ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])  # the model's own, not CLIP's
+    assert tower.statistics == ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])  # the model's own, not CLIP's
 
 
 @pytest.mark.parametrize(
@@ -337,57 +340,58 @@ def test_pretrained_positions_are_interpolated(tmp_path: Path) -> None:
         ({"name": "crossvit_tiny_240", "size": 240}, "cannot be used"),
     ],
 )
-def test_wrong_image_settings(settings: dict[str, Any], message: str) -> None:
+def test_image_settings_that_do_not_fit_the_model_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as error:
         images.build(images.Config(**{"size": 64, **settings}))
     assert "\n" not in str(error.value)
 
 
-def test_wrong_image_values() -> None:
+def test_impossible_image_settings_are_refused() -> None:
     stems = ({"stem": [16, 8]}, {"stem": [0]}, {"stem": [8], "pretrained": True}, {"stem": [8], "args": {"patch_size": 2}})
-    for bad in (*stems, {"mean": [0.5]}, {"std": [1, 1, 0]}, {"args": {"img_size": 3}}, {"size": 0}, {"patch_dropout": 1.0}):
+    others = ({"mean": [0.5]}, {"std": [1, 1, 0]}, {"args": {"img_size": 3}}, {"size": 0}, {"patch_dropout": 1.0})
+    for settings in (*stems, *others):
         with pytest.raises(ConfigError, match=r"image\."):
-            images.Config(**bad).check()  # type: ignore[arg-type]
+            images.Config(**settings).check()  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Texts
+# Text towers
 
 
 @pytest.mark.parametrize("name", list(TEXTS))
-def test_trimming_is_free_exactly_where_the_tower_says_so(name: str) -> None:
-    """Invariant 8, per text: alone at its own length against padded to the whole length."""
-    made = tower(name, groups=1).double().eval()
-    ids, mask = batch(made)
+def test_trimming_changes_nothing_exactly_where_trims_is_true(name: str) -> None:
+    """Each text alone, at its own length, is compared with the same text padded to the full length."""
+    tower = build_tower(name, groups=1).double().eval()
+    ids, mask = make_batch(tower)
     assert mask is not None
-    assert made.trims == (name not in ("siglip", "fnet"))
+    assert tower.trims == (name not in ("siglip", "fnet"))
     with torch.no_grad():
-        full = made(ids, mask)
+        full = tower(ids, mask)
         for row, length in enumerate(mask.sum(dim=1).tolist()):
-            alone = made(ids[row : row + 1, :length], mask[row : row + 1, :length])
-            same = torch.allclose(alone.pooled[0], full.pooled[row], atol=1e-9)
-            assert same == made.trims or length == LENGTH
-            if made.trims:
+            alone = tower(ids[row : row + 1, :length], mask[row : row + 1, :length])
+            is_equal = torch.allclose(alone.pooled[0], full.pooled[row], atol=1e-9)
+            assert is_equal == tower.trims or length == LENGTH
+            if tower.trims:
                 torch.testing.assert_close(alone.states[0], full.states[row, :length], rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["clip", "clip-avg", "bert-own", "roberta-avg", "t5", "gpt2"])
 @pytest.mark.parametrize("groups", [2, 4])
 def test_length_sorted_groups_change_nothing(name: str, groups: int) -> None:
-    whole, sorted_ = tower(name, groups=1).double().eval(), tower(name, groups=groups).double().eval()
-    ids, mask = batch(whole)
+    one_group, grouped = build_tower(name, groups=1).double().eval(), build_tower(name, groups=groups).double().eval()
+    ids, mask = make_batch(one_group)
     assert mask is not None
     ids, mask = ids.repeat(30, 1), mask.repeat(30, 1)
     lengths: list[int] = []
-    sorted_.get_submodule("model").register_forward_pre_hook(
+    grouped.get_submodule("model").register_forward_pre_hook(
         lambda _, __, kw: lengths.append(kw["input_ids"].shape[1]), with_kwargs=True
     )
     results = []
-    for made in (whole, sorted_):
-        out = made(ids, mask)
+    for tower in (one_group, grouped):
+        out = tower(ids, mask)
         loss = out.pooled.square().sum() + (out.states * mask[..., None]).pow(3).sum()
         loss.backward()
-        results.append([out.pooled, out.states * mask[..., None], *(p.grad for p in made.parameters())])
+        results.append([out.pooled, out.states * mask[..., None], *(p.grad for p in tower.parameters())])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
     assert 1 < len(lengths) <= groups
@@ -405,21 +409,21 @@ def test_groups_hold_the_fewest_tokens() -> None:
     assert group_by_length([76], 4, 8, 77) == [(0, 1, 77)]
 
 
-def test_pooling_looks_at_the_mask_not_at_ids() -> None:
-    """Padding with the end token, as CLIP's tokenizer does, and end tokens inside a text."""
-    made = tower("clip").eval()
-    ids, mask = batch(made)
+def test_pooling_reads_the_mask_and_not_the_ids() -> None:
+    """Padding may be the end token, as in CLIP's tokenizer, and end tokens may occur inside a text."""
+    tower = build_tower("clip").eval()
+    ids, mask = make_batch(tower)
     assert mask is not None
     with torch.no_grad():
-        first = made(ids, mask).pooled
-        assert torch.equal(first, made(ids.masked_fill(~mask, 59), mask).pooled)
-        states = made(ids, mask).states
+        first = tower(ids, mask).pooled
+        assert torch.equal(first, tower(ids.masked_fill(~mask, 59), mask).pooled)
+        states = tower(ids, mask).states
     last = mask.sum(dim=1) - 1
     torch.testing.assert_close(first, states[torch.arange(5), last])
 
 
-class Words:
-    """As much of a tokenizer as a tower asks for."""
+class StubTokenizer:
+    """The attributes of a tokenizer that a tower reads."""
 
     pad_token_id, bos_token_id, eos_token_id = 2, 0, 1
 
@@ -429,15 +433,15 @@ class Words:
 
 def test_vocabulary_comes_from_the_tokenizer() -> None:
     args = {k: v for k, v in SMALL.items() if k != "vocab_size"}
-    made = texts.build(texts.Config(args={"model_type": "bert", **args}), Words())
-    embedding: Any = made.get_submodule("model.embeddings.word_embeddings")
+    tower = texts.build(texts.Config(args={"model_type": "bert", **args}), StubTokenizer())
+    embedding: Any = tower.get_submodule("model.embeddings.word_embeddings")
     assert (embedding.num_embeddings, embedding.padding_idx) == (50, 2)
     with pytest.raises(ConfigError, match="50 tokens, the model only 40"):
-        texts.build(texts.Config(args={"model_type": "bert", **args, "vocab_size": 40}), Words())
-    shared = Words()
-    shared.pad_token_id = 1  # CLIP's tokenizer pads with the end token: its embedding must learn
-    made = texts.build(texts.Config(args={"model_type": "bert", **args}), shared)
-    assert made.get_submodule("model.embeddings.word_embeddings").padding_idx is None
+        texts.build(texts.Config(args={"model_type": "bert", **args, "vocab_size": 40}), StubTokenizer())
+    end_as_padding = StubTokenizer()
+    end_as_padding.pad_token_id = 1  # CLIP's tokenizer pads with the end token, whose embedding must be trained
+    tower = texts.build(texts.Config(args={"model_type": "bert", **args}), end_as_padding)
+    assert tower.get_submodule("model.embeddings.word_embeddings").padding_idx is None
 
 
 @pytest.mark.parametrize(
@@ -456,47 +460,47 @@ def test_vocabulary_comes_from_the_tokenizer() -> None:
         ({"name": "/nowhere/model"}, "/nowhere/model"),
     ],
 )
-def test_wrong_text_settings(settings: dict[str, Any], message: str) -> None:
-    def checked(config: texts.Config) -> None:
+def test_text_settings_that_do_not_fit_are_refused(settings: dict[str, Any], message: str) -> None:
+    def check_and_build(config: texts.Config) -> None:
         config.check()
         texts.build(config)
 
     with pytest.raises(ConfigError, match=message) as error:
-        checked(texts.Config(**{"length": LENGTH, **settings}))
+        check_and_build(texts.Config(**{"length": LENGTH, **settings}))
     assert "\n" not in str(error.value)
 
 
 def test_named_text_models_from_folders(tmp_path: Path) -> None:
-    """A text model alone, and the text half of a CLIP; weights in half precision on disk are used in float32."""
+    """The folder holds a text model, or a CLIP whose text model is used. Half-precision weights are used in float32."""
     from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel
 
     torch.manual_seed(0)
     bert = BertModel(BertConfig(**SMALL)).eval()
     bert.half().save_pretrained(tmp_path / "bert")
-    made = texts.build(texts.Config(name=str(tmp_path / "bert"), pool="cls", length=LENGTH)).eval()
-    ids, mask = batch(made)
-    assert {p.dtype for p in made.parameters()} == {torch.float32}
+    tower = texts.build(texts.Config(name=str(tmp_path / "bert"), pool="cls", length=LENGTH)).eval()
+    ids, mask = make_batch(tower)
+    assert {p.dtype for p in tower.parameters()} == {torch.float32}
     with torch.no_grad():
         expected = bert.float()(ids, attention_mask=mask).last_hidden_state[:, 0]
-        torch.testing.assert_close(made(ids, mask).pooled, expected, rtol=1e-5, atol=1e-5)
-    assert made.settings()["name"] is None
+        torch.testing.assert_close(tower(ids, mask).pooled, expected, rtol=1e-5, atol=1e-5)
+    assert tower.settings()["name"] is None
 
     vision = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 16}
     clip = CLIPModel(CLIPConfig(text_config={**SMALL, "eos_token_id": 59}, vision_config=vision, projection_dim=8)).eval()
     clip.save_pretrained(tmp_path / "clip")
-    made = texts.build(texts.Config(name=str(tmp_path / "clip"), length=LENGTH)).eval()
+    tower = texts.build(texts.Config(name=str(tmp_path / "clip"), length=LENGTH)).eval()
     with torch.no_grad():
         expected = clip.text_model(ids, attention_mask=mask).pooler_output
-        torch.testing.assert_close(made(ids, mask).pooled, expected, rtol=1e-5, atol=1e-5)
-    fresh = texts.build(texts.Config(name=str(tmp_path / "clip"), pretrained=False, length=LENGTH))
-    assert not torch.equal(fresh.state_dict()["model.final_layer_norm.weight"] + 1, torch.zeros(24))
+        torch.testing.assert_close(tower(ids, mask).pooled, expected, rtol=1e-5, atol=1e-5)
+    untrained = texts.build(texts.Config(name=str(tmp_path / "clip"), pretrained=False, length=LENGTH))
+    assert not torch.equal(untrained.state_dict()["model.final_layer_norm.weight"] + 1, torch.zeros(24))
     assert not torch.equal(
-        fresh.get_submodule("model.embeddings.token_embedding").weight,  # type: ignore[arg-type]
-        made.get_submodule("model.embeddings.token_embedding").weight,  # type: ignore[arg-type]
+        untrained.get_submodule("model.embeddings.token_embedding").weight,  # type: ignore[arg-type]
+        tower.get_submodule("model.embeddings.token_embedding").weight,  # type: ignore[arg-type]
     )
 
 
-def test_the_registry_finds_towers_and_not_their_helpers() -> None:
+def test_the_registry_lists_towers_but_not_their_helper_modules() -> None:
     assert registry.component_names("towers") == ["timm", "transformers"]
     assert registry.component_names("losses") == ["clip", "siglip"]
 
@@ -506,26 +510,27 @@ def test_the_registry_finds_towers_and_not_their_helpers() -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("needs", [(True, True), (False, True), (True, False)])
-def test_onednn_linear_is_linear(bias: bool, needs: tuple[bool, bool]) -> None:
+@pytest.mark.parametrize("needs_grad", [(True, True), (False, True), (True, False)])
+def test_onednn_linear_is_linear(bias: bool, needs_grad: tuple[bool, bool]) -> None:
     torch.manual_seed(0)
-    plain = nn.Linear(24, 40, bias=bias)
-    plain.weight.requires_grad_(needs[1])
-    fast = nn.Sequential(copy.deepcopy(plain))
-    use_onednn(fast)
-    assert isinstance(fast[0], nn.Linear)
-    assert fast.state_dict().keys() == {f"0.{name}" for name in plain.state_dict()}
+    reference = nn.Linear(24, 40, bias=bias)
+    reference.weight.requires_grad_(needs_grad[1])
+    onednn = nn.Sequential(copy.deepcopy(reference))
+    use_onednn(onednn)
+    assert isinstance(onednn[0], nn.Linear)
+    assert onednn.state_dict().keys() == {f"0.{name}" for name in reference.state_dict()}
     x = torch.randn(5, 7, 24)
-    ours, theirs = x.clone().requires_grad_(needs[0]), x.clone().requires_grad_(needs[0])
-    a, b = fast(ours), plain(theirs)
-    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-    a.square().sum().backward()
-    b.square().sum().backward()
-    for mine, reference in [(ours, theirs), *zip(fast.parameters(), plain.parameters(), strict=True)]:
-        assert (mine.grad is None) == (reference.grad is None)
-        if reference.grad is not None:
-            torch.testing.assert_close(mine.grad, reference.grad, rtol=1e-5, atol=1e-4)
+    inputs, reference_inputs = x.clone().requires_grad_(needs_grad[0]), x.clone().requires_grad_(needs_grad[0])
+    outputs, reference_outputs = onednn(inputs), reference(reference_inputs)
+    torch.testing.assert_close(outputs, reference_outputs, rtol=1e-5, atol=1e-5)
+    outputs.square().sum().backward()
+    reference_outputs.square().sum().backward()
+    pairs = [(inputs, reference_inputs), *zip(onednn.parameters(), reference.parameters(), strict=True)]
+    for tensor, expected in pairs:
+        assert (tensor.grad is None) == (expected.grad is None)
+        if expected.grad is not None:
+            torch.testing.assert_close(tensor.grad, expected.grad, rtol=1e-5, atol=1e-4)
     with torch.no_grad():
-        assert torch.equal(fast.double()(x.double()), plain.double()(x.double()))
+        assert torch.equal(onednn.double()(x.double()), reference.double()(x.double()))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert fast.float()(x).dtype == torch.bfloat16
+        assert onednn.float()(x).dtype == torch.bfloat16
