@@ -31,7 +31,11 @@ class Decoder(Protocol):
     """
 
     def __call__(self, sample: RawSample, rng: np.random.Generator, train: bool) -> Any:
-        """Return the item of one sample; all randomness comes from `rng`. Raises BadSample for content that cannot be used."""
+        """Return the item of one sample; all randomness comes from `rng`.
+
+        Raises:
+            BadSample: the content cannot be used.
+        """
         ...
 
     def collate(self, items: list[Any]) -> tuple[Tensor, Tensor | None] | None:
@@ -111,7 +115,7 @@ def collate(items: Mapping[str, list[Any]], decoders: Mapping[str, Decoder], key
 
 
 def merge(parts: list[Batch], decoders: Mapping[str, Decoder], pin: bool = False) -> Batch:
-    """Merge partial batches, in order, into the batch that one `collate` over all their samples would return.
+    """Merge partial batches, in order, into what one `collate` over all their samples would return.
 
     Args:
         parts: at least one partial batch.

@@ -11,14 +11,15 @@ from pretrain.data.sample_json import read_json
 
 
 def normalize_whitespace(text: str) -> str:
-    """Return `text` with each run of white space as one space, none at the ends, and no leading byte-order mark."""
+    """Replace each run of white space by one space; strip the ends and a leading byte-order mark."""
     return " ".join(text.removeprefix("\ufeff").split())
 
 
 def caption_id(text: str) -> int:
-    """Return a signed 64-bit hash, equal for captions that differ only in case, white space or Unicode composition.
+    """Return a signed 64-bit hash of a caption.
 
-    It is the same on every machine and in every version, so it may be stored.
+    It is equal for captions that differ only in case, white space or Unicode composition. It is the same on every machine
+    and in every version, so it may be stored.
     """
     canonical = normalize_whitespace(unicodedata.normalize("NFC", text).casefold())
     return int.from_bytes(
@@ -54,7 +55,11 @@ def read_captions(members: dict[str, bytes], source: str = "txt") -> list[str]:
 
 
 def _read_field(members: dict[str, bytes], source: str) -> list[Any]:
-    """Return the value of a json field as a list. Raises BadSample where the field is absent, null or an empty list."""
+    """Return the value of a json field as a list.
+
+    Raises:
+        BadSample: the field is absent, null or an empty list.
+    """
     fields = read_json(members)
     value = fields.get(source) if isinstance(fields, dict) else None
     if value is None or value == []:

@@ -1,4 +1,4 @@
-"""The `data` section of the configuration, and the shards, source weights and sample counts that it stands for."""
+"""The `data` section of the configuration: its shards, source weights and sample counts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MAX_NAMED = 20  # empty shards that are named in the log
 
 @dataclass
 class DataConfig:
-    """Training and validation data: shards, batch size, shuffling, worker processes and limits on bad samples."""
+    """Training and validation data: shards, batch size, shuffling, workers, limits on bad samples."""
 
     train: Any = "synthetic"
     """Training shards: a glob, brace pattern, folder or url, or a list of them. A list of {shards, weight} mixes several
@@ -88,7 +88,11 @@ class DataConfig:
 
 
 def evaluation_caption(data: Mapping[str, Any]) -> str:
-    """Return where evaluation reads captions ("txt" or a json field), given the `data` section of a run's configuration."""
+    """Return where evaluation reads captions: "txt" or a json field.
+
+    Args:
+        data: the `data` section of a run's configuration.
+    """
     return str(data.get("val_caption") or data.get("caption") or "txt")
 
 

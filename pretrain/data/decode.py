@@ -1,4 +1,6 @@
-"""Decoding of encoded images of any format to pixels. The size in the header is checked before anything is decoded.
+"""Decoding of images of any format to pixels.
+
+The size in the header is checked before anything is decoded.
 
 JPEGs are decoded by simplejpeg (libjpeg-turbo), which returns Pillow's pixels bit for bit and can decode at 1/2, 1/4 and
 1/8 of the size. Plain lossy WebP is decoded by OpenCV, everything else by Pillow.
@@ -78,7 +80,7 @@ def decode_image(data: bytes, min_size: int | None = None, max_pixels: int = MAX
 
 
 def reduction_factor(header: Header, height: int, width: int, size: int) -> int:
-    """Return the largest factor of 1, 2, 4, 8 by which an image can be decoded smaller without losing resolution.
+    """Return the factor, 1, 2, 4 or 8, by which an image can be decoded smaller without loss.
 
     A region of height x width pixels still has at least size x size pixels after division by the factor. Only powers of two:
     libjpeg-turbo has fast code for those, and 5/8 takes longer than 1/1.
@@ -119,7 +121,7 @@ def apply_orientation(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _read_jpeg_header(data: bytes) -> Header | None:
-    """Return the header of a JPEG that simplejpeg can decode; None for others (CMYK, rare subsampling, not a JPEG)."""
+    """Return the header of a JPEG that simplejpeg can decode; None for CMYK, rare subsampling, other data."""
     if data[:2] != b"\xff\xd8":
         return None
     try:
@@ -191,7 +193,7 @@ def _read_orientation(image: Image.Image) -> int:
 
 
 def _decode_with_pillow(data: bytes) -> np.ndarray:
-    """Decode an image of any mode to (H, W, 3) uint8, as stored (orientation not applied). Raises BadSample."""
+    """Decode an image of any mode to (H, W, 3) uint8, orientation not applied. Raises BadSample."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.load()

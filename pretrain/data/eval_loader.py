@@ -24,9 +24,10 @@ _MAX_NAMED = 20  # bad samples that are named in the log; all are counted
 
 
 class EvalLoader:
-    """The batches of one process, in the order of the shards; it can be iterated repeatedly. The last batch may be short.
+    """The evaluation batches of one process, in the order of the shards.
 
-    Samples whose content cannot be used are left out and counted in `bad`, by reason.
+    It can be iterated repeatedly. The last batch may be short. Samples whose content cannot be used are left out and
+    counted in `bad`, by reason.
 
     Args:
         reader: reads samples by shard.
@@ -84,10 +85,11 @@ def build_eval_loader(
     max_samples: int = 0,
     cache: ShardCache | None = None,
 ) -> EvalLoader:
-    """Build the evaluation loader of this process: every sample of the shards exactly once over `world` processes.
+    """Build the evaluation loader of this process.
 
-    Each process reads a consecutive part. Besides inputs, batches carry targets["json"], a dict for each sample. Where there
-    is a text decoder they also carry targets["captions"], a list of all captions of each sample.
+    Over `world` processes, every sample of the shards is read exactly once; each process reads a consecutive part. Besides
+    inputs, batches carry targets["json"], a dict for each sample. Where there is a text decoder they also carry
+    targets["captions"], a list of all captions of each sample.
 
     Args:
         shards: anything that data.val may be: a string, or a list of strings or of {shards: ...}.

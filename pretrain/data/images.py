@@ -1,7 +1,7 @@
-"""The image decoder: encoded bytes to (3, H, W) uint8, with augmentation in training, resizing and cropping in evaluation.
+"""The image decoder: encoded bytes to (3, H, W) uint8.
 
-Images travel as uint8; the tower normalizes them on the device. `Preprocess` describes all of evaluation preprocessing,
-normalization included, for exports.
+It augments in training, and resizes and crops in evaluation. Images travel as uint8; the tower normalizes them on the
+device. `Preprocess` describes all of evaluation preprocessing, normalization included, for exports.
 
 Legend: H, W = height, width in pixels; b = images in a batch. Arrays are HWC (rows, columns, RGB), tensors CHW.
 
@@ -64,7 +64,7 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Evaluation preprocessing of an image tower, for exports: resize, crop, then (pixels / 255 - mean) / std."""
+    """Evaluation preprocessing, for exports: resize, crop, then (pixels / 255 - mean) / std."""
 
     size: int
     """Side of the square image, in pixels."""
@@ -106,7 +106,7 @@ class Preprocess:
 def draw_crop(
     height: int, width: int, scale: list[float], ratio: list[float], rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
-    """Draw a crop (top, left, height, width), in pixels, as torchvision's RandomResizedCrop.get_params does.
+    """Draw a crop (top, left, height, width), like torchvision's RandomResizedCrop.get_params.
 
     Args:
         height: of the image, in pixels.
@@ -131,7 +131,10 @@ def draw_crop(
 
 
 def resize(pixels: np.ndarray, size: tuple[int, int], interpolation: str = "bicubic") -> torch.Tensor:
-    """Resize (h, w, 3) uint8 to (3, H, W) uint8 with antialiasing, for size = (H, W); equals Pillow up to rounding."""
+    """Resize (h, w, 3) uint8 to (3, H, W) uint8 with antialiasing, for size = (H, W).
+
+    It equals Pillow's resize up to rounding.
+    """
     image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
     return torch.nn.functional.interpolate(image, size, mode=interpolation, antialias=True)[0].contiguous()
 
@@ -140,7 +143,7 @@ _LUMA = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)  # ITU-R 601-2, as Pil
 
 
 def recolor(image: torch.Tensor, brightness: float, contrast: float, saturation: float) -> torch.Tensor:
-    """Multiply brightness, contrast and saturation of a (3, H, W) uint8 image, in this order (1 = unchanged).
+    """Multiply brightness, contrast and saturation of (3, H, W) uint8, in this order (1 = unchanged).
 
     They blend the image with black, with the mean of the gray image, and with the gray image: torchvision's adjust_*.
     """
@@ -199,7 +202,7 @@ class ImageDecoder:
         return torch.stack(images), None
 
     def decode_train(self, data: bytes, rng: np.random.Generator) -> torch.Tensor:
-        """Decode to (3, size, size) uint8 with a random crop and the other random changes of `augment`. Raises BadSample."""
+        """Decode to (3, size, size) uint8 with the random changes of `augment`. Raises BadSample."""
         header, a = read_header(data, self.max_pixels), self.augment
         top, left, h, w = draw_crop(header.height, header.width, a.scale, a.ratio, rng)
         # The crop is drawn first: its size decides how small the image may be decoded. Its corner is aligned to the grid of
@@ -233,7 +236,9 @@ class ImageDecoder:
 
 
 def evaluation_size(height: int, width: int, size: int, resize: str) -> tuple[int, int]:
-    """Return the resized (H, W) before the center crop; the longer side rounds down, as in torchvision's Resize.
+    """Return the resized (H, W) before the center crop; the longer side is rounded down.
+
+    torchvision's Resize rounds in the same way.
 
     Args:
         height: of the image, in pixels.
@@ -249,7 +254,11 @@ def evaluation_size(height: int, width: int, size: int, resize: str) -> tuple[in
 
 
 def visible_box(height: int, width: int, size: int, resize: str) -> tuple[float, float, float, float]:
-    """Return the box (x0, y0, x1, y1) of a stored image, in its pixels, that the model sees: the center crop, or all."""
+    """Return the box of a stored image that the model sees: the center crop, or the whole image.
+
+    Returns:
+        (x0, y0, x1, y1) in pixels of the stored image.
+    """
     resized_height, resized_width = evaluation_size(height, width, size, resize)
     top, left = round((resized_height - size) / 2), round((resized_width - size) / 2)
     scale_x, scale_y = width / resized_width, height / resized_height

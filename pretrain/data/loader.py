@@ -1,4 +1,4 @@
-"""The training loader: worker processes read and decode; the batches do not depend on the number of workers.
+"""The training loader, whose batches do not depend on the number of worker processes.
 
     build_loader(data, decoders, ...) -> Loader              training: endless, resumes from state_dict()
     build_eval_loader(shards, decoders, ...) -> EvalLoader   evaluation: each sample exactly once over all processes
@@ -47,7 +47,7 @@ MAX_NAMED = 20
 
 
 class Loader:
-    """Endless batches of the b samples that this process serves, from the beginning or from a loaded state.
+    """Endless batches of the samples that this process serves, from the start or a loaded state.
 
     Args:
         order: which sample is read at which position.
@@ -107,7 +107,10 @@ class Loader:
         return sum(len(source.counts) for source in self.order.sources)
 
     def digest(self) -> str:
-        """Return a digest of data and order, which must be equal to resume a run; folders do not enter, so they may move."""
+        """Return a digest of data and order, which must be equal to resume a run.
+
+        Folders do not enter, so that data may move.
+        """
         return hashlib.blake2b("\n".join([self.order.digest(), *self.shard_names]).encode(), digest_size=8).hexdigest()
 
     def state_dict(self) -> dict[str, Any]:
@@ -244,7 +247,7 @@ class Loader:
 def build_loader(
     data: DataConfig, decoders: Mapping[str, Decoder], seed: int, rank: int = 0, world: int = 1, nodes: int = 1
 ) -> Loader:
-    """Build the training loader of this process from the configuration. Collective where there is a process group.
+    """Build the training loader of this process. Collective where there is a process group.
 
     Args:
         data: the `data` section of the configuration.
@@ -299,6 +302,6 @@ def build_loader(
 
 
 def _max_open_files() -> int:
-    """Return how many shards a worker may hold open: a quarter of the system's limit per process, 16 to 512."""
+    """Return how many shards a worker may hold open: a quarter of the process limit, 16 to 512."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return 512 if soft == resource.RLIM_INFINITY else max(16, min(512, soft // 4))

@@ -1,4 +1,4 @@
-"""The order of samples: pure functions from (seed, position) to a sample, designed for a billion samples.
+"""The order of samples: pure functions of (seed, position), designed for a billion samples.
 
 Position p = 0, 1, 2, ... is the p-th sample of the run, across epochs; global batch g is positions [g B, (g + 1) B).
 The order does not depend on workers or processes. There is no generator state: each permutation is drawn from a key of seed,
@@ -155,7 +155,7 @@ class Order:
         return (int(source[0]), *self._sequences[source[0]].substitute(int(q[0]), word))
 
     def check(self, batch_size: int, world: int = 1, nodes: int = 1) -> None:
-        """Raise ConfigError where batches of this size cannot be divided among `world` processes on `nodes` nodes."""
+        """Raise ConfigError where a batch cannot be divided among `world` processes on `nodes` nodes."""
         size = f"data.batch_size={batch_size}"
         _require(batch_size >= 1, f"{size}: a batch holds at least 1 sample")
         _require(
@@ -208,7 +208,10 @@ def _require(condition: bool, message: str) -> None:
 
 @cache
 def _reversed_bits() -> Ints:
-    """Return 0 .. PERIOD - 1 with reversed bits: the first PERIOD points of the van der Corput sequence, times PERIOD."""
+    """Return 0 .. PERIOD - 1 with reversed bits; (PERIOD,) int64.
+
+    They are the first PERIOD points of the van der Corput sequence, times PERIOD.
+    """
     t, out = np.arange(PERIOD), np.zeros(PERIOD, dtype=np.int64)
     for i in range(PERIOD_BITS):
         out |= (t >> i & 1) << (PERIOD_BITS - 1 - i)

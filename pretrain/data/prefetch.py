@@ -1,4 +1,4 @@
-"""Prefetching: fetches and indexes the shards of coming windows ahead of the workers, so that no batch waits for them.
+"""Prefetching: shards of coming windows are fetched and indexed before the workers need them.
 
 It is a separate process beside the first trainer of each node, started only where shards are remote or not yet indexed. It
 does not affect the order of samples and reports no errors: the workers meet the same errors and report them.

@@ -1,11 +1,11 @@
-"""The shuffled, endless sample sequence of one source, and the counter-based random numbers that it is drawn from.
+"""The shuffled, endless sample sequence of one source, and counter-based random numbers.
 
 Element q = 0, 1, 2, ... of the sequence is one sample; every epoch of the source contains each sample once. The shards are
 permuted by (seed, epoch) and split into windows of K shards, and the samples of a window are permuted together. With
 replacement, the shards of a window and its samples are drawn at random instead. Any element can be looked up without its
 predecessors, and only the windows in use are held in memory.
 
-Legend: N = samples in the source, K = shards in a window, n = elements looked up at once, q = index in the sequence,
+Legend: N = samples in the source, K = shards in a window, n = elements looked up at once. q = index in the sequence,
 r = index in a window, u = index in the concatenated samples of the shards of a window.
 """
 
@@ -39,9 +39,10 @@ def random_words(n: int, *words: int | str) -> npt.NDArray[np.uint64]:
 
 
 class KeyedGenerator:
-    """Numpy generator that is rekeyed for each purpose: np.random.Generator(np.random.Philox(key=philox_key(...))).
+    """Numpy generator that is rekeyed for each purpose.
 
-    The same object is reset each time, at a thirtieth of the cost of a new one.
+    It equals np.random.Generator(np.random.Philox(key=philox_key(...))). The same object is reset each time, at a thirtieth
+    of the cost of a new one.
     """
 
     def __init__(self) -> None:
@@ -57,9 +58,10 @@ class KeyedGenerator:
 
 
 def permutation(n: int, *words: int | str) -> Ints:
-    """Return a permutation of range(n): the stable argsort of n random 64-bit integers without their lowest bits.
+    """Return a random permutation of range(n); (n,) int64.
 
-    Each index is stored in place of those bits, so that a plain sort, which is several times faster, yields the argsort.
+    It is the stable argsort of n random 64-bit integers without their lowest bits. Each index is stored in place of those
+    bits, so that a plain sort, which is several times faster, yields the argsort.
     """
     bits = np.uint64(max(n - 1, 0).bit_length())
     packed = random_words(n, *words) >> bits << bits | np.arange(n, dtype=np.uint64)

@@ -1,4 +1,4 @@
-"""data.train=synthetic: noise images and random captions without files, to benchmark everything but reading."""
+"""data.train=synthetic: noise images and random captions, to benchmark all but reading."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The text decoder: captions to token ids, with any tokenizer of transformers; and the loading of tokenizers.
+"""The text decoder, captions to token ids with any tokenizer of transformers; tokenizer loading.
 
 Ids are padded on the right, whatever the tokenizer's own setting. A text truncated to `length` still ends with the token that
 ends texts (EOT, SEP, </s>), because towers pool there. `captions.py` reads the captions of a sample, `train_tokenizer.py`
@@ -191,7 +191,10 @@ class TextDecoder:
         return self.encode([text if isinstance(text, str) else text[0] for text in texts])
 
     def encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """Tokenize b texts to ids (b, T) int64, padded on the right, and mask (b, T) bool, True where there is a token."""
+        """Tokenize b texts to ids (b, T) int64, padded on the right, and mask (b, T) bool.
+
+        The mask is True where there is a token.
+        """
         max_length = self.length - (self.appended_id is not None)
         rows = (
             _tokenize(self.tokenizer, [normalize_whitespace(text[:_MAX_CHARS]) for text in texts], max_length) if texts else []
@@ -207,7 +210,7 @@ class TextDecoder:
         return torch.from_numpy(ids), torch.from_numpy(mask)
 
     def merge(self, parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Merge (ids, mask) of partial batches, (b, T) or (b, k, T), as one `collate` over all their samples would."""
+        """Merge (ids, mask) of partial batches as one `collate` over all samples would; (b, T) or (b, k, T)."""
         width = max(ids.shape[-1] for ids, _ in parts)
         pad = torch.nn.functional.pad
         ids = torch.cat([pad(ids, (0, width - ids.shape[-1]), value=self.pad_id) for ids, _ in parts])

@@ -1,7 +1,7 @@
-"""Training of a byte-level BPE tokenizer on the captions of shards, in the format that transformers loads.
+"""Training of a byte-level BPE tokenizer on the captions of shards, for use with transformers.
 
 Byte-level: any text can be encoded, and there is no unknown token. As in CLIP's tokenizer, text is NFC-normalized and in lower
-case, runs of white space become one space, and <bos> and <eos> surround each text. <eos> has the highest id of all, because
+case, runs of white space become one space, and <bos> and <eos> surround each text. <eos> has the highest id of all:
 the CLIP towers of open_clip and older transformers find the end of a text as the maximum of its ids.
 """
 

@@ -71,7 +71,7 @@ def normalize_word(value: Any) -> str:
 
 
 def vocabulary_from_objects(objects: Iterable[Any]) -> Vocabulary:
-    """Build the vocabulary of all words of some objects; values that are not objects or strings are ignored."""
+    """Build the vocabulary of some objects; values that are not objects or strings are ignored."""
     words: dict[str, dict[str, None]] = {key: {} for key in ("name", *ATTRIBUTES)}  # dicts as ordered sets
     for item in objects:
         for key in words if isinstance(item, dict) else ():

@@ -1,7 +1,7 @@
-"""The work of a worker process: it turns positions into a collated partial batch, a function of the positions alone.
+"""The work of a worker process: it turns positions into a collated partial batch.
 
-Workers report unusable samples instead of raising. The loader counts them in the order of the samples and decides whether
-the run stops.
+The result is a function of the positions alone. Workers report unusable samples instead of raising. The loader counts them
+in the order of the samples and decides whether the run stops.
 """
 
 from __future__ import annotations
@@ -95,7 +95,9 @@ class _SampleDecoder:
 
 
 class TrainingDataset(_SampleDecoder, torch.utils.data.Dataset[PartialBatch]):
-    """Data set of partial batches, indexed by positions; an unusable sample is replaced by another one of its window.
+    """Data set of partial batches, indexed by positions.
+
+    An unusable sample is replaced by another one of its window.
 
     Args:
         order: which sample is read at which position.

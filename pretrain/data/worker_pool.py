@@ -1,4 +1,4 @@
-"""The pool of worker processes, on torch's DataLoader: results in the order of jobs, whichever worker computes them."""
+"""The pool of worker processes, on torch's DataLoader: results come in the order of the jobs."""
 
 from __future__ import annotations
 
@@ -36,9 +36,8 @@ def run_workers(dataset: Any, jobs: Iterator[Any], workers: int) -> Iterator[Ite
     """
     sigchld = signal.getsignal(signal.SIGCHLD)
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "This DataLoader will create", UserWarning
-        )  # more workers than cores is what the configuration asks for
+        # The configuration may ask for more workers than cores.
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
         loader: DataLoader[Any] = DataLoader(
             dataset,
             batch_size=None,

@@ -1,4 +1,4 @@
-"""The cache of remote shards: each is fetched completely into a local folder and then read like a local shard.
+"""The local cache of remote shards, which are fetched completely before they are read.
 
 Several processes may request the same shard at once: one fetches it, the others wait. A cached shard is always complete.
 """
@@ -90,7 +90,7 @@ class ShardCache:
         return self.path / kind / f"{digest}-{name.rstrip('/').rsplit('/', 1)[-1][-80:]}"
 
     def fetch(self, shard: str) -> str:
-        """Return the local file of a shard: the shard itself, or its cached copy, which is fetched first where missing.
+        """Return the local file of a shard: itself, or its cached copy, fetched first where missing.
 
         Raises:
             UserError: a command that is not allowed, or a url of an unknown scheme.

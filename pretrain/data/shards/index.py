@@ -1,4 +1,4 @@
-"""The index of one tar shard: the byte range of each member of each sample, the keys, and flags for duplicates.
+"""The index of a tar shard: byte ranges of the members of samples, keys, and duplicate flags.
 
 Consecutive members KEY.jpg, KEY.txt, KEY.json are one sample. KEY is the path up to the first dot of the file name; the rest,
 in lower case, is the extension (webdataset's rules). The index is built by one pass over the headers when a shard is first
@@ -71,7 +71,7 @@ class ShardIndex:
 
 
 def load_index(path: str, cache: ShardCache | None = None) -> ShardIndex:
-    """Return the index of a shard: the saved one where it matches the file, or else a new one, which is then saved.
+    """Return the index of a shard: the saved one where it matches, or else a new one, which is saved.
 
     Args:
         path: the shard, a file or a url.
@@ -150,7 +150,10 @@ def _group_members(members: Members) -> dict[str, Any]:
 
 
 def _fingerprint(fd: int, size: int) -> str:
-    """Return a digest of four blocks spread over the file; with size and time it detects a file that was replaced."""
+    """Return a digest of four blocks spread over the file.
+
+    With size and modification time it detects a file that was replaced.
+    """
     hasher = hashlib.blake2b(str(size).encode(), digest_size=16)
     for i in range(4):
         hasher.update(os.pread(fd, 4096, max(0, size - 4096) * i // 3))
@@ -166,7 +169,7 @@ def _index_paths(path: str, cache: ShardCache) -> list[Path]:
 
 
 def indexed_count(path: str, cache: ShardCache) -> int | None:
-    """Return the number of samples of a local shard from its saved index; None where no saved index matches."""
+    """Return the number of samples of a local shard from its saved index; None where none matches."""
     meta, _ = _find_saved(path, cache)
     return None if meta is None else int(meta["count"])
 
@@ -193,7 +196,7 @@ def _load_saved(path: str, cache: ShardCache) -> ShardIndex | None:
 
 
 def _find_saved(path: str, cache: ShardCache) -> tuple[dict[str, Any] | None, Path]:
-    """Return (metadata, path) of the saved index with the shard's size and modification time; (None, Path()) without."""
+    """Return (metadata, path) of the saved index of the same size and time; (None, Path()) without."""
     stat = os.stat(path)
     for index_path in _index_paths(path, cache):
         try:
@@ -216,7 +219,7 @@ def _warn_unusable(path: Path, error: Exception) -> None:
 
 
 def _save(shard_index: ShardIndex, cache: ShardCache) -> None:
-    """Save an index beside the shard, or in the cache folder; where neither can be written, it is not saved."""
+    """Save an index beside the shard or in the cache folder, or not where neither can be written."""
     meta = {
         "version": _VERSION,
         "count": shard_index.count,
@@ -256,7 +259,7 @@ def recorded_count(path: str) -> tuple[int | None, str]:
 
 
 def _modified_ns(file: str) -> int | None:
-    """Return the modification time of a local file, 0 for a remote one; None where a local file does not exist."""
+    """Return the modification time of a local file, None if it does not exist; 0 for a remote file."""
     try:
         return 0 if is_remote(file) else os.stat(file).st_mtime_ns
     except OSError:

@@ -37,7 +37,9 @@ class RawSample:
 
 
 def expand_shards(spec: str | Sequence[str], where: str = "data.train") -> list[str]:
-    """Return the shards that match globs, brace patterns ({0000..0012}), folders (their *.tar) and urls; sorted, unique.
+    """Return the shards that match globs, brace patterns, folders and urls; sorted and unique.
+
+    A brace pattern is {0000..0012}; a folder stands for all *.tar in it.
 
     Args:
         spec: one or several patterns.

@@ -20,7 +20,9 @@ _MAX_GAP = 16384  # reading up to this many unneeded bytes is cheaper than a sec
 
 
 class ShardReader:
-    """Random access to the samples of many shards, of which the most recently used stay open. Not thread-safe.
+    """Random access to the samples of many shards. Not thread-safe.
+
+    The most recently used shards stay open.
 
     Args:
         paths: shards, as `expand_shards` returns them; shard numbers are positions in it.
@@ -139,7 +141,7 @@ class ShardReader:
         return os.pread(self._open_shard(shard)[0], length, offset)
 
     def _read_fully(self, shard: int, offset: int, length: int) -> bytes:
-        """Read in several calls, because one returned too few bytes. Raises UserError where the file has shrunk."""
+        """Read in several calls, after one returned too few bytes. Raises UserError for a shrunken file."""
         fd, chunks, num_read = self._open_shard(shard)[0], [], 0
         while num_read < length:
             chunk = os.pread(fd, length - num_read, offset + num_read)

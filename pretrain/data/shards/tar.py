@@ -32,7 +32,7 @@ class DamagedTarError(UserError):
 
 
 class Members(NamedTuple):
-    """The regular members of an archive, in file order: names, and offset and length of each content in bytes."""
+    """The regular members, in file order: names, and offset and length of each content in bytes."""
 
     names: list[str]
     offsets: list[int]
@@ -148,7 +148,7 @@ class _TarScanner:
             raise _DamageAt(at, "a block of zeros, and data after it")
 
     def _verify(self) -> None:
-        """Verify the checksums of the headers read so far, as sums of unsigned or (old archivers) signed bytes."""
+        """Verify the checksums of the headers read so far, of unsigned or (old archivers) signed bytes."""
         headers = np.frombuffer(b"".join(self.unverified), dtype=np.uint8).reshape(-1, BLOCK)
         stored = np.array([_parse_octal(header[148:156]) for header in self.unverified])
         for kind in (np.uint8, np.int8):
@@ -202,7 +202,10 @@ def _parse_name(header: bytes) -> str:
 
 
 def _parse_pax(data: bytes, at: int) -> tuple[str | None, int | None]:
-    """Return (path, size) from a pax header, whose records are `LENGTH key=value` and a newline; None where not given."""
+    """Return (path, size) from a pax header; None for one that it does not contain.
+
+    Its records are `LENGTH key=value` and a newline.
+    """
     path, size, start = None, None, 0
     while start < len(data) and data[start]:
         match = re.compile(rb"(\d{1,20}) ([^=]+)=").match(data, start)

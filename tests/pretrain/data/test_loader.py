@@ -1,4 +1,4 @@
-"""Tests of the loaders: equal batches for any workers and processes, resuming, bad samples and shards, evaluation."""
+"""Tests of the loaders: order of batches, resuming, bad samples and shards, evaluation."""
 
 import io
 import itertools

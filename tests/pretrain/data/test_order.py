@@ -1,4 +1,4 @@
-"""Tests of the order of samples: against a slow transcription of its formulas, and as properties of any order."""
+"""Tests of the order of samples: against slow formulas, and as properties of any order."""
 
 import hashlib
 import pickle
@@ -69,7 +69,7 @@ def slow_sequence(counts, seed, source, window, length):
 
 
 def slow_order(sources, seed, window, streams, block, length, shares):
-    """Return the first `length` samples one by one: select a source by reversed bits, then apply the streams rule."""
+    """Return the first `length` samples: select a source by reversed bits, apply the streams rule."""
     C, selections, samples = streams, [0] * len(sources), []
     sizes = [sum(s.counts) for s in sources]
     blocks = [block or max(1, min(round(n / -(-len(s.counts) // window)), n // C)) for n, s in zip(sizes, sources, strict=True)]
@@ -114,7 +114,7 @@ def test_each_sample_once_per_epoch(arguments, epochs):
 @given(orders(), st.integers(1, 6))
 @settings(max_examples=40, deadline=None)
 def test_each_sample_once_per_epoch_of_its_source_with_streams_and_weights(arguments, blocks):
-    """Reading whole blocks of all streams reads a contiguous beginning of each source's sequence, and nothing else."""
+    """Whole blocks of all streams are a contiguous beginning of each source's sequence."""
     order = Order(**arguments)
     samples_of = [[] for _ in order.sources]
     for source, shard, sample in triples(order.locate(np.arange(blocks * 100 * order.streams))):
@@ -168,7 +168,7 @@ def test_a_batch_is_the_same_for_any_number_of_processes(nodes, per_node, stream
 @given(st.lists(weights, min_size=1, max_size=5), st.integers(1, 300_000))
 @settings(max_examples=40, deadline=None)
 def test_every_beginning_has_each_source_in_proportion_to_its_weight(w, length):
-    """Béjian and Faure (1977): n van der Corput points miss an interval's expected count by at most log2(n) / 3 + 1."""
+    """n van der Corput points miss an expected count by at most log2(n) / 3 + 1 (Béjian, Faure 1977)."""
     order = Order([ShardSource([5] * 3, x) for x in w], seed=0)
     source, _ = order._map_to_sources(np.arange(length))
     bound = np.log2(length) / 3 + 1
@@ -209,7 +209,7 @@ def test_the_keyed_generator_is_philox_with_that_key():
 
 
 def test_permutations_are_uniform():
-    """Each of the 24 orders of 4 items is about equally frequent: chi-square, 23 degrees of freedom, p = 1e-4."""
+    """The 24 orders of 4 items are equally frequent: chi-square, 23 degrees of freedom, p = 1e-4."""
     times = Counter(tuple(permutation(4, "test", i).tolist()) for i in range(4800))
     assert len(times) == 24
     assert sum((n - 200) ** 2 / 200 for n in times.values()) < 55.0

@@ -1,4 +1,4 @@
-"""Tests of captions and tokenizers, against the padding and truncation of transformers and open_clip's tokenizer."""
+"""Tests of captions and tokenizers, against transformers and open_clip's tokenizer."""
 
 from __future__ import annotations
 

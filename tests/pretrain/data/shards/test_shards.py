@@ -1,4 +1,4 @@
-"""Tests of finding, counting, indexing and reading shards, against tarfile and webdataset; damaged archives of all kinds."""
+"""Tests of finding, indexing and reading shards, against tarfile and webdataset; damaged archives."""
 
 import gc
 import io
@@ -124,7 +124,10 @@ def test_ustar_prefixes_and_archives_written_by_tar(tmp_path):
 
 
 def test_sizes_beyond_eight_gigabytes(tmp_path):
-    """Octal digits end there: GNU continues in base 256, pax in an extended header. The file of this test is sparse."""
+    """Octal digits end there: GNU continues in base 256, pax in an extended header.
+
+    The file of this test is sparse.
+    """
     for format in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
         info = tarfile.TarInfo("a.bin")
         info.size = 9 * 2**30 + 5
