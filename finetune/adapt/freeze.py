@@ -1,4 +1,4 @@
-"""What of a pretrained model is trained: freezing of towers and parameters, low-rank adapters, another image size.
+"""Adaptation of pretrained encoders: freezing, low-rank adapters, another image size.
 
     adapt: {trainable_blocks: {image: 0}, lora: {rank: 8, towers: [text]}, image_size: 336}
     optim: {lr: 1e-4, layer_decay: 0.75, lr_scale: {fusion: 10, task: 10}}     # new layers faster: see pretrain/optim.py
@@ -56,7 +56,7 @@ class AdaptConfig:
 
 
 def adapt_encoder(encoder: DualEncoder, config: AdaptConfig, schema: ModelSchema) -> ModelSchema:
-    """Change the pretrained encoder in place as configured, and return its schema, which may have a new image size.
+    """Change the pretrained encoder in place as configured, and return its new schema (image size).
 
     Towers that were frozen in pretraining are trained unless `config` freezes them. Raises ConfigError for a tower, block or
     layer that does not exist, and for settings that exclude each other.
@@ -178,6 +178,6 @@ def resize_image_tower(encoder: DualEncoder, size: int, schema: ModelSchema) -> 
 
 
 def build_adapter_merger(config: AdaptConfig) -> Callable[[dict[str, Tensor]], dict[str, Tensor]] | None:
-    """Return the function that merges adapters into the weights of the plain model; None where there are no adapters."""
+    """Return the function that merges adapters into the plain model's weights; None without adapters."""
     alpha = config.lora.alpha
     return (lambda weights: lora.merge_adapters(weights, alpha)) if config.lora.rank else None

@@ -1,5 +1,6 @@
-"""LoRA (Hu et al. 2021, arXiv 2106.09685) through peft: a linear layer W x becomes W x + (alpha / rank) B A x, W frozen.
+"""LoRA through peft: a linear layer W x becomes W x + (alpha / rank) B A x, with W frozen.
 
+Hu et al. 2021, arXiv 2106.09685.
 In training the adapters are separate weights (`...base_layer.weight`, `...lora_A.default.weight`). A checkpoint's
 model.safetensors holds their products merged into W, under the names of the plain model. Evaluation, export and the next
 fine-tuning therefore need neither peft nor this file. The checkpoint's state/ holds the separate weights, for resuming.
@@ -95,7 +96,10 @@ def check_targets(towers: list[Tower], config: LoraConfig) -> None:
 
 
 def strip_adapter(name: str) -> str:
-    """Return the name in the plain model of a parameter of the adapted one; an adapter's is that of the layer it adapts."""
+    """Return the name in the plain model of a parameter of the adapted model.
+
+    For a parameter of an adapter this is the parameter of the layer that it adapts.
+    """
     name = re.sub(rf"\.lora_[AB]\.{ADAPTER}\.", ".", name)
     return name.replace(".base_layer.", ".")
 

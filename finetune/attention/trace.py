@@ -1,4 +1,4 @@
-"""Attention weights recorded for maps: in the layout in which attention used them, and as a matrix over tokens.
+"""Attention weights recorded for maps, in the layout in which they were used or as a matrix.
 
 A fusion called with `trace=Trace()` fills it: one Step for the attentions that were added at once, with one AttentionRecord
 for each modality whose tokens were the queries. Shapes: B samples, H heads, Q queries, K keys.
@@ -49,10 +49,11 @@ class Weights:
 
 @dataclass(frozen=True)
 class AttentionRecord:
-    """The attention of one modality's queries; the columns of its matrix are the tokens of `contexts`, in that order."""
+    """The attention of one modality's queries to the tokens of `contexts`."""
 
     query: str
     contexts: tuple[str, ...]
+    """The columns of the matrix are the tokens of these modalities, in this order."""
     weights: Weights
 
 

@@ -1,4 +1,6 @@
-"""Contexts: how queries attend to an image. A context is ONE file with a Config and build(config, width) -> Context.
+"""Contexts: how queries attend to an image.
+
+A context is ONE file with a Config and build(config, width) -> Context.
 
     dense.py             every query attends to every token
     local.py             an image's tokens attend to their own window (and to any text appended to the image)
@@ -6,8 +8,8 @@
     pooled.py            learned latents summarize the image, and queries attend to the summaries
     tiling.py            grids divided into square tiles, for local.py and coarse_to_fine.py
 
-Wherever an image is the context (of words, of another image, of its own tokens), its Context decides what attention costs
-and which tokens it reaches. Modalities without a grid are always attended to densely. May import finetune.attention and
+An image may be attended to by words, by another image or by its own tokens. Its Context decides which tokens attention
+reaches and what it costs. Modalities without a grid are always attended to densely. May import finetune.attention and
 pretrain. Shapes: as in attention/multihead.py; R regions or windows, P cells of one, L summaries.
 """
 
@@ -50,13 +52,16 @@ class Context(nn.Module):
     do not reproduce its results."""
 
     def has_shared_selection(self) -> bool:
-        """Return whether one query changes which keys another one gets: a causal decoder would then read later tokens."""
+        """Return whether one query influences which keys another one gets.
+
+        A causal decoder cannot use such a context, because later tokens would influence earlier ones.
+        """
         return False
 
     def summarize(self, tokens: Tokens, exact: bool = False) -> tuple[Tokens, Weights | None]:
-        """Return the tokens to attend to in place of an image's own, and with `exact` the weights that summarized them.
+        """Return the tokens to attend to instead of the image's, and with `exact` how they were computed.
 
-        The base class returns the tokens themselves.
+        The second value is the Weights of the summaries on the tokens. The base class returns the tokens and None.
         """
         return tokens, None
 

@@ -1,10 +1,11 @@
-"""Coarse-to-fine attention: every region of the image as one token, the best regions at full detail, in one softmax.
+"""Coarse-to-fine attention: every region as one token, and the best regions at full detail.
 
-A first pass attends to the region means. The regions with the most attention are then opened: queries attend to their
-cells. A region that is not opened stays in the softmax as its mean, counted once per cell (log n is added to its score):
+A first pass attends to the region means. The regions with the most attention are then opened: queries attend to their cells,
+in one softmax. A region that is not opened stays in the softmax as its mean, counted once per cell (log n is added to its
+score):
 
 - The output is exactly a weighted mean over all cells: the weight of a mean is shared evenly by its cells.
-- With every region opened it is dense attention, and also where the cells of each region are identical.
+- It equals dense attention with every region opened, and where the cells of each region are identical.
 - The score of a region that should be opened has a gradient, because its mean is part of the output.
 
 The words of one text select regions together: their regions are then one small set of keys for a fused kernel, and only
@@ -138,7 +139,10 @@ class CoarseToFine(Context):
         return Selection(index, coarse, _mask_to_bias(valid_BRP[samples, index].flatten(2)))
 
     def _project_opened(self, keys: Keys, tiling: Tiling, cells_BRPC: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
-        """Return k and v (B, G, H, n P, D) of the opened cells; projects the whole image only where that is less work."""
+        """Return k and v (B, G, H, n P, D) of the opened cells.
+
+        Projects the whole image only where that is less work.
+        """
         B, G, n = selection.regions.shape
         samples = torch.arange(B, device=selection.regions.device)[:, None, None]
         if G * n * cells_BRPC.shape[2] < keys.grid_size:

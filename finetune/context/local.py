@@ -1,4 +1,4 @@
-"""Windowed attention: an image's tokens attend to their own window, and to any text appended to the image.
+"""Windowed attention: an image's tokens attend to their window, and to text appended to the image.
 
 This makes the image's self-attention linear in the pixels. Windows need queries that have a position in the image. Where
 words or another image are the queries, attention is dense, which is linear in the pixels anyway. A fusion without

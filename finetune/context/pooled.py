@@ -1,4 +1,4 @@
-"""Pooled context: learned latents summarize the image once, and all queries attend to these L summaries instead.
+"""Pooled context: learned latents summarize the image, and queries attend to these L summaries.
 
 This pays where attention reads an image often: in its own self-attention (N x L instead of N x N), in several layers
 (`cross` summarizes once), for several questions. Summaries have no position in the image, so their own weights over the
@@ -40,7 +40,7 @@ class Config:
 
 
 class Pooled(Dense):
-    """latents + attention(latents, image), then one feed-forward layer; queries attend to the result densely."""
+    """latents + attention(latents, image), then a feed-forward layer; dense attention to the result."""
 
     def __init__(self, config: Config, width: int) -> None:
         super().__init__()
@@ -52,7 +52,10 @@ class Pooled(Dense):
         self.out_norm = nn.LayerNorm(width)
 
     def summarize(self, tokens: Tokens, exact: bool = False) -> tuple[Tokens, Weights | None]:
-        """Turn tokens (B, N, C) into summaries (B, L, C) without mask or grid; with `exact` also the Weights (B, L, N)."""
+        """Turn tokens (B, N, C) into summaries (B, L, C) without mask or grid.
+
+        With `exact` also return the Weights, whose matrix is (B, L, N).
+        """
         q_BHLD = self.read.project_queries(self.norm(self.latents)[None]).expand(tokens.states.shape[0], -1, -1, -1)
         keys = self.read.build_keys(tokens)
         out, used = attend(q_BHLD, *keys.project_all(), mask=broadcast_over_heads(tokens.mask), exact=exact)
@@ -62,5 +65,8 @@ class Pooled(Dense):
 
 
 def build(config: Config, width: int) -> Pooled:
-    """Build the context for image tokens of `width`. Raises ConfigError for heads that do not divide the inner width."""
+    """Build the context for image tokens of `width`.
+
+    Raises ConfigError for heads that do not divide the inner width.
+    """
     return Pooled(config, width)

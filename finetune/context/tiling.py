@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Tiling:
-    """N = H W cells, row-major, as R tiles of P = sides[0] x sides[1] cells. Sides are at most those of the grid."""
+    """N = H W cells, row-major, as R tiles of P = sides[0] x sides[1] cells, at most as large as the grid."""
 
     grid: tuple[int, int]
     side: int
@@ -71,7 +71,7 @@ class Tiling:
         return self.split(mask_BN[:, None, :, None])[:, :, 0, :, 0]
 
     def build_neighbor_mask(self, device: torch.device) -> Tensor | None:
-        """Return (R, P, P) bool: pairs of cells of a tile that are neighbors on the grid too; None where all are.
+        """Return (R, P, P) bool: the pairs of cells of a tile that are neighbors on the grid; None: all.
 
         The roll of a shifted tiling brings opposite edges of the grid into one tile.
         """

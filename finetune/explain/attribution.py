@@ -1,4 +1,4 @@
-"""Attribution: a fusion's trace -> one map per text token, (B, T, H, W) on the grid of the image tokens.
+"""Attribution: a fusion's trace -> one map per text token, (B, T, H, W) on the image's grid.
 
     trace = Trace()
     fused = fusion(tokens, trace=trace)
@@ -76,7 +76,7 @@ def compute_attention_maps(
 
 
 def _average_layers(steps: list[Step], blocks: list[Blocks], text: str, image: str, layer: int | None) -> Tensor:
-    """Return (B, T, N): the mean over layers with attention between `text` and `image`, or that of one layer."""
+    """Return (B, T, N): attention between `text` and `image`, of one layer or the mean over layers."""
     by_layer: dict[int, Tensor] = {}
     for step, matrices in zip(steps, blocks, strict=True):
         if (text, image) in matrices:
@@ -108,7 +108,7 @@ def propagate_rollout(steps: Iterable[tuple[str, Blocks]]) -> Blocks:
 
 
 def propagate_relevance(steps: Iterable[tuple[str, Blocks]]) -> Blocks:
-    """Apply the rules of Chefer et al., numbered as there; A is the mean over heads of (weights x gradients)+.
+    """Apply the rules of Chefer et al., with their numbers; A is the head mean of (weights x gradients)+.
 
     self and joint:  R[s, u] += A[s, s] R[s, u]            (6, 7; joint: over all modalities in the softmax)
     cross, s to q:   R[s, q] += norm(R[s, s])^T A norm(R[q, q])         (10)
@@ -189,7 +189,7 @@ def _get_grid(trace: Trace, text: str, image: str) -> tuple[int, int]:
 
 
 def _build_gradient_weighting(trace: Trace, score: Tensor | None, method: str) -> Callable[[Tensor], Tensor]:
-    """Return the function that maps each weights tensor of the trace to (weights x gradient of the score)+."""
+    """Return the function that maps each weights tensor of the trace to (weights x its gradient)+."""
     if score is None:
         raise ConfigError(f"{method} maps need `score`, the value to explain; raw and rollout do not")
     if not score.requires_grad:

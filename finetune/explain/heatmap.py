@@ -1,4 +1,4 @@
-"""Heat maps drawn on images, with Pillow alone: one tile per word, and a figure of all words of a text.
+"""Heat maps drawn on images, with Pillow alone: one tile per word, and a figure of all words.
 
 A map is enlarged smoothly and blended over the image in gray: transparent at 0, bright where it is high, with a ring on the
 peak. The words of one text share a scale, the square root of the peak. A word with little attention is therefore drawn
@@ -29,7 +29,7 @@ _HEAT = np.array([(90, 18, 60), (160, 30, 72), (216, 48, 56), (244, 98, 32), (25
 
 
 def compute_strengths(maps: Array) -> Array:
-    """Return the peak of each map (words, H, W) as a share of the highest: (words,), all 0 where every map is 0."""
+    """Return the peak of each map (words, H, W) as a share of the highest: (words,), or all 0."""
     peaks = maps.reshape(len(maps), -1).max(axis=1)
     return peaks / peaks.max() if peaks.size and peaks.max() > 0 else np.zeros(len(maps))
 
@@ -137,7 +137,7 @@ def stack_figures(pages: Sequence[Image.Image]) -> Image.Image:
 
 
 def load_font(size: int, text: str = "") -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Load Pillow's own font, or for characters beyond Latin the first of some common fonts that is installed."""
+    """Load Pillow's font, or for characters beyond Latin the first installed one of some common fonts."""
     if any(ord(c) > 0x24F and not 0x2010 <= ord(c) <= 0x2044 for c in text):
         for name in ("NotoSansCJK-Regular.ttc", "DejaVuSans.ttf", "Arial Unicode.ttf", "arial.ttf"):
             try:
@@ -148,7 +148,7 @@ def load_font(size: int, text: str = "") -> ImageFont.FreeTypeFont | ImageFont.I
 
 
 def wrap_text(text: str, width: int, size: int) -> list[str]:
-    """Break a text between words into at most four lines of at most `width` px; the rest becomes an ellipsis."""
+    """Break a text between words into at most four lines of `width` px; the rest becomes an ellipsis."""
     words, lines = text.split(), [""]
     for word in words:
         longer = f"{lines[-1]} {word}".strip()

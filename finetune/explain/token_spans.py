@@ -36,7 +36,10 @@ class TokenSpans:
     """The characters of each token of one text."""
 
     def __init__(self, decoder: TextDecoder, text: str) -> None:
-        """Tokenize `text`. Raises ConfigError for a tokenizer that does not report the characters of its tokens."""
+        """Tokenize `text`.
+
+        Raises ConfigError for a tokenizer that does not report the characters of its tokens.
+        """
         tokenizer = decoder.tokenizer
         if not getattr(tokenizer, "is_fast", False):
             raise ConfigError(
@@ -53,7 +56,7 @@ class TokenSpans:
         return tuple(i for i, (a, b) in enumerate(self.spans) if max(a, start) < min(b, end))
 
     def find_words(self) -> list[Word]:
-        """Return the words in the order of the text, without punctuation and without words that truncation cut off."""
+        """Return the words of the text in order, without punctuation and without truncated words."""
         words = [Word(m.group(), m.start(), m.end(), self.find_tokens(*m.span())) for m in _WORD.finditer(self.text)]
         return [word for word in words if word.tokens]
 

@@ -1,11 +1,13 @@
-"""Maps of what each word of a text attends to in an image, for `clipfuse attend`, the report and grounding.
+"""Maps of what each word of a text attends to in an image.
 
     tuned = finetune.load("runs/vqa")
     maps = compute_word_maps(tuned, Path("dog.jpg").read_bytes(), "what color is the dog?")
     maps.figure().save("dog.png")                   the image, a heat map per word, and the answer
 
-compute_token_maps() is the core: it passes a batch through the task's predict() and its trace through attribution.py. The
-model's weights do not change. May import finetune.loading and the layers below it, and the other files of this package.
+Used by `clipfuse attend`, the report and grounding. compute_token_maps() is the core: it passes a batch through the task's
+predict() and its trace through attribution.py. The model's weights do not change. May import finetune.loading and the layers
+below it, and the other files of this package.
+
 Shapes: b images, each with one text; T tokens; H, W = cells of the image's grid.
 """
 
@@ -41,8 +43,7 @@ from pretrain.runtime.files import replace_atomically
 METHOD = "raw"
 """The default method. To choose one for another model, compare them with `evaluate --task grounding --maps`.
 
-Measured: after a short training on scenes (300 steps of 16 images) the peaks of raw attention lay on the named object more
-often than those of the other methods.
+Measured: after a short training on scenes (300 steps of 16 images), peaks lay on the named object most often with raw.
 """
 
 
@@ -128,7 +129,10 @@ def compute_token_maps(
 
 @contextmanager
 def _frozen_eval(model: nn.Module) -> Iterator[None]:
-    """Set eval mode and disable gradients of the weights: maps need those of attention alone. Restores both at the end."""
+    """Set eval mode and disable gradients of the weights, and restore both at the end.
+
+    Maps need the gradients of the attention weights alone.
+    """
     trainable = [p for p in model.parameters() if p.requires_grad]
     with eval_mode(model):
         for p in trainable:
@@ -168,9 +172,9 @@ def compute_word_maps(tuned: Finetuned, data: bytes, text: str, method: str = ME
 
 
 def find_decoders(tuned: Finetuned) -> tuple[ImageDecoder, TextDecoder]:
-    """Return the image decoder and the text decoder of a model; a task may have wrapped the text decoder in its own.
+    """Return the image decoder and the text decoder of a model.
 
-    Raises UserError for a model without images or texts.
+    A task may have wrapped the text decoder in its own. Raises UserError for a model without images or texts.
     """
     image, text = tuned.decoders.get("image"), tuned.decoders.get("text")
     text = text if isinstance(text, TextDecoder) else getattr(text, "text", None)
@@ -191,10 +195,11 @@ def format_share(value: float) -> str:
 def sample_examples(
     tuned: Finetuned, shards: Any, count: int = 8, method: str = METHOD, max_images: int = 400, workers: int = 0
 ) -> list[WordMaps]:
-    """Compute maps of `count` images, drawn with a fixed seed from the first `max_images` of `shards`, with one text each.
+    """Compute maps of `count` images of `shards`, with one text each.
 
-    For a task that reads questions, the types of question take turns, and the right answer is included. For others the text
-    is the image's first caption. Whether the model is right plays no part in the choice.
+    The images are drawn with a fixed seed from the first `max_images`. For a task that reads questions, the types of
+    question take turns, and the right answer is included. For others the text is the image's first caption. Whether the
+    model is right plays no part in the choice.
     """
     image_decoder, text_decoder = find_decoders(tuned)
     decoders: dict[str, Any] = {"image": image_decoder, **({} if tuned.task.text_is_question else {"text": text_decoder})}

@@ -1,4 +1,6 @@
-"""Fusions: two modalities attend to each other. A fusion is ONE file with a Config and build(...) -> Fusion.
+"""Fusions: two modalities attend to each other.
+
+A fusion is ONE file with a Config and build(...) -> Fusion.
 
     cross.py     the query attends to the context: text to image regions (ALBEF, BLIP); with `causal` it is a decoder
     co.py        both attend to each other in every layer, each in its own width (ViLBERT, METER)

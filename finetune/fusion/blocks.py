@@ -1,5 +1,6 @@
-"""The branches of fusion blocks, and the base class of fusions, which checks, unpacks, checkpoints and packs tokens.
+"""The branches of fusion blocks, and the base class of fusions.
 
+The base class checks, unpacks and packs token sequences, and applies activation checkpointing.
 Shapes: as in attention/multihead.py.
 """
 
@@ -183,9 +184,10 @@ class Fusion(nn.Module):
         self.layers = nn.ModuleList()
 
     def forward(self, tokens: dict[str, TokenSequence], trace: Trace | None = None) -> dict[str, TokenSequence]:
-        """Return the same sequences, fused: states of the same widths, `pooled` their masked mean. Fills `trace`.
+        """Return the same sequences, fused: states of the same widths, `pooled` their masked mean.
 
-        A mask may be None: every token is real. Raises ValueError where the rows of query and context do not fit.
+        Fills `trace`. A mask may be None: every token is real. Raises ValueError where the rows of query and context do not
+        fit.
         """
         config, sequences = self.config, dict(tokens)
         query_rows, context_rows = (sequences[name].states.shape[0] for name in (config.query, config.context))
@@ -204,13 +206,13 @@ class Fusion(nn.Module):
         return sequences | {name: _pack(states, sequences[name]) for name, states in fused.items()}
 
     def tie_query_key_(self) -> None:
-        """Start cross-attention at the tokens that resemble the query; for tokens of one shared space. See Attention."""
+        """Start cross-attention at tokens that resemble the query, for tokens of one space; see Attention."""
         for name, module in self.named_modules():
             if name.endswith(CROSS) and isinstance(module, AttentionBlock):
                 module.attention.tie_query_key_()
 
     def fuse(self, tokens: dict[str, Tokens], rows: int, trace: Trace | None) -> dict[str, Tensor]:
-        """Return modality -> states (B, N, C), of every modality that changes. `rows`: query rows per context row."""
+        """Return modality -> states (B, N, C) of those that change; `rows`: query rows per context row."""
         raise NotImplementedError(f"{type(self).__name__}.fuse")
 
     def run_block(self, block: nn.Module, *inputs: Any) -> Any:
@@ -229,13 +231,16 @@ def check_modalities(config: FusionConfig, widths: dict[str, int]) -> None:
 
 
 def list_fused_modalities(config: FusionConfig, fused: str) -> list[tuple[str, ...]]:
-    """Return for each block the modalities that it changes: both, but with fused="query" only the query in the last one."""
+    """Return for each block the modalities that it changes.
+
+    These are both, but with fused="query" only the query in the last block.
+    """
     both = (config.query, config.context)
     return [both] * (config.layers - 1) + [both if fused == "both" else both[:1]]
 
 
 def compute_key_widths(widths: dict[str, int], config: FusionConfig) -> dict[str, int]:
-    """Return modality -> width of its tokens as keys: their own channels and those of the position encodings."""
+    """Return modality -> width of its tokens as keys, with the channels of the position encodings."""
     return {name: width + count_position_channels(config.places) for name, width in widths.items()}
 
 

@@ -39,7 +39,7 @@ class Config(FusionConfig):
 
 
 class Stream(nn.Module):
-    """One modality's half of a block. With `is_source_only` it has no cross-attention: it only provides keys and values."""
+    """One modality's half of a block; with `is_source_only` it only provides keys and values."""
 
     def __init__(self, config: Config, width: int, key_width: int, other_key_width: int, is_source_only: bool = False) -> None:
         """`key_width`, `other_key_width`: widths of this modality's and of the other one's tokens as keys."""

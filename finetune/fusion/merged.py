@@ -1,7 +1,7 @@
-"""One stream: every token attends to the tokens of both modalities, with one set of weights. ViLT, arXiv 2102.03334.
+"""One stream: every token attends to the tokens of both modalities, with one set of weights.
 
-The narrower modality is padded with channels of zeros, so that no projection stands between input and output tokens. Each
-block adds an embedding of the token's modality inside its branch.
+ViLT, arXiv 2102.03334. The narrower modality is padded with channels of zeros, so that no projection stands between input
+and output tokens. Each block adds an embedding of the token's modality inside its branch.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Block(nn.Module):
         return {name: self.feedforward(states) for name, states in new.items()}
 
     def _order_keys(self, query: str) -> tuple[str, str]:
-        """Return the modalities in the order in which contexts expect keys: an image first, then the tokens after it.
+        """Return the modalities in the order in which contexts expect keys: an image first.
 
         If the query is an image, its own tokens come first.
         """

@@ -1,4 +1,4 @@
-"""Measure grounding: the pointing game and attention lift by class of word, controls, and a test with exchanged colors.
+"""Measure grounding: pointing game and attention lift by class of word, controls, exchanged colors.
 
     evaluate_grounding(tuned, shards, GroundingConfig(), device) -> {"pointing_thing": 0.93, "pointing_thing_low": 0.91, ...}
 
@@ -12,8 +12,8 @@ Controls, on the same words:
     shuffled    a word of the same class in the text of another image, paired with this image
 
 Counterfactual: a color in a text is exchanged so that it names exactly one other object. `before` and `after` are the shares
-of peaks on the object that the color names. `moved` is the share of those on the right object both times, and `stayed` of
-those that are still on the first object and not on the second.
+of peaks on the object that the color names. `moved` is the share of peaks on the right object both times. `stayed` is the
+share of peaks that are still on the first object and not on the second.
 
 The classes `thing` and `colour` and the control `centre` are parts of metric names in saved results, so they stay as they
 are spelled. May import probes.py and what that imports.
@@ -81,7 +81,9 @@ class GroundingConfig:
 
 
 def evaluate_grounding(tuned: Finetuned, shards: Any, config: GroundingConfig, device: torch.device) -> dict[str, float]:
-    """Measure grounding on shards. Collective: every process gets the same result. Moves the model to `device`.
+    """Measure grounding on shards; every process gets the same result. Collective.
+
+    Moves the model to `device`.
 
     Returns:
         For each class of words that occurs (thing, colour, surface, relation, text): `pointing_CLASS` and `lift_CLASS`, each
@@ -126,9 +128,10 @@ def evaluate_grounding(tuned: Finetuned, shards: Any, config: GroundingConfig, d
 
 
 def gather_vocabulary(shards: Any, config: GroundingConfig) -> Vocabulary:
-    """Load the words for objects from vocabulary.json beside the shards, else collect those of the measured samples.
+    """Load the words for objects from vocabulary.json beside the shards, else collect them.
 
-    Collective: every process gets the same result. Raises ConfigError or UserError for shards or files that are not valid.
+    Without that file they are all words of the measured samples. Collective: every process gets the same result. Raises
+    ConfigError or UserError for shards or files that are not valid.
     """
 
     def load_local() -> Vocabulary | None:
@@ -188,7 +191,7 @@ def _average(values: list[tuple[str, float]]) -> float:
 
 
 def evaluate_checkpoint(tuned: Finetuned, shards: Any, config: GroundingConfig, device: torch.device) -> dict[str, Any]:
-    """Return the metrics of a checkpoint with its folder, step, data and method, for --json and build_table()."""
+    """Return the metrics of a checkpoint, with its folder, step, data and method, as plain values."""
     start = time.perf_counter()
     metrics = evaluate_grounding(tuned, shards, config, device)
     return {
@@ -203,7 +206,7 @@ def evaluate_checkpoint(tuned: Finetuned, shards: Any, config: GroundingConfig, 
 
 
 def build_table(result: dict[str, Any]) -> Table:
-    """Show a result of evaluate_checkpoint() as a table: shares in percent, 95 % intervals, and the controls."""
+    """Show a result of evaluate_checkpoint() as a table: percentages, 95 % intervals, controls."""
     metrics = result["metrics"]
     title = f"{result['checkpoint']}, step {result['step']:,}: {result['method']} maps"
     caption = f"{int(metrics['samples']):,} images, {int(metrics['swaps']):,} colors exchanged, {result['seconds']:.0f} s"

@@ -1,4 +1,4 @@
-"""Find the words of a text that name objects of its image, so that a map of such a word should highlight these objects.
+"""Find the words of a text that name objects of its image, which maps of these words should highlight.
 
     find_mentions("a red car left of a black sofa", objects)     red, car -> (0,), black, sofa -> (1,), left -> (0, 1)
 
@@ -76,7 +76,10 @@ class _Phrase:
     end: int
 
     def find_objects(self, objects: Objects, changed: tuple[int, str] | None = None) -> tuple[int, ...]:
-        """Return the positions of the objects it describes; `changed` = (index, value) replaces one attribute's value."""
+        """Return the positions of the objects that the phrase describes.
+
+        `changed` = (index, value) replaces the value of one attribute.
+        """
         values = [(field, value) for field, value, _ in self.attributes]
         if changed:
             values[changed[0]] = (values[changed[0]][0], changed[1])
@@ -89,7 +92,10 @@ class _Phrase:
 
 
 def find_mentions(text: str, objects: Objects, vocabulary: Vocabulary = _NO_VOCABULARY) -> list[Mention]:
-    """Return the words of `text` that name `objects`, in their order; `vocabulary`: words for objects of other samples."""
+    """Return the words of `text` that name `objects`, in order.
+
+    `vocabulary` holds words for objects of the whole data set.
+    """
     phrases = _parse_phrases(text, objects, vocabulary)
     named = [phrase.find_objects(objects) for phrase in phrases]
     mentions = []
@@ -113,7 +119,7 @@ def find_mentions(text: str, objects: Objects, vocabulary: Vocabulary = _NO_VOCA
 
 
 def build_text_mention(text: str, mentions: Sequence[Mention]) -> list[Mention]:
-    """Return the whole text as one mention if all of its mentions name the same objects; else an empty list."""
+    """Return the whole text as one mention if all of its mentions name the same objects; else []."""
     named = {mention.objects for mention in mentions}
     return [Mention(text, 0, len(text), "text", named.pop())] if len(named) == 1 else []
 
@@ -144,7 +150,10 @@ def find_color_swaps(text: str, objects: Objects, vocabulary: Vocabulary = _NO_V
 
 
 def build_caption_swaps(objects: Objects, vocabulary: Vocabulary = _NO_VOCABULARY) -> list[Swap]:
-    """Build swaps for models that read captions: "a red car" -> "a blue car", for objects of one name in different colors."""
+    """Build swaps for models that read captions: "a red car" -> "a blue car".
+
+    There is one for each two colors that objects of the same name have.
+    """
     swaps: list[Swap] = []
     for name in dict.fromkeys(normalize_word(item.get("name")) for item in objects):
         colors = dict.fromkeys(
@@ -200,7 +209,7 @@ def _find_name_length(text: str, words: list[re.Match[str]], i: int, names: Mapp
 
 
 def _join_words(text: str, words: list[re.Match[str]]) -> str:
-    """Return the words in lower case with spaces between; empty where the text has more than space between them."""
+    """Join words in lower case; returns "" where the text has more than space between them."""
     if not words or any(text[a.end() : b.start()].strip() for a, b in pairwise(words)):
         return ""
     return " ".join(word.group().lower() for word in words)

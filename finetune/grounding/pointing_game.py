@@ -1,4 +1,4 @@
-"""Scores of a map against boxes: the pointing game and attention lift, a center map as baseline, bootstrap intervals.
+"""Scores of a map against boxes: pointing game, attention lift, a center baseline, intervals.
 
     hit     1 where the map's peak lies within half a cell of a box (Zhang et al., arXiv 1608.00507, allow 15 pixels)
     lift    share of the map's sum that lies in the boxes, over their share of the image's area: 1 = a uniform map
@@ -68,7 +68,7 @@ def compute_coverage(boxes: Array, grid: tuple[int, int]) -> Array:
 
 
 def build_center_map(grid: tuple[int, int]) -> Array:
-    """Return (H, W): a Gaussian around the middle of the image, where photographs tend to have their subject.
+    """Return (H, W): a Gaussian around the middle of the image, where photographs have their subject.
 
     Its standard deviations are a quarter of the image's sides.
     """
@@ -88,7 +88,10 @@ def _cell_centers(grid: tuple[int, int]) -> tuple[Array, Array]:
 
 
 def score_hit(values: Array, near: NDArray[np.bool_]) -> float:
-    """Return 1 if the peak of a map (H, W) lies in `near` (mark_near_cells()), else 0; for equal peaks the share of them."""
+    """Return 1 if the peak of a map (H, W) lies in `near`, else 0; for equal peaks their share.
+
+    `near` is from mark_near_cells().
+    """
     peak = values >= values.max()
     return float(near[peak].mean())
 

@@ -1,4 +1,4 @@
-"""Probes: from one batch of images with boxes to the scores of words' maps, which evaluate.py averages.
+"""Probes: one batch of images with boxes -> scores of words' maps, which evaluate.py averages.
 
 A probe is an image with a text, and the words of the text whose maps are compared with boxes. May import phrases.py,
 pointing_game.py, finetune.explain and the layers below it. Shapes: H, W = cells of a map.
@@ -87,7 +87,7 @@ class ImageSizeDecoder:
 
 
 def read_objects(json: dict[str, Any], key: str) -> Objects:
-    """Return the objects of a sample that have a box. Raises UserError for a field or box that is not valid."""
+    """Return the objects of a sample that have a box. Raises UserError for an invalid field or box."""
     objects = json.get("objects") or []
     if not isinstance(objects, list) or not all(isinstance(item, dict) for item in objects):
         raise UserError(f"{key}: `objects` in its json must be a list of {{name, color, box}}")
@@ -145,7 +145,7 @@ class Prober:
         self.image_decoder, self.text_decoder = find_decoders(tuned)
 
     def measure(self, batch: Batch, texts: int) -> Iterator[Record]:
-        """Yield the records of up to `texts` texts per image that name its objects, evenly spread over its texts."""
+        """Yield the records of up to `texts` texts per image that name its objects, evenly spread."""
         objects = [read_objects(json, key) for json, key in zip(batch.targets["json"], batch.keys, strict=True)]
         yield from self._measure_words(batch, objects, self._build_probes(batch, objects, texts))
         yield from self._measure_swaps(batch, objects, texts)
@@ -227,14 +227,17 @@ class Prober:
                 yield Record(batch.keys[i], SWAP, measure, value)
 
     def _find_boxes(self, batch: Batch, objects: list[Objects], i: int, mention: Mention, grid: tuple[int, int]) -> Array:
-        """Return the boxes (k, 4) of the objects that a word names, in cells; without those that the model's input cuts off."""
+        """Return the boxes (k, 4) of the objects that a word names, in cells.
+
+        Boxes outside the part of the image that the model's input shows are left out.
+        """
         height, width = batch.inputs["sides"][i].tolist()
         visible = visible_box(height, width, self.image_decoder.size, self.image_decoder.resize)
         boxes = np.array([objects[i][o]["box"] for o in mention.objects], dtype=np.float64)
         return boxes_to_cells(boxes, visible, grid)
 
     def compute_maps(self, model: FusionModel, images: Tensor, probes: Sequence[Probe]) -> list[list[Array | None]]:
-        """Compute for each probe the map (H, W) of each of its words; None where the text was truncated before the word."""
+        """Compute for each probe the map (H, W) of each of its words; None for truncated words."""
         out: list[list[Array | None]] = []
         for start in range(0, len(probes), self.chunk_size):
             chunk = probes[start : start + self.chunk_size]
@@ -257,7 +260,7 @@ def _pick_evenly(items: list[Any], limit: int) -> list[Any]:
 
 
 def _exchange_texts(probes: list[Probe]) -> tuple[list[Probe], list[list[int | None]]]:
-    """Pair the image of each probe with a text of the next image, and each word with one of its class in that text.
+    """Pair the image of each probe with a text of the next image, and each word with one of its class.
 
     Of the next image's texts the one with most of the probe's classes of words is taken. Returns the new probes, and for
     each word of the old ones the position of its partner; None where the text has no word of its class.

@@ -1,4 +1,4 @@
-"""Adapted encoders compared with peft's layers, timm's interpolation and closed forms of rates and losses."""
+"""Adapted encoders compared with peft, timm's interpolation and closed forms of rates and losses."""
 
 import math
 from collections.abc import Sequence
@@ -192,7 +192,7 @@ def test_a_convolutional_tower_without_linear_layers_is_refused() -> None:
 
 
 class Bypassed(nn.Module):
-    """A model that multiplies by a layer's weight without calling the layer: its adapter would learn nothing."""
+    """A model that uses a layer's weight without calling the layer: its adapter would learn nothing."""
 
     def __init__(self, encoder: DualEncoder) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Attention compared with PyTorch's own module and with loops, and its two paths compared with each other."""
+"""Attention compared with PyTorch's module and with loops, and its two paths with each other."""
 
 import pytest
 import torch

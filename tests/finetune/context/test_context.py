@@ -1,4 +1,4 @@
-"""Every context compared with loops over the keys that a query may attend to, and with dense where they must agree."""
+"""Every context compared with loops over its keys, and with dense attention where they must agree."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def build_inputs(
 def run_context(
     context: Context, attention: Attention, tokens: Tokens, queries: Tensor | None, exact: bool, **options: Any
 ) -> tuple[Tensor, Tensor | None, Keys]:
-    """Return (B, H, Q, D), the dense weights (B, H, Q, K) and the keys; without `queries` this is self-attention."""
+    """Return (B, H, Q, D), dense weights (B, H, Q, K) and the keys; self-attention without `queries`."""
     keys = attention.build_keys(tokens)
     states = tokens.states[:, : keys.grid_size] if queries is None else queries
     projected = Queries(attention.project_queries(states), is_self=queries is None, **options)
@@ -117,7 +117,7 @@ def test_local_is_dense_for_words_and_with_one_window() -> None:
 
 
 def blur(tokens: Tokens, grid: tuple[int, int], side: int, opened: set[int]) -> Tensor:
-    """Return the states (N, C) of one sample, every region that is not opened replaced by its mean over real cells."""
+    """Return the states (N, C) of one sample, unopened regions replaced by the mean of their real cells."""
     states, mask = tokens.states[0].clone(), build_dense_mask(tokens)[0, 0, 0]
     region_of = regions(grid, side)
     for r in set(region_of.tolist()) - opened:

@@ -1,4 +1,4 @@
-"""Maps compared with cases computed by hand, with matrices over all tokens, and between equivalent contexts."""
+"""Maps compared with hand-computed cases, with explicit matrices, and between equivalent contexts."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def run_fusion(
 
 
 def assemble_matrix(trace: Trace, blocks: dict[tuple[str, str], Tensor], diagonal: float) -> Tensor:
-    """Join blocks into one matrix over (text, image), with `diagonal` on the diagonal of modalities that were no query."""
+    """Join blocks into a matrix over (text, image); `diagonal` is for modalities that were no query."""
     out = torch.zeros(2, 40, 40, dtype=torch.float64)
     spans = {T: slice(0, 5), P: slice(5, 40)}
     for name in (T, P):

@@ -1,4 +1,4 @@
-"""Figures: the heat is where the map's peak is, words share a scale, labels fit, equal images give equal bytes."""
+"""Figures: the heat is at the map's peak, words share a scale, labels fit, bytes are reproducible."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from tests.support import Small
 
 
 def test_words_of_a_trained_tokenizer(small: Small) -> None:
-    """With a byte-level BPE of 400 tokens rare words have many tokens; all are positions in the ids that the model reads."""
+    """With a byte-level BPE of 400 tokens rare words have many, which are positions in the model's input."""
     decoder = TextDecoder(load_tokenizer(small.tokenizer), 48)
     text = "what colour  is the unpronounceable car, naïve?\n"
     spans, (ids, mask) = TokenSpans(decoder, text), decoder.encode([text])

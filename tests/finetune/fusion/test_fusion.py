@@ -1,4 +1,4 @@
-"""Every fusion with every context: it starts as the identity, both paths agree, blocks equal PyTorch's own modules."""
+"""Every fusion with every context: identity at the start, equal paths, blocks equal to PyTorch's."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def run_feedforward(branch: Any, x: Tensor) -> Tensor:
 
 
 def append_reference_positions(fusion: Fusion, states: Tensor, grid: tuple[int, int] | None) -> Tensor:
-    """Append position encodings, computed number by number, each of the norm of a token whose channels have variance 1."""
+    """Append position encodings, computed number by number, each with the norm of a normalized token."""
     frequencies, width, rows = range(fusion.config.places), states.shape[2], []
     for i in range(states.shape[1]):
         if grid is None:
@@ -207,7 +207,7 @@ def test_merged_computes_its_formula() -> None:
 
 @pytest.mark.parametrize("name", registry.component_names("fusion"))
 def test_positions_alone_tell_equal_regions_apart(name: str) -> None:
-    """Regions with equal states get equal attention without position encodings, and different attention with them."""
+    """Regions with equal states get different attention with position encodings, and equal without."""
     inputs = tokens(grid=(4, 6))
     inputs["image"] = inputs["image"]._replace(states=torch.ones_like(inputs["image"].states))
     for frequencies, is_distinct in ((4, True), (0, False)):
@@ -220,7 +220,7 @@ def test_positions_alone_tell_equal_regions_apart(name: str) -> None:
 
 
 def test_positions_span_the_image_whatever_its_grid() -> None:
-    """With three times the cells per side, the middle cell of each three has the position of the coarse cell."""
+    """With three times the cells per side, the middle cell of each three has the coarse cell's position."""
     coarse, fine = encode_grid_positions((2, 5), 3), encode_grid_positions((6, 15), 3)
     torch.testing.assert_close(fine.unflatten(0, (6, 15))[1::3, 1::3].flatten(0, 1), coarse)
     assert coarse.shape == (10, 12)
@@ -288,7 +288,7 @@ def test_checkpointing_does_not_change_gradients(name: str, context: str) -> Non
 @pytest.mark.parametrize("context", ["dense", "pooled"])
 @pytest.mark.parametrize("name", ["co", "merged"])
 def test_fused_query_returns_the_same_query_and_leaves_the_context(name: str, context: str) -> None:
-    """The query equals that of fused=both, the context returns as it came, and every parameter has a gradient."""
+    """The query equals that of fused=both, the context returns unchanged, all parameters have gradients."""
     both, inputs = build(name, context), tokens()
     randomize_zero_init(both)
     one = build(name, context, fused="query")
@@ -303,7 +303,7 @@ def test_fused_query_returns_the_same_query_and_leaves_the_context(name: str, co
 
 @pytest.mark.parametrize(("name", "context"), PAIRS)
 def test_every_parameter_has_a_gradient(name: str, context: str) -> None:
-    """At step 0 the zero-initialized projections, after that all others, but key biases, whose true gradient is zero."""
+    """At step 0 the zero-initialized ones, then all but key biases, whose true gradient is zero."""
     fusion, inputs = build(name, context), tokens()
     fused = fusion(inputs)
     (fused["text"].states.square().mean() + fused["image"].states.square().mean()).backward()

@@ -1,4 +1,4 @@
-"""Grounding from shards to metrics with known maps: a model that attends exactly to the boxes, and one with uniform maps."""
+"""Grounding from shards to metrics, with planted maps: exactly the boxes, or uniform."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ GRID = (8, 8)
 
 
 class PlantedTask(Task):
-    """A task with a constant prediction, whose trace has planted attention: on the boxes, or uniform ("blind")."""
+    """A task with a constant prediction and planted attention: on the boxes, or uniform ("blind")."""
 
     primary_metric = "none"
 

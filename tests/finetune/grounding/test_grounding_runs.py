@@ -1,4 +1,4 @@
-"""`clipfuse attend` and `evaluate --task grounding` on runs of every task that reads an image and a text."""
+"""`clipfuse attend` and `evaluate --task grounding` on runs of every task with images and texts."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_the_map_of_a_generated_word_is_that_of_the_position_before(runs: Path, 
 
 @pytest.mark.parametrize("task", ["vqa", "retrieval"])
 def test_every_metric_has_its_controls(runs: Path, small: Small, task: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Maps of a model after two steps score about as chance, and the command prints what the function returns."""
+    """Maps after two steps score about as chance, and the command prints what the function returns."""
     capsys.readouterr()
     words = ["evaluate", str(runs / task), "--data", small.val, "--task", "grounding", "--maps", "raw", "--json"]
     assert cli.main(words) == 0

@@ -1,4 +1,4 @@
-"""Words and the objects they name, compared with sentences labeled by hand and with the records of drawn scenes."""
+"""Words and the objects they name, compared with hand-labeled sentences and records of drawn scenes."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_a_color_is_exchanged() -> None:
 
 
 def test_texts_of_scenes_name_the_recorded_objects() -> None:
-    """Questions about one object record its box, which their words must name. The first caption names every object."""
+    """The words of a question about one object name its box; the first caption names every object."""
     kinds: Counter[str] = Counter()
     checked = moved = 0
     for i in range(60):

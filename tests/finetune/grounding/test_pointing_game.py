@@ -1,4 +1,4 @@
-"""Maps whose scores are known: a box, a uniform map, the center map; intervals compared with those of scipy."""
+"""Maps with known scores: a box, a uniform map, the center map; intervals compared with scipy."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_the_center_map() -> None:
 @pytest.mark.parametrize("resize", ["crop", "squash"])
 @pytest.mark.parametrize(("width", "height"), [(120, 80), (61, 97), (64, 64)])
 def test_boxes_follow_the_image_through_the_decoder(width: int, height: int, resize: str) -> None:
-    """In a black image with one white box, the cells that the box covers are white in the decoder's output."""
+    """In a black image with one white box, the cells under the box are white in the decoder's output."""
     pixels = np.zeros((height, width, 3), np.uint8)
     x0, y0, x1, y1 = width // 3, height // 4, 5 * width // 6, 7 * height // 8
     pixels[y0:y1, x0:x1] = 255
