@@ -41,7 +41,9 @@ partner scores best (b,) bool). Row i's partner is column i + offset."""
 def average_over_pairs(
     features: dict[str, Tensor], targets: dict[str, Any], same_caption: str, pair_loss: PairLoss, needs_all_rows: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the mean of `pair_loss` over all pairs of modalities, and a report. One collective gathers all features.
+    """Return the mean of `pair_loss` over all pairs of modalities, and a report.
+
+    One collective gathers all features.
 
     features: {modality: (b, D)}; pairs are taken in the order of its keys.
     needs_all_rows: whether `pair_loss` reads all rows too. If not, only the second modality of each pair is gathered.
@@ -67,7 +69,7 @@ def average_over_pairs(
 
 
 def gather_caption_ids(targets: dict[str, Any], same_caption: str) -> tuple[Tensor, Tensor] | None:
-    """Return the caption hashes of the local rows (b,) and of all columns (B,); None where loss.same_caption=keep."""
+    """Return the caption hashes of local rows (b,) and all columns (B,); None for same_caption=keep."""
     if same_caption == "keep":
         return None
     if "caption_id" not in targets:
@@ -79,7 +81,10 @@ def gather_caption_ids(targets: dict[str, Any], same_caption: str) -> tuple[Tens
 
 
 def duplicate_mask(ids: tuple[Tensor, Tensor], offset: int) -> Tensor:
-    """Return where a row and a column that are not partners have the same caption: (b,), (B,) -> (b, B) bool."""
+    """Return where a row and a column have the same caption but are not partners: (b, B) bool.
+
+    ids: caption hashes of the local rows (b,) and of all columns (B,).
+    """
     is_same = ids[0][:, None] == ids[1][None]
     rows = torch.arange(len(ids[0]), device=is_same.device)
     is_same[rows, rows + offset] = False
@@ -87,5 +92,8 @@ def duplicate_mask(ids: tuple[Tensor, Tensor], offset: int) -> Tensor:
 
 
 def is_tiled(b: int, tile: int) -> bool:
-    """Whether the loss of b local rows against all columns is computed in tiles: if `tile` > 0, or if it is large."""
+    """Whether the loss of b local rows against all columns is computed in tiles.
+
+    It is if `tile` > 0, or if the dense formula would need more than DENSE_LIMIT logits.
+    """
     return tile > 0 or b * b * distributed.world_size() > DENSE_LIMIT

@@ -1,4 +1,7 @@
-"""CLIP's loss: softmax cross-entropy over the batch in both directions (Radford et al., arXiv:2103.00020)."""
+"""CLIP's loss: softmax cross-entropy over the batch in both directions.
+
+Source: Radford et al., arXiv:2103.00020.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ class Config:
 
 
 class Loss(nn.Module):
-    """The cross-entropies of image to text and of text to image, averaged over both directions and over rows."""
+    """The cross-entropies of image to text and text to image, averaged over directions and rows."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -75,7 +78,9 @@ def dense_loss(
     offset: int = 0,
     ids: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the loss by its formula, with the whole (b, B) logits: local rows against all columns, and the reverse.
+    """Compute the loss by its formula: local rows against all columns, local columns against all rows.
+
+    The logits (b, B) of both directions are held in memory.
 
     rows, columns: (b, D). all_rows, all_columns: (B, D), gathered with gradient. scale: (1,). ids: caption hashes (b,)
     and (B,). Returns the loss () and whether each row's partner scores best (b,) bool.

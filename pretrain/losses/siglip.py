@@ -1,4 +1,7 @@
-"""SigLIP's loss: a binary classification of every pair, match or no match (Zhai et al., arXiv:2303.15343)."""
+"""SigLIP's loss: a binary classification of every pair, match or no match.
+
+Source: Zhai et al., arXiv:2303.15343.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,10 @@ class Config:
 
 
 class Loss(nn.Module):
-    """The sum over all columns of -log sigmoid(+-logit), averaged over rows; plus for partners, minus for negatives."""
+    """The sum over all columns of -log sigmoid(+-logit), averaged over rows.
+
+    The sign is plus for partners and minus for negatives.
+    """
 
     def __init__(self, config: Config) -> None:
         super().__init__()

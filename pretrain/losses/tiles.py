@@ -1,4 +1,4 @@
-"""The CLIP and SigLIP losses computed in tiles, so that the B x B matrix of logits is never held in memory.
+"""The CLIP and SigLIP losses in tiles, so that the B x B matrix of logits is never held in memory.
 
 Softmax (CLIP): the forward pass collects the log-sum-exp of every row and of every column; one tile serves both directions.
 The backward pass recomputes each tile and turns it into gradients at once. Together: four products of size B x B x D
@@ -6,9 +6,9 @@ instead of six.
 
 Sigmoid (SigLIP): the gradient of a logit depends on that logit only, so a single pass gives the loss and the gradients.
 
-With W ranks of b = B / W rows, each rank takes ITS rows of the first modality against ALL columns of the second, and only
-the second modality is gathered. A column's sum over all rows is combined from one partial sum a rank (B numbers a rank), so
-each entry of the B x B matrix is computed on one rank only. Numbers transferred per rank: B D forward and B D backward,
+With W ranks of b = B / W rows, each rank takes ITS rows of the first modality against ALL columns of the second. Only the
+second modality is gathered. A column's sum over all rows is combined from one partial sum of each rank (B numbers a rank).
+So each entry of the B x B matrix is computed on one rank only. Numbers transferred per rank: B D forward and B D backward,
 plus W B for the sums. Gathering both modalities would need twice that, and twice the products.
 
 The loss is the mean over local rows, and its gradients are exact under a strategy that averages gradients over ranks.
@@ -146,7 +146,7 @@ class _Softmax(torch.autograd.Function):
 def _logsumexp_bounded(
     matrix: TileIterator, rows: Tensor, columns: Tensor, scale: Tensor, positives: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the log-sum-exp of rows (b,) and of columns (B,), and whether each row's partner scores best (b,) bool.
+    """Return the log-sum-exp of rows (b,) and columns (B,), and whether each partner scores best (b,).
 
     The logits must satisfy `_is_bounded`: their exponentials neither overflow nor vanish. One exponential for each entry
     then serves both its row and its column.
@@ -191,7 +191,7 @@ def _logsumexp(
 
 
 def _add_tile(running_max: Tensor, sums: Tensor, tile_max: Tensor, logits: Tensor, scratch: Tensor, dim: int) -> None:
-    """Add the exponentials of a tile along `dim` to the running sums, and update the running maxima, in place."""
+    """Add a tile's exponentials along `dim` to the running sums and update the running maxima, in place."""
     # Clamped, because a column of duplicates only has the maximum -inf, and -inf - -inf is not a number.
     new_max = torch.maximum(running_max, tile_max).clamp_(min=torch.finfo(running_max.dtype).min)
     sums.mul_((running_max - new_max).exp_()).add_(torch.sub(logits, new_max.unsqueeze(dim), out=scratch).exp_().sum(dim=dim))
@@ -199,7 +199,7 @@ def _add_tile(running_max: Tensor, sums: Tensor, tile_max: Tensor, logits: Tenso
 
 
 def _is_bounded(rows: Tensor, columns: Tensor, scale: Tensor) -> bool:
-    """Whether the exponential of every logit is sure to be finite, with room for their sums. False on accelerators.
+    """Whether the exponentials of all logits and their sums are sure to be finite; False on accelerators.
 
     The bound is four fifths of the largest argument of exp(). On an accelerator the check would wait for the device.
     """
@@ -286,7 +286,9 @@ def sigmoid_loss(
     ids: tuple[Tensor, Tensor] | None = None,
     tile: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Return SigLIP's loss (Zhai et al., arXiv:2303.15343, algorithm 1): the sum over all pairs divided by the rows.
+    """Return SigLIP's loss: the sum over all pairs divided by the rows.
+
+    Source: Zhai et al., arXiv:2303.15343, algorithm 1.
 
     bias: (1,). The other arguments and the results are those of `softmax_loss`.
     """
@@ -305,7 +307,10 @@ def _to_float32(x: Tensor) -> Tensor:
 
 
 def _row_dots(x: Tensor, y: Tensor) -> Tensor:
-    """Return the dot product of each pair of rows: (n, D), (n, D) -> (n,), without a temporary of size (n, D)."""
+    """Return the dot product of each pair of rows: (n, D), (n, D) -> (n,).
+
+    It needs no temporary tensor of size (n, D).
+    """
     return torch.cat([(a * b).sum(dim=1) for a, b in zip(x.split(CPU_ROWS), y.split(CPU_ROWS), strict=True)])
 
 

@@ -1,4 +1,4 @@
-"""Strategies: how the model, its gradients and the optimizer state are distributed over processes. train.strategy names one.
+"""How the model, gradients and optimizer state are distributed; train.strategy names a strategy.
 
     single.py            one process
     ddp.py               the model replicated on every process, by torch's DistributedDataParallel
@@ -65,7 +65,9 @@ STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass
 class StepResult:
-    """The outcome of one optimizer step. The tensors stay on the device, so that nothing waits until they are read.
+    """The outcome of one optimizer step.
+
+    The tensors stay on the device, so that nothing waits until they are read.
 
     grad_norm: (), norm over all parameters before clipping. skipped: (), 1.0 where gradients were not finite.
     """
@@ -75,7 +77,7 @@ class StepResult:
 
 
 class Strategy(ABC):
-    """Base class: owns the wrapped model and its optimizer, and knows how both are distributed over processes."""
+    """Base class: owns the wrapped model and its optimizer, and distributes both over processes."""
 
     name: ClassVar[str]
     """The value of train.strategy."""
@@ -106,7 +108,10 @@ class Strategy(ABC):
         return torch.autocast(self.device.type, dtype=DTYPES[self.precision])
 
     def sync_gradients(self, is_last_chunk: bool) -> AbstractContextManager[Any]:
-        """Return the context for the backward pass of a chunk: only the last chunk's averages gradients over processes."""
+        """Return the context of a chunk's backward pass.
+
+        Only the backward pass of the last chunk averages gradients over processes.
+        """
         return nullcontext()
 
     @abstractmethod
@@ -122,17 +127,17 @@ class Strategy(ABC):
 
     @abstractmethod
     def apply(self, lr: float) -> StepResult:
-        """Make one optimizer step at learning rate `lr` (times each group's lr_scale), then clear the gradients."""
+        """Make one optimizer step at learning rate `lr` times each group's lr_scale; clear the gradients."""
 
     # -----------------------------------------------------------------------------------------------------------------
     # Weights
 
     @abstractmethod
     def local_shards(self) -> dict[str, Tensor]:
-        """Return the tensors in which THIS process holds its shard of the trainable weights, as the optimizer updates them.
+        """Return the tensors in which THIS process holds its shard of the trainable weights.
 
-        The keys may be any names. Together all processes hold every weight. What is written into these tensors takes effect
-        after `refresh`.
+        The optimizer updates these tensors. The keys may be any names. Together all processes hold every weight. What is
+        written into these tensors takes effect after `refresh`.
         """
 
     def refresh(self) -> None:  # noqa: B027 - most strategies compute with the local shards themselves
@@ -176,7 +181,7 @@ class Strategy(ABC):
 
     @abstractmethod
     def scaler_state(self) -> dict[str, Any]:
-        """Return the state of fp16's loss scaler in the layout of torch.amp.GradScaler; empty for other precisions."""
+        """Return the state of fp16's loss scaler as torch.amp.GradScaler does; empty for other precisions."""
 
     @abstractmethod
     def load_scaler_state(self, state: dict[str, Any]) -> None:
@@ -193,7 +198,10 @@ class Strategy(ABC):
             torch.save(state, folder / "optimizer.pt")
 
     def load(self, folder: Path) -> None:
-        """Restore what `save` wrote, whichever strategy wrote it. Call it after setup(). Collective. Raises UserError."""
+        """Restore what `save` of any strategy wrote. Collective. Raises UserError.
+
+        Call it after setup().
+        """
         path = folder / "optimizer.pt"
         if not path.exists():
             raise UserError(f"{folder} has no optimizer.pt: clipfuse did not write this state, or the checkpoint is incomplete")
@@ -212,7 +220,7 @@ class Strategy(ABC):
 
 
 def check(name: str, precision: Precision, compiled: bool, offload: bool, deepspeed: str | None = None) -> None:
-    """Raise ConfigError for settings that cannot run on this machine with this many processes. Builds nothing."""
+    """Raise ConfigError for settings that cannot run on this machine with this many processes."""
     if name not in STRATEGIES:
         raise ConfigError(f"train.strategy={name!r} is not a strategy; the choices are {', '.join(STRATEGIES)}")
     is_zero = STRATEGIES[name][0] == "zero"
@@ -262,7 +270,10 @@ def build_strategy(
     offload: bool = False,
     deepspeed: str | None = None,
 ) -> Strategy:
-    """Build the strategy that train.strategy names. Raises ConfigError, which lists the choices, for an unknown name."""
+    """Build the strategy that train.strategy names.
+
+    Raises ConfigError, which lists the choices, for an unknown name.
+    """
     if name not in STRATEGIES:
         raise ConfigError(f"train.strategy={name!r} is not a strategy; the choices are {', '.join(STRATEGIES)}")
     file, arguments = STRATEGIES[name]

@@ -1,4 +1,7 @@
-"""Refuses or synchronizes BatchNorm, whose result changes when a batch is split over processes or chunks."""
+"""Refuses or synchronizes BatchNorm, whose result depends on how a batch is split.
+
+BatchNorm normalizes by the statistics of a batch, so each process and each chunk would use its own.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,10 @@ def refuse_chunks(model: nn.Module, chunks: int) -> None:
 
 
 def convert_sync_batch_norm(model: nn.Module) -> nn.Module:
-    """Convert the model's BatchNorm layers to normalize over all processes. Raises ConfigError on CPUs: torch cannot."""
+    """Convert the model's BatchNorm layers to normalize over all processes.
+
+    Raises ConfigError on CPUs, where torch cannot.
+    """
     names = find_training_batch_norms(model) if distributed.world_size() > 1 else []
     if not names:
         return model

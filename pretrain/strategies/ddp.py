@@ -27,7 +27,10 @@ _NO_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if _NEW else "broadcast_bu
 
 
 class DDP(Single):
-    """The replicated model. Bytes sent per step and process: 2 x 4 x parameters, in buckets during the backward pass."""
+    """The replicated model.
+
+    Bytes sent per step and process: 2 x 4 x parameters, in buckets during the backward pass.
+    """
 
     name = "ddp"
 

@@ -34,7 +34,10 @@ BUCKET_ELEMENTS = 50_000_000
 
 
 class Zero(Strategy):
-    """Base class of the three stages. Bytes sent per step and process: 2 x 4 x parameters; 3 x 4 under zero3."""
+    """Base class of the three stages.
+
+    Bytes sent per step and process: 2 x 4 x parameters; 3 x 4 x parameters under zero3.
+    """
 
     stage: int
     file_settings: dict[str, Any] = {}  # noqa: RUF012
@@ -69,11 +72,14 @@ class Zero(Strategy):
             self.zero.override_loss_scale(self._loss_scale.scale)
 
     def _engine_config(self) -> dict[str, Any]:
-        """Return the settings that DeepSpeed is initialized with: the defaults, replaced by those of train.deepspeed."""
+        """Return the settings of the engine: our defaults, replaced by those of train.deepspeed."""
         return deepspeed_config.merge(self._default_config(), self.file_settings)
 
     def _default_config(self) -> dict[str, Any]:
-        """Return our settings. Each one that changes what is computed is explicit: DeepSpeed's defaults change."""
+        """Return our default settings of DeepSpeed.
+
+        Each one that changes what is computed is explicit, because DeepSpeed's own defaults change between versions.
+        """
         offload = {"device": "cpu", "pin_memory": torch.cuda.is_available()} if self.offload else {"device": "none"}
         return {
             "train_micro_batch_size_per_gpu": 1,  # only DeepSpeed's own reports read it
@@ -120,7 +126,10 @@ class Zero(Strategy):
     # One step
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Return an empty context: the engine disables autocast around it, so `_AutocastModel` enables it inside."""
+        """Return an empty context; `_AutocastModel` enables autocast inside the engine.
+
+        The engine disables any autocast around it.
+        """
         return nullcontext()
 
     @contextmanager
@@ -160,7 +169,7 @@ class Zero(Strategy):
 
     @torch.no_grad()
     def _clamp(self) -> None:
-        """Let the model clamp its scalars in place, in its own weights and in every other copy that this process holds."""
+        """Let the model clamp its scalars, in its weights and in every other copy on this process."""
         scalars = [p for _, p in self._trainable_parameters() if _numel(p) == 1]
         self.module.clamp_()  # type: ignore[operator]
         for copies in zip(*[self._other_copies(p) for p in scalars], strict=True):
@@ -172,7 +181,7 @@ class Zero(Strategy):
                 p.data = tensor
 
     def _other_copies(self, p: nn.Parameter) -> list[Tensor]:
-        """Return this process's other tensors that hold a one-element parameter, each (1,), to be written into.
+        """Return this process's other copies of a one-element parameter, each (1,), to be written into.
 
         Where this process holds none: a tensor that nothing reads, (1,) or (0,).
         """
@@ -182,11 +191,14 @@ class Zero(Strategy):
     # Weights and optimizer state
 
     def _flat_shards(self) -> list[Tensor]:
-        """Return this process's shards of the float32 master weights: flat tensors, one or more per parameter group."""
+        """Return this process's flat shards of the float32 master weights: one or more per parameter group."""
         raise NotImplementedError
 
     def _gather_master(self, p: nn.Parameter, key: str | None) -> Tensor:
-        """Return the full master weight of a trainable parameter or, by `key` of MOMENTS, its optimizer state. Collective."""
+        """Return the full master weight of a trainable parameter, or its optimizer state. Collective.
+
+        key: None for the weight, or one of MOMENTS.
+        """
         raise NotImplementedError
 
     def _load_master(self, p: nn.Parameter, value: Tensor, key: str | None) -> None:
@@ -211,7 +223,7 @@ class Zero(Strategy):
 
     @torch.no_grad()
     def _gather_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield every parameter's name and full tensor, one after the other, in the order of the model. Collective."""
+        """Yield every parameter's name and full tensor, in the order of the model. Collective."""
         for name, p in self.module.named_parameters():
             yield name, (self._gather_master(p, None) if p.requires_grad else self._gather_frozen(p))
 
@@ -265,9 +277,10 @@ class Zero(Strategy):
 
 
 class LossScale:
-    """fp16's loss scale by the rule of torch.amp.GradScaler: halved on overflow, doubled after 2,000 steps without one.
+    """fp16's loss scale by the rule of torch.amp.GradScaler.
 
-    DeepSpeed's own loss scaler needs float16 weights.
+    It is halved on overflow, and doubled after 2,000 steps without overflow. DeepSpeed's own loss scaler needs float16
+    weights.
     """
 
     def __init__(self, scale: float = 65536.0, good_steps: int = 0) -> None:

@@ -1,8 +1,8 @@
-"""Reads train.deepspeed=FILE.json: DeepSpeed's settings of communication and logging, which replace our defaults.
+"""Reads train.deepspeed=FILE.json: DeepSpeed's settings of communication and logging.
 
-launch/deepspeed/ has such files. A file may set only what does not change the numbers: bucket sizes, overlap, prefetching,
-logging. Precision, clipping, accumulation, optimizer and stage belong to our own configuration. A file that sets any of
-them is refused, so that no setting is ignored silently.
+They replace our defaults; launch/deepspeed/ has such files. A file may set only what does not change the numbers: bucket
+sizes, overlap, prefetching, logging. Precision, clipping, accumulation, optimizer and stage belong to our own configuration.
+A file that sets any of them is refused, so that no setting is ignored silently.
 """
 
 from __future__ import annotations

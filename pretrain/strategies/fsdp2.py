@@ -1,4 +1,4 @@
-"""train.strategy=fsdp2: weights, gradients and optimizer state sharded over the processes, by torch's fully_shard.
+"""train.strategy=fsdp2: weights, gradients and optimizer state sharded by torch's fully_shard.
 
 Each block of a tower gathers its weights just before it runs and frees them afterwards. Everything else (embeddings,
 projections, scalars) is one more group, which stays gathered from the forward to the backward pass. Shards and optimizer
@@ -27,9 +27,10 @@ from pretrain.strategies.single import Single
 
 
 class FSDP2(Single):
-    """The sharded model. Bytes sent per step and process: 3 x 4 x parameters, for two gathers and one reduction.
+    """The sharded model.
 
-    Under bf16 and fp16 the blocks gather 2 bytes per parameter.
+    Bytes sent per step and process: 3 x 4 x parameters, for two gathers and one reduction. Under bf16 and fp16 the blocks
+    gather 2 bytes per parameter.
     """
 
     name = "fsdp2"

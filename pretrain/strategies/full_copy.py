@@ -18,14 +18,20 @@ from pretrain.towers import Tower
 
 
 def disable_length_buckets(model: nn.Module) -> None:
-    """Make text towers encode a batch in one group, so that every process runs the same number of forward passes."""
+    """Make text towers encode a batch in one group.
+
+    Every process then runs the same number of forward passes, whatever the lengths of its texts.
+    """
     for tower in model.modules():
         if isinstance(tower, Tower) and getattr(tower, "groups", 1) > 1:
             tower.groups = 1  # type: ignore[assignment]
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
-    """Return a copy of the model whose parameters are on the meta device (shapes without memory), with its own buffers."""
+    """Return a copy of the model, its parameters on the meta device (shapes without memory).
+
+    The copy has buffers of its own.
+    """
     empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False) for p in model.parameters()}
     return copy.deepcopy(model, empty)
 
@@ -34,7 +40,10 @@ def meta_copy(model: nn.Module) -> nn.Module:
 def materialized(
     module: nn.Module, weights: Iterable[tuple[str, Tensor]], buffers: Iterable[tuple[str, Tensor]], device: torch.device
 ) -> Iterator[nn.Module]:
-    """Yield the meta copy `module` filled with unsharded `weights` and `buffers` on `device`; empty it afterwards."""
+    """Yield the meta copy `module`, filled with unsharded weights and buffers on `device`.
+
+    Its parameters return to the meta device afterwards.
+    """
     empty = dict(module.named_parameters())
     try:
         for name, value in weights:

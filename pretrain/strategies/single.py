@@ -14,7 +14,10 @@ from pretrain.strategies import OptimizerState, Precision, StepResult, Strategy
 
 
 class Single(Strategy):
-    """One process, with torch's own optimizer. A subclass that shards its parameters overrides `_unshard` and `_shard`."""
+    """One process, with torch's own optimizer.
+
+    A subclass that shards its parameters overrides `_unshard` and `_shard`.
+    """
 
     name = "single"
 
@@ -128,7 +131,7 @@ class Single(Strategy):
         return [name for name, _ in self._trainable_parameters()]
 
     def _trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Return the optimizer's parameters with their names, in the order of the model: the same on every rank."""
+        """Return the optimizer's parameters with their names, in the model's order, equal on all ranks."""
         return [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
 
 

@@ -1,6 +1,7 @@
-"""Where DeepSpeed keeps the shards: stages 1 and 2 shard flattened groups of parameters, stage 3 shards each parameter.
+"""Where DeepSpeed keeps the shards of ZeRO.
 
-DeepSpeed's own helpers for full tensors (safe_get_full_...) work only after an optimizer step. These also work before.
+Stages 1 and 2 shard flattened groups of parameters, stage 3 shards each parameter. DeepSpeed's own helpers for full tensors
+(safe_get_full_...) work only after an optimizer step. These also work before.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ CHECKPOINTING_FLAGS = ("grad_checkpointing", "gradient_checkpointing")
 
 
 class Zero12(Zero):
-    """Stages 1 and 2: every process holds the weights; the master weights of a group are one flat tensor, sharded evenly."""
+    """Stages 1 and 2: every process holds the weights; the master weights are sharded.
+
+    The master weights of a parameter group are one flat tensor, sharded evenly.
+    """
 
     def __init__(self, stage: int, precision: Precision, optim: OptimConfig, device: torch.device, offload: bool) -> None:
         self.stage = stage
@@ -92,11 +96,11 @@ class Zero3(Zero):
         inner.register_forward_pre_hook(self._drop_trace)  # runs before DeepSpeed's own hook, which reads the trace
 
     def _drop_trace(self, *_: Any) -> None:
-        """Drop DeepSpeed's trace of the order of modules, by which it gathers weights ahead of use, if it cannot hold.
+        """Drop DeepSpeed's trace of the order of modules if forward passes may not follow it.
 
-        Recomputed activations and forward passes without a backward pass (the cached step) do not follow the trace.
-        DeepSpeed 0.19.8 then either drops it itself or ends the run with a "tracing error". Without it, weights are
-        gathered when they are used.
+        DeepSpeed gathers weights ahead of use by this trace. Recomputed activations and forward passes without a backward
+        pass (the cached step) do not follow the trace. DeepSpeed 0.19.8 then either drops it itself or ends the run with a
+        "tracing error". Without it, weights are gathered when they are used.
         """
         self._is_order_irregular = self._is_order_irregular or not torch.is_grad_enabled()
         coordinator = self.zero.parameter_offload.get_param_coordinator()
@@ -125,7 +129,10 @@ class Zero3(Zero):
         shard[: local.numel()] = local.to(shard.device)
 
     def _master_shard(self, p: nn.Parameter, key: str | None) -> Tensor:
-        """Return this process's shard of p's master weight or, by `key` of MOMENTS, of its optimizer state: a flat view."""
+        """Return this process's shard of p's master weight, or of its optimizer state: a flat view.
+
+        key: None for the weight, or one of MOMENTS.
+        """
         group, begin, count = self.zero.grad_position[self.zero.get_param_id(p)]
         flat = self._flat_shards()[group]
         values: Tensor = flat if key is None else self.optimizer.state[flat][key]

@@ -74,7 +74,7 @@ class Tower(nn.Module):
         raise NotImplementedError(f"{type(self).__name__}.layer_ids")
 
     def settings(self) -> dict[str, Any]:
-        """Return the Config fields to change so that it builds this architecture without the hub or a model folder."""
+        """Return the Config fields that build this architecture without the hub or a model folder."""
         return {}
 
     def set_checkpointing(self, on: bool) -> None:
@@ -91,7 +91,7 @@ class Tower(nn.Module):
     # Freezing
 
     def freeze(self, trainable_blocks: int) -> None:
-        """Freeze all but the last `trainable_blocks` blocks, the final norm and the pooler. Raises ConfigError.
+        """Freeze all but the last `trainable_blocks` blocks, final norm and pooler. Raises ConfigError.
 
         -1 trains everything, 0 nothing. Frozen modules are in eval mode (dropout off, BatchNorm on its running statistics)
         and stay in it after train().
@@ -140,7 +140,7 @@ def _find_frozen_modules(module: nn.Module, frozen: set[int], prefix: str = "") 
 
 
 def used_parameters(output: Tensor, tensors: dict[str, Tensor]) -> list[str]:
-    """Return the names of the leaf tensors that the autograd graph of `output` leads to. Computes no gradient."""
+    """Return the names of the leaf tensors in the autograd graph of `output`; computes no gradient."""
     names = {id(tensor): name for name, tensor in tensors.items()}
     used: list[str] = []
     visited: set[Any] = set()

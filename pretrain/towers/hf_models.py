@@ -1,4 +1,4 @@
-"""Builds text models of the transformers library: finds the class and the configuration, and shortens its errors."""
+"""Builds text models of the transformers library: finds their class and configuration."""
 
 from __future__ import annotations
 
@@ -42,7 +42,10 @@ def one_line(error: Exception) -> str:
 
 
 def load_text_model(config: TextModelConfig, tokenizer: Any) -> Any:
-    """Build the text model without any head, in float32; of an encoder-decoder, the encoder. Raises ConfigError."""
+    """Build the text model without any head, in float32. Raises ConfigError.
+
+    Of an encoder-decoder model, the encoder is returned.
+    """
     logging.getLogger("transformers.configuration_utils").setLevel(logging.ERROR)  # it warns of ids outside a small vocabulary
     settings = _settings_from_args(config, tokenizer) if config.name is None else _settings_from_name(config)
     settings.use_cache = False  # decoders would store keys and values that nothing reads
@@ -63,7 +66,7 @@ def load_text_model(config: TextModelConfig, tokenizer: Any) -> Any:
 
 
 def inline_args(model: Any) -> dict[str, Any]:
-    """Return the model's configuration as text.args: its model_type and every setting that is not that type's default."""
+    """Return the model's configuration as text.args: its model_type and all that is not a default."""
     config_class = type(model.config)
     settings, defaults = model.config.to_dict(), config_class().to_dict()
     left_out = {"transformers_version", "architectures", "dtype", "use_cache", "id2label", "label2id"}
@@ -111,7 +114,7 @@ def _args_from_tokenizer(tokenizer: Any) -> dict[str, Any]:
 
 
 def _settings_from_name(config: TextModelConfig) -> Any:
-    """Return the transformers configuration of the model text.name, changed by text.args. Raises ConfigError."""
+    """Return the configuration of the model text.name, changed by text.args. Raises ConfigError."""
     from transformers import AutoConfig
 
     args = {key: value for key, value in config.args.items() if key != "model_type"}
@@ -143,7 +146,7 @@ def _refuse_unknown_args(config_class: Any, args: dict[str, Any]) -> None:
 
 
 def _find_model_class(settings: Any) -> Any:
-    """Return the class of the model: the text encoder where transformers has one, else the model without any head."""
+    """Return the model's class: the text encoder if transformers has one, else the model without a head."""
     from transformers.models.auto import modeling_auto as auto
 
     config_class = type(settings)

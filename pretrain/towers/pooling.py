@@ -1,4 +1,7 @@
-"""How a timm model pools its tokens: by its own head, or by a head changed to class token, mean or attention pooling."""
+"""How a timm model pools its tokens into one vector.
+
+It pools by its own head, which can be changed to class token, mean or attention pooling.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,10 @@ def set_pooling(model: Any, pool: str, name: str) -> None:
 
 
 def _build_attention_pool(model: Any) -> nn.Module:
-    """Build a new attention pooling layer for a vision transformer. Raises ConfigError for a model without one."""
+    """Build a new attention pooling layer for a vision transformer.
+
+    Raises ConfigError for a model that does not support one.
+    """
     from timm.layers import AttentionPoolLatent
     from timm.models.vision_transformer import init_weights_vit_timm
 

@@ -20,7 +20,9 @@ from torch import nn
 
 
 class ConvStem(nn.Sequential):
-    """A 3 x 3 convolution, GroupNorm and GELU for each width: (b, 3, S, S) -> (b, widths[-1], S / p, S / p).
+    """For each width a 3 x 3 convolution, GroupNorm and GELU.
+
+    (b, 3, S, S) -> (b, widths[-1], S / p, S / p).
 
     The first convolution, and each that is wider than the one before it, halves the resolution: p = patch_size(widths).
     """
@@ -34,7 +36,7 @@ class ConvStem(nn.Sequential):
 
 
 def patch_size(widths: Sequence[int]) -> int:
-    """Return the pixels between neighboring positions of the stem's grid, which is the patch size of the transformer."""
+    """Return the patch size that the stem gives: pixels between neighboring positions of its grid."""
     return prod(_strides(widths))
 
 

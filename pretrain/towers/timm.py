@@ -126,7 +126,10 @@ class ImageTower(Tower):
         self._measure()
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None) -> TokenSequence:
-        """Encode images (b, 3, S, S): states (b, H W, C), pooled (b, P). `mask` is ignored, because images have no padding."""
+        """Encode images (b, 3, S, S): states (b, H W, C), pooled (b, P).
+
+        `mask` is ignored, because images have no padding.
+        """
         return self.encode(inputs)[1]
 
     def encode(self, inputs: Tensor) -> tuple[Tensor, TokenSequence]:
@@ -140,7 +143,7 @@ class ImageTower(Tower):
         return features, TokenSequence(states, states.new_ones(states.shape[:2], dtype=torch.bool), grid, pooled)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Convert uint8 images (b, 3, S, S) to floats, normalized by `statistics`; floats are returned unchanged."""
+        """Convert uint8 images (b, 3, S, S) to normalized floats; floats are returned unchanged."""
         if images.dtype != torch.uint8:
             return images
         mean, std = cast(Tensor, self.mean), cast(Tensor, self.std)
@@ -175,7 +178,10 @@ class ImageTower(Tower):
         )
 
     def layer_ids(self) -> dict[str, int]:
-        """Return 0 for the stem, 1..L for the blocks of all stages, L + 1 for final norm and pooler, as timm groups them."""
+        """Return 0 for the stem, 1..L for the blocks of all stages, L + 1 for final norm and pooler.
+
+        timm's own groups decide which is which.
+        """
         return self._layer_ids
 
     def settings(self) -> dict[str, Any]:
@@ -219,7 +225,7 @@ class ImageTower(Tower):
 
     @torch.no_grad()
     def _detect_head_pooling(self, shape: torch.Size) -> tuple[bool, bool]:
-        """Return whether the model's head only takes the mean, and whether only the maximum, of its grid tokens.
+        """Return whether the model's head only takes the mean, or only the maximum, of its grid tokens.
 
         Tested by running the head on numbers. shape: the shape of the model's features.
         """
@@ -254,7 +260,7 @@ def _number_layers(model: nn.Module) -> tuple[dict[str, int], int]:
 
 
 def _get_order(name: str, matcher: Any) -> tuple[float, ...] | None:
-    """Return (group, block, ...) of a parameter by timm's group matcher; None for what comes after the blocks.
+    """Return a parameter's (group, block, ...) by timm's matcher; None for what follows the blocks.
 
     timm marks the latter by the number 99999 or infinity.
     """
@@ -276,7 +282,10 @@ def _get_order(name: str, matcher: Any) -> tuple[float, ...] | None:
 
 
 def build(config: Config, tokenizer: Any = None) -> ImageTower:
-    """Build an ImageTower. Raises ConfigError: an unknown model or argument, a size or a pooling that does not fit."""
+    """Build an ImageTower.
+
+    Raises ConfigError: an unknown model or argument, a size or a pooling that does not fit.
+    """
     model = _create_model(config)
     side = patch_side(model, config)
     if side and config.size % side:
@@ -295,7 +304,10 @@ def build(config: Config, tokenizer: Any = None) -> ImageTower:
 
 
 def patch_side(model: nn.Module, config: Config) -> int | None:
-    """Return the side of the model's patches in pixels, of which image.size must be a multiple; None where any size fits."""
+    """Return the side of the model's patches in pixels, of which image.size must be a multiple.
+
+    None where any size fits.
+    """
     if config.stem:
         return stem.patch_size(config.stem)
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
@@ -334,7 +346,7 @@ def _create_model(config: Config) -> nn.Module:
 
 
 def _explain_argument_error(config: Config, error: TypeError) -> str:
-    """Return a message that names the argument that the model does not take, and the closest one that it does."""
+    """Return a message that names the argument that does not fit, and the closest one that does."""
     import timm
 
     match = re.search(r"argument '(\w+)'", str(error))

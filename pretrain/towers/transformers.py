@@ -1,4 +1,4 @@
-"""The text tower: any transformers text model, from the hub, from a folder, or described in the configuration.
+"""The text tower: any transformers text model, published or described in the configuration.
 
     text: {name: FacebookAI/roberta-base, tokenizer: FacebookAI/roberta-base, pool: avg}
     text: {args: {model_type: clip_text_model, hidden_size: 192, num_hidden_layers: 4, ...}, tokenizer: runs/tokenizer}
@@ -105,7 +105,9 @@ class TextTower(Tower):
         return TokenSequence(states, mask, None, pooled)
 
     def _attention_mask(self, mask: Tensor) -> Tensor | None:
-        """Return the padding mask for the model, or None where it needs none, because attention is fastest without a mask.
+        """Return the padding mask for the model, or None where it needs none.
+
+        Attention is fastest without a mask.
 
         SigLIP was trained without a mask. A causal model does not attend to padding on the right.
         """
@@ -126,7 +128,7 @@ class TextTower(Tower):
         return ids
 
     def settings(self) -> dict[str, Any]:
-        """Return the Config fields that build this architecture from `args` alone, also where it was built by name."""
+        """Return the Config fields that build this architecture from `args` alone, without a name."""
         return {"name": None, "pretrained": False, "args": hf_models.inline_args(self.model)}
 
     def set_checkpointing(self, on: bool) -> None:
@@ -148,7 +150,9 @@ class TextTower(Tower):
     # Measuring the model when it is built
 
     def measure(self, vocabulary: int, pad: int) -> None:
-        """Set width, pooled_width, causal, trims and unused_parameters by encoding two short texts, padded and trimmed.
+        """Encode two short texts to set the widths, causal, trims and unused_parameters.
+
+        The texts are encoded padded to `length` tokens, and trimmed.
 
         vocabulary: number of token ids. pad: id of the padding token. Uses no random numbers. Raises an error of the model
         where it cannot encode `length` tokens; build() turns it into a ConfigError.
@@ -186,7 +190,9 @@ def _is_equal(a: Tensor, b: Tensor) -> bool:
 
 
 def build(config: Config, tokenizer: Any = None) -> TextTower:
-    """Build a TextTower. A new model takes its vocabulary and special tokens from the tokenizer, if there is one.
+    """Build a TextTower.
+
+    A new model takes its vocabulary and special tokens from the tokenizer, if there is one.
 
     Raises ConfigError: an unknown model or argument, a vocabulary smaller than the tokenizer's, too few positions.
     """

@@ -41,7 +41,7 @@ def compute_loss(name: str, features: dict[str, Tensor], scale: Tensor, bias: Te
 
 
 def formula(name: str, features: dict[str, Tensor], scale: Tensor, bias: Tensor | None = None, ids: Any = None) -> Tensor:
-    """Return the loss by its definition, pair by pair, in plain loops; the only vector operation is the dot product."""
+    """Return the loss by its definition, pair by pair; the only vector operation is the dot product."""
     image, text = features["image"], features["text"]
     b = len(image)
     columns = [[j for j in range(b) if j == i or ids is None or ids[i] != ids[j]] for i in range(b)]
@@ -120,7 +120,10 @@ def test_gradcheck(name: str) -> None:
 @pytest.mark.parametrize("kind", ["alike", "opposite", "matched", "random"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_stable_at_the_largest_scale(name: str, kind: str, tile: int) -> None:
-    """At scale 100, float32 agrees with float64 and nothing overflows, from opposite partners (logit -100) to equal ones."""
+    """At scale 100, float32 agrees with float64 and nothing overflows.
+
+    Partners range from opposite (logit -100) to equal.
+    """
     exact = make_features(20, 8)
     if kind != "random":
         base = exact["image"].detach()[:1].expand(20, -1) if kind == "alike" else exact["image"].detach()

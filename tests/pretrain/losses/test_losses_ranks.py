@@ -1,4 +1,4 @@
-"""Losses on several processes: gradients averaged over ranks are those of one process with the whole batch."""
+"""On several processes, gradients averaged over ranks are those of one process with the whole batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every strategy gives the gradient of the whole batch, on any number of processes, with and without chunks.
+"""Every strategy gives the gradient of the whole batch, on any number of processes and chunks.
 
 Each (strategy, processes) starts its processes once and runs all its cases: losses x chunks x tiles x precisions, and
 several texts for each image. The reference is one process on the whole batch, with the loss in closed form, in float64.

@@ -1,4 +1,4 @@
-"""Every strategy trains the same weights, saves them in the same layout, and can resume from every other."""
+"""Every strategy trains the same weights, saves the same layout, and can resume from any other."""
 
 from __future__ import annotations
 

@@ -307,7 +307,10 @@ def test_patch_dropout_only_in_training(name: str) -> None:
 
 
 def test_pretrained_positions_are_interpolated(tmp_path: Path) -> None:
-    """A 48 px model loads the weights of a 32 px one: positions as timm resamples them, everything else unchanged."""
+    """A 48 px model loads the weights of a 32 px one, with positions as timm resamples them.
+
+    Everything else is unchanged.
+    """
     torch.manual_seed(0)
     small = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=0, **VIT)
     torch.save(small.state_dict(), tmp_path / "weights.pth")
@@ -471,7 +474,10 @@ def test_text_settings_that_do_not_fit_are_refused(settings: dict[str, Any], mes
 
 
 def test_named_text_models_from_folders(tmp_path: Path) -> None:
-    """The folder holds a text model, or a CLIP whose text model is used. Half-precision weights are used in float32."""
+    """The folder holds a text model, or a CLIP whose text model is used.
+
+    Half-precision weights are used in float32.
+    """
     from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel
 
     torch.manual_seed(0)
