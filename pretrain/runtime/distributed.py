@@ -102,7 +102,7 @@ def setup(timeout_seconds: float = 600.0) -> None:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     td.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_seconds))
     global _reported
-    _reported = open_shared_store("said")
+    _reported = open_shared_store("reported")
 
 
 def open_shared_store(name: str) -> td.Store:
