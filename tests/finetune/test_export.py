@@ -1,6 +1,6 @@
-"""Graphs of fine-tuned models: onnxruntime alone answers as the model does, in any batch, at any length of text.
+"""Exported graphs of fine-tuned models give the outputs of the model, for any batch size and text length.
 
-A case costs 10 seconds of tracing; cross-attention on dense tokens is the one that the command is tried on.
+Each case takes 10 seconds of tracing. The test of the command covers cross-attention on dense tokens.
 """
 
 import contextlib
@@ -45,11 +45,11 @@ CASES = {
 TEXTS = ["what colour is the box?", "two red balls", "a", "left of a house on the grass, under a tree"]
 
 
-def fresh(small: Small, *settings: str) -> Finetuned:
-    """A model of random weights, gates too, which are 0 at the start."""
+def build_tuned(small: Small, *settings: str) -> Finetuned:
+    """Build a model with random weights, also in layers that are initialized with zeros."""
     layers = [] if "fusion=null" in settings else ["fusion.layers=1", "fusion.heads=2"]
-    words = [f"text.tokenizer={small.tokenizer}", *TINY_TOWERS, *layers, *settings]
-    values = configuration.load_values(ROOT / "configs/pretrain/scenes.yaml", words)
+    arguments = [f"text.tokenizer={small.tokenizer}", *TINY_TOWERS, *layers, *settings]
+    values = configuration.load_values(ROOT / "configs/pretrain/scenes.yaml", arguments)
     config = configuration.build(FusionSchema, values, "test", partial=True)
     tokenizer = load_tokenizer(str(small.tokenizer))
     torch.manual_seed(0)
@@ -64,20 +64,21 @@ def fresh(small: Small, *settings: str) -> Finetuned:
     return Finetuned(model.eval(), task, config, tokenizer, decoders, Path("none"), 0)
 
 
-def run(folder: Path, graph: str, known: dict[str, Any]) -> dict[str, Any]:
-    """One graph by onnxruntime, its inputs and outputs by the names in the file."""
+def run_graph(folder: Path, graph: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Run one graph with onnxruntime; inputs and outputs have the names in its file."""
     session = onnxruntime.InferenceSession(folder / f"{graph}.onnx", providers=["CPUExecutionProvider"])
-    names = [one.name for one in session.get_outputs()]
-    return dict(zip(names, session.run(None, {one.name: known[one.name] for one in session.get_inputs()}), strict=True))
+    inputs = {argument.name: values[argument.name] for argument in session.get_inputs()}
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(None, inputs), strict=True))
 
 
-def pictures(count: int) -> Tensor:
+def random_images(count: int) -> Tensor:
     return torch.randint(0, 256, (count, 3, 32, 32), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
 
 
-def prepared(folder: Path, images: Tensor, ids: Tensor, mask: Tensor) -> dict[str, Any]:
-    recipe = json.loads((folder / "preprocess.json").read_text())
-    mean, std = (np.float32(recipe[name]).reshape(3, 1, 1) for name in ("mean", "std"))
+def prepare_values(folder: Path, images: Tensor, ids: Tensor, mask: Tensor) -> dict[str, Any]:
+    preprocess = json.loads((folder / "preprocess.json").read_text())
+    mean, std = (np.float32(preprocess[name]).reshape(3, 1, 1) for name in ("mean", "std"))
     return {
         "pixel_values": (images.numpy().astype(np.float32) / 255 - mean) / std,
         "input_ids": ids.numpy(),
@@ -87,77 +88,78 @@ def prepared(folder: Path, images: Tensor, ids: Tensor, mask: Tensor) -> dict[st
 
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
-def test_onnxruntime_answers_as_the_model_does(case: str, small: Small, tmp_path: Path) -> None:
-    tuned = fresh(small, *CASES[case])
+def test_onnxruntime_gives_the_outputs_of_the_model(case: str, small: Small, tmp_path: Path) -> None:
+    tuned = build_tuned(small, *CASES[case])
     folder = export.export(tuned, tmp_path / "out")
-    told = json.loads((folder / "task.json").read_text())
+    task_values = json.loads((folder / "task.json").read_text())
     feature = "match" if case.startswith("retrieval") else "logits"
-    assert told["output"] == feature
+    assert task_values["output"] == feature
     encode = encoders.build_decoders(tuned.config, tuned.tokenizer, tuned.model.encoder, "txt")["text"].encode
-    answers = []
-    for texts in (TEXTS, TEXTS[1:2]):  # two batches, two lengths
+    outputs = []
+    for texts in (TEXTS, TEXTS[1:2]):  # two batch sizes, two text lengths
         ids, mask = encode(texts)
-        images = pictures(len(texts))
-        known = prepared(folder, images, ids, mask)
+        images = random_images(len(texts))
+        values = prepare_values(folder, images, ids, mask)
         for graph in ("image", "text", "head"):
-            known |= run(folder, graph, known)
-        ours = tuned.model({"image": images, "text": ids}, {"text": mask}, {})[feature]
-        torch.testing.assert_close(torch.from_numpy(known[feature]), ours, atol=1e-5, rtol=1e-5)
-        for modality, given in (("image", (images,)), ("text", (ids, mask))):
-            found = torch.from_numpy(known[f"{modality}_embeds"])
-            torch.testing.assert_close(found, tuned.model.encoder.encode(modality, *given), atol=1e-5, rtol=0)
-        answers.append(ours)
-    assert answers[0].flatten(1).std(dim=0).min() > 1e-3 if answers[0].dim() > 1 else answers[0].std() > 1e-3
+            values |= run_graph(folder, graph, values)
+        expected = tuned.model({"image": images, "text": ids}, {"text": mask}, {})[feature]
+        torch.testing.assert_close(torch.from_numpy(values[feature]), expected, atol=1e-5, rtol=1e-5)
+        for modality, arguments in (("image", (images,)), ("text", (ids, mask))):
+            embedding = torch.from_numpy(values[f"{modality}_embeds"])
+            torch.testing.assert_close(embedding, tuned.model.encoder.encode(modality, *arguments), atol=1e-5, rtol=0)
+        outputs.append(expected)
+    assert outputs[0].flatten(1).std(dim=0).min() > 1e-3 if outputs[0].dim() > 1 else outputs[0].std() > 1e-3
     head = ["image_embeds"] if "embeddings" in case else ["image_tokens", "text_tokens", "attention_mask"]
-    assert told["graphs"]["head"]["inputs"] == head  # what its answer depends on, no more
-    if feature == "match":  # one picture, encoded once, and three texts about it
+    assert task_values["graphs"]["head"]["inputs"] == head  # only what its output depends on
+    if feature == "match":  # one image, encoded once, and three texts
         ids, mask = encode(TEXTS[:3])
-        known = prepared(folder, pictures(1), ids, mask)
-        once = {name: np.repeat(values, 3, axis=0) for name, values in run(folder, "image", known).items()}
-        found = run(folder, "head", known | run(folder, "text", known) | once)[feature]
-        ours = tuned.model({"image": pictures(1).expand(3, -1, -1, -1), "text": ids}, {"text": mask}, {})[feature]
-        torch.testing.assert_close(torch.from_numpy(found), ours, atol=1e-5, rtol=1e-5)
+        values = prepare_values(folder, random_images(1), ids, mask)
+        repeated = {name: np.repeat(array, 3, axis=0) for name, array in run_graph(folder, "image", values).items()}
+        output = run_graph(folder, "head", values | run_graph(folder, "text", values) | repeated)[feature]
+        expected = tuned.model({"image": random_images(1).expand(3, -1, -1, -1), "text": ids}, {"text": mask}, {})[feature]
+        torch.testing.assert_close(torch.from_numpy(output), expected, atol=1e-5, rtol=1e-5)
     assert isinstance(tuned.model.head.out, torch.nn.Linear)
-    tuned.model.head.out.bias.add_(1e-2)  # now they are another model's graphs
-    with pytest.raises(UserError, match=r"gives other answers than the run, by 0\.0"):
+    tuned.model.head.out.bias.add_(1e-2)  # the graphs now differ from the model
+    with pytest.raises(UserError, match=r"give other outputs than the run, by 0\.0"):
         export.compare(tuned, export.prepare_encoders(tuned), feature, export.load_graphs(folder))
 
 
-def test_what_no_graph_can_hold_is_said_before_anything_is_written(small: Small, tmp_path: Path) -> None:
-    for settings, said in (
+def test_models_that_cannot_be_exported_are_refused_before_anything_is_written(small: Small, tmp_path: Path) -> None:
+    for settings, message in (
         (["task.name=vqa", ANSWERS, "context.name=coarse_to_fine"], "context.name=coarse_to_fine"),
         (["task.name=captioning", "fusion.causal=true"], "captioning does not answer in one pass"),
-        (["task.name=classification", CLASSES, "fusion=null", "task.pictures=[a.jpg, b.jpg]"], "compares two pictures"),
+        (["task.name=classification", CLASSES, "fusion=null", "task.pictures=[a.jpg, b.jpg]"], "compares two images"),
     ):
-        with pytest.raises(UserError, match=f"^onnx cannot hold .*{said}.*; its encoders alone can be written: --format hf"):
-            export.export(fresh(small, *settings), tmp_path / "out")
+        with pytest.raises(UserError, match=f"^onnx cannot hold .*{message}.*; its encoders alone can be written: --format hf"):
+            export.export(build_tuned(small, *settings), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
-def test_the_command_and_the_cards_own_words(small: Small, in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A trained run of questions: what the card says to type answers as the run does; hf writes its encoders alone."""
+def test_the_command_and_the_code_in_the_model_card(small: Small, in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The code in the model card of a VQA run gives the answers of the run; hf exports the encoders alone."""
     assert cli.main(["pretrain", "scenes", *small.settings(in_tmp / "first", "train.steps=1")]) == 0
-    tuning = small.settings(in_tmp / "vqa", "init=first", "train.steps=3", "fusion.layers=1", "fusion.heads=2")
-    kept = [word for word in tuning if not word.startswith(("image.", "text.", "model."))]
-    assert cli.main(["finetune", "vqa", *kept]) == 0
+    arguments = small.settings(in_tmp / "vqa", "init=first", "train.steps=3", "fusion.layers=1", "fusion.heads=2")
+    arguments = [argument for argument in arguments if not argument.startswith(("image.", "text.", "model."))]
+    assert cli.main(["finetune", "vqa", *arguments]) == 0
     capsys.readouterr()
     assert cli.main(["export", "vqa", "out", "--format", "onnx", "--license", "cc0-1.0"]) == 0
     assert capsys.readouterr().out.splitlines() == ["wrote out"]
     card = Path("out/README.md").read_text()
     assert card.startswith("---\nlicense: cc0-1.0\n")
-    for said in ("| task | vqa |", "steps | 3 of 16", "head.onnx | image_tokens, text_tokens, attention_mask → logits"):
-        assert said in card, said
+    for line in ("| task | vqa |", "steps | 3 of 16", "head.onnx | image_tokens, text_tokens, attention_mask → logits"):
+        assert line in card, line
 
     Image.effect_mandelbrot((60, 48), (-2, -1, 1, 1), 50).convert("RGB").save("picture.png")
-    spoken, typed = io.StringIO(), card.split("```python\n")[1].split("```")[0].replace("picture.jpg", "picture.png")
-    said_there: dict[str, Any] = {}
-    with contextlib.redirect_stdout(spoken):
-        exec(typed, said_there)
+    printed, code = io.StringIO(), card.split("```python\n")[1].split("```")[0].replace("picture.jpg", "picture.png")
+    variables: dict[str, Any] = {}
+    with contextlib.redirect_stdout(printed):
+        exec(code, variables)
     tuned = finetune.load("vqa")
-    answers = dict(tuned.predict([Path("picture.png").read_bytes()], ["what colour is the car?"], top=10_000).best[0])
-    names, logits = said_there["told"]["names"], torch.from_numpy(said_there["known"]["logits"][0])
-    assert spoken.getvalue().strip() == names[logits.argmax()]
-    assert dict(zip(names, logits.softmax(0).tolist(), strict=True)) == pytest.approx(answers, abs=1e-3)  # another resizing
+    answers = dict(tuned.predict([Path("picture.png").read_bytes()], ["how many cars are there?"], top=10_000).best[0])
+    names, logits = variables["task"]["names"], torch.from_numpy(variables["values"]["logits"][0])
+    assert printed.getvalue().strip() == names[logits.argmax()]
+    probabilities = dict(zip(names, logits.softmax(0).tolist(), strict=True))
+    assert probabilities == pytest.approx(answers, abs=1e-3)  # the card resizes with another library
 
     assert cli.main(["export", "vqa", "out", "--format", "onnx"]) == 1
     assert "out exists already" in capsys.readouterr().err

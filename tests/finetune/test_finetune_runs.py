@@ -1,4 +1,4 @@
-"""Fine-tuning runs end to end: one and two processes, resumed bit for bit, evaluated, loaded; a task from outside."""
+"""Fine-tuning runs end to end: one and two processes, exact resuming, evaluation, loading, a task outside the project."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from pretrain.checkpoints.loading import load_model
 from tests.support import Small, read_jsonl, read_losses, run_clipfuse
 
 OUTSIDE = '''
-"""Is there a red thing? One logit a picture, from its embedding alone."""
+"""Predicts whether an image shows an object of a color: one logit from the image embedding."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -35,12 +35,12 @@ class Config:
     color: str = "red"
 
 
-class Seen:
+class HasColor:
     def __init__(self, color): self.color = color
     def __call__(self, sample, rng, train):
         return self.color in {o["color"] for o in json.loads(sample.members["json"])["objects"]}
     def collate(self, items): return None
-    def targets(self, items): return {"there": torch.tensor(items, dtype=torch.float32)}
+    def targets(self, items): return {"has_color": torch.tensor(items, dtype=torch.float32)}
 
 
 class Logit(Head):
@@ -56,19 +56,19 @@ class Redness(Task):
     primary_metric = "accuracy"
 
     def __init__(self, config): self.config = config
-    def build_decoders(self, towers): return {"image": towers["image"], "there": Seen(self.config.color)}
+    def build_decoders(self, towers): return {"image": towers["image"], "has_color": HasColor(self.config.color)}
     def build_head(self, model): return Logit(model.encoder.projection("image").out_features)
 
     def loss(self, features, targets):
-        return nn.functional.binary_cross_entropy_with_logits(features["logit"], targets["there"]), {}
+        return nn.functional.binary_cross_entropy_with_logits(features["logit"], targets["has_color"]), {}
 
     def evaluate(self, model, shards, setup):
         def right():
             with setup.inference_mode(model):
-                said = [(self.encode(model, b)["logit"] > 0, b.targets["there"] > 0) for b in setup.batches(shards)]
-                return [x for ours, true in said for x in (ours == true).tolist()]
-        found = [x for part in gather_or_raise(right) for x in part]
-        return {"accuracy": sum(found) / len(found), "samples": len(found)}
+                pairs = [(self.encode(model, b)["logit"] > 0, b.targets["has_color"] > 0) for b in setup.batches(shards)]
+                return [x for predicted, true in pairs for x in (predicted == true).tolist()]
+        results = [x for part in gather_or_raise(right) for x in part]
+        return {"accuracy": sum(results) / len(results), "samples": len(results)}
 
 
 def build(config, survey): return Redness(config)
@@ -77,13 +77,13 @@ def build(config, survey): return Redness(config)
 
 @pytest.fixture(scope="module")
 def encoders(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pretrained run, of three steps."""
+    """Pretrain a run of three steps."""
     run = tmp_path_factory.mktemp("encoders") / "run"
     assert cli.main(["pretrain", "scenes", *small.settings(run, "train.steps=3")]) == 0
     return run
 
 
-def words(small: Small, encoders: Path, run: Path, *more: str) -> list[str]:
+def arguments(small: Small, encoders: Path, run: Path, *more: str) -> list[str]:
     return [
         "finetune", "vqa", f"run={run}", f"init={encoders}", f"data.train={small.train}", f"data.val={small.val}",
         "data.batch_size=16", "data.workers=0", "eval.workers=0", "eval.max_samples=16", "task.questions=2", "fusion.layers=1",
@@ -95,11 +95,11 @@ def words(small: Small, encoders: Path, run: Path, *more: str) -> list[str]:
 @pytest.fixture(scope="module")
 def straight(small: Small, encoders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("straight") / "run"
-    assert cli.main(words(small, encoders, run)) == 0
+    assert cli.main(arguments(small, encoders, run)) == 0
     return run
 
 
-def test_it_starts_from_what_init_holds_and_everything_reached_moves(encoders: Path, straight: Path) -> None:
+def test_it_starts_from_init_and_trains_all_weights_that_the_loss_uses(encoders: Path, straight: Path) -> None:
     before, after = load_model(encoders), finetune.load(straight)
     old, new = before.model.state_dict(), after.model.encoder.state_dict()
     moved = {name for name in old if not torch.equal(old[name], new[name])}
@@ -107,34 +107,34 @@ def test_it_starts_from_what_init_holds_and_everything_reached_moves(encoders: P
     assert any(name.startswith("towers.text") for name in moved)
     assert any(name.startswith("towers.image") for name in moved)
     for name in moved:
-        assert (old[name] - new[name]).abs().max() < 0.05, name  # six small steps away, not another start
+        assert (old[name] - new[name]).abs().max() < 0.05, name  # six small steps from the pretrained weights
     assert all(value == value for value in read_losses(straight).values())
 
 
 def test_resumed_bit_for_bit(small: Small, encoders: Path, straight: Path, tmp_path: Path) -> None:
-    """From the checkpoint in the middle, with the files that a stopped run leaves."""
+    """Resume from the middle checkpoint, with the files that a stopped run leaves."""
     run = tmp_path / "run"
     shutil.copytree(straight, run)
     for path in (run / "checkpoints").iterdir():
         if path.name != "step-0000003":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    assert cli.main(words(small, encoders, run)) == 0
+    assert cli.main(arguments(small, encoders, run)) == 0
     assert read_losses(run) == read_losses(straight)
     last = "checkpoints/step-0000006/model.safetensors"
     assert (run / last).read_bytes() == (straight / last).read_bytes()
 
 
 def test_another_task_does_not_resume(small: Small, encoders: Path, straight: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(words(small, encoders, straight, "task.loss=sigmoid")) == 2
+    assert cli.main(arguments(small, encoders, straight, "task.loss=sigmoid")) == 2
     assert "task is 'vqa" in capsys.readouterr().err
 
 
-def test_evaluated_from_the_command(small: Small, straight: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_evaluate_command(small: Small, straight: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["evaluate", str(straight), "--data", small.val, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["tasks"] == ["vqa"]
-    assert found["primary"] == "accuracy"
-    metrics = found["metrics"]
+    result = json.loads(capsys.readouterr().out)
+    assert result["tasks"] == ["vqa"]
+    assert result["primary"] == "accuracy"
+    metrics = result["metrics"]
     kinds = ("colour", "kind", "surface", "count", "existence", "relation")
     assert {f"accuracy_{kind}" for kind in kinds} | {f"blind_accuracy_{kind}" for kind in kinds} <= set(metrics)
     assert metrics["samples"] == 64
@@ -146,24 +146,24 @@ def test_evaluated_from_the_command(small: Small, straight: Path, capsys: pytest
     assert "image_to_text_R@1" in json.loads(capsys.readouterr().out)["metrics"]
 
 
-def test_loaded_it_answers(small: Small, straight: Path) -> None:
+def test_a_loaded_run_predicts_answers(small: Small, straight: Path) -> None:
     import tarfile
 
     tuned = finetune.load(straight)
     with tarfile.open(sorted(Path(small.val).parent.glob("val-*.tar"))[0]) as tar:
         name = next(name for name in tar.getnames() if name.endswith(".jpg"))
-        picture = tar.extractfile(name).read()  # type: ignore[union-attr]
-    said = tuned.predict([picture, picture], ["what colour is the car?", "how many things are there?"], top=3)
-    assert [len(row) for row in said.best] == [3, 3]
-    assert {answer for row in said.best for answer, _ in row} <= set(tuned.config.task.answers)
+        image = tar.extractfile(name).read()  # type: ignore[union-attr]
+    prediction = tuned.predict([image, image], ["what colour is the car?", "how many things are there?"], top=3)
+    assert [len(row) for row in prediction.best] == [3, 3]
+    assert {answer for row in prediction.best for answer, _ in row} <= set(tuned.config.task.answers)
     assert "yes" in tuned.config.task.answers
-    assert not said.score.requires_grad
+    assert not prediction.score.requires_grad
 
 
-def test_cached_steps_are_the_same_steps(small: Small, encoders: Path, straight: Path, tmp_path: Path) -> None:
+def test_cached_steps_give_the_losses_of_plain_steps(small: Small, encoders: Path, straight: Path, tmp_path: Path) -> None:
     plain, cached = tmp_path / "plain", tmp_path / "cached"
     for run, chunks in ((plain, 1), (cached, 4)):
-        assert cli.main(words(small, encoders, run, "fusion.dropout=0", f"train.chunks={chunks}", "data.val=null")) == 0
+        assert cli.main(arguments(small, encoders, run, "fusion.dropout=0", f"train.chunks={chunks}", "data.val=null")) == 0
     for step, loss in read_losses(plain).items():
         assert read_losses(cached)[step] == pytest.approx(loss, rel=1e-4)
 
@@ -171,18 +171,18 @@ def test_cached_steps_are_the_same_steps(small: Small, encoders: Path, straight:
 def test_two_processes_give_the_losses_of_one(small: Small, encoders: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     more = ("fusion.dropout=0", "train.steps=3")
-    assert cli.main(words(small, encoders, one, *more)) == 0
-    done = run_clipfuse(*words(small, encoders, two, *more, "train.strategy=ddp"), "--nproc", "2", cwd=tmp_path)
+    assert cli.main(arguments(small, encoders, one, *more)) == 0
+    done = run_clipfuse(*arguments(small, encoders, two, *more, "train.strategy=ddp"), "--nproc", "2", cwd=tmp_path)
     assert "done: 3 steps" in done.stderr + done.stdout
     for step, loss in read_losses(one).items():
         assert read_losses(two)[step] == pytest.approx(loss, rel=1e-4)
     first, second = (
         next(line for line in read_jsonl(run / "metrics.jsonl") if "val/accuracy" in line)["val/accuracy"] for run in (one, two)
     )
-    assert first == pytest.approx(second, abs=0.03)  # ties of a hardly trained model may fall otherwise
+    assert first == pytest.approx(second, abs=0.03)  # a hardly trained model has near ties, which rounding may reverse
 
 
-def test_a_task_from_outside(
+def test_a_task_outside_the_project(
     small: Small, encoders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "outside_tasks").mkdir()
@@ -203,9 +203,9 @@ eval: {{workers: 0}}
     monkeypatch.syspath_prepend(str(tmp_path))
     assert cli.main(["finetune", str(config)]) == 0
     assert cli.main(["evaluate", str(tmp_path / "run"), "--data", small.val, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert found["tasks"] == ["outside_tasks.redness"]
-    assert 0 <= found["metrics"]["accuracy"] <= 1
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["tasks"] == ["outside_tasks.redness"]
+    assert 0 <= result["metrics"]["accuracy"] <= 1
     weights = load_file(tmp_path / "run/checkpoints/step-0000004/model.safetensors")
     assert any(name.startswith("head.out") for name in weights)
     assert not any(name.startswith("fusion.") for name in weights)
@@ -213,7 +213,7 @@ eval: {{workers: 0}}
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         (["init=nowhere/at/all"], "nowhere/at/all"),
         (["init=null"], "init=RUN is missing"),
@@ -229,17 +229,19 @@ eval: {{workers: 0}}
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_refused_in_one_line(
-    small: Small, encoders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: list[str], said: str
+    small: Small, encoders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: list[str], message: str
 ) -> None:
-    code = cli.main(words(small, encoders, tmp_path / "run", *settings))
+    code = cli.main(arguments(small, encoders, tmp_path / "run", *settings))
     error = capsys.readouterr().err.strip().splitlines()
     assert code in (1, 2)
-    assert said in error[-1]
+    assert message in error[-1]
     assert len([line for line in error if line.startswith("clipfuse: ")]) == 1
 
 
-def test_dry_run_tells_the_parts(small: Small, encoders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main([*words(small, encoders, tmp_path / "run"), "--dry-run"]) == 0
+def test_dry_run_prints_the_parameters_of_each_part(
+    small: Small, encoders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*arguments(small, encoders, tmp_path / "run"), "--dry-run"]) == 0
     out = capsys.readouterr().out
     for part in ("image", "text", "fusion", "task"):
         assert any(line.startswith(part) and "trainable" in line for line in out.splitlines())

@@ -1,4 +1,4 @@
-"""Captions of unequal length, adapters, the contrastive loss kept on: the gradient of one process on the whole batch."""
+"""Captioning with adapters and the contrastive loss: two processes give the gradients of one on the whole batch."""
 
 from typing import Any
 
@@ -23,12 +23,12 @@ from tests.support import tiny, world
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 EXACT = {"ddp": 1e-10, "fsdp2": 1e-10, "zero3": 1e-5}
-"""DeepSpeed asserts on float64."""
+"""Largest relative error by strategy; DeepSpeed refuses float64."""
 SMOOTHING, WEIGHT, B = 0.1, 0.7, 8
 
 
-def built(dtype: torch.dtype) -> tuple[FusionModel, Any]:
-    """The same weights at each call, gates and adapters open; what the loss never reaches is frozen, as a run does it."""
+def build_model_and_task(dtype: torch.dtype) -> tuple[FusionModel, Any]:
+    """Build the same weights at each call, with zero-initialized layers randomized and unused weights frozen as in a run."""
     encoder = tiny.build_model("clip")
     config = AdaptConfig(lora=LoraConfig(rank=2, towers=["image"]), contrastive=WEIGHT)
     freeze.adapt_encoder(encoder, config, ModelSchema(image=encoder.towers["image"].config, text=None))
@@ -42,58 +42,58 @@ def built(dtype: torch.dtype) -> tuple[FusionModel, Any]:
             if "towers" not in name or ".lora_" in name:
                 p.add_(0.2 * torch.randn_like(p))
     model = model.to(dtype)
-    small = whole().slice(0, 2)
+    small = build_batch().slice(0, 2)
     freeze.freeze_unused(model, [task.loss(task.encode(model, small), small.targets)[0]])
     return model.train(), task
 
 
-def whole() -> Batch:
-    """The first half of the texts is shorter than the second: the two processes hold unequal numbers of words."""
+def build_batch() -> Batch:
+    """Build a batch whose first half of texts is shorter, so that two processes hold unequal numbers of tokens."""
     batch, texts = tiny.build_batch(0, B), tiny.build_batch(1, B)
     batch.masks["text"][: B // 2, 4:] = False
     batch.inputs[CAPTION], batch.masks[CAPTION] = texts.inputs["text"], texts.masks["text"]
     return batch
 
 
-def reference(dtype: torch.dtype = torch.float64) -> tuple[float, dict[str, torch.Tensor]]:
-    """One process, torch's own cross-entropy over the words, the contrastive loss as its paper writes it."""
-    model, _ = built(dtype)
-    b = whole()
+def compute_reference(dtype: torch.dtype = torch.float64) -> tuple[float, dict[str, torch.Tensor]]:
+    """Compute loss and gradients in one process, from torch's cross-entropy and the contrastive loss in closed form."""
+    model, _ = build_model_and_task(dtype)
+    b = build_batch()
     image = model.tokens("image", b.inputs["image"])
     logits = model.head.logits(model, image, b.inputs["text"], b.masks["text"])  # type: ignore[operator]
     real = b.masks["text"][:, 1:]
-    words = F.cross_entropy(logits[:, :-1][real], b.inputs["text"][:, 1:][real], label_smoothing=SMOOTHING)
+    captioning_loss = F.cross_entropy(logits[:, :-1][real], b.inputs["text"][:, 1:][real], label_smoothing=SMOOTHING)
     pairs = model.encoder({"image": b.inputs["image"], "text": b.inputs[CAPTION]}, {"text": b.masks[CAPTION]})
-    value = words + WEIGHT * tiny.closed_form_loss("clip", pairs)
+    value = captioning_loss + WEIGHT * tiny.closed_form_loss("clip", pairs)
     value.backward()
     return value.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def cells() -> dict[str, tuple[float, str, float]]:
-    """(strategy, chunks) -> worst gradient as a share of what is allowed, where, error of the loss."""
-    value, expected = reference()
-    rounding = max(tiny.gradient_errors(reference(torch.float32)[1], expected).values())
+def measure_errors() -> dict[str, tuple[float, str, float]]:
+    """Return by strategy and chunks: worst gradient error relative to the allowed one, its parameter, error of the loss."""
+    value, expected = compute_reference()
+    rounding = max(tiny.gradient_errors(compute_reference(torch.float32)[1], expected).values())
     share = B // distributed.world_size()
-    mine = whole().slice(share * distributed.rank(), share * (distributed.rank() + 1))
-    found: dict[str, tuple[float, str, float]] = {}
-    for word, bound in EXACT.items():
-        strategy = build_strategy(word, "fp32", OptimConfig(clip_norm=0.0), torch.device("cpu"))
-        model, task = built(torch.float64 if bound < 1e-6 else torch.float32)
+    local = build_batch().slice(share * distributed.rank(), share * (distributed.rank() + 1))
+    results: dict[str, tuple[float, str, float]] = {}
+    for name, bound in EXACT.items():
+        strategy = build_strategy(name, "fp32", OptimConfig(clip_norm=0.0), torch.device("cpu"))
+        model, task = build_model_and_task(torch.float64 if bound < 1e-6 else torch.float32)
         strategy.setup(model)
         strategy.model.train()
         for chunks in (1, 2):
-            loss, got = tiny.run_one_step(strategy, task, mine, chunks, (0, 0, distributed.rank()))
-            where, worst = max(tiny.gradient_errors(got, expected).items(), key=lambda item: item[1])
-            # Where weights are float32: one process is no nearer to float64 than `rounding` either.
+            loss, gradients = tiny.run_one_step(strategy, task, local, chunks, (0, 0, distributed.rank()))
+            where, worst = max(tiny.gradient_errors(gradients, expected).items(), key=lambda item: item[1])
+            # With float32 weights, one process differs from float64 by `rounding` as well.
             allowed = bound if bound < 1e-6 else max(bound, 2 * rounding)
-            found[f"{word} {chunks}"] = (worst / allowed, where, abs(loss - value) / value)
-    return found
+            results[f"{name} {chunks}"] = (worst / allowed, where, abs(loss - value) / value)
+    return results
 
 
-def test_gradients_of_two_processes_with_unequal_numbers_of_words() -> None:
+def test_gradients_of_two_processes_with_unequal_numbers_of_tokens() -> None:
     pytest.importorskip("deepspeed")
-    for found in world.run(cells, 2):
-        assert len(found) == 2 * len(EXACT)
-        for cell, (worst, where, error) in found.items():
+    for results in world.run(measure_errors, 2):
+        assert len(results) == 2 * len(EXACT)
+        for cell, (worst, where, error) in results.items():
             assert worst <= 1, (cell, where, worst)
             assert error <= EXACT[cell.split()[0]], (cell, error)

@@ -1,4 +1,4 @@
-"""Search that looks twice, against figures worked out pair by pair."""
+"""Two-stage retrieval against recall computed pair by pair; losses, negatives, resuming and refusals."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.support import Small, read_jsonl, read_losses, tiny
 CPU = torch.device("cpu")
 
 
-def words(small: Small, encoders: Path, run: Path, *more: str) -> list[str]:
+def arguments(small: Small, encoders: Path, run: Path, *more: str) -> list[str]:
     return [
         "finetune", "retrieval", f"run={run}", f"init={encoders}", f"data.train={small.train}", f"data.val={small.val}",
         "data.batch_size=16", "data.workers=0", "eval.workers=0", "eval.max_samples=16", "task.rerank=5", "fusion.layers=1",
@@ -53,22 +53,22 @@ def encoders(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(small: Small, encoders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four steps, foils and all; it evaluates at its end."""
+    """Train four steps with negative captions; the run evaluates at its end."""
     folder = tmp_path_factory.mktemp("retrieval") / "run"
-    assert cli.main(words(small, encoders, folder, "task.foils=foils", "task.draw=2", "optim.lr=0.005")) == 0
+    assert cli.main(arguments(small, encoders, folder, "task.foils=foils", "task.draw=2", "optim.lr=0.005")) == 0
     return folder
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Figures
+# Recall
 
 
 def test_recall_counts_ties_by_expectation() -> None:
-    """Against all orders that the scores allow."""
+    """Compare with the mean over all orders that the scores allow."""
     right = torch.tensor([[True, False, False, False], [False, True, True, False], [False, False, False, False]])
     scores = torch.tensor([[1.0, 1.0, 2.0, 1.0], [0.0, 3.0, 1.0, 3.0], [1.0, 2.0, 3.0, 4.0]])
     for k in (1, 2, 3):
-        found = reranking.expected_recall(right, scores, k).tolist()
+        recalls = reranking.expected_recall(right, scores, k).tolist()
         for q in range(3):
             orders = [
                 p
@@ -76,10 +76,10 @@ def test_recall_counts_ties_by_expectation() -> None:
                 if all(scores[q, a] >= scores[q, b] for a, b in itertools.pairwise(p))
             ]
             hits = [any(bool(right[q, i]) for i in order[:k]) for order in orders]
-            assert found[q] == pytest.approx(np.mean(hits)), (q, k)
+            assert recalls[q] == pytest.approx(np.mean(hits)), (q, k)
 
 
-def test_k_is_cut_to_the_gallery_and_beyond_k_nothing_changes() -> None:
+def test_k_is_limited_to_the_gallery_and_recall_beyond_k_stays() -> None:
     g = torch.Generator().manual_seed(0)
     queries, gallery = torch.randn(3, 4, generator=g), torch.randn(6, 4, generator=g)
     rows, values = reranking.find_candidates(queries, gallery, 99)
@@ -93,15 +93,15 @@ def test_k_is_cut_to_the_gallery_and_beyond_k_nothing_changes() -> None:
 
 
 @pytest.mark.parametrize("score", ["sum", "matching"])
-def test_search_is_what_sorting_every_pair_gives(small: Small, run: Path, score: str) -> None:
-    """Each picture with each caption through the whole model, one text a picture; then plain sorting."""
+def test_reranking_equals_sorting_every_pair(small: Small, run: Path, score: str) -> None:
+    """Score each image with each caption by the whole model, one text per image, then sort."""
     loaded = finetune.load(run)
     loaded.task.config.score = score  # type: ignore[attr-defined]
     n, k = 18, 5
     out = loaded.evaluate(small.val, EvalConfig(batch_size=7, workers=0, max_samples=n), CPU)
-    batches = read(loaded, small.val, n)
+    batches = read_batches(loaded, small.val, n)
     image = torch.cat([b.inputs["image"] for b in batches])
-    texts = [own[0] for b in batches for own in b.targets["captions"]]
+    texts = [captions[0] for b in batches for captions in b.targets["captions"]]
     ids, mask = loaded.decoders["text"].encode(texts)
     with torch.inference_mode():
         near = loaded.model.embed("image", image).double() @ loaded.model.embed("text", ids, mask).double().T
@@ -129,27 +129,27 @@ def test_search_is_what_sorting_every_pair_gives(small: Small, run: Path, score:
     assert out["reranked_R@1"] == (out["reranked_image_to_text_R@1"] + out["reranked_text_to_image_R@1"]) / 2
 
 
-def read(loaded: Any, shards: str, count: int) -> list[Batch]:
+def read_batches(loaded: Any, shards: str, count: int) -> list[Batch]:
     return list(loader.build_eval_loader(shards, {n: loaded.decoders[n] for n in ("image", "text")}, 8, max_samples=count))
 
 
-def test_several_captions_and_words_without_padding(small: Small, run: Path, tmp_path: Path) -> None:
-    """A caption said twice changes neither ceiling nor recall from text; k larger than the gallery is cut."""
+def test_several_captions_per_image_and_tokens_without_padding(small: Small, run: Path, tmp_path: Path) -> None:
+    """Repeating each caption changes neither ceiling nor recall; k is limited to the gallery."""
     loaded = finetune.load(run)
     loaded.task.config.rerank = 1000  # type: ignore[attr-defined]
-    samples = read(loaded, small.val, 6)
+    samples = read_batches(loaded, small.val, 6)
     with tarfile.open(small.val.replace("*", "0000")) as tar:
-        pictures = [tar.extractfile(m).read() for m in tar.getmembers() if m.name.endswith("jpg")][:6]  # type: ignore[union-attr]
-    texts = [own[0] for b in samples for own in b.targets["captions"]]
+        images = [tar.extractfile(m).read() for m in tar.getmembers() if m.name.endswith("jpg")][:6]  # type: ignore[union-attr]
+    texts = [captions[0] for b in samples for captions in b.targets["captions"]]
     with tarfile.open(tmp_path / "twice-0000.tar", "w") as tar:
-        for i, (picture, text) in enumerate(zip(pictures, texts, strict=True)):
-            content = {"jpg": picture, "json": json.dumps({"said": [text, text]}).encode()}
+        for i, (image, text) in enumerate(zip(images, texts, strict=True)):
+            content = {"jpg": image, "json": json.dumps({"captions": [text, text]}).encode()}
             for extension, data in content.items():
                 member = tarfile.TarInfo(f"{i:04}.{extension}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
     once = loaded.evaluate(small.val, EvalConfig(batch_size=4, workers=0, max_samples=6), CPU)
-    loaded.decoders["text"].caption = "said"
+    loaded.decoders["text"].caption = "captions"
     twice = loaded.evaluate(str(tmp_path), EvalConfig(batch_size=4, workers=0), CPU)
     assert (twice["captions"], twice["samples"], once["rerank_k"]) == (12, 6, 6)
     assert once["image_to_text_ceiling"] == twice["text_to_image_ceiling"] == 1.0
@@ -157,7 +157,7 @@ def test_several_captions_and_words_without_padding(small: Small, run: Path, tmp
     assert twice["reranked_image_to_text_R@1"] == pytest.approx(once["reranked_image_to_text_R@1"])
 
 
-def test_nothing_to_rank_is_one_line(run: Path, tmp_path: Path) -> None:
+def test_nothing_to_rank_is_refused(run: Path, tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "bad-0000.tar", "w") as tar:
         member = tarfile.TarInfo("a.txt")
         member.size = 4
@@ -171,49 +171,49 @@ def test_nothing_to_rank_is_one_line(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_reports_both_losses_and_evaluates(run: Path) -> None:
-    trained = [line for line in read_jsonl(run / "metrics.jsonl") if "loss" in line]
-    assert len(trained) == 4
-    for line in trained:
+    logged = [line for line in read_jsonl(run / "metrics.jsonl") if "loss" in line]
+    assert len(logged) == 4
+    for line in logged:
         assert line["loss"] == pytest.approx(line["contrastive_loss"] + line["matching_loss"], rel=1e-4)
     last = [line for line in read_jsonl(run / "metrics.jsonl") if "val/reranked_R@1" in line][-1]
     assert last["val/samples"] == 16
 
 
 def test_resumed_bit_for_bit_with_the_same_negatives(small: Small, encoders: Path, run: Path, tmp_path: Path) -> None:
-    """And in half precision it trains and ranks as well."""
+    """The resumed losses are identical; the same run also works in bf16."""
     again = tmp_path / "again"
     settings = ("task.foils=foils", "task.draw=2", "optim.lr=0.005")
     shutil.copytree(run, again)
     for path in (again / "checkpoints").iterdir():
         if path.name != "step-0000002":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    assert cli.main(words(small, encoders, again, *settings)) == 0
+    assert cli.main(arguments(small, encoders, again, *settings)) == 0
     assert read_losses(again) == read_losses(run)
 
     half = tmp_path / "half"
-    assert cli.main(words(small, encoders, half, *settings, "train.precision=bf16", "train.steps=2")) == 0
+    assert cli.main(arguments(small, encoders, half, *settings, "train.precision=bf16", "train.steps=2")) == 0
     last = read_jsonl(half / "metrics.jsonl")[-1]
     assert 0 <= last["val/reranked_R@1"] <= last["val/text_to_image_ceiling"] <= 1
     assert all(math.isfinite(value) for value in read_losses(half).values())
 
 
-def test_a_fork_learns_and_what_was_indexed_stays_found(small: Small, encoders: Path, tmp_path: Path) -> None:
-    """The run's embeddings are those of the encoders that it began from; graphs and weights between hold the copy too."""
+def test_a_tower_copy_learns_and_embeddings_stay(small: Small, encoders: Path, tmp_path: Path) -> None:
+    """Embeddings stay those of the pretrained encoders; exported graphs and WiSE-FT include the tower copy."""
     folder = tmp_path / "run"
     settings = ("adapt.fork=[text]", "adapt.trainable_blocks={image: 0, text: 0}", "task.contrastive=0", "optim.lr=0.005")
-    assert cli.main(words(small, encoders, folder, "task.foils=foils", *settings)) == 0
+    assert cli.main(arguments(small, encoders, folder, "task.foils=foils", *settings)) == 0
     loaded = finetune.load(folder)
-    batch = read(loaded, small.val, 3)[0]
+    batch = read_batches(loaded, small.val, 3)[0]
     before = load_model(encoders).model.eval()
     with torch.no_grad():
         tokens, embedding = loaded.model.tokens_and_embedding("text", batch.inputs["text"], batch.masks["text"])
-        theirs = before.tower("text")(batch.inputs["text"], batch.masks["text"]).states
+        pretrained_states = before.tower("text")(batch.inputs["text"], batch.masks["text"]).states
         assert torch.equal(embedding, before.encode("text", batch.inputs["text"], batch.masks["text"]))  # type: ignore[arg-type]
         assert torch.equal(loaded.model.embed("image", batch.inputs["image"]), before.encode("image", batch.inputs["image"]))
-    assert not torch.equal(tokens.states, theirs)
-    began = wise_ft.load_pretrained(loaded)
-    assert {name for name in loaded.model.state_dict() if name.startswith("forks.")} <= began.keys()
-    export(loaded, tmp_path / "onnx")  # compares
+    assert not torch.equal(tokens.states, pretrained_states)
+    weights = wise_ft.load_pretrained(loaded)
+    assert {name for name in loaded.model.state_dict() if name.startswith("forks.")} <= weights.keys()
+    export(loaded, tmp_path / "onnx")  # it compares outputs
     assert loaded.evaluate(small.val, EvalConfig(workers=0, max_samples=4), CPU)["samples"] == 4
 
 
@@ -224,7 +224,7 @@ def tiny_task(**settings: Any) -> tuple[Any, retrieval.Retrieval]:
     return model, task
 
 
-def test_batches_without_a_negative_do_not_crash() -> None:
+def test_batches_without_negatives() -> None:
     model, task = tiny_task()
     for batch in (tiny.build_batch(0, 4).slice(0, 1), tiny.build_batch(0, 4)):
         batch.targets["caption_id"] = torch.zeros(len(batch), dtype=torch.int64)
@@ -233,11 +233,11 @@ def test_batches_without_a_negative_do_not_crash() -> None:
         assert features["difficulty"].tolist() == [[1, 1, 1]] * len(batch)
         loss, report = task.loss(features, batch.targets)
         loss.backward()
-        assert float(report["matching_loss"]) == 0.0  # a right pair alone teaches nothing
+        assert float(report["matching_loss"]) == 0.0  # positive pairs without negatives have no weight
         assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_siglip_encoders_keep_their_own_loss() -> None:
+def test_siglip_encoders_use_the_sigmoid_loss() -> None:
     task = retrieval.build(retrieval.Config(), None)
     model = models.build(tiny.build_model("siglip"), registry.get_component("fusion", "cross").Config(layers=1, heads=2), None)
     model.head = task.build_head(model)
@@ -248,11 +248,11 @@ def test_siglip_encoders_keep_their_own_loss() -> None:
     torch.testing.assert_close(report["contrastive_loss"], expected.detach())
 
 
-def test_foils_are_drawn_as_embeddings_take_them_for_right() -> None:
-    """One sample many times over: of three foils and an empty place two are drawn, the first by the softmax of their logits."""
+def test_negative_captions_are_drawn_by_the_softmax_of_their_logits() -> None:
+    """Draw two of three negative captions and one padding entry for many copies of a sample; check the frequencies."""
     model, _ = tiny_task()
     n, batch = 3000, tiny.build_batch(0, 4)
-    ids, mask = (each[None].expand(n, -1, -1) for each in (batch.inputs["text"], batch.masks["text"]))
+    ids, mask = (values[None].expand(n, -1, -1) for values in (batch.inputs["text"], batch.masks["text"]))
     real = torch.tensor([True, True, False, True]).expand(n, -1)
     generator = torch.Generator().manual_seed(0)
     image, text = (torch.nn.functional.normalize(torch.randn(1, 8, generator=generator)) for _ in range(2))
@@ -265,80 +265,81 @@ def test_foils_are_drawn_as_embeddings_take_them_for_right() -> None:
     drawn = (negatives.logit_margin[..., None] - margin).abs().argmin(dim=2)
     torch.testing.assert_close(margin[drawn], negatives.logit_margin)
     assert (drawn[:, 0] != drawn[:, 1]).all()
-    shares = margin.masked_fill(~real[0], -math.inf).softmax(dim=0)
-    counted = torch.bincount(drawn[:, 0], minlength=4) / n
-    assert counted[2] == 0
-    torch.testing.assert_close(counted, shares, rtol=0, atol=0.03)  # three standard errors
-    second = [sum(float(shares[i] * shares[j] / (1 - shares[i])) for i in range(4) if i != j) for j in range(4)]
+    probabilities = margin.masked_fill(~real[0], -math.inf).softmax(dim=0)
+    frequencies = torch.bincount(drawn[:, 0], minlength=4) / n
+    assert frequencies[2] == 0
+    torch.testing.assert_close(frequencies, probabilities, rtol=0, atol=0.03)  # three standard errors
+    p = probabilities.tolist()
+    second = [sum(float(p[i] * p[j] / (1 - p[i])) for i in range(4) if i != j) for j in range(4)]
     torch.testing.assert_close(torch.bincount(drawn[:, 1], minlength=4) / n, torch.tensor(second), rtol=0, atol=0.03)
     states = model.tokens("text", batch.inputs["text"], batch.masks["text"]).states
     torch.testing.assert_close(negatives.tokens.states.unflatten(0, (n, 2))[:9], states[drawn[:9]], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("score", ["sum", "matching"])
-def test_pairs_count_as_far_as_embeddings_leave_them_open(score: str) -> None:
-    """Only where the embeddings have their say in the order: matching alone must learn from every pair."""
+def test_pairs_are_weighted_by_difficulty_only_with_score_sum(score: str) -> None:
+    """With score=matching every pair has equal weight."""
     _, task = tiny_task(contrastive=0.0, score=score)
     match = torch.tensor([[2.0, 1.0, -1.0], [0.5, -3.0, 3.0]])
     real = torch.tensor([[True, True, True], [True, True, False]])
-    left_open = torch.tensor([[1.0, 0.25, 2.0], [1.0, 0.0, 1.0]])
-    _, report = task.loss({"match": match, "valid": real, "difficulty": left_open}, {})
+    difficulty = torch.tensor([[1.0, 0.25, 2.0], [1.0, 0.0, 1.0]])
+    _, report = task.loss({"match": match, "valid": real, "difficulty": difficulty}, {})
     total = count = 0.0
-    for row, there, how in zip(match.tolist(), real.tolist(), left_open.tolist(), strict=True):
-        wrong = [there[i] * how[i] for i in (1, 2)]  # a right pair counts as much as its wrong ones together
-        for i, z in enumerate(row):
-            weight = [sum(wrong), *wrong][i] if score == "sum" else float(there[i])
+    for logits, valid, difficulties in zip(match.tolist(), real.tolist(), difficulty.tolist(), strict=True):
+        negatives = [valid[i] * difficulties[i] for i in (1, 2)]  # a positive pair has the weight of its negatives
+        for i, z in enumerate(logits):
+            weight = [sum(negatives), *negatives][i] if score == "sum" else float(valid[i])
             total += weight * math.log1p(math.exp(z if i else -z))
             count += weight
     assert float(report["matching_loss"]) == pytest.approx(total / count)
 
 
-def test_a_constant_answer_is_warned_of_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_constant_prediction_is_warned_of_once(capsys: pytest.CaptureFixture[str]) -> None:
     _, task = tiny_task(contrastive=0.0, score="matching")
     constant = {"match": torch.full((4, 3), math.log(0.5)), "valid": torch.ones(4, 3, dtype=torch.bool)}
     for _ in range(3 * retrieval.WINDOW):
         _, report = task.loss(constant, {})
     assert float(report["matching_loss"]) == pytest.approx(0.6365, abs=1e-4)
-    said = " ".join(capsys.readouterr().err.split())
-    assert said.count("warning") == 1
-    assert "the matching loss was 0.6365; a constant prediction has 0.6365" in said
+    message = " ".join(capsys.readouterr().err.split())
+    assert message.count("warning") == 1
+    assert "the matching loss was 0.6365; a constant prediction has 0.6365" in message
 
     _, task = tiny_task(contrastive=0.0, score="matching")
-    learns = constant["match"] + torch.tensor([0.5, 0.0, 0.0])
+    better = constant["match"] + torch.tensor([0.5, 0.0, 0.0])
     for _ in range(retrieval.WINDOW):
-        task.loss({**constant, "match": learns}, {})
+        task.loss({**constant, "match": better}, {})
     assert "warning" not in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# NegativeCaptions, one text a picture, refusals
+# NegativeCaptions, predictions, refusals
 
 
-def test_foils_of_a_sample(small: Small) -> None:
+def test_negative_captions_of_a_sample(small: Small) -> None:
     decoder = NegativeCaptions(TextDecoder(load_tokenizer(small.tokenizer), 24), "foils", 2)
 
     def items(*fields: Any, train: bool = True) -> list[tuple[str, ...]]:
-        made = [RawSample("s/0", {"json": json.dumps(field).encode()}) for field in fields]
-        return [decoder(sample, np.random.default_rng(i), train) for i, sample in enumerate(made)]
+        samples = [RawSample("s/0", {"json": json.dumps(field).encode()}) for field in fields]
+        return [decoder(sample, np.random.default_rng(i), train) for i, sample in enumerate(samples)]
 
-    found = items({"foils": [{"caption": " a  red car", "changed": "colour"}, "a car", "", 3]}, {"foils": []}, {"other": 1})
-    assert [sorted(item) for item in found] == [["a car", "a red car"], [], []]
-    assert decoder.targets(found)["negative_mask"].tolist() == [[True, True], [False, False], [False, False]]
-    ids, mask = decoder.collate(found)
+    captions = items({"foils": [{"caption": " a  red car", "changed": "colour"}, "a car", "", 3]}, {"foils": []}, {"other": 1})
+    assert [sorted(item) for item in captions] == [["a car", "a red car"], [], []]
+    assert decoder.targets(captions)["negative_mask"].tolist() == [[True, True], [False, False], [False, False]]
+    ids, mask = decoder.collate(captions)
     assert ids.shape[:2] == mask.shape[:2] == (3, 2)
-    assert torch.equal(decoder.merge([decoder.collate(found[:1]), decoder.collate(found[1:])])[0], ids)
+    assert torch.equal(decoder.merge([decoder.collate(captions[:1]), decoder.collate(captions[1:])])[0], ids)
     with pytest.raises(BadSample, match="foils is not a list"):
         items({"foils": "a red car"})
 
 
-def test_one_text_a_picture(small: Small, run: Path) -> None:
+def test_prediction_for_one_text_per_image(small: Small, run: Path) -> None:
     loaded = finetune.load(run)
-    batch = read(loaded, small.val, 3)[0]
-    said = loaded.task.predict(loaded.model, {**batch.inputs}, batch.masks)
-    assert [[name for name, _ in row] for row in said.best] == [["match"]] * 3
-    for row, score in zip(said.best, said.score.tolist(), strict=True):
+    batch = read_batches(loaded, small.val, 3)[0]
+    prediction = loaded.task.predict(loaded.model, {**batch.inputs}, batch.masks)
+    assert [[name for name, _ in row] for row in prediction.best] == [["match"]] * 3
+    for row, score in zip(prediction.best, prediction.score.tolist(), strict=True):
         assert row[0][1] == pytest.approx(1 / (1 + math.exp(-score)))
-    said.score.sum().backward()
+    prediction.score.sum().backward()
 
 
 @pytest.mark.parametrize(
@@ -355,5 +356,5 @@ def test_one_text_a_picture(small: Small, run: Path) -> None:
 def test_refused_in_one_line(
     setup: str, line: str, small: Small, encoders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(words(small, encoders, tmp_path / "run", *setup.split())) == 2
+    assert cli.main(arguments(small, encoders, tmp_path / "run", *setup.split())) == 2
     assert line in " ".join(capsys.readouterr().err.split())

@@ -56,24 +56,25 @@ def test_training_draws_without_replacement_and_pads(questions: Questions) -> No
 def test_targets_are_the_official_accuracy_of_each_answer(questions: Questions) -> None:
     ten = ["red"] * 5 + ["Blue"] * 2 + ["The red."] + ["green"] * 2
     item = questions(sample("a", [ask("what colour?", *ten), ask("how many?", "two")]), np.random.default_rng(0), False)
-    found = questions.targets([item])
-    worth = [
-        dict(zip(ids.tolist(), s.tolist(), strict=True)) for ids, s in zip(found["answers"][0], found["scores"][0], strict=True)
+    targets = questions.targets([item])
+    accuracies = [
+        dict(zip(ids.tolist(), scores.tolist(), strict=True))
+        for ids, scores in zip(targets["answers"][0], targets["scores"][0], strict=True)
     ]
-    assert found["scores"].shape == (1, 2, 10)
-    assert worth[0][ANSWERS.index("blue")] == pytest.approx(0.6)  # 2 of 10; "green" is not in the vocabulary
-    assert found["scores"][0, 0].sum() == pytest.approx(1 + 0.6)
-    assert found["scores"][0, 1].tolist() == [1.0] + [0.0] * 9
-    assert found["answers"][0, 1, 0] == ANSWERS.index("2")
-    assert found["questions"] == [item.questions]
+    assert targets["scores"].shape == (1, 2, 10)
+    assert accuracies[0][ANSWERS.index("blue")] == pytest.approx(0.6)  # 2 of 10; "green" is not in the vocabulary
+    assert targets["scores"][0, 0].sum() == pytest.approx(1 + 0.6)
+    assert targets["scores"][0, 1].tolist() == [1.0] + [0.0] * 9
+    assert targets["answers"][0, 1, 0] == ANSWERS.index("2")
+    assert targets["questions"] == [item.questions]
 
 
-def test_answers_as_vqa_v2_writes_them(questions: Questions) -> None:
-    said = [
+def test_answers_in_the_format_of_vqa_v2(questions: Questions) -> None:
+    entries = [
         {"question": "what?", "answers": [{"answer": "red", "answer_id": 1}, {"answer": "Two"}]},
         {"question": "who?", "answers": "yes"},
     ]
-    item = questions(sample("a", said), np.random.default_rng(0), False)
+    item = questions(sample("a", entries), np.random.default_rng(0), False)
     assert [q.answers for q in item.questions] == [["red", "2"], ["yes"]]
 
 
@@ -87,24 +88,24 @@ def test_answers_as_vqa_v2_writes_them(questions: Questions) -> None:
         sample("x", []),
         sample("x", [ask("  ", "red"), ask("what?"), {"answers": ["red"]}, "what?"]),
     ],
-    ids=["no json", "not json", "other field", "no list", "none", "none whole"],
+    ids=["no json", "not json", "other field", "not a list", "empty", "none complete"],
 )
 def test_samples_without_questions_are_bad(questions: Questions, raw: RawSample) -> None:
     with pytest.raises(BadSample):
         questions(raw, np.random.default_rng(0), True)
 
 
-def test_only_questions_of_the_types_that_are_wanted(small: Small) -> None:
+def test_only_questions_of_the_configured_types(small: Small) -> None:
     mixed = [ask("what colour?", "red", kind="colour"), ask("how many?", "two", kind="count"), ask("is it?", "yes", kind="yes")]
     text = TextDecoder(load_tokenizer(small.tokenizer), 24)
     some = Questions(text, "questions", 3, ANSWERS, ["colour", "count"])
     assert [q.kind for q in some(sample("a", mixed), np.random.default_rng(0), False).questions] == ["colour", "count"]
-    for train, m in ((True, 3), (False, 1)):  # a sample with none of them is no bad sample: nothing is asked of it
+    for train, m in ((True, 3), (False, 1)):  # a sample without such questions is padding, not a bad sample
         none = some(sample("b", mixed[2:]), np.random.default_rng(0), train)
         assert (none.real_count, len(none.questions)) == (0, m)
-        found = some.targets([none])
-        assert found["question_mask"].sum() == found["scores"].sum() == 0
-        assert train or found["questions"] == [[]]
+        targets = some.targets([none])
+        assert targets["question_mask"].sum() == targets["scores"].sum() == 0
+        assert train or targets["questions"] == [[]]
     task = vqa.build(vqa.Config(types=["colour", "count"]), lambda: iter([{"questions": mixed}]))
     assert task.learned_settings() == {"answers": ["2", "red"]}
     assert [q.text for q in task.questions({"questions": mixed})] == ["what colour?", "how many?"]
@@ -113,7 +114,7 @@ def test_only_questions_of_the_types_that_are_wanted(small: Small) -> None:
         vqa.build(vqa.Config(types=["hue"]), lambda: iter([{"questions": mixed}]))
 
 
-def test_pieces_merged_are_the_batch_collated_in_one_go(questions: Questions) -> None:
+def test_merged_parts_equal_the_batch_collated_at_once(questions: Questions) -> None:
     words = ["what?", "how many red things are there in front of the big blue striped house over there?", "is it red?"]
     items = [
         questions(sample(str(i), [ask(words[i % 3], "red"), ask("who?", "yes")]), np.random.default_rng(i), True)
@@ -136,7 +137,7 @@ def test_pieces_merged_are_the_batch_collated_in_one_go(questions: Questions) ->
 
 
 def build_tiny(**settings: Any) -> tuple[FusionModel, vqa.VQA]:
-    """A tiny fused model whose gates are open, and its task."""
+    """Build a tiny model whose zero-initialized layers are randomized, and its task."""
     task = vqa.build(vqa.Config(answers=ANSWERS, **settings), None)
     fusion = registry.get_component("fusion", "cross").Config(layers=1, heads=2)
     model = models.build(tiny.build_model("clip"), fusion, None)
@@ -149,24 +150,24 @@ def build_tiny(**settings: Any) -> tuple[FusionModel, vqa.VQA]:
 
 
 def batch(m: int = 3, samples: int = 4) -> Batch:
-    """Pictures with 1 to m real questions each."""
-    pictures, texts = tiny.build_batch(0, samples), tiny.build_batch(1, samples * m)
+    """Build a batch of images with 1 to m real questions each."""
+    images, texts = tiny.build_batch(0, samples), tiny.build_batch(1, samples * m)
     g = torch.Generator().manual_seed(5)
     scores = torch.zeros(samples, m, 10)
     scores[..., :2] = torch.rand(samples, m, 2, generator=g)
     answers = torch.zeros(samples, m, 10, dtype=torch.int64)
     answers[..., 0] = torch.randint(0, 2, (samples, m), generator=g)
     answers[..., 1] = torch.randint(2, 4, (samples, m), generator=g)
-    asked = (torch.arange(m) < 1 + torch.arange(samples)[:, None] % m).float()
+    question_mask = (torch.arange(m) < 1 + torch.arange(samples)[:, None] % m).float()
     return Batch(
-        {"image": pictures.inputs["image"], "text": texts.inputs["text"].unflatten(0, (samples, m))},
+        {"image": images.inputs["image"], "text": texts.inputs["text"].unflatten(0, (samples, m))},
         {"text": texts.masks["text"].unflatten(0, (samples, m))},
-        pictures.keys,
-        {"answers": answers, "scores": scores * asked[..., None], "question_mask": asked},
+        images.keys,
+        {"answers": answers, "scores": scores * question_mask[..., None], "question_mask": question_mask},
     )
 
 
-def test_tokens_are_the_encoders_own_aligned_or_not() -> None:
+def test_tokens_are_the_encoders_projected_or_unprojected_states() -> None:
     b = tiny.build_batch(0, 4)
     encoder = tiny.build_model("clip", image={"pool": "avg"}, text={"pool": "avg"}).eval()
     aligned = models.build(encoder, None, None)  # auto: both pool their mean
@@ -185,19 +186,20 @@ def test_tokens_are_the_encoders_own_aligned_or_not() -> None:
 
 
 @pytest.mark.parametrize("name", ["cross", "co", "merged"])
-def test_words_of_the_shared_space_look_first_where_they_are_alike(name: str) -> None:
-    """Queries and keys are read alike where both are aligned; towers' own states tell nothing, and merged has no such attention."""
+def test_queries_and_keys_start_equal_where_tokens_are_aligned(name: str) -> None:
+    """Query and key weights are tied for tokens in the shared space, not for the towers' own states."""
     fusion = registry.get_component("fusion", name).Config(layers=1, heads=1)
     encoder = tiny.build_model("clip", image={"pool": "avg"}, text={"pool": "avg"})
-    for tokens, alike in (("aligned", True), ("tower", False)):
+    for tokens, expected in (("aligned", True), ("tower", False)):
         torch.manual_seed(1)
         model = models.build(encoder, fusion, None, tokens)
         attentions = [m for n, m in model.fusion.named_modules() if n.endswith("cross_look")]  # type: ignore[union-attr]
         assert len(attentions) == {"cross": 1, "co": 2, "merged": 0}[name]
         for attention in attentions:
             q, k = attention.attention.q.weight, attention.attention.k.weight
-            own, places = k[:, : q.shape[1]], k[:, q.shape[1] :]
-            assert (q.shape == own.shape and torch.equal(q, own) and not places.any()) == alike
+            of_states, of_positions = k[:, : q.shape[1]], k[:, q.shape[1] :]
+            is_tied = q.shape == of_states.shape and torch.equal(q, of_states) and not of_positions.any()
+            assert is_tied == expected
 
 
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
@@ -212,27 +214,27 @@ def test_loss_in_closed_form(loss: Any) -> None:
             if not b.targets["question_mask"][i, j]:
                 continue
             z = features["logits"][i, j].double()
-            worth = torch.zeros(4, dtype=torch.float64)
+            target = torch.zeros(4, dtype=torch.float64)
             for answer, score in zip(b.targets["answers"][i, j], b.targets["scores"][i, j], strict=True):
-                worth[answer] += score
+                target[answer] += score
             if loss == "softmax":
-                terms.append(-(worth * (z.exp() / z.exp().sum()).log()).sum())
+                terms.append(-(target * (z.exp() / z.exp().sum()).log()).sum())
             else:
                 p = 1 / (1 + (-z).exp())
-                terms.append(-(worth * p.log() + (1 - worth) * (1 - p).log()).sum())
-            right.append(worth[z.argmax()])
+                terms.append(-(target * p.log() + (1 - target) * (1 - p).log()).sum())
+            right.append(target[z.argmax()])
     assert value.item() == pytest.approx(torch.stack(terms).mean().item(), rel=1e-5)
     assert report["accuracy"].item() == pytest.approx(torch.stack(right).mean().item(), rel=1e-5)
 
 
-def test_questions_of_a_picture_share_one_encoding_and_answer_as_if_alone() -> None:
+def test_questions_about_an_image_share_one_encoding_and_do_not_interact() -> None:
     model, task = build_tiny()
     b = batch()
     image_counts: list[int] = []
     handle = model.encoder.tower("image").register_forward_hook(lambda module, args, out: image_counts.append(len(args[0])))
     together = task.encode(model, b)["logits"]
     handle.remove()
-    assert image_counts == [4]  # pictures, not questions
+    assert image_counts == [4]  # images, not questions
     for i in range(4):
         for j in range(3):
             alone = model(
@@ -242,22 +244,22 @@ def test_questions_of_a_picture_share_one_encoding_and_answer_as_if_alone() -> N
             assert torch.allclose(alone["logits"][0, 0], together[i, j], atol=1e-5)
 
 
-def test_the_blind_answer_without_the_picture_and_the_others_with_it() -> None:
+def test_only_a_model_with_blind_ignores_the_image() -> None:
     b = batch()
     for blind in (True, False):
         model, task = build_tiny(blind=blind)
-        one = task.encode(model, b)["logits"]
+        before = task.encode(model, b)["logits"]
         b.inputs["image"] = b.inputs["image"].flip(0)
-        assert torch.equal(one, task.encode(model, b)["logits"]) == blind
+        assert torch.equal(before, task.encode(model, b)["logits"]) == blind
 
 
-def test_predictions_have_probabilities_a_graph_and_maps() -> None:
+def test_predictions_have_probabilities_a_graph_and_a_trace() -> None:
     model, task = build_tiny()
     b = batch()
     inputs, masks = {"image": b.inputs["image"], "text": b.inputs["text"][:, 0]}, {"text": b.masks["text"][:, 0]}
     trace = Trace()
     prediction = task.predict(model, inputs, masks, trace, top=9)
-    assert [len(row) for row in prediction.best] == [4] * 4  # all the answers there are
+    assert [len(row) for row in prediction.best] == [4] * 4  # the whole vocabulary
     for row in prediction.best:
         assert sum(p for _, p in row) == pytest.approx(1, abs=1e-5)
         assert [p for _, p in row] == sorted((p for _, p in row), reverse=True)
@@ -269,18 +271,18 @@ def test_predictions_have_probabilities_a_graph_and_maps() -> None:
         task.predict(model, inputs, masks)
 
 
-def test_items_are_weighed_over_all_even_where_there_are_none() -> None:
+def test_weighted_mean_over_items_and_over_no_items() -> None:
     losses = torch.tensor([1.0, 2.0, 4.0])
     assert global_weighted_mean(losses, torch.tensor([1.0, 0.0, 1.0])).item() == pytest.approx(2.5)
     assert global_weighted_mean(losses, torch.zeros(3)).item() == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Figures
+# Metrics
 
 
-def test_figures_are_the_mean_over_questions_one_by_one(small: Small) -> None:
-    """Against the json of the shards and the model asked one question at a time."""
+def test_metrics_are_the_mean_over_single_questions(small: Small) -> None:
+    """Compare with the answers in the shards' json and with predictions for one question at a time."""
     import tarfile
 
     tokenizer = load_tokenizer(small.tokenizer)
@@ -310,7 +312,7 @@ def test_figures_are_the_mean_over_questions_one_by_one(small: Small) -> None:
     setup = EvalSetup(decoders, torch.device("cpu"), train=small.train)
     setup.config.workers, setup.config.batch_size, setup.config.max_samples = 0, 5, 12
     model.train()
-    figures = task.evaluate(model, str(path), setup)
+    metrics = task.evaluate(model, str(path), setup)
     assert model.training
 
     model.eval()
@@ -319,28 +321,28 @@ def test_figures_are_the_mean_over_questions_one_by_one(small: Small) -> None:
         names = sorted({name.split(".")[0] for name in tar.getnames()})[:12]
         for name in names:
             read = {end: tar.extractfile(f"{name}.{end}").read() for end in ("jpg", "json")}  # type: ignore[union-attr]
-            picture = decoders["image"].decode_eval(read["jpg"])[None]
-            for asked in json.loads(read["json"])["questions"]:
-                ids, mask = decoders["text"].encode([asked["question"]])
-                said = task.predict(model, {"image": picture, "text": ids}, {"text": mask}).best[0][0][0]
-                right.setdefault(asked["type"], []).append(float(said == asked["answers"][0]))
-    assert figures["questions"] == sum(map(len, right.values()))
-    assert figures["samples"] == 12
-    everything = [value for values in right.values() for value in values]
-    assert figures["accuracy"] == pytest.approx(sum(everything) / len(everything))
-    assert 0 < figures["accuracy"] < 1
+            image_tensor = decoders["image"].decode_eval(read["jpg"])[None]
+            for question in json.loads(read["json"])["questions"]:
+                ids, mask = decoders["text"].encode([question["question"]])
+                answer = task.predict(model, {"image": image_tensor, "text": ids}, {"text": mask}).best[0][0][0]
+                right.setdefault(question["type"], []).append(float(answer == question["answers"][0]))
+    assert metrics["questions"] == sum(map(len, right.values()))
+    assert metrics["samples"] == 12
+    all_values = [value for values in right.values() for value in values]
+    assert metrics["accuracy"] == pytest.approx(sum(all_values) / len(all_values))
+    assert 0 < metrics["accuracy"] < 1
     for kind, values in right.items():
-        assert figures[f"accuracy_{kind}"] == pytest.approx(sum(values) / len(values))
-    assert 0 < figures["ceiling"] < 1
-    assert figures["blind_accuracy_existence"] == pytest.approx(0.5, abs=0.2)  # yes and no come in pairs
-    assert figures["blind_accuracy"] < 0.6
+        assert metrics[f"accuracy_{kind}"] == pytest.approx(sum(values) / len(values))
+    assert 0 < metrics["ceiling"] < 1
+    assert metrics["blind_accuracy_existence"] == pytest.approx(0.5, abs=0.2)  # yes and no come in pairs
+    assert metrics["blind_accuracy"] < 0.6
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Refused
+# Refusals
 
 
-def test_the_vocabulary_is_built_from_what_is_read_and_kept(small: Small) -> None:
+def test_the_vocabulary_is_built_from_data_and_kept_in_the_settings(small: Small) -> None:
     rows = [{"questions": [ask("what?", "Red"), ask("who?", "red"), ask("how?", "two")]}, {"caption": "nothing asked"}]
     task = vqa.build(vqa.Config(vocabulary=1), lambda: iter(rows))
     assert task.learned_settings() == {"answers": ["red"]}
@@ -357,8 +359,8 @@ def test_a_fusion_that_does_not_fit_is_refused() -> None:
     task = vqa.build(vqa.Config(answers=ANSWERS), None)
     with pytest.raises(ConfigError, match="needs a fusion"):
         task.build_head(models.build(tiny.build_model("clip"), None, None))
-    turned = registry.get_component("fusion", "cross").Config(query="image", context="text", heads=2)
+    image_to_text = registry.get_component("fusion", "cross").Config(query="image", context="text", heads=2)
     with pytest.raises(ConfigError, match=r"fusion\.query=text"):
-        task.build_head(models.build(tiny.build_model("clip"), turned, None))
+        task.build_head(models.build(tiny.build_model("clip"), image_to_text, None))
     with pytest.raises(ConfigError, match="must be at least 1"):
         vqa.Config(questions=0).check()
