@@ -11,10 +11,10 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import save_file
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _UMASK = os.umask(0o077)
 os.umask(_UMASK)  # reading the umask means setting it, which is safe only here, before any thread starts
@@ -64,6 +64,8 @@ def flush(path: Path) -> None:
 
 def save_weights(path: Path, weights: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Save weights as one safetensors file. Raises OSError or SafetensorError."""
+    from safetensors.torch import save_file  # imports torch, which packing does without
+
     save_file({name: value.contiguous() for name, value in weights.items()}, path, metadata)
     apply_umask(path)
 
