@@ -1,4 +1,4 @@
-"""What README and the rooms' docstrings say of the disk is true."""
+"""What the README and the package docstrings say about files and commands is true."""
 
 import ast
 import re
@@ -13,13 +13,13 @@ from pretrain.config import find_config
 from tests.support import ROOT
 
 README = (ROOT / "README.md").read_text()
-ROOMS = [path.parent for top in ("pretrain", "finetune", "launch") for path in sorted((ROOT / top).rglob("__init__.py"))]
+PACKAGES = [path.parent for top in ("pretrain", "finetune", "launch") for path in sorted((ROOT / top).rglob("__init__.py"))]
 
 
 def tree() -> dict[str, bool]:
     """path -> whether it is a folder, from the README's tree."""
-    block = README.split("## The rooms", 1)[1].split("\n\n")[1]
-    found: dict[str, bool] = {}
+    block = README.split("## The layout", 1)[1].split("\n\n")[1]
+    paths: dict[str, bool] = {}
     stack: list[tuple[int, str]] = []
     for line in block.splitlines():
         if not line.startswith("    ") or not line.strip():
@@ -29,41 +29,43 @@ def tree() -> dict[str, bool]:
         while stack and stack[-1][0] >= indent:
             stack.pop()
         path = "".join(part for _, part in stack) + name
-        found[path.rstrip("/")] = name.endswith("/")
+        paths[path.rstrip("/")] = name.endswith("/")
         if name.endswith("/"):
             stack.append((indent, name))
-    return found
+    return paths
 
 
 def test_the_tree_is_the_disk() -> None:
-    said = tree()
-    assert len(said) > 15
-    for path, is_folder in said.items():
+    documented = tree()
+    assert len(documented) > 15
+    for path, is_folder in documented.items():
         assert (ROOT / path).is_dir() if is_folder else (ROOT / path).is_file(), path
-    folders = {path for path, is_folder in said.items() if is_folder}
+    folders = {path for path, is_folder in documented.items() if is_folder}
     for top in ("pretrain", "finetune", "launch"):
         for path in (ROOT / top).rglob("*.py"):
             parts = path.relative_to(ROOT).parts
             assert "/".join(parts[:-1]) in folders, path
     tops = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")} - {"runs", "demo", "clipfuse.egg-info"}
-    assert tops - {"README.md"} <= {path.split("/")[0] for path in said}
+    assert tops - {"README.md"} <= {path.split("/")[0] for path in documented}
 
 
-@pytest.mark.parametrize("room", ROOMS, ids=lambda room: str(room.relative_to(ROOT)))
-def test_a_rooms_docstring_names_every_file_in_it(room: Path) -> None:
-    said = re.findall(r"[\w*]+\.py\b", ast.get_docstring(ast.parse((room / "__init__.py").read_text())) or "")
-    for path in room.glob("*.py"):
-        named = path.name == "__init__.py" or any(fnmatch(path.name, pattern) for pattern in said)
-        assert named, f"{room.name}/__init__.py does not say what {path.name} is for"
-    for name in said:
-        assert list((ROOT / room.relative_to(ROOT).parts[0]).rglob(name)), f"{room.name}/__init__.py speaks of {name}"
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda package: str(package.relative_to(ROOT)))
+def test_a_package_docstring_names_every_file_in_it(package: Path) -> None:
+    names = re.findall(r"[\w*]+\.py\b", ast.get_docstring(ast.parse((package / "__init__.py").read_text())) or "")
+    for path in package.glob("*.py"):
+        is_named = path.name == "__init__.py" or any(fnmatch(path.name, pattern) for pattern in names)
+        assert is_named, f"{package.name}/__init__.py does not say what {path.name} is for"
+    for name in names:
+        assert list((ROOT / package.relative_to(ROOT).parts[0]).rglob(name)), (
+            f"{package.name}/__init__.py names {name}, which is not there"
+        )
 
 
 def commands() -> list[list[str]]:
     """Every `clipfuse` line in README's code blocks and in the first line of each configuration."""
-    found = [line.strip() for line in README.splitlines() if re.match(r"\s+clipfuse ", line)]
-    found += [path.read_text().splitlines()[0].lstrip("# ") for path in sorted(ROOT.glob("configs/**/*.yaml"))]
-    return [shlex.split(line[line.index("clipfuse ") :], comments=True)[1:] for line in found]
+    lines = [line.strip() for line in README.splitlines() if re.match(r"\s+clipfuse ", line)]
+    lines += [path.read_text().splitlines()[0].lstrip("# ") for path in sorted(ROOT.glob("configs/**/*.yaml"))]
+    return [shlex.split(line[line.index("clipfuse ") :], comments=True)[1:] for line in lines]
 
 
 @pytest.mark.parametrize("words", commands(), ids=lambda words: " ".join(words)[:60])

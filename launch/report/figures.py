@@ -167,9 +167,11 @@ def _planned_steps(history: RunHistory) -> int:
 def format_command(history: RunHistory) -> str:
     """Return the command that started the run, as a person types it."""
     program, _, arguments = str(history.environment.get("command") or "clipfuse pretrain CONFIG").partition(" ")
-    *folders, file = program.split("/")
-    names = {"cli.py": "clipfuse", "__main__.py": f"python -m {folders[-1] if folders else 'pretrain'}"}
-    return f"{names.get(file, program)} {arguments}".strip()
+    if program.endswith(("launch/cli.py", "launch/cli/__main__.py", "launch/api/__main__.py")):
+        program = "clipfuse"
+    elif program.endswith("/__main__.py"):
+        program = f"python -m {program.split('/')[-2]}"
+    return f"{program} {arguments}".strip()
 
 
 def list_shards(value: Any) -> list[str]:

@@ -198,6 +198,8 @@ def test_a_folder_that_cannot_be_written_is_a_clear_error(run: Path, tmp_path: P
 def test_the_command_is_shown_as_a_person_types_it(run: Path) -> None:
     for command, typed in [
         ("/some/where/launch/cli.py pretrain a.yaml seed=1", "clipfuse pretrain a.yaml seed=1"),
+        ("/some/where/launch/cli/__main__.py pretrain a.yaml", "clipfuse pretrain a.yaml"),
+        ("/some/where/launch/api/__main__.py pretrain a.yaml", "clipfuse pretrain a.yaml"),
         ("/some/where/pretrain/__main__.py a.yaml", "python -m pretrain a.yaml"),
         ("/some/where/finetune/__main__.py vqa init=a", "python -m finetune vqa init=a"),
         ("clipfuse pretrain a.yaml", "clipfuse pretrain a.yaml"),
