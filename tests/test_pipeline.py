@@ -117,7 +117,7 @@ def test_a_finished_run_does_nothing_and_resumes_with_more_steps(small: Small, t
     run = tmp_path / "run"
     run_clipfuse("pretrain", "scenes", *small.settings(run, "train.steps=4"), cwd=tmp_path)
     again = run_clipfuse("pretrain", "scenes", *small.settings(run, "train.steps=4"), cwd=tmp_path)
-    assert "nothing left to do" in again.stderr
+    assert "nothing left to train: step 4 of 4 is done" in again.stderr
     run_clipfuse("pretrain", "scenes", *small.settings(run, "train.steps=6"), cwd=tmp_path)
     assert [line["step"] for line in read_jsonl(run / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
 
