@@ -1,4 +1,4 @@
-"""Fine-tuning: cross-attention on aligned encoders for downstream tasks, and maps of what each word attends to.
+"""Fine-tuning: cross-attention on aligned encoders for downstream tasks, and maps of its attention.
 
     config.py       the configuration of a run, completed with the architecture of `init`
     model.py        FusionModel: encoders, fusion and the head of a task

@@ -1,4 +1,4 @@
-"""Entry point of fine-tuning, which launchers start once per process: python -m finetune CONFIG [--dry-run] [key=value ...]."""
+"""Entry point of each fine-tuning process: python -m finetune CONFIG [--dry-run] [key=value ...]."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The configuration of a fine-tuning run. Towers and shared space are those of `init` unless a key overrides them."""
+"""The configuration of a fine-tuning run.
+
+Towers and shared space are those of `init` unless a key overrides them.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +75,9 @@ class FinetuneConfig(FusionSchema):
 
 
 def load_config(path: Path, settings: list[str]) -> FinetuneConfig:
-    """Load the configuration of a run: defaults from `init`'s architecture, then the file, then key=value settings.
+    """Load the configuration of a run.
+
+    Later sources override earlier ones: the architecture of `init`, the file, key=value settings.
 
     Everything that starts or checks a run reads its configuration here. Raises ConfigError, UserError.
     """

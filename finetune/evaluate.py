@@ -1,4 +1,4 @@
-"""Evaluation of a fine-tuned run on its own task, for `clipfuse evaluate RUN`, as json values or a table."""
+"""Evaluation of a fine-tuned run on its own task, as json values or a table (`clipfuse evaluate RUN`)."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def run(
 
 
 def summary(result: dict[str, Any]) -> Table:
-    """Format the result of `run` as a table, with fractions in percent and question-only baselines in a second column."""
+    """Format the result of `run` as a table: fractions in percent, question-only baselines in a column."""
     metrics = result["metrics"]
     counts = [f"{int(metrics[name]):,} {name.replace('_', ' ')}" for name in COUNTS if metrics.get(name)]
     title = f"{result['checkpoint']}, step {result['step']:,}: {result['tasks'][0]}"

@@ -1,4 +1,4 @@
-"""Exports a fine-tuned model as ONNX graphs of the image encoder, the text encoder, and fusion with head.
+"""Exports a fine-tuned model as three ONNX graphs: image encoder, text encoder, fusion with head.
 
     image.onnx   pixel_values (b, 3, S, S) float32, normalized -> image_embeds (b, D), and what the head reads of an image
     text.onnx    input_ids, attention_mask (b, T) int64 -> text_embeds (b, D), and what the head reads of a text
@@ -41,7 +41,7 @@ TOWER_OUTPUTS = ("tokens", "pooled", "embeds")
 
 
 def export(tuned: Finetuned, folder: Path, license: str | None = None) -> Path:
-    """Write the graphs into a new folder, check that onnxruntime reproduces the model's outputs, and return the folder.
+    """Write the graphs into a new folder, check them against the model, and return the folder.
 
     Args:
         tuned: the fine-tuned model.
@@ -75,7 +75,7 @@ def export(tuned: Finetuned, folder: Path, license: str | None = None) -> Path:
 
 
 def prepare_encoders(tuned: Finetuned) -> Encoders:
-    """Move the model to the CPU and return its encoders with their own preprocessing, without the task's decoders."""
+    """Move the model to the CPU and return its encoders with their own preprocessing, not the task's."""
     tuned.model.to("cpu").eval()
     text = encoders.build_decoders(tuned.config, tuned.tokenizer, tuned.model.encoder, "txt")["text"]
     return Encoders(tuned.model.encoder, tuned.config, text)
@@ -119,7 +119,10 @@ class _TowerGraph(nn.Module):
 
 
 class _HeadGraph(nn.Module):
-    """Fusion and head, with the towers' outputs as inputs in the order of `names`, such as text_tokens, attention_mask."""
+    """Fusion and head as a function of the towers' outputs.
+
+    Inputs are in the order of `names`, such as text_tokens, attention_mask.
+    """
 
     def __init__(self, model: FusionModel, feature: str, names: list[str], grid: tuple[int, int] | None) -> None:
         super().__init__()
@@ -164,7 +167,7 @@ class _PrecomputedModel:
 
 
 def _write_graphs(trained: FusionModel, encoders: Encoders, feature: str, folder: Path) -> dict[str, dict[str, list[str]]]:
-    """Write the three graphs. Returns the names of their inputs and outputs, in the order in which they must run."""
+    """Write the three graphs; return the names of their inputs and outputs, in the order to run them."""
     model = onnx.to_exportable(trained, torch.float32)
     size = encoders.preprocess.size
     ids, shape = onnx.build_trace_ids(model.encoder.tower("text").trims, encoders.text.length)
@@ -200,7 +203,10 @@ def _write_graphs(trained: FusionModel, encoders: Encoders, feature: str, folder
 def _find_head_inputs(
     model: FusionModel, feature: str, tower_outputs: dict[str, Tensor], mask: Tensor, grid: tuple[int, int] | None
 ) -> list[str]:
-    """Find the tower outputs that the head's output depends on, by autograd; with text tokens also attention_mask."""
+    """Find the tower outputs that the head's output depends on, by autograd.
+
+    With text tokens the head also needs attention_mask, which is appended.
+    """
     leaves = {name: values.detach().clone().requires_grad_() for name, values in tower_outputs.items()}
     with torch.enable_grad():
         out = _HeadGraph(model, feature, [*leaves, "attention_mask"], grid)(*leaves.values(), mask)

@@ -1,4 +1,4 @@
-"""load(RUN): a fine-tuned model with its task, tokenizer and decoders, ready to predict, evaluate and explain."""
+"""load(RUN): a fine-tuned model with its task, tokenizer and decoders, ready to predict."""
 
 from __future__ import annotations
 

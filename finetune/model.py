@@ -1,4 +1,4 @@
-"""FusionModel: aligned encoders, a fusion module that cross-attends between their tokens, and the head of a task.
+"""FusionModel: aligned encoders, cross-attention between their tokens, and the head of a task.
 
 Shapes: b = images (samples), m = texts per image, T = tokens of a text, N = tokens of a sequence, C = width of a token,
 D = width of the shared space, rows = b for images and b m for texts.
@@ -57,7 +57,7 @@ class Head(nn.Module):
 
 
 class TowerCopy(nn.Module):
-    """A trainable copy of a tower and its projection, whose tokens the fusion reads instead of the original's (adapt.fork)."""
+    """A trainable copy of a tower and its projection, which computes the tokens for fusion (adapt.fork)."""
 
     def __init__(self, encoder: DualEncoder, modality: str) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ class FusionModel(nn.Module):
     # Tokens, embeddings and fusion, for heads
 
     def tokens(self, modality: str, inputs: Tensor, mask: Tensor | None = None) -> TokenSequence:
-        """Encode texts (b, T) or (b, m, T), or images (b, 3, H, W), into states (rows, N, C) of the configured source."""
+        """Encode texts (b, T) or (b, m, T), or images (b, 3, H, W), into tokens with states (rows, N, C)."""
         return self.tokens_and_embedding(modality, inputs, mask, embed=False)[0]
 
     def embed(self, modality: str, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -159,7 +159,7 @@ class FusionModel(nn.Module):
         return tokens, embedding
 
     def fuse(self, tokens: dict[str, TokenSequence], trace: Trace | None = None) -> dict[str, TokenSequence]:
-        """Return the same sequences after cross-attention. The query may have m rows for each row of the context.
+        """Return the sequences after cross-attention; the query may have m rows per row of the context.
 
         Raises ConfigError where the model has no fusion.
         """
@@ -193,7 +193,7 @@ class FusionModel(nn.Module):
         return part_of, layer_of
 
     def parameter_counts(self) -> dict[str, dict[str, int]]:
-        """Count parameters as {part: {"total": n, "trainable": n}}: towers, scalars, tower copies, fusion, task."""
+        """Count parameters by part of the model, as {part: {"total": n, "trainable": n}}."""
         counts = self.encoder.parameter_counts()
         copies = [(f"{name} forked", copy) for name, copy in self.forks.items()]
         for part, module in (*copies, ("fusion", self.fusion), ("task", self.head)):
@@ -206,7 +206,7 @@ class FusionModel(nn.Module):
 
 
 class _CachedImageModel:
-    """A view of a FusionModel that encodes a batch of images once, however often its tokens or embeddings are requested."""
+    """A view of a FusionModel that encodes a batch of images once for all requests."""
 
     def __init__(self, model: FusionModel) -> None:
         self._model = model

@@ -58,7 +58,7 @@ def train(config: FinetuneConfig) -> Outcome:
 
 
 def describe(config: FinetuneConfig) -> None:
-    """Print the resolved configuration, parameters of each part of the model, shards and samples (--dry-run)."""
+    """Print the resolved configuration, parameters by part of the model, shards and samples (--dry-run)."""
     parts = build(config)
     print_summary(parts.config, parts.model.parameter_counts(), parts.loader)
 
@@ -82,7 +82,7 @@ class Components:
 
 
 def build(config: FinetuneConfig) -> Components:
-    """Build the components of a run, those that fail fastest first, with the same weights on every process.
+    """Build the components of a run, fastest checks first, with the same weights on every process.
 
     Raises UserError.
     """
@@ -107,7 +107,7 @@ def build(config: FinetuneConfig) -> Components:
 
 
 def inline(parts: Components) -> FinetuneConfig:
-    """Return the configuration as checkpoints keep it: with architectures and what the task learned from its data."""
+    """Return the configuration for checkpoints, with architectures and the task's learned settings."""
     config = portable_config(parts.config, parts.model.encoder)
     assert isinstance(config, FinetuneConfig)
     return replace(config, task=replace(config.task, **parts.task.learned_settings()))
@@ -125,7 +125,7 @@ def build_evaluation(parts: Components, device: torch.device) -> Callable[[Any],
 
 
 def _freeze_unused(model: FusionModel, task: Task, batch: Batch) -> None:
-    """Freeze the weights that the task's loss does not depend on, such as a pooler where only tokens are read.
+    """Freeze the weights that the task's loss does not use, such as a pooler where only tokens are read.
 
     Strategies would otherwise wait for their gradients. It runs two samples, the same on every process, and does not change
     the run's random numbers. Raises UserError where nothing is left to train.

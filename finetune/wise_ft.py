@@ -1,4 +1,4 @@
-"""WiSE-FT: interpolates between pretrained and fine-tuned weights (Wortsman et al. 2022, arXiv 2109.01903).
+"""WiSE-FT: interpolates pretrained and fine-tuned weights (Wortsman et al. 2022, arXiv 2109.01903).
 
     clipfuse evaluate RUN --data SHARDS --wise 0,0.25,0.5,0.75,1 [--out DIR]
 
@@ -37,7 +37,7 @@ PREFIX = "encoder."
 
 
 def interpolate(pretrained: dict[str, Tensor], tuned: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
-    """Interpolate two state dicts. Integer entries, and entries that only `tuned` has, are taken from `tuned`.
+    """Interpolate two state dicts; integer entries, and entries that only `tuned` has, stay `tuned`'s.
 
     Raises UserError where `tuned` lacks an entry of `pretrained`, or has it in another shape.
     """
@@ -93,7 +93,7 @@ def load_pretrained(tuned: Finetuned, init: Any = None) -> dict[str, Tensor]:
 def measure_curve(
     tuned: Finetuned, pretrained: dict[str, Tensor], alphas: list[float], measure: Callable[[], dict[str, float]]
 ) -> list[dict[str, float]]:
-    """Return the metrics of `measure()` with the model at each alpha, and restore the model. Raises ConfigError."""
+    """Return the metrics of `measure()` at each alpha, and restore the model. Raises ConfigError."""
     for alpha in alphas:
         if not 0 <= alpha <= 1:
             raise ConfigError(f"--wise {alpha:g}: alpha must be from 0 (pretrained) to 1 (fine-tuned)")
@@ -156,7 +156,7 @@ def run(
 
 
 def save_run(tuned: Finetuned, weights: dict[str, Tensor], out: Path) -> None:
-    """Save weights as the checkpoint of a new run folder, with configuration and tokenizer of the fine-tuned run.
+    """Save weights as a new run, with configuration and tokenizer of the fine-tuned run.
 
     Collective. Raises UserError where the folder holds a run already.
     """

@@ -106,7 +106,7 @@ class EvalSetup:
 
     @contextmanager
     def inference_mode(self, model: nn.Module) -> Iterator[None]:
-        """Run `model` in eval mode without gradients, in `precision`; afterwards restore the mode of each module."""
+        """Run `model` in eval mode without gradients, in `precision`; restore each module's mode at exit."""
         low = self.precision != "fp32"
         cast = torch.autocast(self.device.type, DTYPES[self.precision]) if low else nullcontext()
         with eval_mode(model), torch.inference_mode(), cast:
@@ -147,7 +147,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class ExportSpec:
-    """Describes the output of a head for one image and one text, for programs that use an export without this project."""
+    """Describes the exported output of a head, for programs that use it without this project."""
 
     feature: str
     """Name of the head's feature that is exported."""
@@ -178,11 +178,11 @@ class Task:
         return towers
 
     def build_head(self, model: FusionModel) -> Head:
-        """Build a head with new weights for this model, drawn from torch's global generator. Raises ConfigError."""
+        """Build a head with new weights, drawn from torch's global generator. Raises ConfigError."""
         raise NotImplementedError(f"{type(self).__name__}.head")
 
     def learned_settings(self) -> dict[str, Any]:
-        """Return the Config fields learned from data; a checkpoint keeps them, so that it builds the task without data."""
+        """Return the Config fields learned from data, with which a checkpoint builds the task without data."""
         return {}
 
     def encode(self, model: nn.Module, batch: Batch) -> Features:
@@ -191,7 +191,7 @@ class Task:
         return features
 
     def loss(self, features: Features, targets: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compute the loss () of this process and scalars to report; `global_weighted_mean` averages over all items."""
+        """Compute the loss () of this process, see `global_weighted_mean`, and scalars to report."""
         raise NotImplementedError(f"{type(self).__name__}.loss")
 
     def evaluate(self, model: FusionModel, shards: Any, setup: EvalSetup) -> dict[str, float]:
@@ -220,7 +220,7 @@ class Task:
         return []
 
     def export_spec(self) -> ExportSpec:
-        """Describe the exported output. Raises UserError where the answer needs more than one pass over image and text."""
+        """Describe the exported output. Raises UserError where one pass over image and text is not enough."""
         raise UserError(f"{type(self).__module__.rsplit('.', 1)[-1]} does not answer in one pass over an image and a text")
 
 

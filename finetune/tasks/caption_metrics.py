@@ -1,4 +1,4 @@
-"""CIDEr and BLEU of generated captions against reference captions, computed as in the COCO caption evaluation.
+"""CIDEr and BLEU of generated captions, computed as in the COCO caption evaluation.
 
 CIDEr (Vedantam et al. 2015, arXiv 1411.5726) weighs words by how rare they are among the evaluated images: for ONE image
 it is 0 by definition.

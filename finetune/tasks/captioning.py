@@ -194,7 +194,7 @@ class Captioning(Task):
         return CaptionHead(model.widths["text"], vocabulary, tower.length, words, self.config.smoothing)
 
     def loss(self, features: Features, targets: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compute the mean loss over the tokens of all processes, and the mean log-probability of this process's tokens."""
+        """Compute the mean loss over the tokens of all processes, and this process's mean log-probability."""
         weights = features["weights"].detach()
         with torch.no_grad():
             likelihood = (features["likelihood"] * weights).sum() / weights.sum().clamp(min=1)

@@ -1,7 +1,7 @@
-"""Classification of images, of an image with a text (entailment), or of two images with a text; one or several labels.
+"""Classification of an image, an image with a text, or two images with a text; one or several labels.
 
     task: {name: classification}                                                    an image, by its json field `label`
-    task: {name: classification, text: hypothesis}                                  image and json field `hypothesis`
+    task: {name: classification, text: hypothesis}                                  entailment: image, json field `hypothesis`
     task: {name: classification, text: sentence, pictures: [left.jpg, right.jpg]}   KEY.left.jpg, KEY.right.jpg and a text
 
 Classes come from the training data or from the configuration. The classifier reads embeddings, which is fast and needs no
@@ -136,7 +136,7 @@ class Classifier(Head):
         return pooled.reshape(pooled.shape[0] // p, -1)
 
     def _pooled(self, model: FusionModel, image: Tensor, inputs: dict[str, Tensor], masks: dict[str, Tensor], p: int) -> Tensor:
-        """Return the embeddings; with a text or a second image also their pairwise products and absolute differences."""
+        """Return the embeddings, and for each pair of them their product and absolute difference."""
         rows = list(model.embed("image", image).unflatten(0, (-1, p)).unbind(dim=1))
         if self.config.text is not None:
             rows.append(model.embed("text", inputs["text"], masks["text"]))

@@ -35,7 +35,9 @@ def greedy_search(step: Step, start: Tensor, end: int, length: int) -> Generated
 def nucleus_sampling(
     step: Step, start: Tensor, end: int, length: int, uniform: Tensor, top_p: float = 0.9, temperature: float = 1.0
 ) -> Generated:
-    """Sample from the most likely tokens whose probabilities add up to top_p (Holtzman et al. 2020, arXiv 1904.09751).
+    """Sample from the nucleus: the most likely tokens whose probabilities add up to top_p.
+
+    Source: Holtzman et al. 2020, arXiv 1904.09751.
 
     Args:
         step: the next-token model, see the module.
@@ -58,7 +60,7 @@ def nucleus_sampling(
 
 
 def nucleus_probabilities(scores: Tensor, top_p: float) -> Tensor:
-    """Turn logits (b, V) into the float64 probabilities (b, V) of nucleus sampling: 0 outside the nucleus, sum 1."""
+    """Turn logits (b, V) into float64 probabilities (b, V) that are 0 outside the nucleus and sum to 1."""
     probabilities, order = scores.double().softmax(dim=-1).sort(dim=-1, descending=True)
     before = probabilities.cumsum(dim=-1) - probabilities  # the token that crosses top_p still belongs to the nucleus
     probabilities = probabilities.masked_fill(before >= top_p, 0.0)

@@ -1,4 +1,4 @@
-"""Hard negatives: for each image a similar caption that is not its own, and for each caption such an image.
+"""Hard negatives: a similar but wrong caption for each image, and such an image for each caption.
 
 One negative per row is drawn from the softmax of the contrastive similarities over the batch of all processes (ALBEF,
 arXiv 2107.07651, section 3.2). Known positives (the same sample, the same caption) are masked BEFORE the softmax. A row
@@ -37,7 +37,7 @@ class Negatives(NamedTuple):
 
 
 def draw_negatives(similarity: Tensor, positives: Tensor, draw: Tensor, offset: int = 0) -> Negatives:
-    """Draw a negative for each row, with probability softmax(similarity) over all columns that are not positives.
+    """Draw a negative for each row from the softmax over all columns that are not positives.
 
     Args:
         similarity: (b, B) logits as in the contrastive softmax, scale included. No gradient flows through it.
@@ -61,14 +61,17 @@ def draw_negatives(similarity: Tensor, positives: Tensor, draw: Tensor, offset: 
 
 
 def shares_id(ids: Tensor) -> Tensor:
-    """Return (b, B) bool: whether local samples with ids (b, I) int64 share an id with those of all processes. Collective."""
+    """Return (b, B) bool: whether a local sample shares an id with a sample of any process. Collective.
+
+    `ids` are the ids (b, I) int64 of the local samples.
+    """
     all_ids = distributed.gather_without_grad(ids)
     return (ids[:, None] == all_ids[None]).any(dim=2)
 
 
 @torch.compiler.disable
 def draw_uniform(b: int, count: int, device: torch.device) -> list[Tensor]:
-    """Draw `count` tensors (b,) uniform in [0, 1): this process's slice of numbers that all processes share. Collective.
+    """Draw `count` tensors (b,) uniform in [0, 1), slices of numbers common to all processes. Collective.
 
     They follow from rank 0's generator, which a step seeds with its number: another world size draws the same numbers.
     """
@@ -80,7 +83,10 @@ def draw_uniform(b: int, count: int, device: torch.device) -> list[Tensor]:
 
 
 def hash_sample_ids(keys: Sequence[str], caption_id: Tensor) -> Tensor:
-    """Return ids (b, 2) int64: a hash of each sample's key (a batch may hold a sample twice) and the id of its caption."""
+    """Return ids (b, 2) int64: a hash of each sample's key, and the id of its caption.
+
+    The key's hash makes a sample that a batch holds twice a positive of itself.
+    """
     digests = [hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest() for key in keys]
     key_ids = torch.tensor([int.from_bytes(digest, "big", signed=True) for digest in digests], dtype=torch.int64)
     return torch.stack([key_ids.to(caption_id.device), caption_id], dim=1)

@@ -22,7 +22,7 @@ from pretrain.errors import UserError
 
 
 class Labels:
-    """A decoder that gives targets only: `label` (b,) int64, or with several labels `labels` (b, K) float32 of 0 and 1.
+    """A decoder that gives targets only: `label` (b,) int64, or `labels` (b, K) float32 of 0 and 1.
 
     In evaluation, a label that is not among the classes is -1; of several labels, unknown ones are left out.
     """
@@ -55,7 +55,7 @@ class Labels:
 
 
 def read_labels(values: Any, field: str, several: bool) -> list[str]:
-    """Return the labels in a sample's json as text: names, whole numbers, true and false. Raises BadSample."""
+    """Return the labels in a sample's json as text: names, whole numbers, booleans. Raises BadSample."""
     label = values.get(field) if isinstance(values, dict) else None
     if label is None:
         fields = ", ".join(sorted(map(str, values)))[:150] if isinstance(values, dict) else ""
@@ -168,7 +168,7 @@ def multi_label_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def _classes_with_both(labels: Tensor) -> list[int]:
-    """Return the classes that some of the samples (n, K) have and others lack: only these have an ROC curve."""
+    """Return the classes that some samples have and others lack: only these have an ROC curve."""
     counts = labels.sum(dim=0)
     classes: list[int] = ((counts > 0) & (counts < len(labels))).nonzero().flatten().tolist()
     return classes

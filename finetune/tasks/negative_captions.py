@@ -1,4 +1,4 @@
-"""Negative captions from the data: captions that differ from the truth about their image in one word or more.
+"""Negative captions from the data, which are wrong about their image in one word or more.
 
 The configuration and the json of samples call them `foils`.
 Shapes: b = samples, F = negative captions per sample, T = tokens of the longest.
@@ -26,13 +26,13 @@ class NegativeCaptions(TextDecoder):
         self.field, self.draw = field, draw
 
     def __call__(self, sample: RawSample, rng: np.random.Generator, train: bool) -> tuple[str, ...]:
-        """Return up to `draw` of them: random ones in training, the first ones in evaluation. Raises BadSample."""
+        """Return up to `draw` of them: random ones in training, else the first ones. Raises BadSample."""
         captions = read_negative_captions(sample, self.field)
         order = rng.permutation(len(captions)) if train else range(len(captions))
         return tuple(captions[int(i)] for i in order)[: self.draw]
 
     def collate(self, items: list[tuple[str, ...]]) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """Return ids (b, F, T) int64 and mask (b, F, T) bool, padded with empty texts where a sample has fewer than F."""
+        """Return ids (b, F, T) int64 and mask (b, F, T) bool; empty texts fill up samples with fewer than F."""
         ids, mask = self.encode([text for item in items for text in [*item, *[""] * (self.draw - len(item))]])
         return ids.unflatten(0, (-1, self.draw)), mask.unflatten(0, (-1, self.draw))
 
@@ -42,7 +42,7 @@ class NegativeCaptions(TextDecoder):
 
 
 def read_negative_captions(sample: RawSample, field: str) -> list[str]:
-    """Return the negative captions of a sample; [] where it has none. Raises BadSample where the field is not a list."""
+    """Return the negative captions of a sample, possibly []. Raises BadSample for a field of another kind."""
     entries = read_fields(sample.members).get(field) or []
     if not isinstance(entries, list):
         raise BadSample("foils unreadable", f"{field} is not a list: {entries!r}"[:200])

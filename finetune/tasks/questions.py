@@ -1,4 +1,4 @@
-"""Reads the questions of a sample: token ids and the accuracy of each answer. Training draws some, evaluation takes all.
+"""Reads the questions of a sample. Training draws some of them, evaluation takes all.
 
 Shapes: b = images, m = questions per image, T = tokens of the longest question, K = answers per question.
 """
@@ -104,7 +104,7 @@ class Questions(TextDecoder):
         return QuestionSet([drawn[i % len(drawn)] for i in range(self.draw)], len(drawn), train)
 
     def collate(self, items: list[QuestionSet]) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """Return ids (b, m, T) int64 and mask (b, m, T) bool; m is the largest number of questions of a sample."""
+        """Return ids (b, m, T) int64 and mask (b, m, T) bool; m is the most questions of any sample."""
         m = max(len(item.questions) for item in items)
         ids, mask = self.encode([item.questions[j if j < len(item.questions) else 0].text for item in items for j in range(m)])
         return ids.unflatten(0, (len(items), m)), mask.unflatten(0, (len(items), m))

@@ -1,4 +1,4 @@
-"""Evaluation of two-stage retrieval: the first k of the contrastive ranking are re-ranked by a matching score.
+"""Evaluation of two-stage retrieval: a matching score re-ranks the first k of the contrastive ranking.
 
     evaluate_reranking(model, shards, setup, match, k, add) -> recall before and after, the ceiling, milliseconds per query
 
@@ -190,7 +190,7 @@ def _gather_gallery(local: Gallery | None) -> Gallery | None:
 
 
 def _gather_unequal_rows(rows: Tensor | None) -> Tensor:
-    """Concatenate the rows of all processes, of which each may have another number; None stands for no rows. Collective."""
+    """Concatenate unequal numbers of rows of all processes; None stands for no rows. Collective."""
     layouts = distributed.gather_objects(None if rows is None else (rows.shape, rows.dtype))
     shape, dtype = next(layout for layout in layouts if layout is not None)
     counts = [0 if layout is None else layout[0][0] for layout in layouts]
@@ -264,7 +264,7 @@ DIRECTIONS = (("image_to_text", True), ("text_to_image", False))
 def _score_candidates(
     model: FusionModel, gallery: Gallery, match: Match, queries: Tensor, rows: Tensor, by_image: bool, device: torch.device
 ) -> tuple[Tensor, float]:
-    """Return matching logits (q, k) on the CPU of queries (q,) and candidates `rows` (q, k), and the seconds it took."""
+    """Return matching logits (q, k) of queries (q,) with candidates `rows` (q, k), and the seconds spent."""
     k = rows.shape[1]
     out = [torch.zeros(0, k)]
 

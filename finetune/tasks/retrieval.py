@@ -1,4 +1,4 @@
-"""Two-stage retrieval: a contrastive loss, and a matching loss on the pairs that embeddings find hardest to separate.
+"""Two-stage retrieval: a contrastive loss, and a matching loss on pairs that embeddings confuse most.
 
     task: {name: retrieval, rerank: 16}
 
@@ -202,7 +202,7 @@ class _NegativeTexts(NamedTuple):
 def _draw_negative_captions(
     model: FusionModel, image: Tensor, text: Tensor, pool: tuple[Tensor, Tensor, Tensor], draw: int
 ) -> _NegativeTexts:
-    """Draw F of the P negative captions of each sample by the softmax of their contrastive logits. Collective.
+    """Draw F of P negative captions per sample by the softmax of their contrastive logits. Collective.
 
     Args:
         model: encodes the negative captions.
@@ -291,7 +291,10 @@ class Retrieval(Task):
         return features
 
     def loss(self, features: Features, targets: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compute contrastive loss + matching loss: binary cross-entropy, its weighted mean over the pairs of all processes."""
+        """Compute contrastive loss + matching loss.
+
+        The matching loss is the weighted mean of the binary cross-entropy over the pairs of all processes.
+        """
         match = _at_least_float32(features["match"])
         weights = features["valid"].to(match.dtype)
         if self.config.score == "sum":
@@ -325,7 +328,7 @@ class Retrieval(Task):
         return {"matching_loss": loss, "matching_accuracy": accuracy}
 
     def _warn_if_constant(self, excess: Tensor, constant: Tensor) -> None:
-        """Warn once if the matching loss of the last WINDOW steps is no better than that of a constant prediction.
+        """Warn once if the matching loss of WINDOW steps is no better than that of a constant prediction.
 
         It reads the losses only once per window, because reading them waits for the device.
         """

@@ -1,4 +1,4 @@
-"""Visual question answering: classification over a vocabulary of answers that is built from the training data.
+"""Visual question answering: classification over a vocabulary of answers from the training data.
 
     task: {name: vqa, questions: 8}
 
@@ -145,7 +145,7 @@ class VQA(Task):
         return ExportSpec("logits", self.config.loss, self.config.answers)
 
     def loss(self, features: Features, targets: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compute the mean loss over the questions of all processes, and the accuracy on this process's questions."""
+        """Compute the mean loss over the questions of all processes, and this process's accuracy."""
         logits = features["logits"]
         logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
         answers, scores = targets["answers"], targets["scores"].to(logits.dtype)
@@ -203,7 +203,7 @@ class VQA(Task):
                         yield question, official_accuracy(self.config.answers[answer], question.answers)
 
     def _ceiling(self, question: Question) -> float:
-        """Return the accuracy of the best answer in the vocabulary; 0 where it holds none of the question's answers."""
+        """Return the accuracy of the best answer in the vocabulary; 0 if it has none of the answers."""
         known = (answer for answer in set(question.answers) if answer in self._vocabulary)
         return max((official_accuracy(answer, question.answers) for answer in known), default=0.0)
 
@@ -222,7 +222,7 @@ class VQA(Task):
     def predict(
         self, model: FusionModel, inputs: dict[str, Tensor], masks: dict[str, Tensor], trace: Trace | None = None, top: int = 5
     ) -> Prediction:
-        """Return the `top` most likely answers with their probabilities. Raises UserError for an empty question.
+        """Return the `top` most likely answers with probabilities. Raises UserError for an empty question.
 
         `score` is the log-odds of the first answer against all others. The logit alone also rises with anything that raises
         all logits, and maps of it point less at the object.
@@ -241,7 +241,7 @@ class VQA(Task):
 
 
 def _readable_questions(values: dict[str, Any], config: Config) -> list[Question]:
-    """Return the questions in a sample's json; [] for a bad sample, which the loader counts when it reads it."""
+    """Return the questions in a sample's json; [] for a bad sample, which the loader counts."""
     try:
         return read_questions(values, config.field, config.types)
     except BadSample:

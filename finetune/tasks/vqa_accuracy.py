@@ -1,4 +1,4 @@
-"""Answers to questions: normalization, the accuracy of the VQA challenge, the vocabulary, and a question-only baseline.
+"""Answers to questions: normalization, official accuracy, vocabulary, and a question-only baseline.
 
 Sources: Antol et al. 2015 (arXiv 1505.00468) for the accuracy, the challenge's evaluation code for normalisation.
 """
@@ -50,7 +50,7 @@ def normalize_answer(answer: str) -> str:
 
 
 def official_accuracy(predicted: str, answers: Sequence[str]) -> float:
-    """Return the accuracy, 0 to 1, of a predicted answer given the answers of several people; all are normalized.
+    """Return the accuracy, 0 to 1, of a predicted answer given people's answers; all are normalized.
 
     It leaves out each person in turn and averages min(1, n / 3), where n of the others gave the predicted answer. Where
     fewer than three others remain, their number replaces the 3. The answer of a single person is right or wrong.
@@ -64,7 +64,7 @@ def official_accuracy(predicted: str, answers: Sequence[str]) -> float:
 
 
 def build_vocabulary(counts: Counter[str], size: int) -> list[str]:
-    """Return the `size` most frequent answers in descending order; equally frequent ones are sorted alphabetically."""
+    """Return the `size` most frequent answers, in descending order, then alphabetically."""
     return [answer for answer, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:size]]
 
 

@@ -1,4 +1,4 @@
-"""A task with the contrastive loss added, so that embeddings stay useful for search during fine-tuning.
+"""A task with the contrastive loss added, so that its embeddings stay useful for search.
 
     adapt: {contrastive: 0.5}
 
@@ -34,7 +34,7 @@ class WithContrastive(Task):
         self._contrastive_loss: nn.Module | None = None
 
     def build_decoders(self, towers: dict[str, Any]) -> dict[str, Any]:
-        """Build the task's decoders, and a last one for the caption, so that `caption_id` is that of the caption."""
+        """Build the task's decoders, and a last one for the caption, which sets `caption_id`."""
         if not {"image", "text"} <= set(towers):
             raise ConfigError(f"adapt.contrastive needs image and text towers; the model has {', '.join(towers)}")
         return {**self.task.build_decoders(towers), CAPTION: towers["text"]}

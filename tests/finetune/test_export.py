@@ -1,4 +1,4 @@
-"""Exported graphs of fine-tuned models give the outputs of the model, for any batch size and text length.
+"""Exported graphs give the outputs of the fine-tuned model, for any batch size and text length.
 
 Each case takes 10 seconds of tracing. The test of the command covers cross-attention on dense tokens.
 """
@@ -42,7 +42,7 @@ CASES = {
     ],
     "classification, embeddings": ["task.name=classification", CLASSES, "task.labels=multi", "fusion=null"],
 }  # fmt: skip
-TEXTS = ["what colour is the box?", "two red balls", "a", "left of a house on the grass, under a tree"]
+TEXTS = ["what color is the box?", "two red balls", "a", "left of a house on the grass, under a tree"]
 
 
 def build_tuned(small: Small, *settings: str) -> Finetuned:

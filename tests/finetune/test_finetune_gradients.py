@@ -1,4 +1,4 @@
-"""VQA on two processes: the gradients of one process on the whole batch, for any strategy and number of chunks.
+"""VQA on two processes has the gradients of one process, for any strategy and number of chunks.
 
 Also: survey() reads every training sample in exactly one process.
 """
@@ -24,7 +24,10 @@ ANSWERS, M, B = ["red", "blue", "two", "yes"], 3, 8
 
 
 def build_model_and_task(dtype: torch.dtype) -> tuple[FusionModel, vqa.VQA]:
-    """Build the same weights at each call, with zero-initialized layers randomized and unused weights frozen as in a run."""
+    """Build the same weights at each call.
+
+    Zero-initialized layers are randomized, and weights that the loss does not use are frozen as in a run.
+    """
     task = vqa.build(vqa.Config(answers=ANSWERS), None)
     model = models.build(tiny.build_model("clip"), registry.get_component("fusion", "cross").Config(layers=1, heads=2), None)
     torch.manual_seed(1)
@@ -39,7 +42,7 @@ def build_model_and_task(dtype: torch.dtype) -> tuple[FusionModel, vqa.VQA]:
 
 
 def build_batch() -> Batch:
-    """Build a batch whose first half has one question per image, the second three: two processes hold 4 and 12."""
+    """Build a batch of which two processes hold 4 and 12 questions: one per image, then three."""
     images, texts = tiny.build_batch(0, B), tiny.build_batch(1, B * M)
     g = torch.Generator().manual_seed(5)
     question_mask = torch.ones(B, M)

@@ -1,4 +1,4 @@
-"""Fine-tuning runs end to end: one and two processes, exact resuming, evaluation, loading, a task outside the project."""
+"""Fine-tuning runs end to end: processes, exact resuming, evaluation, loading, an external task."""
 
 import json
 import shutil

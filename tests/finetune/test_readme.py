@@ -1,4 +1,4 @@
-"""Runs the guide in finetune/README.md: its line of JSON, its commands and its Python, on generated images."""
+"""Runs the guide in finetune/README.md, its JSON, commands and Python, on generated images."""
 
 import contextlib
 import io
@@ -21,7 +21,7 @@ COLORS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (40, 60, 220), "
 
 
 def save_tiny_clip(folder: Path, tokenizer: Path) -> None:
-    """Save a CLIP of transformers with random weights in the folder that the guide's hub name denotes without a network."""
+    """Save a CLIP with random weights in a folder with the guide's hub name, so that no network is used."""
     tokens = load_tokenizer(tokenizer)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     special = {"bos_token_id": tokens.bos_token_id, "eos_token_id": tokens.eos_token_id, "pad_token_id": tokens.pad_token_id}

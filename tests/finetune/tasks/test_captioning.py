@@ -1,4 +1,4 @@
-"""Captioning: causality, the loss in closed form, memorizing sentences, metrics, and runs that resume and interpolate."""
+"""Captioning: causality, loss in closed form, memorized sentences, metrics, resuming, WiSE-FT."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Captioning with adapters and the contrastive loss: two processes give the gradients of one on the whole batch."""
+"""Captioning with adapters and contrastive loss: two processes give the gradients of one."""
 
 from typing import Any
 
@@ -28,7 +28,10 @@ SMOOTHING, WEIGHT, B = 0.1, 0.7, 8
 
 
 def build_model_and_task(dtype: torch.dtype) -> tuple[FusionModel, Any]:
-    """Build the same weights at each call, with zero-initialized layers randomized and unused weights frozen as in a run."""
+    """Build the same weights at each call.
+
+    Zero-initialized layers are randomized, and weights that the loss does not use are frozen as in a run.
+    """
     encoder = tiny.build_model("clip")
     config = AdaptConfig(lora=LoraConfig(rank=2, towers=["image"]), contrastive=WEIGHT)
     freeze.adapt_encoder(encoder, config, ModelSchema(image=encoder.towers["image"].config, text=None))
@@ -48,7 +51,7 @@ def build_model_and_task(dtype: torch.dtype) -> tuple[FusionModel, Any]:
 
 
 def build_batch() -> Batch:
-    """Build a batch whose first half of texts is shorter, so that two processes hold unequal numbers of tokens."""
+    """Build a batch of which two processes hold unequal numbers of tokens: its first half is shorter."""
     batch, texts = tiny.build_batch(0, B), tiny.build_batch(1, B)
     batch.masks["text"][: B // 2, 4:] = False
     batch.inputs[CAPTION], batch.masks[CAPTION] = texts.inputs["text"], texts.masks["text"]
@@ -56,7 +59,7 @@ def build_batch() -> Batch:
 
 
 def compute_reference(dtype: torch.dtype = torch.float64) -> tuple[float, dict[str, torch.Tensor]]:
-    """Compute loss and gradients in one process, from torch's cross-entropy and the contrastive loss in closed form."""
+    """Compute loss and gradients in one process, with cross-entropy and contrastive loss in closed form."""
     model, _ = build_model_and_task(dtype)
     b = build_batch()
     image = model.tokens("image", b.inputs["image"])
@@ -70,7 +73,7 @@ def compute_reference(dtype: torch.dtype = torch.float64) -> tuple[float, dict[s
 
 
 def measure_errors() -> dict[str, tuple[float, str, float]]:
-    """Return by strategy and chunks: worst gradient error relative to the allowed one, its parameter, error of the loss."""
+    """Return by strategy and chunks: worst gradient error / allowed error, its parameter, loss error."""
     value, expected = compute_reference()
     rounding = max(tiny.gradient_errors(compute_reference(torch.float32)[1], expected).values())
     share = B // distributed.world_size()

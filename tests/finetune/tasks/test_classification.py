@@ -1,4 +1,4 @@
-"""Classification: labels, losses and metrics against scikit-learn and torch; runs on images, pairs and two images."""
+"""Classification: labels, losses and metrics against scikit-learn and torch; runs of all kinds."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ FUSED = ("fusion.name=cross", "fusion.layers=1", "fusion.heads=2")
 
 
 def test_one_label_per_image(small: Small, encoders: Path, tmp_path: Path) -> None:
-    """Classifying the place, which the background shows, by embeddings exceeds the accuracy of the majority class."""
+    """Classifying the background by embeddings exceeds the accuracy of the majority class."""
     run = tmp_path / "run"
     learn = ("task.field=place", "task.balanced=true", "train.steps=40", "optim.lr=0.003", "data.batch_size=32")
     assert cli.main(arguments(small.val, encoders, run, *learn)) == 0

@@ -1,4 +1,4 @@
-"""Greedy, beam and nucleus search against exhaustive search over a tiny vocabulary and transformers' nucleus filter."""
+"""Greedy, beam and nucleus search against exhaustive search and transformers' nucleus filter."""
 
 import itertools
 from collections import Counter
@@ -33,7 +33,7 @@ class Table:
         return torch.from_numpy(np.stack(rows))
 
     def best_of_all(self, sample: int, penalty: float) -> tuple[list[int], float]:
-        """Return the best of all sequences that end or are cut off at LENGTH, and its score before the penalty."""
+        """Return the best of all sequences of at most LENGTH tokens, and its score before the penalty."""
         scores = {}
         for length in range(1, LENGTH + 1):
             for sequence in itertools.product(range(V), repeat=length):

@@ -17,7 +17,7 @@ B = 12
 
 
 def test_columns_are_drawn_with_the_probabilities_of_the_softmax() -> None:
-    """One row and 1,000 of 10,000 evenly spaced draws, against the softmax over the columns that are not masked."""
+    """Compare 1,000 evenly spaced draws with the softmax over the columns that are not masked."""
     logits = torch.tensor([2.0, 0.5, -1.0, 3.0, 1.0], dtype=torch.float64)
     positives = torch.tensor([False, False, True, False, False])
     n, own_column = 10_000, 3

@@ -198,7 +198,7 @@ def test_resumed_bit_for_bit_with_the_same_negatives(small: Small, encoders: Pat
 
 
 def test_a_tower_copy_learns_and_embeddings_stay(small: Small, encoders: Path, tmp_path: Path) -> None:
-    """Embeddings stay those of the pretrained encoders; exported graphs and WiSE-FT include the tower copy."""
+    """Embeddings stay those of the pretrained encoders; export and WiSE-FT include the tower copy."""
     folder = tmp_path / "run"
     settings = ("adapt.fork=[text]", "adapt.trainable_blocks={image: 0, text: 0}", "task.contrastive=0", "optim.lr=0.005")
     assert cli.main(arguments(small, encoders, folder, "task.foils=foils", *settings)) == 0
@@ -249,7 +249,7 @@ def test_siglip_encoders_use_the_sigmoid_loss() -> None:
 
 
 def test_negative_captions_are_drawn_by_the_softmax_of_their_logits() -> None:
-    """Draw two of three negative captions and one padding entry for many copies of a sample; check the frequencies."""
+    """Check the frequencies of drawing two of three negative captions and one padding entry."""
     model, _ = tiny_task()
     n, batch = 3000, tiny.build_batch(0, 4)
     ids, mask = (values[None].expand(n, -1, -1) for values in (batch.inputs["text"], batch.masks["text"]))
@@ -322,7 +322,7 @@ def test_negative_captions_of_a_sample(small: Small) -> None:
         samples = [RawSample("s/0", {"json": json.dumps(field).encode()}) for field in fields]
         return [decoder(sample, np.random.default_rng(i), train) for i, sample in enumerate(samples)]
 
-    captions = items({"foils": [{"caption": " a  red car", "changed": "colour"}, "a car", "", 3]}, {"foils": []}, {"other": 1})
+    captions = items({"foils": [{"caption": " a  red car", "changed": "color"}, "a car", "", 3]}, {"foils": []}, {"other": 1})
     assert [sorted(item) for item in captions] == [["a car", "a red car"], [], []]
     assert decoder.targets(captions)["negative_mask"].tolist() == [[True, True], [False, False], [False, False]]
     ids, mask = decoder.collate(captions)

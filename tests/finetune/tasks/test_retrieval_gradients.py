@@ -1,4 +1,4 @@
-"""Retrieval on two processes: gradients and metrics of one process, with hard negatives and negative captions."""
+"""Retrieval on two processes has the gradients and metrics of one, with both kinds of negatives."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ B, NEGATIVES = 8, 2
 
 
 def build_model_and_task(dtype: torch.dtype) -> tuple[FusionModel, retrieval.Retrieval]:
-    """Build the same weights at each call, with zero-initialized layers randomized and unused weights frozen as in a run."""
+    """Build the same weights at each call.
+
+    Zero-initialized layers are randomized, and weights that the loss does not use are frozen as in a run.
+    """
     task = retrieval.build(retrieval.Config(foils="foils", draw=NEGATIVES, contrastive=0.7, matching=1.3), None)
     model = models.build(
         tiny.build_model("clip"),
@@ -48,7 +51,7 @@ def build_model_and_task(dtype: torch.dtype) -> tuple[FusionModel, retrieval.Ret
 
 
 def build_batch() -> Batch:
-    """Build a batch with equal captions in both processes; the second has fewer negative captions and shorter texts."""
+    """Build a batch with equal captions, fewer negative captions and shorter texts in the second process."""
     images, negatives = tiny.build_batch(0, B), tiny.build_batch(1, B * NEGATIVES)
     text, mask = images.inputs["text"], images.masks["text"].clone()
     mask[B // 2 :, 8:] = False

@@ -1,4 +1,4 @@
-"""VQA: reading, drawing and collating questions, the loss in closed form, metrics question by question, refusals."""
+"""VQA: reading and collating questions, loss in closed form, metrics by question, refusals."""
 
 import json
 from pathlib import Path
@@ -55,7 +55,7 @@ def test_training_draws_without_replacement_and_pads(questions: Questions) -> No
 
 def test_targets_are_the_official_accuracy_of_each_answer(questions: Questions) -> None:
     ten = ["red"] * 5 + ["Blue"] * 2 + ["The red."] + ["green"] * 2
-    item = questions(sample("a", [ask("what colour?", *ten), ask("how many?", "two")]), np.random.default_rng(0), False)
+    item = questions(sample("a", [ask("what color?", *ten), ask("how many?", "two")]), np.random.default_rng(0), False)
     targets = questions.targets([item])
     accuracies = [
         dict(zip(ids.tolist(), scores.tolist(), strict=True))
@@ -96,19 +96,19 @@ def test_samples_without_questions_are_bad(questions: Questions, raw: RawSample)
 
 
 def test_only_questions_of_the_configured_types(small: Small) -> None:
-    mixed = [ask("what colour?", "red", kind="colour"), ask("how many?", "two", kind="count"), ask("is it?", "yes", kind="yes")]
+    mixed = [ask("what color?", "red", kind="color"), ask("how many?", "two", kind="count"), ask("is it?", "yes", kind="yes")]
     text = TextDecoder(load_tokenizer(small.tokenizer), 24)
-    some = Questions(text, "questions", 3, ANSWERS, ["colour", "count"])
-    assert [q.kind for q in some(sample("a", mixed), np.random.default_rng(0), False).questions] == ["colour", "count"]
+    some = Questions(text, "questions", 3, ANSWERS, ["color", "count"])
+    assert [q.kind for q in some(sample("a", mixed), np.random.default_rng(0), False).questions] == ["color", "count"]
     for train, m in ((True, 3), (False, 1)):  # a sample without such questions is padding, not a bad sample
         none = some(sample("b", mixed[2:]), np.random.default_rng(0), train)
         assert (none.real_count, len(none.questions)) == (0, m)
         targets = some.targets([none])
         assert targets["question_mask"].sum() == targets["scores"].sum() == 0
         assert train or targets["questions"] == [[]]
-    task = vqa.build(vqa.Config(types=["colour", "count"]), lambda: iter([{"questions": mixed}]))
+    task = vqa.build(vqa.Config(types=["color", "count"]), lambda: iter([{"questions": mixed}]))
     assert task.learned_settings() == {"answers": ["2", "red"]}
-    assert [q.text for q in task.questions({"questions": mixed})] == ["what colour?", "how many?"]
+    assert [q.text for q in task.questions({"questions": mixed})] == ["what color?", "how many?"]
     assert task.questions({"caption": "nothing asked"}) == []
     with pytest.raises(UserError, match=r"of task\.types \['hue'\]"):
         vqa.build(vqa.Config(types=["hue"]), lambda: iter([{"questions": mixed}]))

@@ -1,4 +1,4 @@
-"""Official VQA accuracy and normalization against the challenge's procedure, the vocabulary, the question-only baseline."""
+"""VQA accuracy and normalization against the challenge's procedure, vocabulary, question-only baseline."""
 
 import re
 from collections import Counter
@@ -33,7 +33,7 @@ def normalize_officially(text: str) -> str:
 
 
 def leave_one_out(predicted: str, answers: list[str]) -> float:
-    """Compute the challenge's accuracy: leave out each person; three others with the predicted answer give accuracy 1."""
+    """Compute the challenge's accuracy: without each person in turn, three equal answers count as 1."""
     accuracies = []
     for i in range(len(answers)):
         others = answers[:i] + answers[i + 1 :]
@@ -116,16 +116,16 @@ def test_vocabulary_holds_the_most_frequent_answers_in_any_order_of_counts() -> 
 
 
 def test_baseline_uses_the_same_question_else_its_type_else_all_questions() -> None:
-    one = Counter({("colour", "what colour is the sky?", "blue"): 9, ("colour", "what colour is it?", "red"): 8})
+    one = Counter({("color", "what color is the sky?", "blue"): 9, ("color", "what color is it?", "red"): 8})
     two = Counter(
         {
-            ("colour", "what colour is the sky?", "grey"): 3,
-            ("colour", "what colour is grass?", "green"): 9,
+            ("color", "what color is the sky?", "grey"): 3,
+            ("color", "what color is grass?", "green"): 9,
             ("n", "how many?", "2"): 30,
         }
     )
-    two[("colour", "what colour is snow?", "green")] = 9
+    two[("color", "what color is snow?", "green")] = 9
     baseline = QuestionOnlyBaseline([one, two])
-    assert baseline("colour", "what colour is the sky?") == "blue"
-    assert baseline("colour", "what colour is it?") == "green"  # asked 8 times only: 9 + 9 of its type are green
+    assert baseline("color", "what color is the sky?") == "blue"
+    assert baseline("color", "what color is it?") == "green"  # asked 8 times only: 9 + 9 of its type are green
     assert baseline("taste", "is it sweet?") == "2"
