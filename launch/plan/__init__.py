@@ -4,7 +4,8 @@ measure.py      the sizes of the model; footprint.py: its activations, by one pa
 estimate.py     memory and network traffic, from those sizes and the strategy
 
 Weights, gradients, optimizer state, loss and network follow from how each strategy spreads them. A bench in tests/bench
-compares the estimate with measured runs. What CUDA and NCCL keep for themselves is a fixed allowance, not measured. May import pretrain.
+compares the estimate with measured runs. What CUDA and NCCL keep for themselves is a fixed allowance, not measured.
+May import pretrain.
 
 Measured: within 10 % of the real peak on the CPU for single, ddp and fsdp2.
 """

@@ -180,7 +180,8 @@ def test_attend_gives_a_map_for_each_word(here: Path) -> None:
     assert maps.words == ["what", "color", "is", "the", "car?"] or maps.words == ["what", "color", "is", "the", "car"]
     assert maps.maps.shape[0] == len(maps.words)
     assert (maps.maps >= 0).all()
-    assert Image.open("attended.png").size == maps.figure().size
+    with Image.open("attended.png") as figure:
+        assert figure.size == maps.figure().size
 
 
 # ---------------------------------------------------------------------------------------------------------------------
