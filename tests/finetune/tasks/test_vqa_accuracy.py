@@ -1,4 +1,4 @@
-"""VQA accuracy and normalization against the challenge's procedure, vocabulary, question-only baseline."""
+"""VQA accuracy and normalization against the challenge's procedure; vocabulary; baseline."""
 
 import re
 from collections import Counter
