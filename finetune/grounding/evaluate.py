@@ -7,7 +7,7 @@ If all such words of a text name the same objects, the mean map of all its token
 Controls, on the same words:
 
     area        a peak at a random cell: the share of cells that would be a hit
-    centre      a bell curve in the middle of every image
+    `centre`    a bell curve in the middle of every image
     untrained   the same encoders with a new fusion and head, zero-initialized projections drawn at random
     shuffled    a word of the same class in the text of another image, paired with this image
 
@@ -86,7 +86,7 @@ def evaluate_grounding(tuned: Finetuned, shards: Any, config: GroundingConfig, d
     Moves the model to `device`.
 
     Returns:
-        For each class of words that occurs (thing, colour, surface, relation, text): `pointing_CLASS` and `lift_CLASS`, each
+        For each class of words that occurs (thing, `colour`, surface, relation, text): `pointing_CLASS` and `lift_CLASS`, each
         with `_low` and `_high` (95 % interval), the controls as `pointing_CLASS_area` and so on, and the count
         `words_CLASS`. Of exchanged colors: `counterfactual_moved` (with `_low`, `_high`), `_before`, `_after`, `_stayed`,
         `_area` (the score of a random peak after the exchange), and their count `swaps`. Also `samples`, `bad_samples`.

@@ -1,6 +1,6 @@
 """Answers to questions: normalization, official accuracy, vocabulary, and a question-only baseline.
 
-Sources: Antol et al. 2015 (arXiv 1505.00468) for the accuracy, the challenge's evaluation code for normalisation.
+Sources: Antol et al. 2015 (arXiv 1505.00468) for the accuracy, the challenge's evaluation code for normalization.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ print(image @ text.T)  # cosines""",
 """By format: Python code that loads the folder without clipfuse and compares an image with two texts."""
 RESIZE_CODE = {
     "squash": "picture = picture.resize((S, S), Image.Resampling.{how})",
-    "crop": """w, h = (max(S, S * side // min(picture.size)) for side in picture.size)  # the shorter side to S, then the centre
+    "crop": """w, h = (max(S, S * side // min(picture.size)) for side in picture.size)  # the shorter side to S, then the center
 left, top = round((w - S) / 2), round((h - S) / 2)
 picture = picture.resize((w, h), Image.Resampling.{how}).crop((left, top, left + S, top + S))""",
 }

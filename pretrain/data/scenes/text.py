@@ -142,7 +142,7 @@ def build_negative_captions(scene: Scene) -> list[dict[str, str]]:
 def build_questions(scene: Scene, boxes: Sequence[Box]) -> list[dict[str, Any]]:
     """Return questions about a scene: [{question, answers, type, box}].
 
-    Types are colour, kind, surface, count, existence (one yes, one no) and relation.
+    Types are `colour`, kind, surface, count, existence (one yes, one no) and relation.
 
     Args:
         boxes: the visible box of each object.
