@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import base64
 import io
+import unicodedata
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,9 +84,12 @@ def draw_figure(
         boxes: for each word the boxes to outline on its tile.
     """
     strengths = compute_strengths(maps)
+    labels = [word if can_draw(word) else f"word {i}" for i, word in enumerate(words, 1)]
+    if undrawn := [label for label, word in zip(labels, words, strict=True) if label != word]:
+        lines = [*lines, f"no font on this machine has the characters of {', '.join(undrawn)}, so they are numbered"]
     tiles = [(image.convert("RGB").resize((TILE, TILE), Image.Resampling.LANCZOS), "")]
-    for i, word in enumerate(words):
-        tiles.append((draw_tile(image, maps[i], float(strengths[i]), boxes=boxes[i] if boxes else ()), word))
+    for i, label in enumerate(labels):
+        tiles.append((draw_tile(image, maps[i], float(strengths[i]), boxes=boxes[i] if boxes else ()), label))
     # Rows as equal as possible: 8 tiles are two rows of four, not of six and two.
     rows = -(-len(tiles) // MAX_COLUMNS)
     columns = -(-len(tiles) // rows)
@@ -136,14 +141,53 @@ def stack_figures(pages: Sequence[Image.Image]) -> Image.Image:
 # Text
 
 
-def load_font(size: int, text: str = "") -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Load Pillow's font, or for characters beyond Latin the first installed one of some common fonts."""
-    if any(ord(c) > 0x24F and not 0x2010 <= ord(c) <= 0x2044 for c in text):
-        for name in ("NotoSansCJK-Regular.ttc", "DejaVuSans.ttf", "Arial Unicode.ttf", "arial.ttf"):
-            try:
-                return ImageFont.truetype(name, size)
-            except OSError:
-                continue
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+_SCRIPTS = ("", "Arabic", "Hebrew", "Devanagari", "Bengali", "Tamil", "Telugu", "Thai")
+FONTS = (
+    *("NotoSansCJK-Regular.ttc", "DejaVuSans.ttf", "Arial Unicode.ttf", "arial.ttf"),
+    *(f"NotoSans{script}-Regular.ttf" for script in _SCRIPTS),
+)
+"""Fonts to look for, in this order, for characters that Pillow's own font may lack."""
+
+
+def load_font(size: int, text: str = "") -> Font:
+    """Load Pillow's font, or for characters beyond Latin the first installed font that has all of them.
+
+    Where none has all characters, the first installed one is loaded; `can_draw` tells.
+    """
+    if not any(ord(c) > 0x24F and not 0x2010 <= ord(c) <= 0x2044 for c in text):
+        return _load_default(size)
+    installed = [font for name in FONTS if (font := _load_if_installed(name, size)) is not None]
+    return next((font for font in installed if _has_glyphs(font, text)), installed[0] if installed else _load_default(size))
+
+
+def can_draw(text: str) -> bool:
+    """Whether a font that is installed here has every character of a text."""
+    return _has_glyphs(load_font(15, text), text)
+
+
+def _has_glyphs(font: Font, text: str) -> bool:
+    """Whether each visible character has a glyph that is not the box for missing ones."""
+    missing = _draw_glyph(font, "\U0010ffff")
+    visible = {c for c in text if not c.isspace() and unicodedata.category(c) not in ("Mn", "Me", "Cf")}
+    return all(_draw_glyph(font, c) != missing for c in visible)
+
+
+def _draw_glyph(font: Font, character: str) -> tuple[tuple[int, int], bytes]:
+    mask = font.getmask(character, mode="L")
+    return mask.size, bytes(mask)
+
+
+@cache
+def _load_if_installed(name: str, size: int) -> Font | None:
+    try:
+        return ImageFont.truetype(name, size)
+    except OSError:
+        return None
+
+
+@cache
+def _load_default(size: int) -> Font:
     return ImageFont.load_default(size)
 
 

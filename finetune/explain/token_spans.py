@@ -6,10 +6,10 @@ have no characters. Shapes: T tokens of a text, H, W = cells of a map.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
+import regex
 import torch
 from torch import Tensor
 
@@ -17,7 +17,8 @@ from pretrain.data.captions import normalize_whitespace
 from pretrain.data.text import TextDecoder
 from pretrain.errors import ConfigError
 
-_WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
+# Letters, digits and the marks on them (vowel signs, accents), with the joiners that some scripts write inside a word.
+_WORD = regex.compile(r"[\p{L}\p{N}\p{M}\u200c\u200d]+(?:['’-][\p{L}\p{N}\p{M}\u200c\u200d]+)*")
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,10 @@ class TokenSpans:
         return tuple(i for i, (a, b) in enumerate(self.spans) if max(a, start) < min(b, end))
 
     def find_words(self) -> list[Word]:
-        """Return the words of the text in order, without punctuation and without truncated words."""
+        """Return the words of the text in order, without punctuation and without truncated words.
+
+        In scripts without spaces between words, such as Thai, all that stands between two spaces is one word.
+        """
         words = [Word(m.group(), m.start(), m.end(), self.find_tokens(*m.span())) for m in _WORD.finditer(self.text)]
         return [word for word in words if word.tokens]
 

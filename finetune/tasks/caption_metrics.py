@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-import re
 import shutil
+
+import regex
 
 from pretrain.errors import UserError
 from pretrain.runtime.console import log_info
@@ -69,5 +70,5 @@ def _tokenize(texts: list[list[str]]) -> dict[int, list[str]]:
 
 
 def tokenize_plainly(text: str) -> str:
-    """Keep letters, digits, and punctuation inside a word (it's, e-mail, 3.5), in lower case."""
-    return " ".join(re.findall(r"\w+(?:[-'.’]\w+)*", text.lower()))
+    """Keep letters with their marks, digits, and punctuation inside a word (it's, e-mail, 3.5), in lower case."""
+    return " ".join(regex.findall(r"[\w\p{M}]+(?:[-'.’][\w\p{M}]+)*", text.lower()))

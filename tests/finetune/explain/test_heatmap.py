@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from finetune.explain import heatmap
 from finetune.explain.heatmap import (
     TILE,
+    can_draw,
     compute_strengths,
     draw_figure,
     draw_tile,
@@ -93,3 +95,17 @@ def test_images_encode_to_png_and_to_a_data_uri() -> None:
     head, _, body = encode_data_uri(page).partition(",")
     assert head == "data:image/jpeg;base64"
     assert Image.open(io.BytesIO(base64.b64decode(body))).size == (TILE, TILE)
+
+
+def test_words_that_no_font_has_are_numbered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine without further fonts: Pillow's own has Latin, and neither Devanagari nor Ethiopic."""
+    monkeypatch.setattr(heatmap, "FONTS", ())
+    assert can_draw("a naïve café, 3.5 “words”")
+    assert not can_draw("लाल")
+    assert not can_draw("a ቀይ car")
+    maps = np.ones((2, 4, 4))
+    latin, mixed = (draw_figure(GRAY, ["red", word], maps, ["a line"]) for word in ("car", "गाड़ी"))
+    assert mixed.height == latin.height + 22  # one line that says so
+    numbered = draw_figure(GRAY, ["red", "word 2"], maps, ["a line"])
+    label = (slice(-36, None), slice(None))
+    np.testing.assert_array_equal(np.asarray(mixed)[label], np.asarray(numbered)[label])

@@ -29,6 +29,27 @@ def test_words_of_a_trained_tokenizer(small: Small) -> None:
     assert len(spans.spans) == int(mask.sum())  # positions are those of the encoded text, special tokens included
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "लाल गाड़ी पुल पर है",  # Hindi: vowel signs and nuktas are marks
+        "একটি লাল গাড়ি সেতুতে",  # Bengali
+        "سَيَّارَةٌ حَمْرَاءُ عَلَى الجِسْرِ",  # Arabic with vowels
+        "cafe\u0301 nai\u0308ve",  # accents as separate characters
+        "می\u200cخواهم ماشین",  # Persian: a joiner inside a word
+        "รถสีแดง บนสะพาน",  # Thai: phrases between spaces
+        "אוֹטוֹ אָדֹם",  # Hebrew with points
+        "xe hơi màu đỏ",
+    ],
+)
+def test_marks_belong_to_their_word(text: str) -> None:
+    """The reference is the text itself, divided at its spaces."""
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")  # one token a character
+    decoder = TextDecoder(PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[UNK]"), 64)
+    assert [word.text for word in TokenSpans(decoder, text).find_words()] == text.split()
+
+
 def test_words_beyond_the_maximum_length_are_left_out(small: Small) -> None:
     decoder = TextDecoder(load_tokenizer(small.tokenizer), 8)
     spans = TokenSpans(decoder, "a red car on a black sofa in a meadow with unpronounceable things")
