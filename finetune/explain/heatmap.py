@@ -84,6 +84,7 @@ def draw_figure(
         boxes: for each word the boxes to outline on its tile.
     """
     strengths = compute_strengths(maps)
+    words = [unicodedata.normalize("NFC", word) for word in words]  # fonts have é, and seldom e with a combining accent
     labels = [word if can_draw(word) else f"word {i}" for i, word in enumerate(words, 1)]
     if undrawn := [label for label, word in zip(labels, words, strict=True) if label != word]:
         lines = [*lines, f"no font on this machine has the characters of {', '.join(undrawn)}, so they are numbered"]
@@ -147,18 +148,19 @@ FONTS = (
     *("NotoSansCJK-Regular.ttc", "DejaVuSans.ttf", "Arial Unicode.ttf", "arial.ttf"),
     *(f"NotoSans{script}-Regular.ttf" for script in _SCRIPTS),
 )
-"""Fonts to look for, in this order, for characters that Pillow's own font may lack."""
+"""Fonts to look for, in this order, for characters that Pillow's own font lacks: it has ASCII and few others."""
 
 
 def load_font(size: int, text: str = "") -> Font:
-    """Load Pillow's font, or for characters beyond Latin the first installed font that has all of them.
+    """Load Pillow's own font, or where it lacks a character the first installed font that has all of them.
 
     Where none has all characters, the first installed one is loaded; `can_draw` tells.
     """
-    if not any(ord(c) > 0x24F and not 0x2010 <= ord(c) <= 0x2044 for c in text):
-        return _load_default(size)
+    default = _load_default(size)
+    if _has_glyphs(default, text):
+        return default
     installed = [font for name in FONTS if (font := _load_if_installed(name, size)) is not None]
-    return next((font for font in installed if _has_glyphs(font, text)), installed[0] if installed else _load_default(size))
+    return next((font for font in installed if _has_glyphs(font, text)), installed[0] if installed else default)
 
 
 def can_draw(text: str) -> bool:
@@ -169,7 +171,7 @@ def can_draw(text: str) -> bool:
 def _has_glyphs(font: Font, text: str) -> bool:
     """Whether each visible character has a glyph that is not the box for missing ones."""
     missing = _draw_glyph(font, "\U0010ffff")
-    visible = {c for c in text if not c.isspace() and unicodedata.category(c) not in ("Mn", "Me", "Cf")}
+    visible = {c for c in text if not c.isspace() and unicodedata.category(c) != "Cf"}
     return all(_draw_glyph(font, c) != missing for c in visible)
 
 
