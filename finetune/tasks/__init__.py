@@ -127,7 +127,7 @@ def survey(shards: Any, cache: ShardCache | None = None) -> Iterator[dict[str, A
     for shard, count in enumerate(counts):
         for sample in range(max(begin - first, 0), min(end - first, count)):
             try:
-                values = read_json(reader.read(shard, sample, ["json"]).members)
+                values = read_json(reader.read(shard, sample, ["json", "cls"]).members)
             except BadSample:
                 continue
             if isinstance(values, dict):

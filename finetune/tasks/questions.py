@@ -48,7 +48,8 @@ def read_questions(values: Any, field: str, types: Collection[str] = ()) -> list
 
     Args:
         values: the json of the sample.
-        field: the field that holds a list of {question, answers: [text, ...] or [{"answer": text}, ...], type}.
+        field: the field that holds a list of {question, answers, type}; `answers` is one text, a list of texts or a list of
+            {answer: text}. An entry without it may have `answer` instead, as GQA's questions do.
         types: keep only questions of these types, possibly none; () keeps all.
 
     Raises:
@@ -63,16 +64,29 @@ def read_questions(values: Any, field: str, types: Collection[str] = ()) -> list
         text = item.get("question") if isinstance(item, dict) else None
         if not isinstance(text, str) or not normalize_whitespace(text):
             continue
-        raw_answers = item.get("answers")
-        raw_answers = [raw_answers] if isinstance(raw_answers, str) else raw_answers if isinstance(raw_answers, list) else []
-        texts = [raw.get("answer") if isinstance(raw, dict) else raw for raw in raw_answers]
-        answers = [normalize_answer(str(text)) for text in texts if isinstance(text, str | int | float)]
-        answers = [answer for answer in answers if answer]
+        answers = _read_answers(item.get("answers")) or _read_answers(item.get("answer"))
         if answers:
             questions.append(Question(normalize_whitespace(text), answers, str(item.get("type") or "other")))
     if not questions:
-        raise BadSample("no questions", f"none of the {len(entries)} entries of {field!r} has both a question and an answer")
+        raise BadSample("no questions", _explain_unusable(entries, field))
     return [question for question in questions if not types or question.kind in types]
+
+
+def _read_answers(value: Any) -> list[str]:
+    """Return the normalized answers in the value of `answers` or `answer`; [] where there is none."""
+    values = value if isinstance(value, list) else [value]
+    texts = [item.get("answer") if isinstance(item, dict) else item for item in values]
+    answers = [normalize_answer(str(text)) for text in texts if isinstance(text, str | int | float)]
+    return [answer for answer in answers if answer]
+
+
+def _explain_unusable(entries: list[Any], field: str) -> str:
+    """Return why no entry of a list of questions can be used, with the fields of the first."""
+    first = entries[0] if entries else None
+    fields = (
+        f"; the first has the fields {', '.join(sorted(map(str, first)))[:100] or 'none'}" if isinstance(first, dict) else ""
+    )
+    return f"none of the {len(entries)} entries of {field!r} has both a question and answers (or one answer){fields}"
 
 
 class Questions(TextDecoder):

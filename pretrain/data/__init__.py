@@ -13,6 +13,7 @@
     decode.py           encoded images to pixels
     text.py             TextDecoder: captions to token ids; loading of tokenizers
     captions.py         the captions of a sample, cleaned
+    members.py          explains why a sample lacks an image or a caption
     sample_json.py      the json member of a sample, parsed
     train_tokenizer.py  trains a byte-level BPE tokenizer on captions
     vocabulary.py       words for the objects of a data set; vocabularies/ holds those that ship with the package

@@ -3,16 +3,37 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import unicodedata
 from typing import Any
 
 from pretrain.data import BadSample
-from pretrain.data.sample_json import read_json
+from pretrain.data.members import explain_missing_caption
+from pretrain.data.sample_json import read_json, replace_surrogates
+
+TXT, TXT_LINES, TXT_WHOLE = "txt", "txt:lines", "txt:whole"
+"""Sources of captions that are not a json field: KEY.txt as one caption, or as one a line.
+
+`txt` is one caption too, except that evaluation reads it as lines where every sample holds several. `txt:whole` is always one.
+"""
+
+
+def caption_member(source: str) -> str:
+    """Return the extension of the member that holds the captions of a source: "txt" or "json"."""
+    return "txt" if source in (TXT, TXT_LINES, TXT_WHOLE) else "json"
+
+
+def has_several_captions(source: str) -> bool:
+    """Return whether a sample may have several captions in a source."""
+    return source not in (TXT, TXT_WHOLE)
 
 
 def normalize_whitespace(text: str) -> str:
-    """Replace each run of white space by one space; strip the ends and a leading byte-order mark."""
-    return " ".join(text.removeprefix("\ufeff").split())
+    """Replace each run of white space by one space; strip the ends and a leading byte-order mark.
+
+    Lone surrogates, which no tokenizer can read, become U+FFFD.
+    """
+    return " ".join(replace_surrogates(text).removeprefix("\ufeff").split())
 
 
 def caption_id(text: str) -> int:
@@ -22,30 +43,24 @@ def caption_id(text: str) -> int:
     and in every version, so it may be stored.
     """
     canonical = normalize_whitespace(unicodedata.normalize("NFC", text).casefold())
-    return int.from_bytes(
-        hashlib.blake2b(canonical.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big", signed=True
-    )
+    return int.from_bytes(hashlib.blake2b(canonical.encode(), digest_size=8).digest(), "big", signed=True)
 
 
-def read_captions(members: dict[str, bytes], source: str = "txt") -> list[str]:
+def read_captions(members: dict[str, bytes], source: str = TXT) -> list[str]:
     """Return all captions of a sample, at least one, with white space normalized.
 
     Args:
         members: the content of each member, by extension.
-        source: "txt", or the name of a json field that holds a string or a list of strings.
+        source: "txt" or "txt:whole" (one caption), "txt:lines" (one a line), or the name of a json field that holds a
+            string or a list of strings; null in a list is skipped.
 
     Raises:
         BadSample: the sample has no caption, only empty ones, or one that cannot be read.
     """
-    member = "txt" if source == "txt" else "json"
-    data = members.get(member)
-    if data is None:
-        raise BadSample("no caption", f"no {member} member, only {', '.join(sorted(members)) or 'nothing'}")
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise BadSample("caption not UTF-8", str(error)) from error
-    values: list[Any] = [text] if member == "txt" else _read_field(members, source)
+    member = caption_member(source)
+    if member not in members:
+        raise BadSample("no caption", explain_missing_caption(members, member))
+    values = _read_txt(members["txt"], source) if member == "txt" else _read_field(members, source)
     if not all(isinstance(caption, str) for caption in values):
         raise BadSample("caption not text", f"{source}={values!r}"[:200])
     cleaned = [caption for caption in map(normalize_whitespace, values) if caption]
@@ -54,15 +69,41 @@ def read_captions(members: dict[str, bytes], source: str = "txt") -> list[str]:
     return cleaned
 
 
+def count_lines(data: bytes) -> int:
+    """Return the number of lines of a KEY.txt that are not empty."""
+    return sum(bool(normalize_whitespace(line)) for line in split_lines(data.decode("utf-8", "replace")))
+
+
+def split_lines(text: str) -> list[str]:
+    """Split at line feeds and carriage returns only: str.splitlines also splits inside captions, at U+2028 and others."""
+    return re.split(r"[\r\n]+", text)
+
+
+def _read_txt(data: bytes, source: str) -> list[str]:
+    """Return the content of KEY.txt, or its lines. Raises BadSample."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadSample("caption not UTF-8", str(error)) from error
+    return split_lines(text) if source == TXT_LINES else [text]
+
+
 def _read_field(members: dict[str, bytes], source: str) -> list[Any]:
-    """Return the value of a json field as a list.
+    """Return the value of a json field as a list, without null.
 
     Raises:
-        BadSample: the field is absent, null or an empty list.
+        BadSample: the json is not an object, or the field is absent, null, or a list without a value.
     """
     fields = read_json(members)
-    value = fields.get(source) if isinstance(fields, dict) else None
-    if value is None or value == []:
-        present = f"fields {', '.join(sorted(map(str, fields)))[:150]}" if isinstance(fields, dict) else "no fields"
-        raise BadSample("no caption", f"json has no {source}, but {present}")
-    return value if isinstance(value, list) else [value]
+    if not isinstance(fields, dict):
+        kind = {list: "a list", str: "a text", bool: "true or false", type(None): "null"}.get(type(fields), "a number")
+        raise BadSample("no caption", f"the json is {kind}, not an object with a field {source}")
+    if source not in fields:
+        names = ", ".join(sorted(map(str, fields)))[:150]
+        raise BadSample("no caption", f"json has no {source}, but {'fields ' + names if names else 'no fields'}")
+    value = fields[source]
+    values = [item for item in value if item is not None] if isinstance(value, list) else [value]
+    if value is None or not values:
+        content = "null" if value is None else "a list of null" if value else "an empty list"
+        raise BadSample("no caption", f"the field {source} of the json is {content}")
+    return values

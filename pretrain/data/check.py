@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from pretrain.data import BadSample
-from pretrain.data.captions import read_captions
+from pretrain.data.captions import caption_member, read_captions
 from pretrain.data.decode import decode_image as decode_image
 from pretrain.data.images import EXTENSIONS
+from pretrain.data.members import explain_missing_caption, explain_missing_image
 from pretrain.data.shards.cache import ShardCache, retry_io
 from pretrain.data.shards.index import load_index
 from pretrain.data.shards.paths import map_in_processes
@@ -125,7 +126,7 @@ def _find_problems(reader: ShardReader, sample: int, job: _CheckJob) -> list[Bad
         return [error]
     image = next((members[extension] for extension in EXTENSIONS if extension in members), None)
     if image is None:
-        problems.append(BadSample("no image", f"members: {', '.join(sorted(members)) or 'none'}"))
+        problems.append(BadSample("no image", explain_missing_image(members, EXTENSIONS)))
     if job.decode:
         try:
             if image is not None:
@@ -136,6 +137,6 @@ def _find_problems(reader: ShardReader, sample: int, job: _CheckJob) -> list[Bad
             read_captions(members, job.caption)
         except BadSample as error:
             problems.append(error)
-    elif ("txt" if job.caption == "txt" else "json") not in members:
-        problems.append(BadSample("no caption", f"members: {', '.join(sorted(members)) or 'none'}"))
+    elif caption_member(job.caption) not in members:
+        problems.append(BadSample("no caption", explain_missing_caption(members, caption_member(job.caption))))
     return problems

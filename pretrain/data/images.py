@@ -25,6 +25,7 @@ from PIL import Image
 
 from pretrain.data import BadSample
 from pretrain.data.decode import EXTENSIONS, MAX_PIXELS, decode_image, decode_pixels, read_header, reduction_factor
+from pretrain.data.members import explain_missing_image
 from pretrain.errors import ConfigError
 from pretrain.ops import CLIP_MEAN, CLIP_STD
 
@@ -194,7 +195,7 @@ class ImageDecoder:
         """Decode the image of a sample to (3, size, size) uint8. Raises BadSample."""
         data = next((sample.members[e] for e in EXTENSIONS if e in sample.members), None)
         if data is None:
-            raise BadSample("no image", f"members: {', '.join(sorted(sample.members)) or 'none'}")
+            raise BadSample("no image", explain_missing_image(sample.members, EXTENSIONS))
         return self.decode_train(data, rng) if train else self.decode_eval(data)
 
     def collate(self, images: list[torch.Tensor]) -> tuple[torch.Tensor, None]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pretrain.data import BadSample
-from pretrain.data.captions import read_captions
+from pretrain.data.captions import caption_member, read_captions
 from pretrain.data.sample_json import read_fields
 from pretrain.data.shards.index import load_index
 from pretrain.data.shards.paths import expand_shards
@@ -48,7 +48,8 @@ def train_tokenizer(
         shards: shards, as in `data.train`.
         out: the folder, created where it does not exist.
         vocab: maximum size, the 256 bytes and 3 special tokens included; little text gives a smaller vocabulary.
-        caption: "txt", or a json field (of a list all captions are used), or several separated by commas: "txt,questions".
+        caption: "txt", "txt:lines", or a json field (of a list all captions are used), or several separated by commas:
+            "txt,questions".
         length: model_max_length of the tokenizer, in tokens.
         lowercase: convert text to lower case.
         limit: maximum number of captions read, from the start.
@@ -125,6 +126,7 @@ def train_tokenizer_on(
         padding_side="right",
         truncation_side="right",
         clean_up_tokenization_spaces=False,
+        split_special_tokens=True,  # "<eos>" in a caption is text, and not the end of the caption
     )
     try:
         tokenizer.save_pretrained(out)
@@ -138,13 +140,13 @@ def iterate_captions(paths: Sequence[str], caption: str = "txt") -> Iterator[str
 
     Args:
         paths: shards.
-        caption: "txt", a json field, or several separated by commas.
+        caption: "txt", "txt:lines", a json field, or several separated by commas.
 
     Raises:
         UserError: a shard is damaged.
     """
     reader, fields = ShardReader(paths), [field.strip() for field in caption.split(",")]
-    members = sorted({"txt" if field == "txt" else "json" for field in fields})
+    members = sorted({caption_member(field) for field in fields})
     for shard, path in enumerate(paths):
         for sample in range(load_index(path).count):
             contents = reader.read(shard, sample, members).members

@@ -193,6 +193,15 @@ def _parse_size(field: bytes, at: int) -> int:
     return value
 
 
+def _parse_decimal_size(value: bytes, at: int) -> int:
+    """Return a size in decimal digits, of which only the last 19 may differ from 0; int() refuses thousands of digits."""
+    digits = value.lstrip(b"0") or value[-1:]
+    size = int(digits) if digits.isdigit() and len(digits) <= 19 else 1 << 62
+    if size >= 1 << 62:
+        raise _DamageAt(at, "the header gives no valid size")
+    return size
+
+
 def _parse_name(header: bytes) -> str:
     """Return the name of a member from its ustar or V7 header."""
     name = header[:100].partition(b"\0")[0]
@@ -216,7 +225,7 @@ def _parse_pax(data: bytes, at: int) -> tuple[str | None, int | None]:
         if key == b"path":
             path = value.decode("utf-8", "surrogateescape")
         elif key == b"size":
-            size = _parse_size(b"%o" % int(value) if value.isdigit() else b"?", at)
+            size = _parse_decimal_size(value, at)
         elif key.startswith(b"GNU.sparse"):
             raise _DamageAt(at, "a sparse file, which shards cannot hold")
         start = end

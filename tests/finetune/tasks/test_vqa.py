@@ -12,11 +12,12 @@ from finetune import model as models
 from finetune.attention.trace import Trace
 from finetune.model import FusionModel
 from finetune.tasks import EvalSetup, global_weighted_mean, vqa
-from finetune.tasks.questions import Questions
+from finetune.tasks.questions import Questions, read_questions
 from pretrain import registry
 from pretrain.data import BadSample
 from pretrain.data.batch import Batch, collate, merge
 from pretrain.data.images import ImageDecoder
+from pretrain.data.sample_json import read_json
 from pretrain.data.shards.paths import RawSample
 from pretrain.data.text import TextDecoder, load_tokenizer
 from pretrain.errors import ConfigError, UserError
@@ -51,6 +52,35 @@ def test_training_draws_without_replacement_and_pads(questions: Questions) -> No
     few = questions(sample("b", [ask("what?", "red"), ask("who?", "blue")]), np.random.default_rng(0), True)
     assert (len(few.questions), few.real_count) == (3, 2)
     assert len(questions(many, np.random.default_rng(0), False).questions) == 9
+
+
+def test_one_answer_is_read_where_answers_are_absent() -> None:
+    """GQA and LLaVA write `answer`; in mixed data such questions were left out without a count."""
+    entries = [
+        ask("what color?", "red", "blue"),
+        {"question": "how many?", "answer": "two"},
+        {"question": "how many\ud800?", "answer": 3, "answers": None, "type": "count"},
+        {"question": "is it?", "answers": [], "answer": ["Yes", "no"]},
+        {"question": "who?", "answers": "red", "answer": "blue"},
+        {"question": "where?", "answer": {"answer": "here"}},
+        {"question": "left out?", "answer": ""},
+    ]
+    members = {"json": json.dumps({"questions": entries}).encode()}
+    read = read_questions(read_json(members), "questions")
+    assert [(q.text, q.answers, q.kind) for q in read] == [
+        ("what color?", ["red", "blue"], "other"),
+        ("how many?", ["2"], "other"),
+        ("how many\ufffd?", ["3"], "count"),
+        ("is it?", ["yes", "no"], "other"),
+        ("who?", ["red"], "other"),
+        ("where?", ["here"], "other"),
+    ]
+    with pytest.raises(BadSample) as caught:
+        read_questions({"questions": [{"question": "what?", "reply": "red"}]}, "questions")
+    assert caught.value.detail == (
+        "none of the 1 entries of 'questions' has both a question and answers (or one answer); "
+        "the first has the fields question, reply"
+    )
 
 
 def test_targets_are_the_official_accuracy_of_each_answer(questions: Questions) -> None:

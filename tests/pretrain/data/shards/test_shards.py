@@ -216,6 +216,32 @@ def test_damaged_extended_headers(tmp_path):
         assert_refused(path, "extended header is damaged|no valid size")
 
 
+def write_pax(path, records, content=b""):
+    """Write a member `x` of which the ustar header gives size 0, after a pax header of `records`."""
+    info = tarfile.TarInfo("x")
+    header = tarfile.TarInfo("x")
+    header.type, header.size = tarfile.XHDTYPE, len(records)
+    blocks = [header.tobuf(tarfile.USTAR_FORMAT), records, info.tobuf(tarfile.USTAR_FORMAT), content]
+    path.write_bytes(b"".join(block.ljust(-len(block) % 512 + len(block), b"\0") for block in blocks) + bytes(1024))
+    return path
+
+
+def pax_record(key, value):
+    length = len(key) + len(value) + 3
+    while len(str(length)) + len(key) + len(value) + 3 != length:
+        length = len(str(length)) + len(key) + len(value) + 3
+    return b"%d %s=%s\n" % (length, key, value)
+
+
+def test_pax_sizes_of_thousands_of_digits(tmp_path):
+    path = write_pax(tmp_path / "x.tar", pax_record(b"size", b"0" * 5000 + b"7"), b"seven b")
+    assert list(zip(*scan(path), strict=True)) == [("x", 512 + 5120 + 512, 7)]
+    assert scan(write_pax(path, pax_record(b"size", b"0" * 5000))).lengths == [0]
+    for digits in (b"9" * 5000, b"1" + b"0" * 4999, b"9" * 19, b"", b"-1", b"1e3", b" 7", "\u0663".encode()):
+        write_pax(path, pax_record(b"size", digits))
+        assert_refused(path, "gives no valid size")
+
+
 # ---- index -----------------------------------------------------------------------------------------------------------
 
 
