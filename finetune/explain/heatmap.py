@@ -1,8 +1,8 @@
 """Heat maps drawn on images, with Pillow alone: one tile per word, and a figure of all words.
 
-A map is enlarged smoothly and blended over the image in gray: transparent at 0, bright where it is high, with a ring on the
-peak. The words of one text share a scale, the square root of the peak. A word with little attention is therefore drawn
-faintly, and below RING_THRESHOLD without a ring. Shapes: H, W = cells of a map.
+A map is enlarged smoothly, or as cells where it has few. It is blended over the image in gray: transparent at 0, bright where
+it is high, with a ring on the peak. The words of one text share a scale, the square root of the peak. A word with little
+attention is therefore drawn faintly, and below RING_THRESHOLD without a ring. Shapes: H, W = cells of a map.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ Box = tuple[float, float, float, float]
 TILE = 176  # px, side of a tile
 MAX_COLUMNS = 6  # tiles in a row
 _GAP, _LABEL = 12, 24
+COARSE_CELLS = 7  # cells per side up to which a map is drawn as its cells: smooth spots would promise more than it knows
 RING_THRESHOLD = 0.2  # as a share of the highest peak of the text: a word below it gets no ring
 _BLACK, _GRAY, _WHITE = (28, 30, 34), (110, 114, 120), (255, 255, 255)
 
@@ -217,8 +218,10 @@ def truncate_text(text: str, width: int, size: int) -> str:
 
 
 def _enlarge(values: Array, side: int) -> Array:
-    """Resize (H, W) smoothly to (side, side), with values from 0 to 1 and a peak of 1."""
+    """Resize (H, W) to (side, side), with values from 0 to 1 and a peak of 1: smoothly, or as cells where they are few."""
     small = Image.fromarray(values.astype(np.float32))
-    large: Array = np.asarray(small.resize((side, side), Image.Resampling.BICUBIC), dtype=np.float64)
+    is_coarse = max(values.shape) <= COARSE_CELLS
+    filter_ = Image.Resampling.NEAREST if is_coarse else Image.Resampling.BICUBIC
+    large: Array = np.asarray(small.resize((side, side), filter_), dtype=np.float64)
     out: Array = np.clip(large / large.max(), 0, 1)
     return out

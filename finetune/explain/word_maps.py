@@ -76,6 +76,9 @@ class WordMaps:
             lines.append(
                 "which is right" if self.answers and self.answers[0][0] == self.truth else f"right would be: {self.truth}"
             )
+        H, W = self.maps.shape[1:]
+        if max(H, W) <= heatmap.COARSE_CELLS:
+            lines.append(f"{H} x {W} regions: a map tells no smaller parts of the image apart")
         return lines
 
     def figure(self) -> Image.Image:

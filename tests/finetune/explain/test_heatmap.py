@@ -110,3 +110,13 @@ def test_words_that_no_font_has_are_numbered(monkeypatch: pytest.MonkeyPatch) ->
     numbered = draw_figure(GRAY, ["red", "word 2"], maps, ["a line"])
     label = (slice(-36, None), slice(None))
     np.testing.assert_array_equal(np.asarray(mixed)[label], np.asarray(numbered)[label])
+
+
+def test_a_coarse_map_is_drawn_as_its_cells() -> None:
+    """3 x 3 regions, as a convolutional tower gives: one color in each cell. 8 x 8 are smooth."""
+    values = np.arange(9.0).reshape(3, 3)
+    cells = measure_heat(draw_tile(GRAY, values / 8, strength=0.19, side=240)).reshape(3, 80, 3, 80)
+    np.testing.assert_array_equal(cells.max(axis=(1, 3)), cells.min(axis=(1, 3)))
+    assert len(np.unique(cells)) > 4
+    smooth = measure_heat(draw_tile(GRAY, np.kron(values, np.ones((3, 3)))[:8, :8] / 8, strength=0.19, side=240))
+    assert len(np.unique(smooth)) > 50
