@@ -15,7 +15,7 @@ from finetune.tasks import EvalConfig
 from pretrain import config as configuration
 from pretrain import registry
 from pretrain.checkpoints import loading, warm_start
-from pretrain.config import component_field
+from pretrain.config import component_field, text_field
 from pretrain.data.loader import DataConfig
 from pretrain.errors import ConfigError
 from pretrain.model import ModelSchema
@@ -51,7 +51,7 @@ class FinetuneConfig(FusionSchema):
     """Seeds the order of the data, augmentation, new weights and dropout."""
     resume: str = "auto"
     """auto = resume from the newest checkpoint in the run folder; never = start a new run; or a checkpoint folder."""
-    init: Any = None
+    init: Any = text_field(None)
     """Pretraining run, checkpoint or published CLIP from which towers, projections and tokenizer come. {image: RUN, text: RUN}
     takes one tower from each. null requires `image` and `text` sections: a new model is trained on this task's data alone."""
     init_partial: bool = False
@@ -82,7 +82,7 @@ def load_config(path: Path, settings: list[str]) -> FinetuneConfig:
     Everything that starts or checks a run reads its configuration here. Raises ConfigError, UserError.
     """
     user_values = configuration.load_values(path, settings)
-    init = user_values.get("init")
+    init = configuration.written_text(user_values, "init")
     if init is None and not {"image", "text"} <= set(user_values):
         raise ConfigError(
             "init=RUN is missing: a pretraining run, a checkpoint, or a published CLIP to start from (a new model needs both "

@@ -13,7 +13,7 @@ from pretrain import config as configuration
 from pretrain import model as models
 from pretrain import registry
 from pretrain.checkpoints import warm_start
-from pretrain.config import component_field
+from pretrain.config import component_field, text_field
 from pretrain.data.loader import Batch, DataConfig, Loader
 from pretrain.evaluation.evaluate import EvalConfig, evaluate
 from pretrain.model import DualEncoder, ModelSchema
@@ -42,7 +42,7 @@ class PretrainConfig(ModelSchema):
     """Seeds the order of the data, augmentation, initial weights and dropout."""
     resume: str = "auto"
     """auto = resume from the newest checkpoint in the run folder; never = start anew; PATH = resume from that checkpoint."""
-    init: Any = None
+    init: Any = text_field(None)
     """Initial weights of towers and projections: a run, a checkpoint or a published CLIP; or one for each tower,
     {image: RUN, text: RUN}. Tower sections that name no architecture take that of `init`."""
     init_partial: bool = False

@@ -54,9 +54,11 @@ def with_init_defaults(values: dict[str, Any]) -> dict[str, Any]:
         ConfigError: `init` has a value it cannot have.
         UserError: the run that `init` names cannot be loaded.
     """
-    init = values.get("init")
+    for note in configuration.notes(values):
+        log_info(note)
+    init = configuration.written_text(values, "init")
     check(init)
-    merged, inherits = dict(values), False
+    merged, inherits = configuration.merge(values, {}), False
     for name, run in _runs_by_tower(init, ("image", "text")).items():
         section = values.get(name, {})
         if section is not None and not {"name", "args", "tower"} & set(section):

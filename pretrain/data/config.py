@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from pretrain.config import text_field
 from pretrain.data.images import AugmentConfig
-from pretrain.data.shards.cache import ShardCache
+from pretrain.data.shards.cache import FETCH_SECONDS, MAX_FETCH_SECONDS, ShardCache
 from pretrain.data.shards.paths import count_samples, expand_shards
 from pretrain.errors import ConfigError, UserError, closest
+from pretrain.printable import one_safe_line
 from pretrain.runtime.agree import on_main
 
 log = logging.getLogger(__name__)
@@ -22,10 +24,10 @@ _MAX_NAMED = 20  # empty shards that are named in the log
 class DataConfig:
     """Training and validation data: shards, batch size, shuffling, workers, limits on bad samples."""
 
-    train: Any = "synthetic"
+    train: Any = text_field("synthetic", numbers=("weight",))
     """Training shards: a glob, brace pattern, folder or url, or a list of them. A list of {shards, weight} mixes several
     sources (weight: share of the positions; none = in proportion to their samples). `synthetic` needs no files."""
-    val: Any = None
+    val: Any = text_field(None, numbers=("weight",))
     """Shards to evaluate on, in the same notation; none = no evaluation."""
     batch_size: int = 128
     """Samples that share negatives, over all processes; train.chunks divides the part of each process for memory only."""
@@ -58,6 +60,8 @@ class DataConfig:
     in the user's cache."""
     cache_gib: float = 0.0
     """GiB that fetched shards may take; above it, the least recently used are removed; 0 = no limit."""
+    fetch_seconds: float = FETCH_SECONDS
+    """Seconds that fetching one remote shard may take, however slowly it arrives."""
     commands: bool = False
     """Allow `pipe:` urls, which run shell commands, and GOPEN_REWRITE, which rewrites urls."""
 
@@ -78,13 +82,15 @@ class DataConfig:
             raise ConfigError(f"data.max_bad_rate={self.max_bad_rate} must be a fraction, 0 to 1")
         if self.cache_gib < 0:
             raise ConfigError(f"data.cache_gib={self.cache_gib} must be 0 (no limit) or more")
+        if not 0 < self.fetch_seconds <= MAX_FETCH_SECONDS:
+            raise ConfigError(f"data.fetch_seconds={self.fetch_seconds} must be above 0, and at most {MAX_FETCH_SECONDS:.0f}")
         parse_sources(self.train, "data.train")
         if self.val is not None:
             parse_sources(self.val, "data.val")
 
     def build_cache(self) -> ShardCache:
         """Build the cache of fetched shards that these settings describe."""
-        return ShardCache(self.cache, self.commands, self.cache_gib)
+        return ShardCache(self.cache, self.commands, self.cache_gib, self.fetch_seconds)
 
 
 def evaluation_caption(data: Mapping[str, Any]) -> str:
@@ -167,7 +173,7 @@ def count_samples_once(paths: list[str], cache: ShardCache, where: str) -> list[
     def count() -> list[int]:
         counts = count_samples(paths, cache)
         for path in [path for path, n in zip(paths, counts, strict=True) if n == 0][:_MAX_NAMED]:
-            log.warning("%s holds no samples", path)
+            log.warning(one_safe_line(f"{path} holds no samples"))
         if sum(counts) == 0:
             others = f" nor {len(paths) - 1} others" if len(paths) > 1 else ""
             raise UserError(f"{where}: no samples in {paths[0]}{others}")

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import pytest
 
-from pretrain.config import build, component_field, extra_components, load, load_values, save, to_dict
+from pretrain.config import build, component_field, extra_components, load, load_values, notes, save, text_field, to_dict
 from pretrain.errors import ConfigError, closest
 from pretrain.registry import get_component
 from pretrain.training.loop import TrainConfig
@@ -142,3 +142,130 @@ def test_a_partial_build_ignores_keys_of_other_schemas() -> None:
 def test_closest_suggests_only_near_choices() -> None:
     assert "epochs" in closest("epoch", ["epochs", "steps"])
     assert closest("zzz", ["epochs", "steps"]) == ""
+
+
+@dataclass
+class Typed:
+    run: str = "a"
+    name: str | None = None
+    shards: Any = text_field(None, numbers=("weight",))
+    seed: int = 0
+    rate: float = 1.0
+    word: Literal["on", "off"] = "on"
+    widths: list[int] = field(default_factory=lambda: [1])
+    classes: list[str] = field(default_factory=list)
+    weights: dict[str, float] = field(default_factory=dict)
+
+
+LITERAL = [
+    "001", "10:30", "2026_10_05", "2026-10-05", "1.10", "1.1", "1e3", "on", "no", "0x10", ".inf", "*.tar", "{0000..0001}.tar",
+    "{0000..0001}", "{a,b}", "{a,b}/{c,d}", "[ab]*.tar", "a #b.tar", "#b", "&a", "!a", "@a", "%a", "it's", "a: b", "- a", "a,b",
+    "s3://bucket/{0..3}.tar?x=1", "pipe:cat {0..3}.tar", " a ",
+]  # fmt: skip
+"""Texts of which YAML would read another value, or none."""
+
+
+@pytest.mark.parametrize("text", LITERAL)
+@pytest.mark.parametrize("key", ["run", "name", "shards"])
+def test_a_text_field_takes_the_text_as_typed(key: str, text: str) -> None:
+    assert getattr(load(Typed, None, [f"{key}={text}"]), key) == text
+
+
+@pytest.mark.parametrize("text", ["001", "10:30", "2026_10_05", "1.10", "1e3", "on", "no", "0x10", "2026-10-05"])
+def test_a_text_field_takes_the_text_of_a_file(tmp_path: Path, text: str) -> None:
+    (tmp_path / "base.yaml").write_text(
+        f"run: {text}  # a comment\nname: &anchor {text}\nshards: [*anchor, {{shards: {text}, weight: 010}}]\n"
+        f"classes: [{text}]\nweights: {{{text}: 2}}\n"
+    )
+    (tmp_path / "a.yaml").write_text("base: base.yaml\nseed: 1\n")
+    config = load(Typed, tmp_path / "a.yaml")
+    shards = [text, {"shards": text, "weight": 8}]
+    assert config == Typed(text, text, shards, 1, classes=[text], weights={text: 2.0})
+    save(config, tmp_path / "saved.yaml")
+    assert load(Typed, tmp_path / "saved.yaml") == config
+
+
+def test_lists_mappings_null_and_quotes_on_the_command_line() -> None:
+    settings = ["classes=[001, on, 'x: y']", "weights={001: 3}", "shards=[{shards: 0010, weight: 3}]", "run='001'", "name=null"]
+    config = load(Typed, None, settings)
+    assert config == Typed(
+        "001", None, [{"shards": "0010", "weight": 3}], 0, 1.0, "on", [1], ["001", "on", "x: y"], {"001": 3.0}
+    )
+    assert load(Typed, None, ["shards={image: 001, text: 1e3}"]).shards == {"image": "001", "text": "1e3"}
+    with pytest.raises(ConfigError, match=r"put patterns in quotes"):
+        load(Typed, None, ["shards=[{0..3}.tar, *.tar]"])
+    assert load(Typed, None, ["shards=['{0..3}.tar', '*.tar']"]).shards == ["{0..3}.tar", "*.tar"]
+
+
+def test_numbers_are_decimal() -> None:
+    assert load(Typed, None, ["seed=010", "rate=010"]) == Typed(seed=10, rate=10.0)
+    assert load(Typed, None, ["seed=1_000", "rate=1e-3"]) == Typed(seed=1000, rate=0.001)
+    for setting in ("seed=10:30", "rate=1:30", "seed=on", "rate=yes"):
+        with pytest.raises(ConfigError, match="must be a"):
+            load(Typed, None, [setting])
+
+
+def test_an_unquoted_pattern_in_a_file_is_refused_with_the_way_to_write_it(tmp_path: Path) -> None:
+    for text in ("{0000..0001}.tar", "*.tar", "*/a.tar"):
+        (tmp_path / "a.yaml").write_text(f"shards: {text}\n")
+        with pytest.raises(ConfigError, match="in quotes"):
+            load(Typed, tmp_path / "a.yaml")
+
+
+def test_mappings_and_lists_can_be_emptied(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("inner: {lr: 0.5, more: {x: 1, y: 2}, betas: [0.5]}\n")
+
+    def inner(*settings: str) -> Inner:
+        return load(Outer, tmp_path / "a.yaml", list(settings)).inner
+
+    assert inner().more == {"x": 1, "y": 2}
+    assert inner("inner.more={z: 3}").more == {"x": 1, "y": 2, "z": 3}
+    for empty in ("inner.more={}", "inner.more=null", "inner.more="):
+        assert inner(empty).more == {}
+        assert inner(empty, "inner.more.z=3").more == {"z": 3}
+        assert inner("inner.more.z=3", empty).more == {}
+    assert inner("inner.betas=null").betas == []
+    assert inner("inner={}", "inner.lr=2") == Inner(lr=2)
+    (tmp_path / "b.yaml").write_text("base: a.yaml\ninner: {more: {}}\n")
+    assert load(Outer, tmp_path / "b.yaml").inner == Inner(lr=0.5, betas=[0.5])
+
+
+def test_another_architecture_comes_without_the_args_of_the_first(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("image: {name: vit_base_patch16_224, size: 64, args: {patch_size: 12, depth: 4}}\n")
+
+    def image(*settings: str) -> dict[str, Any]:
+        return dict(load_values(tmp_path / "a.yaml", list(settings))["image"])
+
+    assert image("image.name=resnet18") == {"name": "resnet18", "size": 64}
+    assert image("image.args.in_chans=3", "image.name=resnet18") == {"name": "resnet18", "size": 64, "args": {"in_chans": 3}}
+    assert image("image.name=vit_tiny_patch16_224")["args"] == {"patch_size": 12, "depth": 4}
+    assert image("image.name=vit_tiny_patch16_224", "image.args={}")["args"] == {}
+    said = list(notes(load_values(tmp_path / "a.yaml", ["image.name=resnet18"])))
+    assert said == ["image.name=resnet18: without image.args of vit_base_patch16_224 (patch_size, depth)"]
+    assert not list(notes(load_values(tmp_path / "a.yaml", ["image.size=32"])))
+
+
+def test_errors_name_the_place_of_the_value_and_the_first_mistake(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("count: 2\n")
+    for settings, expected in [
+        (["inner.l=3"], "unknown key inner.l on the command line; did you mean 'lr'"),
+        (["on=perhaps"], "on='perhaps' on the command line must be true or false"),
+        (["inner.lrr=1", "count=x"], "unknown key inner.lrr on the command line"),
+        (["count=x", "inner.lrr=1"], "count='x' on the command line"),
+        (["inner=3", "coun=1"], "inner on the command line must hold settings"),
+        (["inner.lr=1", "inner.word=three", "nam=x"], "inner.word='three' on the command line"),
+    ]:
+        with pytest.raises(ConfigError) as raised:
+            load(Outer, tmp_path / "a.yaml", settings)
+        assert str(raised.value).startswith(expected)
+    (tmp_path / "b.yaml").write_text("base: c.yaml\ncount: 1\n")
+    (tmp_path / "c.yaml").write_text("inner: {l: 2}\n")
+    with pytest.raises(ConfigError, match=rf"unknown key inner\.l in {tmp_path / 'c.yaml'}"):
+        load(Outer, tmp_path / "b.yaml", ["inner.lr=1"])
+
+
+def test_the_component_of_the_command_line_is_named_there() -> None:
+    with pytest.raises(ConfigError, match=r"loss\.name=clap on the command line: no 'clap' in losses"):
+        load(WithComponents, None, ["loss.name=clap"])
+    with pytest.raises(ConfigError, match=r"unknown key loss\.nothing on the command line"):
+        load(WithComponents, None, ["loss.nothing=1"])
