@@ -35,7 +35,7 @@ def product(x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class _OneDNNLinear(torch.autograd.Function):
-    """x W^T + b with gradients; the result and the gradient of x are computed with oneDNN."""
+    """x W^T + b with gradients, for x (b, k); the result and the gradient of x are computed with oneDNN."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -47,11 +47,10 @@ class _OneDNNLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grad = grads[0]
-        flat = grad.reshape(-1, grad.shape[-1])
         return (
             product(grad, weight.t()) if ctx.needs_input_grad[0] else None,
-            flat.t() @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None,  # here MKL is as fast
-            flat.sum(dim=0) if ctx.needs_input_grad[2] else None,
+            grad.t() @ x if ctx.needs_input_grad[1] else None,  # here MKL is as fast
+            grad.sum(dim=0) if ctx.needs_input_grad[2] else None,
         )
 
 
@@ -63,8 +62,10 @@ class Linear(nn.Linear):
         is_cpu_float32 = input.dtype == self.weight.dtype == torch.float32 and input.device.type == "cpu"
         if not is_cpu_float32 or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return F.linear(input, self.weight, self.bias)
-        out: Tensor = _OneDNNLinear.apply(input, self.weight, self.bias)
-        return out
+        # Rows as a matrix: oneDNN's result of more than two axes is a view, and autograd allows no function of our own to
+        # return a view that is then changed in place, as SwinV2 and NaFlexViT do.
+        out: Tensor = _OneDNNLinear.apply(input.reshape(-1, self.in_features), self.weight, self.bias)
+        return out.reshape(*input.shape[:-1], self.out_features)
 
 
 def use_onednn(model: nn.Module) -> None:

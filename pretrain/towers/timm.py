@@ -10,9 +10,11 @@ embeddings.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import inspect
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from math import isqrt
@@ -20,7 +22,6 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from pretrain.errors import ConfigError, closest
 from pretrain.ops import CLIP_MEAN, CLIP_STD, use_onednn
@@ -123,6 +124,8 @@ class ImageTower(Tower):
         for name, values in zip(("mean", "std"), self.statistics, strict=True):
             self.register_buffer(name, torch.tensor(values).reshape(3, 1, 1), persistent=False)
         self._layer_ids, self.depth = _number_layers(model)
+        self._takes_map = False
+        """Whether the grid tokens are the last map of `forward_intermediates`; see _hides_its_map."""
         self._measure()
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None) -> TokenSequence:
@@ -132,14 +135,19 @@ class ImageTower(Tower):
         """
         return self.encode(inputs)[1]
 
-    def encode(self, inputs: Tensor) -> tuple[Tensor, TokenSequence]:
-        """Return the feature map or tokens of the timm model, and the TokenSequence that forward() returns."""
-        features = self._call_model("forward_features", self.normalize(inputs))
-        norm = get_head_norm(self.model) if self.mean_pool else None
-        if norm is not None:
-            features = norm(features)
-        states, grid = self._to_tokens(features)
-        pooled = states.mean(dim=1) if self.mean_pool else self._call_model("forward_head", features, pre_logits=True)
+    def encode(self, inputs: Tensor) -> tuple[Any, TokenSequence]:
+        """Return what the timm model's forward_features() returns, and the TokenSequence that forward() returns."""
+        images = self.normalize(inputs)
+        if self._takes_map:
+            features, maps = cast(Any, self.model).forward_intermediates(images, indices=1, output_fmt="NCHW")
+            states, grid = self._to_tokens(maps[-1])
+        else:
+            features = cast(Any, self.model).forward_features(images)
+            norm = get_head_norm(self.model) if self.mean_pool else None
+            if norm is not None:
+                features = norm(features)
+            states, grid = self._to_tokens(features)
+        pooled = states.mean(dim=1) if self.mean_pool else self._pool(features)
         return features, TokenSequence(states, states.new_ones(states.shape[:2], dtype=torch.bool), grid, pooled)
 
     def normalize(self, images: Tensor) -> Tensor:
@@ -149,8 +157,9 @@ class ImageTower(Tower):
         mean, std = cast(Tensor, self.mean), cast(Tensor, self.std)
         return images.to(mean.dtype).sub_(255 * mean).div_(255 * std)
 
-    def _call_model(self, method: str, *inputs: Any, **kwargs: Any) -> Tensor:
-        out: Tensor = getattr(self.model, method)(*inputs, **kwargs)
+    def _pool(self, features: Any) -> Tensor:
+        """Return the pooled output (b, P) of the model's own head."""
+        out: Tensor = cast(Any, self.model).forward_head(features, pre_logits=True)
         return out
 
     def _to_tokens(self, features: Tensor) -> tuple[Tensor, tuple[int, int] | None]:
@@ -213,13 +222,14 @@ class ImageTower(Tower):
         """
         was_training = self.training
         self.eval()
-        meta = {f"tower.{name}": p.detach().to("meta").requires_grad_() for name, p in self.named_parameters()}
-        buffers = {f"tower.{name}": b.to("meta") for name, b in self.named_buffers()}
         images = torch.empty(2, 3, self.config.size, self.config.size, dtype=torch.uint8, device="meta")
-        features, out = functional_call(_EncodeModule(self), {**meta, **buffers}, (images,))
+        meta = _copy_to_meta(self)
+        self._takes_map = meta._takes_map = _hides_its_map(meta.model, images)
+        features, out = meta.encode(images)
         self.width, self.pooled_width = out.states.shape[-1], out.pooled.shape[-1]
-        self.freeze_unused(name.removeprefix("tower.") for name in used_parameters(out.pooled, meta))
-        is_mean, is_max = self._detect_head_pooling(features.shape)
+        self.freeze_unused(used_parameters(out.pooled, dict(meta.named_parameters())))
+        has_one_map = isinstance(features, Tensor) and not self._takes_map
+        is_mean, is_max = self._detect_head_pooling(features.shape) if has_one_map else (False, False)
         self.pools_mean, self.pools_max = self.mean_pool or is_mean, is_max and not self.mean_pool
         self.train(was_training)
 
@@ -230,7 +240,7 @@ class ImageTower(Tower):
         Tested by running the head on numbers. shape: the shape of the model's features.
         """
         features = torch.linspace(-2, 3, shape.numel()).sin().reshape(shape)
-        pooled, tokens = self._call_model("forward_head", features, pre_logits=True), self._to_tokens(features)[0]
+        pooled, tokens = self._pool(features), self._to_tokens(features)[0]
         candidates = (tokens.mean(dim=1), tokens.amax(dim=1))
         is_mean, is_max = (
             pooled.shape == candidate.shape and torch.allclose(pooled, candidate, atol=1e-5) for candidate in candidates
@@ -238,25 +248,62 @@ class ImageTower(Tower):
         return is_mean, is_max
 
 
-class _EncodeModule(nn.Module):
-    """Wraps ImageTower.encode as a forward(), which functional_call needs."""
+def _copy_to_meta(tower: ImageTower) -> ImageTower:
+    """Return a copy of the tower whose parameters and buffers are on the meta device; no weight is copied.
 
-    def __init__(self, tower: ImageTower) -> None:
-        super().__init__()
-        self.tower = tower
+    A module that the model registers under two names is one module in the copy too.
+    """
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta")) for p in tower.parameters()}
+    memo |= {id(buffer): buffer.to("meta") for buffer in tower.buffers()}
+    return copy.deepcopy(tower, memo)
 
-    def forward(self, inputs: Tensor) -> tuple[Tensor, TokenSequence]:
-        return self.tower.encode(inputs)
+
+def _hides_its_map(model: Any, images: Tensor) -> bool:
+    """Return whether only forward_intermediates() returns the map of all positions, not forward_features().
+
+    The latter returns class tokens only (PiT), or one tensor for each of several branches (CoaT, CrossViT).
+
+    images: uint8 (b, 3, S, S) on the model's device.
+    """
+    if not hasattr(model, "forward_intermediates"):
+        return False
+    features = model.forward_features(images.float())
+    if isinstance(features, (list, tuple)):
+        return True
+    if features.ndim != 3 or features.shape[1] > 2:
+        return False
+    maps = model.forward_intermediates(images.float(), indices=1, output_fmt="NCHW", intermediates_only=True)
+    return bool(maps[-1].shape[2] * maps[-1].shape[3] > 1)
 
 
 def _number_layers(model: nn.Module) -> tuple[dict[str, int], int]:
     """Return the layer of each parameter (0 stem, 1..L blocks, L + 1 the rest) by timm's groups, and L."""
-    matcher = cast(Any, model).group_matcher(coarse=False)
+    has_groups = hasattr(model, "group_matcher")
+    matcher = cast(Any, model).group_matcher(coarse=False) if has_groups else _match_by_stages(model)
     names = [name for name, _ in model.named_parameters()]
     orders = {name: _get_order(name, matcher) for name in names}
     blocks = sorted({order for order in orders.values() if order is not None and order[0] > 0})
     ids = {None: len(blocks) + 1} | {order: i for i, order in enumerate(blocks, 1)}
     return {f"model.{name}": ids[order] if order is None or order[0] > 0 else 0 for name, order in orders.items()}, len(blocks)
+
+
+def _match_by_stages(model: nn.Module) -> Callable[[str], tuple[int, ...]]:
+    """Return a matcher, as timm's, for a model that has none: of its largest list of modules, each item is a stage.
+
+    Its blocks are `stages.0.blocks.1` or `stages.0.1`. What is registered before the list is the stem, the rest follows it.
+    """
+    lists = [(name, child) for name, child in model.named_children() if isinstance(child, (nn.Sequential, nn.ModuleList))]
+    trunk = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()), default=("", model))[0]
+    top_names = [name.partition(".")[0] for name, _ in model.named_parameters()]
+    is_before = set(top_names[: top_names.index(trunk)]) if trunk in top_names else set()
+    pattern = re.compile(rf"{re.escape(trunk)}\.(\d+)(?:\.(?:blocks\.)?(\d+))?")
+
+    def match(name: str) -> tuple[int, ...]:
+        if position := pattern.match(name):
+            return 1 + int(position[1]), int(position[2] or 0)
+        return (0,) if name.partition(".")[0] in is_before else (99999,)
+
+    return match
 
 
 def _get_order(name: str, matcher: Any) -> tuple[float, ...] | None:
@@ -306,13 +353,16 @@ def build(config: Config, tokenizer: Any = None) -> ImageTower:
 def patch_side(model: nn.Module, config: Config) -> int | None:
     """Return the side of the model's patches in pixels, of which image.size must be a multiple.
 
-    None where any size fits.
+    None where any size fits, as for patches that overlap (PVT).
     """
     if config.stem:
         return stem.patch_size(config.stem)
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    embed = getattr(model, "patch_embed", None)
+    patch = getattr(embed, "patch_size", None)
     side = patch[0] if isinstance(patch, tuple) else patch
-    return side if isinstance(side, int) else None
+    convolutions = [m for m in embed.modules() if isinstance(m, nn.Conv2d)] if isinstance(embed, nn.Module) else []
+    overlaps = any(m.kernel_size == (side, side) != m.stride for m in convolutions)
+    return side if isinstance(side, int) and not overlaps else None
 
 
 def _create_model(config: Config) -> nn.Module:

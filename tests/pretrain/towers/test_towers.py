@@ -50,6 +50,27 @@ IMAGES: dict[str, dict[str, Any]] = {
         "name": "swin_tiny_patch4_window7_224",
         "args": {"patch_size": 2, "window_size": 4, "embed_dim": 8, "depths": [1, 1, 2], "num_heads": [1, 2, 2]},
     },
+    "swinv2": {
+        "name": "swinv2_tiny_window8_256",
+        "args": {"patch_size": 2, "window_size": 4, "embed_dim": 8, "depths": [1, 1, 2], "num_heads": [1, 2, 2]},
+    },
+    "naflexvit": {"name": "naflexvit_base_patch16_gap", "args": VIT},
+    "coat": {
+        "name": "coat_tiny",
+        "args": {"embed_dims": [8, 16, 16, 16], "serial_depths": [1, 1, 1, 1], "parallel_depth": 1, "num_heads": 8},
+    },
+    "coat-lite": {
+        "name": "coat_lite_tiny",
+        "args": {"embed_dims": [8, 8, 16, 16], "serial_depths": [1, 1, 1, 1], "num_heads": 8},
+    },
+    "pvt": {
+        "name": "pvt_v2_b0",
+        "args": {"embed_dims": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2]},
+    },
+    "pit": {
+        "name": "pit_ti_224",
+        "args": {"stride": 4, "base_dims": [8, 8, 8], "depth": [1, 1, 1], "heads": [1, 2, 2]},
+    },
     "mobilenet": {"name": "mobilenetv3_small_050", "args": {}},
     "mobilenet-avg": {"name": "mobilenetv3_small_050", "args": {}, "pool": "avg"},
 }
@@ -242,7 +263,7 @@ def test_settings_rebuild_the_same_architecture(name: str) -> None:
 def test_states_are_row_major(name: str) -> None:
     """A change of one cell of the image changes the state at that cell most.
 
-    With a stem, whose convolutions overlap, it may be the state of a neighboring cell.
+    With convolutions that overlap, it may be the state of a neighboring cell.
     """
     tower = build_tower(name).double().eval()
     image, _ = make_batch(tower, 1)
@@ -255,7 +276,7 @@ def test_states_are_row_major(name: str) -> None:
             changed[:, :, row * cell : (row + 1) * cell, column * cell : (column + 1) * cell] ^= 255
             change = (tower(changed).states - before).norm(dim=-1)[0]
             position = divmod(int(change.argmax()), grid[1])
-            assert max(abs(position[0] - row), abs(position[1] - column)) <= (1 if name == "vit-stem" else 0)
+            assert max(abs(position[0] - row), abs(position[1] - column)) <= (1 if name in ("vit-stem", "pit") else 0)
 
 
 def test_a_stem_computes_convolution_group_norm_and_gelu() -> None:
@@ -327,6 +348,40 @@ def test_pretrained_positions_are_interpolated(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "size", "grid", "depth"),
+    [
+        ("pvt_v2_b0", 256, (8, 8), 4),
+        ("pvt_v2_b0", 100, (4, 4), 4),
+        ("caformer_s18", 64, (2, 2), 18),
+        ("poolformer_s12", 64, (2, 2), 12),
+        ("pit_ti_224", 224, (7, 7), 12),
+        ("csatv2", 256, (4, 4), 24),
+        ("crossvit_tiny_240", 240, (14, 14), 3),
+        ("efficientvim_m1", 64, (1, 1), 6),
+    ],
+)
+def test_models_without_groups_or_with_unusual_features_train(name: str, size: int, grid: tuple[int, int], depth: int) -> None:
+    """Patches that overlap, no group_matcher, class tokens only, several branches: each trains, and no layer is missing.
+
+    `pooled` is what timm's own head gives.
+    """
+    torch.manual_seed(0)
+    tower = images.build(images.Config(name=name, size=size))
+    inputs = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8)
+    tokens = tower.train()(inputs)
+    assert tokens.grid == grid
+    assert tokens.states.shape == (2, grid[0] * grid[1], tower.width)
+    tokens.pooled.square().sum().backward()
+    assert not [n for n, p in tower.named_parameters() if (p.grad is None) == p.requires_grad]
+    assert tower.depth == depth
+    assert set(tower.layer_ids().values()) | {depth + 1} == set(range(depth + 2))  # PVT has nothing behind its blocks
+    with torch.no_grad():
+        model: Any = tower.eval().model
+        expected = model.forward_head(model.forward_features(tower.normalize(inputs)), pre_logits=True)
+        torch.testing.assert_close(tower(inputs).pooled, expected)
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"name": "vit_tiny_patch16_225"}, "not a timm model; did you mean vit_tiny_patch16_224"),
@@ -340,7 +395,7 @@ def test_pretrained_positions_are_interpolated(tmp_path: Path) -> None:
         ({"name": "resnet18", "pool": "map"}, "attention pooling"),
         ({"name": "resnet18", "patch_dropout": 0.5}, "no patch dropout"),
         ({"name": "vit_base_patch16_siglip_224", "args": VIT, "pool": "cls"}, "no class token"),
-        ({"name": "crossvit_tiny_240", "size": 240}, "cannot be used"),
+        ({"name": "coat_tiny", "size": 8}, "cannot be used"),
     ],
 )
 def test_image_settings_that_do_not_fit_the_model_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -540,3 +595,24 @@ def test_onednn_linear_is_linear(bias: bool, needs_grad: tuple[bool, bool]) -> N
         assert torch.equal(onednn.double()(x.double()), reference.double()(x.double()))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert onednn.float()(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("shape", [(24,), (5, 24), (5, 7, 24), (2, 3, 4, 24), (0, 7, 24)])
+def test_the_result_of_a_onednn_linear_can_be_changed_in_place(shape: tuple[int, ...]) -> None:
+    """As SwinV2 and NaFlexViT do; the inputs may be transposed, as in convolutional models."""
+    torch.manual_seed(0)
+    reference = nn.Linear(24, 40)
+    onednn = nn.Sequential(copy.deepcopy(reference))
+    use_onednn(onednn)
+    x = torch.randn(shape).transpose(0, -1).contiguous().transpose(0, -1)
+    gradients = []
+    for layer in (onednn, reference):
+        inputs = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        outputs = layer(inputs)
+        assert outputs.shape == (*shape[:-1], 40)
+        outputs.mul_(2).add_(1)
+        outputs.square().sum().backward()
+        assert inputs.grad is not None
+        gradients.append(inputs.grad)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(onednn[0].weight.grad, reference.weight.grad, rtol=1e-5, atol=1e-4)
