@@ -82,6 +82,7 @@ def load_config(path: Path, settings: list[str]) -> FinetuneConfig:
     Everything that starts or checks a run reads its configuration here. Raises ConfigError, UserError.
     """
     user_values = configuration.load_values(path, settings)
+    registry.allow_modules(registry.dotted_names(user_values))
     init = configuration.written_text(user_values, "init")
     if init is None and not {"image", "text"} <= set(user_values):
         raise ConfigError(

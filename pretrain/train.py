@@ -71,15 +71,17 @@ def load_config(path: Path, settings: list[str]) -> PretrainConfig:
 
     All code that runs, checks or measures a run loads its configuration here. Raises ConfigError, UserError.
     """
-    return configuration.build(
-        PretrainConfig, warm_start.with_init_defaults(configuration.load_values(path, settings)), str(path)
-    )
+    values = configuration.load_values(path, settings)
+    registry.allow_modules(registry.dotted_names(values))
+    return configuration.build(PretrainConfig, warm_start.with_init_defaults(values), str(path))
 
 
 def train(config: PretrainConfig) -> Outcome:
     """Run one process of a pretraining run, from configuration to outcome. Collective. Raises UserError."""
     with open_session(config) as session:
         components = build(config)
+        for line in models.describe_weights(components.model, config.init) if session.checkpoint is None else ():
+            log_info(line)
         if session.checkpoint is None and config.init is not None:
             warm_start.load_weights(components.model, config.init, config.init_partial, components.tokenizer)
         portable = models.portable_config(config, components.model)
@@ -97,6 +99,8 @@ def train(config: PretrainConfig) -> Outcome:
 def describe(config: PretrainConfig) -> None:
     """Print what would run: the resolved configuration, parameters of each tower, shards and samples."""
     components = build(config)
+    for line in models.describe_weights(components.model, config.init):
+        log_info(line)
     print_summary(config, components.model.parameter_counts(), components.loader)
 
 

@@ -17,12 +17,14 @@ import os
 
 from launch.cli.command import Command
 from launch.cli.parser import build_parser
+from pretrain.registry import MODULES_VARIABLE
 from pretrain.runtime.entrypoint import run_with_exit_code
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the console command and return its exit code: 0 done, 1 failed, 2 wrong usage, 75 stopped and resumable."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("PYTHONSAFEPATH", "1")  # child processes import nothing from the current folder
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
     # argparse cannot mix `key=value` arguments with options; what it leaves over are settings, or mistakes.
@@ -31,5 +33,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if rest:
         args.settings = [*args.settings, *rest]
+    if getattr(args, "allow_module", None):  # child processes inherit it
+        before = [os.environ[MODULES_VARIABLE]] if MODULES_VARIABLE in os.environ else []
+        os.environ[MODULES_VARIABLE] = ",".join([*before, *args.allow_module])
     work: Command = args.work
     return run_with_exit_code(work, args)

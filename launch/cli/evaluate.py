@@ -17,7 +17,9 @@ _MAPS = "raw, rollout, gradcam, relevance"
 
 def add_commands(commands: Subparsers[argparse.ArgumentParser]) -> None:
     """Add evaluate and attend."""
-    p = add_command(commands, "evaluate", evaluate, "recall, zero-shot accuracy, a linear probe, or a run's own task")
+    p = add_command(
+        commands, "evaluate", evaluate, "recall, zero-shot accuracy, a linear probe, or a run's own task", reads_runs=True
+    )
     p.add_argument("run", metavar="RUN", help="a run folder or a checkpoint folder")
     p.add_argument("--data", required=True, metavar="SHARDS", help="shards to evaluate on")
     p.add_argument(
@@ -26,13 +28,16 @@ def add_commands(commands: Subparsers[argparse.ArgumentParser]) -> None:
     )
     p.add_argument("--train-data", metavar="SHARDS", help="linear_probe, vqa: the shards that probe or baseline learns from")
     p.add_argument("--classes", metavar="NAMES", help="zero_shot: imagenet, scenes, a comma list, or a file with a name a line")
+    p.add_argument(
+        "--caption", metavar="FIELD", help="txt, txt:lines (one a line), txt:whole, or a json field (default: the run's)"
+    )
     p.add_argument("--maps", default="raw", metavar="METHOD", help=f"grounding: {_MAPS} (default raw)")
     p.add_argument("--wise", metavar="A,B,...", help="average a fine-tuned run with its pretrained model: 0,0.25,0.5,0.75,1")
     p.add_argument("--pretrained", metavar="RUN", help="--wise: that model, if it is not where the run found it")
     p.add_argument("--out", type=Path, metavar="DIR", help="--wise: a run folder for the best average")
     p.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
-    p = add_command(commands, "attend", attend, "what each word of a text attends to in an image")
+    p = add_command(commands, "attend", attend, "what each word of a text attends to in an image", reads_runs=True)
     p.add_argument("run", metavar="RUN", help="a fine-tuned run or checkpoint folder")
     p.add_argument("image", metavar="IMAGE", type=Path, help="an image: JPEG, PNG, WebP, ...")
     p.add_argument("text", metavar="TEXT", help="a caption of it, or a question about it")
@@ -49,14 +54,30 @@ def evaluate(args: argparse.Namespace) -> int:
 
     if not dataset.is_embedding_folder(args.data):
         resolve_sources(args.data, "--data")  # before a model is loaded
+    _check_caption(args, dataset.is_embedding_folder(args.data))
     if args.task == "grounding":
         return _evaluate_grounding(args)
     if args.wise is not None:
         return _evaluate_wise(args)
-    finetuned = loading.load(args.run) if loading.is_finetuned(args.run) else None
+    finetuned = loading.load(args.run, args.caption) if loading.is_finetuned(args.run) else None
     if finetuned is not None and args.task in (None, finetuned.config.task.name):
         return _evaluate_task(args, finetuned)
     return _evaluate_encoders(args)
+
+
+def _check_caption(args: argparse.Namespace, is_embedded: bool) -> None:
+    """Raise ConfigError for a --caption that is misspelled or has no effect."""
+    from pretrain.data.captions import check_caption_source
+
+    if args.caption is None:
+        return
+    check_caption_source(args.caption, "--caption")
+    if is_embedded:
+        raise ConfigError(
+            f"--caption {args.caption}: {args.data} holds embeddings of captions; give it to clipfuse embed instead"
+        )
+    if args.task in ("zero_shot", "linear_probe"):
+        raise ConfigError(f"--caption {args.caption}: {args.task} reads no captions")
 
 
 def _evaluate_encoders(args: argparse.Namespace) -> int:
@@ -68,7 +89,10 @@ def _evaluate_encoders(args: argparse.Namespace) -> int:
     if args.classes:
         config.classes = args.classes
     config.check()
-    result = evaluate.evaluate_checkpoint(load_model(args.run), args.data, config, distributed.device())
+    loaded = load_model(args.run)
+    if args.caption and "text" in loaded.decoders:
+        loaded.decoders["text"].caption = args.caption
+    result = evaluate.evaluate_checkpoint(loaded, args.data, config, distributed.device())
     return _print_result(args, result, evaluate.build_table)
 
 
@@ -88,7 +112,8 @@ def _evaluate_wise(args: argparse.Namespace) -> int:
         alphas = [float(word) for word in args.wise.split(",")]
     except ValueError:
         raise ConfigError(f"--wise {args.wise!r} must be numbers with commas between, for example 0,0.5,1") from None
-    result = wise_ft.run(loading.load(args.run), args.data, alphas, distributed.device(), args.pretrained, args.out)
+    tuned = loading.load(args.run, args.caption)
+    result = wise_ft.run(tuned, args.data, alphas, distributed.device(), args.pretrained, args.out, args.caption)
     return _print_result(args, result, wise_ft.summary)
 
 
@@ -99,7 +124,7 @@ def _evaluate_grounding(args: argparse.Namespace) -> int:
 
     config = evaluate.GroundingConfig(method=args.maps)
     config.check()
-    result = evaluate.evaluate_checkpoint(loading.load(args.run), args.data, config, distributed.device())
+    result = evaluate.evaluate_checkpoint(loading.load(args.run, args.caption), args.data, config, distributed.device())
     return _print_result(args, result, evaluate.build_table)
 
 

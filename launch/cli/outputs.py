@@ -12,14 +12,14 @@ from pretrain.runtime.entrypoint import DONE
 
 def add_commands(commands: Subparsers[argparse.ArgumentParser]) -> None:
     """Add embed and export."""
-    p = add_command(commands, "embed", embed, "embeddings of whole collections, in Parquet files")
+    p = add_command(commands, "embed", embed, "embeddings of whole collections, in Parquet files", reads_runs=True)
     options.add_arguments(p)
     p.add_argument("--nproc", metavar="N", help="processes on each node: a number, or gpus for one per GPU (default 1)")
     p.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes that share DIR (default 1)")
     p.add_argument("--rdzv", metavar="HOST:PORT", help="with --nodes: where the nodes meet; the same on every node")
     p.add_argument("--restarts", type=int, metavar="N", help="restarts after a lost process (default 0; 3 on several nodes)")
 
-    p = add_command(commands, "export", export, "a folder that transformers, open_clip or onnxruntime loads")
+    p = add_command(commands, "export", export, "a folder that transformers, open_clip or onnxruntime loads", reads_runs=True)
     p.add_argument("run", metavar="RUN", help="a run, a checkpoint, or a model of transformers or open_clip")
     p.add_argument("dir", metavar="DIR", type=Path, help="the folder to write; it must not exist yet")
     p.add_argument("--format", required=True, choices=["hf", "open_clip", "onnx"], help="hf: transformers")
@@ -28,7 +28,7 @@ def add_commands(commands: Subparsers[argparse.ArgumentParser]) -> None:
 
 def add_report(commands: Subparsers[argparse.ArgumentParser]) -> None:
     """Add report."""
-    p = add_command(commands, "report", report, "curves, recalls and a gallery in one HTML file")
+    p = add_command(commands, "report", report, "curves, recalls and a gallery in one HTML file", reads_runs=True)
     p.add_argument("run", metavar="RUN", help="a run folder")
     p.add_argument("--data", metavar="SHARDS", help="shards of the gallery (default: the run's data.val)")
 

@@ -12,11 +12,13 @@ from pretrain.runtime.entrypoint import DONE, run
 
 def add_commands(commands: Subparsers[argparse.ArgumentParser]) -> None:
     """Add pretrain and finetune."""
-    p = add_command(commands, "pretrain", run_training, "shards -> aligned encoders")
+    p = add_command(commands, "pretrain", run_training, "shards -> aligned encoders", reads_runs=True)
     p.set_defaults(module="pretrain")
     _add_config(p, "settings that replace the file's")
 
-    p = add_command(commands, "finetune", run_training, "aligned encoders -> answers, re-ranking, classes, captions")
+    p = add_command(
+        commands, "finetune", run_training, "aligned encoders -> answers, re-ranking, classes, captions", reads_runs=True
+    )
     p.set_defaults(module="finetune")
     _add_config(p, "settings that replace the file's; init=RUN starts from it")
 
@@ -54,7 +56,7 @@ def _add_process_options(p: argparse.ArgumentParser) -> None:
 
 def add_plan(commands: Subparsers[argparse.ArgumentParser]) -> None:
     """Add plan."""
-    p = add_command(commands, "plan", plan, "memory, network and steps before renting anything")
+    p = add_command(commands, "plan", plan, "memory, network and steps before renting anything", reads_runs=True)
     p.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a shipped one")
     p.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs in the run, over all nodes")
     p.add_argument("--gpu", default="h100", metavar="NAME", help="h100 (default), h200, b200, a100, a100-40, l40s, 4090, ...")
