@@ -20,7 +20,15 @@ Imports pretrain, never launch. The order of layers is a contract in pyproject.t
 Importing this package adds its packages to pretrain.registry.
 """
 
+import os
+import sys
 from typing import TYPE_CHECKING, Any
+
+if sys.argv[:1] == ["-m"] and not sys.flags.safe_path and "PYTHONSAFEPATH" not in os.environ:
+    # `python -m` has put the current folder first, where a user's own pretrain.py or accelerate.py would be imported.
+    os.environ["PYTHONSAFEPATH"] = "1"
+    if sys.path[0] == os.getcwd() != os.path.abspath(f"{__file__}/../.."):
+        del sys.path[0]
 
 from pretrain import registry
 

@@ -85,7 +85,9 @@ def launch(module: str, words: list[str], world: World) -> int:
         raise ConfigError(
             f"--nodes {world.nodes} needs --rdzv HOST:PORT, the same on every node: one node and a free port of it"
         )
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    # Empty entries stand for the current folder, where a user's own pretrain.py would be started instead of ours.
+    folders = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
     cores = len(os.sched_getaffinity(0))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // world.nproc)))
     options = [f"--nproc={world.nproc}", *([f"--nodes={world.nodes}", f"--rdzv={world.rdzv}"] if world.nodes > 1 else [])]
@@ -100,7 +102,7 @@ def launch(module: str, words: list[str], world: World) -> int:
             role="clipfuse",
             local_world_size=world.nproc,
             entrypoint=sys.executable,
-            args=("-m", module, *(word.replace("$", "$$") for word in words)),  # the agent substitutes ${...}
+            args=("-P", "-m", module, *(word.replace("$", "$$") for word in words)),  # the agent substitutes ${...}
             rdzv_handler=handler,
             max_restarts=restarts,
             monitor_interval=0.1,

@@ -7,6 +7,7 @@
     config.py     configuration: dataclass schema <- YAML <- key=value
     registry.py   a component's module, found by its file name: get_component("losses", "clip")
     ops.py        float32 products through oneDNN; CLIP's image mean and std
+    printable.py  text without passwords, tokens and control characters, as it is printed, logged and saved
     errors.py     UserError and ConfigError, whose message is the one line that a user reads
 
     evaluation/   retrieval, zero-shot classification, linear probe
@@ -27,7 +28,15 @@ May import nothing of finetune or launch. Among these packages, each imports onl
 """
 
 import importlib
+import os
+import sys
 from typing import TYPE_CHECKING, Any
+
+if sys.argv[:1] == ["-m"] and not sys.flags.safe_path and "PYTHONSAFEPATH" not in os.environ:
+    # `python -m` has put the current folder first, where a user's own pretrain.py or accelerate.py would be imported.
+    os.environ["PYTHONSAFEPATH"] = "1"
+    if sys.path[0] == os.getcwd() != os.path.abspath(f"{__file__}/../.."):
+        del sys.path[0]
 
 if TYPE_CHECKING:
     from pretrain.checkpoints.loading import load_model

@@ -18,8 +18,16 @@ This folder is the package `clipfuse`. It may import finetune and pretrain; heav
 
 from __future__ import annotations
 
+import os
+import sys
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
+
+if sys.argv[:1] == ["-m"] and not sys.flags.safe_path and "PYTHONSAFEPATH" not in os.environ:
+    # `python -m` has put the current folder first, where a user's own pretrain.py or accelerate.py would be imported.
+    os.environ["PYTHONSAFEPATH"] = "1"
+    if sys.path[0] == os.getcwd() != os.path.abspath(f"{__file__}/../../.."):
+        del sys.path[0]
 
 from pretrain.errors import UserError
 

@@ -15,6 +15,7 @@ from typing import Any, ParamSpec
 
 from pretrain.config import find_config
 from pretrain.errors import ConfigError, UserError
+from pretrain.printable import one_safe_line
 
 P = ParamSpec("P")
 
@@ -29,6 +30,7 @@ def main(argv: list[str] | None = None, module: str = "pretrain") -> int:
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and exit")
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that replace the file's")
+    os.environ.setdefault("PYTHONSAFEPATH", "1")  # worker processes import nothing from the current folder
     args, rest = parser.parse_known_args(argv)
     return run_with_exit_code(run, args.config, args.settings + rest, args.dry_run, module)
 
@@ -64,7 +66,7 @@ def _print_error(line: str) -> None:
     """Print an error line to stderr, once for all processes that report the same one."""
     distributed = sys.modules.get("pretrain.runtime.distributed")  # imported only by commands that need torch
     if distributed is None or distributed.is_first_to_report(line):
-        print(f"clipfuse: {line}", file=sys.stderr, flush=True)
+        print(f"clipfuse: {one_safe_line(line)}", file=sys.stderr, flush=True)
 
 
 class EarlyStop(BaseException):
@@ -113,7 +115,7 @@ def run(config: str, settings: list[str], dry_run: bool, module: str = "pretrain
                 return DONE
             outcome = trainer.train(loaded)
             if outcome.state == "stopped":
-                command = os.environ.get("CLIPFUSE_COMMAND") or shlex.join(["clipfuse", module, config, *settings])
+                command = _resume_command(module, config, settings, loaded.resume)
                 log_info(f"{outcome.reason} at step {outcome.step}, saved; resume with: {command}")
                 return STOPPED
             results = ", ".join(f"{name} {value:.4g}" for name, value in outcome.results.items())
@@ -121,3 +123,14 @@ def run(config: str, settings: list[str], dry_run: bool, module: str = "pretrain
             return DONE
         finally:
             distributed.shutdown()
+
+
+def _resume_command(module: str, config: str, settings: list[str], resume: str) -> str:
+    """Return the command that goes on from the checkpoint just saved: with another `resume` the run would begin again.
+
+    A Slurm job repeats its own script, which need not change: see training/session.py.
+    """
+    words = shlex.split(os.environ.get("CLIPFUSE_COMMAND", "")) or ["clipfuse", module, config, *settings]
+    if resume != "auto" and words[0] == "clipfuse":
+        words = [*(word for word in words if not word.startswith("resume=")), "resume=auto"]
+    return shlex.join(words)
