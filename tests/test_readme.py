@@ -3,6 +3,7 @@
 import ast
 import re
 import shlex
+import tomllib
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -81,3 +82,14 @@ def test_links_lead_somewhere() -> None:
         if page.exists():
             for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
                 assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_a_wheel_holds_every_package() -> None:
+    """setuptools does not search several packages at the top by itself: they are listed."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    renamed = {Path(folder): name for name, folder in settings["package-dir"].items()}
+    folders = {
+        path.parent.relative_to(ROOT) for top in ("pretrain", "finetune", "launch") for path in (ROOT / top).rglob("*.py")
+    }
+    expected = {renamed.get(folder, ".".join(folder.parts)) for folder in folders}
+    assert expected == {name for name in settings["packages"] if not name.startswith("configs")}
