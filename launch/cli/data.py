@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 from launch.cli.command import Subparsers, add_command
 from pretrain.errors import ConfigError
-from pretrain.runtime.entrypoint import DONE, FAILED
+from pretrain.printable import hide_secrets_in, one_safe_line
+from pretrain.runtime.entrypoint import DONE, FAILED, STOPPED
 
 
 def add_commands(commands: Subparsers[argparse.ArgumentParser]) -> None:
@@ -39,8 +41,8 @@ def _add_scenes(commands: Subparsers[argparse.ArgumentParser]) -> None:
 
 
 def _add_pack(commands: Subparsers[argparse.ArgumentParser]) -> None:
-    p = add_command(commands, "pack", pack, "folder | csv | tsv | jsonl | parquet | tars -> shards, in parallel")
-    p.add_argument("source", metavar="SOURCE", help="a folder of images, a table, or tars")
+    p = add_command(commands, "pack", pack, "folder | csv | tsv | jsonl | parquet | COCO json | tars -> shards, in parallel")
+    p.add_argument("source", metavar="SOURCE", help="a folder of images, a table, COCO's or Karpathy's json, or tars")
     p.add_argument("dir", metavar="DIR", type=Path, help="folder to write the shards to")
     p.add_argument("--image-column", default="image", metavar="NAME", help="column with the path of the image (default image)")
     p.add_argument("--caption-column", default="caption", metavar="NAME", help="column with the text (default caption)")
@@ -49,7 +51,10 @@ def _add_pack(commands: Subparsers[argparse.ArgumentParser]) -> None:
     )
     p.add_argument("--size", type=int, metavar="PX", help="shrink larger images to this side")
     p.add_argument("--side", default="shortest", choices=["shortest", "longest"], help="the side that --size limits")
-    p.add_argument("--outside", action="store_true", help="tables: allow images outside the folder of the table")
+    p.add_argument("--outside", action="store_true", help="allow paths and links that lead out of the folder of the source")
+    p.add_argument("--separator", metavar="TEXT", help="csv, tsv, txt: between values (default: comma, tab, semicolon or bar)")
+    p.add_argument("--image-root", metavar="DIR", help="tables: the folder of the images (default: the folder of the table)")
+    p.add_argument("--split", default="", metavar="NAMES", help="Karpathy's json: train,restval, for example (default: all)")
     p.add_argument("--shard-size", type=int, default=1000, metavar="N", help="samples per shard (default 1000)")
     p.add_argument("--prefix", default="shard", metavar="NAME", help="shards are NAME-0000.tar, ... (default shard)")
     p.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
@@ -82,7 +87,16 @@ def draw_scenes(args: argparse.Namespace) -> int:
 
 
 def pack(args: argparse.Namespace) -> int:
-    """Run `clipfuse data pack`."""
+    """Run `clipfuse data pack`; Ctrl-C ends it with exit code 75."""
+    try:
+        return _pack(args)
+    except KeyboardInterrupt:
+        message = f"clipfuse: interrupted; finished shards stay in {args.dir}: run the same command again to resume"
+        print(message, file=sys.stderr, flush=True)
+        return STOPPED
+
+
+def _pack(args: argparse.Namespace) -> int:
     from launch.cli.progress import progress_bar
     from pretrain.data import pack as packing
 
@@ -96,6 +110,9 @@ def pack(args: argparse.Namespace) -> int:
             size=args.size,
             side=args.side,
             outside=args.outside,
+            separator={"tab": "\t", "\\t": "\t"}.get(args.separator, args.separator),
+            image_root=args.image_root,
+            splits=[name for name in args.split.split(",") if name],
             shard_size=args.shard_size,
             prefix=args.prefix,
             workers=args.workers,
@@ -116,13 +133,13 @@ def check(args: argparse.Namespace) -> int:
             expand_shards(args.shards, "SHARDS"), not args.no_decode, args.workers, progress, args.caption
         )
     if args.json:
-        print(json.dumps(dataclasses.asdict(report)))
+        print(json.dumps(hide_secrets_in(dataclasses.asdict(report))))
         return DONE if report.is_ok else FAILED
     print(f"{report.shards:,} shards, {report.samples:,} samples, {report.bad_samples:,} of them bad")
     for reason, count in report.bad.most_common():
-        print(f"  {count:,} {reason}: {', '.join(report.names[reason][:3])}{', ...' if count > 3 else ''}")
+        print(one_safe_line(f"  {count:,} {reason}: {', '.join(report.names[reason][:3])}{', ...' if count > 3 else ''}"))
     for line in [*report.damaged, *(f"{path} holds no samples" for path in report.empty)]:
-        print(f"  {line}")
+        print(one_safe_line(f"  {line}"))
     return DONE if report.is_ok else FAILED
 
 

@@ -2,7 +2,10 @@
 
     folder.py          images in a folder, with captions next to them or in their paths
     table.py           tables that name images or contain them
-    table_readers.py   reads CSV, TSV, JSON-lines and Parquet files of any length
+    table_readers.py   opens tables and reads their rows: JSON lines, Parquet, and the two below
+    delimited.py       reads CSV and TSV files of any length: separators, quotes
+    annotations.py     reads COCO's annotations and Karpathy's splits
+    grouping.py        finds the rows of a table that name the same image
     tars.py            existing shards, packed again
     sources.py         chooses between the three by the name of the source
     writer.py          stores the samples of one shard; this is what a worker process runs
@@ -13,7 +16,8 @@ A packed folder contains these files:
     OUT/PREFIX-0000_stats.json     number of samples, and what was skipped and why
     OUT/PREFIX-plan.json           source, options and a fingerprint of the source: a stopped run resumes only if they are equal
 
-Sample n of the source is in shard n // shard_size, unless it was skipped. So the samples of a shard do not depend on other
+Sample n of the source is in shard n // shard_size, unless it was skipped. The rows of a table that name the same image are one
+sample. So the samples of a shard do not depend on other
 shards. Any number of processes write shards in any order, and a run that is started again keeps the finished ones.
 
 May import the rest of `pretrain.data`, `pretrain.runtime` and `pretrain.errors`. Do not import torch: workers start anew.
@@ -27,22 +31,22 @@ import multiprocessing
 import os
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
-from pretrain.data.pack.sources import PackSource, open_source
+from pretrain.data.pack import writer
+from pretrain.data.pack.sources import PackSource, SourceOptions, open_source
 from pretrain.data.pack.table import TableSource
 from pretrain.data.pack.writer import ShardJob, ShardResult, StorageOptions, get_stats_path, write_shard
 from pretrain.errors import ConfigError, UserError
 from pretrain.runtime import files
 from pretrain.runtime.orphans import exit_with_parent
-
-_UNEVEN = "row with too few or too many values"
 
 
 @dataclass
@@ -59,12 +63,17 @@ class PackSummary:
     """Number of samples by reason."""
     examples: dict[str, list[str]] = field(default_factory=dict)
     """By reason, the names of the first few skipped samples."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Captions left out of samples that have others, by reason."""
+    notes: list[str] = field(default_factory=list)
+    """Lines for the user about what the source holds."""
 
     def add(self, result: ShardResult) -> None:
         """Add the result of one shard."""
         self.shards += result.written > 0
         self.written += result.written
         self.skipped += result.skipped
+        self.dropped += result.dropped
         for reason, names in result.examples.items():
             known = self.examples.setdefault(reason, [])
             known += names[: 3 - len(known)]
@@ -80,7 +89,10 @@ class PackSummary:
             out.append(f"skipped {self.skipped.total():,}:")
         for reason, count in self.skipped.most_common():
             out.append(f"  {count:>8,}  {reason}: {'; '.join(self.examples.get(reason, []))}")
-        return out
+        if self.dropped:
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.most_common())
+            out.append(f"captions left out of samples that have others: {reasons}")
+        return out + self.notes
 
 
 def pack(
@@ -95,6 +107,9 @@ def pack(
     shard_size: int = 1000,
     prefix: str = "shard",
     outside: bool = False,
+    separator: str | None = None,
+    image_root: str | Path | None = None,
+    splits: Sequence[str] = (),
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> PackSummary:
@@ -103,17 +118,22 @@ def pack(
     A run that was stopped continues when it is started again, and gives the same tars as an uninterrupted run.
 
     Args:
-        source: a folder of images; a .csv, .tsv, .jsonl or .parquet (or a glob of several); or tars as `data.train` takes them.
+        source: a folder of images; a .csv, .tsv, .txt, .jsonl or .parquet (or a glob of several); COCO's or Karpathy's .json;
+            or tars as `data.train` takes them. Rows that name the same image are one sample with several captions.
         out: the folder for the shards, created if it does not exist.
         image_column: for tables: the path of the image, relative to the table, or the image itself.
         caption_column: for tables: a text, or a list of texts. The first text of a list becomes KEY.txt; the whole list
-            becomes the field of this name in KEY.json.
-        caption_from: for folders: "txt" reads NAME.txt next to NAME.jpg; "path" uses the words of the image's path.
+            becomes the field of this name in KEY.json. Where images have several rows, every sample has that field.
+        caption_from: for folders: "txt" reads NAME.txt (or .TXT) next to NAME.jpg; "path" uses the words of the image's path.
         size: pixels; larger images are scaled down to it. None stores the bytes of each file unchanged.
         side: which side `size` limits: "shortest" or "longest".
         shard_size: samples of the source per shard.
         prefix: first part of the shards' names.
-        outside: for tables: allow paths that lead out of the table's folder.
+        outside: allow paths of a table that lead out of its folder, and links that lead out of a folder.
+        separator: for tables of separated values; None = detect comma, tab, semicolon or bar.
+        image_root: for tables: the folder that paths of images are relative to; None = the folder of the table. For COCO's
+            annotations: None = the folder of the split beside them.
+        splits: for Karpathy's splits: the names of those to pack; () = all.
         workers: number of processes; None means one per core.
         progress: called with (samples done, all samples).
 
@@ -122,16 +142,23 @@ def pack(
     """
     out = Path(out).expanduser()
     storage = StorageOptions(size, side, caption_column)
-    _check_options(storage, caption_from, shard_size, prefix)
+    _check_options(storage, caption_from, shard_size, prefix, separator)
     _make_writable(out)
     if Path(source).expanduser().resolve() == out.resolve():
         raise ConfigError(f"{out} is both source and target: give another folder for the shards")
-    opened = open_source(str(source), image_column, caption_column, caption_from, outside, out.resolve())
+    root = None if image_root is None else Path(image_root).expanduser()
+    if root is not None and not root.is_dir():
+        raise ConfigError(f"image_root={image_root}: there is no such folder")
+    reading = SourceOptions(image_column, caption_column, caption_from, outside, separator, root, tuple(splits))
+    opened = open_source(str(source), reading, out.resolve())
     options = {"caption_from": caption_from, "shard_size": shard_size, "outside": outside, **asdict(storage)}
-    options |= {"image_column": image_column} if isinstance(opened, TableSource) else {}
+    if isinstance(opened, TableSource):
+        options |= {"image_column": image_column, "rows_of_an_image": "one sample", "separator": separator}
+        options |= {"image_root": None if root is None else str(root.absolute()), "splits": list(splits)}
     with _lock_folder(out, prefix):
         plan = _load_or_write_plan(out, prefix, opened, str(source), options)
         summary = _write_shards(opened, plan, out, prefix, storage, workers or os.cpu_count() or 1, progress)
+        summary.notes = list(plan.get("notes", []))
     if not summary.written:
         reason, count = summary.skipped.most_common(1)[0]
         example = f": {summary.examples[reason][0]}" if summary.examples.get(reason) else ""
@@ -141,7 +168,7 @@ def pack(
     return summary
 
 
-def _check_options(storage: StorageOptions, caption_from: str, shard_size: int, prefix: str) -> None:
+def _check_options(storage: StorageOptions, caption_from: str, shard_size: int, prefix: str, separator: str | None) -> None:
     if storage.size is not None and storage.size < 1:
         raise ConfigError(f"size={storage.size} must be at least 1 pixel")
     if storage.side not in ("shortest", "longest"):
@@ -150,6 +177,8 @@ def _check_options(storage: StorageOptions, caption_from: str, shard_size: int, 
         raise ConfigError(f"caption_from={caption_from!r} must be one of txt, path")
     if shard_size < 1:
         raise ConfigError(f"shard_size={shard_size} must be at least 1")
+    if separator is not None and (not separator or set(separator) & set('"\r\n')):
+        raise ConfigError(f"separator={separator!r} must be text without quotes and line ends, for example ;")
     if not prefix or "/" in prefix or "." in prefix:
         raise ConfigError(f"prefix={prefix!r} must be a word without slash or dot: shards are called PREFIX-0000.tar")
 
@@ -198,9 +227,12 @@ def _load_or_write_plan(
         if shards:
             raise UserError(f"{out} has {shards[0]} already, and no plan to resume from: give another folder or prefix")
         samples = source.count()
-        uneven, rows = (source.uneven, source.uneven_rows) if isinstance(source, TableSource) else (0, [])
-        notes = {"source": source_name, "fingerprint": fingerprint, "samples": samples}
-        plan = {**notes, "uneven": uneven, "uneven_rows": rows, "options": options}
+        plan = {"source": source_name, "fingerprint": fingerprint, "samples": samples, "rejected": {}, "options": options}
+        if isinstance(source, TableSource):
+            plan["rejected"] = {
+                reason: {"count": source.rejected_counts[reason], "rows": rows} for reason, rows in source.rejected.items()
+            }
+        plan["notes"] = source.get_notes()
         files.write_text(path, json.dumps(plan, indent=2))
         return plan
     changed = [
@@ -225,7 +257,7 @@ def _read_plan(path: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): remove it and the shards next to it to start over") from error
-    if not isinstance(plan, dict) or not {"source", "fingerprint", "samples", "uneven", "uneven_rows", "options"} <= set(plan):
+    if not isinstance(plan, dict) or not {"source", "fingerprint", "samples", "options"} <= set(plan):
         raise UserError(f"{path} is not the plan of a packed folder: give another folder or prefix")
     return plan
 
@@ -271,9 +303,9 @@ def _write_shards(
         record(shard, result)
         new += result.written > 0
     summary = PackSummary(out)
-    if plan["uneven"]:
-        summary.skipped[_UNEVEN] = plan["uneven"]
-        summary.examples[_UNEVEN] = list(plan["uneven_rows"])
+    for reason, rejected in plan.get("rejected", {}).items():
+        summary.skipped[reason] = rejected["count"]
+        summary.examples[reason] = list(rejected["rows"])
     for shard in sorted(results):
         summary.add(results[shard])
     summary.reused = summary.shards - new
@@ -306,10 +338,14 @@ def _run_jobs(
         return
     pending: dict[Future[ShardResult], int] = {}
     # spawn, not fork: pyarrow has threads
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _initialize_worker, (os.getpid(),))
+    context = multiprocessing.get_context("spawn")
+    stop = context.Event()
+    pool = ProcessPoolExecutor(workers, context, _initialize_worker, (os.getpid(), stop))
     try:
         for shard, path, job in tasks:
-            pending[pool.submit(write_shard, job, shard, path, storage)] = shard
+            with _block_interrupts():
+                future = pool.submit(write_shard, job, shard, path, storage)
+            pending[future] = shard
             if len(pending) > workers:
                 yield from _pop_finished(pending)
         while pending:
@@ -319,7 +355,18 @@ def _run_jobs(
             "a worker process died, perhaps because memory ran out: run the same command again with fewer workers to resume"
         ) from error
     finally:
+        stop.set()  # all shards are written, or those that are being written are given up
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _block_interrupts() -> Iterator[None]:
+    """Delay Ctrl-C, also for processes that are started inside: they inherit this and never print a traceback of it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _pop_finished(pending: dict[Future[ShardResult], int]) -> Iterator[tuple[int, ShardResult]]:
@@ -328,7 +375,8 @@ def _pop_finished(pending: dict[Future[ShardResult], int]) -> Iterator[tuple[int
         yield pending.pop(future), future.result()
 
 
-def _initialize_worker(parent: int) -> None:
-    """Leave Ctrl-C to the parent process, and end this worker when the parent ends."""
+def _initialize_worker(parent: int, stop: Event) -> None:
+    """Leave Ctrl-C to the parent process, and end this worker when the parent ends or sets `stop`."""
+    writer.stop_event = stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     exit_with_parent(parent)

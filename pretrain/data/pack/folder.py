@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,40 @@ def read_file(path: Path) -> bytes:
         raise BadSample("no such file", repr(str(path))) from error
 
 
+def read_file_inside(path: Path, root: str | None) -> bytes:
+    """Return the content of a file as `read_file` does, unless a link leads out of the folder `root`.
+
+    Args:
+        path: a file below `root`.
+        root: a folder; None = links may lead anywhere.
+
+    Raises:
+        BadSample: a link leads out of the folder, or the file cannot be read.
+        OSError: any other failure.
+    """
+    if root is not None and not _is_inside(path, root):
+        raise BadSample("link that leads out of the folder", f"{path}; --outside allows it")
+    return read_file(path)
+
+
+def _is_inside(path: Path, root: str) -> bool:
+    """Whether a path is below a folder after all links in both are followed."""
+    try:
+        return os.path.realpath(path).startswith(os.path.realpath(root).rstrip("/") + "/")
+    except ValueError:  # a NUL character in the name, which `read_file` reports
+        return True
+
+
+def _find_beside(image: Path, extension: str) -> Path:
+    """Return the file of an image with another extension, in lower or upper case: NAME.TXT beside NAME.JPG."""
+    path = image.with_suffix(f".{extension}")
+    if os.path.lexists(path):
+        return path
+    spellings = map("".join, itertools.product(*zip(extension.upper(), extension, strict=True)))
+    choices = [image.with_suffix(f".{spelling}") for spelling in spellings]
+    return next((choice for choice in choices if os.path.lexists(choice)), path)
+
+
 def build_caption(path: str) -> str:
     """Return the words of an image's path below the folder, without words of digits only.
 
@@ -65,6 +100,7 @@ class FolderJob:
     root: Path
     paths: list[str]
     caption_from: str
+    outside: bool
     first: int
 
     def __len__(self) -> int:
@@ -81,25 +117,26 @@ class FolderJob:
     def load(self, i: int) -> SourceSample:
         """Read sample `i`. Raises BadSample."""
         path = self.root / self.paths[i]
+        root = None if self.outside else str(self.root)
         if self.caption_from == "path":
             texts = [build_caption(self.paths[i])]
             if not texts[0]:
                 raise BadSample("empty caption", "the path contains no word")
         else:
             try:
-                texts = read_captions({"txt": read_file(path.with_suffix(".txt"))})
+                texts = read_captions({"txt": read_file_inside(_find_beside(path, "txt"), root)})
             except BadSample as bad:
                 raise BadSample("no caption", bad.detail) if bad.reason == "no such file" else bad from bad
         metadata: dict[str, Any] = {"source": self.paths[i]}
-        json_path = path.with_suffix(".json")
+        json_path = _find_beside(path, "json")
         if json_path.exists():
             try:
-                content = json.loads(read_file(json_path))
+                content = json.loads(read_file_inside(json_path, root))
             except (ValueError, RecursionError) as error:
                 raise BadSample("json unreadable", f"{json_path}: {error}") from error
             if isinstance(content, dict):
                 metadata |= content
-        return SourceSample(read_file(path), texts, metadata)
+        return SourceSample(read_file_inside(path, root), texts, metadata)
 
 
 @dataclass
@@ -110,6 +147,10 @@ class FolderSource:
     caption_from: str
     excluded: Path
     """The folder of the shards, which is skipped if it is inside `root`."""
+    outside: bool = False
+    """Whether links that lead out of `root` are followed."""
+    links: list[str] = field(default_factory=list, init=False)
+    """Links to folders that were not followed because they lead out of `root`; set by `count`."""
 
     def iterate_jobs(self, shard_size: int) -> Iterator[ShardJob]:
         """Yield a job for each shard. Raises UserError for a folder that cannot be read."""
@@ -118,10 +159,10 @@ class FolderSource:
             if _get_extension(path) in IMAGE_EXTENSIONS:
                 chunk.append(path)
             if len(chunk) == shard_size:
-                yield FolderJob(self.root, chunk, self.caption_from, first)
+                yield FolderJob(self.root, chunk, self.caption_from, self.outside, first)
                 first, chunk = first + len(chunk), []
         if chunk:
-            yield FolderJob(self.root, chunk, self.caption_from, first)
+            yield FolderJob(self.root, chunk, self.caption_from, self.outside, first)
 
     def compute_fingerprint(self) -> str:
         """Return a digest of the names, sizes and times of all image, caption and json files."""
@@ -130,9 +171,10 @@ class FolderSource:
     def count(self) -> int:
         """Return the number of images. Raises UserError if there is nothing to pack."""
         _, images, texts = self._scan
+        links = f"; {self.links[0]} is a link that leads out of it, --outside follows it" if self.links else ""
         if not images:
             raise UserError(
-                f"{self.root} holds no images: no file in it ends in {', '.join(f'.{e}' for e in IMAGE_EXTENSIONS)}"
+                f"{self.root} holds no images: no file in it ends in {', '.join(f'.{e}' for e in IMAGE_EXTENSIONS)}{links}"
             )
         if self.caption_from == "txt" and not texts:
             raise UserError(
@@ -141,10 +183,18 @@ class FolderSource:
             )
         return images
 
+    def get_notes(self) -> list[str]:
+        """Return lines for the user about what the folder holds."""
+        if not self.links:
+            return []
+        names = ", ".join(self.links[:3]) + (", ..." if len(self.links) > 3 else "")
+        return [f"links to folders outside {self.root} are not followed ({names}): --outside follows them"]
+
     @cached_property
     def _scan(self) -> tuple[str, int, int]:
         """(digest, number of images, number of caption files)"""
         digest, images, texts = hashlib.blake2b(digest_size=16), 0, 0
+        self.links = []
         for path, status in self._walk():
             extension = _get_extension(path)
             images += extension in IMAGE_EXTENSIONS
@@ -157,7 +207,8 @@ class FolderSource:
     def _walk(self, folder: str = "", ancestors: tuple[Path, ...] = ()) -> Iterator[tuple[str, os.stat_result | None]]:
         """Yield (path below the root, status) of each file, sorted, without hidden ones.
 
-        The status of a broken link is None. Links to folders are followed unless they lead to a folder above.
+        The status of a broken link is None. Links to folders are followed unless they lead to a folder above, or out of the
+        root where that is not allowed.
         """
         directory = self.root / folder
         ancestors = (*ancestors, directory.resolve())
@@ -169,7 +220,9 @@ class FolderSource:
         for entry in visible:
             path = f"{folder}/{entry.name}" if folder else entry.name
             if entry.is_dir():
-                if Path(entry.path).resolve() not in (self.excluded, *ancestors):
+                if not self.outside and entry.is_symlink() and not _is_inside(Path(entry.path), str(self.root)):
+                    self.links.append(path)
+                elif Path(entry.path).resolve() not in (self.excluded, *ancestors):
                     yield from self._walk(path, ancestors)
             else:
                 yield path, entry.stat() if entry.is_file() else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -26,18 +27,43 @@ class PackSource(Protocol):
         """Return the number of samples, including those that cannot be used."""
         ...
 
+    def get_notes(self) -> list[str]:
+        """Return lines for the user about what the source holds, after `count`."""
+        ...
+
     def iterate_jobs(self, shard_size: int) -> Iterator[ShardJob]:
         """Yield the samples in order, `shard_size` per job."""
         ...
 
 
-def open_source(
-    source: str, image_column: str, caption_column: str, caption_from: str, outside: bool, excluded: Path
-) -> PackSource:
+@dataclass(frozen=True)
+class SourceOptions:
+    """How a source is read."""
+
+    image_column: str
+    """Of tables: the path of the image, or the image itself."""
+    caption_column: str
+    """Of tables: a text, or a list of texts."""
+    caption_from: str
+    """Of folders: "txt" or "path"."""
+    outside: bool
+    """Whether paths and links may lead out of the folder of the source."""
+    separator: str | None = None
+    """Of tables of separated values; None = detect it."""
+    image_root: Path | None = None
+    """Of tables: the folder that paths are relative to; None = the folder of the table."""
+    splits: tuple[str, ...] = ()
+    """Of annotation files: the splits to read; () = all."""
+
+
+def open_source(source: str, options: SourceOptions, excluded: Path) -> PackSource:
     """Open a source, whose kind follows from its name.
 
     Args:
+        source: a folder, a table or a glob of tables, or tars.
+        options: how it is read.
         excluded: a folder that is not searched for images, because the shards go there.
+
     Raises:
         ConfigError: the name is of no kind that can be packed.
     """
@@ -47,9 +73,7 @@ def open_source(
         if any(p.suffix == ".tar" for p in entries):
             return TarSource(expand_shards(str(path), "SOURCE"))
         tables = [p for p in entries if p.suffix == ".parquet"]
-        return (
-            TableSource(tables, image_column, caption_column, outside) if tables else FolderSource(path, caption_from, excluded)
-        )
+        return _open_tables(tables, options) if tables else FolderSource(path, options.caption_from, excluded, options.outside)
     extension = path.name.lower().removesuffix(".gz").rpartition(".")[2]
     if extension == "tar":
         return TarSource(expand_shards(source, "SOURCE"))
@@ -57,4 +81,16 @@ def open_source(
     if extension not in TABLE_EXTENSIONS:
         choices = ", ".join(f".{name}" for name in TABLE_EXTENSIONS)
         raise ConfigError(f"SOURCE={source}: give a folder of images, a table ({choices}), or tars (.tar)")
-    return TableSource(tables, image_column, caption_column, outside)
+    return _open_tables(tables, options)
+
+
+def _open_tables(paths: list[Path], options: SourceOptions) -> TableSource:
+    return TableSource(
+        paths,
+        options.image_column,
+        options.caption_column,
+        options.outside,
+        options.separator,
+        options.image_root,
+        options.splits,
+    )

@@ -1,4 +1,4 @@
-"""Packs tables that name images or contain them.
+"""Packs tables that name images or contain them. Rows that name the same image become one sample with several captions.
 
 A table may come from an untrusted source, so the paths in it must stay below its folder unless the user allows otherwise.
 """
@@ -7,41 +7,62 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pretrain.data import BadSample
 from pretrain.data.captions import normalize_whitespace
 from pretrain.data.pack import table_readers
-from pretrain.data.pack.folder import read_file
+from pretrain.data.pack.folder import read_file_inside
+from pretrain.data.pack.grouping import RowGroups, identify_image, is_image_content
 from pretrain.data.pack.writer import ShardJob, SourceSample
 from pretrain.errors import ConfigError, UserError, closest
+
+_MAX_EXAMPLES = 3  # rows shown for each reason
+
+_LISTS = ("questions", "objects")
+"""Columns that hold lists. Text tables write them as JSON."""
+
+
+class TableRow(NamedTuple):
+    """The rows of one image."""
+
+    number: int
+    """Number of its first row, from 1."""
+    base: str
+    """The folder that its path is relative to."""
+    rows: list[dict[str, Any]]
+    """Values by column. The first row has the image."""
 
 
 @dataclass
 class TableJob:
-    """The rows of one shard."""
+    """The images of one shard."""
 
-    rows: list[tuple[str, dict[str, Any]]]
-    """(folder of the table, values by column) of each row."""
+    images: list[TableRow]
     image_column: str
     caption_column: str
     outside: bool
+    lists_captions: bool
+    """Whether the json of every sample lists its captions, because some images of the table have several rows."""
     first: int
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.images)
 
     def describe(self, i: int) -> str:
         """Return how the user finds sample `i` in the source."""
-        value = self.rows[i][1].get(self.image_column)
+        value = self.images[i].rows[0].get(self.image_column)
         path = value.get("path") if isinstance(value, dict) else value
         suffix = f": {_to_text(path)}" if isinstance(path, str | bytes) and 0 < len(path) < 300 else ""
-        return f"row {self.first + i + 1}{suffix}"
+        return f"row {self.images[i].number}{suffix}"
 
     def get_key(self, i: int, shard: int) -> str:
         """Return the KEY of sample `i` in the shard."""
@@ -49,24 +70,37 @@ class TableJob:
 
     def load(self, i: int) -> SourceSample:
         """Read sample `i`. Raises BadSample."""
-        base, values = self.rows[i]
-        row = dict(values)
-        if table_readers.UNREADABLE in row:
-            raise BadSample("row unreadable", str(row[table_readers.UNREADABLE]))
-        image_value, texts = row.pop(self.image_column, None), self._read_captions(row.pop(self.caption_column, None))
-        image, source = self._read_image(image_value, base)
-        metadata = {"source": source} if source else {}
-        for name, value in row.items():
-            metadata[name] = _parse_column(name, value)
-        return SourceSample(image, texts, metadata)
+        _, base, rows = self.images[i]
+        if table_readers.UNREADABLE in rows[0]:
+            raise BadSample("row unreadable", str(rows[0][table_readers.UNREADABLE]))
+        captions: list[str] = []
+        unusable: list[BadSample] = []
+        for row in rows:
+            try:
+                captions += self._read_captions(row.get(self.caption_column))
+            except BadSample as bad:
+                unusable.append(bad)
+        if not captions:
+            raise unusable[0]
+        if len(set(captions)) == 1:  # a table with a row for each object of an image repeats its caption
+            captions = captions[:1]
+        image, source = self._read_image(rows[0].get(self.image_column), base)
+        metadata: dict[str, Any] = {"source": source} if source else {}
+        metadata |= _merge_columns(rows, (self.image_column, self.caption_column))
+        if self.lists_captions:
+            metadata[self.caption_column] = captions
+        return SourceSample(image, captions, metadata, dropped=[bad.reason for bad in unusable])
 
     def _read_captions(self, value: Any) -> list[str]:
         """Return the texts of a value that are not empty, with whitespace normalized. Raises BadSample."""
-        if value is None:
-            raise BadSample("no caption", f"{self.caption_column} is empty")
-        values = value if isinstance(value, list) else [value]
+        values = [v for v in (value if isinstance(value, list) else [value]) if not _is_missing(v)]
+        if not values:
+            raise BadSample("no caption", f"{self.caption_column} is {'NaN' if isinstance(value, float) else 'empty'}")
+        wrong = next((v for v in values if isinstance(v, bool) or not isinstance(v, str | bytes | int | float)), None)
+        if wrong is not None:
+            raise BadSample("caption not text", f"{self.caption_column} is {str(wrong)[:100]}")
         try:
-            texts = [v.decode("utf-8") if isinstance(v, bytes) else str(v) for v in values if v is not None]
+            texts = [v.decode("utf-8") if isinstance(v, bytes) else str(v) for v in values]
         except UnicodeDecodeError as error:
             raise BadSample("caption not UTF-8", str(error)) from error
         captions = [text for text in map(normalize_whitespace, texts) if text]
@@ -83,7 +117,7 @@ class TableJob:
             content = value.get("bytes")
             path = value.get("path")
             return (content, _to_text(path) if path else "") if content else self._read_image(path, base)
-        if isinstance(value, bytes) and (b"\0" in value[:64] or len(value) > 4096):
+        if is_image_content(value):
             return value, ""
         text = _to_text(value).strip() if value is not None else ""
         if not text:
@@ -93,7 +127,30 @@ class TableJob:
         path = os.path.normpath(os.path.join(base, os.path.expanduser(text) if self.outside else text))
         if not self.outside and not path.startswith(base.rstrip("/") + "/"):
             raise BadSample("path outside the table's folder", "--outside allows it")
-        return read_file(Path(path)), text
+        return read_file_inside(Path(path), None if self.outside else base), text
+
+
+def _merge_columns(rows: list[dict[str, Any]], omitted: tuple[str, ...]) -> dict[str, Any]:
+    """Return the further columns of the rows of one image.
+
+    A value that all rows share stays as it is. Lists of questions and objects are joined; other values become a list.
+    """
+    merged: dict[str, Any] = {}
+    for name in dict.fromkeys(name for row in rows for name in row if name not in omitted):
+        values = [_parse_column(name, row.get(name)) for row in rows]
+        if all(value == values[0] for value in values[1:]):
+            merged[name] = values[0]
+        elif name in _LISTS and all(value is None or isinstance(value, list) for value in values):
+            joined = [item for value in values for item in value or []]
+            merged[name] = [item for i, item in enumerate(joined) if item not in joined[:i]]
+        else:
+            merged[name] = values
+    return merged
+
+
+def _is_missing(value: Any) -> bool:
+    """Whether a table holds no value: null, or the NaN that pandas writes in its place."""
+    return value is None or (isinstance(value, float) and not math.isfinite(value))
 
 
 def _to_text(value: Any) -> str:
@@ -106,7 +163,7 @@ def _parse_column(name: str, value: Any) -> Any:
     Text tables hold JSON in the columns `questions` and `objects`, and an integer in `label`.
     """
     text = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
-    if name in ("questions", "objects") and isinstance(text, str):
+    if name in _LISTS and isinstance(text, str):
         try:
             return json.loads(text) if text.strip() else None
         except (ValueError, RecursionError) as error:
@@ -116,30 +173,58 @@ def _parse_column(name: str, value: Any) -> Any:
 
 @dataclass
 class TableSource:
-    """Rows of one or several CSV, TSV, JSON-lines or Parquet files, in order."""
+    """Rows of one or several CSV, TSV, JSON-lines, Parquet or annotation files, in order; rows of one image are one sample."""
 
     paths: list[Path]
     image_column: str
     caption_column: str
     outside: bool
-    uneven: int = field(default=0, init=False)
-    """Number of rows that were skipped because they have too few or too many values; set by `count`."""
-    uneven_rows: list[str] = field(default_factory=list, init=False)
-    """The text of the first few such rows."""
+    separator: str | None = None
+    """Between the values of CSV and TSV files; None = detect it."""
+    image_root: Path | None = None
+    """The folder that paths of images are relative to; None = the folder of the table."""
+    splits: tuple[str, ...] = ()
+    """Splits to read from annotation files that have splits; () = all."""
+    rejected: dict[str, list[str]] = field(default_factory=dict, init=False)
+    """By reason, the text of the first few rows that cannot be read; set by `count`."""
+    rejected_counts: Counter[str] = field(default_factory=Counter, init=False)
+    """Number of such rows by reason; set by `count`."""
 
     def __post_init__(self) -> None:
+        wanted = (self.image_column, self.caption_column)
+        self._tables: list[table_readers.Table] = []
+        self._bases: list[str] = []
         for path in self.paths:
             with table_readers.naming_errors(path):
-                columns = table_readers.read_columns(path)
-            for column, option in ((self.image_column, "--image-column"), (self.caption_column, "--caption-column")):
-                if column not in columns:
-                    names = ", ".join(columns[:30]) + (f" and {len(columns) - 30} more" if len(columns) > 30 else "")
-                    raise ConfigError(
-                        f"{path}: no column {column!r}{closest(column, columns)}; "
-                        f"it has {names or 'none'}: name it with {option}"
-                    )
-                if columns.count(column) > 1:
-                    raise ConfigError(f"{path}: two columns are called {column!r}")
+                table = table_readers.open_table(path, self.separator, tuple(map(str.strip, wanted)), self.splits)
+            if table.layout:
+                self.image_column, self.caption_column = map(str.strip, wanted)
+            if table.annotations:
+                base = self.image_root or table.annotations.find_root(self.outside)
+            else:
+                base = self.image_root or path.parent
+                self._check_columns(table)
+                if self.splits:
+                    raise ConfigError(f"--split {','.join(self.splits)}: {path} has no splits")
+            self._tables.append(table)
+            self._bases.append(os.path.abspath(base))
+
+    def _check_columns(self, table: table_readers.Table) -> None:
+        """Raise ConfigError if the columns of images and captions are absent or not unique."""
+        columns = table.columns
+        separated = ""
+        if table.layout:
+            by = f"separated by {table.layout.separator_name}, " if len(columns) > 1 else ""
+            separated = f" (its first line is read as names, {by}--separator names another separator)"
+        for column, option in ((self.image_column, "--image-column"), (self.caption_column, "--caption-column")):
+            if column not in columns:
+                names = ", ".join(columns[:30]) + (f" and {len(columns) - 30} more" if len(columns) > 30 else "")
+                raise ConfigError(
+                    f"{table.path}: no column {column!r}{closest(column, columns)}; "
+                    f"it has {names or 'none'}: name it with {option}{separated}"
+                )
+            if columns.count(column) > 1:
+                raise ConfigError(f"{table.path}: two columns are called {column!r}")
 
     def compute_fingerprint(self) -> str:
         """Return a digest of the names, sizes and times of the files, and of their first and last 64 KiB."""
@@ -154,34 +239,83 @@ class TableSource:
         return digest.hexdigest()
 
     def count(self) -> int:
-        """Return the number of rows.
+        """Return the number of images.
 
-        Text tables are read to the end, so that a damaged one is detected before anything is written.
+        Tables are read to the end, so that a damaged one is detected before anything is written.
         """
-        total, self.uneven = 0, 0
-        for path in self.paths:
-            with table_readers.naming_errors(path):
-                total += table_readers.count_rows(path, self.image_column, self._note_uneven)
-        if not total:
-            raise UserError(f"{', '.join(map(str, self.paths))}: there are no rows")
-        return total
+        if not self._groups.count:
+            names = ", ".join(map(str, self.paths))
+            if self.rejected:
+                reason, examples = next(iter(self.rejected.items()))
+                raise UserError(
+                    f"{names}: no row can be read; {self.rejected_counts[reason]:,} have the problem: {reason}: {examples[0]}"
+                )
+            raise UserError(f"{names}: there are no rows")
+        return self._groups.count
 
-    def _note_uneven(self, row: str) -> None:
-        self.uneven += 1
-        if self.uneven <= 3:
-            self.uneven_rows.append(row)
+    def get_notes(self) -> list[str]:
+        """Return lines for the user about what the tables hold."""
+        notes = [note for table in self._tables if table.annotations for note in table.annotations.notes]
+        if self._groups.repeats:
+            notes.append(
+                f"{self._groups.rows:,} rows name {self._groups.count:,} images: "
+                "rows of one image are one sample with several captions"
+            )
+        if self._lists_captions:
+            notes.append(
+                f"all captions of an image are in the field {self.caption_column!r} of its json, the first is also in txt: "
+                f"train with data.caption={self.caption_column}"
+            )
+        return notes
+
+    @property
+    def _lists_captions(self) -> bool:
+        return self._groups.repeats or any(table.annotations for table in self._tables)
+
+    @cached_property
+    def _groups(self) -> RowGroups:
+        """Which rows name the same image; computing it reads all tables."""
+        return RowGroups(self._identify_images())
+
+    def _identify_images(self) -> Iterator[bytes | None]:
+        for table, base in zip(self._tables, self._bases, strict=True):
+            image_column = "image" if table.annotations else self.image_column
+            with table_readers.naming_errors(table.path):
+                for value in table.iterate_images(image_column, self._note_rejected):
+                    yield identify_image(value, base)
+
+    def _note_rejected(self, reason: str, row: str) -> None:
+        self.rejected_counts[reason] += 1
+        examples = self.rejected.setdefault(reason, [])
+        if len(examples) < _MAX_EXAMPLES:
+            examples.append(row)
+
+    def _iterate_rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield (folder that its path is relative to, values by column) of each row that can be read."""
+        for table, base in zip(self._tables, self._bases, strict=True):
+            with table_readers.naming_errors(table.path):
+                for row in table.iterate_rows(self.image_column, _ignore_rejected):
+                    if table.annotations:
+                        row = {self.image_column: row["image"], self.caption_column: row["caption"], **row}
+                        for name in {"image", "caption"} - {self.image_column, self.caption_column}:
+                            del row[name]
+                    yield base, row
 
     def iterate_jobs(self, shard_size: int) -> Iterator[ShardJob]:
         """Yield a job for each shard. Raises UserError for a file that cannot be read."""
         first = 0
-        chunk: list[tuple[str, dict[str, Any]]] = []
-        for path in self.paths:
-            base = os.path.abspath(path.parent)
-            with table_readers.naming_errors(path):
-                for row in table_readers.iterate_rows(path):
-                    chunk.append((base, row))
-                    if len(chunk) == shard_size:
-                        yield TableJob(chunk, self.image_column, self.caption_column, self.outside, first)
-                        first, chunk = first + len(chunk), []
+        chunk: list[TableRow] = []
+        for i, rows in self._groups.iterate_groups(self._iterate_rows, self.image_column):
+            chunk.append(TableRow(i + 1, rows[0][0], [values for _, values in rows]))
+            if len(chunk) == shard_size:
+                yield self._build_job(chunk, first)
+                first, chunk = first + len(chunk), []
         if chunk:
-            yield TableJob(chunk, self.image_column, self.caption_column, self.outside, first)
+            yield self._build_job(chunk, first)
+
+    def _build_job(self, images: list[TableRow], first: int) -> TableJob:
+        return TableJob(images, self.image_column, self.caption_column, self.outside, self._lists_captions, first)
+
+
+def _ignore_rejected(reason: str, row: str) -> None:
+    """Rows that cannot be read were counted when the table was read first."""

@@ -1,4 +1,4 @@
-"""Reads CSV, TSV, JSON-lines and Parquet files of any length in bounded memory."""
+"""Reads CSV, TSV, JSON-lines and Parquet files of any length in bounded memory, and annotation files as a whole."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ import codecs
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet
 
+from pretrain.data.pack.annotations import Annotations, read_annotations
+from pretrain.data.pack.delimited import Layout, OnReject, read_layout, read_rows
 from pretrain.errors import UserError
 
-TABLE_EXTENSIONS = ("csv", "tsv", "jsonl", "ndjson", "json", "parquet")
+TABLE_EXTENSIONS = ("csv", "tsv", "txt", "jsonl", "ndjson", "json", "parquet")
 """Extensions of tables. All but parquet may be followed by .gz."""
 
 UNREADABLE = "\0broken"
@@ -35,58 +37,91 @@ def naming_errors(path: Path) -> Iterator[None]:
 
 
 def get_format(path: Path) -> str:
-    """Return "csv", "tsv", "jsonl" or "parquet", from the name of the file."""
+    """Return "csv", "tsv", "txt", "jsonl" or "parquet", from the name of the file."""
     extension = path.name.lower().removesuffix(".gz").rpartition(".")[2]
     return "jsonl" if extension in ("ndjson", "json") else extension
 
 
-def read_columns(path: Path) -> list[str]:
-    """Return the column names in order. For JSON lines they are those of the first hundred rows."""
-    if get_format(path) == "parquet":
-        return list(pa.parquet.read_schema(path).names)
-    if get_format(path) == "jsonl":
-        names: dict[str, None] = {}
-        for i, row in enumerate(iterate_rows(path)):
-            if i == 100:
-                break
-            names |= dict.fromkeys(row)
-        return [name for name in names if name != UNREADABLE]
-    with _open_csv(path, None) as reader:
-        return list(reader.schema.names)
+@dataclass(frozen=True)
+class Table:
+    """A table whose columns are known. Its rows are read from the file each time."""
+
+    path: Path
+    columns: list[str]
+    """Names in order. For JSON lines they are those of the first hundred rows."""
+    layout: Layout | None = None
+    """Of a CSV or TSV file."""
+    annotations: Annotations | None = None
+    """Of COCO's or Karpathy's annotation file; its columns are called image and caption."""
+
+    def iterate_rows(self, image_column: str, on_reject: OnReject) -> Iterator[dict[str, Any]]:
+        """Yield each row as a dictionary, or as {UNREADABLE: reason} if it cannot be read.
+
+        Args:
+            image_column: the column that names images.
+            on_reject: called with (reason, text) of each row of a CSV or TSV file that is left out.
+        """
+        if self.annotations:
+            yield from self.annotations.rows
+        elif self.layout:
+            for values in read_rows(self.path, self.layout, image_column, on_reject):
+                yield dict(zip(self.layout.columns, values, strict=True))
+        elif get_format(self.path) == "parquet":
+            yield from _read_parquet(self.path, None)
+        else:
+            yield from _read_json_lines(self.path)
+
+    def iterate_images(self, image_column: str, on_reject: OnReject) -> Iterator[Any]:
+        """Yield the value of the image column of each row that `iterate_rows` yields; None where it has none."""
+        if get_format(self.path) == "parquet":
+            rows = _read_parquet(self.path, [image_column])
+        else:
+            rows = self.iterate_rows(image_column, on_reject)
+        for row in rows:
+            yield row.get(image_column)
 
 
-def count_rows(path: Path, column: str, on_uneven: Callable[[str], None]) -> int:
-    """Return the number of rows.
+def open_table(path: Path, separator: str | None, wanted: tuple[str, ...], splits: tuple[str, ...]) -> Table:
+    """Open a table.
 
-    Of CSV and TSV files it reads `column` to the end and calls `on_uneven` with each row that has too few or too many values.
+    Args:
+        path: the file.
+        separator: of the values of a CSV or TSV file; None = detect it.
+        wanted: the columns that are going to be read.
+        splits: names of the splits of an annotation file; () = all.
+
+    Raises:
+        UserError: it is not a table.
     """
     if get_format(path) == "parquet":
-        return int(pa.parquet.read_metadata(path).num_rows)
-    if get_format(path) == "jsonl":
-        with _open_lines(path) as file:
-            return sum(1 for line in file if line.strip())
-    with _open_csv(path, [column], on_uneven) as reader:
-        return sum(batch.num_rows for batch in reader)
+        return Table(path, list(pa.parquet.read_schema(path).names))
+    if get_format(path) != "jsonl":
+        layout = read_layout(path, separator, wanted)
+        return Table(path, layout.columns, layout)
+    annotations = read_annotations(path, splits)
+    if annotations:
+        return Table(path, ["image", "caption"], annotations=annotations)
+    names: dict[str, None] = {}
+    for i, row in enumerate(_read_json_lines(path)):
+        if i == 100:
+            break
+        names |= dict.fromkeys(row)
+    return Table(path, [name for name in names if name != UNREADABLE])
 
 
-def iterate_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield each row as a dictionary, or as {UNREADABLE: reason} if it cannot be read."""
-    if get_format(path) == "parquet":
-        with pa.parquet.ParquetFile(
-            path, pre_buffer=False, buffer_size=1 << 20
-        ) as file:  # reads less than a whole row group at once
-            for batch in file.iter_batches(batch_size=256):
-                yield from batch.to_pylist()
-    elif get_format(path) == "jsonl":
-        with _open_lines(path) as lines:
-            for line in lines:
-                if line.strip():
-                    yield _parse_json_row(line)
-    else:
-        with _open_csv(path, None) as reader:
-            for batch in reader:
-                for start in range(0, batch.num_rows, 256):  # as Python objects the rows take several times the memory
-                    yield from batch.slice(start, 256).to_pylist()
+def _read_parquet(path: Path, columns: list[str] | None) -> Iterator[dict[str, Any]]:
+    with pa.parquet.ParquetFile(
+        path, pre_buffer=False, buffer_size=1 << 20
+    ) as file:  # reads less than a whole row group at once
+        for batch in file.iter_batches(batch_size=256, columns=columns):
+            yield from batch.to_pylist()
+
+
+def _read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    with _open_lines(path) as lines:
+        for line in lines:
+            if line.strip():
+                yield _parse_json_row(line)
 
 
 def _parse_json_row(line: bytes) -> dict[str, Any]:
@@ -106,29 +141,3 @@ def _open_lines(path: Path) -> Iterator[Iterable[bytes]]:
             raise UserError(f"{path} is one json array: write one object per line (for example with jq -c '.[]')")
         opened.seek(0)
         yield opened
-
-
-def _open_csv(
-    path: Path, columns: list[str] | None, on_uneven: Callable[[str], None] | None = None
-) -> pa.csv.CSVStreamingReader:
-    """Open a CSV or TSV file, with every value as bytes.
-
-    A type inferred from the first rows may be wrong for a later one. Rows with too few or too many values (an unquoted comma in
-    a caption) are skipped and passed to `on_uneven`.
-    """
-
-    def skip(row: pa.csv.InvalidRow) -> str:
-        if on_uneven:
-            on_uneven(str(row.text)[:200])
-        return "skip"
-
-    parse = pa.csv.ParseOptions(
-        delimiter="\t" if get_format(path) == "tsv" else ",", newlines_in_values=True, invalid_row_handler=skip
-    )
-    read = pa.csv.ReadOptions(block_size=1 << 22, use_threads=False)  # pyarrow reads up to 32 blocks ahead
-    names = columns
-    if names is None:
-        with pa.csv.open_csv(pa.input_stream(str(path), compression="detect"), read, parse) as reader:
-            names = reader.schema.names
-    convert = pa.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.binary()), include_columns=columns)
-    return pa.csv.open_csv(pa.input_stream(str(path), compression="detect"), read, parse, convert)

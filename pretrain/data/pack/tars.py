@@ -1,39 +1,42 @@
-"""Packs existing tars again, with another shard size or smaller images. All members are kept."""
+"""Packs existing tars again, with another shard size, smaller images, or members that follow one another."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from pretrain.data import BadSample
 from pretrain.data.decode import EXTENSIONS
 from pretrain.data.pack.writer import ShardJob, SourceSample
-from pretrain.data.shards.index import load_index
+from pretrain.data.shards.index import DUPLICATE_MEMBER, ShardIndex, load_index
 from pretrain.data.shards.paths import count_samples
-from pretrain.data.shards.reader import ShardReader
+from pretrain.data.shards.reader import MAX_MEMBER_BYTES, ShardReader
 from pretrain.errors import UserError
+
+Sample = tuple[int, ...]
+"""Numbers of the index's samples that are one sample: more than one if its members are apart in the tar."""
 
 
 @dataclass
 class TarJob:
-    """The samples of one shard: consecutive samples of one or more tars."""
+    """The samples of one shard: samples of one or more tars, in order."""
 
-    spans: list[tuple[str, int, int]]
-    """(tar, first sample, end) of each tar. `end` is not included."""
+    parts: list[tuple[str, list[Sample]]]
+    """(tar, samples) of each tar."""
 
     def __len__(self) -> int:
-        return sum(end - start for _, start, end in self.spans)
+        return sum(len(samples) for _, samples in self.parts)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"spans": self.spans}
+        return {"parts": self.parts}
 
     @cached_property
     def _reader(self) -> ShardReader:
-        return ShardReader([path for path, _, _ in self.spans])
+        return ShardReader([path for path, _ in self.parts])
 
     @cached_property
     def _keys(self) -> list[tuple[str, str]]:
@@ -43,10 +46,10 @@ class TarJob:
         """
         keys: list[tuple[str, str]] = []
         used: set[str] = set()
-        for path, start, end in self.spans:
+        for path, samples in self.parts:
             source = load_index(path)
-            for sample in range(start, end):
-                key = source.key(sample)
+            for sample in samples:
+                key = source.key(sample[0])
                 choices = (key, f"{source.name}-{key}", f"{source.name}-{key}-{len(keys)}")
                 keys.append((f"{source.name}/{key}", next(choice for choice in choices if choice not in used)))
                 used.add(keys[-1][1])
@@ -62,11 +65,12 @@ class TarJob:
 
     def load(self, i: int) -> SourceSample:
         """Read sample `i`. Raises BadSample."""
-        for shard, (_, start, end) in enumerate(self.spans):
-            if i < end - start:
-                members = self._reader.read(shard, start + i).members
+        for shard, (path, samples) in enumerate(self.parts):
+            if i < len(samples):
+                sample = samples[i]
+                members = self._reader.read(shard, sample[0]).members if len(sample) == 1 else read_apart(path, sample)
                 break
-            i -= end - start
+            i -= len(samples)
         extension = next((e for e in EXTENSIONS if e in members), None)
         if extension is None:
             raise BadSample("no image", f"members: {', '.join(sorted(members))}")
@@ -75,11 +79,58 @@ class TarJob:
         return SourceSample(members.pop(extension), members=members)
 
 
+def group_samples(shard_index: ShardIndex) -> list[Sample]:
+    """Return the samples of a tar, with members of the same key joined where other samples lie between them.
+
+    A tar of all images, then all captions, has each key twice. Samples that repeat an extension are not joined: one of the
+    two is a duplicate.
+    """
+    groups: list[list[int]] = []
+    groups_of_key: dict[str, list[int]] = {}
+    extensions: list[set[int]] = []
+    for i in range(shard_index.count):
+        own = set(shard_index.members[shard_index.starts[i] : shard_index.starts[i + 1], 0].tolist())
+        candidates = groups_of_key.setdefault(shard_index.key(i), [])
+        group = next((g for g in candidates if not own & extensions[g]), None)
+        if group is None or shard_index.flags[i] & DUPLICATE_MEMBER:
+            candidates.append(len(groups))
+            groups.append([i])
+            extensions.append(own)
+        else:
+            groups[group].append(i)
+            extensions[group] |= own
+    return [tuple(group) for group in groups]
+
+
+def read_apart(path: str, sample: Sample) -> dict[str, bytes]:
+    """Return the members of a sample that are apart in the tar, by extension.
+
+    Raises:
+        BadSample: a member occurs twice or is too large.
+        OSError: the tar cannot be read.
+    """
+    shard_index = load_index(path)
+    members: dict[str, bytes] = {}
+    with open(shard_index.path, "rb") as file:
+        for i in sample:
+            if shard_index.flags[i] & DUPLICATE_MEMBER:
+                raise BadSample("duplicate member", f"{shard_index.name}/{shard_index.key(i)}")
+            for kind, offset, length in shard_index.members[shard_index.starts[i] : shard_index.starts[i + 1]].tolist():
+                name = shard_index.extensions[kind]
+                if length > MAX_MEMBER_BYTES:
+                    raise BadSample("member too large", f"{name} of {length:,} bytes, more than {MAX_MEMBER_BYTES:,}")
+                file.seek(offset)
+                members[name] = file.read(length)
+    return members
+
+
 @dataclass
 class TarSource:
     """Existing shards, packed with all members of each sample."""
 
     paths: list[str]
+    joined: int = field(default=0, init=False)
+    """Number of samples whose members were apart; set by `count`."""
 
     def compute_fingerprint(self) -> str:
         """Return a digest of the paths, sizes and times of the files."""
@@ -90,28 +141,43 @@ class TarSource:
         return digest.hexdigest()
 
     @cached_property
-    def _counts(self) -> list[int]:
-        return count_samples(self.paths)
+    def _samples(self) -> list[list[Sample] | range]:
+        """The samples of each tar: their numbers where no member is apart."""
+        count_samples(self.paths)  # indexes them in parallel, and names those that are damaged
+        samples: list[list[Sample] | range] = []
+        for path in self.paths:
+            shard_index = load_index(path)
+            grouped = group_samples(shard_index) if shard_index.flags.any() else []
+            self.joined += sum(len(sample) > 1 for sample in grouped)
+            samples.append(grouped or range(shard_index.count))
+        return samples
 
     def count(self) -> int:
         """Return the number of samples. Raises UserError for a damaged tar, or if there are none."""
-        total = sum(self._counts)
+        total = sum(map(len, self._samples))
         if not total:
             raise UserError(f"{self.paths[0]}{' and the other tars' if len(self.paths) > 1 else ''}: there are no samples")
         return total
 
+    def get_notes(self) -> list[str]:
+        """Return lines for the user about what the tars hold."""
+        if not self.joined:
+            return []
+        samples = "sample has" if self.joined == 1 else "samples have"
+        return [f"{self.joined:,} {samples} members that do not follow one another in the tar: they are joined"]
+
     def iterate_jobs(self, shard_size: int) -> Iterator[ShardJob]:
         """Yield a job for each shard; it may span several tars."""
-        spans: list[tuple[str, int, int]] = []
+        parts: list[tuple[str, list[Sample]]] = []
         free = shard_size
-        for path, count in zip(self.paths, self._counts, strict=True):
+        for path, samples in zip(self.paths, self._samples, strict=True):
             start = 0
-            while start < count:
-                end = min(count, start + free)
-                spans.append((path, start, end))
-                free, start = free - (end - start), end
+            while start < len(samples):
+                chunk = [s if isinstance(s, tuple) else (s,) for s in samples[start : start + free]]
+                parts.append((path, chunk))
+                free, start = free - len(chunk), start + len(chunk)
                 if not free:
-                    yield TarJob(spans)
-                    spans, free = [], shard_size
-        if spans:
-            yield TarJob(spans)
+                    yield TarJob(parts)
+                    parts, free = [], shard_size
+        if parts:
+            yield TarJob(parts)

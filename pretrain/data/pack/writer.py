@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -43,6 +44,8 @@ class SourceSample:
     """The content of KEY.json."""
     members: dict[str, bytes] = field(default_factory=dict)
     """Further members by extension, stored unchanged."""
+    dropped: list[str] = field(default_factory=list)
+    """Why captions of the sample are left out, one reason each; others of its captions can be used."""
 
 
 class ShardJob(Protocol):
@@ -88,6 +91,8 @@ class ShardResult:
     written: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Captions that were left out of written samples, by reason."""
 
     def skip(self, name: str, bad: BadSample) -> None:
         """Count a sample that cannot be used."""
@@ -101,6 +106,8 @@ class ShardResult:
         status = {"success": self.written, **dict(sorted(self.skipped.items()))}
         failed = {"failed_to_download": 0, "failed_to_resize": self.count - self.written}
         stats = {"count": self.count, "successes": self.written, **failed, "status_dict": status, "examples": self.examples}
+        if self.dropped:
+            stats["captions_left_out"] = dict(sorted(self.dropped.items()))
         return json.dumps(stats, indent=2, ensure_ascii=False)
 
     @classmethod
@@ -108,7 +115,8 @@ class ShardResult:
         """Read what `to_json` wrote. Raises ValueError, KeyError or TypeError for anything else."""
         stats = json.loads(text)
         skipped = Counter({reason: n for reason, n in stats["status_dict"].items() if reason != "success"})
-        return cls(stats["count"], stats["successes"], skipped, stats["examples"])
+        dropped = Counter(dict(stats.get("captions_left_out", {})))
+        return cls(stats["count"], stats["successes"], skipped, stats["examples"], dropped)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -221,6 +229,14 @@ def to_json_value(value: Any) -> Any:
 # Writing the tar
 
 
+class ShardStopped(Exception):  # noqa: N818 - a request, not an error
+    """The parent process stops: the shard that is being written is given up."""
+
+
+stop_event: Event | None = None
+"""In a worker process: set when the parent process stops."""
+
+
 def write_shard(job: ShardJob, shard: int, path: Path, storage: StorageOptions) -> ShardResult:
     """Write the samples of a job into the tar `path`, and the result into NAME_stats.json.
 
@@ -229,6 +245,7 @@ def write_shard(job: ShardJob, shard: int, path: Path, storage: StorageOptions) 
 
     Raises:
         UserError: the disk is full, or a file cannot be read or written.
+        ShardStopped: the parent process stops.
     """
     result = ShardResult(len(job))
     partial = files.partial_path(path)
@@ -256,14 +273,18 @@ def _encode_samples(
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Yield (KEY, members by extension) of each usable sample, and count them in `result`."""
     for i in range(len(job)):
+        if stop_event is not None and stop_event.is_set():
+            raise ShardStopped
         try:
-            members = encode_sample(job.load(i), storage)
+            item = job.load(i)
+            members = encode_sample(item, storage)
         except BadSample as bad:
             result.skip(job.describe(i), bad)
             continue
         except OSError as error:
             raise UserError(f"cannot read {job.describe(i)}: {error.strerror or error}") from error
         result.written += 1
+        result.dropped.update(item.dropped)
         yield job.get_key(i, shard), members
 
 

@@ -20,22 +20,13 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from PIL import Image, ImageOps
-from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from pretrain.data.pack import PackSummary, pack
 from pretrain.data.pack.folder import build_caption
 from pretrain.data.shards import index, paths
 from pretrain.errors import ConfigError, UserError
 from tests.support import ROOT
-
-
-def make_image(seed: int, width: int = 40, height: int = 30, form: str = "JPEG", **options: Any) -> bytes:
-    """Return an encoded image of smooth random colors."""
-    rng = np.random.default_rng(seed)
-    small = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
-    out = io.BytesIO()
-    small.resize((width, height), Image.Resampling.BICUBIC).save(out, form, **options)
-    return out.getvalue()
+from tests.support.packed import make_image, read_shards
 
 
 def make_folder(root: Path, count: int = 12) -> Path:
@@ -46,17 +37,6 @@ def make_folder(root: Path, count: int = 12) -> Path:
         (folder / f"red_thing-{i}.jpg").write_bytes(make_image(i))
         (folder / f"red_thing-{i}.txt").write_text(f" caption\n number {i} ")
     return root
-
-
-def read_shards(out: Path, prefix: str = "shard") -> dict[str, dict[str, bytes]]:
-    """Return the members of each "shard/KEY", as webdataset reads them."""
-    samples: dict[str, dict[str, bytes]] = {}
-    for path in sorted(out.glob(f"{prefix}-*.tar")):
-        with open(path, "rb") as file:  # a WebDataset would leave the file open
-            for sample in group_by_keys(tar_file_expander([{"url": str(path), "stream": file}])):
-                if "__key__" in sample:
-                    samples[f"{path.stem}/{sample['__key__']}"] = {k: v for k, v in sample.items() if not k.startswith("__")}
-    return samples
 
 
 def read_tars(out: Path) -> dict[str, bytes]:
@@ -202,6 +182,56 @@ def test_larger_images_are_scaled_down(tmp_path: Path, side: str, expected: tupl
     assert (notes["width"], notes["height"], notes["questions"][0]["box"]) == (*stored.size, None)
 
 
+@pytest.mark.parametrize(("image", "text", "notes"), [("a.JPG", "a.TXT", "a.JSON"), ("a.Jpeg", "a.Txt", "a.json")])
+def test_captions_in_files_with_upper_case_names(tmp_path: Path, image: str, text: str, notes: str) -> None:
+    source = make_folder(tmp_path / "in", 1)
+    (source / image).write_bytes(make_image(7))
+    (source / text).write_text("upper case")
+    (source / notes).write_text('{"label": 5}')
+    summary = pack(source, tmp_path / "out", workers=1)
+    assert (summary.written, summary.skipped.total()) == (2, 0)
+    first = next(iter(read_shards(tmp_path / "out").values()))
+    assert (first["txt"], json.loads(first["json"])["label"]) == (b"upper case", 5)
+    (source / "a.txt").write_text("lower case")  # the usual spelling wins
+    pack(source, tmp_path / "again", workers=1)
+    assert next(iter(read_shards(tmp_path / "again").values()))["txt"] == b"lower case"
+
+
+def test_links_that_lead_out_of_a_folder_are_not_followed(tmp_path: Path) -> None:
+    source, private = make_folder(tmp_path / "in", 2), tmp_path / "private"
+    private.mkdir()
+    (private / "id_rsa").write_text("-----BEGIN PRIVATE KEY-----")
+    (private / "x.jpg").write_bytes(make_image(8))
+    (private / "x.txt").write_text("hidden")
+    (private / "x.json").write_text('{"secret": 1}')
+    for name, target in (("key.txt", "id_rsa"), ("picture.jpg", "x.jpg"), ("notes.json", "x.json"), ("folder", "")):
+        (source / name).symlink_to(private / target)
+    (source / "up").symlink_to("..")
+    for name in ("key.jpg", "notes.jpg"):
+        (source / name).write_bytes(make_image(9))
+    for name in ("picture.txt", "notes.txt"):
+        (source / name).write_text("text")
+    (source / "inside.jpg").symlink_to("shoes/red_thing-1.jpg")  # a link within the folder
+    (source / "inside.txt").symlink_to(source / "shoes" / "red_thing-1.txt")
+    summary = pack(source, tmp_path / "out", workers=1)
+    assert (summary.written, summary.skipped) == (3, {"link that leads out of the folder": 3})
+    content = b"".join(read_tars(tmp_path / "out").values())
+    assert not any(word in content for word in (b"PRIVATE", b"hidden", b"secret", make_image(8)))
+    assert f"links to folders outside {source} are not followed (folder, up): --outside follows them" in str(summary)
+    everything = pack(source, tmp_path / "out2", outside=True, workers=1)
+    assert everything.written == 8  # six images of the folder; behind the links `folder` and `up` the same one
+    assert b"hidden" in b"".join(read_tars(tmp_path / "out2").values())
+
+
+def test_folder_behind_a_link_can_be_packed_itself(tmp_path: Path) -> None:
+    make_folder(tmp_path / "in", 3)
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    assert pack(tmp_path / "link", tmp_path / "out", workers=1).written == 3
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only" / "all").symlink_to(tmp_path / "in")
+    assert "all is a link that leads out of it, --outside follows it" in catch_error(tmp_path / "only", tmp_path / "out2")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Tables
 
@@ -308,6 +338,19 @@ def test_paths_must_stay_below_the_table(tmp_path: Path) -> None:
     assert pack(table, tmp_path / "out2", outside=True, workers=1).written == 4
 
 
+def test_links_of_a_table_must_stay_below_the_table(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    make_images(base)
+    (tmp_path / "secret.jpg").write_bytes(make_image(5))
+    (base / "link.jpg").symlink_to(tmp_path / "secret.jpg")
+    (base / "elsewhere").symlink_to(tmp_path)
+    names = ["images/0.jpg", "link.jpg", "elsewhere/secret.jpg"]
+    table = write_table(base / "t.csv", [{"image": name, "caption": "c"} for name in names])
+    summary = pack(table, tmp_path / "out", workers=1)
+    assert (summary.written, summary.skipped) == (1, {"link that leads out of the folder": 2})
+    assert pack(table, tmp_path / "out2", outside=True, workers=1).written == 3
+
+
 def test_unreadable_rows_are_counted(tmp_path: Path) -> None:
     make_images(tmp_path)
     (tmp_path / "t.csv").write_bytes(
@@ -357,6 +400,46 @@ def test_tars_are_packed_again(tmp_path: Path) -> None:
     assert boxes == [[4, 3, 20, 15]] * 8
 
 
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_members_that_are_apart_are_joined(tmp_path: Path, workers: int) -> None:
+    """As `tar cf x.tar *.jpg *.json *.txt` writes them."""
+    for shard in range(2):
+        images = [(f"d/{i}.jpg", make_image(10 * shard + i)) for i in range(5)]
+        jsons = [(f"d/{i}.json", b'{"label": %d}' % i) for i in range(5)]
+        texts = [(f"d/{i}.txt", b"caption %d" % (10 * shard + i)) for i in reversed(range(4))]
+        write_tar(tmp_path / "in" / f"{shard}.tar", [*images, *jsons, *texts])
+    summary = pack(tmp_path / "in", tmp_path / "out", shard_size=4, workers=workers)
+    assert (summary.written, summary.shards, summary.skipped.total()) == (10, 3, 0)
+    samples = list(read_shards(tmp_path / "out").values())
+    assert [m["jpg"] for m in samples] == [make_image(10 * s + i) for s in range(2) for i in range(5)]
+    assert [json.loads(m["json"])["label"] for m in samples] == [0, 1, 2, 3, 4] * 2
+    expected = [None if i == 4 else b"caption %d" % (10 * s + i) for s in range(2) for i in range(5)]
+    assert [m.get("txt") for m in samples] == expected
+    assert "10 samples have members that do not follow one another in the tar: they are joined" in str(summary)
+    for path in paths.expand_shards(str(tmp_path / "out")):
+        assert not index.load_index(path).flags.any()
+
+
+def test_duplicates_among_members_that_are_apart_are_counted(tmp_path: Path) -> None:
+    members = [("0.jpg", make_image(0)), ("1.jpg", make_image(1)), ("0.jpg", make_image(2)), ("0.txt", b"a"), ("1.txt", b"b")]
+    members += [("2.jpg", make_image(3)), ("2.jpg", make_image(4)), ("3.jpg", make_image(5)), ("2.txt", b"c"), ("3.txt", b"d")]
+    write_tar(tmp_path / "in" / "0.tar", members)
+    summary = pack(tmp_path / "in", tmp_path / "out", workers=1)
+    samples = list(read_shards(tmp_path / "out").values())
+    assert [(m["jpg"], m["txt"]) for m in samples] == [(make_image(1), b"b"), (make_image(5), b"d")]
+    # of two images with the same key, it is unknown which one a caption further on describes
+    assert summary.skipped == {"no caption": 1, "duplicate key": 1, "duplicate member": 1}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Stopping and resuming
 
@@ -396,6 +479,27 @@ def test_a_killed_run_resumes(tmp_path: Path) -> None:
     assert not list(out.glob(".*partial"))
     assert all((out / name).stat().st_mtime_ns == time_ns for name, time_ns in modified.items())
     assert pack(source, out, shard_size=10, size=20, workers=1).reused == 40
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_interrupt_is_one_line_and_the_same_command_resumes(tmp_path: Path, workers: int) -> None:
+    source, out = make_folder(tmp_path / "in", 300), tmp_path / "out"
+    words = ["data", "pack", str(source), str(out), "--shard-size", "10", "--size", "20", "--workers", str(workers)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launch.cli", *words], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 60
+    while not list(out.glob("*.tar")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to all processes
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert errors == f"clipfuse: interrupted; finished shards stay in {out}: run the same command again to resume\n"
+    assert not list(out.glob(".*partial"))
+    finished = len(list(out.glob("*_stats.json")))
+    assert 1 <= finished < 30
+    summary = pack(source, out, shard_size=10, size=20, workers=1)
+    assert (summary.written, summary.reused) == (300, finished)
 
 
 def catch_error(*arguments: Any, **options: Any) -> str:
@@ -501,11 +605,11 @@ def test_a_damaged_tar_is_named(tmp_path: Path) -> None:
 def test_memory_does_not_grow_with_the_table(tmp_path: Path) -> None:
     """Reading 50 MB of text, several hundred MB as Python objects, takes far less memory than that."""
     make_images(tmp_path, 1)
-    line = "images/0.jpg," + "word " * 40 + "\n"
+    caption = "word " * 40
     with open(tmp_path / "t.csv", "w") as file:
         file.write("image,caption\n")
-        for _ in range(5):
-            file.write(line * 50_000)
+        for i in range(250_000):
+            file.write(f"images/{i}.jpg,{caption}\n")
     code = f"""
 import resource
 from pathlib import Path
