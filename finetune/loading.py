@@ -80,8 +80,11 @@ def is_finetuned(run: str | Path) -> bool:
     return path.exists() and "task" in configuration.read_yaml(path)
 
 
-def load(run: str | Path) -> Finetuned:
-    """Load a run folder (its best, else newest checkpoint) or a checkpoint folder. Raises UserError."""
+def load(run: str | Path, caption: str | None = None) -> Finetuned:
+    """Load a run folder (its best, else newest checkpoint) or a checkpoint folder.
+
+    `caption` is where evaluation reads captions; None = where the run's did. Raises UserError.
+    """
     folder = store.find(run)
     path = folder / "config.yaml"
     if not path.exists():
@@ -98,7 +101,7 @@ def load(run: str | Path) -> Finetuned:
     model.head = task.build_head(model)
     store.load_weights(model, store.read_weights(folder), folder)
     model.eval()
-    decoders = task.build_decoders(encoders.build_decoders(config, tokenizer, encoder, evaluation_caption(data)))
+    decoders = task.build_decoders(encoders.build_decoders(config, tokenizer, encoder, caption or evaluation_caption(data)))
     return Finetuned(model, task, config, tokenizer, decoders, folder, store.parse_step(folder), _existing(data.get("train")))
 
 

@@ -111,7 +111,13 @@ def measure_curve(
 
 
 def run(
-    tuned: Finetuned, shards: Any, alphas: list[float], device: torch.device, init: str | None = None, out: Path | None = None
+    tuned: Finetuned,
+    shards: Any,
+    alphas: list[float],
+    device: torch.device,
+    init: str | None = None,
+    out: Path | None = None,
+    caption: str | None = None,
 ) -> dict[str, Any]:
     """Evaluate the task and retrieval by embeddings on `shards` at each alpha. Collective.
 
@@ -122,6 +128,7 @@ def run(
         device: where to evaluate.
         init: see load_pretrained.
         out: run folder in which to save the model at the best alpha.
+        caption: where retrieval reads captions; None = where the run's evaluation did.
 
     Returns:
         The result as plain values; `best` is the alpha with the highest primary metric.
@@ -132,7 +139,9 @@ def run(
     begin = time.perf_counter()
     weights = load_pretrained(tuned, init)
     tuned.model.to(device)
-    decoders = encoders.build_decoders(tuned.config, tuned.tokenizer, tuned.model.encoder, _evaluation_caption(tuned))
+    decoders = encoders.build_decoders(
+        tuned.config, tuned.tokenizer, tuned.model.encoder, caption or _evaluation_caption(tuned)
+    )
 
     def measure() -> dict[str, float]:
         task_metrics = tuned.evaluate(shards, EvalConfig(), device)

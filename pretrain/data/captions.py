@@ -10,12 +10,27 @@ from typing import Any
 from pretrain.data import BadSample
 from pretrain.data.members import explain_missing_caption
 from pretrain.data.sample_json import read_json, replace_surrogates
+from pretrain.errors import ConfigError
 
 TXT, TXT_LINES, TXT_WHOLE = "txt", "txt:lines", "txt:whole"
 """Sources of captions that are not a json field: KEY.txt as one caption, or as one a line.
 
-`txt` is one caption too, except that evaluation reads it as lines where every sample holds several. `txt:whole` is always one.
+`txt` is one caption too, except that evaluation reads it as lines where most samples hold several. `txt:whole` is always one.
 """
+
+
+def check_caption_source(source: str, where: str) -> None:
+    """Raise ConfigError for a source that begins as those of KEY.txt do but is none; any other text names a json field.
+
+    Args:
+        source: where captions are.
+        where: the setting or option that holds it, for the message.
+    """
+    if source.startswith("txt:") and source not in (TXT_LINES, TXT_WHOLE):
+        raise ConfigError(
+            f"{where}={source}: valid are {TXT}, {TXT_LINES} (each line of KEY.txt is a caption), {TXT_WHOLE}, and the name of "
+            "a json field"
+        )
 
 
 def caption_member(source: str) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from pretrain.config import text_field
+from pretrain.data.captions import check_caption_source
 from pretrain.data.images import AugmentConfig
 from pretrain.data.shards.cache import FETCH_SECONDS, MAX_FETCH_SECONDS, ShardCache
 from pretrain.data.shards.paths import count_samples, expand_shards
@@ -43,12 +44,14 @@ class DataConfig:
     replacement: bool = False
     """Sample with replacement: draw samples independently, instead of each once per epoch."""
     caption: str = "txt"
-    """Where captions are: txt, or the name of a json field (a string, or a list from which one is drawn)."""
+    """Where captions are: txt, txt:lines (each line of KEY.txt is a caption), or the name of a json field (a string, or a
+    list). Of several captions one is drawn."""
     draw: int = 1
     """Captions drawn per sample in pretraining. The image is encoded once; the loss is the mean over the captions drawn.
     A sample with fewer captions repeats them."""
     val_caption: str | None = None
-    """Where evaluation reads captions; null = as `caption`. Of a json field with a list, each is a caption of the image."""
+    """Where evaluation reads captions; null = as `caption`. Of several, each is a caption of the image. Where `txt` holds
+    several lines in most samples, each line is one; txt:whole reads them as one."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """Random changes to training images."""
     max_bad_rate: float = 0.01
@@ -84,6 +87,8 @@ class DataConfig:
             raise ConfigError(f"data.cache_gib={self.cache_gib} must be 0 (no limit) or more")
         if not 0 < self.fetch_seconds <= MAX_FETCH_SECONDS:
             raise ConfigError(f"data.fetch_seconds={self.fetch_seconds} must be above 0, and at most {MAX_FETCH_SECONDS:.0f}")
+        check_caption_source(self.caption, "data.caption")
+        check_caption_source(self.val_caption or "", "data.val_caption")
         parse_sources(self.train, "data.train")
         if self.val is not None:
             parse_sources(self.val, "data.val")

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from pretrain.data import BadSample
 from pretrain.data.batch import Batch, Decoder
+from pretrain.data.captions import TXT, TXT_LINES, TXT_WHOLE, count_lines
 from pretrain.data.config import count_samples_once, resolve_sources
 from pretrain.data.shards.cache import ShardCache
 from pretrain.data.shards.reader import ShardReader
+from pretrain.data.text import TextDecoder
 from pretrain.data.worker import EvaluationDataset, SampleReader
 from pretrain.data.worker_pool import run_workers
 from pretrain.errors import UserError
+from pretrain.runtime.agree import on_main
 
 log = logging.getLogger(__name__)
 
 _MAX_NAMED = 20  # bad samples that are named in the log; all are counted
+_PROBED_SHARDS, _PROBED_SAMPLES = 4, 64  # of which KEY.txt is read to see whether its lines are captions
+
+_reported_shards: set[str] = set()
+"""First shards of data whose KEY.txt of several lines was reported: a run evaluates the same data many times."""
 
 
 class EvalLoader:
@@ -89,7 +98,8 @@ def build_eval_loader(
 
     Over `world` processes, every sample of the shards is read exactly once; each process reads a consecutive part. Besides
     inputs, batches carry targets["json"], a dict for each sample. Where there is a text decoder they also carry
-    targets["captions"], a list of all captions of each sample.
+    targets["captions"], a list of all captions of each sample. Where a decoder reads captions from `txt` and most samples hold
+    several lines, as in the shards of clip_benchmark, each line is a caption.
 
     Args:
         shards: anything that data.val may be: a string, or a list of strings or of {shards: ...}.
@@ -108,4 +118,86 @@ def build_eval_loader(
     paths = [path for source in resolve_sources(shards, "data.val") for path in source.shards]
     counts = count_samples_once(paths, cache or ShardCache(), "data.val")
     reader = ShardReader(paths, cache, counts, max_open=8)
+    decoders = _recognize_lines(reader, counts, decoders)
     return EvalLoader(reader, counts, decoders, batch_size, workers, rank, world, max_samples)
+
+
+# ---- KEY.txt with one caption a line ---------------------------------------------------------------------------------
+
+
+class LineCounts(NamedTuple):
+    """What the first samples of a data set hold in their KEY.txt."""
+
+    samples: int
+    """Samples looked at that have a KEY.txt."""
+    with_lines: int
+    """Those of them that hold several lines."""
+    lines: int
+    """Lines that are not empty, in all of them."""
+
+    @property
+    def are_captions(self) -> bool:
+        """Whether lines are taken for captions: at least half of the samples hold several."""
+        return self.with_lines > 0 and 2 * self.with_lines >= self.samples
+
+
+def count_caption_lines(reader: ShardReader, counts: Sequence[int]) -> LineCounts:
+    """Count the lines of KEY.txt in some samples of the first shards. Raises UserError.
+
+    Args:
+        reader: reads samples by shard.
+        counts: samples in each shard.
+    """
+    shards = [shard for shard, count in enumerate(counts) if count][:_PROBED_SHARDS]
+    lines = []
+    for shard in shards:
+        for sample in np.unique(np.linspace(0, counts[shard] - 1, _PROBED_SAMPLES // len(shards)).astype(int)).tolist():
+            try:
+                data = reader.read(shard, sample, [TXT]).members.get(TXT)
+            except BadSample:
+                continue
+            if data is not None:
+                lines.append(count_lines(data))
+    return LineCounts(len(lines), sum(n > 1 for n in lines), sum(lines))
+
+
+def _recognize_lines(reader: ShardReader, counts: Sequence[int], decoders: Mapping[str, Decoder]) -> dict[str, Decoder]:
+    """Return the decoders, of which those that read captions from `txt` read one a line where the data is so. Collective."""
+    names = [
+        name
+        for name, decoder in decoders.items()
+        if isinstance(decoder, TextDecoder) and type(decoder).__call__ is TextDecoder.__call__ and decoder.caption == TXT
+    ]
+    if not names:
+        return dict(decoders)
+
+    def probe() -> LineCounts:
+        probed = count_caption_lines(reader, counts)
+        if probed.with_lines and reader.paths[0] not in _reported_shards:
+            _reported_shards.add(reader.paths[0])
+            log.warning(describe_lines(probed, reader.paths[0], probed.are_captions))
+        reader.close()  # before worker processes are forked
+        return probed
+
+    if not on_main(probe).are_captions:
+        return dict(decoders)
+    changed = {name: copy.copy(decoders[name]) for name in names}
+    for decoder in changed.values():
+        assert isinstance(decoder, TextDecoder)
+        decoder.caption = TXT_LINES
+    return {**decoders, **changed}
+
+
+def describe_lines(probed: LineCounts, path: str, are_split: bool) -> str:
+    """Return how KEY.txt of several lines is read, in one line.
+
+    Args:
+        probed: what samples of the data hold.
+        path: the first shard of the data.
+        are_split: whether each line is read as a caption.
+    """
+    share = f"{path}: {probed.with_lines} of {probed.samples} samples looked at hold several lines in KEY.txt"
+    if are_split:
+        each = f"each line is a caption ({probed.lines / probed.samples:.1f} an image)"
+        return f"{share}: {each}; the caption setting {TXT_WHOLE} reads them as one"
+    return f"{share}, which are read as one caption; the caption setting {TXT_LINES} reads each line as one"

@@ -26,7 +26,9 @@ import torch
 
 from pretrain.checkpoints.loading import LoadedModel, load_model
 from pretrain.data.batch import Batch
+from pretrain.data.captions import TXT, check_caption_source, has_several_captions
 from pretrain.data.config import count_samples_once
+from pretrain.data.eval_loader import count_caption_lines, describe_lines
 from pretrain.data.shards.cache import ShardCache
 from pretrain.data.shards.paths import expand_shards
 from pretrain.data.shards.reader import ShardReader
@@ -109,6 +111,8 @@ def embed(loaded: LoadedModel, options: Options, device: torch.device) -> Summar
     folder = EmbeddingFolder(Path(options.out))
     try:
         plan = on_main(lambda: folder.open(manifest, names, counts))
+        if plan.pending and manifest["settings"]["caption"] == TXT:
+            on_main(lambda: _report_lines(paths, counts))
         queue = WorkQueue()
         decoders = {name: loaded.decoders[name] for name in modalities}
         encoder = Encoder(
@@ -141,6 +145,15 @@ def embed(loaded: LoadedModel, options: Options, device: torch.device) -> Summar
         folder.close()
 
 
+def _report_lines(paths: list[str], counts: list[int]) -> None:
+    """Log that a KEY.txt of several lines is read as one caption, where the data holds some."""
+    reader = ShardReader(paths, ShardCache(), counts)
+    probed = count_caption_lines(reader, counts)
+    reader.close()
+    if probed.with_lines:
+        log_info(describe_lines(probed, paths[0], are_split=False))
+
+
 def _build_layout(loaded: LoadedModel, options: Options) -> tuple[Layout, tuple[str, ...]]:
     """Return the columns and modalities that the options name.
 
@@ -152,11 +165,12 @@ def _build_layout(loaded: LoadedModel, options: Options) -> tuple[Layout, tuple[
         raise ConfigError(f"--only {options.only}: the model has {', '.join(available)}{closest(options.only, available)}")
     modalities = tuple([options.only] if options.only else available)
     if options.caption and text is not None:
+        check_caption_source(options.caption, "--caption")
         text.caption = options.caption
-    has_caption_lists = "text" in modalities and text is not None and text.caption != "txt"
+    has_caption_lists = "text" in modalities and text is not None and has_several_captions(text.caption)
     if options.tokens and has_caption_lists:
         raise ConfigError(
-            f"--tokens {options.tokens}: a json field may hold several captions per sample, whose tokens have no column; "
+            f"--tokens {options.tokens}: {text.caption} may hold several captions per sample, whose tokens have no column; "
             "add --only image, or take captions from txt"
         )
     dim = model.projection(modalities[0]).out_features

@@ -107,7 +107,7 @@ def evaluate(
     if needs_pooled and not config.probe_train:
         raise ConfigError("linear_probe is trained on labeled images: set eval.probe_train to their shards")
 
-    def embed(source: Any, texts: bool) -> tuple[EmbeddedSplit, int]:
+    def embed(source: Any, texts: bool) -> tuple[EmbeddedSplit, Counter[str]]:
         batches = loader.build_eval_loader(
             source,
             # Images for classification need no caption.
@@ -120,10 +120,9 @@ def evaluate(
             cache=cache,
         )
         embedded = embed_split(model, batches, decoders, device, precision, texts, needs_pooled, config.label)
-        bad: Counter[str] = sum(distributed.gather_objects(Counter(batches.bad)), Counter())
-        return embedded, sum(bad.values())
+        return embedded, sum(distributed.gather_objects(Counter(batches.bad)), Counter())
 
-    split, bad = (embedded, 0) if embedded is not None else embed(shards, needs_text)
+    split, bad = (embedded, Counter[str]()) if embedded is not None else embed(shards, needs_text)
     train = embed(config.probe_train, False)[0] if needs_pooled and config.probe_train else None
     class_weights = None
     names: list[str] = []
@@ -134,8 +133,11 @@ def evaluate(
 
     def compute_metrics() -> dict[str, float]:
         if len(split.image) == 0:
-            raise UserError(f"no sample to evaluate in {shards}: {bad} were left out because of their content")
-        metrics: dict[str, float] = {"samples": len(split.image), "captions": len(split.text), "bad_samples": bad}
+            reasons = ", ".join(f"{reason} {n:,}" for reason, n in bad.most_common(5))
+            raise UserError(
+                f"no sample to evaluate in {shards}: {bad.total()} were left out because of their content ({reasons or 'none'})"
+            )
+        metrics: dict[str, float] = {"samples": len(split.image), "captions": len(split.text), "bad_samples": bad.total()}
         if needs_text:
             metrics |= retrieval_metrics(split.image.to(device), split.text.to(device), split.image_index)
         if class_weights is not None:

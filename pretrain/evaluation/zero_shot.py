@@ -9,6 +9,9 @@ Shapes: n = images, C = classes, D = embedding width.
 
 from __future__ import annotations
 
+import codecs
+import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,10 +65,11 @@ def load_class_names(spec: str | Sequence[str]) -> list[str]:
 
     Args:
         spec: a list; or "imagenet" (the 1,000 classes, named by timm's own data); or a data set whose vocabulary ships
-            with the package ("scenes"); or a file with one name a line; or the names themselves, separated by commas.
+            with the package ("scenes"); or a file with one name a line, in UTF-8, or in UTF-16 with a byte-order mark; or
+            the names themselves, separated by commas.
 
     Raises:
-        ConfigError: fewer than two names, a repeated name, or a file that does not exist.
+        ConfigError: fewer than two names, a repeated name, or a file that does not exist or is in another encoding.
     """
     if not isinstance(spec, str):
         names, origin = [str(name) for name in spec], "the list of classes"
@@ -73,16 +77,13 @@ def load_class_names(spec: str | Sequence[str]) -> list[str]:
         names, origin = load_imagenet_names(), "imagenet"
     elif spec.lower() in builtin_names():
         names, origin = list(load_builtin(spec.lower()).names), spec.lower()
+    elif os.path.isfile(os.path.expanduser(spec)):  # first: the name of a file may hold a comma
+        names, origin = _read_lines(Path(spec).expanduser()), spec
     elif "," in spec:
         names, origin = spec.split(","), "the list of classes"
     else:
-        try:
-            names, origin = Path(spec).read_text(encoding="utf-8").splitlines(), spec
-        except OSError:
-            known = ", ".join(f'"{name}"' for name in ("imagenet", *builtin_names()))
-            raise ConfigError(
-                f"no classes {spec!r}; give {known}, a file with one name a line, or the names separated by commas"
-            ) from None
+        known = ", ".join(f'"{name}"' for name in ("imagenet", *builtin_names()))
+        raise ConfigError(f"no classes {spec!r}; give {known}, a file with one name a line, or the names separated by commas")
     names = [name.strip() for name in names if name.strip()]
     if len(names) < 2:
         raise ConfigError(f"{origin} names {len(names)} classes; at least two are needed")
@@ -90,6 +91,24 @@ def load_class_names(spec: str | Sequence[str]) -> list[str]:
     if repeated:
         raise ConfigError(f"{origin} names {repeated[0]!r} more than once; every class needs a different name")
     return names
+
+
+def _read_lines(path: Path) -> list[str]:
+    """Return the lines of a text file, without a byte-order mark. Raises ConfigError."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"cannot read the classes in {path}: {error.strerror or error}") from error
+    encoding = "utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ConfigError(
+            f"{path} is not in UTF-8 (byte 0x{data[error.start]:02x} in line {line}): convert it, for example with "
+            f"iconv -f latin1 -t utf-8"
+        ) from error
+    return re.split(r"[\r\n]+", text)
 
 
 def load_imagenet_names() -> list[str]:
@@ -114,26 +133,45 @@ def load_imagenet_names() -> list[str]:
 def index_labels(labels: Sequence[Any], names: Sequence[str]) -> Tensor:
     """Return the class of each sample, (n,) int64, from the labels in the samples' json.
 
-    A label is the number of the class, or its name in upper or lower case.
+    A label is the number of the class, or its name in upper or lower case. Text that is a name is that name: with classes
+    named "1" to "4", the label "4" is the last. There, the number 4 could be a name or a position, and is refused unless both
+    are the same class.
 
     Raises:
-        UserError: a label that is missing, out of range or not one of the names.
+        UserError: a label that is missing, out of range, not one of the names, or a number where it is ambiguous.
     """
-    index_by_name = {name.lower(): i for i, name in enumerate(names)}
+    index_by_name = {name.lower(): i for i, name in reversed(list(enumerate(names)))}
+    index_by_name |= {name: i for i, name in enumerate(names)}
+    numbered = {int(name): i for i, name in enumerate(names) if _is_number(name)}
+    is_ambiguous = any(number != i for number, i in numbered.items())
     ids = []
     for i, label in enumerate(labels):
         if isinstance(label, bool) or label is None:
             raise UserError(f'sample {i} has no class: its json needs "label", a number below {len(names)} or a class name')
-        if isinstance(label, int) or (isinstance(label, str) and label.strip().isdigit()):
+        if isinstance(label, float) and label.is_integer():
+            label = int(label)
+        text = str(label).strip()
+        if isinstance(label, str) and (text in index_by_name or text.lower() in index_by_name):
+            ids.append(index_by_name.get(text, index_by_name.get(text.lower(), -1)))
+        elif isinstance(label, int) or _is_number(text):
+            if is_ambiguous:
+                example = next(name for j, name in enumerate(names) if _is_number(name) and int(name) != j)
+                raise UserError(
+                    f"sample {i} has the number {text} as label, a position or a name: class {example!r} is not at "
+                    f'position {example}; write labels as text, "{example}", or list a class for each number from 0'
+                )
             if not 0 <= int(label) < len(names):
-                raise UserError(f"sample {i} has label {label}; the {len(names)} classes are numbered from 0")
+                raise UserError(f"sample {i} has label {text}; the {len(names)} classes are numbered from 0")
             ids.append(int(label))
-        elif str(label).strip().lower() in index_by_name:
-            ids.append(index_by_name[str(label).strip().lower()])
         else:
             near = closest(str(label), list(names))
             raise UserError(f"sample {i} has label {str(label)!r}, which is none of the {len(names)} classes{near}")
     return torch.tensor(ids, dtype=torch.int64)
+
+
+def _is_number(text: str) -> bool:
+    """Return whether a text consists of a few ASCII digits."""
+    return text.isascii() and text.isdigit() and len(text) <= 18
 
 
 def build_classifier(names: Sequence[str], templates: Sequence[str], encode: Callable[[list[str]], Tensor]) -> Tensor:

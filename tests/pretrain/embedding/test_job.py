@@ -19,6 +19,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from launch import cli
 from pretrain import config as configuration
 from pretrain import model as models
 from pretrain.checkpoints import loading, store
@@ -241,6 +242,67 @@ def test_bad_samples_are_skipped_and_counted(small: Small, loaded: LoadedModel, 
     assert read_tables(tmp_path / "out")["key"].to_pylist() == ["some/000", "some/001", "some/003", "some/005"]
     manifest = json.loads((tmp_path / "out/_manifest.json").read_text())
     assert (manifest["rows"], manifest["left_out"], manifest["complete"]) == (4, summary.left_out, True)
+
+
+def copy_with_lines(small: Small, path: Path, count: int, text: bytes = b"a red cup\na cup\r\n\n") -> str:
+    """Write `count` validation images to a tar, all with the same KEY.txt; return its path."""
+    with tarfile.open(sorted((small.root / "scenes").glob("val-*.tar"))[0]) as scenes, tarfile.open(path, "w") as tar:
+        images = [m for m in scenes if not m.name.endswith((".txt", ".json"))][:count]
+        for image in images:
+            data = scenes.extractfile(image).read()  # type: ignore[union-attr]
+            for name, content in ((image.name, data), (f"{Path(image.name).stem}.txt", text)):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return str(path)
+
+
+def test_lines_of_txt_are_embedded_where_asked_for_and_reported_where_not(
+    small: Small, run: Path, loaded: LoadedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shard = copy_with_lines(small, tmp_path / "lines.tar", 6)
+    run_embed(loaded, make_options(small, tmp_path / "whole", data=[shard]))
+    output = " ".join("".join(capsys.readouterr()).split())
+    assert "6 of 6 samples looked at hold several lines in KEY.txt, which are read as one caption" in output
+    assert read_tables(tmp_path / "whole")["caption"].to_pylist() == ["a red cup a cup"] * 6
+    run_embed(load_model(run), make_options(small, tmp_path / "lines", data=[shard], caption="txt:lines"))
+    assert read_tables(tmp_path / "lines")["captions"].to_pylist() == [["a red cup", "a cup"]] * 6
+    result = evaluate_checkpoint(load_model(run), str(tmp_path / "lines"), EvalConfig(), CPU)
+    assert (result["metrics"]["samples"], result["metrics"]["captions"]) == (6, 12)
+    with pytest.raises(ConfigError, match=r"^--caption=txt:line: valid are txt, txt:lines "):
+        run_embed(loaded, make_options(small, tmp_path / "typo", data=[shard], caption="txt:line"))
+
+
+def test_evaluate_reads_captions_where_its_option_says(
+    small: Small, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shard = copy_with_lines(small, tmp_path / "lines.tar", 6)
+
+    def count_captions(*arguments: str) -> int:
+        assert cli.main(["evaluate", str(run), "--data", shard, "--json", *arguments]) == 0
+        return int(json.loads(capsys.readouterr().out.splitlines()[-1])["metrics"]["captions"])
+
+    assert count_captions() == count_captions("--caption", "txt:lines") == 12
+    assert count_captions("--caption", "txt:whole") == 6
+    for arguments, line in (
+        (["--caption", "txt:words"], "--caption=txt:words: valid are txt, txt:lines "),
+        (["--caption", "title", "--task", "zero_shot"], "--caption title: zero_shot reads no captions"),
+        (["--caption", "title"], "6 were left out because of their content (no caption 6)"),
+    ):
+        assert cli.main(["evaluate", str(run), "--data", shard, *arguments]) in (1, 2)
+        assert line in capsys.readouterr().err
+
+
+def test_keys_of_two_folders_with_shards_of_the_same_name_differ(small: Small, loaded: LoadedModel, tmp_path: Path) -> None:
+    for folder in ("first", "second"):
+        (tmp_path / folder).mkdir()
+        copy_with_lines(small, tmp_path / folder / "shard-0000.tar", 3, b"a cup")
+    run_embed(loaded, make_options(small, tmp_path / "out", data=[str(tmp_path / "first"), str(tmp_path / "second")]))
+    keys = read_tables(tmp_path / "out")["key"].to_pylist()
+    assert len(set(keys)) == 6
+    assert [key.partition("/")[0] for key in keys] == ["first-shard-0000"] * 3 + ["second-shard-0000"] * 3
+    run_embed(loaded, make_options(small, tmp_path / "one", data=[str(tmp_path / "first")]))
+    assert read_tables(tmp_path / "one")["key"].to_pylist()[0].startswith("shard-0000/")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

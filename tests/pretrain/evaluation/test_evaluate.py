@@ -266,3 +266,81 @@ def rewrite_shards(small: Small, folder: Path, change: Any) -> str:
                         member.size = len(data)
                         out.addfile(member, io.BytesIO(data))
     return str(path)
+
+
+# ---- shards of other tools -------------------------------------------------------------------------------------------
+
+
+def write_shard(path: Path, images: list[bytes], members: list[dict[str, bytes]]) -> str:
+    with tarfile.open(path, "w") as tar:
+        for i, (image, others) in enumerate(zip(images, members, strict=True)):
+            for extension, data in {"webp": image, **others}.items():
+                info = tarfile.TarInfo(f"s{i:07d}.{extension}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def images(small: Small) -> list[bytes]:
+    with tarfile.open(sorted((small.root / "scenes").glob("val-*.tar"))[0]) as tar:
+        members = [m for m in tar if not m.name.endswith((".txt", ".json"))]
+        return [tar.extractfile(m).read() for m in members][:12]  # type: ignore[union-attr]
+
+
+def test_each_line_of_a_clip_benchmark_txt_is_a_caption(
+    small: Small, images: list[bytes], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    captions = [[f"a {color} cup {i}" for color in ("red", "blue", "small", "big", "new")] for i in range(12)]
+    lines = write_shard(tmp_path / "lines.tar", images, [{"txt": "\n".join(c).encode()} for c in captions])
+    field = write_shard(tmp_path / "list.tar", images, [{"json": json.dumps({"all": c}).encode()} for c in captions])
+    loaded = build_model(small)
+    metrics = evaluate(loaded.model, loaded.decoders, lines, eval_config(), CPU)
+    assert (metrics["samples"], metrics["captions"]) == (12, 60)
+    by_list = build_model(small, "all")
+    assert metrics == evaluate(by_list.model, by_list.decoders, field, eval_config(), CPU)
+    assert loaded.decoders["text"].caption == "txt"  # the model's own decoder is unchanged
+    assert caplog.text.count("12 of 12 samples looked at hold several lines in KEY.txt: each line is a caption (5.0 an") == 1
+    for caption, expected in (("txt:whole", 12), ("txt:lines", 60)):
+        other = build_model(small, caption)
+        assert evaluate(other.model, other.decoders, lines, eval_config(), CPU)["captions"] == expected
+
+
+def test_a_few_captions_of_several_lines_are_one_caption_and_reported(
+    small: Small, images: list[bytes], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shard = write_shard(tmp_path / "x.tar", images, [{"txt": b"a cup\nfor tea" if i < 3 else b" a cup\r\n"} for i in range(12)])
+    loaded = build_model(small)
+    assert evaluate(loaded.model, loaded.decoders, shard, eval_config(), CPU)["captions"] == 12
+    assert "3 of 12 samples looked at hold several lines in KEY.txt, which are read as one caption; the caption setting " in (
+        caplog.text
+    )
+
+
+def test_the_classes_of_cls_members_are_scored(small: Small, images: list[bytes], tmp_path: Path) -> None:
+    loaded = build_model(small)
+    config = eval_config(tasks=["zero_shot"], classes="cup,car,tree")
+    scores = {}
+    for name, label in (("cls", lambda i: {"cls": b"%d" % (i % 3)}), ("json", lambda i: {"json": b'{"label": %d}' % (i % 3)})):
+        shard = write_shard(tmp_path / f"{name}.tar", images, [label(i) for i in range(12)])
+        scores[name] = evaluate(loaded.model, loaded.decoders, shard, config, CPU)
+    assert scores["cls"] == scores["json"]
+    assert (scores["cls"]["samples"], scores["cls"]["bad_samples"]) == (12, 0)
+
+
+def test_reasons_are_named_where_nothing_can_be_evaluated(small: Small, images: list[bytes], tmp_path: Path) -> None:
+    shard = write_shard(tmp_path / "x.tar", images, [{"json": b'{"title": null}' if i else b"{}"} for i in range(12)])
+    loaded = build_model(small, "title")
+    with pytest.raises(UserError, match=r"no sample to evaluate in .*x\.tar: 12 were left out .* \(no caption 12\)$"):
+        evaluate(loaded.model, loaded.decoders, shard, eval_config(), CPU)
+
+
+def test_lone_surrogates_in_captions_stop_nothing(small: Small, images: list[bytes], tmp_path: Path) -> None:
+    odd, clean = rb'{"captions": ["\ud800 x", "a cup"]}', '{"captions": ["\ufffd x", "a cup"]}'.encode()
+    loaded = build_model(small, "captions")
+    scores = []
+    for name, first in (("odd", odd), ("clean", clean)):
+        shard = write_shard(tmp_path / f"{name}.tar", images, [{"json": first if i == 5 else clean} for i in range(12)])
+        scores.append(evaluate(loaded.model, loaded.decoders, shard, eval_config(), CPU))
+    assert scores[0] == scores[1]
+    assert (scores[0]["samples"], scores[0]["captions"], scores[0]["bad_samples"]) == (12, 24, 0)

@@ -59,6 +59,42 @@ def test_labels_are_numbers_or_names() -> None:
         index_labels([None], names)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-8"])
+def test_class_files_of_other_editors_are_read(tmp_path: Path, encoding: str) -> None:
+    file = tmp_path / "classes,v2.txt"  # a comma in the path
+    file.write_bytes("circle\r\nK\u00e4fer \r\n\r\n1\r\nhot\u2028air\n".encode(encoding))
+    assert load_class_names(str(file)) == ["circle", "K\u00e4fer", "1", "hot\u2028air"]
+
+
+def test_class_files_in_latin_1_are_refused_in_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "classes.txt"
+    file.write_bytes("circle\nK\u00e4fer\n".encode("latin-1"))
+    with pytest.raises(ConfigError) as caught:
+        load_class_names(str(file))
+    assert str(caught.value) == (
+        f"{file} is not in UTF-8 (byte 0xe4 in line 2): convert it, for example with iconv -f latin1 -t utf-8"
+    )
+    with pytest.raises(ConfigError, match="no classes"):
+        load_class_names("a" * 5000)
+    with pytest.raises(ConfigError, match="no classes"):
+        load_class_names(str(tmp_path))
+
+
+def test_names_that_are_numbers_are_names() -> None:
+    names = ["1", "2", "3", "4"]
+    assert index_labels(["4", "1", " 2 "], names).tolist() == [3, 0, 1]
+    for label in (4, 1, 0, 2.0, "0", "5"):
+        with pytest.raises(UserError, match=r"^sample 1 has the number \d as label.* class '1' is not at position 1; .*\"1\""):
+            index_labels(["1", label], names)
+    digits = [str(i) for i in range(10)]  # position and name agree
+    assert index_labels([7, "7", 0.0], digits).tolist() == [7, 7, 0]
+    assert index_labels(["7 up", "2", 1], ["cola", "7 up", "tea"]).tolist() == [1, 2, 1]
+    assert index_labels(["Cat", "cat", "CAT"], ["cat", "Cat"]).tolist() == [1, 0, 0]
+    for label in (10, -1, 10**30):
+        with pytest.raises(UserError, match=f"sample 0 has label {label}; the 10 classes are numbered from 0"):
+            index_labels([label], digits)
+
+
 def test_the_classifier_is_the_normalized_mean() -> None:
     embeddings: dict[str, torch.Tensor] = {}
     generator = torch.Generator().manual_seed(0)
