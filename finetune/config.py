@@ -15,7 +15,7 @@ from finetune.tasks import EvalConfig
 from pretrain import config as configuration
 from pretrain import registry
 from pretrain.checkpoints import loading, warm_start
-from pretrain.config import component_field, text_field
+from pretrain.config import SEED, check_numbers, component_field, text_field
 from pretrain.data.loader import DataConfig
 from pretrain.errors import ConfigError
 from pretrain.model import ModelSchema
@@ -72,6 +72,7 @@ class FinetuneConfig(FusionSchema):
             raise ConfigError(f"data.draw={self.data.draw} is for pretraining: a task uses one caption per image, data.draw=1")
         if self.data.train == "synthetic":
             raise ConfigError("data.train=synthetic has no task to learn: give shards (`clipfuse data scenes DIR` draws some)")
+        check_numbers(self, "", seed=SEED)
 
 
 def load_config(path: Path, settings: list[str]) -> FinetuneConfig:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain import registry
-from pretrain.config import component_field, extra_components
+from pretrain.config import check_numbers, component_field, extra_components
 from pretrain.data.images import AugmentConfig, ImageDecoder
 from pretrain.data.text import TextDecoder
 from pretrain.errors import ConfigError
@@ -48,6 +48,7 @@ class ModelConfig:
             raise ConfigError(
                 f"model.logit_scale={self.logit_scale} is a logarithm and is kept between 0 and {MAX_LOGIT_SCALE:.3f}"
             )
+        check_numbers(self, "model")
 
 
 @dataclass

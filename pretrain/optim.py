@@ -14,6 +14,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from pretrain.config import check_numbers
 from pretrain.errors import ConfigError
 
 
@@ -64,6 +65,17 @@ class OptimConfig:
             raise ConfigError(f"optim.decay={self.decay} and optim.final_lr={self.final_lr} must be from 0 to 1")
         if self.warmup < 0 or self.clip_norm < 0 or self.weight_decay < 0 or self.eps <= 0:
             raise ConfigError("optim.warmup, clip_norm, weight_decay must be at least 0 and optim.eps above 0")
+        check_numbers(
+            self,
+            "optim",
+            lr="(0, inf)",
+            lr_scale="[0, inf)",
+            weight_decay="[0, inf)",
+            weight_decay_of="[0, inf)",
+            eps="(0, inf)",
+            warmup="[0, inf)",
+            clip_norm="[0, inf)",
+        )
 
 
 def learning_rate(step: int, total: int, config: OptimConfig) -> float:

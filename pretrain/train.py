@@ -13,7 +13,7 @@ from pretrain import config as configuration
 from pretrain import model as models
 from pretrain import registry
 from pretrain.checkpoints import warm_start
-from pretrain.config import component_field, text_field
+from pretrain.config import SEED, check_numbers, component_field, text_field
 from pretrain.data.loader import Batch, DataConfig, Loader
 from pretrain.evaluation.evaluate import EvalConfig, evaluate
 from pretrain.model import DualEncoder, ModelSchema
@@ -63,6 +63,7 @@ class PretrainConfig(ModelSchema):
         warm_start.check(self.init)
         check_batch_and_evaluation(self)
 
+        check_numbers(self, "", seed=SEED)
 
 def load_config(path: Path, settings: list[str]) -> PretrainConfig:
     """Load a run's configuration: a file, and key=value settings over it.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from finetune.adapt import lora
 from finetune.adapt.lora import LoraConfig
+from pretrain.config import check_numbers
 from pretrain.errors import ConfigError
 from pretrain.model import DualEncoder, ModelSchema
 from pretrain.towers import used_parameters
@@ -53,6 +54,7 @@ class AdaptConfig:
                 raise ConfigError(
                     f"adapt.trainable_blocks.{name}={blocks} must be -1 (everything), 0 (nothing) or a number of blocks"
                 )
+        check_numbers(self, "adapt", contrastive="[0, inf)")
 
 
 def adapt_encoder(encoder: DualEncoder, config: AdaptConfig, schema: ModelSchema) -> ModelSchema:

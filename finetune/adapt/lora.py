@@ -15,6 +15,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from pretrain.config import check_numbers
 from pretrain.errors import ConfigError, closest
 from pretrain.ops import Linear
 from pretrain.towers import Tower
@@ -46,6 +47,7 @@ class LoraConfig:
                 f"adapt.lora.rank={self.rank} (from 0), adapt.lora.alpha={self.alpha} (above 0) and adapt.lora.dropout="
                 f"{self.dropout} (0 to below 1) do not fit together"
             )
+        check_numbers(self, "adapt.lora", alpha="(0, inf)")
 
 
 def inject_adapters(tower: Tower, config: LoraConfig) -> None:

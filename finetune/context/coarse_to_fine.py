@@ -24,6 +24,7 @@ from finetune.attention.multihead import Keys, attend
 from finetune.attention.trace import Weights
 from finetune.context import Context, Queries
 from finetune.context.tiling import Tiling
+from pretrain.config import check_numbers
 from pretrain.errors import ConfigError
 
 
@@ -44,6 +45,7 @@ class Config:
         """Raise ConfigError for a number out of range."""
         if self.region < 1 or self.keep < 0:
             raise ConfigError(f"context.region={self.region} (from 1) and context.keep={self.keep} (from 0) do not fit")
+        check_numbers(self, "context")
 
 
 class Selection(NamedTuple):

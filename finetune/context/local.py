@@ -18,6 +18,7 @@ from finetune.attention.trace import Weights
 from finetune.context import Queries
 from finetune.context.dense import Dense
 from finetune.context.tiling import Tiling
+from pretrain.config import check_numbers
 from pretrain.errors import ConfigError
 
 
@@ -36,6 +37,7 @@ class Config:
         """Raise ConfigError for a window without tokens."""
         if self.window < 1:
             raise ConfigError(f"context.window={self.window} must be at least 1 token")
+        check_numbers(self, "context")
 
 
 class Local(Dense):

@@ -17,6 +17,7 @@ from torch import nn
 from finetune.attention.multihead import Attention, Tokens, attend, broadcast_over_heads
 from finetune.attention.trace import Weights
 from finetune.context.dense import Dense
+from pretrain.config import check_numbers
 from pretrain.errors import ConfigError
 
 
@@ -37,6 +38,7 @@ class Config:
         """Raise ConfigError for a number below 1."""
         if self.latents < 1 or self.heads < 1:
             raise ConfigError(f"context.latents={self.latents} and context.heads={self.heads} must be at least 1")
+        check_numbers(self, "context", inner="[1, inf)")
 
 
 class Pooled(Dense):

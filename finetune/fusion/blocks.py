@@ -18,6 +18,7 @@ from finetune.attention.multihead import Attention, Tokens, ZeroInitLinear
 from finetune.attention.positions import count_position_channels
 from finetune.attention.trace import AttentionRecord, Step, Trace, Weights
 from finetune.context import Context, Queries, build_contexts
+from pretrain.config import check_numbers
 from pretrain.errors import ConfigError
 from pretrain.towers import TokenSequence, masked_mean
 
@@ -58,6 +59,7 @@ class FusionConfig:
                 f"{self.feedforward} (above 0), fusion.places={self.places} (from 0) and fusion.dropout={self.dropout} "
                 "(0 to below 1) do not fit together"
             )
+        check_numbers(self, "fusion", feedforward="(0, inf)", inner="[1, inf)")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ from finetune.grounding.phrases import WORD_KINDS
 from finetune.grounding.pointing_game import bootstrap
 from finetune.grounding.probes import SWAP, ImageSizeDecoder, Prober, Record, build_untrained
 from finetune.loading import Finetuned
+from pretrain.config import SEED, check_numbers
 from pretrain.data import loader, vocabulary
 from pretrain.data.config import resolve_sources
 from pretrain.data.vocabulary import Vocabulary
@@ -78,6 +79,7 @@ class GroundingConfig:
         for name, least in (("texts", 1), ("batch_size", 1), ("workers", 0), ("max_samples", 0), ("resamples", 100)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least {least}")
+        check_numbers(self, "grounding", seed=SEED)
 
 
 def evaluate_grounding(tuned: Finetuned, shards: Any, config: GroundingConfig, device: torch.device) -> dict[str, float]:

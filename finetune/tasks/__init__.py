@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from finetune.attention.trace import Trace
 from finetune.model import Features, FusionModel, Head
 from finetune.tasks.questions import Question
+from pretrain.config import check_numbers
 from pretrain.data import BadSample, loader
 from pretrain.data.config import count_samples_once, resolve_sources
 from pretrain.data.loader import Batch, EvalLoader
@@ -67,6 +68,7 @@ class EvalConfig:
         for name, least in (("batch_size", 1), ("workers", 0), ("max_samples", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"eval.{name}={getattr(self, name)} must be at least {least}")
+        check_numbers(self, "eval")
 
 
 @dataclass

@@ -26,6 +26,7 @@ from finetune.attention.trace import Trace
 from finetune.model import Features, FusionModel, Head
 from finetune.tasks import EvalSetup, Prediction, Survey, Task, caption_metrics, global_weighted_mean
 from finetune.tasks.decoding import Generated, beam_search, greedy_search, nucleus_sampling
+from pretrain.config import SEED, check_numbers
 from pretrain.data.text import TextDecoder
 from pretrain.errors import ConfigError, UserError
 from pretrain.runtime import distributed
@@ -71,6 +72,7 @@ class Config:
                 f"task.beams={self.beams} must be at least 1, task.penalty={self.penalty} at least 0, task.top_p={self.top_p} "
                 f"above 0 and at most 1, task.temperature={self.temperature} above 0"
             )
+        check_numbers(self, "task", penalty="[0, inf)", temperature="(0, inf)", seed=SEED)
 
 
 class Captions(TextDecoder):

@@ -37,6 +37,7 @@ from finetune.tasks.labels import (
     single_label_metrics,
     sort_labels,
 )
+from pretrain.config import check_numbers
 from pretrain.data import BadSample
 from pretrain.data.images import ImageDecoder
 from pretrain.data.shards.paths import RawSample
@@ -87,6 +88,7 @@ class Config:
             raise ConfigError("task.features=fused needs a text to read the image: set task.text, or task.features=embedding")
         if any(weight <= 0 for weight in self.class_weights.values()):
             raise ConfigError(f"task.class_weights={self.class_weights}: every weight must be above 0")
+        check_numbers(self, "task", hidden="[0, inf)", class_weights="(0, inf)")
 
 
 class Classifier(Head):

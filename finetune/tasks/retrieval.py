@@ -36,6 +36,7 @@ from finetune.tasks import EvalSetup, ExportSpec, Prediction, Survey, Task, glob
 from finetune.tasks.negative_captions import NegativeCaptions
 from finetune.tasks.reranking import evaluate_reranking
 from pretrain import registry
+from pretrain.config import check_numbers
 from pretrain.data.batch import Batch
 from pretrain.errors import ConfigError
 from pretrain.runtime import distributed
@@ -90,6 +91,7 @@ class Config:
             raise ConfigError(
                 f"task.draw={self.draw} and task.rerank={self.rerank} must be at least 1, task.hidden={self.hidden} above 0"
             )
+        check_numbers(self, "task", contrastive="[0, inf)", matching="(0, inf)", hidden="(0, inf)")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from finetune.model import Features, FusionModel, Head
 from finetune.tasks import EvalSetup, ExportSpec, Prediction, Survey, Task, global_weighted_mean
 from finetune.tasks.questions import Question, Questions, read_questions
 from finetune.tasks.vqa_accuracy import QuestionOnlyBaseline, build_vocabulary, official_accuracy
+from pretrain.config import check_numbers
 from pretrain.data import BadSample
 from pretrain.errors import ConfigError, UserError
 from pretrain.runtime import distributed
@@ -67,6 +68,7 @@ class Config:
                 f"task.questions={self.questions} and task.vocabulary={self.vocabulary} must be at least 1, task.hidden="
                 f"{self.hidden} above 0, task.dropout={self.dropout} from 0 to below 1"
             )
+        check_numbers(self, "task", hidden="(0, inf)")
 
 
 class AnswerHead(Head):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from pretrain.config import text_field
+from pretrain.config import check_numbers, text_field
 from pretrain.data.captions import check_caption_source
 from pretrain.data.images import AugmentConfig
 from pretrain.data.shards.cache import FETCH_SECONDS, MAX_FETCH_SECONDS, ShardCache
@@ -92,6 +92,7 @@ class DataConfig:
         parse_sources(self.train, "data.train")
         if self.val is not None:
             parse_sources(self.val, "data.val")
+        check_numbers(self, "data", cache_gib="[0, inf)")
 
     def build_cache(self) -> ShardCache:
         """Build the cache of fetched shards that these settings describe."""

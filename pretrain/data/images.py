@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from collections.abc import Sequence
 import torch
 from PIL import Image
 
@@ -27,6 +28,7 @@ from pretrain.data import BadSample
 from pretrain.data.decode import EXTENSIONS, MAX_PIXELS, decode_image, decode_pixels, read_header, reduction_factor
 from pretrain.data.members import explain_missing_image
 from pretrain.errors import ConfigError
+from pretrain.config import check_numbers
 from pretrain.ops import CLIP_MEAN, CLIP_STD
 
 if TYPE_CHECKING:
@@ -106,6 +108,7 @@ class Preprocess:
 
 def draw_crop(
     height: int, width: int, scale: list[float], ratio: list[float], rng: np.random.Generator
+        check_numbers(self, "data.augment")
 ) -> tuple[int, int, int, int]:
     """Draw a crop (top, left, height, width), like torchvision's RandomResizedCrop.get_params.
 

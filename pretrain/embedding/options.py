@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
+from pretrain.config import check_numbers
 from pretrain.errors import ConfigError
 
 
@@ -42,6 +43,7 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < minimum:
                 raise ConfigError(f"--{name.replace('_', '-')} {value} must be at least {minimum}")
+        check_numbers(self, "embed")
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:

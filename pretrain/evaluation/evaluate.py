@@ -20,6 +20,7 @@ import torch
 from rich.table import Table
 
 from pretrain.checkpoints.loading import LoadedModel
+from pretrain.config import check_numbers
 from pretrain.data import loader
 from pretrain.data.shards.cache import ShardCache
 from pretrain.embedding import dataset
@@ -77,6 +78,7 @@ class EvalConfig:
         zero_shot.check_templates(self.templates)
         if "linear_probe" in self.tasks and not self.probe_train:
             raise ConfigError("linear_probe is trained on labeled images: set eval.probe_train to their shards")
+        check_numbers(self, "eval")
 
 
 def evaluate(

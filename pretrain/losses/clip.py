@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pretrain.config import check_numbers
 from pretrain.errors import ConfigError
 from pretrain.losses import average_over_pairs, duplicate_mask, is_tiled
 from pretrain.losses.tiles import softmax_loss
@@ -38,6 +39,7 @@ class Config:
         """Raise ConfigError for an impossible value."""
         if self.tile < 0:
             raise ConfigError(f"loss.tile={self.tile} must be 0 (automatic) or a number of rows")
+        check_numbers(self, "loss")
 
 
 class Loss(nn.Module):

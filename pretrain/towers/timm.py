@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from pretrain.errors import ConfigError, closest
 from pretrain.ops import CLIP_MEAN, CLIP_STD, use_onednn
+from pretrain.config import check_numbers
 from pretrain.towers import TokenSequence, Tower, stem, used_parameters
 from pretrain.towers.pooling import get_head_norm, set_pooling
 
@@ -94,6 +95,7 @@ class Config:
         if min(self.stem) < 1 or any(after < before for before, after in pairwise(self.stem)):
             raise ConfigError(
                 f"image.stem={self.stem} must list widths of 1 or more, none smaller than the one before, "
+        check_numbers(self, "image", mean="[0, inf)", std="(0, inf)")
                 "for example [32, 64, 64, 128]"
             )
         if self.pretrained:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from pretrain.config import check_numbers
 from pretrain.errors import ConfigError
 from pretrain.towers import TokenSequence, Tower, hf_models, last_valid, masked_mean, used_parameters
 from pretrain.towers.length_buckets import encode_grouped
@@ -58,6 +59,7 @@ class Config:
                 f"text.trainable_blocks={self.trainable_blocks} -1 or more"
             )
 
+        check_numbers(self, "text")
 
 class TextTower(Tower):
     """A transformers text model and the pooling of its states.

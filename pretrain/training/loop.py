@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from pretrain import strategies
 from pretrain.checkpoints import store
 from pretrain.data.loader import Batch, Loader
+from pretrain.config import check_numbers
 from pretrain.data.order import Order
 from pretrain.errors import ConfigError, UserError
 from pretrain.optim import OptimConfig, WeightAverage, learning_rate
@@ -107,6 +108,7 @@ class TrainConfig:
         strategies.check(self.strategy, self.precision, self.compile, self.offload, self.deepspeed)
 
     def total_steps(self, batch_size: int, order: Order) -> int:
+        check_numbers(self, "train", steps="[0, inf)", samples="[0, inf)", epochs="[0, inf)", timeout="(0, inf)")
         """Return the number of steps of the whole run."""
         if self.steps:
             return self.steps
