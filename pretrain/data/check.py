@@ -117,13 +117,22 @@ def _check_shard(job: _CheckJob) -> CheckReport:
 
 def _find_problems(reader: ShardReader, sample: int, job: _CheckJob) -> list[BadSample]:
     """Return one BadSample for each reason why the sample cannot be used."""
-    problems: list[BadSample] = []
     try:
         members = reader.read(0, sample, None if job.decode else ()).members
         if not job.decode:
             members = dict.fromkeys(reader.extensions(0, sample), b"")
     except BadSample as error:
         return [error]
+    problems = _find_problems_in(members, job)
+    apart = reader.explain_apart(0, sample)
+    if apart and any(problem.reason in ("no image", "no caption") for problem in problems):
+        return [BadSample("members apart", apart)]
+    return problems
+
+
+def _find_problems_in(members: dict[str, bytes], job: _CheckJob) -> list[BadSample]:
+    """Return one BadSample for each reason why a sample with these members cannot be used."""
+    problems: list[BadSample] = []
     image = next((members[extension] for extension in EXTENSIONS if extension in members), None)
     if image is None:
         problems.append(BadSample("no image", explain_missing_image(members, EXTENSIONS)))

@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pretrain.data.shards.cache import ShardCache, is_remote, read_small_file
-from pretrain.data.shards.tar import Members, read_members
+from pretrain.data.shards.names import name_shard
+from pretrain.data.shards.tar import BLOCK, Members, read_members
 from pretrain.errors import UserError
 from pretrain.runtime.files import replace_atomically
 
@@ -49,6 +50,7 @@ class ShardIndex:
     flags: npt.NDArray[np.uint8]  # (n,)
     key_ends: Ints  # (n + 1,)
     key_bytes: npt.NDArray[np.uint8]  # all keys, concatenated, as UTF-8
+    origin: str = ""  # the path or url from which the shard at `path` was fetched; "" = path
 
     @property
     def count(self) -> int:
@@ -57,8 +59,8 @@ class ShardIndex:
 
     @cached_property
     def name(self) -> str:
-        """The shard's name in keys: the file name without .tar."""
-        return os.path.basename(self.path).removesuffix(".tar")
+        """The shard's name in keys: the file name without .tar, the same wherever the shard lies."""
+        return name_shard(self.origin or self.path)
 
     def key(self, sample: int) -> str:
         """Return the KEY of a sample; bytes that are not UTF-8 are written as escapes."""
@@ -68,6 +70,26 @@ class ShardIndex:
     def keys(self) -> list[str]:
         """KEY of every sample."""
         return [self.key(i) for i in range(self.count)]
+
+    @cached_property
+    def apart(self) -> frozenset[int]:
+        """Samples that are a part of one: other members of their key lie elsewhere in the tar, as after `tar *.jpg *.txt`."""
+        repeated = {self.key(int(i)) for i in np.flatnonzero(self.flags & DUPLICATE_KEY)}
+        parts: dict[str, list[int]] = {key: [] for key in repeated}
+        for i in range(self.count) if repeated else ():
+            if (key := self.key(i)) in parts:
+                parts[key].append(i)
+        apart: set[int] = set()
+        for samples in parts.values():
+            kinds = [kind for i in samples for kind in self.kinds(i)]
+            if len(set(kinds)) == len(kinds):
+                apart.update(samples)
+        return frozenset(apart)
+
+    def kinds(self, sample: int) -> list[str]:
+        """Return the extensions of the members of a sample."""
+        rows = self.members[self.starts[sample] : self.starts[sample + 1], 0]
+        return [self.extensions[kind] for kind in rows]
 
 
 def load_index(path: str, cache: ShardCache | None = None) -> ShardIndex:
@@ -93,7 +115,7 @@ def load_index(path: str, cache: ShardCache | None = None) -> ShardIndex:
             f"{path} holds {shard_index.count:,} samples, but {count_file} says {count:,}: "
             "the shard was cut short, or one of the two files is outdated"
         )
-    return shard_index
+    return replace(shard_index, origin=path)
 
 
 def _build(path: str) -> ShardIndex:
@@ -256,6 +278,26 @@ def recorded_count(path: str) -> tuple[int | None, str]:
         if isinstance(count, int) and count >= 0:
             return count, file
     return None, ""
+
+
+def looks_complete(path: str) -> bool:
+    """Return whether a local shard has the size that its stats file records, if any, and ends as a tar does: with zeros.
+
+    It reads one block, so that a shard that was cut short is detected at the start of a run, whatever its stats file says.
+    """
+    stats = path.removesuffix(".tar") + "_stats.json"
+    expected = _read_json_object(stats, _modified_ns(stats)).get("bytes")
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        size = os.fstat(fd).st_size
+        return size >= BLOCK and expected in (None, size) and not any(os.pread(fd, BLOCK, size - BLOCK))
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
 
 
 def _modified_ns(file: str) -> int | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import multiprocessing
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -19,7 +20,7 @@ from typing import Any
 from braceexpand import braceexpand
 
 from pretrain.data.shards.cache import ShardCache, is_remote, retry_io
-from pretrain.data.shards.index import ShardIndex, indexed_count, load_index, recorded_count
+from pretrain.data.shards.index import ShardIndex, indexed_count, load_index, looks_complete, recorded_count
 from pretrain.errors import ConfigError, UserError
 
 __all__ = ["RawSample", "ShardIndex", "count_samples", "expand_shards", "load_index"]
@@ -48,18 +49,49 @@ def expand_shards(spec: str | Sequence[str], where: str = "data.train") -> list[
     Raises:
         ConfigError: a pattern that matches no shard.
     """
-    shards: set[str] = set()
-    for item in [spec] if isinstance(spec, str) else spec:
-        shards |= set(_expand_one(item, where))
+    items = [part for item in ([spec] if isinstance(spec, str) else spec) for part in _split_items(item)]
+    shards = sorted({shard for item in items for shard in _expand_one(item, where)})
     if not shards:
         raise ConfigError(f"{where} names no shards: give a glob, a brace pattern, a folder or a url")
-    return sorted(shards)
+    if len(items) == 1:
+        return shards
+    # Several patterns may name one file twice, as a/0.tar and ./a/0.tar.
+    files = {shard if is_remote(shard) else os.path.abspath(shard): shard for shard in reversed(shards)}
+    return sorted(files.values())
+
+
+def _split_items(item: str) -> list[str]:
+    """Split patterns at "::", as webdataset and open_clip do; not within a command or the address of a host, [::1]."""
+    if os.path.exists(item):
+        return [item]
+    parts: list[str] = []
+    for part in re.split(r"::(?=pipe:)", item):
+        boundary = r"::(?=[a-z][a-z0-9+.-]*://|\S+\.tar(?:::|$))" if part.startswith("pipe:") else r"::(?![^\[\]/]*\])"
+        parts += re.split(boundary, part)
+    return [part for part in parts if part]
+
+
+def _expand_command(command: str) -> list[str]:
+    """Expand the ranges {0000..0012} in a command; other braces are left to the shell."""
+    depth, start = 0, 0
+    for i, character in enumerate(command):
+        if character == "{":
+            start = i if depth == 0 else start
+            depth += 1
+        elif character == "}" and depth:
+            depth -= 1
+            group = command[start : i + 1]
+            if depth == 0 and ".." in group and not command[:start].endswith(("$", "\\")):
+                values = list(braceexpand(group, escape=False))
+                if values != [group]:
+                    return [command[:start] + value + end for value in values for end in _expand_command(command[i + 1 :])]
+    return [command]
 
 
 def _expand_one(item: str, where: str) -> list[str]:
     """Return the shards that match one pattern."""
     if item.startswith("pipe:"):
-        return [item]
+        return _expand_command(item)
     try:
         patterns = list(braceexpand(item))
     except ValueError:
@@ -79,12 +111,27 @@ def _expand_one(item: str, where: str) -> list[str]:
         shards += matches
         missing += [] if matches else [pattern]
     if missing:
-        is_folder = os.path.isdir(os.path.expanduser(missing[0]))
+        folder = os.path.expanduser(missing[0].removeprefix("file://"))
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise ConfigError(
-            f"{where}={item}: " + (f"no *.tar in this folder{more}" if is_folder else f"no file matches {missing[0]}{more}")
-        )
+        if os.path.isdir(folder):
+            raise ConfigError(f"{where}={item}: no *.tar in this folder{more}{_suggest_source(folder)}")
+        raise ConfigError(f"{where}={item}: no file matches {missing[0]}{more}")
     return shards
+
+
+def _suggest_source(folder: str) -> str:
+    """Return what a folder without shards holds that could be meant, for an error message; "" where nothing could."""
+    names = sorted(os.listdir(folder))
+    compressed = [name for name in names if re.search(r"\.(tar\.\w+|tgz|tbz2?|txz|tzst)$", name.lower())]
+    if compressed:
+        return f", but {compressed[0]}: shards must be plain tar files, decompress it first"
+    if any(name.endswith(".TAR") for name in names):
+        return f"; the pattern {folder}/*.TAR matches some"
+    if glob.glob(os.path.join(glob.escape(folder), "*", "*.tar")):
+        return f", but in folders below it: give {os.path.join(folder, '*', '*.tar')}"
+    if any(name.lower().endswith((".jpg", ".jpeg", ".png", ".webp", ".csv", ".tsv", ".jsonl", ".parquet")) for name in names):
+        return "; `clipfuse data pack` makes shards of images and tables"
+    return ""
 
 
 # ---- counting samples ------------------------------------------------------------------------------------------------
@@ -132,10 +179,10 @@ def count_samples(
 
 
 def _known_count(path: str, cache: ShardCache) -> int | None:
-    """Return the count from a file beside the shard or its saved index; None where neither has it."""
+    """Return the count from a file beside the shard or its saved index; None where neither has it or the shard is cut short."""
     count, _ = recorded_count(path)
     if count is not None:
-        return count
+        return count if is_remote(path) or looks_complete(path) else None
     return None if is_remote(path) or not os.path.exists(path) else indexed_count(path, cache)
 
 

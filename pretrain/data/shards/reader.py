@@ -10,6 +10,7 @@ from typing import Any
 from pretrain.data import BadSample
 from pretrain.data.shards.cache import ShardCache, retry_io
 from pretrain.data.shards.index import DUPLICATE_MEMBER, ShardIndex, load_index
+from pretrain.data.shards.names import find_new_names
 from pretrain.data.shards.paths import RawSample
 from pretrain.errors import UserError
 
@@ -42,6 +43,7 @@ class ShardReader:
     ) -> None:
         self.paths, self.cache, self.counts = paths, cache or ShardCache(), counts
         self.max_open, self.max_bytes = max_open, max_bytes
+        self._new_names = find_new_names(paths)
         self._open: OrderedDict[int, tuple[int, ShardIndex]] = (
             OrderedDict()
         )  # shard -> (file descriptor, index), least recently used first
@@ -54,9 +56,13 @@ class ShardReader:
             UserError: the shard is damaged, has changed, or cannot be read even after retries.
         """
         fd, shard_index = self._open_shard(shard)
-        raw = RawSample(f"{shard_index.name}/{shard_index.key(sample)}")
+        raw = RawSample(self._build_key(shard, shard_index, sample))
+        if shard_index.flags[sample] & DUPLICATE_MEMBER:
+            raise BadSample("duplicate member", raw.key)
         if shard_index.flags[sample]:
-            raise BadSample("duplicate member" if shard_index.flags[sample] & DUPLICATE_MEMBER else "duplicate key", raw.key)
+            if sample in shard_index.apart:
+                raise BadSample("members apart", self.explain_apart(shard, sample))
+            raise BadSample("duplicate key", raw.key)
         names = shard_index.extensions
         rows: list[list[int]] = shard_index.members[shard_index.starts[sample] : shard_index.starts[sample + 1]].tolist()
         if extensions is not None:
@@ -80,15 +86,28 @@ class ShardReader:
         return raw
 
     def key(self, shard: int, sample: int) -> str:
-        """Return the key "shard/KEY" of a sample."""
+        """Return the key "shard/KEY" of a sample; shards of the same name get the names of their folders, too."""
         _, shard_index = self._open_shard(shard)
-        return f"{shard_index.name}/{shard_index.key(sample)}"
+        return self._build_key(shard, shard_index, sample)
+
+    def _build_key(self, shard: int, shard_index: ShardIndex, sample: int) -> str:
+        return f"{self._new_names.get(shard) or shard_index.name}/{shard_index.key(sample)}"
+
+    def explain_apart(self, shard: int, sample: int) -> str:
+        """Return what is wrong with a sample whose members lie apart in the tar, or "" where they do not."""
+        _, shard_index = self._open_shard(shard)
+        if sample not in shard_index.apart:
+            return ""
+        kinds = ", ".join(f".{kind}" for kind in shard_index.kinds(sample))
+        return (
+            f"{kinds} of {shard_index.key(sample)} and its other members do not follow one another in the tar: "
+            "pack it again with `clipfuse data pack`, or with tar --sort=name"
+        )
 
     def extensions(self, shard: int, sample: int) -> list[str]:
         """Return the extensions of the members of a sample, without reading them."""
         _, shard_index = self._open_shard(shard)
-        kinds = shard_index.members[shard_index.starts[sample] : shard_index.starts[sample + 1], 0]
-        return [shard_index.extensions[kind] for kind in kinds]
+        return shard_index.kinds(sample)
 
     def close(self) -> None:
         """Close all open files; reading opens them again."""
