@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -47,7 +46,10 @@ def _add_pack(commands: Subparsers[argparse.ArgumentParser]) -> None:
     p.add_argument("--image-column", default="image", metavar="NAME", help="column with the path of the image (default image)")
     p.add_argument("--caption-column", default="caption", metavar="NAME", help="column with the text (default caption)")
     p.add_argument(
-        "--caption-from", default="txt", choices=["txt", "path"], help="folders: NAME.txt beside NAME.jpg, or its path"
+        "--caption-from",
+        default="txt",
+        choices=["txt", "lines", "path"],
+        help="folders: NAME.txt beside NAME.jpg as one caption (default), each of its lines as one, or the words of the path",
     )
     p.add_argument("--size", type=int, metavar="PX", help="shrink larger images to this side")
     p.add_argument("--side", default="shortest", choices=["shortest", "longest"], help="the side that --size limits")
@@ -118,7 +120,8 @@ def _pack(args: argparse.Namespace) -> int:
             workers=args.workers,
             progress=progress,
         )
-    print(summary)
+    for line in summary.format_lines():
+        print(one_safe_line(line))
     return DONE
 
 
@@ -133,13 +136,15 @@ def check(args: argparse.Namespace) -> int:
             expand_shards(args.shards, "SHARDS"), not args.no_decode, args.workers, progress, args.caption
         )
     if args.json:
-        print(json.dumps(hide_secrets_in(dataclasses.asdict(report))))
+        print(json.dumps(hide_secrets_in(report.as_dict())))
         return DONE if report.is_ok else FAILED
     print(f"{report.shards:,} shards, {report.samples:,} samples, {report.bad_samples:,} of them bad")
     for reason, count in report.bad.most_common():
         print(one_safe_line(f"  {count:,} {reason}: {', '.join(report.names[reason][:3])}{', ...' if count > 3 else ''}"))
     for line in [*report.damaged, *(f"{path} holds no samples" for path in report.empty)]:
         print(one_safe_line(f"  {line}"))
+    for line in report.captions.format_lines():
+        print(one_safe_line(line))
     return DONE if report.is_ok else FAILED
 
 

@@ -13,6 +13,7 @@
     decode.py           encoded images to pixels
     text.py             TextDecoder: captions to token ids; loading of tokenizers
     captions.py         the captions of a sample, cleaned
+    caption_statistics.py  lengths of captions, and captions that are hardly meant to be captions
     members.py          explains why a sample lacks an image or a caption
     sample_json.py      the json member of a sample, parsed
     train_tokenizer.py  trains a byte-level BPE tokenizer on captions

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pretrain.data import BadSample
-from pretrain.data.captions import caption_member, read_captions
+from pretrain.data.caption_statistics import CaptionStatistics
+from pretrain.data.captions import TXT, TXT_WHOLE, caption_member, read_captions
 from pretrain.data.decode import decode_image as decode_image
 from pretrain.data.images import EXTENSIONS
 from pretrain.data.members import explain_missing_caption, explain_missing_image
@@ -38,6 +39,8 @@ class CheckReport:
     """One line for each shard that cannot be used at all: training refuses to start with it."""
     empty: list[str] = field(default_factory=list)
     """Shards without samples."""
+    captions: CaptionStatistics = field(default_factory=CaptionStatistics)
+    """Lengths and oddities of the captions of usable samples, if samples were decoded. Odd captions are not bad."""
 
     @property
     def is_ok(self) -> bool:
@@ -54,6 +57,11 @@ class CheckReport:
             self.names[reason] = [*self.names.get(reason, []), *names][:_MAX_NAMED]
         self.damaged += other.damaged
         self.empty += other.empty
+        self.captions.add(other.captions)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report as values of JSON."""
+        return {**vars(self), "bad": dict(self.bad), "captions": self.captions.as_dict()}
 
 
 class _CheckJob(NamedTuple):
@@ -109,10 +117,19 @@ def _check_shard(job: _CheckJob) -> CheckReport:
                 names = report.names.setdefault(error.reason, [])
                 if len(names) < _MAX_NAMED:
                     names.append(f"{reader.key(0, sample)}: {error.detail[:200]}")
+            if job.decode and not problems:
+                _add_captions(report.captions, reader, sample, job)
         reader.close()
     except UserError as error:
         return CheckReport(shards=1, damaged=[str(error)])
     return report
+
+
+def _add_captions(statistics: CaptionStatistics, reader: ShardReader, sample: int, job: _CheckJob) -> None:
+    """Add the captions of a usable sample to the statistics."""
+    members = reader.read(0, sample, (caption_member(job.caption),)).members
+    text = members["txt"] if job.caption in (TXT, TXT_WHOLE) else None
+    statistics.add_sample(reader.key(0, sample), read_captions(members, job.caption), text)
 
 
 def _find_problems(reader: ShardReader, sample: int, job: _CheckJob) -> list[BadSample]:

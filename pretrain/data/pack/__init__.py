@@ -40,6 +40,7 @@ from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
+from pretrain.data.caption_statistics import SEVERAL_LINES
 from pretrain.data.pack import writer
 from pretrain.data.pack.sources import PackSource, SourceOptions, open_source
 from pretrain.data.pack.table import TableSource
@@ -47,6 +48,8 @@ from pretrain.data.pack.writer import ShardJob, ShardResult, StorageOptions, get
 from pretrain.errors import ConfigError, UserError
 from pretrain.runtime import files
 from pretrain.runtime.orphans import exit_with_parent
+
+_ADVICE = {SEVERAL_LINES: ": --caption-from lines reads one caption per line"}
 
 
 @dataclass
@@ -65,6 +68,8 @@ class PackSummary:
     """By reason, the names of the first few skipped samples."""
     dropped: Counter[str] = field(default_factory=Counter)
     """Captions left out of samples that have others, by reason."""
+    odd: Counter[str] = field(default_factory=Counter)
+    """Odd captions by kind."""
     notes: list[str] = field(default_factory=list)
     """Lines for the user about what the source holds."""
 
@@ -74,6 +79,7 @@ class PackSummary:
         self.written += result.written
         self.skipped += result.skipped
         self.dropped += result.dropped
+        self.odd += result.odd
         for reason, names in result.examples.items():
             known = self.examples.setdefault(reason, [])
             known += names[: 3 - len(known)]
@@ -92,6 +98,8 @@ class PackSummary:
         if self.dropped:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.most_common())
             out.append(f"captions left out of samples that have others: {reasons}")
+        for oddity, count in self.odd.most_common():
+            out.append(f"{count:,} {'caption' if count == 1 else 'captions'} {oddity}{_ADVICE.get(oddity, '')}")
         return out + self.notes
 
 
@@ -124,7 +132,8 @@ def pack(
         image_column: for tables: the path of the image, relative to the table, or the image itself.
         caption_column: for tables: a text, or a list of texts. The first text of a list becomes KEY.txt; the whole list
             becomes the field of this name in KEY.json. Where images have several rows, every sample has that field.
-        caption_from: for folders: "txt" reads NAME.txt (or .TXT) next to NAME.jpg; "path" uses the words of the image's path.
+        caption_from: for folders: "txt" reads NAME.txt (or .TXT) next to NAME.jpg as one caption, "lines" each line of it as
+            one; "path" uses the words of the image's path.
         size: pixels; larger images are scaled down to it. None stores the bytes of each file unchanged.
         side: which side `size` limits: "shortest" or "longest".
         shard_size: samples of the source per shard.
@@ -173,8 +182,8 @@ def _check_options(storage: StorageOptions, caption_from: str, shard_size: int, 
         raise ConfigError(f"size={storage.size} must be at least 1 pixel")
     if storage.side not in ("shortest", "longest"):
         raise ConfigError(f"side={storage.side!r} must be one of shortest, longest")
-    if caption_from not in ("txt", "path"):
-        raise ConfigError(f"caption_from={caption_from!r} must be one of txt, path")
+    if caption_from not in ("txt", "lines", "path"):
+        raise ConfigError(f"caption_from={caption_from!r} must be one of txt, lines, path")
     if shard_size < 1:
         raise ConfigError(f"shard_size={shard_size} must be at least 1")
     if separator is not None and (not separator or set(separator) & set('"\r\n')):

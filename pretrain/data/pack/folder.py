@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.data import BadSample
-from pretrain.data.captions import normalize_whitespace, read_captions
-from pretrain.data.pack.writer import ShardJob, SourceSample
+from pretrain.data.caption_statistics import SEVERAL_LINES, find_oddities
+from pretrain.data.captions import TXT, TXT_LINES, count_lines, normalize_whitespace, read_captions
+from pretrain.data.pack.writer import ShardJob, SourceSample, describe_caption_field
 from pretrain.errors import UserError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
@@ -118,13 +119,15 @@ class FolderJob:
         """Read sample `i`. Raises BadSample."""
         path = self.root / self.paths[i]
         root = None if self.outside else str(self.root)
+        text = b""
         if self.caption_from == "path":
             texts = [build_caption(self.paths[i])]
             if not texts[0]:
                 raise BadSample("empty caption", "the path contains no word")
         else:
             try:
-                texts = read_captions({"txt": read_file_inside(_find_beside(path, "txt"), root)})
+                text = read_file_inside(_find_beside(path, "txt"), root)
+                texts = read_captions({"txt": text}, TXT_LINES if self.caption_from == "lines" else TXT)
             except BadSample as bad:
                 raise BadSample("no caption", bad.detail) if bad.reason == "no such file" else bad from bad
         metadata: dict[str, Any] = {"source": self.paths[i]}
@@ -136,7 +139,10 @@ class FolderJob:
                 raise BadSample("json unreadable", f"{json_path}: {error}") from error
             if isinstance(content, dict):
                 metadata |= content
-        return SourceSample(read_file_inside(path, root), texts, metadata)
+        odd = [oddity for caption in texts for oddity in find_oddities(caption)]
+        if self.caption_from == "txt" and count_lines(text) > 1:
+            odd.append(SEVERAL_LINES)
+        return SourceSample(read_file_inside(path, root), texts, metadata, odd=odd, lists_captions=self.caption_from == "lines")
 
 
 @dataclass
@@ -149,6 +155,8 @@ class FolderSource:
     """The folder of the shards, which is skipped if it is inside `root`."""
     outside: bool = False
     """Whether links that lead out of `root` are followed."""
+    caption_column: str = "caption"
+    """The field of the json that lists the captions if each line of a file is one."""
     links: list[str] = field(default_factory=list, init=False)
     """Links to folders that were not followed because they lead out of `root`; set by `count`."""
 
@@ -176,7 +184,7 @@ class FolderSource:
             raise UserError(
                 f"{self.root} holds no images: no file in it ends in {', '.join(f'.{e}' for e in IMAGE_EXTENSIONS)}{links}"
             )
-        if self.caption_from == "txt" and not texts:
+        if self.caption_from != "path" and not texts:
             raise UserError(
                 f"{self.root} holds {images:,} images and no .txt: put NAME.txt next to NAME.jpg, "
                 "or use --caption-from path to take captions from the paths"
@@ -185,10 +193,11 @@ class FolderSource:
 
     def get_notes(self) -> list[str]:
         """Return lines for the user about what the folder holds."""
-        if not self.links:
-            return []
-        names = ", ".join(self.links[:3]) + (", ..." if len(self.links) > 3 else "")
-        return [f"links to folders outside {self.root} are not followed ({names}): --outside follows them"]
+        notes = [describe_caption_field(self.caption_column)] if self.caption_from == "lines" else []
+        if self.links:
+            names = ", ".join(self.links[:3]) + (", ..." if len(self.links) > 3 else "")
+            notes.append(f"links to folders outside {self.root} are not followed ({names}): --outside follows them")
+        return notes
 
     @cached_property
     def _scan(self) -> tuple[str, int, int]:

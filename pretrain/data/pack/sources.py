@@ -73,7 +73,11 @@ def open_source(source: str, options: SourceOptions, excluded: Path) -> PackSour
         if any(p.suffix == ".tar" for p in entries):
             return TarSource(expand_shards(str(path), "SOURCE"))
         tables = [p for p in entries if p.suffix == ".parquet"]
-        return _open_tables(tables, options) if tables else FolderSource(path, options.caption_from, excluded, options.outside)
+        return (
+            _open_tables(tables, options)
+            if tables
+            else FolderSource(path, options.caption_from, excluded, options.outside, options.caption_column)
+        )
     extension = path.name.lower().removesuffix(".gz").rpartition(".")[2]
     if extension == "tar":
         return TarSource(expand_shards(source, "SOURCE"))

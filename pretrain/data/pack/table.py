@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pretrain.data import BadSample
+from pretrain.data.caption_statistics import find_oddities
 from pretrain.data.captions import normalize_whitespace
 from pretrain.data.pack import table_readers
 from pretrain.data.pack.folder import read_file_inside
 from pretrain.data.pack.grouping import RowGroups, identify_image, is_image_content
-from pretrain.data.pack.writer import ShardJob, SourceSample
+from pretrain.data.pack.writer import ShardJob, SourceSample, describe_caption_field
 from pretrain.errors import ConfigError, UserError, closest
 
 _MAX_EXAMPLES = 3  # rows shown for each reason
@@ -87,9 +88,14 @@ class TableJob:
         image, source = self._read_image(rows[0].get(self.image_column), base)
         metadata: dict[str, Any] = {"source": source} if source else {}
         metadata |= _merge_columns(rows, (self.image_column, self.caption_column))
-        if self.lists_captions:
-            metadata[self.caption_column] = captions
-        return SourceSample(image, captions, metadata, dropped=[bad.reason for bad in unusable])
+        return SourceSample(
+            image,
+            captions,
+            metadata,
+            dropped=[bad.reason for bad in unusable],
+            odd=[oddity for caption in captions for oddity in find_oddities(caption)],
+            lists_captions=self.lists_captions,
+        )
 
     def _read_captions(self, value: Any) -> list[str]:
         """Return the texts of a value that are not empty, with whitespace normalized. Raises BadSample."""
@@ -262,10 +268,7 @@ class TableSource:
                 "rows of one image are one sample with several captions"
             )
         if self._lists_captions:
-            notes.append(
-                f"all captions of an image are in the field {self.caption_column!r} of its json, the first is also in txt: "
-                f"train with data.caption={self.caption_column}"
-            )
+            notes.append(describe_caption_field(self.caption_column))
         return notes
 
     @property

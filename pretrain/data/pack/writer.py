@@ -46,6 +46,10 @@ class SourceSample:
     """Further members by extension, stored unchanged."""
     dropped: list[str] = field(default_factory=list)
     """Why captions of the sample are left out, one reason each; others of its captions can be used."""
+    odd: list[str] = field(default_factory=list)
+    """What is odd about its captions, as `find_oddities` and `SEVERAL_LINES` say it."""
+    lists_captions: bool = False
+    """Whether KEY.json lists the captions even if there is only one, because other samples have several."""
 
 
 class ShardJob(Protocol):
@@ -93,6 +97,8 @@ class ShardResult:
     examples: dict[str, list[str]] = field(default_factory=dict)
     dropped: Counter[str] = field(default_factory=Counter)
     """Captions that were left out of written samples, by reason."""
+    odd: Counter[str] = field(default_factory=Counter)
+    """Odd captions of written samples, by kind."""
 
     def skip(self, name: str, bad: BadSample) -> None:
         """Count a sample that cannot be used."""
@@ -108,6 +114,8 @@ class ShardResult:
         stats = {"count": self.count, "successes": self.written, **failed, "status_dict": status, "examples": self.examples}
         if self.dropped:
             stats["captions_left_out"] = dict(sorted(self.dropped.items()))
+        if self.odd:
+            stats["odd_captions"] = dict(sorted(self.odd.items()))
         return json.dumps(stats, indent=2, ensure_ascii=False)
 
     @classmethod
@@ -115,8 +123,8 @@ class ShardResult:
         """Read what `to_json` wrote. Raises ValueError, KeyError or TypeError for anything else."""
         stats = json.loads(text)
         skipped = Counter({reason: n for reason, n in stats["status_dict"].items() if reason != "success"})
-        dropped = Counter(dict(stats.get("captions_left_out", {})))
-        return cls(stats["count"], stats["successes"], skipped, stats["examples"], dropped)
+        dropped, odd = (Counter(dict(stats.get(name, {}))) for name in ("captions_left_out", "odd_captions"))
+        return cls(stats["count"], stats["successes"], skipped, stats["examples"], dropped, odd)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -145,7 +153,7 @@ def encode_sample(item: SourceSample, storage: StorageOptions) -> dict[str, byte
     members = {extension: data}
     if item.captions is not None:
         members["txt"] = item.captions[0].encode("utf-8", "replace")
-        if len(item.captions) > 1:
+        if len(item.captions) > 1 or item.lists_captions:
             item.metadata = {**item.metadata, storage.caption_field: item.captions}
     if item.metadata:
         members["json"] = json.dumps(to_json_value(item.metadata), ensure_ascii=False).encode()
@@ -285,7 +293,13 @@ def _encode_samples(
             raise UserError(f"cannot read {job.describe(i)}: {error.strerror or error}") from error
         result.written += 1
         result.dropped.update(item.dropped)
+        result.odd.update(item.odd)
         yield job.get_key(i, shard), members
+
+
+def describe_caption_field(name: str) -> str:
+    """Return the line that tells the user where the captions of samples with several captions are."""
+    return f"the field {name!r} of each json lists all captions, txt has the first: train with data.caption={name}"
 
 
 def get_stats_path(tar: Path) -> Path:

@@ -7,6 +7,8 @@ import tarfile
 import pytest
 from PIL import Image
 
+from launch import cli
+from pretrain.data.caption_statistics import find_oddities
 from pretrain.data.check import check_shards
 from pretrain.data.shards.paths import count_samples, expand_shards
 from pretrain.errors import UserError
@@ -86,3 +88,75 @@ def test_good_shards_are_ok(shards):
     report = check_shards(shards[:1])
     assert report.is_ok
     assert (report.samples, report.bad_samples, report.damaged) == (5, 0, [])
+
+
+ODD = {
+    "of several lines, read as one caption": "\n".join(f"traduction {i}" for i in range(60)),
+    "longer than 1,000 characters": "word " * 50_000,
+    "that are placeholders, such as nan": "NaN",
+    "with markup": "<p>a red <b>car</b></p>",
+    "with a url": "see https://example.com/x",
+    "that are file names": "IMG_0042.JPG",
+    "with control characters": "a \x1b[31mred car",
+    "with characters that could not be decoded (U+FFFD)": "caf\ufffd",
+    "without a letter or digit": "...",
+}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_lengths_and_oddities_of_captions_are_reported(tmp_path, workers, capsys):
+    for shard in range(4):
+        captions = [f"a red car {i}" for i in range(100)]
+        if shard == 2:
+            captions += ODD.values()
+        members = [(f"{i}.{e}", d) for i, text in enumerate(captions) for e, d in (("jpg", jpeg()), ("txt", text.encode()))]
+        write_tar(tmp_path / f"{shard}.tar", members)
+    report = check_shards(expand_shards(str(tmp_path)), workers=workers)
+    assert report.is_ok  # odd captions are not bad
+    statistics = report.captions
+    assert dict(statistics.odd) == dict.fromkeys(ODD, 1)
+    assert [statistics.names[oddity] for oddity in ODD] == [
+        [f"2/{100 + i}" + (" (60 lines)" if i == 0 else "")] for i in range(len(ODD))
+    ]
+    assert statistics.lengths.total() == 409
+    assert [statistics.compute_quantile(q) for q in (0, 0.5, 1)] == [3, 12, 249_999]
+    assert cli.main(["data", "check", str(tmp_path), "--workers", str(workers)]) == 0
+    printed = capsys.readouterr().out
+    assert "409 captions of 3 to 249,999 characters: median 12, 99% up to" in printed
+    assert "the longest in 2/101" in printed
+    assert "  1 caption longer than 1,000 characters: 2/101\n" in printed
+    assert "  1 caption of several lines, read as one caption: 2/100 (60 lines)\n" in printed
+
+
+def test_plain_captions_are_not_odd():
+    for caption in (
+        "a red car",
+        "a < b & c > d",
+        "ein Bild, 50% größer",
+        "x",
+        "7",
+        "日本",
+        "<person> walks",
+        "nan bread",
+        "photo.jpg of a cat",
+    ):
+        assert find_oddities(caption) == []
+
+
+def test_captions_of_a_json_field(tmp_path):
+    captions = [["one", "three"], [f"c{i}" for i in range(21)]]
+    members = [
+        (f"{i}.{e}", d) for i, c in enumerate(captions) for e, d in (("jpg", jpeg()), ("json", json.dumps({"c": c}).encode()))
+    ]
+    write_tar(tmp_path / "0.tar", members)
+    statistics = check_shards([str(tmp_path / "0.tar")], caption="c").captions
+    assert statistics.lengths == {2: 10, 3: 12, 5: 1}
+    assert dict(statistics.odd) == {"in samples with more than 20": 1}
+
+
+def test_report_as_json(shards, capsys):
+    assert cli.main(["data", "check", *shards, "--json", "--workers", "1"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert (report["samples"], report["bad_samples"], report["bad"]["duplicate key"]) == (13, 5, 1)
+    captions = report["captions"]
+    assert (captions["count"], captions["shortest"], captions["median"], captions["longest"]) == (8, 3, 3, 3)

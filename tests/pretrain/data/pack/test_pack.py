@@ -197,6 +197,24 @@ def test_captions_in_files_with_upper_case_names(tmp_path: Path, image: str, tex
     assert next(iter(read_shards(tmp_path / "again").values()))["txt"] == b"lower case"
 
 
+def test_several_captions_in_a_text_file(tmp_path: Path) -> None:
+    """One caption per line if the user says so; otherwise the summary says how many files hold several lines."""
+    source = tmp_path / "in"
+    source.mkdir()
+    for i, text in enumerate(["one\r\ntwo\n\nthree\n", "single\n", "word " * 50_000]):
+        (source / f"{i}.jpg").write_bytes(make_image(i))
+        (source / f"{i}.txt").write_text(text, newline="")
+    summary = pack(source, tmp_path / "out", workers=1)
+    assert dict(summary.odd) == {"of several lines, read as one caption": 1, "longer than 1,000 characters": 1}
+    assert "1 caption of several lines, read as one caption: --caption-from lines reads one caption per line" in str(summary)
+    assert next(iter(read_shards(tmp_path / "out").values()))["txt"] == b"one two three"
+    summary = pack(source, tmp_path / "lines", caption_from="lines", caption_column="captions", workers=1)
+    samples = list(read_shards(tmp_path / "lines").values())
+    assert [m["txt"] for m in samples][:2] == [b"one", b"single"]
+    assert [json.loads(m["json"])["captions"] for m in samples][:2] == [["one", "two", "three"], ["single"]]
+    assert "the field 'captions' of each json lists all captions, txt has the first" in str(summary)
+
+
 def test_links_that_lead_out_of_a_folder_are_not_followed(tmp_path: Path) -> None:
     source, private = make_folder(tmp_path / "in", 2), tmp_path / "private"
     private.mkdir()
