@@ -25,7 +25,7 @@ def add_commands(commands: Subparsers[argparse.ArgumentParser]) -> None:
     p.add_argument("shards", metavar="SHARDS", help="glob, brace pattern, folder or url")
     p.add_argument("dir", metavar="DIR", type=Path, help="folder to save the tokenizer in, in transformers' format")
     p.add_argument("--vocab", type=int, default=8192, metavar="N", help="size of the vocabulary (default 8192)")
-    p.add_argument("--caption", default="txt", metavar="FIELD", help="txt (default), a field of the json, or txt,questions")
+    p.add_argument("--caption", default="txt", metavar="FIELD", help="txt (default), txt:lines, a json field, or txt,questions")
 
 
 def _add_scenes(commands: Subparsers[argparse.ArgumentParser]) -> None:
@@ -65,7 +65,9 @@ def _add_pack(commands: Subparsers[argparse.ArgumentParser]) -> None:
 def _add_check(commands: Subparsers[argparse.ArgumentParser]) -> None:
     p = add_command(commands, "check", check, "index and verify shards: counts, bad samples by reason")
     p.add_argument("shards", metavar="SHARDS", nargs="+", help="globs, brace patterns, folders or urls")
-    p.add_argument("--caption", default="txt", metavar="FIELD", help="txt, or a field of the json (default txt)")
+    p.add_argument(
+        "--caption", default="txt", metavar="FIELD", help="txt (default), txt:lines (one a line), or a field of the json"
+    )
     p.add_argument("--no-decode", action="store_true", help="verify the archives only, not every image and caption")
     p.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
     p.add_argument("--json", action="store_true", help="print one JSON object")

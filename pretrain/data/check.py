@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from pretrain.data import BadSample
 from pretrain.data.caption_statistics import CaptionStatistics
-from pretrain.data.captions import TXT, TXT_WHOLE, caption_member, read_captions
+from pretrain.data.captions import TXT, TXT_WHOLE, caption_member, check_caption_source, read_captions
 from pretrain.data.decode import decode_image as decode_image
 from pretrain.data.images import EXTENSIONS
 from pretrain.data.members import explain_missing_caption, explain_missing_image
@@ -91,6 +91,7 @@ def check_shards(
         caption: "txt", or the name of the json field that holds captions.
         cache: where fetched shards and indices are kept.
     """
+    check_caption_source(caption, "--caption")
     jobs = [_CheckJob(path, cache or ShardCache(), caption, decode) for path in paths]
     report = CheckReport()
     for done, shard_report in enumerate(map_in_processes(_check_shard, jobs, workers), start=1):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pretrain.data import BadSample
-from pretrain.data.captions import caption_member, read_captions
+from pretrain.data.captions import caption_member, check_caption_source, read_captions
 from pretrain.data.sample_json import read_fields
 from pretrain.data.shards.index import load_index
 from pretrain.data.shards.paths import expand_shards
@@ -146,6 +146,8 @@ def iterate_captions(paths: Sequence[str], caption: str = "txt") -> Iterator[str
         UserError: a shard is damaged.
     """
     reader, fields = ShardReader(paths), [field.strip() for field in caption.split(",")]
+    for field in fields:
+        check_caption_source(field, "--caption")
     members = sorted({caption_member(field) for field in fields})
     for shard, path in enumerate(paths):
         for sample in range(load_index(path).count):

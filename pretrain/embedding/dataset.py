@@ -113,6 +113,8 @@ def _find_difference(old: dict[str, Any], new: dict[str, Any], out: Path) -> str
     if old["data"]["fingerprint"] != new["data"]["fingerprint"]:
         sizes = [f"{d['samples']:,} samples in {d['shards']:,} shards" for d in (old["data"], new["data"])]
         return f"{out} holds embeddings of other data, {sizes[0]}; these are {sizes[1]}: give them their own --out"
+    if not old["complete"] and old["data"].get("keys", "file names") != new["data"]["keys"]:
+        return f"{out} was begun by a version that wrote other keys for these shards; choose another --out"
     for key, before in old["settings"].items():
         if before != new["settings"].get(key):
             now = new["settings"].get(key) or "its default"

@@ -29,7 +29,8 @@ from pretrain.data.batch import Batch
 from pretrain.data.captions import TXT, check_caption_source, has_several_captions
 from pretrain.data.config import count_samples_once
 from pretrain.data.eval_loader import count_caption_lines, describe_lines
-from pretrain.data.shards.cache import ShardCache
+from pretrain.data.shards.cache import ShardCache, is_remote
+from pretrain.data.shards.names import find_new_names
 from pretrain.data.shards.paths import expand_shards
 from pretrain.data.shards.reader import ShardReader
 from pretrain.data.worker import EvaluationDataset
@@ -204,6 +205,7 @@ def _build_manifest(
         "data": {
             "shards": len(paths),
             "samples": sum(counts),
+            "keys": "names" if find_new_names(paths) or any(map(is_remote, paths)) else "file names",
             "fingerprint": dataset.fingerprint_json([preflight.data_fingerprint(paths), counts]),
         },
         "settings": {

@@ -12,7 +12,9 @@ from PIL import Image
 from pretrain.data import BadSample
 from pretrain.data.captions import caption_id, normalize_whitespace, read_captions
 from pretrain.data.check import check_shards
+from pretrain.data.config import DataConfig
 from pretrain.data.sample_json import read_fields, read_json
+from pretrain.errors import ConfigError
 
 
 def image_bytes(format: str = "JPEG") -> bytes:
@@ -154,3 +156,8 @@ def test_a_tokenizer_is_trained_on_lines_and_lone_surrogates(tmp_path: Path) -> 
     members = [("0.txt", b"one\ntwo"), ("0.json", json.dumps(fields).encode())]
     shard = write_tar(tmp_path / "a.tar", members)
     assert list(iterate_captions([shard], "txt:lines,alt,questions")) == ["one", "two", "x \ufffd", "q\ufffd"]
+    for read in (lambda: list(iterate_captions([shard], "alt,txt:line")), lambda: check_shards([shard], caption="txt:line")):
+        with pytest.raises(ConfigError, match=r"^--caption=txt:line: valid are txt, txt:lines "):
+            read()
+    with pytest.raises(ConfigError, match=r"^data\.val_caption=txt:all: valid are txt, txt:lines "):
+        DataConfig(val_caption="txt:all").check()

@@ -303,6 +303,18 @@ def test_keys_of_two_folders_with_shards_of_the_same_name_differ(small: Small, l
     assert [key.partition("/")[0] for key in keys] == ["first-shard-0000"] * 3 + ["second-shard-0000"] * 3
     run_embed(loaded, make_options(small, tmp_path / "one", data=[str(tmp_path / "first")]))
     assert read_tables(tmp_path / "one")["key"].to_pylist()[0].startswith("shard-0000/")
+    # Unfinished folders of versions that did not record how keys are built.
+    for name, data, line in (("out", ["first", "second"], "wrote other keys for these shards"), ("one", ["first"], None)):
+        path = tmp_path / name / "_manifest.json"
+        manifest = json.loads(path.read_text())
+        del manifest["data"]["keys"]
+        path.write_text(json.dumps({**manifest, "complete": False}))
+        options = make_options(small, tmp_path / name, data=[str(tmp_path / folder) for folder in data])
+        if line is None:
+            assert run_embed(loaded, options).embedded == 0
+        else:
+            with pytest.raises(UserError, match=line):
+                run_embed(loaded, options)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
