@@ -6,19 +6,20 @@ from typing import Any
 
 from finetune.loading import Finetuned
 from pretrain.formats import Encoders
-from pretrain.formats.model_card import RESIZE_CODE, describe_model
+from pretrain.formats.model_card import OPENING_CODE, RESIZE_CODE, describe_model
 
 LOADING = """import json
 from pathlib import Path
 import numpy as np
 import onnxruntime
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoTokenizer
 
+{opening}
 folder = Path("{name}")
 task, preprocess = (json.loads((folder / f"{{file}}.json").read_text()) for file in ("task", "preprocess"))
 S = preprocess["size"]
-picture = Image.open("picture.jpg").convert("RGB")
+picture = open_picture("picture.jpg")
 {resize}
 pixels = (np.asarray(picture, np.float32) / 255 - np.float32(preprocess["mean"])) / np.float32(preprocess["std"])
 tokens = AutoTokenizer.from_pretrained(folder)(["{text}"], padding={padding}, truncation=True, return_tensors="np")
@@ -51,7 +52,8 @@ def render_card(
     fusion = tuned.config.fusion
     code = LOADING.format(
         name=name,
-        resize=RESIZE_CODE[preprocess.resize].format(how=preprocess.interpolation.upper()),
+        opening=OPENING_CODE,
+        resize=RESIZE_CODE[preprocess.resize].format(how=preprocess.interpolation.upper(), color=preprocess.pad_color),
         text="how many cars are there?" if tuned.task.text_is_question else "a red car",
         padding=repr("max_length" if not tuned.model.encoder.tower("text").trims else True),
         print=PRINT[bool(task_values["names"])],

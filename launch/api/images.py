@@ -62,10 +62,24 @@ def to_bytes(image: ImageLike, name: str) -> bytes:
     return _encode_png(Image.fromarray(pixels), name)
 
 
+def _to_png_mode(image: Image.Image) -> Image.Image:
+    """Return the image in a mode that PNG has, so that decoding treats it as it treats a file of the same pixels.
+
+    Transparency stays, and so do up to 16 bits.
+    """
+    if image.mode in _PNG_MODES:
+        return image
+    if image.mode.startswith("I"):
+        gray = np.asarray(image)
+        has_8_bits = image.mode == "I" and gray.max(initial=0) <= 255
+        return Image.fromarray(gray.clip(0, 255).astype(np.uint8) if has_8_bits else gray.clip(0, 65535).astype(np.uint16))
+    return image.convert("LA" if image.mode == "La" else "RGBA" if image.has_transparency_data else "RGB")
+
+
 def _encode_png(image: Image.Image, name: str) -> bytes:
     out = io.BytesIO()
     try:
-        (image if image.mode in _PNG_MODES else image.convert("RGB")).save(out, "PNG", compress_level=0)
+        _to_png_mode(image).save(out, "PNG", compress_level=0)
     except (OSError, ValueError) as error:  # a truncated file is read here
         raise UserError(f"{name} is a PIL image that cannot be read: {error}") from error
     return out.getvalue()

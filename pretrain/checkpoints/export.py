@@ -22,7 +22,7 @@ from pretrain.checkpoints import store
 from pretrain.checkpoints.loading import LoadedModel
 from pretrain.errors import ConfigError, UserError
 from pretrain.formats import Encoders, model_card
-from pretrain.formats.portable_tokenizer import PROBES
+from pretrain.formats.portable_tokenizer import list_probes
 
 FORMATS = ("hf", "open_clip", "onnx")
 TOLERANCE = 1e-5
@@ -66,7 +66,7 @@ def export(loaded: LoadedModel, folder: Path, format_name: str, license: str | N
         hint = f"; --format {' or '.join(others)} can hold it" if others else ""
         raise UserError(f"{format_name} cannot hold {error}{hint}")
     with new_folder(folder) as partial:
-        module.write(encoders, partial)
+        module.write(encoders, partial, folder)
         difference = compare(encoders, module.load(partial))
         (partial / "README.md").write_text(
             model_card.render_card(encoders, loaded.folder, loaded.step, format_name, folder.name, license, difference)
@@ -135,8 +135,9 @@ def compare(encoders: Encoders, embed: Any) -> float | None:
     noise = torch.randint(0, 256, (4, 3, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     tower = encoders.image_tower
     assert tower is not None
-    exported = embed(tower.normalize(noise), PROBES)
-    reference = (encoders.model.encode("image", noise), encoders.model.encode("text", *encoders.text.encode(PROBES)))
+    texts = list_probes(encoders.text)
+    exported = embed(tower.normalize(noise), texts)
+    reference = (encoders.model.encode("image", noise), encoders.model.encode("text", *encoders.text.encode(texts)))
     difference = max(float((a - b).abs().max()) for a, b in zip(reference, exported, strict=True))
     if not difference <= TOLERANCE:
         raise UserError(

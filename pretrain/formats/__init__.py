@@ -62,13 +62,19 @@ class Encoders:
         return self.model.projection("image").out_features
 
     @property
+    def end_id(self) -> int | None:
+        """Id of the token that ends every text, or None."""
+        tokenizer = self.text.tokenizer
+        return tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+
+    @property
     def preprocess(self) -> Preprocess:
         """How images are resized and normalized for the image tower."""
         tower = self.image_tower
         assert tower is not None
         mean, std = (tuple(values) for values in tower.statistics)
         config = tower.config
-        return Preprocess(config.size, config.resize, config.interpolation, mean, std)
+        return Preprocess(config.size, config.resize, config.interpolation, mean, std, tower.pad_color)
 
 
 @dataclass

@@ -11,6 +11,7 @@ evaluation during training does; the others round differently and crop a pixel o
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from pretrain.formats import Encoders, mean_pooling, portable_tokenizer, text_we
 from pretrain.formats.text_weights import TextSpec
 from pretrain.formats.vit_weights import ViTSpec
 from pretrain.runtime.files import apply_umask
+from pretrain.towers import hf_models
 
 TIMM_ONLY = ("weight_init", "fix_init", "drop_path_rate", "drop_rate", "proj_drop_rate", "attn_drop_rate", "patch_drop_rate")
 """Arguments of timm that matter in training only."""
@@ -55,14 +57,18 @@ def export_error(encoders: Encoders) -> str | None:
     """Return which part of the encoders transformers cannot hold, or None."""
     if error := unsupported(encoders):
         return error
+    recipe = encoders.preprocess
+    if recipe.resize == "pad" and not recipe.pads_with_mean():
+        color = "#{:02x}{:02x}{:02x}".format(*recipe.pad_color)
+        return f"borders of {color} (image.resize=pad): its image processor pads with the mean color only, image.pad_color=mean"
     model = _build_model(encoders)
     return model if isinstance(model, str) else None
 
 
-def write(encoders: Encoders, folder: Path) -> None:
+def write(encoders: Encoders, folder: Path, target: Path | None = None) -> None:
     """Write model, tokenizer and processor into an existing folder.
 
-    `export_error` must be None for the encoders.
+    `export_error` must be None for the encoders. target: not used; no file names the folder.
     """
     with quiet_transformers():
         model = _build_model(encoders)
@@ -84,7 +90,7 @@ def _write_processor(encoders: Encoders, folder: Path, kind: str) -> None:
         "input_size": [3, recipe.size, recipe.size],
         "interpolation": recipe.interpolation,
         "crop_pct": 1.0,
-        "crop_mode": "squash" if recipe.resize == "squash" else "center",
+        "crop_mode": {"crop": "center", "squash": "squash", "pad": "border"}[recipe.resize],
         "mean": list(recipe.mean),
         "std": list(recipe.std),
     }
@@ -93,7 +99,9 @@ def _write_processor(encoders: Encoders, folder: Path, kind: str) -> None:
     processor_class = classes.get(kind, "VisionTextDualEncoderProcessor")
     processor = {"processor_class": processor_class, "image_processor": image}
     (folder / "processor_config.json").write_text(json.dumps(processor, indent=1))
-    (folder / "preprocessor_config.json").write_text(json.dumps(image, indent=1))
+    # CLIPImageProcessor reads its own keys here, and would take CLIP's size and statistics where they are missing.
+    both = recipe.to_transformers() | image
+    (folder / "preprocessor_config.json").write_text(json.dumps(both, indent=1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -110,6 +118,11 @@ def _build_model(encoders: Encoders) -> Any:
         return _build_siglip(encoders, text)
     if isinstance(text, str) and not (tower.pool == "tower" and tower.trims):
         return f"{text} pooled by {tower.pool}: transformers pools a text model only in the way that its class defines"
+    if isinstance(text, TextSpec) and encoders.end_id in (None, 2):
+        return (
+            "the end of a text: transformers pools a CLIP text model at the end token, whose id must not be 2, and this "
+            f"tokenizer's is {encoders.end_id}"
+        )
     vision = vit_weights.vit_spec(image_tower.model)
     if isinstance(text, TextSpec) and isinstance(vision, ViTSpec) and vision.pre_norm and vision.pool == "token":
         return _build_clip(encoders, text, vision)
@@ -124,6 +137,7 @@ def _convert_text_tower(encoders: Encoders, spec: TextSpec) -> tuple[TextSpec, d
     tower = encoders.text_tower
     assert tower is not None
     weights = text_weights.to_open_clip(tower, _get_projection(encoders, "text"))
+    spec, weights = text_weights.cut_positions(spec, weights, encoders.text.length)
     if tower.pool == "avg":
         spec, weights = mean_pooling.to_attention_layer(spec, weights)
     matrix = weights.pop("text_projection").t().contiguous()
@@ -134,11 +148,11 @@ def _to_text_config(encoders: Encoders, spec: TextSpec) -> dict[str, Any]:
     """Return the text_config of a model of transformers, with the ids of the tokenizer's special tokens."""
     tokenizer = encoders.text.tokenizer
     special_ids = {
-        "eos_token_id": tokenizer.eos_token_id,
+        "eos_token_id": encoders.end_id,
         "bos_token_id": tokenizer.bos_token_id,
         "pad_token_id": encoders.text.pad_id,
     }
-    return text_weights.to_text_args(spec) | special_ids
+    return text_weights.to_text_args(spec) | special_ids | {"projection_dim": encoders.dim}
 
 
 def _build_clip(encoders: Encoders, text: TextSpec, vision: ViTSpec) -> Any:
@@ -151,7 +165,7 @@ def _build_clip(encoders: Encoders, text: TextSpec, vision: ViTSpec) -> Any:
     model = CLIPModel(
         CLIPConfig(
             text_config=settings,
-            vision_config=vit_weights.to_vision_config(vision),
+            vision_config=vit_weights.to_vision_config(vision) | {"projection_dim": encoders.dim},
             projection_dim=encoders.dim,
         )
     )
@@ -177,8 +191,8 @@ def _build_dual(encoders: Encoders, text: TextSpec | str) -> Any:
         text_config = AutoConfig.for_model(settings.pop("model_type"), **settings)
         named = {name if name.startswith("text_projection") else f"text_model.{name}": value for name, value in weights.items()}
     else:
-        text_config: Any = tower.model.config  # type: ignore[no-redef]
-        named = {f"text_model.{name}": value for name, value in tower.model.state_dict().items()}
+        text_config, weights = _cut_positions(tower.model, encoders.text.length)
+        named = {f"text_model.{name}": value for name, value in weights.items()}
         named["text_projection.weight"] = _get_projection(encoders, "text")
     name = image_tower.config.name.split(".")[0]
     vision_config = TimmWrapperConfig(architecture=name, model_args=arguments).to_dict()
@@ -190,6 +204,19 @@ def _build_dual(encoders: Encoders, text: TextSpec | str) -> Any:
     model = VisionTextDualEncoderModel(config)
     named |= {f"vision_model.timm_model.{name}": value for name, value in image_tower.model.state_dict().items()}
     return _load_weights(model, encoders, named)
+
+
+def _cut_positions(model: Any, length: int) -> tuple[Any, dict[str, Tensor]]:
+    """Return configuration and weights of a text model of transformers, without the positions beyond `length`.
+
+    A table of positions that is not BERT's stays whole.
+    """
+    name, config, weights = "embeddings.position_embeddings.weight", copy.deepcopy(model.config), dict(model.state_dict())
+    count = hf_models.count_positions(model)
+    if count is not None and count > length and name in weights and len(weights[name]) == config.max_position_embeddings:
+        config.max_position_embeddings -= count - length
+        weights[name] = weights[name][: config.max_position_embeddings]
+    return config, weights
 
 
 def _build_siglip(encoders: Encoders, text: TextSpec) -> Any:
@@ -207,12 +234,13 @@ def _build_siglip(encoders: Encoders, text: TextSpec) -> Any:
     if encoders.text.length != PIPELINE_LENGTH:
         return f"texts of {encoders.text.length} tokens: transformers pads those of SigLIP to {PIPELINE_LENGTH}"
     vision_config = vit_weights.to_vision_config(vision)
-    settings = text_weights.to_text_args(text) | {"projection_size": encoders.dim}
-    model = SiglipModel(SiglipConfig(text_config=settings, vision_config=vision_config))
     weights = text_weights.to_open_clip(tower, encoders.projection("text"))
+    text, weights = text_weights.cut_positions(text, weights, encoders.text.length)
     heads = {f"head.{kind}": weights.pop(f"text_projection.{kind}") for kind in ("weight", "bias")}
     named = {f"text_model.{name}": value for name, value in (text_weights.to_transformers(weights) | heads).items()}
     named |= {f"vision_model.{name}": value for name, value in vit_weights.to_siglip(image_tower.model).items()}
+    settings = text_weights.to_text_args(text) | {"projection_size": encoders.dim}
+    model = SiglipModel(SiglipConfig(text_config=settings, vision_config=vision_config))
     bias = encoders.model.logit_bias
     return _load_weights(model, encoders, named | {"logit_bias": torch.zeros(1) if bias is None else bias.reshape(1)})
 

@@ -5,6 +5,7 @@ Every error names the model as the user gave it, in `source`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from pretrain.formats.hf import quiet_transformers
 from pretrain.formats.vit_weights import ViTSpec
 from pretrain.model import ModelSchema
 from pretrain.ops import CLIP_MEAN, CLIP_STD
+from pretrain.runtime.console import log_info
 from pretrain.towers import hf_models
 from pretrain.towers.hf_models import one_line
 
@@ -38,10 +40,48 @@ def read(source: str) -> ImportedModel:
     readers = {"clip": _read_clip, "siglip": _read_siglip, "vision-text-dual-encoder": _read_dual}
     if config.model_type not in readers:
         raise UserError(f"{source} is a {config.model_type}; {', '.join(readers)} can be read")
-    weights = _load_weights(source)
-    image, text, model, named = readers[config.model_type](config, weights, source)
+    try:
+        _refuse_oversized(config, source)
+        return _read_model(source, config, readers[config.model_type])
+    except UserError:
+        raise
+    except Exception as error:  # a configuration may hold anything: values of other types, sizes that do not fit
+        raise UserError(f"{source}: its configuration and weights cannot be read: {one_line(error)}") from error
+
+
+MAX_LAYERS = 1000
+"""More blocks than any published tower has; building them, even without memory, would not end."""
+
+
+def _refuse_oversized(config: Any, source: str) -> None:
+    """Raise UserError where the configuration describes towers far larger than the weights in the folder."""
+    folder = Path(source)
+    stored = sum(path.stat().st_size for path in folder.iterdir() if path.is_file()) if folder.is_dir() else 1 << 40
+    for name in ("vision_config", "text_config"):
+        section = getattr(config, name)
+        layers, width = (getattr(section, key, None) or 0 for key in ("num_hidden_layers", "hidden_size"))
+        inner, vocabulary = (getattr(section, key, None) or 0 for key in ("intermediate_size", "vocab_size"))
+        positions, size = (getattr(section, key, None) or 0 for key in ("max_position_embeddings", "image_size"))
+        patch = getattr(section, "patch_size", None) or 1
+        blocks = getattr(section, "num_hidden_groups", layers)  # of ALBERT, whose layers share their weights
+        parameters = blocks * width * (4 * width + 2 * inner) + width * (vocabulary + positions + (size // patch) ** 2)
+        if not 0 <= layers <= MAX_LAYERS or parameters > stored:  # a parameter takes a byte at least
+            raise UserError(
+                f"{source}: {name} describes a tower of {parameters:,} parameters in {layers:,} layers; the folder has only "
+                f"{stored:,} bytes"
+            )
+
+
+def _read_model(source: str, config: Any, read_towers: Callable[..., Read]) -> ImportedModel:
+    """Read towers, tokenizer and preprocessing of a model whose configuration is loaded."""
+    weights, positions = _load_weights(source)
+    image, text, model, named = read_towers(config, weights, source)
     named["logit_scale"] = weights["logit_scale"].reshape(1)
     tokenizer = load_tokenizer(source)
+    # Exports name the longest text of training here; tokenizers without a limit have a very large number.
+    text["length"] = min(positions or text["length"], max(2, tokenizer.model_max_length))
+    if text["pool"] == "eot":
+        text["pool"] = _choose_pooling(config.text_config, tokenizer, source)
     preprocess, size = _read_preprocess(source)
     image = {"size": size, **image, **preprocess}
     values = {"image": image, "text": {"tokenizer": source, "pretrained": False, **text}, "model": model}
@@ -53,14 +93,16 @@ def _load_config(source: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(source, local_files_only=True)  # a folder, or a model in the local cache
+        return AutoConfig.from_pretrained(
+            source, local_files_only=True, trust_remote_code=False
+        )  # a folder, or a model in the local cache
     except Exception as error:
         if Path(source).is_dir():
             raise UserError(f"{source}: transformers cannot read its configuration: {one_line(error)}") from error
         if reason := explain_unreachable_hub():
             raise UserError(f"{source}: no run or folder here, not fetched before, and {reason}") from error
     try:
-        return AutoConfig.from_pretrained(source)
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # the hub and transformers raise many types of exceptions
         raise UserError(f"{source}: no run or folder here, and the hub has no such model ({one_line(error)})") from error
 
@@ -69,8 +111,35 @@ Read = tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Tensor]]
 """The configuration sections image, text and model, and the weights under the names of DualEncoder."""
 
 
-def _load_weights(source: str) -> dict[str, Tensor]:
-    """Return the weights as transformers loads them.
+def _choose_pooling(config: Any, tokenizer: Any, source: str) -> str:
+    """Return text.pool for a CLIP text model, which pools at the first token with the id that its configuration names.
+
+    With a tokenizer that never gives this id, transformers pools at the first position: "cls".
+
+    Raises UserError where it pools at the highest id, and that is not the end token.
+    """
+    ids: list[int] = tokenizer(["a"])["input_ids"][0]
+    end = config.eos_token_id
+    if end == 2:  # transformers then takes the highest id, as OpenAI does
+        if ids[-1] != max(tokenizer.get_vocab().values()):
+            raise UserError(
+                f"{source}: its text tower pools at the token with the highest id (eos_token_id=2), but this tokenizer ends "
+                f"texts with the id {ids[-1]}; set text_config.eos_token_id in config.json to the id that training pooled at"
+            )
+        return "eot"
+    if end in ids and ids.index(end) == len(ids) - 1:
+        return "eot"
+    if end in ids[1:]:
+        raise UserError(f"{source}: its text tower pools at the id {end}, in the middle of the texts of this tokenizer")
+    log_info(
+        f"{source}: text_config.eos_token_id={end} is not the end token of its tokenizer (id {ids[-1]}): as in transformers, "
+        "texts are pooled at their first token"
+    )
+    return "cls"
+
+
+def _load_weights(source: str) -> tuple[dict[str, Tensor], int | None]:
+    """Return the weights as transformers loads them, and the number of tokens that the text tower's positions allow.
 
     Raises UserError where weights are missing or left over.
     """
@@ -78,7 +147,9 @@ def _load_weights(source: str) -> dict[str, Tensor]:
 
     try:
         with quiet_transformers():
-            model, info = AutoModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+            model, info = AutoModel.from_pretrained(
+                source, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+            )
     except Exception as error:  # transformers raises many types of exceptions for files that do not fit
         raise UserError(f"{source}: transformers cannot load its weights: {one_line(error)}") from error
     errors = []
@@ -88,7 +159,7 @@ def _load_weights(source: str) -> dict[str, Tensor]:
             errors.append(f"{len(names)} weights are {state} (first {names[0]})")
     if errors:
         raise UserError(f"{source} does not hold a complete {type(model).__name__}: {'; '.join(errors)}")
-    return dict(model.state_dict())
+    return dict(model.state_dict()), hf_models.count_positions(model.text_model)
 
 
 def _select_prefix(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -194,13 +265,14 @@ def _read_preprocess(source: str) -> tuple[dict[str, Any], int]:
     processor = get_image_processor_config(source)
     timm_cfg = processor.get("pretrained_cfg")
     if timm_cfg:
-        squash, size = timm_cfg.get("crop_mode") == "squash", timm_cfg["input_size"][-1]
+        resize = {"squash": "squash", "border": "pad"}.get(timm_cfg.get("crop_mode"), "crop")
+        size = timm_cfg["input_size"][-1]
         mean, std, filter_ = timm_cfg["mean"], timm_cfg["std"], timm_cfg.get("interpolation", "bicubic")
     else:
         side = processor.get("crop_size" if processor.get("do_center_crop") else "size") or 224
         size = side if isinstance(side, int) else side.get("height") or side.get("shortest_edge")
-        squash = not processor.get("do_center_crop", True)
+        resize = "crop" if processor.get("do_center_crop", True) else "squash"
         mean, std = processor.get("image_mean", CLIP_MEAN), processor.get("image_std", CLIP_STD)
         filter_ = {2: "bilinear", 3: "bicubic"}.get(processor.get("resample", 3), "bicubic")
-    recipe = {"mean": list(mean), "std": list(std), "interpolation": filter_, "resize": "squash" if squash else "crop"}
-    return recipe, size
+    recipe = {"mean": list(mean), "std": list(std), "interpolation": filter_, "resize": resize}
+    return recipe | ({"pad_color": "mean"} if resize == "pad" else {}), size

@@ -9,34 +9,56 @@ from typing import Any
 
 from pretrain import config as configuration
 from pretrain.formats import Encoders
+from pretrain.formats.open_clip import is_transformers_text
+
+OPENING_CODE = """def open_picture(path):  # as in training: upright, 16 bits to 8, transparent pixels on white, RGB
+    picture = ImageOps.exif_transpose(Image.open(path))
+    if picture.mode.startswith("I"):
+        gray = np.asarray(picture)
+        gray = gray.clip(0, 65535) // 257 if picture.mode != "I" or gray.max() > 255 else gray
+        picture = Image.fromarray(gray.astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
+"""
+"""Python code that opens a picture of any mode as training does (pretrain/data/decode.py), with Pillow and NumPy."""
 
 LOADING_CODE = {
-    "hf": """from PIL import Image
+    "hf": """import numpy as np
+from PIL import Image, ImageOps
 from transformers import AutoModel, AutoProcessor
 
+{opening}
 model, processor = (of.from_pretrained("{name}") for of in (AutoModel, AutoProcessor))
-picture = Image.open("picture.jpg").convert("RGB")
-inputs = processor(text=["a cat", "a dog"], images=picture, return_tensors="pt", padding={padding})
+picture = open_picture("picture.jpg")
+inputs = processor(text=["a cat", "a dog"], images=picture, return_tensors="pt", padding={padding}, truncation=True)
 print(model(**inputs).logits_per_image.softmax(dim=1))""",
-    "open_clip": """import open_clip, torch
-from PIL import Image
+    "open_clip": """import json
+import open_clip, torch
+import numpy as np
+from PIL import Image, ImageOps
 
-model, preprocess = open_clip.create_model_from_pretrained("local-dir:{name}")
+{opening}
+{create}
+model.eval()
 tokenizer = open_clip.get_tokenizer("local-dir:{name}")
+tokenizer.clean_fn = lambda text: " ".join(text.split())  # open_clip's own also rewrites HTML entities; training did not
 with torch.no_grad():
-    image = model.encode_image(preprocess(Image.open("picture.jpg")).unsqueeze(0), normalize=True)
+    image = model.encode_image(preprocess(open_picture("picture.jpg")).unsqueeze(0), normalize=True)
     print(image @ model.encode_text(tokenizer(["a cat", "a dog"]), normalize=True).T)""",
     "onnx": """import json
 import numpy as np
 import onnxruntime
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoTokenizer
 
+{opening}
 folder = "{name}"
 with open(f"{{folder}}/preprocess.json") as file:
     recipe = json.load(file)
 S = recipe["size"]
-picture = Image.open("picture.jpg").convert("RGB")
+picture = open_picture("picture.jpg")
 {resize}
 pixels = (np.asarray(picture, np.float32) / 255 - np.float32(recipe["mean"])) / np.float32(recipe["std"])
 words = AutoTokenizer.from_pretrained(folder)(["a cat", "a dog"], padding={padding}, truncation=True, return_tensors="np")
@@ -46,11 +68,23 @@ image, text = (graph.run(None, {{one.name: given[one.name] for one in graph.get_
 print(image @ text.T)  # cosines""",
 }
 """By format: Python code that loads the folder without clipfuse and compares an image with two texts."""
+CREATING_CODE = {
+    False: 'model, preprocess = open_clip.create_model_from_pretrained("local-dir:{name}")',
+    True: """with open("{name}/open_clip_config.json") as file:
+    text_cfg = json.load(file)["model_cfg"]["text_cfg"]
+text_cfg["hf_model_name"] = "{name}"  # whose config.json describes the text tower
+model, preprocess = open_clip.create_model_from_pretrained("local-dir:{name}", text_cfg=text_cfg)""",
+}
+"""Python code that builds an open_clip model. True: for a text tower that open_clip builds with transformers."""
 RESIZE_CODE = {
     "squash": "picture = picture.resize((S, S), Image.Resampling.{how})",
     "crop": """w, h = (max(S, S * side // min(picture.size)) for side in picture.size)  # the shorter side to S, then the center
 left, top = round((w - S) / 2), round((h - S) / 2)
 picture = picture.resize((w, h), Image.Resampling.{how}).crop((left, top, left + S, top + S))""",
+    "pad": """w, h = (max(1, round(side * S / max(picture.size))) for side in picture.size)  # the longer side to S, then borders
+square = Image.new("RGB", (S, S), {color})
+square.paste(picture.resize((w, h), Image.Resampling.{how}), ((S - w) // 2, (S - h) // 2))
+picture = square""",
 }
 """By the value of Preprocess.resize: Python code that makes the image `picture` S pixels square."""
 
@@ -66,7 +100,9 @@ def format_loading_code(encoders: Encoders, format_name: str, name: str) -> str:
     recipe = encoders.preprocess
     return LOADING_CODE[format_name].format(
         name=json.dumps(name)[1:-1],
-        resize=RESIZE_CODE[recipe.resize].format(how=recipe.interpolation.upper()),
+        resize=RESIZE_CODE[recipe.resize].format(how=recipe.interpolation.upper(), color=recipe.pad_color),
+        opening=OPENING_CODE,
+        create=CREATING_CODE[format_name == "open_clip" and is_transformers_text(encoders)].format(name=json.dumps(name)[1:-1]),
         padding=repr("max_length" if not encoders.model.tower("text").trims else True),
     )
 
@@ -102,6 +138,7 @@ def render_card(
         "```",
         "",
         *_format_difference(difference),
+        *_format_notes(encoders, format_name),
         *describe_model(encoders, source, step, license),
     ]
     return "\n".join(lines) + "\n"
@@ -137,25 +174,59 @@ def _format_difference(difference: float | None) -> list[str]:
     return [f"Loaded from this folder, its embeddings differ from the run's by at most {difference:.1g} in float32.", ""]
 
 
+def _format_notes(encoders: Encoders, format_name: str) -> list[str]:
+    """Return what to know about other ways to load the folder."""
+    if format_name == "hf":
+        notes = [
+            "sentence-transformers loads this folder too. Its embeddings are not normalized unless asked: "
+            "`SentenceTransformer(FOLDER).encode(..., normalize_embeddings=True)`, for texts and what `open_picture` returns.",
+            "Pipelines drop transparency: give them what `open_picture` returns. For texts longer than the model reads, "
+            'give them `tokenizer_kwargs={"truncation": True}`.',
+        ]
+    elif format_name == "open_clip" and is_transformers_text(encoders):
+        notes = [
+            "`hf_model_name` in open_clip_config.json is the folder whose config.json describes the text tower. Where the "
+            "folder is moved, change it, or give `text_cfg` as above; on the Hugging Face hub, it is the repository.",
+        ]
+    else:
+        notes = []
+    return [line for note in notes for line in (note, "")]
+
+
 def _describe_architecture(encoders: Encoders, more: Sequence[tuple[str, Any]]) -> list[str]:
     recipe, model = encoders.preprocess, encoders.model
     counts = model.parameter_counts()
     tower = encoders.text_tower
     assert tower is not None
-    how = "both sides to that size" if recipe.resize == "squash" else "the shorter side to that size, then a center crop"
+    how = {
+        "squash": "both sides to that size",
+        "crop": "the shorter side to that size, then a center crop",
+        "pad": "the longer side to that size, then borders of #{:02x}{:02x}{:02x}".format(*recipe.pad_color),
+    }[recipe.resize]
     mean, std = _format_numbers(recipe.mean), _format_numbers(recipe.std)
     rows = [
         ("image tower", f"{encoders.config.image.name}, {counts['image']['total']:,} parameters with its projection"),
         ("text tower", f"{tower.model.config.model_type}, {counts['text']['total']:,} parameters with its projection"),  # type: ignore[union-attr]
         ("embedding", f"{encoders.dim} numbers, length 1"),
         ("images", f"RGB, {recipe.size} px, {recipe.interpolation}: {how}"),
+        ("before that", "upright as EXIF says, 16 bits reduced to 8, transparent pixels on white: `open_picture` above"),
         ("normalized with", f"mean {mean}, standard deviation {std}, of channels from 0 to 1"),
         ("texts", f"up to {encoders.text.length} tokens, from a vocabulary of {len(encoders.text.tokenizer):,}"),
+        ("special tokens in a text", _describe_special_tokens(encoders)),
         ("logit scale", f"{float(model.logit_scale.detach().exp()):.2f}"),
     ]
     if model.logit_bias is not None:
         rows.append(("logit bias", f"{float(model.logit_bias.detach()):.3f}"))
     return ["## The model", "", *_format_table([*rows, *more])]
+
+
+def _describe_special_tokens(encoders: Encoders) -> str:
+    """Return what a text means that spells out a special token, such as the end token."""
+    tokenizer, tower = encoders.text.tokenizer, encoders.text_tower
+    if getattr(tokenizer, "split_special_tokens", False):
+        return "are text like any other: `split_special_tokens` in tokenizer_config.json"
+    ends = tower is not None and tower.causal and tower.end_id is not None
+    return "become these tokens" + (f"; a text ends at the first `{tokenizer.eos_token}`" if ends else "")
 
 
 def _describe_training(run: Path, step: int, metrics: list[dict[str, Any]]) -> list[str]:

@@ -35,8 +35,10 @@ def export_error(encoders: Encoders) -> str | None:
     return unsupported(encoders)
 
 
-def write(encoders: Encoders, folder: Path) -> None:
+def write(encoders: Encoders, folder: Path, target: Path | None = None) -> None:
     """Write graphs, preprocessing and tokenizer into an existing folder.
+
+    target: not used; no file names the folder.
 
     Raises UserError where a library is missing.
     """
@@ -176,7 +178,7 @@ def load(folder: Path, suffix: str = "") -> Any:
         onnxruntime.InferenceSession(str(folder / f"{name}{suffix}.onnx"), providers=["CPUExecutionProvider"])
         for name in ("image", "text")
     )
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     has_fixed_length = isinstance(text.get_inputs()[0].shape[1], int)
 
     def embed(images: Tensor, texts: list[str]) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,8 @@
     open_clip_config.json  open_clip_model.safetensors  tokenizer files  README.md
 
 A plain vision transformer and the text transformers of CLIP and SigLIP become open_clip's own towers. Any other timm model
-stays timm's, if its name alone builds it. Weights are under OpenAI's names, which every version of open_clip reads.
+stays timm's, if its name alone builds it. A BERT or RoBERTa pooled by its mean or its first token stays transformers',
+described by a config.json. Weights are under OpenAI's names, which every version of open_clip reads.
 """
 
 from __future__ import annotations
@@ -22,6 +23,11 @@ from pretrain.formats.vit_weights import ViTSpec
 from pretrain.runtime.files import save_weights
 from pretrain.towers.timm import ImageTower
 
+HF_MODEL_TYPES = ("bert", "roberta", "xlm-roberta")
+"""Text models of transformers that open_clip builds (its hf_configs.py) and that this module has been tested with."""
+HF_POOLERS = {"avg": "mean_pooler", "cls": "cls_last_hidden_state_pooler"}
+"""text.pool -> hf_pooler_type."""
+
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 
 TowerExport = tuple[dict[str, Any], Weights]
@@ -33,29 +39,43 @@ def export_error(encoders: Encoders) -> str | None:
     if error := unsupported(encoders):
         return error
     spec = _get_text_spec(encoders)
-    if isinstance(spec, str):
+    if isinstance(spec, str) and not is_transformers_text(encoders):
         return spec
-    image = _convert_image_tower(encoders, spec.act == "quick_gelu")
+    image = _convert_image_tower(encoders, _has_quick_gelu(encoders, spec))
     return image if isinstance(image, str) else None
 
 
-def write(encoders: Encoders, folder: Path) -> None:
+def is_transformers_text(encoders: Encoders) -> bool:
+    """Return whether open_clip holds the text tower as a model of transformers, with one of its poolers.
+
+    It masks padding by the id of the padding token, which must therefore be used for nothing else.
+    """
+    tower = encoders.text_tower
+    assert tower is not None
+    config: Any = tower.model.config
+    is_known = config.model_type in HF_MODEL_TYPES and tower.pool in HF_POOLERS
+    return is_known and tower.pad_id is not None and tower.pad_id == encoders.text.pad_id == config.pad_token_id
+
+
+def write(encoders: Encoders, folder: Path, target: Path | None = None) -> None:
     """Write model, preprocessing and tokenizer into an existing folder.
 
-    `export_error` must be None for the encoders.
+    `export_error` must be None for the encoders. target: where the folder will lie in the end, if not there.
     """
     spec = _get_text_spec(encoders)
-    assert not isinstance(spec, str)
-    image = _convert_image_tower(encoders, spec.act == "quick_gelu")
+    image = _convert_image_tower(encoders, _has_quick_gelu(encoders, spec))
     assert not isinstance(image, str)
     model = encoders.model
-    text_cfg, text = _convert_text_tower(encoders, spec)
     vision_cfg, weights = image
+    if isinstance(spec, str):
+        text_cfg, text = _convert_transformers_text(encoders, folder, target or folder)
+    else:
+        text_cfg, text = _convert_text_tower(encoders, spec)
     weights = {f"visual.{name}": value for name, value in weights.items()} | text
     weights["logit_scale"] = model.logit_scale.detach().reshape(())
     config: dict[str, Any] = {
         "embed_dim": encoders.dim,
-        "quick_gelu": spec.act == "quick_gelu",
+        "quick_gelu": _has_quick_gelu(encoders, spec),
         "vision_cfg": vision_cfg,
         "text_cfg": text_cfg,
     }
@@ -78,14 +98,47 @@ def _get_text_spec(encoders: Encoders) -> TextSpec | str:
     return text_weights.text_spec(tower)
 
 
+def _has_quick_gelu(encoders: Encoders, spec: TextSpec | str) -> bool:
+    """Return whether open_clip's own towers are to have OpenAI's activation: one setting for the towers of both modalities."""
+    if isinstance(spec, TextSpec):
+        return spec.act == "quick_gelu"
+    assert encoders.image_tower is not None
+    vision = vit_weights.vit_spec(encoders.image_tower.model)
+    return isinstance(vision, ViTSpec) and vision.act == "quick_gelu"
+
+
+def _convert_transformers_text(encoders: Encoders, folder: Path, target: Path) -> TowerExport:
+    """Return text_cfg and weights of a text tower that open_clip builds with transformers; write its config.json.
+
+    open_clip finds config.json by `hf_model_name`, a folder or a name on the hub.
+    """
+    tower = encoders.text_tower
+    assert tower is not None
+    model: Any = tower.model
+    model.config.save_pretrained(folder)
+    weights = {f"text.transformer.{name}": value.detach() for name, value in model.state_dict().items()}
+    projection = encoders.projection("text")
+    if projection is not None:
+        weights["text.proj.weight"] = projection
+    config = {
+        "context_length": encoders.text.length,
+        "hf_model_name": str(target.resolve()),
+        "hf_model_pretrained": False,
+        "hf_tokenizer_name": ".",
+        "hf_pooler_type": HF_POOLERS[tower.pool],
+        "hf_proj_type": None if projection is None else "linear",
+    }
+    return config, weights
+
+
 def _convert_text_tower(encoders: Encoders, spec: TextSpec) -> TowerExport:
     """Return text_cfg, and the text tower's weights under the names of open_clip's CLIP class."""
     tower, length = encoders.text_tower, encoders.text.length
     assert tower is not None
     weights = text_weights.to_open_clip(tower, encoders.projection("text"))
+    spec, weights = text_weights.cut_positions(spec, weights, length)
     if tower.pool == "avg":
         spec, weights = mean_pooling.to_attention_layer(spec, weights)
-    weights["positional_embedding"] = weights["positional_embedding"][:length].contiguous()
     config: dict[str, Any] = {
         "context_length": length,
         "vocab_size": spec.vocab,
@@ -100,7 +153,7 @@ def _convert_text_tower(encoders: Encoders, spec: TextSpec) -> TowerExport:
         config["act_kwargs"] = {"approximate": "tanh"}
     if not spec.causal:
         return config | {"no_causal_mask": True, "proj_bias": True, "pool_type": "last"}, weights
-    end_id = encoders.text.tokenizer.eos_token_id
+    end_id = encoders.end_id
     if end_id == spec.vocab - 1:
         return config | {"pool_type": "argmax"}, weights  # pool at the highest id, as OpenAI does: older versions know no other
     return config | {"pool_type": "eos", "eos_id": end_id}, weights
@@ -218,7 +271,10 @@ def load(folder: Path) -> Any:
         import open_clip
     except ImportError:
         return None
-    model, _ = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
+    text_cfg = json.loads((folder / CONFIG).read_text())["model_cfg"]["text_cfg"]
+    if "hf_model_name" in text_cfg:
+        text_cfg["hf_model_name"] = str(folder)  # which may have another name than later
+    model, _ = open_clip.create_model_from_pretrained(f"local-dir:{folder}", text_cfg=text_cfg)
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
     model.eval()
 

@@ -5,8 +5,8 @@ Every error names the model as the user gave it, in `source`.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pretrain import config as configuration
+from pretrain.data.images import parse_resize
 from pretrain.data.text import load_tokenizer
 from pretrain.errors import UserError, closest
 from pretrain.formats import ImportedModel, portable_tokenizer, text_weights, vit_weights
@@ -22,6 +23,8 @@ from pretrain.formats.open_clip import CONFIG, WEIGHTS
 from pretrain.formats.text_weights import TextSpec
 from pretrain.formats.vit_weights import ViTSpec
 from pretrain.model import ModelSchema
+from pretrain.runtime.files import read_json_object
+from pretrain.towers import hf_models
 from pretrain.towers.hf_models import one_line
 
 WEIGHT_NAMES = (WEIGHTS, "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors")
@@ -50,14 +53,26 @@ def read(source: str) -> ImportedModel:
         UserError: it cannot be read, or a part of it cannot be imported.
     """
     path, content = _find_files(source)
-    config = dict(content.get("model_cfg", content))
     weights = _load_weights(path)
+    try:
+        return _read_model(source, path, content, weights)
+    except UserError:
+        raise
+    except Exception as error:  # a configuration may hold anything: values of other types, sizes that do not fit
+        reason = f"there is no {error}" if isinstance(error, KeyError) else one_line(error)
+        raise UserError(f"{source}: {CONFIG} and weights cannot be read: {reason}") from error
+
+
+def _read_model(source: str, path: Path, content: dict[str, Any], weights: Weights) -> ImportedModel:
+    """Read a model from its weights and the content of open_clip_config.json. Raises errors of many types for damaged ones."""
+    config = dict(content.get("model_cfg", content))
     vision_cfg, text_cfg = config["vision_cfg"], config["text_cfg"]
+    _refuse_oversized(config, weights, source)
     if "multimodal_cfg" in config:
         raise UserError(f"{source} is a CoCa model, whose decoder cannot be imported")
     is_quick = bool(config.get("quick_gelu"))
     named: dict[str, Tensor] = {}
-    text, text_projection = _read_text(text_cfg, weights, is_quick, source, named)
+    text, text_projection = _read_text(text_cfg, weights, is_quick, path.parent, source, named)
     image, image_projection = _read_vision(vision_cfg, weights, is_quick, source, named)
     dim = config["embed_dim"]
     model: dict[str, Any] = {"dim": dim}
@@ -74,7 +89,7 @@ def read(source: str) -> ImportedModel:
     recipe = content.get("preprocess_cfg") or {}
     image |= {key: list(recipe[key]) for key in ("mean", "std") if key in recipe}
     image |= {"interpolation": recipe.get("interpolation", "bicubic")}
-    image |= {"resize": "squash" if recipe.get("resize_mode") == "squash" else "crop"}
+    image |= parse_resize(recipe)
     length = text["length"]
     folder = path.parent
     has_tokenizer = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
@@ -83,6 +98,26 @@ def read(source: str) -> ImportedModel:
     values = {"image": image, "text": text, "model": model}
     schema = configuration.build(ModelSchema, values, source)
     return ImportedModel(schema, named | weights, tokenizer)  # store.load_weights reports weights that no tower has used
+
+
+def _refuse_oversized(config: dict[str, Any], weights: Weights, source: str) -> None:
+    """Raise UserError where the configuration describes towers far larger than the weights."""
+    largest = max((side for value in weights.values() for side in value.shape), default=0)
+    stored = sum(value.numel() for value in weights.values())
+    for name in ("vision_cfg", "text_cfg"):
+        section = config[name]
+        limits = {"layers": len(weights), "embed_dim": largest, "width": largest, "context_length": 1 << 20}
+        limits |= {"vocab_size": 1 << 24, "image_size": 1 << 16, "mlp_ratio": 1 << 10, "heads": 1 << 12, "head_width": 1 << 16}
+        for key, value in {**section, "embed_dim": config["embed_dim"]}.items():
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(number, int | float) and key in limits and not 0 <= number <= max(limits[key], 2):
+                    raise UserError(f"{source}: {name}.{key}={number} does not fit the weights")
+        width = section.get("width", 0)
+        patches = (section.get("image_size", 0) // section["patch_size"]) ** 2 if section.get("patch_size") and width else 0
+        tables = width * (section.get("vocab_size", 0) + section.get("context_length", 0) + patches)
+        blocks = section.get("layers", 0) * width * width * (4 + 2 * section.get("mlp_ratio", 0)) if width else 0
+        if tables + blocks > stored:
+            raise UserError(f"{source}: {name} describes {tables + blocks:,.0f} parameters, and its weights hold {stored:,}")
 
 
 def _find_files(source: str) -> tuple[Path, dict[str, Any]]:
@@ -96,12 +131,19 @@ def _find_files(source: str) -> tuple[Path, dict[str, Any]]:
         weight_file = next((path / name for name in names if (path / name).exists()), None)
         if weight_file is None:
             raise UserError(f"{path} has {CONFIG} but no weight file ({', '.join(WEIGHT_NAMES)})")
-        return weight_file, json.loads((path / CONFIG).read_text())
+        try:
+            return weight_file, read_json_object(path / CONFIG)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path / CONFIG} cannot be read: {error}") from error
     name, _, file = source.rpartition(":")
     path = Path(file)
     if not name:
         params = next((p / "params.txt" for p in list(path.resolve().parents)[:2] if (p / "params.txt").exists()), None)
-        lines = dict(line.split(": ", 1) for line in params.read_text().splitlines() if ": " in line) if params else {}
+        lines = (
+            dict(line.split(": ", 1) for line in params.read_text(errors="replace").splitlines() if ": " in line)
+            if params
+            else {}
+        )
         name = lines.get("model", "")
     if not name:
         raise UserError(f"{path} does not say which model it is: give MODEL:{path}, with a name of open_clip.list_models()")
@@ -206,12 +248,12 @@ def _read_timm(config: dict[str, Any], weights: Weights, source: str, named: Wei
 
 
 def _read_text(
-    config: dict[str, Any], weights: Weights, is_quick: bool, source: str, named: Weights
+    config: dict[str, Any], weights: Weights, is_quick: bool, folder: Path, source: str, named: Weights
 ) -> tuple[dict[str, Any], Tensor | None]:
     """Return the section `text`, and the projection (D, C) or None; add the tower's weights to `named`."""
     _refuse_unknown("text_cfg", config, TEXT_KEYS, source)
     if config.get("hf_model_name"):
-        return _read_transformers(config, weights, source, named)
+        return _read_transformers(config, weights, folder, source, named)
     tower = _pop_prefix(weights, "text.")
     if not tower:  # OpenAI's layout: the text transformer's weights have no prefix
         names = ("token_embedding.", "positional_embedding", "transformer.", "ln_final.", "text_projection")
@@ -247,8 +289,18 @@ def _read_text(
     return settings | {"pool": "eot" if causal else "tower"}, None if projection is None else projection.t()
 
 
+def _load_text_config(folder: Path, source: str) -> Any:
+    """Return the configuration of a text model of transformers from a folder's config.json. Raises UserError."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises many types of exceptions for files that do not fit
+        raise UserError(f"{source}: transformers cannot read config.json, of the text tower: {one_line(error)}") from error
+
+
 def _read_transformers(
-    config: dict[str, Any], weights: Weights, source: str, named: Weights
+    config: dict[str, Any], weights: Weights, folder: Path, source: str, named: Weights
 ) -> tuple[dict[str, Any], Tensor | None]:
     """Return the same as `_read_text`, for a text tower that is a model of transformers."""
     poolers = {"mean_pooler": "avg", "cls_pooler": "tower", "cls_last_hidden_state_pooler": "cls"}
@@ -257,5 +309,10 @@ def _read_transformers(
         raise UserError(f"{source}: text_cfg.hf_proj_type={proj}, hf_pooler_type={pooler} have no counterpart in clipfuse")
     projection = weights.pop("text.proj.weight", None)
     named |= {f"towers.text.model.{name}": value for name, value in _pop_prefix(weights, "text.transformer.").items()}
-    settings = {"tower": "transformers", "name": config["hf_model_name"], "pretrained": False, "pool": poolers[pooler]}
+    settings: dict[str, Any] = {"tower": "transformers", "pretrained": False, "pool": poolers[pooler]}
+    if (folder / "config.json").is_file():  # an export of clipfuse, whose text tower has no name
+        model_config = _load_text_config(folder, source)
+        settings["args"] = hf_models.inline_args(SimpleNamespace(config=model_config))
+    else:
+        settings["name"] = config["hf_model_name"]
     return settings | {"length": config.get("context_length", 77)}, projection

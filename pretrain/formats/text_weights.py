@@ -10,7 +10,7 @@ Legend: V = vocabulary, T = positions, C = width, D = width of the shared space.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -106,6 +106,18 @@ def to_open_clip(tower: TextTower, projection: Tensor | None) -> Weights:
     elif projection is not None:
         out["text_projection"] = projection.detach().t()
     return {name: value.contiguous() for name, value in out.items()}
+
+
+def cut_positions(spec: TextSpec, weights: Weights, length: int) -> tuple[TextSpec, Weights]:
+    """Return architecture and weights with `length` positions: those beyond were never trained, and nothing should read them.
+
+    Args:
+        spec: the architecture.
+        weights: under open_clip's names.
+        length: of the longest text in training, in tokens; at most the number of positions.
+    """
+    table = weights["positional_embedding"][:length].contiguous()
+    return replace(spec, positions=len(table)), weights | {"positional_embedding": table}
 
 
 def from_transformers(weights: Mapping[str, Tensor]) -> Weights:

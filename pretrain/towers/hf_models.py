@@ -66,13 +66,44 @@ def load_text_model(config: TextModelConfig, tokenizer: Any) -> Any:
 
 
 def inline_args(model: Any) -> dict[str, Any]:
-    """Return the model's configuration as text.args: its model_type and all that is not a default."""
+    """Return the model's configuration as text.args: its model_type and all that is not a default.
+
+    The size of the vocabulary is always named: a tokenizer with fewer tokens would shrink it otherwise.
+    """
     config_class = type(model.config)
     settings, defaults = model.config.to_dict(), config_class().to_dict()
     left_out = {"transformers_version", "architectures", "dtype", "use_cache", "id2label", "label2id"}
     names = [f.name for f in dataclasses.fields(config_class) if f.name not in left_out]
     changed = {n: settings[n] for n in names if n in settings and settings[n] != defaults.get(n)}
-    return {"model_type": config_class.model_type} | changed
+    vocabulary = {"vocab_size": settings["vocab_size"]} if "vocab_size" in settings else {}
+    return {"model_type": config_class.model_type} | vocabulary | changed
+
+
+def find_end_id(tokenizer: Any) -> int | None:
+    """Return the id of the token that ends a text and occurs only there, or None.
+
+    None where the same token begins texts too (GPT-2, OPT), and for tokenizers that name no end token.
+    """
+    end = getattr(tokenizer, "eos_token_id", None)
+    return end if isinstance(end, int) and end != getattr(tokenizer, "bos_token_id", None) else None
+
+
+def find_pad_id(tokenizer: Any) -> int | None:
+    """Return the id of the token that pads texts and has no other use, or None."""
+    pad = getattr(tokenizer, "pad_token_id", None)
+    names = ("eos_token_id", "sep_token_id", "bos_token_id", "cls_token_id", "unk_token_id")
+    return pad if isinstance(pad, int) and all(pad != getattr(tokenizer, name, None) for name in names) else None
+
+
+def count_positions(model: nn.Module) -> int | None:
+    """Return the number of tokens that a model's table of positions allows; None for a model without such a table.
+
+    RoBERTa and its relatives number positions from padding_idx + 1 on: the rows before that one are never read.
+    """
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in ("position_embedding", "position_embeddings") and isinstance(module, nn.Embedding):
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return None
 
 
 def drop_pooler(model: Any) -> None:

@@ -80,6 +80,11 @@ class TextTower(Tower):
         self.pools_mean = config.pool == "avg"
         self.causal = False
         """Whether a state depends only on tokens to its left. Padding on the right then needs no mask."""
+        self.end_id: int | None = None
+        """Id of the token that ends a text. A causal tower reads a text up to the first one, as published CLIPs do."""
+        self.pad_id: int | None = None
+        """Id of the token that only pads. A tower pooled by `avg` or `cls` ignores it also where a caption spells it out, as
+        open_clip does."""
         blocks = max(
             (m for m in model.named_modules() if isinstance(m[1], nn.ModuleList)),
             key=lambda m: sum(p.numel() for p in m[1].parameters()),
@@ -90,12 +95,16 @@ class TextTower(Tower):
     def forward(self, inputs: Tensor, mask: Tensor | None = None) -> TokenSequence:
         """Encode token ids (b, T) with a mask (b, T) or None (all valid): states (b, T, C), pooled (b, P)."""
         mask = torch.ones_like(inputs, dtype=torch.bool) if mask is None else mask.bool()
+        if self.causal and self.end_id is not None and self.pool in ("eot", "avg"):
+            mask = mask & _up_to_first(inputs, self.end_id)
         can_group = self.groups > 1 and self.trims and inputs.device.type == "cpu" and inputs.shape[0] > 1
         if can_group and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
             return encode_grouped(self._encode, inputs, mask, self.groups, self.round_to)
         return self._encode(inputs, mask)
 
     def _encode(self, inputs: Tensor, mask: Tensor) -> TokenSequence:
+        if self.pad_id is not None and not self.causal and self.pool in ("avg", "cls"):
+            mask = mask & (inputs != self.pad_id)
         out = self.model(input_ids=inputs, attention_mask=self._attention_mask(mask))
         states: Tensor = out.last_hidden_state
         if self.pool == "tower":
@@ -191,6 +200,12 @@ def _is_equal(a: Tensor, b: Tensor) -> bool:
     return bool((a - b).abs().max() <= 3e-5 * b.abs().max())
 
 
+def _up_to_first(ids: Tensor, end_id: int) -> Tensor:
+    """Return a mask (b, T) of the ids (b, T) up to the first `end_id`, which is included; all where there is none."""
+    is_end = (ids == end_id).long()
+    return is_end.cumsum(dim=1) - is_end < 1
+
+
 def build(config: Config, tokenizer: Any = None) -> TextTower:
     """Build a TextTower.
 
@@ -213,11 +228,12 @@ def build(config: Config, tokenizer: Any = None) -> TextTower:
     try:
         tower.measure(rows, min(pad or 0, rows - 1))
     except (IndexError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-        positions = getattr(model.config, "max_position_embeddings", None)
+        positions = hf_models.count_positions(model)
         reason = f"it has {positions} positions" if positions and positions < config.length + 4 else hf_models.one_line(error)
         raise ConfigError(
             f"text: {type(model).__name__} cannot encode {config.length} tokens with pool={config.pool}: {reason}"
         ) from error
+    tower.end_id, tower.pad_id = hf_models.find_end_id(tokenizer), hf_models.find_pad_id(tokenizer)
     tower.freeze(config.trainable_blocks)
     if config.checkpointing:
         tower.set_checkpointing(True)

@@ -348,7 +348,12 @@ def test_a_part_that_a_format_cannot_hold_is_named_with_the_formats_that_can(sma
         "text.args={model_type: bert, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 2}"
     ]
     mean_pooled = build_model("clipart", small.tokenizer, *TINY_TOWERS, *bert, "text.pool=avg")
+    with pytest.raises(
+        export.UserError, match=r"^hf cannot hold the text tower, a bert.*--format open_clip or onnx can hold it$"
+    ):
+        export.export(mean_pooled, tmp_path / "out", "hf")
+    end_pooled = build_model("clipart", small.tokenizer, *TINY_TOWERS, *bert, "text.pool=eot")
     for form in ("hf", "open_clip"):
         with pytest.raises(export.UserError, match=rf"^{form} cannot hold the text tower, a bert.*--format onnx can hold it$"):
-            export.export(mean_pooled, tmp_path / "out", form)
+            export.export(end_pooled, tmp_path / "out", form)
     assert not (tmp_path / "out").exists()
