@@ -20,7 +20,7 @@ from typing import Any
 from pretrain.data.shards.cache import ShardCache, is_remote
 from pretrain.data.shards.index import indexed_count, load_index
 from pretrain.data.shards.reader import ShardReader
-from pretrain.runtime.orphans import is_orphan
+from pretrain.runtime.orphans import exit_with_parent, kill, kill_at_exit
 
 _MAX_PROBES = 64  # shards that are checked for a saved index
 _MAX_REMEMBERED = 4096  # indexed shards that are remembered and not indexed again
@@ -57,6 +57,7 @@ def run_prefetcher(
     arguments = (reader.paths, reader.cache, shards, start, max_ahead, current_batch, os.getpid())
     process = context.Process(target=_prefetch, args=arguments, daemon=True)
     process.start()
+    cancel = kill_at_exit([process])
 
     def report_batch(batch: int) -> None:
         current_batch.value = batch
@@ -64,9 +65,9 @@ def run_prefetcher(
     try:
         yield report_batch
     finally:
-        process.kill()
-        process.join()
+        kill([process])
         process.close()
+        cancel()
 
 
 def _prefetch(
@@ -81,20 +82,17 @@ def _prefetch(
     """Index the shards of batch after batch, at most `max_ahead` batches ahead, until killed or orphaned."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the trainer kills this process
+    exit_with_parent(parent)  # also from within a fetch that does not end
     indexed: OrderedDict[int, None] = OrderedDict()
     for batch in count(start):
         while batch > current_batch.value + max_ahead:
             time.sleep(0.1)
-            if is_orphan(parent):
-                return
         for shard in shards(batch):
             if shard in indexed:
                 indexed.move_to_end(shard)
                 continue
             with suppress(Exception):
                 load_index(paths[shard], cache)
-            if is_orphan(parent):
-                return
             indexed[shard] = None
             if len(indexed) > _MAX_REMEMBERED:
                 indexed.popitem(last=False)

@@ -24,6 +24,7 @@ from pretrain.data.sample_json import read_fields
 from pretrain.data.shards.paths import RawSample
 from pretrain.data.shuffle import Ints, KeyedGenerator
 from pretrain.errors import UserError
+from pretrain.runtime.orphans import exit_with_parent
 
 
 class SampleReader(Protocol):
@@ -183,12 +184,15 @@ def _read_fields_or_empty(raw: RawSample) -> dict[str, Any]:
 # ---- settings of a worker process ------------------------------------------------------------------------------------
 
 
-def init_worker(_: int) -> None:
-    """Initialize a worker process: one thread, and signals left to the trainer.
+def init_worker(parent: int, _: int) -> None:
+    """Initialize a worker process: one thread, signals left to the trainer, and no life after it.
 
     Ctrl-C, and the SIGTERM that launchers and schedulers send to all processes of a job, are handled by the trainer. It still
     needs its workers to stop in good order, and then ends them itself. A second SIGTERM is meant for the worker.
+
+    parent: the pid of the trainer. Without it the worker would wait for an answer of its storage, and hold files and GPUs.
     """
+    exit_with_parent(parent)
     torch.set_num_threads(1)
     if "cv2" in sys.modules:
         sys.modules["cv2"].setNumThreads(0)

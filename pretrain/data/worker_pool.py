@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import multiprocessing.connection
+import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +20,12 @@ from torch.utils.data import DataLoader
 from pretrain.data import worker
 from pretrain.data.worker import PartialBatch
 from pretrain.errors import UserError
+from pretrain.runtime import orphans
 
 EXIT_SECONDS = 10.0
 """Seconds to wait for a killed worker to exit."""
+STOP_SECONDS = 2.0
+"""Seconds that all workers together have to finish what they compute, before they are killed."""
 
 
 @contextmanager
@@ -33,6 +39,8 @@ def run_workers(dataset: Any, jobs: Iterator[Any], workers: int) -> Iterator[Ite
 
     Yields:
         The results, in the order of the jobs. Its `next` raises UserError where a worker died.
+
+    The workers end with the context. Where an error leaves it open, they end with this process.
     """
     sigchld = signal.getsignal(signal.SIGCHLD)
     with warnings.catch_warnings():
@@ -44,7 +52,7 @@ def run_workers(dataset: Any, jobs: Iterator[Any], workers: int) -> Iterator[Ite
             sampler=jobs,
             collate_fn=_identity,
             num_workers=workers,
-            worker_init_fn=worker.init_worker if workers else None,
+            worker_init_fn=partial(worker.init_worker, os.getpid()) if workers else None,
             generator=torch.Generator().manual_seed(0),  # otherwise DataLoader draws from the global generator
             # Forked workers start at once, and on Linux all that is used here works in forked processes.
             multiprocessing_context=multiprocessing.get_context("fork") if workers and sys.platform == "linux" else None,
@@ -54,12 +62,30 @@ def run_workers(dataset: Any, jobs: Iterator[Any], workers: int) -> Iterator[Ite
     # removed, because requesting the next result detects the death as well.
     if signal.getsignal(signal.SIGCHLD) is not sigchld:
         signal.signal(signal.SIGCHLD, sigchld)
+    cancel = orphans.kill_at_exit(list(getattr(results, "_workers", [])))
     try:
         yield _raise_on_death(results)
     finally:
-        shutdown = getattr(results, "_shutdown_workers", None)  # otherwise only at garbage collection
-        if shutdown is not None:
-            shutdown()
+        _stop_workers(results)
+        cancel()
+
+
+def _stop_workers(results: Any) -> None:
+    """End the worker processes: those that do not stop within STOP_SECONDS are killed."""
+    processes = list(getattr(results, "_workers", []))
+    if not any(process.is_alive() for process in processes):
+        if processes:
+            results._shutdown_workers()
+        return
+    # torch joins one worker after another with a limit of five seconds for each; killed workers are joined at once.
+    timer = threading.Timer(STOP_SECONDS, lambda: [process.kill() for process in processes])
+    timer.daemon = True
+    timer.start()
+    try:
+        results._shutdown_workers()  # torch would call it only at garbage collection
+    finally:
+        timer.cancel()
+        orphans.kill(processes)  # those that ignored torch's SIGTERM
 
 
 def _raise_on_death(results: Any) -> Iterator[PartialBatch]:

@@ -6,7 +6,7 @@
     agree.py         an error on one rank is raised on every rank
     watchdog.py      heartbeats of all processes: a dead or stalled one ends the run with a line that names it
     signals.py       SIGINT, SIGTERM and SIGUSR1: save and stop at the same step on all processes
-    orphans.py       a process ends when the process that started it is gone
+    orphans.py       no process outlives the one that started it
     memory.py        peak memory; the error message for out of memory
     gpus.py          memory and peak throughput of GPUs, by name
     console.py       log lines of rank 0, the progress bar, durations

@@ -1,11 +1,18 @@
-"""End a process when its parent is gone: a parent that is killed by SIGKILL cannot end its children."""
+"""No process outlives the one that started it, however that one ends.
+
+A parent that is killed by SIGKILL cannot end its children: they watch for it (exit_with_parent). A parent that ends by an
+error may not have stopped its children yet: they are killed at its exit (kill_at_exit).
+"""
 
 from __future__ import annotations
 
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from multiprocessing import util
+from multiprocessing.process import BaseProcess
 
 
 def is_orphan(parent: int) -> bool:
@@ -27,3 +34,23 @@ def exit_with_parent(parent: int, every_seconds: float = 0.5, on_exit: Callable[
         os._exit(1)
 
     threading.Thread(target=watch, name="exit-with-parent", daemon=True).start()
+
+
+def kill_at_exit(processes: Sequence[BaseProcess]) -> Callable[[], None]:
+    """Kill `processes` when this process exits, unless the returned function has been called before.
+
+    At exit multiprocessing sends SIGTERM to its daemons and waits for them without a limit: for ever, where one ignores
+    SIGTERM or is blocked. This runs before that.
+    """
+    # An exit priority of 0 or more: multiprocessing calls it before it waits for its daemons. Forked processes do not call it.
+    return util.Finalize(None, kill, (list(processes),), exitpriority=100).cancel
+
+
+def kill(processes: Sequence[BaseProcess]) -> None:
+    """Kill the processes that still run, and wait until they have ended."""
+    for process in processes:
+        with suppress(ValueError):  # it ended before and was closed
+            process.kill()
+    for process in processes:
+        with suppress(ValueError):
+            process.join()
