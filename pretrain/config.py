@@ -553,12 +553,14 @@ def _refuse_variables_in_urls(value: Any, resolved: Any, key: str, place: str) -
     if isinstance(value, list | tuple) and isinstance(resolved, list | tuple):
         for item, resolved_item in zip(value, resolved, strict=True):
             _refuse_variables_in_urls(item, resolved_item, key, place)
-    elif isinstance(value, str) and "${" in value and not _WHOLE_VARIABLE.fullmatch(value.strip()):
-        if any("://" in text or text.lstrip().startswith("pipe:") for text in (value, str(resolved))):
-            raise ConfigError(
-                f"{key}={value} {place} puts a variable into a url, which would send what it holds: write the url out, or put "
-                "the whole url into the variable"
-            )
+        return
+    if not isinstance(value, str) or "${" not in value or _WHOLE_VARIABLE.fullmatch(value.strip()):
+        return
+    if any("://" in text or text.lstrip().startswith("pipe:") for text in (value, str(resolved))):
+        raise ConfigError(
+            f"{key}={value} {place} puts a variable into a url, which would send what it holds: write the url out, or put the "
+            "whole url into the variable"
+        )
 
 
 def _is_optional(hint: Any) -> bool:

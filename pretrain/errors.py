@@ -1,12 +1,20 @@
-"""UserError and ConfigError, whose message is one line for the user. Imports nothing of the project."""
+"""UserError and ConfigError, whose message is one line for the user. Imports nothing of the project but printable."""
 
 from __future__ import annotations
 
 import difflib
 
+from pretrain.printable import one_safe_line
+
 
 class UserError(Exception):
-    """An expected failure: its message is the one line that the user reads. The command exits with 1."""
+    """An expected failure: its message is the one line that the user reads. The command exits with 1.
+
+    Messages quote urls, keys and captions: passwords, tokens and control characters in them are replaced.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(one_safe_line(str(message)))
 
 
 class ConfigError(UserError):

@@ -21,6 +21,7 @@ from typing import Any
 
 from pretrain.config import find_config
 from pretrain.errors import ConfigError, UserError
+from pretrain.printable import hide_secrets
 from pretrain.runtime import distributed
 from pretrain.training.run_dir import RunFolder
 
@@ -110,7 +111,7 @@ def submit(module: str, config: str, settings: list[str], job: Job, dry_run: boo
     words = [str(path) if Path(config).is_file() else config, *settings]
     text = build_script(module, words, job, run)
     if dry_run:
-        print(text)
+        print(hide_secrets(text))
         return ""
     run.mkdir(parents=True, exist_ok=True)
     file = run / "job.sbatch"

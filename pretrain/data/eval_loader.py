@@ -21,6 +21,7 @@ from pretrain.data.text import TextDecoder
 from pretrain.data.worker import EvaluationDataset, SampleReader
 from pretrain.data.worker_pool import run_workers
 from pretrain.errors import UserError
+from pretrain.printable import one_safe_line
 from pretrain.runtime.agree import on_main
 
 log = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ class EvalLoader:
                 for bad in part.bad:
                     self.bad[bad.reason] += 1
                     if self.bad.total() <= _MAX_NAMED:
-                        log.warning("%s cannot be used and is left out: %s: %s", bad.key, bad.reason, bad.detail)
+                        log.warning(one_safe_line(f"{bad.key} cannot be used and is left out: {bad.reason}: {bad.detail}"))
                 if part.batch is not None:
                     yield part.batch
 
@@ -175,7 +176,7 @@ def _recognize_lines(reader: ShardReader, counts: Sequence[int], decoders: Mappi
         probed = count_caption_lines(reader, counts)
         if probed.with_lines and reader.paths[0] not in _reported_shards:
             _reported_shards.add(reader.paths[0])
-            log.warning(describe_lines(probed, reader.paths[0], probed.are_captions))
+            log.warning(one_safe_line(describe_lines(probed, reader.paths[0], probed.are_captions)))
         reader.close()  # before worker processes are forked
         return probed
 

@@ -33,6 +33,7 @@ from pretrain.data.shuffle import Ints
 from pretrain.data.worker import PartialBatch, SampleReader, SkippedSample, TrainingDataset
 from pretrain.data.worker_pool import run_workers
 from pretrain.errors import UserError
+from pretrain.printable import one_safe_line
 
 __all__ = ["Batch", "DataConfig", "Decoder", "EvalLoader", "Loader", "build_eval_loader", "build_loader"]
 
@@ -237,7 +238,7 @@ class Loader:
         self._last_bad = bad
         if self._num_logged <= MAX_NAMED:
             more = " (further ones are only counted)" if self._num_logged == MAX_NAMED else ""
-            log.warning("%s cannot be used and is replaced: %s: %s%s", bad.key, bad.reason, bad.detail, more)
+            log.warning(one_safe_line(f"{bad.key} cannot be used and is replaced: {bad.reason}: {bad.detail}{more}"))
 
     def _count_reasons(self) -> str:
         """Return the counts of the most frequent reasons, for error messages."""

@@ -9,15 +9,16 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from pretrain.printable import one_safe_line
 from pretrain.runtime import distributed
 
 console = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
 def log_info(message: str) -> None:
-    """Print one line to stderr, on rank 0 only."""
+    """Print one line to stderr, on rank 0 only; without passwords, tokens and control characters."""
     if distributed.is_main():
-        console.print(message, markup=False)
+        console.print(one_safe_line(message), markup=False)
 
 
 class _MetricsColumn(ProgressColumn):

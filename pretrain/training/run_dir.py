@@ -16,6 +16,7 @@ from typing import IO
 import torch
 
 from pretrain.errors import UserError
+from pretrain.printable import hide_secrets, one_safe_line
 from pretrain.runtime import distributed
 from pretrain.runtime.agree import on_main
 from pretrain.runtime.files import write_json
@@ -76,7 +77,7 @@ class RunFolder:
         any_rank: write from whichever rank calls, because rank 0 may be the one that was lost.
         """
         if (any_rank or distributed.is_main()) and self.path.is_dir():
-            write_json(self.path / "status.json", {"state": state, "why": reason, "step": step, "time": time.time()})
+            write_json(self.path / "status.json", {"state": state, "why": one_safe_line(reason), "step": step, "time": time.time()})
 
     def write_environment(self, threads: int) -> None:
         """Write environment.json: versions, git revision, command, CPU threads per process, GPUs."""
@@ -87,7 +88,7 @@ class RunFolder:
         write_json(
             self.path / "environment.json",
             {
-                "command": shlex.join(sys.argv),
+                "command": hide_secrets(shlex.join(sys.argv)),
                 "git": _git_revision(),
                 "python": platform.python_version(),
                 "platform": platform.platform(),

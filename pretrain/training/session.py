@@ -29,6 +29,7 @@ from pretrain.data.config import evaluation_caption, resolve_sources
 from pretrain.data.loader import Batch, Loader
 from pretrain.errors import ConfigError, UserError
 from pretrain.model import DualEncoder, ModelSchema
+from pretrain.printable import hide_secrets_in
 from pretrain.runtime import distributed, preflight
 from pretrain.runtime.agree import on_main
 from pretrain.runtime.console import log_info
@@ -97,7 +98,7 @@ class Session:
             total_steps=config.train.total_steps(config.data.batch_size, loader.order),
             train=config.train,
             optim=config.optim,
-            resolved_config=configuration.to_dict(config),
+            resolved_config=hide_secrets_in(configuration.to_dict(config)),
             identity=data_identity | (identity or {}),
             save_files=lambda folder: _save_config_and_tokenizer(folder, checkpoint_config, tokenizer),
             primary_metric=primary_metric,
