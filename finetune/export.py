@@ -231,7 +231,7 @@ def load_graphs(folder: Path) -> Callable[[Tensor, list[str]], dict[str, Tensor]
     sessions = {
         name: onnxruntime.InferenceSession(str(folder / f"{name}.onnx"), providers=["CPUExecutionProvider"]) for name in graphs
     }
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     fixed = isinstance(sessions["text"].get_inputs()[0].shape[1], int)
 
     def run(images: Tensor, texts: list[str]) -> dict[str, Tensor]:

@@ -45,7 +45,7 @@ class OnnxModel(Encoding):
             resize = "squash" if recipe["resize_mode"] == "squash" else "crop"
             self._decoder = ImageDecoder(int(recipe["size"]), None, resize, recipe["interpolation"])
             self._mean, self._std = (torch.tensor(recipe[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # onnxruntime and transformers raise what they like for damaged files
             raise UserError(f"{folder} cannot be read as an ONNX export: {' '.join(str(error).split())[:300]}") from error
         self._has_fixed_length = isinstance(self._text.get_inputs()[0].shape[1], int)

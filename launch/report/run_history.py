@@ -8,14 +8,13 @@ history.steps[-1]["loss"], history.evaluations[-1]["val/image_to_text_R@1"], his
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from pretrain.errors import UserError
+from pretrain import config as configuration
+from pretrain.errors import ConfigError, UserError
+from pretrain.runtime.files import parse_json_object, read_bytes, read_json_object
 
 Line = dict[str, Any]
 """One line of metrics.jsonl."""
@@ -48,6 +47,16 @@ class RunHistory:
             value = value[part]
         return value
 
+    def get_dict(self, key: str) -> dict[str, Any]:
+        """Return a section of the configuration; empty where it is missing or is no section."""
+        value = self.get(key)
+        return value if isinstance(value, dict) else {}
+
+    def get_int(self, key: str) -> int:
+        """Return a whole number of the configuration; 0 where it is missing or is no such number."""
+        value = self.get(key)
+        return int(value) if _is_number(value) and float(value).is_integer() else 0
+
     def column(self, name: str) -> tuple[list[float], list[float | None]]:
         """Return (steps, values) of one number of the training lines; None where a line lacks it."""
         has_values = any(line.get(name) is not None for line in self.steps)
@@ -57,14 +66,16 @@ class RunHistory:
     @property
     def step(self) -> int:
         """The last step that status.json or metrics.jsonl records."""
+        recorded = self.status.get("step")
         return max(
-            [int(self.status.get("step") or 0)] + [int(lines[-1]["step"]) for lines in (self.steps, self.evaluations) if lines]
+            [int(recorded) if recorded is not None and _is_step(recorded) else 0]
+            + [int(lines[-1]["step"]) for lines in (self.steps, self.evaluations) if lines]
         )
 
     @property
     def samples_seen(self) -> int:
         """Samples consumed, repeats counted."""
-        return max([0] + [int(lines[-1].get("samples_seen") or 0) for lines in (self.steps, self.evaluations) if lines])
+        return max([0] + [max(0, int(lines[-1].get("samples_seen") or 0)) for lines in (self.steps, self.evaluations) if lines])
 
     @property
     def training_seconds(self) -> float:
@@ -72,7 +83,7 @@ class RunHistory:
         total, before = 0.0, 0
         for line in self.steps:
             rate, samples_seen = line.get("samples_per_second"), line.get("samples_seen") or before
-            if rate:
+            if rate and rate > 0 and samples_seen > before:
                 total += (samples_seen - before) / rate
             before = samples_seen
         return total
@@ -101,7 +112,7 @@ def read_run(run: str | Path) -> RunHistory:
         (evaluations if any(name.startswith("val/") for name in line) else steps).append(line)
     return RunHistory(
         folder=folder,
-        config=_parse_yaml(text),
+        config=_read_config(folder / "config.yaml"),
         config_text=text,
         environment=_read_json(folder / "environment.json"),
         status={"state": "unknown", "why": "", **_read_json(folder / "status.json")},
@@ -110,33 +121,54 @@ def read_run(run: str | Path) -> RunHistory:
     )
 
 
-def _read_text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+_MAX_LOG_BYTES = 1 << 30
 
 
-def _parse_yaml(text: str) -> dict[str, Any]:
-    values = OmegaConf.to_container(OmegaConf.create(text), resolve=False) if text.strip() else {}
-    return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
+def _read_text(path: Path, most: int = 1 << 22) -> str:
+    """Return the text of a file; "" where it is missing, too large, or no ordinary file."""
+    try:
+        return read_bytes(path, most).decode("utf-8", "replace")
+    except OSError:
+        return ""
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """Return the values of a saved configuration; {} where they cannot be read."""
+    try:
+        return configuration.read_yaml(path)
+    except ConfigError:
+        return {}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; {} where there is none."""
     try:
-        value = json.loads(_read_text(path) or "{}")
-    except ValueError:
+        return read_json_object(path)
+    except (OSError, ValueError):
         return {}
-    return value if isinstance(value, dict) else {}
+
+
+def _is_number(value: Any) -> bool:
+    """Return whether a value is a number that charts and tables can hold."""
+    return type(value) in (int, float) and abs(value) < 1e30
+
+
+def _is_step(value: Any) -> bool:
+    """Return whether a value can be the step of a run."""
+    return _is_number(value) and 0 <= value < 1 << 53 and float(value).is_integer()
 
 
 def _read_lines(path: Path) -> list[Line]:
     """Read the complete lines that have a step; a kill may have truncated the last one."""
     lines = []
-    for text in _read_text(path).splitlines():
+    for text in _read_text(path, _MAX_LOG_BYTES).splitlines():
         try:
-            line = json.loads(text)
+            line = parse_json_object(text.encode())
         except ValueError:
             continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int | float):
-            lines.append(line)
+        if _is_step(line.get("step")):  # runs write nothing but numbers; whatever else a line holds was not written by one
+            numbers = {name: value for name, value in line.items() if value is None or _is_number(value)}
+            lines.append(numbers | {"step": int(line["step"])})
     return lines
 
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from pretrain.errors import UserError
 from pretrain.runtime import distributed
 from pretrain.runtime.agree import on_all, on_main
-from pretrain.runtime.files import flush, save_weights, write_text
+from pretrain.runtime.files import flush, read_bytes, read_json_object, save_weights, write_text
 
 _STEP = re.compile(r"step-(\d+)$")
 
@@ -150,23 +150,38 @@ def _rotate(checkpoints: Path, keep: int) -> None:
 
 def read_pointer(checkpoints: Path, name: str) -> Path | None:
     """Return the checkpoint folder that the file `latest` or `best` names, or None if there is none."""
-    pointer = checkpoints / name
-    if not pointer.exists():
+    try:
+        folder = checkpoints / read_bytes(checkpoints / name, 4096).decode().strip()
+    except (OSError, ValueError):  # there is none, or it holds something else
         return None
-    folder = checkpoints / pointer.read_text().strip()
-    return folder if (folder / "manifest.json").exists() else None
+    is_checkpoint = folder.parent == checkpoints and _STEP.fullmatch(folder.name) is not None
+    return folder if is_checkpoint and (folder / "manifest.json").exists() else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
 
 
+def _parse_manifest(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return {file: {size, sha256}} of a manifest. Raises ValueError where it is not what `save` writes."""
+    entries = manifest.get("files")
+    if not isinstance(entries, dict) or not entries:
+        raise ValueError("it lists no files")
+    for name, entry in entries.items():
+        size, digest = (entry.get(key) for key in ("size", "sha256")) if isinstance(entry, dict) else (None, None)
+        if type(size) is not int or not isinstance(digest, str):
+            raise ValueError(f"its entry of {name!r:.80} has no size and sha256")
+        parts = name.split("/")
+        if not 0 < len(name) < 1024 or max(map(len, parts)) > 255 or {"", ".", ".."} & set(parts) or "\0" in name:
+            raise ValueError(f"{name!r:.80} is not a file below the checkpoint")
+    return entries
+
+
 def integrity_error(folder: Path) -> str | None:
     """Return why a checkpoint is damaged, or None if every file has the size and SHA-256 in its manifest."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        entries: dict[str, Any] = manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        entries = _parse_manifest(read_json_object(folder / "manifest.json"))
+    except (OSError, ValueError) as error:
         return f"manifest.json is not readable ({error})"
     for name, entry in entries.items():
         path = folder / name
@@ -264,7 +279,9 @@ def save_tensors(path: Path, value: dict[str, Any]) -> None:
 def load_tensors(path: Path) -> dict[str, Any]:
     """Return what `save_tensors` wrote. Raises UserError where it is damaged."""
     try:
-        loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+        loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's unpickler raises many types of exceptions for damaged files
+        raise UserError(f"{path} cannot be read: {str(error)[:300] or type(error).__name__}") from error
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path} holds a {type(loaded).__name__}, not what a run saves there")
     return loaded

@@ -31,7 +31,7 @@ from pretrain.checkpoints.loading import LoadedModel
 from pretrain.embedding import parquet
 from pretrain.embedding.split import EmbeddedSplit
 from pretrain.errors import UserError
-from pretrain.runtime.files import write_json
+from pretrain.runtime.files import parse_json_object, read_json_object, write_json
 
 FORMAT = "clipfuse embeddings 1"
 MANIFEST = "_manifest.json"
@@ -83,11 +83,15 @@ def build_work_units(names: list[str], counts: list[int], limit: int) -> list[Wo
 def fingerprint_model(loaded: LoadedModel) -> str:
     """Return a hash of all that an embedding depends on: weights, architecture, preprocessing, tokenizer."""
     sha256 = hashlib.sha256()
-    for name, tensor in sorted([*loaded.model.state_dict().items(), *loaded.model.named_buffers()]):
+    # BatchNorm's statistics are in both: a dict has each name once, and sorting never compares two tensors.
+    tensors = {**dict(loaded.model.named_buffers()), **loaded.model.state_dict()}
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[0]):
         flat = tensor.detach().cpu().contiguous().view(-1)
         sha256.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         sha256.update(flat.view(torch.uint8).numpy())
-    incidental = {"tokenizer", "name", "pretrained", "trainable_blocks", "checkpointing", "patch_dropout", "groups"}
+    incidental = {
+        "tokenizer", "name", "pretrained", "weights", "trainable_blocks", "checkpointing", "patch_dropout", "groups",
+    }  # fmt: skip
     for modality in loaded.model.towers:
         config = getattr(loaded.config, modality, None) or loaded.config.others.get(modality)
         relevant = {k: v for k, v in asdict(config).items() if k not in incidental} if config is not None else {}
@@ -215,10 +219,32 @@ class EmbeddingFolder:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest of an embedding folder. Raises UserError where it cannot be read."""
     try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        manifest = read_json_object(folder / MANIFEST)
+        if manifest.get("format") == FORMAT:
+            _check_manifest(manifest)
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / MANIFEST} cannot be read: {error}") from error
     return manifest
+
+
+def _check_manifest(manifest: dict[str, Any]) -> None:
+    """Raise ValueError for a manifest with entries of other types than EmbeddingFolder writes."""
+    kinds: dict[str, dict[str, type]] = {
+        "": {"complete": bool, "model": dict, "data": dict, "settings": dict, "per_file": int, "files": list},
+        "model": {"fingerprint": str, "from": str, "step": int},
+        "data": {"fingerprint": str, "samples": int, "shards": int},
+    }
+    for section, types in kinds.items():
+        values = manifest[section] if section else manifest
+        for name, kind in types.items():
+            if type(values.get(name)) is not kind:
+                raise ValueError(f"its {section or 'manifest'} has no valid {name}")
+    if manifest["per_file"] < 1:
+        raise ValueError(f"its per_file is {manifest['per_file']}")
+    for entry in manifest["files"]:
+        file = entry.get("file") if isinstance(entry, dict) else None
+        if not isinstance(file, str) or not re.fullmatch(r"[\w-][\w.-]{0,250}", file):
+            raise ValueError(f"it lists {file!r:.80}, which is no file of an embedding folder")
 
 
 def is_embedding_folder(where: Any) -> bool:
@@ -246,6 +272,14 @@ def load(folder: str | Path, loaded: LoadedModel | None = None, label: str = "la
             f"{path} holds embeddings of {manifest['model']['from']} (step {manifest['model']['step']}), "
             f"not of {loaded.folder} (step {loaded.step})"
         )
+    try:
+        return _read_tables(path, manifest, label)
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, RuntimeError, pa.ArrowException) as error:
+        raise UserError(f"{path} is damaged: {' '.join(str(error).split())[:300] or type(error).__name__}") from error
+
+
+def _read_tables(path: Path, manifest: dict[str, Any], label: str) -> EmbeddedSplit:
+    """Return the content of all files. Raises UserError without image embeddings, and many errors for damaged files."""
     tables = [pq.read_table(path / entry["file"]) for entry in manifest["files"]]
     if not tables or "image" not in tables[0].column_names:
         raise UserError(f"{path} holds no image embeddings")
@@ -258,7 +292,9 @@ def load(folder: str | Path, loaded: LoadedModel | None = None, label: str = "la
         captions = table["captions"].to_pylist() if has_lists else [[caption] for caption in table["caption"].to_pylist()]
         vectors = table["text"].combine_chunks()
         text = torch.from_numpy(parquet.to_numpy(vectors.flatten() if has_lists else vectors)).float()
-    metadata = [json.loads(encoded) if encoded else {} for encoded in table["json"].to_pylist()]
+    if sum(map(len, captions)) != len(text) or (len(text) and text.shape[1] != image.shape[1]):
+        raise ValueError(f"it holds {sum(map(len, captions)):,} captions and {len(text):,} embeddings of texts")
+    metadata = [parse_json_object(encoded.encode()) if encoded else {} for encoded in table["json"].to_pylist()]
     return EmbeddedSplit(
         image=image,
         text=text,

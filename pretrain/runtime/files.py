@@ -6,12 +6,14 @@ project.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,6 +44,52 @@ def replace_atomically(path: Path, sync: bool = False) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
+def open_ordinary(path: Path, most: int) -> BinaryIO:
+    """Open a file that others may have written, of at most `most` bytes, for reading.
+
+    Raises OSError where it cannot be read, is larger, or is no ordinary file: a named pipe would never end.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except ValueError as error:  # a NUL in the name
+        raise FileNotFoundError(errno.ENOENT, str(error), str(path)) from error
+    try:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "it is not an ordinary file", str(path))
+        if status.st_size > most:
+            raise OSError(errno.EFBIG, f"it has {status.st_size:,} bytes, more than {most:,}", str(path))
+        return open(handle, "rb")
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def read_bytes(path: Path, most: int = 1 << 26) -> bytes:
+    """Return the content of a file that others may have written. Raises OSError as open_ordinary does."""
+    with open_ordinary(path, most) as file:
+        return file.read(most)
+
+
+def read_json_object(path: Path, most: int = 1 << 26) -> dict[str, Any]:
+    """Return the object in a JSON file that others may have written.
+
+    Raises OSError as read_bytes does, and ValueError where the file holds no JSON object.
+    """
+    return parse_json_object(read_bytes(path, most))
+
+
+def parse_json_object(data: bytes) -> dict[str, Any]:
+    """Return the object that JSON text holds. Raises ValueError where it holds none."""
+    try:
+        value = json.loads(data)
+    except RecursionError:
+        raise ValueError("its brackets are nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds a {type(value).__name__}, not an object")
+    return value
+
+
 def write_text(path: Path, text: str, sync: bool = False) -> None:
     """Write `text` to a file in UTF-8, atomically. Raises OSError."""
     with replace_atomically(path, sync) as partial:
@@ -51,6 +99,14 @@ def write_text(path: Path, text: str, sync: bool = False) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` to a file as JSON, atomically. Raises OSError."""
     write_text(path, json.dumps(value, indent=1))
+
+
+def overwrite_json(path: Path, value: Any) -> None:
+    """Write `value` into an existing file as JSON, in place: a full disk has room for that. Raises OSError."""
+    text = json.dumps(value, indent=1)
+    with path.open("r+", encoding="utf-8") as file:
+        file.write(text)
+        file.truncate()
 
 
 def flush(path: Path) -> None:
@@ -68,6 +124,20 @@ def save_weights(path: Path, weights: dict[str, Tensor], metadata: dict[str, str
 
     save_file({name: value.contiguous() for name, value in weights.items()}, path, metadata)
     apply_umask(path)
+
+
+def save_tensors(path: Path, value: dict[str, Any]) -> None:
+    """Save tensors and plain values with torch.save. Raises OSError where the disk is full or cannot be written."""
+    import torch  # packing does without
+
+    try:
+        with path.open("wb") as file:
+            torch.save(value, file)
+    except RuntimeError as error:  # torch's writer, interrupted by an OSError of the file, complains of its own position
+        cause = error.__context__
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        raise cause or error from error
 
 
 def apply_umask(path: Path) -> None:

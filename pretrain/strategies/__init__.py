@@ -45,6 +45,7 @@ from torch import Tensor, nn
 from pretrain.errors import ConfigError, UserError
 from pretrain.optim import OptimConfig
 from pretrain.runtime import distributed
+from pretrain.runtime.files import save_tensors
 from pretrain.strategies import deepspeed_config
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -191,11 +192,15 @@ class Strategy(ABC):
     def trainable_names(self) -> list[str]:
         """Return the names of the parameters that the optimizer updates."""
 
+    @abstractmethod
+    def trainable_shapes(self) -> dict[str, torch.Size]:
+        """Return the full shape of each of these parameters, by name."""
+
     def save(self, folder: Path) -> None:
         """Write what resuming needs besides the weights into `folder`. Collective."""
         state = {"optimizer": self.optimizer_state(), "scaler": self.scaler_state()}
         if distributed.is_main():
-            torch.save(state, folder / "optimizer.pt")
+            save_tensors(folder / "optimizer.pt", state)
 
     def load(self, folder: Path) -> None:
         """Restore what `save` of any strategy wrote. Collective. Raises UserError.
@@ -206,13 +211,51 @@ class Strategy(ABC):
         if not path.exists():
             raise UserError(f"{folder} has no optimizer.pt: clipfuse did not write this state, or the checkpoint is incomplete")
         # Memory-mapped: the processes of a machine share the pages, and each process reads only its shard.
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            check_saved_state(state)
+        except Exception as error:  # torch's unpickler raises many types of exceptions for damaged files
+            raise UserError(f"{path} cannot be read: {str(error)[:300] or type(error).__name__}") from error
         unknown = sorted(set(state["optimizer"]) - set(self.trainable_names()))
         if unknown:
             raise ConfigError(f"{path} has optimizer state of {unknown[0]}, which is not trainable in this configuration")
+        shapes = self.trainable_shapes()
+        for name, values in state["optimizer"].items():
+            for key, value in values.items():
+                if value.ndim and value.shape != shapes[name]:
+                    raise UserError(
+                        f"{path}: {key} of {name} has shape {list(value.shape)}, the parameter has {list(shapes[name])}"
+                    )
         self.load_optimizer_state(state["optimizer"])
         if state["scaler"]:
-            self.load_scaler_state(state["scaler"])
+            try:
+                self.load_scaler_state(state["scaler"])
+            except (KeyError, TypeError, ValueError, RuntimeError) as error:
+                raise UserError(f"{path}: the state of the loss scaler cannot be used: {error!r:.300}") from error
+
+
+MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
+"""What AdamW keeps for each parameter: a number, and two tensors of its shape."""
+
+
+def check_saved_state(state: Any) -> None:
+    """Raise ValueError where `state` is not what Strategy.save writes: AdamW's kernels trust shapes and types."""
+    if not isinstance(state, dict) or not isinstance(state.get("optimizer"), dict):
+        raise ValueError("it holds no optimizer state")
+    if not isinstance(state.get("scaler"), dict):
+        raise ValueError("it holds no state of the loss scaler, not even an empty one")
+    for name, values in state["optimizer"].items():
+        if not isinstance(name, str) or not isinstance(values, dict) or set(values) != MOMENTS:
+            raise ValueError(f"the state of {name!r:.80} is not that of AdamW")
+        for key, value in values.items():
+            if (
+                not isinstance(value, Tensor)
+                or value.layout != torch.strided
+                or value.device.type != "cpu"
+                or not value.dtype.is_floating_point
+                or (value.ndim > 0) != (key != "step")
+            ):
+                raise ValueError(f"{key} of {name!r:.80} is not a tensor as AdamW keeps it")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -275,6 +275,9 @@ class Zero(Strategy):
     def trainable_names(self) -> list[str]:
         return [name for name, _ in self._trainable_parameters()]
 
+    def trainable_shapes(self) -> dict[str, torch.Size]:
+        return {name: torch.Size(getattr(p, "ds_shape", p.shape)) for name, p in self._trainable_parameters()}
+
 
 class LossScale:
     """fp16's loss scale by the rule of torch.amp.GradScaler.

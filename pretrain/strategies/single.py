@@ -130,6 +130,9 @@ class Single(Strategy):
     def trainable_names(self) -> list[str]:
         return [name for name, _ in self._trainable_parameters()]
 
+    def trainable_shapes(self) -> dict[str, torch.Size]:
+        return {name: p.shape for name, p in self._trainable_parameters()}
+
     def _trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Return the optimizer's parameters with their names, in the model's order, equal on all ranks."""
         return [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]

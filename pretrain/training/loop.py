@@ -14,6 +14,7 @@ in a step is seeded from (seed, step, rank, chunk). Resuming bit for bit needs n
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -233,6 +234,41 @@ def fit(
             return Outcome("done", "", run.step, run.results)
 
 
+_TRAINER_STATE = {"step": int, "skipped": int, "best": float | int, "identity": dict, "results": dict, "loader": dict}
+_LOADER_STATE = {"position": int, "seen": int, "run": int, "bad": dict}
+
+
+def _load_trainer_state(path: Path) -> dict[str, Any]:
+    """Return what `_Run.save` wrote into trainer.pt. Raises UserError where the file is damaged or holds something else."""
+    state = store.load_tensors(path)
+    for values, kinds in ((state, _TRAINER_STATE), (state.get("loader"), _LOADER_STATE)):
+        for name, kind in kinds.items():
+            value: Any = values.get(name) if isinstance(values, dict) else None
+            if not isinstance(value, kind) or isinstance(value, bool) or (kind is int and not 0 <= value < 1 << 62):
+                raise UserError(f"{path} is damaged: {name} is {value!r:.80}")
+    numbers = [*state["results"].values(), *state["loader"]["bad"].values()]
+    names = [state.get("good"), *state["results"], *state["loader"]["bad"]]
+    if not all(isinstance(n, int | float) for n in numbers) or not all(isinstance(n, str | None) for n in names):
+        raise UserError(f"{path} is damaged: its results or its counts of bad samples are not numbers by name")
+    if (state.get("good") or "step-0") != Path(state.get("good") or "step-0").name:
+        raise UserError(f"{path} is damaged: good is {state['good']!r:.80}")
+    try:
+        json.dumps([state["identity"], state["loader"]["data"], state["loader"]["batch_size"]])  # plain values only
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error!r:.200}") from error
+    return state
+
+
+def _read_trainable_weights(folder: Path, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """Return the weights in a folder. Raises UserError where one of `shapes` is missing or differs."""
+    weights = store.read_weights(folder)
+    for name, shape in shapes.items():
+        if name not in weights or weights[name].shape != shape:
+            actual = list(weights[name].shape) if name in weights else "not there"
+            raise UserError(f"{folder / 'model.safetensors'} does not fit: {name} is {actual}, the model has {list(shape)}")
+    return weights
+
+
 class _Run:
     """The state of one fit(), and how it is saved, restored and evaluated."""
 
@@ -264,7 +300,7 @@ class _Run:
         """
         trainer_state: dict[str, Any] | None = None
         if checkpoint is not None:
-            trainer_state = store.load_tensors(checkpoint / "state" / "trainer.pt")
+            trainer_state = _load_trainer_state(checkpoint / "state" / "trainer.pt")
             for name, value in self.plan.identity.items():
                 if trainer_state["identity"].get(name) != value:
                     raise ConfigError(
@@ -285,7 +321,7 @@ class _Run:
             raw = store.read_weights(_training_weights_folder(checkpoint))
             averaged = checkpoint / "state" / "average" if self.plan.convert_weights is not None else checkpoint
             # The strategy shards the average as it shards the weights.
-            self.strategy.load_full_weights(store.read_weights(averaged))
+            self.strategy.load_full_weights(_read_trainable_weights(averaged, self.strategy.trainable_shapes()))
             self.average = WeightAverage(self.strategy.local_shards().items(), self.plan.optim.average)
             self.strategy.load_full_weights(raw)
         self.loader.load_state_dict(trainer_state["loader"])

@@ -11,7 +11,7 @@ import torch
 
 from pretrain.errors import ConfigError
 from pretrain.runtime import distributed
-from pretrain.runtime.files import write_text
+from pretrain.runtime.files import parse_json_object, write_text
 from pretrain.training.run_dir import RunFolder
 
 
@@ -24,7 +24,7 @@ class JsonLinesFile:
 
     def __init__(self, path: Path, after: int) -> None:
         if path.exists():
-            lines = [line for line in _read_complete_lines(path) if json.loads(line)["step"] <= after]
+            lines = [line for line in _read_complete_lines(path) if _step_of(line) <= after]
             write_text(path, "".join(line + "\n" for line in lines))
         self._file = path.open("a")
 
@@ -39,8 +39,17 @@ class JsonLinesFile:
 
 def _read_complete_lines(path: Path) -> list[str]:
     """Read the lines that were written completely: a kill may have truncated the last one."""
-    lines = path.read_text().split("\n")
+    lines = path.read_text(errors="replace").split("\n")
     return [line for line in lines[:-1] if line.startswith("{") and line.endswith("}")]
+
+
+def _step_of(line: str) -> float:
+    """Return the step of a line; infinity for a line that no run has written, so that it is dropped."""
+    try:
+        step = parse_json_object(line.encode())["step"]
+    except (ValueError, KeyError):
+        return math.inf
+    return step if type(step) is int else math.inf
 
 
 class RunLog:

@@ -11,6 +11,8 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -21,9 +23,10 @@ import numpy.typing as npt
 
 from pretrain.data.shards.cache import ShardCache, is_remote, read_small_file
 from pretrain.data.shards.names import name_shard
-from pretrain.data.shards.tar import BLOCK, Members, read_members
+from pretrain.data.shards.tar import BLOCK, DamagedTarError, Members, read_members
 from pretrain.errors import UserError
-from pretrain.runtime.files import replace_atomically
+from pretrain.printable import one_safe_line
+from pretrain.runtime.files import open_ordinary, parse_json_object, read_bytes, replace_atomically
 
 log = logging.getLogger(__name__)
 
@@ -92,25 +95,35 @@ class ShardIndex:
         return [self.extensions[kind] for kind in rows]
 
 
-def load_index(path: str, cache: ShardCache | None = None) -> ShardIndex:
+def load_index(path: str, cache: ShardCache | None = None, file: str | None = None) -> ShardIndex:
     """Return the index of a shard: the saved one where it matches, or else a new one, which is saved.
 
     Args:
         path: the shard, a file or a url.
         cache: where fetched shards and indices are kept; None = the default cache.
+        file: the local file of the shard, where the caller holds it already.
 
     Raises:
         UserError: the file is damaged, or its number of samples differs from that in its stats file.
         OSError: it cannot be read.
     """
     cache = cache or ShardCache()
-    file = cache.fetch(path)
-    shard_index = _load_saved(file, cache)
-    if shard_index is None:
-        shard_index = _build(file)
-        _save(shard_index, cache)
+    if file is None:
+        with cache.hold(path) as held:
+            return load_index(path, cache, held)
+    try:
+        shard_index = _load_saved(file, cache)
+        if shard_index is None:
+            shard_index = _build(file)
+            _save(shard_index, cache)
+    except DamagedTarError as error:
+        if not is_remote(path):
+            raise
+        cache.mark_damaged(path)
+        raise OSError(f"its copy in the cache was damaged: {error}") from error  # what is fetched is verified: fetch it again
     count, count_file = recorded_count(path)
     if count is not None and count != shard_index.count:
+        cache.mark_damaged(path)
         raise UserError(
             f"{path} holds {shard_index.count:,} samples, but {count_file} says {count:,}: "
             "the shard was cut short, or one of the two files is outdated"
@@ -193,7 +206,7 @@ def _index_paths(path: str, cache: ShardCache) -> list[Path]:
 def indexed_count(path: str, cache: ShardCache) -> int | None:
     """Return the number of samples of a local shard from its saved index; None where none matches."""
     meta, _ = _find_saved(path, cache)
-    return None if meta is None else int(meta["count"])
+    return None if meta is None else meta.count
 
 
 def _load_saved(path: str, cache: ShardCache) -> ShardIndex | None:
@@ -203,32 +216,96 @@ def _load_saved(path: str, cache: ShardCache) -> ShardIndex | None:
         return None
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        if _fingerprint(fd, meta["size"]) != meta["fingerprint"]:
-            log.warning("%s is outdated, the shard has changed since: indexing it again", index_path)
+        if _fingerprint(fd, meta.size) != meta.fingerprint:
+            log.warning(one_safe_line(f"{index_path} is outdated, the shard has changed since: indexing it again"))
             return None
     finally:
         os.close(fd)
-    del meta["count"], meta["version"]
     try:
-        with open(index_path, "rb") as file, np.load(file, allow_pickle=False) as stored:
-            return ShardIndex(path, **meta, **{name: stored[name] for name in _ARRAYS})
+        with _open_saved(index_path, meta.size) as stored:
+            shard_index = ShardIndex(
+                path, meta.size, meta.mtime_ns, meta.fingerprint, meta.extensions, **{name: stored[name] for name in _ARRAYS}
+            )
+            _check_index(shard_index, meta)
+            return shard_index
     except Exception as error:
         _warn_unusable(index_path, error)
         return None
 
 
-def _find_saved(path: str, cache: ShardCache) -> tuple[dict[str, Any] | None, Path]:
+@dataclass(frozen=True)
+class _Meta:
+    """What a saved index says of its shard."""
+
+    count: int
+    size: int
+    mtime_ns: int
+    fingerprint: str
+    extensions: list[str]
+
+
+def _parse_meta(stored: Any) -> _Meta | None:
+    """Return the metadata of a saved index, None for one of another version. Raises ValueError where it is damaged."""
+    values = parse_json_object(stored["meta"].tobytes())
+    if values.pop("version", None) != _VERSION:
+        return None
+    if {name: type(value) for name, value in values.items()} != {"extensions": list} | {
+        "count": int, "size": int, "mtime_ns": int, "fingerprint": str,
+    }:  # fmt: skip
+        raise ValueError("its metadata is not that of an index")
+    meta = _Meta(**values)
+    if not all(isinstance(name, str) for name in meta.extensions) or stored["flags"].shape != (meta.count,):
+        raise ValueError("its metadata does not fit its content")
+    return meta
+
+
+@contextmanager
+def _open_saved(path: Path, size: int) -> Iterator[Any]:
+    """Open a saved index of a shard of `size` bytes. Raises ValueError for content that could not be that of its index."""
+    most = 4 * size + (1 << 20)  # each member has 512 bytes in the shard, and far fewer here
+    with open_ordinary(path, most) as file, np.load(file, allow_pickle=False) as stored:
+        if any(entry.file_size > most for entry in stored.zip.infolist()):
+            raise ValueError("it is compressed")
+        yield stored
+
+
+def _check_index(index: ShardIndex, meta: _Meta) -> None:
+    """Raise ValueError for arrays that do not fit one another or the shard."""
+    n, m = meta.count, len(index.members)
+    shapes = {"starts": (n + 1,), "members": (m, 3), "flags": (n,), "key_ends": (n + 1,), "key_bytes": (len(index.key_bytes),)}
+    for name, shape in shapes.items():
+        values = getattr(index, name)
+        kind = np.uint8 if name in ("flags", "key_bytes") else np.int64
+        if values.shape != shape or values.dtype != kind:
+            raise ValueError(f"its {name} have another shape or type")
+    for ends, total in ((index.starts, m), (index.key_ends, len(index.key_bytes))):
+        if ends[0] != 0 or ends[-1] != total or (np.diff(ends) < 0).any():
+            raise ValueError("its samples do not follow one another")
+    kinds, offsets, lengths = index.members.T
+    if m and not (
+        kinds.min() >= 0
+        and kinds.max() < len(meta.extensions)
+        and offsets.min() >= 0
+        and lengths.min() >= 0
+        and lengths.max() <= meta.size
+        and (offsets <= meta.size - lengths).all()
+        and (np.diff(offsets) >= lengths[:-1]).all()
+    ):
+        raise ValueError("its members do not lie in the shard")
+
+
+def _find_saved(path: str, cache: ShardCache) -> tuple[_Meta | None, Path]:
     """Return (metadata, path) of the saved index of the same size and time; (None, Path()) without."""
     stat = os.stat(path)
     for index_path in _index_paths(path, cache):
         try:
-            with open(index_path, "rb") as file, np.load(file, allow_pickle=False) as stored:
-                meta: dict[str, Any] = json.loads(stored["meta"].tobytes())
-            if meta["version"] != _VERSION:
+            with _open_saved(index_path, stat.st_size) as stored:
+                meta = _parse_meta(stored)
+            if meta is None:
                 continue
-            if (meta["size"], meta["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns):
+            if (meta.size, meta.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
                 return meta, index_path
-            log.warning("%s is outdated, the shard has changed since: indexing it again", index_path)
+            log.warning(one_safe_line(f"{index_path} is outdated, the shard has changed since: indexing it again"))
         except FileNotFoundError:
             continue
         except Exception as error:  # whatever numpy raises for a damaged index file: the index is rebuilt
@@ -237,7 +314,7 @@ def _find_saved(path: str, cache: ShardCache) -> tuple[dict[str, Any] | None, Pa
 
 
 def _warn_unusable(path: Path, error: Exception) -> None:
-    log.warning("%s cannot be used (%s): indexing the shard again", path, error)
+    log.warning(one_safe_line(f"{path} cannot be used ({error}): indexing the shard again"))
 
 
 def _save(shard_index: ShardIndex, cache: ShardCache) -> None:
@@ -275,7 +352,7 @@ def recorded_count(path: str) -> tuple[int | None, str]:
     stats, sizes = path.removesuffix(".tar") + "_stats.json", folder + slash + "sizes.json"
     for file, entry in ((stats, "successes"), (sizes, name)):
         count = _read_json_object(file, _modified_ns(file)).get(entry)
-        if isinstance(count, int) and count >= 0:
+        if type(count) is int and 0 <= count <= _most_samples(path):
             return count, file
     return None, ""
 
@@ -300,6 +377,14 @@ def looks_complete(path: str) -> bool:
         os.close(fd)
 
 
+def _most_samples(path: str) -> int:
+    """Return how many samples a shard can hold: each of them has a header."""
+    try:
+        return 1 << 40 if is_remote(path) else os.stat(path).st_size // BLOCK
+    except OSError:
+        return 1 << 40  # reading the shard will say what is wrong
+
+
 def _modified_ns(file: str) -> int | None:
     """Return the modification time of a local file, None if it does not exist; 0 for a remote file."""
     try:
@@ -316,9 +401,7 @@ def _read_json_object(file: str, modified_ns: int | None) -> dict[str, Any]:
     """
     if modified_ns is None:
         return {}
-    data = read_small_file(file) if is_remote(file) else Path(file).read_bytes()
     try:
-        content = json.loads(data or b"{}")
-    except ValueError:
+        return parse_json_object((read_small_file(file) or b"{}") if is_remote(file) else read_bytes(Path(file)))
+    except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}

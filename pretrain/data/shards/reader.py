@@ -129,8 +129,9 @@ class ShardReader:
         path = self.paths[shard]
 
         def open_file() -> tuple[int, ShardIndex]:
-            shard_index = load_index(path, self.cache)
-            return os.open(shard_index.path, os.O_RDONLY | os.O_CLOEXEC), shard_index
+            with self.cache.hold(path) as file:  # until it is open, no other process may remove it
+                shard_index = load_index(path, self.cache, file)
+                return os.open(shard_index.path, os.O_RDONLY | os.O_CLOEXEC), shard_index
 
         opened = retry_io(open_file, path)
         expected, count = None if self.counts is None else self.counts[shard], opened[1].count
