@@ -11,6 +11,7 @@ from typing import Any
 
 from pretrain.data import BadSample
 from pretrain.data.decode import EXTENSIONS
+from pretrain.data.members import explain_missing_caption, explain_missing_image
 from pretrain.data.pack.writer import ShardJob, SourceSample
 from pretrain.data.shards.index import DUPLICATE_MEMBER, ShardIndex, load_index
 from pretrain.data.shards.paths import count_samples
@@ -73,9 +74,9 @@ class TarJob:
             i -= len(samples)
         extension = next((e for e in EXTENSIONS if e in members), None)
         if extension is None:
-            raise BadSample("no image", f"members: {', '.join(sorted(members))}")
-        if "txt" not in members and "json" not in members:
-            raise BadSample("no caption", f"members: {', '.join(sorted(members))}")
+            raise BadSample("no image", explain_missing_image(members, EXTENSIONS))
+        if not {"txt", "json", "cls"}.intersection(members):
+            raise BadSample("no caption", explain_missing_caption(members, "txt"))
         return SourceSample(members.pop(extension), members=members)
 
 

@@ -99,6 +99,8 @@ class ShardResult:
     """Captions that were left out of written samples, by reason."""
     odd: Counter[str] = field(default_factory=Counter)
     """Odd captions of written samples, by kind."""
+    tar_bytes: int | None = None
+    """Size of the tar, which the start of a run compares; None where there is no tar."""
 
     def skip(self, name: str, bad: BadSample) -> None:
         """Count a sample that cannot be used."""
@@ -112,6 +114,8 @@ class ShardResult:
         status = {"success": self.written, **dict(sorted(self.skipped.items()))}
         failed = {"failed_to_download": 0, "failed_to_resize": self.count - self.written}
         stats = {"count": self.count, "successes": self.written, **failed, "status_dict": status, "examples": self.examples}
+        if self.tar_bytes is not None:
+            stats["bytes"] = self.tar_bytes
         if self.dropped:
             stats["captions_left_out"] = dict(sorted(self.dropped.items()))
         if self.odd:
@@ -124,7 +128,7 @@ class ShardResult:
         stats = json.loads(text)
         skipped = Counter({reason: n for reason, n in stats["status_dict"].items() if reason != "success"})
         dropped, odd = (Counter(dict(stats.get(name, {}))) for name in ("captions_left_out", "odd_captions"))
-        return cls(stats["count"], stats["successes"], skipped, stats["examples"], dropped, odd)
+        return cls(stats["count"], stats["successes"], skipped, stats["examples"], dropped, odd, stats.get("bytes"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -266,6 +270,7 @@ def write_shard(job: ShardJob, shard: int, path: Path, storage: StorageOptions) 
                     tar.addfile(info, io.BytesIO(data))
         if result.written:
             files.flush(partial)
+            result.tar_bytes = partial.stat().st_size
             partial.replace(path)
         files.write_text(get_stats_path(path), result.to_json())
     except OSError as error:

@@ -12,6 +12,7 @@ import pytest
 
 from pretrain.data import BadSample
 from pretrain.data.check import check_shards
+from pretrain.data.pack import pack
 from pretrain.data.shards import cache
 from pretrain.data.shards.cache import ShardCache
 from pretrain.data.shards.index import load_index
@@ -142,6 +143,24 @@ def test_commands_with_ranges_are_read_where_allowed(tmp_path: Path, monkeypatch
     assert [f.name for f in (tmp_path / "cache/shards").iterdir() if not f.name.endswith((".lock", ".tar", ".idx"))] == []
 
 
+def test_commands_that_fail_are_named_with_what_they_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "RETRY_SECONDS", (0.0,))
+    shard_cache = ShardCache(str(tmp_path / "cache"), commands=True)
+    failing = "pipe:echo no such object >&2; exit 3"
+    with pytest.raises(UserError) as caught:
+        count_samples([failing], shard_cache)
+    reason = "the command ended with exit code 3: no such object, tried 2 times"
+    assert str(caught.value) == f"cannot read {failing}: {reason}"
+    with pytest.raises(
+        UserError, match=r"^cannot read pipe:no-such-command x: the command ended with exit code 127: .*not found$"
+    ):
+        count_samples(["pipe:no-such-command x"], shard_cache)
+    with pytest.raises(
+        UserError, match=r"cannot open urls of scheme s3; .*'pipe:aws s3 cp s3://b/0.tar -' with data.commands=true"
+    ):
+        count_samples(["s3://b/0.tar"], shard_cache)
+
+
 def test_a_folder_without_shards_is_explained(tmp_path: Path) -> None:
     def explain() -> str:
         with pytest.raises(ConfigError) as caught:
@@ -216,3 +235,30 @@ def test_sizes_in_the_stats_of_packed_shards_are_compared(tmp_path: Path) -> Non
         count_samples([str(shard)])
     shard.write_bytes(content + bytes(512))  # more padding, and the same samples
     assert count_samples([str(shard)]) == [3]
+
+
+def test_a_packed_shard_of_another_size_is_indexed_again(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    for i in range(6):
+        (tmp_path / "source" / f"{i}.jpg").write_bytes(image_bytes())
+        (tmp_path / "source" / f"{i}.txt").write_text(f"caption {i}")
+    pack(str(tmp_path / "source"), tmp_path / "out", shard_size=3, workers=1)
+    paths = expand_shards(str(tmp_path / "out"))
+    assert count_samples(paths) == [3, 3]
+    assert not list((tmp_path / "out").glob("*.idx"))
+    first = Path(paths[0])
+    assert json.loads(first.with_name(f"{first.stem}_stats.json").read_text())["bytes"] == first.stat().st_size
+    with tarfile.open(first) as tar:
+        second = [member.offset for member in tar][2]
+    content = first.read_bytes()
+    first.write_bytes(content[:second] + bytes(10240))  # a whole archive, of the first sample only
+    with pytest.raises(UserError, match=r"shard-0000\.tar holds 1 samples, but .*_stats.json says 3"):
+        count_samples(paths)
+
+
+def test_packing_names_the_rule_that_names_with_dots_break(tmp_path: Path) -> None:
+    members = [("a.input.jpg", image_bytes()), ("a.output.txt", b"red"), ("b.jpg", image_bytes()), ("b.cls", b"3")]
+    summary = str(pack(write_tar(tmp_path / "a.tar", members), tmp_path / "out", workers=1))
+    assert "KEY ends at the first dot of a file name: rename KEY.input.jpg to KEY.jpg" in summary
+    reader = ShardReader(expand_shards(str(tmp_path / "out")))
+    assert reader.read(0, 0).members["cls"] == b"3"
