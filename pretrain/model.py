@@ -18,6 +18,7 @@ from pretrain.config import check_numbers, component_field, extra_components
 from pretrain.data.images import AugmentConfig, ImageDecoder
 from pretrain.data.text import TextDecoder
 from pretrain.errors import ConfigError
+from pretrain.ops import WHITE
 from pretrain.towers import TokenSequence, Tower
 
 LOGIT_SCALE = math.log(1 / 0.07)
@@ -210,7 +211,8 @@ def build_decoders(
         if hasattr(module, "decoder"):
             decoders[modality] = module.decoder(tower, tokenizer)
         elif modality == "image":
-            decoders[modality] = ImageDecoder(tower.size, augment, tower.resize, tower.interpolation)
+            color = getattr(model.tower(modality), "pad_color", WHITE)
+            decoders[modality] = ImageDecoder(tower.size, augment, tower.resize, tower.interpolation, pad_color=color)
         elif modality == "text":
             trim = model.tower(modality).trims
             decoders[modality] = TextDecoder(tokenizer, tower.length, caption, trim=trim, draw=draw)

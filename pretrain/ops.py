@@ -1,4 +1,4 @@
-"""Float32 products and linear layers through oneDNN on the CPU; CLIP's image mean and std.
+"""Float32 products and linear layers through oneDNN on the CPU; CLIP's image mean and std; colors of image borders.
 
 torch computes float32 products with MKL, and MKL runs slower code on AMD's processors than on Intel's. `product` calls
 oneDNN instead. `Linear` is an nn.Linear with the same parameter names and state_dict that computes through `product`. On
@@ -10,16 +10,45 @@ Measured: on an AMD CPU, an image tower takes a tenth less time.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from PIL import ImageColor
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from pretrain.errors import ConfigError
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 """Mean and standard deviation of red, green and blue, in 0 to 1, with which CLIP's published models normalize images."""
+
+Color = tuple[int, int, int]
+"""Red, green and blue, each 0 to 255."""
+
+WHITE: Color = (255, 255, 255)
+
+
+def parse_color(text: str, mean: Sequence[float] = CLIP_MEAN) -> Color:
+    """Return the color that `image.pad_color` names.
+
+    Args:
+        text: a CSS name ("white"), "#rrggbb", or "mean".
+        mean: of the channels, 0 to 1, which "mean" stands for: it becomes 0 when images are normalized.
+
+    Raises:
+        ConfigError: no such color.
+    """
+    if text == "mean":
+        red, green, blue = (round(255 * value) for value in mean)
+        return red, green, blue
+    try:
+        red, green, blue = ImageColor.getrgb(text)
+    except ValueError:  # an unknown name, or a color with transparency, which has four values
+        raise ConfigError(f"image.pad_color={text!r} must be a color's name (white), #rrggbb, or mean") from None
+    return red, green, blue
 
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 """Whether this torch can call oneDNN's product on the CPU."""

@@ -34,7 +34,7 @@ from finetune.model import FusionModel
 from finetune.tasks import Prediction, Task
 from pretrain.data import BadSample, loader
 from pretrain.data.decode import decode_image
-from pretrain.data.images import ImageDecoder, visible_box
+from pretrain.data.images import ImageDecoder, crop_visible
 from pretrain.data.text import TextDecoder
 from pretrain.embedding.split import eval_mode
 from pretrain.errors import UserError
@@ -167,8 +167,7 @@ def compute_word_maps(tuned: Finetuned, data: bytes, text: str, method: str = ME
     maps, prediction = compute_token_maps(
         tuned.model, tuned.task, inputs["image"], inputs["text"], masks["text"], method, layer
     )
-    box = [round(edge) for edge in visible_box(pixels.shape[0], pixels.shape[1], image_decoder.size, image_decoder.resize)]
-    visible = Image.fromarray(pixels).crop((box[0], box[1], box[2], box[3]))
+    visible = crop_visible(pixels, image_decoder.size, image_decoder.resize, image_decoder.pad_color)
     values = average_words(maps[0], words).double().numpy()
     labels = [word.text for word in words]
     return WordMaps(visible, spans.text, labels, values, prediction.best[0], tuned.task.text_is_question)

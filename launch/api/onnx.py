@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pretrain.data.images import ImageDecoder
+from pretrain.data.images import ImageDecoder, parse_resize
 from pretrain.errors import UserError
+from pretrain.ops import parse_color
 
 from .model import Encoding
 
@@ -42,8 +43,9 @@ class OnnxModel(Encoding):
                 for name in ("image", "text")
             )
             recipe = json.loads((folder / "preprocess.json").read_text())
-            resize = "squash" if recipe["resize_mode"] == "squash" else "crop"
-            self._decoder = ImageDecoder(int(recipe["size"]), None, resize, recipe["interpolation"])
+            resize = parse_resize(recipe)
+            color = parse_color(resize.get("pad_color", "white"))
+            self._decoder = ImageDecoder(int(recipe["size"]), None, resize["resize"], recipe["interpolation"], pad_color=color)
             self._mean, self._std = (torch.tensor(recipe[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
             self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # onnxruntime and transformers raise what they like for damaged files

@@ -9,6 +9,10 @@ Training decodes a JPEG at 1/2, 1/4 or 1/8 of its size where the crop still has 
 torch's antialiased uint8 filter: Pillow's filter at several times its speed, equal up to rounding. Evaluation decodes at
 full size and resizes with Pillow: bit for bit the evaluation transform of open_clip and torchvision.
 
+A resize of a thin image could take any amount of memory: 8000 x 1 px, its shorter side made 224 px, has 400 million pixels.
+Where the sides differ by more than MAX_ASPECT, evaluation therefore crops before it resizes. The result differs from that
+transform by rounding alone.
+
 Measured: the two filters differ by 0.3 of 255 levels on average where they filter rows and columns in a different order,
 and by 0.01 elsewhere.
 """
@@ -16,26 +20,42 @@ and by 0.01 elsewhere.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from collections.abc import Sequence
 import torch
 from PIL import Image
 
+from pretrain.config import check_numbers
 from pretrain.data import BadSample
-from pretrain.data.decode import EXTENSIONS, MAX_PIXELS, decode_image, decode_pixels, read_header, reduction_factor
+from pretrain.data.decode import (
+    EXTENSIONS,
+    MAX_PIXELS,
+    Header,
+    as_contiguous,
+    decode_image,
+    decode_pixels,
+    read_header,
+    reduction_factor,
+)
 from pretrain.data.members import explain_missing_image
 from pretrain.errors import ConfigError
-from pretrain.config import check_numbers
-from pretrain.ops import CLIP_MEAN, CLIP_STD
+from pretrain.ops import CLIP_MEAN, CLIP_STD, WHITE, Color, parse_color
 
 if TYPE_CHECKING:
     from pretrain.data.shards.paths import RawSample
 
 
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+MAX_ASPECT = 16
+"""Ratio of the longer to the shorter side up to which an image is resized whole. Panoramas have up to 10."""
+
+RESIZES = ("crop", "squash", "pad")
+"""How an image becomes square. crop: the shorter side is resized, then the center is cropped; squash: both sides are resized;
+pad: the longer side is resized, and borders fill the rest."""
 
 
 @dataclass
@@ -63,6 +83,20 @@ class AugmentConfig:
         for name in ("color", "grayscale"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"augment.{name}={getattr(self, name)} must be between 0 and 1")
+        check_numbers(self, "data.augment")
+
+
+def parse_resize(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return image.resize and, for "pad", image.pad_color of a `preprocess_cfg` of open_clip.
+
+    Raises ConfigError for a color that is none.
+    """
+    resize = {"squash": "squash", "longest": "pad"}.get(recipe.get("resize_mode") or "shortest", "crop")
+    fill = recipe.get("fill_color", 0)
+    color = fill if isinstance(fill, list) else [fill] * 3
+    if len(color) != 3 or not all(isinstance(value, int) and 0 <= value <= 255 for value in color):
+        raise ConfigError(f"preprocess_cfg.fill_color={fill!r} must be a number from 0 to 255, or a list of three")
+    return {"resize": resize} | ({"pad_color": "#" + bytes(color).hex()} if resize == "pad" else {})
 
 
 @dataclass(frozen=True)
@@ -71,26 +105,37 @@ class Preprocess:
 
     size: int
     """Side of the square image, in pixels."""
-    resize: Literal["crop", "squash"] = "crop"
-    """crop: resize the shorter side to `size`, then crop the center; squash: resize both sides to `size`."""
+    resize: Literal["crop", "squash", "pad"] = "crop"
+    """One of RESIZES."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     mean: tuple[float, ...] = CLIP_MEAN
     std: tuple[float, ...] = CLIP_STD
+    pad_color: Color = WHITE
+    """Of the borders, for resize "pad"."""
 
     def to_open_clip(self) -> dict[str, Any]:
         """Return the `preprocess_cfg` of an open_clip model."""
-        mode = "squash" if self.resize == "squash" else "shortest"
+        mode = {"crop": "shortest", "squash": "squash", "pad": "longest"}[self.resize]
         common = {"size": self.size, "mode": "RGB", "mean": list(self.mean), "std": list(self.std)}
-        return {**common, "interpolation": self.interpolation, "resize_mode": mode}
+        fill = {"fill_color": self.pad_color[0] if len(set(self.pad_color)) == 1 else list(self.pad_color)}
+        return {**common, "interpolation": self.interpolation, "resize_mode": mode, **(fill if self.resize == "pad" else {})}
+
+    def pads_with_mean(self) -> bool:
+        """Whether borders have the mean color, the only one that timm's transforms, and so transformers, pad with."""
+        return self.pad_color == parse_color("mean", self.mean)
 
     def to_transformers(self) -> dict[str, Any]:
-        """Return the preprocessor_config.json of a transformers CLIPImageProcessor."""
+        """Return the preprocessor_config.json of a transformers CLIPImageProcessor.
+
+        That one cannot pad: for "pad", it reports the size that it does not know when it is called.
+        """
         square = {"height": self.size, "width": self.size}
+        sizes = {"crop": {"shortest_edge": self.size}, "squash": square, "pad": {"longest_edge": self.size}}
         return {
             "image_processor_type": "CLIPImageProcessor",
             "do_convert_rgb": True,
             "do_resize": True,
-            "size": square if self.resize == "squash" else {"shortest_edge": self.size},
+            "size": sizes[self.resize],
             "resample": int(_FILTERS[self.interpolation]),
             "do_center_crop": self.resize == "crop",
             "crop_size": square,
@@ -108,7 +153,6 @@ class Preprocess:
 
 def draw_crop(
     height: int, width: int, scale: list[float], ratio: list[float], rng: np.random.Generator
-        check_numbers(self, "data.augment")
 ) -> tuple[int, int, int, int]:
     """Draw a crop (top, left, height, width), like torchvision's RandomResizedCrop.get_params.
 
@@ -139,8 +183,19 @@ def resize(pixels: np.ndarray, size: tuple[int, int], interpolation: str = "bicu
 
     It equals Pillow's resize up to rounding.
     """
-    image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
+    image = torch.from_numpy(as_contiguous(pixels)).permute(2, 0, 1)[None]
+    if pixels.shape[0] > MAX_ASPECT * pixels.shape[1]:  # the filter widens all rows first
+        image = torch.nn.functional.interpolate(image, (size[0], pixels.shape[1]), mode=interpolation, antialias=True)
     return torch.nn.functional.interpolate(image, size, mode=interpolation, antialias=True)[0].contiguous()
+
+
+def resize_with_pillow(pixels: np.ndarray, size: tuple[int, int], interpolation: str = "bicubic") -> np.ndarray:
+    """Resize (h, w, 3) uint8 to (H, W, 3) uint8 with Pillow, for size = (H, W)."""
+    (h, w), (H, W) = pixels.shape[:2], size
+    image = Image.fromarray(pixels)
+    if h > MAX_ASPECT * w:  # Pillow widens all rows first
+        image = image.resize((w, H), _FILTERS[interpolation])
+    return np.array(image if image.size == (W, H) else image.resize((W, H), _FILTERS[interpolation]))
 
 
 _LUMA = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)  # ITU-R 601-2, as Pillow and torchvision
@@ -167,11 +222,12 @@ class ImageDecoder:
     Args:
         size: side of the square output, in pixels.
         augment: the random changes in training; None = the defaults of AugmentConfig.
-        resize: in evaluation, "crop" = shorter side to `size`, then the center; "squash" = both sides to `size`.
+        resize: one of RESIZES. In training, "pad" draws the random crop from the padded image, the others from the image.
         interpolation: "bicubic" or "bilinear", both antialiased.
         max_pixels: a sample whose image has more pixels is a bad sample.
         exact: evaluate with Pillow's resize, bit-equal to torchvision's transform. False evaluates with the function
             `resize`, in a third of the time.
+        pad_color: color of the borders of "pad".
     """
 
     def __init__(
@@ -182,15 +238,16 @@ class ImageDecoder:
         interpolation: str = "bicubic",
         max_pixels: int = MAX_PIXELS,
         exact: bool = True,
+        pad_color: Color = WHITE,
     ) -> None:
         if size < 1:
             raise ConfigError(f"image.size={size} must be at least 1 pixel")
-        if resize not in ("crop", "squash"):
-            raise ConfigError(f"image.resize={resize!r} must be one of crop, squash")
+        if resize not in RESIZES:
+            raise ConfigError(f"image.resize={resize!r} must be one of {', '.join(RESIZES)}")
         if interpolation not in _FILTERS:
             raise ConfigError(f"image.interpolation={interpolation!r} must be one of {', '.join(_FILTERS)}")
         self.size, self.resize, self.interpolation = size, resize, interpolation
-        self.max_pixels, self.exact = max_pixels, exact
+        self.max_pixels, self.exact, self.pad_color = max_pixels, exact, pad_color
         self.augment = augment or AugmentConfig()
         self.augment.check()
 
@@ -208,13 +265,7 @@ class ImageDecoder:
     def decode_train(self, data: bytes, rng: np.random.Generator) -> torch.Tensor:
         """Decode to (3, size, size) uint8 with the random changes of `augment`. Raises BadSample."""
         header, a = read_header(data, self.max_pixels), self.augment
-        top, left, h, w = draw_crop(header.height, header.width, a.scale, a.ratio, rng)
-        # The crop is drawn first: its size decides how small the image may be decoded. Its corner is aligned to the grid of
-        # the reduced pixels; otherwise the crop would be up to half a pixel off.
-        f = reduction_factor(header, h, w, self.size)
-        pixels = decode_pixels(data, header, f)
-        top, left, h, w = top // f, left // f, h // f, w // f
-        image = resize(pixels[top : top + h, left : left + w], (self.size, self.size), self.interpolation)
+        image = self._crop_padded(data, header, rng) if self.resize == "pad" else self._crop(data, header, rng)
         if a.flip and rng.random() < 0.5:
             image = image.flip(-1)
         if a.color > 0:
@@ -227,43 +278,138 @@ class ImageDecoder:
         """Decode to (3, size, size) uint8, deterministically. Raises BadSample."""
         pixels = decode_image(data, max_pixels=self.max_pixels)
         height, width = pixels.shape[:2]
+        if self.resize == "crop" and max(height, width) > MAX_ASPECT * min(height, width):
+            return torch.from_numpy(crop_and_resize(pixels, self.size, self.interpolation)).permute(2, 0, 1).contiguous()
         target = evaluation_size(height, width, self.size, self.resize)
-        if not self.exact:
-            image = resize(pixels, target, self.interpolation)
+        if self.exact:
+            image = torch.from_numpy(resize_with_pillow(pixels, target, self.interpolation)).permute(2, 0, 1)
         else:
-            pil_image = Image.fromarray(np.ascontiguousarray(pixels))
-            if target != (height, width):
-                pil_image = pil_image.resize((target[1], target[0]), _FILTERS[self.interpolation])
-            image = torch.from_numpy(np.array(pil_image)).permute(2, 0, 1)
-        top, left = round((target[0] - self.size) / 2), round((target[1] - self.size) / 2)
+            image = resize(pixels, target, self.interpolation)
+        if self.resize == "pad":
+            return self._pad(image, *find_corner(target, self.size))
+        top, left = find_corner(target, self.size)
         return image[:, top : top + self.size, left : left + self.size].contiguous()
+
+    def _crop(self, data: bytes, header: Header, rng: np.random.Generator) -> torch.Tensor:
+        """Return a random crop of an image, (3, size, size) uint8."""
+        top, left, h, w = draw_crop(header.height, header.width, self.augment.scale, self.augment.ratio, rng)
+        # The crop is drawn first: its size decides how small the image may be decoded. Its corner is aligned to the grid of
+        # the reduced pixels; otherwise the crop would be up to half a pixel off.
+        f = reduction_factor(header, h, w, self.size)
+        pixels = decode_pixels(data, header, f)
+        top, left, h, w = top // f, left // f, h // f, w // f
+        return resize(pixels[top : top + h, left : left + w], (self.size, self.size), self.interpolation)
+
+    def _crop_padded(self, data: bytes, header: Header, rng: np.random.Generator) -> torch.Tensor:
+        """Return a random crop of an image with borders that make it square, (3, size, size) uint8.
+
+        Along each axis, the crop contains the image or lies inside it: a crop of nothing but border would teach nothing.
+        """
+        side = max(header.height, header.width)
+        top, left, h, w = draw_crop(side, side, self.augment.scale, self.augment.ratio, rng)
+        f = reduction_factor(header, h, w, self.size)
+        pixels = decode_pixels(data, header, f)
+        ranges: list[slice] = []  # of rows, then of columns: the decoded pixels in the crop
+        corner: list[int] = []
+        target: list[int] = []
+        for length, start, extent in ((header.height, top, h), (header.width, left, w)):
+            border = (side - length) // 2
+            low, high = sorted((border, border + length - extent))
+            start = min(max(start, low), high)
+            begin, end = max(start, border), min(start + extent, border + length)  # in pixels of the padded image
+            ranges.append(slice((begin - border) // f, max((begin - border) // f + 1, -(-(end - border) // f))))
+            corner.append(min(round((begin - start) * self.size / extent), self.size - 1))
+            target.append(max(1, round((end - start) * self.size / extent) - corner[-1]))
+        image = resize(pixels[ranges[0], ranges[1]], (target[0], target[1]), self.interpolation)
+        return self._pad(image, -corner[0], -corner[1])
+
+    def _pad(self, image: torch.Tensor, top: int, left: int) -> torch.Tensor:
+        """Return (3, size, size) with an image (3, h, w) whose first pixel is `-top`, `-left` from the corner."""
+        padded = torch.tensor(self.pad_color, dtype=torch.uint8).view(3, 1, 1).repeat(1, self.size, self.size)
+        padded[:, -top : image.shape[1] - top, -left : image.shape[2] - left] = image
+        return padded
+
+
+def find_corner(resized: tuple[int, int], size: int) -> tuple[int, int]:
+    """Return (top, left) of the model's input in the resized image, in its pixels; negative where borders are added.
+
+    torchvision's CenterCrop and open_clip's CenterCropOrPad round in the same way.
+    """
+    top, left = (round((side - size) / 2) if side >= size else -((size - side) // 2) for side in resized)
+    return top, left
+
+
+def crop_and_resize(pixels: np.ndarray, size: int, interpolation: str) -> np.ndarray:
+    """Resize the shorter side to `size` and crop the center, without resizing what is cropped off.
+
+    Args:
+        pixels: (h, w, 3) uint8.
+        size: side of the result, in pixels.
+        interpolation: "bicubic" or "bilinear".
+
+    Returns:
+        (size, size, 3) uint8.
+    """
+    height, width = pixels.shape[:2]
+    x0, y0, x1, y1 = visible_box(height, width, size, "crop")
+    box = (x0, y0, min(x1, width), min(y1, height))
+    return np.array(Image.fromarray(pixels).resize((size, size), _FILTERS[interpolation], box=box))
 
 
 def evaluation_size(height: int, width: int, size: int, resize: str) -> tuple[int, int]:
-    """Return the resized (H, W) before the center crop; the longer side is rounded down.
+    """Return the resized (H, W) before the center crop, or before borders are added.
 
-    torchvision's Resize rounds in the same way.
+    For "crop", the longer side is rounded down as in torchvision's Resize; for "pad", the shorter one to the nearest number as
+    in open_clip's and timm's ResizeKeepRatio, but to 1 at least.
 
     Args:
         height: of the image, in pixels.
         width: of the image, in pixels.
         size: side of the square output, in pixels.
-        resize: "crop" or "squash".
+        resize: one of RESIZES.
     """
     if resize == "squash":
         return size, size
+    if resize == "pad":
+        ratio = max(height / size, width / size)
+        return max(1, round(height / ratio)), max(1, round(width / ratio))
     if height <= width:
         return size, int(size * width / height)
     return int(size * height / width), size
 
 
 def visible_box(height: int, width: int, size: int, resize: str) -> tuple[float, float, float, float]:
-    """Return the box of a stored image that the model sees: the center crop, or the whole image.
+    """Return the box of a stored image that the model's input covers.
+
+    That is the center crop, the whole image ("squash"), or the image with its borders ("pad"), which lie outside the image.
 
     Returns:
         (x0, y0, x1, y1) in pixels of the stored image.
     """
     resized_height, resized_width = evaluation_size(height, width, size, resize)
-    top, left = round((resized_height - size) / 2), round((resized_width - size) / 2)
+    top, left = find_corner((resized_height, resized_width), size)
     scale_x, scale_y = width / resized_width, height / resized_height
     return left * scale_x, top * scale_y, (left + size) * scale_x, (top + size) * scale_y
+
+
+def crop_visible(pixels: np.ndarray, size: int, resize: str, color: Color = WHITE, limit: int = 2048) -> Image.Image:
+    """Return the part of an image that the model's input covers, in the image's own pixels, borders included.
+
+    Args:
+        pixels: (h, w, 3) uint8.
+        size: side of the model's input, in pixels.
+        resize: one of RESIZES.
+        color: of the borders.
+        limit: an image whose padded side would be longer is scaled down to this many pixels.
+    """
+    height, width = pixels.shape[:2]
+    if resize == "pad" and max(height, width) > limit:
+        pixels = resize_with_pillow(pixels, evaluation_size(height, width, limit, "pad"))
+        height, width = pixels.shape[:2]
+    x0, y0, x1, y1 = visible_box(height, width, size, resize)
+    left, top = min(round(x0), width - 1), min(round(y0), height - 1)
+    right, bottom = max(round(x1), left + 1), max(round(y1), top + 1)  # at least one pixel, whatever is rounded
+    visible = Image.new("RGB", (right - left, bottom - top), color)
+    inside = Image.fromarray(as_contiguous(pixels[max(top, 0) : bottom, max(left, 0) : right]))
+    visible.paste(inside, (max(-left, 0), max(-top, 0)))
+    return visible

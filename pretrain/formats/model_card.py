@@ -81,7 +81,7 @@ RESIZE_CODE = {
     "crop": """w, h = (max(S, S * side // min(picture.size)) for side in picture.size)  # the shorter side to S, then the center
 left, top = round((w - S) / 2), round((h - S) / 2)
 picture = picture.resize((w, h), Image.Resampling.{how}).crop((left, top, left + S, top + S))""",
-    "pad": """w, h = (max(1, round(side * S / max(picture.size))) for side in picture.size)  # the longer side to S, then borders
+    "pad": """w, h = (max(1, round(side * S / max(picture.size))) for side in picture.size)  # the longer side to S
 square = Image.new("RGB", (S, S), {color})
 square.paste(picture.resize((w, h), Image.Resampling.{how}), ((S - w) // 2, (S - h) // 2))
 picture = square""",

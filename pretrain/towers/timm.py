@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.errors import ConfigError, closest
-from pretrain.ops import CLIP_MEAN, CLIP_STD, use_onednn
+from pretrain.ops import CLIP_MEAN, CLIP_STD, Color, parse_color, use_onednn
 from pretrain.config import check_numbers
 from pretrain.towers import TokenSequence, Tower, stem, used_parameters
 from pretrain.towers.pooling import get_head_norm, set_pooling
@@ -58,8 +58,11 @@ class Config:
     """Subtracted from the channels, which are scaled to [0, 1]. null: a pretrained model's own mean, else CLIP's."""
     std: list[float] | None = None
     """The channels are divided by it after that; null as for `mean`."""
-    resize: Literal["crop", "squash"] = "crop"
-    """In evaluation. crop: the short side is resized to `size`, then the center is cropped. squash: both sides to `size`."""
+    resize: Literal["crop", "squash", "pad"] = "crop"
+    """In evaluation. crop: the short side is resized to `size`, then the center is cropped. squash: both sides to `size`. pad:
+    the long side to `size`, with borders beside the rest; training then crops from the image with its borders, too."""
+    pad_color: str = "white"
+    """Of the borders of resize=pad: a color's name, "#rrggbb", or "mean", the mean color by which images are normalized."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     """How images are resized."""
     pool: Literal["tower", "cls", "avg", "map"] = "tower"
@@ -84,6 +87,9 @@ class Config:
                 raise ConfigError(
                     f"image.{key}={values} must be three numbers, one for each channel" + ", above 0" * (key == "std")
                 )
+        if self.pad_color != "white" and self.resize != "pad":
+            raise ConfigError(f"image.pad_color={self.pad_color} is for image.resize=pad, not {self.resize}")
+        parse_color(self.pad_color)
         self._check_stem()
         for key in RESERVED_ARGS:
             if key in self.args:
@@ -187,6 +193,11 @@ class ImageTower(Tower):
             f"image.name: {type(self.model).__name__} returns {tokens} tokens, which do not form a square grid; "
             "choose another model"
         )
+
+    @property
+    def pad_color(self) -> Color:
+        """The color of the borders where images are padded."""
+        return parse_color(self.config.pad_color, self.statistics[0])
 
     def layer_ids(self) -> dict[str, int]:
         """Return 0 for the stem, 1..L for the blocks of all stages, L + 1 for final norm and pooler.

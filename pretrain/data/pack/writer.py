@@ -22,7 +22,7 @@ import simplejpeg
 from PIL import Image
 
 from pretrain.data import BadSample
-from pretrain.data.decode import Header, decode_image, read_header
+from pretrain.data.decode import Header, as_contiguous, decode_pixels, read_header, reduction_factor
 from pretrain.errors import UserError
 from pretrain.runtime import files
 
@@ -144,16 +144,17 @@ def encode_sample(item: SourceSample, storage: StorageOptions) -> dict[str, byte
     header = read_header(item.image)
     height, width = compute_stored_size(header, storage)
     if (height, width) != (header.height, header.width):
-        pixels = decode_image(item.image)
+        pixels = as_contiguous(decode_pixels(item.image, header))
         extension, data = _resize_and_encode(pixels, header, height, width)
         item = SourceSample(data, item.captions, _scale_metadata(item.metadata, header, height, width), item.members)
         if "json" in item.members:
             item.members["json"] = _scale_json(item.members["json"], header, height, width)
     elif header.format in STORED_EXTENSIONS:
-        decode_image(item.image, min_size=1)  # to the end, at the smallest scale: detects truncated files
+        # To the end, at the smallest scale: detects truncated files.
+        decode_pixels(item.image, header, reduction_factor(header, header.height, header.width, 1))
         extension, data = STORED_EXTENSIONS[header.format], item.image
     else:
-        extension, data = "png", _encode_png(decode_image(item.image))
+        extension, data = "png", _encode_png(as_contiguous(decode_pixels(item.image, header)))
     members = {extension: data}
     if item.captions is not None:
         members["txt"] = item.captions[0].encode("utf-8", "replace")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import pickle
 import resource
 import struct
+import subprocess
 import time
 import zlib
 from types import SimpleNamespace
@@ -17,14 +19,15 @@ import pytest
 import torch
 import torchvision.transforms.functional as tvf
 from open_clip.transform import image_transform
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
+from timm.data import create_transform
 from torchvision.transforms import RandomResizedCrop
 
 from pretrain.data import BadSample, images
-from pretrain.data.decode import decode_image, read_header, reduction_factor
-from pretrain.data.images import AugmentConfig, ImageDecoder, Preprocess
+from pretrain.data.decode import MAX_SIDE, as_contiguous, decode_image, read_header, reduction_factor
+from pretrain.data.images import MAX_ASPECT, AugmentConfig, ImageDecoder, Preprocess, crop_visible, visible_box
 from pretrain.errors import ConfigError
-from pretrain.ops import CLIP_MEAN, CLIP_STD
+from pretrain.ops import CLIP_MEAN, CLIP_STD, parse_color
 
 
 def natural(height: int, width: int, seed: int = 0) -> Image.Image:
@@ -138,7 +141,7 @@ def test_sixteen_bits_are_scaled_not_clipped() -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
 def test_orientation(orientation: int, form: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -151,6 +154,88 @@ def test_orientation(orientation: int, form: str) -> None:
         small = decode_image(data, min_size=48)
         assert small.shape[:2] == (expected.shape[0] // 2, expected.shape[1] // 2)
         assert np.abs(small.astype(int) - np.asarray(Image.fromarray(expected).reduce(2))).mean() < 3
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (1, 30), (30, 1), (2, 40)])
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_orientation_of_images_of_one_pixel(form: str, width: int, height: int, orientation: int) -> None:
+    """A reversed axis of length 1 has a negative stride, which torch refuses, though NumPy calls the array contiguous."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(natural(height, width), form, exif=exif, **({"lossless": True} if form == "WEBP" else {}))
+    expected = pillow(data)
+    pixels = decode_image(data)
+    assert np.array_equal(pixels, expected)
+    assert min(pixels.strides) > 0
+    upright = encode(Image.fromarray(expected), "PNG")
+    for resize in images.RESIZES:
+        decoder = ImageDecoder(48, resize=resize)  # larger than the image, which is therefore decoded at its full size
+        assert torch.equal(decoder.decode_eval(data), decoder.decode_eval(upright)), resize
+        drawn = [decoder.decode_train(image, np.random.default_rng(1)) for image in (data, upright)]
+        assert torch.equal(*drawn), resize
+
+
+def test_one_row_of_a_turned_image_is_contiguous() -> None:
+    row = np.arange(24, dtype=np.uint8).reshape(4, 2, 3)[::-1][1:2]
+    assert torch.from_numpy(as_contiguous(row)).tolist() == [[[12, 13, 14], [15, 16, 17]]]
+
+
+@pytest.mark.parametrize("where", ["before the pixels", "behind the pixels"])
+@pytest.mark.parametrize("kind", ["eXIf", "XMP", "ImageMagick"])
+def test_the_orientation_of_a_png_is_read_without_its_pixels(kind: str, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    if kind == "eXIf":
+        chunk = png_chunk(b"eXIf", exif.tobytes()[6:])
+    elif kind == "XMP":
+        chunk = png_chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + b'<rdf:Description tiff:Orientation="6"/>')
+    else:
+        text = f"\nexif\n{len(exif.tobytes())}\n{exif.tobytes().hex()}\n"
+        chunk = png_chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(text.encode()))
+    plain = encode(natural(40, 60), "PNG")
+    at = plain.index(b"IDAT" if where == "before the pixels" else b"IEND") - 4
+    data = plain[:at] + chunk + plain[at:]
+    loads = count_loads(monkeypatch)
+    assert read_header(data)[:4] == ("PNG", 60, 40, 6)
+    assert loads == []
+    pixels = decode_image(data)
+    assert loads == ["PNG"]  # once
+    assert np.array_equal(pixels, pillow(data))
+    assert np.array_equal(pixels, np.rot90(decode_image(plain), -1))
+
+
+def png_chunk(name: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
+def count_loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list that grows by the format whenever Pillow decodes the pixels of a PNG."""
+    loads: list[str] = []
+    load = PngImagePlugin.PngImageFile.load
+
+    def load_and_count(image: Any) -> Any:
+        if image.tile:  # empty once the pixels are there
+            loads.append(image.format)
+        return load(image)
+
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", load_and_count)
+    return loads
+
+
+def test_a_png_above_the_limit_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, loads = encode(Image.new("1", (3000, 2000)), "PNG"), count_loads(monkeypatch)
+    with pytest.raises(BadSample, match="3000 x 2000, more than 5000000 pixels"):
+        read_header(data, max_pixels=5_000_000)
+    assert loads == []
+
+
+def test_damaged_metadata_behind_the_pixels_do_not_matter() -> None:
+    plain = encode(natural(40, 60), "PNG")
+    chunk = bytearray(png_chunk(b"eXIf", b"MM\0*\0\0\0\x08" + bytes(20)))
+    chunk[-1] ^= 1
+    data = plain[:-12] + bytes(chunk) + plain[-12:]
+    assert np.array_equal(decode_image(data), decode_image(plain))
 
 
 def test_a_jpeg_is_never_decoded_below_what_is_needed() -> None:
@@ -179,11 +264,13 @@ def huge_jpeg() -> bytes:
 
 
 def huge_png(side: int = 30000) -> bytes:
-    def chunk(name: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + png_chunk(b"IHDR", header)
+        + png_chunk(b"IDAT", zlib.compress(bytes(1000)))
+        + png_chunk(b"IEND", b"")
+    )
 
 
 def huge_webp() -> bytes:
@@ -236,6 +323,88 @@ def test_padding_that_viewers_ignore_is_accepted() -> None:
     assert np.array_equal(decode_image(padded), decode_image(data))
 
 
+def repeat_last_scan(data: bytes, times: int) -> bytes:
+    """Return a progressive JPEG whose last scan occurs `times` times more."""
+    last = data.rindex(b"\xff\xda")
+    return data[:last] + data[last:-2] * (times + 1) + b"\xff\xd9"
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (1, 300), (256, 256), (1024, 1024)])
+def test_many_scans_are_refused_at_any_size(height: int, width: int, mode: str) -> None:
+    data = encode(natural(height, width).convert(mode), progressive=True, quality=30)
+    assert decode_image(repeat_last_scan(data, 20)).shape == (height, width, 3)
+    with pytest.raises(BadSample) as caught:
+        read_header(repeat_last_scan(data, 80))
+    assert (caught.value.reason, caught.value.detail) == (
+        "image unreadable",
+        f"a JPEG of {height * width:,} pixels with more than 64 scans",
+    )
+
+
+def test_the_larger_a_jpeg_the_fewer_its_scans(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = bytearray(encode(natural(16, 16), progressive=True))
+    at = data.index(b"\xff\xc2")
+    data[at + 5 : at + 9] = struct.pack(">HH", 8000, 8000)
+    assert read_header(bytes(data))[:3] == ("JPEG", 8000, 8000)
+    with pytest.raises(BadSample, match="a JPEG of 64,000,000 pixels with more than 16 scans"):
+        read_header(repeat_last_scan(bytes(data), 20))
+
+
+def test_scans_of_thumbnails_and_of_what_is_appended_do_not_count() -> None:
+    data = encode(natural(64, 64), progressive=True)
+    thumbnail = b"\xff\xed" + struct.pack(">H", 2 + 400) + b"\xff\xda" * 200  # an application's segment
+    motion = data[:2] + thumbnail + data[2:] + b"\xff\xda\0\2" * 5000
+    assert np.array_equal(decode_image(motion), decode_image(data))
+
+
+def test_segments_without_end_are_refused() -> None:
+    data = encode(natural(16, 16), progressive=True)
+    many = data[:2] + b"\xff\xfe\0\2" * 70_000 + repeat_last_scan(data, 80)[2:]
+    assert reason(many) == "image unreadable"
+    chunks = encode(natural(16, 16), "PNG")
+    at = chunks.index(b"IDAT") - 4
+    assert reason(chunks[:at] + png_chunk(b"teSt", b"") * 70_000 + chunks[at:]) == "image unreadable"
+
+
+def test_a_side_beyond_the_limit_is_refused() -> None:
+    assert decode_image(encode(Image.new("L", (MAX_SIDE, 1)), "PNG")).shape == (1, MAX_SIDE, 3)
+    for size in ((MAX_SIDE + 1, 1), (1, MAX_SIDE + 1)):
+        assert reason(encode(Image.new("L", size), "PNG")) == "image too large"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n",
+        b"\xc5\xd0\xd3\xc6" + struct.pack("<II", 32, 60) + bytes(20) + b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+        b"Image type: a\r\nImage size (x*y): 3*4*5\r\n" + b"\0" * 500 + b"\x1a" + bytes(99),
+        b"P6 4 4 255\n" + bytes(48),
+        b"%PDF-1.4\n",
+        b"\xd7\xcd\xc6\x9a" + bytes(60),
+        b"#define a_width 4\n#define a_height 4\nstatic char a_bits[] = {\n0,0,0,0};",
+        encode(Image.new("RGB", (8, 8)), "JPEG2000"),
+        encode(Image.new("RGB", (8, 8)), "TGA"),
+        encode(Image.new("RGB", (8, 8)), "ICO"),
+        encode(Image.new("RGB", (8, 8)), "IM"),
+        encode(Image.new("RGB", (8, 8)), "EPS"),
+    ],
+)
+def test_only_the_named_formats_are_opened(data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **options: pytest.fail(f"started {args}"))
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", "gs")
+    for decode in (read_header, decode_image):
+        with pytest.raises(BadSample) as caught:
+            decode(data)
+        assert caught.value.reason == "image unreadable"
+        assert "none of JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF; begins with" in caught.value.detail
+
+
+def test_an_avif_named_jpg_is_read() -> None:
+    data = encode(drawn(64, 80), "AVIF", quality=95)
+    assert np.array_equal(decode_image(data), pillow(data))
+
+
 def test_a_jpeg_with_too_many_scans_is_refused() -> None:
     data = encode(natural(1100, 1100), progressive=True, quality=30)
     last = data.rindex(b"\xff\xda")
@@ -279,6 +448,181 @@ def test_evaluation_equals_the_transform_of_open_clip(name: str, mode: str, inte
     difference = (fast.int() - expected.int()).abs()
     assert difference.float().mean() < 0.3
     assert difference.max() <= 24
+
+
+def count_resized_pixels(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that grows by the pixels of each image that Pillow or torch makes by resizing."""
+    counts: list[int] = []
+    resize, interpolate = Image.Image.resize, torch.nn.functional.interpolate
+
+    def resize_and_count(image: Image.Image, size: tuple[int, int], *args: Any, **options: Any) -> Image.Image:
+        # Pillow filters the rows of the box first, all that the columns then need.
+        rows = options["box"][3] - options["box"][1] + 20 if "box" in options else image.height
+        counts.append(int(max(size[0] * rows, size[0] * size[1])))
+        return resize(image, size, *args, **options)
+
+    def interpolate_and_count(image: torch.Tensor, size: tuple[int, int], **options: Any) -> torch.Tensor:
+        counts.append(max(size[1] * image.shape[2], size[0] * size[1]))
+        return interpolate(image, size, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", resize_and_count)
+    monkeypatch.setattr(torch.nn.functional, "interpolate", interpolate_and_count)
+    return counts
+
+
+THIN = [(1, 1), (1, 40), (40, 1), (1, 4000), (4000, 1), (2, MAX_SIDE), (MAX_SIDE, 2), (900, 50), (3, 49)]
+
+
+@pytest.mark.parametrize(("height", "width"), THIN)
+@pytest.mark.parametrize("resize", ["crop", "squash", "pad"])
+@pytest.mark.parametrize("exact", [True, False])
+def test_the_work_is_bounded_by_the_target_size(
+    height: int, width: int, resize: str, exact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = encode(Image.new("L", (width, height), 90), "PNG")
+    wide_crops = AugmentConfig(scale=[0.01, 1], ratio=[1e-5, 1e5])
+    counts = count_resized_pixels(monkeypatch)
+    for decoder in (ImageDecoder(32, resize=resize, exact=exact), ImageDecoder(32, wide_crops, resize=resize)):
+        for image in (decoder.decode_eval(data), *(decoder.decode_train(data, np.random.default_rng(s)) for s in range(5))):
+            assert image.shape == (3, 32, 32)
+            if resize != "pad":
+                assert (image == 90).all()
+    assert max(counts) <= max(MAX_ASPECT * 32 * 32, height * width)
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize(("height", "width"), [(40, 1500), (1500, 40), (60, 1200), (3, 100), (100, 3), (1, 4000), (2, 777)])
+def test_thin_images_are_cropped_before_the_resize(height: int, width: int, interpolation: str) -> None:
+    """The result is that of open_clip's transform, which resizes the whole image, up to rounding.
+
+    Pillow chooses by the size which axis it filters first, and rounds in between.
+    """
+    image = natural(height, width, seed=height)
+    reference = image_transform(24, is_train=False, resize_mode="shortest", interpolation=interpolation)
+    ours = ImageDecoder(24, interpolation=interpolation).decode_eval(encode(image, "PNG"))
+    difference = (ours.int() - exact_uint8(reference(image)).int()).abs()
+    assert difference.max() <= 2
+    assert difference.float().mean() < 0.3
+
+
+@pytest.mark.parametrize(("height", "width"), [(48, 48 * MAX_ASPECT), (48 * MAX_ASPECT, 48), (5, 80), (500, 33)])
+def test_up_to_the_limit_evaluation_is_bit_equal(height: int, width: int) -> None:
+    data = encode(natural(height, width), "PNG")
+    for mode, resize in (("shortest", "crop"), ("squash", "squash"), ("longest", "pad")):
+        reference = image_transform(40, is_train=False, resize_mode=mode, interpolation="bicubic", fill_color=255)
+        expected = exact_uint8(reference(Image.open(io.BytesIO(data))))
+        assert torch.equal(ImageDecoder(40, resize=resize).decode_eval(data), expected), mode
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Borders
+
+
+@pytest.mark.parametrize("name", IMAGES)
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_padding_equals_the_transforms_of_open_clip_and_timm(name: str, interpolation: str) -> None:
+    data = encode(IMAGES[name], quality=92)
+    image = Image.open(io.BytesIO(data))
+    reference = image_transform(224, is_train=False, resize_mode="longest", interpolation=interpolation, fill_color=255)
+    ours = ImageDecoder(224, resize="pad", interpolation=interpolation).decode_eval(data)
+    assert torch.equal(ours, exact_uint8(reference(image)))
+    options: dict[str, Any] = {"crop_pct": 1.0, "crop_mode": "border", "mean": CLIP_MEAN, "std": CLIP_STD}
+    timm_transform = create_transform((3, 224, 224), interpolation=interpolation, **options)
+    ours = ImageDecoder(224, resize="pad", interpolation=interpolation, pad_color=parse_color("mean")).decode_eval(data)
+    assert torch.equal(ours, exact_uint8(timm_transform(image)))
+
+
+@pytest.mark.parametrize(("height", "width"), [(30, 90), (90, 30), (64, 64), (64, 65), (1, 500), (500, 1), (33, 2000)])
+def test_a_padded_image_is_whole_and_in_the_middle(height: int, width: int) -> None:
+    data = encode(Image.new("RGB", (width, height), (200, 10, 10)), "PNG")
+    image = ImageDecoder(48, resize="pad", pad_color=(0, 0, 255)).decode_eval(data)
+    inside = image[0] == 200
+    rows, columns = inside.any(1).nonzero().flatten(), inside.any(0).nonzero().flatten()
+    long, short = max(height, width), min(height, width)
+    expected = (48, max(1, round(48 * short / long)))
+    assert (len(columns), len(rows)) == (expected if width >= height else expected[::-1])
+    assert inside.sum() == len(rows) * len(columns)
+    assert (image[2] == 255).sum() == 48 * 48 - inside.sum()
+    for lines in (rows, columns):
+        assert 0 <= (47 - lines[-1]) - lines[0] <= 1
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "limit"), [(30, 300, 25), (300, 30, 25), (80, 64, 20), (1, 400, 256), (1200, 500, 12)]
+)
+@pytest.mark.parametrize("scale", [[0.9, 1.0], [0.02, 0.3]])
+def test_training_crops_of_a_padded_image(height: int, width: int, limit: float, scale: list[float]) -> None:
+    """Against Pillow's crop of the padded image; along each axis it contains the image or lies inside it.
+
+    `limit` is the largest mean difference, in levels; where a row of the result is wider than the image, there is none.
+    """
+    data = encode(natural(height, width), "JPEG", quality=95)
+    side = max(height, width)
+    top0, left0 = (side - height) // 2, (side - width) // 2
+    square = Image.new("RGB", (side, side), (0, 255, 0))
+    square.paste(Image.fromarray(pillow(data)), (left0, top0))
+    decoder = ImageDecoder(40, AugmentConfig(scale=scale), resize="pad", pad_color=(0, 255, 0))
+    for seed in range(8):
+        top, left, h, w = images.draw_crop(side, side, scale, [3 / 4, 4 / 3], np.random.default_rng(seed))
+        top = int(np.clip(top, *sorted((top0, top0 + height - h))))
+        left = int(np.clip(left, *sorted((left0, left0 + width - w))))
+        crop = square.crop((left, top, left + w, top + h))
+        expected = np.asarray(crop.resize((40, 40), Image.Resampling.BICUBIC)).astype(int)
+        share = np.asarray(crop.resize((40, 40), Image.Resampling.BOX))  # how much of a pixel is border
+        ours = decoder.decode_train(data, np.random.default_rng(seed)).permute(1, 2, 0).numpy().astype(int)
+        border = (ours == (0, 255, 0)).all(-1)
+        assert (~border).any()
+        whole = (share == (0, 255, 0)).all(-1)
+        # Borders end at a whole pixel: at most one row or column on each side is decided otherwise.
+        assert (whole ^ border).sum() <= 2 * 40
+        inside = ~(border | whole)
+        inside[1:-1, 1:-1] &= inside[:-2, 1:-1] & inside[2:, 1:-1] & inside[1:-1, :-2] & inside[1:-1, 2:]
+        if inside.any():
+            assert np.abs(ours - expected)[inside].mean() < limit
+
+
+def test_colors() -> None:
+    assert parse_color("white") == (255, 255, 255)
+    assert parse_color("#0a0b0c") == (10, 11, 12)
+    assert parse_color("mean", (0.5, 0.25, 0.0)) == (128, 64, 0)
+    for text in ("whitish", "", "#12", "#11223344", "255,255,255"):
+        with pytest.raises(ConfigError, match=r"image.pad_color='.*' must be a color's name \(white\), #rrggbb, or mean"):
+            parse_color(text)
+
+
+@pytest.mark.parametrize("resize", ["crop", "squash", "pad"])
+@pytest.mark.parametrize(("height", "width"), [(30, 90), (90, 31), (1, 4000), (4000, 1), (MAX_SIDE, 3), (7, 7)])
+def test_the_visible_part_is_what_the_decoder_shows(height: int, width: int, resize: str) -> None:
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[: max(1, height // 3), : max(1, width // 3)] = (255, 0, 0)
+    visible = crop_visible(pixels, 32, resize, (0, 0, 255))
+    assert min(visible.size) >= 1
+    assert visible.width * visible.height <= max(height * width, 2048 * 2048)
+    shown = ImageDecoder(32, resize=resize, pad_color=(0, 0, 255)).decode_eval(encode(Image.fromarray(pixels), "PNG"))
+    small = np.asarray(visible.resize((32, 32), Image.Resampling.BOX)).astype(int)
+    assert np.abs(small - shown.permute(1, 2, 0).numpy()).mean() < 16
+    x0, y0, x1, y1 = visible_box(height, width, 32, resize)
+    if resize == "pad":
+        assert (x0 <= 0.5 * width / 32, x1 - x0 >= width - 1e-9, y1 - y0 >= height - 1e-9) == (True, True, True)
+
+
+def test_the_image_processor_that_cannot_pad_says_so() -> None:
+    from transformers import CLIPImageProcessor
+
+    settings = Preprocess(96, resize="pad").to_transformers()
+    settings.pop("image_processor_type")
+    with pytest.raises(ValueError, match="longest_edge=96"):
+        CLIPImageProcessor(**settings)(IMAGES["wide"], return_tensors="pt")
+
+
+@pytest.mark.parametrize("color", [(255, 255, 255), (0, 0, 0), (200, 100, 50)])
+def test_open_clip_pads_with_the_exported_color(color: Any) -> None:
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    settings = json.loads(json.dumps(Preprocess(96, resize="pad", pad_color=color).to_open_clip()))
+    data = encode(IMAGES["tall"])
+    expected = image_transform_v2(PreprocessCfg(**settings), is_train=False)(Image.open(io.BytesIO(data)))
+    assert torch.equal(ImageDecoder(96, resize="pad", pad_color=color).decode_eval(data), exact_uint8(expected))
 
 
 @pytest.mark.parametrize("mode", ["crop", "squash"])
