@@ -185,6 +185,26 @@ def build(towers: dict[str, Any], config: ModelConfig, tokenizer: Any = None) ->
     return DualEncoder(built, config.dim, scale, config.logit_bias, projected)
 
 
+def describe_weights(model: DualEncoder, init: Any = None) -> list[str]:
+    """Return a line for each tower that `init` does not load: where its weights are from, or that they are random.
+
+    init: a run for all towers, or {modality: run}.
+    """
+    lines = []
+    for name in model.towers:
+        tower = model.tower(name)
+        origin = tower.weights_origin
+        if origin is None or isinstance(init, str) or name in (init or {}):
+            continue
+        if origin:
+            lines.append(f"{name} tower: weights from {origin}")
+            continue
+        is_frozen = not any(parameter.requires_grad for parameter in tower.parameters())
+        hint = f"; {tower.pretrained_settings} starts from trained ones" if tower.pretrained_settings else ""
+        lines.append(f"{name} tower: random weights{', and frozen' if is_frozen else ''}{hint}")
+    return lines
+
+
 def tower_configs(config: ModelSchema) -> dict[str, Any]:
     """Return the tower configurations by modality, without those set to null.
 

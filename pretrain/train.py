@@ -18,6 +18,7 @@ from pretrain.data.loader import Batch, DataConfig, Loader
 from pretrain.evaluation.evaluate import EvalConfig, evaluate
 from pretrain.model import DualEncoder, ModelSchema
 from pretrain.optim import OptimConfig
+from pretrain.runtime.console import log_info
 from pretrain.training import flops
 from pretrain.training.loop import Outcome, TrainConfig, fit
 from pretrain.training.objective import Contrastive

@@ -36,6 +36,8 @@ def measure_model(config: PretrainConfig) -> tuple[ModelSize, list[str]]:
     towers = {}
     for name, tower in models.tower_configs(config).items():
         changes: dict[str, Any] = {"pretrained": False} if hasattr(tower, "pretrained") else {}
+        if hasattr(tower, "weights"):
+            changes["weights"] = None
         if hasattr(tower, "groups"):
             changes["groups"] = 1  # grouping by length is for CPUs, and depends on the texts
         towers[name] = replace(tower, **changes)

@@ -22,7 +22,8 @@ def describe_run(history: RunHistory) -> str:
     size = f"{history.get('image.size')} px" if history.get("image.size") else ""
     image_args, text_args = history.get("image.args") or {}, history.get("text.args") or {}
     start = "from existing weights" if history.get("init") else "from scratch"
-    if history.get("image.pretrained") or history.get("text.name"):
+    has_tag = history.get("image.pretrained") is None and any(mark in image for mark in ".:")  # such names mean weights
+    if history.get("image.pretrained") or history.get("image.weights") or has_tag or history.get("text.name"):
         start = "from published weights"
     image_details, text_details = _describe_architecture(image_args, size), _describe_architecture(text_args)
     return (

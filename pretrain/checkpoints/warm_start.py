@@ -10,6 +10,7 @@ A section of the configuration that names no architecture (image, text: no name,
 from __future__ import annotations
 
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -33,6 +34,26 @@ def _load_once(run: str) -> LoadedModel:
     `load_weights` clears this cache at its end.
     """
     return loading.load_model(run)
+
+
+def _load_source(init: Any, name: str) -> LoadedModel:
+    """Load the run or model that `init` names for a tower, once.
+
+    Raises UserError; where it is the weights of one tower alone, the error names the setting that takes them.
+    """
+    run = init if isinstance(init, str) else init[name]
+    try:
+        return _load_once(run)
+    except UserError as error:
+        path = Path(run).expanduser()
+        is_run = (path / "config.yaml").exists() or (path / "checkpoints").exists() or (path / "open_clip_config.json").exists()
+        if is_run or not path.exists():
+            raise
+        settings = {"image": f"image.weights={run}", "text": f"text.name={run}"}
+        choices = [settings[name]] if isinstance(init, dict) and name in settings else list(settings.values())
+        raise ConfigError(
+            f"init={init}: {error}; init takes runs and image-text models; the weights of one tower are {' or '.join(choices)}"
+        ) from error
 
 
 def check(init: Any) -> None:
@@ -59,10 +80,10 @@ def with_init_defaults(values: dict[str, Any]) -> dict[str, Any]:
     init = configuration.written_text(values, "init")
     check(init)
     merged, inherits = configuration.merge(values, {}), False
-    for name, run in _runs_by_tower(init, ("image", "text")).items():
+    for name in _runs_by_tower(init, ("image", "text")):
         section = values.get(name, {})
         if section is not None and not {"name", "args", "tower"} & set(section):
-            inherited = configuration.to_dict(_load_once(run).config)[name]
+            inherited = configuration.to_dict(_load_source(init, name).config)[name]
             inherited = {key: value for key, value in inherited.items() if key not in NOT_INHERITED}
             merged[name], inherits = configuration.merge(inherited, section), True
     if isinstance(init, str) and inherits:
@@ -75,15 +96,14 @@ def with_init_defaults(values: dict[str, Any]) -> dict[str, Any]:
 def choose_tokenizer(init: Any, text: Any) -> Any:
     """Return the tokenizer that the configuration section `text` names, else that of init's text tower."""
     name, run = text.tokenizer or text.name, _runs_by_tower(init, ("text",)).get("text")
-    return _load_once(run).tokenizer if run is not None and not name else load_tokenizer(name)
+    return _load_source(init, "text").tokenizer if run is not None and not name else load_tokenizer(name)
 
 
-def _check_same_vocabulary(tokenizer: Any, run: str) -> None:
+def _check_same_vocabulary(tokenizer: Any, run: str, expected: Any) -> None:
     """Refuse a tokenizer whose vocabulary is not the one that init's text tower was trained with.
 
-    Raises ConfigError.
+    expected: that tokenizer. Raises ConfigError.
     """
-    expected = _load_once(run).tokenizer
     if tokenizer.get_vocab() != expected.get_vocab():
         a, b = len(tokenizer), len(expected)
         counts = f"{a} tokens, not {b}" if a != b else f"{a} tokens too, but other ones"
@@ -107,15 +127,15 @@ def load_weights(model: DualEncoder, init: Any, partial: bool, tokenizer: Any) -
     """
     for run in _runs_by_tower(init, ("text",)).values():
         if tokenizer is not None:
-            _check_same_vocabulary(tokenizer, run)
+            _check_same_vocabulary(tokenizer, run, _load_source(init, "text").tokenizer)
     if isinstance(init, str):
-        loaded = _load_once(init)
+        loaded = _load_source(init, "image")
         weights = _match_logit_bias(loaded.model.state_dict(), model)
         _load_into(model, weights, init, partial)
         log_info(f"weights start from {loaded.folder}")
     else:
         for name, run in init.items():
-            source = _load_once(run).model
+            source = _load_source(init, name).model
             _load_into(model.tower(name), source.tower(name).state_dict(), f"{run} ({name} tower)", partial)
             log_info(f"weights of the {name} tower start from {_load_once(run).folder}")
     _load_once.cache_clear()

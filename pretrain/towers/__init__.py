@@ -3,6 +3,7 @@
     timm.py            images: any timm model
     pooling.py         how a timm model pools its tokens into one vector
     stem.py            a convolutional stem for vision transformers
+    weight_files.py    weights of timm models from files of other trainers
     transformers.py    texts: any transformers text model
     hf_models.py       finds and builds the transformers model
     length_buckets.py  encodes a batch of texts in groups of similar length
@@ -58,6 +59,10 @@ class Tower(nn.Module):
     """Whether `pooled` is the mean of the valid `states`."""
     pools_max: bool = False
     """Whether `pooled` is the maximum of `states`, channel by channel."""
+    weights_origin: str | None = None
+    """Where build() loaded the weights from, in words; empty where they are random, None where the tower does not say."""
+    pretrained_settings: str = ""
+    """The settings that start the tower from trained weights, for messages."""
 
     def __init__(self) -> None:
         super().__init__()

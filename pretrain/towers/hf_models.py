@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import json
 import logging
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -22,7 +24,7 @@ class TextModelConfig(Protocol):
     @property
     def args(self) -> dict[str, Any]: ...
     @property
-    def pretrained(self) -> bool: ...
+    def pretrained(self) -> bool | None: ...
     @property
     def pool(self) -> str: ...
 
@@ -41,8 +43,18 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def load_text_model(config: TextModelConfig, tokenizer: Any) -> Any:
-    """Build the text model without any head, in float32. Raises ConfigError.
+class LoadedTextModel(NamedTuple):
+    """A text model without any head, in float32."""
+
+    model: Any
+    pool: str
+    """How its states are pooled: text.pool, where `auto` is resolved."""
+    origin: str
+    """Where its weights are from, in words; empty for random ones."""
+
+
+def load_text_model(config: TextModelConfig, tokenizer: Any) -> LoadedTextModel:
+    """Build the text model, and load its weights if text.name names it. Raises ConfigError.
 
     Of an encoder-decoder model, the encoder is returned.
     """
@@ -50,19 +62,103 @@ def load_text_model(config: TextModelConfig, tokenizer: Any) -> Any:
     settings = _settings_from_args(config, tokenizer) if config.name is None else _settings_from_name(config)
     settings.use_cache = False  # decoders would store keys and values that nothing reads
     model_class = _find_model_class(settings)
+    pool = read_pooling(config.name) if config.pool == "auto" else config.pool
+    is_loaded = config.name is not None and config.pretrained is not False
+    missing: list[str] = []
     extra: dict[str, Any] = {}
-    if config.pool != "tower" and "add_pooling_layer" in inspect.signature(model_class.__init__).parameters:
+    if pool != "tower" and "add_pooling_layer" in inspect.signature(model_class.__init__).parameters:
         extra["add_pooling_layer"] = False
     try:
-        if config.name is not None and config.pretrained:
-            model = model_class.from_pretrained(config.name, config=settings, dtype=torch.float32, **extra)
+        if is_loaded:
+            options = {
+                "config": settings,
+                "dtype": torch.float32,
+                "output_loading_info": True,
+                "trust_remote_code": False,
+                **extra,
+            }
+            model, info = model_class.from_pretrained(config.name, **options)
+            missing = sorted(info["missing_keys"])
         else:
             model = model_class(settings, **extra)
     except OSError as error:
-        raise ConfigError(f"text.name={config.name!r}: the weights cannot be loaded: {one_line(error)}") from error
+        raise ConfigError(
+            f"text.name={config.name!r}: the weights cannot be loaded: {one_line(error)}; "
+            "text.pretrained=false starts at random"
+        ) from error
     except Exception as error:  # transformers raises errors of many types for impossible sizes
         raise ConfigError(f"text.args: {model_class.__name__} cannot be built: {one_line(error)}") from error
-    return model.get_encoder() if settings.is_encoder_decoder and hasattr(model, "decoder") else model
+    origin = _describe_origin(config.name, model, missing) if is_loaded else ""
+    model = model.get_encoder() if settings.is_encoder_decoder and hasattr(model, "decoder") else model
+    return LoadedTextModel(model, pool, origin)
+
+
+def _describe_origin(name: str | None, model: nn.Module, missing: list[str]) -> str:
+    """Return where the weights of a model are from, and which are missing.
+
+    Raises ConfigError where more than a tenth of the model's numbers are missing: it would train from random weights.
+    """
+    sizes = {key: tensor.numel() for key, tensor in model.state_dict().items()}
+    names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+    if sum(sizes.get(key, 0) for key in missing) > 0.1 * sum(sizes.values()):
+        raise ConfigError(
+            f"text.name={name!r} lacks {len(missing)} of {len(sizes)} weights of {type(model).__name__}: {names}; "
+            "text.pretrained=false starts at random"
+        )
+    return f"{name}: {len(sizes) - len(missing)} of {len(sizes)} tensors" + (
+        f"; {len(missing)} stay random: {names}" if missing else ""
+    )
+
+
+SENTENCE_POOLING = {"mean": "avg", "mean_tokens": "avg", "mean_sqrt_len_tokens": "avg", "cls": "cls", "cls_token": "cls",
+                    "lasttoken": "eot"}  # fmt: skip
+"""Pooling modes of sentence-transformers as text.pool. mean_sqrt_len differs from the mean by its length alone, which
+normalizing removes."""
+
+
+def read_pooling(name: str | None) -> str:
+    """Return the pooling that text.pool=auto means: that of a sentence-transformers model, else eot (CLIP's).
+
+    name: text.name, a folder or a hub name. Raises ConfigError for a pooling that text.pool does not have.
+    """
+    path = None if name is None else _find_pooling_file(name)
+    if path is None:
+        return "eot"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        mode = content.get("pooling_mode")
+        active = [key.removeprefix("pooling_mode_") for key, on in content.items() if key.startswith("pooling_mode_") and on]
+        modes = [mode] if isinstance(mode, str) else list(mode or active)
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise ConfigError(f"text.name={name!r}: {path} cannot be read: {one_line(error)}; give text.pool") from error
+    if len(modes) == 1 and modes[0] in SENTENCE_POOLING:
+        return SENTENCE_POOLING[modes[0]]
+    raise ConfigError(
+        f"text.name={name!r} pools by {' and '.join(map(str, modes)) or 'nothing'} ({path.parent.name}/{path.name}), "
+        "which is not possible here; give text.pool=avg, cls or eot"
+    )
+
+
+def _find_pooling_file(name: str) -> Path | None:
+    """Return the config.json of the pooling module of a sentence-transformers model; None for other models."""
+    from transformers.utils import cached_file
+
+    folder = "1_Pooling"
+    if not Path(name).is_dir():
+        flags = ("gated_repo", "missing_entries", "connection_errors")
+        options: dict[str, Any] = {f"_raise_exceptions_for_{flag}": False for flag in flags}
+        fetched = cached_file(name, f"{folder}/config.json", **options)
+        return None if fetched is None else Path(fetched)
+    modules = Path(name) / "modules.json"
+    if modules.is_file():
+        try:
+            entries = json.loads(modules.read_text(encoding="utf-8"))
+            paths = [entry["path"] for entry in entries if str(entry["type"]).endswith("Pooling")]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"text.name={name!r}: {modules} cannot be read: {one_line(error)}; give text.pool") from error
+        folder = paths[0] if paths else folder
+    path = Path(name) / folder / "config.json"
+    return path if path.is_file() else None
 
 
 def inline_args(model: Any) -> dict[str, Any]:
@@ -150,7 +246,7 @@ def _settings_from_name(config: TextModelConfig) -> Any:
 
     args = {key: value for key, value in config.args.items() if key != "model_type"}
     try:
-        settings = AutoConfig.from_pretrained(config.name or "")
+        settings = AutoConfig.from_pretrained(config.name or "", trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"text.name={config.name!r} is neither a folder nor on the hub as a transformers model: {one_line(error)}"

@@ -1,7 +1,8 @@
 """The image tower: any timm image model, transformer or convolutional.
 
     image: {name: vit_base_patch16_224, size: 112, args: {embed_dim: 192, depth: 6, num_heads: 3}, pool: avg}
-    image: {name: vit_base_patch16_clip_224.openai, size: 224, pretrained: true}
+    image: {name: vit_base_patch16_clip_224.openai, size: 224}
+    image: {name: resnet50, size: 224, weights: resnet50.pth}
     image: {name: vit_tiny_patch16_224, size: 72, stem: [32, 64, 64, 128, 128, 128], args: {embed_dim: 128, depth: 2}}
 
 The model is built for `size`, which may differ from its published size; timm then interpolates pretrained position
@@ -18,15 +19,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from math import isqrt
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
+from pretrain.config import check_numbers
 from pretrain.errors import ConfigError, closest
 from pretrain.ops import CLIP_MEAN, CLIP_STD, Color, parse_color, use_onednn
-from pretrain.config import check_numbers
-from pretrain.towers import TokenSequence, Tower, stem, used_parameters
+from pretrain.towers import TokenSequence, Tower, stem, used_parameters, weight_files
 from pretrain.towers.pooling import get_head_norm, set_pooling
 
 RESERVED_ARGS = {
@@ -52,10 +54,15 @@ class Config:
     stem: list[int] = field(default_factory=list)
     """Widths of 3 x 3 convolutions that replace a vision transformer's patch embedding. The first, and each that is wider
     than the one before it, halves the resolution: [32, 64, 64, 128] makes patches of 8 px. Empty keeps the model's own."""
-    pretrained: bool = False
-    """Whether the model is loaded with its published weights."""
+    pretrained: bool | None = None
+    """Whether the model is loaded with its published weights. null: if `name` names weights, by a tag
+    (`vit_base_patch16_clip_224.openai`), `hf-hub:` or `local-dir:`; a bare architecture (`resnet50`) starts at random."""
+    weights: str | None = None
+    """Weights of this model to start from, in place of published ones: a file (safetensors, pth, pt, bin) or a folder that
+    timm's save_for_hf wrote. Names are timm's; the classifier and the prefixes of other trainers are ignored."""
     mean: list[float] | None = None
-    """Subtracted from the channels, which are scaled to [0, 1]. null: a pretrained model's own mean, else CLIP's."""
+    """Subtracted from the channels, which are scaled to [0, 1]. null: that of the model whose weights are loaded, else
+    CLIP's."""
     std: list[float] | None = None
     """The channels are divided by it after that; null as for `mean`."""
     resize: Literal["crop", "squash", "pad"] = "crop"
@@ -94,6 +101,7 @@ class Config:
         for key in RESERVED_ARGS:
             if key in self.args:
                 raise ConfigError(f"image.args.{key} cannot be set; {RESERVED_ARGS[key]}")
+        check_numbers(self, "image", mean="[0, inf)", std="(0, inf)")
 
     def _check_stem(self) -> None:
         if not self.stem:
@@ -101,10 +109,9 @@ class Config:
         if min(self.stem) < 1 or any(after < before for before, after in pairwise(self.stem)):
             raise ConfigError(
                 f"image.stem={self.stem} must list widths of 1 or more, none smaller than the one before, "
-        check_numbers(self, "image", mean="[0, inf)", std="(0, inf)")
                 "for example [32, 64, 64, 128]"
             )
-        if self.pretrained:
+        if self.pretrained and not self.weights:
             raise ConfigError("image.stem has no published weights: use image.pretrained=false, or leave out image.stem")
         if "patch_size" in self.args:
             raise ConfigError(f"image.args.patch_size is set by image.stem, to {stem.patch_size(self.stem)} px: leave it out")
@@ -117,13 +124,14 @@ class ImageTower(Tower):
     """
 
     modality = "image"
+    pretrained_settings = "image.pretrained=true or image.weights=FILE"
 
     def __init__(self, model: nn.Module, config: Config) -> None:
         super().__init__()
         self.model = model
         self.config = config
         self.mean_pool = config.pool == "avg"
-        published = cast(dict[str, Any], model.pretrained_cfg) if config.pretrained else {}
+        published = cast(dict[str, Any], model.pretrained_cfg) if config.weights or loads_published(config) else {}
         self.statistics = (
             [float(m) for m in config.mean or published.get("mean", CLIP_MEAN)],
             [float(s) for s in config.std or published.get("std", CLIP_STD)],
@@ -215,7 +223,7 @@ class ImageTower(Tower):
         args = {**getattr(model, "pretrained_model_args", {}), **self.config.args}
         args = {key: value for key, value in args.items() if key not in RESERVED_ARGS}
         name = model.pretrained_cfg["architecture"] if ":" in self.config.name else self.config.name
-        return {"name": name, "pretrained": False, "mean": mean, "std": std, "args": args}
+        return {"name": name, "pretrained": False, "weights": None, "mean": mean, "std": std, "args": args}
 
     def set_checkpointing(self, on: bool) -> None:
         """Recompute activations in the backward pass, or stop. Raises ConfigError where timm's model cannot."""
@@ -347,6 +355,7 @@ def build(config: Config, tokenizer: Any = None) -> ImageTower:
     Raises ConfigError: an unknown model or argument, a size or a pooling that does not fit.
     """
     model = _create_model(config)
+    origin = _load_weights(model, config)
     side = patch_side(model, config)
     if side and config.size % side:
         raise ConfigError(f"image.size={config.size} is not a multiple of {config.name}'s patch of {side} px")
@@ -356,11 +365,34 @@ def build(config: Config, tokenizer: Any = None) -> ImageTower:
     except (RuntimeError, AssertionError, ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"image.name={config.name} cannot be used at image.size={config.size}: {reason}") from error
+    tower.weights_origin = origin
     use_onednn(model)
     tower.freeze(config.trainable_blocks)
     if config.checkpointing:
         tower.set_checkpointing(True)
     return tower
+
+
+def loads_published(config: Config) -> bool:
+    """Return whether the model is built with the published weights that `name` names."""
+    if config.weights or config.pretrained is not None:
+        return bool(config.pretrained) and not config.weights
+    return not config.stem and (":" in config.name or "." in config.name)
+
+
+def _load_weights(model: Any, config: Config) -> str:
+    """Load the file or folder that the configuration names; return where the weights are from, empty for random ones.
+
+    The model takes over mean and standard deviation of a folder. Raises ConfigError.
+    """
+    kind, _, folder = config.name.partition(":")
+    source = config.weights or (folder if kind == "local-dir" and loads_published(config) else None)
+    if source is None:
+        return f"{config.name}, published" if loads_published(config) else ""
+    classifier = model.pretrained_cfg.get("classifier") or ()
+    report = weight_files.load_weights(model, source, (classifier,) if isinstance(classifier, str) else tuple(classifier))
+    model.pretrained_cfg = {**model.pretrained_cfg, **report.statistics}
+    return str(report)
 
 
 def patch_side(model: nn.Module, config: Config) -> int | None:
@@ -387,25 +419,40 @@ def _create_model(config: Config) -> nn.Module:
         near = difflib.get_close_matches(bare, timm.list_models(), n=3)
         hint = f"did you mean {', '.join(near)}?" if near else "see timm.list_models()"
         raise ConfigError(f"image.name={config.name!r} is not a timm model; {hint}")
-    args: dict[str, Any] = {**config.args, "num_classes": 0}
+    folder_args = _read_folder_args(config)
+    args: dict[str, Any] = {**folder_args, **config.args, "num_classes": 0}
+    is_published = loads_published(config) and not config.name.startswith("local-dir:")  # _load_weights reads folders
     if config.patch_dropout:
         args["patch_drop_rate"] = config.patch_dropout
     if config.stem:
         args |= stem.vit_arguments(config.stem)
     try:
         try:
-            return timm.create_model(config.name, pretrained=config.pretrained, img_size=config.size, **args)
+            model = timm.create_model(config.name, pretrained=is_published, img_size=config.size, **args)
         except TypeError as error:
             if "'img_size'" not in str(error):
                 raise
-            return timm.create_model(config.name, pretrained=config.pretrained, **args)  # convolutional: takes any size
+            model = timm.create_model(config.name, pretrained=is_published, **args)  # convolutional: takes any size
     except TypeError as error:
         raise ConfigError(_explain_argument_error(config, error)) from error
     except Exception as error:  # timm and its hub raise errors of many types
-        name = f"image.name={config.name}" + (" with its published weights" if config.pretrained else "")
+        name = f"image.name={config.name}" + (" with its published weights" if is_published else "")
+        hint = "; image.weights=FILE loads your own, image.pretrained=false starts at random" if is_published else ""
         raise ConfigError(
-            f"{name} cannot be built with image.args={config.args}: {' '.join(str(error).split())[:300]}"
+            f"{name} cannot be built with image.args={config.args}: {' '.join(str(error).split())[:300]}{hint}"
         ) from error
+    if folder_args:
+        model.pretrained_model_args = {**getattr(model, "pretrained_model_args", {}), **folder_args}
+    return model
+
+
+def _read_folder_args(config: Config) -> dict[str, Any]:
+    """Return the arguments with which timm built the model whose folder image.weights names. Raises ConfigError."""
+    content = weight_files.read_folder_config(Path(config.weights)) if config.weights else {}
+    args = content.get("model_args")
+    if content.get("architecture") != config.name.split(".")[0] or not isinstance(args, dict):
+        return {}
+    return {key: value for key, value in args.items() if key not in RESERVED_ARGS and value is not None}
 
 
 def _explain_argument_error(config: Config, error: TypeError) -> str:

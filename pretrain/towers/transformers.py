@@ -11,7 +11,7 @@ forward() uses.
 from __future__ import annotations
 
 from collections.abc import Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -33,15 +33,16 @@ class Config:
     """A hub name or a local folder; null builds a new model from `args`."""
     args: dict[str, Any] = field(default_factory=dict)
     """The model's own configuration: `model_type` and sizes of a new model, or changes to a named one."""
-    pretrained: bool = True
-    """Whether a named model is loaded with its weights."""
+    pretrained: bool | None = None
+    """Whether a named model is loaded with its weights; null: yes. A model without a name starts at random."""
     tokenizer: str = ""
     """Hub name or local folder of the tokenizer; empty takes `name`'s own."""
     length: int = 77
     """Longest text in tokens. The default is CLIP's."""
-    pool: Literal["eot", "cls", "avg", "tower"] = "eot"
+    pool: Literal["auto", "eot", "cls", "avg", "tower"] = "auto"
     """eot: the last valid position (CLIP). cls: the first. avg: the mean over valid positions. tower: the model's own
-    pooler (SigLIP: the last position, padding or not, and no padding mask)."""
+    pooler (SigLIP: the last position, padding or not, and no padding mask). auto: what a sentence-transformers folder says
+    (1_Pooling), for other models eot."""
     groups: int = 6
     """On the CPU a batch is encoded in at most so many groups of similar length; 1 encodes it as a whole."""
     trainable_blocks: int = -1
@@ -58,8 +59,8 @@ class Config:
                 f"text.length={self.length} must be 2 or more, text.groups={self.groups} 1 or more, "
                 f"text.trainable_blocks={self.trainable_blocks} -1 or more"
             )
-
         check_numbers(self, "text")
+
 
 class TextTower(Tower):
     """A transformers text model and the pooling of its states.
@@ -68,6 +69,7 @@ class TextTower(Tower):
     """
 
     modality = "text"
+    pretrained_settings = "text.name=FOLDER"
     round_to = 4
     """Group lengths are multiples of this, in tokens."""
 
@@ -140,7 +142,7 @@ class TextTower(Tower):
 
     def settings(self) -> dict[str, Any]:
         """Return the Config fields that build this architecture from `args` alone, without a name."""
-        return {"name": None, "pretrained": False, "args": hf_models.inline_args(self.model)}
+        return {"name": None, "pretrained": False, "args": hf_models.inline_args(self.model), "pool": self.pool}
 
     def set_checkpointing(self, on: bool) -> None:
         """Recompute activations in the backward pass, or stop. Raises ConfigError where the model cannot."""
@@ -213,7 +215,8 @@ def build(config: Config, tokenizer: Any = None) -> TextTower:
 
     Raises ConfigError: an unknown model or argument, a vocabulary smaller than the tokenizer's, too few positions.
     """
-    model = hf_models.load_text_model(config, tokenizer)
+    model, pool, origin = hf_models.load_text_model(config, tokenizer)
+    config = replace(config, pool=pool)
     rows = model.get_input_embeddings().weight.shape[0]
     if isinstance(tokenizer, Sized) and len(tokenizer) > rows:
         raise ConfigError(
@@ -223,6 +226,7 @@ def build(config: Config, tokenizer: Any = None) -> TextTower:
     if config.pool != "tower":
         hf_models.drop_pooler(model)
     tower = TextTower(model, config)
+    tower.weights_origin = origin
     pad = getattr(tokenizer, "pad_token_id", None)
     pad = getattr(model.config, "pad_token_id", None) if pad is None else pad
     try:
