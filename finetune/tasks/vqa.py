@@ -250,6 +250,17 @@ def _readable_questions(values: dict[str, Any], config: Config) -> list[Question
         return []
 
 
+def _find_problem(samples: Iterator[dict[str, Any]], config: Config) -> str:
+    """Return why the first sample has no usable question, or "" where it has one, or there is no sample."""
+    try:
+        for values in samples:
+            read_questions(values, config.field, config.types)
+            break
+    except BadSample as error:
+        return error.detail
+    return ""
+
+
 def _count_answers(samples: Iterator[dict[str, Any]], config: Config) -> Counter[tuple[str, str, str]]:
     """Count (type, question, answer) in the json of samples."""
     counts: Counter[tuple[str, str, str]] = Counter()
@@ -271,9 +282,12 @@ def build(config: Config, survey: Survey | None) -> VQA:
             for (_, _, answer), n in process_counts.items():
                 counts[answer] += n
         if not counts:
+            problems = gather_or_raise(lambda: _find_problem(survey(), config))
+            problem = next((problem for problem in problems if problem), "")
             raise UserError(
                 f"no questions in the training data: task.field={config.field} must name a field of the samples' json that "
                 f"holds a list of {{question, answers, type}}{f', of task.types {config.types}' if config.types else ''}"
+                f"{'; in the first sample, ' if problem else ''}{problem}"
             )
         config = dataclasses.replace(config, answers=build_vocabulary(counts, config.vocabulary))
         if len(counts) == 1:

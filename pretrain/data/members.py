@@ -39,6 +39,9 @@ def explain_missing_caption(extensions: Collection[str], member: str) -> str:
         member: the extension that should hold the caption, "txt" or "json".
     """
     hint = _explain_dots(extensions, [member])
+    others = sorted({"text", "caption", "captions", "cap", "md"}.intersection(extensions))
+    if not hint and others:
+        hint = f"; .{others[0]} is not read: name it KEY.txt"
     if not hint and member == "txt" and "json" in extensions:
         hint = "; a field of the json is read where the caption setting names it"
     return f"no {member} member, only {list_members(extensions) or 'nothing'}{hint}"

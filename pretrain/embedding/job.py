@@ -168,10 +168,11 @@ def _build_layout(loaded: LoadedModel, options: Options) -> tuple[Layout, tuple[
     if options.caption and text is not None:
         check_caption_source(options.caption, "--caption")
         text.caption = options.caption
-    has_caption_lists = "text" in modalities and text is not None and has_several_captions(text.caption)
+    caption = text.caption if "text" in modalities and text is not None else TXT
+    has_caption_lists = has_several_captions(caption)
     if options.tokens and has_caption_lists:
         raise ConfigError(
-            f"--tokens {options.tokens}: {text.caption} may hold several captions per sample, whose tokens have no column; "
+            f"--tokens {options.tokens}: {caption} may hold several captions per sample, whose tokens have no column; "
             "add --only image, or take captions from txt"
         )
     dim = model.projection(modalities[0]).out_features

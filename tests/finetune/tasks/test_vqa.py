@@ -379,6 +379,11 @@ def test_the_vocabulary_is_built_from_data_and_kept_in_the_settings(small: Small
     assert vqa.build(vqa.Config(answers=["red"]), None).learned_settings() == {"answers": ["red"]}
     with pytest.raises(UserError, match=r"task\.field=questions"):
         vqa.build(vqa.Config(), lambda: iter([{"caption": "x"}]))
+    llava = {"questions": [{"from": "human", "value": "what?"}]}
+    with pytest.raises(
+        UserError, match=r"no questions .*; in the first sample, none of the 1 entries of .* the fields from, value$"
+    ):
+        vqa.build(vqa.Config(), lambda: iter([llava]))
     with pytest.raises(UserError, match="same answer"):
         vqa.build(vqa.Config(), lambda: iter([{"questions": [ask("what?", "red")]}]))
     with pytest.raises(UserError, match="is incomplete"):

@@ -149,6 +149,12 @@ def test_check_names_the_rule_that_names_with_dots_break(tmp_path: Path, decode:
     assert names == {"no image": ["c/0: members: avif, txt; .avif is not read: convert it to .jpg, .png or .webp"]}
 
 
+def test_captions_under_other_extensions_are_named(tmp_path: Path) -> None:
+    shard = write_tar(tmp_path / "a.tar", [("0.jpg", image_bytes()), ("0.text", b"red"), ("0.json", b"{}")])
+    report = check_shards([shard], workers=1)
+    assert report.names == {"no caption": ["a/0: no txt member, only jpg, json, text; .text is not read: name it KEY.txt"]}
+
+
 def test_a_tokenizer_is_trained_on_lines_and_lone_surrogates(tmp_path: Path) -> None:
     from pretrain.data.train_tokenizer import iterate_captions
 
