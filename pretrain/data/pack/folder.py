@@ -18,6 +18,7 @@ from pretrain.data import BadSample
 from pretrain.data.caption_statistics import SEVERAL_LINES, find_oddities
 from pretrain.data.captions import TXT, TXT_LINES, count_lines, normalize_whitespace, read_captions
 from pretrain.data.pack.writer import ShardJob, SourceSample, describe_caption_field
+from pretrain.data.shards.reader import MAX_TEXT_BYTES
 from pretrain.errors import UserError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
@@ -27,8 +28,8 @@ MAX_FILE_BYTES = 1 << 28
 """Larger files (above 256 MiB) are neither images nor captions."""
 
 
-def read_file(path: Path) -> bytes:
-    """Return the content of a file of at most MAX_FILE_BYTES.
+def read_file(path: Path, limit: int = MAX_FILE_BYTES) -> bytes:
+    """Return the content of a file of at most `limit` bytes.
 
     Raises:
         BadSample: there is no such regular file, it is too large, or it may not be read.
@@ -40,8 +41,8 @@ def read_file(path: Path) -> bytes:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise BadSample("no such file", f"{path} is not a regular file")
-            if status.st_size > MAX_FILE_BYTES:
-                raise BadSample("file too large", f"{path} has {status.st_size:,} bytes, more than {MAX_FILE_BYTES:,}")
+            if status.st_size > limit:
+                raise BadSample("file too large", f"{path} has {status.st_size:,} bytes, more than {limit:,}")
             return file.read()
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise BadSample("no such file", str(path)) from error
@@ -51,12 +52,13 @@ def read_file(path: Path) -> bytes:
         raise BadSample("no such file", repr(str(path))) from error
 
 
-def read_file_inside(path: Path, root: str | None) -> bytes:
+def read_file_inside(path: Path, root: str | None, limit: int = MAX_FILE_BYTES) -> bytes:
     """Return the content of a file as `read_file` does, unless a link leads out of the folder `root`.
 
     Args:
         path: a file below `root`.
         root: a folder; None = links may lead anywhere.
+        limit: bytes that the file may have.
 
     Raises:
         BadSample: a link leads out of the folder, or the file cannot be read.
@@ -64,7 +66,7 @@ def read_file_inside(path: Path, root: str | None) -> bytes:
     """
     if root is not None and not _is_inside(path, root):
         raise BadSample("link that leads out of the folder", f"{path}; --outside allows it")
-    return read_file(path)
+    return read_file(path, limit)
 
 
 def _is_inside(path: Path, root: str) -> bool:
@@ -126,7 +128,7 @@ class FolderJob:
                 raise BadSample("empty caption", "the path contains no word")
         else:
             try:
-                text = read_file_inside(_find_beside(path, "txt"), root)
+                text = read_file_inside(_find_beside(path, "txt"), root, MAX_TEXT_BYTES)
                 texts = read_captions({"txt": text}, TXT_LINES if self.caption_from == "lines" else TXT)
             except BadSample as bad:
                 raise BadSample("no caption", bad.detail) if bad.reason == "no such file" else bad from bad
@@ -134,7 +136,7 @@ class FolderJob:
         json_path = _find_beside(path, "json")
         if json_path.exists():
             try:
-                content = json.loads(read_file_inside(json_path, root))
+                content = json.loads(read_file_inside(json_path, root, MAX_TEXT_BYTES))
             except (ValueError, RecursionError) as error:
                 raise BadSample("json unreadable", f"{json_path}: {error}") from error
             if isinstance(content, dict):

@@ -17,6 +17,12 @@ from pretrain.errors import UserError
 MAX_MEMBER_BYTES = 1 << 28
 """Default limit on one member of a sample (256 MiB): anything larger is not an image or a caption."""
 
+MAX_TEXT_BYTES = 1 << 22
+"""Limit on a caption, a label or a json (4 MiB): parsing and tokenizing take a hundred times its size in memory."""
+
+TEXT_EXTENSIONS = ("txt", "json", "cls")
+"""Extensions of members that hold text."""
+
 _MAX_GAP = 16384  # reading up to this many unneeded bytes is cheaper than a second read
 
 
@@ -30,7 +36,7 @@ class ShardReader:
         cache: where fetched shards and indices are kept; None = the default cache.
         counts: expected number of samples of each shard; a shard with another number is refused. None = no check.
         max_open: shards held open.
-        max_bytes: a sample with a larger member is a bad sample.
+        max_bytes: a sample with a larger member is a bad sample; text is limited to MAX_TEXT_BYTES, too.
     """
 
     def __init__(
@@ -72,8 +78,9 @@ class ShardReader:
         needed = 0
         for kind, _, length in rows:
             needed += length
-            if length > self.max_bytes:
-                raise BadSample("member too large", f"{names[kind]} of {length:,} bytes, more than {self.max_bytes:,}")
+            limit = min(self.max_bytes, MAX_TEXT_BYTES) if names[kind] in TEXT_EXTENSIONS else self.max_bytes
+            if length > limit:
+                raise BadSample("member too large", f"{names[kind]} of {length:,} bytes, more than {limit:,}")
         first = rows[0][1]
         span = rows[-1][1] + rows[-1][2] - first
         if span - needed <= _MAX_GAP:

@@ -25,7 +25,7 @@ from pretrain.data.shards import cache
 from pretrain.data.shards.cache import ShardCache
 from pretrain.data.shards.index import load_index
 from pretrain.data.shards.paths import count_samples, expand_shards
-from pretrain.data.shards.reader import ShardReader
+from pretrain.data.shards.reader import MAX_TEXT_BYTES, ShardReader
 from pretrain.data.shards.tar import DamagedTarError, read_members
 from pretrain.errors import ConfigError, UserError
 
@@ -423,6 +423,17 @@ def test_duplicate_and_oversized_members_are_bad_samples(tmp_path):
         reader.read(0, 3)
     with pytest.raises(BadSample, match="member too large"):
         reader.read(0, 4)
+
+
+@pytest.mark.parametrize("extension", ["txt", "json", "cls"])
+def test_text_of_many_megabytes_is_a_bad_sample(tmp_path, extension):
+    large = b'"' + b"a" * (MAX_TEXT_BYTES - 1) + b'"'
+    members = [("a.jpg", large), (f"a.{extension}", large), ("b.jpg", large), (f"b.{extension}", large[:-1])]
+    reader = ShardReader([write_tar(tmp_path / "x.tar", members)])
+    with pytest.raises(BadSample, match=rf"member too large: {extension} of 4,194,305 bytes, more than 4,194,304"):
+        reader.read(0, 0)
+    assert reader.read(0, 0, ["jpg"]).members == {"jpg": large}
+    assert reader.read(0, 1).members == {"jpg": large, extension: large[:-1]}
 
 
 def test_a_shard_that_shrinks_or_changes_stops_the_run(shard, monkeypatch):
