@@ -365,7 +365,8 @@ def _run_jobs(
         ) from error
     finally:
         stop.set()  # all shards are written, or those that are being written are given up
-        pool.shutdown(wait=True, cancel_futures=True)
+        with _block_interrupts():  # a second Ctrl-C would leave processes that start without what they need
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 @contextmanager

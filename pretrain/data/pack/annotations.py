@@ -104,7 +104,7 @@ class Annotations:
         if split:
             folders += [folder / split[0] for folder in (here.parent, here.parent / "images")]
         for folder in folders:
-            if any((outside or _is_inside(name)) and (folder / name).is_file() for name in names):
+            if any((outside or _is_inside(name)) and os.path.isfile(folder / name) for name in names):
                 return folder
         example = f" ({names[0]})" if names else ""
         raise UserError(

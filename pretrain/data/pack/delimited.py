@@ -14,7 +14,7 @@ import gzip
 import re
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -43,6 +43,8 @@ class Layout:
     columns: list[str]
     spaced: bool
     """Whether a space follows each separator, as in "name| comment"; it is not part of the value."""
+    header: int = 1
+    """Number of lines before the first row, blank ones not counted."""
 
     @property
     def separator_name(self) -> str:
@@ -62,7 +64,11 @@ def read_layout(path: Path, separator: str | None, wanted: tuple[str, ...]) -> L
         UserError: the file is empty, or its first line is not UTF-8.
     """
     with _open_binary(path) as file:
-        header = next((line for line in _read_lines(file) if line.strip()), b"")
+        lines = (line for line in _read_lines(file) if line.strip())
+        header = next(lines, b"")
+        declared = re.fullmatch(r"\ufeff?sep=(.)", header[:20].decode("utf-8", "replace").rstrip("\r\n"))  # a line of Excel
+        if declared:
+            header, separator = next(lines, b""), separator or declared[1]
     if header.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise UserError(f"{path} cannot be read as a table: it is UTF-16; save it as UTF-8")
     text = header.decode("utf-8-sig").rstrip("\r\n")
@@ -71,7 +77,8 @@ def read_layout(path: Path, separator: str | None, wanted: tuple[str, ...]) -> L
     usual = "\t" if _get_extension(path) == "tsv" else ","
     choices = [separator] if separator else [usual, *(s for s in SEPARATORS.values() if s != usual)]
     layouts = [_split_header(text, choice) for choice in choices]
-    return max(layouts, key=lambda layout: (sum(name in layout.columns for name in wanted), len(layout.columns)))
+    best = max(layouts, key=lambda layout: (sum(name in layout.columns for name in wanted), len(layout.columns)))
+    return replace(best, header=2) if declared else best
 
 
 def _split_header(text: str, separator: str) -> Layout:
@@ -94,13 +101,13 @@ def read_rows(path: Path, layout: Layout, image_column: str, on_reject: OnReject
     image = layout.columns.index(image_column) if image_column in layout.columns else -1
     with _open_binary(path) as file:
         lines = _Lines(_read_lines(file))
-        is_header = True
+        header = layout.header
         for line in lines:
             text = line.rstrip(b"\r\n")
             if not text.strip():
                 continue
-            if is_header:
-                is_header = False
+            if header:
+                header -= 1
                 continue
             if len(text) > _MAX_LINE:
                 on_reject(TOO_LONG, _show(text))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import json
@@ -48,6 +49,10 @@ def read_file(path: Path, limit: int = MAX_FILE_BYTES) -> bytes:
         raise BadSample("no such file", str(path)) from error
     except PermissionError as error:
         raise BadSample("no permission to read the file", str(path)) from error
+    except OSError as error:
+        if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise
+        raise BadSample("no such file", f"{str(path)[:200]}: {error.strerror}") from error
     except ValueError as error:  # a NUL character in the name
         raise BadSample("no such file", repr(str(path))) from error
 

@@ -13,8 +13,9 @@ from pretrain.data import BadSample
 from pretrain.data.decode import EXTENSIONS
 from pretrain.data.members import explain_missing_caption, explain_missing_image
 from pretrain.data.pack.writer import ShardJob, SourceSample
+from pretrain.data.shards.cache import is_remote
 from pretrain.data.shards.index import DUPLICATE_MEMBER, ShardIndex, load_index
-from pretrain.data.shards.paths import count_samples
+from pretrain.data.shards.paths import count_samples, map_in_processes
 from pretrain.data.shards.reader import MAX_MEMBER_BYTES, ShardReader
 from pretrain.errors import UserError
 
@@ -103,6 +104,12 @@ def group_samples(shard_index: ShardIndex) -> list[Sample]:
     return [tuple(group) for group in groups]
 
 
+def _find_apart(path: str) -> list[Sample]:
+    """Return the samples of a tar if some of them may be apart; [] if none is."""
+    shard_index = load_index(path)
+    return group_samples(shard_index) if shard_index.flags.any() else []
+
+
 def read_apart(path: str, sample: Sample) -> dict[str, bytes]:
     """Return the members of a sample that are apart in the tar, by extension.
 
@@ -143,14 +150,15 @@ class TarSource:
 
     @cached_property
     def _samples(self) -> list[list[Sample] | range]:
-        """The samples of each tar: their numbers where no member is apart."""
-        count_samples(self.paths)  # indexes them in parallel, and names those that are damaged
-        samples: list[list[Sample] | range] = []
-        for path in self.paths:
-            shard_index = load_index(path)
-            grouped = group_samples(shard_index) if shard_index.flags.any() else []
-            self.joined += sum(len(sample) > 1 for sample in grouped)
-            samples.append(grouped or range(shard_index.count))
+        """The samples of each tar: their numbers where no member is apart. Members of remote tars are not joined."""
+        counts = count_samples(self.paths)  # indexes them in parallel, and names those that are damaged
+        samples: list[list[Sample] | range] = [range(count) for count in counts]
+        local = [i for i, path in enumerate(self.paths) if not is_remote(path)]
+        grouped = map_in_processes(_find_apart, [self.paths[i] for i in local], None)
+        for i, groups in zip(local, grouped, strict=True):
+            if groups:
+                samples[i] = groups
+                self.joined += sum(len(sample) > 1 for sample in groups)
         return samples
 
     def count(self) -> int:

@@ -12,7 +12,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any, Protocol
@@ -146,7 +146,7 @@ def encode_sample(item: SourceSample, storage: StorageOptions) -> dict[str, byte
     if (height, width) != (header.height, header.width):
         pixels = as_contiguous(decode_pixels(item.image, header))
         extension, data = _resize_and_encode(pixels, header, height, width)
-        item = SourceSample(data, item.captions, _scale_metadata(item.metadata, header, height, width), item.members)
+        item = replace(item, image=data, metadata=_scale_metadata(item.metadata, header, height, width))
         if "json" in item.members:
             item.members["json"] = _scale_json(item.members["json"], header, height, width)
     elif header.format in STORED_EXTENSIONS:

@@ -82,6 +82,11 @@ def test_separator_can_be_named(folder: Path) -> None:
         pack(folder / "t.csv", folder / "x", separator="")
 
 
+def test_separator_that_excel_declares(folder: Path) -> None:
+    (folder / "t.csv").write_text("\ufeffsep=^\r\nimage^caption\r\nimg/000.jpg^a, b; c\r\n")
+    assert pack_table(folder / "t.csv")[1] == {"img/000.jpg": ["a, b; c"]}
+
+
 def test_missing_column_names_the_separator(folder: Path) -> None:
     (folder / "t.csv").write_text("filepath\ttitle\nimg/000.jpg\tx\n")
     message = read_error(folder / "t.csv", image_column="filepath")
@@ -266,6 +271,15 @@ def test_same_image_under_two_spellings_and_rows_without_images(folder: Path) ->
     assert summary.skipped == {"no image": 2}
 
 
+def test_image_names_that_no_file_can_have_are_counted(folder: Path) -> None:
+    names = ["x" * 5000, "a/" * 3000 + "x.jpg", "img/000.jpg/x", "\0", "\ud800.jpg", "img/loop/x.jpg", "img/001.jpg"]
+    (folder / "img" / "loop").symlink_to("loop")
+    (folder / "t.jsonl").write_text("\n".join(json.dumps({"image": name, "caption": "c"}) for name in names))
+    summary, captions = pack_table(folder / "t.jsonl")
+    assert captions == {"img/001.jpg": ["c"]}
+    assert summary.skipped == {"no such file": 6}
+
+
 def test_images_inside_a_table_are_compared_by_content(folder: Path) -> None:
     rows = [{"image": {"bytes": make_image(i % 2), "path": "image.jpg"}, "caption": f"c{i}"} for i in range(4)]
     pa.parquet.write_table(pa.Table.from_pylist(rows), folder / "t.parquet")
@@ -286,6 +300,12 @@ def test_questions_of_the_rows_of_an_image_are_joined(folder: Path) -> None:
     fields = json.loads(next(iter(read_shards(folder / "out").values()))["json"])
     assert [q["question"] for q in fields["questions"]] == ["q0", "q1", "q2"]
     assert fields["label"] == 3
+
+
+def test_captions_are_listed_where_images_are_scaled_down(folder: Path) -> None:
+    (folder / "t.csv").write_text("image,caption\nimg/000.jpg,one\nimg/000.jpg,two\nimg/001.jpg,single\n")
+    pack(folder / "t.csv", folder / "out", size=16, workers=1)
+    assert [read_captions(m, "caption") for m in read_shards(folder / "out").values()] == [["one", "two"], ["single"]]
 
 
 def test_grouped_rows_are_packed_alike_by_any_number_of_processes(folder: Path) -> None:
