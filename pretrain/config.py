@@ -582,13 +582,13 @@ def _describe_type(hint: Any) -> str:
     return "settings (key: value)" if typing.get_origin(hint) is dict else str(hint)
 
 
-def _check(config: Any) -> None:
-    """Run the check() of a configuration and of all that it contains, inner ones first."""
+def _check(config: Any, prefix: str = "") -> None:
+    """Run the check() of a configuration and of all that it contains, inner ones first; refuse numbers that are none."""
     for spec in fields(config):
         value = getattr(config, spec.name)
-        for inner in value.values() if isinstance(value, dict) else [value]:
+        for name, inner in value.items() if isinstance(value, dict) else [(spec.name, value)]:
             if is_dataclass(inner) and not isinstance(inner, type):
-                _check(inner)
+                _check(inner, f"{prefix}{name}.")
     if hasattr(config, "check"):
         config.check()
     check_numbers(config, prefix.rstrip("."))
@@ -679,4 +679,4 @@ def find_config(name: str, kind: str) -> Path:
     if shipped.is_file():
         return shipped
     names = sorted(path.stem for path in (CONFIGS / kind).glob("*.yaml"))
-    raise ConfigError(f"no configuration {name!r}: give a YAML file, or a shipped one: {', '.join(names)}")
+    raise ConfigError(f"no configuration {name!r}{closest(name, names)}; give a YAML file, or a shipped one: {', '.join(names)}")

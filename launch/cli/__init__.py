@@ -5,6 +5,7 @@ data.py       data scenes | pack | check, tokenizer
 train.py      pretrain, finetune, plan
 evaluate.py   evaluate, attend
 outputs.py    embed, export, report
+runs.py       RUN and --task are checked before torch is imported
 progress.py   progress bars
 __main__.py   python -m launch.cli
 
@@ -29,6 +30,9 @@ def main(argv: list[str] | None = None) -> int:
     args, rest = parser.parse_known_args(argv)
     # argparse cannot mix `key=value` arguments with options; what it leaves over are settings, or mistakes.
     unknown = [word for word in rest if word.startswith("-") or not hasattr(args, "settings")]
+    if unknown and hasattr(args, "settings") and "=" in unknown[0]:
+        setting = unknown[0].lstrip("-")
+        parser.error(f"unrecognized arguments: {' '.join(unknown)} (settings have no dashes: {setting})")
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if rest:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.cli.command import Subparsers, add_command
+from launch.cli.runs import check_run, check_task
 from pretrain.errors import ConfigError
 from pretrain.runtime.entrypoint import DONE
 
@@ -48,6 +49,8 @@ def add_commands(commands: Subparsers[argparse.ArgumentParser]) -> None:
 
 def evaluate(args: argparse.Namespace) -> int:
     """Run `clipfuse evaluate`: of a fine-tuned run its own task, unless --task names another."""
+    check_run(args.run)
+    check_task(args.task)
     from finetune import loading
     from pretrain.data.config import resolve_sources
     from pretrain.embedding import dataset
@@ -140,6 +143,7 @@ def _print_result(args: argparse.Namespace, result: dict[str, Any], summary: Cal
 
 def attend(args: argparse.Namespace) -> int:
     """Run `clipfuse attend`."""
+    check_run(args.run)
     from finetune import loading
     from finetune.explain import word_maps
     from pretrain.runtime import distributed

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from launch.cli.command import Subparsers, add_command
+from launch.cli.runs import check_run
 from pretrain.embedding import options
 from pretrain.runtime.entrypoint import DONE
 
@@ -35,6 +36,7 @@ def add_report(commands: Subparsers[argparse.ArgumentParser]) -> None:
 
 def embed(args: argparse.Namespace) -> int:
     """Run `clipfuse embed`."""
+    check_run(args.run)
     words = options.build_argv(args)
     if args.nproc is None and args.nodes == 1:
         from pretrain.embedding import job
@@ -49,6 +51,7 @@ def embed(args: argparse.Namespace) -> int:
 
 def export(args: argparse.Namespace) -> int:
     """Run `clipfuse export`: of a fine-tuned run, onnx holds all of it, the other formats its encoders."""
+    check_run(args.run)
     from finetune import loading
     from pretrain.checkpoints import export as exports
     from pretrain.checkpoints.loading import load_model

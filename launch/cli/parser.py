@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from importlib import metadata
 
 from launch.cli import data, evaluate, outputs, train
 
@@ -14,6 +15,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Contrastive image-text pretraining: from shards to aligned encoders.",
         epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 75 stopped and resumable.",
     )
+    parser.add_argument("--version", action="version", version=f"clipfuse {metadata.version('clipfuse')}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     data.add_commands(commands)
     train.add_commands(commands)

@@ -6,6 +6,7 @@ import argparse
 
 from launch.cli.command import Subparsers, add_command
 from pretrain.config import find_config
+from pretrain.config_source import check_settings
 from pretrain.errors import ConfigError
 from pretrain.runtime.entrypoint import DONE, run
 
@@ -67,13 +68,13 @@ def add_plan(commands: Subparsers[argparse.ArgumentParser]) -> None:
 
 def run_training(args: argparse.Namespace) -> int:
     """Run `clipfuse pretrain` or `finetune` (args.module): in this process, by torch's elastic agent, or as a Slurm job."""
+    check_settings(find_config(args.config, args.module), args.settings, args.module)  # before torch is imported
     if args.on == "slurm":
         return _submit_job(args)
     if args.nproc is None and args.nodes == 1:
         return run(args.config, args.settings, args.dry_run, args.module)
     from launch import elastic
 
-    find_config(args.config, args.module)  # before any process is started
     words = [args.config, *(["--dry-run"] if args.dry_run else []), *args.settings]
     world = elastic.World(elastic.parse_nproc(args.nproc), args.nodes, args.rdzv, args.restarts, args.grace)
     return elastic.launch(args.module, words, world)
@@ -102,6 +103,7 @@ def _submit_job(args: argparse.Namespace) -> int:
 
 def plan(args: argparse.Namespace) -> int:
     """Run `clipfuse plan`."""
+    check_settings(find_config(args.config, "pretrain"), args.settings, "pretrain")  # before torch is imported
     from launch import plan as planning
 
     planning.print_plan(planning.build_plan(args.config, args.settings, args.gpus, args.gpu, args.samples), args.json)

@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any, ParamSpec
 
 from pretrain.config import find_config
+from pretrain.config_source import check_settings
 from pretrain.errors import ConfigError, UserError
 from pretrain.printable import one_safe_line
 
@@ -94,6 +95,8 @@ def run(config: str, settings: list[str], dry_run: bool, module: str = "pretrain
     config: a YAML file or the name of one in configs/MODULE; settings: key=value; dry_run: only print what would run.
     MODULE.train provides load_config(), describe() and train().
     """
+    path = find_config(config, module)
+    check_settings(path, settings, module)  # before torch is imported, which takes seconds
     import importlib
 
     from pretrain.runtime import distributed, preflight
@@ -102,7 +105,6 @@ def run(config: str, settings: list[str], dry_run: bool, module: str = "pretrain
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers run in parallel already
     with raise_on_stop_signals():
         trainer: Any = importlib.import_module(f"{module}.train")
-        path = find_config(config, module)
         preflight.check_launcher()
         preflight.watch_parent()
         distributed.setup()

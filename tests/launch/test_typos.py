@@ -1,0 +1,110 @@
+"""Typos on the command line: one line that names the first of them, before torch is imported."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.config import FinetuneConfig
+from launch import cli
+from pretrain import config_source, registry
+from pretrain.errors import ConfigError
+from pretrain.train import PretrainConfig
+from tests.support import ROOT, environment
+
+TYPOS = {
+    "pretrain scenes optim.l=3": "unknown key optim.l on the command line; did you mean 'lr'?",
+    "pretrain scenes optm.lr=3 loss.name=clap": "unknown key optm on the command line; did you mean 'optim'?",
+    "pretrain scenes loss.name=clap optm.lr=3": "loss.name=clap on the command line: no 'clap' in losses",
+    "pretrain scenes optim.lr=fast": "optim.lr='fast' on the command line must be a number",
+    "pretrain scenes train.precision=int8": "one of fp32, bf16, fp16",
+    "pretrain scnes": "no configuration 'scnes'; did you mean 'scenes'?",
+    "pretrain scenes --nproc 2 data.augment.scal=1": "unknown key data.augment.scal on the command line",
+    "pretrain scenes --on slurm --nproc 2 image.siz=1": "unknown key image.siz on the command line",
+    "finetune vqa loss.name=clip": "unknown key loss on the command line",
+    "finetune vqa fusion.layer=2": "unknown key fusion.layer on the command line; did you mean 'layers'?",
+    "plan scenes --gpus 2 optim.l=1": "unknown key optim.l on the command line",
+    "evaluate nowhere --data gone": "no run or checkpoint at nowhere",
+    "evaluate . --data gone --task retrival": "--task retrival: no such evaluation; did you mean 'retrieval'?",
+    "embed nowhere --data gone --out out": "no run or checkpoint at nowhere",
+    "export nowhere out --format hf": "no run or checkpoint at nowhere",
+    "attend nowhere a.jpg text --out a.png": "no run or checkpoint at nowhere",
+}
+
+
+def test_typos_are_found_before_torch_is_imported(tmp_path: Path) -> None:
+    program = (
+        "import contextlib, io, json, sys\nfrom launch import cli\n"
+        f"for words in {[command.split() for command in TYPOS]!r}:\n"
+        "    with contextlib.redirect_stderr(io.StringIO()) as err:\n"
+        "        code = cli.main(words)\n"
+        "    print(json.dumps([code, err.getvalue(), [m for m in ('torch', 'timm', 'transformers') if m in sys.modules]]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=True,
+    )
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(results) == len(TYPOS)
+    for (command, expected), (code, error, heavy) in zip(TYPOS.items(), results, strict=True):
+        assert code in (1, 2), command
+        assert error.count("\n") == 1, error
+        assert error.startswith("clipfuse: "), error
+        assert expected in error, command
+        assert not heavy, command
+
+
+def describe(schema: type, find: Any) -> dict[str, Any]:
+    """Field -> its type, or the fields of its section or components."""
+    hints, described = typing.get_type_hints(schema), {}
+    for spec in dataclasses.fields(schema):
+        if "package" in spec.metadata:
+            package = spec.metadata["package"]
+            names = config_source.component_names(package)
+            described[spec.name] = {name: describe(find(package, name).Config, find) for name in names}
+        else:
+            hint = hints[spec.name]
+            described[spec.name] = describe(hint, find) if dataclasses.is_dataclass(hint) else str(hint)
+        described[f"{spec.name}: text"] = spec.metadata.get("text")
+    return described
+
+
+@pytest.mark.parametrize(("module", "schema"), [("pretrain", PretrainConfig), ("finetune", FinetuneConfig)])
+def test_the_schema_read_from_the_source_is_that_of_the_run(module: str, schema: type) -> None:
+    file, name = config_source.SCHEMAS[module]
+    read = config_source._schema(ROOT / file, name)
+    assert describe(read, config_source._find) == describe(schema, registry.get_component)
+    for package in ("losses", "towers", "tasks", "fusion", "context"):
+        assert config_source.component_names(package) == registry.component_names(package)
+
+
+def test_shipped_configurations_pass() -> None:
+    for path in sorted(ROOT.glob("configs/*/*.yaml")):
+        config_source.check_settings(path, ["run=1.10"], path.parent.name)
+
+
+def test_a_component_outside_the_project_is_left_to_the_run() -> None:
+    config_source.check_settings(ROOT / "configs/pretrain/scenes.yaml", ["audio.tower=my.tower", "audio.x=1"], "pretrain")
+    with pytest.raises(ConfigError, match="unknown key optim"):
+        config_source.check_settings(ROOT / "configs/pretrain/scenes.yaml", ["optim.l=1"], "pretrain")
+
+
+def test_version_and_settings_with_dashes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        cli.main(["--version"])
+    assert done.value.code == 0
+    assert capsys.readouterr().out == "clipfuse 0.2.0\n"
+    with pytest.raises(SystemExit) as done:
+        cli.main(["pretrain", "scenes", "--optim.lr=3"])
+    assert done.value.code == 2
+    assert "settings have no dashes: optim.lr=3" in capsys.readouterr().err
