@@ -2,6 +2,7 @@
 
     checkpoints/step-0001000/   config.yaml model.safetensors tokenizer/ manifest.json state/
     checkpoints/latest          one line of text: the newest complete one; `best` likewise
+    checkpoints/abandoned/      later checkpoints that resume=PATH left; removed when the run has saved its next one
 
 A folder is written under a hidden name, flushed to disk, and renamed: it is complete or it is not there. Its manifest holds
 size and SHA-256 of every file. Our own loads are weights-only: no file is ever unpickled into code.
@@ -28,8 +29,10 @@ from pretrain.errors import UserError
 from pretrain.runtime import distributed
 from pretrain.runtime.agree import on_all, on_main
 from pretrain.runtime.files import flush, read_bytes, read_json_object, save_weights, write_text
+from pretrain.runtime.files import save_tensors as save_tensors  # part of this module's interface
 
 _STEP = re.compile(r"step-(\d+)$")
+_ABANDONED = "abandoned"
 
 
 def parse_step(folder: Path) -> int:
@@ -45,8 +48,12 @@ def list_complete(checkpoints: Path) -> list[Path]:
 
     A folder that has a manifest is complete: it was renamed after all its files had been written.
     """
-    folders = [path.parent for path in checkpoints.glob("step-*/manifest.json") if _STEP.search(path.parent.name)]
-    return sorted(folders, key=parse_step)
+    return [folder for folder in list_folders(checkpoints) if (folder / "manifest.json").exists()]
+
+
+def list_folders(checkpoints: Path) -> list[Path]:
+    """Return all checkpoint folders below `checkpoints`, oldest first, also those without a manifest."""
+    return sorted((p for p in checkpoints.glob("step-*") if _STEP.search(p.name) and p.is_dir()), key=parse_step)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -62,6 +69,7 @@ def save(
     *,
     keep: int,
     best: bool = False,
+    good: Path | None = None,
 ) -> Path:
     """Write checkpoints/step-NUMBER, move `latest` (and `best`) to it, and return it. Collective.
 
@@ -69,8 +77,9 @@ def save(
         weights: the content of model.safetensors, complete on rank 0.
         files: files(folder) writes what belongs beside it; called on rank 0.
         state: state(folder / "state") writes the state to resume from; called on every rank.
-        keep: older checkpoints beyond this number are deleted afterwards, but never the best one; 0 keeps all.
+        keep: older checkpoints beyond this number are deleted afterwards, but neither the best one nor `good`; 0 keeps all.
         best: `best` names this checkpoint from now on.
+        good: the last checkpoint that is known to give finite losses.
 
     Raises:
         UserError: the disk is full or cannot be written; earlier checkpoints stay.
@@ -79,7 +88,8 @@ def save(
     partial = checkpoints / f".{final.name}.partial"
 
     def prepare() -> None:
-        shutil.rmtree(partial, ignore_errors=True)
+        for leftover in checkpoints.glob(".step-*.partial"):  # of a process that was killed while it saved
+            shutil.rmtree(leftover, ignore_errors=True)
         (partial / "state").mkdir(parents=True)
 
     def write() -> None:
@@ -93,19 +103,19 @@ def save(
 
     def publish() -> None:
         _seal(partial, final, step)
-        write_text(checkpoints / "latest", final.name + "\n", sync=True)
+        point_to(checkpoints, "latest", final)
         if best:
-            write_text(checkpoints / "best", final.name + "\n", sync=True)
-        _rotate(checkpoints, keep)
+            point_to(checkpoints, "best", final)
+        _rotate(checkpoints, keep, good)
 
     try:
         on_main(prepare)
         on_all(write)
         on_main(publish)
-    except (UserError, OSError) as error:  # on every rank, or on none
+    except BaseException as error:
         if distributed.is_main():
             shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, UserError):
+        if not isinstance(error, OSError):
             raise
         raise UserError(
             f"cannot write the checkpoint of step {step} into {checkpoints}: {error}; older ones are intact"
@@ -125,10 +135,12 @@ def _seal(partial: Path, final: Path, step: int) -> None:
     (partial / "manifest.json").write_text(json.dumps({"step": step, "time": time.time(), "files": files}, indent=1))
     for path in [*paths, partial / "manifest.json", *[p for p in partial.rglob("*") if p.is_dir()], partial]:
         flush(path)
+    replaced = final.with_name(f".{final.name}.replaced.partial")
     if final.exists():  # the run resumed from an earlier step and reached this one again
-        shutil.rmtree(final)
+        final.rename(replaced)
     partial.rename(final)
     flush(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _hash_file(path: Path) -> str:
@@ -136,16 +148,50 @@ def _hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _rotate(checkpoints: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints and the best one; keep <= 0 deletes none."""
+def _rotate(checkpoints: Path, keep: int, good: Path | None) -> None:
+    """Delete all but the newest `keep` checkpoints, the best one and `good`; keep <= 0 deletes none."""
     if keep <= 0:
         return
+    shutil.rmtree(checkpoints / _ABANDONED, ignore_errors=True)
     best = read_pointer(checkpoints, "best")
-    for folder in list_complete(checkpoints)[:-keep]:
-        if folder != best:
+    newest = list_complete(checkpoints)[-keep:]
+    for folder in list_folders(checkpoints):
+        if folder not in (best, good) and parse_step(folder) < parse_step(newest[0]):
             # The manifest goes first: an interrupted deletion leaves no folder that looks complete.
-            (folder / "manifest.json").unlink()
+            (folder / "manifest.json").unlink(missing_ok=True)
             shutil.rmtree(folder)
+
+
+def set_aside(checkpoints: Path, origin: Path, step: int) -> list[Path]:
+    """Move the checkpoints that a run leaves behind when it resumes from `origin` into checkpoints/abandoned; return them.
+
+    They are those of later steps, or all where `origin` lies elsewhere. Left where they are, they would outlive the new
+    checkpoints at the next rotation, and the run would resume from them. Call it on rank 0. Raises OSError.
+
+    Args:
+        origin: a checkpoint folder, in `checkpoints` or elsewhere.
+        step: its step.
+    """
+    folders = list_folders(checkpoints)
+    is_inside = origin.resolve() in [folder.resolve() for folder in folders]
+    abandoned = [folder for folder in folders if not is_inside or parse_step(folder) > step]
+    if read_pointer(checkpoints, "best") in abandoned:
+        (checkpoints / "best").unlink()
+    for folder in reversed(abandoned):  # the newest first, so that an interruption leaves the oldest of them
+        target = checkpoints / _ABANDONED / folder.name
+        target.parent.mkdir(exist_ok=True)
+        shutil.rmtree(target, ignore_errors=True)
+        folder.rename(target)
+    if not is_inside:
+        (checkpoints / "latest").unlink(missing_ok=True)
+    elif abandoned:
+        point_to(checkpoints, "latest", origin)
+    return abandoned
+
+
+def point_to(checkpoints: Path, name: str, folder: Path) -> None:
+    """Let the file `latest` or `best` name a checkpoint folder. Raises OSError."""
+    write_text(checkpoints / name, folder.name + "\n", sync=True)
 
 
 def read_pointer(checkpoints: Path, name: str) -> Path | None:
@@ -202,7 +248,7 @@ def find_newest(checkpoints: Path, report: Callable[[str], None]) -> Path | None
 
     `report` receives a line for each damaged checkpoint that is skipped.
     """
-    for folder in reversed(list_complete(checkpoints)):
+    for folder in reversed(list_folders(checkpoints)):
         error = integrity_error(folder)
         if error is None:
             return folder
@@ -265,15 +311,6 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], where: Path | str
     if errors:
         raise UserError(f"{where} is a checkpoint of another architecture: {'; '.join(errors)}")
     model.load_state_dict(weights)
-
-
-def save_tensors(path: Path, value: dict[str, Any]) -> None:
-    """Write tensors and plain values, which `load_tensors` reads weights-only.
-
-    Raises OSError where the disk is full.
-    """
-    with path.open("wb") as file:  # given a path, torch's own writer turns a full disk into an unrelated RuntimeError
-        torch.save(value, file)
 
 
 def load_tensors(path: Path) -> dict[str, Any]:

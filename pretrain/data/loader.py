@@ -15,7 +15,7 @@ import hashlib
 import logging
 import resource
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any
 
@@ -160,7 +160,7 @@ class Loader:
             raise UserError(f"no sample can be used: the last one tried is {bad.key} ({bad.reason}: {bad.detail})")
         return partial.batch
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         with (
             run_workers(self._dataset, self._iterate_positions(self._batch), self.workers) as partials,
             run_prefetcher(self.prefetch_reader, self._list_shards, self._batch, self._window_batches()) as report_batch,

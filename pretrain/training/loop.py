@@ -28,12 +28,13 @@ from torch import Tensor, nn
 
 from pretrain import strategies
 from pretrain.checkpoints import store
-from pretrain.data.loader import Batch, Loader
 from pretrain.config import check_numbers
+from pretrain.data.loader import Batch, Loader
 from pretrain.data.order import Order
 from pretrain.errors import ConfigError, UserError
 from pretrain.optim import OptimConfig, WeightAverage, learning_rate
 from pretrain.runtime import distributed, memory
+from pretrain.runtime.agree import on_main
 from pretrain.runtime.console import ProgressBar, log_info
 from pretrain.runtime.files import save_weights
 from pretrain.runtime.signals import catch_stop_signals
@@ -73,7 +74,7 @@ class TrainConfig:
     save_every: int = 1000
     """Steps between checkpoints; the last step is always saved."""
     keep: int = 3
-    """Newest checkpoints to keep in addition to the best one; 0 = all."""
+    """Newest checkpoints to keep in addition to the best one, and to the last one after which losses were finite; 0 = all."""
     eval_every: int = 0
     """Steps between evaluations on data.val; 0 = only at the end."""
     log_every: int = 10
@@ -107,9 +108,9 @@ class TrainConfig:
                 raise ConfigError(f"train.{name}={getattr(self, name)} must be at least 0")
         check_trackers(self.trackers)
         strategies.check(self.strategy, self.precision, self.compile, self.offload, self.deepspeed)
+        check_numbers(self, "train", steps="[0, inf)", samples="[0, inf)", epochs="[0, inf)", timeout="(0, inf)")
 
     def total_steps(self, batch_size: int, order: Order) -> int:
-        check_numbers(self, "train", steps="[0, inf)", samples="[0, inf)", epochs="[0, inf)", timeout="(0, inf)")
         """Return the number of steps of the whole run."""
         if self.steps:
             return self.steps
@@ -173,14 +174,18 @@ def fit(
     train = plan.train
     with Watchdog(train.timeout, lambda reason: folder.write_status("failed", reason, run.step, any_rank=True)) as watchdog:
         begin = run.restore(resume_from)
-        folder.write_status("running", "", begin)
-        log = RunLog(folder, plan.resolved_config, train.trackers, train.audit, begin)
-        bar = ProgressBar(plan.total_steps, begin)
-        with closing(log), closing(bar), run.record_failure(watchdog), catch_stop_signals() as stop:
-            batches = iter(loader)
+        run.leave_branch(resume_from)
+        # The loader's processes end by whatever error the loop ends, after the error is recorded.
+        with (
+            closing(RunLog(folder, plan.resolved_config, train.trackers, train.audit, begin)) as log,
+            closing(ProgressBar(plan.total_steps, begin)) as bar,
+            catch_stop_signals() as stop,
+            closing(iter(loader)) as batches,
+            run.record_failure(watchdog),
+        ):
+            folder.write_status("running", "", begin)
             meter = ThroughputMeter(plan.batch_size, plan.total_steps, begin, strategy.device, plan.flops)
             skipped_in_a_row = torch.zeros((), device=strategy.device)
-            skipped = torch.zeros((), device=strategy.device)
             strategy.model.train()
 
             for step in range(begin, plan.total_steps):
@@ -193,7 +198,7 @@ def fit(
                 out = train_step(strategy, objective, batch, train.chunks, lr, (plan.seed, step, distributed.rank()))
                 run.step = step + 1
                 meter.count_step(batch)
-                skipped += out["skipped"]
+                run.uncounted_skipped += out["skipped"]
                 skipped_in_a_row = (skipped_in_a_row + 1) * out["skipped"]
                 if run.average is not None:
                     run.average.update(strategy.local_shards().items(), step, 1 - out["skipped"])
@@ -203,8 +208,7 @@ def fit(
                 # -- metrics
                 is_last = run.step == plan.total_steps
                 if run.step % train.log_every == 0 or is_last:
-                    run.skipped += int(skipped)
-                    skipped.zero_()
+                    run.count_skipped()
                     line = meter.build_line(run.step, lr, out, run.skipped, dict(loader.bad))
                     log.write_metrics(line)
                     bar.log(line, meter.seconds_left(run.step))
@@ -221,8 +225,6 @@ def fit(
                 if is_last or stop_signal or is_best or run.step % train.save_every == 0:
                     watchdog.mark(step, "saving")
                     with meter.exclude():
-                        run.skipped += int(skipped)
-                        skipped.zero_()
                         run.save(is_best)
                 if stop_signal and not is_last:
                     reason = f"stopped by {stop_signal}"
@@ -286,6 +288,14 @@ class _Run:
         self.average: WeightAverage | None = None
         self.step = 0
         self.skipped = 0
+        """Steps skipped so far, without those in `uncounted_skipped`."""
+        self.uncounted_skipped = torch.zeros((), device=strategy.device)
+        """Steps skipped since the device was last read."""
+        self.saved: Path | None = None
+        """The checkpoint that was saved, or resumed from, last; at the step `saved_step`."""
+        self.saved_step = self.saved_skipped = 0
+        self.good: Path | None = None
+        """The last checkpoint that a step with finite gradients has followed, so that its weights are known to be good."""
         self.best_score = -math.inf
         self.results: dict[str, float] = {}
 
@@ -327,11 +337,54 @@ class _Run:
         self.loader.load_state_dict(trainer_state["loader"])
         self.skipped, self.best_score, self.step = trainer_state["skipped"], trainer_state["best"], trainer_state["step"]
         self.results = trainer_state["results"]
+        self.saved, self.saved_step, self.saved_skipped = checkpoint, self.step, self.skipped
+        good = checkpoint.parent / (trainer_state.get("good") or ".")
+        self.good = good if good in store.list_complete(checkpoint.parent) else None
         log_info(f"resuming {checkpoint} at step {self.step} of {self.plan.total_steps}")
         return self.step
 
+    def leave_branch(self, checkpoint: Path | None) -> None:
+        """Set aside the checkpoints that are not on the way to `checkpoint`, from which this start resumes. Collective.
+
+        They are those that resume=PATH leaves, and later ones that are damaged. `best` is decided anew if it was one of them.
+        Raises OSError.
+        """
+
+        def leave() -> bool:
+            checkpoints = self.folder.checkpoints
+            if checkpoint is not None and (abandoned := store.set_aside(checkpoints, checkpoint, self.step)):
+                names = ", ".join(folder.name for folder in abandoned[-3:])
+                log_info(f"moved to {checkpoints}/abandoned until the next checkpoint is saved: {names}")
+            self.folder.record_command(self.step)
+            if checkpoint is None or store.read_pointer(checkpoints, "best") is not None:
+                return True
+            is_best = self.results.get(self.plan.primary_metric) == self.best_score
+            if is_best and checkpoint.resolve().parent == checkpoints.resolve():
+                store.point_to(checkpoints, "best", checkpoint)
+                return True
+            return False
+
+        if not on_main(leave):
+            self.best_score = -math.inf
+
+    def count_skipped(self) -> None:
+        """Add the steps that the device counted as skipped to `skipped`; waits for the device."""
+        self.skipped += int(self.uncounted_skipped)
+        self.uncounted_skipped.zero_()
+
+    def find_good(self) -> Path | None:
+        """Return the last checkpoint that a step with finite gradients has followed.
+
+        Skipped steps change no weights: the first step that is not skipped computes with the weights of the checkpoint.
+        """
+        self.count_skipped()
+        if self.saved is not None and self.skipped - self.saved_skipped < self.step - self.saved_step:
+            self.good = self.saved
+        return self.good
+
     def save(self, best: bool = False) -> None:
         """Save a checkpoint of the present step. Collective."""
+        good = self.find_good()
         raw = weights = self.strategy.full_weights()
         resume_weights: dict[str, dict[str, Tensor]] = {}
         """By folder below state/: the weights that resuming reads where model.safetensors holds others."""
@@ -353,14 +406,24 @@ class _Run:
                     "skipped": self.skipped,
                     "best": self.best_score,
                     "results": self.results,
+                    "good": good.name if good is not None and good.parent == self.folder.checkpoints else None,
                 }
                 store.save_tensors(folder / "trainer.pt", trainer_state)
                 for name, tensors in resume_weights.items():
                     (folder / name).mkdir()
                     save_weights(folder / name / "model.safetensors", tensors)
 
-        keep = self.plan.train.keep
-        store.save(self.folder.checkpoints, self.step, weights, self.plan.save_files, save_state, keep=keep, best=best)
+        self.saved = store.save(
+            self.folder.checkpoints,
+            self.step,
+            weights,
+            self.plan.save_files,
+            save_state,
+            keep=self.plan.train.keep,
+            best=best,
+            good=good,
+        )
+        self.saved_step, self.saved_skipped = self.step, self.skipped
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -394,6 +457,8 @@ class _Run:
             )
             explained = watchdog.diagnose(explained) or explained
             reason = str(explained) if isinstance(explained, UserError) else f"{type(explained).__name__}: {explained}"
+            if isinstance(explained, KeyboardInterrupt):
+                reason = "interrupted before a checkpoint could be written"
             self.folder.write_status("failed", reason, self.step)
             if explained is error:
                 raise
@@ -430,11 +495,20 @@ class _Run:
 
     def refuse_divergence(self, skipped_in_a_row: int) -> None:
         """Raise UserError after train.max_skipped consecutive steps with a non-finite gradient."""
-        if skipped_in_a_row >= self.plan.train.max_skipped:
-            raise UserError(
-                f"the gradient was not finite for {skipped_in_a_row} steps in a row (step {self.step}); the last checkpoint is "
-                f"intact; lower optim.lr={self.plan.optim.lr}, raise optim.warmup, or use train.precision=bf16 or fp32"
-            )
+        if skipped_in_a_row < self.plan.train.max_skipped:
+            return
+        good = self.find_good()
+        if good is not None:
+            resume = f"the last checkpoint with finite losses is {good}: resume={good} goes on from it"
+            resume += ", not from the later ones" if good != self.saved else ""
+        elif self.saved is not None:
+            resume = f"{self.saved} gives no finite losses, and no earlier one is there: start anew with another run=NAME"
+        else:
+            resume = "no checkpoint was saved before"
+        raise UserError(
+            f"the gradient was not finite for {skipped_in_a_row} steps in a row (step {self.step}); {resume}; lower "
+            f"optim.lr={self.plan.optim.lr}, raise optim.warmup, or use train.precision=bf16 or fp32"
+        )
 
 
 def _training_weights_folder(checkpoint: Path) -> Path:

@@ -65,6 +65,11 @@ class RunLog:
         self._trackers = [_build_tracker(name, folder, config) for name in trackers] if distributed.is_main() else []
         self._metrics = JsonLinesFile(folder.path / "metrics.jsonl", after) if distributed.is_main() else None
         self._audit = JsonLinesFile(folder.path / f"audit-{distributed.rank()}.jsonl", after) if audit else None
+        if distributed.is_main():
+            for path in folder.path.glob("audit-*.jsonl"):  # those of ranks that write none now
+                rank = path.stem.removeprefix("audit-")
+                if rank.isdigit() and (int(rank) >= distributed.world_size() or not audit):
+                    JsonLinesFile(path, after).close()
 
     def write_metrics(self, line: dict[str, Any]) -> None:
         """Write one line of numbers; those that are not finite become null, because JSON cannot hold them."""

@@ -11,6 +11,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -126,7 +129,10 @@ def open_session(config: Any) -> Iterator[Session]:
     folder = RunFolder(config.run)
     folder.open()
     try:
-        yield Session(config, folder, find_checkpoint(config.resume, folder), device, threads)
+        yield Session(config, folder, find_checkpoint(config, folder), device, threads)
+    except BaseException:
+        folder.remove_empty()
+        raise
     finally:
         folder.close()
 
@@ -147,28 +153,58 @@ def check_agreement(config: Any) -> None:
         )
 
 
-def find_checkpoint(resume: str, folder: RunFolder) -> Path | None:
+def find_checkpoint(config: Any, folder: RunFolder) -> Path | None:
     """Find the checkpoint to resume from, the same on every process; None = a run that begins.
 
-    resume: "auto", "never", or a checkpoint folder. Collective. Raises UserError.
+    config.resume: "auto", "never", or a checkpoint folder. Collective. Raises UserError.
+
+    A command with resume=PATH may be repeated, as schedulers do after a stop: where the folder holds checkpoints that the same
+    configuration has saved since, it goes on from the newest. So does resume=never where a launcher repeats it.
     """
-    return on_main(lambda: _find_checkpoint(resume, folder))
+    return on_main(lambda: _find_checkpoint(config, folder))
 
 
-def _find_checkpoint(resume: str, folder: RunFolder) -> Path | None:
-    complete = store.list_complete(folder.checkpoints)
-    if resume == "never":
-        if complete or (folder.path / "metrics.jsonl").exists():
+def _find_checkpoint(config: Any, folder: RunFolder) -> Path | None:
+    if config.resume == "auto":
+        return _find_newest(folder)
+    settings = json.dumps(configuration.to_dict(config), sort_keys=True, default=str)
+    command = hashlib.blake2b(settings.encode(), digest_size=16).hexdigest()
+    begun = folder.step_begun_by(command)
+    if config.resume == "never":
+        if begun is not None and _is_restart():
+            return _find_newest(folder)
+        if store.list_folders(folder.checkpoints) or (folder.path / "metrics.jsonl").exists():
             raise ConfigError(f"resume=never would overwrite the run in {folder.path}; choose another run=NAME for this run")
-        return None
-    if resume != "auto":
-        return store.find(resume)
+    elif begun is not None:
+        newest = store.find_newest(folder.checkpoints, log_info)
+        if newest is not None and store.parse_step(newest) >= begun:
+            log_info(
+                f"resume={config.resume}: this command has begun before, and goes on; with another run=NAME it begins anew"
+            )
+            return newest
+    folder.new_command = command
+    return None if config.resume == "never" else store.find(config.resume)
+
+
+def _find_newest(folder: RunFolder) -> Path | None:
+    """Return the newest usable checkpoint of a run folder; None where none was saved. Raises UserError where all are lost."""
     newest = store.find_newest(folder.checkpoints, log_info)
-    if newest is None and complete:
+    if newest is None and store.list_folders(folder.checkpoints):
         raise UserError(
-            f"no checkpoint in {folder.checkpoints} can be used (the reasons are above); resume=PATH resumes from another"
+            f"no checkpoint in {folder.checkpoints} can be used (the reasons are above); resume=PATH resumes from another, "
+            "run=NEW starts anew"
+        )
+    if newest is None and folder.saved_step():
+        raise UserError(
+            f"the run in {folder.path} reached step {folder.saved_step()}, but {folder.checkpoints} holds no checkpoint; "
+            "resume=PATH resumes from another, run=NEW starts anew"
         )
     return newest
+
+
+def _is_restart() -> bool:
+    """Return whether a launcher or Slurm has started this process anew with the command of an earlier start."""
+    return any(os.environ.get(name, "0") not in ("", "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
 def _save_config_and_tokenizer(folder: Path, config: ModelSchema, tokenizer: Any) -> None:

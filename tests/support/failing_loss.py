@@ -1,0 +1,52 @@
+"""The clip loss, which fails at a step: loss.name=tests.support.failing_loss loss.at=STEP loss.how=KIND."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from pretrain.losses import clip
+
+LOGIT_SCALE, LOGIT_BIAS = clip.LOGIT_SCALE, clip.LOGIT_BIAS
+
+
+@dataclass
+class Config(clip.Config):
+    """Settings of the failing loss."""
+
+    name: str = "tests.support.failing_loss"
+    at: int = 3
+    """The first call that fails, from 1."""
+    how: Literal["nan", "crash", "interrupt", "terminate"] = "nan"
+    """nan: every loss from there on is NaN; crash: a ValueError; interrupt: Ctrl-C twice; terminate: one SIGTERM."""
+
+
+class Loss(clip.Loss):
+    """The loss, which counts its calls."""
+
+    calls = 0
+
+    def forward(
+        self, features: dict[str, Tensor], scale: Tensor, bias: Tensor | None, targets: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss () and a report, or fail."""
+        assert isinstance(self.config, Config)
+        self.calls += 1
+        loss, report = super().forward(features, scale, bias, targets)
+        if self.config.how == "nan" and self.calls >= self.config.at:
+            return loss * float("nan"), report
+        if self.calls == self.config.at:
+            if self.config.how == "crash":
+                raise ValueError("a bug in a loss of one's own")
+            for _ in range(2 if self.config.how == "interrupt" else 1):
+                os.kill(os.getpid(), signal.SIGTERM if self.config.how == "terminate" else signal.SIGINT)
+        return loss, report
+
+
+def build(config: Config) -> Loss:
+    """Build the loss."""
+    return Loss(config)
