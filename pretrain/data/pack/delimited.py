@@ -163,12 +163,12 @@ def _looks_like_row(line: bytes, layout: Layout, image: int, count: int, shape: 
 
 
 def _get_shape(name: bytes) -> bytes:
-    """Return what image names of one table share: their extension, or the number of their digits."""
+    """Return what image names of one table share: their extension, or their punctuation if they have digits."""
     name = name.strip().strip(b'"')
     extension = re.search(rb"\.\w{1,5}$", name)
     if extension:
         return extension[0].lower()
-    return b"0" * len(name) if name.isdigit() else b""
+    return re.sub(rb"\w+", b"a", name) if re.fullmatch(rb"\S*\d\S*", name) else b""
 
 
 class _Record:

@@ -76,9 +76,9 @@ class TableJob:
             raise BadSample("row unreadable", str(rows[0][table_readers.UNREADABLE]))
         captions: list[str] = []
         unusable: list[BadSample] = []
-        for row in rows:
+        for value in self._list_captions(rows):
             try:
-                captions += self._read_captions(row.get(self.caption_column))
+                captions.append(self._read_caption(value))
             except BadSample as bad:
                 unusable.append(bad)
         if not captions:
@@ -97,22 +97,28 @@ class TableJob:
             lists_captions=self.lists_captions,
         )
 
-    def _read_captions(self, value: Any) -> list[str]:
-        """Return the texts of a value that are not empty, with whitespace normalized. Raises BadSample."""
-        values = [v for v in (value if isinstance(value, list) else [value]) if not _is_missing(v)]
-        if not values:
+    def _list_captions(self, rows: list[dict[str, Any]]) -> Iterator[Any]:
+        """Yield the value of each caption; None for a row without one."""
+        for row in rows:
+            value = row.get(self.caption_column)
+            if isinstance(value, list) and value:
+                yield from value
+            else:
+                yield None if value == [] else value
+
+    def _read_caption(self, value: Any) -> str:
+        """Return a caption with whitespace normalized. Raises BadSample for one that is missing, empty, or no text."""
+        if _is_missing(value):
             raise BadSample("no caption", f"{self.caption_column} is {'NaN' if isinstance(value, float) else 'empty'}")
-        wrong = next((v for v in values if isinstance(v, bool) or not isinstance(v, str | bytes | int | float)), None)
-        if wrong is not None:
-            raise BadSample("caption not text", f"{self.caption_column} is {str(wrong)[:100]}")
+        if isinstance(value, bool) or not isinstance(value, str | bytes | int | float):
+            raise BadSample("caption not text", f"{self.caption_column} is {str(value)[:100]}")
         try:
-            texts = [v.decode("utf-8") if isinstance(v, bytes) else str(v) for v in values]
+            text = normalize_whitespace(value.decode("utf-8") if isinstance(value, bytes) else str(value))
         except UnicodeDecodeError as error:
             raise BadSample("caption not UTF-8", str(error)) from error
-        captions = [text for text in map(normalize_whitespace, texts) if text]
-        if not captions:
+        if not text:
             raise BadSample("empty caption", f"{self.caption_column} is empty")
-        return captions
+        return text
 
     def _read_image(self, value: Any, base: str) -> tuple[bytes, str]:
         """Return (content of the image, its path or "").

@@ -159,6 +159,20 @@ def test_caption_column_before_the_image_column(folder: Path) -> None:
     assert summary.skipped == {UNCLOSED: 1}
 
 
+@pytest.mark.parametrize("names", ["img/00000{}", "{}", "a{}", "3fa9c{}"])
+def test_rows_whose_image_names_have_no_extension(folder: Path, names: str) -> None:
+    for i in range(12):
+        (folder / names.format(i)).write_bytes(make_image(i))
+    lines = [f"{names.format(i)},caption {i}" for i in range(12)]
+    lines[8] = lines[8].replace("caption", '"lost')
+    lines[10] += '"'  # would close the quote of row 8
+    (folder / "t.csv").write_text("\n".join(["image,caption", *lines]))
+    summary = pack(folder / "t.csv", folder / "out", workers=1)
+    assert summary.skipped == {UNCLOSED: 1}
+    packed = [(m["jpg"], m["txt"].decode()) for m in read_shards(folder / "out").values()]
+    assert packed == [(make_image(i), f"caption {i}" + '"' * (i == 10)) for i in range(12) if i != 8]
+
+
 def test_random_tables_are_read_as_python_reads_them(tmp_path: Path) -> None:
     """Of tables whose quotes are balanced; the values hold quotes, separators and line breaks."""
     import csv
@@ -339,6 +353,7 @@ def test_missing_captions_are_counted(folder: Path) -> None:
     summary, captions = pack_table(folder / "t.jsonl")
     assert captions == {"img/000.jpg": ["fine"], "img/007.jpg": ["x"]}
     assert summary.skipped == {"no caption": 3, "empty caption": 1, "caption not text": 2}
+    assert dict(summary.dropped) == {"no caption": 1, "empty caption": 1}  # of the last row, which has another one
 
 
 def test_missing_captions_of_a_parquet_file_are_counted(folder: Path) -> None:
