@@ -24,7 +24,7 @@ from PIL import Image
 
 from pretrain.data import BadSample
 
-EXTENSIONS = ("jpg", "jpeg", "png", "webp", "jpe", "jfif", "gif", "bmp", "tif", "tiff")
+EXTENSIONS = ("jpg", "jpeg", "png", "webp", "jpe", "jfif", "gif", "bmp", "tif", "tiff", "avif")
 """Extensions of the member that is a sample's image; its bytes, not its name, decide how it is decoded."""
 
 MAX_PIXELS = 1 << 26

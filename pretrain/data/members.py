@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-UNREAD_IMAGES = ("avif", "dng", "exr", "heic", "heif", "ico", "jp2", "jxl", "npy", "npz", "pgm", "ppm", "pth", "svg", "tga")
+UNREAD_IMAGES = ("dng", "exr", "heic", "heif", "ico", "jp2", "jxl", "npy", "npz", "pgm", "ppm", "pth", "svg", "tga")
 """Extensions under which other tools store images, but which are not read."""
 
 _MAX_NAMED = 6  # members named in a message: a sample whose keys hold dots has thousands
@@ -44,6 +44,8 @@ def explain_missing_caption(extensions: Collection[str], member: str) -> str:
         hint = f"; .{others[0]} is not read: name it KEY.txt"
     if not hint and member == "txt" and "json" in extensions:
         hint = "; a field of the json is read where the caption setting names it"
+    if not hint and member == "json" and "txt" in extensions:
+        hint = "; the caption setting txt reads KEY.txt"
     return f"no {member} member, only {list_members(extensions) or 'nothing'}{hint}"
 
 

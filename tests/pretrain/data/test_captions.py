@@ -121,7 +121,16 @@ def test_the_lines_of_a_txt_are_captions_where_asked_for() -> None:
 
 @pytest.mark.parametrize(
     ("extension", "format"),
-    [("gif", "GIF"), ("bmp", "BMP"), ("tiff", "TIFF"), ("tif", "TIFF"), ("jpe", "JPEG"), ("jfif", "JPEG"), ("JPEG", "JPEG")],
+    [
+        ("gif", "GIF"),
+        ("bmp", "BMP"),
+        ("tiff", "TIFF"),
+        ("tif", "TIFF"),
+        ("jpe", "JPEG"),
+        ("jfif", "JPEG"),
+        ("JPEG", "JPEG"),
+        ("avif", "AVIF"),
+    ],
 )
 def test_images_under_other_extensions_are_read(tmp_path: Path, extension: str, format: str) -> None:
     shard = write_tar(tmp_path / "a.tar", [(f"x.{extension}", image_bytes(format)), ("x.txt", b"red")])
@@ -145,12 +154,13 @@ def test_check_names_the_rule_that_names_with_dots_break(tmp_path: Path, decode:
     rule = "KEY ends at the first dot of a file name: rename"
     assert names["no image"] == [f"b/0: members: input.jpg, output.txt; {rule} KEY.input.jpg to KEY.jpg"]
     assert names["no caption"] == [f"b/0: no txt member, only input.jpg, output.txt; {rule} KEY.output.txt to KEY.txt"]
-    names = check("c.tar", [("0.avif", b"..."), ("0.txt", b"red")])
-    assert names == {"no image": ["c/0: members: avif, txt; .avif is not read: convert it to .jpg, .png or .webp"]}
+    names = check("c.tar", [("0.heic", b"..."), ("0.txt", b"red")])
+    assert names == {"no image": ["c/0: members: heic, txt; .heic is not read: convert it to .jpg, .png or .webp"]}
 
 
 def test_captions_under_other_extensions_are_named(tmp_path: Path) -> None:
     shard = write_tar(tmp_path / "a.tar", [("0.jpg", image_bytes()), ("0.text", b"red"), ("0.json", b"{}")])
+    assert_bad({"txt": b"x"}, "title", "no caption", "no json member, only txt; the caption setting txt reads KEY.txt")
     report = check_shards([shard], workers=1)
     assert report.names == {"no caption": ["a/0: no txt member, only jpg, json, text; .text is not read: name it KEY.txt"]}
 
