@@ -304,12 +304,10 @@ def test_a_run_from_two_towers_says_what_it_loaded_and_needs_the_files_no_more(
     make_bert(Path("bert"), pooling_mode_mean_tokens=True)
     load_tokenizer(small.tokenizer).save_pretrained("bert")
     settings = [item for item in small.settings("both") if not item.startswith(("image.", "text."))]
-    Path("towers.yaml").write_text(
-        "image: {name: resnet18, size: 32, args: {channels: [8, 8, 16, 16], layers: [1, 1, 1, 1]}}\n"
-    )
+    settings += ["image.name=resnet18", "image.size=32", "image.args={channels: [8, 8, 16, 16], layers: [1, 1, 1, 1]}"]
     settings += ["text.length=24", "train.steps=1", "optim.lr=1e-9"]
-    towers = ["image.weights=resnet.pth", "text.name=bert", "text.tokenizer=bert"]
-    assert cli.main(["pretrain", "towers.yaml", *settings, *towers]) == 0
+    settings += ["image.weights=resnet.pth", "text.name=bert", "text.args={}", "text.tokenizer=bert"]
+    assert cli.main(["pretrain", "clipart", *settings, "optim.lr_scale={image: 0.1, text: 0.05}"]) == 0
     lines = capsys.readouterr().err.splitlines()
     assert [line for line in lines if line.startswith("image tower: weights from resnet.pth: ")]
     assert [line for line in lines if line.startswith("text tower: weights from bert: ")]
