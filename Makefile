@@ -1,11 +1,12 @@
 # make demo    draw scenes, pretrain, export, embed, fine-tune on questions, write reports (MINUTES=n shortens the training)
 # make test    every test           make check   ruff, mypy, imports, spelling         make bench   measurements
+# make fuzz    thousands of damaged shards, images, folders and responses of servers
 
 PYTHON ?= python3
 MINUTES ?= 8
 BIN := .venv/bin
 
-.PHONY: demo test check bench
+.PHONY: demo test check fuzz bench
 .DELETE_ON_ERROR:
 
 # The stamp is written last: an install that was cut off starts again.
@@ -28,6 +29,10 @@ check: .venv/installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/codespell
+
+# Thousands of seeded cases of damage; `make test` runs the first few hundred of them.
+fuzz: .venv/installed
+	FUZZ_FACTOR=20 $(BIN)/python -m pytest -q --timeout 3600 tests/fuzz
 
 bench: .venv/installed
 	for file in tests/bench/*.py; do $(BIN)/python -m tests.bench.$$(basename $$file .py) || exit 1; done

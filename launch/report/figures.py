@@ -20,7 +20,7 @@ def describe_run(history: RunHistory) -> str:
     if not image:
         return "A run whose configuration is missing."
     size = f"{history.get('image.size')} px" if history.get("image.size") else ""
-    image_args, text_args = history.get("image.args") or {}, history.get("text.args") or {}
+    image_args, text_args = history.get_dict("image.args"), history.get_dict("text.args")
     start = "from existing weights" if history.get("init") else "from scratch"
     has_tag = history.get("image.pretrained") is None and any(mark in image for mark in ".:")  # such names mean weights
     if history.get("image.pretrained") or history.get("image.weights") or has_tag or history.get("text.name"):
@@ -161,7 +161,7 @@ def list_environment(history: RunHistory) -> list[tuple[str, str]]:
 
 def _planned_steps(history: RunHistory) -> int:
     """Return the length of the run in steps; 0 where it depends on the size of the data (train.epochs)."""
-    steps, samples, batch = (int(history.get(key) or 0) for key in ("train.steps", "train.samples", "data.batch_size"))
+    steps, samples, batch = (history.get_int(key) for key in ("train.steps", "train.samples", "data.batch_size"))
     return steps or (math.ceil(samples / batch) if samples and batch else 0)
 
 

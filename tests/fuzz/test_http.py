@@ -1,0 +1,210 @@
+"""Servers and networks with faults: a remote shard is read rightly, or one line says why not; nothing damaged stays cached."""
+
+import io
+import random
+import tarfile
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from pretrain.data.shards import cache as shard_cache
+from pretrain.data.shards.cache import ShardCache
+from pretrain.data.shards.paths import count_samples
+from pretrain.data.shards.reader import ShardReader
+from pretrain.errors import UserError
+from tests.support.mutations import BoundedMemory, assert_one_line, count_cases, mutate_bytes
+
+
+def build_shard(count: int = 8, size: int = 700) -> bytes:
+    """Return a tar of `count` samples."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for i in range(count):
+            for extension in ("jpg", "txt"):
+                info = tarfile.TarInfo(f"{i:04d}.{extension}")
+                info.size = size
+                tar.addfile(info, io.BytesIO(random.Random(f"{i}.{extension}").randbytes(size)))
+    return out.getvalue()
+
+
+def read_contents(shard: bytes) -> list[bytes]:
+    """Return the content of all members."""
+    with tarfile.open(fileobj=io.BytesIO(shard)) as tar:
+        return [tar.extractfile(member).read() for member in tar]  # type: ignore[union-attr]
+
+
+SHARD = build_shard()
+
+
+class Server:
+    """An HTTP server on this machine, of which `respond` answers the requests for shards."""
+
+    def __init__(self) -> None:
+        self.respond: Callable[[BaseHTTPRequestHandler], None] = send
+        self.requests: list[str] = []
+        self.released = threading.Event()
+        """Set when stalled responses shall end."""
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.0"
+
+            def do_GET(self) -> None:
+                server.requests.append(self.path)
+                try:
+                    if self.path.endswith(".tar"):
+                        server.respond(self)
+                    else:
+                        self.send_error(404)
+                except (ConnectionError, TimeoutError):
+                    pass  # the client has given up
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.handle_error = lambda *args: None  # type: ignore[method-assign]
+        self.thread = threading.Thread(target=self.http.serve_forever)
+        self.thread.start()
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+
+    def close(self) -> None:
+        self.released.set()
+        self.http.shutdown()
+        self.http.server_close()
+        self.thread.join()
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr(shard_cache, "RETRY_SECONDS", (0.0, 0.0))
+    server = Server()
+    yield server
+    server.close()
+
+
+def send(handler: BaseHTTPRequestHandler, body: bytes = SHARD, length: object = None) -> None:
+    """Send a response with a Content-Length, which may be wrong; False = none."""
+    handler.send_response(200)
+    if length is not False:
+        handler.send_header("Content-Length", str(len(body) if length is None else length))
+    handler.end_headers()
+    handler.wfile.write(body)
+
+
+def cached_shards(folder: Path) -> list[bytes]:
+    """Return the content of all shards in a cache, and assert that nothing unfinished lies there."""
+    files = [file for file in (folder / "shards").iterdir() if not file.name.endswith((".lock", ".idx"))]
+    assert not [file for file in files if file.name.endswith(".partial")]
+    return [file.read_bytes() for file in files]
+
+
+def raw(data: bytes) -> Callable[[BaseHTTPRequestHandler], None]:
+    """Return a response that is these bytes, whether or not they are HTTP."""
+    return lambda handler: handler.wfile.write(data)  # type: ignore[return-value]
+
+
+def build_fault(rng: random.Random) -> Callable[[BaseHTTPRequestHandler], None]:
+    """Return a response that is not the shard."""
+    head = b"HTTP/1.1 200 OK\r\n"
+    chunked = head + b"Transfer-Encoding: chunked\r\n\r\n"
+    faults: list[Callable[[BaseHTTPRequestHandler], None]] = [
+        lambda handler: send(handler, mutate_bytes(rng, SHARD[:512]) + SHARD[512:]),
+        lambda handler: send(handler, SHARD[: rng.randrange(len(SHARD))], False),
+        lambda handler: send(handler, SHARD[: rng.randrange(len(SHARD))], len(SHARD)),
+        lambda handler: send(handler, SHARD, rng.choice(["x", "-5", "", "1e9", len(SHARD) + 7, 600])),
+        lambda handler: send(handler, b"<html>log in</html>"),
+        lambda handler: send(handler, b""),
+        lambda handler: handler.send_error(rng.choice([400, 403, 404, 408, 429, 500, 503, 599])),
+        raw(b""),
+        raw(b"not http\r\n\r\n"),
+        raw(head + b"X: " + b"a" * 70_000 + b"\r\n\r\n"),
+        raw(head + b"X: y\r\n" * 200 + b"\r\n"),
+        raw(b"HTTP/1.1 999999 \r\n\r\n"),
+        raw(chunked + b"zz\r\n" + SHARD),
+        raw(chunked + b"%x\r\n" % (len(SHARD) + 9) + SHARD),
+        raw(chunked + b"-5\r\n" + SHARD),
+        raw(chunked + b"f" * 70_000),
+        raw(b"HTTP/1.1 302 Found\r\nLocation: " + rng.choice([b"http://[::1/x.tar", b"file:///etc/passwd", b"/a b.tar",
+            b"http://user:pw@127.0.0.1:1/x.tar", b"gopher://x/", b"//", b"\x1b[31m", b"x" * 9000]) + b"\r\n\r\n"),
+        raw(b"HTTP/1.1 302 Found\r\n\r\n"),
+        raw(head + b"Content-Encoding: gzip\r\n\r\n\x1f\x8b" + bytes(600)),
+    ]  # fmt: skip
+    return rng.choice(faults)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # urllib leaves sockets of bad redirects open
+def test_faults_are_retried_and_become_one_line(server: Server, tmp_path: Path) -> None:
+    outcomes = {"read": 0, "refused": 0}
+    with BoundedMemory():
+        for case in range(count_cases(150)):
+            rng = random.Random(case)
+            faults = [build_fault(rng) for _ in range(rng.choice([1, 1, 2, 3]))]
+            server.respond = lambda handler, faults=faults: (faults.pop(0) if faults else send)(handler)  # type: ignore[misc]
+            folder = tmp_path / f"cache-{case % 50}"
+            url = f"{server.url}/{case}.tar"
+            try:
+                assert count_samples([url], ShardCache(str(folder), seconds=20.0)) == [8], case
+                assert ShardReader([url], ShardCache(str(folder))).read(0, 3).members["txt"] == random.Random(
+                    "3.txt"
+                ).randbytes(700)
+                outcomes["read"] += 1
+            except UserError as error:
+                assert_one_line(error, url)
+                outcomes["refused"] += 1
+            assert all(read_contents(data) == read_contents(SHARD) for data in cached_shards(folder)), case
+    assert min(outcomes.values()) > 10
+
+
+def stall(server: Server, head: bytes, rest: bytes) -> Callable[[BaseHTTPRequestHandler], None]:
+    """Return a response that sends `head`, then `rest` byte by byte, and never ends by itself."""
+
+    def respond(handler: BaseHTTPRequestHandler) -> None:
+        handler.wfile.write(head)
+        for i in range(len(rest)):
+            handler.wfile.write(rest[i : i + 1])
+            handler.wfile.flush()
+            if server.released.wait(0.02):
+                return
+        server.released.wait(60)
+
+    return respond
+
+
+@pytest.mark.parametrize("where", ["body", "unknown length", "headers", "status", "nothing at all", "chunks"])
+def test_a_server_that_drips_cannot_hold_a_run(server: Server, tmp_path: Path, where: str) -> None:
+    length = b"Content-Length: %d\r\n" % len(SHARD)
+    head = b"HTTP/1.1 200 OK\r\n"
+    server.respond = {
+        "body": stall(server, head + length + b"\r\n", SHARD),
+        "unknown length": stall(server, head + b"\r\n" + SHARD[:-600], SHARD[-600:]),
+        "headers": stall(server, head, b"X-Header: " + b"a" * 10_000),
+        "status": stall(server, b"", b"HTTP/1.1 200 " + b"a" * 10_000),
+        "nothing at all": stall(server, b"", b""),
+        "chunks": stall(server, head + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\n0\r\n" * 5000),
+    }[where]
+    with pytest.raises(
+        UserError, match=r"/a.tar: after 1 seconds only [\d,]+ bytes had come; data.fetch_seconds sets"
+    ) as error:
+        count_samples([f"{server.url}/a.tar"], ShardCache(str(tmp_path), seconds=1.0))
+    assert_one_line(error.value)
+    assert server.requests.count("/a.tar") == 1  # the limit is for all of it: trying again would only take as long again
+    assert cached_shards(tmp_path) == []
+    server.respond = send
+    assert count_samples([f"{server.url}/a.tar"], ShardCache(str(tmp_path), seconds=20.0)) == [8]
+
+
+def test_the_counts_beside_a_shard_cannot_hold_a_run(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_cache, "_SMALL_FILE_SECONDS", 0.3)
+    monkeypatch.setattr(shard_cache, "_SMALL_FILE_BYTES", 5000)
+    endless = stall(server, b"HTTP/1.1 200 OK\r\n\r\n", b" " * 100_000)
+    handler = server.http.RequestHandlerClass
+
+    def do_get(self: BaseHTTPRequestHandler) -> None:
+        endless(self) if self.path.endswith(".json") else send(self)
+
+    monkeypatch.setattr(handler, "do_GET", do_get)
+    assert count_samples([f"{server.url}/a.tar"], ShardCache(str(tmp_path))) == [8]
