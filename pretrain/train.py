@@ -12,12 +12,13 @@ import torch
 from pretrain import config as configuration
 from pretrain import model as models
 from pretrain import registry
-from pretrain.checkpoints import warm_start
+from pretrain.checkpoints import export, warm_start
 from pretrain.config import SEED, check_numbers, component_field, text_field
 from pretrain.data.loader import Batch, DataConfig, Loader
 from pretrain.evaluation.evaluate import EvalConfig, evaluate
 from pretrain.model import DualEncoder, ModelSchema
 from pretrain.optim import OptimConfig
+from pretrain.runtime import distributed
 from pretrain.runtime.console import log_info
 from pretrain.training import flops
 from pretrain.training.loop import Outcome, TrainConfig, fit
@@ -86,6 +87,8 @@ def train(config: PretrainConfig) -> Outcome:
             log_info(line)
         if session.checkpoint is None and config.init is not None:
             warm_start.load_weights(components.model, config.init, config.init_partial, components.tokenizer)
+        if session.checkpoint is None and distributed.is_main():
+            log_info(export.describe_formats(components.model, config, components.eval_decoders))
         portable = models.portable_config(config, components.model)
         session.write_config()
         flops_per_batch = build_flops_counter(config, components) if session.device.type == "cuda" else None
@@ -104,6 +107,8 @@ def describe(config: PretrainConfig) -> None:
     for line in models.describe_weights(components.model, config.init):
         log_info(line)
     print_summary(config, components.model.parameter_counts(), components.loader)
+    if distributed.is_main():
+        print(export.describe_formats(components.model, config, components.eval_decoders))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -21,8 +21,9 @@ import torch
 from pretrain.checkpoints import store
 from pretrain.checkpoints.loading import LoadedModel
 from pretrain.errors import ConfigError, UserError
-from pretrain.formats import Encoders, model_card
+from pretrain.formats import Encoders, model_card, portable_tokenizer
 from pretrain.formats.portable_tokenizer import list_probes
+from pretrain.model import DualEncoder, ModelSchema
 
 FORMATS = ("hf", "open_clip", "onnx")
 TOLERANCE = 1e-5
@@ -72,6 +73,35 @@ def export(loaded: LoadedModel, folder: Path, format_name: str, license: str | N
             model_card.render_card(encoders, loaded.folder, loaded.step, format_name, folder.name, license, difference)
         )
     return folder
+
+
+@torch.no_grad()
+def describe_formats(model: DualEncoder, config: ModelSchema, decoders: dict[str, Any]) -> str:
+    """Return a line that says which formats can hold a model, and why the others cannot.
+
+    The model may be about to be trained: neither its state nor torch's random generator changes. It must be on the CPU.
+
+    Args:
+        model: the encoders.
+        config: their configuration.
+        decoders: by modality.
+    """
+    text = decoders.get("text")
+    if text is None:
+        return "exports: no format can hold a model without text tower"
+    is_training = {module: module.training for module in model.modules()}
+    with torch.random.fork_rng(devices=[]):  # building a timm model to compare with draws initial weights
+        encoders = Encoders(model.eval(), config, text)
+        errors = {name: _import_format(name).export_error(encoders) for name in FORMATS}
+    for module, was_training in is_training.items():
+        module.training = was_training
+    try:
+        portable_tokenizer.build_portable(text)
+    except UserError as error:
+        return f"exports: no format can hold this model: {error}"
+    possible = [name for name, error in errors.items() if error is None]
+    reasons = "".join(f"; {name} cannot hold {error}" for name, error in errors.items() if error is not None)
+    return f"exports: {', '.join(possible) or 'no format'} can hold this model{reasons}"
 
 
 def suggest_format(loaded: LoadedModel, name: str) -> tuple[str, str] | None:

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,8 @@ def export_error(encoders: Encoders) -> str | None:
     if recipe.resize == "pad" and not recipe.pads_with_mean():
         color = "#{:02x}{:02x}{:02x}".format(*recipe.pad_color)
         return f"borders of {color} (image.resize=pad): its image processor pads with the mean color only, image.pad_color=mean"
-    model = _build_model(encoders)
-    return model if isinstance(model, str) else None
+    build = _choose_builder(encoders)
+    return build if isinstance(build, str) else None
 
 
 def write(encoders: Encoders, folder: Path, target: Path | None = None) -> None:
@@ -71,8 +72,9 @@ def write(encoders: Encoders, folder: Path, target: Path | None = None) -> None:
     `export_error` must be None for the encoders. target: not used; no file names the folder.
     """
     with quiet_transformers():
-        model = _build_model(encoders)
-        assert not isinstance(model, str)
+        build = _choose_builder(encoders)
+        assert not isinstance(build, str)
+        model = build()
         model.save_pretrained(folder)
     for weights in folder.glob("*.safetensors"):
         apply_umask(weights)
@@ -108,14 +110,15 @@ def _write_processor(encoders: Encoders, folder: Path, kind: str) -> None:
 # Building the model
 
 
-def _build_model(encoders: Encoders) -> Any:
-    """Return the transformers model with the encoders' weights, or which part it cannot hold."""
+def _choose_builder(encoders: Encoders) -> Callable[[], Any] | str:
+    """Return a function that builds the transformers model with the encoders' weights, or which part it cannot hold."""
     tower, image_tower = encoders.text_tower, encoders.image_tower
     assert tower is not None
     assert image_tower is not None
     text = text_weights.text_spec(tower)
     if isinstance(text, TextSpec) and not text.causal:
-        return _build_siglip(encoders, text)
+        error = _find_siglip_error(encoders)
+        return error if error is not None else partial(_build_siglip, encoders, text)
     if isinstance(text, str) and not (tower.pool == "tower" and tower.trims):
         return f"{text} pooled by {tower.pool}: transformers pools a text model only in the way that its class defines"
     if isinstance(text, TextSpec) and encoders.end_id in (None, 2):
@@ -125,8 +128,9 @@ def _build_model(encoders: Encoders) -> Any:
         )
     vision = vit_weights.vit_spec(image_tower.model)
     if isinstance(text, TextSpec) and isinstance(vision, ViTSpec) and vision.pre_norm and vision.pool == "token":
-        return _build_clip(encoders, text, vision)
-    return _build_dual(encoders, text)
+        return partial(_build_clip, encoders, text, vision)
+    arguments = _find_timm_arguments(image_tower)
+    return arguments if isinstance(arguments, str) else partial(_build_dual, encoders, text, arguments)
 
 
 def _convert_text_tower(encoders: Encoders, spec: TextSpec) -> tuple[TextSpec, dict[str, Tensor]]:
@@ -175,16 +179,16 @@ def _build_clip(encoders: Encoders, text: TextSpec, vision: ViTSpec) -> Any:
     return _load_weights(model, encoders, named)
 
 
-def _build_dual(encoders: Encoders, text: TextSpec | str) -> Any:
-    """Return a VisionTextDualEncoderModel with the encoders' weights, or which part it cannot hold."""
+def _build_dual(encoders: Encoders, text: TextSpec | str, arguments: dict[str, Any]) -> Any:
+    """Return a VisionTextDualEncoderModel with the encoders' weights.
+
+    arguments: the model_args with which timm builds the image tower.
+    """
     from transformers import AutoConfig, TimmWrapperConfig, VisionTextDualEncoderConfig, VisionTextDualEncoderModel
 
     tower, image_tower = encoders.text_tower, encoders.image_tower
     assert tower is not None
     assert image_tower is not None
-    arguments = _find_timm_arguments(image_tower)
-    if isinstance(arguments, str):
-        return arguments
     if isinstance(text, TextSpec):
         spec, weights = _convert_text_tower(encoders, text)
         settings = _to_text_config(encoders, spec)
@@ -219,12 +223,9 @@ def _cut_positions(model: Any, length: int) -> tuple[Any, dict[str, Tensor]]:
     return config, weights
 
 
-def _build_siglip(encoders: Encoders, text: TextSpec) -> Any:
-    """Return a SiglipModel with the encoders' weights, or which part of the encoders it cannot hold."""
-    from transformers import SiglipConfig, SiglipModel
-
-    tower, image_tower = encoders.text_tower, encoders.image_tower
-    assert tower is not None
+def _find_siglip_error(encoders: Encoders) -> str | None:
+    """Return which part of the encoders a SiglipModel cannot hold, or None."""
+    image_tower = encoders.image_tower
     assert image_tower is not None
     vision = vit_weights.siglip_spec(image_tower.model)
     if isinstance(vision, str):
@@ -233,6 +234,18 @@ def _build_siglip(encoders: Encoders, text: TextSpec) -> Any:
         return "the projection of the image tower: SiglipModel has none (model.projection=none trains it so)"
     if encoders.text.length != PIPELINE_LENGTH:
         return f"texts of {encoders.text.length} tokens: transformers pads those of SigLIP to {PIPELINE_LENGTH}"
+    return None
+
+
+def _build_siglip(encoders: Encoders, text: TextSpec) -> Any:
+    """Return a SiglipModel with the encoders' weights."""
+    from transformers import SiglipConfig, SiglipModel
+
+    tower, image_tower = encoders.text_tower, encoders.image_tower
+    assert tower is not None
+    assert image_tower is not None
+    vision = vit_weights.siglip_spec(image_tower.model)
+    assert not isinstance(vision, str)
     vision_config = vit_weights.to_vision_config(vision)
     weights = text_weights.to_open_clip(tower, encoders.projection("text"))
     text, weights = text_weights.cut_positions(text, weights, encoders.text.length)
@@ -276,9 +289,10 @@ def _find_timm_arguments(tower: Any) -> dict[str, Any] | str:
         try:
             other: Any = timm.create_model(name, num_classes=0, **arguments, **size)
             other.load_state_dict(model.state_dict())
-        except (TypeError, RuntimeError, AssertionError, ValueError):
-            continue
-        if _has_same_output(tower, other.eval()):
+            is_same = _has_same_output(tower, other.eval())
+        except (TypeError, RuntimeError, AssertionError, ValueError, AttributeError):
+            continue  # no such argument, other weights, or no pooling by timm's forward_head
+        if is_same:
             return arguments | size
     return f"the image tower: timm's {name} with image.args and pool={config.pool} cannot be built by timm alone"
 

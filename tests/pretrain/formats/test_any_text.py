@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn.functional import normalize
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoProcessor,
     AutoTokenizer,
@@ -17,8 +18,11 @@ from transformers import (
     CLIPConfig,
     CLIPModel,
     CLIPTextModelWithProjection,
+    CLIPVisionConfig,
     CLIPVisionModelWithProjection,
     PreTrainedTokenizerFast,
+    VisionTextDualEncoderConfig,
+    VisionTextDualEncoderModel,
 )
 
 from pretrain.checkpoints import export
@@ -211,6 +215,34 @@ def test_a_published_clip_reads_any_text_as_in_transformers(vocabulary: str, eos
         torch.testing.assert_close(embed_with("hf", folder, texts), expected, atol=1e-5, rtol=0)
     else:
         assert bool((expected - expected[:1]).abs().max() < 1e-5)  # what such a model does with any text
+
+
+@pytest.mark.parametrize("kind", ["roberta", "xlm-roberta", "bert"])
+def test_a_dual_encoder_of_clip_and_roberta_is_read(kind: str, tmp_path: Path) -> None:
+    """As transformers' own example makes it: RoBERTa has two positions more than its longest text has tokens."""
+    build_tokenizer = build_bert_tokenizer if kind == "bert" else build_roberta_tokenizer
+    tokenizer = AutoTokenizer.from_pretrained(build_tokenizer(tmp_path / "in"))
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = AutoConfig.for_model(
+        kind,
+        **sizes,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=24 if kind == "bert" else 26,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    vision = CLIPVisionConfig(**sizes, image_size=32, patch_size=8)
+    torch.manual_seed(0)
+    model = VisionTextDualEncoderModel(VisionTextDualEncoderConfig.from_vision_text_configs(vision, text, projection_dim=16))
+    model.eval().save_pretrained(tmp_path / "in")
+    loaded = load_model(tmp_path / "in")
+    assert loaded.config.text.length == 24
+    tokenizer.model_max_length = 24
+    tokenizer.save_pretrained(tmp_path / "in")
+    texts = [text for text in list_texts(tokenizer) if text == text.strip()]
+    expected = embed_published(model, tmp_path / "in", texts)
+    torch.testing.assert_close(embed_texts(loaded, texts), expected, atol=1e-5, rtol=0)
+    folder = export.export(loaded, tmp_path / "out", "hf")
+    torch.testing.assert_close(embed_with("hf", folder, texts), expected, atol=1e-5, rtol=0)
 
 
 def test_open_clips_own_tokenizer_reads_special_tokens_as_open_clip_does() -> None:

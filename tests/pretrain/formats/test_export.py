@@ -357,3 +357,37 @@ def test_a_part_that_a_format_cannot_hold_is_named_with_the_formats_that_can(sma
         with pytest.raises(export.UserError, match=rf"^{form} cannot hold the text tower, a bert.*--format onnx can hold it$"):
             export.export(end_pooled, tmp_path / "out", form)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_formats_that_can_hold_a_model_are_named_before_training(
+    small: Small, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In --dry-run and in the first lines of a run, for models that all formats, some or only one can hold."""
+    bert = "text.args={model_type: bert, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 2}"
+    cases: dict[str, tuple[str, ...]] = {
+        "exports: hf, open_clip, onnx can hold this model": (),
+        "exports: hf, onnx can hold this model; open_clip cannot hold the activations of the towers": (QUICK,),
+        "exports: open_clip, onnx can hold this model; hf cannot hold the text tower, a bert": (bert, "text.pool=avg"),
+        "exports: onnx can hold this model; hf cannot hold the text tower, a bert": (bert, "text.pool=eot"),
+    }
+    for number, (line, settings) in enumerate(cases.items()):
+        command = ["pretrain", "clipart", *small.settings(tmp_path / f"run-{number}", "train.steps=1"), *settings]
+        assert cli.main([*command, "--dry-run"]) == 0
+        assert line in " ".join(capsys.readouterr().out.split()), line
+    assert cli.main(command) == 0
+    printed = " ".join(capsys.readouterr().err.split())
+    assert line in printed
+    assert printed.index("exports: ") < printed.index("loss")
+
+
+def test_naming_the_formats_changes_neither_the_model_nor_the_random_numbers(small: Small) -> None:
+    loaded = build_model("resnet-50", small.tokenizer, "image.size=32", *CLIP[3:], "image.name=resnet10t", "image.args={}")
+    model = loaded.model.train()
+    model.towers["text"].eval()  # a part that is not trained
+    states = {name: value.clone() for name, value in model.state_dict().items()}
+    flags, random = [module.training for module in model.modules()], torch.get_rng_state()
+    assert export.describe_formats(model, loaded.config, loaded.decoders).startswith("exports: hf, ")
+    assert torch.equal(torch.get_rng_state(), random)
+    assert [module.training for module in model.modules()] == flags
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, states[name]), name
