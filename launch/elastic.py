@@ -39,6 +39,7 @@ from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous import registry as rendezvous
 
 from pretrain.errors import ConfigError, UserError
+from pretrain.printable import format_count
 from pretrain.runtime.entrypoint import DONE, FAILED, STOPPED, USAGE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -250,7 +251,7 @@ class _Agent(LocalElasticAgent):
             if self._remaining_restarts:
                 remaining = self._remaining_restarts - 1
                 cause = self._describe_failures() or "a process failed"
-                self._print(f"{cause}; restarting from the last checkpoint ({remaining} restarts left)")
+                self._print(f"{cause}; restarting from the last checkpoint ({format_count(remaining, 'restart')} left)")
         result: RunResult = super()._monitor_workers(worker_group)
         return result
 

@@ -71,3 +71,9 @@ def _escape(character: str) -> str:
 def one_safe_line(text: str) -> str:
     """Return the text as one line without passwords, tokens and control characters; line breaks become spaces."""
     return escape_controls(hide_secrets(re.sub(r"\s*[\r\n]+\s*", " ", text.strip("\r\n"))))
+
+
+def format_count(number: int, noun: str) -> str:
+    """Return a number with its noun, in the plural unless it is 1: "1 shard", "1,200 samples"."""
+    plural = f"{noun}es" if noun.endswith(("s", "x", "ch")) else f"{noun}s"
+    return f"{number:,} {noun if number == 1 else plural}"

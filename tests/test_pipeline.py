@@ -108,7 +108,7 @@ def test_report_is_written(run: Path) -> None:
 
 def test_dry_run_prints_a_summary_and_writes_nothing(small: Small, tmp_path: Path) -> None:
     out = run_clipfuse("pretrain", "scenes", *small.settings("x", "train.steps=10"), "--dry-run", cwd=tmp_path).stdout
-    for text in ("batch_size: 16", "image", "text", "trainable", "1 shards, 300 samples", "10 steps of 16 samples"):
+    for text in ("batch_size: 16", "image", "text", "trainable", "1 shard, 300 samples", "10 steps of 16 samples"):
         assert text in out
     assert not list(tmp_path.iterdir())
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from launch.cli.command import Subparsers, add_command
 from pretrain.errors import ConfigError
-from pretrain.printable import hide_secrets_in, one_safe_line
+from pretrain.printable import format_count, hide_secrets_in, one_safe_line
 from pretrain.runtime.entrypoint import DONE, FAILED, STOPPED
 
 
@@ -140,7 +140,9 @@ def check(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(hide_secrets_in(report.as_dict())))
         return DONE if report.is_ok else FAILED
-    print(f"{report.shards:,} shards, {report.samples:,} samples, {report.bad_samples:,} of them bad")
+    print(
+        f"{format_count(report.shards, 'shard')}, {format_count(report.samples, 'sample')}, {report.bad_samples:,} of them bad"
+    )
     for reason, count in report.bad.most_common():
         print(one_safe_line(f"  {count:,} {reason}: {', '.join(report.names[reason][:3])}{', ...' if count > 3 else ''}"))
     for line in [*report.damaged, *(f"{path} holds no samples" for path in report.empty)]:

@@ -24,6 +24,7 @@ from pretrain.config import find_config
 from pretrain.data.config import resolve_sources
 from pretrain.data.shards.paths import count_samples
 from pretrain.errors import ConfigError, UserError
+from pretrain.printable import format_count
 from pretrain.runtime import distributed
 from pretrain.runtime.gpus import GPUS
 from pretrain.strategies import STRATEGIES
@@ -118,7 +119,8 @@ class Plan:
         epoch = -(-self.samples // batch)
         total = train.steps or math.ceil((train.samples or train.epochs * self.samples) / batch)
         hours = total * self.seconds() / 3600
-        return f"epoch: {self.samples:,} samples = {epoch:,} steps; the run: {total:,} steps, {hours:,.1f} h of computation"
+        samples, steps = format_count(self.samples, "sample"), format_count(epoch, "step")
+        return f"epoch: {samples} = {steps}; the run: {format_count(total, 'step')}, {hours:,.1f} h of computation"
 
 
 def _to_dict(estimated: Estimate) -> dict[str, Any]:

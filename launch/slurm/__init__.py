@@ -21,7 +21,7 @@ from typing import Any
 
 from pretrain.config import find_config
 from pretrain.errors import ConfigError, UserError
-from pretrain.printable import hide_secrets
+from pretrain.printable import format_count, hide_secrets
 from pretrain.runtime import distributed
 from pretrain.training.run_dir import RunFolder
 
@@ -123,7 +123,7 @@ def submit(module: str, config: str, settings: list[str], job: Job, dry_run: boo
         )
         raise UserError(f"sbatch refused {file}: {reason}")
     job_id = done.stdout.strip().partition(";")[0]
-    print(f"submitted job {job_id}: {job.nodes} nodes with {job.nproc} processes each")
+    print(f"submitted job {job_id}: {format_count(job.nodes, 'node')} with {format_count(job.nproc, 'process')} each")
     print(f"script {file}, output {run}/slurm-{job_id}.out")
     print(f"to stop: scancel --signal=USR1 {job_id} saves and requeues it; scancel {job_id} saves and ends it, resumable")
     return job_id

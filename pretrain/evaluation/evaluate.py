@@ -29,6 +29,7 @@ from pretrain.errors import ConfigError, UserError, closest
 from pretrain.evaluation import linear_probe, zero_shot
 from pretrain.evaluation.retrieval import chance_recall, retrieval_metrics
 from pretrain.model import DualEncoder
+from pretrain.printable import format_count
 from pretrain.runtime import distributed
 from pretrain.runtime.agree import on_main
 
@@ -193,9 +194,9 @@ def evaluate_checkpoint(
 def build_table(result: dict[str, Any]) -> Table:
     """Build a table of evaluate_checkpoint()'s result: metrics in percent, next to the chance levels."""
     metrics, chance = result["metrics"], result["chance"]
-    caption = f"{int(metrics['samples']):,} images"
+    caption = f"{format_count(int(metrics['samples']), 'image')}"
     if metrics["captions"]:
-        caption += f", {int(metrics['captions']):,} captions"
+        caption += f", {format_count(int(metrics['captions']), 'caption')}"
     if metrics["bad_samples"]:
         caption += f", {int(metrics['bad_samples']):,} bad samples left out"
     title = f"{result['checkpoint']}, step {result['step']:,}"

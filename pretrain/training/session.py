@@ -32,7 +32,7 @@ from pretrain.data.config import evaluation_caption, resolve_sources
 from pretrain.data.loader import Batch, Loader
 from pretrain.errors import ConfigError, UserError
 from pretrain.model import DualEncoder, ModelSchema
-from pretrain.printable import hide_secrets_in
+from pretrain.printable import format_count, hide_secrets_in
 from pretrain.runtime import distributed, preflight
 from pretrain.runtime.agree import on_main
 from pretrain.runtime.console import log_info
@@ -270,6 +270,8 @@ def print_summary(config: Any, parameter_counts: dict[str, dict[str, int]], load
     print(configuration.to_yaml(config))
     for name, counts in parameter_counts.items():
         print(f"{name:12} {counts['total']:>14,} parameters, {counts['trainable']:,} trainable")
-    print(f"{'data':12} {loader.shard_count:>14,} shards, {epoch_size:,} samples an epoch")
+    shards = "shard" if loader.shard_count == 1 else "shards"
+    print(f"{'data':12} {loader.shard_count:>14,} {shards}, {format_count(epoch_size, 'sample')} an epoch")
     epochs = total_steps * batch_size / epoch_size
-    print(f"{'run':12} {total_steps:>14,} steps of {batch_size:,} samples, {epochs:.2f} epochs")
+    steps = "step" if total_steps == 1 else "steps"
+    print(f"{'run':12} {total_steps:>14,} {steps} of {format_count(batch_size, 'sample')}, {epochs:.2f} epochs")

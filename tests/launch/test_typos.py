@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from finetune.config import FinetuneConfig
 from launch import cli
 from pretrain import config_source, registry
 from pretrain.errors import ConfigError
+from pretrain.printable import format_count
 from pretrain.train import PretrainConfig
 from tests.support import ROOT, environment
 
@@ -108,3 +110,19 @@ def test_version_and_settings_with_dashes(capsys: pytest.CaptureFixture[str]) ->
         cli.main(["pretrain", "scenes", "--optim.lr=3"])
     assert done.value.code == 2
     assert "settings have no dashes: optim.lr=3" in capsys.readouterr().err
+
+
+def test_counts_have_the_number_of_their_noun() -> None:
+    assert [format_count(n, "shard") for n in (0, 1, 1200)] == ["0 shards", "1 shard", "1,200 shards"]
+    assert [format_count(n, "process") for n in (1, 2)] == ["1 process", "2 processes"]
+
+
+def test_packing_one_image_speaks_of_one_shard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "images/a.jpg")
+    (tmp_path / "images/a.txt").write_text("a black square")
+    assert cli.main(["data", "pack", str(tmp_path / "images"), str(tmp_path / "shards"), "--workers", "1"]) == 0
+    assert cli.main(["data", "check", str(tmp_path / "shards"), "--workers", "1"]) == 0
+    output = capsys.readouterr().out
+    assert "1 sample in 1 shard\n" in output
+    assert "1 shard, 1 sample, 0 of them bad" in output

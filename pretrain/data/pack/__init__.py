@@ -46,6 +46,7 @@ from pretrain.data.pack.sources import PackSource, SourceOptions, open_source
 from pretrain.data.pack.table import TableSource
 from pretrain.data.pack.writer import ShardJob, ShardResult, StorageOptions, get_stats_path, write_shard
 from pretrain.errors import ConfigError, UserError
+from pretrain.printable import format_count
 from pretrain.runtime import files
 from pretrain.runtime.orphans import exit_with_parent
 
@@ -90,7 +91,7 @@ class PackSummary:
     def format_lines(self) -> list[str]:
         """Return the summary as lines of text for the console."""
         reused = f" ({self.reused:,} finished before)" if self.reused else ""
-        out = [f"{self.out}: {self.written:,} samples in {self.shards:,} shards{reused}"]
+        out = [f"{self.out}: {format_count(self.written, 'sample')} in {format_count(self.shards, 'shard')}{reused}"]
         if self.skipped:
             out.append(f"skipped {self.skipped.total():,}:")
         for reason, count in self.skipped.most_common():
