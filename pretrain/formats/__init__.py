@@ -65,7 +65,8 @@ class Encoders:
     def end_id(self) -> int | None:
         """Id of the token that ends every text, or None."""
         tokenizer = self.text.tokenizer
-        return tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+        end: int | None = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+        return end
 
     @property
     def preprocess(self) -> Preprocess:

@@ -166,7 +166,8 @@ def build_openai_tokenizer(length: int) -> Any:
     words = [*letters, *(letter + "</w>" for letter in letters), *(left + right for left, right in merges)]
     words += [START, END]
     ids = {word: number for number, word in enumerate(words)}
-    backend = CLIPTokenizer(vocab=ids, merges=merges, bos_token=START, eos_token=END, unk_token=END, pad_token=END)._tokenizer
+    names = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
+    backend: Any = CLIPTokenizer(vocab=ids, merges=merges, **names).backend_tokenizer
     # CLIPTokenizer splits texts at OpenAI's names of the special tokens; open_clip has names of its own.
     pattern = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
     backend.pre_tokenizer = pre_tokenizers.Sequence(
