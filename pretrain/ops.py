@@ -11,6 +11,7 @@ Measured: on an AMD CPU, an image tower takes a tenth less time.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -44,11 +45,12 @@ def parse_color(text: str, mean: Sequence[float] = CLIP_MEAN) -> Color:
     if text == "mean":
         red, green, blue = (round(255 * value) for value in mean)
         return red, green, blue
-    try:
-        red, green, blue = ImageColor.getrgb(text)
-    except ValueError:  # an unknown name, or a color with transparency, which has four values
-        raise ConfigError(f"image.pad_color={text!r} must be a color's name (white), #rrggbb, or mean") from None
-    return red, green, blue
+    values: tuple[int, ...] = ()
+    with suppress(ValueError):  # an unknown name
+        values = ImageColor.getrgb(text)
+    if len(values) != 3:  # 4: a color with transparency
+        raise ConfigError(f"image.pad_color={text!r} must be a color's name (white), #rrggbb, or mean")
+    return values[0], values[1], values[2]
 
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 """Whether this torch can call oneDNN's product on the CPU."""

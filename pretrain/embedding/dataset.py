@@ -95,6 +95,8 @@ def fingerprint_model(loaded: LoadedModel) -> str:
     for modality in loaded.model.towers:
         config = getattr(loaded.config, modality, None) or loaded.config.others.get(modality)
         relevant = {k: v for k, v in asdict(config).items() if k not in incidental} if config is not None else {}
+        if relevant.get("resize") != "pad":
+            relevant.pop("pad_color", None)  # of borders that there are not
         sha256.update(json.dumps([modality, relevant], sort_keys=True, default=str).encode())
     if "text" in loaded.decoders:
         ids, mask = loaded.decoders["text"].encode(["", "A red cup, left of 12 boxes; naïve Ωμέγα 猫 🐈.", "word " * 1000])

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from finetune import model as models
@@ -37,6 +38,7 @@ from finetune.tasks import Prediction, Task
 from finetune.tasks.questions import Question, read_questions
 from pretrain import config as configuration
 from pretrain import model as encoders
+from pretrain.data.images import ImageDecoder
 from pretrain.data.scenes import dataset
 from pretrain.data.text import TextDecoder, load_tokenizer
 from pretrain.errors import ConfigError, UserError
@@ -291,6 +293,20 @@ def test_word_maps_of_one_image_and_one_text(small: Small) -> None:
     np.testing.assert_allclose(values, compute_coverage(boxes, GRID), atol=1e-6)
     assert maps.figure().size[0] > 300
     assert [word for word, _ in maps.tiles(80)] == maps.words
+    for size, resize, visible in (
+        ((4000, 1), "crop", (1, 1)),
+        ((90, 30), "crop", (30, 30)),
+        ((90, 30), "pad", (90, 91)),  # 30 px become 21, between borders of 21 and 22 px
+    ):
+        buffer = io.BytesIO()
+        Image.new("RGB", size, "red").save(buffer, "PNG")
+        tuned.decoders["image"] = ImageDecoder(64, resize=resize)
+        tuned.task.json_of_image[tuned.decoders["image"].decode_eval(buffer.getvalue()).numpy().tobytes()] = record  # type: ignore[attr-defined]
+        maps = compute_word_maps(tuned, buffer.getvalue(), record["captions"][0], "raw")
+        assert maps.image.size == visible
+        assert maps.image.getpixel((0, 0)) == ((255, 255, 255) if resize == "pad" else (255, 0, 0))
+        assert maps.image.getpixel((visible[0] // 2, visible[1] // 2)) == (255, 0, 0)
+        assert maps.figure().size[0] > 300
     for wrong_data, text, message in ((b"no image", "a car", "cannot be used"), (data, " ?! ", "has no word")):
         with pytest.raises(UserError, match=message):
             compute_word_maps(tuned, wrong_data, text)

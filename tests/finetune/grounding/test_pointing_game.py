@@ -75,14 +75,14 @@ def test_the_center_map() -> None:
     assert score_hit(build_center_map(GRID), mark_near_cells(boxes((4.2, 3.2, 8, 6)), GRID)) == 0.25
 
 
-@pytest.mark.parametrize("resize", ["crop", "squash"])
+@pytest.mark.parametrize("resize", ["crop", "squash", "pad"])
 @pytest.mark.parametrize(("width", "height"), [(120, 80), (61, 97), (64, 64)])
 def test_boxes_follow_the_image_through_the_decoder(width: int, height: int, resize: str) -> None:
     """In a black image with one white box, the cells under the box are white in the decoder's output."""
     pixels = np.zeros((height, width, 3), np.uint8)
     x0, y0, x1, y1 = width // 3, height // 4, 5 * width // 6, 7 * height // 8
     pixels[y0:y1, x0:x1] = 255
-    decoder = ImageDecoder(48, resize=resize)
+    decoder = ImageDecoder(48, resize=resize, pad_color=(0, 0, 0))
     decoded = decoder.decode_eval(_png(pixels)).double().mean(0).numpy() / 255
     cells = boxes_to_cells(boxes((x0, y0, x1, y1)), visible_box(height, width, 48, resize), GRID)
     np.testing.assert_allclose(compute_coverage(cells, GRID), decoded.reshape(6, 8, 8, 6).mean((1, 3)), atol=0.07)
