@@ -191,7 +191,6 @@ class ShardCache:
         """Remove the least recently used shards while all take more than `gib`; not `fetched`, nor one about to be opened."""
         if not self.gib:
             return
-        _remove_stale_partials(fetched.parent, None)
         with open(fetched.parent / ".evict.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # two processes would each remove the whole excess
             shards = []
@@ -244,25 +243,25 @@ def _remove_unused(target: Path) -> bool:
     return True
 
 
-def _remove_stale_partials(folder: Path, locked: Path | None) -> None:
+def _remove_stale_partials(folder: Path, locked: Path) -> None:
     """Remove what killed fetches left: partial files of `locked`, whose lock this process holds, or of shards without lock."""
     for partial in folder.glob(".*.partial"):
-        target = folder / partial.name.removeprefix(".").removesuffix(".partial").rpartition(".")[0]
-        if target.name.endswith(".idx"):
-            continue  # an index that is being written
+        name = partial.name.removeprefix(".").removesuffix(".partial").rpartition(".")[0]
+        target = folder / name.removesuffix(".idx")
         if target == locked:
             partial.unlink(missing_ok=True)
-        elif not target.exists():
-            lock = _open_lock(target)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if _is_current(lock, target):
-                    partial.unlink(missing_ok=True)
+            continue
+        lock = _open_lock(target)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_current(lock, target):
+                partial.unlink(missing_ok=True)
+                if not target.exists():
                     Path(f"{target}.lock").unlink(missing_ok=True)
-            except BlockingIOError:
-                continue
-            finally:
-                os.close(lock)
+        except BlockingIOError:  # it is being fetched or opened
+            continue
+        finally:
+            os.close(lock)
 
 
 # ---- fetching --------------------------------------------------------------------------------------------------------
@@ -305,11 +304,13 @@ class _Transfer:
         """Copy all. Raises UserError after `seconds`, or for a url that cannot be opened, else OSError."""
         thread = threading.Thread(target=self._copy_all, name="fetch", daemon=True)
         thread.start()
-        thread.join(seconds)
-        if thread.is_alive():
+        try:
+            thread.join(seconds)
+        finally:  # also where a signal ends the wait
             self._abandoned = True
-            for command in self._commands:
+            for command in self._commands if thread.is_alive() else ():
                 command.kill()
+        if thread.is_alive():
             raise UserError(
                 f"cannot read {self.url}: after {seconds:,.0f} seconds only {self.copied:,} bytes had come; "
                 "data.fetch_seconds sets how long a fetch may take"
@@ -330,7 +331,7 @@ class _Transfer:
                     self.out.write(piece)
                     self.copied += len(piece)
                 missing = getattr(source, "length", None)  # of an HTTP response: bytes not received yet
-                if missing and not self._abandoned:
+                if missing:
                     raise OSError(f"the connection ended {missing:,} bytes early")
         except Exception as error:
             if isinstance(error, urllib.error.HTTPError):

@@ -150,17 +150,18 @@ def test_what_a_killed_fetch_left_is_removed(url: str, tmp_path: Path) -> None:
         assert process.pid is not None
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-    limited = ShardCache(str(folder), gib=10.0)
-    limited.fetch(f"{url}/1.tar")  # another shard: a fetch with a limit sweeps the folder
+    cache = ShardCache(str(folder))
+    (folder / "shards" / ".1.tar.idx.123.partial").write_bytes(b"x")
+    cache.fetch(f"{url}/1.tar")  # of another shard: each fetch sweeps the folder
     assert [file.name.partition("-")[2] for file in list_shards(folder)] == ["1.tar"]
-    (folder / "shards" / f".{limited.cached_path(f'{url}/slow.tar', 'shards').name}.123.partial").write_bytes(b"x")
+    (folder / "shards" / f".{cache.cached_path(f'{url}/slow.tar', 'shards').name}.123.partial").write_bytes(b"x")
     Handler.released.set()
     assert load_index(f"{url}/slow.tar", ShardCache(str(folder))).count == 1
     assert sorted(file.name.partition("-")[2] for file in list_shards(folder)) == ["1.tar", "slow.tar"]
 
 
 def test_a_partial_file_in_progress_is_not_removed(url: str, tmp_path: Path) -> None:
-    cache = ShardCache(str(tmp_path), gib=10.0)
+    cache = ShardCache(str(tmp_path))
     (tmp_path / "shards").mkdir()
     target = cache.cached_path(f"{url}/7.tar", "shards")
     partial_file = target.with_name(f".{target.name}.1.partial")
