@@ -52,6 +52,7 @@ def parse_color(text: str, mean: Sequence[float] = CLIP_MEAN) -> Color:
         raise ConfigError(f"image.pad_color={text!r} must be a color's name (white), #rrggbb, or mean")
     return values[0], values[1], values[2]
 
+
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 """Whether this torch can call oneDNN's product on the CPU."""
 
