@@ -27,7 +27,7 @@ TYPOS = {
     "pretrain scenes train.precision=int8": "one of fp32, bf16, fp16",
     "pretrain scnes": "no configuration 'scnes'; did you mean 'scenes'?",
     "pretrain scenes --nproc 2 data.augment.scal=1": "unknown key data.augment.scal on the command line",
-    "pretrain scenes --on slurm --nproc 2 image.siz=1": "unknown key image.siz on the command line",
+    "pretrain scenes --on slurm --nproc 2 image.sizes=1": "unknown key image.sizes on the command line",
     "finetune vqa loss.name=clip": "unknown key loss on the command line",
     "finetune vqa fusion.layer=2": "unknown key fusion.layer on the command line; did you mean 'layers'?",
     "plan scenes --gpus 2 optim.l=1": "unknown key optim.l on the command line",

@@ -6,9 +6,21 @@ from typing import Any, Literal
 
 import pytest
 
-from pretrain.config import build, component_field, extra_components, load, load_values, notes, save, text_field, to_dict
+from pretrain.config import (
+    build,
+    component_field,
+    extra_components,
+    find_config,
+    load,
+    load_values,
+    notes,
+    save,
+    text_field,
+    to_dict,
+)
 from pretrain.errors import ConfigError, closest
 from pretrain.registry import get_component
+from pretrain.train import load_config
 from pretrain.training.loop import TrainConfig
 
 
@@ -269,3 +281,10 @@ def test_the_component_of_the_command_line_is_named_there() -> None:
         load(WithComponents, None, ["loss.name=clap"])
     with pytest.raises(ConfigError, match=r"unknown key loss\.nothing on the command line"):
         load(WithComponents, None, ["loss.nothing=1"])
+
+
+@pytest.mark.parametrize("settings", [["image.name=resnet10t"], ["image.name=resnet10t", "image.args=null"]])
+def test_a_shipped_configuration_trains_another_architecture(settings: list[str]) -> None:
+    config = load_config(find_config("scenes", "pretrain"), settings)
+    assert config.image.args == {}
+    assert get_component("towers", "timm").build(config.image).pooled_width == 512
