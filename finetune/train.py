@@ -21,7 +21,8 @@ from pretrain.checkpoints import warm_start
 from pretrain.data.loader import Batch, Loader
 from pretrain.embedding.split import eval_mode
 from pretrain.errors import ConfigError, UserError
-from pretrain.model import portable_config
+from pretrain.model import describe_weights, portable_config
+from pretrain.runtime.console import log_info
 from pretrain.training.loop import Outcome, fit
 from pretrain.training.session import (
     build_encoders,
@@ -39,6 +40,8 @@ def train(config: FinetuneConfig) -> Outcome:
     """Run one process of a fine-tuning run, from configuration to outcome. Collective. Raises UserError."""
     with open_session(config) as session:
         parts = build(config)
+        for line in describe_weights(parts.model.encoder, config.init) if session.checkpoint is None else ():
+            log_info(line)
         portable = inline(parts)
         session.write_config()
         identity = {"task": f"{config.task.name} {_digest(portable.task)}"}

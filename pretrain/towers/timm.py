@@ -442,7 +442,8 @@ def _create_model(config: Config) -> nn.Module:
             f"{name} cannot be built with image.args={config.args}: {' '.join(str(error).split())[:300]}{hint}"
         ) from error
     if folder_args:
-        model.pretrained_model_args = {**getattr(model, "pretrained_model_args", {}), **folder_args}
+        published = cast(Any, model)
+        published.pretrained_model_args = {**getattr(model, "pretrained_model_args", {}), **folder_args}
     return model
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sized
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -216,7 +216,7 @@ def build(config: Config, tokenizer: Any = None) -> TextTower:
     Raises ConfigError: an unknown model or argument, a vocabulary smaller than the tokenizer's, too few positions.
     """
     model, pool, origin = hf_models.load_text_model(config, tokenizer)
-    config = replace(config, pool=pool)
+    config = replace(config, pool=cast(Any, pool))
     rows = model.get_input_embeddings().weight.shape[0]
     if isinstance(tokenizer, Sized) and len(tokenizer) > rows:
         raise ConfigError(
