@@ -93,9 +93,11 @@ def test_a_failure_in_a_step_ends_the_workers(
     small: Small, in_tmp: Path, capsys: pytest.CaptureFixture[str], how: str, workers: int
 ) -> None:
     more = ["train.steps=30", "train.max_skipped=2", f"data.workers={workers}", *failing(how, 3)]
+    before = psutil.Process().children()
     if how == "crash":
-        with pytest.raises(ValueError, match="a bug in a loss"):
+        with pytest.raises(ValueError, match="a bug in a loss") as raised:
             pretrain(small, "r", *more)
+        assert psutil.Process().children() == before, raised  # though the traceback still holds the loader
     else:
         assert pretrain(small, "r", *more) == 1
         assert ("not finite for 2 steps" if how == "nan" else "interrupted") in error_line(capsys)
