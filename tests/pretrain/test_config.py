@@ -265,7 +265,7 @@ def test_errors_name_the_place_of_the_value_and_the_first_mistake(tmp_path: Path
         (["inner.lrr=1", "count=x"], "unknown key inner.lrr on the command line"),
         (["count=x", "inner.lrr=1"], "count='x' on the command line"),
         (["inner=3", "coun=1"], "inner on the command line must hold settings"),
-        (["inner.lr=1", "inner.word=three", "nam=x"], "inner.word='three' on the command line"),
+        (["inner.lr=1", "inner.word=three", "nme=x"], "inner.word='three' on the command line"),
     ]:
         with pytest.raises(ConfigError) as raised:
             load(Outer, tmp_path / "a.yaml", settings)
