@@ -99,9 +99,9 @@ def test_signals_are_agreed_saved_and_resumed(small: Small, undisturbed: dict[in
     words = clipfuse_command(
         "pretrain", "--nproc", "2", *tiny_run_args(small, run, f"train.steps={STEPS}", "train.save_every=1000")
     )
-    for number, after in ((signal.SIGTERM, 3), (signal.SIGINT, 8)):
+    for number in (signal.SIGTERM, signal.SIGINT):
         with start_launcher(*words, cwd=tmp_path) as launched:
-            launched.wait_for_output(rf"step {after}/{STEPS} ")
+            launched.wait_for_output(rf"step \d+/{STEPS} ")  # any: on a busy machine the first stop may come late
             launched.process.send_signal(number)
             output = launched.wait_for_exit(75)
         assert f"stopped by {number.name} at step" in output
