@@ -225,7 +225,7 @@ def fit(
                 if is_last or stop_signal or is_best or run.step % train.save_every == 0:
                     watchdog.mark(step, "saving")
                     with meter.exclude():
-                        run.save(is_best)
+                        run.save(is_best, is_complete=is_last and not int(skipped_in_a_row))
                 if stop_signal and not is_last:
                     reason = f"stopped by {stop_signal}"
                     folder.write_status("stopped", reason, run.step)
@@ -236,8 +236,8 @@ def fit(
             return Outcome("done", "", run.step, run.results)
 
 
-_TRAINER_STATE = {"step": int, "skipped": int, "best": float | int, "identity": dict, "results": dict, "loader": dict}
-_LOADER_STATE = {"position": int, "seen": int, "run": int, "bad": dict}
+_TRAINER_STATE: dict[str, Any] = {"step": int, "skipped": int, "best": float | int, "identity": dict, "results": dict, "loader": dict}
+_LOADER_STATE: dict[str, Any] = {"position": int, "seen": int, "run": int, "bad": dict}
 
 
 def _load_trainer_state(path: Path) -> dict[str, Any]:
@@ -382,8 +382,11 @@ class _Run:
             self.good = self.saved
         return self.good
 
-    def save(self, best: bool = False) -> None:
-        """Save a checkpoint of the present step. Collective."""
+    def save(self, best: bool = False, is_complete: bool = False) -> None:
+        """Save a checkpoint of the present step. Collective.
+
+        is_complete: the run ends here with a finite loss, so that no earlier checkpoint is needed.
+        """
         good = self.find_good()
         raw = weights = self.strategy.full_weights()
         resume_weights: dict[str, dict[str, Tensor]] = {}
@@ -421,7 +424,7 @@ class _Run:
             save_state,
             keep=self.plan.train.keep,
             best=best,
-            good=good,
+            good=None if is_complete else good,
         )
         self.saved_step, self.saved_skipped = self.step, self.skipped
 
