@@ -232,8 +232,10 @@ def build(config: Config, tokenizer: Any = None) -> TextTower:
     try:
         tower.measure(rows, min(pad or 0, rows - 1))
     except (IndexError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-        positions = hf_models.count_positions(model)
+        positions, usable = getattr(model.config, "max_position_embeddings", None), hf_models.count_positions(model)
         reason = f"it has {positions} positions" if positions and positions < config.length + 4 else hf_models.one_line(error)
+        if positions and usable and usable < positions:
+            reason += f", {usable} of them for tokens"
         raise ConfigError(
             f"text: {type(model).__name__} cannot encode {config.length} tokens with pool={config.pool}: {reason}"
         ) from error
