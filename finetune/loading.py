@@ -90,7 +90,7 @@ def load(run: str | Path, caption: str | None = None) -> Finetuned:
     if not path.exists():
         raise UserError(f"{folder} has no config.yaml: it is not a checkpoint of clipfuse")
     values = configuration.read_yaml(path)
-    if "task" not in values:
+    if not values.get("task"):
         raise UserError(f"{folder} holds encoders without a task: fine-tune them with `clipfuse finetune CONFIG init={run}`")
     config = configuration.build(FusionSchema, values, str(path), partial=True)
     data = values.get("data") or {}

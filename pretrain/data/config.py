@@ -104,7 +104,11 @@ def evaluation_caption(data: Mapping[str, Any]) -> str:
 
     Args:
         data: the `data` section of a run's configuration.
+
+    Raises ConfigError where it is no section.
     """
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"data must hold settings, not {data!r:.80}")
     return str(data.get("val_caption") or data.get("caption") or "txt")
 
 

@@ -17,6 +17,9 @@ from pretrain.data.shards.reader import ShardReader
 from pretrain.errors import UserError
 from tests.support.mutations import BoundedMemory, assert_one_line, count_cases, mutate_bytes
 
+# urllib leaves the sockets of bad redirects to the garbage collector.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 def build_shard(count: int = 8, size: int = 700) -> bytes:
     """Return a tar of `count` samples."""
@@ -136,7 +139,6 @@ def build_fault(rng: random.Random) -> Callable[[BaseHTTPRequestHandler], None]:
     return rng.choice(faults)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # urllib leaves sockets of bad redirects open
 def test_faults_are_retried_and_become_one_line(server: Server, tmp_path: Path) -> None:
     outcomes = {"read": 0, "refused": 0}
     with BoundedMemory():

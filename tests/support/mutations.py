@@ -69,7 +69,7 @@ def mutate_value(rng: random.Random, value: Any) -> Any:
             del holder[key]
         elif kind == 1 and isinstance(holder, dict):
             holder[rng.choice(["", "x", "\x1b[31m", "../x", str(key).upper()])] = holder.pop(key)
-        elif kind == 2 and isinstance(holder[key], int | float) and not isinstance(holder[key], bool):
+        elif kind == 2 and type(holder[key]) in (int, float) and abs(holder[key]) < 1e15:
             holder[key] = rng.choice([-holder[key], holder[key] * 1000 + 1, holder[key] + 0.5, str(holder[key])])
         else:
             holder[key] = copy.deepcopy(rng.choice(HOSTILE))

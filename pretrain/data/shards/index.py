@@ -254,7 +254,9 @@ def _parse_meta(stored: Any) -> _Meta | None:
     }:  # fmt: skip
         raise ValueError("its metadata is not that of an index")
     meta = _Meta(**values)
-    if not all(isinstance(name, str) for name in meta.extensions) or stored["flags"].shape != (meta.count,):
+    if not all(isinstance(name, str) for name in meta.extensions) or len({*meta.extensions}) < len(meta.extensions):
+        raise ValueError("its extensions are not names, or one is there twice")
+    if stored["flags"].shape != (meta.count,):
         raise ValueError("its metadata does not fit its content")
     return meta
 
