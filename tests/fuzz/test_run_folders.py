@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from launch import cli, report
@@ -75,8 +76,6 @@ def damage_text(rng: random.Random, path: Path) -> None:
         lines[i] = mutate_json(rng, lines[i])
         path.write_bytes(b"\n".join(lines) + b"\n")
     elif path.suffix == ".yaml" and rng.random() < 0.7:
-        import yaml
-
         path.write_text(yaml.safe_dump(mutate_value(rng, yaml.safe_load(data))), errors="replace")
     else:
         path.write_bytes(mutate_bytes(rng, data))
@@ -352,3 +351,19 @@ def test_damaged_embedding_folders_are_one_line(run: Path, small: Small, tmp_pat
             assert loaded.keys == expected.keys, case
             assert torch.equal(loaded.image, expected.image), case
     assert refusals > 20
+
+
+@pytest.mark.parametrize("section", ["data", "image", "text", "model"])
+@pytest.mark.parametrize("value", ["x", 3, [1], {"a": 1}])
+def test_a_section_of_another_kind_is_one_line(copy: Callable[[], Path], section: str, value: Any) -> None:
+    checkpoint = copy() / "checkpoints/step-0000002"
+    (checkpoint / "manifest.json").unlink()
+    path = checkpoint / "config.yaml"
+    values = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump({**values, section: value}))
+    if (section, value) == ("data", {"a": 1}):  # a section that other versions may have written
+        assert load_model(checkpoint).step == 2
+        return
+    with pytest.raises(UserError) as error:
+        load_model(checkpoint)
+    assert_one_line(error.value, section)
