@@ -62,7 +62,8 @@ class DataConfig:
     """Local folder for fetched shards, and for indices that cannot be written beside their shard; none = clipfuse's folder
     in the user's cache."""
     cache_gib: float = 0.0
-    """GiB that fetched shards may take; above it, the least recently used are removed; 0 = no limit."""
+    """GiB that fetched shards may take, and one shard more for each process that fetches; above it, the least recently used are
+    removed; 0 = no limit."""
     fetch_seconds: float = FETCH_SECONDS
     """Seconds that fetching one remote shard may take, however slowly it arrives."""
     commands: bool = False

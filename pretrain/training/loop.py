@@ -236,7 +236,14 @@ def fit(
             return Outcome("done", "", run.step, run.results)
 
 
-_TRAINER_STATE: dict[str, Any] = {"step": int, "skipped": int, "best": float | int, "identity": dict, "results": dict, "loader": dict}
+_TRAINER_STATE: dict[str, Any] = {
+    "step": int,
+    "skipped": int,
+    "best": float | int,
+    "identity": dict,
+    "results": dict,
+    "loader": dict,
+}
 _LOADER_STATE: dict[str, Any] = {"position": int, "seen": int, "run": int, "bad": dict}
 
 
