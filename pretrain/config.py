@@ -679,4 +679,5 @@ def find_config(name: str, kind: str) -> Path:
     if shipped.is_file():
         return shipped
     names = sorted(path.stem for path in (CONFIGS / kind).glob("*.yaml"))
-    raise ConfigError(f"no configuration {name!r}{closest(name, names)}; give a YAML file, or a shipped one: {', '.join(names)}")
+    hint = closest(name, names)
+    raise ConfigError(f"no configuration {name!r}{hint}; give a YAML file, or a shipped one: {', '.join(names)}")

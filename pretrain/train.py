@@ -64,8 +64,8 @@ class PretrainConfig(ModelSchema):
         """Raise ConfigError for combinations that cannot run."""
         warm_start.check(self.init)
         check_batch_and_evaluation(self)
-
         check_numbers(self, "", seed=SEED)
+
 
 def load_config(path: Path, settings: list[str]) -> PretrainConfig:
     """Load a run's configuration: a file, and key=value settings over it.

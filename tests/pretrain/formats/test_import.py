@@ -298,7 +298,7 @@ def test_init_of_another_architecture_is_refused_unless_partial(
     assert cli.main(["pretrain", "clipart", *words]) == 0
     assert "weights start from it" in capfd.readouterr().err
     with pytest.raises(ConfigError, match="must name a run for each tower"):
-        configuration.load(PretrainConfig, None, ["init={image: 3}", "train.steps=1", "text.args={model_type: bert}"])
+        configuration.load(PretrainConfig, None, ["init={image: [3]}", "train.steps=1", "text.args={model_type: bert}"])
 
 
 def test_a_tokenizer_that_differs_is_refused(small: Small, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
