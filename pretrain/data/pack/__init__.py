@@ -71,6 +71,8 @@ class PackSummary:
     """Captions left out of samples that have others, by reason."""
     odd: Counter[str] = field(default_factory=Counter)
     """Odd captions by kind."""
+    label_conflicts: int = 0
+    """Samples whose rows have different labels."""
     notes: list[str] = field(default_factory=list)
     """Lines for the user about what the source holds."""
 
@@ -81,6 +83,7 @@ class PackSummary:
         self.skipped += result.skipped
         self.dropped += result.dropped
         self.odd += result.odd
+        self.label_conflicts += result.label_conflicts
         for reason, names in result.examples.items():
             known = self.examples.setdefault(reason, [])
             known += names[: 3 - len(known)]
@@ -101,6 +104,11 @@ class PackSummary:
             out.append(f"captions left out of samples that have others: {reasons}")
         for oddity, count in self.odd.most_common():
             out.append(f"{count:,} {'caption' if count == 1 else 'captions'} {oddity}{_ADVICE.get(oddity, '')}")
+        if self.label_conflicts:
+            have = "has" if self.label_conflicts == 1 else "have"
+            out.append(
+                f"{format_count(self.label_conflicts, 'image')} {have} rows with different labels: the first label is used"
+            )
         return out + self.notes
 
 

@@ -116,13 +116,20 @@ class Annotations:
 def read_annotations(path: Path, splits: tuple[str, ...] = ()) -> Annotations | None:
     """Return the content of an annotation file, or None if the file is not one, but may be JSON lines.
 
+    A row of JSON lines may have the fields of an annotation file. One line is an annotation file only if no other line follows
+    and the file is not called .jsonl or .ndjson.
+
     Raises:
         UserError: the file is one JSON object of another kind.
     """
+    if path.name.lower().removesuffix(".gz").endswith((".jsonl", ".ndjson")):
+        return None
     with gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb") as file:
         first = next((line for line in file if line.strip()), b"").removeprefix(b"\xef\xbb\xbf").strip()
         content = _parse(first)
         is_one_line = content is not None
+        if is_one_line and any(line.strip() for line in file):
+            return None
         if not is_one_line and first.startswith(b"{") and path.name.lower().removesuffix(".gz").endswith(".json"):
             file.seek(0)
             content = _parse(file.read().removeprefix(b"\xef\xbb\xbf"))

@@ -146,29 +146,47 @@ def _read_quoted(text: bytes, lines: _Lines, layout: Layout, image: int, count: 
     if not is_open and not taken:
         return values
     if not is_open and not record.is_ambiguous:
-        shape = _get_shape(values[image]) if len(values) == count and image >= 0 else b""
-        if not any(_looks_like_row(line.rstrip(b"\r\n"), layout, image, count, shape) for line in taken):
+        name = values[image] if len(values) == count and image >= 0 else b""
+        if not _hold_rows([line.rstrip(b"\r\n") for line in taken], layout, image, count, name):
             return values
     lines.give_back(taken)
     return None
 
 
-def _looks_like_row(line: bytes, layout: Layout, image: int, count: int, shape: bytes) -> bool:
-    """Whether a line has all values of a row, with the name of an image where it belongs."""
-    values = line.split(layout.separator.encode())
-    if len(values) != count or image < 0:
+def _hold_rows(lines: list[bytes], layout: Layout, image: int, count: int, first: bytes) -> bool:
+    """Whether lines inside quotes that close are rows all the same: the quote was never closed.
+
+    One line with an extension of images is enough. A line of a caption may begin with a number too, as in "2021, a view".
+    Names without an extension therefore need two lines or more, and all of them must look like the name of the first row.
+
+    Args:
+        lines: those after the first one of the row.
+        layout: of the table.
+        image: position of the column that names images; -1 = none.
+        count: number of columns.
+        first: name of the image of the row.
+    """
+    if image < 0:
         return False
-    name = values[image].strip().strip(b'"')
-    return bool(_IMAGE_NAME.search(name)) or (bool(shape) and _get_shape(name) == shape)
+    rows = [line.split(layout.separator.encode()) for line in lines]
+    names = [values[image].strip().strip(b'"') if len(values) == count else b"" for values in rows]
+    first = first.strip().strip(b'"')
+    extension = _get_extension_of_name(first)
+    if any(_IMAGE_NAME.search(name) or (extension and _get_extension_of_name(name) == extension) for name in names):
+        return True
+    return len(names) > 1 and not extension and all(_is_similar(name, first) for name in names)
 
 
-def _get_shape(name: bytes) -> bytes:
-    """Return what image names of one table share: their extension, or their punctuation if they have digits."""
-    name = name.strip().strip(b'"')
+def _get_extension_of_name(name: bytes) -> bytes:
     extension = re.search(rb"\.\w{1,5}$", name)
-    if extension:
-        return extension[0].lower()
-    return re.sub(rb"\w+", b"a", name) if re.fullmatch(rb"\S*\d\S*", name) else b""
+    return extension[0].lower() if extension else b""
+
+
+def _is_similar(name: bytes, other: bytes) -> bool:
+    """Whether two names with digits have the same punctuation and length, or for a counter 9 and 10 nearly that length."""
+    if not re.fullmatch(rb"\S*\d\S*", other) or re.sub(rb"\w+", b"a", name) != re.sub(rb"\w+", b"a", other):
+        return False
+    return abs(len(name) - len(other)) <= (not other.startswith(b"0"))
 
 
 class _Record:

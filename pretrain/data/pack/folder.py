@@ -21,6 +21,7 @@ from pretrain.data.captions import TXT, TXT_LINES, count_lines, normalize_whites
 from pretrain.data.pack.writer import ShardJob, SourceSample, describe_caption_field
 from pretrain.data.shards.reader import MAX_TEXT_BYTES
 from pretrain.errors import UserError
+from pretrain.printable import format_count
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 """Extensions of the files in a folder that are images. Their content, not the extension, decides how they are read."""
@@ -166,6 +167,8 @@ class FolderSource:
     """The field of the json that lists the captions if each line of a file is one."""
     links: list[str] = field(default_factory=list, init=False)
     """Links to folders that were not followed because they lead out of `root`; set by `count`."""
+    _lead_all_out: bool = field(default=False, init=False)
+    """Whether every image is behind a link out of `root` that is not followed; set by `_scan`."""
 
     def iterate_jobs(self, shard_size: int) -> Iterator[ShardJob]:
         """Yield a job for each shard. Raises UserError for a folder that cannot be read."""
@@ -196,6 +199,11 @@ class FolderSource:
                 f"{self.root} holds {images:,} images and no .txt: put NAME.txt next to NAME.jpg, "
                 "or use --caption-from path to take captions from the paths"
             )
+        if self._lead_all_out:
+            are = "is a link that leads" if images == 1 else "are links that lead"
+            raise UserError(
+                f"{self.root}: its {format_count(images, 'image')} {are} out of the folder: --outside follows links"
+            )
         return images
 
     def get_notes(self) -> list[str]:
@@ -211,9 +219,12 @@ class FolderSource:
         """(digest, number of images, number of caption files)"""
         digest, images, texts = hashlib.blake2b(digest_size=16), 0, 0
         self.links = []
+        self._lead_all_out = not self.outside
         for path, status in self._walk():
             extension = _get_extension(path)
-            images += extension in IMAGE_EXTENSIONS
+            if extension in IMAGE_EXTENSIONS:
+                images += 1
+                self._lead_all_out = self._lead_all_out and not _is_inside(self.root / path, str(self.root))
             texts += extension == "txt"
             if extension in (*IMAGE_EXTENSIONS, "txt", "json"):
                 version = status and (status.st_size, status.st_mtime_ns)

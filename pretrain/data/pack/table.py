@@ -25,6 +25,7 @@ from pretrain.data.pack.folder import read_file_inside
 from pretrain.data.pack.grouping import RowGroups, identify_image, is_image_content
 from pretrain.data.pack.writer import ShardJob, SourceSample, describe_caption_field
 from pretrain.errors import ConfigError, UserError, closest
+from pretrain.printable import format_count
 
 _MAX_EXAMPLES = 3  # rows shown for each reason
 
@@ -87,13 +88,15 @@ class TableJob:
             captions = captions[:1]
         image, source = self._read_image(rows[0].get(self.image_column), base)
         metadata: dict[str, Any] = {"source": source} if source else {}
-        metadata |= _merge_columns(rows, (self.image_column, self.caption_column))
+        columns, has_conflict = _merge_columns(rows, (self.image_column, self.caption_column))
+        metadata |= columns
         return SourceSample(
             image,
             captions,
             metadata,
             dropped=[bad.reason for bad in unusable],
             odd=[oddity for caption in captions for oddity in find_oddities(caption)],
+            has_label_conflict=has_conflict,
             lists_captions=self.lists_captions,
         )
 
@@ -142,22 +145,28 @@ class TableJob:
         return read_file_inside(Path(path), None if self.outside else base), text
 
 
-def _merge_columns(rows: list[dict[str, Any]], omitted: tuple[str, ...]) -> dict[str, Any]:
-    """Return the further columns of the rows of one image.
+def _merge_columns(rows: list[dict[str, Any]], omitted: tuple[str, ...]) -> tuple[dict[str, Any], bool]:
+    """Return (further columns of the rows of one image, whether the rows have different labels).
 
-    A value that all rows share stays as it is. Lists of questions and objects are joined; other values become a list.
+    A value that all rows share stays as it is. Lists of questions and objects are joined, and the first label is used. Other
+    values become a list, with None where a row has none.
     """
     merged: dict[str, Any] = {}
+    has_conflict = False
     for name in dict.fromkeys(name for row in rows for name in row if name not in omitted):
-        values = [_parse_column(name, row.get(name)) for row in rows]
+        values = [None if _is_missing(value) else value for value in (_parse_column(name, row.get(name)) for row in rows)]
         if all(value == values[0] for value in values[1:]):
             merged[name] = values[0]
         elif name in _LISTS and all(value is None or isinstance(value, list) for value in values):
-            joined = [item for value in values for item in value or []]
-            merged[name] = [item for i, item in enumerate(joined) if item not in joined[:i]]
+            joined = (item for value in values for item in value or [])
+            merged[name] = list({json.dumps(item, sort_keys=True, default=str): item for item in joined}.values())
+        elif name == "label":
+            labels = [value for value in values if value not in (None, "", b"")]
+            merged[name] = labels[0] if labels else None
+            has_conflict = any(label != labels[0] for label in labels)
         else:
             merged[name] = values
-    return merged
+    return merged, has_conflict
 
 
 def _is_missing(value: Any) -> bool:
@@ -270,7 +279,7 @@ class TableSource:
         notes = [note for table in self._tables if table.annotations for note in table.annotations.notes]
         if self._groups.repeats:
             notes.append(
-                f"{self._groups.rows:,} rows name {self._groups.count:,} images: "
+                f"{format_count(self._groups.rows, 'row')} name {format_count(self._groups.count, 'image')}: "
                 "rows of one image are one sample with several captions"
             )
         if self._lists_captions:

@@ -89,11 +89,18 @@ def group_samples(shard_index: ShardIndex) -> list[Sample]:
     """
     groups: list[list[int]] = []
     groups_of_key: dict[str, list[int]] = {}
+    # Where to look for a group that lacks the extensions: groups before it never lose one, so each is looked at once.
+    next_of_extensions: dict[tuple[str, frozenset[int]], int] = {}
     extensions: list[set[int]] = []
     for i in range(shard_index.count):
         own = set(shard_index.members[shard_index.starts[i] : shard_index.starts[i + 1], 0].tolist())
-        candidates = groups_of_key.setdefault(shard_index.key(i), [])
-        group = next((g for g in candidates if not own & extensions[g]), None)
+        key = shard_index.key(i)
+        candidates = groups_of_key.setdefault(key, [])
+        position = next_of_extensions.get((key, frozenset(own)), 0)
+        while position < len(candidates) and own & extensions[candidates[position]]:
+            position += 1
+        next_of_extensions[key, frozenset(own)] = position
+        group = candidates[position] if position < len(candidates) else None
         if group is None or shard_index.flags[i] & DUPLICATE_MEMBER:
             candidates.append(len(groups))
             groups.append([i])

@@ -48,6 +48,8 @@ class SourceSample:
     """Why captions of the sample are left out, one reason each; others of its captions can be used."""
     odd: list[str] = field(default_factory=list)
     """What is odd about its captions, as `find_oddities` and `SEVERAL_LINES` say it."""
+    has_label_conflict: bool = False
+    """Whether rows of the image have different labels, of which `metadata` has the first."""
     lists_captions: bool = False
     """Whether KEY.json lists the captions even if there is only one, because other samples have several."""
 
@@ -99,6 +101,8 @@ class ShardResult:
     """Captions that were left out of written samples, by reason."""
     odd: Counter[str] = field(default_factory=Counter)
     """Odd captions of written samples, by kind."""
+    label_conflicts: int = 0
+    """Written samples whose rows have different labels."""
     tar_bytes: int | None = None
     """Size of the tar, which the start of a run compares; None where there is no tar."""
 
@@ -120,6 +124,8 @@ class ShardResult:
             stats["captions_left_out"] = dict(sorted(self.dropped.items()))
         if self.odd:
             stats["odd_captions"] = dict(sorted(self.odd.items()))
+        if self.label_conflicts:
+            stats["label_conflicts"] = self.label_conflicts
         return json.dumps(stats, indent=2, ensure_ascii=False)
 
     @classmethod
@@ -128,7 +134,8 @@ class ShardResult:
         stats = json.loads(text)
         skipped = Counter({reason: n for reason, n in stats["status_dict"].items() if reason != "success"})
         dropped, odd = (Counter(dict(stats.get(name, {}))) for name in ("captions_left_out", "odd_captions"))
-        return cls(stats["count"], stats["successes"], skipped, stats["examples"], dropped, odd, stats.get("bytes"))
+        conflicts = int(stats.get("label_conflicts", 0))
+        return cls(stats["count"], stats["successes"], skipped, stats["examples"], dropped, odd, conflicts, stats.get("bytes"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -300,6 +307,7 @@ def _encode_samples(
         result.written += 1
         result.dropped.update(item.dropped)
         result.odd.update(item.odd)
+        result.label_conflicts += item.has_label_conflict
         yield job.get_key(i, shard), members
 
 

@@ -21,7 +21,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image, ImageOps
 
-from pretrain.data.pack import PackSummary, pack
+from pretrain.data.pack import PackSummary, pack, tars
 from pretrain.data.pack.folder import build_caption
 from pretrain.data.shards import index, paths
 from pretrain.errors import ConfigError, UserError
@@ -128,7 +128,7 @@ def test_unusable_samples_are_counted_and_named(tmp_path: Path) -> None:
     }
     text = "\n".join(summary.format_lines())
     text.encode()
-    assert "3 samples in 1 shards" in text
+    assert "3 samples in 1 shard\n" in text
     assert "skipped 9" in text
     assert "cut.jpg (" in text
     stats = json.loads((out / "shard-0000_stats.json").read_text())
@@ -248,6 +248,21 @@ def test_folder_behind_a_link_can_be_packed_itself(tmp_path: Path) -> None:
     (tmp_path / "only").mkdir()
     (tmp_path / "only" / "all").symlink_to(tmp_path / "in")
     assert "all is a link that leads out of it, --outside follows it" in catch_error(tmp_path / "only", tmp_path / "out2")
+
+
+def test_folder_of_links_is_refused_before_packing(tmp_path: Path) -> None:
+    make_folder(tmp_path / "in", 3)
+    (tmp_path / "links").mkdir()
+    for path in sorted((tmp_path / "in").rglob("*.*")):
+        (tmp_path / "links" / path.name).symlink_to(path)
+    message = catch_error(tmp_path / "links", tmp_path / "out")
+    assert "its 3 images are links that lead out of the folder: --outside follows links" in message
+    assert not list((tmp_path / "out").glob("*.json"))
+    assert pack(tmp_path / "links", tmp_path / "out", outside=True, workers=1).written == 3
+    (tmp_path / "links" / "z.jpg").write_bytes(make_image(9))
+    (tmp_path / "links" / "z.txt").write_text("inside")
+    summary = pack(tmp_path / "links", tmp_path / "out2", workers=1)
+    assert (summary.written, summary.skipped) == (1, {"link that leads out of the folder": 3})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -456,6 +471,27 @@ def test_duplicates_among_members_that_are_apart_are_counted(tmp_path: Path) -> 
     assert [(m["jpg"], m["txt"]) for m in samples] == [(make_image(1), b"b"), (make_image(5), b"d")]
     # of two images with the same key, it is unknown which one a caption further on describes
     assert summary.skipped == {"no caption": 1, "duplicate key": 1, "duplicate member": 1}
+
+
+def test_repeats_of_a_key_are_grouped_in_few_steps(tmp_path: Path) -> None:
+    names = ["a.jpg", "b.jpg"] * 300 + ["a.txt", "b.txt"] * 300
+    write_tar(tmp_path / "0.tar", [(name, b"x") for name in names])
+    shard_index = index.load_index(str(tmp_path / "0.tar"))
+    lines = 0
+
+    def count_lines(frame: Any, event: str, argument: Any) -> Any:
+        nonlocal lines
+        lines += event == "line" and frame.f_code.co_filename == tars.__file__
+        return count_lines
+
+    before = sys.gettrace()
+    sys.settrace(count_lines)
+    try:
+        groups = tars.group_samples(shard_index)
+    finally:
+        sys.settrace(before)
+    assert groups == [(i, i + 600) for i in range(600)]
+    assert lines < 40 * len(names)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections import Counter
 from functools import partial
@@ -16,6 +17,7 @@ import pytest
 from pretrain.data.captions import read_captions
 from pretrain.data.pack import PackSummary, delimited, pack
 from pretrain.data.pack.grouping import RowGroups
+from pretrain.data.pack.table import _merge_columns
 from pretrain.errors import ConfigError, UserError
 from tests.support.packed import make_image, read_shards
 
@@ -60,8 +62,6 @@ def read_error(source: Path, **options: Any) -> str:
 @pytest.mark.parametrize("name", ["t.csv", "t.tsv", "t.txt", "t.CSV.gz"])
 @pytest.mark.parametrize("separator", [",", "\t", ";", "|", "| "])
 def test_separator_is_detected_whatever_the_extension(folder: Path, name: str, separator: str) -> None:
-    import gzip
-
     rows = [["filepath", "number", "title"], ["img/000.jpg", "1", "a cat; on a mat"], ["img/001.jpg", "2", "two, three | x\ty"]]
     rows = [[value.replace(separator.strip(" "), "_") if value[0] in "at" else value for value in row] for row in rows]
     content = "".join(separator.join(row) + "\r\n" for row in rows).encode()
@@ -171,6 +171,29 @@ def test_rows_whose_image_names_have_no_extension(folder: Path, names: str) -> N
     assert summary.skipped == {UNCLOSED: 1}
     packed = [(m["jpg"], m["txt"].decode()) for m in read_shards(folder / "out").values()]
     assert packed == [(make_image(i), f"caption {i}" + '"' * (i == 10)) for i in range(12) if i != 8]
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        (
+            ['000123,"A view.', '2021,which was nice"', '000124,"b"'],
+            [("000123", "A view.\n2021,which was nice"), ("000124", "b")],
+        ),
+        (['12,"A view.', '13,which was nice"', "14,b"], [("12", "A view.\n13,which was nice"), ("14", "b")]),
+        (['a1,"x', "a2,y", 'and more"', "a3,b"], [("a1", "x\na2,y\nand more"), ("a3", "b")]),
+        (['0001,"x', "2021,y", '2,z"', "0002,b"], [("0001", "x\n2021,y\n2,z"), ("0002", "b")]),
+    ],
+)
+def test_lines_of_a_caption_that_begin_like_names_without_extension(
+    tmp_path: Path, rows: list[str], expected: list[tuple[str, str]]
+) -> None:
+    (tmp_path / "t.csv").write_text("\n".join(["image,caption", *rows]) + "\n")
+    layout = delimited.read_layout(tmp_path / "t.csv", None, ("image", "caption"))
+    rejected: Counter[str] = Counter()
+    values = list(delimited.read_rows(tmp_path / "t.csv", layout, "image", partial(count_rejected, rejected)))
+    assert [tuple(value.decode() for value in row) for row in values] == expected
+    assert not rejected
 
 
 def test_random_tables_are_read_as_python_reads_them(tmp_path: Path) -> None:
@@ -316,6 +339,44 @@ def test_questions_of_the_rows_of_an_image_are_joined(folder: Path) -> None:
     assert fields["label"] == 3
 
 
+def test_missing_values_and_labels_of_the_rows_of_an_image(folder: Path) -> None:
+    def read_fields(*rows: dict[str, Any]) -> tuple[dict[str, Any], PackSummary]:
+        table = folder / f"{len(list(folder.iterdir()))}.jsonl"
+        table.write_text("\n".join(json.dumps({"image": "img/000.jpg", "caption": "c", **row}) for row in rows))
+        for _ in range(2):  # the second time from the stats of the finished shards
+            summary = pack(table, table.with_suffix(""), workers=1)
+        return json.loads(next(iter(read_shards(table.with_suffix("")).values()))["json"]), summary
+
+    nan = float("nan")
+    fields, summary = read_fields({"score": nan, "n": nan, "label": nan}, {"score": None, "n": 2, "label": 4}, {"score": nan})
+    assert (fields["score"], fields["n"], fields["label"]) == (None, [None, 2, None], 4)
+    assert "3 rows name 1 image: rows of one image" in str(summary)
+    assert summary.label_conflicts == 0
+    fields, summary = read_fields({"label": 3}, {"label": 5}, {"label": 3})
+    assert fields["label"] == 3
+    assert "1 image has rows with different labels: the first label is used" in summary.format_lines()
+    (folder / "t.csv").write_text("image,caption,label\nimg/000.jpg,c,\nimg/000.jpg,d,7\n")
+    summary, _ = pack_table(folder / "t.csv")
+    assert json.loads(next(iter(read_shards(folder / "out").values()))["json"])["label"] == 7
+    assert summary.label_conflicts == 0
+
+
+def test_objects_of_an_image_are_compared_with_few_steps(folder: Path) -> None:
+    class Item(dict[str, int]):
+        comparisons = 0
+
+        def __eq__(self, other: object) -> bool:
+            Item.comparisons += 1
+            return super().__eq__(other)
+
+        __hash__ = None  # type: ignore[assignment]
+
+    rows: list[dict[str, Any]] = [{"objects": [Item(a=i % 300, b=n) for i in range(400)]} for n in range(2)]
+    merged, _ = _merge_columns(rows, ())
+    assert merged["objects"] == [{"a": i, "b": n} for n in range(2) for i in range(300)]
+    assert Item.comparisons < 2000  # of which 600 by this test
+
+
 def test_captions_are_listed_where_images_are_scaled_down(folder: Path) -> None:
     (folder / "t.csv").write_text("image,caption\nimg/000.jpg,one\nimg/000.jpg,two\nimg/001.jpg,single\n")
     pack(folder / "t.csv", folder / "out", size=16, workers=1)
@@ -449,6 +510,23 @@ def test_splits_of_karpathy(folder: Path, indent: int | None) -> None:
     assert summary.written == 3
     assert {json.loads(m["json"])["split"] for m in read_shards(folder / "train").values()} == {"train", "restval"}
     assert "has the splits restval, test, train, val" in read_error(folder / "dataset.json", splits=["dev"])
+
+
+def test_rows_with_the_fields_of_annotation_files(folder: Path) -> None:
+    row = {"image": "img/000.jpg", "caption": "x"}
+    first = row | {"images": [{"sentences": ["y"]}], "annotations": [{"caption": "z"}]}
+    second = {"image": "img/001.jpg", "caption": "x"}
+    for name, rows in (
+        ("a.jsonl", [first, second]),
+        ("b.json", [first, second]),
+        ("c.jsonl", [first]),
+        ("d.ndjson.gz", [first]),
+    ):
+        content = "\n\n".join(map(json.dumps, rows)).encode() + b"\n\n"
+        (folder / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+        pack(folder / name, folder / name.partition(".")[0], workers=1)
+        sources = [json.loads(m["json"])["source"] for m in read_shards(folder / name.partition(".")[0]).values()]
+        assert sources == [r["image"] for r in rows]
 
 
 def test_other_json_is_named(folder: Path) -> None:
