@@ -7,6 +7,7 @@ archive is verified before it gets its name. A shard that a process is about to 
 from __future__ import annotations
 
 import base64
+import errno
 import fcntl
 import hashlib
 import io
@@ -144,12 +145,21 @@ class ShardCache:
                 os.utime(target, ns=(time.time_ns(), target.stat().st_mtime_ns))
             yield str(target)
         finally:
-            os.close(lock)
+            if lock is not None:
+                os.close(lock)
 
-    def _lock_fetched(self, shard: str, target: Path) -> int:
-        """Return a descriptor with a shared lock on a shard, which is fetched first where missing."""
+    def _lock_fetched(self, shard: str, target: Path) -> int | None:
+        """Return a descriptor with a shared lock on a shard, which is fetched first where missing.
+
+        None where the shard is there and its folder is read-only: this process cannot make a lock file.
+        """
         while True:
-            lock = _open_lock(target)
+            try:
+                lock = _open_lock(target)
+            except OSError as error:
+                if _is_read_only(error) and target.exists():
+                    return None
+                raise
             try:
                 fcntl.flock(lock, fcntl.LOCK_SH)
                 if not target.exists():
@@ -191,7 +201,8 @@ class ShardCache:
         """Remove the least recently used shards while all take more than `gib`; not `fetched`, nor one about to be opened."""
         if not self.gib:
             return
-        with open(fetched.parent / ".evict.lock", "w") as lock:
+        lock = _open_lock(fetched.parent / ".evict")
+        try:
             fcntl.flock(lock, fcntl.LOCK_EX)  # two processes would each remove the whole excess
             shards = []
             for file in fetched.parent.iterdir():
@@ -206,14 +217,39 @@ class ShardCache:
                     break
                 if shard != fetched and _remove_unused(shard):
                     excess -= size
+        finally:
+            os.close(lock)
 
 
 # ---- files of the cache folder ---------------------------------------------------------------------------------------
 
 
 def _open_lock(target: Path) -> int:
-    """Open the lock file of a cached shard, and return its descriptor."""
-    return os.open(f"{target}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    """Open the lock file of a cached shard, made where missing, and return its descriptor.
+
+    All users may write a new one. An existing one that this user cannot write is opened for reading, which a lock permits.
+    """
+    path = f"{target}.lock"
+    while True:
+        try:
+            return os.open(path, os.O_RDWR | os.O_CLOEXEC)  # over NFS, an exclusive lock needs a file open for writing
+        except OSError as error:
+            if _is_read_only(error):
+                with suppress(FileNotFoundError):  # removed since
+                    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            elif not isinstance(error, FileNotFoundError):
+                raise
+        try:
+            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        except FileExistsError:
+            continue
+        os.fchmod(lock, 0o666)  # whatever the umask
+        return lock
+
+
+def _is_read_only(error: OSError) -> bool:
+    """Return whether an error means that this process may not write there."""
+    return isinstance(error, PermissionError) or error.errno == errno.EROFS
 
 
 def _is_current(lock: int, target: Path) -> bool:
@@ -229,14 +265,17 @@ def _remove_unused(target: Path) -> bool:
 
     Processes that have it open can still read it.
     """
-    lock = _open_lock(target)
+    try:
+        lock = _open_lock(target)
+    except PermissionError:  # a shard of another user
+        return False
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not _is_current(lock, target):
             return False
         for file in (target, Path(f"{target}.idx"), Path(f"{target}.lock")):
             file.unlink(missing_ok=True)
-    except BlockingIOError:
+    except (BlockingIOError, PermissionError):
         return False
     finally:
         os.close(lock)
@@ -251,14 +290,17 @@ def _remove_stale_partials(folder: Path, locked: Path) -> None:
         if target == locked:
             partial.unlink(missing_ok=True)
             continue
-        lock = _open_lock(target)
+        try:
+            lock = _open_lock(target)
+        except PermissionError:  # a shard of another user
+            continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_current(lock, target):
                 partial.unlink(missing_ok=True)
                 if not target.exists():
                     Path(f"{target}.lock").unlink(missing_ok=True)
-        except BlockingIOError:  # it is being fetched or opened
+        except (BlockingIOError, PermissionError):  # it is being fetched or opened, or is another user's
             continue
         finally:
             os.close(lock)

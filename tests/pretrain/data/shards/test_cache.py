@@ -229,3 +229,58 @@ def test_a_command_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(caches, "RETRY_SECONDS", ())
     with pytest.raises(UserError, match="after 1 seconds only 0 bytes had come"):
         count_samples(["pipe:exec sleep 60"], ShardCache(str(tmp_path), commands=True, seconds=1.0))
+
+
+@pytest.fixture
+def without_rights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Run in tmp_path as a user who may not write there, with paths relative to it."""
+    user = os.geteuid()
+    monkeypatch.chdir(tmp_path)
+    tmp_path.chmod(0o755)
+    yield
+    if os.geteuid() != user:
+        os.seteuid(user)
+    for folder in tmp_path.rglob("*"):
+        if folder.is_dir():
+            folder.chmod(0o755)
+
+
+def drop_rights() -> None:
+    """Become a user without rights, where this is root; others have none in a read-only folder."""
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+
+
+@pytest.mark.parametrize("has_lock", [True, False])
+def test_a_read_only_cache_is_read(url: str, tmp_path: Path, without_rights: None, has_lock: bool) -> None:
+    cache = ShardCache("cache")
+    cached = Path(cache.fetch(f"{url}/0.tar"))
+    lock = Path(f"{cached}.lock")
+    lock.chmod(0o444)
+    if not has_lock:
+        lock.unlink()
+    cached.parent.chmod(0o555)
+    drop_rights()
+    with cache.hold(f"{url}/0.tar") as file:
+        assert file == str(cached)
+        assert Path(file).stat().st_size > SIZE
+    assert lock.exists() == has_lock
+    with pytest.raises(PermissionError):
+        cache.fetch(f"{url}/1.tar")
+
+
+def test_another_user_may_lock_and_remove_a_shard(url: str, tmp_path: Path, without_rights: None) -> None:
+    before = os.umask(0o077)
+    try:
+        cached = Path(ShardCache("cache").fetch(f"{url}/0.tar"))
+    finally:
+        os.umask(before)
+    assert Path(f"{cached}.lock").stat().st_mode & 0o777 == 0o666
+    cached.chmod(0o644)
+    Path(f"{cached}.lock").chmod(0o644)  # as versions without this rule left it
+    Path("cache").chmod(0o755)
+    cached.parent.chmod(0o777)
+    drop_rights()
+    cache = ShardCache("cache", commands=True, gib=1.5 * SIZE / 2**30)
+    with cache.hold("pipe:cat www/1.tar") as file:  # above the limit with both
+        assert list_shards(Path("cache")) == [Path(file)]
