@@ -61,18 +61,42 @@ def expand_shards(spec: str | Sequence[str], where: str = "data.train") -> list[
 
 
 def _split_items(item: str) -> list[str]:
-    """Split patterns at "::", as webdataset and open_clip do; not within a command or the address of a host, [::1]."""
-    if os.path.exists(item):
+    """Split patterns at "::", as webdataset and open_clip do; not within a name, a command or the address of a host, [::1]."""
+    if "::" not in item or _matches_files(item):
         return [item]
     parts: list[str] = []
     for part in re.split(r"::(?=pipe:)", item):
-        boundary = r"::(?=[a-z][a-z0-9+.-]*://|\S+\.tar(?:::|$))" if part.startswith("pipe:") else r"::(?![^\[\]/]*\])"
-        parts += re.split(boundary, part)
+        is_command = part.startswith("pipe:")
+        boundary = r"::(?=[a-z][a-z0-9+.-]*://|\S+\.tar(?:::|$))" if is_command else r"::(?![^\[\]/]*\])"
+        start = 0
+        for match in re.finditer(boundary, part):
+            if _is_separator(part[start : match.start()], part[match.end() :]):
+                parts.append(part[start : match.start()])
+                start = match.end()
+        parts.append(part[start:])
     return [part for part in parts if part]
 
 
+def _is_separator(before: str, after: str) -> bool:
+    """Return whether "::" between two texts separates patterns, rather than being part of a name."""
+    if not before or not after or before.endswith((".tar", "}", "*", "/", " -")):  # a command may end in " -"
+        return True
+    return bool(re.match(r"[a-z][a-z0-9+.-]*://|[/~]", after)) or os.path.exists(os.path.expanduser(before))
+
+
+def _matches_files(item: str) -> bool:
+    """Return whether a pattern as a whole, with the first value of each of its braces, matches a file or folder."""
+    if os.path.exists(item):
+        return True
+    try:
+        first = next(iter(braceexpand(item)))  # all values of several patterns together may be too many to look for
+    except ValueError:
+        return False
+    return any(glob.iglob(os.path.expanduser(first.removeprefix("file://")), recursive=True))
+
+
 def _expand_command(command: str) -> list[str]:
-    """Expand the ranges {0000..0012} in a command; other braces are left to the shell."""
+    """Expand the ranges {0000..0012} that number shards in a command; other braces are left to the shell."""
     depth, start = 0, 0
     for i, character in enumerate(command):
         if character == "{":
@@ -81,11 +105,20 @@ def _expand_command(command: str) -> list[str]:
         elif character == "}" and depth:
             depth -= 1
             group = command[start : i + 1]
-            if depth == 0 and ".." in group and not command[:start].endswith(("$", "\\")):
+            if depth == 0 and ".." in group and _numbers_shards(command[:start], group, command[i + 1 :]):
                 values = list(braceexpand(group, escape=False))
                 if values != [group]:
                     return [command[:start] + value + end for value in values for end in _expand_command(command[i + 1 :])]
     return [command]
+
+
+def _numbers_shards(before: str, group: str, after: str) -> bool:
+    """Return whether braces in a command are part of the name of a .tar, or have leading zeros, and are not a loop's range."""
+    if before.endswith(("$", "\\")) or re.search(r"\bfor\s+\w+\s+in\s[^;\n]*$", before):
+        return False
+    rest_of_word = re.match(r"[^\s;|&()<>]*", after)
+    is_name = rest_of_word is not None and re.search(r"\.tar(?!\w)", rest_of_word[0])
+    return bool(is_name or re.search(r"\b0\d+\.\.|\.\.0\d", group))
 
 
 def _expand_one(item: str, where: str) -> list[str]:

@@ -125,10 +125,33 @@ def test_double_colons_separate_sources(tmp_path: Path) -> None:
         ("pipe:cat {{0..1},{5..6}}.tar", [f"pipe:cat {i}.tar" for i in (0, 1, 5, 6)]),
         ("pipe:cat {a,b} | awk '{print $1}' ${HOME}/\\{0..1} ..", None),
         ("pipe:cat x.tar }", None),
+        ("pipe:for i in {1..3}; do cat $i.tar; done", None),
+        ("pipe:for i in a {0001..0003}.tar; do cat $i; done", None),
+        ("pipe:cat x/{1..3}.txt | make_tar out.tar", None),
+        ("pipe:seq {1..3}; cat x.tar", None),
+        ("pipe:make_shard {08..10}", [f"pipe:make_shard {i}" for i in ("08", "09", "10")]),
+        ("pipe:cat 'x/{1..2}-y.tar'|cat", [f"pipe:cat 'x/{i}-y.tar'|cat" for i in (1, 2)]),
+        ("pipe:zcat x/{1..2}.tar.gz", [f"pipe:zcat x/{i}.tar.gz" for i in (1, 2)]),
     ],
 )
 def test_ranges_in_commands_are_expanded(command: str, shards: list[str] | None) -> None:
     assert expand_shards(command) == (shards or [command])
+
+
+def test_double_colons_within_a_name_are_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("x::y/0.tar", "x::y/1.tar", "p/0.tar", "q/0.tar", "r.tar::s/0.tar"):
+        Path(name).parent.mkdir(exist_ok=True)
+        write_tar(Path(name), [("0.txt", b"a")])
+    assert expand_shards("x::y/*.tar") == expand_shards("x::y/{0..1}.tar") == ["x::y/0.tar", "x::y/1.tar"]
+    assert expand_shards("x::y") == ["x::y/0.tar", "x::y/1.tar"]
+    assert expand_shards("r.tar::s/*.tar") == ["r.tar::s/0.tar"]
+    for spec in ("http://h/a::b.tar", "pipe:curl h/a::b.tar"):
+        assert expand_shards(spec) == [spec]
+    assert expand_shards("x::y/*::p::q/*.tar") == ["p/0.tar", "q/0.tar", "x::y/0.tar", "x::y/1.tar"]
+    assert expand_shards("http://h/a::s3://b/c::p/") == ["http://h/a", "s3://b/c::p/"]
+    assert expand_shards(f"http://h/a::{tmp_path}/p") == [f"{tmp_path}/p/0.tar", "http://h/a"]
+    assert expand_shards("pipe:aws s3 cp s3://b/0.tar -::p/0.tar") == ["p/0.tar", "pipe:aws s3 cp s3://b/0.tar -"]
 
 
 def test_commands_with_ranges_are_read_where_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
