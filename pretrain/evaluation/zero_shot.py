@@ -143,7 +143,8 @@ def index_labels(labels: Sequence[Any], names: Sequence[str]) -> Tensor:
     index_by_name = {name.lower(): i for i, name in reversed(list(enumerate(names)))}
     index_by_name |= {name: i for i, name in enumerate(names)}
     numbered = {int(name): i for i, name in enumerate(names) if _is_number(name)}
-    is_ambiguous = any(number != i for number, i in numbered.items())
+    # Where all names are numbers, so may all labels be: none is a position unless each name is its own position.
+    is_ambiguous = len(numbered) == len(names) and any(number != i for number, i in numbered.items())
     ids = []
     for i, label in enumerate(labels):
         if isinstance(label, bool) or label is None:
@@ -154,7 +155,7 @@ def index_labels(labels: Sequence[Any], names: Sequence[str]) -> Tensor:
         if isinstance(label, str) and (text in index_by_name or text.lower() in index_by_name):
             ids.append(index_by_name.get(text, index_by_name.get(text.lower(), -1)))
         elif isinstance(label, int) or _is_number(text):
-            if is_ambiguous:
+            if is_ambiguous or numbered.get(int(label), int(label)) != int(label):
                 example = next(name for j, name in enumerate(names) if _is_number(name) and int(name) != j)
                 raise UserError(
                     f"sample {i} has the number {text} as label, a position or a name: class {example!r} is not at "

@@ -89,6 +89,12 @@ def test_names_that_are_numbers_are_names() -> None:
     digits = [str(i) for i in range(10)]  # position and name agree
     assert index_labels([7, "7", 0.0], digits).tolist() == [7, 7, 0]
     assert index_labels(["7 up", "2", 1], ["cola", "7 up", "tea"]).tolist() == [1, 2, 1]
+    planes = ["cat", "747", "dog"]  # 747 could be nothing but the name
+    assert index_labels([0, 1, 2, "747", "2"], planes).tolist() == [0, 1, 2, 1, 2]
+    with pytest.raises(UserError, match=r"^sample 0 has the number 747 as label"):
+        index_labels([747], planes)
+    with pytest.raises(UserError, match=r"^sample 1 has the number 2 as label"):
+        index_labels([0, 2], ["cat", "2", "dog"])
     assert index_labels(["Cat", "cat", "CAT"], ["cat", "Cat"]).tolist() == [1, 0, 0]
     for label in (10, -1, 10**30):
         with pytest.raises(UserError, match=f"sample 0 has label {label}; the 10 classes are numbered from 0"):
