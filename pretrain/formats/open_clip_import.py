@@ -112,10 +112,14 @@ def _refuse_oversized(config: dict[str, Any], weights: Weights, source: str) -> 
             for number in value if isinstance(value, list) else [value]:
                 if isinstance(number, int | float) and key in limits and not 0 <= number <= max(limits[key], 2):
                     raise UserError(f"{source}: {name}.{key}={number} does not fit the weights")
-        width = section.get("width", 0)
-        patches = (section.get("image_size", 0) // section["patch_size"]) ** 2 if section.get("patch_size") and width else 0
-        tables = width * (section.get("vocab_size", 0) + section.get("context_length", 0) + patches)
-        blocks = section.get("layers", 0) * width * width * (4 + 2 * section.get("mlp_ratio", 0)) if width else 0
+        sizes = {key: section.get(key, 0) for key in ("width", "layers", "image_size", "patch_size", "mlp_ratio")}
+        sizes |= {key: section.get(key, 0) for key in ("vocab_size", "context_length")}
+        if not all(isinstance(size, int | float) for size in sizes.values()):
+            continue  # the layers of a ResNet are a list, the size of an image may be one
+        width = sizes["width"]
+        patches = (sizes["image_size"] // sizes["patch_size"]) ** 2 if sizes["patch_size"] and width else 0
+        tables = width * (sizes["vocab_size"] + sizes["context_length"] + patches)
+        blocks = sizes["layers"] * width * width * (4 + 2 * sizes["mlp_ratio"]) if width else 0
         if tables + blocks > stored:
             raise UserError(f"{source}: {name} describes {tables + blocks:,.0f} parameters, and its weights hold {stored:,}")
 

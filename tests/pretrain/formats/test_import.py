@@ -240,6 +240,21 @@ def test_a_setting_without_counterpart_is_named(small: Small, tmp_path: Path) ->
         load_model("nobody/nothing")
 
 
+def test_a_resnet_is_refused_by_its_name_and_the_size_of_images_may_be_a_list(small: Small, tmp_path: Path) -> None:
+    save_open_clip(tmp_path / "in", small.tokenizer)
+    path = tmp_path / "in/open_clip_config.json"
+    content = json.loads(path.read_text())
+    vision = content["model_cfg"]["vision_cfg"]
+    resnet = {**vision, "layers": [3, 4, 6, 3], "patch_size": None}
+    path.write_text(json.dumps({"model_cfg": {**content["model_cfg"], "vision_cfg": resnet}}))
+    with pytest.raises(UserError, match=r"layers=\[3, 4, 6, 3\], OpenAI's modified ResNet, has no counterpart in clipfuse$"):
+        load_model(tmp_path / "in")
+    expected = vision["image_size"]
+    vision["image_size"] = [expected, expected]
+    path.write_text(json.dumps(content))
+    assert load_model(tmp_path / "in").config.image.size == expected
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # init=
 
