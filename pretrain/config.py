@@ -260,8 +260,8 @@ def parse_dotlist(dotlist: list[str]) -> dict[str, Any]:
 
 def _parse_value(item: str, text: str, order: int) -> tuple[Any, Source]:
     """Parse the text behind key= as YAML. A text that YAML cannot read is its own value, and the source says why."""
-    loader = get_yaml_loader()(text)
     try:
+        loader = get_yaml_loader()(text)
         node = loader.get_single_node()
         value: Any = yaml.load(text, Loader=get_yaml_loader())
         value = typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create({"value": value}), resolve=False))["value"]
@@ -533,6 +533,8 @@ def _as_text(value: Any, source: Source | None, numbers: tuple[str, ...]) -> Any
         return _plain(value)
     if source.error and re.fullmatch(r"\[.*,.*\]", source.text, re.DOTALL):
         raise ConfigError(f"{source.error}; in a list, put patterns in quotes: ['*.tar', '{{0000..0099}}.tar']")
+    if source.error and re.fullmatch(r"\{\s*\w+\s*:\s.*\}", source.text, re.DOTALL):
+        raise ConfigError(f"{source.error}; in a mapping, put values with braces in quotes: {{image: '{{a,b}}'}}")
     return source.text
 
 
@@ -540,7 +542,7 @@ def _is_union(hint: Any) -> bool:
     return typing.get_origin(hint) in (typing.Union, types.UnionType)
 
 
-_WHOLE_VARIABLE = re.compile(r"\$\{oc\.env:\w+\}")
+_WHOLE_VARIABLE = re.compile(r"\$\{oc\.env:\w+(,[^${}]*)?\}")
 
 
 def _refuse_variables_in_urls(value: Any, resolved: Any, key: str, place: str) -> None:

@@ -36,6 +36,11 @@ def check_settings(path: Path, settings: list[str], module: str) -> None:
     """
     values = configuration.load_values(path, settings)
     file, name = SCHEMAS[module]
+    if configuration.written_text(values, "init") is not None:  # a tower that `init` names has fields of its own
+        for key in ("image", "text"):
+            section = values.get(key)
+            if isinstance(section, dict) and not {"name", "args", "tower"} & set(section):
+                del values[key]
     try:
         configuration.build(_schema(ROOT / file, name), values, str(path))
     except _OutsideError:

@@ -23,13 +23,15 @@ import sys
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-if sys.argv[:1] == ["-m"] and not sys.flags.safe_path and "PYTHONSAFEPATH" not in os.environ:
-    # `python -m` has put the current folder first, where a user's own pretrain.py or accelerate.py would be imported.
+_ARGS = sys.orig_argv
+_PROGRAM = (*_ARGS, "")[_ARGS.index("-m") + 1] if sys.argv[:1] == ["-m"] and "-m" in _ARGS else ""
+if _PROGRAM.partition(".")[0] == __name__ and not sys.flags.safe_path and "PYTHONSAFEPATH" not in os.environ:
+    # `python -m` of this package has put the current folder first, where a user's own pretrain.py would be imported.
     os.environ["PYTHONSAFEPATH"] = "1"
     if sys.path[0] == os.getcwd() != os.path.abspath(f"{__file__}/../../.."):
         del sys.path[0]
 
-from pretrain.errors import UserError
+from pretrain.errors import UserError  # noqa: E402 - after the current folder has left the path
 
 if TYPE_CHECKING:
     from .finetuned import FinetunedModel

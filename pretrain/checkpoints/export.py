@@ -90,11 +90,15 @@ def describe_formats(model: DualEncoder, config: ModelSchema, decoders: dict[str
     if text is None:
         return "exports: no format can hold a model without text tower"
     is_training = {module: module.training for module in model.modules()}
-    with torch.random.fork_rng(devices=[]):  # building a timm model to compare with draws initial weights
-        encoders = Encoders(model.eval(), config, text)
-        errors = {name: _import_format(name).export_error(encoders) for name in FORMATS}
-    for module, was_training in is_training.items():
-        module.training = was_training
+    try:
+        with torch.random.fork_rng(devices=[]):  # building a timm model to compare with draws initial weights
+            encoders = Encoders(model.eval(), config, text)
+            errors = {name: _import_format(name).export_error(encoders) for name in FORMATS}
+    except Exception as error:  # towers of anybody's raise what they like, and a line of information must not end a run
+        return f"exports: not known, for trying failed: {' '.join(str(error).split())[:200]}"
+    finally:
+        for module, was_training in is_training.items():
+            module.training = was_training
     try:
         portable_tokenizer.build_portable(text)
     except UserError as error:

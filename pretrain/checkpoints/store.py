@@ -180,6 +180,11 @@ def set_aside(checkpoints: Path, origin: Path, step: int) -> list[Path]:
     for folder in reversed(abandoned):  # the newest first, so that an interruption leaves the oldest of them
         target = checkpoints / _ABANDONED / folder.name
         target.parent.mkdir(exist_ok=True)
+        if target.exists() and target.resolve() == origin.resolve():
+            raise UserError(
+                f"resuming from {origin} would replace it: the run has another {folder.name} to set aside; "
+                "move that checkpoint out of the run folder first"
+            )
         shutil.rmtree(target, ignore_errors=True)
         folder.rename(target)
     if not is_inside:

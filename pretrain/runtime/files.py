@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -130,14 +131,17 @@ def save_tensors(path: Path, value: dict[str, Any]) -> None:
     """Save tensors and plain values with torch.save. Raises OSError where the disk is full or cannot be written."""
     import torch  # packing does without
 
+    handled = sys.exception()  # an error that the caller is handling is not the cause of one in here
     try:
         with path.open("wb") as file:
             torch.save(value, file)
     except RuntimeError as error:  # torch's writer, interrupted by an OSError of the file, complains of its own position
         cause = error.__context__
-        while cause is not None and not isinstance(cause, OSError):
+        while cause is not None and cause is not handled and not isinstance(cause, OSError):
             cause = cause.__context__
-        raise cause or error from error
+        if cause is None or cause is handled:
+            raise
+        raise cause from error
 
 
 def apply_umask(path: Path) -> None:

@@ -222,7 +222,7 @@ class Strategy(ABC):
         shapes = self.trainable_shapes()
         for name, values in state["optimizer"].items():
             for key, value in values.items():
-                if value.ndim and value.shape != shapes[name]:
+                if key != "step" and value.shape != shapes[name]:
                     raise UserError(
                         f"{path}: {key} of {name} has shape {list(value.shape)}, the parameter has {list(shapes[name])}"
                     )
@@ -253,7 +253,7 @@ def check_saved_state(state: Any) -> None:
                 or value.layout != torch.strided
                 or value.device.type != "cpu"
                 or not value.dtype.is_floating_point
-                or (value.ndim > 0) != (key != "step")
+                or (key == "step" and value.ndim > 0)  # moments may be 0-d: those of a scalar parameter
             ):
                 raise ValueError(f"{key} of {name!r:.80} is not a tensor as AdamW keeps it")
 

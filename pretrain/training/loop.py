@@ -344,6 +344,8 @@ class _Run:
         self.loader.load_state_dict(trainer_state["loader"])
         self.skipped, self.best_score, self.step = trainer_state["skipped"], trainer_state["best"], trainer_state["step"]
         self.results = trainer_state["results"]
+        if checkpoint.resolve().parent == self.folder.checkpoints.resolve():
+            checkpoint = self.folder.checkpoints / checkpoint.name  # as rotation spells it, however resume=PATH does
         self.saved, self.saved_step, self.saved_skipped = checkpoint, self.step, self.skipped
         good = checkpoint.parent / (trainer_state.get("good") or ".")
         self.good = good if good in store.list_complete(checkpoint.parent) else None

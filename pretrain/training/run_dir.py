@@ -91,13 +91,14 @@ class RunFolder:
 
     def close(self) -> None:
         """Release the lock."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            with suppress(OSError):  # a full disk: what could not be written before is written once more here
+                lock.close()
 
     def remove_empty(self) -> None:
         """Remove what a start created that failed before training began: the folder, and those above it, if empty."""
-        if self.path not in self._created:
+        if self.path not in self._created or not self.checkpoints.is_dir():  # somebody may have removed it since
             return
         if self._lock is not None:
             written = {".lock", ".command", "config.yaml", "environment.json"}

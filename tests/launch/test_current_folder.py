@@ -57,6 +57,16 @@ def test_a_process_started_by_name_leaves_the_current_folder(folder: Path) -> No
     assert not list(folder.glob("*.ran"))
 
 
+def test_a_program_of_the_users_own_keeps_its_folder(tmp_path: Path) -> None:
+    """`python -m mine.train` that imports us finds what lies beside it."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/__init__.py").write_text("import clipfuse, finetune, launch\n")
+    (tmp_path / "mine/train.py").write_text("import beside\n")
+    (tmp_path / "beside.py").write_text("import os; print('found', 'PYTHONSAFEPATH' in os.environ)\n")
+    done = run_python(tmp_path, "-m", "mine.train")
+    assert done.stdout == "found False\n", done.stderr
+
+
 def test_slurm_jobs_have_a_safe_path(tmp_path: Path) -> None:
     lines = slurm.build_script("pretrain", ["scenes"], slurm.Job(), tmp_path).splitlines()
     start = next(n for n, line in enumerate(lines) if line.startswith("srun"))

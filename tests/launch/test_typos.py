@@ -101,6 +101,14 @@ def test_a_component_outside_the_project_is_left_to_the_run() -> None:
         config_source.check_settings(ROOT / "configs/pretrain/scenes.yaml", ["optim.l=1"], "pretrain")
 
 
+def test_a_tower_that_init_names_may_have_fields_of_its_own(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("init: runs/custom\nimage: {sharpness: 2}\n")
+    config_source.check_settings(file, ["text.depth=3"], "pretrain")
+    with pytest.raises(ConfigError, match=r"unknown key image\.sharpness"):
+        config_source.check_settings(file, ["image.name=resnet18"], "pretrain")
+
+
 def test_version_and_settings_with_dashes(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as done:
         cli.main(["--version"])

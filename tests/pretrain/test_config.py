@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import pytest
 
+from pretrain import config
 from pretrain.config import (
     build,
     component_field,
@@ -288,3 +289,11 @@ def test_a_shipped_configuration_trains_another_architecture(settings: list[str]
     config = load_config(find_config("scenes", "pretrain"), settings)
     assert config.image.args == {}
     assert get_component("towers", "timm").build(config.image).pooled_width == 512
+
+
+def test_what_yaml_cannot_read_is_text_or_one_line() -> None:
+    """A byte that is not UTF-8 arrives as a lone surrogate. A mapping that YAML cannot read is no name."""
+    assert config.parse_dotlist(["run=caf\udce9"])["run"] == "caf\udce9"
+    values = config.load_values(None, ["init={image: ${oc.env:X}, text: b}"])
+    with pytest.raises(ConfigError, match="in a mapping, put values with braces in quotes"):
+        config.written_text(values, "init")

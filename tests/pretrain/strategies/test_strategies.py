@@ -16,7 +16,7 @@ from pretrain.checkpoints import store
 from pretrain.errors import ConfigError
 from pretrain.optim import OptimConfig
 from pretrain.runtime import distributed
-from pretrain.strategies import STRATEGIES, Strategy, build_strategy, check
+from pretrain.strategies import STRATEGIES, Strategy, build_strategy, check, check_saved_state
 from pretrain.training.loop import TrainConfig
 from pretrain.training.step import train_step
 from tests.support import tiny, world
@@ -355,3 +355,16 @@ def train_unused_layer(name: str) -> str:
 def test_a_weight_without_gradient_is_named_at_the_first_step() -> None:
     message = world.run(train_unused_layer, 2, "ddp")[0]
     assert "2 trainable parameters take no part in the loss (first unused.weight)" in message
+
+
+def test_saved_state_of_a_scalar_parameter_is_accepted() -> None:
+    """AdamW's moments have the shape of their parameter, so those of a 0-dim gain are 0-dim; `step` always is."""
+    gain = torch.nn.Parameter(torch.tensor(1.0))
+    optimizer = torch.optim.AdamW([gain])
+    gain.sum().backward()
+    optimizer.step()
+    state = {"optimizer": {"gain": dict(optimizer.state[gain])}, "scaler": {}}
+    check_saved_state(state)
+    state["optimizer"]["gain"]["step"] = torch.zeros(2)
+    with pytest.raises(ValueError, match="step of 'gain' is not a tensor as AdamW keeps it"):
+        check_saved_state(state)

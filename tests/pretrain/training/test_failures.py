@@ -429,6 +429,41 @@ def test_divergence_without_a_good_checkpoint_claims_none(
     assert "runs/one/checkpoints/step-0000002 gives no finite losses" in error_line(capsys)
 
 
+def test_a_good_checkpoint_is_kept_however_its_path_is_written(
+    small: Small, in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """resume=PATH with an absolute path, then three skipped steps that save: the checkpoint of PATH is the good one."""
+    assert pretrain(small, "r", "train.steps=2", "train.save_every=1") == 0
+    path = in_tmp / "runs/r/checkpoints/step-0000002"
+    more = ["train.steps=9", "train.save_every=1", "train.keep=1", "train.max_skipped=3", f"resume={path}"]
+    capsys.readouterr()
+    assert pretrain(small, "r", *more, *failing("nan", 2)) == 1
+    assert "finite losses is runs/r/checkpoints/step-0000002" in error_line(capsys)
+    assert 2 in steps("r")
+
+
+def test_a_checkpoint_that_was_set_aside_is_not_replaced_by_resuming_from_it(
+    small: Small, in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keep = ["train.keep=0", "train.save_every=2"]
+    assert pretrain(small, "r", "train.steps=4", *keep) == 0
+    assert pretrain(small, "r", "train.steps=4", *keep, "resume=runs/r/checkpoints/step-0000002", "optim.lr=1e-4") == 0
+    aside = Path("runs/r/checkpoints/abandoned/step-0000004")
+    before = (aside / "model.safetensors").read_bytes()
+    capsys.readouterr()
+    assert pretrain(small, "r", "train.steps=6", *keep, f"resume={aside}") == 1
+    assert "would replace it: the run has another step-0000004" in error_line(capsys)
+    assert (aside / "model.safetensors").read_bytes() == before
+
+
+def test_a_folder_that_is_removed_while_training_hides_no_error(in_tmp: Path) -> None:
+    folder = RunFolder("gone")
+    folder.open()
+    shutil.rmtree(folder.path)
+    folder.remove_empty()
+    folder.close()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What lies in the folder
 

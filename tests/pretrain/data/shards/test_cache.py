@@ -89,13 +89,21 @@ def list_shards(folder: Path) -> list[Path]:
     return [file for file in (folder / "shards").iterdir() if file.name.endswith((".tar", ".partial"))]
 
 
+def size_of(file: Path) -> int:
+    """The bytes of a file that another process may have removed by now."""
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
 def read_all(url: str, folder: str, gib: float, first: int, errors: Any) -> None:
     """Read one sample of every shard, three times, beginning with shard `first`; the body of a process."""
     try:
         reader = ShardReader([f"{url}/{i}.tar" for i in range(SHARDS)], ShardCache(folder, gib=gib), max_open=1)
         for i in [*range(first, SHARDS), *range(SHARDS)] * 3:
             assert reader.read(i, 0).members["txt"] == f"caption {i}".encode()
-            held = sum(file.stat().st_size for file in list_shards(Path(folder)) if file.exists())
+            held = sum(size_of(file) for file in list_shards(Path(folder)))
             assert held <= gib * 2**30 + 4 * 1.2 * SIZE, f"{held:,} bytes"
     except BaseException as error:
         errors.put(repr(error))
