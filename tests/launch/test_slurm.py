@@ -112,14 +112,14 @@ def test_a_job_that_is_preempted_twice_has_the_losses_of_an_undisturbed_run(
     options = ["--on", "slurm", "--nodes", "2", "--nproc", "1", "--gpus-per-node", "0", "--time", "30", "--warning", "60"]
     command = [sys.executable, "-m", "launch.cli", "pretrain", *words, *options]
     said = slurm_cluster.run(*command, cwd=tmp_path, env=environment(OMP_NUM_THREADS="1", PATH=os.environ["PATH"]))
-    job = re.findall(r"submitted job (\d+): 2 nodes with 1 processes each", said)[0]
+    job = re.findall(r"submitted job (\d+): 2 nodes with 1 process each", said)[0]
     output = run / f"slurm-{job}.out"
 
     # -- out of time, nearly: USR1, the job lines up again by itself
     _until(output, rf"step 3/{STEPS} ", slurm_cluster, job)
     slurm_cluster.run("scancel", "--signal=USR1", job)
     slurm_cluster.wait(job, ("PENDING",), 120)
-    assert f"job {job} stopped and saved; lining up again" in output.read_text()
+    assert f"job {job} stopped and saved; requeueing" in output.read_text()
     assert '"stopped by SIGUSR1"' in (run / "status.json").read_text()
 
     # -- preempted: SIGTERM, Slurm puts the job back

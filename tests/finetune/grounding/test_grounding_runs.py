@@ -132,7 +132,7 @@ def test_the_report_shows_answers_and_maps(runs: Path, small: Small, tmp_path: P
     assert page.count('<article class="query looks">') == 8
     for example in sample_examples(finetune.load(run), small.val, 8):
         assert html.escape(example.text, quote=False) in page
-        assert page.count(f"<figcaption>{example.words[-1]}</figcaption>") >= 1
+        assert page.count(f'<figcaption dir="auto">{example.words[-1]}</figcaption>') >= 1
     assert "width:50.0%" in page
     assert 'style="left:12.5%"' in page
     assert "Images found by caption" not in page

@@ -213,8 +213,10 @@ def test_workers_of_a_killed_process_end_and_do_not_hold_its_lock(in_tmp: Path) 
             process.stdout.readline()  # a worker computes
         with pytest.raises(UserError, match=f"in use by process {process.pid}"):
             RunFolder("r").open()
-        children = psutil.Process(process.pid).children()
-        assert len(children) == 3  # and the prefetcher
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        while len(children := psutil.Process(process.pid).children()) < 3:  # and the prefetcher, which starts after them
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
         process.kill()
         process.wait()
         assert_unlocked("r")  # at once, whether or not they have noticed
