@@ -94,7 +94,8 @@ def run_clipfuse(
 
 def environment(**more: str) -> dict[str, str]:
     """Return a child's environment: this checkout importable, no launcher variables, no network, no GPU."""
-    inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "PYTHONSAFEPATH")}
+    left_out = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "PYTHONSAFEPATH")  # the last one cli.main() sets
+    inherited = {name: value for name, value in os.environ.items() if name not in left_out}
     path = os.pathsep.join(filter(None, [str(ROOT), inherited.get("PYTHONPATH", "")]))
     return {**inherited, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", **more}
 
