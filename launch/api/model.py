@@ -189,13 +189,13 @@ class Model(Encoding):
     @torch.inference_mode()
     def _encode_images(self, pixels: Tensor) -> Tensor:
         with self._autocast():
-            return _to_rows(self.encoder.encode("image", pixels.to(self.device)))
+            return to_rows(self.encoder.encode("image", pixels.to(self.device)))
 
     @torch.inference_mode()
     def _encode_texts(self, texts: list[str]) -> Tensor:
         ids, mask = self._decoder("text").encode(texts)
         with self._autocast():
-            return _to_rows(self.encoder.encode("text", ids.to(self.device), mask.to(self.device)))
+            return to_rows(self.encoder.encode("text", ids.to(self.device), mask.to(self.device)))
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.precision == "fp32":
@@ -203,7 +203,7 @@ class Model(Encoding):
         return torch.autocast(self.device.type, DTYPES[self.precision])
 
 
-def _to_rows(features: Tensor) -> Tensor:
+def to_rows(features: Tensor) -> Tensor:
     """Unit length in float32, whatever the precision of the towers, on the CPU."""
     return F.normalize(features.float(), dim=-1).cpu()
 

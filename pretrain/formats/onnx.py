@@ -15,6 +15,7 @@ import importlib.util
 import json
 import logging
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -163,6 +164,41 @@ def _count_bytes(module: nn.Module) -> int:
 # Loading with onnxruntime alone
 
 
+class Graphs:
+    """The image and text graphs of an exported folder, with its tokenizer, run by onnxruntime."""
+
+    def __init__(self, folder: Path, suffix: str = "", providers: Sequence[str] = ("CPUExecutionProvider",)) -> None:
+        """suffix: "-fp16" loads the float16 graphs. providers: where onnxruntime may run them, in order of preference."""
+        import onnxruntime
+        from transformers import AutoTokenizer
+
+        self._image, self._text = (
+            onnxruntime.InferenceSession(str(folder / f"{name}{suffix}.onnx"), providers=list(providers))
+            for name in ("image", "text")
+        )
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        self._has_fixed_length = isinstance(self._text.get_inputs()[0].shape[1], int)
+        self._text_inputs = {node.name for node in self._text.get_inputs()}
+        self.dim = int(self._image.get_outputs()[0].shape[1])
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """Embed normalized images: (b, 3, S, S) float32 -> (b, D)."""
+        return torch.from_numpy(self._image.run(None, {"pixel_values": images.numpy()})[0])
+
+    def embed_texts(self, texts: list[str]) -> Tensor:
+        """Tokenize and embed texts -> (b, D)."""
+        tokens = self._tokenizer(
+            texts,
+            padding="max_length" if self._has_fixed_length else True,
+            truncation=True,
+            max_length=self._tokenizer.model_max_length,
+            return_tensors="np",
+            return_attention_mask=True,
+        )
+        values = {name: tokens[name] for name in ("input_ids", "attention_mask") if name in self._text_inputs}
+        return torch.from_numpy(self._text.run(None, values)[0])
+
+
 def load(folder: Path, suffix: str = "") -> Any:
     """Load an exported folder with onnxruntime and return a function that embeds with it.
 
@@ -171,28 +207,9 @@ def load(folder: Path, suffix: str = "") -> Any:
 
     suffix: "-fp16" loads the float16 graphs.
     """
-    import onnxruntime
-    from transformers import AutoTokenizer
-
-    image, text = (
-        onnxruntime.InferenceSession(str(folder / f"{name}{suffix}.onnx"), providers=["CPUExecutionProvider"])
-        for name in ("image", "text")
-    )
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    has_fixed_length = isinstance(text.get_inputs()[0].shape[1], int)
+    graphs = Graphs(folder, suffix)
 
     def embed(images: Tensor, texts: list[str]) -> tuple[Tensor, Tensor]:
-        length = tokenizer.model_max_length
-        padding = "max_length" if has_fixed_length else True
-        tokens = tokenizer(
-            texts, padding=padding, truncation=True, max_length=length, return_tensors="np", return_attention_mask=True
-        )
-        values = {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
-        names = {node.name for node in text.get_inputs()}
-        embeddings = (
-            image.run(None, {"pixel_values": images.numpy()})[0],
-            text.run(None, {name: value for name, value in values.items() if name in names})[0],
-        )
-        return torch.from_numpy(embeddings[0]), torch.from_numpy(embeddings[1])
+        return graphs.embed_images(images), graphs.embed_texts(texts)
 
     return embed
