@@ -4,8 +4,6 @@
     train.py      PretrainConfig, the schema of a run; train(), which builds its components and calls fit()
     model.py      DualEncoder: a tower and a projection for each modality, and a logit scale
     optim.py      AdamW: parameter groups, learning-rate schedules, weight averaging
-    config.py     configuration: dataclass schema <- YAML <- key=value
-    config_source.py   the schema as it stands in the source: typos are found before torch is imported
     registry.py   a component's module, found by its file name: get_component("losses", "clip")
     ops.py        float32 products through oneDNN; CLIP's image mean and std
     printable.py  text without passwords, tokens and control characters, as it is printed, logged and saved
@@ -21,6 +19,7 @@
     towers/       encoders of one modality
     losses/       contrastive losses
     runtime/      processes, signals, memory, terminal and files
+    config/       configuration: dataclass schema <- YAML <- key=value
 
     from pretrain import DualEncoder, PretrainConfig, load_model   # imported at first use
 

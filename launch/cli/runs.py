@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pretrain.config_source import component_names
+from pretrain.config.static_schema import component_names
 from pretrain.errors import ConfigError, UserError, closest
 
 ENCODER_TASKS = ("retrieval", "zero_shot", "linear_probe", "grounding")

@@ -6,7 +6,7 @@ import argparse
 
 from launch.cli.command import Subparsers, add_command
 from pretrain.config import find_config
-from pretrain.config_source import check_settings
+from pretrain.config.static_schema import check_settings
 from pretrain.errors import ConfigError
 from pretrain.runtime.entrypoint import DONE, run
 

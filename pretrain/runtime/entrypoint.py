@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any, ParamSpec
 
 from pretrain.config import find_config
-from pretrain.config_source import check_settings
+from pretrain.config.static_schema import check_settings
 from pretrain.errors import ConfigError, UserError
 from pretrain.printable import one_safe_line
 

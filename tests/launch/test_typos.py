@@ -13,7 +13,8 @@ from PIL import Image
 
 from finetune.config import FinetuneConfig
 from launch import cli
-from pretrain import config_source, registry
+from pretrain import registry
+from pretrain.config import static_schema
 from pretrain.errors import ConfigError
 from pretrain.printable import format_count
 from pretrain.train import PretrainConfig
@@ -72,7 +73,7 @@ def describe(schema: type, find: Any) -> dict[str, Any]:
     for spec in dataclasses.fields(schema):
         if "package" in spec.metadata:
             package = spec.metadata["package"]
-            names = config_source.component_names(package)
+            names = static_schema.component_names(package)
             described[spec.name] = {name: describe(find(package, name).Config, find) for name in names}
         else:
             hint = hints[spec.name]
@@ -83,30 +84,30 @@ def describe(schema: type, find: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("module", "schema"), [("pretrain", PretrainConfig), ("finetune", FinetuneConfig)])
 def test_the_schema_read_from_the_source_is_that_of_the_run(module: str, schema: type) -> None:
-    file, name = config_source.SCHEMAS[module]
-    read = config_source._schema(ROOT / file, name)
-    assert describe(read, config_source._find) == describe(schema, registry.get_component)
+    file, name = static_schema.SCHEMAS[module]
+    read = static_schema._schema(ROOT / file, name)
+    assert describe(read, static_schema._find) == describe(schema, registry.get_component)
     for package in ("losses", "towers", "tasks", "fusion", "context"):
-        assert config_source.component_names(package) == registry.component_names(package)
+        assert static_schema.component_names(package) == registry.component_names(package)
 
 
 def test_shipped_configurations_pass() -> None:
     for path in sorted(ROOT.glob("configs/*/*.yaml")):
-        config_source.check_settings(path, ["run=1.10"], path.parent.name)
+        static_schema.check_settings(path, ["run=1.10"], path.parent.name)
 
 
 def test_a_component_outside_the_project_is_left_to_the_run() -> None:
-    config_source.check_settings(ROOT / "configs/pretrain/scenes.yaml", ["audio.tower=my.tower", "audio.x=1"], "pretrain")
+    static_schema.check_settings(ROOT / "configs/pretrain/scenes.yaml", ["audio.tower=my.tower", "audio.x=1"], "pretrain")
     with pytest.raises(ConfigError, match="unknown key optim"):
-        config_source.check_settings(ROOT / "configs/pretrain/scenes.yaml", ["optim.l=1"], "pretrain")
+        static_schema.check_settings(ROOT / "configs/pretrain/scenes.yaml", ["optim.l=1"], "pretrain")
 
 
 def test_a_tower_that_init_names_may_have_fields_of_its_own(tmp_path: Path) -> None:
     file = tmp_path / "a.yaml"
     file.write_text("init: runs/custom\nimage: {sharpness: 2}\n")
-    config_source.check_settings(file, ["text.depth=3"], "pretrain")
+    static_schema.check_settings(file, ["text.depth=3"], "pretrain")
     with pytest.raises(ConfigError, match=r"unknown key image\.sharpness"):
-        config_source.check_settings(file, ["image.name=resnet18"], "pretrain")
+        static_schema.check_settings(file, ["image.name=resnet18"], "pretrain")
 
 
 def test_version_and_settings_with_dashes(capsys: pytest.CaptureFixture[str]) -> None:

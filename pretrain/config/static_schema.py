@@ -16,11 +16,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
-from pretrain import config as configuration
-from pretrain.config import component_field, extra_components, text_field
+from pretrain.config.reading import load_values
+from pretrain.config.schema import build, component_field, extra_components, text_field
+from pretrain.config.written import written_text
 from pretrain.errors import ConfigError, closest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 PACKAGES = ("pretrain", "finetune")
 SCHEMAS = {"pretrain": ("pretrain/train.py", "PretrainConfig"), "finetune": ("finetune/config.py", "FinetuneConfig")}
 
@@ -30,19 +31,19 @@ class _OutsideError(Exception):
 
 
 def check_settings(path: Path, settings: list[str], module: str) -> None:
-    """Refuse unknown keys, values of a wrong type and unknown components of a run's configuration.
+    """Refuse unknown keys, values of a wrong type and unknown components of a run's
 
     path: the YAML file; settings: key=value; module: "pretrain" or "finetune". Raises ConfigError, as `load_config` does.
     """
-    values = configuration.load_values(path, settings)
+    values = load_values(path, settings)
     file, name = SCHEMAS[module]
-    if configuration.written_text(values, "init") is not None:  # a tower that `init` names has fields of its own
+    if written_text(values, "init") is not None:  # a tower that `init` names has fields of its own
         for key in ("image", "text"):
             section = values.get(key)
             if isinstance(section, dict) and not {"name", "args", "tower"} & set(section):
                 del values[key]
     try:
-        configuration.build(_schema(ROOT / file, name), values, str(path))
+        build(_schema(ROOT / file, name), values, str(path))
     except _OutsideError:
         return
 
