@@ -7,9 +7,10 @@ instead of six.
 Sigmoid (SigLIP): the gradient of a logit depends on that logit only, so a single pass gives the loss and the gradients.
 
 With W ranks of b = B / W rows, each rank takes ITS rows of the first modality against ALL columns of the second. Only the
-second modality is gathered. A column's sum over all rows is combined from one partial sum of each rank (B numbers a rank).
-So each entry of the B x B matrix is computed on one rank only. Numbers transferred per rank: B D forward and B D backward,
-plus W B for the sums. Gathering both modalities would need twice that, and twice the products.
+second modality is gathered. A column's sum over all rows is combined from one partial sum of each rank, by a maximum and a
+sum over ranks of B numbers each. So each entry of the B x B matrix is computed on one rank only. Numbers transferred per
+rank: B D forward and B D backward, plus 2 B for the sums. Gathering both modalities would need twice that, and twice the
+products.
 
 The loss is the mean over local rows, and its gradients are exact under a strategy that averages gradients over ranks.
 
@@ -110,8 +111,7 @@ class _Softmax(torch.autograd.Function):
         is_bounded = _is_bounded(rows, columns, factor)
         logsumexp = _logsumexp_bounded if is_bounded else _logsumexp
         lse_rows, lse_columns, is_best = logsumexp(matrix, rows, columns, factor, positives)
-        lse_by_rank = distributed.gather_without_grad(lse_columns[None])  # (W, B)
-        lse_columns = lse_by_rank.logsumexp(dim=0)
+        lse_columns = distributed.logsumexp(lse_columns)
         lse_partners = lse_columns[offset : offset + matrix.b]
         loss = ((lse_rows - positives) + (lse_partners - positives)).mean() / 2
         ctx.save_for_backward(rows, columns, factor, lse_rows, lse_columns)

@@ -268,6 +268,20 @@ def maximum(value: Tensor) -> Tensor:
     return value
 
 
+@torch.no_grad()
+def logsumexp(values: Tensor) -> Tensor:
+    """Return log(sum over ranks of exp(value)), elementwise, in two reductions of the size of `values`. Collective.
+
+    At least one rank's value must be finite; -inf is an empty sum.
+    """
+    if world_size() == 1:
+        return values
+    largest = maximum(values)
+    sums = (values - largest).exp_()
+    td.all_reduce(sums)
+    return sums.log_().add_(largest)
+
+
 def start_maximum(value: int) -> Callable[[], int]:
     """Start `maximum` of a number on the CPU; the returned function waits for the result. Collective."""
     if world_size() == 1:
@@ -278,6 +292,30 @@ def start_maximum(value: int) -> Callable[[], int]:
     def wait() -> int:
         work.wait()
         return int(flag)
+
+    return wait
+
+
+def start_ring_shift(tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+    """Start to send tensors to the next rank; the returned function waits for those of the previous rank. Collective.
+
+    Shapes and dtypes are equal on all ranks. The tensors must not change before the wait. There is no gradient.
+    """
+    if world_size() == 1 or not tensors:
+        return lambda: list(tensors)
+    following, previous = (rank() + 1) % world_size(), (rank() - 1) % world_size()
+    sent = [tensor.contiguous() for tensor in tensors]  # referenced by wait(), so that they outlive the transfer
+    received = [torch.empty_like(tensor) for tensor in sent]
+    works = td.batch_isend_irecv(
+        [td.P2POp(td.isend, tensor, following) for tensor in sent]
+        + [td.P2POp(td.irecv, tensor, previous) for tensor in received]
+    )
+
+    def wait() -> list[Tensor]:
+        for work in works:
+            work.wait()
+        sent.clear()
+        return received
 
     return wait
 

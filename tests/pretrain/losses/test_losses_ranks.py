@@ -92,9 +92,9 @@ def test_gradients_are_those_of_one_process(processes: int) -> None:
 def test_tiles_transfer_half_of_what_dense_losses_do() -> None:
     """A dense softmax gathers both modalities in one collective and reduces both in another.
 
-    In tiles only the second modality is transferred, and B numbers for each rank.
+    In tiles only the second modality is transferred, and twice B numbers, however many ranks there are.
     """
     matrix, processes = B * D * 4, 2
     assert world.run(transferred_bytes, processes, "clip", 0) == [[2 * matrix, 2 * matrix]] * processes
-    assert world.run(transferred_bytes, processes, "clip", 4) == [[matrix, processes * B * 4, matrix]] * processes
+    assert world.run(transferred_bytes, processes, "clip", 4) == [[matrix, B * 4, B * 4, matrix]] * processes
     assert world.run(transferred_bytes, processes, "siglip", 4) == [[matrix, matrix]] * processes
