@@ -137,6 +137,14 @@ class DualEncoder(nn.Module):
         """Clamp logit_scale to [0, ln 100], in place; the step calls it after each update."""
         self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
 
+    @torch.no_grad()
+    def max_logit(self) -> float:
+        """Return a bound of every |logit|, bias aside, that holds from now to the end of training.
+
+        Embeddings have length 1, up to 2 % for rounding in any precision. Imported weights may begin above the largest scale.
+        """
+        return 1.02 * max(math.exp(MAX_LOGIT_SCALE), float(self.logit_scale.detach().exp()))
+
     def parameter_counts(self) -> dict[str, dict[str, int]]:
         """Return {modality: {"total": n, "trainable": n}}, projections included, and the same of "scalars"."""
         scalars = [self.logit_scale] if self.logit_bias is None else [self.logit_scale, self.logit_bias]

@@ -1,8 +1,13 @@
 """Contrastive losses over pairs of modalities, and what they share.
 
-    clip.py    softmax cross-entropy in both directions (CLIP)
-    siglip.py  a sigmoid for each pair (SigLIP)
-    tiles.py   both losses computed in tiles, without the b x B matrix of logits
+    clip.py           softmax cross-entropy in both directions (CLIP)
+    siglip.py         a sigmoid for each pair (SigLIP)
+    tiles.py          the tiles in which both are computed, without the b x B matrix of logits
+    softmax_tiles.py  the loss and gradients of clip in tiles
+    sigmoid_tiles.py  the loss and gradients of siglip in tiles
+    products.py       matrix products in the precision of loss.precision
+    ring.py           loss.exchange=ring: blocks of features travel, so that no rank holds all of them
+    kernels/          Triton kernels for tiles on GPUs
 
 A loss is one file with a Config, LOGIT_SCALE, LOGIT_BIAS and build(config) -> Loss, where
 
@@ -11,11 +16,15 @@ A loss is one file with a Config, LOGIT_SCALE, LOGIT_BIAS and build(config) -> L
 A loss is given the b rows of this process. It gathers the rows it needs from other processes itself, with gradient. It
 returns the mean over LOCAL rows: this is exact under every strategy that averages gradients over ranks.
 
+A Loss may have an attribute `max_logit` (None, or a bound of every |logit|), which the trainer sets where the model guarantees
+normalized features and a largest scale. The clip loss then needs no answer from the GPU to choose its method.
+
 May import pretrain.runtime, pretrain.ops and pretrain.errors.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from itertools import combinations
 from typing import Any
@@ -24,6 +33,7 @@ import torch
 from torch import Tensor
 
 from pretrain.errors import ConfigError
+from pretrain.losses.tiles import Settings
 from pretrain.runtime import distributed
 
 DENSE_LIMIT = 1 << 17
@@ -39,14 +49,20 @@ partner scores best (b,) bool). Row i's partner is column i + offset."""
 
 
 def average_over_pairs(
-    features: dict[str, Tensor], targets: dict[str, Any], same_caption: str, pair_loss: PairLoss, needs_all_rows: bool
+    features: dict[str, Tensor],
+    targets: dict[str, Any],
+    same_caption: str,
+    pair_loss: PairLoss,
+    needs_all_rows: bool,
+    is_ring: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the mean of `pair_loss` over all pairs of modalities, and a report.
 
-    One collective gathers all features.
+    One collective gathers all features, unless `is_ring`.
 
     features: {modality: (b, D)}; pairs are taken in the order of its keys.
     needs_all_rows: whether `pair_loss` reads all rows too. If not, only the second modality of each pair is gathered.
+    is_ring: nothing is gathered. `pair_loss` exchanges blocks itself; it is given local rows, columns and ids, and offset 0.
 
     The report holds, for each pair, the fraction of rows whose partner scores best among all columns
     (`image_to_text_accuracy`).
@@ -56,20 +72,23 @@ def average_over_pairs(
     if not pairs:
         raise ValueError(f"a contrastive loss needs two modalities, got {list(features)}")
     names = list(features) if needs_all_rows else sorted({second for _, second in pairs}, key=list(features).index)
-    gathered = dict(zip(names, distributed.gather_many([features[name] for name in names]), strict=True))
-    ids = gather_caption_ids(targets, same_caption)
-    b = next(iter(features.values())).shape[0]
+    gathered = features if is_ring else dict(zip(names, distributed.gather_many([features[n] for n in names]), strict=True))
+    ids = get_caption_ids(targets, same_caption, is_ring)
+    offset = 0 if is_ring else distributed.rank() * len(next(iter(features.values())))
     losses, report = [], {}
     for first, second in pairs:
         rows, columns = features[first], features[second]
-        loss, is_best = pair_loss(rows, columns, gathered.get(first, rows), gathered[second], distributed.rank() * b, ids)
+        loss, is_best = pair_loss(rows, columns, gathered.get(first, rows), gathered[second], offset, ids)
         losses.append(loss)
         report[f"{first}_to_{second}_accuracy"] = is_best.detach().float().mean()
     return torch.stack(losses).mean(), report
 
 
-def gather_caption_ids(targets: dict[str, Any], same_caption: str) -> tuple[Tensor, Tensor] | None:
-    """Return the caption hashes of local rows (b,) and all columns (B,); None for same_caption=keep."""
+def get_caption_ids(targets: dict[str, Any], same_caption: str, is_ring: bool) -> tuple[Tensor, Tensor] | None:
+    """Return the caption hashes of local rows (b,) and of all columns (B,), or of local columns (b,) if is_ring.
+
+    None for same_caption=keep.
+    """
     if same_caption == "keep":
         return None
     if "caption_id" not in targets:
@@ -77,7 +96,7 @@ def gather_caption_ids(targets: dict[str, Any], same_caption: str) -> tuple[Tens
             "loss.same_caption=ignore compares captions, but this batch has no caption ids; use loss.same_caption=keep"
         )
     ids: Tensor = targets["caption_id"]
-    return ids, distributed.gather_without_grad(ids)
+    return ids, ids if is_ring else distributed.gather_without_grad(ids)
 
 
 def duplicate_mask(ids: tuple[Tensor, Tensor], offset: int) -> Tensor:
@@ -97,3 +116,31 @@ def is_tiled(b: int, tile: int) -> bool:
     It is if `tile` > 0, or if the dense formula would need more than DENSE_LIMIT logits.
     """
     return tile > 0 or b * b * distributed.world_size() > DENSE_LIMIT
+
+
+def check_settings(config: Any) -> None:
+    """Raise ConfigError for an impossible value of `tile`, or a kernel that this installation or precision has not."""
+    if config.tile < 0:
+        raise ConfigError(f"loss.tile={config.tile} must be 0 (automatic) or a number of rows")
+    if config.kernel == "fused" and importlib.util.find_spec("triton") is None:
+        raise ConfigError("loss.kernel=fused needs Triton, which is not installed; use loss.kernel=plain")
+
+
+def choose_settings(config: Any, features: dict[str, Tensor], max_logit: float | None) -> Settings | None:
+    """Return how to compute a loss in tiles, or None where the dense formula serves.
+
+    config: has tile, precision, kernel and exchange.
+    """
+    sample = next(iter(features.values()))
+    is_ring = config.exchange == "ring" and distributed.world_size() > 1
+    can_fuse = sample.device.type == "cuda" and sample.dtype != torch.float64 and importlib.util.find_spec("triton") is not None
+    if config.kernel == "fused" and not can_fuse:
+        raise ConfigError(
+            f"loss.kernel=fused computes float32 features on a GPU, and these are {sample.dtype} on {sample.device.type}; "
+            "use loss.kernel=auto"
+        )
+    # Products of exact float32 do not run on tensor cores, and there cuBLAS is hard to match.
+    is_fused = can_fuse and (config.kernel == "fused" or (config.kernel == "auto" and config.precision != "fp32"))
+    if not (is_ring or is_fused or config.precision != "fp32" or is_tiled(len(sample), config.tile)):
+        return None
+    return Settings(config.tile, config.precision, is_fused, is_ring, max_logit)

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain.config import check_numbers
-from pretrain.errors import ConfigError
-from pretrain.losses import average_over_pairs, duplicate_mask, is_tiled
-from pretrain.losses.tiles import sigmoid_loss
+from pretrain.losses import average_over_pairs, check_settings, choose_settings, duplicate_mask
+from pretrain.losses.sigmoid_tiles import sigmoid_loss
 
 LOGIT_SCALE: float = math.log(10)
 """Initial value: the logarithm of a scale of 10."""
@@ -34,11 +33,19 @@ class Config:
     """Whether samples with the same caption are negatives of each other: keep, they are; ignore, they are left out."""
     tile: int = 0
     """Rows and columns computed at once, so that memory does not grow with the square of the batch; 0 chooses by size."""
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """Precision of the loss's matrix products; sums are float32. fp32 is exact, and also used where train.precision is bf16 or
+    TF32 is allowed. tf32 and bf16 are several times faster on a GPU and NOT exact: gradients differ by about 1e-3 and 1e-2."""
+    kernel: Literal["auto", "plain", "fused"] = "auto"
+    """plain: torch operations on tiles. fused: Triton kernels, on GPUs only. auto: fused on a GPU that has Triton and for tf32
+    and bf16, else plain."""
+    exchange: Literal["gather", "ring"] = "gather"
+    """How processes see each other's features. gather: each holds all. ring: each holds those of one process at a time, for
+    global batches whose features do not fit; the result is the same to rounding."""
 
     def check(self) -> None:
         """Raise ConfigError for an impossible value."""
-        if self.tile < 0:
-            raise ConfigError(f"loss.tile={self.tile} must be 0 (automatic) or a number of rows")
+        check_settings(self)
         check_numbers(self, "loss")
 
 
@@ -51,6 +58,7 @@ class Loss(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
+        self.max_logit: float | None = None
 
     def forward(
         self, features: dict[str, Tensor], scale: Tensor, bias: Tensor | None, targets: dict[str, Any]
@@ -60,17 +68,23 @@ class Loss(nn.Module):
         features: {modality: (b, D)}, L2-normalized. scale: (1,), already exponentiated. bias: (1,); None means 0.
         """
         logit_bias = torch.zeros_like(scale) if bias is None else bias
-        tile = self.config.tile
-        use_tiles = is_tiled(next(iter(features.values())).shape[0], tile)
+        settings = choose_settings(self.config, features, self.max_logit)
 
         def pair_loss(
             rows: Tensor, columns: Tensor, all_rows: Tensor, all_columns: Tensor, offset: int, ids: Any
         ) -> tuple[Tensor, Tensor]:
-            if use_tiles:
-                return sigmoid_loss(rows, all_columns, scale, logit_bias, offset, ids, tile)
+            if settings is not None:
+                return sigmoid_loss(rows, all_columns, scale, logit_bias, offset, ids, settings)
             return dense_loss(rows, all_columns, scale, logit_bias, offset, ids)
 
-        return average_over_pairs(features, targets, self.config.same_caption, pair_loss, needs_all_rows=False)
+        return average_over_pairs(
+            features,
+            targets,
+            self.config.same_caption,
+            pair_loss,
+            needs_all_rows=False,
+            is_ring=settings is not None and settings.is_ring,
+        )
 
 
 def dense_loss(

@@ -10,11 +10,14 @@ import torch
 from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain import registry
 from pretrain.errors import ConfigError
-from pretrain.losses import clip, siglip, tiles
+from pretrain.losses import clip, siglip
+from pretrain.losses.sigmoid_tiles import sigmoid_loss
+from pretrain.losses.softmax_tiles import choose_method, softmax_loss
+from pretrain.losses.tiles import Settings
+from tests.support.largest_tensor import LargestTensor
 
 LOSSES = ["clip", "siglip"]
 TILES = [1, 3, 8, 1000]
@@ -105,13 +108,13 @@ def test_gradcheck(name: str) -> None:
     rows = torch.randn(4, 3, generator=g, dtype=torch.float64, requires_grad=True)
     columns = torch.randn(9, 3, generator=g, dtype=torch.float64, requires_grad=True)
     ids = torch.tensor([1, 2, 3, 1, 1, 4, 5, 3, 2])
-    function = tiles.softmax_loss if name == "clip" else tiles.sigmoid_loss
+    function = softmax_loss if name == "clip" else sigmoid_loss
 
     def loss(*x: Tensor) -> Tensor:
         if name == "siglip":  # each pair has its own term, so that a part of the rows gives a loss
-            return function(*x, offset=4, ids=(ids[4:8], ids), tile=2)[0]
+            return function(*x, offset=4, ids=(ids[4:8], ids), settings=Settings(tile=2))[0]
         # Each column's sum needs all rows, which several processes share (test_losses_ranks.py). Here: all rows, odd tiles.
-        return function(x[1], x[0].repeat(3, 1)[:9], *x[2:], offset=0, ids=(ids, ids), tile=2)[0]
+        return function(x[1], x[0].repeat(3, 1)[:9], *x[2:], offset=0, ids=(ids, ids), settings=Settings(tile=2))[0]
 
     assert torch.autograd.gradcheck(loss, (rows, columns, *make_scalars(name, 1.7)))
 
@@ -137,6 +140,54 @@ def test_stable_at_the_largest_scale(name: str, kind: str, tile: int) -> None:
     for x, y in zip(computed, gradients(reference, *exact.values(), *exact_scalars), strict=True):
         assert torch.isfinite(x).all()
         torch.testing.assert_close(x.double(), y, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("tile", [7, 64])
+@pytest.mark.parametrize("kind", ["alike", "opposite", "matched", "random"])
+@pytest.mark.parametrize(
+    ("method", "scale"), [("single_exp", 70.0), ("half_exp", 100.0), ("half_exp", 160.0), ("running_max", 160.0)]
+)
+def test_each_method_is_exact_up_to_its_largest_logit(method: Any, scale: float, kind: str, tile: int) -> None:
+    """float32 against open_clip's loss in float64, values and gradients, with logits from -scale to scale.
+
+    A row of logits that are all -scale, and one of which all are scale, lie at the ends of what exponentials can hold.
+    """
+    image, text = (x.detach() for x in make_features(40, 8).values())
+    if kind != "random":
+        image = image[:1].repeat(40, 1) if kind == "alike" else image
+        text = -image if kind == "opposite" else image.clone()
+    text[3], text[5], image[9] = image[2], -image[2], -image[2]
+    exact = [x.float().double().requires_grad_() for x in (image, text, torch.tensor([scale], dtype=torch.float64))]
+    single = [x.detach().float().requires_grad_() for x in exact]
+    reference = ClipLoss()(*exact)
+    loss, _ = softmax_loss(*single, settings=Settings(tile=tile, method=method))
+    assert float(loss.detach()) == pytest.approx(float(reference.detach()), rel=1e-6, abs=3e-7 * scale)
+    for x, y in zip(gradients(loss, *single), gradients(reference, *exact), strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=1e-5 * float(y.norm()) + 2e-5)
+
+
+def test_an_accelerator_is_not_asked_for_the_bound() -> None:
+    """Meta tensors stand for those of an accelerator: to read a number from one is an error."""
+    rows, scale = torch.empty(4, 2, device="meta"), torch.empty(1, device="meta")
+    methods = {bound: choose_method(rows, rows, scale, Settings(max_logit=bound)) for bound in (None, 60.0, 102.0, 200.0)}
+    assert methods == {None: "running_max", 60.0: "single_exp", 102.0: "half_exp", 200.0: "running_max"}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_bf16_products_are_those_of_rounded_factors(name: str) -> None:
+    """The value is the formula's, of factors rounded to bfloat16; gradients are within the rounding of the exact ones."""
+    features, extra = make_features(33, 16, torch.float32), make_scalars(name, 20.0, torch.float32)
+    loss = compute_loss(name, features, *extra, precision="bf16", tile=8)
+    rounded = {
+        "image": (features["image"] * extra[0]).bfloat16().double() / extra[0].double(),
+        "text": features["text"].bfloat16().double(),
+    }
+    reference = formula(name, rounded, *(s.double() for s in extra))
+    assert float(loss.detach()) == pytest.approx(float(reference.detach()), rel=1e-6)
+    exact = compute_loss(name, features, *extra)
+    leaves = [*features.values(), *extra]
+    assert not torch.equal(loss, exact)
+    assert_close(gradients(loss, *leaves), gradients(exact, *leaves), 2**-6)
 
 
 @pytest.mark.parametrize("tile", [0, 9])
@@ -203,21 +254,6 @@ def test_a_second_backward_pass_gives_the_same_gradients() -> None:
         assert_close(gradients(loss, *leaves), first, 1e-15)
 
 
-class LargestTensor(TorchDispatchMode):
-    """Records the largest number of elements that any tensor made inside it has."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(tensor, Tensor):
-                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
-        return out
-
-
 @pytest.mark.parametrize("scale", [14.3, 100.0])
 @pytest.mark.parametrize("name", LOSSES)
 def test_no_tensor_is_as_large_as_the_matrix_of_logits(name: str, scale: float) -> None:
@@ -233,6 +269,8 @@ def test_no_tensor_is_as_large_as_the_matrix_of_logits(name: str, scale: float) 
 def test_wrong_settings_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"loss\.tile=-1"):
         clip.Config(tile=-1).check()
+    with pytest.raises(ConfigError, match=r"loss\.kernel=fused"):
+        compute_loss("clip", make_features(), *make_scalars("clip"), kernel="fused")
     with pytest.raises(ConfigError, match="caption"):
         compute_loss("clip", make_features(), *make_scalars("clip"), same_caption="ignore")
     with pytest.raises(ConfigError, match="logit_bias"):

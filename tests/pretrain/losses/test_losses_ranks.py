@@ -13,21 +13,30 @@ from torch.nn import functional as F
 from pretrain import registry
 from pretrain.runtime import distributed
 from tests.support import world
+from tests.support.largest_tensor import LargestTensor
 
 B, D = 12, 5
-CASES = [
-    (name, tile, same, modalities, scale)
+CASES: list[tuple[Any, ...]] = [
+    (name, tile, same, modalities, scale, "gather")
     for name in ("clip", "siglip")
     for tile in (0, 2, 5, 100)
     for same in ("keep", "ignore")
     for modalities, scale in ((("image", "text"), 14.3), (("image", "text", "audio"), 100.0))
 ]
+CASES += [
+    (name, tile, same, modalities, scale, "ring")
+    for name in ("clip", "siglip")
+    for tile in (0, 2)
+    for same in ("keep", "ignore")
+    for modalities, scale in ((("image", "text"), 14.3), (("image", "text", "audio"), 100.0))
+]
 
 
-def run_case(name: str, tile: int, same: str, modalities: tuple[str, ...], scale: float) -> list[Tensor]:
+def run_case(name: str, tile: int, same: str, modalities: tuple[str, ...], scale: float, exchange: str) -> list[Tensor]:
     """Return the loss, the gradients and the accuracy of one case, averaged over ranks as DDP averages.
 
-    The gradients are those of a linear encoder for each modality, and of the scalars.
+    The gradients are those of a linear encoder for each modality, and of the scalars. As in a cached step, the loss is
+    computed on detached features, and its gradients are then given to the encoders.
     """
     g = torch.Generator().manual_seed(3)
     inputs = {m: torch.randn(B, 4, generator=g, dtype=torch.float64) for m in modalities}
@@ -39,17 +48,37 @@ def run_case(name: str, tile: int, same: str, modalities: tuple[str, ...], scale
     b = B // distributed.world_size()
     local = slice(distributed.rank() * b, (distributed.rank() + 1) * b)
     features = {m: F.normalize(inputs[m][local] @ weights[m], dim=1) for m in modalities}
+    detached = {m: x.detach().requires_grad_() for m, x in features.items()}
     module = registry.get_component("losses", name)
-    loss, report = module.build(module.Config(tile=tile, same_caption=same))(
-        features, scalars[0], scalars[1] if scalars[1:] else None, {"caption_id": ids[local]}
+    loss, report = module.build(module.Config(tile=tile, same_caption=same, exchange=exchange))(
+        detached, scalars[0], scalars[1] if scalars[1:] else None, {"caption_id": ids[local]}
     )
     loss.backward()
+    torch.autograd.backward(list(features.values()), [x.grad for x in detached.values()])
     leaves: list[Any] = [*weights.values(), *scalars]
     return [distributed.mean(x) for x in (loss.detach(), *(leaf.grad for leaf in leaves), report["image_to_text_accuracy"])]
 
 
 def run_all_cases() -> list[list[Tensor]]:
     return [run_case(*case) for case in CASES]
+
+
+def largest_tensors(name: str, b: int, d: int) -> dict[str, int]:
+    """Return by exchange the elements of the largest tensor that a loss of b local rows and its backward pass make."""
+    module, elements = registry.get_component("losses", name), {}
+    for exchange in ("gather", "ring"):
+        g = torch.Generator().manual_seed(distributed.rank())
+        features = {m: F.normalize(torch.randn(b, d, generator=g), dim=1).requires_grad_() for m in ("image", "text")}
+        scale, bias = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True) if name == "siglip" else None
+        config = module.Config(tile=8, same_caption="ignore", exchange=exchange)
+        with LargestTensor() as largest:
+            module.build(config)(features, scale, bias, {"caption_id": torch.arange(b)})[0].backward()
+        elements[exchange] = largest.elements
+    return elements
+
+
+def run_all_on_ranks(b: int, d: int) -> tuple[list[list[Tensor]], dict[str, dict[str, int]]]:
+    return run_all_cases(), {name: largest_tensors(name, b, d) for name in ("clip", "siglip")}
 
 
 def transferred_bytes(name: str, tile: int) -> list[int]:
@@ -80,8 +109,12 @@ def transferred_bytes(name: str, tile: int) -> list[int]:
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_gradients_are_those_of_one_process(processes: int) -> None:
-    expected = run_all_cases()
-    for results in world.run(run_all_cases, processes):
+    """Computed with all features on each rank, and with blocks that travel: then no rank holds more than a block."""
+    expected, b, d = run_all_cases(), 32, 16
+    for results, elements in world.run(run_all_on_ranks, processes, b, d):
+        for name in ("clip", "siglip"):
+            assert elements[name]["gather"] >= processes * b * d
+            assert elements[name]["ring"] <= b * d
         for case, computed, reference in zip(CASES, results, expected, strict=True):
             for x, y in zip(computed, reference, strict=True):
                 error = torch.linalg.norm(x.double() - y.double())
