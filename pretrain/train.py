@@ -14,13 +14,13 @@ from pretrain import model as models
 from pretrain import registry
 from pretrain.checkpoints import export, warm_start
 from pretrain.config import SEED, check_numbers, component_field, text_field
-from pretrain.data.loader import Batch, DataConfig, Loader
+from pretrain.data.loader import DataConfig, Loader
 from pretrain.evaluation.evaluate import EvalConfig, evaluate
 from pretrain.model import DualEncoder, ModelSchema
 from pretrain.optim import OptimConfig
 from pretrain.runtime import distributed
 from pretrain.runtime.console import log_info
-from pretrain.training import flops
+from pretrain.training.flops import FlopCounter
 from pretrain.training.loop import Outcome, TrainConfig, fit
 from pretrain.training.objective import Contrastive
 from pretrain.training.session import (
@@ -91,8 +91,8 @@ def train(config: PretrainConfig) -> Outcome:
             log_info(export.describe_formats(components.model, config, components.eval_decoders))
         portable = models.portable_config(config, components.model)
         session.write_config()
-        flops_per_batch = build_flops_counter(config, components) if session.device.type == "cuda" else None
-        plan = session.build_plan(components.loader, portable, components.tokenizer, "image_to_text_R@1", flops=flops_per_batch)
+        flop_counter = FlopCounter(components.model) if session.device.type == "cuda" else None
+        plan = session.build_plan(components.loader, portable, components.tokenizer, "image_to_text_R@1", flops=flop_counter)
         strategy = session.build_strategy()
         objective = Contrastive(registry.get_component("losses", config.loss.name).build(config.loss).to(session.device))
         evaluation = build_evaluation(config, components, session.device)
@@ -139,13 +139,6 @@ def build(config: PretrainConfig) -> Components:
     tokenizer, model = build_encoders(config)
     loader = build_loader(config, build_train_decoders(config, tokenizer, model))
     return Components(tokenizer, model, loader, build_eval_decoders(config, tokenizer, model))
-
-
-def build_flops_counter(config: PretrainConfig, components: Components) -> Callable[[Batch], float] | None:
-    """Build a function that counts the FLOPs of an image-text batch; None with other modalities."""
-    if config.others or config.image is None or config.text is None:
-        return None
-    return flops.build_flop_counter(components.model, flops.build_sample(config.image.size, config.text.length))
 
 
 def build_evaluation(

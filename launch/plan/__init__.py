@@ -26,7 +26,7 @@ from pretrain.data.shards.paths import count_samples
 from pretrain.errors import ConfigError, UserError
 from pretrain.printable import format_count
 from pretrain.runtime import distributed
-from pretrain.runtime.gpus import GPUS
+from pretrain.runtime.gpus import GPUS, peak_flops
 from pretrain.strategies import STRATEGIES
 from pretrain.train import PretrainConfig, load_config
 
@@ -52,8 +52,11 @@ class Plan:
 
     def seconds(self) -> float:
         """Seconds of computation per step, at USAGE of the GPU's peak."""
-        slower = {"fp32": 0.5}.get(self.config.train.precision, 1.0)  # TF32
-        return self.chosen.flops / (GPUS[self.gpu].tflops * 1e12 * USAGE * slower)
+        return self.chosen.flops / (peak_flops(self.gpu, self.config.train.precision, self.uses_tf32()) * USAGE)
+
+    def uses_tf32(self) -> bool:
+        """Whether the run's fp32 products are computed in TF32: only if the configuration has a setting that says so."""
+        return bool(getattr(getattr(self.config, "performance", None), "tf32", False))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain values: bytes, samples, seconds."""
@@ -96,7 +99,9 @@ class Plan:
         yield f"computation: {self.seconds():.3f} s per step at {USAGE:.0%} of the peak, {rate:,.0f} samples/s on all GPUs"
         sent = sum(chosen.network.values())
         if sent:
-            fast, slow = sent / 50e9, sent / 1.25e9
+            link = GPUS[self.gpu].link
+            node, fast, slow = sent / (link * 1e9), sent / 50e9, sent / 1.25e9
+            yield f"network in a node: {node:.3f} s per step at {link:g} GB/s per GPU"
             yield f"network: {fast:.3f} s per step at 50 GB/s per GPU (400 Gb/s), {slow:.2f} s at 1.25 GB/s (10 Gb/s)"
         yield self._describe_length()
         yield ""

@@ -59,6 +59,9 @@ def measure_model(config: PretrainConfig) -> tuple[ModelSize, list[str]]:
         notes.append(f"every text has the full length of {config.text.length} tokens: trimmed batches need less")
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.precision]
     repeated = [_count(block) for block in find_blocks(built)]
+    footprint = measure_footprint(built, sample, torch.bfloat16 if dtype is torch.float16 else dtype)
+    counter = flops.FlopCounter(built)  # unlike the footprint, which runs the CPU's attention, it sees attention
+    counter.add(sample)
     size = ModelSize(
         total=_count(built),
         trainable=sum(p.numel() for p in built.parameters() if p.requires_grad),
@@ -66,7 +69,7 @@ def measure_model(config: PretrainConfig) -> tuple[ModelSize, list[str]]:
         block=max(repeated, default=0),
         root=_count(built) - sum(repeated),
         modalities=len(towers),
-        footprint=measure_footprint(built, sample, torch.bfloat16 if dtype is torch.float16 else dtype),
+        footprint=replace(footprint, flops=counter.take()),
     )
     return size, notes
 

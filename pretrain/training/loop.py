@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from pretrain import strategies
 from pretrain.checkpoints import store
 from pretrain.config import check_numbers
-from pretrain.data.loader import Batch, Loader
+from pretrain.data.loader import Loader
 from pretrain.data.order import Order
 from pretrain.errors import ConfigError, UserError
 from pretrain.optim import OptimConfig, WeightAverage, learning_rate
@@ -41,6 +41,7 @@ from pretrain.runtime.signals import catch_stop_signals
 from pretrain.runtime.watchdog import Watchdog
 from pretrain.strategies import Precision, Strategy
 from pretrain.strategies.batch_norm import refuse_chunks
+from pretrain.training.flops import FlopCounter
 from pretrain.training.metrics import RunLog, check_trackers
 from pretrain.training.objective import Objective
 from pretrain.training.run_dir import RunFolder
@@ -135,7 +136,7 @@ class RunPlan:
     """Writes config.yaml and tokenizer/ into a checkpoint."""
     primary_metric: str = ""
     """The evaluation metric, higher is better, that decides `best`."""
-    flops: Callable[[Batch], float] | None = None
+    flops: FlopCounter | None = None
     """Counts the forward and backward operations of this process's part of a batch, for MFU; None = unknown."""
     convert_weights: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
     """Turns trained weights into those of model.safetensors, where the two differ (adapters are merged); None = the same."""
@@ -184,7 +185,7 @@ def fit(
             run.record_failure(watchdog),
         ):
             folder.write_status("running", "", begin)
-            meter = ThroughputMeter(plan.batch_size, plan.total_steps, begin, strategy.device, plan.flops)
+            meter = ThroughputMeter(plan.batch_size, plan.total_steps, begin, strategy.device, plan.flops, train.precision)
             skipped_in_a_row = torch.zeros((), device=strategy.device)
             strategy.model.train()
 

@@ -29,7 +29,7 @@ from pretrain import strategies
 from pretrain.checkpoints import loading, store, warm_start
 from pretrain.data import loader as loaders
 from pretrain.data.config import evaluation_caption, resolve_sources
-from pretrain.data.loader import Batch, Loader
+from pretrain.data.loader import Loader
 from pretrain.errors import ConfigError, UserError
 from pretrain.model import DualEncoder, ModelSchema
 from pretrain.printable import format_count, hide_secrets_in
@@ -37,6 +37,7 @@ from pretrain.runtime import distributed, preflight
 from pretrain.runtime.agree import on_main
 from pretrain.runtime.console import log_info
 from pretrain.strategies import Strategy
+from pretrain.training.flops import FlopCounter
 from pretrain.training.loop import RunPlan
 from pretrain.training.run_dir import RunFolder
 
@@ -81,7 +82,7 @@ class Session:
         primary_metric: str,
         *,
         identity: dict[str, Any] | None = None,
-        flops: Callable[[Batch], float] | None = None,
+        flops: FlopCounter | None = None,
         convert_weights: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
     ) -> RunPlan:
         """Collect what fit() needs besides model, objective and loader.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from pretrain.data.batch import Batch
 from pretrain.runtime import distributed
-from pretrain.runtime.gpus import peak_flops
+from pretrain.runtime.gpus import find_gpu, peak_flops
 from pretrain.runtime.memory import peak_bytes
+from pretrain.training.flops import FlopCounter
 
 
 class ThroughputMeter:
@@ -25,15 +26,22 @@ class ThroughputMeter:
         total_steps: steps of the run.
         step: the step at which measuring begins.
         flops: counts the forward and backward operations of this process's part of a batch, for MFU; None = unknown.
+        precision: train.precision, which decides the peak that MFU compares with.
     """
 
     def __init__(
-        self, batch_size: int, total_steps: int, step: int, device: torch.device, flops: Callable[[Batch], float] | None
+        self,
+        batch_size: int,
+        total_steps: int,
+        step: int,
+        device: torch.device,
+        flops: FlopCounter | None,
+        precision: str = "fp32",
     ) -> None:
         self._batch_size, self._total, self._step, self._device = batch_size, total_steps, step, device
-        self._peak = peak_flops(torch.cuda.get_device_name()) if device.type == "cuda" else 0.0
+        self._peak = _find_peak(device, precision)
         self._flops = flops if self._peak else None
-        self._wait = self._excluded = self._work = 0.0
+        self._wait = self._excluded = 0.0
         self._rate = math.nan
         self._begin = time.perf_counter()
 
@@ -54,7 +62,7 @@ class ThroughputMeter:
     def count_step(self, batch: Batch) -> None:
         """Count the operations of a step on this batch."""
         if self._flops is not None:
-            self._work += self._flops(batch)
+            self._flops.add(batch)
 
     def build_line(self, step: int, lr: float, out: dict[str, Tensor], skipped: int, bad: dict[str, int]) -> dict[str, Any]:
         """Build a line of metrics.jsonl, and begin to measure anew. Collective.
@@ -65,10 +73,10 @@ class ThroughputMeter:
         now = time.perf_counter()
         seconds = max(1e-9, now - self._begin - self._excluded)
         self._rate = (step - self._step) * self._batch_size / seconds
-        mfu = self._work / seconds / self._peak if self._flops is not None else None
+        mfu = self._flops.take() / seconds / self._peak if self._flops is not None else None
         wait = self._wait
         self._begin, self._step = now, step
-        self._wait = self._excluded = self._work = 0.0
+        self._wait = self._excluded = 0.0
         return {
             "step": step,
             "samples_seen": step * self._batch_size,
@@ -88,3 +96,9 @@ class ThroughputMeter:
     def seconds_left(self, step: int) -> float:
         """Return the seconds to the end of the run at the rate of the last log line."""
         return (self._total - step) * self._batch_size / self._rate
+
+
+def _find_peak(device: torch.device, precision: str) -> float:
+    """Return the peak of a device in FLOP/s; 0 for the CPU and for GPUs that the table lacks."""
+    gpu = find_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return peak_flops(gpu, precision, torch.backends.cuda.matmul.fp32_precision == "tf32") if gpu else 0.0

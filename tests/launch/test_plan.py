@@ -136,13 +136,24 @@ def test_steps_and_table(built: plan.Plan) -> None:
     assert plain["chosen"]["memory_total_bytes"] == sum(plain["chosen"]["memory_bytes"].values())
 
 
+def test_attention_counts_and_the_peak_is_that_of_the_precision(built: plan.Plan) -> None:
+    """QK^T and its product with V: 4 N^2 C operations a layer forward, three times that with the backward pass."""
+    layers = 2 * 12 * 512 * 512  # of CLIP's text model, and of the ViT below, per token
+    weights = 77 * 12 * layers + 2 * 512 * 512 + 50 * 12 * 2 * 12 * 768 * 768 + 2 * 768 * 512
+    attention = 12 * 4 * (77**2 * 512 + 50**2 * 768)
+    patches = 2 * 49 * 3 * 32 * 32 * 768
+    assert built.chosen.flops / built.chosen.share == 3 * (weights + attention) + 2 * patches
+    fp32 = replace(built, config=replace(built.config, train=replace(built.config.train, precision="fp32")))
+    assert fp32.seconds() / built.seconds() == pytest.approx(989 / (494 if fp32.uses_tf32() else 67))  # H100's data sheet
+
+
 def test_what_does_not_fit_is_marked(built: plan.Plan) -> None:
     text = "\n".join(replace(built, gpu="t4", chosen=replace(built.chosen, memory={"weights": 20 * 10**9})).lines())
     assert "does NOT fit" in text
 
 
 def test_what_could_not_run_is_refused() -> None:
-    with pytest.raises(ConfigError, match="--gpu h1000: the choices are h100"):
+    with pytest.raises(ConfigError, match="--gpu h1000: the choices are b200, .*h100, "):
         plan.build_plan("vit-b-32", [], 8, "h1000")
     with pytest.raises(ConfigError, match=r"data\.batch_size=4096 must be divisible"):
         plan.build_plan("vit-b-32", ["train.strategy=ddp"], 7, "h100")
