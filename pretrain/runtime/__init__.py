@@ -5,6 +5,7 @@
     distributed.py   the process group: rank, world size, gathering with gradient, reductions
     agree.py         an error on one rank is raised on every rank
     watchdog.py      heartbeats of all processes: a dead or stalled one ends the run with a line that names it
+    flight_recorder.py  collectives that each process has begun, by torch's flight recorder
     signals.py       SIGINT, SIGTERM and SIGUSR1: save and stop at the same step on all processes
     orphans.py       no process outlives the one that started it
     memory.py        peak memory; the error message for out of memory

@@ -25,9 +25,11 @@ Failure = UserError | OSError
 def on_main(work: Callable[[], T]) -> T:
     """Return on every rank what `work` returns on rank 0, or raise its error on every rank. Collective.
 
-    The result is broadcast and must be picklable. `work` may not contain collectives: the other ranks do not call it.
+    The result is broadcast and must be picklable. `work` may not contain collectives: the other ranks do not call it. It may
+    take longer than the timeout of collectives, because the others wait outside of one.
     """
-    value, error = _attempt(work) if distributed.is_main() else (None, None)
+    with distributed.others_wait():
+        value, error = _attempt(work) if distributed.is_main() else (None, None)
     value, received = distributed.broadcast_object((value, _picklable(error)))
     if received is not None:
         raise error or received

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import datetime
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as td
 from torch import Tensor
+
+from pretrain.runtime import flight_recorder
 
 
 def is_initialized() -> bool:
@@ -99,6 +102,7 @@ def setup(timeout_seconds: float = 600.0) -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return
+    flight_recorder.enable()
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     td.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_seconds))
     global _reported
@@ -132,6 +136,32 @@ def is_first_to_report(line: str) -> bool:
         return _reported is None or _reported.add(line, 1) == 1
     except RuntimeError:  # the store is gone
         return True
+
+
+_waits = 0
+"""How many times this process has entered `others_wait`; all processes count alike."""
+
+
+@contextmanager
+def others_wait() -> Iterator[None]:
+    """Let all other ranks wait at the end of the block until rank 0 has left it, however long it takes. Collective.
+
+    They ask the store, since a collective would end the run after its timeout. The watchdog ends them if rank 0 dies.
+    """
+    global _waits
+    _waits += 1
+    key = f"main/{_waits}"
+    try:
+        yield
+    finally:
+        if _reported is not None and is_main():
+            with suppress(RuntimeError):  # the store is gone: the collective that follows says so
+                _reported.set(key, "")
+    if _reported is None or is_main():
+        return
+    begin = time.monotonic()
+    while not _reported.check([key]):
+        time.sleep(min(0.5, max(0.001, (time.monotonic() - begin) / 10)))
 
 
 def ensure_group() -> None:

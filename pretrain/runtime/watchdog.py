@@ -10,12 +10,14 @@ second: a counter, and the position of the main thread. Three conditions are det
     failed    a collective raised an error: diagnose() finds the process that failed first, is silent, or is elsewhere
 
 A thread that detects a dead or stalled process ends its own process at once: the main thread may be in a collective that never
-returns.
+returns. Before that, every process writes what torch's flight recorder has recorded of its collectives into the run folder,
+and the line names the process whose collective is missing, and the collective.
 """
 
 from __future__ import annotations
 
 import datetime
+import faulthandler
 import json
 import os
 import re
@@ -24,13 +26,14 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch.distributed as td
 
 from pretrain.errors import UserError
-from pretrain.runtime import distributed
+from pretrain.runtime import distributed, flight_recorder
 
 _COLLECTIVE_ERROR = re.compile(
     r"gloo|nccl|connection (closed|reset|refused)|timed out waiting|process ?group|broken pipe|socket|TCPStore", re.IGNORECASE
@@ -46,14 +49,15 @@ class Watchdog:
 
     `with Watchdog(timeout, record) as watchdog:`, with `watchdog.mark(step, phase)` at the same points on every process.
     timeout: seconds after which a silent or stalled process ends the run. record(reason): called once in the run, by the
-    first process that knows which one was lost.
+    first process that knows which one was lost. folder: where collectives are recorded when the run is lost; None = nowhere.
     """
 
-    def __init__(self, timeout: float, record: Callable[[str], None]) -> None:
+    def __init__(self, timeout: float, record: Callable[[str], None], folder: Path | None = None) -> None:
         # Shorter than the timeout of collectives, whose error names no process.
         self.limit = 0.8 * timeout
         self.every = min(1.0, timeout / 20)
         self._record = record
+        self._folder = folder
         self._done = threading.Event()
         self._diagnosing = threading.Event()
         self._count = 0
@@ -128,7 +132,7 @@ class Watchdog:
             if count != process.count:
                 process.count, process.heartbeat_time = count, now
             if marks != process.marks:
-                process.marks, process.mark_time = marks, now
+                process.marks, process.mark_time, process.behind_since = marks, now, None
             process.position, process.name = position, f"process {rank} ({host}, pid {pid})"
             process.pid = pid if (host, namespace) == (_THIS_PROCESS[0], _THIS_PROCESS[2]) else None
 
@@ -145,13 +149,17 @@ class Watchdog:
         most_marks = max(process.marks for process in watched.values())
         for rank, process in self._processes.items():
             silent, still = now - process.heartbeat_time, now - process.mark_time
+            if process.marks == most_marks:
+                process.behind_since = None
+            elif process.behind_since is None:  # from now on others wait for it, however long all worked before
+                process.behind_since = now
             if process.pid is not None and not _is_running(process.pid):
                 diagnosis = f"{process.name} died, last at {process.position}"
             elif rank not in watched:
                 continue
             elif silent > self.limit:
                 diagnosis = f"{process.name} is dead: no heartbeat for {silent:.0f} s, last at {process.position}"
-            elif process.marks < most_marks and still > self.limit:
+            elif process.behind_since is not None and now - process.behind_since > self.limit:
                 diagnosis = f"{process.name} stalled: for {still:.0f} s at {process.position} while others wait"
             else:
                 continue
@@ -164,8 +172,39 @@ class Watchdog:
         assert self._store is not None
         return self._store.compare_set("diagnosis", "", diagnosis).decode()
 
-    def _end_process(self, diagnosis: str) -> None:
+    def _explain(self, diagnosis: str) -> str:
+        """Save this process's collectives; return the line that ends the run, equal on all processes, with the missing one.
+
+        Rank 0 collects the records of all ranks, for a few seconds, and the others wait for its line.
+        """
+        assert self._store is not None
         reason = f"{diagnosis}{_RUN_ENDS}"
+        if " died, " in diagnosis:  # no collective explains it
+            return reason
+        with suppress(RuntimeError, ValueError, OSError, KeyError):  # whatever fails here must not hide the diagnosis
+            dumps = flight_recorder.read_dumps()
+            if self._folder is not None:
+                flight_recorder.save_dumps(dumps, self._folder, distributed.rank())
+            self._store.set(f"flight/{distributed.rank()}", json.dumps(flight_recorder.summarize(dumps)))
+            patience = max(2.0, 4 * self.every) * (1 if distributed.rank() == 0 else 1.5)
+            awaited = [f"flight/{rank}" for rank in range(distributed.world_size())] if distributed.rank() == 0 else ["reason"]
+            begin = time.monotonic()
+            while not self._store.check(awaited) and time.monotonic() - begin < patience:
+                time.sleep(0.1)
+            if distributed.rank() == 0:
+                ranks = [rank for rank in range(distributed.world_size()) if self._store.check([f"flight/{rank}"])]
+                summaries = {rank: json.loads(self._store.get(f"flight/{rank}")) for rank in ranks}
+                missing = flight_recorder.find_missing(summaries)
+                reason = f"{diagnosis}; {missing}{_RUN_ENDS}" if missing else reason
+                self._store.set("reason", reason)
+                time.sleep(0.3)  # the others read it before this process, and with it perhaps the store, ends
+            elif self._store.check(["reason"]):
+                reason = self._store.get("reason").decode()
+        return reason
+
+    def _end_process(self, diagnosis: str) -> None:
+        faulthandler.dump_traceback_later(60, exit=True)  # in case that reading the records hangs as well
+        reason = self._explain(diagnosis)
         if distributed.is_first_to_report(reason):
             print(f"clipfuse: {reason}", file=sys.stderr, flush=True)
             self._record(reason)
@@ -217,14 +256,16 @@ class Watchdog:
             absent = [self._processes[r] for r in missing]
             dead = [process for process in absent if process.pid is not None and not _is_running(process.pid)]
             if dead or self._store.check(["diagnosis"]):
-                return UserError(self._publish(f"{dead[0].name} died, last at {dead[0].position}" if dead else "") + _RUN_ENDS)
+                return UserError(
+                    self._explain(self._publish(f"{dead[0].name} died, last at {dead[0].position}" if dead else ""))
+                )
             time.sleep(min(0.2, self.every))
         if not missing:
             return None
         silent = [r for r in missing if self._processes[r].heartbeat_time <= begin + self.every]
         process = self._processes[(silent or missing)[0]]
         state = "is dead" if silent else "stalled"
-        return UserError(self._publish(f"{process.name} {state}, last at {process.position}") + _RUN_ENDS)
+        return UserError(self._explain(self._publish(f"{process.name} {state}, last at {process.position}")))
 
 
 class _ProcessState:
@@ -233,6 +274,8 @@ class _ProcessState:
     def __init__(self, count: int, marks: int, heartbeat_time: float, mark_time: float) -> None:
         self.count, self.marks, self.heartbeat_time, self.mark_time = count, marks, heartbeat_time, mark_time
         self.position, self.name = "", ""
+        self.behind_since: float | None = None
+        """When this rank first saw that others had passed marks that the process has not passed; None = it is not behind."""
         self.pid: int | None = None
         """None for a process on another machine or in another container."""
 

@@ -173,7 +173,9 @@ def fit(
     """
     run = _Run(plan, folder, strategy, model, loader, evaluate)
     train = plan.train
-    with Watchdog(train.timeout, lambda reason: folder.write_status("failed", reason, run.step, any_rank=True)) as watchdog:
+    with Watchdog(
+        train.timeout, lambda reason: folder.write_status("failed", reason, run.step, any_rank=True), folder.path
+    ) as watchdog:
         begin = run.restore(resume_from)
         run.leave_branch(resume_from)
         # The loader's processes end by whatever error the loop ends, after the error is recorded.

@@ -9,11 +9,13 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import torch
 
 from pretrain.errors import UserError
 from pretrain.runtime import distributed
+from pretrain.runtime.agree import on_main
 from pretrain.runtime.entrypoint import DONE, run_with_exit_code
 from pretrain.runtime.watchdog import Watchdog
 
@@ -22,7 +24,7 @@ def main() -> int:
     mode, timeout = sys.argv[1], float(sys.argv[2])
     distributed.setup(60)
     distributed.set_timeout(timeout)
-    with Watchdog(timeout, lambda reason: print(f"recorded: {reason}", flush=True)) as watchdog:
+    with Watchdog(timeout, lambda reason: print(f"recorded: {reason}", flush=True), Path.cwd()) as watchdog:
         try:
             for step in range(30):
                 fails_here = step == 10 and distributed.rank() == 1
@@ -37,6 +39,9 @@ def main() -> int:
                     raise UserError("the disk is full")
                 if fails_here and mode == "data":
                     time.sleep(1000)
+                if step == 10 and mode == "save":  # rank 0 works for longer than the timeout of collectives
+                    watchdog.mark(step, "saving")
+                    on_main(lambda: time.sleep(1.5 * timeout))
                 watchdog.mark(step, "computing")
                 if fails_here and mode == "compute":
                     time.sleep(1000)

@@ -1,5 +1,6 @@
 """A process that dies, fails or stalls is named by the others, in time."""
 
+import json
 import re
 import signal
 import sys
@@ -39,6 +40,7 @@ def run_program(mode: str, folder: Path, size: int = 2) -> tuple[list[int], str]
     ("mode", "pattern", "codes"),
     [
         ("nothing", None, [0, 0]),
+        ("save", None, [0, 0]),
         ("die", r"process 1 \(.*, pid \d+\) died, last at step \d+, ", [1, -signal.SIGKILL]),
         ("raise", r"process 1 \(.*\) failed: ValueError: boom; ", [1, 1]),
         ("refuse", r"process 1 \(.*\) failed: the disk is full; ", [1, 1]),
@@ -63,6 +65,11 @@ def test_the_lost_process_is_named(mode: str, pattern: str | None, codes: list[i
     assert "the run ends, the last checkpoint is intact" in named[0]
     if mode not in ("refuse", "data"):  # the process reports its own error as well
         assert len(errors) == 1, output
+    if mode == "compute":  # a collective of step 10 is missing: eleven barriers and reductions before it
+        missing = r"process 1 has not begun collective \d+ \(all_?reduce of Long \[\[?\]?\].*, gloo\), in which process 0 waits"
+        assert re.search(missing, named[0]), output
+        last = [json.loads((tmp_path / f"flight-recorder-gloo-{rank}.json").read_text())["entries"][-1] for rank in range(2)]
+        assert last[0]["collective_seq_id"] == last[1]["collective_seq_id"] + 1
     assert f"recorded: {named[0].removeprefix('clipfuse: ')}" in output
 
 
