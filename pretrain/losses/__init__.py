@@ -141,6 +141,8 @@ def choose_settings(config: Any, features: dict[str, Tensor], max_logit: float |
         )
     # Products of exact float32 do not run on tensor cores, and there cuBLAS is hard to match.
     is_fused = can_fuse and (config.kernel == "fused" or (config.kernel == "auto" and config.precision != "fp32"))
-    if not (is_ring or is_fused or config.precision != "fp32" or is_tiled(len(sample), config.tile)):
+    # Autograd would run the dense formula's backward pass with TF32 where that is allowed, so GPUs always use tiles.
+    is_dense = sample.device.type == "cpu" and config.precision == "fp32" and not is_tiled(len(sample), config.tile)
+    if is_dense and not is_ring:
         return None
     return Settings(config.tile, config.precision, is_fused, is_ring, max_logit)

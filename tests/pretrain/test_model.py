@@ -220,6 +220,21 @@ def test_initial_scale_and_projections_are_those_of_clip() -> None:
     assert wide.logit_bias.shape == (1,)
 
 
+@pytest.mark.parametrize("start", [1.0, 14.3, 100.0, 117.3])
+def test_no_logit_exceeds_the_largest_that_the_model_guarantees(start: float) -> None:
+    """Imported weights may begin above scale 100; features of one direction, rounded to bfloat16, have the largest logits."""
+    model = build_clip()
+    with torch.no_grad():
+        model.logit_scale.fill_(math.log(start))
+    pixels, ids, mask = build_batch()
+    with torch.no_grad():
+        features = model({"image": pixels, "text": ids}, {"text": mask})
+    for x in (features["image"], features["text"]):
+        rounded = x.bfloat16().double()
+        assert float((features["logit_scale"].double() * (rounded * rounded).sum(dim=1)).abs().max()) <= model.max_logit()
+    assert model.max_logit() >= 100  # the largest scale of later steps
+
+
 def test_scale_is_kept_between_1_and_100() -> None:
     model = build_clip()
     for start, end in ((9.0, math.log(100)), (-1.0, 0.0), (3.0, 3.0)):
