@@ -93,8 +93,11 @@ def train(config: PretrainConfig) -> Outcome:
         session.write_config()
         flop_counter = FlopCounter(components.model) if session.device.type == "cuda" else None
         plan = session.build_plan(components.loader, portable, components.tokenizer, "image_to_text_R@1", flops=flop_counter)
+        pair_loss = registry.get_component("losses", config.loss.name).build(config.loss).to(session.device)
+        if hasattr(pair_loss, "max_logit"):  # read before the strategy, which may shard the model
+            pair_loss.max_logit = components.model.max_logit()
         strategy = session.build_strategy()
-        objective = Contrastive(registry.get_component("losses", config.loss.name).build(config.loss).to(session.device))
+        objective = Contrastive(pair_loss)
         evaluation = build_evaluation(config, components, session.device)
         return fit(
             plan, session.folder, strategy, components.model, objective, components.loader, evaluation, session.checkpoint
