@@ -11,6 +11,7 @@ attention counts as full attention. The loss, normalizations and activation func
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -101,16 +102,17 @@ class FlopCounter:
         return self._counts[shape, length]
 
     def _run(self, shape: _Shape, length: int | None) -> int:
+        try:
+            return self._run_within(nullcontext(), shape, length)
+        except RuntimeError:  # transformers looks into masks that it does not know to be without contents
+            self._model.zero_grad(set_to_none=True)
+            return self._run_within(FakeTensorMode(allow_non_fake_inputs=True), shape, length)  # several times as slow
+
+    def _run_within(self, mode: AbstractContextManager[Any], shape: _Shape, length: int | None) -> int:
         sizes = shape.inputs if length is None else (length, *shape.inputs[1:])
         mask_sizes = shape.mask if length is None else (length,)
-        # Fake tensors, because transformers looks into masks that it does not know to be without contents. "math" computes
-        # attention by products that the counter sees, and recomputes none in the backward pass.
-        with (
-            FakeTensorMode(allow_non_fake_inputs=True),
-            FlopCounterMode(display=False) as counter,
-            sdpa_kernel(SDPBackend.MATH),
-            torch.enable_grad(),
-        ):
+        # "math" computes attention by products that the counter sees, and recomputes none in the backward pass.
+        with mode, FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
             inputs = {shape.modality: torch.empty(_SAMPLES, *sizes, dtype=shape.dtype, device="meta")}
             masks = {}
             if mask_sizes is not None:
