@@ -1,12 +1,13 @@
 # make demo    draw scenes, pretrain, export, embed, fine-tune on questions, write reports (MINUTES=n shortens the training)
 # make test    every test           make check   ruff, mypy, imports, spelling         make bench   measurements
+# make gpu     checks and measurements that need a GPU, in under 25 minutes
 # make fuzz    thousands of damaged shards, images, folders and responses of servers
 
 PYTHON ?= python3
 MINUTES ?= 8
 BIN := .venv/bin
 
-.PHONY: demo test check fuzz bench
+.PHONY: demo test check fuzz bench gpu
 .DELETE_ON_ERROR:
 
 # The stamp is written last: an install that was cut off starts again.
@@ -34,5 +35,10 @@ check: .venv/installed
 fuzz: .venv/installed
 	FUZZ_FACTOR=20 $(BIN)/python -m pytest -q --timeout 3600 tests/fuzz
 
+# Alone on the machine. PEER=PYTHON compares with open_clip, TRAIN= and VAL= name shards of your own.
 bench: .venv/installed
-	for file in tests/bench/*.py; do $(BIN)/python -m tests.bench.$$(basename $$file .py) || exit 1; done
+	PEER='$(PEER)' TRAIN='$(TRAIN)' VAL='$(VAL)' $(BIN)/python -m tests.bench
+
+# The first hour on a GPU: gradients, losses, samples/s, memory, resuming, a profile; into gpu-results/.
+gpu: .venv/installed
+	$(BIN)/python -m tests.bench.gpu $(if $(PEER),--peer $(PEER))
