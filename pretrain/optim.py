@@ -7,7 +7,7 @@ scheduler state.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from pretrain.config import check_numbers
 from pretrain.errors import ConfigError
+
+AVERAGE_BYTES = 2**28
+"""Bytes of the average that one group of launches updates on a GPU: the memory that its temporary difference takes."""
 
 
 @dataclass
@@ -177,5 +180,37 @@ class WeightAverage:
         if not isinstance(weight, Tensor):
             torch._foreach_lerp_([average for average, _ in pairs], [p.float() for _, p in pairs], weight)
             return
+        host_weight = None  # offloaded shards are on the CPU, `applied` on the GPU
+        on_device = []
         for average, p in pairs:
-            average.lerp_(p.float(), weight.to(average.device))  # offloaded shards are on the CPU, `applied` on the GPU
+            if average.device.type == "cpu":
+                host_weight = weight.to("cpu") if host_weight is None else host_weight
+                average.lerp_(p.float(), host_weight)  # a launch costs nothing here, and resumed runs need the same bits
+            else:
+                on_device.append((average, p))
+        for batch in _batch_by_bytes(on_device):
+            _move_towards([average for average, _ in batch], [p.float() for _, p in batch], weight)
+
+
+def _move_towards(averages: list[Tensor], weights: list[Tensor], weight: Tensor) -> None:
+    """Set averages to averages + weight * (weights - averages) in three launches; equal to lerp to rounding.
+
+    weight: (), on the same device. torch's _foreach_lerp_ takes a tensor only per element, which needs one launch for each.
+    """
+    difference = torch._foreach_sub(weights, averages)
+    torch._foreach_mul_(difference, weight)
+    torch._foreach_add_(averages, difference)
+
+
+def _batch_by_bytes(pairs: list[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Yield the pairs in order, in lists of at most AVERAGE_BYTES of averages, or of one larger pair."""
+    batch: list[tuple[Tensor, Tensor]] = []
+    size = 0
+    for average, p in pairs:
+        if batch and size + average.nbytes > AVERAGE_BYTES:
+            yield batch
+            batch, size = [], 0
+        batch.append((average, p))
+        size += average.nbytes
+    if batch:
+        yield batch

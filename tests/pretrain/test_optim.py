@@ -1,11 +1,15 @@
 """Schedules against closed forms and open_clip; parameter groups and averaging against their rules."""
 
 import math
+from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from pretrain import optim
 from pretrain.errors import ConfigError
 from pretrain.optim import OptimConfig, WeightAverage, build_adamw, learning_rate, parameter_groups
 
@@ -130,3 +134,41 @@ def test_the_average_follows_its_definition_and_ignores_skipped_steps() -> None:
             decay = min(0.9, (1 + step) / (10 + step))
             expected = decay * expected + (1 - decay) * math.sin(step)
     assert average.weights["p"].item() == pytest.approx(expected, rel=1e-5)
+
+
+class CountOperations(TorchDispatchMode):
+    """Counts the operations that reach the device, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_average_of_many_weights_takes_few_launches_off_the_cpu() -> None:
+    weights = [(f"p{i}", torch.zeros(i + 1, 3, device="meta")) for i in range(100)]
+    average = WeightAverage(weights, 0.9)
+    with CountOperations() as operations:
+        average.update(weights, 5, torch.tensor(1.0, device="meta"))
+    assert operations.counts["lerp_"] == 0
+    assert sum(count for name, count in operations.counts.items() if "foreach" in name) == 3
+
+
+def test_few_launches_give_the_same_average(monkeypatch: pytest.MonkeyPatch) -> None:
+    g = torch.Generator().manual_seed(0)
+    sizes = [(7,), (300, 5), (1,), (64, 64)]
+    old, new = ([torch.randn(size, generator=g) for size in sizes] for _ in range(2))
+    for weight in (0.0, 1e-4, 0.3, 0.9):
+        expected = [a.double() * (1 - weight) + b.double() * weight for a, b in zip(old, new, strict=True)]
+        moved = [a.clone() for a in old]
+        monkeypatch.setattr(optim, "AVERAGE_BYTES", 28 + 6000 + 4)
+        batches = list(optim._batch_by_bytes(list(zip(moved, new, strict=True))))
+        assert [len(batch) for batch in batches] == [3, 1]
+        for batch in batches:
+            optim._move_towards([a for a, _ in batch], [b for _, b in batch], torch.tensor(weight))
+        for value, reference, start in zip(moved, expected, old, strict=True):
+            torch.testing.assert_close(value.double(), reference, rtol=0, atol=1e-6)
+            assert weight > 0 or torch.equal(value, start)  # a skipped step

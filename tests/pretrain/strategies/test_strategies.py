@@ -368,3 +368,27 @@ def test_saved_state_of_a_scalar_parameter_is_accepted() -> None:
     state["optimizer"]["gain"]["step"] = torch.zeros(2)
     with pytest.raises(ValueError, match="step of 'gain' is not a tensor as AdamW keeps it"):
         check_saved_state(state)
+
+
+def ddp_buckets() -> tuple[list[int], int]:
+    """Return the sizes of DDP's buckets, and of all trainable weights, in bytes, for a model of about 60 MB."""
+    strategy = start("ddp", image={"args": {"embed_dim": 512, "depth": 5}})
+    sizes: list[int] = []
+
+    def record(_, bucket):  # type: ignore[no-untyped-def]  # DDP refuses annotations that are strings
+        sizes.append(bucket.buffer().nbytes)
+        reduced: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        reduced.set_result(bucket.buffer())  # one process: nothing to reduce
+        return reduced
+
+    strategy.model.register_comm_hook(None, record)  # type: ignore[operator]
+    step(strategy, 0)
+    sizes.clear()  # DDP starts with one bucket, and sorts its weights into others after the first step
+    step(strategy, 1)
+    return sizes, sum(p.nbytes for p in strategy.module.parameters() if p.requires_grad)
+
+
+def test_ddp_reduces_a_small_model_in_one_bucket() -> None:
+    sizes, total = world.run(ddp_buckets, 1)[0]
+    assert total > 2 * 25 * 2**20  # by default torch makes three or more
+    assert sizes == [total]
