@@ -12,7 +12,7 @@ import torch
 from pretrain import config as configuration
 from pretrain import model as models
 from pretrain import registry
-from pretrain.checkpoints import export, warm_start
+from pretrain.checkpoints import export, resuming, warm_start
 from pretrain.config import SEED, check_numbers, component_field, text_field
 from pretrain.data.loader import DataConfig, Loader
 from pretrain.evaluation.evaluate import EvalConfig, evaluate
@@ -82,7 +82,7 @@ def load_config(path: Path, settings: list[str]) -> PretrainConfig:
 def train(config: PretrainConfig) -> Outcome:
     """Run one process of a pretraining run, from configuration to outcome. Collective. Raises UserError."""
     with open_session(config) as session:
-        components = build(config)
+        components = build(resuming.without_weights(config, session.checkpoint))
         for line in models.describe_weights(components.model, config.init) if session.checkpoint is None else ():
             log_info(line)
         if session.checkpoint is None and config.init is not None:
@@ -90,6 +90,7 @@ def train(config: PretrainConfig) -> Outcome:
         if session.checkpoint is None and distributed.is_main():
             log_info(export.describe_formats(components.model, config, components.eval_decoders))
         portable = models.portable_config(config, components.model)
+        resuming.refuse_other_model(portable, components.tokenizer, session.checkpoint)
         session.write_config()
         flop_counter = FlopCounter(components.model) if session.device.type == "cuda" else None
         plan = session.build_plan(components.loader, portable, components.tokenizer, "image_to_text_R@1", flops=flop_counter)

@@ -3,6 +3,7 @@
 store.py        one checkpoint folder: written atomically, checked against its manifest, rotated, and found again
 loading.py      a checkpoint or a published model as model, tokenizer and decoders, ready to encode
 warm_start.py   `init`: architecture, tokenizer and weights that a new run takes from another run or a published model
+resuming.py     what a resumed run takes from its checkpoint, and what must not differ from it
 export.py       a run as a folder that transformers, open_clip or onnxruntime loads, compared with the run
 
 May import pretrain.formats, model, data and what lies below them, but neither training, embedding nor evaluation.

@@ -2,7 +2,7 @@
 
     checkpoints/step-0001000/   config.yaml model.safetensors tokenizer/ manifest.json state/
     checkpoints/latest          one line of text: the newest complete one; `best` likewise
-    checkpoints/abandoned/      later checkpoints that resume=PATH left; removed when the run has saved its next one
+    checkpoints/abandoned/      later checkpoints that resume=PATH left; removed when the new branch has a good one
 
 A folder is written under a hidden name, flushed to disk, and renamed: it is complete or it is not there. Its manifest holds
 size and SHA-256 of every file. Our own loads are weights-only: no file is ever unpickled into code.
@@ -11,7 +11,9 @@ size and SHA-256 of every file. Our own loads are weights-only: no file is ever 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import os
 import re
 import shutil
 import time
@@ -25,14 +27,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pretrain.errors import UserError
+from pretrain.errors import ConfigError, UserError
 from pretrain.runtime import distributed
 from pretrain.runtime.agree import on_all, on_main
+from pretrain.runtime.console import log_info
 from pretrain.runtime.files import flush, read_bytes, read_json_object, save_weights, write_text
 from pretrain.runtime.files import save_tensors as save_tensors  # part of this module's interface
 
 _STEP = re.compile(r"step-(\d+)$")
 _ABANDONED = "abandoned"
+_BRANCH_STEP = "branch_step"
+"""File in the folder of abandoned checkpoints: the step at which the branch that left them begins."""
 
 
 def parse_step(folder: Path) -> int:
@@ -70,6 +75,7 @@ def save(
     keep: int,
     best: bool = False,
     good: Path | None = None,
+    is_good: bool = False,
 ) -> Path:
     """Write checkpoints/step-NUMBER, move `latest` (and `best`) to it, and return it. Collective.
 
@@ -80,6 +86,7 @@ def save(
         keep: older checkpoints beyond this number are deleted afterwards, but neither the best one nor `good`; 0 keeps all.
         best: `best` names this checkpoint from now on.
         good: the last checkpoint that is known to give finite losses.
+        is_good: this checkpoint is known to give them, so that rotation may delete `good` too.
 
     Raises:
         UserError: the disk is full or cannot be written; earlier checkpoints stay.
@@ -106,7 +113,7 @@ def save(
         point_to(checkpoints, "latest", final)
         if best:
             point_to(checkpoints, "best", final)
-        _rotate(checkpoints, keep, good)
+        _rotate(checkpoints, keep, final if is_good else good)
 
     try:
         on_main(prepare)
@@ -149,24 +156,64 @@ def _hash_file(path: Path) -> str:
 
 
 def _rotate(checkpoints: Path, keep: int, good: Path | None) -> None:
-    """Delete all but the newest `keep` checkpoints, the best one and `good`; keep <= 0 deletes none."""
+    """Delete all but the newest `keep` checkpoints, the best one and `good`; keep <= 0 deletes none.
+
+    What cannot be deleted stays, with a line: the new checkpoint is written, and the run goes on.
+    """
     if keep <= 0:
         return
-    shutil.rmtree(checkpoints / _ABANDONED, ignore_errors=True)
+    if good is not None and good.parent == checkpoints and parse_step(good) > _branch_step(checkpoints):
+        _delete(checkpoints / _ABANDONED)
     best = read_pointer(checkpoints, "best")
     newest = list_complete(checkpoints)[-keep:]
     for folder in list_folders(checkpoints):
         if folder not in (best, good) and parse_step(folder) < parse_step(newest[0]):
+            _delete(folder)
+
+
+def _delete(folder: Path) -> None:
+    """Delete a folder if it is there; of a link, only the link."""
+    try:
+        if folder.is_symlink():  # somebody moved the checkpoint to another disk: what lies there is not ours to delete
+            folder.unlink()
+        elif folder.exists():
             # The manifest goes first: an interrupted deletion leaves no folder that looks complete.
             (folder / "manifest.json").unlink(missing_ok=True)
             shutil.rmtree(folder)
+    except OSError as error:
+        log_info(f"{folder} cannot be deleted and stays: {error}")
+
+
+def _branch_step(checkpoints: Path) -> int:
+    """Return the step at which the branch begins that left the abandoned checkpoints; 0 where no file states it."""
+    try:
+        return int((checkpoints / _ABANDONED / _BRANCH_STEP).read_text())
+    except (OSError, ValueError):
+        return 0
+
+
+def refuse_foreign_origin(checkpoints: Path, origin: Path) -> None:
+    """Refuse to resume from the checkpoint of another run in a folder that has checkpoints of its own.
+
+    Such a folder's checkpoints would all be set aside; most likely, `run` was forgotten. Damaged ones do not count.
+    Raises ConfigError.
+    """
+    if checkpoints.resolve() in origin.resolve().parents:
+        return
+    newest = find_newest(checkpoints, lambda line: None)
+    if newest is not None:
+        raise ConfigError(
+            f"resume={origin} lies outside the run folder {checkpoints.parent}, which has its own checkpoints (newest "
+            f"{newest.name}): resume=auto goes on with them, another run=NAME starts from {origin}"
+        )
 
 
 def set_aside(checkpoints: Path, origin: Path, step: int) -> list[Path]:
     """Move the checkpoints that a run leaves behind when it resumes from `origin` into checkpoints/abandoned; return them.
 
     They are those of later steps, or all where `origin` lies elsewhere. Left where they are, they would outlive the new
-    checkpoints at the next rotation, and the run would resume from them. Call it on rank 0. Raises OSError.
+    checkpoints at the next rotation, and the run would resume from them. None is replaced: what an earlier branch has left
+    under the same name stays, and the new one goes to checkpoints/abandoned/2, 3, ... Call it on rank 0. Raises OSError.
 
     Args:
         origin: a checkpoint folder, in `checkpoints` or elsewhere.
@@ -177,15 +224,13 @@ def set_aside(checkpoints: Path, origin: Path, step: int) -> list[Path]:
     abandoned = [folder for folder in folders if not is_inside or parse_step(folder) > step]
     if read_pointer(checkpoints, "best") in abandoned:
         (checkpoints / "best").unlink()
+    if abandoned:
+        (checkpoints / _ABANDONED).mkdir(exist_ok=True)
+        write_text(checkpoints / _ABANDONED / _BRANCH_STEP, str(step), sync=True)
     for folder in reversed(abandoned):  # the newest first, so that an interruption leaves the oldest of them
-        target = checkpoints / _ABANDONED / folder.name
+        parents = (checkpoints / _ABANDONED / ("" if i == 1 else str(i)) for i in itertools.count(1))
+        target = next(parent / folder.name for parent in parents if not os.path.lexists(parent / folder.name))
         target.parent.mkdir(exist_ok=True)
-        if target.exists() and target.resolve() == origin.resolve():
-            raise UserError(
-                f"resuming from {origin} would replace it: the run has another {folder.name} to set aside; "
-                "move that checkpoint out of the run folder first"
-            )
-        shutil.rmtree(target, ignore_errors=True)
         folder.rename(target)
     if not is_inside:
         (checkpoints / "latest").unlink(missing_ok=True)

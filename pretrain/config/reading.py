@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from omegaconf.omegaconf import get_yaml_loader
 
 from pretrain.config.merging import merge
-from pretrain.config.values import COMMAND_LINE, Section, Source, with_sources, with_text_keys
+from pretrain.config.values import COMMAND_LINE, Section, Source, shorten, with_sources, with_text_keys
 from pretrain.errors import ConfigError, closest
 
 
@@ -38,7 +38,8 @@ def read_yaml(path: Path, parents: tuple[Path, ...] = ()) -> dict[str, Any]:
     except (FileNotFoundError, IsADirectoryError):
         raise ConfigError(f"no configuration file {path}") from None
     except (yaml.YAMLError, ValueError, TypeError, OSError, OmegaConfBaseException, RecursionError) as error:
-        raise ConfigError(f"{path} is not readable YAML: {' '.join(str(error).split())}{_quote_hint(error, path)}") from error
+        reason = shorten(" ".join(str(error).split()), 500)
+        raise ConfigError(f"{path} is not readable YAML: {reason}{_quote_hint(error, path)}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold `key: value` pairs, not a {type(content).__name__}")
     content = with_text_keys(with_sources(content, node, loader, str(path)) if node is not None else content)
@@ -52,15 +53,24 @@ def read_yaml(path: Path, parents: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 _MAX_FILE_BYTES = 1 << 22
-_MAX_VALUES = 1 << 18
+_MAX_VALUES = 1 << 16
+_MAX_DEPTH = 64
 
 
 def _refuse_expansion(path: Path) -> None:
-    """Raise YAMLError for a file that is no ordinary one, is far too large, or whose aliases stand for far too many values."""
+    """Raise YAMLError for a file that is no ordinary one, is far too large or deep, or stands for far too many values."""
     if not path.is_file() and not path.is_dir() and path.exists():
         raise yaml.YAMLError("it is not an ordinary file")
     if path.is_file() and path.stat().st_size > _MAX_FILE_BYTES:
         raise yaml.YAMLError(f"it has {path.stat().st_size:,} bytes, more than {_MAX_FILE_BYTES:,}")
+    text = path.read_text(encoding="utf-8")
+    depth = 0
+    for i, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):  # a flat list, read until something is too much
+        if i > 2 * _MAX_VALUES:  # a key and a value each
+            raise yaml.YAMLError(f"it holds more than {_MAX_VALUES:,} values")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MAX_DEPTH:
+            raise yaml.YAMLError(f"its values are nested deeper than {_MAX_DEPTH} levels")
     sizes: dict[int, int] = {}
 
     def count(node: yaml.Node) -> int:
@@ -70,7 +80,7 @@ def _refuse_expansion(path: Path) -> None:
             sizes[id(node)] = 1 + sum(count(child) for pair in pairs for child in pair) if node.id != "scalar" else 1
         return sizes[id(node)]
 
-    node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    node = yaml.compose(text, Loader=yaml.SafeLoader)
     if node is not None and count(node) > _MAX_VALUES:
         raise yaml.YAMLError(f"its aliases stand for more than {_MAX_VALUES:,} values")
 

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pretrain.config.merging import merge
 from pretrain.config.numbers import check_numbers
 from pretrain.config.reading import load_values
-from pretrain.config.values import COMMAND_LINE, Section, with_text_keys, without
+from pretrain.config.values import COMMAND_LINE, Section, shorten, with_text_keys, without
 from pretrain.config.written import as_written, written_text
 from pretrain.errors import ConfigError, closest
 
@@ -60,7 +60,8 @@ def load(schema: type[T], path: str | Path | None = None, dotlist: list[str] | N
 def build(schema: type[T], values: dict[str, Any], where: str, partial: bool = False) -> T:
     """Build an instance of `schema` from plain values and run its checks. Raises ConfigError.
 
-    where: the origin of the values, for error messages. partial: ignore top-level keys that the schema does not have.
+    where: the origin of the values, for error messages. partial: the values are those of a checkpoint, which may be somebody
+    else's: top-level keys that the schema does not have are ignored, and variables are refused, which would be read here.
     """
     if partial:
         specs = fields(schema)  # type: ignore[arg-type]
@@ -68,6 +69,7 @@ def build(schema: type[T], values: dict[str, Any], where: str, partial: bool = F
         keys = [f.metadata["key"] for f in specs if "extra" in f.metadata]
         extra = {k for k, v in values.items() if isinstance(v, dict) and any(key in v for key in keys)}
         values = without(values, [k for k in values if k not in known | extra])
+        _refuse_variables(values, "", where)
     problems: list[tuple[int, ConfigError]] = []
     config = _build(schema, values, "", where, problems)
     if problems:
@@ -196,10 +198,10 @@ def _convert_leaves(
         except (OmegaConfBaseException, ValueError, TypeError) as error:
             if "Interpolation" in type(error).__name__:
                 reason = str(error).splitlines()[0]
-                message = f"{prefix}{name}={value!r} {_place(place)} cannot be resolved: {reason}"
+                message = f"{prefix}{name}={shorten(repr(value))} {_place(place)} cannot be resolved: {shorten(reason)}"
             else:
                 hint = "" if default is MISSING else f" (default {default!r})"
-                message = f"{prefix}{name}={value!r} {_place(place)} must be {_describe_type(hints[name])}{hint}"
+                message = f"{prefix}{name}={shorten(repr(value))} {_place(place)} must be {_describe_type(hints[name])}{hint}"
             problems.append((order, ConfigError(message)))
             continue
         if value is None and not _is_optional(hints[name]):
@@ -228,6 +230,22 @@ def _refuse_variables_in_urls(value: Any, resolved: Any, key: str, place: str) -
         raise ConfigError(
             f"{key}={value} {place} puts a variable into a url, which would send what it holds: write the url out, or put the "
             "whole url into the variable"
+        )
+
+
+def _refuse_variables(values: Any, key: str, where: str) -> None:
+    """Refuse `${...}` in the values of a checkpoint: runs save what variables stood for. Raises ConfigError."""
+    if isinstance(values, dict):
+        for name, value in values.items():
+            _refuse_variables(name, key, where)
+            _refuse_variables(value, f"{key}.{name}" if key else str(name), where)
+    elif isinstance(values, list):
+        for value in values:
+            _refuse_variables(value, key, where)
+    elif isinstance(values, str) and "${" in values:
+        raise ConfigError(
+            f"{shorten(key)}={shorten(values)} in {where}: a saved configuration holds values, not variables of this machine; "
+            "write the value instead"
         )
 
 

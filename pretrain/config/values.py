@@ -100,3 +100,8 @@ def with_text_keys(values: dict[Any, Any]) -> Section:
     names = {key: (values.sources[key].key if key in values.sources else None) or key for key in values}
     sources = {names[key]: source for key, source in values.sources.items() if key in names}
     return Section({names[key]: value for key, value in values.items()}, sources)
+
+
+def shorten(text: str, length: int = 200) -> str:
+    """Return a text for an error line, of at most `length` characters and three dots."""
+    return text if len(text) <= length else text[:length] + "..."

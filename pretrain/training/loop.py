@@ -366,7 +366,7 @@ class _Run:
             checkpoints = self.folder.checkpoints
             if checkpoint is not None and (abandoned := store.set_aside(checkpoints, checkpoint, self.step)):
                 names = ", ".join(folder.name for folder in abandoned[-3:])
-                log_info(f"moved to {checkpoints}/abandoned until the next checkpoint is saved: {names}")
+                log_info(f"moved to {checkpoints}/abandoned until a checkpoint of this branch is known to be good: {names}")
             self.folder.record_command(self.step)
             if checkpoint is None or store.read_pointer(checkpoints, "best") is not None:
                 return True
@@ -436,7 +436,8 @@ class _Run:
             save_state,
             keep=self.plan.train.keep,
             best=best,
-            good=None if is_complete else good,
+            good=good,
+            is_good=is_complete,
         )
         self.saved_step, self.saved_skipped = self.step, self.skipped
 

@@ -183,8 +183,11 @@ def _find_checkpoint(config: Any, folder: RunFolder) -> Path | None:
                 f"resume={config.resume}: this command has begun before, and goes on; with another run=NAME it begins anew"
             )
             return newest
+    origin = None if config.resume == "never" else store.find(config.resume)
+    if origin is not None:
+        store.refuse_foreign_origin(folder.checkpoints, origin)
     folder.new_command = command
-    return None if config.resume == "never" else store.find(config.resume)
+    return origin
 
 
 def _find_newest(folder: RunFolder) -> Path | None:

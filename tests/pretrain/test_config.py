@@ -297,3 +297,52 @@ def test_what_yaml_cannot_read_is_text_or_one_line() -> None:
     values = config.load_values(None, ["init={image: ${oc.env:X}, text: b}"])
     with pytest.raises(ConfigError, match="in a mapping, put values with braces in quotes"):
         config.written_text(values, "init")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files of somebody else
+
+LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]\n" for i in range(9)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (LAUGHS, "its aliases stand for more than 65,536 values"),
+        ("a: &a {a: *a}\n", "its aliases stand for more than 65,536 values"),
+        ("".join(f"k{i}: 1\n" for i in range(70_000)), "it holds more than 65,536 values"),
+        ("a: " + "[" * 100_000, "its values are nested deeper than 64 levels"),
+        ("a: " + "{a: " * 100 + "1" + "}" * 100, "its values are nested deeper than 64 levels"),
+        ("a: " + "x" * (5 << 20), "bytes, more than 4,194,304"),
+        ("a: 1\na: 2\n", "found duplicate key a"),
+        ("a: !!python/object/apply:os.system [exit]\n", "could not determine a constructor for the tag"),
+        ("a: ${" + "${" * 5000, "is not readable YAML"),
+    ],
+)
+def test_a_hostile_file_is_one_short_line(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError) as raised:
+        load_values(tmp_path / "c.yaml", [])
+    message = str(raised.value)
+    assert words in message
+    assert "\n" not in message
+    assert len(message) < 1000
+
+
+@pytest.mark.parametrize(
+    "value", ["${oc.env:SECRET}", "a${oc.env:SECRET,b}", "${oc.decode:'1'}", "${oc.create:{a: 1}}", "${name}"]
+)
+@pytest.mark.parametrize("key", ["name", "inner.anything", "inner.more.x", "inner.lr"])
+def test_the_configuration_of_a_run_folder_reads_no_variable(monkeypatch: pytest.MonkeyPatch, key: str, value: str) -> None:
+    """It may be somebody else's: what the variable holds would be shown, or sent to a hub as the name of a model."""
+    monkeypatch.setenv("SECRET", "s3cr3t")
+    values: Any = value
+    for name in reversed(key.split(".")):
+        values = {name: values}
+    with pytest.raises(ConfigError, match="a saved configuration holds values, not variables") as raised:
+        build(Outer, values, "theirs", partial=True)
+    assert "s3cr3t" not in str(raised.value)
+    # -- sections that are not built are not looked at: a pattern of shards may have such text
+    assert build(Outer, {"other": value}, "theirs", partial=True) == Outer()

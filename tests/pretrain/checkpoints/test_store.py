@@ -1,6 +1,7 @@
 """A checkpoint folder is complete or not there, and a damaged one is reported and skipped."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -101,3 +102,52 @@ def test_a_path_that_holds_no_run_is_refused(tmp_path: Path) -> None:
         store.find(tmp_path / "gone")
     with pytest.raises(UserError, match="holds no complete checkpoint"):
         store.find(tmp_path)
+
+
+def test_rotation_deletes_a_link_and_not_what_it_leads_to(tmp_path: Path) -> None:
+    """Somebody moved a checkpoint to a larger disk and left a link."""
+    checkpoints, elsewhere = tmp_path / "checkpoints", tmp_path / "disk"
+    checkpoints.mkdir()
+    save(checkpoints, 1).rename(elsewhere)
+    (checkpoints / "step-0000001").symlink_to(elsewhere)
+    save(checkpoints, 2, keep=1)
+    assert [folder.name for folder in store.list_folders(checkpoints)] == ["step-0000002"]
+    assert not os.path.lexists(checkpoints / "step-0000001")
+    assert store.integrity_error(elsewhere) is None
+
+
+def test_a_checkpoint_that_cannot_be_deleted_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file on a network disk that another process reads: the folder around it cannot be removed."""
+    save(tmp_path, 1)
+    remove = shutil.rmtree
+
+    def busy(folder: Path, **options: bool) -> None:
+        if folder.name == "step-0000001":
+            raise OSError(39, "Directory not empty", str(folder))
+        remove(folder, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    assert save(tmp_path, 2, keep=1).name == "step-0000002"
+    assert store.integrity_error(tmp_path / "step-0000002") is None
+    assert store.find_newest(tmp_path, print) == tmp_path / "step-0000002"
+
+
+def test_abandoned_checkpoints_are_removed_only_for_a_good_one_of_the_branch(tmp_path: Path) -> None:
+    one, _ = save(tmp_path, 1), save(tmp_path, 2)
+    assert [folder.name for folder in store.set_aside(tmp_path, one, 1)] == ["step-0000002"]
+    aside = tmp_path / "abandoned/step-0000002"
+
+    def branch(step: int, good: Path | None, is_good: bool = False) -> Path:
+        def state(folder: Path) -> None:
+            (folder / "trainer.pt").write_bytes(b"")
+
+        return store.save(tmp_path, step, {"w": torch.zeros(1)}, lambda _: None, state, keep=3, good=good, is_good=is_good)
+
+    two = branch(2, None)
+    branch(3, one)  # of the branch's origin: it says nothing about the branch
+    assert store.integrity_error(aside) is None
+    branch(4, two)
+    assert not aside.exists()
+    store.set_aside(tmp_path, one, 1)
+    branch(5, None, is_good=True)
+    assert not (tmp_path / "abandoned").exists()

@@ -300,7 +300,7 @@ def test_a_branch_that_was_killed_before_it_saved_still_wins(small: Small, in_tm
     with pytest.raises(ValueError, match="a bug"):
         pretrain(small, "r", *branch, *failing("crash", 2))
     assert steps("r") == [2]
-    assert sorted(path.name for path in Path("runs/r/checkpoints/abandoned").iterdir()) == ["step-0000004", "step-0000006"]
+    assert sorted(path.name for path in Path("runs/r/checkpoints/abandoned").glob("step-*")) == ["step-0000004", "step-0000006"]
     assert pretrain(small, "r", "train.steps=4", "train.save_every=1") == 0
     assert steps("r") == [2, 3, 4]
 
@@ -335,6 +335,8 @@ def test_a_branch_in_another_folder_wins_over_what_lies_there(
     assert pretrain(small, "a", "train.steps=4", "train.save_every=2") == 0
     assert pretrain(small, "b", "train.steps=6", "train.save_every=2", "optim.lr=1e-4", f"data.val={small.val}") == 0
     assert (in_tmp / "runs/b/checkpoints/best").exists()
+    for folder in (in_tmp / "runs/b/checkpoints").glob("step-*"):  # usable ones would be refused, see below
+        (folder / "model.safetensors").write_bytes(b"")
     branch = ["resume=runs/a/checkpoints/step-0000004", "train.steps=5", "train.keep=1"]
     # -- it is killed before it saves: neither its own checkpoints nor step 0 are gone on with
     with pytest.raises(ValueError, match="a bug"):
@@ -453,9 +455,38 @@ def test_a_checkpoint_that_was_set_aside_is_not_replaced_by_resuming_from_it(
     aside = Path("runs/r/checkpoints/abandoned/step-0000004")
     before = (aside / "model.safetensors").read_bytes()
     capsys.readouterr()
-    assert pretrain(small, "r", "train.steps=6", *keep, f"resume={aside}") == 1
-    assert "would replace it: the run has another step-0000004" in error_line(capsys)
+    assert pretrain(small, "r", "train.steps=6", *keep, f"resume={aside}") == 0
     assert (aside / "model.safetensors").read_bytes() == before
+    assert [path.name for path in Path("runs/r/checkpoints/abandoned/2").iterdir()] == ["step-0000004"]
+    assert steps("r") == [6]
+
+
+def test_abandoned_checkpoints_stay_until_the_branch_has_a_good_one(small: Small, in_tmp: Path) -> None:
+    """The first save of a branch whose later steps are all skipped: those weights may be bad, and what it left is kept."""
+    every = ["train.save_every=1", "train.keep=1"]
+    assert pretrain(small, "r", "train.steps=4", "train.keep=0", "train.save_every=2") == 0
+    branch = ["resume=runs/r/checkpoints/step-0000002", "train.steps=9", "train.max_skipped=3", *every]
+    assert pretrain(small, "r", *branch, *failing("nan", 1)) == 1
+    assert (in_tmp / "runs/r/checkpoints/abandoned/step-0000004/manifest.json").exists()
+    # -- a branch without the fault, from what was left: in the end it has a good checkpoint of its own
+    assert pretrain(small, "r", "resume=runs/r/checkpoints/abandoned/step-0000004", "train.steps=6", *every) == 0
+    assert not (in_tmp / "runs/r/checkpoints/abandoned").exists()
+
+
+def test_resuming_from_another_run_sets_no_run_aside(small: Small, in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`resume=runs/other/...` with `run` forgotten: the folder's own checkpoints stay where they are."""
+    for run in ("one", "two"):
+        assert pretrain(small, run, "train.steps=2") == 0
+    capsys.readouterr()
+    origin = "runs/two/checkpoints/step-0000002"
+    assert pretrain(small, "one", "train.steps=3", f"resume={origin}") == 2
+    line = error_line(capsys)
+    for words in (origin, "outside the run folder runs/one", "resume=auto", "another run=NAME"):
+        assert words in line
+    assert steps("one") == [2]
+    # -- damaged checkpoints do not count: resume=PATH is the way out of them
+    (in_tmp / "runs/one/checkpoints/step-0000002/model.safetensors").write_bytes(b"")
+    assert pretrain(small, "one", "train.steps=3", f"resume={origin}") == 0
 
 
 def test_a_folder_that_is_removed_while_training_hides_no_error(in_tmp: Path) -> None:

@@ -1,0 +1,81 @@
+"""What a run that resumes takes from its checkpoint, and what must not differ from it.
+
+The same command can mean another model after an upgrade, because fields that the configuration leaves out take new defaults.
+Weights of the same shapes then load without an error. So the fields that decide what the model computes are compared with
+those that the checkpoint was saved with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pretrain import config as configuration
+from pretrain.checkpoints import loading
+from pretrain.data.text import load_tokenizer
+from pretrain.errors import ConfigError
+from pretrain.model import ModelSchema
+
+T = TypeVar("T", bound=ModelSchema)
+
+IDENTITY = {
+    "image": ("tower", "size", "stem", "mean", "std", "resize", "pad_color", "interpolation", "pool"),
+    "text": ("tower", "length", "pool"),
+    "model": ("dim", "projection"),
+}
+"""By section: fields that change what the model computes, while its weights may keep their names and shapes."""
+
+
+def without_weights(config: T, checkpoint: Path | None) -> T:
+    """Return the configuration to build a resumed model from: the image tower loads no weights, as the checkpoint holds them.
+
+    The mean and standard deviation that came with those weights are the checkpoint's, where the configuration sets none.
+    """
+    saved = _read(checkpoint).get("image") if checkpoint is not None else None
+    image = config.image
+    if not isinstance(saved, dict) or not all(saved.get(key) and hasattr(image, key) for key in ("mean", "std")):
+        return config
+    statistics = {key: getattr(image, key) or [float(value) for value in saved[key]] for key in ("mean", "std")}
+    return replace(config, image=replace(image, pretrained=False, weights=None, **statistics))
+
+
+def refuse_other_model(config: ModelSchema, tokenizer: Any, checkpoint: Path | None) -> None:
+    """Refuse to resume with another model or tokenizer than the checkpoint was saved with.
+
+    config: as checkpoints hold it (`model.portable_config`). Raises ConfigError, which names the key and both values.
+    """
+    if checkpoint is None:
+        return
+    saved, now = _read(checkpoint), configuration.to_dict(config)
+    for section, keys in IDENTITY.items():
+        old, new = saved.get(section), now.get(section)
+        if not isinstance(old, dict) or not isinstance(new, dict):
+            continue
+        for key in keys:
+            if key in old and key in new and old[key] != new[key]:
+                raise ConfigError(
+                    f"cannot resume {checkpoint}: {section}.{key} is {new[key]!r} now and was {old[key]!r}; set "
+                    f"{section}.{key}={_setting(old[key])}, or start another run from its weights: run=NEW init={checkpoint}"
+                )
+    folder = checkpoint / loading.TOKENIZER
+    if tokenizer is None or not folder.is_dir():
+        return
+    old = load_tokenizer(folder)
+    if old.get_vocab() != tokenizer.get_vocab():
+        raise ConfigError(
+            f"cannot resume {checkpoint}: the tokenizer has {len(tokenizer)} tokens now, and other ones than the {len(old)} "
+            f"of the checkpoint; text.tokenizer={folder} is the one that it was trained with"
+        )
+
+
+def _read(checkpoint: Path) -> dict[str, Any]:
+    path = checkpoint / "config.yaml"
+    return configuration.read_yaml(path) if path.exists() else {}
+
+
+def _setting(value: Any) -> str:
+    """Return a value as it is written behind key=."""
+    if isinstance(value, list):
+        return f"[{','.join(map(_setting, value))}]"
+    return "null" if value is None else str(value)
