@@ -22,7 +22,6 @@ T = TypeVar("T", bound=ModelSchema)
 IDENTITY = {
     "image": ("tower", "size", "stem", "mean", "std", "resize", "pad_color", "interpolation", "pool"),
     "text": ("tower", "length", "pool"),
-    "model": ("dim", "projection"),
 }
 """By section: fields that change what the model computes, while its weights may keep their names and shapes."""
 
