@@ -2,7 +2,11 @@
 
 Each block of a tower gathers its weights just before it runs and frees them afterwards. Everything else (embeddings,
 projections, scalars) is one more group, which stays gathered from the forward to the backward pass. Shards and optimizer
-state are float32. Under bf16 and fp16 the blocks gather and compute in that type; gradients are reduced in float32.
+state are float32, and gradients are reduced in float32.
+
+The arithmetic is that of single and ddp. Under bf16 and fp16 autocast rounds the weights of matrix products, so a block gathers
+these in that type already, at half the bytes. What autocast leaves in float32 is gathered in float32: the gains of norms and
+layer scales, as a second small group of each block. Activations are never cast between blocks.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as td
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -45,17 +49,29 @@ class FSDP2(Single):
                 td.broadcast(tensor, 0)  # all shards must come from the same weights
         mesh = init_device_mesh(self.device.type, (distributed.world_size(),))
         self.blocks = find_blocks(model)
-        param_dtype = None if self.precision == "fp32" else DTYPES[self.precision]
         for block in self.blocks:
-            policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=_weight_dtype(block))
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-        fully_shard(model, mesh=mesh)
+            self._shard_block(block, mesh)
+        fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
         self.module = self.model = model
         assert isinstance(model, FSDPModule)
         for name, p in model.named_parameters():
             assert isinstance(p, DTensor), f"{name} is not sharded"
             assert p.device_mesh.size() == distributed.world_size(), f"{name} is sharded over {p.device_mesh.size()} processes"
         self._prepare()
+
+    def _shard_block(self, block: nn.Module, mesh: DeviceMesh) -> None:
+        """Shard one block so that it computes as it would unsharded under autocast."""
+        param_dtype = None if self.precision == "fp32" else DTYPES[self.precision]
+        if param_dtype is not None:
+            exact_modules, exact_parameters = find_exact(block)
+            if exact_parameters:  # of modules that also hold weights of products: the whole block is gathered in float32
+                param_dtype = None
+            elif exact_modules:
+                fully_shard(exact_modules, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+        policy = MixedPrecisionPolicy(
+            param_dtype=param_dtype, reduce_dtype=_weight_dtype(block) if param_dtype else None, cast_forward_inputs=False
+        )
+        fully_shard(block, mesh=mesh, mp_policy=policy)
 
     def compile(self, backend: str = "inductor") -> None:
         for block in self.blocks:  # block by block, so that the hooks that gather weights do not break a graph
@@ -92,6 +108,28 @@ class FSDP2(Single):
 def _weight_dtype(block: nn.Module) -> torch.dtype:
     """Return the type of a block's weights, in which its gradients are reduced: float32; float64 in tests."""
     return next(block.parameters()).dtype
+
+
+PRODUCTS = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.Embedding)
+"""Modules that use their parameters in products only, whose factors autocast rounds, and tables that are looked up."""
+
+
+def find_exact(block: nn.Module) -> tuple[list[nn.Module], list[str]]:
+    """Return what autocast uses in float32 in a block: modules that hold nothing else, and single parameters of the others.
+
+    They are parameters of at most one dimension outside PRODUCTS: gains and biases of norms, layer scales.
+    """
+    modules, parameters = [], []
+    for prefix, module in block.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        if not own or isinstance(module, PRODUCTS):
+            continue
+        exact = [name for name, p in own.items() if p.ndim <= 1]
+        if len(exact) == len(own) and module is not block and not any(module.children()):
+            modules.append(module)
+        else:
+            parameters += [f"{prefix}.{name}" if prefix else name for name in exact]
+    return modules, parameters
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:
