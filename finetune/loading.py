@@ -68,7 +68,8 @@ class Finetuned:
         `train` names shards from which baselines are computed, instead of the run's training shards.
         """
         setup = EvalSetup(self.decoders, device, precision, config, train=train if train is not None else self.train)
-        return self.task.evaluate(self.model.to(device), shards, setup)
+        with encoders.on_device(self.model, self.config, device) as model:
+            return self.task.evaluate(model, shards, setup)
 
 
 def is_finetuned(run: str | Path) -> bool:

@@ -21,7 +21,8 @@ from pretrain.checkpoints import warm_start
 from pretrain.data.loader import Batch, Loader
 from pretrain.embedding.split import eval_mode
 from pretrain.errors import ConfigError, UserError
-from pretrain.model import describe_weights, portable_config
+from pretrain.model import describe_weights, portable_config, set_performance
+from pretrain.runtime import distributed
 from pretrain.runtime.console import log_info
 from pretrain.training.loop import Outcome, fit
 from pretrain.training.session import (
@@ -43,7 +44,7 @@ def train(config: FinetuneConfig) -> Outcome:
         for line in describe_weights(parts.model.encoder, config.init) if session.checkpoint is None else ():
             log_info(line)
         portable = inline(parts)
-        session.write_config()
+        session.write_config(parts.model)
         identity = {"task": f"{config.task.name} {_digest(portable.task)}"}
         merge_adapters = freeze.build_adapter_merger(config.adapt)
         plan = session.build_plan(
@@ -102,6 +103,7 @@ def build(config: FinetuneConfig) -> Components:
     model = models.build(encoders, config.fusion, config.context, config.tokens, config.adapt.fork)
     model.head = task.build_head(model)
     freeze.freeze_by_name(model, config.adapt.freeze)
+    set_performance(model, config.performance, distributed.device())
     # -- data
     loader = build_loader(config, task.build_decoders(build_train_decoders(config, tokenizer, encoders)))
     _freeze_unused(model, task, loader.first_samples(2))

@@ -138,7 +138,6 @@ def run(
     """
     begin = time.perf_counter()
     weights = load_pretrained(tuned, init)
-    tuned.model.to(device)
     decoders = encoders.build_decoders(
         tuned.config, tuned.tokenizer, tuned.model.encoder, caption or _evaluation_caption(tuned)
     )
@@ -149,7 +148,8 @@ def run(
         return task_metrics | {name: value for name, value in metrics.items() if "_R@" in name}
 
     primary = tuned.task.primary_metric
-    rows = measure_curve(tuned, weights, alphas, measure)
+    with encoders.on_device(tuned.model, tuned.config, device):
+        rows = measure_curve(tuned, weights, alphas, measure)
     best = max(rows, key=lambda row: row[primary])["alpha"]
     if out is not None:
         save_run(tuned, interpolate({k: v.to(device) for k, v in weights.items()}, tuned.model.state_dict(), best), out)

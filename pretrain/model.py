@@ -6,8 +6,10 @@ Legend: b = samples, k = texts a sample, N = tokens, P = width of a pooled vecto
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +21,11 @@ from pretrain.data.images import AugmentConfig, ImageDecoder
 from pretrain.data.text import TextDecoder
 from pretrain.errors import ConfigError
 from pretrain.ops import WHITE
+from pretrain.runtime import performance
+from pretrain.runtime.performance import PerformanceConfig
 from pretrain.towers import TokenSequence, Tower
 
+M = TypeVar("M", bound=nn.Module)
 LOGIT_SCALE = math.log(1 / 0.07)
 """Logarithm of CLIP's initial scale."""
 MAX_LOGIT_SCALE = math.log(100)
@@ -54,7 +59,7 @@ class ModelConfig:
 
 @dataclass
 class ModelSchema:
-    """The part of a configuration that defines the model; loading a checkpoint reads no other part."""
+    """The part of a configuration that defines the model and how it is computed; loading a checkpoint reads no other part."""
 
     image: Any = component_field(registry.get_component, "towers", "tower", "timm")
     """The image tower."""
@@ -64,6 +69,8 @@ class ModelSchema:
     """Towers of further modalities, by name: each other section with the key `tower` (audio: {tower: my.module})."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The shared space."""
+    performance: PerformanceConfig = field(default_factory=PerformanceConfig)
+    """How GPUs compute the model; may change when a run is resumed."""
 
 
 class DualEncoder(nn.Module):
@@ -191,6 +198,33 @@ def build(towers: dict[str, Any], config: ModelConfig, tokenizer: Any = None) ->
                 f"{tower.pooled_width} numbers, model.dim={config.dim}"
             )
     return DualEncoder(built, config.dim, scale, config.logit_bias, projected)
+
+
+def set_performance(model: nn.Module, config: PerformanceConfig, device: torch.device) -> None:
+    """Set how the towers inside a model are computed on `device`: memory format of images, precision of normalization."""
+    on_gpu = device.type == "cuda"
+    for module in model.modules():
+        if isinstance(module, Tower):
+            module.set_channels_last(config.channels_last == "true" or (config.channels_last == "auto" and on_gpu))
+        if isinstance(getattr(module, "_fast_norm", None), bool):  # timm's layers read set_fast_norm() while they are built
+            cast(Any, module)._fast_norm = config.fast_norm and on_gpu
+
+
+@contextmanager
+def on_device(model: M, config: ModelSchema, device: torch.device) -> Iterator[M]:
+    """Move a loaded model to `device` and yield it; inside the block its `performance` settings are in force."""
+    with performance.process_settings(config.performance):
+        set_performance(model, config.performance, device)
+        yield model.to(device)
+
+
+def read_performance(model: nn.Module) -> dict[str, Any]:
+    """Return how the towers inside a model are computed: modalities with channels_last, and whether any norm is fast."""
+    modules = list(model.modules())
+    return {
+        "channels_last": [m.modality for m in modules if isinstance(m, Tower) and getattr(m, "channels_last", False)],
+        "fast_norm": any(getattr(m, "_fast_norm", False) for m in modules),
+    }
 
 
 def describe_weights(model: DualEncoder, init: Any = None) -> list[str]:

@@ -91,7 +91,7 @@ def train(config: PretrainConfig) -> Outcome:
             log_info(export.describe_formats(components.model, config, components.eval_decoders))
         portable = models.portable_config(config, components.model)
         resuming.refuse_other_model(portable, components.tokenizer, session.checkpoint)
-        session.write_config()
+        session.write_config(components.model)
         flop_counter = FlopCounter(components.model) if session.device.type == "cuda" else None
         plan = session.build_plan(components.loader, portable, components.tokenizer, "image_to_text_R@1", flops=flop_counter)
         pair_loss = registry.get_component("losses", config.loss.name).build(config.loss).to(session.device)
@@ -141,6 +141,7 @@ def build(config: PretrainConfig) -> Components:
     if config.model.logit_bias is None:
         config.model.logit_bias = loss.LOGIT_BIAS
     tokenizer, model = build_encoders(config)
+    models.set_performance(model, config.performance, distributed.device())
     loader = build_loader(config, build_train_decoders(config, tokenizer, model))
     return Components(tokenizer, model, loader, build_eval_decoders(config, tokenizer, model))
 

@@ -42,6 +42,7 @@ from pretrain.data import loader, vocabulary
 from pretrain.data.config import resolve_sources
 from pretrain.data.vocabulary import Vocabulary
 from pretrain.errors import ConfigError, UserError, closest
+from pretrain.model import on_device
 from pretrain.runtime import distributed
 from pretrain.runtime.agree import gather_or_raise
 
@@ -195,7 +196,8 @@ def _average(values: list[tuple[str, float]]) -> float:
 def evaluate_checkpoint(tuned: Finetuned, shards: Any, config: GroundingConfig, device: torch.device) -> dict[str, Any]:
     """Return the metrics of a checkpoint, with its folder, step, data and method, as plain values."""
     start = time.perf_counter()
-    metrics = evaluate_grounding(tuned, shards, config, device)
+    with on_device(tuned.model, tuned.config, device):
+        metrics = evaluate_grounding(tuned, shards, config, device)
     return {
         "checkpoint": str(tuned.folder),
         "step": tuned.step,

@@ -55,8 +55,8 @@ class Plan:
         return self.chosen.flops / (peak_flops(self.gpu, self.config.train.precision, self.uses_tf32()) * USAGE)
 
     def uses_tf32(self) -> bool:
-        """Whether the run's fp32 products are computed in TF32: only if the configuration has a setting that says so."""
-        return bool(getattr(getattr(self.config, "performance", None), "tf32", False))
+        """Whether the run's fp32 products are computed in TF32."""
+        return self.config.performance.tf32
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain values: bytes, samples, seconds."""

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from pretrain import model as models
 from pretrain.checkpoints.loading import LoadedModel, load_model
 from pretrain.data.batch import Batch
 from pretrain.data.captions import TXT, check_caption_source, has_several_captions
@@ -42,7 +43,7 @@ from pretrain.embedding.options import Options
 from pretrain.embedding.parquet import Layout, Writer
 from pretrain.embedding.work_queue import ProgressBar, WorkQueue
 from pretrain.errors import ConfigError, UserError, closest
-from pretrain.runtime import distributed, preflight
+from pretrain.runtime import distributed, performance, preflight
 from pretrain.runtime.agree import on_main
 from pretrain.runtime.console import format_duration, log_info
 from pretrain.runtime.entrypoint import DONE, STOPPED, EarlyStop, raise_on_stop_signals, run_with_exit_code
@@ -342,9 +343,12 @@ def run(args: argparse.Namespace) -> int:
         with raise_on_stop_signals():
             preflight.check_launcher()
             preflight.watch_parent()
+            performance.prepare_environment(performance.PerformanceConfig())  # before CUDA initializes, and the run is read
             distributed.setup()
             distributed.pin_threads(0)
-            summary = embed(load_model(args.run), parsed, distributed.device())
+            loaded = load_model(args.run)
+            with models.on_device(loaded.model, loaded.config, distributed.device()):
+                summary = embed(loaded, parsed, distributed.device())
             if summary is not None:
                 print(json.dumps(asdict(summary)) if args.json else summary, flush=True)
             return DONE

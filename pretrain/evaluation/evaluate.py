@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from pretrain import model as models
 from pretrain.checkpoints.loading import LoadedModel
 from pretrain.config import check_numbers
 from pretrain.data import loader
@@ -178,8 +179,8 @@ def evaluate_checkpoint(
                 f"linear_probe is trained on the image tower's own output, which {shards} does not hold: give shards"
             )
         embedded = dataset.load(shards, loaded, config.label)
-    model = loaded.model.to(device)
-    metrics = evaluate(model, loaded.decoders, shards, config, device, precision, embedded=embedded)
+    with models.on_device(loaded.model, loaded.config, device) as model:
+        metrics = evaluate(model, loaded.decoders, shards, config, device, precision, embedded=embedded)
     return {
         "checkpoint": str(loaded.folder),
         "step": loaded.step,

@@ -9,6 +9,7 @@
     signals.py       SIGINT, SIGTERM and SIGUSR1: save and stop at the same step on all processes
     orphans.py       no process outlives the one that started it
     memory.py        peak memory; the error message for out of memory
+    performance.py   settings of torch that decide speed and determinism
     gpus.py          memory and peak throughput of GPUs, by name
     console.py       log lines of rank 0, the progress bar, durations
     files.py         files that are written atomically

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, ParamSpec
 
-from pretrain.config import find_config
+from pretrain.config import find_config, load_values
 from pretrain.config.static_schema import check_settings
 from pretrain.errors import ConfigError, UserError
 from pretrain.printable import one_safe_line
@@ -99,7 +99,7 @@ def run(config: str, settings: list[str], dry_run: bool, module: str = "pretrain
     check_settings(path, settings, module)  # before torch is imported, which takes seconds
     import importlib
 
-    from pretrain.runtime import distributed, preflight
+    from pretrain.runtime import distributed, performance, preflight
     from pretrain.runtime.console import log_info
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers run in parallel already
@@ -107,6 +107,8 @@ def run(config: str, settings: list[str], dry_run: bool, module: str = "pretrain
         trainer: Any = importlib.import_module(f"{module}.train")
         preflight.check_launcher()
         preflight.watch_parent()
+        early = performance.read_early(load_values(path, settings), str(path))
+        performance.prepare_environment(early.performance, early.train.deterministic)
         distributed.setup()
         try:
             loaded = trainer.load_config(path, settings)

@@ -92,6 +92,9 @@ class Tower(nn.Module):
                 f"{self.modality}.checkpointing=true: this tower cannot recompute activations; use checkpointing=false"
             )
 
+    def set_channels_last(self, on: bool) -> None:
+        """Compute convolutions on NHWC maps, or stop doing so; no effect on towers that are not convolutional."""
+
     # -----------------------------------------------------------------------------------------------------------------
     # Freezing
 

@@ -131,6 +131,8 @@ class ImageTower(Tower):
         self.model = model
         self.config = config
         self.mean_pool = config.pool == "avg"
+        self.channels_last = False
+        """Whether images are given to the model in NHWC. Convolutions keep that format, whatever that of their weights."""
         published = cast(dict[str, Any], model.pretrained_cfg) if config.weights or loads_published(config) else {}
         self.statistics = (
             [float(m) for m in config.mean or published.get("mean", CLIP_MEAN)],
@@ -168,6 +170,8 @@ class ImageTower(Tower):
 
     def normalize(self, images: Tensor) -> Tensor:
         """Convert uint8 images (b, 3, S, S) to normalized floats; floats are returned unchanged."""
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
         if images.dtype != torch.uint8:
             return images
         mean, std = cast(Tensor, self.mean), cast(Tensor, self.std)
@@ -224,6 +228,18 @@ class ImageTower(Tower):
         args = {key: value for key, value in args.items() if key not in RESERVED_ARGS}
         name = model.pretrained_cfg["architecture"] if ":" in self.config.name else self.config.name
         return {"name": name, "pretrained": False, "weights": None, "mean": mean, "std": std, "args": args}
+
+    @property
+    def is_convolutional(self) -> bool:
+        """Whether the model has more convolutions than the patch embedding of a vision transformer."""
+        return sum(isinstance(module, nn.Conv2d) for module in self.model.modules()) > 1
+
+    def set_channels_last(self, on: bool) -> None:
+        """Give images to a convolutional model in NHWC, or stop doing so.
+
+        Weights stay in NCHW: FSDP2 and safetensors take no other format, and a copy of a weight costs little beside the maps.
+        """
+        self.channels_last = on and self.is_convolutional
 
     def set_checkpointing(self, on: bool) -> None:
         """Recompute activations in the backward pass, or stop. Raises ConfigError where timm's model cannot."""

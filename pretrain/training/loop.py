@@ -84,6 +84,9 @@ class TrainConfig:
     """Write the keys of every consumed sample to audit-RANK.jsonl."""
     compile: bool = False
     """torch.compile the model (minutes at the start, faster steps on GPUs)."""
+    deterministic: bool = False
+    """On GPUs: use only kernels whose result does not vary from run to run, where bits matter more than speed. Resuming is then
+    bit for bit on the same kind of GPU and number of processes, as it is on CPUs in any case."""
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Accelerate's trackers that receive the metrics: tensorboard, wandb, mlflow, ...; [] = none."""
     threads: int = 0

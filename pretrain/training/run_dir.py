@@ -14,7 +14,7 @@ import weakref
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 
@@ -165,8 +165,11 @@ class RunFolder:
             except OSError:
                 log_info(f"{path} does not say that the run failed: {error}")
 
-    def write_environment(self, threads: int) -> None:
-        """Write environment.json: versions, git revision, command, CPU threads per process, GPUs."""
+    def write_environment(self, threads: int, performance: dict[str, Any]) -> None:
+        """Write environment.json: versions, git revision, command, CPU threads per process, GPUs, settings of torch.
+
+        performance: the settings in force, as they were read back.
+        """
         if not distributed.is_main():
             return
         versions = {name: metadata.version(name) for name in LIBRARIES if _is_installed(name)}
@@ -182,6 +185,7 @@ class RunFolder:
                 "processes": distributed.world_size(),
                 "threads": threads,
                 "gpus": gpus,
+                "performance": performance,
             },
         )
 

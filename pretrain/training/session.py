@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pretrain import config as configuration
 from pretrain import model as models
@@ -33,7 +33,7 @@ from pretrain.data.loader import Loader
 from pretrain.errors import ConfigError, UserError
 from pretrain.model import DualEncoder, ModelSchema
 from pretrain.printable import format_count, hide_secrets_in
-from pretrain.runtime import distributed, preflight
+from pretrain.runtime import distributed, performance, preflight
 from pretrain.runtime.agree import on_main
 from pretrain.runtime.console import log_info
 from pretrain.strategies import Strategy
@@ -68,11 +68,11 @@ class Session:
     device: torch.device
     threads: int
 
-    def write_config(self) -> None:
+    def write_config(self, model: nn.Module) -> None:
         """Write config.yaml and environment.json into the run folder."""
         if distributed.is_main():
             configuration.save(self.config, self.folder.path / "config.yaml")
-        self.folder.write_environment(self.threads)
+        self.folder.write_environment(self.threads, performance.read_settings() | models.read_performance(model))
 
     def build_plan(
         self,
@@ -130,7 +130,8 @@ def open_session(config: Any) -> Iterator[Session]:
     folder = RunFolder(config.run)
     folder.open()
     try:
-        yield Session(config, folder, find_checkpoint(config, folder), device, threads)
+        with performance.process_settings(config.performance, config.train.deterministic):
+            yield Session(config, folder, find_checkpoint(config, folder), device, threads)
     except BaseException:
         folder.remove_empty()
         raise
