@@ -65,11 +65,12 @@ def estimate(config: PretrainConfig, model: ModelSize, world: int, overhead: boo
     """Estimate one step of one process of `world`. overhead: count what CUDA and NCCL keep, which a CPU does not."""
     train, word = config.train, config.train.strategy
     share = config.data.batch_size // world
+    shards = world // train.replicas
     memory = {
-        "weights": _weights(word, model, world, train.precision) + model.buffers,
-        "gradients": _gradients(word, model, world, train.chunks),
-        "optimizer": _optimizer(word, model, world, train.offload),
-        "average": _average(word, model, world) if config.optim.average else 0,
+        "weights": _weights(word, model, shards, train.precision) + model.buffers,
+        "gradients": _gradients(word, model, shards, train.chunks),
+        "optimizer": _optimizer(word, model, shards, train.offload),
+        "average": _average(word, model, shards) if config.optim.average else 0,
         "activations": model.footprint.at(share // train.chunks),
         "loss": _loss(config, model, share, world),
         "gathered features": _gathered(config, model, share, world),
@@ -90,33 +91,33 @@ def estimate(config: PretrainConfig, model: ModelSize, world: int, overhead: boo
     )
 
 
-def _weights(word: str, model: ModelSize, world: int, precision: str) -> int:
+def _weights(word: str, model: ModelSize, shards: int, precision: str) -> int:
     if word == "fsdp2":  # shards, the root module unsharded, and two blocks gathered at a time
         low = 4 if precision == "fp32" else 2
-        return 4 * model.total // world + 4 * model.root + 2 * low * model.block
+        return 4 * model.total // shards + 4 * model.root + 2 * low * model.block
     if word == "zero3":  # shards twice (for the pass, and the master weights), and what is prefetched
-        return (4 * model.total + 4 * model.trainable) // world + 4 * min(model.total, 2 * BUCKET_ELEMENTS)
-    master = 4 * model.trainable // world if word.startswith("zero") else 0
+        return (4 * model.total + 4 * model.trainable) // shards + 4 * min(model.total, 2 * BUCKET_ELEMENTS)
+    master = 4 * model.trainable // shards if word.startswith("zero") else 0
     return 4 * model.total + master
 
 
-def _gradients(word: str, model: ModelSize, world: int, chunks: int) -> int:
+def _gradients(word: str, model: ModelSize, shards: int, chunks: int) -> int:
     full = 4 * model.trainable
     if word in ("single", "ddp", "zero1") or (chunks > 1 and word != "single"):
         return full  # chunks accumulate before anything is sent, so every strategy holds full gradients
     if word == "fsdp2":  # the shard, and what waits to be reduced: the root's and two blocks'
-        return full // world + 4 * model.root + 8 * model.block
-    return full // world + 4 * min(model.trainable, 2 * BUCKET_ELEMENTS)
+        return full // shards + 4 * model.root + 8 * model.block
+    return full // shards + 4 * min(model.trainable, 2 * BUCKET_ELEMENTS)
 
 
-def _optimizer(word: str, model: ModelSize, world: int, offload: bool) -> int:
+def _optimizer(word: str, model: ModelSize, shards: int, offload: bool) -> int:
     if offload:
         return 0
-    return 8 * model.trainable // (1 if word in ("single", "ddp") else world)
+    return 8 * model.trainable // (1 if word in ("single", "ddp") else shards)
 
 
-def _average(word: str, model: ModelSize, world: int) -> int:
-    return 4 * model.trainable // (1 if word in ("single", "ddp") else world)
+def _average(word: str, model: ModelSize, shards: int) -> int:
+    return 4 * model.trainable // (1 if word in ("single", "ddp") else shards)
 
 
 def _loss(config: PretrainConfig, model: ModelSize, share: int, world: int) -> int:
@@ -130,20 +131,26 @@ def _loss(config: PretrainConfig, model: ModelSize, share: int, world: int) -> i
 
 
 def _gathered(config: PretrainConfig, model: ModelSize, share: int, world: int) -> int:
-    """Features of this process and of all processes, with gradients of the same size."""
+    """Features of this process and of all processes, with gradients of the same size; in a ring, of two more processes."""
     local = model.modalities * 4 * share * config.model.dim
+    if getattr(config.loss, "exchange", "gather") == "ring":
+        return 2 * local * (1 + min(2, world - 1))
     return 2 * local * (1 + world if world > 1 else 1)
 
 
 def _network(config: PretrainConfig, model: ModelSize, share: int, world: int) -> dict[str, int]:
     """Bytes that one GPU sends: in a ring, an all-gather or reduce-scatter of n bytes sends n (W - 1) / W."""
-    word, chunks = config.train.strategy, config.train.chunks
-    ring = (world - 1) / world
+    word, chunks, replicas = config.train.strategy, config.train.chunks, config.train.replicas
+    ring, shards = (world - 1) / world, world // config.train.replicas
+    shard_ring = (shards - 1) / shards
     low = 4 if config.train.precision == "fp32" else 2
     gathers = {"fsdp2": 2 if chunks == 1 else 3 * chunks, "zero3": 2 if chunks == 1 else 3 * chunks}.get(word, 0)
     bytes_per_gather = low * (model.total - model.root) + 4 * model.root if word == "fsdp2" else 4 * model.total
-    weights = ring * gathers * bytes_per_gather + (ring * 4 * model.trainable if word in ("zero1", "zero2") else 0)
-    gradients = ring * 4 * model.trainable * (2 if word in ("single", "ddp", "zero1") else 1)
+    weights = shard_ring * gathers * bytes_per_gather + (ring * 4 * model.trainable if word in ("zero1", "zero2") else 0)
+    gradients = shard_ring * 4 * model.trainable * (2 if word in ("single", "ddp", "zero1") else 1)
+    gradients += 2 * (replicas - 1) / replicas * 4 * model.trainable / shards  # the shards' mean over replicas
+    if config.train.gradient_compression == "bf16":
+        gradients /= 2
     if word == "zero1":
         gradients /= 2
     features = (

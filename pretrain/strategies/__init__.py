@@ -262,7 +262,15 @@ def check_saved_state(state: Any) -> None:
 # Checking the settings and building a strategy
 
 
-def check(name: str, precision: Precision, compiled: bool, offload: bool, deepspeed: str | None = None) -> None:
+def check(
+    name: str,
+    precision: Precision,
+    compiled: bool,
+    offload: bool,
+    deepspeed: str | None = None,
+    replicas: int = 1,
+    gradient_compression: str = "none",
+) -> None:
     """Raise ConfigError for settings that cannot run on this machine with this many processes."""
     if name not in STRATEGIES:
         raise ConfigError(f"train.strategy={name!r} is not a strategy; the choices are {', '.join(STRATEGIES)}")
@@ -299,6 +307,13 @@ def check(name: str, precision: Precision, compiled: bool, offload: bool, deepsp
         raise ConfigError(
             "train.offload=true moves the optimizer from GPU to CPU memory, and this machine has no GPU; leave it out"
         )
+    processes = distributed.world_size()
+    if replicas != 1 and name != "fsdp2":
+        raise ConfigError(f"train.replicas={replicas} needs train.strategy=fsdp2, not {name}")
+    if replicas < 1 or processes % replicas:
+        raise ConfigError(f"train.replicas={replicas} must divide the number of processes, which is {processes}")
+    if gradient_compression != "none" and name != "ddp":
+        raise ConfigError(f"train.gradient_compression={gradient_compression} needs train.strategy=ddp, not {name}")
     if deepspeed is not None:
         if not is_zero:
             raise ConfigError(f"train.deepspeed={deepspeed} needs train.strategy=zero1, zero2 or zero3, not {name}")
@@ -312,6 +327,8 @@ def build_strategy(
     device: torch.device,
     offload: bool = False,
     deepspeed: str | None = None,
+    replicas: int = 1,
+    gradient_compression: str = "none",
 ) -> Strategy:
     """Build the strategy that train.strategy names.
 
@@ -322,6 +339,10 @@ def build_strategy(
     file, arguments = STRATEGIES[name]
     if offload:
         arguments = {**arguments, "offload": True}
+    if replicas != 1:
+        arguments = {**arguments, "replicas": replicas}
+    if gradient_compression != "none":
+        arguments = {**arguments, "gradient_compression": gradient_compression}
     if deepspeed:
         arguments = {**arguments, "deepspeed": deepspeed}
     strategy: Strategy = importlib.import_module(f"pretrain.strategies.{file}").build(

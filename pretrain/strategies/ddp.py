@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from pretrain.errors import ConfigError
@@ -33,9 +34,17 @@ class DDP(Single):
     """The replicated model.
 
     Bytes sent per step and process: 2 x 4 x parameters, in buckets during the backward pass.
+
+    gradient_compression: bf16 sends half the bytes. Gradients are rounded to bf16 and summed in it, so they are not exact.
     """
 
     name = "ddp"
+
+    def __init__(
+        self, precision: Precision, optim: OptimConfig, device: torch.device, gradient_compression: str = "none"
+    ) -> None:
+        super().__init__(precision, optim, device)
+        self.gradient_compression = gradient_compression
 
     def setup(self, model: nn.Module) -> None:
         distributed.ensure_group()
@@ -49,6 +58,8 @@ class DDP(Single):
             gradient_as_bucket_view=True,  # one copy of the gradients, not two
         )
         assert self.model.process_group.size() == distributed.world_size()
+        if self.gradient_compression == "bf16":
+            self.model.register_comm_hook(None, bf16_compress_hook)
 
     def apply(self, lr: float) -> StepResult:
         if not self.optimizer.state:  # torch itself would only report a missing gradient at the second step
@@ -64,6 +75,6 @@ class DDP(Single):
         return nullcontext() if is_last_chunk else self.model.no_sync()  # type: ignore[operator]
 
 
-def build(precision: Precision, optim: OptimConfig, device: torch.device) -> DDP:
+def build(precision: Precision, optim: OptimConfig, device: torch.device, gradient_compression: str = "none") -> DDP:
     """Build the strategy."""
-    return DDP(precision, optim, device)
+    return DDP(precision, optim, device, gradient_compression)

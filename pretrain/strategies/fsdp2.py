@@ -35,9 +35,16 @@ class FSDP2(Single):
 
     Bytes sent per step and process: 3 x 4 x parameters, for two gathers and one reduction. Under bf16 and fp16 the blocks
     gather 2 bytes per parameter.
+
+    replicas: groups of processes that hold all weights each (hybrid sharding, HSDP). Weights are gathered within a group, of
+    consecutive ranks; gradients are reduced within it, and their shards averaged over groups.
     """
 
     name = "fsdp2"
+
+    def __init__(self, precision: Precision, optim: OptimConfig, device: torch.device, replicas: int = 1) -> None:
+        super().__init__(precision, optim, device)
+        self.replicas = replicas
 
     def setup(self, model: nn.Module) -> None:
         distributed.ensure_group()
@@ -47,7 +54,7 @@ class FSDP2(Single):
         with torch.no_grad():
             for tensor in [*model.parameters(), *model.buffers()]:
                 td.broadcast(tensor, 0)  # all shards must come from the same weights
-        mesh = init_device_mesh(self.device.type, (distributed.world_size(),))
+        mesh = self._build_mesh()
         self.blocks = find_blocks(model)
         for block in self.blocks:
             self._shard_block(block, mesh)
@@ -58,6 +65,14 @@ class FSDP2(Single):
             assert isinstance(p, DTensor), f"{name} is not sharded"
             assert p.device_mesh.size() == distributed.world_size(), f"{name} is sharded over {p.device_mesh.size()} processes"
         self._prepare()
+
+    def _build_mesh(self) -> DeviceMesh:
+        """Return the mesh over which weights are sharded: one axis, or replicas x shards."""
+        processes = distributed.world_size()
+        if self.replicas == 1:
+            return init_device_mesh(self.device.type, (processes,))
+        shape = (self.replicas, processes // self.replicas)
+        return init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
     def _shard_block(self, block: nn.Module, mesh: DeviceMesh) -> None:
         """Shard one block so that it computes as it would unsharded under autocast."""
@@ -144,6 +159,6 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
     return [block for child in model.children() for block in find_blocks(child)]
 
 
-def build(precision: Precision, optim: OptimConfig, device: torch.device) -> FSDP2:
+def build(precision: Precision, optim: OptimConfig, device: torch.device, replicas: int = 1) -> FSDP2:
     """Build the strategy."""
-    return FSDP2(precision, optim, device)
+    return FSDP2(precision, optim, device, replicas)

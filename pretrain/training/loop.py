@@ -70,6 +70,11 @@ class TrainConfig:
     models."""
     deepspeed: str | None = None
     """zero1 to zero3: a JSON file with DeepSpeed's own communication and memory settings (launch/deepspeed/); null = ours."""
+    replicas: int = 1
+    """fsdp2: groups of processes that hold all weights each (hybrid sharding), so that weights are gathered within a group
+    only; for example the number of nodes. It must divide the number of processes."""
+    gradient_compression: Literal["none", "bf16"] = "none"
+    """ddp: bf16 halves the bytes that gradients send between processes; it rounds them, so they are not exact."""
     chunks: int = 1
     """Chunks that each process divides its part of the batch into, to save memory: same gradient, same steps (cached step)."""
     save_every: int = 1000
@@ -111,7 +116,15 @@ class TrainConfig:
             if getattr(self, name) < 0:
                 raise ConfigError(f"train.{name}={getattr(self, name)} must be at least 0")
         check_trackers(self.trackers)
-        strategies.check(self.strategy, self.precision, self.compile, self.offload, self.deepspeed)
+        strategies.check(
+            self.strategy,
+            self.precision,
+            self.compile,
+            self.offload,
+            self.deepspeed,
+            self.replicas,
+            self.gradient_compression,
+        )
         check_numbers(self, "train", steps="[0, inf)", samples="[0, inf)", epochs="[0, inf)", timeout="(0, inf)")
 
     def total_steps(self, batch_size: int, order: Order) -> int:

@@ -114,7 +114,14 @@ class Session:
         """Build the strategy that train.strategy names."""
         train = self.config.train
         return strategies.build_strategy(
-            train.strategy, train.precision, self.config.optim, self.device, train.offload, train.deepspeed
+            train.strategy,
+            train.precision,
+            self.config.optim,
+            self.device,
+            train.offload,
+            train.deepspeed,
+            train.replicas,
+            train.gradient_compression,
         )
 
 

@@ -107,6 +107,44 @@ def test_gradients_are_those_of_one_process(name: str, processes: int, record_pr
             assert max(case.loss_error for case in cases) <= bound
 
 
+def replicated_gradients() -> tuple[list[float], list[int]]:
+    """Return the largest gradient errors under fsdp2 with two replicas, for 1 and 2 chunks, and the shape of the mesh."""
+    _, expected = tiny.reference_gradients("clip", tiny.build_batch())
+    strategy = build_strategy("fsdp2", "fp32", OptimConfig(clip_norm=0.0), CPU, replicas=2)
+    strategy.setup(tiny.build_model("clip", torch.float64))
+    strategy.model.train()
+    errors = []
+    for chunks in (1, 2):
+        _, gradients = gradients_of_one_step(strategy, "clip", chunks, 0)
+        errors.append(max(tiny.gradient_errors(gradients, expected).values()))
+        strategy.optimizer.zero_grad()
+    return errors, list(next(strategy.model.parameters()).device_mesh.shape)  # type: ignore[attr-defined]
+
+
+def test_replicas_of_shards_have_the_same_gradients() -> None:
+    for errors, mesh in world.run(replicated_gradients, 4):
+        assert mesh == [2, 2]
+        assert max(errors) <= EXACT["fsdp2"]
+
+
+def compressed_errors() -> tuple[float, float]:
+    """Return the largest gradient error of ddp with gradients sent in bf16, and without."""
+    _, expected = tiny.reference_gradients("clip", tiny.build_batch())
+    errors = []
+    for compression in ("bf16", "none"):
+        strategy = build_strategy("ddp", "fp32", OptimConfig(clip_norm=0.0), CPU, gradient_compression=compression)
+        strategy.setup(tiny.build_model("clip"))
+        _, gradients = gradients_of_one_step(strategy, "clip", 2, 0)
+        errors.append(max(tiny.gradient_errors(gradients, expected).values()))
+    return errors[0], errors[1]
+
+
+def test_compressed_gradients_are_rounded_and_no_worse() -> None:
+    for compressed, plain in world.run(compressed_errors, 2):
+        assert 1e-4 < compressed < 2e-2  # bf16 rounds to 8 bits, 4e-3, once before and once after the sum
+        assert plain < 1e-5
+
+
 def rounded_gradients(name: str) -> dict[str, torch.Tensor]:
     """Return the gradients under bf16 of a model whose gains and layer scales would differ if they were rounded."""
     strategy = start(name, "clip", "bf16", image={"args": {"init_values": 0.1}})

@@ -33,8 +33,9 @@ def skip_without_deepspeed(name: str) -> None:
 
 
 def start(name: str, precision: str = "fp32", loss: str = "siglip", offload: bool = False, **settings: Any) -> Strategy:
-    """Build a strategy with the tiny model."""
-    strategy = build_strategy(name, precision, SETTINGS, CPU, offload)  # type: ignore[arg-type]
+    """Build a strategy with the tiny model. name: as in RELAY."""
+    name, _, replicas = name.partition(" x ")
+    strategy = build_strategy(name, precision, SETTINGS, CPU, offload, replicas=int(replicas or 1))  # type: ignore[arg-type]
     strategy.persistence_threshold = 100  # type: ignore[attr-defined]
     strategy.setup(tiny.build_model(loss, **settings))
     strategy.model.train()
@@ -73,13 +74,12 @@ RELAY = [
     ("fsdp2", 4),
     ("zero3", 2),
     ("zero2", 4),
+    ("fsdp2 x 2", 4),
     ("fsdp2", 2),
     ("zero3", 4),
     ("ddp", 1),
 ]
-
-
-"""(strategy, processes)."""
+"""(strategy, processes); "x 2" = with train.replicas=2."""
 
 
 def run_leg(name: str, number: int, chunks: int, folder: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -282,6 +282,10 @@ def test_frozen_blocks_recomputed_activations_and_every_precision(name: str) -> 
         (("dpp", "fp32", False, False), "single, ddp, fsdp2, zero1, zero2, zero3"),
         (("zero3", "fp32", True, False), "use fsdp2"),
         (("ddp", "fp32", False, True), "zero1, zero2 or zero3"),
+        (("ddp", "fp32", False, False, None, 2), "train.replicas=2 needs train.strategy=fsdp2, not ddp"),
+        (("fsdp2", "fp32", False, False, None, 2), "train.replicas=2 must divide the number of processes, which is 1"),
+        (("fsdp2", "fp32", False, False, None, 0), "train.replicas=0 must divide"),
+        (("fsdp2", "fp32", False, False, None, 1, "bf16"), "train.gradient_compression=bf16 needs train.strategy=ddp"),
     ],
 )
 def test_impossible_settings_are_refused_with_the_reason(arguments: tuple[Any, ...], message: str) -> None:
