@@ -69,6 +69,11 @@ def _add_check(commands: Subparsers[argparse.ArgumentParser]) -> None:
         "--caption", default="txt", metavar="FIELD", help="txt (default), txt:lines (one a line), or a field of the json"
     )
     p.add_argument("--no-decode", action="store_true", help="verify the archives only, not every image and caption")
+    p.add_argument(
+        "--manifest",
+        action="store_true",
+        help="write counts, sizes and digests to shards.json beside the shards, local or in an object store: runs start by it",
+    )
     p.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
     p.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -131,12 +136,15 @@ def check(args: argparse.Namespace) -> int:
     """Run `clipfuse data check`: exit code 1 where anything is wrong with the shards."""
     from launch.cli.progress import progress_bar
     from pretrain.data import check as checking
+    from pretrain.data.shards.counts import manifest_paths, write_manifests
     from pretrain.data.shards.paths import expand_shards
 
+    shards = expand_shards(args.shards, "SHARDS")
+    if args.manifest:
+        manifest_paths(shards)  # whether it can be written, before anything is read
     with progress_bar("checking") as progress:
-        report = checking.check_shards(
-            expand_shards(args.shards, "SHARDS"), not args.no_decode, args.workers, progress, args.caption
-        )
+        report = checking.check_shards(shards, not args.no_decode, args.workers, progress, args.caption, record=args.manifest)
+    manifests = write_manifests(report.records) if args.manifest else []
     if args.json:
         print(json.dumps(hide_secrets_in(report.as_dict())))
         return DONE if report.is_ok else FAILED
@@ -149,6 +157,8 @@ def check(args: argparse.Namespace) -> int:
         print(one_safe_line(f"  {line}"))
     for line in report.captions.format_lines():
         print(one_safe_line(line))
+    for path in manifests:
+        print(one_safe_line(f"{path}: samples, bytes and digests of the shards in its folder"))
     return DONE if report.is_ok else FAILED
 
 

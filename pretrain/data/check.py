@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from pretrain.data import BadSample
@@ -13,10 +13,12 @@ from pretrain.data.captions import TXT, TXT_WHOLE, caption_member, check_caption
 from pretrain.data.decode import decode_image as decode_image
 from pretrain.data.images import EXTENSIONS
 from pretrain.data.members import explain_missing_caption, explain_missing_image
-from pretrain.data.shards.cache import ShardCache, retry_io
+from pretrain.data.shards.cache import ShardCache, digest_file
+from pretrain.data.shards.counts import Record
 from pretrain.data.shards.index import load_index
 from pretrain.data.shards.paths import map_in_processes
 from pretrain.data.shards.reader import ShardReader
+from pretrain.data.shards.transfer import retry_io
 from pretrain.errors import UserError
 
 _MAX_NAMED = 10  # samples named per reason; all are counted
@@ -39,6 +41,8 @@ class CheckReport:
     """One line for each shard that cannot be used at all: training refuses to start with it."""
     empty: list[str] = field(default_factory=list)
     """Shards without samples."""
+    records: dict[str, Record] = field(default_factory=dict)
+    """Samples, size and digest of each undamaged shard by its path, where they were asked for."""
     captions: CaptionStatistics = field(default_factory=CaptionStatistics)
     """Lengths and oddities of the captions of usable samples, if samples were decoded. Odd captions are not bad."""
 
@@ -57,11 +61,14 @@ class CheckReport:
             self.names[reason] = [*self.names.get(reason, []), *names][:_MAX_NAMED]
         self.damaged += other.damaged
         self.empty += other.empty
+        self.records |= other.records
         self.captions.add(other.captions)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as values of JSON."""
-        return {**vars(self), "bad": dict(self.bad), "captions": self.captions.as_dict()}
+        values = {**vars(self), "bad": dict(self.bad), "captions": self.captions.as_dict()}
+        del values["records"]
+        return values
 
 
 class _CheckJob(NamedTuple):
@@ -71,6 +78,7 @@ class _CheckJob(NamedTuple):
     cache: ShardCache
     caption: str
     decode: bool
+    record: bool
 
 
 def check_shards(
@@ -80,6 +88,7 @@ def check_shards(
     progress: Callable[[int, int], None] | None = None,
     caption: str = "txt",
     cache: ShardCache | None = None,
+    record: bool = False,
 ) -> CheckReport:
     """Index every shard and try to read every sample.
 
@@ -90,9 +99,11 @@ def check_shards(
         progress: called with (shards done, shards in total).
         caption: "txt", or the name of the json field that holds captions.
         cache: where fetched shards and indices are kept.
+        record: find the size and the digest of each shard, for its manifest.
     """
     check_caption_source(caption, "--caption")
-    jobs = [_CheckJob(path, cache or ShardCache(), caption, decode) for path in paths]
+    cache = replace(cache or ShardCache(), check_records=not record)  # records that are about to be written again
+    jobs = [_CheckJob(path, cache, caption, decode, record) for path in paths]
     report = CheckReport()
     for done, shard_report in enumerate(map_in_processes(_check_shard, jobs, workers), start=1):
         report.add(shard_report)
@@ -105,7 +116,11 @@ def _check_shard(job: _CheckJob) -> CheckReport:
     """Check one shard; the report of a damaged one says only that."""
     report = CheckReport(shards=1)
     try:
-        shard_index = retry_io(lambda: load_index(job.path, job.cache), job.path)
+        if job.record:
+            job.cache.mark_damaged(job.path)  # a manifest states what is there now, not what the cache holds
+        shard_index = retry_io(lambda: load_index(job.path, job.cache, check_count=not job.record), job.path)
+        if job.record:
+            report.records[job.path] = retry_io(lambda: _describe_shard(job, shard_index.count), job.path)
         report.samples = shard_index.count
         if shard_index.count == 0:
             report.empty.append(job.path)
@@ -124,6 +139,13 @@ def _check_shard(job: _CheckJob) -> CheckReport:
     except UserError as error:
         return CheckReport(shards=1, damaged=[str(error)])
     return report
+
+
+def _describe_shard(job: _CheckJob, count: int) -> Record:
+    """Return samples, size and digest of a shard."""
+    with job.cache.hold(job.path) as path, open(path, "rb") as file:
+        digest = digest_file(file, "blake2b")
+        return Record(count, "", file.tell(), digest)
 
 
 def _add_captions(statistics: CaptionStatistics, reader: ShardReader, sample: int, job: _CheckJob) -> None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from pretrain.config import check_numbers, text_field
 from pretrain.data.captions import check_caption_source
 from pretrain.data.images import AugmentConfig
-from pretrain.data.shards.cache import FETCH_SECONDS, MAX_FETCH_SECONDS, ShardCache
-from pretrain.data.shards.paths import count_samples, expand_shards
+from pretrain.data.order import choose_streams
+from pretrain.data.shards.cache import ShardCache
+from pretrain.data.shards.paths import count_samples, expand_shards, split_patterns
+from pretrain.data.shards.stores import is_pattern, is_store
+from pretrain.data.shards.transfer import CONNECTIONS, FETCH_SECONDS, MAX_FETCH_SECONDS, is_remote
 from pretrain.errors import ConfigError, UserError, closest
 from pretrain.printable import one_safe_line
+from pretrain.runtime import distributed
 from pretrain.runtime.agree import on_main
 
 log = logging.getLogger(__name__)
@@ -36,9 +40,10 @@ class DataConfig:
     """Worker processes per training process, which read and decode; 0 = the training process does it itself."""
     window: int = 16
     """Shards whose samples are shuffled together; 16 mixes shards of 1,000 to 10,000 samples well."""
-    streams: int = 1
-    """Interleaved parts of the sample sequence, each read by one node: 1, or a multiple of the number of nodes. Use 1 unless
-    many nodes share slow storage. Changing it changes the order of samples."""
+    streams: int = 0
+    """Interleaved parts of the sample sequence, each read by one node: 1, or a multiple of the number of nodes. 0 = 1 for local
+    shards; for remote or staged ones up to 48, with windows smaller in proportion, so that each node fetches its own shards.
+    It is chosen when a run begins, and kept when it resumes. Changing it changes the order of samples."""
     block: int = 0
     """Consecutive samples of a stream; 0 = as many as a window holds. No effect with one stream."""
     replacement: bool = False
@@ -63,9 +68,14 @@ class DataConfig:
     in the user's cache."""
     cache_gib: float = 0.0
     """GiB that fetched shards may take, and one shard more for each process that fetches; above it, the least recently used are
-    removed; 0 = no limit."""
+    removed; 0 = as much as leaves 5 GiB or a twentieth of the disk free, whichever is less."""
     fetch_seconds: float = FETCH_SECONDS
     """Seconds that fetching one remote shard may take, however slowly it arrives."""
+    connections: int = CONNECTIONS
+    """Parallel requests that fetch one remote shard, where the server sends parts of files; one request to an object store
+    brings 50 to 100 MB/s."""
+    stage: bool = False
+    """Copy local shards to the cache folder before they are read, as remote ones: for shards on a network file system."""
     commands: bool = False
     """Allow `pipe:` urls, which run shell commands, and GOPEN_REWRITE, which rewrites urls."""
 
@@ -75,17 +85,18 @@ class DataConfig:
             ("batch_size", 1),
             ("workers", 0),
             ("window", 1),
-            ("streams", 1),
+            ("streams", 0),
             ("block", 0),
             ("draw", 1),
             ("max_bad_run", 0),
+            ("connections", 1),
         ):
             if getattr(self, name) < least:
                 raise ConfigError(f"data.{name}={getattr(self, name)} must be at least {least}")
         if not 0 <= self.max_bad_rate <= 1:
             raise ConfigError(f"data.max_bad_rate={self.max_bad_rate} must be a fraction, 0 to 1")
         if self.cache_gib < 0:
-            raise ConfigError(f"data.cache_gib={self.cache_gib} must be 0 (no limit) or more")
+            raise ConfigError(f"data.cache_gib={self.cache_gib} must be 0 (what the disk holds) or more")
         if not 0 < self.fetch_seconds <= MAX_FETCH_SECONDS:
             raise ConfigError(f"data.fetch_seconds={self.fetch_seconds} must be above 0, and at most {MAX_FETCH_SECONDS:.0f}")
         check_caption_source(self.caption, "data.caption")
@@ -97,7 +108,36 @@ class DataConfig:
 
     def build_cache(self) -> ShardCache:
         """Build the cache of fetched shards that these settings describe."""
-        return ShardCache(self.cache, self.commands, self.cache_gib, self.fetch_seconds)
+        return ShardCache(self.cache, self.commands, self.cache_gib, self.fetch_seconds, self.connections, self.stage)
+
+    def set_streams(self, paths: Sequence[str], shards: int, nodes: int) -> None:
+        """Choose `streams`, and `window` with it, where streams=0. Warn where every node will fetch every shard.
+
+        Args:
+            paths: all training shards.
+            shards: number of shards of the smallest source.
+            nodes: number of nodes of the run.
+        """
+        is_fetched = self.stage or any(map(is_remote, paths))
+        if self.streams == 0:
+            self.streams, self.window = (
+                choose_streams(self.window, self.batch_size, shards, nodes) if is_fetched else (1, self.window)
+            )
+        if is_fetched and self.streams == 1 and nodes > 1 and distributed.is_main():
+            log.warning(
+                f"data.streams=1: each of the {nodes} nodes fetches every shard; a new run with data.streams=0, and at least "
+                f"{max(nodes, self.window)} shards in each source, fetches each shard on one node"
+            )
+
+    def resume_streams(self, saved: Mapping[str, Any]) -> None:
+        """Take the number of streams, and the window that was chosen with it, from the `data` section of a checkpoint."""
+        if self.streams != 0 or not isinstance(saved, Mapping):
+            return
+        streams, window = saved.get("streams", 1), saved.get("window")
+        if isinstance(streams, int) and streams >= 1:
+            self.streams = streams
+            if window == -(-self.window // streams):
+                self.window = window
 
 
 def evaluation_caption(data: Mapping[str, Any]) -> str:
@@ -131,6 +171,17 @@ def resolve_sources(spec: Any, where: str) -> list[SourceSpec]:
         ConfigError: an invalid specification, or one that matches no shard.
     """
     return [SourceSpec(expand_shards(shards, where), weight) for shards, weight in parse_sources(spec, where)]
+
+
+def resolve_sources_once(spec: Any, where: str) -> list[SourceSpec]:
+    """Return what `resolve_sources` returns. Collective: shards in object stores are listed by the main process alone.
+
+    Local patterns are expanded by each process, so that nodes whose folders differ are detected.
+    """
+    patterns = [[shards] if isinstance(shards, str) else shards for shards, _ in parse_sources(spec, where)]
+    if any(is_store(part) and is_pattern(part) for shards in patterns for shard in shards for part in split_patterns(shard)):
+        return on_main(lambda: resolve_sources(spec, where))
+    return resolve_sources(spec, where)
 
 
 def parse_sources(spec: Any, where: str) -> list[tuple[str | list[str], float | None]]:

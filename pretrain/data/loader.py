@@ -24,7 +24,7 @@ import torch
 
 from pretrain.data import synthetic
 from pretrain.data.batch import Batch, Decoder, merge
-from pretrain.data.config import DataConfig, count_samples_once, resolve_sources
+from pretrain.data.config import DataConfig, count_samples_once, resolve_sources_once
 from pretrain.data.eval_loader import EvalLoader, build_eval_loader
 from pretrain.data.order import Order, ShardSource
 from pretrain.data.prefetch import is_prefetch_needed, run_prefetcher
@@ -144,15 +144,19 @@ class Loader:
         self._batch, self._slots_read, self._bad_run = state["position"] // self.batch_size, state["seen"], state["run"]
         self.bad = Counter(state["bad"])
 
-    def first_samples(self, count: int) -> Batch:
+    def first_samples(self, count: int, modalities: Sequence[str] | None = None) -> Batch:
         """Read the first `count` samples of the run in this process, without advancing the loader.
 
-        They are the same on every process.
+        They are the same on every process. modalities: those that are decoded; None = all.
 
         Raises:
             UserError: they cannot be read or used.
         """
-        partial = self._dataset[np.arange(count)]
+        dataset = self._dataset
+        if modalities is not None:
+            decoders = {name: self.decoders[name] for name in modalities}
+            dataset = TrainingDataset(self.order, dataset.reader, decoders, dataset.max_attempts)
+        partial = dataset[np.arange(count)]
         if partial.problem:
             raise UserError(partial.problem)
         if partial.batch is None:
@@ -266,12 +270,13 @@ def build_loader(
     prefetch_reader: ShardReader | None = None
     if data.train == "synthetic":
         sources = [ShardSource([synthetic.SAMPLES] * synthetic.SHARDS)]
+        data.set_streams([], synthetic.SHARDS, nodes)
         reader, shard_names = synthetic.SyntheticReader(data.caption), ["synthetic"]
         decoders = {
             name: synthetic.NoiseDecoder(decoder) if hasattr(decoder, "size") else decoder for name, decoder in decoders.items()
         }
     else:
-        specs = resolve_sources(data.train, "data.train")
+        specs = resolve_sources_once(data.train, "data.train")
         paths = [path for spec in specs for path in spec.shards]
         counts = count_samples_once(paths, data.build_cache(), "data.train")
         sources, start = [], 0
@@ -280,6 +285,7 @@ def build_loader(
             weight = spec.weight if spec.weight is not None else float(max(sum(source_counts), 1))
             sources.append(ShardSource(source_counts, weight))
             start += len(source_counts)
+        data.set_streams(paths, min(len(source.counts) for source in sources), nodes)
         window_shards = 2 * data.window * len(sources) * max(1, data.streams // nodes)  # windows in use, and the next ones
         reader = ShardReader(paths, data.build_cache(), counts, max_open=min(window_shards, _max_open_files()))
         prefetch_reader = reader if rank % (world // nodes) == 0 and is_prefetch_needed(paths, reader.cache) else None

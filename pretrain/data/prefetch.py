@@ -17,9 +17,10 @@ from contextlib import contextmanager, suppress
 from itertools import count
 from typing import Any
 
-from pretrain.data.shards.cache import ShardCache, is_remote
+from pretrain.data.shards.cache import ShardCache
 from pretrain.data.shards.index import indexed_count, load_index
 from pretrain.data.shards.reader import ShardReader
+from pretrain.data.shards.transfer import is_remote
 from pretrain.runtime.orphans import exit_with_parent, kill, kill_at_exit
 
 _MAX_PROBES = 64  # shards that are checked for a saved index
@@ -27,7 +28,9 @@ _MAX_REMEMBERED = 4096  # indexed shards that are remembered and not indexed aga
 
 
 def is_prefetch_needed(paths: Sequence[str], cache: ShardCache) -> bool:
-    """Return whether any shard is remote, or any of a few shards has no saved index."""
+    """Return whether any shard is to be fetched, or any of a few shards has no saved index."""
+    if cache.stage:
+        return True
     probed = paths[:: max(1, len(paths) // _MAX_PROBES)]
     with suppress(OSError):
         return any(map(is_remote, paths)) or any(indexed_count(path, cache) is None for path in probed)
@@ -92,7 +95,7 @@ def _prefetch(
                 indexed.move_to_end(shard)
                 continue
             with suppress(Exception):
-                load_index(paths[shard], cache)
+                load_index(paths[shard], cache, check_count=False)  # the workers compare it
             indexed[shard] = None
             if len(indexed) > _MAX_REMEMBERED:
                 indexed.popitem(last=False)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.data.shards import cache as shard_cache
+from pretrain.data.shards import transfer
 from pretrain.data.shards.cache import ShardCache
 from pretrain.data.shards.paths import count_samples
 from pretrain.data.shards.reader import ShardReader
@@ -83,7 +83,7 @@ class Server:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(shard_cache, "RETRY_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr(transfer, "RETRY_SECONDS", (0.0, 0.0))
     server = Server()
     yield server
     server.close()
@@ -100,7 +100,7 @@ def send(handler: BaseHTTPRequestHandler, body: bytes = SHARD, length: object = 
 
 def cached_shards(folder: Path) -> list[bytes]:
     """Return the content of all shards in a cache, and assert that nothing unfinished lies there."""
-    files = [file for file in (folder / "shards").iterdir() if not file.name.endswith((".lock", ".idx"))]
+    files = [file for file in (folder / "shards").glob("*") if not file.name.endswith((".lock", ".idx"))]
     assert not [file for file in files if file.name.endswith(".partial")]
     return [file.read_bytes() for file in files]
 
@@ -193,15 +193,16 @@ def test_a_server_that_drips_cannot_hold_a_run(server: Server, tmp_path: Path, w
     ) as error:
         count_samples([f"{server.url}/a.tar"], ShardCache(str(tmp_path), seconds=1.0))
     assert_one_line(error.value)
-    assert server.requests.count("/a.tar") == 1  # the limit is for all of it: trying again would only take as long again
+    # The limit is for all of it: trying again would only take as long again. The body comes after a request for the headers.
+    assert server.requests.count("/a.tar") <= 2
     assert cached_shards(tmp_path) == []
     server.respond = send
     assert count_samples([f"{server.url}/a.tar"], ShardCache(str(tmp_path), seconds=20.0)) == [8]
 
 
 def test_the_counts_beside_a_shard_cannot_hold_a_run(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_cache, "_SMALL_FILE_SECONDS", 0.3)
-    monkeypatch.setattr(shard_cache, "_SMALL_FILE_BYTES", 5000)
+    monkeypatch.setattr(transfer, "_SMALL_FILE_SECONDS", 0.3)
+    monkeypatch.setattr(transfer, "_SMALL_FILE_BYTES", 5000)
     endless = stall(server, b"HTTP/1.1 200 OK\r\n\r\n", b" " * 100_000)
     handler = server.http.RequestHandlerClass
 

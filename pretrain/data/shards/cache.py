@@ -6,79 +6,28 @@ archive is verified before it gets its name. A shard that a process is about to 
 
 from __future__ import annotations
 
-import base64
 import errno
 import fcntl
 import hashlib
-import io
 import os
-import subprocess
-import tempfile
-import threading
+import shutil
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, TypeVar, cast
+from typing import IO
 
+from pretrain.data.shards.counts import Record, find_manifest_record
 from pretrain.data.shards.tar import DamagedTarError, read_members
+from pretrain.data.shards.transfer import CONNECTIONS, FETCH_SECONDS, Transfer, is_remote
 from pretrain.errors import UserError
 from pretrain.printable import HIDDEN
 from pretrain.runtime.files import partial_path
 
-T = TypeVar("T")
-
-RETRY_SECONDS = (0.2, 1.0, 5.0)
-"""Seconds to wait before each retry after an input/output error; after the last retry the run stops."""
-
-FETCH_SECONDS = 1800.0
-"""Default limit on the time that one fetch of a shard may take, however slowly its bytes arrive."""
-
-MAX_FETCH_SECONDS = 1e6
-"""The longest limit that can be set: larger numbers overflow the clock of threads."""
-
-_IDLE_SECONDS = 60.0
-_URL_CHARACTERS = "%/:@!$&'()*+,;=~[]"
-_SMALL_FILE_SECONDS = 60.0
-_SMALL_FILE_BYTES = 1 << 26
 _PIECE = 1 << 20
-
-_PERMANENT_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-
-
-def is_remote(path: str) -> bool:
-    """Return whether a shard is a url (or a command) rather than a local file."""
-    return "://" in path or path.startswith("pipe:")
-
-
-def retry_io(action: Callable[[], T], what: str) -> T:
-    """Return action(), retried after input/output errors.
-
-    Args:
-        action: the operation.
-        what: what is read, for the error message.
-
-    Raises:
-        UserError: the error is permanent, or the last retry failed.
-    """
-    retries = 0
-    while True:
-        try:
-            return action()
-        except OSError as error:
-            status = getattr(error, "code", None)  # of an HTTP response; retrying does not help a 4xx, except 429
-            is_permanent = isinstance(error, _PERMANENT_ERRORS) or (
-                isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429)
-            )
-            if is_permanent or retries == len(RETRY_SECONDS):
-                attempts = f", tried {retries + 1} times" if retries else ""
-                raise UserError(f"cannot read {what}: {error}{attempts}") from error
-            time.sleep(RETRY_SECONDS[retries])
-            retries += 1
+_SPARE_BYTES = 5 << 30  # of a disk that stay free: other programs need some
+_SPARE_SHARE = 0.05
 
 
 @dataclass(frozen=True)
@@ -88,15 +37,21 @@ class ShardCache:
     Args:
         folder: the folder; None = clipfuse's folder in the user's cache (XDG_CACHE_HOME, or ~/.cache).
         commands: allow `pipe:` urls, which run a shell command, and GOPEN_REWRITE, which rewrites urls.
-        gib: GiB that fetched shards may take; above it, the least recently used are removed; 0 = no limit. While shards are
-            being fetched, the folder may hold one more for each process.
+        gib: GiB that fetched shards may take; above it, the least recently used are removed; 0 = what the disk holds, of which
+            5 GiB or a twentieth stay free. While shards are being fetched, the folder may hold one more for each process.
         seconds: time that one fetch may take.
+        connections: parallel requests of one fetch, where the server sends parts of files.
+        stage: copy local shards to the folder, too: those on a network file system, which are then read once.
+        check_records: compare what is fetched with the size and digest in the manifest beside the shard.
     """
 
     folder: str | None = None
     commands: bool = False
     gib: float = 0.0
     seconds: float = FETCH_SECONDS
+    connections: int = CONNECTIONS
+    stage: bool = False
+    check_records: bool = True
 
     @property
     def path(self) -> Path:
@@ -114,6 +69,18 @@ class ShardCache:
         end = name.partition("?")[0] if is_remote(name) and not name.startswith("pipe:") else name
         end = end.rstrip("/").rsplit("/", 1)[-1].rsplit("@", 1)[-1]
         return self.path / kind / f"{digest}-{end[-80:]}"
+
+    def is_fetched(self, shard: str) -> bool:
+        """Return whether a shard is read from a copy in the cache."""
+        return self.stage or is_remote(shard)
+
+    def _find_target(self, shard: str) -> Path:
+        """Return the path of a shard's copy; another one when a local file has changed."""
+        if is_remote(shard):
+            return self.cached_path(shard, "shards")
+        path = os.path.abspath(shard)
+        stat = os.stat(path)
+        return self.cached_path(f"{stat.st_size}-{stat.st_mtime_ns}-{path}", "shards")
 
     def fetch(self, shard: str) -> str:
         """Return the local file of a shard: itself, or its cached copy, fetched first where missing.
@@ -133,11 +100,11 @@ class ShardCache:
 
         Raises the errors of `fetch`.
         """
-        if not is_remote(shard):
+        if not self.is_fetched(shard):
             yield shard
             return
         self.check_allowed(shard)
-        target = self.cached_path(shard, "shards")
+        target = self._find_target(shard)
         target.parent.mkdir(parents=True, exist_ok=True)
         lock = self._lock_fetched(shard, target)
         try:
@@ -166,7 +133,7 @@ class ShardCache:
                     fcntl.flock(lock, fcntl.LOCK_EX)
                     if _is_current(lock, target) and not target.exists():
                         _remove_stale_partials(target.parent, target)
-                        _download(shard, target, self.seconds)
+                        self._download(shard, target)
                         self._evict(target)
                     # Going back to a shared lock releases the lock for a moment, in which the shard may be removed.
                     fcntl.flock(lock, fcntl.LOCK_SH)
@@ -178,9 +145,9 @@ class ShardCache:
             os.close(lock)
 
     def mark_damaged(self, shard: str) -> None:
-        """Remove the cached copy of a remote shard that is damaged or outdated: the next `hold` fetches it again."""
-        if is_remote(shard):
-            self.cached_path(shard, "shards").unlink(missing_ok=True)
+        """Remove the cached copy of a shard that is damaged or outdated: the next `hold` fetches it again."""
+        if self.is_fetched(shard):
+            self._find_target(shard).unlink(missing_ok=True)
 
     def check_allowed(self, shard: str) -> None:
         """Raise UserError for a url that runs a command, unless `commands` allows it."""
@@ -197,10 +164,41 @@ class ShardCache:
         if os.environ.get("GOPEN_REWRITE"):
             raise UserError("GOPEN_REWRITE is set and would rewrite urls: unset it, or set data.commands=true")
 
+    def _download(self, shard: str, target: Path) -> None:
+        """Fetch a shard into a file, which gets its name only when it is a complete archive, and what its records say.
+
+        Raises UserError after `seconds`, or for a url that cannot be opened; OSError for all else that retrying may help.
+        """
+        partial = partial_path(target)
+        try:
+            with open(partial, "wb+") as out:
+                record = find_manifest_record(shard) if self.check_records else Record()
+                if is_remote(shard):
+                    transfer = Transfer(shard, out, connections=self.connections)
+                    transfer.run(self.seconds)
+                    out.flush()
+                    if transfer.info is not None and transfer.info.digest is not None:
+                        _check_stored_digest(shard, out, *transfer.info.digest)
+                else:
+                    with open(shard, "rb") as source:
+                        shutil.copyfileobj(source, out, _PIECE)
+                    out.flush()
+                size = os.fstat(out.fileno()).st_size
+                if record.size is not None and size != record.size:
+                    raise OSError(f"{size:,} bytes came, but {record.file} says {record.size:,}")
+                if record.digest and digest_file(out, "blake2b") != record.digest:
+                    raise OSError(f"its bytes are not those that {record.file} names: they were damaged, or it is outdated")
+                try:
+                    read_members(out.fileno(), "what was fetched")
+                except DamagedTarError as error:
+                    raise OSError(str(error)) from error
+            partial.replace(target)
+        finally:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+
     def _evict(self, fetched: Path) -> None:
-        """Remove the least recently used shards while all take more than `gib`; not `fetched`, nor one about to be opened."""
-        if not self.gib:
-            return
+        """Remove the least recently used shards while they take too much; not `fetched`, nor one about to be opened."""
         lock = _open_lock(fetched.parent / ".evict")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)  # two processes would each remove the whole excess
@@ -211,7 +209,11 @@ class ShardCache:
                 with suppress(FileNotFoundError):
                     stat = file.stat()
                     shards.append((stat.st_atime_ns, stat.st_size, file))
-            excess = sum(size for _, size, _ in shards) - self.gib * 2**30
+            if self.gib:
+                excess = sum(size for _, size, _ in shards) - self.gib * 2**30
+            else:
+                disk = shutil.disk_usage(fetched.parent)
+                excess = min(_SPARE_BYTES, _SPARE_SHARE * disk.total) - disk.free
             for _, size, shard in sorted(shards):
                 if excess <= 0:
                     break
@@ -306,169 +308,39 @@ def _remove_stale_partials(folder: Path, locked: Path) -> None:
             os.close(lock)
 
 
-# ---- fetching --------------------------------------------------------------------------------------------------------
+# ---- verifying what was fetched --------------------------------------------------------------------------------------
+
+_wrong_etags: dict[str, str] = {}
+"""MD5 of the last copy of an object whose ETag is another."""
+
+_keyed_buckets: set[str] = set()
+"""Buckets whose ETags are not MD5."""
 
 
-def _download(url: str, target: Path, seconds: float) -> None:
-    """Download a url into a file, which gets its name only when it is a complete archive.
+def digest_file(file: IO[bytes], algorithm: str) -> str:
+    """Return the digest of a whole file in hexadecimal; blake2b has 16 bytes."""
+    hasher = hashlib.blake2b(digest_size=16) if algorithm == "blake2b" else hashlib.new(algorithm, usedforsecurity=False)
+    file.seek(0)
+    while piece := file.read(_PIECE):
+        hasher.update(piece)
+    return hasher.hexdigest()
 
-    Raises UserError after `seconds`, or for a url that cannot be opened; OSError for all else that retrying may help.
+
+def _check_stored_digest(shard: str, file: IO[bytes], algorithm: str, expected: str) -> None:
+    """Raise OSError for content whose digest is not the one that its store states.
+
+    An ETag of S3 is the MD5 of the object, unless a key of KMS encrypts it. So an object that comes twice with the same other
+    digest is taken for what the store holds.
     """
-    partial = partial_path(target)
-    try:
-        with open(partial, "wb+") as out:
-            _Transfer(url, out).run(seconds)
-            out.flush()
-            try:
-                read_members(out.fileno(), "what was fetched")
-            except DamagedTarError as error:
-                raise OSError(str(error)) from error
-        partial.replace(target)
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-
-
-class _Transfer:
-    """Copies a url into an open file, in a thread of its own that can be abandoned.
-
-    Reads that wait for a server end by a timeout, but not those to which a byte comes now and then.
-    """
-
-    def __init__(self, url: str, out: IO[bytes], most_bytes: int | None = None) -> None:
-        self.url, self.out, self.most_bytes = url, out, most_bytes
-        self.copied = 0
-        self._abandoned = False
-        self._commands: list[subprocess.Popen[bytes]] = []
-        self._error: Exception | None = None
-
-    def run(self, seconds: float) -> None:
-        """Copy all. Raises UserError after `seconds`, or for a url that cannot be opened, else OSError."""
-        thread = threading.Thread(target=self._copy_all, name="fetch", daemon=True)
-        thread.start()
-        try:
-            thread.join(seconds)
-        finally:  # also where a signal ends the wait
-            self._abandoned = True
-            for command in self._commands if thread.is_alive() else ():
-                command.kill()
-        if thread.is_alive():
-            raise UserError(
-                f"cannot read {self.url}: after {seconds:,.0f} seconds only {self.copied:,} bytes had come; "
-                "data.fetch_seconds sets how long a fetch may take"
-            )
-        if isinstance(self._error, OSError | UserError):
-            raise self._error
-        if self._error is not None:  # a server that does not follow the protocol, for example: worth another try
-            raise OSError(f"{type(self._error).__name__}: {self._error}") from self._error
-
-    def _copy_all(self) -> None:
-        """Copy until the end; the body of the thread, whose error `run` raises."""
-        try:
-            with _open_url(self.url, self._commands) as source:
-                read = _find_read(source)
-                while not self._abandoned and (piece := read(_PIECE)):
-                    if self.most_bytes is not None and self.copied + len(piece) > self.most_bytes:
-                        raise OSError(f"more than {self.most_bytes:,} bytes")
-                    self.out.write(piece)
-                    self.copied += len(piece)
-                missing = getattr(source, "length", None)  # of an HTTP response: bytes not received yet
-                if missing:
-                    raise OSError(f"the connection ended {missing:,} bytes early")
-        except Exception as error:
-            if isinstance(error, urllib.error.HTTPError):
-                error.close()  # it holds the connection
-            self._error = error
-
-
-def _find_read(source: Any) -> Callable[[int], bytes]:
-    """Return the function of a stream that returns what has come, where `read` would wait for all that was asked for."""
-    stream = getattr(source, "stream", source)  # webdataset's pipes wrap one
-    read: Callable[[int], bytes] = getattr(stream, "read1", None) or source.read
-    return read
-
-
-def _build_request(url: str) -> urllib.request.Request:
-    """Build the request for a url: user name and password become a header, which no other host gets by a redirect.
-
-    Raises UserError for a url that is not valid.
-    """
-    try:
-        parts = urllib.parse.urlsplit(url)
-        userinfo, at, host = parts.netloc.rpartition("@")
-        host.encode("idna")
-        _ = parts.port
-        if parts.scheme != "file" and not parts.hostname:
-            raise ValueError("it names no host")
-    except ValueError as error:
-        raise UserError(f"{url} is not a valid url: {error}") from error
-    path = urllib.parse.quote(parts.path, safe=_URL_CHARACTERS)
-    query = urllib.parse.quote(parts.query, safe=_URL_CHARACTERS + "?")
-    request = urllib.request.Request(urllib.parse.urlunsplit((parts.scheme, host, path, query, "")))
-    if at:
-        encoded = base64.b64encode(urllib.parse.unquote(userinfo).encode()).decode()
-        request.add_unredirected_header("Authorization", f"Basic {encoded}")
-    return request
-
-
-def _open_url(url: str, commands: list[subprocess.Popen[bytes]]) -> AbstractContextManager[IO[bytes]]:
-    """Open a url for reading.
-
-    commands: gets the process of a command, so that another thread can end it. Raises UserError for an unknown scheme.
-    """
-    if url.startswith(("http://", "https://", "file://")):
-        response: IO[bytes] = urllib.request.urlopen(_build_request(url), timeout=_IDLE_SECONDS)
-        return response
-    if url.startswith("pipe:"):
-        return _run_command(url.removeprefix("pipe:"), commands)
-    from webdataset.gopen import gopen, gopen_schemes  # reads object stores with their command-line tools; slow to import
-
-    scheme = url.partition(":")[0]
-    if scheme not in gopen_schemes:
-        schemes = ", ".join(sorted(set(gopen_schemes) - {"__default__"}))
-        hint = f"; a command can read it: 'pipe:aws s3 cp {url} -' with data.commands=true" if scheme == "s3" else ""
-        raise UserError(f"{url}: cannot open urls of scheme {scheme}; valid schemes are {schemes}{hint}")
-    stream: Any = gopen(url)
-    commands.append(stream.proc)
-    return cast(AbstractContextManager[IO[bytes]], stream)
-
-
-@contextmanager
-def _run_command(command: str, commands: list[subprocess.Popen[bytes]]) -> Iterator[IO[bytes]]:
-    """Run a shell command and give its output as a stream.
-
-    Raises:
-        OSError: at the end of the block, where the command failed.
-        UserError: there is no such command.
-    """
-    with (
-        tempfile.TemporaryFile() as errors,
-        subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, stderr=errors) as run,
-    ):
-        assert run.stdout is not None
-        commands.append(run)
-        try:
-            yield run.stdout
-        except BaseException:
-            run.kill()
-            raise
-        code = run.wait()
-        errors.seek(0)
-        lines = errors.read().decode("utf-8", "replace").strip().splitlines()
-    if code:
-        reason = f"the command ended with exit code {code}" + (f": {lines[-1][:300]}" if lines else "")
-        if code in (126, 127):  # the shell does not find the command: trying again does not help
-            raise UserError(f"cannot read pipe:{command}: {reason}")
-        raise OSError(reason)
-
-
-def read_small_file(url: str) -> bytes | None:
-    """Return the content (at most 64 MiB) of a small file beside a remote shard; None where it cannot be had."""
-    if not url.startswith(("http://", "https://", "file://")):
-        return None
-    out = io.BytesIO()
-    try:
-        _Transfer(url, out, _SMALL_FILE_BYTES).run(_SMALL_FILE_SECONDS)
-    except (OSError, UserError):
-        return None
-    return out.getvalue()
+    bucket = "/".join(shard.split("/", 3)[:3])
+    if algorithm == "etag" and bucket in _keyed_buckets:
+        return
+    digest = digest_file(file, "md5" if algorithm == "etag" else algorithm)
+    if digest == expected:
+        return
+    if algorithm == "etag":
+        last, _wrong_etags[shard] = _wrong_etags.get(shard), digest
+        if last == digest:
+            _keyed_buckets.add(bucket)
+            return
+    raise OSError(f"its digest is {digest}, but the store says {expected}: it was damaged on the way")

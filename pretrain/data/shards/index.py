@@ -14,19 +14,20 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pretrain.data.shards.cache import ShardCache, is_remote, read_small_file
+from pretrain.data.shards.cache import ShardCache
+from pretrain.data.shards.counts import read_remote_members, recorded_count
 from pretrain.data.shards.names import name_shard
-from pretrain.data.shards.tar import BLOCK, DamagedTarError, Members, read_members
+from pretrain.data.shards.tar import DamagedTarError, Members, read_members
 from pretrain.errors import UserError
 from pretrain.printable import one_safe_line
-from pretrain.runtime.files import open_ordinary, parse_json_object, read_bytes, replace_atomically
+from pretrain.runtime.files import open_ordinary, parse_json_object, replace_atomically
 
 log = logging.getLogger(__name__)
 
@@ -95,13 +96,14 @@ class ShardIndex:
         return [self.extensions[kind] for kind in rows]
 
 
-def load_index(path: str, cache: ShardCache | None = None, file: str | None = None) -> ShardIndex:
+def load_index(path: str, cache: ShardCache | None = None, file: str | None = None, check_count: bool = True) -> ShardIndex:
     """Return the index of a shard: the saved one where it matches, or else a new one, which is saved.
 
     Args:
         path: the shard, a file or a url.
         cache: where fetched shards and indices are kept; None = the default cache.
         file: the local file of the shard, where the caller holds it already.
+        check_count: compare the number of samples with the one in a file beside the shard.
 
     Raises:
         UserError: the file is damaged, or its number of samples differs from that in its stats file.
@@ -110,18 +112,18 @@ def load_index(path: str, cache: ShardCache | None = None, file: str | None = No
     cache = cache or ShardCache()
     if file is None:
         with cache.hold(path) as held:
-            return load_index(path, cache, held)
+            return load_index(path, cache, held, check_count)
     try:
         shard_index = _load_saved(file, cache)
         if shard_index is None:
             shard_index = _build(file)
             _save(shard_index, cache)
     except DamagedTarError as error:
-        if not is_remote(path):
+        if not cache.is_fetched(path):
             raise
         cache.mark_damaged(path)
         raise OSError(f"its copy in the cache was damaged: {error}") from error  # what is fetched is verified: fetch it again
-    count, count_file = recorded_count(path)
+    count, count_file = recorded_count(path) if check_count else (None, "")
     if count is not None and count != shard_index.count:
         cache.mark_damaged(path)
         raise UserError(
@@ -141,6 +143,20 @@ def _build(path: str) -> ShardIndex:
         )
     finally:
         os.close(fd)
+
+
+def count_by_headers(url: str, seconds: float) -> int:
+    """Return the number of samples of a remote shard from its headers, without fetching it.
+
+    Raises:
+        NoRangesError: the server sends whole files only.
+        OSError: the shard cannot be read, or what comes is damaged.
+        UserError: it cannot be opened, or takes more than `seconds`.
+    """
+    try:
+        return len(_group_members(read_remote_members(url, seconds))["flags"])
+    except DamagedTarError as error:
+        raise OSError(str(error)) from error  # perhaps on the way
 
 
 def _group_members(members: Members) -> dict[str, Any]:
@@ -338,72 +354,3 @@ def _save(shard_index: ShardIndex, cache: ShardCache) -> None:
             return
         except OSError as error:
             log.debug("cannot save the index %s: %s", index_path, error)
-
-
-# ---- counts in files beside the shards -------------------------------------------------------------------------------
-
-
-def recorded_count(path: str) -> tuple[int | None, str]:
-    """Return (number of samples, file that states it), or (None, "") where no file states it.
-
-    The file is img2dataset's NAME_stats.json, or a sizes.json of {"NAME.tar": count} in the folder of the shard.
-    """
-    if path.startswith("pipe:"):
-        return None, ""
-    folder, slash, name = path.rpartition("/")
-    stats, sizes = path.removesuffix(".tar") + "_stats.json", folder + slash + "sizes.json"
-    for file, entry in ((stats, "successes"), (sizes, name)):
-        count = _read_json_object(file, _modified_ns(file)).get(entry)
-        if type(count) is int and 0 <= count <= _most_samples(path):
-            return count, file
-    return None, ""
-
-
-def looks_complete(path: str) -> bool:
-    """Return whether a local shard has the size that its stats file records, if any, and ends as a tar does: with zeros.
-
-    It reads one block, so that a shard that was cut short is detected at the start of a run, whatever its stats file says.
-    """
-    stats = path.removesuffix(".tar") + "_stats.json"
-    expected = _read_json_object(stats, _modified_ns(stats)).get("bytes")
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        size = os.fstat(fd).st_size
-        return size >= BLOCK and expected in (None, size) and not any(os.pread(fd, BLOCK, size - BLOCK))
-    except OSError:
-        return False
-    finally:
-        os.close(fd)
-
-
-def _most_samples(path: str) -> int:
-    """Return how many samples a shard can hold: each of them has a header."""
-    try:
-        return 1 << 40 if is_remote(path) else os.stat(path).st_size // BLOCK
-    except OSError:
-        return 1 << 40  # reading the shard will say what is wrong
-
-
-def _modified_ns(file: str) -> int | None:
-    """Return the modification time of a local file, None if it does not exist; 0 for a remote file."""
-    try:
-        return 0 if is_remote(file) else os.stat(file).st_mtime_ns
-    except OSError:
-        return None
-
-
-@lru_cache(maxsize=64)
-def _read_json_object(file: str, modified_ns: int | None) -> dict[str, Any]:
-    """Return the object in a json file; {} where there is no file or it holds no object.
-
-    `modified_ns` is part of the key of the lru_cache, so that a changed file is read again.
-    """
-    if modified_ns is None:
-        return {}
-    try:
-        return parse_json_object((read_small_file(file) or b"{}") if is_remote(file) else read_bytes(Path(file)))
-    except (OSError, ValueError):
-        return {}

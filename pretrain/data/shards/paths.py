@@ -1,12 +1,13 @@
 """Finding shards and counting their samples.
 
-Training needs only the count of each shard before it starts. It comes from img2dataset's NAME_stats.json or a sizes.json
-beside the shards, or else from the index, which takes one pass over the headers of a shard, once.
+Training needs only the count of each shard before it starts. It comes from a file beside the shards (`counts.py`), or else from
+one pass over the headers: of a local shard while it is indexed, of a remote one by requests for byte ranges.
 """
 
 from __future__ import annotations
 
 import glob
+import logging
 import multiprocessing
 import os
 import re
@@ -19,11 +20,21 @@ from typing import Any
 
 from braceexpand import braceexpand
 
-from pretrain.data.shards.cache import ShardCache, is_remote, retry_io
-from pretrain.data.shards.index import ShardIndex, indexed_count, load_index, looks_complete, recorded_count
+from pretrain.data.shards.cache import ShardCache
+from pretrain.data.shards.counts import looks_complete, recorded_count
+from pretrain.data.shards.index import ShardIndex, count_by_headers, indexed_count, load_index
+from pretrain.data.shards.stores import is_pattern, is_store, list_shards
+from pretrain.data.shards.transfer import NoRangesError, is_http, is_remote, retry_io
 from pretrain.errors import ConfigError, UserError
+from pretrain.printable import one_safe_line
 
 __all__ = ["RawSample", "ShardIndex", "count_samples", "expand_shards", "load_index"]
+
+
+log = logging.getLogger(__name__)
+
+_THREADS = 32  # that ask for counts and headers
+_MANY = 100  # remote shards without counts, about which a warning is logged
 
 
 @dataclass(slots=True)
@@ -49,7 +60,7 @@ def expand_shards(spec: str | Sequence[str], where: str = "data.train") -> list[
     Raises:
         ConfigError: a pattern that matches no shard.
     """
-    items = [part for item in ([spec] if isinstance(spec, str) else spec) for part in _split_items(item)]
+    items = [part for item in ([spec] if isinstance(spec, str) else spec) for part in split_patterns(item)]
     shards = sorted({shard for item in items for shard in _expand_one(item, where)})
     if not shards:
         raise ConfigError(f"{where} names no shards: give a glob, a brace pattern, a folder or a url")
@@ -60,7 +71,7 @@ def expand_shards(spec: str | Sequence[str], where: str = "data.train") -> list[
     return sorted(files.values())
 
 
-def _split_items(item: str) -> list[str]:
+def split_patterns(item: str) -> list[str]:
     """Split patterns at "::", as webdataset and open_clip do; not within a name, a command or the address of a host, [::1]."""
     if "::" not in item or _matches_files(item):
         return [item]
@@ -133,8 +144,12 @@ def _expand_one(item: str, where: str) -> list[str]:
     missing: list[str] = []
     for pattern in patterns:
         path = os.path.expanduser(pattern.removeprefix("file://"))
-        if is_remote(path):
+        if is_store(path) and is_pattern(path):
+            matches = list_shards(path)
+        elif is_remote(path):
             matches = [path]
+            if is_http(path) and "*" in path.partition("?")[0]:
+                raise ConfigError(f"{where}={item}: a web server does not list its files; write a range as {{0000..0012}}")
         elif os.path.isdir(path):
             matches = glob.glob(os.path.join(glob.escape(path), "*.tar"))
         elif os.path.exists(path):
@@ -143,6 +158,8 @@ def _expand_one(item: str, where: str) -> list[str]:
             matches = [match for match in glob.glob(path, recursive=True) if not os.path.isdir(match)]
         shards += matches
         missing += [] if matches else [pattern]
+    if missing and is_remote(missing[0]):
+        raise ConfigError(f"{where}={item}: no object in the store matches {missing[0]}")
     if missing:
         folder = os.path.expanduser(missing[0].removeprefix("file://"))
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
@@ -192,19 +209,36 @@ def count_samples(
     cache = cache or ShardCache()
     for path in paths:
         cache.check_allowed(path)
-    with ThreadPoolExecutor(32) as threads:
+    with ThreadPoolExecutor(_THREADS) as threads:
         sizes = list(threads.map(partial(_known_count, cache=cache), paths))
     unknown = [i for i, count in enumerate(sizes) if count is None]
+    by_headers = [i for i in unknown if is_http(paths[i]) or is_store(paths[i])]
+    if len(by_headers) > _MANY:
+        log.warning(one_safe_line(
+            f"{len(by_headers):,} remote shards such as {paths[by_headers[0]]} have no counts beside them: reading their "
+            "headers, which may take long; `clipfuse data check SHARDS --manifest` writes the counts once"
+        ))  # fmt: skip
     done, errors = len(paths) - len(unknown), []
-    for i, result in zip(
-        unknown, map_in_processes(_count_by_indexing, [(paths[i], cache) for i in unknown], workers), strict=True
-    ):
-        if isinstance(result, str):
-            errors.append(result)
-        sizes[i] = result if isinstance(result, int) else 0
-        done += 1
-        if progress:
-            progress(done, len(paths))
+
+    def collect(indices: list[int], results: Iterator[int | str | None]) -> list[int]:
+        """Collect the results for some shards, and return which have none."""
+        nonlocal done
+        without = []
+        for i, result in zip(indices, results, strict=True):
+            if result is None:
+                without.append(i)
+                continue
+            if isinstance(result, str):
+                errors.append(result)
+            sizes[i] = result if isinstance(result, int) else 0
+            done += 1
+            if progress:
+                progress(done, len(paths))
+        return without
+
+    whole = collect(by_headers, _count_all_by_headers([paths[i] for i in by_headers], cache))
+    whole = sorted(set(unknown) - set(by_headers) | set(whole))
+    collect(whole, map_in_processes(_count_by_indexing, [(paths[i], cache) for i in whole], workers))
     if errors:
         more = f" (and {len(errors) - 1} more shards; `clipfuse data check` lists them)" if len(errors) > 1 else ""
         raise UserError(errors[0] + more)
@@ -217,6 +251,29 @@ def _known_count(path: str, cache: ShardCache) -> int | None:
     if count is not None:
         return count if is_remote(path) or looks_complete(path) else None
     return None if is_remote(path) or not os.path.exists(path) else indexed_count(path, cache)
+
+
+def _count_all_by_headers(paths: Sequence[str], cache: ShardCache) -> Iterator[int | str | None]:
+    """Yield the number of samples of each remote shard from its headers, the error message, or None where only it as a whole
+    can be had."""
+    whole_only: set[str] = set()  # servers that send whole files only
+
+    def count(path: str) -> int | str | None:
+        server = "/".join(path.split("/", 3)[:3])
+        if server in whole_only or cache.cached_path(path, "shards").exists():
+            return None
+        try:
+            return retry_io(lambda: count_by_headers(path, cache.seconds), path)
+        except NoRangesError:
+            whole_only.add(server)
+            return None
+        except UserError as error:
+            return str(error)
+
+    if paths:
+        yield count(paths[0])  # alone, as it may show that its server sends no ranges
+    with ThreadPoolExecutor(_THREADS) as threads:
+        yield from threads.map(count, paths[1:])
 
 
 def _count_by_indexing(job: tuple[str, ShardCache]) -> int | str:

@@ -8,10 +8,11 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from pretrain.data import BadSample
-from pretrain.data.shards.cache import ShardCache, retry_io
+from pretrain.data.shards.cache import ShardCache
 from pretrain.data.shards.index import DUPLICATE_MEMBER, ShardIndex, load_index
 from pretrain.data.shards.names import find_new_names
 from pretrain.data.shards.paths import RawSample
+from pretrain.data.shards.transfer import retry_io
 from pretrain.errors import UserError
 
 MAX_MEMBER_BYTES = 1 << 28
@@ -137,13 +138,14 @@ class ShardReader:
 
         def open_file() -> tuple[int, ShardIndex]:
             with self.cache.hold(path) as file:  # until it is open, no other process may remove it
-                shard_index = load_index(path, self.cache, file)
+                shard_index = load_index(path, self.cache, file, check_count=self.counts is None)
                 return os.open(shard_index.path, os.O_RDONLY | os.O_CLOEXEC), shard_index
 
         opened = retry_io(open_file, path)
         expected, count = None if self.counts is None else self.counts[shard], opened[1].count
         if expected is not None and expected != count:
             os.close(opened[0])
+            self.cache.mark_damaged(path)  # the copy may be an outdated one
             raise UserError(f"{path} holds {count:,} samples, but held {expected:,} when the run began: it has changed since")
         self._open[shard] = opened
         if len(self._open) > self.max_open:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -57,15 +58,29 @@ def read_members(fd: int, path: str) -> Members:
         DamagedTarError: the file is not a tar archive, compressed, damaged or cut short.
         OSError: the file cannot be read.
     """
-    return _TarScanner(fd, path).run()
+    return scan_members(lambda length, at: os.pread(fd, length, at), os.fstat(fd).st_size, path, _CHUNK)
+
+
+def scan_members(read: Callable[[int, int], bytes], size: int, path: str, chunk: int) -> Members:
+    """Return the regular members of a tar file of which any bytes can be read.
+
+    Args:
+        read: read(length, at) returns `length` bytes at the offset `at`, or fewer at the end of the file.
+        size: size of the file in bytes.
+        path: name of the file in error messages.
+        chunk: bytes of one read of headers.
+
+    Raises:
+        DamagedTarError: the file is not a tar archive, compressed, damaged or cut short.
+    """
+    return _TarScanner(read, size, path, chunk).run()
 
 
 class _TarScanner:
     """One pass over the headers of a tar file."""
 
-    def __init__(self, fd: int, path: str) -> None:
-        self.fd, self.path = fd, path
-        self.size = os.fstat(fd).st_size
+    def __init__(self, read: Callable[[int, int], bytes], size: int, path: str, chunk_size: int) -> None:
+        self.read, self.size, self.path, self.chunk_size = read, size, path, chunk_size
         self.chunk, self.chunk_offset = b"", 0
         self.unverified: list[bytes] = []
         self.unverified_offsets: list[int] = []
@@ -123,7 +138,7 @@ class _TarScanner:
         """Return the 512 bytes at an offset."""
         start = at - self.chunk_offset
         if start + BLOCK > len(self.chunk):
-            self.chunk, self.chunk_offset, start = os.pread(self.fd, _CHUNK, at), at, 0
+            self.chunk, self.chunk_offset, start = self.read(self.chunk_size, at), at, 0
         block = self.chunk[start : start + BLOCK]
         if len(block) < BLOCK:
             damage = "it ends without an end-of-archive marker" if at >= self.size else "it ends in the middle of a header"
@@ -134,7 +149,8 @@ class _TarScanner:
         """Return the content of an extended header (a long name or pax records)."""
         if length > _MAX_EXTENSION:
             raise _DamageAt(at, f"an extended header of {length:,} bytes")
-        data = os.pread(self.fd, length, start)
+        cached = start - self.chunk_offset
+        data = self.chunk[cached : cached + length] if 0 <= cached <= len(self.chunk) - length else self.read(length, start)
         if len(data) < length:
             raise _DamageAt(at, "it ends in the middle of an extended header")
         return data
@@ -143,7 +159,9 @@ class _TarScanner:
         """Check that only a little zero padding follows the end marker: anything else is lost members."""
         if self.size - at > _MAX_PADDING:
             raise _DamageAt(at, f"{self.size - at:,} bytes follow the block of zeros that should end it")
-        rest = os.pread(self.fd, self.size - at, at)
+        cached = at - self.chunk_offset
+        end = self.chunk_offset + len(self.chunk)
+        rest = self.chunk[cached:] if end >= self.size else self.read(self.size - at, at)
         if rest.count(0) < len(rest):
             raise _DamageAt(at, "a block of zeros, and data after it")
 
@@ -166,7 +184,7 @@ class _TarScanner:
         if self.size == 0:
             return DamagedTarError(f"{self.path} is empty (0 bytes), not a tar file")
         if at == 0 and not self.members.names:
-            start = os.pread(self.fd, 8, 0)
+            start = self.read(8, 0)
             compressions = [name for magic, name in _COMPRESSED.items() if start.startswith(magic)]
             if compressions:
                 return DamagedTarError(
