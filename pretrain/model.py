@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from pretrain import registry
 from pretrain.config import check_numbers, component_field, extra_components
 from pretrain.data.images import AugmentConfig, ImageDecoder
+from pretrain.data.length_groups import RowGroups
 from pretrain.data.text import TextDecoder
 from pretrain.errors import ConfigError
 from pretrain.ops import WHITE
@@ -88,28 +89,38 @@ class DualEncoder(nn.Module):
         self.logit_scale = nn.Parameter(torch.full((1,), logit_scale))  # shape (1,): ZeRO and FSDP2 refuse 0-d parameters
         self.logit_bias = None if logit_bias is None else nn.Parameter(torch.full((1,), logit_bias))
 
-    def forward(self, inputs: dict[str, Tensor], masks: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(
+        self, inputs: dict[str, Tensor], masks: dict[str, Tensor], groups: dict[str, RowGroups] | None = None
+    ) -> dict[str, Tensor]:
         """Encode every modality of the batch.
 
         inputs: {modality: (b, ...)}; masks: {modality: (b, N)}. Returns {modality: (b, D) normalized, "logit_scale": (1,)
         exponentiated, "logit_bias": (1,) if the model has one}. With k texts a sample, a mask is (b, k, N) and the result
-        (b, k, D). Modalities that the batch lacks are left out.
+        (b, k, D). Modalities that the batch lacks are left out. groups: by modality, where its rows are to be encoded in
+        groups of fixed shapes; the result is the same.
         """
-        out = {name: self.encode(name, inputs[name], masks.get(name)) for name in self.towers if name in inputs}
+        groups = groups or {}
+        out = {
+            name: self.encode(name, inputs[name], masks.get(name), groups.get(name)) for name in self.towers if name in inputs
+        }
         out["logit_scale"] = self.logit_scale.exp()
         if self.logit_bias is not None:
             out["logit_bias"] = self.logit_bias
         return out
 
-    def encode(self, modality: str, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
+    def encode(self, modality: str, inputs: Tensor, mask: Tensor | None = None, groups: RowGroups | None = None) -> Tensor:
         """Return L2-normalized embeddings, in float32 or wider.
 
-        (b, ...) -> (b, D); with a mask (b, k, N), (b, k, ...) -> (b, k, D).
+        (b, ...) -> (b, D); with a mask (b, k, N), (b, k, ...) -> (b, k, D). groups: of the b or b k rows.
         """
         if mask is not None and mask.dim() == 3:
-            flat = self.encode(modality, inputs.flatten(0, 1), mask.flatten(0, 1))
+            flat = self.encode(modality, inputs.flatten(0, 1), mask.flatten(0, 1), groups)
             return flat.reshape(*mask.shape[:2], -1)
-        pooled = self.tower(modality)(inputs, mask).pooled
+        tower = self.tower(modality)
+        if groups is None:
+            pooled = tower(inputs, mask).pooled
+        else:
+            pooled = tower.pool_groups(inputs, mask, groups.sections(inputs.shape[1]))
         embedding = self.projection(modality)(pooled)
         return F.normalize(embedding.to(torch.promote_types(embedding.dtype, torch.float32)), dim=-1)
 

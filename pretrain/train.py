@@ -14,11 +14,15 @@ from pretrain import model as models
 from pretrain import registry
 from pretrain.checkpoints import export, resuming, warm_start
 from pretrain.config import SEED, check_numbers, component_field, text_field
+from pretrain.data import length_groups
 from pretrain.data.loader import DataConfig, Loader
+from pretrain.data.text import TextDecoder
+from pretrain.errors import ConfigError
 from pretrain.evaluation.evaluate import EvalConfig, evaluate
 from pretrain.model import DualEncoder, ModelSchema
 from pretrain.optim import OptimConfig
 from pretrain.runtime import distributed
+from pretrain.runtime.agree import on_main
 from pretrain.runtime.console import log_info
 from pretrain.training.flops import FlopCounter
 from pretrain.training.loop import Outcome, TrainConfig, fit
@@ -98,6 +102,8 @@ def train(config: PretrainConfig) -> Outcome:
         if hasattr(pair_loss, "max_logit"):  # read before the strategy, which may shard the model
             pair_loss.max_logit = components.model.max_logit()
         strategy = session.build_strategy()
+        if uses_static_groups(config, components.model, session.device):
+            set_static_groups(config, components.loader)
         objective = Contrastive(pair_loss)
         evaluation = build_evaluation(config, components, session.device)
         return fit(
@@ -144,6 +150,36 @@ def build(config: PretrainConfig) -> Components:
     models.set_performance(model, config.performance, distributed.device())
     loader = build_loader(config, build_train_decoders(config, tokenizer, model))
     return Components(tokenizer, model, loader, build_eval_decoders(config, tokenizer, model))
+
+
+def uses_static_groups(config: PretrainConfig, model: DualEncoder, device: torch.device) -> bool:
+    """Return whether captions are encoded in groups of fixed shapes (text.group_shapes). Raises ConfigError."""
+    shapes = getattr(config.text, "group_shapes", "dynamic")
+    if shapes == "dynamic" or config.text.static_groups < 2:
+        return False
+    trims = model.tower("text").trims
+    if shapes == "static" and not trims:
+        raise ConfigError(
+            "text.group_shapes=static: the text tower's embeddings depend on the padding, which groups leave out; use auto"
+        )
+    shards_weights = config.train.strategy in ("fsdp2", "zero3")  # they would gather the weights anew for every group
+    return trims and (shapes == "static" or (device.type != "cpu" and not shards_weights))
+
+
+def set_static_groups(config: PretrainConfig, loader: Loader) -> None:
+    """Let the loader divide captions into groups of fixed shapes, chosen from its first captions. Collective.
+
+    The shapes are a function of data, seed and rows per batch, so a run that resumes has the same. Raises UserError.
+    """
+    decoder = loader.decoders["text"]
+    assert isinstance(decoder, TextDecoder)
+    count = min(length_groups.SAMPLES, loader.order.epoch_size)
+    length = decoder.length
+    histogram = on_main(lambda: length_groups.count_lengths(loader.first_samples(count, ["text"]).masks["text"], length))
+    decoder.length_groups = length_groups.LengthGroups(histogram, config.text.static_groups)
+    rows = config.data.batch_size // distributed.world_size() // config.train.chunks * config.data.draw
+    shapes = decoder.length_groups.shapes(rows)
+    log_info("captions are encoded in groups of " + ", ".join(f"{n:,} x {tokens} tokens" for n, tokens in shapes))
 
 
 def build_evaluation(

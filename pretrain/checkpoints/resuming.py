@@ -31,7 +31,7 @@ def without_weights(config: T, checkpoint: Path | None) -> T:
 
     The mean and standard deviation that came with those weights are the checkpoint's, where the configuration sets none.
     """
-    saved = _read(checkpoint).get("image") if checkpoint is not None else None
+    saved = read_config(checkpoint).get("image") if checkpoint is not None else None
     image = config.image
     if not isinstance(saved, dict) or not all(saved.get(key) and hasattr(image, key) for key in ("mean", "std")):
         return config
@@ -46,7 +46,7 @@ def refuse_other_model(config: ModelSchema, tokenizer: Any, checkpoint: Path | N
     """
     if checkpoint is None:
         return
-    saved, now = _read(checkpoint), configuration.to_dict(config)
+    saved, now = read_config(checkpoint), configuration.to_dict(config)
     for section, keys in IDENTITY.items():
         old, new = saved.get(section), now.get(section)
         if not isinstance(old, dict) or not isinstance(new, dict):
@@ -57,6 +57,12 @@ def refuse_other_model(config: ModelSchema, tokenizer: Any, checkpoint: Path | N
                     f"cannot resume {checkpoint}: {section}.{key} is {new[key]!r} now and was {old[key]!r}; set "
                     f"{section}.{key}={_setting(old[key])}, or start another run from its weights: run=NEW init={checkpoint}"
                 )
+    old_act, new_act = _text_activation(saved), _text_activation(now)
+    if old_act and new_act and old_act != new_act:
+        raise ConfigError(
+            f"cannot resume {checkpoint}: text.args.hidden_act is {new_act!r} now and was {old_act!r}; set "
+            f"text.args.hidden_act={old_act}, or start another run from its weights: run=NEW init={checkpoint}"
+        )
     folder = checkpoint / loading.TOKENIZER
     if tokenizer is None or not folder.is_dir():
         return
@@ -68,9 +74,23 @@ def refuse_other_model(config: ModelSchema, tokenizer: Any, checkpoint: Path | N
         )
 
 
-def _read(checkpoint: Path) -> dict[str, Any]:
+def read_config(checkpoint: Path) -> dict[str, Any]:
+    """Return the configuration that a checkpoint holds; empty where it holds none."""
     path = checkpoint / "config.yaml"
     return configuration.read_yaml(path) if path.exists() else {}
+
+
+def _text_activation(values: dict[str, Any]) -> str | None:
+    """Return the activation of the text tower, which `text.args` names unless it is the architecture's default."""
+    text = values.get("text")
+    args = text.get("args") if isinstance(text, dict) else None
+    if not isinstance(args, dict) or "model_type" not in args:
+        return None
+    from transformers import CONFIG_MAPPING
+
+    default = CONFIG_MAPPING[args["model_type"]]() if args["model_type"] in CONFIG_MAPPING else None
+    activation: str | None = args.get("hidden_act", getattr(default, "hidden_act", None))
+    return activation
 
 
 def _setting(value: Any) -> str:

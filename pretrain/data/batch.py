@@ -6,7 +6,7 @@ Legend: b = samples in the batch, k = texts of a sample, T = tokens of a text.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pretrain.data.captions import caption_id
+from pretrain.data.length_groups import RowGroups
 
 if TYPE_CHECKING:
     from pretrain.data.shards.paths import RawSample
@@ -25,6 +26,9 @@ class Decoder(Protocol):
 
     A decoder whose batches differ in shape (texts trimmed to the longest) also has
     `merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]`. It returns what one `collate` over all items would.
+
+    A decoder of texts that are encoded in groups of fixed shapes has `length_groups` (a LengthGroups; None = no groups), for
+    Batch.groups.
 
     A decoder that provides targets has `targets(items) -> dict[str, Tensor | list]`, sample first, for Batch.targets.
     Its `collate` may return None: it then provides targets only, and the batch has no input of its name.
@@ -56,6 +60,8 @@ class Batch:
     targets: dict[str, Any] = field(default_factory=dict)
     """Training: "caption_id" (b,) or (b, k) int64, equal for equal captions. Evaluation: "captions", a list of all captions
     of each sample, and "json", a dict for each sample."""
+    groups: dict[str, RowGroups] = field(default_factory=dict)
+    """By modality, where its rows are encoded in groups of fixed shapes: the groups of the b or b k rows."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -66,19 +72,26 @@ class Batch:
         def map_values(values: Mapping[str, Any]) -> dict[str, Any]:
             return {name: function(value) for name, value in values.items()}
 
-        return Batch(map_values(self.inputs), map_values(self.masks), function(self.keys), map_values(self.targets))
+        inputs, masks, targets = map_values(self.inputs), map_values(self.masks), map_values(self.targets)
+        return Batch(inputs, masks, function(self.keys), targets, self.groups)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """Return the batch with its tensors on `device`."""
-        return self._map(lambda v: v.to(device, non_blocking=non_blocking) if isinstance(v, Tensor) else v)
+        batch = self._map(lambda v: v.to(device, non_blocking=non_blocking) if isinstance(v, Tensor) else v)
+        return replace(batch, groups={name: groups.to(device, non_blocking) for name, groups in self.groups.items()})
 
     def pin_memory(self) -> Batch:
         """Return the batch in page-locked memory, from which copies to a GPU can be asynchronous."""
-        return self._map(lambda v: v.pin_memory() if isinstance(v, Tensor) else v)
+        batch = self._map(lambda v: v.pin_memory() if isinstance(v, Tensor) else v)
+        return replace(batch, groups={name: groups.pin_memory() for name, groups in self.groups.items()})
 
     def slice(self, start: int, end: int) -> Batch:
-        """Return samples [start, end) as views: tensors are not copied."""
-        return self._map(lambda v: v[start:end])
+        """Return samples [start, end) as views: tensors are not copied. Groups are those of these samples alone."""
+        sliced = {}
+        for name, groups in self.groups.items():
+            texts = len(groups.row_lengths) // max(1, len(self))  # a sample
+            sliced[name] = groups.slice(start * texts, end * texts)
+        return replace(self._map(lambda v: v[start:end]), groups=sliced)
 
     def chunk(self, count: int) -> list[Batch]:
         """Split the batch into `count` batches, in order, whose sizes differ by at most one."""
@@ -123,6 +136,7 @@ def merge(parts: list[Batch], decoders: Mapping[str, Decoder], pin: bool = False
         pin: put the tensors in page-locked memory.
     """
     if len(parts) == 1:
+        _assign_groups(parts[0], decoders)
         return parts[0].pin_memory() if pin else parts[0]
     merged = Batch({}, {}, [key for part in parts for key in part.keys])
     for name, decoder in decoders.items():
@@ -137,7 +151,18 @@ def merge(parts: list[Batch], decoders: Mapping[str, Decoder], pin: bool = False
     for name in parts[0].targets:
         values = [part.targets[name] for part in parts]
         merged.targets[name] = torch.cat(values) if isinstance(values[0], Tensor) else [v for value in values for v in value]
+    _assign_groups(merged, decoders)
+    if pin:
+        merged.groups = {name: groups.pin_memory() for name, groups in merged.groups.items()}
     return merged
+
+
+def _assign_groups(batch: Batch, decoders: Mapping[str, Decoder]) -> None:
+    """Divide the rows of a whole batch into groups, for decoders that have `length_groups`."""
+    for name, decoder in decoders.items():
+        length_groups = getattr(decoder, "length_groups", None)
+        if length_groups is not None and name in batch.masks:
+            batch.groups[name] = length_groups.assign(batch.masks[name].sum(dim=-1).flatten().numpy())
 
 
 def _concatenate(tensors: list[Tensor], pin: bool) -> Tensor:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from pretrain.data.captions import caption_id, normalize_whitespace, read_captions
+from pretrain.data.length_groups import LengthGroups
 from pretrain.data.train_tokenizer import train_tokenizer
 from pretrain.errors import ConfigError
 
@@ -135,6 +136,7 @@ class TextDecoder:
         length: maximum number of tokens per text, special tokens included.
         caption: "txt", or the name of a json field.
         trim: T is that of the longest text of the batch, for towers whose output does not depend on padding. False: T = length.
+            Where `length_groups` is set, T = length as well, so that every batch has the same shapes.
         multiple: T is rounded up to a multiple of this (at most `length`), so that there are few compiled shapes.
         draw: k, captions drawn per sample in training; with more than one, ids and mask are (b, k, T).
     """
@@ -150,6 +152,8 @@ class TextDecoder:
     ) -> None:
         self.tokenizer, self.length, self.caption, self.trim, self.multiple = tokenizer, length, caption, trim, multiple
         self.draw = draw
+        self.length_groups: LengthGroups | None = None
+        """Chooses the groups of fixed shapes in which a batch is encoded; None = no such groups."""
         tokenizer.truncation_side = "right"
         probe = _tokenize(tokenizer, ["a"], 64)[0]
         end_ids = {i for i in (tokenizer.eos_token_id, tokenizer.sep_token_id) if i is not None}
@@ -203,7 +207,8 @@ class TextDecoder:
             rows = [[*row, self.appended_id] for row in rows]
         lengths = np.array([len(row) for row in rows], dtype=np.int64)
         longest = max(1, int(lengths.max(initial=0)))
-        width = min(self.length, -(-longest // self.multiple) * self.multiple) if self.trim else self.length
+        is_trimmed = self.trim and self.length_groups is None
+        width = min(self.length, -(-longest // self.multiple) * self.multiple) if is_trimmed else self.length
         mask = np.arange(width) < lengths[:, None]
         ids = np.full((len(rows), width), self.pad_id, dtype=np.int64)
         ids[mask] = np.fromiter((i for row in rows for i in row), dtype=np.int64, count=int(lengths.sum()))

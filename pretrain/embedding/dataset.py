@@ -91,6 +91,7 @@ def fingerprint_model(loaded: LoadedModel) -> str:
         sha256.update(flat.view(torch.uint8).numpy())
     incidental = {
         "tokenizer", "name", "pretrained", "weights", "trainable_blocks", "checkpointing", "patch_dropout", "groups",
+        "static_groups", "group_shapes",
     }  # fmt: skip
     for modality in loaded.model.towers:
         config = getattr(loaded.config, modality, None) or loaded.config.others.get(modality)

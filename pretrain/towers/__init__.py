@@ -17,7 +17,7 @@ Shapes: b = samples, N = tokens of a sample, C = width of a token, P = width of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -73,6 +73,13 @@ class Tower(nn.Module):
     def forward(self, inputs: Tensor, mask: Tensor | None = None) -> TokenSequence:
         """Encode inputs (b, ...) with a mask (b, N) bool; None means that every token is valid."""
         raise NotImplementedError(f"{type(self).__name__}.forward")
+
+    def pool_groups(self, inputs: Tensor, mask: Tensor | None, sections: Sequence[tuple[Tensor, int]]) -> Tensor:
+        """Return forward(inputs, mask).pooled (b, P), computed in groups of rows, each trimmed to its own length.
+
+        sections: (rows, tokens) of each group; every row is in one. Towers with `trims` may support it.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.pool_groups")
 
     def layer_ids(self) -> dict[str, int]:
         """Return the layer of each parameter: 0 stem and embeddings, 1..L blocks, L + 1 final norm and pooler."""

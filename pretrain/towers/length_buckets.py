@@ -1,12 +1,15 @@
-"""Encodes a batch of texts on the CPU in groups of similar length, to compute less padding.
+"""Encodes a batch of texts in groups of similar length, to compute less padding.
 
 A batch is as long as its longest text, so most of it is padding: captions of 12 tokens on average make batches 48 tokens
 long. Sorting the rows by length and encoding a few groups of similar length gives the same embeddings with less work.
+
+`encode_grouped` chooses the groups of each batch, and reads the lengths for it: it is for the CPU. `pool_sections` takes groups
+that the loader chose (pretrain/data/length_groups.py): it never waits for the device, and its shapes can be the same always.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -66,3 +69,15 @@ def encode_grouped(
     original_order = torch.empty_like(rows)
     original_order[rows] = torch.arange(len(rows))
     return TokenSequence(torch.cat(states)[original_order], mask, None, torch.cat(pooled)[original_order])
+
+
+def pool_sections(
+    encode: Callable[[Tensor, Tensor], TokenSequence], inputs: Tensor, mask: Tensor, sections: Sequence[tuple[Tensor, int]]
+) -> Tensor:
+    """Return encode(inputs (b, T), mask (b, T)).pooled (b, P), computed section by section.
+
+    sections: (rows, tokens); each row of the batch is in one. The tokens of a section hold its longest row.
+    """
+    outputs = [encode(inputs[:, :length][rows], mask[:, :length][rows]).pooled for rows, length in sections]
+    pooled, rows = torch.cat(outputs), torch.cat([rows for rows, _ in sections])
+    return torch.zeros_like(pooled).index_copy(0, rows, pooled)

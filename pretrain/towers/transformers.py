@@ -10,7 +10,7 @@ forward() uses.
 
 from __future__ import annotations
 
-from collections.abc import Sized
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pretrain.config import check_numbers
 from pretrain.errors import ConfigError
 from pretrain.towers import TokenSequence, Tower, hf_models, last_valid, masked_mean, used_parameters
-from pretrain.towers.length_buckets import encode_grouped
+from pretrain.towers.length_buckets import encode_grouped, pool_sections
 
 
 @dataclass
@@ -45,6 +45,12 @@ class Config:
     (1_Pooling), for other models eot."""
     groups: int = 6
     """On the CPU a batch is encoded in at most so many groups of similar length; 1 encodes it as a whole."""
+    static_groups: int = 8
+    """The same for groups whose shapes do not depend on the batch (group_shapes): the most groups; 1 = none."""
+    group_shapes: Literal["auto", "dynamic", "static"] = "auto"
+    """dynamic: lengths and rows of the groups follow each batch, on CPUs only. static: they are chosen once, from the first
+    captions of the training data, which suits GPUs and compiled models. auto: static on GPUs but under fsdp2
+    and zero3, which would gather their weights once for each group; dynamic on CPUs. Evaluation uses no static groups."""
     trainable_blocks: int = -1
     """-1 trains everything, 0 freezes the tower, n trains the last n blocks and the final norm."""
     checkpointing: bool = False
@@ -54,10 +60,10 @@ class Config:
         """Raise ConfigError for an impossible value or combination."""
         if self.name is None and "model_type" not in self.args:
             raise ConfigError("text: give text.name (hub name or folder) or text.args.model_type (a new model)")
-        if self.length < 2 or self.groups < 1 or self.trainable_blocks < -1:
+        if self.length < 2 or min(self.groups, self.static_groups) < 1 or self.trainable_blocks < -1:
             raise ConfigError(
                 f"text.length={self.length} must be 2 or more, text.groups={self.groups} 1 or more, "
-                f"text.trainable_blocks={self.trainable_blocks} -1 or more"
+                f"text.static_groups={self.static_groups} 1 or more, text.trainable_blocks={self.trainable_blocks} -1 or more"
             )
         check_numbers(self, "text")
 
@@ -96,13 +102,22 @@ class TextTower(Tower):
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None) -> TokenSequence:
         """Encode token ids (b, T) with a mask (b, T) or None (all valid): states (b, T, C), pooled (b, P)."""
-        mask = torch.ones_like(inputs, dtype=torch.bool) if mask is None else mask.bool()
-        if self.causal and self.end_id is not None and self.pool in ("eot", "avg"):
-            mask = mask & _up_to_first(inputs, self.end_id)
+        mask = self._read_tokens(inputs, mask)
         can_group = self.groups > 1 and self.trims and inputs.device.type == "cpu" and inputs.shape[0] > 1
         if can_group and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
             return encode_grouped(self._encode, inputs, mask, self.groups, self.round_to)
         return self._encode(inputs, mask)
+
+    def pool_groups(self, inputs: Tensor, mask: Tensor | None, sections: Sequence[tuple[Tensor, int]]) -> Tensor:
+        """Return forward(inputs, mask).pooled (b, P), computed in groups of rows and tokens."""
+        return pool_sections(self._encode, inputs, self._read_tokens(inputs, mask), sections)
+
+    def _read_tokens(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the mask (b, T) of the tokens that are read: in a causal tower those up to the first end token."""
+        mask = torch.ones_like(inputs, dtype=torch.bool) if mask is None else mask.bool()
+        if self.causal and self.end_id is not None and self.pool in ("eot", "avg"):
+            mask = mask & _up_to_first(inputs, self.end_id)
+        return mask
 
     def _encode(self, inputs: Tensor, mask: Tensor) -> TokenSequence:
         if self.pad_id is not None and not self.causal and self.pool in ("avg", "cls"):

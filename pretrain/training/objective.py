@@ -48,7 +48,7 @@ class Contrastive:
 
     def encode(self, model: nn.Module, batch: Batch) -> Features:
         """Return (b, D) or (b, k, D) for each modality, L2-normalized, and the exponentiated logit_scale (1,)."""
-        features: Features = model(batch.inputs, batch.masks)
+        features: Features = model(batch.inputs, batch.masks, **({"groups": batch.groups} if batch.groups else {}))
         return features
 
     def loss(self, features: Features, targets: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -30,6 +30,11 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
         ("text.pool=avg", "text.pool=eot", ("text.pool is 'eot' now and was 'avg'", "set text.pool=avg")),
         ("image.pool=avg", "image.pool=cls", ("image.pool is 'cls' now and was 'avg'", "set image.pool=avg")),
         ("image.resize=crop", "image.resize=squash", ("image.resize is 'squash' now and was 'crop'",)),
+        (
+            "text.args.hidden_act=quick_gelu",  # the default of the architecture, which its checkpoint does not name
+            "text.args.hidden_act=gelu",
+            ("text.args.hidden_act is 'gelu' now and was 'quick_gelu'", "set text.args.hidden_act=quick_gelu"),
+        ),
         ("image.mean=[0.5,0.5,0.5]", "image.std=[0.25,0.25,0.25]", ("image.std is [0.25, 0.25, 0.25] now",)),
     ],
 )
