@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
-from math import ceil
+from math import ceil, gcd, lcm
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +31,10 @@ from pretrain.errors import ConfigError
 PERIOD_BITS = 16
 PERIOD = 1 << PERIOD_BITS
 """Number of values of t after which the pattern of sources repeats; weights are rounded to multiples of 1 / PERIOD."""
+
+STREAMS = 48
+"""Streams that are chosen for remote shards, as far as the batch can be divided among them. 1, 2, 3, 4, 6, 8, 12, 16, 24 or 48
+nodes divide it, so that the order is the same for all of these."""
 
 
 @dataclass(frozen=True)
@@ -198,6 +202,26 @@ class Order:
         m = self._blocks[source]
         b, k = np.divmod(j, m)  # p' = j C + c = b C m + k C + c
         return source, (b * self.streams + c) * m + k
+
+
+def choose_streams(window: int, batch_size: int, shards: int, nodes: int) -> tuple[int, int]:
+    """Return (streams, shards of a window) for data whose shards are fetched; (1, window) where there are too few shards.
+
+    All streams together read as many shards at a time as one window of one stream, or one shard each if they are more. So one
+    node fetches no more shards before its first batch than it would with one stream.
+
+    Args:
+        window: shards that are to be mixed (data.window).
+        shards: number of shards of the smallest source.
+        nodes: with at least STREAMS shards, they do not affect the result where they divide gcd(batch_size, STREAMS).
+    """
+    most = gcd(batch_size, STREAMS)
+    if batch_size % nodes == 0:
+        most = lcm(most, nodes)
+    for streams in range(most, 1, -1):
+        if most % streams == 0 and streams % nodes == 0 and streams * -(-window // streams) <= shards:
+            return streams, -(-window // streams)
+    return 1, window
 
 
 def _require(condition: bool, message: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from pretrain.losses import clip
+from pretrain.runtime import distributed
 
 LOGIT_SCALE, LOGIT_BIAS = clip.LOGIT_SCALE, clip.LOGIT_BIAS
 
@@ -22,7 +23,8 @@ class Config(clip.Config):
     at: int = 3
     """The first call that fails, from 1."""
     how: Literal["nan", "crash", "interrupt", "terminate"] = "nan"
-    """nan: every loss from there on is NaN; crash: a ValueError; interrupt: Ctrl-C twice; terminate: one SIGTERM."""
+    """nan: every loss from there on is NaN; crash: a ValueError; interrupt: Ctrl-C twice; terminate: one SIGTERM,
+    to the last rank."""
 
 
 class Loss(clip.Loss):
@@ -39,7 +41,8 @@ class Loss(clip.Loss):
         loss, report = super().forward(features, scale, bias, targets)
         if self.config.how == "nan" and self.calls >= self.config.at:
             return loss * float("nan"), report
-        if self.calls == self.config.at:
+        is_last_rank = distributed.rank() == distributed.world_size() - 1
+        if self.calls == self.config.at and (self.config.how != "terminate" or is_last_rank):
             if self.config.how == "crash":
                 raise ValueError("a bug in a loss of one's own")
             for _ in range(2 if self.config.how == "interrupt" else 1):

@@ -502,6 +502,39 @@ def test_shards_are_prefetched(data, decoders, tmp_path):
     assert again.prefetch_reader is None  # all shards are indexed now
 
 
+def test_streams_are_chosen_where_shards_are_fetched(data, decoders, tmp_path, caplog):
+    """Eight is the largest divisor of the batch of 24, and of 48, for which nine shards suffice."""
+    for s in range(9):
+        write_shard(tmp_path / f"s-{s}.tar", {f"{i}": good(i) for i in range(30)})
+    chosen = {}
+    for stage in (False, True):
+        config = DataConfig(train=str(tmp_path), batch_size=24, workers=0, window=3, stage=stage, cache=str(tmp_path / "cache"))
+        chosen[stage] = build_loader(config, decoders, seed=1).order.streams
+        assert (config.streams, config.window) == ((8, 1) if stage else (1, 3))
+    assert chosen == {False: 1, True: 8}
+    assert not caplog.records
+    config = DataConfig(train=str(tmp_path), batch_size=24, workers=0, streams=1, stage=True, cache=str(tmp_path / "cache"))
+    build_loader(config, decoders, seed=1, rank=1, world=2, nodes=2)
+    assert "data.streams=1: each of the 2 nodes fetches every shard" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("now", "saved", "resumed"),
+    [
+        ((0, 16), {"streams": 48, "window": 1}, (48, 1)),
+        ((0, 16), {"streams": 1, "window": 16}, (1, 16)),
+        ((0, 16), {}, (1, 16)),  # saved before there were streams
+        ((0, 32), {"streams": 4, "window": 4}, (4, 32)),  # another window than then: the loader refuses to resume
+        ((0, 16), {"streams": 4, "window": 16}, (4, 16)),
+        ((2, 16), {"streams": 4, "window": 4}, (2, 16)),
+    ],
+)
+def test_a_run_resumes_with_the_streams_that_it_began_with(now, saved, resumed):
+    config = DataConfig(streams=now[0], window=now[1])
+    config.resume_streams(saved)
+    assert (config.streams, config.window) == resumed
+
+
 # ---- evaluation ------------------------------------------------------------------------------------------------------
 
 

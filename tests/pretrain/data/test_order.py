@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.data.order import Order, ShardSource
+from pretrain.data.order import STREAMS, Order, ShardSource, choose_streams
 from pretrain.data.shuffle import KeyedGenerator, permutation, philox_key
 from pretrain.errors import ConfigError
 
@@ -186,6 +186,36 @@ def test_with_streams_each_node_reads_its_own_shards():
     shards = [set(order.locate(p).shard.tolist()) for p in served]
     assert [len(node_shards) for node_shards in shards] == [4] * 4
     assert len(set.union(*shards)) == 16
+
+
+def test_chosen_streams_divide_the_shards_and_keep_the_sequence_for_all_numbers_of_nodes():
+    """The sequence is that of one node, and the nodes' shards do not overlap. The choice does not depend on the nodes."""
+    batch_size, shards, samples = 96, 96, 40
+    sequences, read = {}, {}
+    for nodes in (1, 2, 3, 4, 6):
+        streams, window = choose_streams(16, batch_size, shards, nodes)
+        assert (streams, window) == (STREAMS, 1)
+        order = Order([ShardSource([samples] * shards)], seed=1, window=window, streams=streams)
+        steps = range(STREAMS * samples // batch_size)  # a block of each stream
+        served = [[order.positions(g, batch_size, n, nodes, nodes) for g in steps] for n in range(nodes)]
+        merged = [np.sort(np.concatenate(parts)) for parts in zip(*served, strict=True)]
+        sequences[nodes] = triples(order.locate(np.concatenate(merged)))
+        read[nodes] = [set(order.locate(np.concatenate(positions)).shard.tolist()) for positions in served]
+    assert all(sequence == sequences[1] for sequence in sequences.values())
+    assert {nodes: [len(s) for s in sets] for nodes, sets in read.items()} == {n: [STREAMS // n] * n for n in read}
+    assert all(len(set.union(*sets)) == STREAMS for sets in read.values())
+
+
+@given(st.integers(1, 40), st.integers(1, 5000), st.integers(1, 300), st.integers(1, 70))
+@settings(max_examples=200, deadline=None)
+def test_chosen_streams_are_never_refused(window, batch_size, shards, nodes):
+    streams, chosen = choose_streams(window, batch_size, shards, nodes)
+    order = Order([ShardSource([50] * shards)], seed=0, window=chosen, streams=streams)
+    if batch_size % nodes == 0 and batch_size <= order.epoch_size:
+        order.check(batch_size, nodes, nodes)
+    assert streams == 1 or (window <= streams * chosen < window + streams and streams * chosen <= shards)
+    if streams == 1:
+        assert chosen == window
 
 
 def test_epochs_and_seeds_differ():
