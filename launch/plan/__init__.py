@@ -151,8 +151,8 @@ def build_plan(config: str, settings: list[str], gpus: int, gpu: str, samples: i
     with distributed.assume_world(gpus, max(1, gpus // 8), True):
         loaded = load_config(find_config(config, "pretrain"), settings)
     model, notes = measure_model(loaded)
-    if loaded.train.compile:
-        notes.append("train.compile=true fuses operations: activations are usually a third less than this")
+    if loaded.train.compile != "false":
+        notes.append(f"train.compile={loaded.train.compile} fuses operations: activations are usually a third less than this")
     return Plan(
         config=loaded,
         gpus=gpus,

@@ -13,7 +13,7 @@ from launch.plan.footprint import measure_footprint
 from pretrain import model as models
 from pretrain.checkpoints import warm_start
 from pretrain.errors import UserError
-from pretrain.strategies.fsdp2 import find_blocks
+from pretrain.strategies.blocks import find_blocks
 from pretrain.train import PretrainConfig
 from pretrain.training import flops
 

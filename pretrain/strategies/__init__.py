@@ -7,6 +7,7 @@
     deepspeed.py         what the stages of ZeRO share: the engine, its settings, one step, saving
     zero_stages.py       where ZeRO 1 and 2 and ZeRO 3 keep their shards
     deepspeed_config.py  reads the file of DeepSpeed settings that train.deepspeed names
+    blocks.py            the blocks that are sharded or compiled one by one
     full_copy.py         an unsharded copy of a sharded model, for evaluation
     batch_norm.py        where BatchNorm would change the result, and how it is synchronized
 
@@ -46,7 +47,7 @@ from pretrain.errors import ConfigError, UserError
 from pretrain.optim import OptimConfig
 from pretrain.runtime import distributed
 from pretrain.runtime.files import save_tensors
-from pretrain.strategies import deepspeed_config
+from pretrain.strategies import blocks, deepspeed_config
 
 Precision = Literal["fp32", "bf16", "fp16"]
 OptimizerState = dict[str, dict[str, Tensor]]
@@ -87,6 +88,8 @@ class Strategy(ABC):
     module: nn.Module
     """The same model without the wrapper."""
     optimizer: torch.optim.Optimizer
+    compiled = "false"
+    """The value of train.compile with which blocks were compiled."""
 
     def __init__(self, precision: Precision, optim: OptimConfig, device: torch.device) -> None:
         self.precision, self.optim, self.device = precision, optim, device
@@ -95,9 +98,20 @@ class Strategy(ABC):
     def setup(self, model: nn.Module) -> None:
         """Move the model to the device, wrap it, and build its optimizer. Collective."""
 
-    def compile(self, backend: str = "inductor") -> None:
-        """Compile the model with torch.compile. Call it after setup()."""
-        self.module.compile(backend=backend)
+    def compile(self, word: str = "default", backend: str = "inductor") -> None:
+        """Compile the blocks of the model with torch.compile, for batches of one shape. Call it after setup().
+
+        word: a value of train.compile; "false" does nothing.
+        """
+        if word == "false":
+            return
+        blocks.compile_blocks(self.module, blocks.MODES[word], backend)
+        self.compiled = word
+
+    def begin_step(self) -> None:
+        """Announce a new step: CUDA graphs may write over what they returned in the one before."""
+        if self.compiled == "reduce-overhead":
+            torch.compiler.cudagraph_mark_step_begin()
 
     # -----------------------------------------------------------------------------------------------------------------
     # One step
@@ -159,9 +173,11 @@ class Strategy(ABC):
     def full_model(self) -> Iterator[nn.Module]:
         """Yield the model with every weight on this process, for evaluation.
 
-        Its forward passes are not collective: processes may run different numbers of them.
+        Its forward passes are not collective: processes may run different numbers of them. Compiled blocks run eagerly: batches
+        of evaluation have other shapes, each of which would be compiled.
         """
-        yield self.module
+        with nullcontext() if self.compiled == "false" else torch.compiler.set_stance("force_eager"):
+            yield self.module
 
     # -----------------------------------------------------------------------------------------------------------------
     # Saving and resuming
@@ -265,7 +281,7 @@ def check_saved_state(state: Any) -> None:
 def check(
     name: str,
     precision: Precision,
-    compiled: bool,
+    compiled: str,
     offload: bool,
     deepspeed: str | None = None,
     replicas: int = 1,
@@ -296,11 +312,7 @@ def check(
         raise ConfigError(
             "train.precision=bf16 needs a GPU of NVIDIA's Ampere generation or later; use fp16 or fp32 on this one"
         )
-    if compiled and name == "zero3":
-        raise ConfigError(
-            "train.compile=true cannot be combined with train.strategy=zero3: DeepSpeed gathers weights in hooks of every "
-            "module, and each hook would break the graph; use fsdp2 to shard the weights of a compiled model"
-        )
+    blocks.check_mode(compiled, name)
     if offload and not is_zero:
         raise ConfigError(f"train.offload=true needs train.strategy=zero1, zero2 or zero3, not {name}")
     if offload and not distributed.has_gpu():

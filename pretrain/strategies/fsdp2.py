@@ -26,6 +26,7 @@ from pretrain.optim import OptimConfig
 from pretrain.runtime import distributed
 from pretrain.strategies import DTYPES, Precision
 from pretrain.strategies.batch_norm import convert_sync_batch_norm
+from pretrain.strategies.blocks import find_blocks
 from pretrain.strategies.full_copy import disable_length_buckets, materialized, meta_copy
 from pretrain.strategies.single import Single
 
@@ -88,10 +89,6 @@ class FSDP2(Single):
         )
         fully_shard(block, mesh=mesh, mp_policy=policy)
 
-    def compile(self, backend: str = "inductor") -> None:
-        for block in self.blocks:  # block by block, so that the hooks that gather weights do not break a graph
-            block.compile(backend=backend)
-
     def sync_gradients(self, is_last_chunk: bool) -> AbstractContextManager[Any]:
         assert isinstance(self.model, FSDPModule)
         self.model.set_requires_gradient_sync(is_last_chunk)
@@ -145,18 +142,6 @@ def find_exact(block: nn.Module) -> tuple[list[nn.Module], list[str]]:
         else:
             parameters += [f"{prefix}.{name}" if prefix else name for name in exact]
     return modules, parameters
-
-
-def find_blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the outermost repeated layers of a model, which are sharded one by one.
-
-    They are the children that have weights of every ModuleList or Sequential with at least two such children.
-    """
-    if isinstance(model, nn.ModuleList | nn.Sequential):
-        repeated = [child for child in model.children() if next(child.parameters(), None) is not None]
-        if len(repeated) > 1:
-            return repeated
-    return [block for child in model.children() for block in find_blocks(child)]
 
 
 def build(precision: Precision, optim: OptimConfig, device: torch.device, replicas: int = 1) -> FSDP2:

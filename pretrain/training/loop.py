@@ -41,6 +41,7 @@ from pretrain.runtime.signals import catch_stop_signals
 from pretrain.runtime.watchdog import Watchdog
 from pretrain.strategies import Precision, Strategy
 from pretrain.strategies.batch_norm import refuse_chunks
+from pretrain.strategies.blocks import CompileMode
 from pretrain.training.flops import FlopCounter
 from pretrain.training.metrics import RunLog, check_trackers
 from pretrain.training.objective import Objective
@@ -87,8 +88,9 @@ class TrainConfig:
     """Steps between lines in metrics.jsonl."""
     audit: bool = False
     """Write the keys of every consumed sample to audit-RANK.jsonl."""
-    compile: bool = False
-    """torch.compile the model (minutes at the start, faster steps on GPUs)."""
+    compile: CompileMode = "false"
+    """true: compile the towers' blocks with torch.compile, a minute or more at the start; default is the same. reduce-overhead:
+    CUDA graphs too, for small models on fast GPUs (single and ddp). max-autotune: try more kernels, for many minutes."""
     deterministic: bool = False
     """On GPUs: use only kernels whose result does not vary from run to run, where bits matter more than speed. Resuming is then
     bit for bit on the same kind of GPU and number of processes, as it is on CPUs in any case."""
@@ -346,8 +348,7 @@ class _Run:
             store.load_weights(self.model, store.read_weights(_training_weights_folder(checkpoint)), checkpoint)
         refuse_chunks(self.model, self.plan.train.chunks)
         self.strategy.setup(self.model)
-        if self.plan.train.compile:
-            self.strategy.compile()
+        self.strategy.compile(self.plan.train.compile)
         if checkpoint is None or trainer_state is None:
             if self.plan.optim.average:
                 self.average = WeightAverage(self.strategy.local_shards().items(), self.plan.optim.average)

@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from pretrain import config as configuration
 from pretrain import model as models
 from pretrain import strategies
-from pretrain.checkpoints import loading, store, warm_start
+from pretrain.checkpoints import loading, resuming, store, warm_start
 from pretrain.data import loader as loaders
-from pretrain.data.config import evaluation_caption, resolve_sources
+from pretrain.data.config import evaluation_caption, resolve_sources_once
 from pretrain.data.loader import Loader
+from pretrain.data.text import TextDecoder
 from pretrain.errors import ConfigError, UserError
 from pretrain.model import DualEncoder, ModelSchema
 from pretrain.printable import format_count, hide_secrets_in
@@ -138,7 +139,10 @@ def open_session(config: Any) -> Iterator[Session]:
     folder.open()
     try:
         with performance.process_settings(config.performance, config.train.deterministic):
-            yield Session(config, folder, find_checkpoint(config, folder), device, threads)
+            checkpoint = find_checkpoint(config, folder)
+            if checkpoint is not None:
+                config.data.resume_streams(resuming.read_config(checkpoint).get("data", {}))
+            yield Session(config, folder, checkpoint, device, threads)
     except BaseException:
         folder.remove_empty()
         raise
@@ -157,7 +161,7 @@ def check_agreement(config: Any) -> None:
         preflight.require_equal(
             "data.train",
             lambda: preflight.data_fingerprint(
-                [path for source in resolve_sources(train, "data.train") for path in source.shards]
+                [path for source in resolve_sources_once(train, "data.train") for path in source.shards]
             ),
         )
 
@@ -237,7 +241,7 @@ def build_encoders(config: Any) -> tuple[Any, DualEncoder]:
     an error now and not after the first thousand steps. Raises UserError.
     """
     if config.data.val is not None:
-        resolve_sources(config.data.val, "data.val")
+        resolve_sources_once(config.data.val, "data.val")
     tokenizer = warm_start.choose_tokenizer(config.init, config.text) if config.text is not None else None
     torch.manual_seed(config.seed)
     return tokenizer, models.build(models.tower_configs(config), config.model, tokenizer)
@@ -246,7 +250,11 @@ def build_encoders(config: Any) -> tuple[Any, DualEncoder]:
 def build_train_decoders(config: Any, tokenizer: Any, encoders: DualEncoder) -> dict[str, Any]:
     """Build the decoders for training, by modality: they augment images and draw captions."""
     data = config.data
-    return models.build_decoders(config, tokenizer, encoders, data.caption, data.augment, data.draw)
+    decoders = models.build_decoders(config, tokenizer, encoders, data.caption, data.augment, data.draw)
+    text = decoders.get("text")
+    if isinstance(text, TextDecoder) and config.train.compile != "false":
+        text.trim = False  # compiled models are compiled anew for every length
+    return decoders
 
 
 def build_eval_decoders(config: Any, tokenizer: Any, encoders: DualEncoder) -> dict[str, Any]:

@@ -36,6 +36,7 @@ def train_step(
 
     seeds: (seed, step, rank). Returns device tensors: loss, grad_norm, skipped, and what the objective reports.
     """
+    strategy.begin_step()
     if chunks == 1:
         batch = batch.to(strategy.device)
         with strategy.sync_gradients(True):

@@ -279,13 +279,19 @@ def test_frozen_blocks_recomputed_activations_and_every_precision(name: str) -> 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("dpp", "fp32", False, False), "single, ddp, fsdp2, zero1, zero2, zero3"),
-        (("zero3", "fp32", True, False), "use fsdp2"),
-        (("ddp", "fp32", False, True), "zero1, zero2 or zero3"),
-        (("ddp", "fp32", False, False, None, 2), "train.replicas=2 needs train.strategy=fsdp2, not ddp"),
-        (("fsdp2", "fp32", False, False, None, 2), "train.replicas=2 must divide the number of processes, which is 1"),
-        (("fsdp2", "fp32", False, False, None, 0), "train.replicas=0 must divide"),
-        (("fsdp2", "fp32", False, False, None, 1, "bf16"), "train.gradient_compression=bf16 needs train.strategy=ddp"),
+        (("dpp", "fp32", "false", False), "single, ddp, fsdp2, zero1, zero2, zero3"),
+        (("zero3", "fp32", "true", False), "use fsdp2"),
+        (("fsdp2", "fp32", "reduce-overhead", False), "train.compile=reduce-overhead records CUDA graphs.*fsdp2 moves"),
+        (("zero1", "fp32", "reduce-overhead", False), "use train.compile=true, or train.strategy=ddp"),
+        (
+            ("ddp", "fp32", "fast", False),
+            "train.compile=fast must be one of false, true, default, reduce-overhead",
+        ),
+        (("ddp", "fp32", "false", True), "zero1, zero2 or zero3"),
+        (("ddp", "fp32", "false", False, None, 2), "train.replicas=2 needs train.strategy=fsdp2, not ddp"),
+        (("fsdp2", "fp32", "false", False, None, 2), "train.replicas=2 must divide the number of processes, which is 1"),
+        (("fsdp2", "fp32", "false", False, None, 0), "train.replicas=0 must divide"),
+        (("fsdp2", "fp32", "false", False, None, 1, "bf16"), "train.gradient_compression=bf16 needs train.strategy=ddp"),
     ],
 )
 def test_impossible_settings_are_refused_with_the_reason(arguments: tuple[Any, ...], message: str) -> None:
@@ -304,13 +310,13 @@ def test_settings_for_gpus_are_refused_without_a_gpu(settings: dict[str, Any]) -
 def test_zero_without_deepspeed_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'clipfuse\[deepspeed\]'"):
-        check("zero2", "fp32", False, False)
+        check("zero2", "fp32", "false", False)
 
 
 def collect_refusals(name: str) -> str:
     """Return the messages that refuse strategy single on several processes, and BatchNorm on CPUs."""
     try:
-        check("single", "fp32", False, False)
+        check("single", "fp32", "false", False)
     except ConfigError as error:
         message = str(error)
     try:
