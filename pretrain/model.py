@@ -20,6 +20,7 @@ from pretrain.config import check_numbers, component_field, extra_components
 from pretrain.data.images import AugmentConfig, ImageDecoder
 from pretrain.data.length_groups import RowGroups
 from pretrain.data.text import TextDecoder
+from pretrain.data.text_packing import PackedTexts
 from pretrain.errors import ConfigError
 from pretrain.ops import WHITE
 from pretrain.runtime import performance
@@ -90,14 +91,14 @@ class DualEncoder(nn.Module):
         self.logit_bias = None if logit_bias is None else nn.Parameter(torch.full((1,), logit_bias))
 
     def forward(
-        self, inputs: dict[str, Tensor], masks: dict[str, Tensor], groups: dict[str, RowGroups] | None = None
+        self, inputs: dict[str, Tensor], masks: dict[str, Tensor], groups: dict[str, RowGroups | PackedTexts] | None = None
     ) -> dict[str, Tensor]:
         """Encode every modality of the batch.
 
         inputs: {modality: (b, ...)}; masks: {modality: (b, N)}. Returns {modality: (b, D) normalized, "logit_scale": (1,)
         exponentiated, "logit_bias": (1,) if the model has one}. With k texts a sample, a mask is (b, k, N) and the result
         (b, k, D). Modalities that the batch lacks are left out. groups: by modality, where its rows are to be encoded in
-        groups of fixed shapes; the result is the same.
+        groups of fixed shapes, or packed; the result is the same.
         """
         groups = groups or {}
         out = {
@@ -108,7 +109,9 @@ class DualEncoder(nn.Module):
             out["logit_bias"] = self.logit_bias
         return out
 
-    def encode(self, modality: str, inputs: Tensor, mask: Tensor | None = None, groups: RowGroups | None = None) -> Tensor:
+    def encode(
+        self, modality: str, inputs: Tensor, mask: Tensor | None = None, groups: RowGroups | PackedTexts | None = None
+    ) -> Tensor:
         """Return L2-normalized embeddings, in float32 or wider.
 
         (b, ...) -> (b, D); with a mask (b, k, N), (b, k, ...) -> (b, k, D). groups: of the b or b k rows.
@@ -119,6 +122,8 @@ class DualEncoder(nn.Module):
         tower = self.tower(modality)
         if groups is None:
             pooled = tower(inputs, mask).pooled
+        elif isinstance(groups, PackedTexts):
+            pooled = tower.pool_packed(inputs, mask, groups.tokens, groups.starts)
         else:
             pooled = tower.pool_groups(inputs, mask, groups.sections(inputs.shape[1]))
         embedding = self.projection(modality)(pooled)

@@ -17,6 +17,7 @@ from pretrain.config import SEED, check_numbers, component_field, text_field
 from pretrain.data import length_groups
 from pretrain.data.loader import DataConfig, Loader
 from pretrain.data.text import TextDecoder
+from pretrain.data.text_packing import TextPacking
 from pretrain.errors import ConfigError
 from pretrain.evaluation.evaluate import EvalConfig, evaluate
 from pretrain.model import DualEncoder, ModelSchema
@@ -102,8 +103,9 @@ def train(config: PretrainConfig) -> Outcome:
         if hasattr(pair_loss, "max_logit"):  # read before the strategy, which may shard the model
             pair_loss.max_logit = components.model.max_logit()
         strategy = session.build_strategy()
-        if uses_static_groups(config, components.model, session.device):
-            set_static_groups(config, components.loader)
+        shapes = choose_text_shapes(config, components.model, session.device)
+        if shapes != "dynamic":
+            set_text_shapes(config, components.loader, shapes)
         objective = Contrastive(pair_loss)
         evaluation = build_evaluation(config, components, session.device)
         return fit(
@@ -152,34 +154,47 @@ def build(config: PretrainConfig) -> Components:
     return Components(tokenizer, model, loader, build_eval_decoders(config, tokenizer, model))
 
 
-def uses_static_groups(config: PretrainConfig, model: DualEncoder, device: torch.device) -> bool:
-    """Return whether captions are encoded in groups of fixed shapes (text.group_shapes). Raises ConfigError."""
-    shapes = getattr(config.text, "group_shapes", "dynamic")
-    if shapes == "dynamic" or config.text.static_groups < 2:
-        return False
-    trims = model.tower("text").trims
-    if shapes == "static" and not trims:
+def choose_text_shapes(config: PretrainConfig, model: DualEncoder, device: torch.device) -> str:
+    """Return how captions are encoded: "dynamic", "static" or "packed" (text.group_shapes). Raises ConfigError."""
+    shapes: str = getattr(config.text, "group_shapes", "dynamic")
+    if shapes == "dynamic":
+        return shapes
+    tower = model.tower("text")
+    if shapes == "static" and not tower.trims:
         raise ConfigError(
             "text.group_shapes=static: the text tower's embeddings depend on the padding, which groups leave out; use auto"
         )
+    if shapes == "packed" and not tower.packs:
+        raise ConfigError(
+            "text.group_shapes=packed is for causal text towers with text.pool=eot that take positions and an attention mask, "
+            "such as clip_text_model; use auto"
+        )
+    if shapes != "auto":
+        return shapes
     shards_weights = config.train.strategy in ("fsdp2", "zero3")  # they would gather the weights anew for every group
-    return trims and (shapes == "static" or (device.type != "cpu" and not shards_weights))
+    if device.type == "cpu" or not tower.trims:
+        return "dynamic"
+    return "packed" if tower.packs else "dynamic" if shards_weights else "static"
 
 
-def set_static_groups(config: PretrainConfig, loader: Loader) -> None:
-    """Let the loader divide captions into groups of fixed shapes, chosen from its first captions. Collective.
+def set_text_shapes(config: PretrainConfig, loader: Loader, shapes: str) -> None:
+    """Let the loader divide captions into groups of fixed shapes, or pack them. Collective.
 
-    The shapes are a function of data, seed and rows per batch, so a run that resumes has the same. Raises UserError.
+    The shapes are chosen from the first captions. They are a function of data, seed and captions per batch, so a run that
+    resumes has the same. Raises UserError.
     """
     decoder = loader.decoders["text"]
     assert isinstance(decoder, TextDecoder)
-    count = min(length_groups.SAMPLES, loader.order.epoch_size)
-    length = decoder.length
+    count, length = min(length_groups.SAMPLES, loader.order.epoch_size), decoder.length
     histogram = on_main(lambda: length_groups.count_lengths(loader.first_samples(count, ["text"]).masks["text"], length))
-    decoder.length_groups = length_groups.LengthGroups(histogram, config.text.static_groups)
-    rows = config.data.batch_size // distributed.world_size() // config.train.chunks * config.data.draw
-    shapes = decoder.length_groups.shapes(rows)
-    log_info("captions are encoded in groups of " + ", ".join(f"{n:,} x {tokens} tokens" for n, tokens in shapes))
+    texts = config.data.batch_size // distributed.world_size() // config.train.chunks * config.data.draw
+    if shapes == "packed":
+        packing = decoder.length_groups = TextPacking(histogram)
+        log_info(f"{texts:,} captions are packed into {packing.row_counts(texts)[0]:,} rows of {length} tokens")
+        return
+    groups = decoder.length_groups = length_groups.LengthGroups(histogram, config.text.static_groups)
+    described = ", ".join(f"{n:,} x {tokens} tokens" for n, tokens in groups.shapes(texts))
+    log_info(f"{texts:,} captions are encoded in groups of {described}")
 
 
 def build_evaluation(

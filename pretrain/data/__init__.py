@@ -13,6 +13,7 @@
     decode.py           encoded images to pixels
     text.py             TextDecoder: captions to token ids; loading of tokenizers
     length_groups.py    groups of texts of similar length, in the same shapes for every batch
+    text_packing.py     several texts in a row, in the same shapes for every batch
     captions.py         the captions of a sample, cleaned
     caption_statistics.py  lengths of captions, and captions that are hardly meant to be captions
     members.py          explains why a sample lacks an image or a caption

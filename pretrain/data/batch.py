@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pretrain.data.captions import caption_id
 from pretrain.data.length_groups import RowGroups
+from pretrain.data.text_packing import PackedTexts
 
 if TYPE_CHECKING:
     from pretrain.data.shards.paths import RawSample
@@ -27,8 +28,8 @@ class Decoder(Protocol):
     A decoder whose batches differ in shape (texts trimmed to the longest) also has
     `merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]`. It returns what one `collate` over all items would.
 
-    A decoder of texts that are encoded in groups of fixed shapes has `length_groups` (a LengthGroups; None = no groups), for
-    Batch.groups.
+    A decoder of texts that are encoded in groups of fixed shapes has `length_groups` (a LengthGroups), or a TextPacking where
+    they are packed, for Batch.groups; None = neither.
 
     A decoder that provides targets has `targets(items) -> dict[str, Tensor | list]`, sample first, for Batch.targets.
     Its `collate` may return None: it then provides targets only, and the batch has no input of its name.
@@ -60,8 +61,8 @@ class Batch:
     targets: dict[str, Any] = field(default_factory=dict)
     """Training: "caption_id" (b,) or (b, k) int64, equal for equal captions. Evaluation: "captions", a list of all captions
     of each sample, and "json", a dict for each sample."""
-    groups: dict[str, RowGroups] = field(default_factory=dict)
-    """By modality, where its rows are encoded in groups of fixed shapes: the groups of the b or b k rows."""
+    groups: dict[str, RowGroups | PackedTexts] = field(default_factory=dict)
+    """By modality, where its rows are encoded in groups of fixed shapes or packed: how the b or b k rows are."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -87,7 +88,7 @@ class Batch:
 
     def slice(self, start: int, end: int) -> Batch:
         """Return samples [start, end) as views: tensors are not copied. Groups are those of these samples alone."""
-        sliced = {}
+        sliced: dict[str, RowGroups | PackedTexts] = {}
         for name, groups in self.groups.items():
             texts = len(groups.row_lengths) // max(1, len(self))  # a sample
             sliced[name] = groups.slice(start * texts, end * texts)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pretrain.data.captions import caption_id, normalize_whitespace, read_captions
 from pretrain.data.length_groups import LengthGroups
+from pretrain.data.text_packing import TextPacking
 from pretrain.data.train_tokenizer import train_tokenizer
 from pretrain.errors import ConfigError
 
@@ -152,8 +153,8 @@ class TextDecoder:
     ) -> None:
         self.tokenizer, self.length, self.caption, self.trim, self.multiple = tokenizer, length, caption, trim, multiple
         self.draw = draw
-        self.length_groups: LengthGroups | None = None
-        """Chooses the groups of fixed shapes in which a batch is encoded; None = no such groups."""
+        self.length_groups: LengthGroups | TextPacking | None = None
+        """Divides each batch into groups of fixed shapes, or packs it; None = neither."""
         tokenizer.truncation_side = "right"
         probe = _tokenize(tokenizer, ["a"], 64)[0]
         end_ids = {i for i in (tokenizer.eos_token_id, tokenizer.sep_token_id) if i is not None}

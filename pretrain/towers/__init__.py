@@ -55,6 +55,8 @@ class Tower(nn.Module):
     """Number of blocks L. Layer ids run from 0 to L + 1."""
     trims: bool = False
     """Whether leaving out padding on the right leaves `pooled` and the valid states unchanged."""
+    packs: bool = False
+    """Whether pool_packed() gives `pooled`."""
     pools_mean: bool = False
     """Whether `pooled` is the mean of the valid `states`."""
     pools_max: bool = False
@@ -80,6 +82,14 @@ class Tower(nn.Module):
         sections: (rows, tokens) of each group; every row is in one. Towers with `trims` may support it.
         """
         raise NotImplementedError(f"{type(self).__name__}.pool_groups")
+
+    def pool_packed(self, inputs: Tensor, mask: Tensor | None, tokens: Tensor, starts: Tensor) -> Tensor:
+        """Return forward(inputs, mask).pooled (b, P), computed on several texts a row. For towers with `packs`.
+
+        tokens: (3, R, T), for each token of R rows its index in the flattened inputs, its text (-1 = padding) and its
+        position. starts: (b,), index of each text's first token in the flattened rows.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.pool_packed")
 
     def layer_ids(self) -> dict[str, int]:
         """Return the layer of each parameter: 0 stem and embeddings, 1..L blocks, L + 1 final norm and pooler."""

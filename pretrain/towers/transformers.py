@@ -47,10 +47,12 @@ class Config:
     """On the CPU a batch is encoded in at most so many groups of similar length; 1 encodes it as a whole."""
     static_groups: int = 8
     """The same for groups whose shapes do not depend on the batch (group_shapes): the most groups; 1 = none."""
-    group_shapes: Literal["auto", "dynamic", "static"] = "auto"
+    group_shapes: Literal["auto", "dynamic", "static", "packed"] = "auto"
     """dynamic: lengths and rows of the groups follow each batch, on CPUs only. static: they are chosen once, from the first
-    captions of the training data, which suits GPUs and compiled models. auto: static on GPUs but under fsdp2
-    and zero3, which would gather their weights once for each group; dynamic on CPUs. Evaluation uses no static groups."""
+    captions of the training data, which suits GPUs and compiled models. packed: one group of rows that hold several texts
+    each, also in shapes chosen once, for causal towers with pool=eot (CLIP). auto: dynamic on CPUs; on GPUs packed where the
+    tower can, else static, but under fsdp2 and zero3, which would gather their weights for each group. Evaluation uses neither
+    static nor packed."""
     trainable_blocks: int = -1
     """-1 trains everything, 0 freezes the tower, n trains the last n blocks and the final norm."""
     checkpointing: bool = False
@@ -111,6 +113,16 @@ class TextTower(Tower):
     def pool_groups(self, inputs: Tensor, mask: Tensor | None, sections: Sequence[tuple[Tensor, int]]) -> Tensor:
         """Return forward(inputs, mask).pooled (b, P), computed in groups of rows and tokens."""
         return pool_sections(self._encode, inputs, self._read_tokens(inputs, mask), sections)
+
+    def pool_packed(self, inputs: Tensor, mask: Tensor | None, tokens: Tensor, starts: Tensor) -> Tensor:
+        """Return forward(inputs, mask).pooled (b, P), computed on rows of several texts (pretrain/data/text_packing.py)."""
+        index, texts, positions = tokens.unbind(0)
+        is_left = torch.ones(texts.shape[1], texts.shape[1], dtype=torch.bool, device=texts.device).tril()
+        attention_mask = (texts[:, :, None] == texts[:, None, :]) & is_left  # padding attends to padding, so no row is empty
+        out = self.model(input_ids=inputs.flatten()[index], position_ids=positions, attention_mask=attention_mask[:, None])
+        states: Tensor = out.last_hidden_state
+        lengths = self._read_tokens(inputs, mask).sum(dim=1)
+        return states.flatten(0, 1).index_select(0, starts + (lengths - 1).clamp(min=0))
 
     def _read_tokens(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
         """Return the mask (b, T) of the tokens that are read: in a causal tower those up to the first end token."""
@@ -202,11 +214,27 @@ class TextTower(Tower):
             states, changed_states = self._encode(ids, mask | True).states, self._encode(changed, mask | True).states
             self.causal = _is_equal(states[:, :short], changed_states[:, :short])
             full = self._encode(padded, mask)
+            self.packs = self.causal and self.pool == "eot" and self._can_pack(padded, mask, full.pooled)
         trimmed = self._encode(ids[:, :short], mask[:, :short])
         self.trims = _is_equal(full.pooled, trimmed.pooled) and _is_equal(full.states[:, :short], trimmed.states)
         self.width, self.pooled_width = full.states.shape[-1], full.pooled.shape[-1]
         self.freeze_unused(used_parameters(trimmed.pooled, dict(self.named_parameters())))
         self.train(was_training)
+
+    def _can_pack(self, inputs: Tensor, mask: Tensor, pooled: Tensor) -> bool:
+        """Return whether two texts, of equal lengths that leave room for both in a row, are encoded in one row as alone."""
+        length = int(mask[0].sum())
+        tokens = torch.zeros(3, 1, inputs.shape[1], dtype=torch.int64)
+        tokens[1] = -1
+        for text in range(2):
+            place = torch.arange(length)
+            tokens[:, 0, text * length : (text + 1) * length] = torch.stack(
+                (place + text * inputs.shape[1], torch.full_like(place, text), place)
+            )
+        try:
+            return _is_equal(pooled, self.pool_packed(inputs, mask, tokens, torch.tensor([0, length])))
+        except (IndexError, ValueError, RuntimeError, TypeError, AttributeError):  # it takes no positions, or no such mask
+            return False
 
 
 def _is_equal(a: Tensor, b: Tensor) -> bool:

@@ -7,10 +7,11 @@ SHARDS are real captions; without them scenes are drawn. A tokenizer is trained 
 - `longest`: every caption is padded to the longest of its batch, rounded up to 8 tokens.
 - `dynamic`: groups of similar length, whose shapes depend on the batch (on the CPU).
 - `static`: groups whose shapes are the same for every batch (on GPUs).
+- `packed`: several captions in a row of full length, in the same shapes for every batch (CLIP text towers on GPUs).
 
 `useful` is the number of real tokens divided by all that are encoded, over all batches. `overflow` is the fraction of batches
-that do not fit the static groups and are encoded at greater lengths, which `useful` includes. Batches are drawn with
-replacement, as from a large data set; the static groups are chosen from the first 2,048 samples.
+that do not fit the static shapes and are encoded in larger ones, which `useful` includes. Batches are drawn with
+replacement, as from a large data set; the static shapes are chosen from the first 2,048 samples.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from numpy.typing import NDArray
 from pretrain.data.length_groups import SAMPLES, LengthGroups, group_lengths
 from pretrain.data.loader import DataConfig, build_loader
 from pretrain.data.text import TextDecoder, load_tokenizer, train_tokenizer
+from pretrain.data.text_packing import TextPacking
 from pretrain.towers.length_buckets import group_by_length
 from tests.support import make_small
 
@@ -64,6 +66,13 @@ def compare(lengths: NDArray[np.int64], rows: int, longest: int, batches: int) -
         tokens += sum((end - first) * length for first, end, length in groups)
     report("dynamic", rows, useful / tokens, groups=6)
     histogram = tuple(np.bincount(lengths[:SAMPLES], minlength=longest + 1).tolist())
+    packing, tokens, overflow = TextPacking(histogram), 0, 0
+    usual = packing.row_counts(rows)[0]
+    for batch in drawn:
+        count = packing.assign(batch).tokens.shape[1]
+        overflow += count > usual
+        tokens += count * longest
+    report("packed", rows, useful / tokens, overflow=overflow / batches, shapes=f"{usual}x{longest}")
     for count in (2, 3, 4, 6, 8, 12):
         source, tokens, overflow = LengthGroups(histogram, count), 0, 0
         for batch in drawn:

@@ -1,4 +1,4 @@
-"""Text towers that encode groups of fixed shapes give the embeddings of transformers, and compile to few graphs."""
+"""Text towers that encode groups of fixed shapes, or packed texts, give the embeddings of transformers, in few graphs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pretrain.data.length_groups import LengthGroups
+from pretrain.data.text_packing import TextPacking
 from pretrain.towers import Tower
+from pretrain.towers.transformers import TextTower
 from tests.pretrain.towers.test_towers import LENGTH, PAD, TEXTS, build_tower
 from tests.support import tiny
 
@@ -60,6 +62,42 @@ def test_groups_of_fixed_shapes_change_nothing(name: str, fit: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("fit", list(BATCHES))
+@pytest.mark.parametrize("name", list(TEXTS))
+def test_packing_changes_nothing_where_a_tower_packs(name: str, fit: str) -> None:
+    """The whole batch at full length, encoded at once, is the reference."""
+    assert build_tower(name).packs == (name in ("clip", "gpt2"))
+    if name not in ("clip", "gpt2"):
+        return
+    ids, mask = make_texts(BATCHES[fit])
+    packed = TextPacking(HISTOGRAM).assign(mask.sum(dim=1).numpy())
+    assert (packed.tokens.shape[1] < ROWS / 2) == (fit != "longest")
+    results = []
+    for encode in (
+        lambda tower: tower(ids, mask).pooled,
+        lambda tower: tower.pool_packed(ids, mask, packed.tokens, packed.starts),
+    ):
+        tower = build_tower(name, groups=1).double().eval()
+        pooled = encode(tower)
+        pooled.square().sum().backward()
+        results.append([pooled, *(p.grad for p in tower.parameters() if p.grad is not None)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+def test_a_packed_text_ends_at_its_first_end_token() -> None:
+    """A text with an end token inside is read up to there, as forward() does."""
+    tower = build_tower("clip", groups=1).double().eval()
+    assert isinstance(tower, TextTower)
+    tower.end_id = 59
+    ids, mask = make_texts(BATCHES["fits"])
+    ids[:, 2] = 59
+    packed = TextPacking(HISTOGRAM).assign(mask.sum(dim=1).numpy())
+    with torch.no_grad():
+        pooled = tower.pool_packed(ids, mask, packed.tokens, packed.starts)
+        torch.testing.assert_close(pooled, tower(ids[:, :3], mask[:, :3]).pooled, rtol=0, atol=1e-10)
+
+
 def test_groups_encode_only_their_own_tokens() -> None:
     tower, shapes = build_tower("clip", groups=1), []
     tower.get_submodule("model").register_forward_pre_hook(
@@ -103,10 +141,15 @@ def test_a_clip_tower_equals_transformers_and_gives_attention_no_mask(fit: str, 
         monkeypatch.setattr(F, "scaled_dot_product_attention", record)
         grouped = tower.pool_groups(ids, mask, groups.sections(LENGTH))
         whole = tower(ids, mask).pooled
+        count = len(calls)
+        packed = TextPacking(HISTOGRAM).assign(mask.sum(dim=1).numpy())
+        in_rows = tower.pool_packed(ids, mask, packed.tokens, packed.starts)
+    torch.testing.assert_close(in_rows, expected, rtol=0, atol=1e-10)
     torch.testing.assert_close(grouped, expected, rtol=0, atol=1e-10)
     torch.testing.assert_close(whole, expected, rtol=0, atol=1e-10)
-    assert len(calls) == 3 * (len(groups.counts) + 1)  # three layers
-    assert all(attn_mask is None and is_causal for attn_mask, is_causal in calls)
+    assert count == 3 * (len(groups.counts) + 1)  # three layers
+    assert all(attn_mask is None and is_causal for attn_mask, is_causal in calls[:count])
+    assert len(calls) == count + 3
 
 
 @pytest.mark.parametrize("fit", list(BATCHES))
@@ -117,13 +160,17 @@ def test_the_values_of_a_batch_are_not_read(fit: str) -> None:
     groups = LengthGroups(HISTOGRAM, 4, group_cost=0).assign(mask.sum(dim=1).numpy()).to("meta")
     pooled = tower.pool_groups(ids.to("meta"), mask.to("meta"), groups.sections(LENGTH))
     assert pooled.shape == (ROWS, 24)
+    packed = TextPacking(HISTOGRAM).assign(mask.sum(dim=1).numpy()).to("meta")
+    assert tower.pool_packed(ids.to("meta"), mask.to("meta"), packed.tokens, packed.starts).shape == (ROWS, 24)
 
 
-def test_a_compiled_model_has_no_more_graphs_after_the_second_step() -> None:
+@pytest.mark.parametrize("kind", ["static", "packed"])
+def test_a_compiled_model_has_no_more_graphs_after_the_second_step(kind: str) -> None:
     """Batches of different lengths that fit have one graph; those that do not fit add one for each set of lengths."""
     from torch._dynamo.utils import counters
 
     model = tiny.build_model("clip", text={"groups": 1})
+    packing = TextPacking((0, 0, 0, 40, 60, 50, 30, 10, 5, 3, 2, 1, 1))
     source = LengthGroups((0, 0, 0, 40, 60, 50, 30, 10, 5, 3, 2, 1, 1), 4, group_cost=0)
     expected = tiny.build_model("clip", text={"groups": 1})
     torch._dynamo.reset()
@@ -139,7 +186,8 @@ def test_a_compiled_model_has_no_more_graphs_after_the_second_step() -> None:
             lengths[:] = tiny.LENGTH
         mask = torch.arange(tiny.LENGTH) < torch.from_numpy(lengths)[:, None]
         groups = source.assign(lengths)
-        out = model(batch.inputs, {"text": mask}, {"text": groups})
+        packed = packing.assign(lengths)
+        out = model(batch.inputs, {"text": mask}, {"text": groups if kind == "static" else packed})
         (out["text"].sum() + out["image"].sum()).backward()
         plain = expected(batch.inputs, {"text": mask})
         torch.testing.assert_close(out["text"], plain["text"], rtol=0, atol=1e-6)
