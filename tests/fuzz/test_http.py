@@ -1,21 +1,29 @@
 """Servers and networks with faults: a remote shard is read rightly, or one line says why not; nothing damaged stays cached."""
 
+import hashlib
 import io
+import itertools
+import json
 import random
+import socket
+import struct
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from pretrain.data.shards import transfer
+from pretrain.data.shards import counts, transfer
 from pretrain.data.shards.cache import ShardCache
-from pretrain.data.shards.paths import count_samples
+from pretrain.data.shards.paths import count_samples, expand_shards
 from pretrain.data.shards.reader import ShardReader
 from pretrain.errors import UserError
+from tests.support import Small, read_losses, read_sample_keys, run_clipfuse
 from tests.support.mutations import BoundedMemory, assert_one_line, count_cases, mutate_bytes
+from tests.support.range_server import RangeServer
 
 # urllib leaves the sockets of bad redirects to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -211,3 +219,185 @@ def test_the_counts_beside_a_shard_cannot_hold_a_run(server: Server, tmp_path: P
 
     monkeypatch.setattr(handler, "do_GET", do_get)
     assert count_samples([f"{server.url}/a.tar"], ShardCache(str(tmp_path))) == [8]
+
+
+# ---- servers that send byte ranges -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ranges(monkeypatch: pytest.MonkeyPatch) -> Iterator[RangeServer]:
+    monkeypatch.setattr(transfer, "RETRY_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr(counts, "_answers", {})
+    with RangeServer() as ranges:
+        yield ranges
+
+
+LARGE_SHARD = build_shard(8, 9000)
+PART = 20_000
+
+
+def build_range_fault(
+    server: RangeServer, rng: random.Random
+) -> Callable[[BaseHTTPRequestHandler, bytes, tuple[int, int] | None], bool]:
+    """Return a wrong answer to one request for a range; the next one is right."""
+
+    def head(handler: BaseHTTPRequestHandler, status: int, *headers: tuple[str, object]) -> None:
+        handler.send_response(status)
+        for name, value in headers:
+            handler.send_header(name, str(value))
+        handler.end_headers()
+
+    def answer(handler: BaseHTTPRequestHandler, body: bytes, asked: tuple[int, int] | None) -> bool:
+        start, end = asked or (0, len(body))
+        size, length = len(LARGE_SHARD), len(body)
+        right = ("Content-Range", f"bytes {start}-{end - 1}/{size}"), ("ETag", server.tag)
+        fault = rng.choice(
+            ["status", "reset", "short", "long", "other range", "other size", "other tag", "no range", "whole", "damaged"]
+        )
+        if fault == "status":
+            handler.send_error(rng.choice([408, 429, 500, 502, 503, 504]))
+        elif fault == "reset":
+            head(handler, 206, *right, ("Content-Length", length))
+            handler.wfile.write(body[: length // 2])
+            handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        elif fault in ("short", "long"):
+            head(handler, 206, *right, ("Content-Length", length + (100 if fault == "short" else -100)))
+            handler.wfile.write(body)
+        elif fault in ("other range", "other size", "other tag", "no range"):
+            wrong = {
+                "other range": (("Content-Range", f"bytes {start + 512}-{end + 511}/{size}"), right[1]),
+                "other size": (("Content-Range", f"bytes {start}-{end - 1}/{size + 512}"), right[1]),
+                "other tag": (right[0], ("ETag", '"other"')),
+                "no range": (right[1],),
+            }[fault]
+            head(handler, 206, *wrong, ("Content-Length", length))
+            handler.wfile.write(body)
+        elif fault == "whole":
+            head(handler, 200, ("Content-Length", size))
+            handler.wfile.write(LARGE_SHARD)
+        else:
+            server.send(handler, mutate_bytes(rng, body)[:length].ljust(length, b"x"), asked, size)
+        return True
+
+    return answer
+
+
+def test_faults_in_parts_of_a_shard_are_retried_and_become_one_line(
+    ranges: RangeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The manifest beside the shard holds its digest, so that damaged bytes within an image are noticed, too."""
+    monkeypatch.setattr(transfer, "PART_BYTES", PART)
+    digest = hashlib.blake2b(LARGE_SHARD, digest_size=16).hexdigest()
+    names = [f"{case}.tar" for case in range(count_cases(100))]
+    ranges.files = dict.fromkeys(names, LARGE_SHARD)
+    ranges.files["shards.json"] = json.dumps({name: [8, len(LARGE_SHARD), digest] for name in names}).encode()
+    outcomes = {"read": 0, "refused": 0}
+    with BoundedMemory():
+        for case, name in enumerate(names):
+            rng = random.Random(case)
+            faults = [build_range_fault(ranges, rng) for _ in range(rng.choice([1, 1, 2, 3, 8]))]
+            lock = threading.Lock()
+
+            def fault(*request: Any, faults: list[Any] = faults, rng: random.Random = rng, lock: threading.Lock = lock) -> bool:
+                with lock:
+                    answer = faults.pop() if faults and rng.random() < 0.7 else None
+                return answer is not None and answer(*request)
+
+            ranges.fault = fault
+            folder, url = tmp_path / f"cache-{case % 50}", f"{ranges.url}/{name}"
+            try:
+                reader = ShardReader([url], ShardCache(str(folder), seconds=20.0), [8])
+                assert reader.read(0, 3).members["txt"] == random.Random("3.txt").randbytes(9000), case
+                outcomes["read"] += 1
+            except UserError as error:
+                assert_one_line(error, url)
+                outcomes["refused"] += 1
+            assert all(data == LARGE_SHARD for data in cached_shards(folder)), case
+    assert outcomes["read"] > 50
+    assert sum(outcomes.values()) == len(names)
+
+
+def test_a_stalled_part_cannot_hold_a_run(ranges: RangeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "PART_BYTES", PART)
+    ranges.files = {"a.tar": LARGE_SHARD}
+
+    def stall_second(handler: BaseHTTPRequestHandler, body: bytes, asked: tuple[int, int] | None) -> bool:
+        if asked is None or asked[0] != PART:
+            return False
+        handler.send_response(206)
+        handler.send_header("Content-Range", f"bytes {asked[0]}-{asked[1] - 1}/{len(LARGE_SHARD)}")
+        handler.send_header("ETag", ranges.tag)
+        handler.end_headers()
+        handler.wfile.write(body[:10])
+        handler.wfile.flush()
+        ranges.released.wait(60)
+        return True
+
+    ranges.fault = stall_second
+    with pytest.raises(UserError, match=r"/a.tar: after 1 seconds only [\d,]+ bytes had come; data.fetch_seconds sets"):
+        ShardReader([f"{ranges.url}/a.tar"], ShardCache(str(tmp_path), seconds=1.0)).read(0, 0)
+    assert cached_shards(tmp_path) == []
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_token_that_expires_is_one_line(ranges: RangeServer, tmp_path: Path, status: int) -> None:
+    ranges.files = {"a.tar": LARGE_SHARD}
+
+    def refuse(handler: BaseHTTPRequestHandler, body: bytes, asked: tuple[int, int] | None) -> bool:
+        handler.send_error(status)
+        return True
+
+    ranges.fault = refuse
+    for read in (lambda url: count_samples([url], ShardCache(str(tmp_path))), ShardCache(str(tmp_path)).fetch):
+        with pytest.raises((UserError, OSError), match=f"HTTP Error {status}"):
+            read(f"{ranges.url}/a.tar?token=abcdef")
+    with pytest.raises(UserError) as error:
+        count_samples([f"{ranges.url}/a.tar?token=abcdef"], ShardCache(str(tmp_path)))
+    assert str(error.value).endswith("; its token may have expired")
+    assert_one_line(error.value)
+    assert len([request for request in ranges.requests if request.path.startswith("/a.tar")]) == 3  # none was tried again
+
+
+def test_redirects_keep_the_range(ranges: RangeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "PART_BYTES", PART)
+    ranges.files = {"a.tar": LARGE_SHARD, "b.tar": LARGE_SHARD}
+
+    def redirect(handler: BaseHTTPRequestHandler, body: bytes, asked: tuple[int, int] | None) -> bool:
+        if handler.path != "/a.tar":
+            return False
+        handler.send_response(302)
+        handler.send_header("Location", "/b.tar")
+        handler.end_headers()
+        return True
+
+    ranges.fault = redirect
+    file = ShardCache(str(tmp_path)).fetch(f"{ranges.url}/a.tar")
+    assert Path(file).read_bytes() == LARGE_SHARD
+    parts = sorted(request.range for request in ranges.requests if request.path == "/b.tar" and request.range)
+    assert parts == [(start, min(start + PART, len(LARGE_SHARD))) for start in range(0, len(LARGE_SHARD), PART)]
+
+
+def test_training_through_faults_loses_no_sample(ranges: RangeServer, small: Small, tmp_path: Path) -> None:
+    """Every third answer is a fault; losses and keys are those of the run on local files."""
+    shards = expand_shards(small.train)
+    ranges.files = {Path(path).name: Path(path).read_bytes() for path in shards}
+    answers = itertools.count()
+
+    def fault(handler: BaseHTTPRequestHandler, body: bytes, asked: tuple[int, int] | None) -> bool:
+        number = next(answers)
+        if number % 3:
+            return False
+        if number % 2:
+            handler.send_error(503)
+        else:
+            handler.connection.shutdown(socket.SHUT_RDWR)
+        return True
+
+    ranges.fault = fault
+    remote = "[" + ",".join(f"{ranges.url}/{Path(path).name}" for path in shards) + "]"
+    for name, train in (("local", small.train), ("remote", remote)):
+        settings = small.settings(tmp_path / name, "train.steps=3", "data.workers=1", "train.audit=true")
+        run_clipfuse("pretrain", "scenes", *settings, f"data.train={train}", f"data.cache={tmp_path / 'cache'}", cwd=tmp_path)
+    assert next(answers) > 6
+    assert read_sample_keys(tmp_path / "remote") == read_sample_keys(tmp_path / "local")
+    assert read_losses(tmp_path / "remote") == read_losses(tmp_path / "local")

@@ -22,7 +22,16 @@ from typing import Any, NamedTuple
 from pretrain.data.shards import stores
 from pretrain.data.shards.stores import is_store
 from pretrain.data.shards.tar import BLOCK, Members, scan_members
-from pretrain.data.shards.transfer import Ranges, describe_timeout, is_remote, open_ranges, read_small_file, run_limited
+from pretrain.data.shards.transfer import (
+    Ranges,
+    describe_timeout,
+    is_http,
+    is_remote,
+    open_ranges,
+    read_small_file,
+    retry_part,
+    run_limited,
+)
 from pretrain.errors import ConfigError, UserError
 from pretrain.runtime.files import parse_json_object, read_bytes, replace_atomically
 
@@ -58,14 +67,15 @@ def recorded_count(path: str) -> tuple[int | None, str]:
     return record.samples, record.file
 
 
-def _split(path: str) -> tuple[str, str, str]:
-    """Return the folder with its slash, the name of a shard, and the path of its stats file."""
+def _split(path: str) -> tuple[str, str, str, str]:
+    """Return folder (with its slash), name, path of the stats file, and, of a web address, the query with its "?"."""
+    path, mark, query = path.partition("?") if is_http(path) else (path, "", "")
     folder, slash, name = path.rpartition("/")
-    return folder + slash, name, path.removesuffix(".tar") + "_stats.json"
+    return folder + slash, name, path.removesuffix(".tar") + "_stats.json", mark + query
 
 
 def _find_local_record(path: str) -> Record:
-    folder, name, stats = _split(path)
+    folder, name, stats, _ = _split(path)
     try:
         size = os.stat(path).st_size
     except OSError:
@@ -95,33 +105,34 @@ def find_manifest_record(path: str) -> Record:
     """Return what the manifest beside a shard says of it; an empty record where it says nothing."""
     if path.startswith("pipe:"):
         return Record()
-    file = _split(path)[0] + MANIFEST
-    manifest = _read_once(file, _read_remote_object) if is_remote(path) else _read_json_object(file, _modified_ns(file))
-    return _parse_entry(manifest.get(_split(path)[1]), file)
+    folder, name, _, query = _split(path)
+    file = folder + MANIFEST
+    manifest = _read_once(file, _read_remote_object, query) if is_remote(path) else _read_json_object(file, _modified_ns(file))
+    return _parse_entry(manifest.get(name), file)
 
 
 def _find_remote_record(path: str) -> Record:
-    folder, name, stats = _split(path)
+    folder, name, stats, query = _split(path)
     record = find_manifest_record(path)
     if record.samples is not None:
         return record
-    sizes = _read_once(folder + "sizes.json", _read_remote_object)
+    sizes = _read_once(folder + "sizes.json", _read_remote_object, query)
     if _is_count(sizes.get(name), 1 << 40):
         return Record(sizes[name], folder + "sizes.json")
     names = _read_once(folder, stores.list_names) if is_store(folder) else None
     if names is None or stats.rpartition("/")[2] in names:
-        successes = _read_remote_object(stats).get("successes")
+        successes = _read_remote_object(stats + query).get("successes")
         if _is_count(successes, 1 << 40):
             return Record(successes, stats)
     return Record()
 
 
-def _read_once(name: str, read: Callable[[str], Any]) -> Any:
-    """Return read(name), called once in a while however many threads ask."""
+def _read_once(name: str, read: Callable[[str], Any], query: str = "") -> Any:
+    """Return read(name + query), called once in a while however many threads ask, and whatever the query."""
     with _locks.setdefault(name, threading.Lock()):
         read_at, value = _answers.get(name, (-math.inf, None))
         if time.monotonic() - read_at > _FOLDER_SECONDS:
-            value = read(name)
+            value = read(name + query)
             _answers[name] = time.monotonic(), value
         return value
 
@@ -148,7 +159,7 @@ def read_remote_members(url: str, seconds: float) -> Members:
     copied = 0
 
     def work() -> Members:
-        ranges = open_ranges(url, HEADER_WINDOW)
+        ranges = retry_part(lambda: open_ranges(url, HEADER_WINDOW))
         last_end, window = 0, HEADER_WINDOW
 
         def read(length: int, at: int) -> bytes:
@@ -169,7 +180,7 @@ def read_remote_members(url: str, seconds: float) -> Members:
 
 def _read_range(ranges: Ranges, start: int, end: int) -> bytes:
     end = min(end, ranges.size)
-    return ranges.read(start, end) if start < end else b""
+    return retry_part(lambda: ranges.read(start, end)) if start < end else b""
 
 
 # ---- the manifest ----------------------------------------------------------------------------------------------------
@@ -204,7 +215,7 @@ def write_manifests(records: Mapping[str, Record]) -> list[str]:
     for path in paths:
         entries = dict(_read_remote_object(path) if is_remote(path) else _read_json_object(path, _modified_ns(path)))
         for shard, record in records.items():
-            folder, name, _ = _split(shard)
+            folder, name, _, _ = _split(shard)
             if folder + MANIFEST == path:
                 entries[name] = [record.samples, record.size, record.digest]
         content = "{\n" + ",\n".join(f"{json.dumps(name)}: {json.dumps(entries[name])}" for name in sorted(entries)) + "\n}\n"

@@ -6,6 +6,7 @@ http and https urls are read by a client of our own, object stores through `stor
 from __future__ import annotations
 
 import base64
+import http.client
 import io
 import os
 import re
@@ -90,6 +91,20 @@ def retry_io(action: Callable[[], T], what: str) -> T:
                 raise UserError(f"cannot read {what}: {error}{hint}{attempts}") from error
             time.sleep(RETRY_SECONDS[retries])
             retries += 1
+
+
+def retry_part(action: Callable[[], T], is_abandoned: Callable[[], bool] = lambda: False) -> T:
+    """Return action(), which reads a part of a file, tried up to two times more: the other parts need not come again."""
+    for seconds in RETRY_SECONDS[:2]:
+        try:
+            return action()
+        except (OSError, http.client.HTTPException) as error:
+            if isinstance(error, urllib.error.HTTPError):
+                error.close()  # it holds the connection
+            if is_permanent(error) or is_abandoned():
+                raise
+            time.sleep(seconds)
+    return action()
 
 
 # ---- byte ranges -----------------------------------------------------------------------------------------------------
@@ -343,23 +358,18 @@ class Transfer:
             raise self._errors[0]
 
     def _copy_part(self, start: int, end: int, read: Callable[[int, int], Iterator[bytes]]) -> None:
-        """Copy one part, tried again by itself after an error: the other parts need not come again."""
-        for seconds in (*RETRY_SECONDS[:2], None):
+        """Copy one part, tried again by itself after an error."""
+
+        def copy() -> None:
             at = start
-            try:
-                for piece in read(start, end):
-                    if at + len(piece) > end:
-                        raise OSError(f"more than the {end - start:,} bytes that were asked for")
-                    at = self._write_at(piece, at)
-                if at < end:
-                    raise OSError(f"the connection ended {end - at:,} bytes early")
-                return
-            except Exception as error:
-                if isinstance(error, urllib.error.HTTPError):
-                    error.close()
-                if seconds is None or self._abandoned or is_permanent(error):
-                    raise
-                time.sleep(seconds)
+            for piece in read(start, end):
+                if at + len(piece) > end:
+                    raise OSError(f"more than the {end - start:,} bytes that were asked for")
+                at = self._write_at(piece, at)
+            if at < end:
+                raise OSError(f"the connection ended {end - at:,} bytes early")
+
+        retry_part(copy, lambda: self._abandoned)
 
     def _write_at(self, piece: bytes, at: int) -> int:
         """Write at an offset, and return the offset of its end."""
