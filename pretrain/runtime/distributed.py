@@ -312,20 +312,6 @@ def logsumexp(values: Tensor) -> Tensor:
     return sums.log_().add_(largest)
 
 
-def start_maximum(value: int) -> Callable[[], int]:
-    """Start `maximum` of a number on the CPU; the returned function waits for the result. Collective."""
-    if world_size() == 1:
-        return lambda: value
-    flag = torch.tensor(value)
-    work = td.all_reduce(flag, op=td.ReduceOp.MAX, async_op=True)
-
-    def wait() -> int:
-        work.wait()
-        return int(flag)
-
-    return wait
-
-
 def start_ring_shift(tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
     """Start to send tensors to the next rank; the returned function waits for those of the previous rank. Collective.
 

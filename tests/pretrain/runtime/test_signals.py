@@ -1,0 +1,87 @@
+"""Processes agree on the step in which they stop, and no step sends a message for it."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as td
+
+from pretrain.runtime import signals
+from tests.support import world
+from tests.support.launches import free_port
+
+STEPS = 40
+
+
+class CountingStore(td.Store):
+    """A store that counts the calls which its clones, too, pass on to another store."""
+
+    def __init__(self, store: Any, calls: list[str]) -> None:
+        super().__init__()
+        self.store, self.calls = store, calls
+
+    def clone(self) -> CountingStore:
+        return CountingStore(self.store.clone(), self.calls)
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("store", "calls", "clone") or name.startswith("__"):
+            return super().__getattribute__(name)
+        self.calls.append(name)
+        return getattr(self.store, name)
+
+
+def run_steps(port: int, at: int, seed: int) -> tuple[int, str, int, int, int]:
+    """Run steps that end with a collective; the last rank receives SIGTERM after its step `at`.
+
+    Returns the step in which this rank stopped, the signal, the number of collectives and of calls to the store in the steps
+    before `at`, and the number of keys that agreeing stored.
+    """
+    rank, processes = td.get_rank(), td.get_world_size()
+    tcp: Any = td.TCPStore("localhost", port, processes, is_master=rank == 0)
+    calls: list[str] = []
+    opened = CountingStore(tcp.clone(), calls)
+    sleeps = random.Random(seed + rank)
+    signals.distributed.open_shared_store = lambda name: opened  # type: ignore[assignment]
+    with signals.catch_stop_signals() as stop:
+        time.sleep(0.2)  # the thread waits now
+        opening, keys = len(calls), tcp.num_keys()
+        group: Any = td.group.WORLD
+        collectives = group._get_sequence_number_for_group()
+        sent = 0
+        for step in range(1, STEPS + 1):
+            td.all_reduce(torch.ones(1))
+            time.sleep(0.01 * sleeps.random())
+            if step == at and rank == processes - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            name = stop.agreed_signal()
+            if step < at - 1:  # other ranks may be a step ahead
+                sent = len(calls) - opening
+                extra = group._get_sequence_number_for_group() - collectives - step
+            if name:
+                break
+        td.barrier()
+        keys = tcp.num_keys() - keys
+        td.barrier()
+    return step, name, extra, sent, keys
+
+
+@pytest.mark.parametrize(("processes", "at"), [(2, 5), (4, 10), (2, STEPS + 1)])
+def test_all_stop_in_the_same_step_and_no_step_sends_a_message(processes: int, at: int) -> None:
+    results = world.run(run_steps, processes, free_port(), at, at)
+    steps, names, collectives, calls, keys = (set(values) for values in zip(*results, strict=True))
+    assert collectives == calls == {0}
+    if at > STEPS:
+        assert steps == {STEPS}
+        assert names == {""}
+        assert keys == {0}
+    else:
+        (step,) = steps
+        assert at <= step <= at + 2
+        assert names == {"SIGTERM"}
+        assert keys == {processes + 2}  # the request, an answer of each process, the decision
