@@ -36,6 +36,7 @@ def list_commands(peer: str | None, train: str | None, val: str | None) -> dict[
         "overhead": [],
         "reads": [],
         "order": [],
+        "remote": [],
         "context": [],
         "embed": [],
         "plan": [],

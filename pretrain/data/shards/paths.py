@@ -21,7 +21,7 @@ from typing import Any
 from braceexpand import braceexpand
 
 from pretrain.data.shards.cache import ShardCache
-from pretrain.data.shards.counts import looks_complete, recorded_count
+from pretrain.data.shards.counts import find_manifest_record, looks_complete, recorded_count
 from pretrain.data.shards.index import ShardIndex, count_by_headers, indexed_count, load_index
 from pretrain.data.shards.stores import is_pattern, is_store, list_shards
 from pretrain.data.shards.transfer import NoRangesError, is_http, is_remote, retry_io
@@ -210,7 +210,15 @@ def count_samples(
     for path in paths:
         cache.check_allowed(path)
     with ThreadPoolExecutor(_THREADS) as threads:
-        sizes = list(threads.map(partial(_known_count, cache=cache), paths))
+        # What manifests hold is looked up at once, after one request for each folder; other files may take one for each shard.
+        folders = {path.partition("?")[0].rpartition("/")[0]: path for path in paths if is_remote(path)}
+        list(threads.map(find_manifest_record, folders.values()))
+        sizes = [find_manifest_record(path).samples if is_remote(path) else None for path in paths]
+        unlisted = [i for i, count in enumerate(sizes) if count is None]
+        for i, count in zip(
+            unlisted, threads.map(partial(_known_count, cache=cache), [paths[i] for i in unlisted]), strict=True
+        ):
+            sizes[i] = count
     unknown = [i for i, count in enumerate(sizes) if count is None]
     by_headers = [i for i in unknown if is_http(paths[i]) or is_store(paths[i])]
     if len(by_headers) > _MANY:
