@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as td
 
 from pretrain.runtime import signals
+from pretrain.runtime.watchdog import Watchdog
 from tests.support import world
 from tests.support.launches import free_port
 
@@ -85,3 +87,32 @@ def test_all_stop_in_the_same_step_and_no_step_sends_a_message(processes: int, a
         assert at <= step <= at + 2
         assert names == {"SIGTERM"}
         assert keys == {processes + 2}  # the request, an answer of each process, the decision
+
+
+def watch(port: int) -> dict[str, int]:
+    """Run a watchdog for twenty of its periods; return its calls to the store by name."""
+    rank, processes = td.get_rank(), td.get_world_size()
+    tcp: Any = td.TCPStore("localhost", port, processes, is_master=rank == 0)
+    calls: list[str] = []
+    opened = CountingStore(tcp.clone(), calls)
+    signals.distributed.open_shared_store = lambda name: opened  # type: ignore[assignment]
+    with Watchdog(2.0, print) as watchdog:
+        calls.clear()
+        for step in range(1000):
+            watchdog.mark(step, "computing")
+            time.sleep(0.002)
+        td.barrier()
+        counted = Counter(calls)
+        td.barrier()
+    return dict(counted)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_a_heartbeat_is_three_requests_however_many_processes_and_steps(processes: int) -> None:
+    """One to write, one to read that of rank 0 (rank 0: those of all), one to ask whether a process was lost."""
+    for counted in world.run(watch, processes, free_port()):
+        assert counted.keys() == {"set", "multi_get", "check"}
+        beats = counted["set"]
+        assert 0 < beats <= 40  # a thousand steps
+        assert abs(counted["multi_get"] - beats) <= 1
+        assert abs(counted["check"] - beats) <= 1
