@@ -197,3 +197,26 @@ def test_a_compiled_model_has_no_more_graphs_after_the_second_step(kind: str) ->
     assert len(set(numbers[1:6])) == 1, numbers
     assert len(set(numbers[6:])) == 1, numbers
     torch._dynamo.reset()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("fit", list(BATCHES))
+def test_on_a_gpu_nothing_waits_and_nothing_changes(fit: str) -> None:
+    tower = build_tower("clip", groups=1).cuda().eval()
+    ids, mask = (tensor.cuda() for tensor in make_texts(BATCHES[fit]))
+    lengths = mask.sum(dim=1).cpu().numpy()
+    groups = LengthGroups(HISTOGRAM, 4, group_cost=0).assign(lengths).to("cuda")
+    packed = TextPacking(HISTOGRAM).assign(lengths).to("cuda")
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 5e-2)):
+        with torch.autocast("cuda", dtype=dtype, enabled=dtype != torch.float32):
+            whole = tower(ids, mask).pooled
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                grouped = tower.pool_groups(ids, mask, groups.sections(LENGTH))
+                in_rows = tower.pool_packed(ids, mask, packed.tokens, packed.starts)
+                (grouped.sum() + in_rows.sum()).backward()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        for pooled in (grouped, in_rows):
+            torch.testing.assert_close(pooled, whole, rtol=tolerance, atol=tolerance)
