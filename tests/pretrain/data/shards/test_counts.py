@@ -11,11 +11,13 @@ import pytest
 
 from launch import cli
 from pretrain.data.check import check_shards
+from pretrain.data.config import count_samples_once, resolve_sources_once
 from pretrain.data.shards import counts, transfer
 from pretrain.data.shards.cache import ShardCache
 from pretrain.data.shards.paths import count_samples, expand_shards
 from pretrain.data.shards.reader import ShardReader
 from pretrain.errors import ConfigError, UserError
+from tests.support import world
 from tests.support.range_server import RangeServer
 
 IMAGE_BYTES = 200_000
@@ -161,3 +163,23 @@ def test_local_shards_are_staged_where_asked_for(tmp_path: Path) -> None:
         ShardReader([str(shard)], cache, [4]).read(0, 2)
     assert ShardReader([str(shard)], ShardCache(str(tmp_path / "unused"))).read(0, 0).key == "a/00000"
     assert not (tmp_path / "unused").exists()
+
+
+# ---- several processes -----------------------------------------------------------------------------------------------
+
+
+def resolve_and_count(spec: str, folder: str) -> tuple[list[str], list[int]]:
+    """Return the shards and counts as a trainer finds them; the body of a rank."""
+    paths = [path for source in resolve_sources_once(spec, "data.train") for path in source.shards]
+    return paths, count_samples_once(paths, ShardCache(folder), "data.train")
+
+
+def test_one_process_of_many_asks_for_counts(server: RangeServer, tmp_path: Path) -> None:
+    server.files = {f"{i}.tar": build_shard(3 + i) for i in range(4)}
+    results = world.run(resolve_and_count, 4, f"{server.url}/{{0..3}}.tar", str(tmp_path))
+    assert results == [([f"{server.url}/{i}.tar" for i in range(4)], [3, 4, 5, 6])] * 4
+    by_many = len(server.requests)
+    server.requests.clear()
+    counts._answers.clear()
+    count_samples(results[0][0], ShardCache(str(tmp_path)))
+    assert by_many == len(server.requests)

@@ -14,12 +14,13 @@ import pytest
 
 from launch import cli
 from pretrain.data.check import check_shards
+from pretrain.data.config import resolve_sources_once
 from pretrain.data.shards import cache, stores, transfer
 from pretrain.data.shards.cache import ShardCache
 from pretrain.data.shards.paths import count_samples, expand_shards
 from pretrain.data.shards.reader import ShardReader
 from pretrain.errors import ConfigError, UserError
-from tests.support import Small, read_losses, read_sample_keys, run_clipfuse
+from tests.support import Small, read_losses, read_sample_keys, run_clipfuse, world
 
 # botocore and aiohttp leave closing of idle connections to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
@@ -205,6 +206,23 @@ def test_check_writes_a_manifest_by_which_runs_start(
     with pytest.raises(OSError, match=r"its bytes are not those that .*/shards.json names"):
         ShardCache(str(tmp_path / "new")).fetch(paths[2])
     assert check_shards(paths, decode=False, record=True).samples == 6  # a new manifest can be written
+
+
+def list_sources(spec: str, environment: dict[str, str]) -> list[str]:
+    """Return the shards as a trainer finds them; the body of a rank."""
+    os.environ.update(environment)
+    return [path for source in resolve_sources_once(spec, "data.train") for path in source.shards]
+
+
+def test_one_process_of_many_lists_a_store(bucket: Any, caplog: pytest.LogCaptureFixture) -> None:
+    for i in range(3):
+        put(bucket, f"d/{i}.tar", b"x")
+    aws = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    caplog.set_level("INFO", logger="werkzeug")
+    caplog.clear()
+    results = world.run(list_sources, 3, f"s3://{bucket[1]}/d/*.tar", aws)
+    assert results == [[f"s3://{bucket[1]}/d/{i}.tar" for i in range(3)]] * 3
+    assert sum("list-type" in record.getMessage() for record in caplog.records) == 1
 
 
 def test_training_from_s3_is_that_from_local_files(bucket: Any, small: Small, tmp_path: Path) -> None:
