@@ -41,7 +41,7 @@ class DataConfig:
     window: int = 16
     """Shards whose samples are shuffled together; 16 mixes shards of 1,000 to 10,000 samples well."""
     streams: int = 0
-    """Interleaved parts of the sample sequence, each read by one node: 1, or a multiple of the number of nodes. 0 = 1 for local
+    """Interleaved parts of the sample sequence, each read by one node if the number of nodes divides it. 0 = 1 for local
     shards; for remote or staged ones up to 48, with windows smaller in proportion, so that each node fetches its own shards.
     It is chosen when a run begins, and kept when it resumes. Changing it changes the order of samples."""
     block: int = 0

@@ -17,6 +17,7 @@ import resource
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from itertools import count
+from math import gcd
 from typing import Any
 
 import numpy as np
@@ -187,8 +188,7 @@ class Loader:
 
     def _window_batches(self) -> int:
         """Return the number of batches after which every window now in use is finished."""
-        streams = max(1, self.order.streams // self.nodes)
-        return 1 + self.order.window_samples * streams * self.nodes // self.batch_size
+        return 1 + self.order.window_samples * self.order.streams // self.batch_size
 
     def _iterate_positions(self, start: int) -> Iterator[Ints]:
         """Yield the positions of each partial batch, from batch `start` on."""
@@ -286,7 +286,8 @@ def build_loader(
             sources.append(ShardSource(source_counts, weight))
             start += len(source_counts)
         data.set_streams(paths, min(len(source.counts) for source in sources), nodes)
-        window_shards = 2 * data.window * len(sources) * max(1, data.streams // nodes)  # windows in use, and the next ones
+        node_streams = data.streams // gcd(data.streams, nodes)
+        window_shards = 2 * data.window * len(sources) * node_streams  # windows in use, and the next ones
         reader = ShardReader(paths, data.build_cache(), counts, max_open=min(window_shards, _max_open_files()))
         prefetch_reader = reader if rank % (world // nodes) == 0 and is_prefetch_needed(paths, reader.cache) else None
         shard_names = [path.rsplit("/", 1)[-1] for path in paths]

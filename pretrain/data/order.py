@@ -34,7 +34,7 @@ PERIOD = 1 << PERIOD_BITS
 
 STREAMS = 48
 """Streams that are chosen for remote shards, as far as the batch can be divided among them. 1, 2, 3, 4, 6, 8, 12, 16, 24 or 48
-nodes divide it, so that the order is the same for all of these."""
+nodes divide it: each of them reads its own shards, and the order is the same for all of these."""
 
 
 @dataclass(frozen=True)
@@ -172,24 +172,25 @@ class Order:
             f"{size} cannot be divided among data.streams={self.streams}: use a multiple of {self.streams}",
         )
         _require(world % nodes == 0, f"{world} processes on {nodes} nodes: each node must run the same number of processes")
-        _require(
-            self.streams == 1 or self.streams % nodes == 0,
-            f"data.streams={self.streams} cannot be divided among {nodes} nodes: use 1 or a multiple of {nodes}",
-        )
 
     def positions(self, batch: int, batch_size: int, rank: int = 0, world: int = 1, nodes: int = 1) -> Ints:
         """Return the positions of one global batch that this process serves; (B / world,) int64, ascending.
 
-        A node serves whole streams (p mod C), and each of its processes a consecutive part of the node's positions.
-        With one stream, each process serves a consecutive part of the batch. Ranks are numbered node by node.
+        A node serves whole streams (p mod C), and each of its processes a consecutive part of the node's positions. Where the
+        number of nodes does not divide C, as few nodes as possible share streams as one node would: with one stream, all do.
+        Ranks are numbered node by node.
         """
         positions = np.arange(batch * batch_size, (batch + 1) * batch_size, dtype=np.int64)
         per_rank = batch_size // world
         if self.streams > 1:
-            node, rank = divmod(rank, world // nodes)
-            node_streams = self.streams // nodes
-            positions = positions.reshape(-1, self.streams)[:, node * node_streams : (node + 1) * node_streams].ravel()
+            group, rank = divmod(rank, world // gcd(self.streams, nodes))
+            streams = self.node_streams(nodes)
+            positions = positions.reshape(-1, self.streams)[:, group * streams : (group + 1) * streams].ravel()
         return positions[rank * per_rank : (rank + 1) * per_rank]
+
+    def node_streams(self, nodes: int) -> int:
+        """Return the number of streams that each of `nodes` nodes reads."""
+        return self.streams // gcd(self.streams, nodes)
 
     def _map_to_sources(self, p: Ints) -> tuple[Ints, Ints]:
         """Return (source, q), (n,) each: the source of each position, and the index in that source's sequence."""
@@ -213,13 +214,13 @@ def choose_streams(window: int, batch_size: int, shards: int, nodes: int) -> tup
     Args:
         window: shards that are to be mixed (data.window).
         shards: number of shards of the smallest source.
-        nodes: with at least STREAMS shards, they do not affect the result where they divide gcd(batch_size, STREAMS).
+        nodes: they do not affect the result where they divide gcd(batch_size, STREAMS).
     """
     most = gcd(batch_size, STREAMS)
     if batch_size % nodes == 0:
         most = lcm(most, nodes)
     for streams in range(most, 1, -1):
-        if most % streams == 0 and streams % nodes == 0 and streams * -(-window // streams) <= shards:
+        if most % streams == 0 and streams * -(-window // streams) <= shards:
             return streams, -(-window // streams)
     return 1, window
 
