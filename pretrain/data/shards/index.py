@@ -123,14 +123,23 @@ def load_index(path: str, cache: ShardCache | None = None, file: str | None = No
             raise
         cache.mark_damaged(path)
         raise OSError(f"its copy in the cache was damaged: {error}") from error  # what is fetched is verified: fetch it again
-    count, count_file = recorded_count(path) if check_count else (None, "")
-    if count is not None and count != shard_index.count:
-        cache.mark_damaged(path)
+    if check_count:
+        try:
+            check_recorded_count(path, shard_index.count)
+        except UserError:
+            cache.mark_damaged(path)
+            raise
+    return replace(shard_index, origin=path)
+
+
+def check_recorded_count(path: str, count: int) -> None:
+    """Raise UserError where a file beside a shard states another number of samples than the shard holds."""
+    recorded, file = recorded_count(path)
+    if recorded is not None and recorded != count:
         raise UserError(
-            f"{path} holds {shard_index.count:,} samples, but {count_file} says {count:,}: "
+            f"{path} holds {count:,} samples, but {file} says {recorded:,}: "
             "the shard was cut short, or one of the two files is outdated"
         )
-    return replace(shard_index, origin=path)
 
 
 def _build(path: str) -> ShardIndex:

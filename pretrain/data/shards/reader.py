@@ -9,7 +9,7 @@ from typing import Any
 
 from pretrain.data import BadSample
 from pretrain.data.shards.cache import ShardCache
-from pretrain.data.shards.index import DUPLICATE_MEMBER, ShardIndex, load_index
+from pretrain.data.shards.index import DUPLICATE_MEMBER, ShardIndex, check_recorded_count, load_index
 from pretrain.data.shards.names import find_new_names
 from pretrain.data.shards.paths import RawSample
 from pretrain.data.shards.transfer import retry_io
@@ -146,6 +146,7 @@ class ShardReader:
         if expected is not None and expected != count:
             os.close(opened[0])
             self.cache.mark_damaged(path)  # the copy may be an outdated one
+            check_recorded_count(path, count)
             raise UserError(f"{path} holds {count:,} samples, but held {expected:,} when the run began: it has changed since")
         self._open[shard] = opened
         if len(self._open) > self.max_open:

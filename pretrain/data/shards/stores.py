@@ -7,6 +7,7 @@ never contain them.
 from __future__ import annotations
 
 import base64
+import logging
 import os
 import re
 import threading
@@ -173,6 +174,8 @@ def _find_system(url: str, denied: Any = None) -> tuple[Any, str]:
         with _lock:
             system = _systems.get(key)
             if system is None or system is denied:
+                for name in ("gcsfs", "azure"):  # they log tracebacks and long lists of what is reported here in a line
+                    logging.getLogger(name).setLevel(logging.CRITICAL)
                 system, _ = url_to_fs(url, listings_expiry_time=_LISTING_SECONDS, skip_instance_cache=True)
                 _systems[key] = system
         return system, str(system._strip_protocol(url))
