@@ -39,6 +39,6 @@ fuzz: .venv/installed
 bench: .venv/installed
 	PEER='$(PEER)' TRAIN='$(TRAIN)' VAL='$(VAL)' $(BIN)/python -m tests.bench
 
-# The first hour on a GPU: gradients, losses, samples/s, memory, resuming, a profile; into gpu-results/.
+# The first hour on a GPU: gradients, losses, samples/s, memory, resuming; into gpu-results/.
 gpu: .venv/installed
 	$(BIN)/python -m tests.bench.gpu $(if $(PEER),--peer $(PEER))

@@ -33,7 +33,6 @@ def list_commands(peer: str | None, train: str | None, val: str | None) -> dict[
         "loss": ["--batch", "4096", "16384", "--rounds", "3"],
         "text": [train] if train else [],
         "loader": [],
-        "overhead": [],
         "reads": [],
         "order": [],
         "remote": [],

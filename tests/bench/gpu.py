@@ -13,7 +13,6 @@ Sections, each in processes of its own with a time limit, so that one that fails
     peer         open_clip with its best flags on its own synthetic data; needs --peer
     loader       images/s of the loader against open_clip's
     resume       how far a run that was killed and resumed is from one that was not
-    profile      one screen about where the time of a step of B/32 goes
 
 Writes DIR/gpu.json (all rows) and DIR/gpu.md (a table), and prints the table. Without a GPU a section that needs one is a line
 "not here". --tiny shrinks every size, so that a CPU runs through in minutes. PYTHON is the interpreter of an environment with
@@ -260,21 +259,12 @@ def run_resume(bench: Bench) -> Iterator[Row]:
         yield {"what": f"resume, {name}: largest difference of the loss", "value": difference, "unit": ""}
 
 
-def run_profile(bench: Bench) -> Iterator[Row]:
-    """The summary of train.profile."""
-    settings = _settings(bench, 2048, "train.steps=12", "train.profile=5:10")
-    bench.pretrain("vit-b-32", "profile", *settings)
-    for path in sorted((bench.folder / "profile").glob("profile*.txt")):
-        yield {"what": "profile of a step of B/32", "value": path.read_text(), "unit": "text"}
-
-
 SECTIONS: dict[str, tuple[Callable[[Bench], Iterator[Row]], bool]] = {
     "gradients": (run_gradients, False),
     "tests": (run_tests, False),
     "flops": (run_flops, False),
     "throughput": (run_throughput, True),
     "loss": (run_loss, True),
-    "profile": (run_profile, True),
     "resume": (run_resume, True),
     "batch": (run_batch, True),
     "peer": (run_peer, True),

@@ -153,7 +153,7 @@ def test_what_does_not_fit_is_marked(built: plan.Plan) -> None:
 
 
 def test_what_could_not_run_is_refused() -> None:
-    with pytest.raises(ConfigError, match="--gpu h1000: the choices are b200, .*h100, "):
+    with pytest.raises(ConfigError, match=r"--gpu h1000: the choices are b200, .*h100, "):
         plan.build_plan("vit-b-32", [], 8, "h1000")
     with pytest.raises(ConfigError, match=r"data\.batch_size=4096 must be divisible"):
         plan.build_plan("vit-b-32", ["train.strategy=ddp"], 7, "h100")
