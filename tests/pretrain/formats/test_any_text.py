@@ -97,7 +97,7 @@ CASES = {
     "CLIP": ("vit-b-16", CLIP, ("hf",)),
     "CLIP, mean": (
         "vit-b-16",
-        [*CLIP, "image.name=vit_base_patch16_clip_quickgelu_224", "text.pool=avg"],
+        [*CLIP, "image.name=vit_base_patch16_clip_quickgelu_224", "text.args.hidden_act=quick_gelu", "text.pool=avg"],
         ("hf", "open_clip", "onnx"),
     ),
     "mean": ("scenes", SCENES, ("hf", "open_clip")),

@@ -152,7 +152,7 @@ QUICK = "text.args.hidden_act=quick_gelu"
 OPEN_CLIP = {
     "mean of patches": ("clipart", TINY_TOWERS),
     "text pooled by its mean": ("scenes", SCENES),
-    "OpenAI's": ("vit-b-16", [*CLIP, "image.name=vit_base_patch16_clip_quickgelu_224"]),
+    "OpenAI's": ("vit-b-16", [*CLIP, "image.name=vit_base_patch16_clip_quickgelu_224", QUICK]),
     "timm by name": ("vit-b-16", [*CLIP[3:], "image.name=vit_tiny_patch16_224"]),
     "SigLIP's text": ("siglip-b-16", [*SIGLIP_TEXT, "image.name=resnet10t", "model.projection=linear", "model.dim=16"]),
     "norm behind the mean": ("clipart", [*TINY_TOWERS, "image.args.fc_norm=true"]),

@@ -10,6 +10,8 @@ import sys
 import pytest
 import torch
 
+from tests.support import ROOT
+
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
 """Relative to the norm. fp32: logits of 100 are rounded to 7.6e-6. bf16: the kernel rounds features, the plain path scale times
 features."""
@@ -17,7 +19,9 @@ features."""
 
 def check_errors(environment: dict[str, str], device: str) -> None:
     command = [sys.executable, "-W", "ignore", "-m", "tests.support.fused_program", device]
-    process = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300)
+    process = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(ROOT), **environment}, capture_output=True, text=True, timeout=300
+    )
     assert process.returncode == 0, process.stderr
     lines = [json.loads(line) for line in process.stdout.splitlines()]
     assert len(lines) == 28
