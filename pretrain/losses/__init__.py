@@ -26,12 +26,14 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from pretrain.config import check_numbers
 from pretrain.errors import ConfigError
 from pretrain.losses.tiles import Settings
 from pretrain.runtime import distributed
@@ -118,19 +120,37 @@ def is_tiled(b: int, tile: int) -> bool:
     return tile > 0 or b * b * distributed.world_size() > DENSE_LIMIT
 
 
-def check_settings(config: Any) -> None:
-    """Raise ConfigError for an impossible value of `tile`, or a kernel that this installation or precision has not."""
-    if config.tile < 0:
-        raise ConfigError(f"loss.tile={config.tile} must be 0 (automatic) or a number of rows")
-    if config.kernel == "fused" and importlib.util.find_spec("triton") is None:
-        raise ConfigError("loss.kernel=fused needs Triton, which is not installed; use loss.kernel=plain")
+@dataclass
+class PairConfig:
+    """Settings of a loss over pairs that can be computed in tiles."""
+
+    name: str = ""
+    """Name of the loss's file."""
+    same_caption: Literal["keep", "ignore"] = "keep"
+    """Whether samples with the same caption are negatives of each other: keep, they are; ignore, they are left out."""
+    tile: int = 0
+    """Rows and columns computed at once, so that memory does not grow with the square of the batch; 0 chooses by size."""
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """Precision of the loss's matrix products; sums are float32. fp32 is exact, and also used where train.precision is bf16 or
+    TF32 is allowed. tf32 and bf16 are several times faster on a GPU and NOT exact: gradients differ by about 1e-3 and 1e-2."""
+    kernel: Literal["auto", "plain", "fused"] = "auto"
+    """plain: torch operations on tiles. fused: Triton kernels, on GPUs only. auto: fused on a GPU that has Triton and for tf32
+    and bf16, else plain."""
+    exchange: Literal["gather", "ring"] = "gather"
+    """How processes see each other's features. gather: each holds all. ring: each holds those of one process at a time, for
+    global batches whose features do not fit; the result is the same to rounding."""
+
+    def check(self) -> None:
+        """Raise ConfigError for an impossible value, or a kernel that this installation has not."""
+        if self.tile < 0:
+            raise ConfigError(f"loss.tile={self.tile} must be 0 (automatic) or a number of rows")
+        if self.kernel == "fused" and importlib.util.find_spec("triton") is None:
+            raise ConfigError("loss.kernel=fused needs Triton, which is not installed; use loss.kernel=plain")
+        check_numbers(self, "loss")
 
 
-def choose_settings(config: Any, features: dict[str, Tensor], max_logit: float | None) -> Settings | None:
-    """Return how to compute a loss in tiles, or None where the dense formula serves.
-
-    config: has tile, precision, kernel and exchange.
-    """
+def choose_settings(config: PairConfig, features: dict[str, Tensor], max_logit: float | None) -> Settings | None:
+    """Return how to compute a loss in tiles, or None where the dense formula serves."""
     sample = next(iter(features.values()))
     is_ring = config.exchange == "ring" and distributed.world_size() > 1
     can_fuse = sample.device.type == "cuda" and sample.dtype != torch.float64 and importlib.util.find_spec("triton") is not None

@@ -18,6 +18,14 @@ Work = Callable[[int, Sequence[Tensor], Sequence[Tensor]], None]
 """Called with (step, block, sums). At step 0 the block is this rank's own. It adds to `sums` in place."""
 
 
+def visit_blocks(block: Sequence[Tensor], sums: Sequence[Tensor], work: Work, is_ring: bool) -> Sequence[Tensor]:
+    """Call `work` on the block of each rank if `is_ring`, else on this one, which then holds all columns; return its sums."""
+    if is_ring:
+        return pass_around(block, sums, work)
+    work(0, block, sums)
+    return sums
+
+
 def pass_around(block: Sequence[Tensor], sums: Sequence[Tensor], work: Work) -> Sequence[Tensor]:
     """Call `work` on the block of each rank; return the sums of this rank's block, to which all ranks have added. Collective.
 

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pretrain.config import check_numbers
-from pretrain.losses import average_over_pairs, check_settings, choose_settings, duplicate_mask
+from pretrain.losses import PairConfig, average_over_pairs, choose_settings, duplicate_mask
 from pretrain.losses.sigmoid_tiles import sigmoid_loss
 
 LOGIT_SCALE: float = math.log(10)
@@ -24,29 +23,11 @@ LOGIT_BIAS: float | None = -10.0
 
 
 @dataclass
-class Config:
+class Config(PairConfig):
     """Settings of the sigmoid loss."""
 
     name: str = "siglip"
     """Name of this file."""
-    same_caption: Literal["keep", "ignore"] = "keep"
-    """Whether samples with the same caption are negatives of each other: keep, they are; ignore, they are left out."""
-    tile: int = 0
-    """Rows and columns computed at once, so that memory does not grow with the square of the batch; 0 chooses by size."""
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
-    """Precision of the loss's matrix products; sums are float32. fp32 is exact, and also used where train.precision is bf16 or
-    TF32 is allowed. tf32 and bf16 are several times faster on a GPU and NOT exact: gradients differ by about 1e-3 and 1e-2."""
-    kernel: Literal["auto", "plain", "fused"] = "auto"
-    """plain: torch operations on tiles. fused: Triton kernels, on GPUs only. auto: fused on a GPU that has Triton and for tf32
-    and bf16, else plain."""
-    exchange: Literal["gather", "ring"] = "gather"
-    """How processes see each other's features. gather: each holds all. ring: each holds those of one process at a time, for
-    global batches whose features do not fit; the result is the same to rounding."""
-
-    def check(self) -> None:
-        """Raise ConfigError for an impossible value."""
-        check_settings(self)
-        check_numbers(self, "loss")
 
 
 class Loss(nn.Module):

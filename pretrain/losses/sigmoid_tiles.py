@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from pretrain.losses.products import add_product_, tensor_core_precision, transposed_product
-from pretrain.losses.ring import pass_around
-from pretrain.losses.tiles import Settings, TileIterator, finish_gradients, to_float32
+from pretrain.losses.ring import visit_blocks
+from pretrain.losses.tiles import Settings, TileIterator, block_tiles, finish_gradients, to_float32
 
 
 class _Sums:
@@ -42,18 +42,13 @@ class _Sigmoid(torch.autograd.Function):
         sums = _Sums(rows, any(ctx.needs_input_grad[:4]))
 
         def add_block(step: int, block: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-            block_ids = None if ids is None else (ids[0], block[1])
-            block_offset = offset if step == 0 else len(block[0])  # partners are in the first block
-            matrix = TileIterator(rows, block[0], block_offset, block_ids, settings)
+            matrix = block_tiles(rows, block, step, offset, ids, settings)
             _add_tiles(matrix, rows, block[0], factor, shift, sums, grads[0] if grads else block[0])
 
         block = [columns] if ids is None else [columns, ids[1]]
         grads: Sequence[Tensor] = [torch.zeros_like(columns)] if sums.needs_grad else []
         with tensor_core_precision(rows.device, settings.precision):
-            if settings.is_ring:
-                grads = pass_around(block, grads, add_block)
-            else:
-                add_block(0, block, grads)
+            grads = visit_blocks(block, grads, add_block, settings.is_ring)
         is_best = sums.at_partner >= sums.largest
         if sums.needs_grad:
             ctx.save_for_backward(rows, factor, sums.grad_rows, grads[0], sums.grad_bias.to(shift.dtype))

@@ -28,8 +28,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pretrain.losses.products import add_product_, tensor_core_precision, transposed_product
-from pretrain.losses.ring import pass_around
-from pretrain.losses.tiles import Settings, TileIterator, finish_gradients, row_dots, to_float32
+from pretrain.losses.ring import visit_blocks
+from pretrain.losses.tiles import Settings, TileIterator, block_tiles, finish_gradients, row_dots, to_float32
 from pretrain.runtime import distributed
 
 
@@ -47,7 +47,7 @@ class _Softmax(torch.autograd.Function):
 
         def add_block(step: int, block: Sequence[Tensor], sums: Sequence[Tensor]) -> None:
             nonlocal lse_rows, is_best, partner_logits
-            matrix = _block_matrix(rows, block, step, offset, ids, settings)
+            matrix = block_tiles(rows, block, step, offset, ids, settings)
             method = choose_method(rows, block[0], factor, settings)
             methods.append(method)
             block_lse, lse_columns, at_partner, largest = _LOGSUMEXP[method](matrix, rows, block[0], factor, positives)
@@ -63,11 +63,9 @@ class _Softmax(torch.autograd.Function):
         block = [columns] if ids is None else [columns, ids[1]]
         sums: Sequence[Tensor] = [torch.full_like(columns[:, 0], -math.inf)]
         with tensor_core_precision(rows.device, settings.precision):
-            if settings.is_ring:
-                (lse_columns,) = pass_around(block, sums, add_block)
-            else:
-                add_block(0, block, sums)
-                lse_columns = distributed.logsumexp(sums[0])
+            (lse_columns,) = visit_blocks(block, sums, add_block, settings.is_ring)
+            if not settings.is_ring:
+                lse_columns = distributed.logsumexp(lse_columns)
         if settings.precision != "fp32":  # so that the loss is that of the rounded factors, and never negative
             positives = partner_logits
         lse_partners = lse_columns[offset : offset + b]
@@ -84,24 +82,15 @@ class _Softmax(torch.autograd.Function):
         grad_rows = torch.zeros_like(rows)
 
         def add_block(step: int, block: Sequence[Tensor], sums: Sequence[Tensor]) -> None:
-            matrix = _block_matrix(rows, [block[0], *block[2:]], step, ctx.offset, ctx.ids, ctx.settings)
+            matrix = block_tiles(rows, [block[0], *block[2:]], step, ctx.offset, ctx.ids, ctx.settings)
             _add_gradients(matrix, rows, block[0], scale, lse_rows, block[1], ctx.methods[step], grad_rows, sums[0])
 
         block = [columns, lse_columns] if ctx.ids is None else [columns, lse_columns, ctx.ids[1]]
         sums: Sequence[Tensor] = [torch.zeros_like(columns)]
         with tensor_core_precision(rows.device, ctx.settings.precision):
-            if ctx.settings.is_ring:
-                sums = pass_around(block, sums, add_block)
-            else:
-                add_block(0, block, sums)
+            (grad_columns,) = visit_blocks(block, sums, add_block, ctx.settings.is_ring)
         factor = grads[0] / (2 * rows.shape[0])
-        return *finish_gradients(ctx, rows, scale, grad_rows, sums[0], factor), None, None, None
-
-
-def _block_matrix(rows: Tensor, block: Sequence[Tensor], step: int, offset: int, ids: Any, settings: Settings) -> TileIterator:
-    """Return the tiles of all rows against a block [columns, ids of columns]. Partners are in the block of step 0."""
-    block_ids = None if ids is None else (ids[0], block[1])
-    return TileIterator(rows, block[0], offset if step == 0 else len(block[0]), block_ids, settings)
+        return *finish_gradients(ctx, rows, scale, grad_rows, grad_columns, factor), None, None, None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

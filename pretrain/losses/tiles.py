@@ -17,7 +17,7 @@ tile. Row i's partner is column i + offset. Arithmetic is in float32 at least (f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -103,6 +103,12 @@ class TileIterator:
         """Return rows columns^T: (h, D), (w, D) -> (h, w), and a scratch tensor (h, w) that every call shares."""
         size = rows.shape[0], columns.shape[0]
         return transposed_product(rows, columns, self.precision), self.scratch[: size[0] * size[1]].view(size)
+
+
+def block_tiles(rows: Tensor, block: Sequence[Tensor], step: int, offset: int, ids: Any, settings: Settings) -> TileIterator:
+    """Return the tiles of all rows against a block [columns, ids of columns]. Partners are in the block of step 0."""
+    block_ids = None if ids is None else (ids[0], block[1])
+    return TileIterator(rows, block[0], offset if step == 0 else len(block[0]), block_ids, settings)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

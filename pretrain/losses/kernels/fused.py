@@ -35,6 +35,15 @@ INPUT_PRECISION = {"fp32": "ieee", "tf32": "tf32", "bf16": "tf32"}
 
 
 @triton.jit
+def _positions(h, w, offset, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """Return this program's rows and columns, and which of its entries are inside the tile, and which are partners."""
+    i = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    j = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    is_inside = (i[:, None] < h) & (j[None, :] < w)
+    return i, j, is_inside, is_inside & (i[:, None] + offset == j[None, :])
+
+
+@triton.jit
 def _logits(rows, columns, scale, i, j, h, w, D, PRECISION: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
     """Return scale <row, column> for rows i and columns j: (BLOCK_ROWS, BLOCK_COLUMNS) float32."""
     total = tl.zeros((i.shape[0], j.shape[0]), dtype=tl.float32)
@@ -89,13 +98,11 @@ def _softmax_sums_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
-    i = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    j = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    i, j, is_inside, is_partner = _positions(h, w, offset, BLOCK_ROWS, BLOCK_COLUMNS)
     logits = _logits(rows, columns, scale, i, j, h, w, D, PRECISION, BLOCK_WIDTH)
-    is_partner = (i[:, None] + offset == j[None, :]) & (i[:, None] < h) & (j[None, :] < w)
-    is_counted = (i[:, None] < h) & (j[None, :] < w)
+    is_counted = is_inside
     if HAS_IDS:
-        is_counted = is_counted & (_is_duplicate(row_ids, column_ids, i, j, h, w, is_partner) == 0)
+        is_counted = is_inside & (_is_duplicate(row_ids, column_ids, i, j, h, w, is_partner) == 0)
     logits = tl.where(is_counted, logits, -float("inf"))
     largest = tl.max(logits, axis=1)
     tl.store(max_rows + tl.program_id(1) * h + i, largest, mask=i < h)
@@ -124,17 +131,15 @@ def _softmax_gradient_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
-    i = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    j = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    i, j, is_inside, is_partner = _positions(h, w, offset, BLOCK_ROWS, BLOCK_COLUMNS)
     logits = _logits(rows, columns, scale, i, j, h, w, D, PRECISION, BLOCK_WIDTH)
     row = tl.load(lse_rows + i, mask=i < h, other=0.0)
     column = tl.load(lse_columns + j, mask=j < w, other=0.0)
-    is_partner = i[:, None] + offset == j[None, :]
     entries = tl.exp(logits - row[:, None]) + tl.exp(logits - column[None, :])
     if HAS_IDS:
         entries = tl.where(_is_duplicate(row_ids, column_ids, i, j, h, w, is_partner), 0.0, entries)
     entries = tl.where(is_partner, entries - 2.0, entries)
-    tl.store(grad + i[:, None] * w + j[None, :], entries, mask=(i[:, None] < h) & (j[None, :] < w))
+    tl.store(grad + i[:, None] * w + j[None, :], entries, mask=is_inside)
 
 
 @triton.jit
@@ -161,13 +166,11 @@ def _sigmoid_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
-    i = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    j = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    i, j, is_inside, is_partner = _positions(h, w, offset, BLOCK_ROWS, BLOCK_COLUMNS)
     logits = _logits(rows, columns, scale, i, j, h, w, D, PRECISION, BLOCK_WIDTH) + tl.load(bias)
-    is_partner = (i[:, None] + offset == j[None, :]) & (i[:, None] < h) & (j[None, :] < w)
-    is_counted = (i[:, None] < h) & (j[None, :] < w)
+    is_counted = is_inside
     if HAS_IDS:
-        is_counted = is_counted & (_is_duplicate(row_ids, column_ids, i, j, h, w, is_partner) == 0)
+        is_counted = is_inside & (_is_duplicate(row_ids, column_ids, i, j, h, w, is_partner) == 0)
     largest = tl.max(tl.where(is_counted, logits, -float("inf")), axis=1)
     tl.store(max_rows + tl.program_id(1) * h + i, largest, mask=i < h)
     _store_partner(at_partner, logits, is_partner, i, h)
@@ -184,7 +187,7 @@ def _sigmoid_kernel(
         entries = tl.where(x >= 0, 1.0, e) / (1.0 + e)
         entries = tl.where(is_counted, tl.where(is_partner, -entries, entries), 0.0)
         tl.store(grads_bias + place, tl.sum(tl.sum(entries, axis=1), axis=0))
-        tl.store(grad + i[:, None] * w + j[None, :], entries, mask=(i[:, None] < h) & (j[None, :] < w))
+        tl.store(grad + i[:, None] * w + j[None, :], entries, mask=is_inside)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
