@@ -27,8 +27,9 @@ from pretrain.runtime import distributed
 from pretrain.strategies import DTYPES, Precision
 from pretrain.strategies.batch_norm import convert_sync_batch_norm
 from pretrain.strategies.blocks import find_blocks
-from pretrain.strategies.full_copy import disable_length_buckets, materialized, meta_copy
+from pretrain.strategies.full_copy import disable_length_buckets, materialized
 from pretrain.strategies.single import Single
+from pretrain.towers.meta_copy import copy_to_meta
 
 
 class FSDP2(Single):
@@ -50,7 +51,7 @@ class FSDP2(Single):
     def setup(self, model: nn.Module) -> None:
         distributed.ensure_group()
         model = convert_sync_batch_norm(model).to(self.device)
-        self._meta_copy = meta_copy(model)
+        self._meta_copy = copy_to_meta(model, buffers=False)
         disable_length_buckets(model)
         with torch.no_grad():
             for tensor in [*model.parameters(), *model.buffers()]:

@@ -7,7 +7,6 @@ all processes gather its weights together, then each uses it alone.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -25,15 +24,6 @@ def disable_length_buckets(model: nn.Module) -> None:
     for tower in model.modules():
         if isinstance(tower, Tower) and getattr(tower, "groups", 1) > 1:
             tower.groups = 1  # type: ignore[assignment]
-
-
-def meta_copy(model: nn.Module) -> nn.Module:
-    """Return a copy of the model, its parameters on the meta device (shapes without memory).
-
-    The copy has buffers of its own.
-    """
-    empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False) for p in model.parameters()}
-    return copy.deepcopy(model, empty)
 
 
 @contextmanager

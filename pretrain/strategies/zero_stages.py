@@ -18,7 +18,8 @@ from pretrain.optim import OptimConfig
 from pretrain.runtime import distributed
 from pretrain.strategies import Precision
 from pretrain.strategies.deepspeed import Zero
-from pretrain.strategies.full_copy import disable_length_buckets, materialized, meta_copy
+from pretrain.strategies.full_copy import disable_length_buckets, materialized
+from pretrain.towers.meta_copy import copy_to_meta
 
 CHECKPOINTING_FLAGS = ("grad_checkpointing", "gradient_checkpointing")
 """Attributes that timm's and transformers' modules set when they recompute activations in the backward pass."""
@@ -89,7 +90,7 @@ class Zero3(Zero):
     stage = 3
 
     def _prepare_model(self, inner: nn.Module) -> None:
-        self._meta_copy = meta_copy(self.module)
+        self._meta_copy = copy_to_meta(self.module, buffers=False)
         disable_length_buckets(self.module)
         modules = self.module.modules()
         self._is_order_irregular = any(getattr(m, flag, False) for m in modules for flag in CHECKPOINTING_FLAGS)

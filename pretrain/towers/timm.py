@@ -11,7 +11,6 @@ embeddings.
 
 from __future__ import annotations
 
-import copy
 import difflib
 import inspect
 import re
@@ -29,6 +28,7 @@ from pretrain.config import check_numbers
 from pretrain.errors import ConfigError, closest
 from pretrain.ops import CLIP_MEAN, CLIP_STD, Color, parse_color, use_onednn
 from pretrain.towers import TokenSequence, Tower, stem, used_parameters, weight_files
+from pretrain.towers.meta_copy import copy_to_meta
 from pretrain.towers.pooling import get_head_norm, set_pooling
 
 RESERVED_ARGS = {
@@ -260,7 +260,7 @@ class ImageTower(Tower):
         was_training = self.training
         self.eval()
         images = torch.empty(2, 3, self.config.size, self.config.size, dtype=torch.uint8, device="meta")
-        meta = _copy_to_meta(self)
+        meta = copy_to_meta(self).requires_grad_()
         self._takes_map = meta._takes_map = _hides_its_map(meta.model, images)
         features, out = meta.encode(images)
         self.width, self.pooled_width = out.states.shape[-1], out.pooled.shape[-1]
@@ -283,16 +283,6 @@ class ImageTower(Tower):
             pooled.shape == candidate.shape and torch.allclose(pooled, candidate, atol=1e-5) for candidate in candidates
         )
         return is_mean, is_max
-
-
-def _copy_to_meta(tower: ImageTower) -> ImageTower:
-    """Return a copy of the tower whose parameters and buffers are on the meta device; no weight is copied.
-
-    A module that the model registers under two names is one module in the copy too.
-    """
-    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta")) for p in tower.parameters()}
-    memo |= {id(buffer): buffer.to("meta") for buffer in tower.buffers()}
-    return copy.deepcopy(tower, memo)
 
 
 def _hides_its_map(model: Any, images: Tensor) -> bool:

@@ -10,18 +10,18 @@ attention counts as full attention. The loss, normalizations and activation func
 
 from __future__ import annotations
 
-import copy
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.data.batch import Batch
 from pretrain.model import DualEncoder
+from pretrain.towers.meta_copy import copy_to_meta
 
 _SAMPLES = 2
 """Samples of a counting pass: BatchNorm refuses a single value per channel."""
@@ -122,13 +122,6 @@ class FlopCounter:
                 embedding.sum().backward()
         self._model.zero_grad(set_to_none=True)
         return int(counter.get_total_flops()) // _SAMPLES
-
-
-def copy_to_meta(model: DualEncoder) -> DualEncoder:
-    """Return a copy of a model on the meta device; no weight is copied, and tied weights stay tied."""
-    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
-    memo |= {id(buffer): buffer.to("meta") for buffer in model.buffers()}
-    return copy.deepcopy(model, memo)
 
 
 def _interpolate(nodes: tuple[int, int, int], values: list[int], at: int) -> int:
