@@ -38,7 +38,7 @@ from finetune.model import Features, FusionModel, Head
 from finetune.tasks.questions import Question
 from pretrain.config import check_numbers
 from pretrain.data import BadSample, loader
-from pretrain.data.config import count_samples_once, resolve_sources_once
+from pretrain.data.config import count_samples_once, list_shards_once
 from pretrain.data.loader import Batch, EvalLoader
 from pretrain.data.sample_json import read_json
 from pretrain.data.shards.cache import ShardCache
@@ -120,7 +120,7 @@ def survey(shards: Any, cache: ShardCache | None = None) -> Iterator[dict[str, A
 
     Samples whose json cannot be read are skipped: training and evaluation count them. Raises UserError.
     """
-    paths = [path for source in resolve_sources_once(shards, "data.train") for path in source.shards]
+    paths = list_shards_once(shards, "data.train")
     cache = cache or ShardCache()
     counts = count_samples_once(paths, cache, "data.train")
     reader = ShardReader(paths, cache, counts, max_open=8)

@@ -7,6 +7,7 @@ those that the checkpoint was saved with.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -46,32 +47,32 @@ def refuse_other_model(config: ModelSchema, tokenizer: Any, checkpoint: Path | N
     """
     if checkpoint is None:
         return
-    saved, now = read_config(checkpoint), configuration.to_dict(config)
-    for section, keys in IDENTITY.items():
-        old, new = saved.get(section), now.get(section)
-        if not isinstance(old, dict) or not isinstance(new, dict):
-            continue
-        for key in keys:
-            if key in old and key in new and old[key] != new[key]:
-                raise ConfigError(
-                    f"cannot resume {checkpoint}: {section}.{key} is {new[key]!r} now and was {old[key]!r}; set "
-                    f"{section}.{key}={_setting(old[key])}, or start another run from its weights: run=NEW init={checkpoint}"
-                )
-    old_act, new_act = _text_activation(saved), _text_activation(now)
-    if old_act and new_act and old_act != new_act:
-        raise ConfigError(
-            f"cannot resume {checkpoint}: text.args.hidden_act is {new_act!r} now and was {old_act!r}; set "
-            f"text.args.hidden_act={old_act}, or start another run from its weights: run=NEW init={checkpoint}"
-        )
+    for key, old, new in _pair_identity(read_config(checkpoint), configuration.to_dict(config)):
+        if old != new:
+            raise ConfigError(
+                f"cannot resume {checkpoint}: {key} is {new!r} now and was {old!r}; set {key}={_setting(old)}, or start "
+                f"another run from its weights: run=NEW init={checkpoint}"
+            )
     folder = checkpoint / loading.TOKENIZER
     if tokenizer is None or not folder.is_dir():
         return
-    old = load_tokenizer(folder)
-    if old.get_vocab() != tokenizer.get_vocab():
+    saved = load_tokenizer(folder)
+    if saved.get_vocab() != tokenizer.get_vocab():
         raise ConfigError(
-            f"cannot resume {checkpoint}: the tokenizer has {len(tokenizer)} tokens now, and other ones than the {len(old)} "
+            f"cannot resume {checkpoint}: the tokenizer has {len(tokenizer)} tokens now, and other ones than the {len(saved)} "
             f"of the checkpoint; text.tokenizer={folder} is the one that it was trained with"
         )
+
+
+def _pair_identity(saved: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Yield (key, saved value, value now) of each field of the identity that both configurations have."""
+    for section, keys in IDENTITY.items():
+        old, new = saved.get(section), now.get(section)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from ((f"{section}.{key}", old[key], new[key]) for key in keys if key in old and key in new)
+    activations = _text_activation(saved), _text_activation(now)
+    if all(activations):
+        yield "text.args.hidden_act", *activations
 
 
 def read_config(checkpoint: Path) -> dict[str, Any]:

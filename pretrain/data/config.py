@@ -184,6 +184,11 @@ def resolve_sources_once(spec: Any, where: str) -> list[SourceSpec]:
     return resolve_sources(spec, where)
 
 
+def list_shards_once(spec: Any, where: str) -> list[str]:
+    """Return the shards of all sources, as `resolve_sources_once` finds them. Collective."""
+    return [path for source in resolve_sources_once(spec, where) for path in source.shards]
+
+
 def parse_sources(spec: Any, where: str) -> list[tuple[str | list[str], float | None]]:
     """Return [(shards, weight)] without expanding patterns; a plain list of shards is one source.
 

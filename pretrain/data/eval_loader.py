@@ -14,7 +14,7 @@ import numpy as np
 from pretrain.data import BadSample
 from pretrain.data.batch import Batch, Decoder
 from pretrain.data.captions import TXT, TXT_LINES, TXT_WHOLE, count_lines
-from pretrain.data.config import count_samples_once, resolve_sources_once
+from pretrain.data.config import count_samples_once, list_shards_once
 from pretrain.data.shards.cache import ShardCache
 from pretrain.data.shards.reader import ShardReader
 from pretrain.data.text import TextDecoder
@@ -116,7 +116,7 @@ def build_eval_loader(
         ConfigError: an invalid specification, or one that matches no shard.
         UserError: the shards are damaged, cannot be read, or hold no samples.
     """
-    paths = [path for source in resolve_sources_once(shards, "data.val") for path in source.shards]
+    paths = list_shards_once(shards, "data.val")
     counts = count_samples_once(paths, cache or ShardCache(), "data.val")
     reader = ShardReader(paths, cache, counts, max_open=8)
     decoders = _recognize_lines(reader, counts, decoders)

@@ -17,7 +17,6 @@ import resource
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from itertools import count
-from math import gcd
 from typing import Any
 
 import numpy as np
@@ -269,12 +268,7 @@ def build_loader(
     reader: SampleReader
     prefetch_reader: ShardReader | None = None
     if data.train == "synthetic":
-        sources = [ShardSource([synthetic.SAMPLES] * synthetic.SHARDS)]
-        data.set_streams([], synthetic.SHARDS, nodes)
-        reader, shard_names = synthetic.SyntheticReader(data.caption), ["synthetic"]
-        decoders = {
-            name: synthetic.NoiseDecoder(decoder) if hasattr(decoder, "size") else decoder for name, decoder in decoders.items()
-        }
+        sources, paths = [ShardSource([synthetic.SAMPLES] * synthetic.SHARDS)], []
     else:
         specs = resolve_sources_once(data.train, "data.train")
         paths = [path for spec in specs for path in spec.shards]
@@ -285,13 +279,18 @@ def build_loader(
             weight = spec.weight if spec.weight is not None else float(max(sum(source_counts), 1))
             sources.append(ShardSource(source_counts, weight))
             start += len(source_counts)
-        data.set_streams(paths, min(len(source.counts) for source in sources), nodes)
-        node_streams = data.streams // gcd(data.streams, nodes)
-        window_shards = 2 * data.window * len(sources) * node_streams  # windows in use, and the next ones
+    data.set_streams(paths, min(len(source.counts) for source in sources), nodes)
+    order = Order(sources, seed, data.window, data.streams, data.block, data.replacement)
+    if data.train == "synthetic":
+        reader, shard_names = synthetic.SyntheticReader(data.caption), ["synthetic"]
+        decoders = {
+            name: synthetic.NoiseDecoder(decoder) if hasattr(decoder, "size") else decoder for name, decoder in decoders.items()
+        }
+    else:
+        window_shards = 2 * data.window * len(sources) * order.node_streams(nodes)  # windows in use, and the next ones
         reader = ShardReader(paths, data.build_cache(), counts, max_open=min(window_shards, _max_open_files()))
         prefetch_reader = reader if rank % (world // nodes) == 0 and is_prefetch_needed(paths, reader.cache) else None
         shard_names = [path.rsplit("/", 1)[-1] for path in paths]
-    order = Order(sources, seed, data.window, data.streams, data.block, data.replacement)
     return Loader(
         order,
         reader,

@@ -28,7 +28,7 @@ from pretrain import model as models
 from pretrain.checkpoints.loading import LoadedModel, load_model
 from pretrain.data.batch import Batch
 from pretrain.data.captions import TXT, check_caption_source, has_several_captions
-from pretrain.data.config import count_samples_once, resolve_sources_once
+from pretrain.data.config import count_samples_once, list_shards_once
 from pretrain.data.eval_loader import count_caption_lines, describe_lines
 from pretrain.data.shards.cache import ShardCache, is_remote
 from pretrain.data.shards.names import find_new_names
@@ -102,7 +102,7 @@ def embed(loaded: LoadedModel, options: Options, device: torch.device) -> Summar
     paths: list[str] = []
 
     def fingerprint_data() -> dict[str, Any]:
-        paths.extend(path for source in resolve_sources_once(list(options.data), "--data") for path in source.shards)
+        paths.extend(list_shards_once(list(options.data), "--data"))
         return preflight.data_fingerprint(paths)
 
     preflight.require_equal("the data", fingerprint_data)

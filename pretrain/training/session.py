@@ -28,7 +28,7 @@ from pretrain import model as models
 from pretrain import strategies
 from pretrain.checkpoints import loading, resuming, store, warm_start
 from pretrain.data import loader as loaders
-from pretrain.data.config import evaluation_caption, resolve_sources_once
+from pretrain.data.config import evaluation_caption, list_shards_once, resolve_sources_once
 from pretrain.data.loader import Loader
 from pretrain.data.text import TextDecoder
 from pretrain.errors import ConfigError, UserError
@@ -160,9 +160,7 @@ def check_agreement(config: Any) -> None:
     if train != "synthetic":
         preflight.require_equal(
             "data.train",
-            lambda: preflight.data_fingerprint(
-                [path for source in resolve_sources_once(train, "data.train") for path in source.shards]
-            ),
+            lambda: preflight.data_fingerprint(list_shards_once(train, "data.train")),
         )
 
 

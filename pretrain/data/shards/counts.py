@@ -253,7 +253,7 @@ def looks_complete(path: str) -> bool:
 
     It reads one block, so that a shard that was cut short is detected at the start of a run, whatever its stats file says.
     """
-    stats = path.removesuffix(".tar") + "_stats.json"
+    stats = _split(path)[2]
     expected = _read_json_object(stats, _modified_ns(stats)).get("bytes")
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

@@ -49,6 +49,7 @@ _SMALL_FILE_SECONDS = 60.0
 _SMALL_FILE_BYTES = 1 << 26
 _PIECE = 1 << 20
 
+_CHANGED = "it changed while it was being read"
 _PERMANENT_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
@@ -136,7 +137,8 @@ class HttpRanges:
     """
 
     def __init__(self, url: str, head: int) -> None:
-        self.url, self.head, self.size, self._tag = url, b"", 0, ""
+        self.url, self.head, self.size = url, b"", 0
+        self._version: tuple[int, str] | None = None
         self.head = self.read(0, head)
 
     def read(self, start: int, end: int) -> bytes:
@@ -144,12 +146,9 @@ class HttpRanges:
         if end <= len(self.head):
             return self.head[start:end]
         try:
-            with urllib.request.urlopen(_build_request(self.url, (start, end)), timeout=_IDLE_SECONDS) as response:
-                size, tag = parse_range(response, start, end)
-                if self.size and (size, tag) != (self.size, self._tag):
-                    raise OSError("it changed while it was being read")
-                self.size, self._tag = size, tag
-                length = min(end, size) - start
+            with _open_range(self.url, start, end, self._version) as (response, version):
+                self._version, self.size = version, version[0]
+                length = min(end, self.size) - start
                 content: bytes = response.read(length)
         except urllib.error.HTTPError as error:
             error.close()  # it holds the connection
@@ -178,6 +177,21 @@ def parse_range(response: Any, start: int, end: int) -> tuple[int, str]:
     return size, str(response.headers.get("ETag") or response.headers.get("Last-Modified") or "")
 
 
+@contextmanager
+def _open_range(url: str, start: int, end: int, expected: tuple[int, str] | None) -> Iterator[tuple[Any, tuple[int, str]]]:
+    """Request the bytes [start, end) of a file over HTTP; yield the response, and size and version tag of the file.
+
+    Raises:
+        NoRangesError: the response is not that range.
+        OSError: it cannot be had, or size or tag are not those `expected`.
+    """
+    with urllib.request.urlopen(_build_request(url, (start, end)), timeout=_IDLE_SECONDS) as response:
+        version = parse_range(response, start, end)
+        if expected is not None and version != expected:
+            raise OSError(_CHANGED)
+        yield response, version
+
+
 class StoreRanges:
     """An object in an object store. Raises FileNotFoundError, other OSErrors, or UserError."""
 
@@ -192,7 +206,7 @@ class StoreRanges:
     def check_unchanged(self) -> None:
         """Raise OSError where the object is another one by now."""
         if stores.find_info(self.url)[:2] != self.info[:2]:
-            raise OSError("it changed while it was being read")
+            raise OSError(_CHANGED)
 
 
 def open_ranges(url: str, head: int) -> Ranges:
@@ -315,18 +329,16 @@ class Transfer:
         with response:
             if response.status != 206:
                 return self._copy_stream(response)
-            size, tag = parse_range(response, 0, PART_BYTES)
-            self._check_size(size)
+            version = parse_range(response, 0, PART_BYTES)
+            self._check_size(version[0])
             self._copy_stream(response)
         self.out.flush()
 
         def read(start: int, end: int) -> Iterator[bytes]:
-            with urllib.request.urlopen(_build_request(self.url, (start, end)), timeout=_IDLE_SECONDS) as part:
-                if parse_range(part, start, end) != (size, tag):
-                    raise OSError("it changed while it was being read")
+            with _open_range(self.url, start, end, version) as (part, _):
                 yield from self._iterate_pieces(part)
 
-        self._copy_parts(PART_BYTES, size, read)
+        self._copy_parts(PART_BYTES, version[0], read)
 
     def _copy_parts(self, begin: int, size: int, read: Callable[[int, int], Iterator[bytes]]) -> None:
         """Copy the bytes [begin, size) in parts, several at once; read(start, end) yields the bytes of a part."""

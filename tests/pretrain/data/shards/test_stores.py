@@ -14,7 +14,7 @@ import pytest
 
 from launch import cli
 from pretrain.data.check import check_shards
-from pretrain.data.config import resolve_sources_once
+from pretrain.data.config import list_shards_once
 from pretrain.data.shards import cache, stores, transfer
 from pretrain.data.shards.cache import ShardCache
 from pretrain.data.shards.paths import count_samples, expand_shards
@@ -211,7 +211,7 @@ def test_check_writes_a_manifest_by_which_runs_start(
 def list_sources(spec: str, environment: dict[str, str]) -> list[str]:
     """Return the shards as a trainer finds them; the body of a rank."""
     os.environ.update(environment)
-    return [path for source in resolve_sources_once(spec, "data.train") for path in source.shards]
+    return list_shards_once(spec, "data.train")
 
 
 def test_one_process_of_many_lists_a_store(bucket: Any, caplog: pytest.LogCaptureFixture) -> None:
