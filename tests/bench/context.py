@@ -22,7 +22,6 @@ import argparse
 import gc
 import json
 import multiprocessing
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -34,6 +33,7 @@ import torch
 from finetune.attention.multihead import Attention, Tokens
 from finetune.context import Queries
 from pretrain import registry
+from tests.support import read_peak_mib
 
 WIDTH, HEADS, WORDS = 256, 8, 32
 CASES = [("self", name) for name in ("dense", "local", "coarse_to_fine", "pooled")]
@@ -76,7 +76,7 @@ def measure(kind: str, name: str, patches: int, device: str, seconds: float) -> 
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() / 2**20
     else:
-        before = _read_peak_mib()
+        before = read_peak_mib()
     clock = time.perf_counter if device == "cuda" else time.process_time
     times, start = [], clock()
     while not times or (clock() - start < seconds and len(times) < 50):
@@ -85,13 +85,8 @@ def measure(kind: str, name: str, patches: int, device: str, seconds: float) -> 
         if device == "cuda":
             torch.cuda.synchronize()
         times.append(clock() - begin)
-    peak = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else _read_peak_mib()
+    peak = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else read_peak_mib()
     return {"seconds": statistics.median(times[1:] or times), "mib": peak - before}
-
-
-def _read_peak_mib() -> float:
-    """Return the peak resident memory of this process so far, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def main() -> None:

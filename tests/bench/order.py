@@ -17,7 +17,6 @@ import io
 import json
 import multiprocessing
 import pickle
-import resource
 import statistics
 import tarfile
 import tempfile
@@ -29,6 +28,7 @@ import numpy as np
 from pretrain.data.loader import Loader
 from pretrain.data.order import Order, ShardSource, choose_streams
 from pretrain.data.shards.index import load_index
+from tests.support import read_peak_mib
 
 WORLD, NODES, BATCH, WINDOW = 1024, 128, 32_768, 16
 SHARDS, SAMPLES = 100_000, 10_000
@@ -47,14 +47,14 @@ def main() -> None:
 
 def measure(streams: int, window: int) -> None:
     """Measure what a worker of one of the ranks does."""
-    imported = _read_peak_mb()
+    imported = read_peak_mib()
     rank = WORLD - 1
     counts = np.full(SHARDS, SAMPLES)
     start = time.perf_counter()
     order = Order([ShardSource(counts)], 0, window, streams)
     order.locate(order.positions(0, BATCH, rank, WORLD, NODES))
     first = time.perf_counter() - start
-    peak = _read_peak_mb()
+    peak = read_peak_mib()
 
     start = time.perf_counter()
     for batch in range(1, 2001):
@@ -78,7 +78,7 @@ def measure(streams: int, window: int) -> None:
         "later_batch_seconds": round(later, 6),
         "seek_seconds": round(statistics.median(seeks), 4),
         "first_batch_mb": round(peak - imported, 1),
-        "memory_mb": round(_read_peak_mb() - imported, 1),
+        "memory_mb": round(read_peak_mib() - imported, 1),
         "window_mb": round(window * SAMPLES * 4 / 1e6, 2),
         "indices_mb": round(measure_index() * window * max(1, streams // NODES) / 1e6, 1),
         "state_bytes": len(state),
@@ -121,11 +121,6 @@ def count_shards(chosen: bool, batch_size: int = 3072, shards: int = 960, sample
             "sequence": digest.hexdigest(),
         }
         print(json.dumps(line), flush=True)
-
-
-def _read_peak_mb() -> float:
-    """Return the peak resident memory of this process so far, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import sys
 import tempfile
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from pretrain.data.shards.paths import count_samples, expand_shards
 from tests.support import environment, read_jsonl, run_clipfuse
@@ -47,19 +48,29 @@ def run_ours(folder: Path, train: str, tokenizer: Path, batch: int, epochs: int,
     return (rows[-1]["samples_seen"] - rows[first]["samples_seen"]) / (rows[-1]["time"] - rows[first]["time"])
 
 
-def run_open_clip(folder: Path, train: list[str], python: str, batch: int, epochs: int, samples: int) -> float:
-    """Train with open_clip and return samples/s, from the times in its log."""
+def run_open_clip_script(
+    folder: Path, train: list[str], python: str, batch: int, epochs: int, flags: dict[str, Any], then: str = ""
+) -> None:
+    """Train with open_clip's script in a new folder, on towers and recipe of configs/pretrain/clipart.yaml.
+
+    flags: more flags of the script. then: Python code that the same process runs afterwards.
+    """
     folder.mkdir()
     (folder / "bench_towers.json").write_text(json.dumps(TOWERS))
     flags = {
         "--model": "bench_towers", "--dataset-type": "webdataset", "--train-data": "::".join(train),
-        "--train-num-samples": samples, "--batch-size": batch, "--workers": 1, "--epochs": epochs, "--lr": 1e-3,
-        "--warmup": 20, "--wd": 0.1, "--precision": "fp32", "--device": "cpu", "--logs": folder, "--name": "run",
-        "--log-every-n-steps": 1,
+        "--train-num-samples": sum(count_samples(train)), "--batch-size": batch, "--workers": 1, "--epochs": epochs,
+        "--lr": 1e-3, "--warmup": 20, "--wd": 0.1, "--precision": "fp32", "--device": "cpu", "--logs": folder, "--name": "run",
+        **flags,
     }  # fmt: skip
     options = [str(word) for pair in flags.items() for word in pair]
-    command = [python, "-c", PEER, str(folder / "bench_towers.json"), *options]
+    command = [python, "-c", PEER + then, str(folder / "bench_towers.json"), *options]
     subprocess.run(command, cwd=folder, env=environment(PYTHONPATH=""), check=True, capture_output=True, timeout=7200)
+
+
+def run_open_clip(folder: Path, train: list[str], python: str, batch: int, epochs: int) -> float:
+    """Train with open_clip and return samples/s, from the times in its log."""
+    run_open_clip_script(folder, train, python, batch, epochs, {"--log-every-n-steps": 1})
     stamps = re.findall(r"^(\S+,\d\d:\d\d:\d\d) .*Train Epoch: (\d+) \[", (folder / "run/out.log").read_text(), re.M)
     times = [(int(epoch), datetime.strptime(stamp, "%Y-%m-%d,%H:%M:%S")) for stamp, epoch in stamps]
     steps = [time for epoch, time in times if epoch >= 1]
@@ -86,12 +97,13 @@ def main() -> None:
         run_clipfuse("tokenizer", train, root / "tokenizer", "--vocab", str(args.vocab), cwd=root)
         paths = expand_shards(train)
         samples = sum(count_samples(paths))
-        size = (args.batch, args.epochs, samples)
         our_rates, peer_rates = [], []
         for i in range(args.rounds):
-            our_rates.append(run_ours(root / f"ours-{i}", train, root / "tokenizer", *size, args.settings))
+            our_rates.append(
+                run_ours(root / f"ours-{i}", train, root / "tokenizer", args.batch, args.epochs, samples, args.settings)
+            )
             if args.peer:
-                peer_rates.append(run_open_clip(root / f"open-clip-{i}", paths, args.peer, *size))
+                peer_rates.append(run_open_clip(root / f"open-clip-{i}", paths, args.peer, args.batch, args.epochs))
         line = {"bench": "pretrain", "samples": samples, "batch": args.batch, "ours_samples_per_second": our_rates}
         if peer_rates:
             ratios = [x / y for x, y in zip(our_rates, peer_rates, strict=True)]

@@ -1,6 +1,6 @@
 """Compares the wall time to a recall: open_clip's after `--epochs`, and ours to the first checkpoint that is as good.
 
-    python -m tests.bench.recall_time --train 'SHARDS' --val 'SHARDS' --peer PYTHON [--seeds 0 1 2] [key=value ...]
+    python -m tests.bench.recall_time [key=value ...] --train 'SHARDS' --val 'SHARDS' --peer PYTHON [--seeds 0 1 2]
 
 PYTHON is the interpreter of an environment with open-clip-torch 3.3.0 and webdataset 0.2.86, as for tests.bench.pretrain. The
 towers, the batch of 128 and fp32 are the same for both. `key=value` changes our recipe, which starts from
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,28 +26,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.data.shards.paths import count_samples, expand_shards
-from tests.bench.pretrain import TOWERS
-from tests.support import environment, read_jsonl, run_clipfuse
+from pretrain.data.shards.paths import expand_shards
+from pretrain.embedding import dataset
+from tests.bench.pretrain import run_open_clip_script
+from tests.support import read_jsonl, run_clipfuse
 
-PEER = """
-import runpy, sys, time
-import open_clip
-open_clip.add_model_config(sys.argv.pop(1))
-out, val = sys.argv.pop(1), sys.argv.pop(1)
-sys.argv[0] = "main"
-runpy.run_module("open_clip_train.main", run_name="__main__")
+EMBED = """
+import time
 end = time.time()
 import glob, io, tarfile
 import numpy as np, torch
 from PIL import Image
-logs = sys.argv[sys.argv.index("--logs") + 1]
-checkpoint = sorted(glob.glob(logs + "/run/checkpoints/epoch_*.pt"))[-1]
+checkpoint = sorted(glob.glob("run/checkpoints/epoch_*.pt"))[-1]
 model, _, preprocess = open_clip.create_model_and_transforms("bench_towers", pretrained=checkpoint, weights_only=False)
 tokenizer = open_clip.get_tokenizer("bench_towers")
 model.eval()
 samples = {}
-for shard in val.split("::"):
+for shard in SHARDS:
     with tarfile.open(shard) as tar:
         for member in tar:
             key, _, extension = member.name.rpartition(".")
@@ -60,7 +54,7 @@ with torch.no_grad():
         image = Image.open(io.BytesIO(sample.get("jpg") or sample["png"]))
         images.append(model.encode_image(preprocess(image)[None], normalize=True)[0])
         texts.append(model.encode_text(tokenizer([sample["txt"].decode()]), normalize=True)[0])
-np.savez(out, image=torch.stack(images).numpy(), text=torch.stack(texts).numpy(), end=end)
+np.savez("out.npz", image=torch.stack(images).numpy(), text=torch.stack(texts).numpy(), end=end)
 """
 
 
@@ -76,18 +70,9 @@ def mean_recall(image: Tensor, text: Tensor) -> float:
 
 def run_open_clip(folder: Path, args: argparse.Namespace, train: list[str], val: list[str], seed: int) -> dict[str, float]:
     """Train with open_clip; return its recall and the seconds from the command to the end of training."""
-    folder.mkdir()
-    (folder / "bench_towers.json").write_text(json.dumps(TOWERS))
-    flags = {
-        "--model": "bench_towers", "--dataset-type": "webdataset", "--train-data": "::".join(train),
-        "--train-num-samples": sum(count_samples(train)), "--batch-size": 128, "--workers": 1, "--epochs": args.epochs,
-        "--lr": 1e-3, "--warmup": 20, "--wd": 0.1, "--precision": args.precision[1], "--device": "cpu", "--logs": folder,
-        "--name": "run", "--seed": seed, "--save-frequency": args.epochs,
-    }  # fmt: skip
-    options = [str(word) for pair in flags.items() for word in pair]
-    command = [args.peer, "-c", PEER, str(folder / "bench_towers.json"), str(folder / "out.npz"), "::".join(val), *options]
+    flags = {"--precision": args.precision[1], "--seed": seed, "--save-frequency": args.epochs}
     begin = time.time()
-    subprocess.run(command, cwd=folder, env=environment(PYTHONPATH=""), check=True, capture_output=True, timeout=7200)
+    run_open_clip_script(folder, train, args.peer, 128, args.epochs, flags, then=f"SHARDS = {val!r}\n{EMBED}")
     out = np.load(folder / "out.npz")
     return {
         "recall": mean_recall(torch.from_numpy(out["image"]), torch.from_numpy(out["text"])),
@@ -107,7 +92,8 @@ def run_ours(folder: Path, args: argparse.Namespace, seed: int, target: float) -
         step = int(checkpoint.name.removeprefix("step-"))
         vectors = folder / f"embeddings-{step}"
         run_clipfuse("embed", checkpoint, "--data", args.val, "--out", vectors, cwd=folder.parent, timeout=1200)
-        recalls[step] = mean_recall(*_read_embeddings(vectors))
+        split = dataset.load(vectors)
+        recalls[step] = mean_recall(split.image, split.text)
         times[step] = (checkpoint / "manifest.json").stat().st_mtime - begin
     reached = next((step for step, recall in recalls.items() if recall >= target), None)
     best = max(recalls, key=recalls.__getitem__)
@@ -119,18 +105,6 @@ def run_ours(folder: Path, args: argparse.Namespace, seed: int, target: float) -
         "all_seconds": times[max(times)],
         "all_steps": len(read_jsonl(folder / "metrics.jsonl")),
     }
-
-
-def _read_embeddings(folder: Path) -> tuple[Tensor, Tensor]:
-    """Return the image and text embeddings (n, D) that `clipfuse embed` wrote, in one order."""
-    import pyarrow.parquet as pq
-
-    tables = [pq.read_table(path) for path in sorted(folder.glob("*.parquet"))]
-    columns = {}
-    for name in ("image", "text"):
-        rows = [row for table in tables for row in table[name].to_pylist()]
-        columns[name] = torch.tensor(np.array([row if np.ndim(row) == 1 else row[0] for row in rows], dtype=np.float32))
-    return columns["image"], columns["text"]
 
 
 def main() -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import io
 import json
-import resource
 import tarfile
 import tempfile
 import time
@@ -21,6 +20,7 @@ from pretrain.data.order import Order, ShardSource
 from pretrain.data.shards import counts
 from pretrain.data.shards.cache import ShardCache
 from pretrain.data.shards.paths import count_samples, expand_shards
+from tests.support import read_peak_mib
 from tests.support.range_server import RangeServer
 
 LATENCY = 0.05
@@ -66,7 +66,7 @@ def measure_fetching(megabytes: int = 128) -> None:
 
 def measure_start(shards: int = 100_000) -> None:
     """Count remote shards by their manifest, and locate the first batch."""
-    imported = _read_peak_mb()
+    imported = read_peak_mib()
     with SlowServer() as server, tempfile.TemporaryDirectory() as folder:
         manifest = {f"{i:06d}.tar": [10_000, 10**9, "0" * 32] for i in range(shards)}
         server.files = {counts.MANIFEST: json.dumps(manifest).encode()}
@@ -81,14 +81,9 @@ def measure_start(shards: int = 100_000) -> None:
             "first_batch_seconds": round(time.perf_counter() - start, 2),
             "requests": len(server.requests),
             "bytes": sum(request.sent for request in server.requests),
-            "memory_mb": round(_read_peak_mb() - imported, 1),
+            "memory_mb": round(read_peak_mib() - imported, 1),
         }
     print(json.dumps(figures))
-
-
-def _read_peak_mb() -> float:
-    """Return the peak resident memory of this process so far, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 if __name__ == "__main__":

@@ -16,14 +16,14 @@ from typing import Any
 
 import pytest
 
-from pretrain.data.shards import counts, transfer
+from pretrain.data.shards import transfer
 from pretrain.data.shards.cache import ShardCache
 from pretrain.data.shards.paths import count_samples, expand_shards
 from pretrain.data.shards.reader import ShardReader
 from pretrain.errors import UserError
 from tests.support import Small, read_losses, read_sample_keys, run_clipfuse
 from tests.support.mutations import BoundedMemory, assert_one_line, count_cases, mutate_bytes
-from tests.support.range_server import RangeServer
+from tests.support.range_server import RangeServer, serve_ranges
 
 # urllib leaves the sockets of bad redirects to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -226,10 +226,8 @@ def test_the_counts_beside_a_shard_cannot_hold_a_run(server: Server, tmp_path: P
 
 @pytest.fixture
 def ranges(monkeypatch: pytest.MonkeyPatch) -> Iterator[RangeServer]:
-    monkeypatch.setattr(transfer, "RETRY_SECONDS", (0.0, 0.0))
-    monkeypatch.setattr(counts, "_answers", {})
-    with RangeServer() as ranges:
-        yield ranges
+    with serve_ranges(monkeypatch) as server:
+        yield server
 
 
 LARGE_SHARD = build_shard(8, 9000)

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+from pretrain.data.shards import counts, transfer
+
+if TYPE_CHECKING:
+    import pytest
 
 
 class Request(NamedTuple):
@@ -90,3 +95,12 @@ class RangeServer:
     def _record(self, path: str, asked: tuple[int, int] | None, sent: int) -> None:
         with self._lock:
             self.requests.append(Request(path, asked, sent))
+
+
+@contextmanager
+def serve_ranges(monkeypatch: pytest.MonkeyPatch) -> Iterator[RangeServer]:
+    """Yield a running server; reads are retried at once, and nothing is known of the files beside its shards."""
+    monkeypatch.setattr(transfer, "RETRY_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr(counts, "_answers", {})
+    with RangeServer() as server:
+        yield server

@@ -11,14 +11,14 @@ import pytest
 
 from launch import cli
 from pretrain.data.check import check_shards
-from pretrain.data.config import count_samples_once, resolve_sources_once
-from pretrain.data.shards import counts, transfer
+from pretrain.data.config import count_samples_once, list_shards_once
+from pretrain.data.shards import counts
 from pretrain.data.shards.cache import ShardCache
 from pretrain.data.shards.paths import count_samples, expand_shards
 from pretrain.data.shards.reader import ShardReader
 from pretrain.errors import ConfigError, UserError
 from tests.support import world
-from tests.support.range_server import RangeServer
+from tests.support.range_server import RangeServer, serve_ranges
 
 IMAGE_BYTES = 200_000
 
@@ -37,9 +37,7 @@ def build_shard(samples: int, size: int = IMAGE_BYTES, form: int = tarfile.USTAR
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[RangeServer]:
-    monkeypatch.setattr(transfer, "RETRY_SECONDS", (0.0, 0.0))
-    monkeypatch.setattr(counts, "_answers", {})
-    with RangeServer() as server:
+    with serve_ranges(monkeypatch) as server:
         yield server
 
 
@@ -170,7 +168,7 @@ def test_local_shards_are_staged_where_asked_for(tmp_path: Path) -> None:
 
 def resolve_and_count(spec: str, folder: str) -> tuple[list[str], list[int]]:
     """Return the shards and counts as a trainer finds them; the body of a rank."""
-    paths = [path for source in resolve_sources_once(spec, "data.train") for path in source.shards]
+    paths = list_shards_once(spec, "data.train")
     return paths, count_samples_once(paths, ShardCache(folder), "data.train")
 
 
