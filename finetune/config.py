@@ -20,7 +20,7 @@ from pretrain.data.loader import DataConfig
 from pretrain.errors import ConfigError
 from pretrain.model import ModelSchema
 from pretrain.optim import OptimConfig
-from pretrain.training.loop import TrainConfig
+from pretrain.training.config import TrainConfig
 from pretrain.training.session import check_batch_and_evaluation
 
 

@@ -25,8 +25,9 @@ from pretrain.optim import OptimConfig
 from pretrain.runtime import distributed
 from pretrain.runtime.agree import on_main
 from pretrain.runtime.console import log_info
+from pretrain.training.config import TrainConfig
 from pretrain.training.flops import FlopCounter
-from pretrain.training.loop import Outcome, TrainConfig, fit
+from pretrain.training.loop import Outcome, fit
 from pretrain.training.objective import Contrastive
 from pretrain.training.session import (
     build_encoders,

@@ -21,7 +21,7 @@ from pretrain.train import PretrainConfig, load_config
 
 NEEDED: dict[str, dict[str, Any]] = {
     "pretrain.towers.transformers.Config": {"args": {"model_type": "clip_text_model"}},
-    "pretrain.training.loop.TrainConfig": {"steps": 1},
+    "pretrain.training.config.TrainConfig": {"steps": 1},
     "pretrain.embedding.options.Options": {"data": [], "out": ""},
     "finetune.adapt.freeze.AdaptConfig": {"trainable_blocks": {"image": 1}},
     "finetune.tasks.classification.Config": {"class_weights": {"a": 1.0}},
@@ -93,7 +93,7 @@ def test_every_config_is_tried() -> None:
     assert len(tried) > 20
     assert {f"{name_of(cls)}.{field}" for cls, field, _ in (case.values for case in CASES)} > {
         "pretrain.optim.OptimConfig.lr",
-        "pretrain.training.loop.TrainConfig.timeout",
+        "pretrain.training.config.TrainConfig.timeout",
         "pretrain.towers.timm.Config.mean",
         "pretrain.data.images.AugmentConfig.ratio",
         "pretrain.train.PretrainConfig.seed",

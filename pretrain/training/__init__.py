@@ -1,7 +1,9 @@
 """One training run of either stage: the loop, its step, and the files and numbers that a run writes.
 
 session.py      what both trainers share: agreement, run folder, encoders, loader, and the plan of the run
+config.py       the `train` section of a configuration, and the plan of a run
 loop.py         fit(), the only training loop: optimizer, schedule, logging, evaluation, saving and stopping
+run_state.py    the state of a run, and how it is saved, restored and evaluated
 step.py         one optimizer step, plain or cached (GradCache)
 objective.py    the contract between the loop and what it trains, and the contrastive objective of pretraining
 run_dir.py      the run folder: its lock, status.json and environment.json

@@ -38,8 +38,8 @@ from pretrain.runtime import distributed, performance, preflight
 from pretrain.runtime.agree import on_main
 from pretrain.runtime.console import log_info
 from pretrain.strategies import Strategy
+from pretrain.training.config import RunPlan
 from pretrain.training.flops import FlopCounter
-from pretrain.training.loop import RunPlan
 from pretrain.training.run_dir import RunFolder
 
 

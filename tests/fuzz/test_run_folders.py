@@ -232,7 +232,7 @@ def test_damaged_optimizer_state_is_one_line(trained: tuple[Strategy, dict[str, 
 
 
 def test_damaged_trainer_state_is_one_line(run: Path, tmp_path: Path) -> None:
-    from pretrain.training.loop import _load_trainer_state
+    from pretrain.training.run_state import load_trainer_state
 
     source = run / "checkpoints/step-0000002/state/trainer.pt"
     state = torch.load(source, weights_only=True)
@@ -244,7 +244,7 @@ def test_damaged_trainer_state_is_one_line(run: Path, tmp_path: Path) -> None:
         torch.save(damaged, path)
         if rng.random() < 0.3:
             path.write_bytes(mutate_bytes(rng, source.read_bytes()))
-        loaded = attempt(lambda path=path: _load_trainer_state(path), "trainer.pt")
+        loaded = attempt(lambda path=path: load_trainer_state(path), "trainer.pt")
         refusals += loaded is None
         if loaded is not None:
             assert type(loaded["step"]) is int, case

@@ -22,7 +22,7 @@ from pretrain.config import (
 from pretrain.errors import ConfigError, closest
 from pretrain.registry import get_component
 from pretrain.train import load_config
-from pretrain.training.loop import TrainConfig
+from pretrain.training.config import TrainConfig
 
 
 @dataclass

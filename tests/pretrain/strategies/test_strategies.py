@@ -17,7 +17,7 @@ from pretrain.errors import ConfigError
 from pretrain.optim import OptimConfig
 from pretrain.runtime import distributed
 from pretrain.strategies import STRATEGIES, Strategy, build_strategy, check, check_saved_state
-from pretrain.training.loop import TrainConfig
+from pretrain.training.config import TrainConfig
 from pretrain.training.step import train_step
 from tests.support import tiny, world
 

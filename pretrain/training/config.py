@@ -1,0 +1,131 @@
+"""The `train` section of a configuration, and the numbers, settings and callbacks of one run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from pretrain import strategies
+from pretrain.config import check_numbers
+from pretrain.data.order import Order
+from pretrain.errors import ConfigError
+from pretrain.optim import OptimConfig
+from pretrain.strategies import Precision
+from pretrain.strategies.blocks import CompileMode
+from pretrain.training.flops import FlopCounter
+from pretrain.training.metrics import check_trackers
+
+
+@dataclass
+class TrainConfig:
+    """Run length, precision, parallelism and logging."""
+
+    steps: int = 0
+    """Length of the run in optimizer steps. Set exactly one of steps, samples, epochs."""
+    samples: int = 0
+    """Length in samples seen; rounded up to whole batches."""
+    epochs: float = 0.0
+    """Length in epochs E of all sources together: ceil(E * samples / batch) steps."""
+    precision: Precision = "fp32"
+    """fp32, bf16 or fp16 matrix products; weights and optimizer state stay float32."""
+    strategy: str = "single"
+    """How the model is distributed over processes: single (one process), ddp (a copy on each), fsdp2 (weights, gradients and
+    optimizer state sharded), or DeepSpeed's stages, which shard: zero1 (optimizer state), zero2 (gradients too), zero3
+    (weights too)."""
+    offload: bool = False
+    """zero1 to zero3: keep the optimizer state (under zero3 the weights too) in CPU memory and step there; slower, for large
+    models."""
+    deepspeed: str | None = None
+    """zero1 to zero3: a JSON file with DeepSpeed's own communication and memory settings (launch/deepspeed/); null = ours."""
+    replicas: int = 1
+    """fsdp2: groups of processes that hold all weights each (hybrid sharding), so that weights are gathered within a group
+    only; for example the number of nodes. It must divide the number of processes."""
+    gradient_compression: Literal["none", "bf16"] = "none"
+    """ddp: bf16 halves the bytes that gradients send between processes; it rounds them, so they are not exact."""
+    chunks: int = 1
+    """Chunks that each process divides its part of the batch into, to save memory: same gradient, same steps (cached step)."""
+    save_every: int = 1000
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = 3
+    """Newest checkpoints to keep in addition to the best one, and to the last one after which losses were finite; 0 = all."""
+    eval_every: int = 0
+    """Steps between evaluations on data.val; 0 = only at the end."""
+    log_every: int = 10
+    """Steps between lines in metrics.jsonl."""
+    audit: bool = False
+    """Write the keys of every consumed sample to audit-RANK.jsonl."""
+    compile: CompileMode = "false"
+    """true: compile the towers' blocks with torch.compile, a minute or more at the start; default is the same. reduce-overhead:
+    CUDA graphs too, for small models on fast GPUs (single and ddp). max-autotune: try more kernels, for many minutes."""
+    deterministic: bool = False
+    """On GPUs: use only kernels whose result does not vary from run to run, where bits matter more than speed. Resuming is then
+    bit for bit on the same kind of GPU and number of processes, as it is on CPUs in any case."""
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    """Accelerate's trackers that receive the metrics: tensorboard, wandb, mlflow, ...; [] = none."""
+    threads: int = 0
+    """CPU threads per process; 0 = the machine's cores divided by its processes. Resuming bit for bit needs the same number."""
+    max_skipped: int = 10
+    """Consecutive steps with a non-finite gradient after which the run stops with an error."""
+    timeout: float = 600.0
+    """Seconds after which a collective that does not complete (a dead or hung process) ends the run."""
+
+    def check(self) -> None:
+        """Refuse impossible lengths and intervals. Raises ConfigError."""
+        lengths = [name for name in ("steps", "samples", "epochs") if getattr(self, name) != 0]
+        if len(lengths) != 1:
+            settings = " and ".join(f"train.{name}={getattr(self, name)}" for name in lengths) or "none of them"
+            raise ConfigError(f"give exactly one of train.steps, train.samples, train.epochs; given: {settings}")
+        if getattr(self, lengths[0]) < 0:
+            raise ConfigError(f"train.{lengths[0]}={getattr(self, lengths[0])} must be above 0")
+        for name in ("chunks", "save_every", "log_every", "max_skipped"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"train.{name}={getattr(self, name)} must be at least 1")
+        for name in ("keep", "eval_every", "threads"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"train.{name}={getattr(self, name)} must be at least 0")
+        check_trackers(self.trackers)
+        strategies.check(
+            self.strategy,
+            self.precision,
+            self.compile,
+            self.offload,
+            self.deepspeed,
+            self.replicas,
+            self.gradient_compression,
+        )
+        check_numbers(self, "train", steps="[0, inf)", samples="[0, inf)", epochs="[0, inf)", timeout="(0, inf)")
+
+    def total_steps(self, batch_size: int, order: Order) -> int:
+        """Return the number of steps of the whole run."""
+        if self.steps:
+            return self.steps
+        return math.ceil(self.samples / batch_size) if self.samples else order.steps(self.epochs, batch_size)
+
+
+@dataclass
+class RunPlan:
+    """The numbers, settings and callbacks that fit() needs besides the components of a run."""
+
+    seed: int
+    batch_size: int
+    """Samples a step, over all processes."""
+    total_steps: int
+    train: TrainConfig
+    optim: OptimConfig
+    resolved_config: dict[str, Any]
+    """The whole configuration, for trackers and for messages about memory."""
+    identity: dict[str, Any]
+    """What must not change between stop and resume: data, seed, batch size."""
+    save_files: Callable[[Path], None]
+    """Writes config.yaml and tokenizer/ into a checkpoint."""
+    primary_metric: str = ""
+    """The evaluation metric, higher is better, that decides `best`."""
+    flops: FlopCounter | None = None
+    """Counts the forward and backward operations of this process's part of a batch, for MFU; None = unknown."""
+    convert_weights: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
+    """Turns trained weights into those of model.safetensors, where the two differ (adapters are merged); None = the same."""

@@ -1,0 +1,324 @@
+"""The state of one fit(): how it is saved, restored and evaluated."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.checkpoints import store
+from pretrain.data.loader import Loader
+from pretrain.errors import ConfigError, UserError
+from pretrain.optim import WeightAverage
+from pretrain.runtime import distributed, memory
+from pretrain.runtime.agree import on_main
+from pretrain.runtime.console import log_info
+from pretrain.runtime.files import save_weights
+from pretrain.runtime.watchdog import Watchdog
+from pretrain.strategies import Strategy
+from pretrain.strategies.batch_norm import refuse_chunks
+from pretrain.training.config import RunPlan
+from pretrain.training.metrics import RunLog
+from pretrain.training.run_dir import RunFolder
+
+_TRAINER_STATE: dict[str, Any] = {
+    "step": int,
+    "skipped": int,
+    "best": float | int,
+    "identity": dict,
+    "results": dict,
+    "loader": dict,
+}
+_LOADER_STATE: dict[str, Any] = {"position": int, "seen": int, "run": int, "bad": dict}
+
+
+def load_trainer_state(path: Path) -> dict[str, Any]:
+    """Return what `Run.save` wrote into trainer.pt. Raises UserError where the file is damaged or holds something else."""
+    state = store.load_tensors(path)
+    for values, kinds in ((state, _TRAINER_STATE), (state.get("loader"), _LOADER_STATE)):
+        for name, kind in kinds.items():
+            value: Any = values.get(name) if isinstance(values, dict) else None
+            if not isinstance(value, kind) or isinstance(value, bool) or (kind is int and not 0 <= value < 1 << 62):
+                raise UserError(f"{path} is damaged: {name} is {value!r:.80}")
+    numbers = [*state["results"].values(), *state["loader"]["bad"].values()]
+    names = [state.get("good"), *state["results"], *state["loader"]["bad"]]
+    if not all(isinstance(n, int | float) for n in numbers) or not all(isinstance(n, str | None) for n in names):
+        raise UserError(f"{path} is damaged: its results or its counts of bad samples are not numbers by name")
+    if (state.get("good") or "step-0") != Path(state.get("good") or "step-0").name:
+        raise UserError(f"{path} is damaged: good is {state['good']!r:.80}")
+    try:
+        json.dumps([state["identity"], state["loader"]["data"], state["loader"]["batch_size"]])  # plain values only
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error!r:.200}") from error
+    return state
+
+
+def _read_trainable_weights(folder: Path, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """Return the weights in a folder. Raises UserError where one of `shapes` is missing or differs."""
+    weights = store.read_weights(folder)
+    for name, shape in shapes.items():
+        if name not in weights or weights[name].shape != shape:
+            actual = list(weights[name].shape) if name in weights else "not there"
+            raise UserError(f"{folder / 'model.safetensors'} does not fit: {name} is {actual}, the model has {list(shape)}")
+    return weights
+
+
+class Run:
+    """The state of one fit(), and how it is saved, restored and evaluated."""
+
+    def __init__(
+        self,
+        plan: RunPlan,
+        folder: RunFolder,
+        strategy: Strategy,
+        model: nn.Module,
+        loader: Loader,
+        evaluate: Callable[[nn.Module], dict[str, float]] | None,
+    ) -> None:
+        self.plan, self.folder, self.strategy, self.model = plan, folder, strategy, model
+        self.loader, self.evaluate = loader, evaluate
+        self.average: WeightAverage | None = None
+        self.step = 0
+        self.skipped = 0
+        """Steps skipped so far, without those in `uncounted_skipped`."""
+        self.uncounted_skipped = torch.zeros((), device=strategy.device)
+        """Steps skipped since the device was last read."""
+        self.saved: Path | None = None
+        """The checkpoint that was saved, or resumed from, last; at the step `saved_step`."""
+        self.saved_step = self.saved_skipped = 0
+        self.good: Path | None = None
+        """The last checkpoint that a step with finite gradients has followed, so that its weights are known to be good."""
+        self.best_score = -math.inf
+        self.results: dict[str, float] = {}
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Saving and resuming
+
+    def restore(self, checkpoint: Path | None) -> int:
+        """Set up the strategy and load the checkpoint, if there is one. Collective.
+
+        Weights are loaded before the strategy wraps the model, the optimizer state after. Returns the step to resume from, 0
+        without a checkpoint. Raises ConfigError for a checkpoint of another run.
+        """
+        trainer_state: dict[str, Any] | None = None
+        if checkpoint is not None:
+            trainer_state = load_trainer_state(checkpoint / "state" / "trainer.pt")
+            for name, value in self.plan.identity.items():
+                if trainer_state["identity"].get(name) != value:
+                    raise ConfigError(
+                        f"cannot resume {checkpoint}: {name} is {value!r} now and was {trainer_state['identity'].get(name)!r}; "
+                        "a run resumes with the same data, seed, batch size and model (resume=never run=NEW starts another)"
+                    )
+            store.load_weights(self.model, store.read_weights(_training_weights_folder(checkpoint)), checkpoint)
+        refuse_chunks(self.model, self.plan.train.chunks)
+        self.strategy.setup(self.model)
+        self.strategy.compile(self.plan.train.compile)
+        if checkpoint is None or trainer_state is None:
+            if self.plan.optim.average:
+                self.average = WeightAverage(self.strategy.local_shards().items(), self.plan.optim.average)
+            return 0
+        self.strategy.load(checkpoint / "state")
+        if self.plan.optim.average:
+            raw = store.read_weights(_training_weights_folder(checkpoint))
+            averaged = checkpoint / "state" / "average" if self.plan.convert_weights is not None else checkpoint
+            # The strategy shards the average as it shards the weights.
+            self.strategy.load_full_weights(_read_trainable_weights(averaged, self.strategy.trainable_shapes()))
+            self.average = WeightAverage(self.strategy.local_shards().items(), self.plan.optim.average)
+            self.strategy.load_full_weights(raw)
+        self.loader.load_state_dict(trainer_state["loader"])
+        self.skipped, self.best_score, self.step = trainer_state["skipped"], trainer_state["best"], trainer_state["step"]
+        self.results = trainer_state["results"]
+        if checkpoint.resolve().parent == self.folder.checkpoints.resolve():
+            checkpoint = self.folder.checkpoints / checkpoint.name  # as rotation spells it, however resume=PATH does
+        self.saved, self.saved_step, self.saved_skipped = checkpoint, self.step, self.skipped
+        good = checkpoint.parent / (trainer_state.get("good") or ".")
+        self.good = good if good in store.list_complete(checkpoint.parent) else None
+        log_info(f"resuming {checkpoint} at step {self.step} of {self.plan.total_steps}")
+        return self.step
+
+    def leave_branch(self, checkpoint: Path | None) -> None:
+        """Set aside the checkpoints that are not on the way to `checkpoint`, from which this start resumes. Collective.
+
+        They are those that resume=PATH leaves, and later ones that are damaged. `best` is decided anew if it was one of them.
+        Raises OSError.
+        """
+
+        def leave() -> bool:
+            checkpoints = self.folder.checkpoints
+            if checkpoint is not None and (abandoned := store.set_aside(checkpoints, checkpoint, self.step)):
+                names = ", ".join(folder.name for folder in abandoned[-3:])
+                log_info(f"moved to {checkpoints}/abandoned until a checkpoint of this branch is known to be good: {names}")
+            self.folder.record_command(self.step)
+            if checkpoint is None or store.read_pointer(checkpoints, "best") is not None:
+                return True
+            is_best = self.results.get(self.plan.primary_metric) == self.best_score
+            if is_best and checkpoint.resolve().parent == checkpoints.resolve():
+                store.point_to(checkpoints, "best", checkpoint)
+                return True
+            return False
+
+        if not on_main(leave):
+            self.best_score = -math.inf
+
+    def count_skipped(self) -> None:
+        """Add the steps that the device counted as skipped to `skipped`; waits for the device."""
+        self.skipped += int(self.uncounted_skipped)
+        self.uncounted_skipped.zero_()
+
+    def find_good(self) -> Path | None:
+        """Return the last checkpoint that a step with finite gradients has followed.
+
+        Skipped steps change no weights: the first step that is not skipped computes with the weights of the checkpoint.
+        """
+        self.count_skipped()
+        if self.saved is not None and self.skipped - self.saved_skipped < self.step - self.saved_step:
+            self.good = self.saved
+        return self.good
+
+    def save(self, best: bool = False, is_complete: bool = False) -> None:
+        """Save a checkpoint of the present step. Collective.
+
+        is_complete: the run ends here with a finite loss, so that no earlier checkpoint is needed.
+        """
+        good = self.find_good()
+        raw = weights = self.strategy.full_weights()
+        resume_weights: dict[str, dict[str, Tensor]] = {}
+        """By folder below state/: the weights that resuming reads where model.safetensors holds others."""
+        if self.average is not None:
+            resume_weights["weights"] = raw
+            with self.averaged_weights():
+                weights = self.strategy.full_weights()
+        if self.plan.convert_weights is not None:
+            resume_weights |= {"weights": raw} if self.average is None else {"average": weights}
+            weights = self.plan.convert_weights(weights)
+
+        def save_state(folder: Path) -> None:
+            self.strategy.save(folder)
+            if distributed.is_main():
+                trainer_state = {
+                    "step": self.step,
+                    "identity": self.plan.identity,
+                    "loader": self.loader.state_dict(),
+                    "skipped": self.skipped,
+                    "best": self.best_score,
+                    "results": self.results,
+                    "good": good.name if good is not None and good.parent == self.folder.checkpoints else None,
+                }
+                store.save_tensors(folder / "trainer.pt", trainer_state)
+                for name, tensors in resume_weights.items():
+                    (folder / name).mkdir()
+                    save_weights(folder / name / "model.safetensors", tensors)
+
+        self.saved = store.save(
+            self.folder.checkpoints,
+            self.step,
+            weights,
+            self.plan.save_files,
+            save_state,
+            keep=self.plan.train.keep,
+            best=best,
+            good=good,
+            is_good=is_complete,
+        )
+        self.saved_step, self.saved_skipped = self.step, self.skipped
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Put the averaged weights into the model inside the `with` block, and the trained ones back after it."""
+        if self.average is None:
+            yield
+            return
+        local_shards = self.strategy.local_shards()
+        trained = {name: shard.clone() for name, shard in local_shards.items()}
+        with torch.no_grad():
+            torch._foreach_copy_(list(local_shards.values()), list(self.average.weights.values()))
+        self.strategy.refresh()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(list(local_shards.values()), list(trained.values()))
+            self.strategy.refresh()
+
+    @contextmanager
+    def record_failure(self, watchdog: Watchdog) -> Iterator[None]:
+        """Write an error raised inside to status.json, explained where memory or a lost process caused it."""
+        try:
+            yield
+        except BaseException as error:
+            explained = (
+                memory.explain_out_of_memory(
+                    error, self.plan.resolved_config, self.step, distributed.world_size(), self.strategy.device
+                )
+                or error
+            )
+            explained = watchdog.diagnose(explained) or explained
+            reason = str(explained) if isinstance(explained, UserError) else f"{type(explained).__name__}: {explained}"
+            if isinstance(explained, KeyboardInterrupt):
+                reason = "interrupted before a checkpoint could be written"
+            self.folder.write_status("failed", reason, self.step)
+            if explained is error:
+                raise
+            raise explained from error
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Evaluation
+
+    def evaluate_safely(self, log: RunLog) -> bool:
+        """Evaluate, and return whether the model is the best so far.
+
+        An evaluation that fails (its shards are gone, for example) loses no training: a checkpoint is saved first.
+        """
+        try:
+            return self._evaluate(log)
+        except UserError:
+            self.save()
+            raise
+
+    def _evaluate(self, log: RunLog) -> bool:
+        """Evaluate the averaged weights, log the metrics, and return whether they are the best so far."""
+        assert self.evaluate is not None
+        with self.averaged_weights(), self.strategy.full_model() as model:
+            self.results = self.evaluate(model)
+        self.strategy.model.train()
+        samples_seen = self.step * self.plan.batch_size
+        metrics = {f"val/{name}": value for name, value in self.results.items()}
+        log.write_metrics({"step": self.step, "samples_seen": samples_seen, "time": time.time(), **metrics})
+        score = self.results.get(self.plan.primary_metric)
+        if score is None or not score > self.best_score:
+            return False
+        self.best_score = score
+        return True
+
+    def refuse_divergence(self, skipped_in_a_row: int) -> None:
+        """Raise UserError after train.max_skipped consecutive steps with a non-finite gradient."""
+        if skipped_in_a_row < self.plan.train.max_skipped:
+            return
+        good = self.find_good()
+        if good is not None:
+            resume = f"the last checkpoint with finite losses is {good}: resume={good} goes on from it"
+            resume += ", not from the later ones" if good != self.saved else ""
+        elif self.saved is not None:
+            resume = f"{self.saved} gives no finite losses, and no earlier one is there: start anew with another run=NAME"
+        else:
+            resume = "no checkpoint was saved before"
+        raise UserError(
+            f"the gradient was not finite for {skipped_in_a_row} steps in a row (step {self.step}); {resume}; lower "
+            f"optim.lr={self.plan.optim.lr}, raise optim.warmup, or use train.precision=bf16 or fp32"
+        )
+
+
+def _training_weights_folder(checkpoint: Path) -> Path:
+    """Return the folder with the weights that training resumes from.
+
+    It is state/weights where model.safetensors holds others: averaged weights, or weights with adapters merged.
+    """
+    folder = checkpoint / "state" / "weights"
+    return folder if folder.exists() else checkpoint
