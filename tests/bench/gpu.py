@@ -115,9 +115,9 @@ TINY_MODEL = [
 
 def run_gradients(bench: Bench) -> Iterator[Row]:
     """One process on this device: every strategy, precision and number of chunks."""
-    names = ["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
-    for name in names[:3] if bench.tiny else names:
-        out = bench.module("tests.bench.gpu", "--gradients-of", name, timeout=240)
+    processes = [["single"], ["ddp"], ["fsdp2"], ["zero1"], ["zero2"], ["zero3"]]
+    for names in [["single", "ddp", "fsdp2"]] if bench.tiny else processes:
+        out = bench.module("tests.bench.gpu", "--gradients-of", *names, timeout=240)
         yield from (json.loads(line) for line in out.splitlines() if line.startswith("{"))
 
 
@@ -161,8 +161,8 @@ def run_flops(bench: Bench) -> Iterator[Row]:
 
 def run_loss(bench: Bench) -> Iterator[Row]:
     """Time and peak memory of the losses."""
-    batches = ["256"] if bench.tiny else ["4096", "16384", "32768", "65536"]
-    out = bench.module("tests.bench.loss", "--device", bench.device, "--batch", *batches, timeout=300)
+    sizes = ["256", "--rounds", "1"] if bench.tiny else ["4096", "16384", "32768", "65536"]
+    out = bench.module("tests.bench.loss", "--device", bench.device, "--batch", *sizes, timeout=300)
     for line in out.splitlines():
         if line.startswith("{"):
             row = json.loads(line)
@@ -204,7 +204,7 @@ def run_batch(bench: Bench) -> Iterator[Row]:
     """Double the batch until memory is full, plain and cached."""
     for config in ("vit-b-32",) if bench.tiny else ("vit-b-32", "vit-l-14"):
         for chunks in (1, 8):
-            largest, batch = 0, 16 if bench.tiny else 512 * chunks
+            largest, batch = 0, 32 if bench.tiny else 512 * chunks
             limit = 32 if bench.tiny else 1 << 17
             while batch <= limit:
                 run = f"batch-{config}-{chunks}-{batch}"
@@ -243,17 +243,16 @@ def run_loader(bench: Bench) -> Iterator[Row]:
 
 
 def run_resume(bench: Bench) -> Iterator[Row]:
-    """Stop a run half-way, resume it, and compare its losses with an undisturbed run's."""
+    """Lose the last half of a run, resume it from its checkpoint, and compare the losses."""
     steps = 8 if bench.tiny else 40
-    for name, extra in (("default", []), ("deterministic", ["train.deterministic=true"])):
-        common = _settings(bench, 512, "train.log_every=1", f"train.save_every={steps // 2}", *extra)
-        whole = bench.pretrain("vit-b-32", f"whole-{name}", f"train.steps={steps}", *common)
-        bench.pretrain("vit-b-32", f"parts-{name}", f"train.steps={steps}", *common)
-        parts = bench.folder / f"parts-{name}"
-        last = parts / "checkpoints" / f"step-{steps:07d}"
-        last.rename(bench.folder / f"lost-{name}")
-        (parts / "checkpoints" / "latest").write_text(f"step-{steps // 2:07d}\n")
-        resumed = bench.pretrain("vit-b-32", f"parts-{name}", f"train.steps={steps}", *common)
+    deterministic = ("deterministic", ["train.deterministic=true"])
+    for name, extra in [deterministic] if bench.tiny else [("default", []), deterministic]:
+        settings = _settings(bench, 512, f"train.steps={steps}", "train.log_every=1", f"train.save_every={steps // 2}", *extra)
+        whole = bench.pretrain("vit-b-32", f"resume-{name}", *settings)
+        checkpoints = bench.folder / f"resume-{name}" / "checkpoints"
+        (checkpoints / f"step-{steps:07d}").rename(bench.folder / f"lost-{name}")
+        (checkpoints / "latest").write_text(f"step-{steps // 2:07d}\n")
+        resumed = bench.pretrain("vit-b-32", f"resume-{name}", *settings)
         losses = [[row["loss"] for row in rows if "loss" in row] for rows in (whole, resumed)]
         difference = max(abs(a - b) for a, b in zip(*losses, strict=True))
         yield {"what": f"resume, {name}: largest difference of the loss", "value": difference, "unit": ""}
@@ -300,11 +299,12 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=list(SECTIONS))
     parser.add_argument("--peer")
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--gradients-of", help=argparse.SUPPRESS)
+    parser.add_argument("--gradients-of", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.gradients_of:
-        for row in measure_gradients(args.gradients_of):
-            print(json.dumps(row), flush=True)
+        for name in args.gradients_of:
+            for row in measure_gradients(name):
+                print(json.dumps(row), flush=True)
         return 0
     args.out.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
