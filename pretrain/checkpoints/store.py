@@ -4,8 +4,9 @@
     checkpoints/latest          one line of text: the newest complete one; `best` likewise
     checkpoints/abandoned/      later checkpoints that resume=PATH left; removed when the new branch has a good one
 
-A folder is written under a hidden name, flushed to disk, and renamed: it is complete or it is not there. Its manifest holds
-size and SHA-256 of every file. Our own loads are weights-only: no file is ever unpickled into code.
+A folder is written under a hidden name, flushed to disk, and renamed: it is complete or it is not there. One that a new
+checkpoint of the same step replaces is hidden for a moment; `recover` names it again. The manifest holds size and SHA-256 of
+every file. Our own loads are weights-only: no file is ever unpickled into code.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,10 @@ from pretrain.runtime.console import log_info
 from pretrain.runtime.files import flush, read_bytes, read_json_object, save_weights, write_text
 from pretrain.runtime.files import save_tensors as save_tensors  # part of this module's interface
 
+_REPLACED = ".replaced.partial"
+"""End of the name, which a dot begins, of a checkpoint whose place a new one of the same step takes."""
 _STEP = re.compile(r"step-(\d+)$")
+_HIDDEN_STEP = re.compile(rf"\.(step-\d+){re.escape(_REPLACED)}$")
 _ABANDONED = "abandoned"
 _BRANCH_STEP = "branch_step"
 """File in the folder of abandoned checkpoints: the step at which the branch that left them begins."""
@@ -42,7 +47,8 @@ _BRANCH_STEP = "branch_step"
 
 def parse_step(folder: Path) -> int:
     """Return the step in a checkpoint folder's name. Raises UserError where the name is not step-NUMBER."""
-    match = _STEP.search(folder.name)
+    hidden = _HIDDEN_STEP.search(folder.name)
+    match = _STEP.search(hidden[1] if hidden is not None else folder.name)
     if match is None:
         raise UserError(f"{folder} is not a checkpoint folder: its name must be step-NUMBER")
     return int(match[1])
@@ -57,8 +63,37 @@ def list_complete(checkpoints: Path) -> list[Path]:
 
 
 def list_folders(checkpoints: Path) -> list[Path]:
-    """Return all checkpoint folders below `checkpoints`, oldest first, also those without a manifest."""
-    return sorted((p for p in checkpoints.glob("step-*") if _STEP.search(p.name) and p.is_dir()), key=parse_step)
+    """Return all checkpoint folders below `checkpoints`, oldest first, also those without a manifest.
+
+    A checkpoint that was being replaced when its run was killed lies under a hidden name; see `recover`.
+    """
+    folders = {p for p in checkpoints.glob("step-*") if _STEP.search(p.name) and p.is_dir()}
+    for hidden, folder in _list_replaced(checkpoints):
+        candidate = folder if os.path.lexists(folder) else hidden
+        if candidate.is_dir():
+            folders.add(candidate)
+    return sorted(folders, key=parse_step)
+
+
+def _list_replaced(checkpoints: Path) -> list[tuple[Path, Path]]:
+    """Return the checkpoints that new ones replace, or were to replace: (hidden folder, the name it had before)."""
+    hidden = [(path, _HIDDEN_STEP.fullmatch(path.name)) for path in checkpoints.glob(f".step-*{_REPLACED}")]
+    return [(path, checkpoints / match[1]) for path, match in hidden if match is not None]
+
+
+def recover(checkpoints: Path) -> None:
+    """Give a checkpoint its name back that was being replaced when its run was killed; remove other leftovers.
+
+    Only for the process that holds the run's lock, on rank 0: others would disturb a save. Raises UserError.
+    """
+    for hidden, folder in _list_replaced(checkpoints):
+        if (hidden / "manifest.json").exists() and not os.path.lexists(folder):
+            try:
+                hidden.rename(folder)
+            except OSError as error:
+                raise UserError(f"{hidden} cannot get its name {folder.name} back, after a save was killed: {error}") from error
+    for leftover in checkpoints.glob(".step-*.partial"):
+        _delete(leftover)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -95,8 +130,7 @@ def save(
     partial = checkpoints / f".{final.name}.partial"
 
     def prepare() -> None:
-        for leftover in checkpoints.glob(".step-*.partial"):  # of a process that was killed while it saved
-            shutil.rmtree(leftover, ignore_errors=True)
+        recover(checkpoints)
         (partial / "state").mkdir(parents=True)
 
     def write() -> None:
@@ -142,12 +176,18 @@ def _seal(partial: Path, final: Path, step: int) -> None:
     (partial / "manifest.json").write_text(json.dumps({"step": step, "time": time.time(), "files": files}, indent=1))
     for path in [*paths, partial / "manifest.json", *[p for p in partial.rglob("*") if p.is_dir()], partial]:
         flush(path)
-    replaced = final.with_name(f".{final.name}.replaced.partial")
-    if final.exists():  # the run resumed from an earlier step and reached this one again
+    replaced = final.with_name(f".{final.name}{_REPLACED}")
+    is_replacing = os.path.lexists(final)  # the run resumed from an earlier step and reached this one again
+    if is_replacing:
         final.rename(replaced)
-    partial.rename(final)
+    try:
+        partial.rename(final)
+    except BaseException:
+        if is_replacing and not os.path.lexists(final):
+            replaced.rename(final)
+        raise
     flush(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    _delete(replaced)
 
 
 def _hash_file(path: Path) -> str:
@@ -162,8 +202,11 @@ def _rotate(checkpoints: Path, keep: int, good: Path | None) -> None:
     """
     if keep <= 0:
         return
-    if good is not None and good.parent == checkpoints and parse_step(good) > _branch_step(checkpoints):
-        _delete(checkpoints / _ABANDONED)
+    branch_step = _branch_step(checkpoints)
+    if good is not None and good.parent == checkpoints and branch_step is not None and parse_step(good) > branch_step:
+        _delete_abandoned(checkpoints / _ABANDONED)
+    with suppress(OSError):
+        (checkpoints / _ABANDONED).rmdir()  # where a deletion was killed at its end, it is empty
     best = read_pointer(checkpoints, "best")
     newest = list_complete(checkpoints)[-keep:]
     for folder in list_folders(checkpoints):
@@ -184,12 +227,24 @@ def _delete(folder: Path) -> None:
         log_info(f"{folder} cannot be deleted and stays: {error}")
 
 
-def _branch_step(checkpoints: Path) -> int:
-    """Return the step at which the branch begins that left the abandoned checkpoints; 0 where no file states it."""
+def _delete_abandoned(folder: Path) -> None:
+    """Delete the abandoned checkpoints, and last the file that says when they may be deleted."""
+    for path in folder.iterdir():
+        if path.name != _BRANCH_STEP:
+            _delete(path)
+    if [path.name for path in folder.iterdir()] == [_BRANCH_STEP]:
+        _delete(folder)
+
+
+def _branch_step(checkpoints: Path) -> int | None:
+    """Return the step at which the branch begins that left the abandoned checkpoints.
+
+    None where no file states it, as of earlier versions: whether a checkpoint is of that branch is then not known.
+    """
     try:
         return int((checkpoints / _ABANDONED / _BRANCH_STEP).read_text())
     except (OSError, ValueError):
-        return 0
+        return None
 
 
 def refuse_foreign_origin(checkpoints: Path, origin: Path) -> None:
@@ -250,8 +305,16 @@ def read_pointer(checkpoints: Path, name: str) -> Path | None:
         folder = checkpoints / read_bytes(checkpoints / name, 4096).decode().strip()
     except (OSError, ValueError):  # there is none, or it holds something else
         return None
-    is_checkpoint = folder.parent == checkpoints and _STEP.fullmatch(folder.name) is not None
-    return folder if is_checkpoint and (folder / "manifest.json").exists() else None
+    if folder.parent != checkpoints or _STEP.fullmatch(folder.name) is None:
+        return None
+    folder = _locate(folder)
+    return folder if (folder / "manifest.json").exists() else None
+
+
+def _locate(folder: Path) -> Path:
+    """Return a checkpoint folder, or the hidden one that it was renamed to when its run was killed."""
+    hidden = folder.with_name(f".{folder.name}{_REPLACED}")
+    return hidden if not os.path.lexists(folder) and (hidden / "manifest.json").exists() else folder
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -316,6 +379,8 @@ def find(run: str | Path) -> Path:
     path = Path(run)
     if not path.exists() and not path.is_absolute() and len(path.parts) == 1 and (Path("runs") / path).exists():
         path = Path("runs") / path
+    if path.name:
+        path = _locate(path)
     if not path.exists():
         raise UserError(f"no run or checkpoint at {run}; give a run folder (runs/NAME) or one of its checkpoints")
     if (path / "model.safetensors").exists():
