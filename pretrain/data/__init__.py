@@ -18,6 +18,7 @@
     caption_statistics.py  lengths of captions, and captions that are hardly meant to be captions
     members.py          explains why a sample lacks an image or a caption
     sample_json.py      the json member of a sample, parsed
+    filter_expression.py   conditions on the fields of a sample, and their evaluation; filter_parser.py reads them
     train_tokenizer.py  trains a byte-level BPE tokenizer on captions
     vocabulary.py       words for the objects of a data set; vocabularies/ holds those that ship with the package
     check.py            verifies shards before training
