@@ -99,7 +99,7 @@ def use_settings(config: PerformanceConfig, deterministic: bool = False) -> None
     _set_tf32(config.tf32)
     torch.backends.cudnn.benchmark = config.cudnn_benchmark and not deterministic
     torch.backends.cudnn.deterministic = deterministic
-    torch.use_deterministic_algorithms(deterministic)
+    _set_deterministic_algorithms(deterministic)
     checks: Any = torch.utils.deterministic
     if deterministic:
         checks.fill_uninitialized_memory = False  # it would write every new tensor once, to find errors
@@ -132,8 +132,15 @@ def process_settings(config: PerformanceConfig, deterministic: bool = False) -> 
         cuda.matmul.allow_tf32, cudnn.allow_tf32 = matmul == "tf32", conv == "tf32"
         cuda.matmul.fp32_precision = matmul
         cudnn.benchmark, cudnn.deterministic = flags
-        torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
+        _set_deterministic_algorithms(*algorithms)
         checks.fill_uninitialized_memory = fill
+
+
+def _set_deterministic_algorithms(mode: bool, warn_only: bool = False) -> None:
+    """Call torch.use_deterministic_algorithms where it changes something: it imports torch's compiler, which takes seconds."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    if before != (mode, warn_only):
+        torch.use_deterministic_algorithms(mode, warn_only=warn_only)
 
 
 def _set_tf32(is_allowed: bool) -> None:
