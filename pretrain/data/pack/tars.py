@@ -85,29 +85,26 @@ def group_samples(shard_index: ShardIndex) -> list[Sample]:
     """Return the samples of a tar, with members of the same key joined where other samples lie between them.
 
     A tar of all images, then all captions, has each key twice. Samples that repeat an extension are not joined: one of the
-    two is a duplicate.
+    two is a duplicate. The n-th `a.jpg` is joined with the n-th `a.txt`, in a time proportional to the number of members.
     """
     groups: list[list[int]] = []
     groups_of_key: dict[str, list[int]] = {}
-    # Where to look for a group that lacks the extensions: groups before it never lose one, so each is looked at once.
-    next_of_extensions: dict[tuple[str, frozenset[int]], int] = {}
-    extensions: list[set[int]] = []
-    for i in range(shard_index.count):
-        own = set(shard_index.members[shard_index.starts[i] : shard_index.starts[i + 1], 0].tolist())
-        key = shard_index.key(i)
+    first_without: dict[tuple[str, int], int] = {}
+    """(key, extension) -> place in groups_of_key[key] from which on no group has this extension."""
+    starts, kinds = shard_index.starts.tolist(), shard_index.members[:, 0].tolist()
+    is_duplicate = (shard_index.flags & DUPLICATE_MEMBER).astype(bool).tolist()
+    for i, key in enumerate(shard_index.keys):
+        extensions = kinds[starts[i] : starts[i + 1]]
         candidates = groups_of_key.setdefault(key, [])
-        position = next_of_extensions.get((key, frozenset(own)), 0)
-        while position < len(candidates) and own & extensions[candidates[position]]:
-            position += 1
-        next_of_extensions[key, frozenset(own)] = position
-        group = candidates[position] if position < len(candidates) else None
-        if group is None or shard_index.flags[i] & DUPLICATE_MEMBER:
+        position = max(first_without.get((key, extension), 0) for extension in extensions)
+        if is_duplicate[i]:
+            position = len(candidates)
+        if position == len(candidates):
             candidates.append(len(groups))
-            groups.append([i])
-            extensions.append(own)
-        else:
-            groups[group].append(i)
-            extensions[group] |= own
+            groups.append([])
+        groups[candidates[position]].append(i)
+        for extension in extensions:
+            first_without[key, extension] = position + 1
     return [tuple(group) for group in groups]
 
 

@@ -473,8 +473,20 @@ def test_duplicates_among_members_that_are_apart_are_counted(tmp_path: Path) -> 
     assert summary.skipped == {"no caption": 1, "duplicate key": 1, "duplicate member": 1}
 
 
-def test_repeats_of_a_key_are_grouped_in_few_steps(tmp_path: Path) -> None:
-    names = ["a.jpg", "b.jpg"] * 300 + ["a.txt", "b.txt"] * 300
+REPEATS = {
+    "one key, apart": ["a.jpg", "b.jpg"] * 300 + ["a.txt", "b.txt"] * 300,
+    "many keys, apart": [f"{i}.{extension}" for extension in ("jpg", "txt", "json") for i in range(400)],
+    "an extension for each": ["a.jpg", "b.jpg"] * 300 + [name for i in range(300) for name in ("a.jpg", f"a.e{i}", "b.txt")],
+    "any set of extensions": [
+        name for i in range(512) for name in (*(f"a.e{bit}" for bit in range(9) if (i % 256) >> bit & 1), "b.jpg")
+    ],
+}
+"""Names of members in tars where searching every earlier sample of a key takes quadratic time."""
+
+
+@pytest.mark.parametrize("case", REPEATS)
+def test_repeats_of_a_key_are_grouped_in_few_steps(tmp_path: Path, case: str) -> None:
+    names = REPEATS[case]
     write_tar(tmp_path / "0.tar", [(name, b"x") for name in names])
     shard_index = index.load_index(str(tmp_path / "0.tar"))
     lines = 0
@@ -490,8 +502,17 @@ def test_repeats_of_a_key_are_grouped_in_few_steps(tmp_path: Path) -> None:
         groups = tars.group_samples(shard_index)
     finally:
         sys.settrace(before)
-    assert groups == [(i, i + 600) for i in range(600)]
-    assert lines < 40 * len(names)
+    assert lines < 30 * len(names)
+    # -- each sample is in one group, of one key, whose extensions differ unless they do within a sample
+    assert sorted(i for group in groups for i in group) == list(range(shard_index.count))
+    for group in groups:
+        assert len({shard_index.key(i) for i in group}) == 1
+        kinds = [kind for i in group for kind in shard_index.kinds(i)]
+        assert len(set(kinds)) == len(kinds) or (shard_index.flags[list(group)] & index.DUPLICATE_MEMBER).any()
+    if case == "one key, apart":
+        assert groups == [(i, i + 600) for i in range(600)]
+    if case == "many keys, apart":
+        assert groups == [(i, i + 400, i + 800) for i in range(400)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
