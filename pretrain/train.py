@@ -25,10 +25,12 @@ from pretrain.optim import OptimConfig
 from pretrain.runtime import distributed
 from pretrain.runtime.agree import on_main
 from pretrain.runtime.console import log_info
+from pretrain.training import run_tokenizer
 from pretrain.training.config import TrainConfig
 from pretrain.training.flops import FlopCounter
 from pretrain.training.loop import Outcome, fit
 from pretrain.training.objective import Contrastive
+from pretrain.training.run_dir import RunFolder
 from pretrain.training.session import (
     build_encoders,
     build_eval_decoders,
@@ -82,13 +84,14 @@ def load_config(path: Path, settings: list[str]) -> PretrainConfig:
     """
     values = configuration.load_values(path, settings)
     registry.allow_modules(registry.dotted_names(values))
-    return configuration.build(PretrainConfig, warm_start.with_init_defaults(values), str(path))
+    values = warm_start.with_init_defaults(values, resuming.find_saved(values, PretrainConfig.run))
+    return configuration.build(PretrainConfig, values, str(path))
 
 
 def train(config: PretrainConfig) -> Outcome:
     """Run one process of a pretraining run, from configuration to outcome. Collective. Raises UserError."""
     with open_session(config) as session:
-        components = build(resuming.without_weights(config, session.checkpoint))
+        components = build(resuming.without_sources(config, session.checkpoint))
         for line in models.describe_weights(components.model, config.init) if session.checkpoint is None else ():
             log_info(line)
         if session.checkpoint is None and config.init is not None:
@@ -96,10 +99,10 @@ def train(config: PretrainConfig) -> Outcome:
         if session.checkpoint is None and distributed.is_main():
             log_info(export.describe_formats(components.model, config, components.eval_decoders))
         portable = models.portable_config(config, components.model)
-        resuming.refuse_other_model(portable, components.tokenizer, session.checkpoint)
-        session.write_config(components.model)
+        resuming.refuse_other_model(portable, components.tokenizer, session.checkpoint, components.model)
         flop_counter = FlopCounter(components.model) if session.device.type == "cuda" else None
         plan = session.build_plan(components.loader, portable, components.tokenizer, "image_to_text_R@1", flops=flop_counter)
+        session.write_config(components.model)
         pair_loss = registry.get_component("losses", config.loss.name).build(config.loss).to(session.device)
         if hasattr(pair_loss, "max_logit"):  # read before the strategy, which may shard the model
             pair_loss.max_logit = components.model.max_logit()
@@ -116,7 +119,8 @@ def train(config: PretrainConfig) -> Outcome:
 
 def describe(config: PretrainConfig) -> None:
     """Print what would run: the resolved configuration, parameters of each tower, shards and samples."""
-    components = build(config)
+    with run_tokenizer.temporary_tokenizer(config, RunFolder(config.run).path, None):
+        components = build(config)
     for line in models.describe_weights(components.model, config.init):
         log_info(line)
     print_summary(config, components.model.parameter_counts(), components.loader)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from pretrain.data import BadSample
 from pretrain.data.captions import caption_member, check_caption_source, read_captions
 from pretrain.data.sample_json import read_fields
+from pretrain.data.shards.cache import ShardCache
 from pretrain.data.shards.index import load_index
 from pretrain.data.shards.paths import expand_shards
 from pretrain.data.shards.reader import ShardReader
@@ -135,23 +136,27 @@ def train_tokenizer_on(
     return tokenizer
 
 
-def iterate_captions(paths: Sequence[str], caption: str = "txt") -> Iterator[str]:
+def iterate_captions(paths: Sequence[str], caption: str = "txt", cache: ShardCache | None = None) -> Iterator[str]:
     """Yield every caption of the shards, in order; samples without one are skipped.
 
     Args:
         paths: shards.
         caption: "txt", "txt:lines", a json field, or several separated by commas.
+        cache: where fetched shards and indices are kept.
 
     Raises:
         UserError: a shard is damaged.
     """
-    reader, fields = ShardReader(paths), [field.strip() for field in caption.split(",")]
+    reader, fields = ShardReader(paths, cache), [field.strip() for field in caption.split(",")]
     for field in fields:
         check_caption_source(field, "--caption")
     members = sorted({caption_member(field) for field in fields})
     for shard, path in enumerate(paths):
-        for sample in range(load_index(path).count):
-            contents = reader.read(shard, sample, members).members
+        for sample in range(load_index(path, cache).count):
+            try:
+                contents = reader.read(shard, sample, members).members
+            except BadSample:  # a text of many megabytes
+                continue
             for field in fields:
                 try:
                     yield from _read_questions(contents) if field == "questions" else read_captions(contents, field)

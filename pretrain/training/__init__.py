@@ -1,6 +1,7 @@
 """One training run of either stage: the loop, its step, and the files and numbers that a run writes.
 
 session.py      what both trainers share: agreement, run folder, encoders, loader, and the plan of the run
+run_tokenizer.py  the tokenizer of a run that names none: trained on its captions, or the checkpoint's
 config.py       the `train` section of a configuration, and the plan of a run
 loop.py         fit(), the only training loop: optimizer, schedule, logging, evaluation, saving and stopping
 run_state.py    the state of a run, and how it is saved, restored and evaluated

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -103,8 +104,9 @@ class RunFolder:
         if self._lock is not None:
             written = {".lock", ".command", "config.yaml", "environment.json"}
             content = {path.name for path in [*self.path.iterdir(), *self.checkpoints.iterdir()]}
-            if content - written - {"checkpoints"}:
+            if content - written - {"checkpoints", "tokenizer"}:
                 return
+            shutil.rmtree(self.path / "tokenizer", ignore_errors=True)  # trained anew by the next start
             for name in sorted(written):
                 (self.path / name).unlink(missing_ok=True)
         for folder in reversed(self._created):

@@ -38,6 +38,7 @@ from pretrain.runtime import distributed, performance, preflight
 from pretrain.runtime.agree import on_main
 from pretrain.runtime.console import log_info
 from pretrain.strategies import Strategy
+from pretrain.training import run_tokenizer
 from pretrain.training.config import RunPlan
 from pretrain.training.flops import FlopCounter
 from pretrain.training.run_dir import RunFolder
@@ -130,7 +131,8 @@ class Session:
 def open_session(config: Any) -> Iterator[Session]:
     """Check that processes agree, lock the run folder, and find the checkpoint to resume from.
 
-    Collective. The lock is released when the `with` block ends. Raises UserError.
+    Where no tokenizer is named, text.tokenizer is set to the run's own. Collective. The lock is released when the `with` block
+    ends. Raises UserError.
     """
     check_agreement(config)
     threads = distributed.pin_threads(config.train.threads)
@@ -142,6 +144,7 @@ def open_session(config: Any) -> Iterator[Session]:
             checkpoint = find_checkpoint(config, folder)
             if checkpoint is not None:
                 config.data.resume_streams(resuming.read_config(checkpoint).get("data", {}))
+            run_tokenizer.set_tokenizer(config, folder.path, checkpoint)
             yield Session(config, folder, checkpoint, device, threads)
     except BaseException:
         folder.remove_empty()
@@ -269,6 +272,7 @@ def build_loader(config: Any, decoders: dict[str, Any]) -> Loader:
         rank=distributed.rank(),
         world=distributed.world_size(),
         nodes=distributed.nodes(),
+        device=distributed.device(),
     )
 
 
