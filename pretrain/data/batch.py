@@ -5,7 +5,7 @@ Legend: b = samples in the batch, k = texts of a sample, T = tokens of a text.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol
@@ -68,13 +68,22 @@ class Batch:
         return len(self.keys)
 
     def _map(self, function: Any) -> Batch:
-        """Return the batch with `function` applied to each tensor and list."""
+        """Return the batch with `function` applied to each tensor and list, also to those in nested dicts."""
 
-        def map_values(values: Mapping[str, Any]) -> dict[str, Any]:
-            return {name: function(value) for name, value in values.items()}
+        def apply(value: Any) -> Any:
+            return {name: apply(v) for name, v in value.items()} if isinstance(value, Mapping) else function(value)
 
-        inputs, masks, targets = map_values(self.inputs), map_values(self.masks), map_values(self.targets)
-        return Batch(inputs, masks, function(self.keys), targets, self.groups)
+        return Batch(apply(self.inputs), apply(self.masks), function(self.keys), apply(self.targets), self.groups)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Iterate over all tensors of the batch."""
+        values: list[Any] = [self.inputs, self.masks, self.targets, *map(vars, self.groups.values())]
+        while values:
+            value = values.pop()
+            if isinstance(value, Mapping):
+                values += value.values()
+            elif isinstance(value, Tensor):
+                yield value
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """Return the batch with its tensors on `device`."""
@@ -96,8 +105,12 @@ class Batch:
 
     def chunk(self, count: int) -> list[Batch]:
         """Split the batch into `count` batches, in order, whose sizes differ by at most one."""
+        return list(self.iterate_chunks(count))
+
+    def iterate_chunks(self, count: int) -> Iterator[Batch]:
+        """Yield the batches of `chunk` one by one: the texts of each are grouped or packed when it is asked for."""
         ends = [len(self) * i // count for i in range(count + 1)]
-        return [self.slice(a, b) for a, b in pairwise(ends)]
+        return (self.slice(a, b) for a, b in pairwise(ends))
 
 
 def collate(items: Mapping[str, list[Any]], decoders: Mapping[str, Decoder], keys: list[str]) -> Batch:
@@ -136,9 +149,13 @@ def merge(parts: list[Batch], decoders: Mapping[str, Decoder], pin: bool = False
         decoders: by modality.
         pin: put the tensors in page-locked memory.
     """
-    if len(parts) == 1:
-        _assign_groups(parts[0], decoders)
-        return parts[0].pin_memory() if pin else parts[0]
+    merged = parts[0] if len(parts) == 1 else _join(parts, decoders, pin)
+    _assign_groups(merged, decoders)
+    return merged.pin_memory() if pin else merged  # what is page-locked already is not copied again
+
+
+def _join(parts: list[Batch], decoders: Mapping[str, Decoder], pin: bool) -> Batch:
+    """Join several partial batches, without groups; with `pin`, concatenate straight into page-locked memory."""
     merged = Batch({}, {}, [key for part in parts for key in part.keys])
     for name, decoder in decoders.items():
         if name not in parts[0].inputs:
@@ -150,11 +167,7 @@ def merge(parts: list[Batch], decoders: Mapping[str, Decoder], pin: bool = False
         if name in parts[0].masks:
             merged.masks[name] = _concatenate([part.masks[name] for part in parts], pin)
     for name in parts[0].targets:
-        values = [part.targets[name] for part in parts]
-        merged.targets[name] = torch.cat(values) if isinstance(values[0], Tensor) else [v for value in values for v in value]
-    _assign_groups(merged, decoders)
-    if pin:
-        merged.groups = {name: groups.pin_memory() for name, groups in merged.groups.items()}
+        merged.targets[name] = _concatenate([part.targets[name] for part in parts], pin)
     return merged
 
 
@@ -166,10 +179,15 @@ def _assign_groups(batch: Batch, decoders: Mapping[str, Decoder]) -> None:
             batch.groups[name] = length_groups.assign(batch.masks[name].sum(dim=-1).flatten().numpy())
 
 
-def _concatenate(tensors: list[Tensor], pin: bool) -> Tensor:
-    """Concatenate along the batch dimension; with `pin`, straight into page-locked memory."""
+def _concatenate(values: list[Any], pin: bool) -> Any:
+    """Concatenate tensors or lists along the batch dimension, also those in nested dicts."""
+    first = values[0]
+    if isinstance(first, Mapping):
+        return {name: _concatenate([value[name] for value in values], pin) for name in first}
+    if not isinstance(first, Tensor):
+        return [item for value in values for item in value]
     if not pin:
-        return torch.cat(tensors)
-    rows = sum(len(tensor) for tensor in tensors)
-    out = torch.empty(rows, *tensors[0].shape[1:], dtype=tensors[0].dtype, pin_memory=True)
-    return torch.cat(tensors, out=out)
+        return torch.cat(values)
+    rows = sum(len(tensor) for tensor in values)
+    out = torch.empty(rows, *first.shape[1:], dtype=first.dtype, pin_memory=True)
+    return torch.cat(values, out=out)

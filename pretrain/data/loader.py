@@ -3,8 +3,9 @@
     build_loader(data, decoders, ...) -> Loader              training: endless, resumes from state_dict()
     build_eval_loader(shards, decoders, ...) -> EvalLoader   evaluation: each sample exactly once over all processes
 
-Workers receive positions and return collated partial batches, in order. The loader counts the batches that the trainer took,
-not those that were read ahead, so its state is one position and a few counters.
+Workers receive positions and return collated partial batches, in order. For a GPU a thread merges them into page-locked
+memory, and copies one batch ahead of the trainer. The loader counts the batches that the trainer took, not those that were read
+or copied ahead, so its state is one position and a few counters.
 
 Legend: B = global batch size, b = B / world = samples per batch of one process.
 """
@@ -16,6 +17,7 @@ import logging
 import resource
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -34,6 +36,7 @@ from pretrain.data.worker import PartialBatch, SampleReader, SkippedSample, Trai
 from pretrain.data.worker_pool import run_workers
 from pretrain.errors import UserError
 from pretrain.printable import one_safe_line
+from pretrain.runtime.device_copy import feed
 
 __all__ = ["Batch", "DataConfig", "Decoder", "EvalLoader", "Loader", "build_eval_loader", "build_loader"]
 
@@ -45,6 +48,7 @@ MIN_JUDGED = 1000
 """Smallest denominator of the rate of bad samples, so that a few early ones do not stop a run."""
 MAX_NAMED = 20
 """Bad samples that are named in the log; all are counted."""
+CPU = torch.device("cpu")
 
 
 class Loader:
@@ -61,7 +65,8 @@ class Loader:
         workers: worker processes; 0 reads and decodes in this process.
         max_bad_rate: fraction of unusable samples above which the run stops.
         max_bad_run: consecutive unusable samples above which the run stops.
-        pin: put batches in page-locked memory.
+        device: where batches are needed.
+        is_ahead: merge batches and copy them to the device in a thread; None = if the device is a GPU and workers read.
         partial_size: samples that a worker decodes at a time.
         shard_names: the names of all shards, for `digest`.
         prefetch_reader: a reader whose shards are fetched and indexed ahead; None where they are local and indexed.
@@ -82,14 +87,17 @@ class Loader:
         workers: int = 0,
         max_bad_rate: float = 0.01,
         max_bad_run: int = 100,
-        pin: bool = False,
+        device: torch.device = CPU,
+        is_ahead: bool | None = None,
         partial_size: int = PARTIAL_SIZE,
         shard_names: Sequence[str] = (),
         prefetch_reader: ShardReader | None = None,
     ) -> None:
         order.check(batch_size, world, nodes)
         self.order, self.decoders, self.batch_size = order, decoders, batch_size
-        self.rank, self.world, self.nodes, self.workers, self.pin = rank, world, nodes, workers, pin
+        self.rank, self.world, self.nodes, self.workers, self.device = rank, world, nodes, workers, device
+        # Without workers the samples are decoded here: two threads would share tokenizers and readers, and one lock.
+        self.is_ahead = device.type == "cuda" and workers > 0 if is_ahead is None else is_ahead
         self.max_bad_rate, self.max_bad_run = max_bad_rate, max_bad_run
         self.num_partials = -(-batch_size // world // partial_size)
         self.shard_names, self.prefetch_reader = shard_names, prefetch_reader
@@ -168,14 +176,30 @@ class Loader:
         with (
             run_workers(self._dataset, self._iterate_positions(self._batch), self.workers) as partials,
             run_prefetcher(self.prefetch_reader, self._list_shards, self._batch, self._window_batches()) as report_batch,
+            feed(self._merge(partials), self.device, self.is_ahead, partials.kill) as batches,
         ):
-            while True:
-                parts = [self._count_bad(next(partials)) for _ in range(self.num_partials)]
+            for parts, batch in batches:
+                for part in parts:
+                    self._count_bad(part)
                 self._check_bad_rate()
-                batch = merge(parts, self.decoders, self.pin)
+                assert batch is not None
                 self._batch += 1
                 report_batch(self._batch)
                 yield batch
+
+    def _merge(self, partials: Iterator[PartialBatch]) -> Iterator[tuple[list[PartialBatch], Batch | None]]:
+        """Yield each batch, and the parts that it was merged from, without their tensors.
+
+        It may run ahead of the trainer, so it changes nothing here. There is no batch where a part cannot be used.
+        """
+        while True:
+            parts: list[PartialBatch] = []
+            while len(parts) < self.num_partials and (not parts or parts[-1].batch is not None):
+                parts.append(next(partials))
+            batches = [part.batch for part in parts if part.batch is not None]
+            is_complete = len(batches) == self.num_partials
+            batch = merge(batches, self.decoders, pin=self.device.type == "cuda") if is_complete else None
+            yield [replace(part, batch=None) for part in parts], batch
 
     def _list_shards(self, batch: int) -> list[int]:
         """Return the numbers of the shards that this node reads for a batch."""
@@ -195,8 +219,8 @@ class Loader:
             positions = self.order.positions(batch, self.batch_size, self.rank, self.world, self.nodes)
             yield from np.array_split(positions, self.num_partials)
 
-    def _count_bad(self, partial: PartialBatch) -> Batch:
-        """Count the bad samples of a partial batch, in order, and return its batch.
+    def _count_bad(self, partial: PartialBatch) -> None:
+        """Count the bad samples of a partial batch, in order.
 
         Raises:
             UserError: the worker failed, or more than `max_bad_run` consecutive samples are bad.
@@ -217,8 +241,6 @@ class Loader:
                 )
         self._bad_run = self._bad_run if last_slot == partial.slots - 1 else 0
         self._slots_read += partial.slots
-        assert partial.batch is not None
-        return partial.batch
 
     def _check_bad_rate(self) -> None:
         """Raise UserError where the rate of bad samples is too high.
@@ -249,7 +271,13 @@ class Loader:
 
 
 def build_loader(
-    data: DataConfig, decoders: Mapping[str, Decoder], seed: int, rank: int = 0, world: int = 1, nodes: int = 1
+    data: DataConfig,
+    decoders: Mapping[str, Decoder],
+    seed: int,
+    rank: int = 0,
+    world: int = 1,
+    nodes: int = 1,
+    device: torch.device = CPU,
 ) -> Loader:
     """Build the training loader of this process. Collective where there is a process group.
 
@@ -260,6 +288,7 @@ def build_loader(
         rank: the rank of this process, of `world`.
         world: number of processes.
         nodes: number of nodes that they run on.
+        device: where batches are needed.
 
     Raises:
         ConfigError: no shard matches, a number is out of range, or the batch is larger than the data or cannot be divided.
@@ -302,7 +331,7 @@ def build_loader(
         data.workers,
         data.max_bad_rate,
         data.max_bad_run,
-        pin=torch.cuda.is_available(),
+        device=device,
         shard_names=shard_names,
         prefetch_reader=prefetch_reader,
     )

@@ -28,8 +28,38 @@ STOP_SECONDS = 2.0
 """Seconds that all workers together have to finish what they compute, before they are killed."""
 
 
+class WorkerResults(Iterator[PartialBatch]):
+    """The results of worker processes, in the order of their jobs. `next` raises UserError where a worker died.
+
+    loader_iterator: of torch's DataLoader.
+    """
+
+    def __init__(self, loader_iterator: Any) -> None:
+        self._iterator = loader_iterator
+
+    def __next__(self) -> PartialBatch:
+        try:
+            result: PartialBatch = next(self._iterator)
+        except (RuntimeError, ConnectionError, EOFError) as error:  # the latter two: it died while it sent a tensor
+            explained = _explain_death(error, self.processes)
+            if explained is None:
+                raise
+            raise explained from None
+        return result
+
+    @property
+    def processes(self) -> list[Any]:
+        """The worker processes; empty where the results are computed in this process."""
+        return list(getattr(self._iterator, "_workers", []))
+
+    def kill(self) -> None:
+        """Kill the workers, so that a `next` in another thread returns."""
+        for process in self.processes:
+            process.kill()
+
+
 @contextmanager
-def run_workers(dataset: Any, jobs: Iterator[Any], workers: int) -> Iterator[Iterator[PartialBatch]]:
+def run_workers(dataset: Any, jobs: Iterator[Any], workers: int) -> Iterator[WorkerResults]:
     """Run worker processes while the context is open.
 
     Args:
@@ -38,7 +68,7 @@ def run_workers(dataset: Any, jobs: Iterator[Any], workers: int) -> Iterator[Ite
         workers: number of processes; 0 computes in this process.
 
     Yields:
-        The results, in the order of the jobs. Its `next` raises UserError where a worker died.
+        The results, in the order of the jobs.
 
     The workers end with the context. Where an error leaves it open, they end with this process.
     """
@@ -64,7 +94,7 @@ def run_workers(dataset: Any, jobs: Iterator[Any], workers: int) -> Iterator[Ite
         signal.signal(signal.SIGCHLD, sigchld)
     cancel = orphans.kill_at_exit(list(getattr(results, "_workers", [])))
     try:
-        yield _raise_on_death(results)
+        yield WorkerResults(results)
     finally:
         _stop_workers(results)
         cancel()
@@ -88,37 +118,29 @@ def _stop_workers(results: Any) -> None:
         orphans.kill(processes)  # those that ignored torch's SIGTERM
 
 
-def _raise_on_death(results: Any) -> Iterator[PartialBatch]:
-    """Yield the same results; raise UserError where a worker died."""
-    while True:
-        try:
-            result = next(results)
-        except StopIteration:
-            return
-        except (RuntimeError, ConnectionError, EOFError) as error:  # the latter two: it died while it sent a tensor
-            message = str(error)
-            is_from_dataset = "in DataLoader worker process" in message  # raised by the data set in a live worker
-            if is_from_dataset or (isinstance(error, RuntimeError) and "DataLoader worker" not in message):
-                raise
-            dead_workers = _find_dead_workers(results)
-            if not dead_workers:
-                raise
-            code = dead_workers[0].exitcode
-            end = f"was killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"ended with code {code}"
-            likely_cause = {
-                -signal.SIGKILL: ": most often the machine ran out of memory; lower data.workers or data.window",
-                -signal.SIGBUS: ": most often /dev/shm is full; enlarge it (docker: --shm-size) or lower data.workers",
-            }.get(code, "")
-            raise UserError(f"a data worker (process {dead_workers[0].pid}) {end}{likely_cause}") from None
-        yield result
+def _explain_death(error: Exception, processes: list[Any]) -> UserError | None:
+    """Return the UserError for an error of DataLoader that a dead worker caused; None where it had another cause."""
+    message = str(error)
+    is_from_dataset = "in DataLoader worker process" in message  # raised by the data set in a live worker
+    if is_from_dataset or (isinstance(error, RuntimeError) and "DataLoader worker" not in message):
+        return None
+    dead_workers = _find_dead_workers(processes)
+    if not dead_workers:
+        return None
+    code = dead_workers[0].exitcode
+    end = f"was killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"ended with code {code}"
+    likely_cause = {
+        -signal.SIGKILL: ": most often the machine ran out of memory; lower data.workers or data.window",
+        -signal.SIGBUS: ": most often /dev/shm is full; enlarge it (docker: --shm-size) or lower data.workers",
+    }.get(code, "")
+    return UserError(f"a data worker (process {dead_workers[0].pid}) {end}{likely_cause}")
 
 
-def _find_dead_workers(results: Any) -> list[Any]:
+def _find_dead_workers(workers: list[Any]) -> list[Any]:
     """Return the workers that ended unexpectedly.
 
     It waits for the first one, because a broken pipe is noticed before the process has exited.
     """
-    workers = list(getattr(results, "_workers", []))
     ending = multiprocessing.connection.wait([w.sentinel for w in workers], timeout=EXIT_SECONDS)
     for w in workers:
         if w.sentinel in ending:  # its files are closed, but on a busy machine it may not have exited yet

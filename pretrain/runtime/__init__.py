@@ -8,6 +8,8 @@
     flight_recorder.py  collectives that each process has begun, by torch's flight recorder
     signals.py       SIGINT, SIGTERM and SIGUSR1: save and stop at the same step on all processes
     orphans.py       no process outlives the one that started it
+    background.py    an iterator that a thread reads, one item ahead
+    device_copy.py   copies to a GPU that the host does not wait for
     memory.py        peak memory; the error message for out of memory
     performance.py   settings of torch that decide speed and determinism
     gpus.py          memory and peak throughput of GPUs, by name

@@ -32,13 +32,14 @@ def derive_seed(*numbers: int) -> int:
 def train_step(
     strategy: Strategy, objective: Objective, batch: Batch, chunks: int, lr: float, seeds: tuple[int, int, int]
 ) -> dict[str, Tensor]:
-    """Take one step on this process's part of the global batch, which lies on the host.
+    """Take one step on this process's part of the global batch. The host does not wait for a GPU.
 
-    seeds: (seed, step, rank). Returns device tensors: loss, grad_norm, skipped, and what the objective reports.
+    batch: on the strategy's device; one that lies elsewhere is copied first. seeds: (seed, step, rank). Returns device
+    tensors: loss, grad_norm, skipped, and what the objective reports.
     """
     strategy.begin_step()
+    batch = batch.to(strategy.device, non_blocking=True)
     if chunks == 1:
-        batch = batch.to(strategy.device)
         with strategy.sync_gradients(True):
             loss, report = objective.loss(_encode(strategy, objective, batch, (*seeds, 0)), batch.targets)
             strategy.backward(loss)
@@ -58,13 +59,14 @@ def _encode(strategy: Strategy, objective: Objective, chunk: Batch, seeds: tuple
 def _backward_cached(
     strategy: Strategy, objective: Objective, batch: Batch, count: int, seeds: tuple[int, int, int]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Run forward and backward passes over `count` chunks; return the whole batch's loss and report."""
-    chunks = batch.chunk(count)
+    """Run forward and backward passes over `count` chunks, which are views of the batch; return its loss and report."""
     # -- encode every chunk, without a graph
+    chunks: list[Batch] = []
     chunk_features: list[Features] = []
     with torch.no_grad():
-        for k, chunk in enumerate(chunks):
-            chunk_features.append(_encode(strategy, objective, chunk.to(strategy.device), (*seeds, k)))
+        for k, chunk in enumerate(batch.iterate_chunks(count)):
+            chunks.append(chunk)
+            chunk_features.append(_encode(strategy, objective, chunk, (*seeds, k)))
     features = {
         name: (
             chunk_features[0][name] if name in SCALARS else torch.cat([values[name] for values in chunk_features])
@@ -73,8 +75,7 @@ def _backward_cached(
     }
 
     # -- the loss of the whole batch, once
-    targets = {name: v.to(strategy.device) if isinstance(v, Tensor) else v for name, v in batch.targets.items()}
-    loss, report = objective.loss(features, targets)
+    loss, report = objective.loss(features, batch.targets)
     names = list(features)
     grads = dict(zip(names, torch.autograd.grad(loss, [features[name] for name in names], allow_unused=True), strict=True))
 
@@ -83,7 +84,7 @@ def _backward_cached(
     for k, chunk in enumerate(chunks):
         is_last = k == len(chunks) - 1
         with strategy.sync_gradients(is_last):
-            features_again = _encode(strategy, objective, chunk.to(strategy.device), (*seeds, k))
+            features_again = _encode(strategy, objective, chunk, (*seeds, k))
             terms = []
             for name, value in features_again.items():
                 grad = grads[name]
