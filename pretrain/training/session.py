@@ -273,7 +273,6 @@ def build_loader(config: Any, decoders: dict[str, Any]) -> Loader:
         world=distributed.world_size(),
         nodes=distributed.nodes(),
         device=distributed.device(),
-        device=distributed.device(),
     )
 
 
