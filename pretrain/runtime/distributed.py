@@ -289,6 +289,18 @@ def mean(value: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def mean_many(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the means of several tensors over ranks, float32 on the CPU, in ONE collective; waits for the device.
+
+    Shapes are equal on all ranks. All tensors are sent from the device of the first.
+    """
+    device = tensors[0].device
+    flat = mean(torch.cat([tensor.detach().to(device, torch.float32).flatten() for tensor in tensors])).cpu()
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+@torch.no_grad()
 def maximum(value: Tensor) -> Tensor:
     """Return the elementwise maximum over ranks: a flag that is 1 on any rank is 1. Collective."""
     if world_size() == 1:

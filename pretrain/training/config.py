@@ -71,6 +71,17 @@ class TrainConfig:
     """CPU threads per process; 0 = the machine's cores divided by its processes. Resuming bit for bit needs the same number."""
     max_skipped: int = 10
     """Consecutive steps with a non-finite gradient after which the run stops with an error."""
+    on_spike: Literal["ignore", "log", "skip", "rollback"] = "log"
+    """A step whose loss is far above the last ones': log it; skip its update, for which each step averages the loss over all
+    processes; or rollback: go back to the last good checkpoint of save_every and on with the next data. rollback also does so
+    after max_skipped. A step with a non-finite gradient is skipped in any case."""
+    spike_window: int = 128
+    """Steps whose losses a spike is compared with, by their median; no step is judged before there are so many."""
+    spike_factor: float = 6.0
+    """A spike is this many standard deviations (1.4826 MAD, at least 1 % of the median) above the median of the window. Normal
+    noise exceeds 6 once in a billion steps."""
+    max_rollbacks: int = 3
+    """Rollbacks to one checkpoint, after which the next spike ends the run with an error."""
     timeout: float = 600.0
     """Seconds after which a collective that does not complete (a dead or hung process) ends the run."""
 
@@ -82,7 +93,7 @@ class TrainConfig:
             raise ConfigError(f"give exactly one of train.steps, train.samples, train.epochs; given: {settings}")
         if getattr(self, lengths[0]) < 0:
             raise ConfigError(f"train.{lengths[0]}={getattr(self, lengths[0])} must be above 0")
-        for name in ("chunks", "save_every", "log_every", "max_skipped"):
+        for name in ("chunks", "save_every", "log_every", "max_skipped", "max_rollbacks"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name}={getattr(self, name)} must be at least 1")
         for name in ("keep", "eval_every", "threads"):
@@ -98,7 +109,8 @@ class TrainConfig:
             self.replicas,
             self.gradient_compression,
         )
-        check_numbers(self, "train", steps="[0, inf)", samples="[0, inf)", epochs="[0, inf)", timeout="(0, inf)")
+        intervals = dict.fromkeys(("steps", "samples", "epochs"), "[0, inf)") | {"spike_window": "[3, 1000000]"}
+        check_numbers(self, "train", **intervals, timeout="(0, inf)", spike_factor="(0, inf)")
 
     def total_steps(self, batch_size: int, order: Order) -> int:
         """Return the number of steps of the whole run."""

@@ -35,6 +35,7 @@ from pretrain.training.metrics import RunLog
 from pretrain.training.objective import Objective
 from pretrain.training.run_dir import RunFolder
 from pretrain.training.run_state import Run
+from pretrain.training.spikes import GuardedObjective
 from pretrain.training.step import train_step
 from pretrain.training.throughput import ThroughputMeter
 
@@ -86,6 +87,7 @@ def fit(
             folder.write_status("running", "", begin)
             meter = ThroughputMeter(plan.batch_size, plan.total_steps, begin, strategy.device, plan.flops, train.precision)
             skipped_in_a_row = torch.zeros((), device=strategy.device)
+            guarded = GuardedObjective(objective, run.spikes)
             strategy.model.train()
 
             for step in range(begin, plan.total_steps):
@@ -95,10 +97,12 @@ def fit(
                     batch = next(batches)
                 watchdog.mark(step, "computing")
                 lr = learning_rate(step, plan.total_steps, plan.optim)
-                out = train_step(strategy, objective, batch, train.chunks, lr, (plan.seed, step, distributed.rank()))
+                seeds = (plan.seed, step, distributed.rank())
+                out = train_step(strategy, guarded, batch, train.chunks, lr, seeds)
                 run.step = step + 1
                 meter.count_step(batch)
                 run.uncounted_skipped += out["skipped"]
+                run.spikes.record(out)
                 skipped_in_a_row = (skipped_in_a_row + 1) * out["skipped"]
                 if run.average is not None:
                     run.average.update(strategy.local_shards().items(), step, 1 - out["skipped"])
@@ -108,11 +112,14 @@ def fit(
                 # -- metrics
                 is_last = run.step == plan.total_steps
                 if run.step % train.log_every == 0 or is_last:
-                    run.count_skipped()
-                    line = meter.build_line(run.step, lr, out, run.skipped, dict(loader.bad))
+                    numbers = run.average_numbers(out)
+                    line = meter.build_line(run.step, lr, numbers, run.skipped, dict(loader.bad)) | run.spikes.metrics()
                     log.write_metrics(line)
                     bar.log(line, meter.seconds_left(run.step))
-                if run.step % train.log_every == 0 or is_last or strategy.device.type == "cpu":
+                    if run.spikes.is_due() and run.roll_back():
+                        skipped_in_a_row.zero_()
+                is_read = run.step % train.log_every == 0 or is_last or strategy.device.type == "cpu"
+                if is_read and not run.spikes.can_roll_back():
                     run.refuse_divergence(int(skipped_in_a_row))
 
                 # -- evaluation, checkpoint, stop

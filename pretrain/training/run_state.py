@@ -17,6 +17,7 @@ from pretrain.checkpoints import store
 from pretrain.data.loader import Loader
 from pretrain.errors import ConfigError, UserError
 from pretrain.optim import WeightAverage
+from pretrain.printable import format_count
 from pretrain.runtime import distributed, memory
 from pretrain.runtime.agree import on_main
 from pretrain.runtime.console import log_info
@@ -27,6 +28,7 @@ from pretrain.strategies.batch_norm import refuse_chunks
 from pretrain.training.config import RunPlan
 from pretrain.training.metrics import RunLog
 from pretrain.training.run_dir import RunFolder
+from pretrain.training.spikes import SpikeWatch, find_state_error
 
 _TRAINER_STATE: dict[str, Any] = {
     "step": int,
@@ -51,6 +53,8 @@ def load_trainer_state(path: Path) -> dict[str, Any]:
     names = [state.get("good"), *state["results"], *state["loader"]["bad"]]
     if not all(isinstance(n, int | float) for n in numbers) or not all(isinstance(n, str | None) for n in names):
         raise UserError(f"{path} is damaged: its results or its counts of bad samples are not numbers by name")
+    if "spikes" in state and (error := find_state_error(state["spikes"])):  # older checkpoints have none
+        raise UserError(f"{path} is damaged: spikes: {error}")
     if (state.get("good") or "step-0") != Path(state.get("good") or "step-0").name:
         raise UserError(f"{path} is damaged: good is {state['good']!r:.80}")
     try:
@@ -97,6 +101,7 @@ class Run:
         """The last checkpoint that a step with finite gradients has followed, so that its weights are known to be good."""
         self.best_score = -math.inf
         self.results: dict[str, float] = {}
+        self.spikes = SpikeWatch(plan.train, strategy.device)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Saving and resuming
@@ -124,14 +129,9 @@ class Run:
             if self.plan.optim.average:
                 self.average = WeightAverage(self.strategy.local_shards().items(), self.plan.optim.average)
             return 0
-        self.strategy.load(checkpoint / "state")
-        if self.plan.optim.average:
-            raw = store.read_weights(_training_weights_folder(checkpoint))
-            averaged = checkpoint / "state" / "average" if self.plan.convert_weights is not None else checkpoint
-            # The strategy shards the average as it shards the weights.
-            self.strategy.load_full_weights(_read_trainable_weights(averaged, self.strategy.trainable_shapes()))
-            self.average = WeightAverage(self.strategy.local_shards().items(), self.plan.optim.average)
-            self.strategy.load_full_weights(raw)
+        self._load_optimizer_and_average(checkpoint)
+        if "spikes" in trainer_state:
+            self.spikes.load_state_dict(trainer_state["spikes"])
         self.loader.load_state_dict(trainer_state["loader"])
         self.skipped, self.best_score, self.step = trainer_state["skipped"], trainer_state["best"], trainer_state["step"]
         self.results = trainer_state["results"]
@@ -142,6 +142,17 @@ class Run:
         self.good = good if good in store.list_complete(checkpoint.parent) else None
         log_info(f"resuming {checkpoint} at step {self.step} of {self.plan.total_steps}")
         return self.step
+
+    def _load_optimizer_and_average(self, checkpoint: Path) -> None:
+        """Load the optimizer state, and the averaged weights if there are any, while the model has the trained ones."""
+        self.strategy.load(checkpoint / "state")
+        if self.plan.optim.average:
+            raw = store.read_weights(_training_weights_folder(checkpoint))
+            averaged = checkpoint / "state" / "average" if self.plan.convert_weights is not None else checkpoint
+            # The strategy shards the average as it shards the weights.
+            self.strategy.load_full_weights(_read_trainable_weights(averaged, self.strategy.trainable_shapes()))
+            self.average = WeightAverage(self.strategy.local_shards().items(), self.plan.optim.average)
+            self.strategy.load_full_weights(raw)
 
     def leave_branch(self, checkpoint: Path | None) -> None:
         """Set aside the checkpoints that are not on the way to `checkpoint`, from which this start resumes. Collective.
@@ -178,6 +189,8 @@ class Run:
         Skipped steps change no weights: the first step that is not skipped computes with the weights of the checkpoint.
         """
         self.count_skipped()
+        if self.spikes.can_roll_back():
+            return self._checkpoint(self.spikes.good)
         if self.saved is not None and self.skipped - self.saved_skipped < self.step - self.saved_step:
             self.good = self.saved
         return self.good
@@ -187,6 +200,10 @@ class Run:
 
         is_complete: the run ends here with a finite loss, so that no earlier checkpoint is needed.
         """
+        if self.plan.train.on_spike != "ignore":
+            self.spikes.judge(*distributed.mean_many([self.spikes.pending()]), self.step)
+        if self.step % self.plan.train.save_every == 0:
+            self.spikes.note_checkpoint(self.step)
         good = self.find_good()
         raw = weights = self.strategy.full_weights()
         resume_weights: dict[str, dict[str, Tensor]] = {}
@@ -209,6 +226,7 @@ class Run:
                     "skipped": self.skipped,
                     "best": self.best_score,
                     "results": self.results,
+                    "spikes": self.spikes.state_dict(),
                     "good": good.name if good is not None and good.parent == self.folder.checkpoints else None,
                 }
                 store.save_tensors(folder / "trainer.pt", trainer_state)
@@ -228,6 +246,52 @@ class Run:
             is_good=is_complete,
         )
         self.saved_step, self.saved_skipped = self.step, self.skipped
+
+    def _checkpoint(self, step: int) -> Path:
+        return self.folder.checkpoints / f"step-{step:07d}"
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Log steps
+
+    def average_numbers(self, out: dict[str, Tensor]) -> dict[str, float]:
+        """Return what a step returned, averaged over processes, and judge the losses since the last log step. Collective."""
+        self.count_skipped()
+        names = [name for name in out if name != "skipped"]
+        *means, losses = distributed.mean_many([*(out[name] for name in names), self.spikes.pending()])
+        self.spikes.judge(losses, self.step)
+        return {name: float(mean) for name, mean in zip(names, means, strict=True)}
+
+    def roll_back(self) -> bool:
+        """Go back to the weights and the optimizer state of the last good checkpoint; step and data stay. Collective.
+
+        Returns False where there is no usable checkpoint. Raises UserError after train.max_rollbacks to the same one.
+        """
+        spikes, checkpoint = self.spikes, self._checkpoint(self.spikes.good)
+        cause = spikes.cause if spikes.open else f"step {self.step}: {spikes.failed_in_a_row} steps in a row were skipped"
+        error = on_main(lambda: store.integrity_error(checkpoint)) if spikes.good else "none is known to be good"
+        if error:
+            log_info(f"{cause}; there is no checkpoint to go back to ({error}), so the run goes on")
+            spikes.close_spike()
+            return False
+        if spikes.returns >= spikes.max_rollbacks:
+            raise UserError(
+                f"{cause}, after {format_count(spikes.returns, 'rollback')} to {checkpoint} (train.max_rollbacks); lower "
+                f"optim.lr={self.plan.optim.lr}, raise optim.warmup, or resume={checkpoint} with train.on_spike=log"
+            )
+        trainer_state = load_trainer_state(checkpoint / "state" / "trainer.pt")
+        raw = store.read_weights(_training_weights_folder(checkpoint))
+        self.strategy.load_full_weights(raw)
+        with torch.no_grad():
+            for name, buffer in self.strategy.module.named_buffers():
+                if name in raw:
+                    buffer.copy_(raw[name])
+        self._load_optimizer_and_average(checkpoint)
+        spikes.note_rollback(self.step, trainer_state["spikes"]["losses"])
+        log_info(
+            f"{cause}; back to {checkpoint.name}, on with step {self.step + 1}: the updates of steps {spikes.good + 1} to "
+            f"{self.step} are undone (rollback {spikes.returns} of at most {spikes.max_rollbacks})"
+        )
+        return True
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:

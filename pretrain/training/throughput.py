@@ -9,10 +9,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pretrain.data.batch import Batch
-from pretrain.runtime import distributed
 from pretrain.runtime.gpus import find_gpu, peak_flops
 from pretrain.runtime.memory import peak_bytes
 from pretrain.training.flops import FlopCounter
@@ -64,12 +62,11 @@ class ThroughputMeter:
         if self._flops is not None:
             self._flops.add(batch)
 
-    def build_line(self, step: int, lr: float, out: dict[str, Tensor], skipped: int, bad: dict[str, int]) -> dict[str, Any]:
-        """Build a line of metrics.jsonl, and begin to measure anew. Collective.
+    def build_line(self, step: int, lr: float, numbers: dict[str, float], skipped: int, bad: dict[str, int]) -> dict[str, Any]:
+        """Build a line of metrics.jsonl, and begin to measure anew.
 
-        Reading the values of `out`, what train_step() returned, waits for the device.
+        numbers: what train_step() returned, averaged over processes.
         """
-        numbers = {name: float(distributed.mean(value.float())) for name, value in out.items() if name != "skipped"}
         now = time.perf_counter()
         seconds = max(1e-9, now - self._begin - self._excluded)
         self._rate = (step - self._step) * self._batch_size / seconds

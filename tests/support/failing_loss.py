@@ -22,9 +22,13 @@ class Config(clip.Config):
     name: str = "tests.support.failing_loss"
     at: int = 3
     """The first call that fails, from 1."""
-    how: Literal["nan", "crash", "interrupt", "terminate"] = "nan"
+    how: Literal["nan", "crash", "interrupt", "terminate", "spike"] = "nan"
     """nan: every loss from there on is NaN; crash: a ValueError; interrupt: Ctrl-C twice; terminate: one SIGTERM,
-    to the last rank."""
+    to the last rank; spike: the loss and its gradient are 20 times as large."""
+    until: int = 1_000_000
+    """The last call with a NaN or a spike."""
+    stop_at: int = 0
+    """The call in which the last rank receives SIGTERM, however the loss fails; 0 = none."""
 
 
 class Loss(clip.Loss):
@@ -39,8 +43,12 @@ class Loss(clip.Loss):
         assert isinstance(self.config, Config)
         self.calls += 1
         loss, report = super().forward(features, scale, bias, targets)
-        if self.config.how == "nan" and self.calls >= self.config.at:
-            return loss * float("nan"), report
+        if self.calls == self.config.stop_at and distributed.rank() == distributed.world_size() - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if self.config.how in ("nan", "spike") and self.config.at <= self.calls <= self.config.until:
+            return loss * (20 if self.config.how == "spike" else float("nan")), report
+        if self.config.how in ("nan", "spike"):
+            return loss, report
         is_last_rank = distributed.rank() == distributed.world_size() - 1
         if self.calls == self.config.at and (self.config.how != "terminate" or is_last_rank):
             if self.config.how == "crash":
