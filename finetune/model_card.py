@@ -30,9 +30,18 @@ for graph, names in task["graphs"].items():
     values.update(zip(names["outputs"], outputs))
 {print}"""
 PRINT = {
-    True: 'print(task["names"][values[task["output"]][0].argmax()])',
-    False: 'print(1 / (1 + np.exp(-values[task["output"]])))  # probability that image and text match',
+    "answer": 'print(task["names"][values[task["output"]][0].argmax()])',
+    "sum": """similarity = (values["image_embeds"] * values["text_embeds"]).sum(axis=1)
+print(values[task["output"]] + task["logit_scale"] * similarity)  # score that orders pairs; not a probability""",
+    "matching": 'print(1 / (1 + np.exp(-values[task["output"]])))  # probability that image and text match',
 }
+
+
+def describe_output(task_values: dict[str, Any]) -> str:
+    """Describe the output of the head, and how to turn it into probabilities or into a score."""
+    if task_values.get("score") == "sum":
+        return f"{task_values['output']}; plus logit_scale times the cosine of the embeddings it is the score that orders pairs"
+    return f"{task_values['output']}; {task_values['probabilities']} turns it into probabilities"
 
 
 def render_card(
@@ -56,14 +65,14 @@ def render_card(
         resize=RESIZE_CODE[preprocess.resize].format(how=preprocess.interpolation.upper(), color=preprocess.pad_color),
         text="how many cars are there?" if tuned.task.text_is_question else "a red car",
         padding=repr("max_length" if not tuned.model.encoder.tower("text").trims else True),
-        print=PRINT[bool(task_values["names"])],
+        print=PRINT["answer" if task_values["names"] else task_values.get("score", "matching")],
     )
     rows = [
         ("task", task),
         ("fusion", None if fusion is None else f"{fusion.name}, {fusion.layers} layers"),
         ("context", None if fusion is None else tuned.config.context.name),
         ("answers", f"{len(task_values['names']):,}, named in task.json" if task_values["names"] else None),
-        ("output", f"{task_values['output']}; {task_values['probabilities']} turns it into probabilities"),
+        ("output", describe_output(task_values)),
         *(
             (f"{graph}.onnx", f"{', '.join(names['inputs'])} → {', '.join(names['outputs'])}")
             for graph, names in task_values["graphs"].items()

@@ -63,15 +63,22 @@ class WordMaps:
     """Whether the text is a question."""
     truth: str = ""
     """The right answer, where it is known; else empty."""
+    has_probabilities: bool = True
+    """Whether the numbers in `answers` are probabilities; see tasks.Prediction."""
+
+    def format_answers(self) -> tuple[str, str]:
+        """Return the best answer with its probability or score, and the next two probable answers with theirs, or ""."""
+        texts = [f"{name}, {format_share(value) if self.has_probabilities else f'{value:.2f}'}" for name, value in self.answers]
+        others = [f"{name} {format_share(value)}" for name, value in self.answers[1:3] if value >= 0.005]
+        return texts[0] if texts else "", ", ".join(others) if self.has_probabilities else ""
 
     def caption_lines(self) -> list[str]:
         """Return the lines of text above the figure: the text, the prediction, and whether it is right."""
         lines = [f"“{self.text}”" if not self.text_is_question else self.text]
         if self.answers:
-            name, value = self.answers[0]
-            others = ", ".join(f"{other} {format_share(score)}" for other, score in self.answers[1:3] if score >= 0.005)
+            answer, others = self.format_answers()
             lead = "answer: " if self.text_is_question else ""
-            lines.append(f"{lead}{name}, {format_share(value)}{f' (then {others})' if others else ''}")
+            lines.append(f"{lead}{answer}{f' (then {others})' if others else ''}")
         if self.truth:
             lines.append(
                 "which is right" if self.answers and self.answers[0][0] == self.truth else f"right would be: {self.truth}"
@@ -170,7 +177,8 @@ def compute_word_maps(tuned: Finetuned, data: bytes, text: str, method: str = ME
     visible = crop_visible(pixels, image_decoder.size, image_decoder.resize, image_decoder.pad_color)
     values = average_words(maps[0], words).double().numpy()
     labels = [word.text for word in words]
-    return WordMaps(visible, spans.text, labels, values, prediction.best[0], tuned.task.text_is_question)
+    is_question, answers = tuned.task.text_is_question, prediction.best[0]
+    return WordMaps(visible, spans.text, labels, values, answers, is_question, "", prediction.has_probabilities)
 
 
 def find_decoders(tuned: Finetuned) -> tuple[ImageDecoder, TextDecoder]:
@@ -186,8 +194,8 @@ def find_decoders(tuned: Finetuned) -> tuple[ImageDecoder, TextDecoder]:
 
 
 def format_share(value: float) -> str:
-    """Format a probability as "93 %", and a score outside 0 to 1 as a plain number."""
-    return f"{100 * value:.0f} %" if 0 <= value <= 1 else f"{value:.2f}"
+    """Format a probability as "93 %"."""
+    return f"{100 * value:.0f} %"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -240,7 +248,8 @@ def _compute_decoded_word_maps(tuned: Finetuned, image: Tensor, spans: TokenSpan
     visible = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
     values = average_words(maps[0], words).double().numpy()
     labels = [word.text for word in words]
-    return WordMaps(visible, spans.text, labels, values, prediction.best[0], tuned.task.text_is_question)
+    is_question, answers = tuned.task.text_is_question, prediction.best[0]
+    return WordMaps(visible, spans.text, labels, values, answers, is_question, "", prediction.has_probabilities)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

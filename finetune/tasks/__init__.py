@@ -145,6 +145,8 @@ class Prediction:
     """For each row the predictions with their probability or score, best first."""
     score: Tensor
     """(rows,), with its graph where gradients are on: the score of the best prediction, or of the given text."""
+    has_probabilities: bool = True
+    """Whether the numbers in `best` are probabilities; scores have no bounds, and only their order has a meaning."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ class ExportSpec:
     feature: str
     """Name of the head's feature that is exported."""
     probabilities: Literal["softmax", "sigmoid"]
-    """Function that turns the feature into probabilities."""
+    """Function that turns the feature into probabilities; of retrieval with score=sum, among pairs of equal similarity."""
     names: list[str]
     """Name of each column; [] for a single number."""
     more: dict[str, Any] = field(default_factory=dict)

@@ -247,14 +247,15 @@ class Captioning(Task):
         if trace is not None:
             rows = [row[mask].tolist() for row, mask in zip(inputs["text"], masks["text"], strict=True)]
             mean = (score / features["weights"].sum(dim=1).clamp(min=1)).tolist()
-            return Prediction([[(captions.decode(row), value)] for row, value in zip(rows, mean, strict=True)], score)
+            best = [[(captions.decode(row), value)] for row, value in zip(rows, mean, strict=True)]
+            return Prediction(best, score, has_probabilities=False)
         with torch.no_grad():
             generated = self.generate(model, inputs["image"], [str(i) for i in range(len(score))])
         best = [
             [(captions.decode(ids), value / (len(ids) + 1))]
             for ids, value in zip(generated.ids, generated.scores.tolist(), strict=True)
         ]
-        return Prediction(best, score)
+        return Prediction(best, score, has_probabilities=False)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Evaluation

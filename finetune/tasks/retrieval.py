@@ -365,12 +365,20 @@ class Retrieval(Task):
     def predict(
         self, model: FusionModel, inputs: dict[str, Tensor], masks: dict[str, Tensor], trace: Trace | None = None, top: int = 5
     ) -> Prediction:
-        """Return the probability that text and image match; `score` is the matching logit.
+        """Return the number that evaluation orders pairs by.
 
-        With score=sum it is the probability among pairs that embeddings find equally similar.
+        With score=sum it is `score`, matching logit + contrastive logit, which is not a probability: (-inf, inf). With
+        score=matching it is `match`, the probability that text and image match; `Prediction.score` is then its logit.
         """
-        logits = model({name: inputs[name] for name in ("image", "text")}, masks, {}, trace)["match"].float()
-        return Prediction([[("match", p)] for p in logits.detach().sigmoid().tolist()], logits)
+        head, adds_similarity = cast(MatchingHead, model.head), self.config.score == "sum"
+        text, text_embedding = model.tokens_and_embedding("text", inputs["text"], masks["text"], embed=adds_similarity)
+        image, image_embedding = model.tokens_and_embedding("image", inputs["image"], embed=adds_similarity)
+        logits = head.match(model, text, image, trace).double()
+        if text_embedding is None or image_embedding is None:
+            return Prediction([[("match", p)] for p in logits.detach().sigmoid().tolist()], logits)
+        similarity = (text_embedding.double() * image_embedding.double()).sum(dim=1)
+        scores = logits + model.encoder.logit_scale.exp().double() * similarity
+        return Prediction([[("score", score)] for score in scores.tolist()], scores, has_probabilities=False)
 
 
 def _at_least_float32(values: Tensor) -> Tensor:

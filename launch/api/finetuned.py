@@ -52,8 +52,10 @@ class FinetunedModel(Model):
             batch_size: images at a time.
 
         Returns:
-            For each image a list of (answer, score), best first. Scores are probabilities for vqa, retrieval and
-            classification, and mean log-probabilities per token for captioning.
+            For each image a list of (answer, number), best first. The number is a probability for vqa and classification, and
+            the mean log-probability per token for captioning. For retrieval it is what evaluation orders pairs by, so that
+            sorting by it gives the measured ranking: ("score", logit), without bounds, or with task.score=matching
+            ("match", probability).
 
         Raises:
             UserError: an image cannot be read, or there is not one text for each image.

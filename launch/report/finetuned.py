@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from finetune.explain import heatmap
-from finetune.explain.word_maps import WordMaps, format_share, sample_examples
+from finetune.explain.word_maps import WordMaps, sample_examples
 from finetune.loading import Finetuned
 from launch.report import figures
 from launch.report.run_history import Line, RunHistory
@@ -40,9 +40,9 @@ class Example:
     """A data URI."""
     text: str
     answer: str
-    """The best answer with its probability."""
+    """The best answer with its probability or score."""
     other_answers: str
-    """The next two answers with their probabilities."""
+    """The next two answers with their probabilities, where they have any."""
     truth: str
     """The right answer; empty where it is unknown."""
     is_right: bool
@@ -118,8 +118,7 @@ def build_section(model: Finetuned, shards: Any, workers: int = 2, count: int = 
 
 def build_example(maps: WordMaps) -> Example:
     """Turn an image, its text and the maps of its words into what the page shows."""
-    answer, probability = maps.answers[0] if maps.answers else ("", 0.0)
-    others = ", ".join(f"{other} {format_share(score)}" for other, score in maps.answers[1:3] if score >= 0.005)
+    answer, others = maps.format_answers()
     strengths = heatmap.compute_strengths(maps.maps)
     words = [
         WordTile(word, heatmap.encode_data_uri(image), bool(strength < heatmap.RING_THRESHOLD))
@@ -128,10 +127,10 @@ def build_example(maps: WordMaps) -> Example:
     return Example(
         image=heatmap.encode_data_uri(maps.image.resize((TILE_PIXELS, TILE_PIXELS))),
         text=maps.text,
-        answer=f"{answer}, {format_share(probability)}" if answer else "",
+        answer=answer,
         other_answers=others,
         truth=maps.truth,
-        is_right=bool(maps.truth) and answer == maps.truth,
+        is_right=bool(maps.truth) and bool(maps.answers) and maps.answers[0][0] == maps.truth,
         words=words,
     )
 

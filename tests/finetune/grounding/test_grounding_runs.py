@@ -117,7 +117,8 @@ def test_examples_for_the_report(runs: Path, small: Small) -> None:
     repeated = sample_examples(finetune.load(runs / "vqa"), small.val, 6)
     assert [example.text for example in repeated] == [example.text for example in examples]
     (example,) = sample_examples(finetune.load(runs / "retrieval"), small.val, 1)
-    assert example.answers[0][0] == "match"
+    assert example.answers[0][0] == "score"
+    assert example.format_answers() == (f"score, {example.answers[0][1]:.2f}", "")  # not a probability in percent
     assert not example.truth
 
 

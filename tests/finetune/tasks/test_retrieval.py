@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import json
@@ -11,6 +12,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import clipfuse
 import numpy as np
 import pytest
 import torch
@@ -108,7 +110,7 @@ def test_reranking_equals_sorting_every_pair(small: Small, run: Path, score: str
         rows = []
         for i in range(n):
             repeated = image[i : i + 1].expand(n, -1, -1, -1)
-            rows.append(loaded.task.predict(loaded.model, {"image": repeated, "text": ids}, {"text": mask}).score.double())
+            rows.append(loaded.model({"image": repeated, "text": ids}, {"text": mask}, {})["match"].double())
         match = torch.stack(rows)
         scale = loaded.model.encoder.logit_scale.exp().double() if score == "sum" else 0.0
     second = match + scale * near
@@ -133,13 +135,53 @@ def read_batches(loaded: Any, shards: str, count: int) -> list[Batch]:
     return list(loader.build_eval_loader(shards, {n: loaded.decoders[n] for n in ("image", "text")}, 8, max_samples=count))
 
 
+def read_jpegs(shards: str, count: int) -> list[bytes]:
+    with tarfile.open(shards.replace("*", "0000")) as tar:
+        return [tar.extractfile(m).read() for m in tar.getmembers() if m.name.endswith("jpg")][:count]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("score", ["sum", "matching"])
+def test_predict_gives_the_order_that_evaluation_measures(small: Small, run: Path, score: str) -> None:
+    """Sorting all pairs by predict's numbers gives the evaluated recall, where the matching logit alone gives another order."""
+    model, n = clipfuse.load(run, device="cpu"), 18
+    model._finetuned.task.config.score = score
+    model._finetuned.task.config.rerank = n
+    images, captions = (
+        read_jpegs(small.val, n),
+        [c[0] for b in read_batches(model._finetuned, small.val, n) for c in b.targets["captions"]],
+    )
+    answers = model.predict(images * n, [caption for caption in captions for _ in range(n)])
+    assert {name for [(name, _)] in answers} == {"score" if score == "sum" else "match"}
+    predicted = torch.tensor([value for [(_, value)] in answers], dtype=torch.float64).view(n, n)  # of caption and image
+    out = model._finetuned.evaluate(small.val, EvalConfig(workers=0, max_samples=n), CPU)
+    for k in (1, 5):
+        for name, scores in (("text_to_image", predicted), ("image_to_text", predicted.T)):
+            ranks = (scores > scores.diagonal()[:, None]).sum(dim=1)
+            assert out[f"reranked_{name}_R@{k}"] == pytest.approx(float((ranks < k).double().mean()))
+    ids, mask = model._finetuned.decoders["text"].encode(captions)
+    pixels = torch.stack([model._finetuned.decoders["image"].decode_eval(image) for image in images])
+    with torch.inference_mode():
+        rows = [
+            model._finetuned.model(
+                {"image": pixels, "text": ids[i : i + 1].expand(n, -1)}, {"text": mask[i : i + 1].expand(n, -1)}, {}
+            )["match"]
+            for i in range(n)
+        ]
+    match = torch.stack(rows).double()
+    assert torch.equal(match.argsort(dim=1), predicted.argsort(dim=1)) == (score == "matching")
+    if score == "matching":
+        torch.testing.assert_close(predicted, match.sigmoid())
+    else:
+        cosine = torch.from_numpy(model.encode_texts(captions) @ model.encode_images(images).T).double()
+        torch.testing.assert_close(predicted, match + model.logit_scale * cosine, atol=1e-4, rtol=1e-4)
+
+
 def test_several_captions_per_image_and_tokens_without_padding(small: Small, run: Path, tmp_path: Path) -> None:
     """Repeating each caption changes neither ceiling nor recall; k is limited to the gallery."""
     loaded = finetune.load(run)
     loaded.task.config.rerank = 1000  # type: ignore[attr-defined]
     samples = read_batches(loaded, small.val, 6)
-    with tarfile.open(small.val.replace("*", "0000")) as tar:
-        images = [tar.extractfile(m).read() for m in tar.getmembers() if m.name.endswith("jpg")][:6]  # type: ignore[union-attr]
+    images = read_jpegs(small.val, 6)
     texts = [captions[0] for b in samples for captions in b.targets["captions"]]
     with tarfile.open(tmp_path / "twice-0000.tar", "w") as tar:
         for i, (image, text) in enumerate(zip(images, texts, strict=True)):
@@ -214,6 +256,13 @@ def test_a_tower_copy_learns_and_embeddings_stay(small: Small, encoders: Path, t
     weights = wise_ft.load_pretrained(loaded)
     assert {name for name in loaded.model.state_dict() if name.startswith("forks.")} <= weights.keys()
     export(loaded, tmp_path / "onnx")  # it compares outputs
+    image, code = read_jpegs(small.val, 1)[0], (tmp_path / "onnx/README.md").read_text().split("```python\n")[1].split("```")[0]
+    (tmp_path / "picture.jpg").write_bytes(image)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(code.replace("picture.jpg", str(tmp_path / "picture.jpg")).replace('"onnx"', repr(str(tmp_path / "onnx"))), {})
+    score = loaded.predict([image], ["a red car"]).score.item()
+    assert float(printed.getvalue().strip("[]\n")) == pytest.approx(score, abs=0.05)  # the card resizes with another library
     assert loaded.evaluate(small.val, EvalConfig(workers=0, max_samples=4), CPU)["samples"] == 4
 
 
@@ -333,13 +382,17 @@ def test_negative_captions_of_a_sample(small: Small) -> None:
 
 
 def test_prediction_for_one_text_per_image(small: Small, run: Path) -> None:
+    """Only with score=matching is the number a probability."""
     loaded = finetune.load(run)
     batch = read_batches(loaded, small.val, 3)[0]
-    prediction = loaded.task.predict(loaded.model, {**batch.inputs}, batch.masks)
-    assert [[name for name, _ in row] for row in prediction.best] == [["match"]] * 3
-    for row, score in zip(prediction.best, prediction.score.tolist(), strict=True):
-        assert row[0][1] == pytest.approx(1 / (1 + math.exp(-score)))
-    prediction.score.sum().backward()
+    for setting, name in (("matching", "match"), ("sum", "score")):
+        loaded.task.config.score = setting  # type: ignore[attr-defined]
+        prediction = loaded.task.predict(loaded.model, {**batch.inputs}, batch.masks)
+        assert [[name for name, _ in row] for row in prediction.best] == [[name]] * 3
+        assert prediction.has_probabilities == (name == "match")
+        for row, score in zip(prediction.best, prediction.score.tolist(), strict=True):
+            assert row[0][1] == pytest.approx(1 / (1 + math.exp(-score)) if name == "match" else score)
+        prediction.score.sum().backward()
 
 
 @pytest.mark.parametrize(
