@@ -1,11 +1,16 @@
 """Every shipped configuration builds without network access, and names the command that runs it."""
 
+import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 from launch import cli
+from pretrain.checkpoints.loading import load_model
+from pretrain.data.text import load_tokenizer
 from pretrain.train import load_config
+from tests.pretrain.towers.test_weights import make_bert, make_resnet
 from tests.support import ROOT, Small
 
 SHIPPED = sorted((ROOT / "configs/pretrain").glob("*.yaml"))
@@ -20,19 +25,55 @@ SETTINGS = [
 ]
 
 
+def first_line(path: Path) -> list[str]:
+    """Return the words of the command in the first line of a configuration, without `clipfuse`."""
+    line = path.read_text().splitlines()[0]
+    return shlex.split(line[line.index("clipfuse ") :])[1:]
+
+
+@pytest.fixture
+def published(small: Small, in_tmp: Path) -> list[str]:
+    """Write a ResNet and a sentence encoder into the working folder; return the settings that `two-towers` takes them by."""
+    torch.save(make_resnet().state_dict(), "resnet.pth")
+    make_bert(Path("bert"), pooling_mode_mean_tokens=True)
+    load_tokenizer(small.tokenizer).save_pretrained("bert")
+    image = ["image.name=resnet18", "image.args={channels: [8, 8, 16, 16], layers: [1, 1, 1, 1]}", "image.size=32"]
+    return [*image, "image.weights=resnet.pth", "text.name=bert", "text.length=24"]
+
+
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_pretraining_loads_and_its_first_line_is_the_command(path: Path) -> None:
+def test_the_command_in_the_first_line_runs(
+    path: Path, small: Small, published: list[str], in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a dry run, with towers of full size. The data and the tokenizer are others, and published weights stay at the hub."""
     load_config(path, [])
-    first = path.read_text().splitlines()[0]
-    assert first.startswith("# clipfuse pretrain ") or "clipfuse pretrain" in first
-
-
-@pytest.mark.parametrize("path", [path for path in SHIPPED if path.stem != "clip-base"], ids=lambda path: path.stem)
-def test_pretraining_builds_in_a_dry_run(path: Path, small: Small, in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The towers have their full size. Published weights are not downloaded."""
-    settings = [*SETTINGS, f"text.tokenizer={small.tokenizer}", "image.pretrained=false"]
-    assert cli.main(["pretrain", path.stem, "--dry-run", *settings]) == 0
+    command = first_line(path)
+    if path.stem == "two-towers":
+        settings = [f"data.train={small.train}", f"data.val={small.val}", *published]
+    elif path.stem == "clipart":
+        settings = [f"data.train={small.train}", f"data.val={small.val}"]
+    else:
+        settings = [*SETTINGS, f"text.tokenizer={small.tokenizer}", "image.pretrained=false"]
+    assert cli.main([*command, "--dry-run", *settings]) == 0
     assert "trainable" in capsys.readouterr().out
+    assert path.stem in (command[1], "clip-base")
+
+
+def test_two_towers_align_local_towers_and_read_the_pooling(
+    small: Small, published: list[str], in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One step: the towers learn at their own rates, and the text tower pools as its folder says."""
+    data = [f"data.train={small.train}", "data.batch_size=16", "data.workers=0", "train.steps=1", "train.epochs=0"]
+    assert cli.main(["pretrain", "two-towers", *data, *published, "train.threads=1", "optim.warmup=0"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if line.startswith("image tower: weights from resnet.pth: ")]
+    assert [line for line in lines if line.startswith("text tower: weights from bert: ")]
+    loaded = load_model("runs/two-towers")
+    assert loaded.config.text.pool == "avg"
+    # AdamW's first step has the length of the learning rate, whatever the gradient.
+    before, after = torch.load("resnet.pth"), loaded.model.tower("image").model.state_dict()
+    step = (after["conv1.weight"] - before["conv1.weight"]).abs().median()
+    assert step == pytest.approx(1e-3 * 0.1, rel=0.2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
