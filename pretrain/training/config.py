@@ -20,6 +20,9 @@ from pretrain.strategies.blocks import CompileMode
 from pretrain.training.flops import FlopCounter
 from pretrain.training.metrics import check_trackers
 
+EVALUATIONS = 10
+"""Evaluations of a run with train.eval_every=null, enough for a curve."""
+
 
 @dataclass
 class TrainConfig:
@@ -53,8 +56,9 @@ class TrainConfig:
     """Steps between checkpoints; the last step is always saved."""
     keep: int = 3
     """Newest checkpoints to keep in addition to the best one, and to the last one after which losses were finite; 0 = all."""
-    eval_every: int = 0
-    """Steps between evaluations on data.val; 0 = only at the end."""
+    eval_every: int | None = None
+    """Steps between evaluations on data.val; 0 = only at the end. null: ten evaluations, or fewer where they would read more
+    than a third as many samples as training does."""
     log_every: int = 10
     """Steps between lines in metrics.jsonl."""
     audit: bool = False
@@ -97,7 +101,7 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name}={getattr(self, name)} must be at least 1")
         for name in ("keep", "eval_every", "threads"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise ConfigError(f"train.{name}={getattr(self, name)} must be at least 0")
         check_trackers(self.trackers)
         strategies.check(
@@ -118,6 +122,20 @@ class TrainConfig:
             return self.steps
         return math.ceil(self.samples / batch_size) if self.samples else order.steps(self.epochs, batch_size)
 
+    def evaluation_interval(self, total_steps: int, batch_size: int, val_samples: int) -> int:
+        """Return the steps between evaluations; 0 = only at the end.
+
+        Args:
+            total_steps: of the whole run.
+            batch_size: samples a step, over all processes.
+            val_samples: samples that one evaluation reads.
+        """
+        if self.eval_every is not None:
+            return self.eval_every
+        # The forward passes of an evaluation cost about a third of a training step for each sample.
+        count = min(EVALUATIONS, total_steps * batch_size // (3 * max(1, val_samples)))
+        return math.ceil(total_steps / count) if count > 1 else 0
+
 
 @dataclass
 class RunPlan:
@@ -127,6 +145,8 @@ class RunPlan:
     batch_size: int
     """Samples a step, over all processes."""
     total_steps: int
+    eval_every: int
+    """Steps between evaluations; 0 = only at the end."""
     train: TrainConfig
     optim: OptimConfig
     resolved_config: dict[str, Any]

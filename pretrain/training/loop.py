@@ -124,7 +124,7 @@ def fit(
 
                 # -- evaluation, checkpoint, stop
                 is_best = False
-                if evaluate is not None and (is_last or (train.eval_every and run.step % train.eval_every == 0)):
+                if evaluate is not None and (is_last or (plan.eval_every and run.step % plan.eval_every == 0)):
                     watchdog.mark(step, "evaluating")
                     with meter.exclude():
                         is_best = run.evaluate_safely(log)

@@ -28,7 +28,7 @@ from pretrain import model as models
 from pretrain import strategies
 from pretrain.checkpoints import loading, resuming, store, warm_start
 from pretrain.data import loader as loaders
-from pretrain.data.config import evaluation_caption, list_shards_once, resolve_sources_once
+from pretrain.data.config import count_samples_once, evaluation_caption, list_shards_once, resolve_sources_once
 from pretrain.data.loader import Loader
 from pretrain.data.text import TextDecoder
 from pretrain.errors import ConfigError, UserError
@@ -53,6 +53,24 @@ def check_batch_and_evaluation(config: Any) -> None:
         )
     if config.train.eval_every and not config.data.val:
         raise ConfigError(f"train.eval_every={config.train.eval_every} needs data.val, the shards to evaluate on")
+
+
+def choose_evaluation_interval(config: Any, total_steps: int) -> int:
+    """Return the steps between evaluations, and log them where train.eval_every leaves them open; 0 = only at the end.
+
+    Collective. Raises UserError where the samples of data.val cannot be counted.
+    """
+    train, data = config.train, config.data
+    if train.eval_every is not None or not data.val:
+        return train.eval_every or 0
+    counts = count_samples_once(list_shards_once(data.val, "data.val"), data.build_cache(), "data.val")
+    samples = min(sum(counts), config.eval.max_samples or sum(counts))
+    interval: int = train.evaluation_interval(total_steps, data.batch_size, samples)
+    times = (
+        f"every {format_count(interval, 'step')}" if interval else "at the end only; train.eval_every=N evaluates more often"
+    )
+    log_info(f"evaluates on {format_count(samples, 'sample')} {times}")
+    return interval
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -98,10 +116,12 @@ class Session:
         """
         config = self.config
         data_identity = {"seed": config.seed, "data.batch_size": config.data.batch_size, "data": loader.digest()}
+        total_steps = config.train.total_steps(config.data.batch_size, loader.order)
         return RunPlan(
             seed=config.seed,
             batch_size=config.data.batch_size,
-            total_steps=config.train.total_steps(config.data.batch_size, loader.order),
+            total_steps=total_steps,
+            eval_every=choose_evaluation_interval(config, total_steps),
             train=config.train,
             optim=config.optim,
             resolved_config=hide_secrets_in(configuration.to_dict(config)),
