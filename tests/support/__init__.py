@@ -6,7 +6,6 @@ import json
 import os
 import resource
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,16 +77,13 @@ def make_small(root: Path) -> Small:
 def run_clipfuse(
     *arguments: str | Path, cwd: Path, timeout: float = 240, check: int | None = 0
 ) -> subprocess.CompletedProcess[str]:
-    """Run clipfuse in a new process; fail the test if its exit code is not `check` (None: any code)."""
-    done = subprocess.run(
-        [sys.executable, "-m", "launch.cli", *map(str, arguments)],
-        cwd=cwd,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+    """Run clipfuse in a forked process; fail the test if its exit code is not `check` (None: any code).
+
+    The fork server has imported the libraries already. Commands in fresh interpreters: `tests.support.launches`, test_readme.
+    """
+    from tests.support import world
+
+    done = world.run_command([str(argument) for argument in arguments], cwd, timeout)
     if check is not None and done.returncode != check:
         raise AssertionError(f"exit code {done.returncode}, not {check}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
     return done

@@ -12,6 +12,9 @@ import io
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import signal
+import subprocess
+import sys
 import tempfile
 import time
 import traceback
@@ -23,6 +26,8 @@ from typing import Any
 
 import torch
 import torch.distributed as td
+
+from tests.support import environment
 
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -57,6 +62,40 @@ def run(work: Callable[..., Any], processes: int, *args: Any, timeout: float = 5
             for rank in ranks:
                 rank.kill()
                 rank.join()
+
+
+def run_command(arguments: list[str], cwd: Path, timeout: float) -> subprocess.CompletedProcess[str]:
+    """Run the clipfuse command in a forked process with `cwd` as its working folder; return what it wrote and its exit code.
+
+    Raises subprocess.TimeoutExpired after `timeout` seconds; the process and its children are killed.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        out, err = Path(name, "out"), Path(name, "err")
+        process = _server().Process(target=_run_command, args=(arguments, str(cwd), str(out), str(err)))
+        process.start()
+        assert process.pid is not None
+        process.join(timeout)
+        if process.exitcode is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.join()
+            raise subprocess.TimeoutExpired(arguments, timeout, out.read_text(), err.read_text())
+        stdout, stderr = (path.read_text(errors="replace") for path in (out, err))
+        return subprocess.CompletedProcess(arguments, process.exitcode, stdout, stderr)
+
+
+def _run_command(arguments: list[str], cwd: str, out: str, err: str) -> None:
+    """Run the clipfuse command in this process, its output in the files `out` and `err`."""
+    os.setsid()
+    for number, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.chdir(cwd)
+    variables = environment()
+    os.environ.clear()
+    os.environ.update(variables)
+    sys.argv = ["clipfuse", *arguments]
+    from launch.cli import main
+
+    sys.exit(main(arguments))
 
 
 def _collect(receivers: list[Connection], deadline: float) -> list[Any]:
