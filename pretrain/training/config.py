@@ -19,6 +19,7 @@ from pretrain.strategies import Precision
 from pretrain.strategies.blocks import CompileMode
 from pretrain.training.flops import FlopCounter
 from pretrain.training.metrics import check_trackers
+from pretrain.training.profile import parse_steps
 
 EVALUATIONS = 10
 """Evaluations of a run with train.eval_every=null, enough for a curve."""
@@ -61,6 +62,9 @@ class TrainConfig:
     than a third as many samples as training does."""
     log_every: int = 10
     """Steps between lines in metrics.jsonl."""
+    profile: str | None = None
+    """START:STOP, for example 10:15: process 0 writes a trace of the steps after step START, up to step STOP, into the run folder
+    (profile-START-STOP.json.gz), and prints where their time goes; null = none."""
     audit: bool = False
     """Write the keys of every consumed sample to audit-RANK.jsonl."""
     compile: CompileMode = "false"
@@ -103,6 +107,9 @@ class TrainConfig:
         for name in ("keep", "eval_every", "threads"):
             if (getattr(self, name) or 0) < 0:
                 raise ConfigError(f"train.{name}={getattr(self, name)} must be at least 0")
+        steps = parse_steps(self.profile)
+        if steps and 0 < self.steps <= steps.start:
+            raise ConfigError(f"train.profile={self.profile} begins at the end of the run: train.steps={self.steps}")
         check_trackers(self.trackers)
         strategies.check(
             self.strategy,
