@@ -12,7 +12,8 @@ gives `loss` the fields of pretrain/losses/clip.py.
 values.py          plain values, where each was set, and the text it was written as
 reading.py         YAML files with their `base:`, key=value settings, and shipped configurations by name
 merging.py         values of one file or command line over those of another
-written.py         what a field takes of a value: text as it was written, decimal numbers
+spelling.py        the numbers, truth values and null that text without quotes stands for
+written.py         what a field takes of a value: text as it was written, numbers, or plain values of any type
 schema.py          values -> dataclasses, and the error lines
 numbers.py         checks of numbers against intervals
 saving.py          a configuration as plain values and as YAML
@@ -25,7 +26,7 @@ from pretrain.config.merging import merge
 from pretrain.config.numbers import SEED, check_numbers
 from pretrain.config.reading import find_config, load_values, parse_dotlist, read_yaml
 from pretrain.config.saving import save, to_dict, to_yaml
-from pretrain.config.schema import build, component_field, extra_components, load, text_field
+from pretrain.config.schema import build, component_field, extra_components, load, read_text_field, text_field
 from pretrain.config.values import notes
 from pretrain.config.written import written_text
 
@@ -41,6 +42,7 @@ __all__ = [
     "merge",
     "notes",
     "parse_dotlist",
+    "read_text_field",
     "read_yaml",
     "save",
     "text_field",

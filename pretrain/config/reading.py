@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from omegaconf.omegaconf import get_yaml_loader
 
 from pretrain.config.merging import merge
-from pretrain.config.values import COMMAND_LINE, Section, Source, shorten, with_sources, with_text_keys
+from pretrain.config.values import COMMAND_LINE, Section, Source, is_literal, shorten, with_sources, with_text_keys
 from pretrain.errors import ConfigError, closest
 
 
@@ -119,16 +119,20 @@ def _parse_value(item: str, text: str, order: int) -> tuple[Any, Source]:
         value: Any = yaml.load(text, Loader=get_yaml_loader())
         value = typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create({"value": value}), resolve=False))["value"]
     except (OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError) as error:
-        return text, Source(text, text, COMMAND_LINE, order, f"{item!r} cannot be read: {' '.join(str(error).split())}")
+        return text, Source(text, text, COMMAND_LINE, order, _explain_unreadable(item, error))
     if isinstance(node, yaml.ScalarNode) and node.style in ("'", '"'):
-        return value, Source(value, node.value, COMMAND_LINE, order)
+        return value, Source(value, node.value, COMMAND_LINE, order, is_literal=True)
     if value is None and text.strip().lower() not in ("", "~", "null"):  # YAML reads a comment or the name of an anchor
         return text, Source(text, text, COMMAND_LINE, order)
     if node is not None:
         value = with_sources(value, node, loader, COMMAND_LINE, order)
     if isinstance(value, Section) and not value:
         value.replaces = True
-    return value, Source(value, text, COMMAND_LINE, order)
+    return value, Source(value, text, COMMAND_LINE, order, is_literal=node is not None and is_literal(node, loader))
+
+
+def _explain_unreadable(item: str, error: Exception) -> str:
+    return f"{shorten(item)!r} cannot be read: {shorten(' '.join(str(error).split()), 500)}"
 
 
 CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pretrain.config.merging import merge
 from pretrain.config.numbers import check_numbers
 from pretrain.config.reading import load_values
+from pretrain.config.spelling import SpellingError
 from pretrain.config.values import COMMAND_LINE, Section, shorten, with_text_keys, without
 from pretrain.config.written import as_written, written_text
 from pretrain.errors import ConfigError, closest
@@ -76,6 +77,15 @@ def build(schema: type[T], values: dict[str, Any], where: str, partial: bool = F
         raise min(problems, key=lambda problem: problem[0])[1]
     _check(config)
     return typing.cast(T, config)
+
+
+def read_text_field(values: dict[str, Any], key: str, default: str | None = None) -> Any:
+    """Return the value that a `text_field` of this name takes, before the whole configuration is built. Raises ConfigError.
+
+    It is the text as it was written, with its variables resolved: `values` must be the user's own file and command line.
+    """
+    schema = dataclasses.make_dataclass("TextField", [(key, typing.Any, text_field(default))])
+    return getattr(build(schema, without(values, [name for name in values if name != key]), "the configuration"), key)
 
 
 def _place(where: str) -> str:
@@ -200,8 +210,11 @@ def _convert_leaves(
                 reason = str(error).splitlines()[0]
                 message = f"{prefix}{name}={shorten(repr(value))} {_place(place)} cannot be resolved: {shorten(reason)}"
             else:
+                value, note = (error.value, error.note) if isinstance(error, SpellingError) else (value, "")
                 hint = "" if default is MISSING else f" (default {default!r})"
-                message = f"{prefix}{name}={shorten(repr(value))} {_place(place)} must be {_describe_type(hints[name])}{hint}"
+                message = (
+                    f"{prefix}{name}={shorten(repr(value))} {_place(place)} must be {_describe_type(hints[name])}{hint}{note}"
+                )
             problems.append((order, ConfigError(message)))
             continue
         if value is None and not _is_optional(hints[name]):
@@ -265,7 +278,10 @@ def _describe_type(hint: Any) -> str:
         return words[hint]
     if typing.get_origin(hint) is list:
         return f"a list, each item {_describe_type(typing.get_args(hint)[0])}"
-    return "settings (key: value)" if typing.get_origin(hint) is dict else str(hint)
+    if typing.get_origin(hint) is dict:
+        inner = typing.get_args(hint)[1]
+        return "settings (key: value)" if inner is Any else f"settings (key: value), each value {_describe_type(inner)}"
+    return str(hint)
 
 
 def _check(config: Any, prefix: str = "") -> None:

@@ -29,6 +29,8 @@ class Source(NamedTuple):
     """Why YAML reads no value."""
     key: str | None = None
     """The text of its key; None = as YAML reads it."""
+    is_literal: bool = False
+    """Whether it stood in quotes or had a tag, as in !!str 3: it is the value that YAML reads, whatever the text."""
 
 
 class Section(dict[Any, Any]):
@@ -64,12 +66,21 @@ def with_sources(value: Any, node: yaml.Node, loader: Any, where: str, order: in
         for key_node, value_node in node.value:
             if isinstance(key_node, yaml.ScalarNode) and (key := loader.construct_object(key_node)) in value:
                 section[key] = with_sources(value[key], value_node, loader, where, order)
-                section.sources[key] = Source(section[key], _text_of(value_node), where, order, key=key_node.value)
+                source = Source(section[key], _text_of(value_node), where, order, key=key_node.value)
+                section.sources[key] = source._replace(is_literal=is_literal(value_node, loader))
         return section
     if isinstance(node, yaml.SequenceNode) and isinstance(value, list):
         items = [with_sources(v, n, loader, where, order) for v, n in zip(value, node.value, strict=True)]
-        return Items(items, [Source(v, _text_of(n), where, order) for v, n in zip(items, node.value, strict=True)])
+        pairs = zip(items, node.value, strict=True)
+        return Items(items, [Source(v, _text_of(n), where, order, is_literal=is_literal(n, loader)) for v, n in pairs])
     return value
+
+
+def is_literal(node: yaml.Node, loader: Any) -> bool:
+    """Return whether a scalar stands in quotes, is a block of text (|), or has a tag."""
+    if not isinstance(node, yaml.ScalarNode):
+        return False
+    return bool(node.style) or node.tag != loader.resolve(yaml.ScalarNode, node.value, (True, False))
 
 
 def _text_of(node: yaml.Node) -> str | None:

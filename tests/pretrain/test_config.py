@@ -192,7 +192,7 @@ def test_a_text_field_takes_the_text_of_a_file(tmp_path: Path, text: str) -> Non
     )
     (tmp_path / "a.yaml").write_text("base: base.yaml\nseed: 1\n")
     config = load(Typed, tmp_path / "a.yaml")
-    shards = [text, {"shards": text, "weight": 8}]
+    shards = [text, {"shards": text, "weight": 10}]
     assert config == Typed(text, text, shards, 1, classes=[text], weights={text: 2.0})
     save(config, tmp_path / "saved.yaml")
     assert load(Typed, tmp_path / "saved.yaml") == config
@@ -210,12 +210,89 @@ def test_lists_mappings_null_and_quotes_on_the_command_line() -> None:
     assert load(Typed, None, ["shards=['{0..3}.tar', '*.tar']"]).shards == ["{0..3}.tar", "*.tar"]
 
 
-def test_numbers_are_decimal() -> None:
+def test_numbers_are_decimal(tmp_path: Path) -> None:
     assert load(Typed, None, ["seed=010", "rate=010"]) == Typed(seed=10, rate=10.0)
-    assert load(Typed, None, ["seed=1_000", "rate=1e-3"]) == Typed(seed=1000, rate=0.001)
-    for setting in ("seed=10:30", "rate=1:30", "seed=on", "rate=yes"):
-        with pytest.raises(ConfigError, match="must be a"):
+    assert load(Typed, None, ["seed='08'", "rate=1e-3"]) == Typed(seed=8, rate=0.001)
+    assert load(Typed, None, ["seed=0x10", "rate=-.5e3"]) == Typed(seed=16, rate=-500.0)
+    for text in ("1_000", "10:30", "1,000", "1 000", "'1_000'", "\u0661\u0662", "\uff11", "1'000", "12_", "190:20:30.15"):
+        for key in ("seed", "rate", "widths", "weights"):
+            value = {"widths": f"[1, {text}]", "weights": f"{{a: {text}}}"}.get(key, text)
+            if text == "1,000" and key in ("widths", "weights"):  # these are two items
+                continue
+            with pytest.raises(
+                ConfigError, match=rf"^{key}=.* on the command line must be .*number.*; write numbers in digits 0-9"
+            ) as raised:
+                load(Typed, None, [f"{key}={value}"])
+            assert text.strip("'") in str(raised.value)
+            (tmp_path / "a.yaml").write_text(f"{key}: {value}\n", encoding="utf-8")
+            with pytest.raises(ConfigError, match=rf"^{key}=.* in .*a.yaml must be .*number.*; write numbers in digits 0-9"):
+                load(Typed, tmp_path / "a.yaml")
+    for setting in ("seed=on", "rate=yes", "seed=0b11", "seed=0o17", "seed=1.0", "rate=1e", "seed=", "rate=null", "rate=inf"):
+        with pytest.raises(ConfigError, match=rf"^{setting.split('=')[0]}.* must be a"):
             load(Typed, None, [setting])
+
+
+def test_a_number_of_thousands_of_digits_is_one_short_line(tmp_path: Path) -> None:
+    for value in ("1" * 5000, f"'{'1' * 5000}'", "0x" + "f" * 5000):
+        (tmp_path / "a.yaml").write_text(f"seed: {value}\n")
+        for arguments in ((None, [f"seed={value}"]), (tmp_path / "a.yaml", [])):
+            with pytest.raises(ConfigError, match="digits") as raised:
+                load(Typed, *arguments)
+            assert len(str(raised.value)) < 1000
+
+
+@pytest.mark.parametrize("value", ["2", "-1", "10:30", "0x1", "1_0", "1.0", "o", "truee", "\u0661", "[true]"])
+def test_true_and_false_are_words_or_0_and_1(value: str) -> None:
+    for word, expected in {"true": True, "True": True, "on": True, "1": True, "no": False, "'off'": False, "0": False}.items():
+        assert load(Outer, None, [f"on={word}"]).on is expected
+    with pytest.raises(ConfigError, match=r"^on=.* on the command line must be true or false"):
+        load(Outer, None, [f"on={value}"])
+
+
+SCALARS: dict[str, Any] = {
+    "3": 3, "-3": -3, "+3": 3, "010": 10, "08": 8, "0x1F": 31, "1.5": 1.5, ".5": 0.5, "-.5": -0.5, "1.": 1.0, "1e3": 1000.0,
+    "1E-3": 0.001, "1.5e+3": 1500.0, ".5e3": 500.0, "true": True, "False": False, "TRUE": True,
+    "null": None, "~": None,
+    "1_000": "1_000", "1_000.5": "1_000.5", "10:30": "10:30", "1:30.5": "1:30.5", "on": "on", "off": "off", "yes": "yes",
+    "No": "No", "y": "y", "0b11": "0b11", "0o17": "0o17", "2026-10-05": "2026-10-05", "2026_10_05": "2026_10_05",
+    "1.1.0": "1.1.0",
+    "inf": "inf", "nan": "nan", "\u0661": "\u0661", "1e": "1e", "--3": "--3", "a b": "a b", "it's": "it's",
+    "'3'": "3", '"010"': "010", "'true'": "true", "'null'": "null", "''": "",
+}  # fmt: skip
+"""What is written -> the value of a field of any type: YAML 1.2's core schema, https://yaml.org/spec/1.2.2/#103-core-schema."""
+
+
+@pytest.mark.parametrize("text", SCALARS)
+def test_a_field_of_any_type_takes_numbers_as_yaml_1_2_writes_them(tmp_path: Path, text: str) -> None:
+    value = SCALARS[text]
+    (tmp_path / "a.yaml").write_text(
+        f"anything: &a {text}\nmore: {{one: {text}, list: [{text}], inner: {{two: [{{three: {text}}}]}}, alias: *a}}\n", "utf-8"
+    )
+    more = {"one": value, "list": [value], "inner": {"two": [{"three": value}]}, "alias": value}
+    settings = [f"anything={text}", f"more.one={text}", f"more.list=[{text}]", f"more.inner={{two: [{{three: {text}}}]}}"]
+    expected = repr(Inner(anything=value, more=more))  # 1 == 1.0 == True
+    loaded = load(Inner, tmp_path / "a.yaml")
+    assert repr(loaded) == repr(load(Inner, None, [*settings, f"more.alias={text}"])) == expected
+    save(loaded, tmp_path / "saved.yaml")
+    assert repr(load(Inner, tmp_path / "saved.yaml")) == expected
+
+
+def test_keys_of_a_field_of_any_type() -> None:
+    """YAML 1.1 reads on, 010, 10:30 and 1_0 as true, 8, 630 and 10."""
+    keys = {"on": 1, "010": 2, "10:30": 3, "1_0": 4}
+    text = "{on: 1, 010: 2, '10:30': 3, 1_0: 4}"
+    assert load(Inner, None, [f"more={text}"]).more == keys
+    assert load(Inner, None, [f"more.inner={text}"]).more == {"inner": {"on": 1, 10: 2, "10:30": 3, "1_0": 4}}
+    assert load(Inner, None, [f"more.{key}={value}" for key, value in keys.items()]).more == keys
+
+
+@pytest.mark.parametrize("text", ["*.tar", "a #b", "#b", "@a", "%a", "a: b", "- a", "&a", "!a", "{0..3}.tar", "[ab]*.tar"])
+def test_a_field_of_any_type_takes_text_that_yaml_cannot_read(text: str) -> None:
+    if text[0] in "{[":  # a mapping or a list with a mistake
+        with pytest.raises(ConfigError, match="cannot be read"):
+            load(Inner, None, [f"more.x={text}"])
+    else:
+        assert load(Inner, None, [f"more.x={text}"]).more == {"x": text}
 
 
 def test_an_unquoted_pattern_in_a_file_is_refused_with_the_way_to_write_it(tmp_path: Path) -> None:
