@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
 
 from finetune.loading import Finetuned
-from finetune.tasks import EvalConfig
+from finetune.tasks import EvalConfig, Task
+from pretrain.evaluation.chance import chance_levels, without_chance
 
 COUNTS = ("samples", "captions", "questions", "bad_samples")
 """Metrics that are counts; the table shows them below."""
@@ -29,25 +31,39 @@ def run(
     """
     begin = time.perf_counter()
     metrics = tuned.evaluate(shards, config or EvalConfig(), device, precision, train)
+    seconds = round(time.perf_counter() - begin, 3)
+    return build_result(tuned.folder, tuned.step, shards, tuned.config.task.name, tuned.task, metrics, seconds)
+
+
+def build_result(
+    folder: Path, step: int, shards: Any, name: str, task: Task, metrics: dict[str, float], seconds: float | None
+) -> dict[str, Any]:
+    """Build the result of `run` from the metrics of a checkpoint. name: of the task; seconds: None = not known."""
     return {
-        "checkpoint": str(tuned.folder),
-        "step": tuned.step,
+        "checkpoint": str(folder),
+        "step": step,
         "data": shards,
-        "tasks": [tuned.config.task.name],
-        "primary": tuned.task.primary_metric,
-        "metrics": metrics,
-        "seconds": round(time.perf_counter() - begin, 3),
+        "tasks": [name],
+        "primary": task.primary_metric,
+        "metrics": without_chance(metrics),
+        "chance": chance_levels(metrics),
+        "chance_is": task.chance,
+        "seconds": seconds,
     }
 
 
 def summary(result: dict[str, Any]) -> Table:
-    """Format the result of `run` as a table: fractions in percent, question-only baselines in a column."""
-    metrics = result["metrics"]
+    """Format the result of `run` as a table: fractions in percent, chance and question-only baselines in columns."""
+    metrics, chance = result["metrics"], result["chance"]
     counts = [f"{int(metrics[name]):,} {name.replace('_', ' ')}" for name in COUNTS if metrics.get(name)]
     title = f"{result['checkpoint']}, step {result['step']:,}: {result['tasks'][0]}"
-    table = Table(title=title, caption=f"{', '.join(counts)}, {result['seconds']:.0f} s", min_width=len(title))
+    counts += [] if result["seconds"] is None else [f"{result['seconds']:.0f} s"]
+    caption = ", ".join(counts) + (f"; chance: {result['chance_is']}" if chance else "")
+    table = Table(title=title, caption=caption, min_width=len(title))
     table.add_column("metric")
     table.add_column("result", justify="right")
+    if chance:
+        table.add_column("chance", justify="right", style="dim")
     has_baseline = any(name.startswith("blind_") for name in metrics)
     if has_baseline:
         table.add_column("without image", justify="right", style="dim")
@@ -55,6 +71,8 @@ def summary(result: dict[str, Any]) -> Table:
         if name in COUNTS or name.startswith("blind_"):
             continue
         row = [name.replace("_", " "), _format(name, value)]
+        if chance:
+            row.append(_format(name, chance[name]) if name in chance else "")
         if has_baseline:
             row.append(_format(name, metrics[f"blind_{name}"]) if f"blind_{name}" in metrics else "")
         table.add_row(*row)

@@ -6,7 +6,7 @@ For every word that names objects (phrases.py), the map of its tokens is compare
 If all such words of a text name the same objects, the mean map of all its tokens is scored too, as the class `text`.
 Controls, on the same words:
 
-    area        a peak at a random cell: the share of cells that would be a hit
+    area        a peak at a random cell: the share of cells that would be a hit (the column "chance")
     `centre`    a bell curve in the middle of every image
     untrained   the same encoders with a new fusion and head, zero-initialized projections drawn at random
     shuffled    a word of the same class in the text of another image, paired with this image
@@ -47,6 +47,8 @@ from pretrain.runtime import distributed
 from pretrain.runtime.agree import gather_or_raise
 
 CONTROLS = ("area", "centre", "untrained", "shuffled")
+SWAP_LEVELS = {"moved": "moved_area", "after": "area", "stayed": "stayed_area"}
+"""Names of the levels of chance, peaks at random cells, of the shares about exchanged colors."""
 
 
 @dataclass
@@ -92,7 +94,8 @@ def evaluate_grounding(tuned: Finetuned, shards: Any, config: GroundingConfig, d
         For each class of words that occurs (thing, `colour`, surface, relation, text): `pointing_CLASS` and `lift_CLASS`, each
         with `_low` and `_high` (95 % interval), the controls as `pointing_CLASS_area` and so on, and the count
         `words_CLASS`. Of exchanged colors: `counterfactual_moved` (with `_low`, `_high`), `_before`, `_after`, `_stayed`,
-        `_area` (the score of a random peak after the exchange), and their count `swaps`. Also `samples`, `bad_samples`.
+        and what random peaks score: `_area` after the exchange, `_moved_area`, `_stayed_area`; and their count `swaps`. Also
+        `samples`, `bad_samples`.
 
     Raises:
         ConfigError: a wrong setting.
@@ -169,7 +172,7 @@ def summarize_records(records: Sequence[Record], resamples: int = 2000, seed: in
         if words := values_of.get((kind, "pointing")):
             metrics[f"words_{kind}"] = len(words)
     metrics |= _bootstrap_mean("counterfactual_moved", values_of.get((SWAP, "moved"), []), resamples, seed)
-    for measure in ("before", "after", "stayed", "area"):
+    for measure in ("before", "after", "stayed", *SWAP_LEVELS.values()):
         if values := values_of.get((SWAP, measure)):
             metrics[f"counterfactual_{measure}"] = _average(values)
     metrics["swaps"] = len(values_of.get((SWAP, "moved"), []))
@@ -205,36 +208,47 @@ def evaluate_checkpoint(tuned: Finetuned, shards: Any, config: GroundingConfig, 
         "tasks": ["grounding"],
         "method": config.method,
         "metrics": metrics,
+        "chance": chance_levels(metrics),
         "seconds": round(time.perf_counter() - start, 3),
     }
 
 
+def chance_levels(metrics: dict[str, float]) -> dict[str, float]:
+    """Return what peaks at random cells (pointing, exchanged colors) and a map without contrast (lift) would score."""
+    levels = {f"pointing_{kind}": metrics.get(f"pointing_{kind}_area") for kind in WORD_KINDS}
+    levels |= {f"lift_{kind}": 1.0 for kind in WORD_KINDS}
+    levels |= {f"counterfactual_{share}": metrics.get(f"counterfactual_{level}") for share, level in SWAP_LEVELS.items()}
+    return {name: level for name, level in levels.items() if name in metrics and level is not None}
+
+
 def build_table(result: dict[str, Any]) -> Table:
-    """Show a result of evaluate_checkpoint() as a table: percentages, 95 % intervals, controls."""
-    metrics = result["metrics"]
+    """Show a result of evaluate_checkpoint() as a table: percentages, 95 % intervals, chance and the other controls."""
+    metrics, chance = result["metrics"], result["chance"]
     title = f"{result['checkpoint']}, step {result['step']:,}: {result['method']} maps"
     caption = f"{int(metrics['samples']):,} images, {int(metrics['swaps']):,} colors exchanged, {result['seconds']:.0f} s"
     table = Table(title=title, caption=caption, min_width=len(title))
     for name in ("measure", "words", "result", "95 %"):
         table.add_column(name, justify="left" if name == "measure" else "right")
-    for name in CONTROLS:
+    for name in ("chance", *CONTROLS[1:]):
         table.add_column(name, justify="right", style="dim")
     for name, format_value in (("pointing", _format_percent), ("lift", _format_factor)):
         for kind in WORD_KINDS:
             key = f"{name}_{kind}"
             if key in metrics:
                 interval = f"{format_value(metrics[f'{key}_low'])} to {format_value(metrics[f'{key}_high'])}"
-                controls = [format_value(metrics[f"{key}_{c}"]) if f"{key}_{c}" in metrics else "" for c in CONTROLS]
+                levels = [chance.get(key), *(metrics.get(f"{key}_{control}") for control in CONTROLS[1:])]
+                controls = ["" if level is None else format_value(level) for level in levels]
                 words = "whole text" if kind == "text" else kind
                 label = f"pointing, {words}" if name == "pointing" else f"attention lift, {words}"
                 table.add_row(label, f"{int(metrics[f'words_{kind}']):,}", format_value(metrics[key]), interval, *controls)
     if "counterfactual_moved" in metrics:
         moved = [metrics[f"counterfactual_moved{end}"] for end in ("", "_low", "_high")]
-        area = _format_percent(metrics["counterfactual_area"])
+        by_chance = {share: _format_percent(chance[f"counterfactual_{share}"]) for share in SWAP_LEVELS}
         swapped, interval = f"{int(metrics['swaps']):,}", f"{_format_percent(moved[1])} to {_format_percent(moved[2])}"
-        table.add_row("color exchanged: peak moved", swapped, _format_percent(moved[0]), interval)
-        table.add_row("  right object after the exchange", swapped, _format_percent(metrics["counterfactual_after"]), "", area)
-        table.add_row("  stayed on the first object", swapped, _format_percent(metrics["counterfactual_stayed"]), "")
+        after, stayed = (_format_percent(metrics[f"counterfactual_{share}"]) for share in ("after", "stayed"))
+        table.add_row("color exchanged: peak moved", swapped, _format_percent(moved[0]), interval, by_chance["moved"])
+        table.add_row("  right object after the exchange", swapped, after, "", by_chance["after"])
+        table.add_row("  stayed on the first object", swapped, stayed, "", by_chance["stayed"])
     return table
 
 

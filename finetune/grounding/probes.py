@@ -223,6 +223,8 @@ class Prober:
                 ("moved", score_hit(first, near_old) * score_hit(second, near_new)),
                 ("stayed", score_hit(second, near_old & ~near_new)),
                 ("area", float(near_new.mean())),
+                ("moved_area", float(near_old.mean() * near_new.mean())),
+                ("stayed_area", float((near_old & ~near_new).mean())),
             ):
                 yield Record(batch.keys[i], SWAP, measure, value)
 

@@ -168,6 +168,8 @@ class Task:
 
     primary_metric: ClassVar[str]
     """Metric of evaluate() that decides which checkpoint is `best`; higher is better."""
+    chance: ClassVar[str] = ""
+    """What evaluate() gives as chance_NAME beside a metric, in a few words; empty where it gives none."""
     text_is_question: ClassVar[bool] = False
     """Whether the texts are questions about the image."""
     can_split: bool = True
@@ -199,7 +201,11 @@ class Task:
         raise NotImplementedError(f"{type(self).__name__}.loss")
 
     def evaluate(self, model: FusionModel, shards: Any, setup: EvalSetup) -> dict[str, float]:
-        """Compute the task's metrics on `shards`, the same on every process. Collective. Raises UserError."""
+        """Compute the task's metrics on `shards`, the same on every process. Collective. Raises UserError.
+
+        Beside NAME, blind_NAME is the metric of a baseline without the image, and chance_NAME what answers that ignore the
+        input would score.
+        """
         raise NotImplementedError(f"{type(self).__name__}.evaluate")
 
     def predict(

@@ -34,6 +34,7 @@ from finetune.tasks.labels import (
     check_torchmetrics,
     count_labels,
     multi_label_metrics,
+    prior_logits,
     single_label_metrics,
     sort_labels,
 )
@@ -43,6 +44,7 @@ from pretrain.data.images import ImageDecoder
 from pretrain.data.shards.paths import RawSample
 from pretrain.data.text import TextDecoder
 from pretrain.errors import ConfigError, UserError
+from pretrain.evaluation.chance import CHANCE
 from pretrain.runtime import distributed
 from pretrain.runtime.agree import gather_or_raise
 
@@ -175,6 +177,7 @@ class Classification(Task):
     """The classification task; see the module."""
 
     primary_metric = "macro_f1"
+    chance = "the most frequent classes of these samples, whatever the image (majority)"
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -237,7 +240,8 @@ class Classification(Task):
         Returns:
             labels=single: top1, ..., macro_f1, auc (see labels.py); majority, the top1 accuracy of always predicting the most
             frequent class; unknown_labels, the number of samples whose label is not among the classes (the other metrics
-            leave them out). labels=multi: macro_f1, micro_f1, exact, auc. Both: samples, bad_samples.
+            leave them out). labels=multi: macro_f1, micro_f1, exact, auc. Both: samples, bad_samples. chance_NAME is the
+            metric of a classifier that gives every sample the frequencies of the classes.
         """
         batches = setup.batches(shards)
         pairs = [pair for part in gather_or_raise(lambda: list(self._predictions(model, batches, setup))) for pair in part]
@@ -247,7 +251,8 @@ class Classification(Task):
         logits, labels = (torch.cat([pair[i] for pair in pairs]) for i in (0, 1))
         counts = {"samples": len(logits), "bad_samples": bad}
         if self.config.labels == "multi":
-            return {**multi_label_metrics(logits, labels), **counts}
+            chance = multi_label_metrics(prior_logits(labels, several=True), labels)
+            return {**multi_label_metrics(logits, labels), **_named_chance(chance), **counts}
         known = labels >= 0
         if not known.any():
             raise UserError(
@@ -257,7 +262,10 @@ class Classification(Task):
         logits, labels = logits[known], labels[known]
         majority = float(labels.bincount().max()) / len(labels)
         metrics = single_label_metrics(logits, labels, self.config.top)
-        return {**metrics, "majority": majority, "unknown_labels": int((~known).sum()), **counts}
+        prior = prior_logits(F.one_hot(labels, logits.shape[1]), several=False)
+        chance = single_label_metrics(prior, labels, self.config.top)
+        unknown = {"majority": majority, "unknown_labels": int((~known).sum())}
+        return {**metrics, **_named_chance(chance), **unknown, **counts}
 
     def _predictions(self, model: FusionModel, batches: Any, setup: EvalSetup) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (logits, labels) of this process's batches, on the CPU."""
@@ -286,6 +294,10 @@ class Classification(Task):
         names = [[self.config.classes[i] for i in row] for row in order.tolist()]
         best = [list(zip(row, value, strict=True)) for row, value in zip(names, values.tolist(), strict=True)]
         return Prediction(best, logits.amax(dim=1))
+
+
+def _named_chance(metrics: dict[str, float]) -> dict[str, float]:
+    return {f"{CHANCE}{name}": value for name, value in metrics.items()}
 
 
 def build(config: Config, survey: Survey | None) -> Classification:

@@ -167,6 +167,12 @@ def multi_label_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
     return {**out, **_mean_auc([measure.binary_auroc(probabilities[:, c], labels[:, c]) for c in _classes_with_both(labels)])}
 
 
+def prior_logits(labels: Tensor, several: bool) -> Tensor:
+    """Return (n, K) logits of a classifier that gives every sample the frequencies of the classes, labels (n, K) of 0 and 1."""
+    frequencies = labels.double().mean(dim=0)
+    return (frequencies.logit() if several else frequencies.log()).float().expand(len(labels), -1)
+
+
 def _classes_with_both(labels: Tensor) -> list[int]:
     """Return the classes that some samples have and others lack: only these have an ROC curve."""
     counts = labels.sum(dim=0)

@@ -5,7 +5,8 @@ Shapes: b = images, m = questions per image, T = tokens of the longest question,
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +71,16 @@ def read_questions(values: Any, field: str, types: Collection[str] = ()) -> list
     if not questions:
         raise BadSample("no questions", _explain_unusable(entries, field))
     return [question for question in questions if not types or question.kind in types]
+
+
+def majority_answers(questions: Iterable[Question]) -> dict[str, str]:
+    """Return for each type of question the one answer with the highest official accuracy over all of its questions."""
+    totals: dict[str, Counter[str]] = {}
+    for question in questions:
+        total = totals.setdefault(question.kind, Counter())
+        for answer in set(question.answers):
+            total[answer] += official_accuracy(answer, question.answers)  # type: ignore[assignment]  # a Counter of fractions
+    return {kind: max(sorted(total), key=lambda answer: total[answer]) for kind, total in totals.items()}
 
 
 def _read_answers(value: Any) -> list[str]:

@@ -26,6 +26,7 @@ from finetune.model import FusionModel
 from finetune.tasks import EvalSetup
 from pretrain.data.loader import Batch
 from pretrain.errors import UserError
+from pretrain.evaluation.chance import CHANCE, with_chance
 from pretrain.evaluation.retrieval import TIE, hit_probability, retrieval_metrics
 from pretrain.runtime import distributed
 from pretrain.runtime.agree import gather_or_raise, on_all, on_main
@@ -82,7 +83,7 @@ def expected_recall(right: Tensor, scores: Tensor, k: int) -> Tensor:
 def reranking_metrics(
     name: str, right: Tensor, scores: Tensor, before: dict[str, float], ks: Sequence[int] = KS
 ) -> dict[str, float]:
-    """Return recall after re-ranking and its ceiling, for one direction.
+    """Return recall after re-ranking, that of a random order of the candidates, and their ceiling, for one direction.
 
     Args:
         name: the direction, such as `image_to_text`.
@@ -93,8 +94,9 @@ def reranking_metrics(
     """
     k, out = right.shape[1], {}
     for K in ks:
-        recall = float(expected_recall(right, scores, K).mean()) if k > K else before[f"{name}_R@{K}"]
-        out[f"reranked_{name}_R@{K}"] = recall
+        for prefix, order in (("", scores), (CHANCE, torch.zeros_like(scores))):  # equal scores: all orders are equally likely
+            recall = float(expected_recall(right, order, K).mean()) if k > K else before[f"{name}_R@{K}"]
+            out[f"{prefix}reranked_{name}_R@{K}"] = recall
     return {**out, f"{name}_ceiling": float(right.any(dim=1).double().mean())}
 
 
@@ -250,11 +252,11 @@ def evaluate_reranking(model: FusionModel, shards: Any, setup: EvalSetup, match:
         scores, right = torch.cat([part[0] for part in scored]), torch.cat([part[1] for part in scored])
         out |= reranking_metrics(name, right, scores, before)
         seconds += sum(part[2] for part in scored)
-    for prefix in ("", "reranked_"):
+    for prefix in ("", "reranked_", f"{CHANCE}reranked_"):
         out[f"{prefix}R@1"] = sum(out[f"{prefix}{name}_R@1"] for name, _ in DIRECTIONS) / len(DIRECTIONS)
     n, m = len(gallery.image), len(gallery.text)
     counts = {"rerank_k": min(k, n), "rerank_ms": 1000 * seconds / (n + m), "samples": n, "captions": m, "bad_samples": bad}
-    return out | counts
+    return with_chance(out | counts)
 
 
 DIRECTIONS = (("image_to_text", True), ("text_to_image", False))

@@ -254,6 +254,7 @@ class Retrieval(Task):
     """The retrieval task; see the module."""
 
     primary_metric = "reranked_R@1"
+    chance = "random answers; of reranked recall, a random order of the candidates"
     can_split = False  # a sample's negatives come from the whole batch
 
     def __init__(self, config: Config) -> None:
@@ -356,6 +357,7 @@ class Retrieval(Task):
             image_to_text_R@K, text_to_image_R@K: recall by embeddings; R@1: their mean at K = 1.
             reranked_...: the same after re-ranking.
             image_to_text_ceiling, text_to_image_ceiling: recall that no order of the candidates can exceed.
+            chance_...: recall and ceiling of random answers; chance_reranked_...: recall of a random order of the candidates.
             rerank_k, rerank_ms: candidates and milliseconds per query.
             samples, captions, bad_samples: counts.
         """

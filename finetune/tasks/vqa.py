@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from finetune.attention.trace import Trace
 from finetune.model import Features, FusionModel, Head
 from finetune.tasks import EvalSetup, ExportSpec, Prediction, Survey, Task, global_weighted_mean
-from finetune.tasks.questions import Question, Questions, read_questions
+from finetune.tasks.questions import Question, Questions, majority_answers, read_questions
 from finetune.tasks.vqa_accuracy import QuestionOnlyBaseline, build_vocabulary, official_accuracy
 from pretrain.config import check_numbers
 from pretrain.data import BadSample
@@ -109,6 +109,7 @@ class VQA(Task):
     """The visual question answering task; see the module."""
 
     primary_metric = "accuracy"
+    chance = "for each question type the one answer that scores best on these samples (majority)"
     text_is_question = True
 
     def __init__(self, config: Config) -> None:
@@ -171,6 +172,7 @@ class VQA(Task):
 
         Returns:
             accuracy, accuracy_TYPE: official accuracy, 0 to 1, over all questions and by question type.
+            chance_accuracy, chance_accuracy_TYPE: the same where every question of a type gets one answer, the best for it.
             ceiling: accuracy of the best answers in the vocabulary.
             blind_accuracy, blind_accuracy_TYPE: accuracy of the question-only baseline, where training data are available.
             questions, samples, bad_samples: counts.
@@ -182,9 +184,11 @@ class VQA(Task):
         if not rows:
             raise UserError(f"no question to evaluate in {shards}: {bad} samples were left out because of their content")
         baseline = self._baseline(setup)
+        majority = majority_answers(question for question, _ in rows)
         values_by_name: dict[str, list[float]] = {}
         for question, accuracy in rows:
             values = {"accuracy": accuracy, "ceiling": self._ceiling(question)}
+            values["chance_accuracy"] = official_accuracy(majority[question.kind], question.answers)
             if baseline is not None:
                 values["blind_accuracy"] = official_accuracy(baseline(question.kind, question.text), question.answers)
             for name, value in values.items():

@@ -29,6 +29,7 @@ class WithContrastive(Task):
     def __init__(self, task: Task, weight: float) -> None:
         self.task, self.weight = task, weight
         self.primary_metric = task.primary_metric  # type: ignore[misc]
+        self.chance = task.chance  # type: ignore[misc]
         self.text_is_question = task.text_is_question  # type: ignore[misc]
         self.can_split = task.can_split
         self._contrastive_loss: nn.Module | None = None

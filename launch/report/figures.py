@@ -7,7 +7,7 @@ from typing import Any
 
 from launch.report.charts import format_number
 from launch.report.run_history import Line, RunHistory
-from pretrain.evaluation.retrieval import chance_recall
+from pretrain.evaluation.chance import chance_levels
 
 DIRECTIONS = (("image_to_text", "Image → caption"), ("text_to_image", "Caption → image"))
 """Prefixes of metrics, and titles."""
@@ -65,30 +65,38 @@ def build_facts(history: RunHistory, weights: dict[str, int]) -> list[tuple[str,
 
 def build_recalls(line: Line) -> list[dict[str, Any]]:
     """Build, for each direction, the recalls with the level of chance, and the median rank."""
-    n, m = int(line.get("val/samples") or 0), int(line.get("val/captions") or 0)
+    metrics = read_metrics(line)
+    levels = chance_levels(metrics)
     out = []
     for direction, title in DIRECTIONS:
         rows = []
-        candidates, right = (m, max(1, round(m / n)) if n else 1) if direction == "image_to_text" else (n, 1)
         for k in KS:
-            value = line.get(f"val/{direction}_R@{k}")
+            value, chance = metrics.get(f"{direction}_R@{k}"), levels.get(f"{direction}_R@{k}")
             if value is not None:
-                chance = chance_recall(k, candidates, right) if candidates else None
                 rows.append({"k": k, "value": value, "chance": chance, "times": compare_with_chance(value, chance)})
+        rank = f"{direction}_median_rank"
+        candidates = int(metrics.get("captions" if direction == "image_to_text" else "samples") or 0)
         if rows:
-            out.append({"title": title, "rows": rows, "rank": line.get(f"val/{direction}_median_rank"), "of": candidates})
+            out.append(
+                {"title": title, "rows": rows, "rank": metrics.get(rank), "rank_chance": levels.get(rank), "of": candidates}
+            )
     return out
+
+
+def read_metrics(line: Line) -> dict[str, float]:
+    """Return the metrics of an evaluation by name, levels of chance included; an empty dict for a training line."""
+    return {name.removeprefix("val/"): value for name, value in line.items() if name.startswith("val/") and value is not None}
 
 
 def build_classification(line: Line) -> list[dict[str, Any]]:
     """Build the zero-shot and linear-probe accuracies, where the run measured them."""
-    classes = int(line.get("val/zero_shot_classes") or 0)
+    metrics = read_metrics(line)
+    levels = chance_levels(metrics)
     out = []
     for kind, title in (("zero_shot", "Zero-shot classification"), ("linear_probe", "Linear probe")):
         for k in (1, 5):
-            value = line.get(f"val/{kind}_top{k}")
+            value, chance = metrics.get(f"{kind}_top{k}"), levels.get(f"{kind}_top{k}")
             if value is not None:
-                chance = min(1.0, k / classes) if kind == "zero_shot" and classes else None
                 out.append(
                     {
                         "title": f"{title}, top {k}",

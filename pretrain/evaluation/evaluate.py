@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +29,8 @@ from pretrain.embedding import dataset
 from pretrain.embedding.split import EmbeddedSplit, build_text_encoder, embed_split
 from pretrain.errors import ConfigError, UserError, closest
 from pretrain.evaluation import linear_probe, zero_shot
-from pretrain.evaluation.retrieval import chance_recall, retrieval_metrics
+from pretrain.evaluation.chance import chance_levels, with_chance, without_chance
+from pretrain.evaluation.retrieval import retrieval_metrics
 from pretrain.model import DualEncoder
 from pretrain.printable import format_count
 from pretrain.runtime import distributed
@@ -38,6 +40,7 @@ __all__ = [
     "TASKS",
     "EmbeddedSplit",
     "EvalConfig",
+    "build_result",
     "build_table",
     "embed_split",
     "evaluate",
@@ -102,7 +105,8 @@ def evaluate(
         cache: where fetched shards and indices are stored.
         embedded: the samples of `shards`, if they are embedded already.
 
-    The dict also holds `samples` (images scored), `captions`, and `bad_samples` (left out because of their content).
+    The dict also holds `samples` (images scored), `captions`, `bad_samples` (left out because of their content), and the level
+    of chance of each metric that has one, as chance_NAME.
 
     Raises:
         UserError: nothing to score, embeddings that are not finite, labels that do not fit the classes.
@@ -155,7 +159,8 @@ def evaluate(
             scores = probe.top_k_accuracy(split.pooled.to(device), labels)
             metrics |= {f"linear_probe_{name}": value for name, value in scores.items()}
             metrics |= {"linear_probe_train_samples": len(train.image), "linear_probe_C": probe.strength}
-        return metrics
+            metrics["linear_probe_classes"] = classes
+        return with_chance(metrics)
 
     return on_main(compute_metrics)
 
@@ -181,14 +186,22 @@ def evaluate_checkpoint(
         embedded = dataset.load(shards, loaded, config.label)
     with models.on_device(loaded.model, loaded.config, device) as model:
         metrics = evaluate(model, loaded.decoders, shards, config, device, precision, embedded=embedded)
+    seconds = round(time.perf_counter() - begin, 3)
+    return build_result(loaded.folder, loaded.step, shards, config.tasks, metrics, seconds)
+
+
+def build_result(
+    folder: Path, step: int, shards: Any, tasks: list[str], metrics: dict[str, float], seconds: float | None
+) -> dict[str, Any]:
+    """Build evaluate_checkpoint()'s result from the metrics of a checkpoint. seconds: of the evaluation; None = not known."""
     return {
-        "checkpoint": str(loaded.folder),
-        "step": loaded.step,
+        "checkpoint": str(folder),
+        "step": step,
         "data": shards,
-        "tasks": list(config.tasks),
-        "metrics": metrics,
-        "chance": _chance_levels(metrics),
-        "seconds": round(time.perf_counter() - begin, 3),
+        "tasks": list(tasks),
+        "metrics": without_chance(metrics),
+        "chance": chance_levels(metrics),
+        "seconds": seconds,
     }
 
 
@@ -201,7 +214,9 @@ def build_table(result: dict[str, Any]) -> Table:
     if metrics["bad_samples"]:
         caption += f", {int(metrics['bad_samples']):,} bad samples left out"
     title = f"{result['checkpoint']}, step {result['step']:,}"
-    table = Table(title=title, caption=f"{caption}, {result['seconds']:.0f} s", min_width=len(title))
+    caption += "" if result["seconds"] is None else f", {result['seconds']:.0f} s"
+    caption += "; chance: random answers"
+    table = Table(title=title, caption=caption, min_width=len(title))
     table.add_column("measure")
     table.add_column("result", justify="right")
     table.add_column("chance", justify="right", style="dim")
@@ -209,22 +224,7 @@ def build_table(result: dict[str, Any]) -> Table:
         if name in ("samples", "captions", "bad_samples"):
             continue
         is_fraction = "R@" in name or "_top" in name
-        text = f"{100 * value:.1f} %" if is_fraction else f"{value:g}"
+        cells = [f"{100 * x:.1f} %" if is_fraction else f"{x:g}" for x in (value, chance.get(name)) if x is not None]
         label = name.replace("_R@", " R@").replace("_top", " top-").replace("_", " ")
-        table.add_row(label, text, f"{100 * chance[name]:.1f} %" if name in chance else "")
+        table.add_row(label, *cells)
     return table
-
-
-def _chance_levels(metrics: dict[str, float]) -> dict[str, float]:
-    """Return what random answers would score, for the metrics that have such a level."""
-    n, m, classes = int(metrics["samples"]), int(metrics["captions"]), int(metrics.get("zero_shot_classes", 0))
-    levels = {}
-    for name in metrics:
-        direction, _, k = name.partition("_R@")
-        if k and direction == "image_to_text":
-            levels[name] = chance_recall(int(k), m, max(1, round(m / n)))
-        elif k:
-            levels[name] = chance_recall(int(k), n)
-        elif name.startswith("zero_shot_top"):
-            levels[name] = chance_recall(int(name.removeprefix("zero_shot_top")), classes)
-    return levels

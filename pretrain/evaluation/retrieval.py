@@ -16,7 +16,6 @@ Shapes: n = images, m = captions, D = embedding width, q = queries of one direct
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -74,16 +73,6 @@ def answer_ranks(image: Tensor, text: Tensor, image_index: Tensor, tile: int = 2
         expected_rank(counts.image_better, counts.image_tied_right, counts.image_tied_wrong),
         expected_rank(counts.text_better, torch.ones_like(counts.text_better), counts.text_tied_wrong),
     )
-
-
-def chance_recall(k: int, candidates: int, right: int = 1) -> float:
-    """Return the recall at k of random answers, `right` of the candidates being right.
-
-    It is 1 - C(candidates - right, k) / C(candidates, k).
-    """
-    if k > candidates - right:
-        return 1.0
-    return 1.0 - math.comb(candidates - right, k) / math.comb(candidates, k)
 
 
 def check_finite(name: str, features: Tensor) -> None:

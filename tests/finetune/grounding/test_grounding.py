@@ -24,6 +24,7 @@ from finetune.explain.word_maps import WordMaps, compute_word_maps
 from finetune.grounding.evaluate import (
     GroundingConfig,
     build_table,
+    chance_levels,
     evaluate_checkpoint,
     evaluate_grounding,
     gather_vocabulary,
@@ -148,8 +149,11 @@ def test_uniform_attention_scores_as_chance(small: Small) -> None:
     for kind in ("thing", "colour", "surface", "relation"):
         assert metrics[f"pointing_{kind}"] == pytest.approx(metrics[f"pointing_{kind}_area"])
         assert metrics[f"lift_{kind}"] == pytest.approx(1)
-    assert metrics["counterfactual_after"] == pytest.approx(metrics["counterfactual_area"])
-    assert metrics["counterfactual_moved"] < 0.5
+    levels = chance_levels(metrics)
+    assert {"pointing_thing", "lift_thing", "counterfactual_moved", "counterfactual_after", "counterfactual_stayed"} <= set(
+        levels
+    )
+    assert {name: metrics[name] for name in levels} == pytest.approx(levels)
 
 
 def test_lift_is_one_over_the_area(small: Small) -> None:
@@ -274,6 +278,10 @@ def test_the_table_shows_the_metrics(small: Small) -> None:
     shown = console.export_text()
     assert "pointing, thing" in shown
     assert "100.0 %" in shown
+    (row,) = [line for line in shown.splitlines() if "pointing, thing" in line]
+    assert f"{100 * result['metrics']['pointing_thing_area']:.1f} %" in row
+    (row,) = [line for line in shown.splitlines() if "peak moved" in line]
+    assert f"{100 * result['chance']['counterfactual_moved']:.1f} %" in row
     assert json.loads(json.dumps(result))["metrics"]["pointing_thing"] == 1
 
 

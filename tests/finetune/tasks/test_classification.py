@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn import metrics as sk
+from sklearn.dummy import DummyClassifier
 from sklearn.utils.class_weight import compute_class_weight
 from torch.nn import functional as F
 
@@ -59,6 +60,22 @@ def test_multi_label_metrics_equal_scikit_learns() -> None:
     assert metrics["exact"] == pytest.approx(sk.accuracy_score(target, predicted))
     expected = [sk.roc_auc_score(target[:, c], logits[:, c]) for c in range(3)]
     assert metrics["auc"] == pytest.approx(np.mean(expected), abs=1e-6)
+
+
+def test_chance_is_that_of_scikit_learns_dummy_classifier() -> None:
+    g = torch.Generator().manual_seed(0)
+    label = torch.tensor([0, 1, 1, 3])[torch.randint(0, 4, (80,), generator=g)]
+    chance = labels.single_label_metrics(labels.prior_logits(F.one_hot(label, 5), several=False), label, [1, 2])
+    dummy = DummyClassifier(strategy="most_frequent").fit(label, label).predict(label)
+    assert chance["top1"] == pytest.approx(sk.accuracy_score(label, dummy))
+    assert chance["top2"] == pytest.approx(float(label.bincount().sort().values[-2:].sum()) / 80)
+    assert chance["macro_f1"] == pytest.approx(sk.f1_score(label, dummy, average="macro"))
+    assert chance["auc"] == pytest.approx(0.5)
+    target = torch.rand(60, 3, generator=g) < torch.tensor([0.7, 0.2, 0.9])
+    chance = labels.multi_label_metrics(labels.prior_logits(target.float(), several=True), target.float())
+    dummy = np.tile([1, 0, 1], (60, 1))
+    assert chance["micro_f1"] == pytest.approx(sk.f1_score(target, dummy, average="micro"))
+    assert chance["exact"] == pytest.approx(sk.accuracy_score(target, dummy))
 
 
 def test_losses_equal_torchs() -> None:
@@ -207,7 +224,7 @@ def test_one_label_per_image(small: Small, encoders: Path, tmp_path: Path) -> No
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
     loaded = finetune.load(run)
     figures = [line for line in read_jsonl(run / "metrics.jsonl") if "val/macro_f1" in line][-1]
-    assert figures["val/top1"] > figures["val/majority"]
+    assert figures["val/top1"] > figures["val/majority"] == figures["val/chance_top1"]
     assert figures["val/samples"] == 48
     assert {"val/top5", "val/auc", "val/unknown_labels"} <= set(figures)
     assert loaded.task.config.class_weights.keys() == set(loaded.task.config.classes)  # type: ignore[attr-defined]

@@ -92,6 +92,9 @@ def test_k_is_limited_to_the_gallery_and_recall_beyond_k_stays() -> None:
     out = reranking.reranking_metrics("way", right[:, :3], values[:, :3], {"way_R@1": 0.1, "way_R@5": 0.7, "way_R@10": 0.9})
     assert (out["reranked_way_R@5"], out["reranked_way_R@10"]) == (0.7, 0.9)
     assert out["way_ceiling"] == pytest.approx(float(right[:, :3].any(dim=1).double().mean()))
+    # Chance puts the right one of three candidates first in a third of the cases in which it is there.
+    assert out["chance_reranked_way_R@1"] == pytest.approx(out["way_ceiling"] / 3)
+    assert out["chance_reranked_way_R@5"] == 0.7
 
 
 @pytest.mark.parametrize("score", ["sum", "matching"])
@@ -128,6 +131,9 @@ def test_reranking_equals_sorting_every_pair(small: Small, run: Path, score: str
         assert out[f"{name}_ceiling"] == out[f"{name}_R@5"] == pytest.approx(inside / n)
     assert (out["samples"], out["captions"], out["rerank_k"]) == (n, n, k)
     assert out["rerank_ms"] > 0
+    assert out["chance_R@1"] == pytest.approx(1 / n)
+    assert out["chance_text_to_image_ceiling"] == pytest.approx(k / n)
+    assert out["chance_reranked_R@1"] == pytest.approx((out["image_to_text_ceiling"] + out["text_to_image_ceiling"]) / 2 / k)
     assert out["reranked_R@1"] == (out["reranked_image_to_text_R@1"] + out["reranked_text_to_image_R@1"]) / 2
 
 

@@ -347,6 +347,7 @@ def test_metrics_are_the_mean_over_single_questions(small: Small) -> None:
 
     model.eval()
     right: dict[str, list[float]] = {}
+    truth: dict[str, list[str]] = {}
     with tarfile.open(path) as tar, torch.no_grad():
         names = sorted({name.split(".")[0] for name in tar.getnames()})[:12]
         for name in names:
@@ -356,6 +357,7 @@ def test_metrics_are_the_mean_over_single_questions(small: Small) -> None:
                 ids, mask = decoders["text"].encode([question["question"]])
                 answer = task.predict(model, {"image": image_tensor, "text": ids}, {"text": mask}).best[0][0][0]
                 right.setdefault(question["type"], []).append(float(answer == question["answers"][0]))
+                truth.setdefault(question["type"], []).append(question["answers"][0])
     assert metrics["questions"] == sum(map(len, right.values()))
     assert metrics["samples"] == 12
     all_values = [value for values in right.values() for value in values]
@@ -363,6 +365,9 @@ def test_metrics_are_the_mean_over_single_questions(small: Small) -> None:
     assert 0 < metrics["accuracy"] < 1
     for kind, values in right.items():
         assert metrics[f"accuracy_{kind}"] == pytest.approx(sum(values) / len(values))
+        majority = max(truth[kind].count(answer) for answer in truth[kind])
+        assert metrics[f"chance_accuracy_{kind}"] == pytest.approx(majority / len(values))
+    assert metrics["chance_accuracy"] >= max(metrics["accuracy"], 0.2)  # the model is not trained
     assert 0 < metrics["ceiling"] < 1
     assert metrics["blind_accuracy_existence"] == pytest.approx(0.5, abs=0.2)  # yes and no come in pairs
     assert metrics["blind_accuracy"] < 0.6

@@ -87,6 +87,7 @@ def test_training_may_draw_captions_that_evaluation_does_not_read(small: Small, 
     assert cli.main(["pretrain", "scenes", *arguments, "data.val_caption=txt"]) == 0
     (line,) = [line for line in read_jsonl(tmp_path / "run/metrics.jsonl") if "val/samples" in line]
     assert line["val/captions"] == line["val/samples"] == 64
+    assert line["val/chance_text_to_image_R@1"] == pytest.approx(1 / 64)
     assert loading.load_model(tmp_path / "run").decoders["text"].caption == "txt"
     assert cli.main(["pretrain", "scenes", *arguments, f"run={tmp_path / 'all'}"]) == 0
     (line,) = [line for line in read_jsonl(tmp_path / "all/metrics.jsonl") if "val/samples" in line]
@@ -115,6 +116,8 @@ def test_zero_shot_and_linear_probe_return_fractions_on_scenes(small: Small) -> 
     config = eval_config(tasks=["zero_shot", "linear_probe"], classes="scenes", probe_train=small.train)
     metrics = evaluate(loaded.model, loaded.decoders, small.val, config, CPU)
     assert metrics["linear_probe_train_samples"] == 300
+    for kind in ("zero_shot", "linear_probe"):
+        assert metrics[f"chance_{kind}_top5"] == pytest.approx(5 / metrics[f"{kind}_classes"])
     assert metrics["captions"] == 0
     assert 0 <= metrics["zero_shot_top1"] <= metrics["zero_shot_top5"] <= 1
     assert 0 <= metrics["linear_probe_top1"] <= metrics["linear_probe_top5"] <= 1
@@ -201,6 +204,7 @@ def test_the_result_is_plain_json_and_makes_a_table(small: Small) -> None:
     assert json.loads(json.dumps(result)) == result
     assert result["metrics"]["samples"] == 64
     assert result["chance"]["image_to_text_R@1"] == pytest.approx(1 / 64)
+    assert not any(name.startswith("chance_") for name in result["metrics"])
     console = Console(file=io.StringIO(), width=120)
     console.print(build_table(result))
     text = console.file.getvalue()  # type: ignore[attr-defined]
