@@ -50,7 +50,7 @@ def test_the_command_in_the_first_line_runs(
     command = first_line(path)
     if path.stem == "two-towers":
         settings = [f"data.train={small.train}", f"data.val={small.val}", *published]
-    elif path.stem == "clipart":
+    elif path.stem in ("clipart", "clipart-conv"):
         settings = [f"data.train={small.train}", f"data.val={small.val}"]
     else:
         settings = [*SETTINGS, f"text.tokenizer={small.tokenizer}", "image.pretrained=false"]
