@@ -95,6 +95,11 @@ class Watchdog:
         self._position = f"step {step}, {phase}"
         self._marks += 1
 
+    def describe(self, rank: int) -> str:
+        """Return a process's name with host and pid, as far as its heartbeat is known here."""
+        process = self._processes.get(rank)
+        return process.name if process is not None and process.name else f"process {rank}"
+
     # -----------------------------------------------------------------------------------------------------------------
     # The thread: write and read heartbeats, find dead and stalled processes
 

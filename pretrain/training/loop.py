@@ -87,7 +87,9 @@ def fit(
             folder.write_status("running", "", begin)
             meter = ThroughputMeter(plan.batch_size, plan.total_steps, begin, strategy.device, plan.flops, train.precision)
             skipped_in_a_row = torch.zeros((), device=strategy.device)
-            guarded = GuardedObjective(objective, run.spikes)
+            timed = TimedObjective(objective, strategy.device)
+            rank_times = RankTimes(timed, watchdog.describe, loader.workers)
+            guarded = GuardedObjective(timed, run.spikes)
             strategy.model.train()
 
             for step in range(begin, plan.total_steps):
@@ -112,7 +114,8 @@ def fit(
                 # -- metrics
                 is_last = run.step == plan.total_steps
                 if run.step % train.log_every == 0 or is_last:
-                    numbers = run.average_numbers(out)
+                    row = rank_times.row(meter.wait_seconds, meter.count_steps(run.step))
+                    numbers, means = run.average_numbers(out, row)
                     line = meter.build_line(run.step, lr, numbers, run.skipped, dict(loader.bad)) | run.spikes.metrics()
                     log.write_metrics(line)
                     bar.log(line, meter.seconds_left(run.step))
@@ -120,6 +123,7 @@ def fit(
                         skipped_in_a_row.zero_()
                 is_read = run.step % train.log_every == 0 or is_last or strategy.device.type == "cpu"
                 if is_read and not run.spikes.can_roll_back():
+                    line |= rank_times.compare(means, run.step, line["step_seconds"])
                     run.refuse_divergence(int(skipped_in_a_row))
 
                 # -- evaluation, checkpoint, stop

@@ -253,13 +253,16 @@ class Run:
     # -----------------------------------------------------------------------------------------------------------------
     # Log steps
 
-    def average_numbers(self, out: dict[str, Tensor]) -> dict[str, float]:
-        """Return what a step returned, averaged over processes, and judge the losses since the last log step. Collective."""
+    def average_numbers(self, out: dict[str, Tensor], row: Tensor) -> tuple[dict[str, float], Tensor]:
+        """Return what a step returned, and another tensor, averaged over processes in one collective.
+
+        Judges the losses since the last log step.
+        """
         self.count_skipped()
         names = [name for name in out if name != "skipped"]
-        *means, losses = distributed.mean_many([*(out[name] for name in names), self.spikes.pending()])
+        *means, losses, row_mean = distributed.mean_many([*(out[name] for name in names), self.spikes.pending(), row])
         self.spikes.judge(losses, self.step)
-        return {name: float(mean) for name, mean in zip(names, means, strict=True)}
+        return {name: float(mean) for name, mean in zip(names, means, strict=True)}, row_mean
 
     def roll_back(self) -> bool:
         """Go back to the weights and the optimizer state of the last good checkpoint; step and data stay. Collective.

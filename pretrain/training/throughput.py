@@ -57,6 +57,15 @@ class ThroughputMeter:
         yield
         self._excluded += time.perf_counter() - begin
 
+    @property
+    def wait_seconds(self) -> float:
+        """The time that this process has waited for data since the last line."""
+        return self._wait
+
+    def count_steps(self, step: int) -> int:
+        """Return the number of steps since the last line, up to `step`."""
+        return step - self._step
+
     def count_step(self, batch: Batch) -> None:
         """Count the operations of a step on this batch."""
         if self._flops is not None:
@@ -69,7 +78,8 @@ class ThroughputMeter:
         """
         now = time.perf_counter()
         seconds = max(1e-9, now - self._begin - self._excluded)
-        self._rate = (step - self._step) * self._batch_size / seconds
+        step_seconds = seconds / self.count_steps(step)
+        self._rate = self._batch_size / step_seconds
         mfu = self._flops.take() / seconds / self._peak if self._flops is not None else None
         wait = self._wait
         self._begin, self._step = now, step
@@ -81,6 +91,7 @@ class ThroughputMeter:
             "lr": lr,
             **numbers,
             "samples_per_second": self._rate,
+            "step_seconds": step_seconds,
             "data_wait_seconds": wait,
             "data_wait_share": wait / seconds,
             "memory_gib": peak_bytes(self._device) / 2**30,
