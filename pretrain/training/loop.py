@@ -33,6 +33,7 @@ from pretrain.strategies import Strategy
 from pretrain.training.config import RunPlan
 from pretrain.training.metrics import RunLog
 from pretrain.training.objective import Objective
+from pretrain.training.rank_times import RankTimes, TimedObjective
 from pretrain.training.run_dir import RunFolder
 from pretrain.training.run_state import Run
 from pretrain.training.spikes import GuardedObjective
