@@ -9,7 +9,8 @@ What torchrun does not do, and this does:
     restarts        after a lost process or node, never after wrong usage or a requested stop
 
 On several nodes the same command runs on each, with the same --rdzv. A node that is lost and comes back (or its replacement)
-joins again, and the run resumes from the last checkpoint.
+joins again, and the run resumes from the last checkpoint. With --nodes MIN:MAX the others go on without it, and the run saves
+and grows when a node joins. Where the processes of all present nodes cannot share the batch, some nodes wait.
 """
 
 from __future__ import annotations
@@ -24,20 +25,23 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
+from torch.distributed.elastic.agent.server.api import RunResult, Worker, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous import registry as rendezvous
 
+from launch.nodes import NodeCount, find_usable
+from launch.rendezvous import CLOSED
+from pretrain.config import find_config
 from pretrain.errors import ConfigError, UserError
 from pretrain.printable import format_count
 from pretrain.runtime.entrypoint import DONE, FAILED, STOPPED, USAGE
@@ -55,6 +59,7 @@ class World:
     nproc: int
     """Processes on this node."""
     nodes: int = 1
+    """Nodes of the run; the largest number of them if it is elastic."""
     rdzv: str | None = None
     """HOST:PORT where the nodes meet; the node whose name is HOST serves it."""
     restarts: int | None = None
@@ -62,7 +67,16 @@ class World:
     grace: float = 600.0
     """Seconds to save a checkpoint after a signal, then SIGKILL."""
     wait: float = 900.0
-    """Seconds to wait for the other nodes."""
+    """Seconds to wait for the other nodes, of an elastic run for the smallest number of them."""
+    least_nodes: int | None = None
+    """The smallest number of nodes with which an elastic run goes on; None = it needs all."""
+    join: float = 30.0
+    """Seconds that an elastic run waits for more nodes before it starts with fewer than its largest number."""
+
+    @property
+    def node_count(self) -> NodeCount:
+        """The number of nodes, or the smallest and the largest one."""
+        return NodeCount(self.nodes, self.least_nodes)
 
 
 def parse_nproc(word: str | None) -> int:
@@ -84,14 +98,18 @@ def launch(module: str, words: list[str], world: World) -> int:
     restarts = world.restarts if world.restarts is not None else (3 if world.nodes > 1 else 0)
     if world.nodes > 1 and not world.rdzv:
         raise ConfigError(
-            f"--nodes {world.nodes} needs --rdzv HOST:PORT, the same on every node: one node and a free port of it"
+            f"--nodes {world.node_count} needs --rdzv HOST:PORT, the same on every node: one node and a free port of it"
         )
+    usable = [world.nodes]
+    if world.node_count.is_elastic:
+        config = find_config(words[0], module)
+        usable = find_usable(module, config, words[1:], world.node_count, world.nproc, torch.cuda.is_available())
     # Empty entries stand for the current folder, where a user's own pretrain.py would be started instead of ours.
     folders = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
     cores = len(os.sched_getaffinity(0))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // world.nproc)))
-    options = [f"--nproc={world.nproc}", *([f"--nodes={world.nodes}", f"--rdzv={world.rdzv}"] if world.nodes > 1 else [])]
+    options = [f"--nproc={world.nproc}", *([f"--nodes={world.node_count}", f"--rdzv={world.rdzv}"] if world.nodes > 1 else [])]
     os.environ.setdefault("CLIPFUSE_COMMAND", shlex.join(["clipfuse", module, *words[:1], *options, *words[1:]]))
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # the others are forwarded, see _Agent.forward_signals
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # _Agent prints one line instead
@@ -109,12 +127,20 @@ def launch(module: str, words: list[str], world: World) -> int:
             monitor_interval=0.1,
             local_addr="localhost" if world.nodes == 1 else None,
         )
-        agent = _Agent(spec, DefaultLogsSpecs(log_dir=logs), world)
+        agent = _Agent(spec, DefaultLogsSpecs(log_dir=logs), world, usable)
         try:
             with agent.forward_signals():
                 return agent.run_to_exit_code()
         finally:
-            handler.shutdown()
+            if not agent.is_spare:  # the others go on without a node that waits
+                _close(handler)
+
+
+def _close(handler: Any) -> None:
+    """Close the rendezvous: the run is over on all nodes."""
+    if handler.shutdown():
+        with suppress(RuntimeError):  # the store is gone
+            handler._store.set(CLOSED + handler.get_run_id(), "")
 
 
 def _rendezvous_parameters(world: World) -> RendezvousParameters:
@@ -123,11 +149,16 @@ def _rendezvous_parameters(world: World) -> RendezvousParameters:
         backend="c10d",
         endpoint=world.rdzv or "localhost:0",
         run_id=f"clipfuse{job}" if world.nodes > 1 else uuid.uuid4().hex,
-        min_nodes=world.nodes,
+        min_nodes=world.node_count.least,
         max_nodes=world.nodes,
         local_addr="localhost" if world.nodes == 1 else None,
         join_timeout=int(world.wait),
+        last_call_timeout=int(world.join),
     )
+
+
+_END = "clipfuse/end"
+"""Key of a round's store that holds the exit code, for nodes that wait."""
 
 
 class _EarlyStopError(Exception):
@@ -137,9 +168,14 @@ class _EarlyStopError(Exception):
 class _Agent(LocalElasticAgent):
     """Starts the processes of this node, monitors them, and restarts them after a lost process or node."""
 
-    def __init__(self, spec: WorkerSpec, logs: DefaultLogsSpecs, world: World) -> None:
+    def __init__(self, spec: WorkerSpec, logs: DefaultLogsSpecs, world: World, usable: list[int]) -> None:
         super().__init__(spec, logs, exit_barrier_timeout=60)
         self.world = world
+        self.usable = usable
+        """Numbers of nodes with which the run can go on."""
+        self.is_spare = False
+        """Whether this node waits, because the others cannot share the batch with it."""
+        self._nodes_before = 0
         self.failed: dict[int, int] = {}
         """Rank -> exit code of the processes that failed first."""
         self._failed_at = 0.0
@@ -192,7 +228,7 @@ class _Agent(LocalElasticAgent):
                 return DONE
         raise UserError(
             f"the rendezvous at {self.world.rdzv} failed ({' '.join(str(error).split()) or type(error).__name__}): "
-            f"{self.world.nodes} nodes must run this command with the same --rdzv, and the one that serves it must stay up"
+            f"{self.world.node_count} nodes must run this command with the same --rdzv, and the one that serves it must stay up"
         ) from error
 
     def _describe_failures(self) -> str:
@@ -224,6 +260,8 @@ class _Agent(LocalElasticAgent):
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         """Override torch's agent, which calls this ten times a second."""
+        if self.is_spare:
+            return self._monitor_others()
         running = self._processes()
         failed = {rank: process.returncode for rank, process in running.items() if process.poll()}
         now = time.monotonic()
@@ -246,6 +284,8 @@ class _Agent(LocalElasticAgent):
                 self._pcontext.close(signal.SIGKILL, timeout=10)  # the rest hang
             if set(self.failed.values()) & {STOPPED, USAGE} or self._stopping is not None:
                 self._remaining_restarts = 0
+            if stopped and self._stopping is None and self._is_joined_by_others():
+                return RunResult(state=WorkerState.HEALTHY)  # torch's agent then joins the next round
             if stopped and self.world.nodes > 1:
                 self._exit_barrier()  # the node that serves the rendezvous must end last
             if self._remaining_restarts:
@@ -262,6 +302,62 @@ class _Agent(LocalElasticAgent):
         self._pcontext = None
         self.failed = {}
         super()._rendezvous(worker_group)
+        if self.world.node_count.is_elastic:
+            self._print_size(worker_group)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Elastic runs
+
+    def _assign_worker_ranks(self, store: Any, group_rank: int, group_world_size: int, spec: WorkerSpec) -> list[Worker]:
+        """Override torch's agent: nodes beyond a usable number get no processes."""
+        active = max(count for count in self.usable if count <= group_world_size)
+        self.is_spare = group_rank >= active
+        workers: list[Worker] = [] if self.is_spare else super()._assign_worker_ranks(store, group_rank, active, spec)
+        return workers
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        return {} if self.is_spare else super()._start_workers(worker_group)
+
+    def _stop_workers(self, worker_group: WorkerGroup) -> None:
+        """Override torch's agent, which kills processes that need more than 30 seconds to save."""
+        self._shutdown(timeout=int(self.world.grace))
+
+    def _restart_workers(self, worker_group: WorkerGroup) -> None:
+        if not self.failed and not self.is_spare and worker_group.group_rank == 0:
+            self._print("a node joins: the run saves, and goes on with it")
+        super()._restart_workers(worker_group)
+
+    def _is_joined_by_others(self) -> bool:
+        """Return whether nodes wait for the next round, for which another node has stopped all processes."""
+        return self.world.node_count.is_elastic and self._rdzv_handler.num_nodes_waiting() > 0
+
+    def _monitor_others(self) -> RunResult:
+        """Return the state of the run on a node that waits: healthy until the others have ended."""
+        if not self._store.check([_END]):
+            return RunResult(state=WorkerState.HEALTHY)
+        code = int(self._store.get(_END))
+        if code == DONE:
+            return RunResult(state=WorkerState.SUCCEEDED)
+        self.failed = {-1: code}
+        self._remaining_restarts = 0
+        return RunResult(state=WorkerState.FAILED)
+
+    def _exit_barrier(self) -> None:
+        if self.world.node_count.is_elastic and not self.is_spare:
+            with suppress(RuntimeError):  # the store is gone
+                self._store.set(_END, str(STOPPED if self.failed else DONE))
+        super()._exit_barrier()
+
+    def _print_size(self, worker_group: WorkerGroup) -> None:
+        """Print the number of nodes, where it has changed."""
+        present = int(worker_group.group_world_size)
+        active = max(count for count in self.usable if count <= present)
+        if self.is_spare:
+            self._print(f"this node waits: {format_count(active, 'node')} of {present} share the batch evenly")
+        elif worker_group.group_rank == 0 and active != self._nodes_before:
+            processes = format_count(active * self.world.nproc, "process")
+            self._print(f"the run goes on with {format_count(active, 'node')} of {self.world.node_count}: {processes}")
+        self._nodes_before = active
 
     # -----------------------------------------------------------------------------------------------------------------
     # Signals

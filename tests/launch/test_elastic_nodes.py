@@ -1,0 +1,110 @@
+"""A run of MIN:MAX nodes: it goes on without a node that is lost for good, and grows when one joins."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.nodes import find_usable, parse_nodes
+from pretrain.config import find_config
+from pretrain.errors import ConfigError
+from tests.support import Small, read_losses, read_sample_keys, run_clipfuse
+from tests.support.launches import (
+    STEPS,
+    TIMEOUT_SECONDS,
+    Launcher,
+    clipfuse_command,
+    free_port,
+    kill,
+    start_launcher,
+    tiny_run_args,
+)
+
+FIRST, SECOND = r"1 node of 1:2: 1 process", r"2 nodes of 1:2: 2 processes"
+
+
+def settings(small: Small, run: Path) -> list[str]:
+    """Return the arguments of a run that takes a second for each step while it has one process."""
+    more = ["train.save_every=5", "train.audit=true", "loss.name=tests.support.failing_loss", "loss.at=1000000"]
+    return tiny_run_args(small, run, f"train.steps={STEPS}", *more, "loss.seconds_alone=1")
+
+
+def read_keys(run: Path) -> dict[int, list[str]]:
+    """Read {step: sample keys of the whole batch} of a run on one process or two."""
+    first, second = (read_sample_keys(run, rank) if (run / f"audit-{rank}.jsonl").exists() else {} for rank in (0, 1))
+    return {step: keys + second.get(step, []) for step, keys in first.items()}
+
+
+def wait_for_step(run: Path, step: int, *launchers: Launcher) -> None:
+    """Wait until the run has logged a step after `step`."""
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while not (run / "metrics.jsonl").exists() or max(read_losses(run), default=0) <= step:
+        for launched in launchers:
+            assert launched.process.poll() is None, launched.output[-6000:]
+        assert time.monotonic() < deadline, "".join(launched.output[-3000:] for launched in launchers)
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_node_that_is_lost_for_good_leaves_a_smaller_run_and_comes_back(
+    small: Small, undisturbed: dict[int, float], tmp_path: Path
+) -> None:
+    """The first node is lost, which holds process 0; the rendezvous is held elsewhere."""
+    run, rdzv = tmp_path / "run", f"127.0.0.1:{free_port()}"
+    node = clipfuse_command("pretrain", "--nproc", "1", "--nodes", "1:2", "--rdzv", rdzv, "--join", "5")
+    words = [*node, *settings(small, run)]
+    with (
+        start_launcher(sys.executable, "-m", "launch.rendezvous", rdzv, cwd=tmp_path) as held,
+        start_launcher(*words, cwd=tmp_path) as first,
+        start_launcher(*words, cwd=tmp_path) as second,
+    ):
+        held.wait_for_output("the rendezvous is open")
+        wait_for_step(run, 7, first, second)
+        lost, left = (first, second) if 0 in first.ranks() else (second, first)
+        assert left.ranks().keys() == {1}
+        kill(lost.process.pid)
+        lost.process.wait()
+        left.wait_for_output(FIRST)
+        before = max(read_losses(run))
+        wait_for_step(run, before + 2, left)
+        alone = max(read_losses(run))
+        with start_launcher(*words, cwd=tmp_path) as back:
+            left.wait_for_exit(0)
+            back.wait_for_exit(0)
+            output = left.output + back.output
+    assert "a node joins: the run saves, and goes on with it" in left.output
+    assert re.search(SECOND, output[output.index("a node joins") :])
+    # -- the batches are those of a run of one process that was never disturbed
+    words = [word for word in settings(small, tmp_path / "one") if not word.startswith("loss.")]
+    run_clipfuse("pretrain", *words, "train.strategy=single", cwd=tmp_path)
+    assert read_keys(run) == read_keys(tmp_path / "one")
+    by_two = {step for step, keys in read_sample_keys(run).items() if len(keys) == 8}
+    assert by_two == {*range(1, min(set(range(1, STEPS)) - by_two)), *range(max(set(range(1, STEPS)) - by_two) + 1, STEPS + 1)}
+    assert alone not in by_two
+    assert STEPS in by_two
+    assert read_losses(run) == pytest.approx(undisturbed, rel=2e-5)
+
+
+def test_numbers_of_nodes() -> None:
+    assert [(parse_nodes(word).least, int(parse_nodes(word)), str(parse_nodes(word))) for word in ("3", "2:4", "2:2")] == [
+        (3, 3, "3"),
+        (2, 4, "2:4"),
+        (2, 2, "2"),
+    ]
+    for word in ("", "0", "3:2", "0:2", "a", "1:2:3", "-1"):
+        with pytest.raises(argparse.ArgumentTypeError, match=repr(word) if word else "''"):
+            parse_nodes(word)
+
+
+def test_nodes_that_do_not_divide_the_batch_wait(small: Small, tmp_path: Path) -> None:
+    config, words = find_config("scenes", "pretrain"), tiny_run_args(small, tmp_path, "train.steps=1")[1:]
+    assert find_usable("pretrain", config, words, parse_nodes("1:9"), 1, False) == [1, 2, 4, 8]
+    assert find_usable("pretrain", config, [*words, "data.batch_size=48"], parse_nodes("2:9"), 2, False) == [2, 3, 4, 6, 8]
+    with pytest.raises(ConfigError, match=r"--nodes 3:4 --nproc 1: the smallest run cannot start: data\.batch_size=16 must be"):
+        find_usable("pretrain", config, words, parse_nodes("3:4"), 1, False)
