@@ -118,13 +118,13 @@ def fit(
                     row = rank_times.row(meter.wait_seconds, meter.count_steps(run.step))
                     numbers, means = run.average_numbers(out, row)
                     line = meter.build_line(run.step, lr, numbers, run.skipped, dict(loader.bad)) | run.spikes.metrics()
+                    line |= rank_times.compare(means, run.step, line["step_seconds"])
                     log.write_metrics(line)
                     bar.log(line, meter.seconds_left(run.step))
                     if run.spikes.is_due() and run.roll_back():
                         skipped_in_a_row.zero_()
                 is_read = run.step % train.log_every == 0 or is_last or strategy.device.type == "cpu"
                 if is_read and not run.spikes.can_roll_back():
-                    line |= rank_times.compare(means, run.step, line["step_seconds"])
                     run.refuse_divergence(int(skipped_in_a_row))
 
                 # -- evaluation, checkpoint, stop
