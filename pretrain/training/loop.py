@@ -33,6 +33,7 @@ from pretrain.strategies import Strategy
 from pretrain.training.config import RunPlan
 from pretrain.training.metrics import RunLog
 from pretrain.training.objective import Objective
+from pretrain.training.profile import DATA, FORWARD, OPTIMIZER, SAVING, StepProfiler
 from pretrain.training.rank_times import RankTimes, TimedObjective
 from pretrain.training.run_dir import RunFolder
 from pretrain.training.run_state import Run
@@ -81,6 +82,7 @@ def fit(
         with (
             closing(RunLog(folder, plan.resolved_config, train.trackers, train.audit, begin)) as log,
             closing(ProgressBar(plan.total_steps, begin)) as bar,
+            closing(StepProfiler(train.profile, folder.path, strategy)) as profiler,
             catch_stop_signals() as stop,
             closing(iter(loader)) as batches,
             run.record_failure(watchdog),
@@ -96,19 +98,22 @@ def fit(
             for step in range(begin, plan.total_steps):
                 # -- one batch, one optimizer step
                 watchdog.mark(step, "waiting for data")
-                with meter.time_data_wait():
+                profiler.begin_step(step)
+                with meter.time_data_wait(), profiler.phase(DATA):
                     batch = next(batches)
                 watchdog.mark(step, "computing")
                 lr = learning_rate(step, plan.total_steps, plan.optim)
                 seeds = (plan.seed, step, distributed.rank())
-                out = train_step(strategy, guarded, batch, train.chunks, lr, seeds)
+                with profiler.phase(FORWARD):
+                    out = train_step(strategy, guarded, batch, train.chunks, lr, seeds)
                 run.step = step + 1
                 meter.count_step(batch)
                 run.uncounted_skipped += out["skipped"]
                 run.spikes.record(out)
                 skipped_in_a_row = (skipped_in_a_row + 1) * out["skipped"]
                 if run.average is not None:
-                    run.average.update(strategy.local_shards().items(), step, 1 - out["skipped"])
+                    with profiler.phase(OPTIMIZER):
+                        run.average.update(strategy.local_shards().items(), step, 1 - out["skipped"])
                 log.write_audit(run.step, batch.keys)
                 bar.step(run.step)
 
@@ -131,12 +136,12 @@ def fit(
                 is_best = False
                 if evaluate is not None and (is_last or (plan.eval_every and run.step % plan.eval_every == 0)):
                     watchdog.mark(step, "evaluating")
-                    with meter.exclude():
+                    with meter.exclude(), profiler.phase(SAVING):
                         is_best = run.evaluate_safely(log)
                 stop_signal = stop.agreed_signal()
                 if is_last or stop_signal or is_best or run.step % train.save_every == 0:
                     watchdog.mark(step, "saving")
-                    with meter.exclude():
+                    with meter.exclude(), profiler.phase(SAVING):
                         run.save(is_best, is_complete=is_last and not int(skipped_in_a_row))
                 if stop_signal and not is_last:
                     reason = f"stopped by {stop_signal}"
