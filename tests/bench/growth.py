@@ -44,7 +44,7 @@ def time_step(folder: Path, *settings: str, options: Sequence[str] = (), steps: 
     """Return the median seconds of a step, from the third on."""
     common = [f"run={folder}", "data.val=null", "train.epochs=0", f"train.steps={steps}", "train.log_every=1"]
     common += ["train.trackers=[]", "data.train=synthetic", "text.groups=1", f"text.tokenizer={folder.parent / 'tokenizer'}"]
-    run_clipfuse("pretrain", "clipart", *options, *common, *settings, cwd=folder.parent, timeout=1200)
+    run_clipfuse("pretrain", "clipart", *options, *common, *settings, cwd=folder.parent, timeout=1200, fork=False)
     times = [line["time"] for line in read_jsonl(folder / "metrics.jsonl") if "loss" in line]
     return statistics.median(later - earlier for earlier, later in pairwise(times[1:]))
 
@@ -85,7 +85,7 @@ def time_start(folder: Path, count: int) -> float:
         "train.trackers=[]",
         f"text.tokenizer={folder.parent / 'tokenizer'}",
     ]
-    run_clipfuse("pretrain", "clipart", *settings, cwd=folder, timeout=1200)
+    run_clipfuse("pretrain", "clipart", *settings, cwd=folder, timeout=1200, fork=False)
     return float(read_jsonl(folder / "run" / "metrics.jsonl")[0]["time"]) - begin
 
 

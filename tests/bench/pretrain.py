@@ -42,7 +42,7 @@ def run_ours(folder: Path, train: str, tokenizer: Path, batch: int, epochs: int,
     """Train with clipfuse and return samples/s."""
     settings = [f"run={folder}", f"data.train={train}", "data.val=null", f"text.tokenizer={tokenizer}"]
     settings += [f"data.batch_size={batch}", f"train.epochs={epochs}", "train.log_every=1", *extra]
-    run_clipfuse("pretrain", "clipart", *settings, cwd=folder.parent, timeout=7200)
+    run_clipfuse("pretrain", "clipart", *settings, cwd=folder.parent, timeout=7200, fork=False)
     rows = [line for line in read_jsonl(folder / "metrics.jsonl") if "loss" in line]
     first = next(i for i, line in enumerate(rows) if line["samples_seen"] >= samples)
     return (rows[-1]["samples_seen"] - rows[first]["samples_seen"]) / (rows[-1]["time"] - rows[first]["time"])

@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,15 +76,22 @@ def make_small(root: Path) -> Small:
 
 
 def run_clipfuse(
-    *arguments: str | Path, cwd: Path, timeout: float = 240, check: int | None = 0
+    *arguments: str | Path, cwd: Path, timeout: float = 240, check: int | None = 0, fork: bool = True
 ) -> subprocess.CompletedProcess[str]:
-    """Run clipfuse in a forked process; fail the test if its exit code is not `check` (None: any code).
+    """Run clipfuse in a process of its own; fail the test if its exit code is not `check` (None: any code).
 
-    The fork server has imported the libraries already. Commands in fresh interpreters: `tests.support.launches`, test_readme.
+    fork: from a server that has imported the libraries; False: a new interpreter, as a user starts it and measurements need it.
     """
-    from tests.support import world
+    words = [str(argument) for argument in arguments]
+    if fork:
+        from tests.support import world
 
-    done = world.run_command([str(argument) for argument in arguments], cwd, timeout)
+        done = world.run_command(words, cwd, timeout)
+    else:
+        command = [sys.executable, "-m", "launch.cli", *words]
+        done = subprocess.run(
+            command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
+        )
     if check is not None and done.returncode != check:
         raise AssertionError(f"exit code {done.returncode}, not {check}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
     return done
