@@ -89,9 +89,7 @@ def run_clipfuse(
         done = world.run_command(words, cwd, timeout)
     else:
         command = [sys.executable, "-m", "launch.cli", *words]
-        done = subprocess.run(
-            command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
-        )
+        done = subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout, check=False)
     if check is not None and done.returncode != check:
         raise AssertionError(f"exit code {done.returncode}, not {check}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
     return done
