@@ -14,7 +14,7 @@ from finetune.model import TokenSource
 from finetune.tasks import EvalConfig
 from pretrain import config as configuration
 from pretrain import registry
-from pretrain.checkpoints import loading, warm_start
+from pretrain.checkpoints import loading, resuming, warm_start
 from pretrain.config import SEED, check_numbers, component_field, text_field
 from pretrain.data.loader import DataConfig
 from pretrain.errors import ConfigError
@@ -84,14 +84,16 @@ def load_config(path: Path, settings: list[str]) -> FinetuneConfig:
     """
     user_values = configuration.load_values(path, settings)
     registry.allow_modules(registry.dotted_names(user_values))
-    init = configuration.written_text(user_values, "init")
+    init = configuration.read_text_field(user_values, "init")
     if init is None and not {"image", "text"} <= set(user_values):
         raise ConfigError(
             "init=RUN is missing: a pretraining run, a checkpoint, or a published CLIP to start from (a new model needs both "
             "an `image` and a `text` section)"
         )
-    values = warm_start.with_init_defaults(user_values)
+    checkpoint = resuming.find_saved(user_values, FinetuneConfig.run)
+    values = warm_start.with_init_defaults(user_values, checkpoint)
     if isinstance(init, str) and (user_values.get("adapt") or {}).get("contrastive"):
-        bias = loading.load_model(init).config.model.logit_bias  # null or not tells the loss of pretraining
+        encoders = loading.load_model(init).config if checkpoint is None else warm_start.read_schema(checkpoint)
+        bias = encoders.model.logit_bias  # null or not tells the loss of pretraining
         values["model"] = configuration.merge({"logit_bias": bias}, values.get("model") or {})
     return configuration.build(FinetuneConfig, values, str(path))

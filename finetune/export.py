@@ -24,12 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from finetune import model_card
+from finetune.adapt import lora
+from finetune.config import FusionSchema
 from finetune.context import Context
 from finetune.loading import Finetuned
 from finetune.model import FusionModel
-from finetune.tasks import ExportSpec
+from finetune.tasks import Task
 from pretrain import model as encoders
-from pretrain.checkpoints.export import TOLERANCE, new_folder
+from pretrain.checkpoints.export import TOLERANCE, list_errors, new_folder
 from pretrain.errors import UserError
 from pretrain.formats import Encoders, onnx, portable_tokenizer, unsupported
 from pretrain.formats.portable_tokenizer import PROBES
@@ -52,7 +54,10 @@ def export(tuned: Finetuned, folder: Path, license: str | None = None) -> Path:
         UserError: the folder exists, the model cannot be exported, or the outputs differ.
     """
     encoders = prepare_encoders(tuned)
-    spec = _check_exportable(tuned, encoders)
+    if error := find_error(tuned.model, tuned.task, tuned.config, encoders):
+        hint = "" if unsupported(encoders) else "; its encoders alone can be written: --format hf or open_clip"
+        raise UserError(f"onnx cannot hold {error}{hint}")
+    spec = tuned.task.export_spec()
     with new_folder(folder) as partial:
         onnx.check_libraries()
         graphs = _write_graphs(tuned.model, encoders, spec.feature, partial)
@@ -81,24 +86,50 @@ def prepare_encoders(tuned: Finetuned) -> Encoders:
     return Encoders(tuned.model.encoder, tuned.config, text)
 
 
-_ENCODERS_ONLY = "its encoders alone can be written: --format hf or open_clip"
-
-
-def _check_exportable(tuned: Finetuned, encoders: Encoders) -> ExportSpec:
-    """Return the description of the exported output. Raises UserError where the model cannot be exported."""
+def find_error(model: FusionModel, task: Task, config: FusionSchema, encoders: Encoders) -> str | None:
+    """Return what the graphs cannot hold of a model, trained or not, and why; None where they hold all of it."""
     try:
-        spec = tuned.task.export_spec()
+        task.export_spec()
     except UserError as error:
-        raise UserError(f"onnx cannot hold this model: {error}; {_ENCODERS_ONLY}") from error
+        return f"this model: {error}"
     if reason := unsupported(encoders):
-        raise UserError(f"onnx cannot hold {reason}")
-    contexts = [] if tuned.model.fusion is None else tuned.model.fusion.contexts.values()
+        return reason
+    contexts = [] if model.fusion is None else model.fusion.contexts.values()
     if any(cast(Context, context).has_hard_selection for context in contexts):
-        raise UserError(
-            f"onnx cannot hold context.name={tuned.config.context.name}: which regions of an image it selects depends on the "
-            f"image, and the rounding of another library would select others; {_ENCODERS_ONLY}"
+        return (
+            f"context.name={config.context.name}: which regions of an image it selects depends on the image, and the rounding "
+            "of another library would select others"
         )
-    return spec
+    return None
+
+
+def describe_formats(model: FusionModel, task: Task, config: FusionSchema, tokenizer: Any) -> str:
+    """Return a line that says which formats can hold the model, or its encoders alone, and why the others cannot.
+
+    The model may be about to be trained, also with adapters: neither it nor torch's random generator changes. It must be on
+    the CPU.
+
+    Args:
+        model: encoders, fusion and head.
+        task: with the settings that it has learned from the data.
+        config: of the model.
+        tokenizer: of its texts; None = it has none.
+    """
+    if config.text is None:
+        return "exports: no format can hold a model without text tower"
+    try:
+        with lora.without_adapters(model.encoder) as encoder:
+            text = encoders.build_decoders(config, tokenizer, encoder, "txt")["text"]
+            errors = list_errors(encoder, config, text)
+            error = find_error(model, task, config, Encoders(encoder, config, text))
+    except UserError as refusal:
+        return f"exports: {refusal}"
+    whole = "onnx can hold this model" if error is None else f"no format can hold this model: onnx cannot hold {error}"
+    del errors["onnx"]  # the encoders alone are exported to the other formats
+    possible = [name for name, reason in errors.items() if reason is None]
+    alone = f"; {' and '.join(possible)} can hold its encoders" if possible else ""
+    reasons = "".join(f"; {name} cannot hold {reason}" for name, reason in errors.items() if reason is not None)
+    return f"exports: {whole}{alone}{reasons}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

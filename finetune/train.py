@@ -6,10 +6,12 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from finetune import export
 from finetune import model as models
 from finetune.adapt import freeze
 from finetune.config import FinetuneConfig, load_config
@@ -17,7 +19,7 @@ from finetune.model import FusionModel
 from finetune.tasks import EvalSetup, Task, survey
 from finetune.tasks.with_contrastive import add_contrastive_loss
 from pretrain import registry
-from pretrain.checkpoints import warm_start
+from pretrain.checkpoints import resuming, warm_start
 from pretrain.data.loader import Batch, Loader
 from pretrain.embedding.split import eval_mode
 from pretrain.errors import ConfigError, UserError
@@ -40,11 +42,12 @@ __all__ = ["FinetuneConfig", "build", "describe", "load_config", "train"]
 def train(config: FinetuneConfig) -> Outcome:
     """Run one process of a fine-tuning run, from configuration to outcome. Collective. Raises UserError."""
     with open_session(config) as session:
-        parts = build(config)
-        for line in describe_weights(parts.model.encoder, config.init) if session.checkpoint is None else ():
+        parts = build(config, session.checkpoint)
+        for line in describe_start(parts) if session.checkpoint is None and distributed.is_main() else ():
             log_info(line)
         portable = inline(parts)
-        session.write_config(parts.model)
+        resuming.refuse_other_model(portable, parts.tokenizer, session.checkpoint, parts.model)
+        _refuse_chunks(config, parts.task)
         identity = {"task": f"{config.task.name} {_digest(portable.task)}"}
         merge_adapters = freeze.build_adapter_merger(config.adapt)
         plan = session.build_plan(
@@ -55,7 +58,7 @@ def train(config: FinetuneConfig) -> Outcome:
             identity=identity,
             convert_weights=merge_adapters,
         )
-        _refuse_chunks(config, parts.task)
+        session.write_config(parts.model)
         strategy = session.build_strategy()
         evaluation = build_evaluation(parts, session.device)
         return fit(plan, session.folder, strategy, parts.model, parts.task, parts.loader, evaluation, session.checkpoint)
@@ -65,6 +68,14 @@ def describe(config: FinetuneConfig) -> None:
     """Print the resolved configuration, parameters by part of the model, shards and samples (--dry-run)."""
     parts = build(config)
     print_summary(parts.config, parts.model.parameter_counts(), parts.loader)
+    for line in describe_start(parts) if distributed.is_main() else ():
+        print(line)
+
+
+def describe_start(parts: Components) -> list[str]:
+    """Return lines that say where the weights of each tower are from, and which formats can hold the model."""
+    line = export.describe_formats(parts.model, parts.task, parts.config, parts.tokenizer)
+    return [*describe_weights(parts.model.encoder, parts.config.init), line]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -85,14 +96,16 @@ class Components:
     """The task's decoders by modality, for evaluation."""
 
 
-def build(config: FinetuneConfig) -> Components:
+def build(config: FinetuneConfig, checkpoint: Path | None = None) -> Components:
     """Build the components of a run, fastest checks first, with the same weights on every process.
+
+    checkpoint: the one that the run resumes from, for whose weights the model is built; None = it begins, from init's.
 
     Raises UserError.
     """
     # -- pretrained encoders, adapted
-    tokenizer, encoders = build_encoders(config)
-    if config.init is not None:
+    tokenizer, encoders = build_encoders(resuming.without_sources(config, checkpoint))
+    if config.init is not None and checkpoint is None:
         warm_start.load_weights(encoders, config.init, config.init_partial, tokenizer)
     config = freeze.adapt_encoder(encoders, config.adapt, config)  # type: ignore[assignment]
     # -- task, fusion and head

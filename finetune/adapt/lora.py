@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -20,6 +22,7 @@ from pretrain.errors import ConfigError, closest
 from pretrain.ops import Linear
 from pretrain.towers import Tower
 
+M = TypeVar("M", bound=nn.Module)
 ADAPTER = "default"
 """peft's name of the first adapter, which is part of parameter names."""
 
@@ -71,6 +74,19 @@ def inject_adapters(tower: Tower, config: LoraConfig) -> None:
     peft.inject_adapter_in_model(settings, cast(Any, tower), ADAPTER)
     layer_ids = {name: ids[strip_adapter(name)] for name, _ in tower.named_parameters()}
     tower.layer_ids = functools.partial(dict, layer_ids)  # type: ignore[method-assign]
+
+
+@contextmanager
+def without_adapters(model: M) -> Iterator[M]:
+    """Yield a model whose layers inside the `with` block are those that the adapters adapt: the plain model."""
+    adapted = [(name, layer) for name, layer in model.named_modules() if hasattr(layer, "base_layer")]
+    try:
+        for name, layer in adapted:
+            model.set_submodule(name, cast(nn.Module, layer.base_layer))
+        yield model
+    finally:
+        for name, layer in adapted:
+            model.set_submodule(name, layer)
 
 
 def list_linear_layers(tower: Tower) -> list[str]:

@@ -20,6 +20,7 @@ import torch
 
 from pretrain.checkpoints import store
 from pretrain.checkpoints.loading import LoadedModel
+from pretrain.data.text import TextDecoder
 from pretrain.errors import ConfigError, UserError
 from pretrain.formats import Encoders, model_card, portable_tokenizer
 from pretrain.formats.portable_tokenizer import list_probes
@@ -89,23 +90,36 @@ def describe_formats(model: DualEncoder, config: ModelSchema, decoders: dict[str
     text = decoders.get("text")
     if text is None:
         return "exports: no format can hold a model without text tower"
+    try:
+        errors = list_errors(model, config, text)
+    except UserError as error:
+        return f"exports: {error}"
+    possible = [name for name, error in errors.items() if error is None]
+    reasons = "".join(f"; {name} cannot hold {error}" for name, error in errors.items() if error is not None)
+    return f"exports: {', '.join(possible) or 'no format'} can hold this model{reasons}"
+
+
+@torch.no_grad()
+def list_errors(model: DualEncoder, config: ModelSchema, text: TextDecoder) -> dict[str, str | None]:
+    """Return by format why it cannot hold these encoders, or None. Nothing changes, as in `describe_formats`.
+
+    Raises UserError where that is the same for all formats.
+    """
     is_training = {module: module.training for module in model.modules()}
     try:
         with torch.random.fork_rng(devices=[]):  # building a timm model to compare with draws initial weights
             encoders = Encoders(model.eval(), config, text)
             errors = {name: _import_format(name).export_error(encoders) for name in FORMATS}
     except Exception as error:  # towers of anybody's raise what they like, and a line of information must not end a run
-        return f"exports: not known, for trying failed: {' '.join(str(error).split())[:200]}"
+        raise UserError(f"not known, for trying failed: {' '.join(str(error).split())[:200]}") from error
     finally:
         for module, was_training in is_training.items():
             module.training = was_training
     try:
         portable_tokenizer.build_portable(text)
     except UserError as error:
-        return f"exports: no format can hold this model: {error}"
-    possible = [name for name, error in errors.items() if error is None]
-    reasons = "".join(f"; {name} cannot hold {error}" for name, error in errors.items() if error is not None)
-    return f"exports: {', '.join(possible) or 'no format'} can hold this model{reasons}"
+        raise UserError(f"no format can hold this model: {error}") from error
+    return errors
 
 
 def suggest_format(loaded: LoadedModel, name: str) -> tuple[str, str] | None:

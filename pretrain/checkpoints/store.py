@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -410,8 +410,32 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], where: Path | str
     Raises UserError where names or shapes differ: it counts the missing, extra and differently shaped weights and names the
     first of each. `where` says in the message where the weights come from.
     """
+    _refuse_other_shapes(model, {name: tuple(value.shape) for name, value in weights.items()}, where)
+    model.load_state_dict(weights)
+
+
+def refuse_other_model(model: nn.Module, checkpoint: Path) -> None:
+    """Refuse a model that the weights to resume from do not fit; reads their names and shapes only. Raises UserError."""
+    folder = training_weights_folder(checkpoint)
+    try:
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder / 'model.safetensors'} cannot be read: {error}") from error
+    _refuse_other_shapes(model, shapes, checkpoint)
+
+
+def training_weights_folder(checkpoint: Path) -> Path:
+    """Return the folder with the weights that training resumes from.
+
+    It is state/weights where model.safetensors holds others: averaged weights, or weights with adapters merged.
+    """
+    folder = checkpoint / "state" / "weights"
+    return folder if folder.exists() else checkpoint
+
+
+def _refuse_other_shapes(model: nn.Module, actual: dict[str, tuple[int, ...]], where: Path | str) -> None:
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    actual = {name: tuple(value.shape) for name, value in weights.items()}
     missing, extra = sorted(expected.keys() - actual.keys()), sorted(actual.keys() - expected.keys())
     reshaped = sorted(name for name in expected.keys() & actual.keys() if expected[name] != actual[name])
     errors = []
@@ -425,7 +449,6 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], where: Path | str
         errors.append(f"{len(reshaped)} have another shape (first {name}: {shapes})")
     if errors:
         raise UserError(f"{where} is a checkpoint of another architecture: {'; '.join(errors)}")
-    model.load_state_dict(weights)
 
 
 def load_tensors(path: Path) -> dict[str, Any]:

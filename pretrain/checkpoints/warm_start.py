@@ -20,7 +20,7 @@ from pretrain.checkpoints import loading, store
 from pretrain.checkpoints.loading import LoadedModel
 from pretrain.data.text import load_tokenizer
 from pretrain.errors import ConfigError, UserError
-from pretrain.model import DualEncoder
+from pretrain.model import DualEncoder, ModelSchema
 from pretrain.runtime.console import log_info
 
 NOT_INHERITED = ("tokenizer", "trainable_blocks", "checkpointing", "patch_dropout")
@@ -65,11 +65,12 @@ def check(init: Any) -> None:
         raise ConfigError(f"init={init!r} must be a run, a checkpoint or a published model, or one for each tower")
 
 
-def with_init_defaults(values: dict[str, Any]) -> dict[str, Any]:
+def with_init_defaults(values: dict[str, Any], checkpoint: Path | None = None) -> dict[str, Any]:
     """Return configuration values with init's architecture as default of the sections that name none.
 
     Args:
         values: the values of configuration file and command line, as nested dictionaries.
+        checkpoint: of the run that resumes, whose architecture is taken instead of init's, which is not read.
 
     Raises:
         ConfigError: `init` has a value it cannot have.
@@ -77,20 +78,28 @@ def with_init_defaults(values: dict[str, Any]) -> dict[str, Any]:
     """
     for note in configuration.notes(values):
         log_info(note)
-    init = configuration.written_text(values, "init")
+    init = configuration.read_text_field(values, "init")
     check(init)
     merged, inherits = configuration.merge(values, {}), False
+    saved = None if checkpoint is None or init is None else read_schema(checkpoint)
     for name in _runs_by_tower(init, ("image", "text")):
         section = values.get(name, {})
         if section is not None and not {"name", "args", "tower"} & set(section):
-            inherited = configuration.to_dict(_load_source(init, name).config)[name]
+            config = _load_source(init, name).config if saved is None else saved
+            inherited = configuration.to_dict(config)[name] or {}
             inherited = {key: value for key, value in inherited.items() if key not in NOT_INHERITED}
             merged[name], inherits = configuration.merge(inherited, section), True
     if isinstance(init, str) and inherits:
-        inherited = configuration.to_dict(_load_once(init).config)["model"]
+        inherited = configuration.to_dict(_load_once(init).config if saved is None else saved)["model"]
         defaults = {key: inherited[key] for key in ("dim", "projection")}
         merged["model"] = configuration.merge(defaults, values.get("model") or {})
     return merged
+
+
+def read_schema(checkpoint: Path) -> ModelSchema:
+    """Return the part of a checkpoint's configuration that defines the encoders. Raises ConfigError."""
+    path = checkpoint / "config.yaml"
+    return configuration.build(ModelSchema, configuration.read_yaml(path), str(path), partial=True)
 
 
 def choose_tokenizer(init: Any, text: Any) -> Any:

@@ -199,6 +199,7 @@ def find_checkpoint(config: Any, folder: RunFolder) -> Path | None:
 
 
 def _find_checkpoint(config: Any, folder: RunFolder) -> Path | None:
+    store.recover(folder.checkpoints)
     if config.resume == "auto":
         return _find_newest(folder)
     settings = json.dumps(configuration.to_dict(config), sort_keys=True, default=str)

@@ -19,6 +19,7 @@ from torch import Tensor
 import finetune
 from finetune import export
 from finetune import model as models
+from finetune.adapt import lora
 from finetune.config import FusionSchema
 from finetune.loading import Finetuned
 from launch import cli
@@ -130,9 +131,29 @@ def test_models_that_cannot_be_exported_are_refused_before_anything_is_written(s
         (["task.name=captioning", "fusion.causal=true"], "captioning does not answer in one pass"),
         (["task.name=classification", CLASSES, "fusion=null", "task.pictures=[a.jpg, b.jpg]"], "compares two images"),
     ):
+        tuned = build_tuned(small, *settings)
         with pytest.raises(UserError, match=f"^onnx cannot hold .*{message}.*; its encoders alone can be written: --format hf"):
-            export.export(build_tuned(small, *settings), tmp_path / "out")
+            export.export(tuned, tmp_path / "out")
+        line = export.describe_formats(tuned.model, tuned.task, tuned.config, tuned.tokenizer)  # it is said before training
+        assert line.startswith("exports: no format can hold this model: onnx cannot hold ")
+        assert message in line
+        assert line.endswith("; hf and open_clip can hold its encoders")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_can_be_exported_is_known_before_training_and_changes_nothing(small: Small) -> None:
+    """Also with adapters, which exports do not hold: checkpoints have them merged."""
+    tuned = build_tuned(small, "task.name=vqa", ANSWERS)
+    lora.inject_adapters(tuned.model.encoder.tower("image"), lora.LoraConfig(rank=2))
+    tuned.model.train()
+    before = {name: id(value) for name, value in [*tuned.model.named_modules(), *tuned.model.named_parameters()]}
+    training = {name: module.training for name, module in tuned.model.named_modules()}
+    generator = torch.get_rng_state()
+    line = export.describe_formats(tuned.model, tuned.task, tuned.config, tuned.tokenizer)
+    assert line == "exports: onnx can hold this model; hf and open_clip can hold its encoders"
+    assert {name: id(value) for name, value in [*tuned.model.named_modules(), *tuned.model.named_parameters()]} == before
+    assert {name: module.training for name, module in tuned.model.named_modules()} == training
+    assert torch.equal(torch.get_rng_state(), generator)
 
 
 def test_the_command_and_the_code_in_the_model_card(small: Small, in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,7 +162,7 @@ def test_the_command_and_the_code_in_the_model_card(small: Small, in_tmp: Path, 
     arguments = small.settings(in_tmp / "vqa", "init=first", "train.steps=3", "fusion.layers=1", "fusion.heads=2")
     arguments = [argument for argument in arguments if not argument.startswith(("image.", "text.", "model."))]
     assert cli.main(["finetune", "vqa", *arguments]) == 0
-    capsys.readouterr()
+    assert "exports: onnx can hold this model; hf and open_clip can hold its encoders\n" in capsys.readouterr().err
     assert cli.main(["export", "vqa", "out", "--format", "onnx", "--license", "cc0-1.0"]) == 0
     assert capsys.readouterr().out.splitlines() == ["wrote out"]
     card = Path("out/README.md").read_text()

@@ -112,21 +112,44 @@ def test_it_starts_from_init_and_trains_all_weights_that_the_loss_uses(encoders:
 
 
 def test_resumed_bit_for_bit(small: Small, encoders: Path, straight: Path, tmp_path: Path) -> None:
-    """Resume from the middle checkpoint, with the files that a stopped run leaves."""
+    """Resume from the middle checkpoint, with the files that a stopped run leaves; `init` is gone."""
     run = tmp_path / "run"
     shutil.copytree(straight, run)
     for path in (run / "checkpoints").iterdir():
         if path.name != "step-0000003":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    assert cli.main(arguments(small, encoders, run)) == 0
+    assert cli.main(arguments(small, tmp_path / "gone", run)) == 0
     assert read_losses(run) == read_losses(straight)
     last = "checkpoints/step-0000006/model.safetensors"
     assert (run / last).read_bytes() == (straight / last).read_bytes()
 
 
-def test_another_task_does_not_resume(small: Small, encoders: Path, straight: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(arguments(small, encoders, straight, "task.loss=sigmoid")) == 2
-    assert "task is 'vqa" in capsys.readouterr().err
+def test_another_model_does_not_resume(
+    small: Small, encoders: Path, straight: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line, before the configuration in the run folder is replaced, also where all weights fit."""
+    config = (straight / "config.yaml").read_bytes()
+    for settings, words in (
+        (["task.loss=sigmoid"], "task.loss is 'sigmoid' now and was "),
+        (["fusion.heads=4"], "fusion.heads is 4 now and was 2; set fusion.heads=2"),
+        (["context.name=pooled", "context.heads=2"], "context.name is 'pooled' now and was 'dense'"),
+        (["image.resize=squash"], "image.resize is 'squash' now and was 'crop'"),
+        (["adapt.lora.rank=2"], "adapt.lora.rank is 2 now and was 0"),
+    ):
+        assert cli.main(arguments(small, encoders, straight, *settings)) == 2, settings
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("clipfuse: ")]
+        assert words in line
+        assert f"cannot resume {straight}/checkpoints/step-0000006: " in line
+        assert (straight / "config.yaml").read_bytes() == config
+
+
+def test_a_folder_of_another_stage_does_not_resume(
+    small: Small, encoders: Path, straight: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments(small, encoders, encoders)) == 2
+    assert "it is of a pretraining run, not of fine-tuning; choose another run=NEW" in capsys.readouterr().err
+    assert cli.main(["pretrain", "scenes", *small.settings(straight, "train.steps=1")]) == 2
+    assert "it is of a fine-tuning run, not of pretraining" in capsys.readouterr().err
 
 
 def test_the_evaluate_command(small: Small, straight: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -245,4 +268,5 @@ def test_dry_run_prints_the_parameters_of_each_part(
     out = capsys.readouterr().out
     for part in ("image", "text", "fusion", "task"):
         assert any(line.startswith(part) and "trainable" in line for line in out.splitlines())
+    assert "exports: onnx can hold this model; hf and open_clip can hold its encoders" in out
     assert not (tmp_path / "run").exists()
