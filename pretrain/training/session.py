@@ -161,6 +161,7 @@ def open_session(config: Any) -> Iterator[Session]:
     folder.open()
     try:
         with performance.process_settings(config.performance, config.train.deterministic):
+            on_main(lambda: store.recover(folder.checkpoints))
             checkpoint = find_checkpoint(config, folder)
             if checkpoint is not None:
                 config.data.resume_streams(resuming.read_config(checkpoint).get("data", {}))
@@ -199,7 +200,6 @@ def find_checkpoint(config: Any, folder: RunFolder) -> Path | None:
 
 
 def _find_checkpoint(config: Any, folder: RunFolder) -> Path | None:
-    store.recover(folder.checkpoints)
     if config.resume == "auto":
         return _find_newest(folder)
     settings = json.dumps(configuration.to_dict(config), sort_keys=True, default=str)
