@@ -47,6 +47,7 @@ from pretrain.errors import ConfigError, UserError
 from pretrain.evaluation.chance import CHANCE
 from pretrain.runtime import distributed
 from pretrain.runtime.agree import gather_or_raise
+from pretrain.runtime.device_copy import copy_async
 
 
 @dataclass
@@ -223,7 +224,7 @@ class Classification(Task):
         """
         logits = features["logits"]
         logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-        weights = None if self.weights is None else self.weights.to(logits)
+        weights = None if self.weights is None else copy_async(self.weights, logits.device).to(logits.dtype)
         if "label" in targets:
             label = targets["label"]
             losses = F.cross_entropy(logits, label, reduction="none")

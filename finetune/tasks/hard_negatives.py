@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pretrain.runtime import distributed
+from pretrain.runtime.device_copy import copy_async
 from pretrain.towers import TokenSequence
 
 
@@ -79,7 +80,7 @@ def draw_uniform(b: int, count: int, device: torch.device) -> list[Tensor]:
     generator = torch.Generator().manual_seed(int(seed))
     numbers = torch.rand(count, b * distributed.world_size(), generator=generator)
     local = numbers[:, distributed.rank() * b : (distributed.rank() + 1) * b]
-    return list(local.to(device))
+    return list(copy_async(local, device))
 
 
 def hash_sample_ids(keys: Sequence[str], caption_id: Tensor) -> Tensor:
@@ -89,7 +90,7 @@ def hash_sample_ids(keys: Sequence[str], caption_id: Tensor) -> Tensor:
     """
     digests = [hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest() for key in keys]
     key_ids = torch.tensor([int.from_bytes(digest, "big", signed=True) for digest in digests], dtype=torch.int64)
-    return torch.stack([key_ids.to(caption_id.device), caption_id], dim=1)
+    return torch.stack([copy_async(key_ids, caption_id.device), caption_id], dim=1)
 
 
 @torch.compiler.disable
