@@ -24,7 +24,7 @@ def run_gpu_bench(out: Path, *options: str) -> list[dict[str, object]]:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_tiny_sizes_run_through_on_a_cpu(tmp_path: Path) -> None:
-    rows = run_gpu_bench(tmp_path, "--tiny", "--only", "gradients", "throughput", "loss", "resume", "batch", "peer")
+    rows = run_gpu_bench(tmp_path, "--tiny", "--only", "gradients", "throughput", "loss", "resume", "profile", "batch", "peer")
     assert not [row for row in rows if row["unit"] == "failed"]
     values = {str(row["what"]): row["value"] for row in rows}
     exact = [value for what, value in values.items() if "fp32" in what]
@@ -32,6 +32,7 @@ def test_tiny_sizes_run_through_on_a_cpu(tmp_path: Path) -> None:
     assert all(isinstance(value, float) and value <= 1e-4 for value in exact)
     assert values["resume, deterministic: largest difference of the loss"] == 0.0  # on a CPU, bit for bit
     assert values["vit-b-32, largest batch, 1 chunks (the largest that was tried)"] == 32
+    assert sum(float(str(row["value"])) for row in rows if row["unit"] == "of the step") == pytest.approx(1)
     assert "not here" in str(values["open_clip"])
     assert "| resume |" in (tmp_path / "gpu.md").read_text()
 

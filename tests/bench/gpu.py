@@ -13,6 +13,7 @@ Sections, each in processes of its own with a time limit, so that one that fails
     peer         open_clip with its best flags on its own synthetic data; needs --peer
     loader       images/s of the loader against open_clip's
     resume       how far a run that was killed and resumed is from one that was not
+    profile      where the time of a B/32 step goes (train.profile), eager and compiled
 
 Writes DIR/gpu.json (all rows) and DIR/gpu.md (a table), and prints the table. Without a GPU a section that needs one is a line
 "not here". --tiny shrinks every size, so that a CPU runs through in minutes. PYTHON is the interpreter of an environment with
@@ -258,6 +259,23 @@ def run_resume(bench: Bench) -> Iterator[Row]:
         yield {"what": f"resume, {name}: largest difference of the loss", "value": difference, "unit": ""}
 
 
+def run_profile(bench: Bench) -> Iterator[Row]:
+    """Profile five steps of B/32; the parts add up to the step."""
+    from pretrain.training import profile_summary
+
+    for compile in ("false",) if bench.tiny else ("false", "true"):
+        name = f"vit-b-32 {'compiled' if compile == 'true' else 'eager'}"
+        begin = 2 if bench.tiny else 15
+        profile = [f"train.steps={begin + 5}", f"train.profile={begin}:{begin + 5}", f"train.compile={compile}"]
+        bench.pretrain("vit-b-32", f"profile-{compile}", *_settings(bench, MODELS["vit-b-32"], *profile))
+        trace = bench.folder / f"profile-{compile}" / f"profile-{begin}-{begin + 5}.json.gz"
+        summary = profile_summary.summarize(profile_summary.read_trace(trace))
+        yield {"what": f"{name}, one step", "value": 1e3 * summary.seconds, "unit": "ms"}
+        for part, seconds in summary.parts.items():
+            yield {"what": f"{name}, {part}", "value": seconds / summary.seconds, "unit": "of the step"}
+        yield {"what": f"{name}, profile", "value": trace.with_name(f"profile-{begin}-{begin + 5}.txt").read_text(), "unit": "text"}
+
+
 SECTIONS: dict[str, tuple[Callable[[Bench], Iterator[Row]], bool]] = {
     "gradients": (run_gradients, False),
     "tests": (run_tests, False),
@@ -265,6 +283,7 @@ SECTIONS: dict[str, tuple[Callable[[Bench], Iterator[Row]], bool]] = {
     "throughput": (run_throughput, True),
     "loss": (run_loss, True),
     "resume": (run_resume, True),
+    "profile": (run_profile, True),
     "batch": (run_batch, True),
     "peer": (run_peer, True),
     "loader": (run_loader, False),
