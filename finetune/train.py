@@ -6,15 +6,18 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Table
 
 from finetune import export
 from finetune import model as models
 from finetune.adapt import freeze
 from finetune.config import FinetuneConfig, load_config
+from finetune.evaluate import build_result, summary
 from finetune.model import FusionModel
 from finetune.tasks import EvalSetup, Task, survey
 from finetune.tasks.with_contrastive import add_contrastive_loss
@@ -26,14 +29,16 @@ from pretrain.errors import ConfigError, UserError
 from pretrain.model import describe_weights, portable_config, set_performance
 from pretrain.runtime import distributed
 from pretrain.runtime.console import log_info
+from pretrain.runtime.entrypoint import DryRun
+from pretrain.training import dry_run, run_end, run_tokenizer
 from pretrain.training.loop import Outcome, fit
+from pretrain.training.run_dir import RunFolder
 from pretrain.training.session import (
     build_encoders,
     build_eval_decoders,
     build_loader,
     build_train_decoders,
     open_session,
-    print_summary,
 )
 
 __all__ = ["FinetuneConfig", "build", "describe", "load_config", "train"]
@@ -43,33 +48,65 @@ def train(config: FinetuneConfig) -> Outcome:
     """Run one process of a fine-tuning run, from configuration to outcome. Collective. Raises UserError."""
     with open_session(config) as session:
         parts = build(config, session.checkpoint)
-        for line in describe_start(parts) if session.checkpoint is None and distributed.is_main() else ():
+        lines = describe_start(parts) if distributed.is_main() else [""]
+        for line in lines if session.checkpoint is None else ():
             log_info(line)
         portable = inline(parts)
         resuming.refuse_other_model(portable, parts.tokenizer, session.checkpoint, parts.model)
         _refuse_chunks(config, parts.task)
-        identity = {"task": f"{config.task.name} {_digest(portable.task)}"}
         merge_adapters = freeze.build_adapter_merger(config.adapt)
         plan = session.build_plan(
             parts.loader,
             portable,
             parts.tokenizer,
             parts.task.primary_metric,
-            identity=identity,
+            identity=_identity(portable),
             convert_weights=merge_adapters,
         )
         session.write_config(parts.model)
         strategy = session.build_strategy()
         evaluation = build_evaluation(parts, session.device)
-        return fit(plan, session.folder, strategy, parts.model, parts.task, parts.loader, evaluation, session.checkpoint)
+        outcome = fit(plan, session.folder, strategy, parts.model, parts.task, parts.loader, evaluation, session.checkpoint)
+        commands = suggest_commands(config, session.folder, outcome, lines[-1])
+        run_end.print_end(session.folder, outcome, plan.primary_metric, partial(build_results_table, parts), commands)
+        return outcome
 
 
-def describe(config: FinetuneConfig) -> None:
-    """Print the resolved configuration, parameters by part of the model, shards and samples (--dry-run)."""
-    parts = build(config)
-    print_summary(parts.config, parts.model.parameter_counts(), parts.loader)
-    for line in describe_start(parts) if distributed.is_main() else ():
-        print(line)
+def build_results_table(parts: Components, evaluated: run_end.Evaluated) -> Table:
+    """Build the table that `clipfuse evaluate` would print for a checkpoint, from metrics that are known."""
+    config, metrics = parts.config, evaluated.metrics
+    result = build_result(
+        evaluated.checkpoint, evaluated.step, config.data.val, config.task.name, parts.task, metrics, seconds=None
+    )
+    return summary(result)
+
+
+def suggest_commands(config: FinetuneConfig, folder: RunFolder, outcome: Outcome, exports: str) -> list[list[str]]:
+    """Return the words of the commands that a user may want next. exports: the line that names the formats."""
+    formats, data = run_end.named_formats(exports), run_end.data_option(config)
+    export_or_evaluate = ["clipfuse", "evaluate", str(folder.path), *data]
+    if formats:
+        export_or_evaluate = run_end.export_command(folder, formats[0], outcome.step)
+    return [run_end.report_command(folder), export_or_evaluate]
+
+
+def describe(config: FinetuneConfig, options: DryRun) -> UserError | None:
+    """Print what would run (--dry-run), and return why it would be refused; None = it would run. Collective."""
+    differences, destination = list(dry_run.list_differences(config)), dry_run.find_destination(config)
+    with run_tokenizer.temporary_tokenizer(config, destination.path, destination.checkpoint):
+        parts = build(config, destination.checkpoint)
+    lines = [f"init: {config.init} is there, and its weights fit"] if config.init and destination.checkpoint is None else []
+    lines.append("memory and time: not estimated for fine-tuning: what cross-attention needs depends on the task")
+    lines += describe_start(parts)
+    portable = inline(parts)
+    destination.check(lambda: resuming.refuse_other_model(portable, parts.tokenizer, destination.checkpoint, parts.model))
+    plan = dry_run.closed_session(config, destination).build_plan(
+        parts.loader, portable, parts.tokenizer, "", identity=_identity(portable)
+    )
+    destination.check_identity(plan.identity)
+    _refuse_chunks(config, parts.task)
+    dry_run.print_summary(parts.config, differences, destination, parts.model.parameter_counts(), parts.loader, options, lines)
+    return destination.error
 
 
 def describe_start(parts: Components) -> list[str]:
@@ -162,6 +199,11 @@ def _refuse_chunks(config: FinetuneConfig, task: Task) -> None:
             f"train.chunks={config.train.chunks}: {config.task.name} compares samples inside the model, so its batch "
             "cannot be split; use train.chunks=1 and a smaller data.batch_size, or more processes"
         )
+
+
+def _identity(portable: FinetuneConfig) -> dict[str, Any]:
+    """Return what must not change when the run resumes, besides data, seed and batch size."""
+    return {"task": f"{portable.task.name} {_digest(portable.task)}"}
 
 
 def _digest(settings: Any) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Table
 
 from pretrain import config as configuration
 from pretrain import model as models
@@ -18,14 +20,15 @@ from pretrain.data import length_groups
 from pretrain.data.loader import DataConfig, Loader
 from pretrain.data.text import TextDecoder
 from pretrain.data.text_packing import TextPacking
-from pretrain.errors import ConfigError
-from pretrain.evaluation.evaluate import EvalConfig, evaluate
+from pretrain.errors import ConfigError, UserError
+from pretrain.evaluation.evaluate import EvalConfig, build_result, build_table, evaluate
 from pretrain.model import DualEncoder, ModelSchema
 from pretrain.optim import OptimConfig
 from pretrain.runtime import distributed
 from pretrain.runtime.agree import on_main
 from pretrain.runtime.console import log_info
-from pretrain.training import run_tokenizer
+from pretrain.runtime.entrypoint import DryRun
+from pretrain.training import dry_run, run_end, run_tokenizer
 from pretrain.training.config import TrainConfig
 from pretrain.training.flops import FlopCounter
 from pretrain.training.loop import Outcome, fit
@@ -38,8 +41,10 @@ from pretrain.training.session import (
     build_train_decoders,
     check_batch_and_evaluation,
     open_session,
-    print_summary,
 )
+
+PRIMARY_METRIC = "image_to_text_R@1"
+"""The metric that decides which checkpoint is best."""
 
 
 @dataclass
@@ -96,12 +101,13 @@ def train(config: PretrainConfig) -> Outcome:
             log_info(line)
         if session.checkpoint is None and config.init is not None:
             warm_start.load_weights(components.model, config.init, config.init_partial, components.tokenizer)
-        if session.checkpoint is None and distributed.is_main():
-            log_info(export.describe_formats(components.model, config, components.eval_decoders))
+        exports = export.describe_formats(components.model, config, components.eval_decoders) if distributed.is_main() else ""
+        if session.checkpoint is None:
+            log_info(exports)
         portable = models.portable_config(config, components.model)
         resuming.refuse_other_model(portable, components.tokenizer, session.checkpoint, components.model)
         flop_counter = FlopCounter(components.model) if session.device.type == "cuda" else None
-        plan = session.build_plan(components.loader, portable, components.tokenizer, "image_to_text_R@1", flops=flop_counter)
+        plan = session.build_plan(components.loader, portable, components.tokenizer, PRIMARY_METRIC, flops=flop_counter)
         session.write_config(components.model)
         pair_loss = registry.get_component("losses", config.loss.name).build(config.loss).to(session.device)
         if hasattr(pair_loss, "max_logit"):  # read before the strategy, which may shard the model
@@ -112,20 +118,53 @@ def train(config: PretrainConfig) -> Outcome:
             set_text_shapes(config, components.loader, shapes)
         objective = Contrastive(pair_loss)
         evaluation = build_evaluation(config, components, session.device)
-        return fit(
+        outcome = fit(
             plan, session.folder, strategy, components.model, objective, components.loader, evaluation, session.checkpoint
         )
+        commands = suggest_commands(config, session.folder, outcome, exports)
+        table = partial(build_results_table, config)
+        run_end.print_end(session.folder, outcome, PRIMARY_METRIC, table, commands)
+        return outcome
 
 
-def describe(config: PretrainConfig) -> None:
-    """Print what would run: the resolved configuration, parameters of each tower, shards and samples."""
-    with run_tokenizer.temporary_tokenizer(config, RunFolder(config.run).path, None):
-        components = build(config)
-    for line in models.describe_weights(components.model, config.init):
-        log_info(line)
-    print_summary(config, components.model.parameter_counts(), components.loader)
-    if distributed.is_main():
-        print(export.describe_formats(components.model, config, components.eval_decoders))
+def build_results_table(config: PretrainConfig, evaluated: run_end.Evaluated) -> Table:
+    """Build the table that `clipfuse evaluate` would print for a checkpoint, from metrics that are known."""
+    return build_table(
+        build_result(evaluated.checkpoint, evaluated.step, config.data.val, config.eval.tasks, evaluated.metrics, None)
+    )
+
+
+def suggest_commands(config: PretrainConfig, folder: RunFolder, outcome: Outcome, exports: str) -> list[list[str]]:
+    """Return the words of the commands that a user may want next. exports: the line that names the formats."""
+    commands, formats = [run_end.report_command(folder)], run_end.named_formats(exports)
+    if formats:
+        commands.append(run_end.export_command(folder, formats[0], outcome.step))
+    elif data := run_end.data_option(config):
+        commands.append(["clipfuse", "embed", str(folder.path), *data, "--out", str(folder.path / "embeddings")])
+    return commands
+
+
+def describe(config: PretrainConfig, options: DryRun) -> UserError | None:
+    """Print what would run (--dry-run), and return why it would be refused; None = it would run. Collective."""
+    differences, destination = list(dry_run.list_differences(config)), dry_run.find_destination(config)
+    with run_tokenizer.temporary_tokenizer(config, destination.path, destination.checkpoint):
+        components = build(resuming.without_sources(config, destination.checkpoint))
+    model = components.model
+    lines = []
+    if destination.checkpoint is None:
+        for line in models.describe_weights(model, config.init):
+            log_info(line)
+        if config.init is not None:
+            warm_start.load_weights(model, config.init, config.init_partial, components.tokenizer)
+            lines.append(f"init: {config.init} is there, and its weights fit")
+    portable = models.portable_config(config, model)
+    destination.check(lambda: resuming.refuse_other_model(portable, components.tokenizer, destination.checkpoint, model))
+    plan = dry_run.closed_session(config, destination).build_plan(components.loader, portable, components.tokenizer, "")
+    destination.check_identity(plan.identity)
+    lines += dry_run.estimate_lines(config, model, options)
+    lines.append(export.describe_formats(model, config, components.eval_decoders))
+    dry_run.print_summary(config, differences, destination, model.parameter_counts(), components.loader, options, lines)
+    return destination.error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from launch.cli.command import Subparsers, add_command
 from pretrain.config import find_config
 from pretrain.config.static_schema import check_settings
 from pretrain.errors import ConfigError
-from pretrain.runtime.entrypoint import DONE, run
+from pretrain.runtime.entrypoint import DONE, DryRun, run
 
 
 def add_commands(commands: Subparsers[argparse.ArgumentParser]) -> None:
@@ -26,7 +26,8 @@ def add_commands(commands: Subparsers[argparse.ArgumentParser]) -> None:
 
 def _add_config(p: argparse.ArgumentParser, settings: str) -> None:
     p.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a shipped one")
-    p.add_argument("--dry-run", action="store_true", help="print configuration, parameters and samples, and exit")
+    p.add_argument("--dry-run", action="store_true", help="check everything, print what would run and where, and exit")
+    p.add_argument("-v", "--verbose", action="store_true", help="with --dry-run: print the whole configuration, as YAML")
     _add_process_options(p)
     p.add_argument("settings", nargs="*", metavar="key=value", help=settings)
 
@@ -69,15 +70,28 @@ def add_plan(commands: Subparsers[argparse.ArgumentParser]) -> None:
 def run_training(args: argparse.Namespace) -> int:
     """Run `clipfuse pretrain` or `finetune` (args.module): in this process, by torch's elastic agent, or as a Slurm job."""
     check_settings(find_config(args.config, args.module), args.settings, args.module)  # before torch is imported
+    if args.verbose and not args.dry_run:
+        raise ConfigError("-v prints the configuration with --dry-run")
     if args.on == "slurm":
         return _submit_job(args)
+    if args.dry_run:
+        return _describe_run(args)
     if args.nproc is None and args.nodes == 1:
-        return run(args.config, args.settings, args.dry_run, args.module)
+        return run(args.config, args.settings, None, args.module)
     from launch import elastic
 
-    words = [args.config, *(["--dry-run"] if args.dry_run else []), *args.settings]
+    words = [args.config, *args.settings]
     world = elastic.World(elastic.parse_nproc(args.nproc), args.nodes, args.rdzv, args.restarts, args.grace)
     return elastic.launch(args.module, words, world)
+
+
+def _describe_run(args: argparse.Namespace) -> int:
+    """Print what would run, in this process, whatever the number of processes and nodes."""
+    from launch.elastic import parse_nproc
+    from launch.plan import describe_estimate
+
+    processes = parse_nproc(args.nproc) * args.nodes
+    return run(args.config, args.settings, DryRun(args.verbose, processes, args.nodes, describe_estimate), args.module)
 
 
 def _submit_job(args: argparse.Namespace) -> int:
@@ -97,7 +111,7 @@ def _submit_job(args: argparse.Namespace) -> int:
         requeue=not args.no_requeue,
         more=args.sbatch,
     )
-    slurm.submit(args.module, args.config, args.settings, job, args.dry_run)
+    slurm.submit(args.module, args.config, args.settings, job, args.dry_run, args.verbose)
     return DONE
 
 

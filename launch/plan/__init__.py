@@ -14,19 +14,23 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from launch.plan.estimate import GIB, USAGE, Estimate, ModelSize, estimate
-from launch.plan.measure import measure_model
+from launch.plan.measure import measure_built, measure_model
 from pretrain.config import find_config
 from pretrain.data.config import resolve_sources
 from pretrain.data.shards.paths import count_samples
 from pretrain.errors import ConfigError, UserError
+from pretrain.model import DualEncoder
 from pretrain.printable import format_count
 from pretrain.runtime import distributed
-from pretrain.runtime.gpus import GPUS, peak_flops
+from pretrain.runtime.gpus import GPUS, find_gpu, peak_flops
 from pretrain.strategies import STRATEGIES
 from pretrain.train import PretrainConfig, load_config
 
@@ -103,7 +107,7 @@ class Plan:
             node, fast, slow = sent / (link * 1e9), sent / 50e9, sent / 1.25e9
             yield f"network in a node: {node:.3f} s per step at {link:g} GB/s per GPU"
             yield f"network: {fast:.3f} s per step at 50 GB/s per GPU (400 Gb/s), {slow:.2f} s at 1.25 GB/s (10 Gb/s)"
-        yield self._describe_length()
+        yield self.describe_length()
         yield ""
         chunks = sorted({other.chunks for other in self.others})
         yield f"{'GiB by train.chunks':24}" + "".join(f"{count:>8}" for count in chunks) + "     MB sent"
@@ -117,7 +121,8 @@ class Plan:
         for note in self.notes:
             yield f"note: {note}"
 
-    def _describe_length(self) -> str:
+    def describe_length(self) -> str:
+        """Return the line on the steps of an epoch and of the run, and on the hours of computation."""
         train, batch = self.config.train, self.config.data.batch_size
         if self.samples is None:
             return "epoch: the shards are not on this machine; give --samples N for the steps of an epoch"
@@ -183,6 +188,31 @@ def _count_samples(config: PretrainConfig) -> int | None:
         return sum(count_samples([path for source in given for path in source.shards], config.data.build_cache()))
     except UserError:
         return None
+
+
+def describe_estimate(config: PretrainConfig, model: DualEncoder, processes: int) -> list[str]:
+    """Return the lines of `--dry-run` on memory and time, on this machine's device, or why they are not estimated.
+
+    model: built, on the CPU.
+    """
+    if distributed.device().type == "cpu":
+        capacity, gpu = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // distributed.local_world_size(), None
+        where = "of this machine"
+    else:
+        properties = torch.cuda.get_device_properties(distributed.device())
+        capacity, gpu, where = properties.total_memory, find_gpu(properties.name), f"of {properties.name}"
+    try:
+        size, _ = measure_built(model, config)
+    except Exception as error:  # towers of anybody's raise what they like on tensors without contents
+        return [f"memory and time: not estimated: {type(error).__name__}: {' '.join(str(error).split())[:160]}"]
+    estimated = estimate(config, size, processes, overhead=gpu is not None)
+    parts = ", ".join(f"{name} {value / GIB:.2f}" for name, value in estimated.memory.items() if value >= GIB / 200)
+    fits = "fits in" if estimated.total <= capacity else "does NOT fit in"
+    memory = f"memory: {estimated.total / GIB:.2f} GiB a process ({parts}) {fits} {capacity / GIB:.1f} GiB {where}"
+    if gpu is None:
+        return [memory, "time: not estimated on this device, whose speed is not known; the first lines of a run say it"]
+    plan = Plan(config, processes, gpu, estimated, [], _count_samples(config), size.total)
+    return [memory, f"time: {plan.seconds():.3f} s a step at {USAGE:.0%} of the peak; {plan.describe_length()}"]
 
 
 def print_plan(plan: Plan, as_json: bool) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +15,7 @@ from launch.plan.footprint import measure_footprint
 from pretrain import model as models
 from pretrain.checkpoints import warm_start
 from pretrain.errors import UserError
+from pretrain.model import DualEncoder
 from pretrain.strategies.blocks import find_blocks
 from pretrain.train import PretrainConfig
 from pretrain.training import flops
@@ -38,8 +41,6 @@ def measure_model(config: PretrainConfig) -> tuple[ModelSize, list[str]]:
         changes: dict[str, Any] = {"pretrained": False} if hasattr(tower, "pretrained") else {}
         if hasattr(tower, "weights"):
             changes["weights"] = None
-        if hasattr(tower, "groups"):
-            changes["groups"] = 1  # grouping by length is for CPUs, and depends on the texts
         towers[name] = replace(tower, **changes)
     tokenizer: Any = None
     if config.text is not None:
@@ -48,8 +49,15 @@ def measure_model(config: PretrainConfig) -> tuple[ModelSize, list[str]]:
         except UserError:
             vocabulary = int(config.text.args.get("vocab_size", 49408))
             tokenizer = PlaceholderTokenizer(vocabulary)
-            notes.append(f"tokenizer {config.text.tokenizer!r} is not here: a vocabulary of {vocabulary:,} is assumed")
-    built = models.build(towers, config.model, tokenizer)
+            name = f"tokenizer {config.text.tokenizer!r} is not here" if config.text.tokenizer else "no tokenizer is named"
+            notes.append(f"{name}: a vocabulary of {vocabulary:,} is assumed")
+    size, more = measure_built(models.build(towers, config.model, tokenizer), config)
+    return size, notes + more
+
+
+def measure_built(built: DualEncoder, config: PretrainConfig) -> tuple[ModelSize, list[str]]:
+    """Return the sizes of a model that is on the CPU, and notes on what was assumed. It does not change."""
+    notes = []
     sample = flops.build_sample(
         config.image.size if config.image is not None else None,
         config.text.length if config.text is not None else None,
@@ -59,7 +67,8 @@ def measure_model(config: PretrainConfig) -> tuple[ModelSize, list[str]]:
         notes.append(f"every text has the full length of {config.text.length} tokens: trimmed batches need less")
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.precision]
     repeated = [_count(block) for block in find_blocks(built)]
-    footprint = measure_footprint(built, sample, torch.bfloat16 if dtype is torch.float16 else dtype)
+    with _without_groups(built):
+        footprint = measure_footprint(built, sample, torch.bfloat16 if dtype is torch.float16 else dtype)
     counter = flops.FlopCounter(built)  # unlike the footprint, which runs the CPU's attention, it sees attention
     counter.add(sample)
     size = ModelSize(
@@ -68,10 +77,23 @@ def measure_model(config: PretrainConfig) -> tuple[ModelSize, list[str]]:
         buffers=sum(b.numel() * b.element_size() for b in built.buffers()),
         block=max(repeated, default=0),
         root=_count(built) - sum(repeated),
-        modalities=len(towers),
+        modalities=len(built.towers),
         footprint=replace(footprint, flops=counter.take()),
     )
     return size, notes
+
+
+@contextmanager
+def _without_groups(model: DualEncoder) -> Iterator[None]:
+    """Encode texts as a whole inside the block: grouping by length is for CPUs, and depends on the texts."""
+    grouped = {tower: tower.groups for tower in model.towers.values() if isinstance(getattr(tower, "groups", None), int)}
+    for tower in grouped:
+        tower.groups = 1
+    try:
+        yield
+    finally:
+        for tower, groups in grouped.items():
+            tower.groups = groups
 
 
 def _count(module: nn.Module) -> int:

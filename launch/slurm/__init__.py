@@ -19,10 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pretrain import config as configuration
 from pretrain.config import find_config
 from pretrain.errors import ConfigError, UserError
 from pretrain.printable import format_count, hide_secrets
 from pretrain.runtime import distributed
+from pretrain.training.dry_run import list_differences
 from pretrain.training.run_dir import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -91,10 +93,11 @@ def build_script(module: str, words: list[str], job: Job, run: Path) -> str:
     )
 
 
-def submit(module: str, config: str, settings: list[str], job: Job, dry_run: bool = False) -> str:
+def submit(module: str, config: str, settings: list[str], job: Job, dry_run: bool = False, verbose: bool = False) -> str:
     """Check the configuration for the job's processes, write the script, submit it, and return the job's number.
 
-    dry_run: print the script instead. Raises ConfigError for what could not run, UserError where Slurm refuses.
+    dry_run: print the script instead, and in comments after it the settings that differ from the defaults; verbose: all of
+    them. Raises ConfigError for what could not run, UserError where Slurm refuses.
     """
     if job.nodes < 1 or job.nproc < 1:
         raise ConfigError(f"--nodes {job.nodes} --nproc {job.nproc}: both must be at least 1")
@@ -112,6 +115,9 @@ def submit(module: str, config: str, settings: list[str], job: Job, dry_run: boo
     text = build_script(module, words, job, run)
     if dry_run:
         print(hide_secrets(text))
+        settings_lines = configuration.to_yaml(loaded).splitlines() if verbose else list_differences(loaded)
+        print("# settings:" if verbose else "# settings that differ from the defaults:")
+        print(*(f"#   {line}" for line in settings_lines), sep="\n")
         return ""
     run.mkdir(parents=True, exist_ok=True)
     file = run / "job.sbatch"

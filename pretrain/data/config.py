@@ -225,6 +225,12 @@ def parse_sources(spec: Any, where: str) -> list[tuple[str | list[str], float | 
     return sources
 
 
+def format_patterns(spec: Any, where: str) -> str:
+    """Return the patterns of data.train or data.val as one argument of a command: with "::" between them."""
+    sources = [[shards] if isinstance(shards, str) else shards for shards, _ in parse_sources(spec, where)]
+    return "::".join(pattern for patterns in sources for pattern in patterns)
+
+
 def count_samples_once(paths: list[str], cache: ShardCache, where: str) -> list[int]:
     """Count the samples of each shard on the main process and return the counts on all. Collective.
 

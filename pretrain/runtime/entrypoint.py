@@ -9,7 +9,9 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any, ParamSpec
 
@@ -29,11 +31,15 @@ def main(argv: list[str] | None = None, module: str = "pretrain") -> int:
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=__doc__)
     parser.add_argument("config", help="a YAML file, or the name of a shipped one")
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and exit")
+    parser.add_argument("-v", "--verbose", action="store_true", help="with --dry-run: print the whole configuration, too")
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that replace the file's")
     os.environ.setdefault("PYTHONSAFEPATH", "1")  # worker processes import nothing from the current folder
     args, rest = parser.parse_known_args(argv)
-    return run_with_exit_code(run, args.config, args.settings + rest, args.dry_run, module)
+    if args.verbose and not args.dry_run:
+        parser.error("-v prints the configuration with --dry-run")
+    dry_run = DryRun(args.verbose) if args.dry_run else None
+    return run_with_exit_code(run, args.config, args.settings + rest, dry_run, module)
 
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
@@ -89,11 +95,24 @@ def raise_on_stop_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def run(config: str, settings: list[str], dry_run: bool, module: str = "pretrain") -> int:
+@dataclass(frozen=True)
+class DryRun:
+    """What `--dry-run` prints, and for which processes."""
+
+    verbose: bool = False
+    """Print the whole configuration as well."""
+    processes: int = 0
+    """Processes of the run; 0 = those that a launcher has started."""
+    nodes: int = 1
+    estimate: Callable[[Any, Any, int], list[str]] | None = None
+    """(configuration, model, processes) -> lines on memory and time; None where nothing is there to estimate them."""
+
+
+def run(config: str, settings: list[str], dry_run: DryRun | None, module: str = "pretrain") -> int:
     """Run one process of a training and return its exit code.
 
-    config: a YAML file or the name of one in configs/MODULE; settings: key=value; dry_run: only print what would run.
-    MODULE.train provides load_config(), describe() and train().
+    config: a YAML file or the name of one in configs/MODULE; settings: key=value; dry_run: only print what would run; None =
+    train. MODULE.train provides load_config(), describe() and train().
     """
     path = find_config(config, module)
     check_settings(path, settings, module)  # before torch is imported, which takes seconds
@@ -111,22 +130,32 @@ def run(config: str, settings: list[str], dry_run: bool, module: str = "pretrain
         performance.prepare_environment(early.performance, early.train.deterministic)
         distributed.setup()
         try:
+            if dry_run is not None:
+                return _describe(trainer, path, settings, dry_run)
             loaded = trainer.load_config(path, settings)
             preflight.check_accelerate(loaded.train.precision, loaded.train.strategy)
             distributed.set_timeout(loaded.train.timeout)
-            if dry_run:
-                trainer.describe(loaded)
-                return DONE
             outcome = trainer.train(loaded)
             if outcome.state == "stopped":
                 command = _resume_command(module, config, settings, loaded.resume)
                 log_info(f"{outcome.reason} at step {outcome.step}, saved; resume with: {command}")
                 return STOPPED
-            results = ", ".join(f"{name} {value:.4g}" for name, value in outcome.results.items())
-            log_info(f"done: {outcome.step} steps in {loaded.run}" + (f"; {results}" if results else ""))
             return DONE
         finally:
             distributed.shutdown()
+
+
+def _describe(trainer: Any, path: Path, settings: list[str], dry_run: DryRun) -> int:
+    """Print what would run, as it is configured for its processes, and return the exit code that the run would begin with."""
+    from pretrain.runtime import distributed, preflight
+
+    with ExitStack() as stack:
+        if dry_run.processes:
+            stack.enter_context(distributed.assume_world(dry_run.processes, dry_run.nodes, distributed.device().type == "cuda"))
+        loaded = trainer.load_config(path, settings)
+    preflight.check_accelerate(loaded.train.precision, loaded.train.strategy)
+    error: UserError | None = trainer.describe(loaded, dry_run)
+    return DONE if error is None else USAGE if isinstance(error, ConfigError) else FAILED
 
 
 def _resume_command(module: str, config: str, settings: list[str], resume: str) -> str:

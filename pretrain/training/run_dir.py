@@ -76,6 +76,22 @@ class RunFolder:
                 f"cannot write into the run folder {self.path}: {error.strerror or error}; choose another run=PATH"
             ) from error
 
+    def refuse_unusable(self) -> None:
+        """Raise the UserError that open() would raise where the folder cannot be written or another run holds its lock.
+
+        Creates nothing.
+        """
+        folder = next(path for path in (self.path.absolute(), *self.path.absolute().parents) if path.exists())
+        if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+            reason = "no permission" if folder.is_dir() else f"{folder} is a file"
+            raise UserError(f"cannot write into the run folder {self.path}: {reason}; choose another run=PATH")
+        with suppress(OSError), (self.path / ".lock").open() as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = lock.read() or "another run"
+                raise UserError(f"{self.path} is in use by {holder}; choose another run=NAME for this run") from None
+
     def _open_lock(self) -> None:
         """Create the folders and lock .lock. Raises BlockingIOError where another process holds the lock; OSError."""
         while True:

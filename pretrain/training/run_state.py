@@ -64,6 +64,19 @@ def load_trainer_state(path: Path) -> dict[str, Any]:
     return state
 
 
+def refuse_other_identity(trainer_state: dict[str, Any], identity: dict[str, Any], checkpoint: Path) -> None:
+    """Refuse to resume a run with other data, seed or batch size. Raises ConfigError, which names the value.
+
+    trainer_state: of the checkpoint. identity: RunPlan's.
+    """
+    for name, value in identity.items():
+        if trainer_state["identity"].get(name) != value:
+            raise ConfigError(
+                f"cannot resume {checkpoint}: {name} is {value!r} now and was {trainer_state['identity'].get(name)!r}; "
+                "a run resumes with the same data, seed, batch size and model (resume=never run=NEW starts another)"
+            )
+
+
 def _read_trainable_weights(folder: Path, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
     """Return the weights in a folder. Raises UserError where one of `shapes` is missing or differs."""
     weights = store.read_weights(folder)
@@ -115,12 +128,7 @@ class Run:
         trainer_state: dict[str, Any] | None = None
         if checkpoint is not None:
             trainer_state = load_trainer_state(checkpoint / "state" / "trainer.pt")
-            for name, value in self.plan.identity.items():
-                if trainer_state["identity"].get(name) != value:
-                    raise ConfigError(
-                        f"cannot resume {checkpoint}: {name} is {value!r} now and was {trainer_state['identity'].get(name)!r}; "
-                        "a run resumes with the same data, seed, batch size and model (resume=never run=NEW starts another)"
-                    )
+            refuse_other_identity(trainer_state, self.plan.identity, checkpoint)
             store.load_weights(self.model, store.read_weights(_training_weights_folder(checkpoint)), checkpoint)
         refuse_chunks(self.model, self.plan.train.chunks)
         self.strategy.setup(self.model)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.checkpoints import loading
-from pretrain.data.config import parse_sources, resolve_sources
+from pretrain.data.config import format_patterns, resolve_sources
 from pretrain.data.shards.paths import count_samples
 from pretrain.data.shards.transfer import is_remote
 from pretrain.data.train_tokenizer import iterate_captions, train_tokenizer_on
@@ -87,7 +87,8 @@ def temporary_tokenizer(config: Any, folder: Path, checkpoint: Path | None) -> I
         if saved is not None and saved.is_dir():
             text.tokenizer = str(saved)
         else:
-            _train(config, Path(temporary), folder / loading.TOKENIZER)
+            described = _train(config, Path(temporary))
+            log_info(f"text.tokenizer is not set: the run trains {described}, in {folder / loading.TOKENIZER}")
             text.tokenizer = temporary
         try:
             yield
@@ -105,7 +106,7 @@ def _write_tokenizer(config: Any, path: Path, checkpoint: Path | None) -> dict[s
             shutil.copytree(saved, partial)
         else:
             partial.mkdir(parents=True)
-            _train(config, partial, path)
+            log_info(f"text.tokenizer is not set: trained {_train(config, partial)}, in {path}")
         shutil.rmtree(path, ignore_errors=True)
         partial.rename(path)
     finally:
@@ -113,18 +114,15 @@ def _write_tokenizer(config: Any, path: Path, checkpoint: Path | None) -> dict[s
     return {file.name: file.read_bytes() for file in path.iterdir() if file.is_file()}
 
 
-def _train(config: Any, out: Path, announced: Path) -> None:
-    """Train a tokenizer on the captions of data.train, save it to `out`, and log that it is in `announced`."""
+def _train(config: Any, out: Path) -> str:
+    """Train a tokenizer on the captions of data.train, save it to `out`, and describe it."""
     samples = _count_samples(config)
     shards = [path for source in resolve_sources(config.data.train, "data.train") for path in source.shards]
     captions = islice(iterate_captions(shards, _caption_source(config), config.data.build_cache()), MAX_CAPTIONS)
     tokenizer = train_tokenizer_on(
         captions, out, choose_vocabulary(samples), config.text.length, source=f"data.train={config.data.train}"
     )
-    log_info(
-        f"text.tokenizer is not set: trained one of {len(tokenizer):,} tokens on the captions of "
-        f"{format_count(samples, 'sample')}, in {announced}"
-    )
+    return f"one of {len(tokenizer):,} tokens on the captions of {format_count(samples, 'sample')}"
 
 
 def _count_samples(config: Any) -> int:
@@ -149,14 +147,17 @@ def _count_samples(config: Any) -> int:
 
 def _suggest_command(config: Any) -> str:
     """Return what to do instead, with the command that trains a tokenizer on this data."""
-    patterns = [
-        pattern
-        for spec, _ in parse_sources(config.data.train, "data.train")
-        for pattern in ([spec] if isinstance(spec, str) else spec)
-    ]
     source = _caption_source(config)
     caption = [] if source == "txt" else ["--caption", source]
-    words = ["clipfuse", "tokenizer", "::".join(patterns), "tokenizer", "--vocab", str(LARGE_VOCABULARY), *caption]
+    words = [
+        "clipfuse",
+        "tokenizer",
+        format_patterns(config.data.train, "data.train"),
+        "tokenizer",
+        "--vocab",
+        str(LARGE_VOCABULARY),
+        *caption,
+    ]
     return f"train one with `{shlex.join(words)}` and set text.tokenizer=tokenizer, or name a published one"
 
 

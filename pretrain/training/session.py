@@ -295,26 +295,3 @@ def build_loader(config: Any, decoders: dict[str, Any]) -> Loader:
         nodes=distributed.nodes(),
         device=distributed.device(),
     )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# --dry-run
-
-
-def print_summary(config: Any, parameter_counts: dict[str, dict[str, int]], loader: Loader) -> None:
-    """Print, on rank 0, what would run: configuration, parameters, shards, samples and steps.
-
-    parameter_counts: for each component of the model {"total": ..., "trainable": ...}.
-    """
-    batch_size, epoch_size = config.data.batch_size, loader.order.epoch_size
-    total_steps = config.train.total_steps(batch_size, loader.order)
-    if not distributed.is_main():
-        return
-    print(configuration.to_yaml(config))
-    for name, counts in parameter_counts.items():
-        print(f"{name:12} {counts['total']:>14,} parameters, {counts['trainable']:,} trainable")
-    shards = "shard" if loader.shard_count == 1 else "shards"
-    print(f"{'data':12} {loader.shard_count:>14,} {shards}, {format_count(epoch_size, 'sample')} an epoch")
-    epochs = total_steps * batch_size / epoch_size
-    steps = "step" if total_steps == 1 else "steps"
-    print(f"{'run':12} {total_steps:>14,} {steps} of {format_count(batch_size, 'sample')}, {epochs:.2f} epochs")
