@@ -7,6 +7,8 @@ import importlib
 import inspect
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -77,7 +79,8 @@ def load_text_model(config: TextModelConfig, tokenizer: Any) -> LoadedTextModel:
                 "trust_remote_code": False,
                 **extra,
             }
-            model, info = model_class.from_pretrained(config.name, **options)
+            with _quiet():
+                model, info = model_class.from_pretrained(config.name, **options)
             missing = sorted(info["missing_keys"])
         else:
             model = model_class(settings, **extra)
@@ -91,6 +94,22 @@ def load_text_model(config: TextModelConfig, tokenizer: Any) -> LoadedTextModel:
     origin = _describe_origin(config.name, model, missing) if is_loaded else ""
     model = model.get_encoder() if settings.is_encoder_decoder and hasattr(model, "decoder") else model
     return LoadedTextModel(model, pool, origin)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from printing a progress bar and a table of weights: a run says in one line what was loaded."""
+    from transformers.utils import logging as hf_logging
+
+    verbosity, has_bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if has_bar:
+            hf_logging.enable_progress_bar()
 
 
 def _describe_origin(name: str | None, model: nn.Module, missing: list[str]) -> str:
