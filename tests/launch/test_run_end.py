@@ -4,12 +4,14 @@ import shlex
 from pathlib import Path
 
 import pytest
+from rich.table import Table
 
 from launch import cli
 from pretrain.config import find_config
 from pretrain.train import load_config, suggest_commands
 from pretrain.training.loop import Outcome
 from pretrain.training.run_dir import RunFolder
+from pretrain.training.run_end import print_end
 from tests.support import Small
 
 
@@ -46,6 +48,10 @@ def test_a_run_ends_with_its_figures_and_commands_that_work(
     assert cli.main(["evaluate", "runs/a run", "--data", small.val]) == 0  # of the best checkpoint
     assert len(rows(error)) > 5
     assert rows(error) == rows(capsys.readouterr().out)
+    print_end(RunFolder("a run"), Outcome("stopped", "stopped by SIGTERM", 2, {}), "text_to_image_R@5", Table, [])
+    line = capsys.readouterr().err
+    assert line.startswith("the run lies in runs/a run; best so far: text_to_image_R@5 0.")
+    assert len(line.splitlines()) == 1
 
     data = [f"data.train={small.train}", val, "data.workers=0", "data.batch_size=16", "train.steps=2", "train.trackers=[]"]
     task = ["classification", "init=runs/a run", "run=kinds", "train.threads=1", "eval.workers=0"]
