@@ -7,7 +7,6 @@ attention is therefore drawn faintly, and below RING_THRESHOLD without a ring. S
 
 from __future__ import annotations
 
-import base64
 import io
 import unicodedata
 from collections.abc import Sequence
@@ -49,10 +48,42 @@ def draw_tile(
         side: px.
         boxes: boxes to outline, (x0, y0, x1, y1) as shares of the image's sides.
     """
-    gray = np.asarray(image.convert("L").resize((side, side), Image.Resampling.LANCZOS), dtype=np.float64)
-    background = np.repeat((70 + 0.7 * gray)[:, :, None], 3, axis=2)
+    return _draw_map(image.resize((side, side), Image.Resampling.LANCZOS), (0, 0, side, side), values, strength, boxes)
+
+
+def draw_on_picture(image: Image.Image, visible: Box, values: Array, strength: float = 1.0, side: int = TILE) -> Image.Image:
+    """Draw one map on a whole image, in its proportions, where the model's input lies in it; the rest is pale.
+
+    Args:
+        image: the whole image.
+        visible: the part that the model's input shows, (x0, y0, x1, y1) as shares of the image's sides. What exceeds 0 to 1 are
+            borders that the model's input has; they are added in white.
+        values: the map (H, W), nowhere negative.
+        strength: as for draw_tile().
+        side: px, the longer side of the result.
+    """
+    x0, y0, x1, y1 = (edge * length for edge, length in zip(visible, image.size * 2, strict=True))
+    left, top, right, bottom = min(0, x0), min(0, y0), max(image.width, x1), max(image.height, y1)
+    scale = side / max(right - left, bottom - top)
+    canvas = Image.new("RGB", tuple(max(1, round(scale * length)) for length in (right - left, bottom - top)), _WHITE)
+    size = tuple(max(1, round(scale * length)) for length in image.size)
+    canvas.paste(image.convert("RGB").resize(size, Image.Resampling.LANCZOS), (round(-scale * left), round(-scale * top)))
+    window = (scale * (x0 - left), scale * (y0 - top), scale * (x1 - left), scale * (y1 - top))
+    return _draw_map(canvas, window, values, strength)
+
+
+def _draw_map(image: Image.Image, window: Box, values: Array, strength: float, boxes: Sequence[Box] = ()) -> Image.Image:
+    """Draw one map on an image of the same size as the result; `window` is the map's place in it, in px."""
+    width, height = image.size
+    x0, y0, x1, y1 = window
+    columns, rows = _to_pixels(x0, x1, width), _to_pixels(y0, y1, height)
+    gray = np.asarray(image.convert("L"), dtype=np.float64)
+    background = np.repeat((200 + 0.2 * gray)[:, :, None], 3, axis=2)  # what the model does not see
+    background[rows, columns] = (70 + 0.7 * gray)[rows, columns, None]
     peak, scale = values.max(), np.sqrt(strength)
-    large = scale * _enlarge(values / peak, side) if peak > 0 else np.zeros((side, side))
+    large = np.zeros((height, width))
+    if peak > 0:
+        large[rows, columns] = scale * _enlarge(values / peak, columns.stop - columns.start, rows.stop - rows.start)
     position = large * (len(_HEAT) - 1)
     low = np.clip(position.astype(int), 0, len(_HEAT) - 2)
     fraction = (position - low)[:, :, None]
@@ -60,13 +91,13 @@ def draw_tile(
     alpha = (0.88 * np.clip(1.6 * large - 0.12, 0, 1))[:, :, None]
     out = Image.fromarray(np.clip(background * (1 - alpha) + heat * alpha, 0, 255).astype(np.uint8))
     draw = ImageDraw.Draw(out)
-    for x0, y0, x1, y1 in boxes:
-        outline = (round(x0 * side), round(y0 * side), round(x1 * side) - 1, round(y1 * side) - 1)
+    for left, top, right, bottom in boxes:
+        outline = (round(left * width), round(top * height), round(right * width) - 1, round(bottom * height) - 1)
         draw.rectangle(outline, outline=_WHITE, width=2)
     if peak > 0 and strength >= RING_THRESHOLD:
         H, W = values.shape
         row, column = divmod(int(values.argmax()), W)
-        x, y, r = (column + 0.5) * side / W, (row + 0.5) * side / H, max(4, side // 40)
+        x, y, r = x0 + (column + 0.5) * (x1 - x0) / W, y0 + (row + 0.5) * (y1 - y0) / H, max(4, max(image.size) // 40)
         draw.ellipse((x - r - 1, y - r - 1, x + r + 1, y + r + 1), outline=_BLACK, width=1)
         draw.ellipse((x - r, y - r, x + r, y + r), outline=_WHITE, width=2)
     return out
@@ -120,13 +151,6 @@ def encode_png(image: Image.Image) -> bytes:
     out = io.BytesIO()
     image.save(out, "PNG")
     return out.getvalue()
-
-
-def encode_data_uri(image: Image.Image) -> str:
-    """Encode as a data URI for a page, as JPEG, which takes a fifth of the bytes of PNG."""
-    out = io.BytesIO()
-    image.convert("RGB").save(out, "JPEG", quality=86)
-    return f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}"
 
 
 def stack_figures(pages: Sequence[Image.Image]) -> Image.Image:
@@ -217,11 +241,17 @@ def truncate_text(text: str, width: int, size: int) -> str:
     return f"{text}…"
 
 
-def _enlarge(values: Array, side: int) -> Array:
-    """Resize (H, W) to (side, side), with values from 0 to 1 and a peak of 1: smoothly, or as cells where they are few."""
+def _to_pixels(start: float, stop: float, length: int) -> slice:
+    """Round an interval to whole pixels of an axis, at least one."""
+    first = min(round(start), length - 1)
+    return slice(first, max(first + 1, min(round(stop), length)))
+
+
+def _enlarge(values: Array, width: int, height: int) -> Array:
+    """Resize (H, W) to (height, width), with values from 0 to 1 and a peak of 1: smoothly, or as cells where they are few."""
     small = Image.fromarray(values.astype(np.float32))
     is_coarse = max(values.shape) <= COARSE_CELLS
     filter_ = Image.Resampling.NEAREST if is_coarse else Image.Resampling.BICUBIC
-    large: Array = np.asarray(small.resize((side, side), filter_), dtype=np.float64)
+    large: Array = np.asarray(small.resize((width, height), filter_), dtype=np.float64)
     out: Array = np.clip(large / large.max(), 0, 1)
     return out

@@ -34,8 +34,9 @@ from finetune.model import FusionModel
 from finetune.tasks import Prediction, Task
 from pretrain.data import BadSample, loader
 from pretrain.data.decode import decode_image
-from pretrain.data.images import ImageDecoder, crop_visible
+from pretrain.data.images import ImageDecoder, crop_visible, visible_box
 from pretrain.data.text import TextDecoder
+from pretrain.data.thumbnails import Thumbnail, ThumbnailDecoder
 from pretrain.embedding.split import eval_mode
 from pretrain.errors import UserError
 from pretrain.runtime.files import replace_atomically
@@ -65,6 +66,10 @@ class WordMaps:
     """The right answer, where it is known; else empty."""
     has_probabilities: bool = True
     """Whether the numbers in `answers` are probabilities; see tasks.Prediction."""
+    whole: Image.Image | None = None
+    """The whole image, small; None where it was not asked for."""
+    visible: heatmap.Box = (0.0, 0.0, 1.0, 1.0)
+    """The part of `whole` that the model's input shows, (x0, y0, x1, y1) as shares of its sides; borders exceed 0 to 1."""
 
     def format_answers(self) -> tuple[str, str]:
         """Return the best answer with its probability or score, and the next two probable answers with theirs, or ""."""
@@ -93,10 +98,14 @@ class WordMaps:
         return heatmap.draw_figure(self.image, self.words, self.maps, self.caption_lines())
 
     def tiles(self, side: int = heatmap.TILE) -> list[tuple[str, Image.Image]]:
-        """Draw (word, its heat map on the image) for each word, for pages with their own layout; `side` in px."""
+        """Draw (word, its heat map on the image) for each word, for pages with their own layout.
+
+        It is drawn on the whole image where that is known. `side` is the longer side in px.
+        """
+        image, visible = (self.image, (0.0, 0.0, 1.0, 1.0)) if self.whole is None else (self.whole, self.visible)
         strengths = heatmap.compute_strengths(self.maps)
         pairs = zip(self.words, self.maps, strengths, strict=True)
-        return [(word, heatmap.draw_tile(self.image, values, float(s), side)) for word, values, s in pairs]
+        return [(word, heatmap.draw_on_picture(image, visible, values, float(s), side)) for word, values, s in pairs]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -213,10 +222,11 @@ def sample_examples(
     """
     image_decoder, text_decoder = find_decoders(tuned)
     decoders: dict[str, Any] = {"image": image_decoder, **({} if tuned.task.text_is_question else {"text": text_decoder})}
+    decoders["thumbnail"] = ThumbnailDecoder(image_decoder.max_pixels)
     batches = loader.build_eval_loader(shards, decoders, 64, workers, max_samples=max_images)
-    candidates: list[tuple[Tensor, list[tuple[str, str, str]]]] = []
+    candidates: list[tuple[tuple[Tensor, Thumbnail], list[tuple[str, str, str]]]] = []
     for batch in batches:
-        for i, image in enumerate(batch.inputs["image"]):
+        for i, image in enumerate(zip(batch.inputs["image"], batch.targets["thumbnails"], strict=True)):
             if tuned.task.text_is_question:
                 texts = [(q.kind, q.text, q.answers[0]) for q in tuned.task.questions(batch.targets["json"][i])]
             else:
@@ -226,15 +236,22 @@ def sample_examples(
     random = np.random.Generator(np.random.Philox(key=0))
     examples: list[WordMaps] = []
     for index in random.permutation(len(candidates)).tolist():
-        image, texts = candidates[index]
+        (image, thumbnail), texts = candidates[index]
         of_kind = [text for text in texts if text[0] == kinds[len(examples) % len(kinds)]]
         if len(examples) == count:
             break
         if of_kind:
             _, text, truth = of_kind[int(random.integers(len(of_kind)))]
             maps = _compute_decoded_word_maps(tuned, image, TokenSpans(text_decoder, text), method)
-            examples.append(replace(maps, truth=truth))
+            visible = find_visible(image_decoder, thumbnail.height, thumbnail.width)
+            examples.append(replace(maps, truth=truth, whole=thumbnail.open(), visible=visible))
     return examples
+
+
+def find_visible(decoder: ImageDecoder, height: int, width: int) -> heatmap.Box:
+    """Return the part of a stored image that the model's input shows, (x0, y0, x1, y1) as shares of the image's sides."""
+    x0, y0, x1, y1 = visible_box(height, width, decoder.size, decoder.resize)
+    return x0 / width, y0 / height, x1 / width, y1 / height
 
 
 def _compute_decoded_word_maps(tuned: Finetuned, image: Tensor, spans: TokenSpans, method: str) -> WordMaps:

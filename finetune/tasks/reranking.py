@@ -38,8 +38,23 @@ PAIRS = 512
 
 Match = Callable[[FusionModel, TokenSequence, TokenSequence], Tensor]
 """(model, texts (r p, T, C), images (p, N, C)) -> (r p,) matching logits; r texts belong to each image."""
-Scores = tuple[Tensor, Tensor, float]
-"""(q, k) scores, (q, k) bool whether a candidate is right, seconds of scoring."""
+
+
+@dataclass
+class Ranking:
+    """The candidates of some queries, in the order of the contrastive ranking, and what re-ranking orders them by."""
+
+    candidates: Tensor
+    """(q, k) int64, rows of the gallery, most similar first."""
+    similarity: Tensor
+    """(q, k) float64, cosines."""
+    scores: Tensor
+    """(q, k) float64, higher is better."""
+    right: Tensor
+    """(q, k) bool, whether a candidate is a right answer."""
+    seconds: float
+    """Time of scoring."""
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Candidates and recall
@@ -140,7 +155,7 @@ class Gallery:
         return TokenSequence(states, mask.to(device), None, states[:, 0])
 
 
-def _encode_gallery(model: FusionModel, batches: Iterable[Batch], setup: EvalSetup) -> Gallery | None:
+def encode_gallery(model: FusionModel, batches: Iterable[Batch], setup: EvalSetup) -> Gallery | None:
     """Encode this process's share of the samples; None where it has none."""
     image, image_states, image_mask, text, text_states, lengths, image_index, count = [], [], [], [], [], [], [], 0
     grid = None
@@ -223,7 +238,7 @@ def evaluate_reranking(model: FusionModel, shards: Any, setup: EvalSetup, match:
     """
     batches = setup.batches(shards, {name: setup.decoders[name] for name in ("image", "text")})
     with setup.inference_mode(model):
-        local = on_all(lambda: _encode_gallery(model, batches, setup))
+        local = on_all(lambda: encode_gallery(model, batches, setup))
         bad = sum(distributed.gather_objects(batches.bad.total()))
         gallery = _gather_gallery(local)
         if gallery is None:
@@ -231,27 +246,16 @@ def evaluate_reranking(model: FusionModel, shards: Any, setup: EvalSetup, match:
         device = setup.device
         image, text, image_index = gallery.image.to(device), gallery.text.to(device), gallery.image_index
         before = on_main(lambda: retrieval_metrics(image, text, image_index, KS))
-        scale = float(model.encoder.logit_scale.exp()) if add else 0.0
-
-        def score(by_image: bool) -> Scores:
-            queries, targets = (image, text) if by_image else (text, image)
-            first, last = (len(queries) * (distributed.rank() + i) // distributed.world_size() for i in (0, 1))
-            query_rows = torch.arange(first, last)
-            rows, similarity = (values.cpu() for values in find_candidates(queries[first:last], targets, k))
-            right = image_index[rows] == query_rows[:, None] if by_image else rows == image_index[query_rows][:, None]
-            logits, seconds = _score_candidates(model, gallery, match, query_rows, rows, by_image, device)
-            return logits.double() + scale * similarity, right, seconds
-
         parts = {
-            name: gather_or_raise(lambda by_image=by_image: score(by_image))  # type: ignore[misc]
+            name: gather_or_raise(lambda by_image=by_image: rank_candidates(model, gallery, device, match, k, add, by_image))  # type: ignore[misc]
             for name, by_image in DIRECTIONS
         }
     out = dict(before)
     seconds = 0.0
-    for name, scored in parts.items():
-        scores, right = torch.cat([part[0] for part in scored]), torch.cat([part[1] for part in scored])
+    for name, rankings in parts.items():
+        scores, right = torch.cat([part.scores for part in rankings]), torch.cat([part.right for part in rankings])
         out |= reranking_metrics(name, right, scores, before)
-        seconds += sum(part[2] for part in scored)
+        seconds += sum(part.seconds for part in rankings)
     for prefix in ("", "reranked_", f"{CHANCE}reranked_"):
         out[f"{prefix}R@1"] = sum(out[f"{prefix}{name}_R@1"] for name, _ in DIRECTIONS) / len(DIRECTIONS)
     n, m = len(gallery.image), len(gallery.text)
@@ -261,6 +265,24 @@ def evaluate_reranking(model: FusionModel, shards: Any, setup: EvalSetup, match:
 
 DIRECTIONS = (("image_to_text", True), ("text_to_image", False))
 """Name of each direction, and whether images are the queries."""
+
+
+def rank_candidates(
+    model: FusionModel, gallery: Gallery, device: torch.device, match: Match, k: int, add: bool, by_image: bool
+) -> Ranking:
+    """Find the candidates of this process's share of the queries by embeddings, and score them.
+
+    Arguments as for evaluate_reranking(); by_image: images are the queries, else captions.
+    """
+    image, text, image_index = gallery.image.to(device), gallery.text.to(device), gallery.image_index
+    queries, targets = (image, text) if by_image else (text, image)
+    first, last = (len(queries) * (distributed.rank() + i) // distributed.world_size() for i in (0, 1))
+    query_rows = torch.arange(first, last)
+    rows, similarity = (values.cpu() for values in find_candidates(queries[first:last], targets, k))
+    right = image_index[rows] == query_rows[:, None] if by_image else rows == image_index[query_rows][:, None]
+    logits, seconds = _score_candidates(model, gallery, match, query_rows, rows, by_image, device)
+    scale = float(model.encoder.logit_scale.exp()) if add else 0.0
+    return Ranking(rows, similarity, logits.double() + scale * similarity, right, seconds)
 
 
 def _score_candidates(

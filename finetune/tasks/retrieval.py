@@ -34,7 +34,7 @@ from finetune.attention.trace import Trace
 from finetune.model import Features, FusionModel, Head
 from finetune.tasks import EvalSetup, ExportSpec, Prediction, Survey, Task, global_weighted_mean, hard_negatives
 from finetune.tasks.negative_captions import NegativeCaptions
-from finetune.tasks.reranking import evaluate_reranking
+from finetune.tasks.reranking import Gallery, Ranking, evaluate_reranking, rank_candidates
 from pretrain import registry
 from pretrain.config import check_numbers
 from pretrain.data.batch import Batch
@@ -363,6 +363,11 @@ class Retrieval(Task):
         """
         head = cast(MatchingHead, model.head)
         return evaluate_reranking(model, shards, setup, head.match, self.config.rerank, self.config.score == "sum")
+
+    def rank_images(self, model: FusionModel, gallery: Gallery, device: torch.device) -> Ranking:
+        """Rank the images of a gallery for each of its captions, as evaluation does."""
+        head, k, adds_similarity = cast(MatchingHead, model.head), self.config.rerank, self.config.score == "sum"
+        return rank_candidates(model, gallery, device, head.match, k, adds_similarity, by_image=False)
 
     def predict(
         self, model: FusionModel, inputs: dict[str, Tensor], masks: dict[str, Tensor], trace: Trace | None = None, top: int = 5

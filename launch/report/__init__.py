@@ -8,9 +8,11 @@ figures.py       the texts and numbers of the page
 charts.py        line charts as inline SVG
 gallery.py       of a pretraining run: what the model answers on held-out images and captions
 finetuned.py     of a fine-tuned run: metrics of its task, answers, and heat maps of words
+reranked.py      of a retrieval run: queries in the order by embeddings and after re-ranking
 page.html.j2     the template of the page
 
-The page needs no network and no other file. A run that is unfinished, was resumed, never evaluated or has no checkpoint gets
+The page needs no network and no other file. Its images are thumbnails of whole images, heat maps included, of at most 16 KiB
+each; all of them together take less than 5 MB. A run that is unfinished, was resumed, never evaluated or has no checkpoint gets
 a page with what exists. Captions are untrusted input: the template engine escapes everything.
 
 May import pretrain, finetune, and nothing else of launch.
@@ -37,6 +39,7 @@ from launch.report.run_history import RunHistory, read_run
 from pretrain.checkpoints import export as exports
 from pretrain.checkpoints import loading
 from pretrain.errors import UserError
+from pretrain.evaluation.chance import chance_levels
 from pretrain.runtime import distributed
 from pretrain.runtime.files import write_text
 
@@ -65,7 +68,8 @@ def write(run: str | Path, data: Any = None, out: Path | None = None, images: in
             model = finetune_loading.load(history.folder)
             model.model.to(distributed.device())
             weights = {name: count["total"] for name, count in model.model.parameter_counts().items()}
-            section = finetuned.build_section(model, shards if images else None, workers)
+            ranked = min(images, finetuned.RERANKED_IMAGES)
+            section = finetuned.build_section(model, shards if images else None, workers, images=ranked)
         else:
             loaded = loading.load_model(history.folder)
             export = exports.suggest_format(loaded, f"{_display_path(history.folder)}/export")
@@ -182,10 +186,11 @@ def build_speed_charts(history: RunHistory) -> list[dict[str, Any]]:
 
 
 def build_recall_charts(history: RunHistory) -> list[dict[str, Any]]:
-    """Build the charts of recall over steps; none for fewer than two evaluations."""
+    """Build the charts of recall over steps, with the chance of R@1; none for fewer than two evaluations."""
     if len(history.evaluations) < 2:
         return []
     steps = [line["step"] for line in history.evaluations]
+    levels = chance_levels(figures.read_metrics(history.evaluations[-1]))
     charts = []
     for direction, title in figures.DIRECTIONS:
         series = [
@@ -193,14 +198,16 @@ def build_recall_charts(history: RunHistory) -> list[dict[str, Any]]:
             for k in figures.KS
             if any(line.get(f"val/{direction}_R@{k}") is not None for line in history.evaluations)
         ]
-        svg = draw_line_chart(series, "%", zero=True, label=f"{title}: recall over steps")
+        level = levels.get(f"{direction}_R@1")
+        reference = None if level is None else (level, "chance of R@1")
+        svg = draw_line_chart(series, "%", zero=True, reference=reference, label=f"{title}: recall over steps")
         if svg:
             charts.append({"title": title, "note": "recall", "svg": Markup(svg), "legend": [s.name for s in series]})
     return charts
 
 
 def build_task_charts(history: RunHistory, section: FinetunedSection) -> list[dict[str, Any]]:
-    """Build the chart of the primary metric over steps, with and without the image.
+    """Build the chart of the primary metric over steps, with chance, and without the image or without re-ranking.
 
     There is none for fewer than two evaluations.
     """
@@ -211,12 +218,18 @@ def build_task_charts(history: RunHistory, section: FinetunedSection) -> list[di
         (section.primary_metric, section.primary_metric.replace("_", " ")),
         (f"blind_{section.primary_metric}", "without image"),
     ]
+    if section.primary_metric.startswith("reranked_"):
+        names.append((section.primary_metric.removeprefix("reranked_"), "by embeddings"))
+    values = [value for line in history.evaluations if (value := line.get(f"val/{section.primary_metric}")) is not None]
+    unit = "%" if all(0 <= value <= 1 for value in values) else ""
+    level = chance_levels(figures.read_metrics(history.evaluations[-1])).get(section.primary_metric)
+    reference = None if level is None else (level, "chance")
     series = [
         Series(title, steps, [line.get(f"val/{name}") for line in history.evaluations])
         for name, title in names
         if any(line.get(f"val/{name}") is not None for line in history.evaluations)
     ]
-    svg = draw_line_chart(series, label=f"{section.primary_metric} over steps")
+    svg = draw_line_chart(series, unit, zero=True, reference=reference, label=f"{section.primary_metric} over steps")
     if not svg:
         return []
     return [{"title": names[0][1].capitalize(), "note": "", "svg": Markup(svg), "legend": [s.name for s in series]}]

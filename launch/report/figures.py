@@ -133,13 +133,17 @@ def build_evaluation_table(history: RunHistory) -> dict[str, Any]:
     names = [name for name in names if any(line.get(f"val/{name}") is not None for line in history.evaluations)]
     heads = [name.replace("image_to_text", "I→C").replace("text_to_image", "C→I").replace("_", " ") for name in names]
     rows = []
-    for line in history.evaluations:
+    lines = list(history.evaluations)
+    if lines and (levels := chance_levels(read_metrics(lines[-1]))):
+        lines.append({"step": None, **{f"val/{name}": level for name, level in levels.items()}})
+    for line in lines:
         values = [line.get(f"val/{name}") for name in names]
         cells = [
             "" if value is None else f"{100 * value:.1f}" if "R@" in name else format_number(value)
             for name, value in zip(names, values, strict=True)
         ]
-        rows.append([f"{line['step']:,}", format_number(line.get("samples_seen") or 0), *cells])
+        head = ["chance", ""] if line["step"] is None else [f"{line['step']:,}", format_number(line.get("samples_seen") or 0)]
+        rows.append([*head, *cells])
     return {"heads": ["step", "samples", *heads], "rows": rows}
 
 

@@ -12,13 +12,25 @@ from finetune.explain import heatmap
 from finetune.explain.word_maps import WordMaps, sample_examples
 from finetune.loading import Finetuned
 from launch.report import figures
+from launch.report.reranked import RerankedGallery, build_reranked_gallery
 from launch.report.run_history import Line, RunHistory
+from pretrain.data.thumbnails import encode_jpeg, to_data_uri
 from pretrain.errors import UserError
+from pretrain.evaluation.chance import chance_levels, without_chance
+
+NO_FRACTIONS = ("_rank", "_ms", "_k")
+"""Ends of the names of metrics that are no fractions, whatever their value."""
+RERANKED_IMAGES = 300
+"""Samples that the gallery of a retrieval run ranks: a caption's candidates pass the fusion one by one."""
 
 EXAMPLES = 8
 """Images on the page."""
-TILE_PIXELS = 132
-"""Side of an image and of a heat map."""
+TILE_PIXELS = 200
+"""Longer side of a heat map; images are thumbnails of thumbnails.SIDE."""
+TILE_BYTES = 8 << 10
+"""Most bytes of a heat map."""
+MAX_WORDS = 24
+"""Words of a text whose heat maps are shown, from the first."""
 
 
 @dataclass
@@ -47,6 +59,8 @@ class Example:
     """The right answer; empty where it is unknown."""
     is_right: bool
     words: list[WordTile]
+    hidden_words: int
+    """Words beyond MAX_WORDS."""
 
 
 @dataclass
@@ -60,6 +74,10 @@ class FinetunedSection:
     examples: list[Example] = field(default_factory=list)
     missing: str = ""
     """Why there are no examples."""
+    reranked: RerankedGallery | None = None
+    """Of a retrieval run: queries in both orders."""
+    chance: str = ""
+    """What the levels of chance are, in a few words."""
 
     def best_evaluation(self, history: RunHistory) -> Line | None:
         """Return the evaluation with the highest primary metric."""
@@ -69,13 +87,17 @@ class FinetunedSection:
     def build_rows(self, line: Line) -> list[dict[str, Any]]:
         """Build a row for each metric of an evaluation that is a fraction (0 to 1), the primary one first.
 
-        Each row also has the metric of a baseline that never sees the image, where it was measured.
+        Each row also has the level of chance, and the metric of a baseline that never sees the image, where it was measured.
         """
-        values = {name.removeprefix("val/"): value for name, value in line.items() if name.startswith("val/")}
+        values = figures.read_metrics(line)
+        levels = chance_levels(values)
         fractions = {
             name: value
-            for name, value in values.items()
-            if isinstance(value, float) and 0 <= value <= 1 and not name.startswith("blind_")
+            for name, value in without_chance(values).items()
+            if isinstance(value, float)
+            and 0 <= value <= 1
+            and not name.startswith("blind_")
+            and not name.endswith(NO_FRACTIONS)
         }
         order = sorted(
             fractions, key=lambda name: (name != self.primary_metric, not name.startswith(f"{self.primary_metric}_"))
@@ -85,27 +107,33 @@ class FinetunedSection:
                 "name": name.removeprefix(f"{self.primary_metric}_").replace("_", " "),
                 "value": fractions[name],
                 "blind": values.get(f"blind_{name}"),
+                "chance": levels.get(name),
             }
             for name in order
         ]
 
     def build_table(self, history: RunHistory) -> dict[str, Any]:
         """Build the table of all evaluations, one row a step: fractions in percent."""
-        lines = [(line, {row["name"]: row["value"] for row in self.build_rows(line)}) for line in history.evaluations]
+        rows_of_line = [(f"{line['step']:,}", self.build_rows(line)) for line in history.evaluations]
+        lines = [(step, {row["name"]: row["value"] for row in rows}) for step, rows in rows_of_line]
+        if lines and any(row["chance"] is not None for row in rows_of_line[-1][1]):
+            lines.append(("chance", {row["name"]: row["chance"] for row in rows_of_line[-1][1] if row["chance"] is not None}))
         names = list(dict.fromkeys(name for _, values in lines for name in values))
-        rows = [
-            [f"{line['step']:,}", *(f"{100 * values[name]:.1f}" if name in values else "" for name in names)]
-            for line, values in lines
-        ]
+        rows = [[head, *(f"{100 * values[name]:.1f}" if name in values else "" for name in names)] for head, values in lines]
         return {"heads": ["step", *names], "rows": rows}
 
 
-def build_section(model: Finetuned, shards: Any, workers: int = 2, count: int = EXAMPLES) -> FinetunedSection:
+def build_section(
+    model: Finetuned, shards: Any, workers: int = 2, count: int = EXAMPLES, images: int = RERANKED_IMAGES
+) -> FinetunedSection:
     """Build the section with `count` examples from `shards`; None leaves the examples out.
+
+    For a retrieval run, the first `images` samples are ranked as well.
 
     Where a task predicts nothing for one image and one text, or has no maps, the page says why.
     """
-    section = FinetunedSection(model.config.task.name, model.task.primary_metric, ", ".join(figures.list_shards(shards)))
+    data = ", ".join(figures.list_shards(shards))
+    section = FinetunedSection(model.config.task.name, model.task.primary_metric, data, chance=model.task.chance)
     if not shards:
         section.missing = "the run names no validation shards (data.val); give some with --data."
         return section
@@ -113,6 +141,7 @@ def build_section(model: Finetuned, shards: Any, workers: int = 2, count: int = 
         section.examples = [build_example(maps) for maps in sample_examples(model, shards, count, workers=workers)]
     except UserError as error:
         section.missing = str(error)
+    section.reranked = build_reranked_gallery(model, shards, workers, images)
     return section
 
 
@@ -121,17 +150,18 @@ def build_example(maps: WordMaps) -> Example:
     answer, others = maps.format_answers()
     strengths = heatmap.compute_strengths(maps.maps)
     words = [
-        WordTile(word, heatmap.encode_data_uri(image), bool(strength < heatmap.RING_THRESHOLD))
-        for (word, image), strength in zip(maps.tiles(TILE_PIXELS), strengths, strict=True)
+        WordTile(word, to_data_uri(encode_jpeg(image, TILE_BYTES)), bool(strength < heatmap.RING_THRESHOLD))
+        for (word, image), strength in zip(maps.tiles(TILE_PIXELS)[:MAX_WORDS], strengths, strict=False)
     ]
     return Example(
-        image=heatmap.encode_data_uri(maps.image.resize((TILE_PIXELS, TILE_PIXELS))),
+        image=to_data_uri(encode_jpeg(maps.image if maps.whole is None else maps.whole)),
         text=maps.text,
         answer=answer,
         other_answers=others,
         truth=maps.truth,
         is_right=bool(maps.truth) and bool(maps.answers) and maps.answers[0][0] == maps.truth,
         words=words,
+        hidden_words=len(maps.words) - len(words),
     )
 
 

@@ -6,28 +6,24 @@ both kinds. The page states the recall beside them, so they cannot flatter the m
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from launch.report import figures
 from pretrain.checkpoints.loading import LoadedModel
 from pretrain.data import loader
 from pretrain.data.loader import Batch
+from pretrain.data.thumbnails import Thumbnail, ThumbnailDecoder
 from pretrain.embedding.split import EmbeddedSplit, embed_split
 from pretrain.evaluation.retrieval import answer_ranks, retrieval_metrics
 
 ANSWERS = 5
 """Answers shown for a query."""
-THUMBNAIL_PIXELS = 160
-"""Longer side of a thumbnail."""
 
 
 @dataclass
@@ -79,14 +75,15 @@ def build_gallery(
     Args:
         shards: any value that data.val accepts.
     """
-    thumbnails: list[bytes] = []
+    thumbnails: list[Thumbnail] = []
 
     def collect_thumbnails(batches: Iterable[Batch]) -> Iterator[Batch]:
         for batch in batches:
-            thumbnails.extend(make_thumbnail(image) for image in batch.inputs["image"])
+            thumbnails.extend(batch.targets["thumbnails"])
             yield batch
 
-    batches = loader.build_eval_loader(shards, loaded.decoders, 64, workers=workers, max_samples=images)
+    decoders = {**loaded.decoders, "thumbnail": ThumbnailDecoder(loaded.decoders["image"].max_pixels)}
+    batches = loader.build_eval_loader(shards, decoders, 64, workers=workers, max_samples=images)
     split = embed_split(loaded.model.to(device), collect_thumbnails(batches), loaded.decoders, device)
     if len(split.image) == 0 or len(split.text) == 0:
         return None
@@ -100,35 +97,35 @@ def build_gallery(
     )
 
 
-def build_caption_queries(split: EmbeddedSplit, thumbnails: list[bytes], count: int) -> list[Query]:
+def build_caption_queries(split: EmbeddedSplit, thumbnails: list[Thumbnail], count: int) -> list[Query]:
     """Build `count` queries by caption: the first images, and the rank of the caption's own image."""
     _, rank_m = answer_ranks(split.image, split.text, split.image_index)
     queries = []
     for j in choose_queries(rank_m, count):
         right = int(split.image_index[j])
         scores = split.image.double() @ split.text[j].double()
-        order = _sort_answers(scores, {right})
+        order = sort_answers(scores, {right})
         answers = [
-            Answer(rank, float(scores[i]), i == right, data_uri(thumbnails[i]), _first_caption(split, i))
-            for rank, i in _select_answers(order, {right})
+            Answer(rank, float(scores[i]), i == right, thumbnails[i].data_uri(), _first_caption(split, i))
+            for rank, i in select_answers(order, {right})
         ]
-        queries.append(Query(split.captions[j], data_uri(thumbnails[right]), answers, order.index(right) + 1))
+        queries.append(Query(split.captions[j], thumbnails[right].data_uri(), answers, order.index(right) + 1))
     return queries
 
 
-def build_image_queries(split: EmbeddedSplit, thumbnails: list[bytes], count: int) -> list[Query]:
+def build_image_queries(split: EmbeddedSplit, thumbnails: list[Thumbnail], count: int) -> list[Query]:
     """Build `count` queries by image: the first captions, and the best rank of the image's captions."""
     rank_n, _ = answer_ranks(split.image, split.text, split.image_index)
     queries = []
     for i in choose_queries(rank_n, count):
         right = set((split.image_index == i).nonzero().flatten().tolist())
         scores = split.text.double() @ split.image[i].double()
-        order = _sort_answers(scores, right)
+        order = sort_answers(scores, right)
         answers = [
-            Answer(rank, float(scores[j]), j in right, caption=split.captions[j]) for rank, j in _select_answers(order, right)
+            Answer(rank, float(scores[j]), j in right, caption=split.captions[j]) for rank, j in select_answers(order, right)
         ]
         best_rank = 1 + min(order.index(j) for j in right)
-        queries.append(Query(split.captions[min(right)], data_uri(thumbnails[i]), answers, best_rank))
+        queries.append(Query(split.captions[min(right)], thumbnails[i].data_uri(), answers, best_rank))
     return queries
 
 
@@ -145,13 +142,13 @@ def choose_queries(ranks: Tensor, count: int) -> list[int]:
     return sorted((int(q) for q in chosen), key=lambda q: float(ranks[q]))
 
 
-def _sort_answers(scores: Tensor, right: set[int]) -> list[int]:
+def sort_answers(scores: Tensor, right: set[int]) -> list[int]:
     """Sort answers, best first; of equal scores right answers come last, to not flatter the model."""
     values = scores.tolist()
     return sorted(range(len(values)), key=lambda i: (-values[i], i in right, i))
 
 
-def _select_answers(order: list[int], right: set[int]) -> list[tuple[int, int]]:
+def select_answers(order: list[int], right: set[int]) -> list[tuple[int, int]]:
     """Return (rank, index) of the first answers, and of the best right one where it is not among them."""
     selected = list(enumerate(order[:ANSWERS], start=1))
     if not right.intersection(order[:ANSWERS]):
@@ -162,17 +159,3 @@ def _select_answers(order: list[int], right: set[int]) -> list[tuple[int, int]]:
 
 def _first_caption(split: EmbeddedSplit, i: int) -> str:
     return split.captions[int((split.image_index == i).nonzero()[0])]
-
-
-def make_thumbnail(pixels: Tensor) -> bytes:
-    """Encode an image (3, H, W) uint8, as the model sees it, as a JPEG of at most THUMBNAIL_PIXELS."""
-    image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())
-    image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS), Image.Resampling.LANCZOS)
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=82)
-    return file.getvalue()
-
-
-def data_uri(jpeg: bytes) -> str:
-    """Return a JPEG as a data URI, which holds the image inside the page."""
-    return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()

@@ -5,15 +5,18 @@ import io
 import json
 import math
 import re
+import tarfile
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from finetune.explain.heatmap import encode_png
 from launch import report
 from launch.report import figures, gallery
 from launch.report.charts import (
@@ -30,6 +33,7 @@ from pretrain import config as configuration
 from pretrain import model as models
 from pretrain.checkpoints import loading
 from pretrain.data.text import load_tokenizer
+from pretrain.data.thumbnails import make_thumbnail
 from pretrain.embedding.split import EmbeddedSplit
 from pretrain.errors import UserError
 from pretrain.model import ModelSchema
@@ -118,6 +122,9 @@ def test_page_of_a_finished_run(run: Path) -> None:
     assert "Loss over steps" in charts
     assert "Image → caption: recall over steps" in charts
     assert "blind guess: ln 128" in page.text
+    assert "chance of R@1" in page.text
+    assert "by chance 250" in page.text  # the median rank of 500
+    assert re.search(r"chance\s+0\.2 1\.0 2\.0", page.text)  # the last row of the table of evaluations
 
 
 def test_the_page_makes_no_network_requests(run: Path) -> None:
@@ -178,6 +185,9 @@ def test_the_page_shows_bad_samples_and_classification(run: Path) -> None:
     assert "2 steps were skipped" in text
     assert "Zero-shot classification, top 1 31.0 % chance 10.0 %" in text
     assert "Linear probe, top 1 90.0 %" in text
+    line = {"step": 20, "val/linear_probe_top1": 0.9, "val/linear_probe_classes": 4}
+    write_lines(run, [line, {**line, "step": 30}])
+    assert "Linear probe, top 1 90.0 % chance 25.0 %" in Page(report.write(run).read_text()).text
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
@@ -222,7 +232,7 @@ def build_small_split() -> tuple[EmbeddedSplit, list[bytes]]:
     captions = [f"caption {j} {EVIL}" for j in range(9)]
     image_index = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 0])
     split = EmbeddedSplit(image, text, image_index, torch.zeros(8, 0), [f"s/{i}" for i in range(8)], captions, [None] * 8)
-    thumbnails = [gallery.make_thumbnail(torch.full((3, 40, 30), 20 * i, dtype=torch.uint8)) for i in range(8)]
+    thumbnails = [make_thumbnail(encode_png(Image.new("RGB", (30, 40), (20 * i, 0, 0)))) for i in range(8)]
     return split, thumbnails
 
 
@@ -365,22 +375,45 @@ def test_numbers_are_short(value: float, text: str) -> None:
 # With a model
 
 
-def test_the_gallery_of_a_model_shows_images_as_the_model_sees_them(small: Small) -> None:
+def test_the_gallery_of_a_model_shows_whole_images_and_stays_small(small: Small, tmp_path: Path) -> None:
+    """Noise compresses worst; each third image is tall, each third one wide, and the model sees a square of 32 px."""
+    sizes = [(400, 400), (100, 700), (800, 200)]
+    noise = np.random.default_rng(0).integers(0, 256, (700, 800, 3), dtype=np.uint8)
+    with tarfile.open(tmp_path / "noise-0000.tar", "w") as tar:
+        for i in range(40):
+            width, height = sizes[i % 3]
+            image = encode_png(Image.fromarray(np.roll(noise, 7 * i, axis=0)[:height, :width]))
+            for extension, data in (("png", image), ("txt", f"صورة {i} of a dog".encode())):
+                member = tarfile.TarInfo(f"{i:04}.{extension}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    shards = f"{tmp_path}/noise-0000.tar"
     config = configuration.load(ModelSchema, None, [*TINY_TOWERS, f"text.tokenizer={small.tokenizer}"])
     tokenizer = load_tokenizer(small.tokenizer)
     model = models.build(models.tower_configs(config), config.model, tokenizer)
     decoders = models.build_decoders(config, tokenizer, model, "txt")
     loaded = loading.LoadedModel(model, config, tokenizer, decoders, Path("step-0000000"), 0)
-    built = gallery.build_gallery(loaded, [{"shards": small.val, "weight": 1.0}], torch.device("cpu"), workers=0, images=40)
+    built = gallery.build_gallery(loaded, [{"shards": shards, "weight": 1.0}], torch.device("cpu"), workers=0)
     assert built is not None
     assert built.images == 40
-    assert built.data == small.val
+    assert built.data == shards
     assert len(built.by_caption) == 12
     assert len(built.by_image) == 6
     for query in [*built.by_caption, *built.by_image]:
         kind, _, data = query.image.partition(";base64,")
         assert kind == "data:image/jpeg"
-        assert Image.open(io.BytesIO(base64.b64decode(data))).size == (32, 32)
+        width, height = sizes[int(query.caption.split()[1]) % 3]
+        shown = Image.open(io.BytesIO(base64.b64decode(data))).size
+        assert shown[0] / shown[1] == pytest.approx(width / height, rel=0.05)
+        assert max(shown) >= 200
         assert sum(answer.is_right for answer in query.answers) == 1
     found_first = sum(query.rank == 1 for query in built.by_caption)
     assert (found_first > 0) == (built.metrics["text_to_image_R@1"] > 0)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(CONFIG)
+    text = report.render(read_run(run), built)
+    assert len(text) < 5e6
+    page = Page(text)
+    assert all(attrs.get("alt") for tag, attrs in page.tags if tag == "img")
+    assert all(attrs.get("dir") == "auto" for tag, attrs in page.tags if tag == "q")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 
 import numpy as np
@@ -15,13 +14,16 @@ from finetune.explain.heatmap import (
     can_draw,
     compute_strengths,
     draw_figure,
+    draw_on_picture,
     draw_tile,
-    encode_data_uri,
     encode_png,
     stack_figures,
     truncate_text,
     wrap_text,
 )
+from finetune.explain.word_maps import find_visible
+from pretrain.data.images import ImageDecoder
+from pretrain.data.thumbnails import make_thumbnail
 
 GRAY = Image.new("RGB", (96, 96), (128, 128, 128))
 
@@ -88,13 +90,38 @@ def test_long_words_and_characters_beyond_latin_fit() -> None:
     assert draw_figure(GRAY, ["東京", "naïve", "🚗"], np.ones((3, 2, 2)), ["東京 🚗"]).height > TILE
 
 
-def test_images_encode_to_png_and_to_a_data_uri() -> None:
+def test_images_encode_to_png() -> None:
     page = draw_tile(GRAY, np.eye(4))
     assert encode_png(page) == encode_png(page)
     assert Image.open(io.BytesIO(encode_png(page))).size == (TILE, TILE)
-    head, _, body = encode_data_uri(page).partition(",")
-    assert head == "data:image/jpeg;base64"
-    assert Image.open(io.BytesIO(base64.b64decode(body))).size == (TILE, TILE)
+
+
+@pytest.mark.parametrize("resize", ["crop", "squash", "pad"])
+@pytest.mark.parametrize(("width", "height", "x", "y"), [(150, 600, 100, 260), (600, 150, 330, 40), (301, 299, 40, 250)])
+def test_maps_lie_on_the_whole_image_where_the_model_saw_it(resize: str, width: int, height: int, x: int, y: int) -> None:
+    """The map is the red of the model's input; on the whole image its peak lies on the red square at (x, y)."""
+    picture = Image.new("RGB", (width, height), (128, 128, 128))
+    picture.paste((255, 0, 0), (x - 12, y - 12, x + 12, y + 12))
+    data = encode_png(picture)
+    decoder = ImageDecoder(64, resize=resize)
+    red, green, _ = decoder.decode_eval(data).double().numpy()
+    values = (red - green).clip(0).reshape(16, 4, 16, 4).mean((1, 3))
+    thumbnail = make_thumbnail(data)
+    assert (thumbnail.height, thumbnail.width) == (height, width)
+    visible = find_visible(decoder, thumbnail.height, thumbnail.width)
+    gray = thumbnail.open().convert("L").convert("RGB")
+    drawn = draw_on_picture(gray, visible, values, side=200)
+    heat = measure_heat(drawn).astype(float)
+    rows, columns = np.nonzero(heat > 0.7 * heat.max())
+    side = max(width, height)
+    left, top = ((side - width) // 2, (side - height) // 2) if resize == "pad" else (0, 0)  # borders are drawn, too
+    assert columns.mean() == pytest.approx((x + left) * 200 / side, abs=5)
+    assert rows.mean() == pytest.approx((y + top) * 200 / side, abs=5)
+    expected = (200, 200) if resize == "pad" else (round(200 * width / side), round(200 * height / side))
+    assert drawn.size == pytest.approx(expected, abs=1)
+    if resize != "pad":  # parts that the model does not see are pale
+        pale = (np.asarray(drawn.convert("L")) > 220).mean()
+        assert pale == pytest.approx(1 - min(width, height) / side if resize == "crop" else 0, abs=0.06)
 
 
 def test_words_that_no_font_has_are_numbered(monkeypatch: pytest.MonkeyPatch) -> None:

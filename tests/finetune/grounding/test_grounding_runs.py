@@ -8,7 +8,9 @@ import json
 import shutil
 import tarfile
 from pathlib import Path
+from typing import Any
 
+import clipfuse
 import numpy as np
 import pytest
 import torch
@@ -21,7 +23,9 @@ from finetune.explain.word_maps import compute_token_maps, compute_word_maps, fi
 from finetune.grounding.evaluate import GroundingConfig, evaluate_grounding
 from launch import cli, report
 from launch.report.finetuned import FinetunedSection
+from launch.report.reranked import build_reranked_gallery
 from launch.report.run_history import read_run
+from pretrain.data import loader
 from tests.support import TINY_TOWERS, Small
 
 CPU = torch.device("cpu")
@@ -120,6 +124,64 @@ def test_examples_for_the_report(runs: Path, small: Small) -> None:
     assert example.answers[0][0] == "score"
     assert example.format_answers() == (f"score, {example.answers[0][1]:.2f}", "")  # not a probability in percent
     assert not example.truth
+
+
+def test_the_report_of_a_retrieval_run_shows_both_orders(runs: Path, small: Small, tmp_path: Path) -> None:
+    """Compare the ranks with those of the embeddings and of predict() on each candidate."""
+    run, n = shutil.copytree(runs / "retrieval", tmp_path / "retrieval"), 24
+    model = clipfuse.load(run, device="cpu")
+    loaded = model._finetuned
+    loaded.task.config.score = "matching"  # after two steps, the sum still orders pairs as embeddings do
+    built = build_reranked_gallery(loaded, small.val, workers=0, images=n)
+    assert built is not None
+    assert sum(built.counts.values()) == n
+    batches = list(loader.build_eval_loader(small.val, {"raw": RawImages(), "text": loaded.decoders["text"]}, n, max_samples=n))
+    images, captions = batches[0].targets["raw"], [of_image[0] for of_image in batches[0].targets["captions"]]
+    cosines = model.encode_texts(captions) @ model.encode_images(images).T
+    ranks: list[tuple[int, int]] = []
+    for j, caption in enumerate(captions):
+        candidates = np.argsort(-cosines[j])[: built.candidates].tolist()
+        scores = {
+            i: row[0][1] for i, row in zip(candidates, model.predict([images[i] for i in candidates], caption), strict=True)
+        }
+        after = 1 + sum(score > scores[j] for score in scores.values()) if j in scores else 0
+        ranks.append((candidates.index(j) + 1 if j in scores else 0, after))
+    assert built.counts["missed"] == sum(before == 0 for before, _ in ranks)
+    assert built.counts["up"] == sum(after < before for before, after in ranks)
+    assert built.counts["down"] == sum(after > before for before, after in ranks)
+    assert built.first_after == pytest.approx(sum(after == 1 for _, after in ranks) / n)
+    assert built.counts["up"] > 0
+    assert built.counts["down"] > 0
+    for query in built.queries:
+        j = captions.index(query.caption)
+        assert (query.rank_before, query.rank_after) == ranks[j]
+        for answers, rank in ((query.by_embeddings, query.rank_before), (query.reranked, query.rank_after)):
+            assert [answer.rank for answer in answers if answer.is_right] == [rank]
+            assert len({answer.image for answer in answers}) == len(answers) == (5 if rank <= 5 else 6)
+    (run / "metrics.jsonl").write_text(
+        "".join(
+            json.dumps({"step": step, "val/reranked_R@1": 0.2, "val/R@1": 0.1, "val/chance_reranked_R@1": 0.0625}) + "\n"
+            for step in (1, 2)
+        )
+    )
+    page = report.write(run, small.val, workers=0, images=n).read_text()
+    assert "Left where it was" in page
+    assert "chance 6.2 %" in page
+    assert page.count("<span>by embeddings</span>") >= 3
+    assert sum(f'<q dir="auto">{html.escape(caption, quote=False)}</q>' in page for caption in captions) >= 3
+
+
+class RawImages:
+    """A decoder that returns the files of images."""
+
+    def __call__(self, sample: Any, rng: Any, train: bool) -> bytes:
+        return bytes(sample.members["jpg"])
+
+    def collate(self, items: list[bytes]) -> None:
+        return
+
+    def targets(self, items: list[bytes]) -> dict[str, Any]:
+        return {"raw": items}
 
 
 def test_the_report_shows_answers_and_maps(runs: Path, small: Small, tmp_path: Path) -> None:

@@ -1,0 +1,157 @@
+"""Example queries of a retrieval run: the order by embeddings, and the order after re-ranking.
+
+Of all captions of the samples, some are drawn by a fixed seed whose right image re-ranking moved up, some whose right image it
+moved down, and some whose right image it left where it was. The page states how many there are of each, so the choice cannot
+flatter the model. Shapes: q = captions, k = candidates of a caption.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from finetune.loading import Finetuned
+from finetune.tasks import EvalConfig, EvalSetup
+from finetune.tasks.reranking import Ranking, encode_gallery
+from finetune.tasks.retrieval import Retrieval
+from launch.report import figures
+from launch.report.gallery import Answer, select_answers, sort_answers
+from pretrain.data.loader import Batch
+from pretrain.data.thumbnails import Thumbnail, ThumbnailDecoder
+from pretrain.errors import UserError
+
+EXAMPLES = 3
+"""Queries of each kind on the page."""
+KINDS = (("up", "Moved up by re-ranking"), ("down", "Moved down by re-ranking"), ("same", "Left where it was"))
+"""What re-ranking did to the right image, and titles."""
+
+
+@dataclass
+class RerankedQuery:
+    """A caption, and its first images in both orders; the right image is added at the end where it is not among them."""
+
+    caption: str
+    kind: str
+    """One of KINDS."""
+    by_embeddings: list[Answer]
+    reranked: list[Answer]
+    rank_before: int
+    """Rank of the right image by embeddings, from 1."""
+    rank_after: int
+
+
+@dataclass
+class RerankedGallery:
+    """Queries by caption, over the first `images` samples of the shards."""
+
+    data: str
+    images: int
+    candidates: int
+    """k, images of a caption that are re-ranked."""
+    counts: dict[str, int]
+    """Captions by what re-ranking did to their right image: up, down, same, and missed: not among the candidates."""
+    first_before: float
+    """Fraction of the captions whose right image is first by embeddings."""
+    first_after: float
+    queries: list[RerankedQuery]
+
+    def groups(self) -> list[tuple[str, int, list[RerankedQuery]]]:
+        """Return (title, captions of this kind, those on the page) for each kind that occurs."""
+        by_kind = [(title, self.counts[kind], [q for q in self.queries if q.kind == kind]) for kind, title in KINDS]
+        return [group for group in by_kind if group[2]]
+
+
+def build_reranked_gallery(tuned: Finetuned, shards: Any, workers: int = 2, images: int = 300) -> RerankedGallery | None:
+    """Rank the first `images` samples of `shards` for their captions; None where the task is no retrieval.
+
+    Args:
+        tuned: a model on the device that computes.
+        shards: any value that data.val accepts.
+        workers: processes that read the shards.
+        images: samples to rank.
+
+    Raises:
+        UserError: no sample can be used.
+    """
+    if not isinstance(tuned.task, Retrieval):
+        return None
+    thumbnails: list[Thumbnail] = []
+    captions: list[str] = []
+
+    def collect(batches: Iterable[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            thumbnails.extend(batch.targets["thumbnails"])
+            captions.extend(caption for of_image in batch.targets["captions"] for caption in of_image)
+            yield batch
+
+    device = next(tuned.model.parameters()).device
+    decoders = {name: tuned.decoders[name] for name in ("image", "text")}
+    setup = EvalSetup(decoders, device, config=EvalConfig(workers=workers, max_samples=images))
+    batches = setup.batches(shards, {**decoders, "thumbnail": ThumbnailDecoder(decoders["image"].max_pixels)})
+    with setup.inference_mode(tuned.model):
+        gallery = encode_gallery(tuned.model, collect(batches), setup)
+        if gallery is None:
+            raise UserError(f"nothing to rank in {shards}")
+        ranking = tuned.task.rank_images(tuned.model, gallery, device)
+    before, after = rank_right_answers(ranking)
+    kinds = classify_queries(before, after)
+    return RerankedGallery(
+        data=", ".join(figures.list_shards(shards)),
+        images=len(gallery.image),
+        candidates=ranking.candidates.shape[1],
+        counts={kind: kinds.count(kind) for kind in ("up", "down", "same", "missed")},
+        first_before=before.count(1) / len(before),
+        first_after=after.count(1) / len(after),
+        queries=[
+            RerankedQuery(
+                captions[j],
+                kinds[j],
+                _list_answers(ranking, ranking.similarity, j, thumbnails),
+                _list_answers(ranking, ranking.scores, j, thumbnails),
+                before[j],
+                after[j],
+            )
+            for j in choose_queries(kinds)
+        ],
+    )
+
+
+def rank_right_answers(ranking: Ranking) -> tuple[list[int], list[int]]:
+    """Return the rank of each query's right answer before and after re-ranking, from 1; 0 where it is no candidate."""
+    ranks: tuple[list[int], list[int]] = ([], [])
+    for out, values in zip(ranks, (ranking.similarity, ranking.scores), strict=True):
+        for row, right in zip(values, ranking.right, strict=True):
+            best = row[right].max() if right.any() else row.new_tensor(torch.inf)
+            out.append(int((row[~right] >= best).sum()) + 1 if right.any() else 0)  # equal scores count against it
+    return ranks
+
+
+def classify_queries(before: list[int], after: list[int]) -> list[str]:
+    """Return for each query what re-ranking did to the right answer: up, down, same, or missed (no candidate)."""
+    return [
+        "missed" if not old else "up" if new < old else "down" if new > old else "same"
+        for old, new in zip(before, after, strict=True)
+    ]
+
+
+def choose_queries(kinds: list[str], count: int = EXAMPLES) -> list[int]:
+    """Draw `count` queries of each of KINDS by a fixed seed."""
+    rng = np.random.Generator(np.random.Philox(key=0))
+    chosen: list[int] = []
+    for kind, _ in KINDS:
+        chosen += rng.permutation([q for q, other in enumerate(kinds) if other == kind])[:count].astype(int).tolist()
+    return chosen
+
+
+def _list_answers(ranking: Ranking, values: torch.Tensor, query: int, thumbnails: list[Thumbnail]) -> list[Answer]:
+    """Return the first answers of a query ordered by `values` (q, k), and the right one."""
+    right = set(ranking.right[query].nonzero().flatten().tolist())
+    answers = []
+    for rank, position in select_answers(sort_answers(values[query], right), right):
+        image = thumbnails[int(ranking.candidates[query, position])].data_uri()
+        answers.append(Answer(rank, float(values[query, position]), position in right, image))
+    return answers
