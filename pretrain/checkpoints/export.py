@@ -9,7 +9,6 @@ exists therefore gives the run's embeddings. It is written under another name an
 from __future__ import annotations
 
 import importlib
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from pretrain.errors import ConfigError, UserError
 from pretrain.formats import Encoders, model_card, portable_tokenizer
 from pretrain.formats.portable_tokenizer import list_probes
 from pretrain.model import DualEncoder, ModelSchema
+from pretrain.runtime.files import read_json_object
 
 FORMATS = ("hf", "open_clip", "onnx")
 TOLERANCE = 1e-5
@@ -39,10 +39,13 @@ def check_finished(run: str | Path) -> None:
     path = next((p for p in (Path(run), Path("runs") / run) if (p / "status.json").is_file()), None)
     if path is None:
         return
-    status = json.loads((path / "status.json").read_text())
+    checkpoints = store.list_complete(path / "checkpoints")
+    hint = f"; its newest checkpoint can be exported by name: {checkpoints[-1]}" if checkpoints else ""
+    try:
+        status = read_json_object(path / "status.json")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path / 'status.json'} does not say whether the run is finished: {error}{hint}") from error
     if status.get("state") != "done":
-        checkpoints = store.list_complete(path / "checkpoints")
-        hint = f"; its newest checkpoint can be exported by name: {checkpoints[-1]}" if checkpoints else ""
         why = f", {status['why']}" if status.get("why") else ""
         raise UserError(f"{path} is not finished ({status.get('state')} at step {status.get('step')}{why}){hint}")
 

@@ -218,8 +218,8 @@ def refuse_other_model(config: ModelSchema, tokenizer: Any, checkpoint: Path | N
     folder = checkpoint / loading.TOKENIZER
     if tokenizer is not None and folder.is_dir():
         _refuse_other_tokenizer(tokenizer, checkpoint, folder)
+    other = "run=NEW starts another" if "task" in now else f"start another from its weights: run=NEW init={checkpoint}"
     for key, old, new in _list_differences(saved, now):
-        other = "start another run with run=NEW" if "task" in now else f"start another run from its weights: run=NEW init={checkpoint}"
         raise ConfigError(
             f"cannot resume {checkpoint}: {key} is {shorten(repr(new))} now and was {shorten(repr(old))}; set "
             f"{key}={shorten(_setting(old))}, or {other}"
@@ -270,7 +270,7 @@ def _text_defaults(args: dict[str, Any]) -> dict[str, Any]:
     from transformers import CONFIG_MAPPING
 
     model_type = args.get("model_type")
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         return {}
     config_class = CONFIG_MAPPING[model_type]
     names = {f.name for f in fields(config_class)} if hasattr(config_class, "__dataclass_fields__") else set()

@@ -82,18 +82,23 @@ def _list_replaced(checkpoints: Path) -> list[tuple[Path, Path]]:
 
 
 def recover(checkpoints: Path) -> None:
-    """Give a checkpoint its name back that was being replaced when its run was killed; remove other leftovers.
+    """Undo or finish a save that was killed, whose checkpoint may be hidden, or not named by `best` and `latest`.
 
     Only for the process that holds the run's lock, on rank 0: others would disturb a save. Raises UserError.
     """
-    for hidden, folder in _list_replaced(checkpoints):
-        if (hidden / "manifest.json").exists() and not os.path.lexists(folder):
-            try:
+    try:
+        for hidden, folder in _list_replaced(checkpoints):
+            if (hidden / "manifest.json").exists() and not os.path.lexists(folder):
                 hidden.rename(folder)
-            except OSError as error:
-                raise UserError(f"{hidden} cannot get its name {folder.name} back, after a save was killed: {error}") from error
-    for leftover in checkpoints.glob(".step-*.partial"):
-        _delete(leftover)
+        for leftover in checkpoints.glob(".step-*.partial"):
+            _delete(leftover)
+        newest = list_complete(checkpoints)[-1:]
+        if newest and read_pointer(checkpoints, "latest") != newest[0] and integrity_error(newest[0]) is None:
+            if read_json_object(newest[0] / "manifest.json").get("best") is True:
+                point_to(checkpoints, "best", newest[0])
+            point_to(checkpoints, "latest", newest[0])
+    except OSError as error:
+        raise UserError(f"{checkpoints} cannot be put in order after a save that was killed: {error}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -143,10 +148,10 @@ def save(
             raise OSError(str(error)) from error
 
     def publish() -> None:
-        _seal(partial, final, step)
-        point_to(checkpoints, "latest", final)
+        _seal(partial, final, {"step": step, "best": best, "time": time.time()})
         if best:
             point_to(checkpoints, "best", final)
+        point_to(checkpoints, "latest", final)  # last: where it names another one, `recover` finishes this
         _rotate(checkpoints, keep, final if is_good else good)
 
     try:
@@ -164,8 +169,11 @@ def save(
     return final
 
 
-def _seal(partial: Path, final: Path, step: int) -> None:
-    """Write the manifest, flush every file to disk, and rename the folder from `partial` to `final`."""
+def _seal(partial: Path, final: Path, description: dict[str, Any]) -> None:
+    """Write the manifest, flush every file to disk, and rename the folder from `partial` to `final`.
+
+    description: what the manifest says besides the files.
+    """
     paths = sorted(path for path in partial.rglob("*") if path.is_file())
     with ThreadPoolExecutor(4) as pool:
         digests = list(pool.map(_hash_file, paths))
@@ -173,7 +181,7 @@ def _seal(partial: Path, final: Path, step: int) -> None:
         path.relative_to(partial).as_posix(): {"size": path.stat().st_size, "sha256": digest}
         for path, digest in zip(paths, digests, strict=True)
     }
-    (partial / "manifest.json").write_text(json.dumps({"step": step, "time": time.time(), "files": files}, indent=1))
+    (partial / "manifest.json").write_text(json.dumps({**description, "files": files}, indent=1))
     for path in [*paths, partial / "manifest.json", *[p for p in partial.rglob("*") if p.is_dir()], partial]:
         flush(path)
     replaced = final.with_name(f".{final.name}{_REPLACED}")
@@ -348,11 +356,14 @@ def integrity_error(folder: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != entry["size"]:
             return f"{name} has {path.stat().st_size} bytes, its manifest says {entry['size']}"
-    with ThreadPoolExecutor(4) as pool:
-        digests = pool.map(_hash_file, [folder / name for name in entries])
-        for (name, entry), digest in zip(entries.items(), digests, strict=True):
-            if digest != entry["sha256"]:
-                return f"{name} does not match its checksum"
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            digests = list(pool.map(_hash_file, [folder / name for name in entries]))
+    except OSError as error:
+        return f"a file cannot be read: {error}"
+    for (name, entry), digest in zip(entries.items(), digests, strict=True):
+        if digest != entry["sha256"]:
+            return f"{name} does not match its checksum"
     return None
 
 
@@ -390,7 +401,7 @@ def find(run: str | Path) -> Path:
     best = read_pointer(path / "checkpoints", "best")
     if best is not None and integrity_error(best) is None:
         return best
-    newest = find_newest(path / "checkpoints", print)
+    newest = find_newest(path / "checkpoints", log_info)
     if newest is None:
         raise UserError(f"{path} holds no complete checkpoint (looked for {path}/checkpoints/step-*/manifest.json)")
     return newest

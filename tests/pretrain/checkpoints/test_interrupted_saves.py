@@ -100,6 +100,7 @@ def test_a_save_of_the_same_step_can_be_interrupted_anywhere(tmp_path: Path, kil
         assert store.integrity_error(checkpoints / "step-0000001") is None, count
         store.recover(checkpoints)
         assert store.find_newest(checkpoints, messages.append) == checkpoints / "step-0000002", count
+        assert store.read_pointer(checkpoints, "best") == checkpoints / "step-0000002", count
         save(checkpoints, 3, 3.0)
         names = sorted(path.name for path in checkpoints.iterdir())
         assert [name for name in names if "latest." not in name and "best." not in name] == [
@@ -110,6 +111,25 @@ def test_a_save_of_the_same_step_can_be_interrupted_anywhere(tmp_path: Path, kil
     assert values == {2.0, 2.5}
     assert set(ends[:-1]) == ({KILLED} if kill else {DONE, REFUSED})
     assert ends[-1] == NOT_REACHED
+
+
+def test_a_killed_save_of_the_best_checkpoint_is_finished(tmp_path: Path) -> None:
+    """Else `best` would name a worse one for good: the run has this one's score, which no later one may reach."""
+    intact = tmp_path / "intact"
+    save(intact, 1, 1.0, best=True)
+    ends, best = [], set()
+    for count in range(1, 1000):
+        checkpoints = Path(shutil.copytree(intact, tmp_path / "run"))
+        ends.append(run_until(lambda folder=checkpoints: save(folder, 2, 2.0, best=True), checkpoints, count, True))
+        if ends[-1] == NOT_REACHED:
+            break
+        store.recover(checkpoints)
+        newest = store.find_newest(checkpoints, print)
+        assert newest is not None
+        assert store.read_pointer(checkpoints, "best") == store.read_pointer(checkpoints, "latest") == newest, count
+        best.add(newest.name)
+        shutil.rmtree(checkpoints)
+    assert best == {"step-0000001", "step-0000002"}
 
 
 def test_a_rename_that_fails_is_undone(tmp_path: Path) -> None:

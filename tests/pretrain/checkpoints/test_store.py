@@ -1,5 +1,6 @@
 """A checkpoint folder is complete or not there, and a damaged one is reported and skipped."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -61,6 +62,21 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_is_used(tmp_path
     assert "step-0000002" in messages[0]
     with pytest.raises(UserError, match="step-0000002"):
         store.find(bad)
+
+
+def test_a_file_that_cannot_be_read_is_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A bad disk: reading raises OSError. The line is no part of what commands print."""
+    good, bad = save(tmp_path / "checkpoints", 1), save(tmp_path / "checkpoints", 2)
+    (bad / "config.yaml").unlink()
+    (bad / "config.yaml").symlink_to("/proc/self/mem")
+    manifest = json.loads((bad / "manifest.json").read_text())
+    manifest["files"]["config.yaml"]["size"] = 0
+    (bad / "manifest.json").write_text(json.dumps(manifest))
+    assert store.find(tmp_path) == good
+    output = capsys.readouterr()
+    assert "skipping the damaged checkpoint" in output.err
+    assert "a file cannot be read: [Errno 5] Input/output error" in output.err
+    assert not output.out
 
 
 def test_a_failed_write_leaves_no_folder_and_earlier_checkpoints_intact(tmp_path: Path) -> None:
