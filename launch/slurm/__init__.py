@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launch.nodes import NodeCount, find_usable
 from pretrain import config as configuration
 from pretrain.config import find_config
 from pretrain.errors import ConfigError, UserError
@@ -36,6 +37,7 @@ class Job:
     """The resources and limits of a Slurm job."""
 
     nodes: int = 1
+    """A NodeCount of MIN:MAX lets Slurm allocate any number between them, at each start another one."""
     nproc: int = 1
     """Processes per node; as many GPUs per node are requested, unless `gpus` is given."""
     time: str | None = None
@@ -51,12 +53,17 @@ class Job:
     more: list[str] = field(default_factory=list)
     """Any other options of sbatch, passed on unchanged: --mem=64G."""
 
+    @property
+    def count(self) -> NodeCount:
+        """The number of nodes, or the smallest and the largest one."""
+        return self.nodes if isinstance(self.nodes, NodeCount) else NodeCount(self.nodes)
+
     def options(self, run: Path) -> list[str]:
         """Return the options of sbatch, one per #SBATCH line."""
         gpus = self.nproc if self.gpus is None else self.gpus
         options = {
             "job-name": f"clipfuse-{run.name}",
-            "nodes": self.nodes,
+            "nodes": f"{self.count.least}-{int(self.nodes)}" if self.count.is_elastic else int(self.nodes),
             "ntasks-per-node": 1,
             "gpus-per-node": gpus or None,
             "time": self.time,
@@ -84,7 +91,7 @@ def build_script(module: str, words: list[str], job: Job, run: Path) -> str:
             f"cd {shlex.quote(os.getcwd())} || exit 1",
             f'export PYTHONPATH={shlex.quote(str(ROOT))}"${{PYTHONPATH:+:$PYTHONPATH}}"',
             f"CLIPFUSE=({shlex.quote(sys.executable)} -m launch.cli)",
-            f"MODULE={module} NPROC={job.nproc}",
+            f"MODULE={module} NPROC={job.nproc}" + (f" MIN_NODES={job.count.least}" if job.count.is_elastic else ""),
             f"export CLIPFUSE_COMMAND={shlex.quote('sbatch ' + shlex.quote(str(run / 'job.sbatch')))}",
             f"set -- {shlex.join(words)}",
             body,
@@ -107,7 +114,8 @@ def submit(module: str, config: str, settings: list[str], job: Job, dry_run: boo
     path = find_config(config, module).resolve()
     gpus = job.nproc if job.gpus is None else job.gpus
     trainer: Any = importlib.import_module(f"{module}.train")
-    with distributed.assume_world(job.nodes * job.nproc, job.nodes, gpus > 0):
+    nodes = find_usable(module, path, settings, job.count, job.nproc, gpus > 0)[-1] if job.count.is_elastic else job.nodes
+    with distributed.assume_world(nodes * job.nproc, nodes, gpus > 0):
         loaded = trainer.load_config(path, settings)
 
     run = RunFolder(loaded.run).path.absolute()
@@ -129,7 +137,8 @@ def submit(module: str, config: str, settings: list[str], job: Job, dry_run: boo
         )
         raise UserError(f"sbatch refused {file}: {reason}")
     job_id = done.stdout.strip().partition(";")[0]
-    print(f"submitted job {job_id}: {format_count(job.nodes, 'node')} with {format_count(job.nproc, 'process')} each")
+    count = f"{job.count} nodes" if job.count.is_elastic else format_count(job.nodes, "node")
+    print(f"submitted job {job_id}: {count} with {format_count(job.nproc, 'process')} each")
     print(f"script {file}, output {run}/slurm-{job_id}.out")
     print(f"to stop: scancel --signal=USR1 {job_id} saves and requeues it; scancel {job_id} saves and ends it, resumable")
     return job_id

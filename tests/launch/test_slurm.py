@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from launch import cli, slurm
+from launch.nodes import parse_nodes
 from pretrain.errors import ConfigError
 from tests.support import ROOT, Small, environment, read_losses
 from tests.support.launches import STEPS, clipfuse_command, start_launcher, tiny_run_args
@@ -52,6 +53,19 @@ def test_no_gpus_no_requeue_and_other_gpus_than_processes(tmp_path: Path) -> Non
     assert not [option for option in options if option.startswith("--gpus")]
     assert "--no-requeue" in options
     assert "--gpus-per-node=2" in slurm.Job(nproc=4, gpus=2).options(tmp_path)
+
+
+def test_any_number_of_nodes_between_two(small: Small, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Slurm allocates it; those nodes beyond a number that divides the batch wait, as in an elastic run elsewhere."""
+    settings = tiny_run_args(small, tmp_path / "run", "train.steps=4")[1:]
+    slurm.submit("pretrain", "scenes", settings, slurm.Job(nodes=parse_nodes("2:3"), nproc=1), dry_run=True)
+    script = capsys.readouterr().out
+    assert "#SBATCH --nodes=2-3\n" in script
+    assert "NPROC=1 MIN_NODES=2\n" in script
+    line = "MIN_NODES=2 SLURM_NNODES=3; echo --nodes " + script.partition("--nodes ")[2].partition(" --rdzv")[0]
+    assert subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True).stdout == "--nodes 2:3\n"
+    with pytest.raises(ConfigError, match="--nodes 3:4 --nproc 1: the smallest run cannot start"):
+        slurm.submit("pretrain", "scenes", settings, slurm.Job(nodes=parse_nodes("3:4"), nproc=1), dry_run=True)
 
 
 def test_a_configuration_that_could_not_run_is_refused_before_it_waits_in_line(small: Small, tmp_path: Path) -> None:
