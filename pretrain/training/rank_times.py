@@ -30,7 +30,7 @@ SLOW_SHARE = 0.1
 STARVED_SHARE = 0.25
 """A run is short of data if a process waits for it for this share of the time."""
 PERSISTENT = 3
-"""Consecutive log steps after which either is reported, once."""
+"""Consecutive log steps after which either is reported: a slow process once until it changes, short data once a start."""
 MAX_TIMED = 32
 """Calls of encode() between two log steps that are timed: the last ones."""
 
@@ -92,6 +92,7 @@ class RankTimes:
     def __init__(self, timed: TimedObjective, describe: Callable[[int], str], workers: int) -> None:
         self._timed, self._describe, self._workers = timed, describe, workers
         self._slow_rank, self._slow_times, self._starved_times = -1, 0, 0
+        self._is_starvation_reported = False
 
     def row(self, wait: float, steps: int) -> Tensor:
         """Return this process's seconds a step: a tensor (2, world) whose mean over processes compare() takes.
@@ -116,7 +117,8 @@ class RankTimes:
         waits, encodings = means.double()
         most_wait = float(waits.max()) / step_seconds
         self._starved_times = self._starved_times + 1 if most_wait > STARVED_SHARE else 0
-        if self._starved_times == PERSISTENT:
+        if self._starved_times >= PERSISTENT and not self._is_starvation_reported:
+            self._is_starvation_reported = True
             self._report_starvation(step, most_wait, int(waits.argmax()))
         if len(waits) == 1:
             return {}
