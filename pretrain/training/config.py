@@ -63,8 +63,8 @@ class TrainConfig:
     log_every: int = 10
     """Steps between lines in metrics.jsonl."""
     profile: str | None = None
-    """START:STOP, for example 10:15: process 0 writes a trace of the steps after step START, up to step STOP, into the run folder
-    (profile-START-STOP.json.gz), and prints where their time goes; null = none."""
+    """START:STOP, for example 10:15: process 0 writes a trace of the steps after step START, up to step STOP, into the run
+    folder (profile-START-STOP.json.gz), and prints where their time goes; null = none."""
     audit: bool = False
     """Write the keys of every consumed sample to audit-RANK.jsonl."""
     compile: CompileMode = "false"

@@ -246,7 +246,10 @@ def choose_hint(summary: Summary) -> str:
     """Return one line on what to change, by the part that costs the most beyond what is usual."""
     share = {name: seconds / summary.seconds for name, seconds in summary.parts.items()}
     hints = {
-        DATA: (0.1, "the step waits for data: more data.workers, a smaller image.resize source, or local shards (data.stage=true)"),
+        DATA: (
+            0.1,
+            "more data.workers, smaller images in the shards, or shards on a local disk (data.stage=true)",
+        ),
         COMMUNICATION: (0.2, "processes wait for each other or the network: a larger data.batch_size, another train.strategy"),
         IDLE: (0.2, "the GPU waits for the host: a larger data.batch_size, or train.compile=true"),
         COPIES: (0.1, "copies between host and device are not hidden by computing: a larger model or batch hides them"),
@@ -259,5 +262,4 @@ def choose_hint(summary: Summary) -> str:
         name = max(excess, key=lambda part: share[part])
         return f"{name} {100 * share[name]:.0f} %: {hints[name][1]}"
     compute = share[FORWARD] + share[BACKWARD]
-    return f"computing takes {100 * compute:.0f} %: train.precision=bf16 and train.compile=true make it faster, or a faster machine"
-
+    return f"computing takes {100 * compute:.0f} %: train.precision=bf16 and train.compile=true make it faster"

@@ -273,7 +273,11 @@ def run_profile(bench: Bench) -> Iterator[Row]:
         yield {"what": f"{name}, one step", "value": 1e3 * summary.seconds, "unit": "ms"}
         for part, seconds in summary.parts.items():
             yield {"what": f"{name}, {part}", "value": seconds / summary.seconds, "unit": "of the step"}
-        yield {"what": f"{name}, profile", "value": trace.with_name(f"profile-{begin}-{begin + 5}.txt").read_text(), "unit": "text"}
+        yield {
+            "what": f"{name}, profile",
+            "value": trace.with_name(f"profile-{begin}-{begin + 5}.txt").read_text(),
+            "unit": "text",
+        }
 
 
 SECTIONS: dict[str, tuple[Callable[[Bench], Iterator[Row]], bool]] = {

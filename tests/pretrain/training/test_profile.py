@@ -94,7 +94,9 @@ def test_random_cpu_traces_are_divided_as_painting_each_microsecond_divides_them
         painted: dict[str, int] = {}
         for instant in range(200):
             active = [name for name, intervals in pairs.items() if any(begin <= instant < end for begin, end in intervals)]
-            part = next((name for name in ("backward", "optimizer", "data wait", "forward") if name in active), "logging, other")
+            part = next(
+                (name for name in ("backward", "optimizer", "data wait", "forward") if name in active), "logging, other"
+            )
             if "gloo:all_reduce" in active and "aten::mm" not in active:
                 part = "communication"
             painted[part] = painted.get(part, 0) + 1
