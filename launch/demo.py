@@ -9,7 +9,6 @@ Everything is written into one folder. A demo that was stopped resumes when it i
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
 import shutil
@@ -17,9 +16,9 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 from launch import cli
+from launch.cli.command import Parser
+from pretrain.config.arguments import NumberType
 from pretrain.runtime.console import format_duration
 from pretrain.runtime.entrypoint import DONE
 
@@ -61,6 +60,8 @@ def build_process_settings() -> list[str]:
 
     Small batches gain more from processes than from threads.
     """
+    import torch
+
     is_single = torch.cuda.is_available() or len(os.sched_getaffinity(0)) < 2
     return [] if is_single else ["--nproc", "2", "train.strategy=ddp"]
 
@@ -74,8 +75,10 @@ def build_length_settings(minutes: float, stage: str) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the demo; return the exit code of the first command that fails or is stopped, else 0."""
-    parser = argparse.ArgumentParser(prog="python -m launch.demo", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=8.0, help="training time on two cores (default 8)")
+    parser = Parser(prog="python -m launch.demo", description=__doc__)
+    parser.add_argument(
+        "--minutes", type=NumberType(float, "(0, 10000]"), default=8.0, help="training time on two cores (default 8)"
+    )
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder that everything is written into (default demo)")
     args = parser.parse_args(argv)
     begin = time.monotonic()

@@ -34,12 +34,12 @@ class NodeCount(int):
 
 def parse_nodes(word: str) -> NodeCount:
     """Parse N or MIN:MAX, for argparse. Raises ArgumentTypeError."""
-    match = re.fullmatch(r"(?:(\d{1,6}):)?(\d{1,6})", word)
+    match = re.fullmatch(r"(?:([0-9]{1,6}):)?([0-9]{1,6})", word)
     if match is None:
-        raise argparse.ArgumentTypeError(f"{word!r} must be a number of nodes, or MIN:MAX")
+        raise argparse.ArgumentTypeError(f"{word[:100]!r} must be a number of nodes, or MIN:MAX")
     most, least = int(match[2]), int(match[1] or match[2])
     if not 1 <= least <= most:
-        raise argparse.ArgumentTypeError(f"{word!r} must be at least 1, and MIN at most MAX")
+        raise argparse.ArgumentTypeError(f"{word[:100]!r} must be at least 1, and MIN at most MAX")
     return NodeCount(most, least)
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 
-from launch.cli.command import Command
+from launch.cli.command import Command, Parser
 from launch.cli.parser import build_parser
 from pretrain.registry import MODULES_VARIABLE
 from pretrain.runtime.entrypoint import run_with_exit_code
@@ -30,11 +30,10 @@ def main(argv: list[str] | None = None) -> int:
     args, rest = parser.parse_known_args(argv)
     # argparse cannot mix `key=value` arguments with options; what it leaves over are settings, or mistakes.
     unknown = [word for word in rest if word.startswith("-") or not hasattr(args, "settings")]
-    if unknown and hasattr(args, "settings") and "=" in unknown[0]:
-        setting = unknown[0].lstrip("-")
-        parser.error(f"unrecognized arguments: {' '.join(unknown)} (settings have no dashes: {setting})")
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        command = getattr(args, "parser", parser)
+        assert isinstance(command, Parser)
+        command.error(f"unrecognized arguments: {' '.join(unknown)}{command.explain_unknown(unknown[0])}")
     if rest:
         args.settings = [*args.settings, *rest]
     if getattr(args, "allow_module", None):  # child processes inherit it

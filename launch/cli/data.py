@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
 from launch.cli.command import Subparsers, add_command
-from pretrain.errors import ConfigError
+from pretrain.config.arguments import NumberType, positive_int, seed, whole_number, workers
 from pretrain.printable import format_count, hide_secrets_in, one_safe_line
 from pretrain.runtime.entrypoint import DONE, FAILED, STOPPED
 
@@ -24,19 +25,41 @@ def add_commands(commands: Subparsers[argparse.ArgumentParser]) -> None:
     p = add_command(commands, "tokenizer", train_tokenizer, "train a byte-level BPE tokenizer on the captions of shards")
     p.add_argument("shards", metavar="SHARDS", help="glob, brace pattern, folder or url")
     p.add_argument("dir", metavar="DIR", type=Path, help="folder to save the tokenizer in, in transformers' format")
-    p.add_argument("--vocab", type=int, default=8192, metavar="N", help="size of the vocabulary (default 8192)")
+    p.add_argument(
+        "--vocab", type=whole_number(259, 10**6), default=8192, metavar="N", help="size of the vocabulary (default 8192)"
+    )
     p.add_argument("--caption", default="txt", metavar="FIELD", help="txt (default), txt:lines, a json field, or txt,questions")
 
 
 def _add_scenes(commands: Subparsers[argparse.ArgumentParser]) -> None:
     p = add_command(commands, "scenes", draw_scenes, "draw the built-in data set into DIR/{train,val,test,unseen,hard}-*.tar")
     p.add_argument("dir", metavar="DIR", type=Path)
-    p.add_argument("--num", type=int, default=4000, metavar="N", help="training scenes; the other splits follow (default 4000)")
-    p.add_argument("--size", type=int, default=96, metavar="PX", help="side of the images, 64 to 2048 (default 96)")
-    p.add_argument("--seed", type=int, default=0, metavar="S", help="another seed draws other scenes (default 0)")
-    p.add_argument("--scale", type=float, default=1.0, help="size of every object: 0.25 = small objects in large images")
-    p.add_argument("--things", default="1-4", metavar="A-B", help="objects in a scene, within 1 to 4 (default 1-4)")
-    p.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+    p.add_argument(
+        "--num", type=positive_int, default=4000, metavar="N", help="training scenes; the other splits follow (default 4000)"
+    )
+    p.add_argument(
+        "--size", type=whole_number(64, 2048), default=96, metavar="PX", help="side of the images, 64 to 2048 (default 96)"
+    )
+    p.add_argument("--seed", type=seed, default=0, metavar="S", help="another seed draws other scenes (default 0)")
+    p.add_argument(
+        "--scale",
+        type=NumberType(float, "[0.1, 1]"),
+        default=1.0,
+        metavar="X",
+        help="size of every object, 0.1 to 1: 0.25 = small objects in large images",
+    )
+    p.add_argument(
+        "--things", type=_objects, default=(1, 4), metavar="A-B", help="objects in a scene, within 1 to 4 (default 1-4)"
+    )
+    p.add_argument("--workers", type=workers, metavar="N", help="processes (default: one per core)")
+
+
+def _objects(text: str) -> tuple[int, int]:
+    """Return the smallest and the largest number of objects in a scene, from A-B or A. Raises ArgumentTypeError."""
+    match = re.fullmatch(r"([1-4])(?:-([1-4]))?", text)
+    if match is None or match[1] > (match[2] or match[1]):
+        raise argparse.ArgumentTypeError(f"{text[:100]!r} must be A-B within 1 to 4, the lower number first, for example 1-2")
+    return int(match[1]), int(match[2] or match[1])
 
 
 def _add_pack(commands: Subparsers[argparse.ArgumentParser]) -> None:
@@ -51,15 +74,15 @@ def _add_pack(commands: Subparsers[argparse.ArgumentParser]) -> None:
         choices=["txt", "lines", "path"],
         help="folders: NAME.txt beside NAME.jpg as one caption (default), each of its lines as one, or the words of the path",
     )
-    p.add_argument("--size", type=int, metavar="PX", help="shrink larger images to this side")
+    p.add_argument("--size", type=whole_number(1, 65535), metavar="PX", help="shrink larger images to this side")
     p.add_argument("--side", default="shortest", choices=["shortest", "longest"], help="the side that --size limits")
     p.add_argument("--outside", action="store_true", help="allow paths and links that lead out of the folder of the source")
     p.add_argument("--separator", metavar="TEXT", help="csv, tsv, txt: between values (default: comma, tab, semicolon or bar)")
     p.add_argument("--image-root", metavar="DIR", help="tables: the folder of the images (default: the folder of the table)")
     p.add_argument("--split", default="", metavar="NAMES", help="Karpathy's json: train,restval, for example (default: all)")
-    p.add_argument("--shard-size", type=int, default=1000, metavar="N", help="samples per shard (default 1000)")
+    p.add_argument("--shard-size", type=positive_int, default=1000, metavar="N", help="samples per shard (default 1000)")
     p.add_argument("--prefix", default="shard", metavar="NAME", help="shards are NAME-0000.tar, ... (default shard)")
-    p.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+    p.add_argument("--workers", type=workers, metavar="N", help="processes (default: one per core)")
 
 
 def _add_check(commands: Subparsers[argparse.ArgumentParser]) -> None:
@@ -74,7 +97,7 @@ def _add_check(commands: Subparsers[argparse.ArgumentParser]) -> None:
         action="store_true",
         help="write counts, sizes and digests to shards.json beside the shards, local or in an object store: runs start by it",
     )
-    p.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+    p.add_argument("--workers", type=workers, metavar="N", help="processes (default: one per core)")
     p.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -83,13 +106,9 @@ def draw_scenes(args: argparse.Namespace) -> int:
     from launch.cli.progress import progress_bar
     from pretrain.data.scenes.dataset import draw_dataset
 
-    low, _, high = args.things.partition("-")
-    if not low.isdigit() or not (high or low).isdigit():
-        raise ConfigError(f"--things {args.things!r} must be A-B, for example 1-2")
-    things = (int(low), int(high or low))
     with progress_bar("drawing scenes") as progress:
         counts = draw_dataset(
-            args.dir, args.num, args.size, args.seed, args.workers, scale=args.scale, num_objects=things, progress=progress
+            args.dir, args.num, args.size, args.seed, args.workers, scale=args.scale, num_objects=args.things, progress=progress
         )
     print(f"{args.dir}: " + ", ".join(f"{count:,} {split}" for split, count in counts.items()))
     return DONE

@@ -10,6 +10,7 @@ from typing import Any
 
 from launch.cli.command import Subparsers, add_command
 from launch.cli.runs import check_run, check_task
+from pretrain.config.arguments import fractions, whole_number
 from pretrain.errors import ConfigError
 from pretrain.runtime.entrypoint import DONE
 
@@ -33,7 +34,12 @@ def add_commands(commands: Subparsers[argparse.ArgumentParser]) -> None:
         "--caption", metavar="FIELD", help="txt, txt:lines (one a line), txt:whole, or a json field (default: the run's)"
     )
     p.add_argument("--maps", default="raw", metavar="METHOD", help=f"grounding: {_MAPS} (default raw)")
-    p.add_argument("--wise", metavar="A,B,...", help="average a fine-tuned run with its pretrained model: 0,0.25,0.5,0.75,1")
+    p.add_argument(
+        "--wise",
+        type=fractions,
+        metavar="A,B,...",
+        help="average a fine-tuned run with its pretrained model: 0,0.25,0.5,0.75,1",
+    )
     p.add_argument("--pretrained", metavar="RUN", help="--wise: that model, if it is not where the run found it")
     p.add_argument("--out", type=Path, metavar="DIR", help="--wise: a run folder for the best average")
     p.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
@@ -44,7 +50,12 @@ def add_commands(commands: Subparsers[argparse.ArgumentParser]) -> None:
     p.add_argument("text", metavar="TEXT", help="a caption of it, or a question about it")
     p.add_argument("--out", required=True, metavar="PNG", type=Path, help="where the figure goes: a heat map for each word")
     p.add_argument("--maps", default="raw", metavar="METHOD", help=f"{_MAPS} (default raw)")
-    p.add_argument("--layer", type=int, metavar="N", help="raw, gradcam: one layer, -1 the last (default: their mean)")
+    p.add_argument(
+        "--layer",
+        type=whole_number(-1000, 1000),
+        metavar="N",
+        help="raw, gradcam: one layer, -1 the last (default: their mean)",
+    )
 
 
 def evaluate(args: argparse.Namespace) -> int:
@@ -111,12 +122,8 @@ def _evaluate_wise(args: argparse.Namespace) -> int:
     from finetune import loading, wise_ft
     from pretrain.runtime import distributed
 
-    try:
-        alphas = [float(word) for word in args.wise.split(",")]
-    except ValueError:
-        raise ConfigError(f"--wise {args.wise!r} must be numbers with commas between, for example 0,0.5,1") from None
     tuned = loading.load(args.run, args.caption)
-    result = wise_ft.run(tuned, args.data, alphas, distributed.device(), args.pretrained, args.out, args.caption)
+    result = wise_ft.run(tuned, args.data, args.wise, distributed.device(), args.pretrained, args.out, args.caption)
     return _print_result(args, result, wise_ft.summary)
 
 

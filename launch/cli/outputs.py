@@ -7,6 +7,7 @@ from pathlib import Path
 
 from launch.cli.command import Subparsers, add_command
 from launch.cli.runs import check_run
+from pretrain.config.arguments import count, endpoint, positive_int, process_count
 from pretrain.embedding import options
 from pretrain.runtime.entrypoint import DONE
 
@@ -15,10 +16,12 @@ def add_commands(commands: Subparsers[argparse.ArgumentParser]) -> None:
     """Add embed and export."""
     p = add_command(commands, "embed", embed, "embeddings of whole collections, in Parquet files", reads_runs=True)
     options.add_arguments(p)
-    p.add_argument("--nproc", metavar="N", help="processes on each node: a number, or gpus for one per GPU (default 1)")
-    p.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes that share DIR (default 1)")
-    p.add_argument("--rdzv", metavar="HOST:PORT", help="with --nodes: where the nodes meet; the same on every node")
-    p.add_argument("--restarts", type=int, metavar="N", help="restarts after a lost process (default 0; 3 on several nodes)")
+    p.add_argument(
+        "--nproc", type=process_count, metavar="N", help="processes on each node: a number, or gpus for one per GPU (default 1)"
+    )
+    p.add_argument("--nodes", type=positive_int, default=1, metavar="N", help="nodes that share DIR (default 1)")
+    p.add_argument("--rdzv", type=endpoint, metavar="HOST:PORT", help="with --nodes: where they meet, the same on every node")
+    p.add_argument("--restarts", type=count, metavar="N", help="restarts after a lost process (default 0; 3 on several nodes)")
 
     p = add_command(commands, "export", export, "a folder that transformers, open_clip or onnxruntime loads", reads_runs=True)
     p.add_argument("run", metavar="RUN", help="a run, a checkpoint, or a model of transformers or open_clip")

@@ -6,11 +6,12 @@ import argparse
 from importlib import metadata
 
 from launch.cli import data, evaluate, outputs, train
+from launch.cli.command import Parser
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser. What it returns has `work`, the function of the chosen command."""
-    parser = argparse.ArgumentParser(
+    parser: argparse.ArgumentParser = Parser(
         prog="clipfuse",
         description="Contrastive image-text pretraining: from shards to aligned encoders.",
         epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 75 stopped and resumable.",

@@ -6,6 +6,7 @@ import argparse
 
 from launch.cli.command import Subparsers, add_command
 from pretrain.config import find_config
+from pretrain.config.arguments import count, endpoint, positive_int, process_count, seconds, whole_number
 from pretrain.config.static_schema import check_settings
 from pretrain.errors import ConfigError
 from pretrain.runtime.entrypoint import DONE, DryRun, run
@@ -29,28 +30,36 @@ def _add_config(p: argparse.ArgumentParser, settings: str) -> None:
     p.add_argument("--dry-run", action="store_true", help="check everything, print what would run and where, and exit")
     p.add_argument("-v", "--verbose", action="store_true", help="with --dry-run: print the whole configuration, as YAML")
     _add_process_options(p)
-    p.add_argument("settings", nargs="*", metavar="key=value", help=settings)
+    p.add_argument("settings", nargs="*", default=[], metavar="key=value", help=settings)
 
 
 def _add_process_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--nproc", metavar="N", help="processes on each node: a number, or gpus for one per GPU (default 1)")
-    p.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes in the run (default 1)")
+    p.add_argument(
+        "--nproc", type=process_count, metavar="N", help="processes on each node: a number, or gpus for one per GPU (default 1)"
+    )
+    p.add_argument("--nodes", type=positive_int, default=1, metavar="N", help="nodes in the run (default 1)")
     p.add_argument("--on", choices=["local", "slurm"], default="local", help="here, or as a Slurm job (default local)")
     local = p.add_argument_group("processes here (--on local)")
-    local.add_argument("--rdzv", metavar="HOST:PORT", help="with --nodes: where the nodes meet; the same on every node")
     local.add_argument(
-        "--restarts", type=int, metavar="N", help="restarts after a lost process (default 0; 3 on several nodes)"
+        "--rdzv", type=endpoint, metavar="HOST:PORT", help="with --nodes: where they meet, the same on every node"
     )
     local.add_argument(
-        "--grace", type=float, default=600, metavar="SECONDS", help="time to save after a signal, then SIGKILL (default 600)"
+        "--restarts", type=count, metavar="N", help="restarts after a lost process (default 0; 3 on several nodes)"
+    )
+    local.add_argument(
+        "--grace", type=seconds, default=600, metavar="SECONDS", help="time to save after a signal, then SIGKILL (default 600)"
     )
     job = p.add_argument_group("a job (--on slurm)")
     job.add_argument("--time", metavar="LIMIT", help="time limit as sbatch reads it: 12:00:00 (default: the partition's)")
     for name in ("partition", "account", "qos"):
         job.add_argument(f"--{name}", metavar="NAME")
-    job.add_argument("--gpus-per-node", type=int, metavar="N", help="default: one per process; 0 = none")
+    job.add_argument("--gpus-per-node", type=whole_number(0, 4096), metavar="N", help="default: one per process; 0 = none")
     job.add_argument(
-        "--warning", type=int, default=300, metavar="SECONDS", help="save this long before the limit (default 300)"
+        "--warning",
+        type=whole_number(0, 65535),
+        default=300,
+        metavar="SECONDS",
+        help="save this long before the limit (default 300)",
     )
     job.add_argument("--no-requeue", action="store_true", help="do not requeue the job when preempted or out of time")
     job.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="any other option: --sbatch=--mem=64G")
@@ -60,11 +69,13 @@ def add_plan(commands: Subparsers[argparse.ArgumentParser]) -> None:
     """Add plan."""
     p = add_command(commands, "plan", plan, "memory, network and steps before renting anything", reads_runs=True)
     p.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a shipped one")
-    p.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs in the run, over all nodes")
+    p.add_argument("--gpus", type=positive_int, required=True, metavar="N", help="GPUs in the run, over all nodes")
     p.add_argument("--gpu", default="h100", metavar="NAME", help="h100 (default), h200, b200, a100, a100-40, l40s, 4090, ...")
-    p.add_argument("--samples", type=int, metavar="N", help="samples per epoch, where the shards are not on this machine")
+    p.add_argument(
+        "--samples", type=positive_int, metavar="N", help="samples per epoch, where the shards are not on this machine"
+    )
     p.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    p.add_argument("settings", nargs="*", metavar="key=value", help="settings that replace the file's")
+    p.add_argument("settings", nargs="*", default=[], metavar="key=value", help="settings that replace the file's")
 
 
 def run_training(args: argparse.Namespace) -> int:

@@ -16,6 +16,7 @@ spelling.py        the numbers, truth values and null that text without quotes s
 written.py         what a field takes of a value: text as it was written, numbers, or plain values of any type
 schema.py          values -> dataclasses, and the error lines
 numbers.py         checks of numbers against intervals
+arguments.py       types of command-line options: numbers within an interval
 saving.py          a configuration as plain values and as YAML
 static_schema.py   the schema as it stands in the source: typos are found before torch is imported
 

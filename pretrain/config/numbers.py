@@ -23,9 +23,10 @@ def check_numbers(config: Any, section: str, **intervals: str) -> None:
         value = getattr(config, spec.name)
         interval = intervals.get(spec.name, "(-inf, inf)")
         for number in _numbers(value):
-            if not _is_inside(number, interval):
+            if not is_inside(number, interval):
                 key = f"{section}.{spec.name}" if section else spec.name
-                raise ConfigError(f"{key}={value} must be {_describe_interval(interval, isinstance(value, list | dict))}")
+                noun = "numbers" if isinstance(value, list | dict) else "a number"
+                raise ConfigError(f"{key}={value} must be {describe_interval(interval, noun)}")
 
 
 def _numbers(value: Any) -> Iterator[int | float]:
@@ -37,7 +38,8 @@ def _numbers(value: Any) -> Iterator[int | float]:
             yield from _numbers(item)
 
 
-def _is_inside(number: int | float, interval: str) -> bool:
+def is_inside(number: int | float, interval: str) -> bool:
+    """Return whether a number lies in an interval, and is neither NaN, infinite nor beyond 64 bits."""
     low, high = (float(bound) for bound in interval[1:-1].split(","))
     if not math.isfinite(number) if isinstance(number, float) else not -(2**63) <= number < 2**64:
         return False
@@ -45,13 +47,12 @@ def _is_inside(number: int | float, interval: str) -> bool:
     return above and (number <= high if interval[-1] == "]" else number < high)
 
 
-def _describe_interval(interval: str, is_several: bool) -> str:
-    """Describe an interval in words: "[0, 1)" is "a number from 0 to below 1"."""
+def describe_interval(interval: str, noun: str) -> str:
+    """Describe an interval in words: "[0, 1)" of "a number" is "a number from 0 to below 1"."""
     low, high = (bound.strip() for bound in interval[1:-1].split(","))
     words = [] if low == "-inf" else [f"{'from' if interval[0] == '[' else 'above'} {low}"]
     if high != "inf":
         words.append(f"{'to' if interval[-1] == ']' else 'to below'} {high}")
     elif words and interval[0] == "[":
         words = [f"at least {low}"]
-    noun = "numbers" if is_several else "a number"
     return f"{noun} {' '.join(words)}" if words else f"{noun}: neither NaN, infinite nor beyond 64 bits"

@@ -9,6 +9,7 @@ import argparse
 from dataclasses import dataclass
 
 from pretrain.config import check_numbers
+from pretrain.config.arguments import count, positive_int, whole_number
 from pretrain.errors import ConfigError
 
 
@@ -55,9 +56,13 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--tokens", default="", choices=["own", "shared"], help="token features too: the towers' own, or projected")
     p.add_argument("--dtype", default="float16", choices=["float16", "float32"], help="in the files (default float16)")
     p.add_argument("--precision", default="fp32", choices=["fp32", "bf16", "fp16"], help="of the towers (default fp32)")
-    p.add_argument("--batch-size", type=int, default=256, metavar="N", help="samples at a time, per process (default 256)")
-    p.add_argument("--workers", type=int, metavar="N", help="processes that decode, per process (default: by the cores)")
-    p.add_argument("--per-file", type=int, default=0, metavar="N", help="most samples of a file (default 16384)")
+    p.add_argument(
+        "--batch-size", type=positive_int, default=256, metavar="N", help="samples at a time, per process (default 256)"
+    )
+    p.add_argument(
+        "--workers", type=whole_number(0, 4096), metavar="N", help="processes that decode, per process (default: by the cores)"
+    )
+    p.add_argument("--per-file", type=count, default=0, metavar="N", help="most samples of a file (default 16384)")
     p.add_argument("--caption", default="", metavar="FIELD", help="txt, or a field of the json (default: the model's)")
     p.add_argument("--json", action="store_true", help="print one JSON object at the end")
 
