@@ -20,6 +20,7 @@ from pretrain.data import loader
 from pretrain.data.loader import Batch
 from pretrain.data.thumbnails import Thumbnail, ThumbnailDecoder
 from pretrain.embedding.split import EmbeddedSplit, embed_split
+from pretrain.evaluation.chance import chance_levels
 from pretrain.evaluation.retrieval import answer_ranks, retrieval_metrics
 
 ANSWERS = 5
@@ -60,6 +61,10 @@ class Gallery:
     by_image: list[Query]
     metrics: dict[str, float]
     """Retrieval metrics over all samples of the gallery, not only the queries shown."""
+
+    def levels(self) -> dict[str, float]:
+        """Return the level of chance of each metric."""
+        return chance_levels({**self.metrics, "samples": self.images, "captions": self.captions})
 
     def as_evaluation(self, step: int) -> dict[str, Any]:
         """Return the metrics as an evaluation line of metrics.jsonl."""

@@ -93,6 +93,22 @@ class RunLog:
             tracker.finish()
 
 
+def describe_results(results: dict[str, float], primary: str, most: int = 4) -> str:
+    """Describe an evaluation in one line: the primary metric and others like it, each with its level of chance.
+
+    Args:
+        results: the metrics; chance_NAME is the level of NAME.
+        primary: the metric that decides which checkpoint is best.
+        most: metrics in the line.
+    """
+    alike = [
+        name for name in results if name.endswith(("R@1", "top1", "accuracy")) and not name.startswith(("chance_", "blind_"))
+    ]
+    names = list(dict.fromkeys(name for name in (primary, *alike) if name in results))[:most]
+    levels = [f" (chance {results[f'chance_{name}']:.3g})" if f"chance_{name}" in results else "" for name in names]
+    return ", ".join(f"{name} {results[name]:.4g}{level}" for name, level in zip(names, levels, strict=True))
+
+
 def check_trackers(names: list[str]) -> None:
     """Refuse trackers that accelerate does not know. Raises ConfigError."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS

@@ -26,7 +26,7 @@ from pretrain.runtime.watchdog import Watchdog
 from pretrain.strategies import Strategy
 from pretrain.strategies.batch_norm import refuse_chunks
 from pretrain.training.config import RunPlan
-from pretrain.training.metrics import RunLog
+from pretrain.training.metrics import RunLog, describe_results
 from pretrain.training.run_dir import RunFolder
 from pretrain.training.spikes import SpikeWatch, find_state_error
 
@@ -366,6 +366,7 @@ class Run:
         samples_seen = self.step * self.plan.batch_size
         metrics = {f"val/{name}": value for name, value in self.results.items()}
         log.write_metrics({"step": self.step, "samples_seen": samples_seen, "time": time.time(), **metrics})
+        log_info(f"step {self.step}/{self.plan.total_steps}  {describe_results(self.results, self.plan.primary_metric)}")
         score = self.results.get(self.plan.primary_metric)
         if score is None or not score > self.best_score:
             return False

@@ -40,7 +40,10 @@ def test_a_run_has_a_validation_curve_by_default(small: Small, tmp_path: Path, c
     assert cli.main(["pretrain", "vit-b-16", *settings]) == 0
     evaluated = [line["step"] for line in read_jsonl(run / "metrics.jsonl") if "val/image_to_text_R@1" in line]
     assert evaluated == [2, 4, 6, 8, 10, 12]
-    assert "evaluates on 8 samples every 2 steps" in " ".join(capsys.readouterr().err.split())
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "evaluates on 8 samples every 2 steps" in shown
+    assert [shown.count(f"step {step}/12 image_to_text_R@1 0.") for step in (2, 3, 4)] == [1, 0, 1]
+    assert shown.count(" (chance 0.125), text_to_image_R@1 ") == 6
 
     assert cli.main(["pretrain", "vit-b-16", *small.settings(tmp_path / "no", "train.steps=2", "train.eval_every=1")]) == 2
     assert "train.eval_every=1 needs data.val" in " ".join(capsys.readouterr().err.split())
