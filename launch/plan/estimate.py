@@ -38,6 +38,8 @@ class ModelSize:
     modalities: int
     footprint: Footprint
     """Activations."""
+    sample: int = 0
+    """Bytes of the inputs and masks of one sample."""
 
 
 @dataclass
@@ -62,7 +64,7 @@ class Estimate:
 
 
 def estimate(config: PretrainConfig, model: ModelSize, world: int, overhead: bool = True) -> Estimate:
-    """Estimate one step of one process of `world`. overhead: count what CUDA and NCCL keep, which a CPU does not."""
+    """Estimate one step of one process of `world`. overhead: count what only GPUs keep: CUDA, NCCL, batches."""
     train, word = config.train, config.train.strategy
     share = config.data.batch_size // world
     shards = world // train.replicas
@@ -72,6 +74,8 @@ def estimate(config: PretrainConfig, model: ModelSize, world: int, overhead: boo
         "optimizer": _optimizer(word, model, shards, train.offload),
         "average": _average(word, model, shards) if config.optim.average else 0,
         "activations": model.footprint.at(share // train.chunks),
+        # That of this step, however many chunks it has, and the next one, which is copied meanwhile.
+        "batches": 2 * share * model.sample if overhead else 0,
         "loss": _loss(config, model, share, world),
         "gathered features": _gathered(config, model, share, world),
         "CUDA and NCCL": round(OVERHEAD) if overhead else 0,

@@ -79,6 +79,7 @@ def measure_built(built: DualEncoder, config: PretrainConfig) -> tuple[ModelSize
         root=_count(built) - sum(repeated),
         modalities=len(built.towers),
         footprint=replace(footprint, flops=counter.take()),
+        sample=sum(tensor.nbytes for tensor in sample.tensors()),
     )
     return size, notes
 
@@ -86,14 +87,15 @@ def measure_built(built: DualEncoder, config: PretrainConfig) -> tuple[ModelSize
 @contextmanager
 def _without_groups(model: DualEncoder) -> Iterator[None]:
     """Encode texts as a whole inside the block: grouping by length is for CPUs, and depends on the texts."""
-    grouped = {tower: tower.groups for tower in model.towers.values() if isinstance(getattr(tower, "groups", None), int)}
-    for tower in grouped:
+    towers: list[Any] = [tower for tower in model.towers.values() if isinstance(getattr(tower, "groups", None), int)]
+    groups = [tower.groups for tower in towers]
+    for tower in towers:
         tower.groups = 1
     try:
         yield
     finally:
-        for tower, groups in grouped.items():
-            tower.groups = groups
+        for tower, count in zip(towers, groups, strict=True):
+            tower.groups = count
 
 
 def _count(module: nn.Module) -> int:

@@ -88,6 +88,13 @@ def test_chunks_lower_activations_only() -> None:
     assert parts.flops == pytest.approx(whole.flops * 4 / 3)  # the second forward pass
 
 
+def test_two_whole_batches_lie_on_the_device_whatever_the_number_of_chunks() -> None:
+    for chunks in (1, 4):
+        model = replace(MODEL, sample=150_528)  # an image of 224 px
+        memory = plan.estimate(config("train.strategy=ddp", f"train.chunks={chunks}"), model, 4).memory
+        assert memory["batches"] == 2 * (64 // 4) * 3 * 224 * 224
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Network
 
