@@ -118,7 +118,7 @@ def run(config: str, settings: list[str], dry_run: DryRun | None, module: str = 
     check_settings(path, settings, module)  # before torch is imported, which takes seconds
     import importlib
 
-    from pretrain.runtime import distributed, performance, preflight
+    from pretrain.runtime import deferred_imports, distributed, performance, preflight
     from pretrain.runtime.console import log_info
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers run in parallel already
@@ -135,6 +135,8 @@ def run(config: str, settings: list[str], dry_run: DryRun | None, module: str = 
             loaded = trainer.load_config(path, settings)
             preflight.check_accelerate(loaded.train.precision, loaded.train.strategy)
             distributed.set_timeout(loaded.train.timeout)
+            if loaded.train.compile == "false":
+                deferred_imports.import_libraries()
             outcome = trainer.train(loaded)
             if outcome.state == "stopped":
                 command = _resume_command(module, config, settings, loaded.resume)
