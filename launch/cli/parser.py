@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from importlib import metadata
 
-from launch.cli import data, evaluate, outputs, train
+from launch.cli import data, evaluate, outputs, search, train
 from launch.cli.command import Parser
 
 
@@ -22,6 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_commands(commands)
     evaluate.add_commands(commands)
     outputs.add_commands(commands)
+    search.add_commands(commands)
     train.add_plan(commands)
     outputs.add_report(commands)
     return parser

@@ -1,0 +1,115 @@
+"""What `clipfuse embed` wrote, into an index: nothing is encoded again.
+
+    index_embeddings(load_model("runs/first"), Path("embeddings"), open_sources(["shards"], "--images"), "catalog", options)
+
+The files hold no images. `--images` names the shards that were embedded, for thumbnails and re-ranking.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from finetune.search.fields import read_fields
+from finetune.search.image_sources import ImageSource, Location, make_thumbnail
+from finetune.search.indexing import IndexOptions, Summary, join_captions, open_for, select_missing
+from finetune.search.vector_index import IndexedImage
+from pretrain.checkpoints.loading import LoadedModel
+from pretrain.data import BadSample
+from pretrain.data.images import EXTENSIONS
+from pretrain.embedding import dataset
+from pretrain.embedding.parquet import to_numpy
+from pretrain.errors import UserError
+from pretrain.runtime.files import parse_json_object
+
+_UNKNOWN = Location("", -1, 0)
+
+
+def index_embeddings(
+    loaded: LoadedModel,
+    folder: Path,
+    images: ImageSource | None,
+    place: str,
+    options: IndexOptions,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Summary:
+    """Add the embeddings of a folder that an index lacks.
+
+    Args:
+        loaded: the model that made them.
+        folder: what `clipfuse embed` wrote, complete.
+        images: the shards that were embedded; None = the index does not know where its images lie.
+        place: of the index; made where there is none.
+        options: see IndexOptions.
+        progress: called with images done and images in all.
+
+    Raises:
+        UserError: the folder is incomplete, damaged, or of another model; and what index_images raises.
+    """
+    begin, added, done = time.perf_counter(), 0, 0
+    unfit: Counter[str] = Counter()
+    prefix = f"{options.name}/" if options.name else ""
+    manifest = dataset.read_manifest(folder)
+    if manifest.get("format") != dataset.FORMAT or not manifest["complete"]:
+        raise UserError(f"{folder} is not complete; the clipfuse embed command that began it finishes it")
+    numbers = {images.locate(i)[0]: i for i in range(len(images))} if images is not None else {}
+    with open_for(place, loaded, options) as index:
+        if manifest["model"]["fingerprint"] != index.describe().model["fingerprint"]:
+            raise UserError(f"{folder} holds embeddings of {manifest['model']['from']}, not of {loaded.folder}")
+        for table in _read_tables(folder, manifest, options.batch_size):
+            located = []
+            keys = table["key"].to_pylist()
+            for i, key in enumerate(keys):
+                location = images.locate(numbers[key])[1] if images is not None and key in numbers else _UNKNOWN
+                located.append((i, prefix + key, location))
+            missing = select_missing(index, located, options.replace)
+            rows = []
+            for i, key, location in missing:
+                encoded = table["json"][i].as_py()
+                values, names = read_fields(index.describe().fields, parse_json_object(encoded.encode()) if encoded else {})
+                row = IndexedImage(key, *location, caption=join_captions(_read_captions(table, i)), fields=values)
+                if images is not None and keys[i] in numbers:
+                    row.thumbnail = _read_thumbnail(images, numbers[keys[i]])
+                rows.append(row)
+                unfit.update(names)
+            if rows:
+                index.upsert(rows, to_numpy(table["image"])[[i for i, _, _ in missing]].astype("float32"))
+            added, done = added + len(rows), done + len(keys)
+            progress(done, manifest["data"]["samples"])
+        seconds = round(time.perf_counter() - begin, 3)
+        return Summary(place, index.count(), added, {}, dict(unfit), index.describe().dim, seconds)
+
+
+def _read_tables(folder: Path, manifest: dict[str, Any], size: int) -> Iterator[pa.Table]:
+    """Yield tables of at most `size` rows. Raises UserError."""
+    for entry in manifest["files"]:
+        try:
+            with pq.ParquetFile(folder / entry["file"]) as file:
+                if "image" not in file.schema_arrow.names:
+                    raise UserError(f"{folder} holds no image embeddings")
+                columns = [name for name in ("key", "image", "caption", "captions", "json") if name in file.schema_arrow.names]
+                for batch in file.iter_batches(size, columns=columns):
+                    yield pa.Table.from_batches([batch])
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(f"{folder / entry['file']} cannot be read: {error}") from error
+
+
+def _read_captions(table: pa.Table, i: int) -> list[str]:
+    if "captions" in table.column_names:
+        return list(table["captions"][i].as_py() or [])
+    return [table["caption"][i].as_py()] if "caption" in table.column_names else []
+
+
+def _read_thumbnail(images: ImageSource, number: int) -> bytes:
+    """Return a small JPEG; empty where the image cannot be decoded. Raises UserError where its shard cannot be read."""
+    try:
+        members = images.read(number)
+        return make_thumbnail(next(members[name] for name in EXTENSIONS if name in members))
+    except (BadSample, StopIteration):
+        return b""

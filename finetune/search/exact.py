@@ -1,0 +1,278 @@
+"""The backend `exact`: a folder of files, searched by comparing every vector. No server, and no approximation.
+
+    index.json         the description
+    vectors.f32        (n, D) float32, row by row
+    thumbnails.bin     the JPEGs, one after the other
+    rows.arrow         keys, places, captions and fields: record batches of Arrow, one after the other
+    commits.txt        one line for each change: how long the files above are by then, and which rows it removed
+
+Rows are only ever appended, then a line is added to commits.txt, each flushed to disk. What lies behind the last complete
+line does not count: the next change overwrites it. So a process can be killed at any moment, and readers see whole changes
+only. An image that is replaced is a new row, and the old one is listed as removed.
+
+One process writes at a time; any number read, each the state that it opened.
+
+Legend: n = rows, those removed included; D = width of an embedding; q = queries.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import mmap
+import os
+import zlib
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from finetune.search.fields import Kind
+from finetune.search.filters import to_mask
+from finetune.search.nearest import find_nearest
+from finetune.search.vector_index import Description, Hit, IndexedImage, NoIndexError, VectorIndex, Vectors
+from pretrain.data.filter_expression import Filter
+from pretrain.errors import UserError
+from pretrain.runtime.files import flush, read_bytes, write_text
+
+DESCRIPTION, COMMITS = "index.json", "commits.txt"
+_FILES = {"vectors": "vectors.f32", "thumbnails": "thumbnails.bin", "rows": "rows.arrow"}
+_ARROW: dict[Kind, pa.DataType] = {"float": pa.float64(), "int": pa.int64(), "bool": pa.bool_(), "str": pa.string()}
+
+
+def is_exact(place: Path) -> bool:
+    """Return whether a folder is an index of this backend."""
+    return (place / DESCRIPTION).is_file() and (place / COMMITS).is_file()
+
+
+class ExactIndex(VectorIndex):
+    """An index in a folder of its own."""
+
+    def __init__(self, place: str, is_writable: bool = False) -> None:
+        """Open the folder `place`. Raises NoIndexError, and UserError where it is damaged or another process writes it."""
+        self.path = Path(place)
+        if not is_exact(self.path):
+            raise NoIndexError(place)
+        text = read_bytes(self.path / DESCRIPTION).decode("utf-8", "replace")
+        super().__init__(place, Description.from_json(text, place))
+        self._lock: IO[str] | None = None
+        if is_writable:
+            self._acquire_lock()
+        self._schema = pa.schema(
+            [pa.field(name, pa.string()) for name in ("key", "source", "caption")]
+            + [pa.field("offset", pa.int64()), pa.field("size", pa.int64())]
+            + [pa.field("thumbnail_offset", pa.int64()), pa.field("thumbnail_size", pa.int64())]
+            + [pa.field(f"field {item.name}", _ARROW[item.kind]) for item in self.description.fields]
+        )
+        self._ends = dict.fromkeys((*_FILES, "commits"), 0)
+        self._batch_ends: list[int] = []
+        self._removed: list[NDArray[np.int64]] = []
+        self._row_of_key: dict[str, int] | None = None
+        """Of the rows that are there; built when it is first needed, then kept up to date."""
+        self._is_mapped = False
+        self._read_commits()
+        self._map_files()
+
+    @classmethod
+    def create(cls, place: str, description: Description) -> ExactIndex:
+        """Make an empty index in a new or empty folder, and open it for writing. Raises UserError."""
+        path = Path(place)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            others = [entry.name for entry in path.iterdir() if entry.name not in (DESCRIPTION, ".lock", *_FILES.values())]
+            if others:
+                raise UserError(f"{place} exists and holds other files ({others[0]}); choose another --db")
+            for name in _FILES.values():
+                (path / name).write_bytes(b"")
+            write_text(path / DESCRIPTION, description.to_json(), sync=True)
+            write_text(path / COMMITS, "", sync=True)  # it makes the folder an index
+            flush(path)
+        except OSError as error:
+            raise UserError(f"cannot write into {place}: {error.strerror or error}") from error
+        return cls(place, is_writable=True)
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _acquire_lock(self) -> None:
+        try:
+            self._lock = (self.path / ".lock").open("a+")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise UserError(f"{self.place} is being written by another process; wait for it, or choose another --db") from None
+        except OSError as error:
+            raise UserError(f"cannot write into {self.place}: {error.strerror or error}") from error
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Commits
+
+    def _read_commits(self) -> None:
+        """Read all complete lines of commits.txt. Raises UserError where one is damaged."""
+        content = read_bytes(self.path / COMMITS, most=1 << 32)
+        lines = content.split(b"\n")[:-1]  # what follows the last line feed was not written to its end
+        for number, line in enumerate(lines, start=1):
+            checksum, _, encoded = line.partition(b" ")
+            if checksum != b"%08x" % zlib.crc32(encoded):
+                raise UserError(f"{self.place}/{COMMITS} is damaged in line {number}: restore it, or index the images again")
+            self._apply(json.loads(encoded))
+        self._ends["commits"] = sum(len(line) + 1 for line in lines)
+
+    def _apply(self, commit: dict[str, Any]) -> None:
+        for name in _FILES:
+            self._ends[name] = commit[name]
+        if not self._batch_ends or commit["rows"] > self._batch_ends[-1]:
+            self._batch_ends.append(commit["rows"])
+        self._removed.append(np.array(commit["removed"], dtype=np.int64))
+
+    def _commit(self, additions: dict[str, bytes], removed: list[int]) -> None:
+        """Append to the files, then to commits.txt. Raises UserError; nothing has changed then."""
+        if self._lock is None:
+            raise UserError(f"{self.place} is open for reading only")
+        record = {name: self._ends[name] + len(additions.get(name, b"")) for name in _FILES} | {"removed": removed}
+        encoded = json.dumps(record).encode()
+        line = b"%08x %s\n" % (zlib.crc32(encoded), encoded)
+        try:
+            for name, content in additions.items():
+                _write_at(self.path / _FILES[name], self._ends[name], content)
+            _write_at(self.path / COMMITS, self._ends["commits"], line)
+        except OSError as error:
+            raise UserError(
+                f"cannot write into {self.place}: {error.strerror or error}; what was there before stays, and the same "
+                "command goes on"
+            ) from error
+        self._apply(record)
+        self._ends["commits"] += len(line)
+        self._is_mapped = False
+
+    def _map_files(self) -> None:
+        """Map the files up to the last commit into memory, unless they are. Raises UserError where one is shorter."""
+        if self._is_mapped:
+            return
+        maps: dict[str, Any] = {}
+        for name, file in _FILES.items():
+            length, path = self._ends[name], self.path / file
+            if path.stat().st_size < length:
+                raise UserError(f"{path} has {path.stat().st_size:,} bytes, and {length:,} were written: it is damaged")
+            with path.open("rb") as opened:
+                maps[name] = mmap.mmap(opened.fileno(), length, access=mmap.ACCESS_READ) if length else b""
+        vectors = np.frombuffer(maps["vectors"], dtype=np.float32) if self._ends["vectors"] else np.zeros(0, np.float32)
+        self._vectors: Vectors = vectors.reshape(-1, self.description.dim)
+        self._thumbnails: Any = maps["thumbnails"]
+        buffer, begin, batches = pa.py_buffer(maps["rows"]), 0, []
+        for end in self._batch_ends:
+            batches.append(pa.ipc.read_record_batch(buffer.slice(begin, end - begin), self._schema))
+            begin = end
+        self._table = pa.Table.from_batches(batches, self._schema)
+        if len(self._table) != len(self._vectors):
+            raise UserError(f"{self.place} is damaged: {len(self._table):,} rows and {len(self._vectors):,} vectors")
+        self._alive = np.ones(len(self._vectors), dtype=np.bool_)
+        for removed in self._removed:
+            self._alive[removed] = False
+        self._is_mapped = True
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # The contract
+
+    def _upsert(self, images: list[IndexedImage], vectors: Vectors) -> None:
+        rows = self._find_rows()
+        removed = [rows[image.key] for image in images if image.key in rows]
+        sizes = [len(image.thumbnail) for image in images]
+        offsets = self._ends["thumbnails"] + np.cumsum([0, *sizes])[:-1]
+        columns: list[Any] = [[getattr(image, name) for image in images] for name in ("key", "source", "caption")]
+        columns += [[image.offset for image in images], [image.size for image in images], offsets, sizes]
+        columns += [[image.fields.get(item.name) for image in images] for item in self.description.fields]
+        arrays = [pa.array(column, kind) for column, kind in zip(columns, self._schema.types, strict=True)]
+        batch = pa.RecordBatch.from_arrays(arrays, schema=self._schema)
+        self._commit(
+            {
+                "vectors": vectors.tobytes(),
+                "thumbnails": b"".join(image.thumbnail for image in images),
+                "rows": batch.serialize().to_pybytes(),
+            },
+            removed,
+        )
+        first = self._ends["vectors"] // vectors[0].nbytes - len(images)
+        rows.update((image.key, first + i) for i, image in enumerate(images))
+
+    def _delete(self, keys: list[str]) -> None:
+        rows = self._find_rows()
+        self._commit({}, [rows[key] for key in keys])
+        for key in keys:
+            del rows[key]
+
+    def _delete_matching(self, condition: Filter) -> int:
+        rows = np.flatnonzero(self._match(condition)).tolist()
+        if rows:
+            self._commit({}, rows)
+            self._row_of_key = None
+        return len(rows)
+
+    def _search(self, queries: Vectors, k: int, condition: Filter | None) -> list[list[Hit]]:
+        mask = self._match(condition)
+        rows, scores = find_nearest(queries, self._vectors, mask, k)
+        images = self._read_images(np.unique(rows))
+        return [
+            [Hit(images[row], score) for row, score in zip(rows_of_query, scores_of_query, strict=True)]
+            for rows_of_query, scores_of_query in zip(rows.tolist(), scores.tolist(), strict=True)
+        ]
+
+    def _get(self, keys: list[str]) -> list[IndexedImage | None]:
+        rows_of_keys = self._find_rows()
+        rows = [rows_of_keys[key] for key in keys if key in rows_of_keys]
+        images = self._read_images(np.array(rows, dtype=np.int64), with_thumbnails=True)
+        return [images[rows_of_keys[key]] if key in rows_of_keys else None for key in keys]
+
+    def _count(self, condition: Filter | None) -> int:
+        return int(self._match(condition).sum())
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Rows
+
+    def _find_rows(self) -> dict[str, int]:
+        """Return the row of each key."""
+        if self._row_of_key is None:
+            self._map_files()
+            rows = np.flatnonzero(self._alive)
+            self._row_of_key = dict(zip(self._table["key"].take(rows).to_pylist(), rows.tolist(), strict=True))
+        return self._row_of_key
+
+    def _match(self, condition: Filter | None) -> NDArray[np.bool_]:
+        """Return (n,) which rows are there and match."""
+        self._map_files()
+        if condition is None:
+            return self._alive
+        names = ["key", "source", "caption", *(f"field {item.name}" for item in self.description.fields)]
+        table = self._table.select(names).rename_columns([name.removeprefix("field ") for name in names])
+        return self._alive & to_mask(condition, table)
+
+    def _read_images(self, rows: NDArray[np.int64], with_thumbnails: bool = False) -> dict[int, IndexedImage]:
+        """Return the images in these rows; with_thumbnails: with their vectors, too."""
+        images: dict[int, IndexedImage] = {}
+        if not len(rows):
+            return images
+        self._map_files()
+        for row, values in zip(rows.tolist(), self._table.take(rows).to_pylist(), strict=True):
+            image = IndexedImage(values["key"], values["source"], values["offset"], values["size"], values["caption"])
+            image.fields = {item.name: values[f"field {item.name}"] for item in self.description.fields}
+            if with_thumbnails:
+                begin = values["thumbnail_offset"]
+                image.thumbnail = bytes(self._thumbnails[begin : begin + values["thumbnail_size"]])
+                image.vector = self._vectors[row].copy()
+            images[row] = image
+        return images
+
+
+def _write_at(path: Path, offset: int, content: bytes) -> None:
+    """Write at a position, cut off what follows, and wait until it has reached the disk. Raises OSError."""
+    with path.open("r+b", buffering=0) as file:
+        file.truncate(offset)
+        file.seek(offset)
+        view = memoryview(content)
+        while view:
+            view = view[file.write(view) :]
+        os.fsync(file.fileno())

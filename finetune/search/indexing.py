@@ -1,0 +1,316 @@
+"""Images into an index: encode what it lacks, with captions, fields, thumbnails and where each image lies.
+
+    index_images(load_model("runs/first"), open_sources(["shards"], "--data"), "catalog", IndexOptions(), device) -> Summary
+
+Images whose key and location the index has are not encoded again, so that the same command goes on after it was stopped or
+killed, and adds only what is new.
+
+Legend: b = images of a batch, D = width of the shared space.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from finetune.search import places
+from finetune.search.fields import TEXT_BYTES, Field, parse_fields, read_fields
+from finetune.search.image_sources import ImageSource, Location, make_thumbnail
+from finetune.search.vector_index import KEY_BYTES, Description, IndexedImage, NoIndexError, VectorIndex, Vectors
+from pretrain.checkpoints.loading import LoadedModel
+from pretrain.data import BadSample
+from pretrain.data.captions import TXT, read_captions
+from pretrain.data.images import EXTENSIONS
+from pretrain.data.sample_json import read_fields as read_json_fields
+from pretrain.embedding.dataset import fingerprint_model
+from pretrain.embedding.encoder import eval_mode
+from pretrain.errors import ConfigError, UserError
+from pretrain.printable import format_count
+
+_AHEAD = 3
+"""Batches that are read and decoded while one is encoded."""
+
+
+@dataclass
+class IndexOptions:
+    """How images are indexed."""
+
+    backend: str | None = None
+    """exact or milvus; None = by the name of the place."""
+    fields: str = ""
+    """Fields of the json to keep, as NAME:KIND with commas between."""
+    name: str = ""
+    """Precedes the keys, so that sources of the same name do not clash."""
+    replace: bool = False
+    """Encode images again that the index has, and replace them."""
+    caption: str = ""
+    """Where captions are: txt, or a field of the json; empty = where the model's training read them."""
+    batch_size: int = 64
+    """Images encoded at a time."""
+
+    def check(self) -> None:
+        """Refuse what does not fit. Raises ConfigError."""
+        parse_fields(self.fields)
+        if self.batch_size < 1:
+            raise ConfigError(f"--batch-size {self.batch_size} must be at least 1")
+        if "/" in self.name:
+            raise ConfigError(f"--name {self.name} must hold no slash")
+
+
+@dataclass
+class Summary:
+    """What the command did, and what the index holds now."""
+
+    place: str
+    images: int
+    """Images in the index."""
+    added: int
+    """Images that this command encoded."""
+    left_out: dict[str, int]
+    """Images that could not be used, by reason."""
+    unfit: dict[str, int]
+    """Values of fields that were of another kind, by field: null in the index."""
+    dim: int
+    seconds: float
+
+    def __str__(self) -> str:
+        line = f"{self.place}: {format_count(self.images, 'image')} of {self.dim} numbers each; {self.added:,} added"
+        line += f" in {self.seconds:,.1f} s, {self.added / self.seconds:,.1f} images/s" if self.added else "; nothing to do"
+        if self.left_out:
+            reasons = ", ".join(f"{reason} {count:,}" for reason, count in Counter(self.left_out).most_common(5))
+            line += f"; {sum(self.left_out.values()):,} left out ({reasons})"
+        if self.unfit:
+            line += "; null because of their kind: " + ", ".join(f"{count:,} of {name}" for name, count in self.unfit.items())
+        return line
+
+
+def describe_model(loaded: LoadedModel) -> dict[str, Any]:
+    """Return which model makes the embeddings, for the index's description.
+
+    The fingerprint covers weights, architecture, preprocessing and tokenizer; the other entries are for people.
+    """
+    image, text = loaded.decoders.get("image"), loaded.decoders.get("text")
+    if image is None:
+        raise UserError(f"{loaded.folder} has no image tower")
+    preprocessing = {name: getattr(image, name) for name in ("size", "resize", "interpolation") if hasattr(image, name)}
+    folder = str(loaded.folder)
+    return {
+        "fingerprint": fingerprint_model(loaded),
+        "from": os.path.abspath(folder) if os.path.exists(folder) else folder,
+        "step": loaded.step,
+        "preprocessing": preprocessing,
+        "tokenizer": len(loaded.tokenizer) if text is not None else None,
+    }
+
+
+def check_model(description: Description, model: dict[str, Any], place: str) -> None:
+    """Raise UserError where an index holds the embeddings of another model."""
+    if description.model.get("fingerprint") != model["fingerprint"]:
+        names = [f"{m.get('from')} (step {m.get('step')}, {str(m.get('fingerprint'))[:8]})" for m in (description.model, model)]
+        raise UserError(f"{place} holds embeddings of {names[0]}, and this is {names[1]}: an index has one model")
+
+
+def open_for(place: str, loaded: LoadedModel, options: IndexOptions) -> VectorIndex:
+    """Open the index at a place for writing, or make one there.
+
+    Raises UserError where it was made with another model, or with other fields.
+    """
+    model, fields = describe_model(loaded), parse_fields(options.fields)
+    dim = int(loaded.model.projection("image").out_features)
+    try:
+        index = places.open_index(place, options.backend, is_writable=True)
+    except NoIndexError:
+        return places.create_index(place, Description(dim, model, fields), options.backend)
+    try:
+        description = index.describe()
+        check_model(description, model, place)
+        if description.dim != dim:
+            raise UserError(f"{place} holds embeddings of {description.dim} numbers, and the model makes {dim}")
+        if options.fields and fields != description.fields:
+            present = ",".join(f"{item.name}:{item.kind}" for item in description.fields) or "none"
+            raise ConfigError(f"--fields {options.fields}: {place} was made with the fields {present}; choose another --db")
+        return index
+    except BaseException:
+        index.close()
+        raise
+
+
+@dataclass
+class _Batch:
+    """Images that are read and decoded."""
+
+    rows: list[IndexedImage] = field(default_factory=list)
+    pixels: list[torch.Tensor] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+    unfit: Counter[str] = field(default_factory=Counter)
+
+
+def index_images(
+    loaded: LoadedModel,
+    source: ImageSource,
+    place: str,
+    options: IndexOptions,
+    device: torch.device,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Summary:
+    """Encode the images that an index lacks, and add them.
+
+    Args:
+        loaded: the model, which is moved to the device.
+        source: the images.
+        place: of the index; made where there is none.
+        options: see IndexOptions.
+        device: where the image tower runs.
+        progress: called with images done and images in all.
+
+    Raises:
+        UserError: the index has another model or other fields; a key is there from another source; a place cannot be written.
+    """
+    caption = options.caption or (loaded.decoders["text"].caption if "text" in loaded.decoders else TXT)
+    begin, added, done = time.perf_counter(), 0, 0
+    left_out: Counter[str] = Counter()
+    unfit: Counter[str] = Counter()
+    loaded.model.to(device)
+    with open_for(place, loaded, options) as index, eval_mode(loaded.model):
+        reader = _Reader(source, loaded.decoders["image"], index.describe().fields, caption)
+        batches = reader.stream(_find_missing(source, index, options))
+        for size, batch in batches:
+            if batch is not None:
+                if batch.rows:
+                    index.upsert(batch.rows, _encode(loaded, batch.pixels, device))
+                added += len(batch.rows)
+                left_out += batch.left_out
+                unfit += batch.unfit
+            done += size
+            progress(done, len(source))
+        seconds = time.perf_counter() - begin
+        return Summary(place, index.count(), added, dict(left_out), dict(unfit), index.describe().dim, round(seconds, 3))
+
+
+@torch.inference_mode()
+def _encode(loaded: LoadedModel, pixels: Sequence[torch.Tensor], device: torch.device) -> Vectors:
+    """Encode b images (3, H, W) uint8 to (b, D) of unit length."""
+    features = loaded.model.encode("image", torch.stack(list(pixels)).to(device))
+    return np.asarray(F.normalize(features.float(), dim=-1).cpu().numpy())
+
+
+Missing = list[tuple[int, str, Location]]
+"""Number in the source, key and location of each image of a batch that is to be encoded."""
+
+
+def _find_missing(source: ImageSource, index: VectorIndex, options: IndexOptions) -> Iterator[tuple[int, Missing]]:
+    """Yield, batch by batch, the number of images and those of them that the index lacks. Raises UserError."""
+    prefix = f"{options.name}/" if options.name else ""
+    for begin in range(0, len(source), options.batch_size):
+        numbers = range(begin, min(begin + options.batch_size, len(source)))
+        located = [(i, prefix + key, location) for i in numbers for key, location in [source.locate(i)]]
+        yield len(numbers), select_missing(index, located, options.replace)
+
+
+def select_missing(index: VectorIndex, located: Missing, replace: bool) -> Missing:
+    """Return the images that an index lacks, or has from another place of the same source; with `replace` all.
+
+    Raises UserError where the index has a key from another source.
+    """
+    if replace:
+        return located
+    present = index.get([key for _, key, _ in located if len(key.encode("utf-8", "replace")) <= KEY_BYTES])
+    by_key = {image.key: image for image in present if image is not None}
+    missing: Missing = []
+    for i, key, location in located:
+        image = by_key.get(key)
+        if image is not None and image.source and location.source and image.source != location.source:
+            raise UserError(
+                f"{index.place} has {key} from {image.source} already, not from {location.source}: --name NAME adds these "
+                "images beside those, --replace replaces them"
+            )
+        if image is None or (location.source and (image.source, image.offset, image.size) != tuple(location)):
+            missing.append((i, key, location))
+    return missing
+
+
+class _Reader:
+    """Reads and decodes batches in threads, some ahead of the one that is encoded: decoders release Python's lock."""
+
+    def __init__(self, source: ImageSource, decoder: Any, fields: Sequence[Field], caption: str) -> None:
+        self.source, self.decoder, self.fields, self.caption = source, decoder, fields, caption
+        self._threads = max(2, min(16, len(os.sched_getaffinity(0))))
+
+    def stream(self, batches: Iterator[tuple[int, Missing]]) -> Iterator[tuple[int, _Batch | None]]:
+        """Yield the batches in order; None for those without missing images. Raises UserError."""
+        waiting: deque[tuple[int, Future[_Batch] | None]] = deque()
+        with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(self._threads) as self._decoding:
+            try:
+                for size, missing in batches:
+                    waiting.append((size, reading.submit(self._read, missing) if missing else None))
+                    if len(waiting) > _AHEAD:
+                        size, batch = waiting.popleft()
+                        yield size, batch.result() if batch is not None else None
+                for size, batch in waiting:
+                    yield size, batch.result() if batch is not None else None
+            finally:
+                reading.shutdown(cancel_futures=True)
+
+    def _read(self, missing: Missing) -> _Batch:
+        """Read one after the other, which shards need, and decode in parallel."""
+        batch = _Batch()
+        decoded = []
+        for i, key, location in missing:
+            try:
+                if not 0 < len(key.encode("utf-8", "replace")) <= KEY_BYTES:
+                    raise BadSample("key too long")
+                decoded.append(self._decoding.submit(self._decode, self.source.read(i), key, location))
+            except BadSample as bad:
+                batch.left_out[bad.reason] += 1
+        for future in decoded:
+            try:
+                row, pixels, unfit = future.result()
+            except BadSample as bad:
+                batch.left_out[bad.reason] += 1
+                continue
+            batch.rows.append(row)
+            batch.pixels.append(pixels)
+            batch.unfit.update(unfit)
+        return batch
+
+    def _decode(self, members: dict[str, bytes], key: str, location: Location) -> tuple[IndexedImage, torch.Tensor, list[str]]:
+        data = next((members[name] for name in EXTENSIONS if name in members), None)
+        if data is None:
+            raise BadSample("no image")
+        pixels = self.decoder.decode_eval(data)
+        row, unfit = build_row(key, location, members, self.fields, self.caption)
+        row.thumbnail = make_thumbnail(data)
+        return row, pixels, unfit
+
+
+def build_row(
+    key: str, location: Location, members: dict[str, bytes], fields: Sequence[Field], caption: str
+) -> tuple[IndexedImage, list[str]]:
+    """Return the row of an image, without thumbnail, and the names of the fields whose values are of another kind.
+
+    An image without a caption, or without a readable json, has none in the index.
+    """
+    try:
+        captions = read_captions(members, caption)
+    except BadSample:
+        captions = []
+    try:
+        values = read_json_fields(members)
+    except BadSample:
+        values = {}
+    kept, unfit = read_fields(fields, values)
+    return IndexedImage(key, *location, caption=join_captions(captions), fields=kept), unfit
+
+
+def join_captions(captions: Sequence[str]) -> str:
+    """Return captions on lines of their own, as many bytes of them as an index can hold."""
+    return "\n".join(captions).encode("utf-8", "replace")[:TEXT_BYTES].decode("utf-8", "ignore")

@@ -1,0 +1,35 @@
+"""From the name of a place to its index: a folder, a folder of Milvus Lite (NAME.db), or the address of a Milvus server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from finetune.search import exact, milvus
+from finetune.search.exact import ExactIndex
+from finetune.search.milvus import MilvusIndex
+from finetune.search.vector_index import Description, VectorIndex
+
+Backend = Literal["exact", "milvus"]
+
+
+def choose_backend(place: str, backend: str | None = None) -> str:
+    """Return the backend of a place: of an index that is there its own, else what is asked for, else what the name says."""
+    if not milvus.is_server(place) and exact.is_exact(Path(place)):
+        return "exact"
+    return backend or ("milvus" if milvus.is_server(place) or place.endswith(".db") else "exact")
+
+
+def create_index(place: str, description: Description, backend: str | None = None) -> VectorIndex:
+    """Make an empty index and open it for writing. Raises UserError."""
+    is_exact = choose_backend(place, backend) == "exact"
+    return ExactIndex.create(place, description) if is_exact else MilvusIndex.create(place, description)
+
+
+def open_index(place: str, backend: str | None = None, is_writable: bool = False) -> VectorIndex:
+    """Open an index.
+
+    Raises NoIndexError where there is none, and UserError where it is damaged or its server does not answer.
+    """
+    is_exact = choose_backend(place, backend) == "exact"
+    return ExactIndex(place, is_writable) if is_exact else MilvusIndex(place)

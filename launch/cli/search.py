@@ -1,0 +1,195 @@
+"""clipfuse index and search: images into an index, and queries in words that find them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch.cli.command import Subparsers, add_command
+from launch.cli.runs import check_run
+from pretrain.config.arguments import positive_int
+from pretrain.errors import ConfigError, UserError
+from pretrain.printable import one_safe_line
+from pretrain.runtime.entrypoint import DONE, STOPPED, EarlyStop, raise_on_stop_signals
+
+if TYPE_CHECKING:
+    from finetune.search.query import Result, Results
+
+_PLACE = (
+    "a folder; NAME.db, a folder of Milvus Lite; or http(s)://HOST:PORT/COLLECTION, a Milvus server (token in MILVUS_TOKEN)"
+)
+
+
+def add_commands(commands: Subparsers[argparse.ArgumentParser]) -> None:
+    """Add index and search."""
+    p = add_command(commands, "index", index, "images into an index that search reads", reads_runs=True)
+    p.add_argument("run", metavar="RUN", help="a run folder, a checkpoint folder, or a published CLIP")
+    p.add_argument("--data", required=True, nargs="+", metavar="DATA", help="shards, folders of images, or what embed wrote")
+    p.add_argument("--db", required=True, metavar="PLACE", help=f"the index: {_PLACE}")
+    p.add_argument("--fields", default="", metavar="NAME:KIND,...", help="fields of the json to keep: float, int, bool or str")
+    p.add_argument("--images", nargs="+", default=[], metavar="SHARDS", help="with what embed wrote: the shards it read")
+    p.add_argument("--name", default="", metavar="NAME", help="precedes the keys, for sources whose keys are the same")
+    p.add_argument("--replace", action="store_true", help="encode images again that the index has")
+    p.add_argument("--caption", default="", metavar="FIELD", help="txt, or a field of the json (default: the model's)")
+    p.add_argument("--batch-size", type=positive_int, default=64, metavar="N", help="images encoded at a time (default 64)")
+    p.add_argument("--backend", choices=["exact", "milvus"], help="instead of what the name of the place says")
+    p.add_argument("--json", action="store_true", help="print one JSON object at the end")
+
+    p = add_command(commands, "search", search, "images that a text describes, or that are like an image", reads_runs=True)
+    p.add_argument("db", metavar="PLACE", help="the index, as `clipfuse index --db` made it")
+    p.add_argument("text", metavar="TEXT", nargs="?", default="", help="what the images show")
+    p.add_argument("--image", type=Path, metavar="FILE", help="an image that they are like, alone or with TEXT")
+    p.add_argument(
+        "--not", dest="unwanted", action="append", default=[], metavar="TEXT", help="what they do not show; repeatable"
+    )
+    p.add_argument("--filter", metavar="CONDITION", help="""on fields: 'price < 900 and room == "living"'""")
+    p.add_argument("--rerank", metavar="RUN", help="a fine-tuned retrieval run, which orders the best candidates again")
+    p.add_argument("--candidates", type=positive_int, default=32, metavar="N", help="images that --rerank orders (default 32)")
+    p.add_argument("--k", type=positive_int, default=10, metavar="N", help="results (default 10)")
+    p.add_argument("--run", metavar="RUN", help="the model of the index, where it is no longer in its place")
+    p.add_argument("--backend", choices=["exact", "milvus"], help="instead of what the name of the place says")
+    p.add_argument("--log", type=Path, metavar="FILE", help="append one JSON line about the query")
+    p.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+
+
+def index(args: argparse.Namespace) -> int:
+    """Run `clipfuse index`; a signal to stop ends it with exit code 75."""
+    check_run(args.run)
+    from finetune.search.fields import parse_fields
+
+    parse_fields(args.fields)  # before torch is imported
+    try:
+        with raise_on_stop_signals():
+            return _index(args)
+    except EarlyStop as stop:
+        from pretrain.runtime.console import log_info
+
+        log_info(f"stopped by {stop}; what is in the index stays, and the same command goes on")
+        return STOPPED
+
+
+def _index(args: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from finetune.search import embeddings, image_sources, indexing
+    from launch.cli.progress import progress_bar
+    from pretrain.checkpoints.loading import load_model
+    from pretrain.embedding.dataset import is_embedding_folder
+    from pretrain.runtime import distributed
+
+    options = indexing.IndexOptions(args.backend, args.fields, args.name, args.replace, args.caption, args.batch_size)
+    options.check()
+    embedded = [place for place in args.data if is_embedding_folder(place)]
+    if embedded and len(args.data) > 1:
+        raise ConfigError(f"--data {embedded[0]} holds embeddings: index it by a command of its own")
+    if args.images and not embedded:
+        raise ConfigError("--images goes with --data that clipfuse embed wrote")
+    shards = args.images if embedded else args.data
+    source = image_sources.open_sources(shards, "--images" if embedded else "--data") if shards else None
+    loaded = load_model(args.run)
+    with progress_bar("indexing") as progress:
+        if embedded:
+            summary = embeddings.index_embeddings(loaded, Path(embedded[0]), source, args.db, options, progress)
+        else:
+            assert source is not None
+            summary = indexing.index_images(loaded, source, args.db, options, distributed.device(), progress)
+    print(json.dumps(asdict(summary)) if args.json else one_safe_line(str(summary)), flush=True)
+    return DONE
+
+
+def search(args: argparse.Namespace) -> int:
+    """Run `clipfuse search`."""
+    from finetune.search import places
+    from pretrain.data.filter_parser import parse_filter
+
+    condition = parse_filter(args.filter, "--filter") if args.filter is not None else None
+    if args.rerank is not None:
+        check_run(args.rerank)
+    image = _read_query_image(args.image)
+    with places.open_index(args.db, args.backend) as opened:
+        if condition is not None:
+            opened.count(condition)  # names and kinds of fields, before a model is loaded
+        if not opened.count():
+            raise UserError(f"{args.db} is empty: `clipfuse index RUN --data SHARDS --db {args.db}` adds images")
+        from finetune import loading
+        from finetune.search.query import Query, Searcher, load_query_model
+        from pretrain.runtime import distributed
+
+        query = Query(args.text, image, args.unwanted, args.filter, args.k, args.candidates)
+        query.check()
+        reranker = loading.load(args.rerank) if args.rerank is not None else None
+        searcher = Searcher(opened, load_query_model(opened, args.run), distributed.device(), reranker)
+        results = searcher.search(query)
+    record = _build_record(args, results)
+    if args.log is not None:
+        _append(args.log, json.dumps(record))
+    if args.json:
+        print(json.dumps(record))
+        return DONE
+    for line in [
+        *map(_format_result, range(1, len(results.results) + 1), results.results),
+        *results.notes,
+        _format_times(results),
+    ]:
+        print(one_safe_line(line))
+    return DONE
+
+
+def _read_query_image(path: Path | None) -> bytes:
+    if path is None:
+        return b""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"--image {path} cannot be read: {error.strerror or error}") from error
+    if not content:
+        raise UserError(f"--image {path} is empty")
+    return content
+
+
+def _build_record(args: argparse.Namespace, results: Results) -> dict[str, Any]:
+    return {
+        "text": args.text,
+        "image": str(args.image) if args.image else None,
+        "not": args.unwanted,
+        "filter": args.filter,
+        "rerank": args.rerank,
+        "results": [
+            {
+                "key": result.hit.image.key,
+                "score": round(result.hit.score, 6),
+                "rank_by_embedding": result.rank,
+                "match": result.match,
+                "caption": result.hit.image.caption,
+                "fields": result.hit.image.fields,
+                "source": result.hit.image.source,
+                "offset": result.hit.image.offset,
+                "size": result.hit.image.size,
+            }
+            for result in results.results
+        ],
+        "milliseconds": results.milliseconds,
+        "notes": results.notes,
+    }
+
+
+def _format_result(position: int, result: Result) -> str:
+    """Return the line of a result: position, cosine, the re-ranker's score and how far it moved, key, caption, fields."""
+    image = result.hit.image
+    moved = f"  {result.match:+7.2f} (was {result.rank})" if result.match is not None else ""
+    fields = "".join(f"  {name}={value}" for name, value in image.fields.items() if value is not None)
+    return f"{position:3d}  {result.hit.score:6.3f}{moved}  {image.key}  {image.caption[:80]}{fields}"
+
+
+def _format_times(results: Results) -> str:
+    return ", ".join(f"{stage} {milliseconds:,.0f} ms" for stage, milliseconds in results.milliseconds.items())
+
+
+def _append(path: Path, line: str) -> None:
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        raise UserError(f"--log {path} cannot be written: {error.strerror or error}") from error

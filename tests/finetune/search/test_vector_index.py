@@ -1,0 +1,234 @@
+"""One suite for every backend of the index, held against closed forms, and Milvus against `exact` under random changes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from finetune.search import places
+from finetune.search.fields import Field
+from finetune.search.nearest import find_nearest
+from finetune.search.vector_index import Description, IndexedImage, VectorIndex
+from pretrain.errors import ConfigError, UserError
+
+D = 4
+FIELDS = (Field("price", "float"), Field("count", "int"), Field("room", "str"), Field("sold", "bool"))
+DESCRIPTION = Description(D, {"fingerprint": "abc", "from": "runs/first", "step": 8}, FIELDS)
+TEXTS = ["living", "a%b", "it's", 'say "hi"', "two\nlines", "\\", "", '" or price > 0 --', "猫🐈"]
+
+
+def row(number: int, **fields: Any) -> IndexedImage:
+    values = {"price": None, "count": None, "room": None, "sold": None, **fields}
+    return IndexedImage(
+        f"shard/{number}",
+        "/data/shard.tar",
+        512 * number,
+        100 + number,
+        f"picture {number}",
+        values,
+        b"\xff\xd8" + bytes([number]),
+    )
+
+
+def vector(*numbers: float) -> np.ndarray:
+    return np.array(numbers, dtype=np.float32)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a Milvus server: that of Milvus Lite, which speaks the same protocol."""
+    from milvus_lite.adapter.grpc.server import start_server_in_thread
+
+    server, database, port = start_server_in_thread(str(tmp_path_factory.mktemp("server") / "x.db"), host="127.0.0.1", port=0)
+    yield f"http://127.0.0.1:{port}"
+    server.stop(grace=0)
+    database.close()
+
+
+@pytest.fixture(params=["exact", "lite", "server"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "server":
+        return f"{request.getfixturevalue('server')}/c{abs(hash(request.node.name))}"
+    return str(tmp_path / ("catalog.db" if request.param == "lite" else "catalog"))
+
+
+@pytest.fixture
+def index(place: str) -> Iterator[VectorIndex]:
+    with places.create_index(place, DESCRIPTION) as index:
+        yield index
+
+
+def keys(hits: list[Any]) -> list[str]:
+    return [hit.image.key for hit in hits]
+
+
+def test_the_contract(index: VectorIndex, place: str) -> None:
+    rows = [
+        row(0, price=100.0, room="living", count=3, sold=True),
+        row(1, price=900.0, room='a "b" \\ c'),
+        row(2, room="bed", sold=False),
+        row(3),
+    ]
+    vectors = np.stack([vector(2, 0, 0, 0), vector(1, 1, 0, 0), vector(0, 3, 0, 0), vector(0, 0, -1, 1)])
+    assert index.count() == 0
+    assert index.search(vectors[:2], 5) == [[], []]  # an empty index
+    index.upsert(rows, vectors)
+    assert index.count() == 4
+    hits = index.search(np.stack([vector(1, 0, 0, 0), vector(0, 0.5, 0, 0)]), 2)
+    assert [keys(of_query) for of_query in hits] == [["shard/0", "shard/1"], ["shard/2", "shard/1"]]
+    np.testing.assert_allclose([[hit.score for hit in of_query] for of_query in hits], [[1, math.sqrt(0.5)]] * 2, atol=1e-6)
+    assert hits[0][0].image == IndexedImage("shard/0", "/data/shard.tar", 0, 100, "picture 0", rows[0].fields)
+    assert len(index.search(vectors[:1], 100)[0]) == 4  # k above the count
+
+    assert keys(index.search(vector(0, 1, 0, 0)[None], 4, "price < 900 and room == 'living'")[0]) == ["shard/0"]
+    assert index.count("exists price") == 2
+    assert index.count("not exists price") == 2
+    assert index.count("room == 'a \"b\" \\\\ c'") == 1
+    assert index.count("room != 'living'") == 2  # null is neither equal nor unequal
+    assert index.count("not sold") == 1
+    assert index.count("key in ['shard/1', 'shard/3']") == 2
+    assert index.count("caption like 'picture _'") == 4
+    assert index.count("price > 1000") == 0
+    assert index.search(vectors[:1], 3, "price > 1000") == [[]]
+
+    fetched = index.get(["shard/1", "nowhere", "shard/0"])
+    assert fetched[1] is None
+    assert fetched[0] is not None
+    assert (fetched[0].key, fetched[0].thumbnail, fetched[0].offset) == ("shard/1", rows[1].thumbnail, 512)
+    assert fetched[0].fields == rows[1].fields
+    assert fetched[0].vector is not None
+    np.testing.assert_allclose(fetched[0].vector, vectors[1] / math.sqrt(2), atol=1e-6)
+
+    changed = row(1, price=5.0)
+    index.upsert([row(1, price=4.0), changed], np.stack([vector(0, 0, 1, 0), vector(0, 0, 0, 1)]))  # the last one counts
+    assert index.count() == 4
+    assert keys(index.search(vector(0, 0, 0, 1)[None], 1)[0]) == ["shard/1"]
+    assert index.count("price == 5") == 1
+    assert index.delete(keys=["shard/3", "nowhere", "shard/3"]) == 1
+    assert index.delete(filter="price >= 5") == 2
+    assert index.count() == 1
+    index.close()
+    with places.open_index(place) as again:
+        assert again.describe() == DESCRIPTION
+        assert again.count() == 1
+        assert keys(again.search(vectors[:1], 5)[0]) == ["shard/2"]
+
+
+def test_what_no_backend_gets_to_see(index: VectorIndex) -> None:
+    good = vector(1, 0, 0, 0)
+    for bad, message in (
+        (vector(1, math.nan, 0, 0), "the embedding of shard/0 is not finite"),
+        (vector(1, math.inf, 0, 0), "the embedding of shard/0 is not finite"),
+        (vector(0, 0, 0, 0), "the embedding of shard/0 is all zero"),
+        (vector(1, 0, 0), "holds embeddings of 4 numbers"),
+    ):
+        with pytest.raises(UserError, match=message):
+            index.upsert([row(0)], bad[None])
+        with pytest.raises(UserError, match=message.replace("shard/0", "query 0")):
+            index.search(bad[None], 1)
+    for wrong, message in (
+        (row(0, price="cheap"), "price='cheap' of shard/0 is no float"),
+        (row(0, price=math.nan), "is no float"),
+        (row(0, count=2**63), "is no int"),
+        (row(0, weight=1.0), "has no field 'weight'"),
+        (row(0, room="x" * 65536), "room of shard/0 is longer than 65,535 bytes"),
+        (row(0, room="é" * 40000), "longer than 65,535 bytes"),
+        (IndexedImage("", "", -1, 0), "the key '' must have 1 to 1,024 bytes"),
+        (IndexedImage("k" * 1025, "", -1, 0), "must have 1 to 1,024 bytes"),
+    ):
+        with pytest.raises(UserError, match=message):
+            index.upsert([wrong], good[None])
+    for k in (0, 16385):
+        with pytest.raises(ConfigError, match="must be from 1 to 16,384"):
+            index.search(good[None], k)
+    for condition, message in (("prise < 1", "no field 'prise'; did you mean 'price'"), ("price <", "column 8")):
+        with pytest.raises(ConfigError, match=message):
+            index.search(good[None], 1, condition)
+    assert index.count() == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Random changes
+
+
+def changes() -> st.SearchStrategy[list[tuple[str, Any]]]:
+    one = st.tuples(
+        st.integers(0, 11),
+        st.lists(st.integers(-3, 3), min_size=D, max_size=D).filter(any),
+        st.none() | st.sampled_from([0.0, 1.5, -2.0, 900.0]),
+        st.none() | st.integers(-2, 2),
+        st.none() | st.sampled_from(TEXTS),
+        st.none() | st.booleans(),
+    )
+    conditions = st.sampled_from(
+        ["price < 900", "not (room like '%o%')", "exists count and count != 1", "room == '\" or price > 0 --'",
+         "sold or count < 0.5", "room in ['it\\'s', \"two\\nlines\", '\\\\']", "not exists room", "not (sold or price > 1)"]
+    )  # fmt: skip
+    return st.lists(
+        st.tuples(st.just("upsert"), st.lists(one, min_size=1, max_size=6))
+        | st.tuples(st.just("delete"), st.lists(st.integers(0, 11), min_size=1, max_size=3))
+        | st.tuples(st.just("delete matching"), conditions)
+        | st.tuples(st.just("count"), conditions)
+        | st.tuples(st.just("restart"), st.none()),
+        min_size=4,
+        max_size=10,
+    )
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(changes(), st.lists(st.integers(-3, 3), min_size=D, max_size=D).filter(any))
+def test_milvus_holds_what_exact_holds(tmp_path_factory: pytest.TempPathFactory, steps: list[Any], query: list[int]) -> None:
+    folder = tmp_path_factory.mktemp("changes")
+    names = [str(folder / "exact"), str(folder / "lite.db")]
+    indexes = [places.create_index(name, DESCRIPTION) for name in names]
+    try:
+        for step, argument in [*steps, ("restart", None)]:
+            if step == "upsert":
+                rows = [row(n, price=p, count=c, room=r, sold=s) for n, _, p, c, r, s in argument]
+                outcomes: list[Any] = [
+                    index.upsert(rows, np.array([values[1] for values in argument], np.float32)) for index in indexes
+                ]
+            elif step == "delete":
+                outcomes = [index.delete(keys=[f"shard/{n}" for n in argument]) for index in indexes]
+            elif step == "delete matching":
+                outcomes = [index.delete(filter=argument) for index in indexes]
+            elif step == "count":
+                outcomes = [index.count(argument) for index in indexes]
+            else:
+                for index in indexes:
+                    index.close()
+                indexes = [places.open_index(name, is_writable=True) for name in names]
+                outcomes = []
+            outcomes += [index.count() for index in indexes]
+            assert len(set(outcomes[-2:])) == 1
+            assert len(set(map(str, outcomes[:-2]))) <= 1
+            exact, lite = (
+                {hit.image.key: hit for hit in index.search(np.array([query], np.float32), 12)[0]} for index in indexes
+            )
+            assert exact.keys() == lite.keys()
+            assert {key: hit.image for key, hit in exact.items()} == {key: hit.image for key, hit in lite.items()}
+            np.testing.assert_allclose([exact[key].score for key in exact], [lite[key].score for key in exact], atol=1e-6)
+    finally:
+        for index in indexes:
+            index.close()
+
+
+def test_nearest_are_those_of_a_full_sort() -> None:
+    rng = np.random.default_rng(0)
+    vectors = rng.integers(-2, 3, (3000, D)).astype(np.float32)  # with many ties
+    for share in (1.0, 0.5, 0.01):
+        mask = rng.random(3000) < share
+        queries = rng.integers(-2, 3, (3, D)).astype(np.float32)
+        rows, scores = find_nearest(queries, vectors, mask, 50)
+        for i, query in enumerate(queries):
+            candidates = np.flatnonzero(mask)
+            order = sorted(candidates, key=lambda row: (-float(vectors[row] @ query), row))[:50]
+            assert rows[i].tolist() == order
+            assert scores[i].tolist() == [float(vectors[row] @ query) for row in order]
