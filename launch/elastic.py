@@ -51,6 +51,9 @@ FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 REPORT_SECONDS = 15.0
 """Time that the other processes get to report who failed, before they are stopped."""
 
+HEALTHY_SECONDS = 3600.0
+"""Time without a lost process after which earlier restarts no longer count."""
+
 
 @dataclass(frozen=True)
 class World:
@@ -176,6 +179,8 @@ class _Agent(LocalElasticAgent):
         self.is_spare = False
         """Whether this node waits, because the others cannot share the batch with it."""
         self._nodes_before = 0
+        self._restarts = spec.max_restarts
+        self._started_at = 0.0
         self.failed: dict[int, int] = {}
         """Rank -> exit code of the processes that failed first."""
         self._failed_at = 0.0
@@ -265,6 +270,8 @@ class _Agent(LocalElasticAgent):
         running = self._processes()
         failed = {rank: process.returncode for rank, process in running.items() if process.poll()}
         now = time.monotonic()
+        if now - self._started_at > HEALTHY_SECONDS:
+            self._remaining_restarts = self._restarts
         if failed and not self.failed:
             self.failed, self._failed_at = failed, now
         assert self._pcontext is not None
@@ -316,7 +323,15 @@ class _Agent(LocalElasticAgent):
         return workers
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        return {} if self.is_spare else super()._start_workers(worker_group)
+        self._started_at = time.monotonic()
+        if self.is_spare:
+            return {}
+        # Every start but the run's first is a restart for the processes, also on a node that has just joined.
+        handler: Any = self._rdzv_handler
+        starts: int = handler._state_holder.state.round
+        worker_group.spec.max_restarts = max(worker_group.spec.max_restarts, self._remaining_restarts + starts)
+        ids: dict[int, Any] = super()._start_workers(worker_group)
+        return ids
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
         """Override torch's agent, which kills processes that need more than 30 seconds to save."""
@@ -333,9 +348,10 @@ class _Agent(LocalElasticAgent):
 
     def _monitor_others(self) -> RunResult:
         """Return the state of the run on a node that waits: healthy until the others have ended."""
-        if not self._store.check([_END]):
+        store: Any = self._store
+        if not store.check([_END]):
             return RunResult(state=WorkerState.HEALTHY)
-        code = int(self._store.get(_END))
+        code = int(store.get(_END))
         if code == DONE:
             return RunResult(state=WorkerState.SUCCEEDED)
         self.failed = {-1: code}
@@ -344,13 +360,15 @@ class _Agent(LocalElasticAgent):
 
     def _exit_barrier(self) -> None:
         if self.world.node_count.is_elastic and not self.is_spare:
+            store: Any = self._store
             with suppress(RuntimeError):  # the store is gone
-                self._store.set(_END, str(STOPPED if self.failed else DONE))
+                store.set(_END, str(STOPPED if self.failed else DONE))
         super()._exit_barrier()
 
     def _print_size(self, worker_group: WorkerGroup) -> None:
         """Print the number of nodes, where it has changed."""
-        present = int(worker_group.group_world_size)
+        assert worker_group.group_world_size is not None
+        present = worker_group.group_world_size
         active = max(count for count in self.usable if count <= present)
         if self.is_spare:
             self._print(f"this node waits: {format_count(active, 'node')} of {present} share the batch evenly")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from launch.cli.command import Subparsers, add_command
+from launch.nodes import NodeCount, parse_nodes
 from pretrain.config import find_config
 from pretrain.config.arguments import count, endpoint, positive_int, process_count, seconds, whole_number
 from pretrain.config.static_schema import check_settings
@@ -37,11 +38,20 @@ def _add_process_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--nproc", type=process_count, metavar="N", help="processes on each node: a number, or gpus for one per GPU (default 1)"
     )
-    p.add_argument("--nodes", type=positive_int, default=1, metavar="N", help="nodes in the run (default 1)")
+    p.add_argument(
+        "--nodes",
+        type=parse_nodes,
+        default=NodeCount(1),
+        metavar="N|MIN:MAX",
+        help="nodes in the run (default 1); MIN:MAX: it goes on while nodes leave and join",
+    )
     p.add_argument("--on", choices=["local", "slurm"], default="local", help="here, or as a Slurm job (default local)")
     local = p.add_argument_group("processes here (--on local)")
     local.add_argument(
         "--rdzv", type=endpoint, metavar="HOST:PORT", help="with --nodes: where they meet, the same on every node"
+    )
+    local.add_argument(
+        "--join", type=seconds, default=30, metavar="SECONDS", help="with MIN:MAX: wait for more nodes (default 30)"
     )
     local.add_argument(
         "--restarts", type=count, metavar="N", help="restarts after a lost process (default 0; 3 on several nodes)"
@@ -92,7 +102,15 @@ def run_training(args: argparse.Namespace) -> int:
     from launch import elastic
 
     words = [args.config, *args.settings]
-    world = elastic.World(elastic.parse_nproc(args.nproc), args.nodes, args.rdzv, args.restarts, args.grace)
+    world = elastic.World(
+        elastic.parse_nproc(args.nproc),
+        args.nodes,
+        args.rdzv,
+        args.restarts,
+        args.grace,
+        least_nodes=args.nodes.least,
+        join=args.join,
+    )
     return elastic.launch(args.module, words, world)
 
 

@@ -209,7 +209,8 @@ class Run:
         is_complete: the run ends here with a finite loss, so that no earlier checkpoint is needed.
         """
         if self.plan.train.on_spike != "ignore":
-            self.spikes.judge(*distributed.mean_many([self.spikes.pending()]), self.step)
+            (losses,) = distributed.mean_many([self.spikes.pending()])
+            self.spikes.judge(losses, self.step)
         if self.step % self.plan.train.save_every == 0:
             self.spikes.note_checkpoint(self.step)
         good = self.find_good()

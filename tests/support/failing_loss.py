@@ -28,6 +28,8 @@ class Config(clip.Config):
     to the last rank; spike: the loss and its gradient are 20 times as large."""
     until: int = 1_000_000
     """The last call with a NaN or a spike."""
+    seconds: float = 0.0
+    """Duration of a call."""
     seconds_alone: float = 0.0
     """Duration of a call while this is the only process of the run."""
     stop_at: int = 0
@@ -46,8 +48,7 @@ class Loss(clip.Loss):
         assert isinstance(self.config, Config)
         self.calls += 1
         loss, report = super().forward(features, scale, bias, targets)
-        if distributed.world_size() == 1:
-            time.sleep(self.config.seconds_alone)
+        time.sleep(self.config.seconds_alone if distributed.world_size() == 1 else self.config.seconds)
         if self.calls == self.config.stop_at and distributed.rank() == distributed.world_size() - 1:
             os.kill(os.getpid(), signal.SIGTERM)
         if self.config.how in ("nan", "spike") and self.config.at <= self.calls <= self.config.until:
