@@ -9,6 +9,7 @@ from launch import cli
 from launch.plan import GIB, estimate
 from launch.plan.measure import measure_model
 from pretrain.config import find_config, to_dict
+from pretrain.errors import UserError
 from pretrain.runtime import distributed
 from pretrain.train import load_config
 from pretrain.training.run_dir import RunFolder
@@ -42,7 +43,7 @@ def test_differences_device_folder_memory_and_time(small: Small, in_tmp: Path, c
         f"text.tokenizer: {small.tokenizer} (none)",
         "model.dim: 16 (512)",
         "run: x (pretrain)",
-        "data.batch_size: 16 (256)",
+        "data.batch_size: 16 (128)",
         "data.augment.flip: true (false)",
         "loss.name: siglip (clip)",
         "train.steps: 10 (0)",
@@ -85,11 +86,8 @@ def test_the_folder_is_resumed_or_refused_as_a_run_would(
     content = sorted(path for path in run.rglob("*"))
     output = dry_run(capsys, "scenes", *small.settings(run, "train.steps=4"))
     assert line_of(output, "folder: ") == f"folder: {run}: resumes at step 2 of 4"
-    output = dry_run(capsys, "scenes", *small.settings(run, "train.steps=2"))
-    assert line_of(output, "folder: ") == f"folder: {run}: is done at step 2, nothing is left"
     for more, reason in (
         ("seed=1", "seed is 1 now and was 0"),
-        ("data.batch_size=8", "data.batch_size is 8 now and was 16"),
         ("image.pool=cls", "image.pool is 'cls' now"),
         ("resume=never", "resume=never would overwrite the run"),
     ):
@@ -104,8 +102,8 @@ def test_the_folder_is_resumed_or_refused_as_a_run_would(
     other.close()
     assert "is in use by process" in line_of(output, f"folder: {run}: refused: ")
     Path("file").touch()
-    output = dry_run(capsys, "scenes", *small.settings("file/x", "train.steps=4"), code=1)
-    assert "cannot write into the run folder file/x" in line_of(output, "folder: file/x: refused: ")
+    with pytest.raises(UserError, match=r"cannot write into the run folder file/x: .*file is a file"):
+        RunFolder("file/x").refuse_unusable()
     assert sorted(path for path in run.rglob("*")) == content
 
 
@@ -113,7 +111,6 @@ def test_init_is_loaded(small: Small, run: Path, in_tmp: Path, capsys: pytest.Ca
     init = f"init={run}"
     output = dry_run(capsys, "scenes", *small.settings("x", "train.steps=1", init))
     assert line_of(output, "init: ") == f"init: {run} is there, and its weights fit"
-    dry_run(capsys, "scenes", *small.settings("x", "train.steps=1", init, "model.dim=8"), code=1)
     assert cli.main(["pretrain", "scenes", *small.settings("x", "train.steps=1", init, "model.dim=8"), "--dry-run"]) == 1
     assert "projections.image.weight" in capsys.readouterr().err
     data = [f"data.train={small.train}", f"data.val={small.val}", "data.workers=0", "data.batch_size=16"]
