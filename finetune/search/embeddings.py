@@ -83,7 +83,7 @@ def index_embeddings(
             added, done = added + len(rows), done + len(keys)
             progress(done, manifest["data"]["samples"])
         seconds = round(time.perf_counter() - begin, 3)
-        return Summary(place, index.count(), added, {}, dict(unfit), index.describe().dim, seconds)
+        return Summary(index.place, index.count(), added, {}, dict(unfit), index.describe().dim, seconds)
 
 
 def _read_tables(folder: Path, manifest: dict[str, Any], size: int) -> Iterator[pa.Table]:

@@ -23,9 +23,9 @@ import torch
 from torch.nn import functional as F
 
 from finetune.search import places
-from finetune.search.fields import TEXT_BYTES, Field, parse_fields, read_fields
+from finetune.search.fields import TEXT_BYTES, Field, fits, parse_fields, read_fields
 from finetune.search.image_sources import ImageSource, Location, make_thumbnail
-from finetune.search.vector_index import KEY_BYTES, Description, IndexedImage, NoIndexError, VectorIndex, Vectors
+from finetune.search.vector_index import Description, IndexedImage, NoIndexError, VectorIndex, Vectors, is_key
 from pretrain.checkpoints.loading import LoadedModel
 from pretrain.data import BadSample
 from pretrain.data.captions import TXT, read_captions
@@ -193,7 +193,7 @@ def index_images(
             done += size
             progress(done, len(source))
         seconds = time.perf_counter() - begin
-        return Summary(place, index.count(), added, dict(left_out), dict(unfit), index.describe().dim, round(seconds, 3))
+        return Summary(index.place, index.count(), added, dict(left_out), dict(unfit), index.describe().dim, round(seconds, 3))
 
 
 @torch.inference_mode()
@@ -223,7 +223,7 @@ def select_missing(index: VectorIndex, located: Missing, replace: bool) -> Missi
     """
     if replace:
         return located
-    present = index.get([key for _, key, _ in located if len(key.encode("utf-8", "replace")) <= KEY_BYTES])
+    present = index.get([key for _, key, _ in located if is_key(key)])
     by_key = {image.key: image for image in present if image is not None}
     missing: Missing = []
     for i, key, location in located:
@@ -266,8 +266,8 @@ class _Reader:
         decoded = []
         for i, key, location in missing:
             try:
-                if not 0 < len(key.encode("utf-8", "replace")) <= KEY_BYTES:
-                    raise BadSample("key too long")
+                if not is_key(key) or not fits(location.source):
+                    raise BadSample("name too long, or not UTF-8")
                 decoded.append(self._decoding.submit(self._decode, self.source.read(i), key, location))
             except BadSample as bad:
                 batch.left_out[bad.reason] += 1

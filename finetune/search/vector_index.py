@@ -233,8 +233,8 @@ class VectorIndex(ABC):
 
     def _check_image(self, image: IndexedImage) -> None:
         """Raise UserError for an image that a backend could not hold."""
-        if not 0 < len(image.key.encode("utf-8", "surrogatepass")) <= KEY_BYTES:
-            raise UserError(f"the key {image.key[:60]!r} must have 1 to {KEY_BYTES:,} bytes")
+        if not is_key(image.key):
+            raise UserError(f"the key {image.key[:60]!r} must have 1 to {KEY_BYTES:,} bytes of UTF-8")
         texts = {"key": image.key, "source": image.source, "caption": image.caption}
         kinds = self.description.kinds
         for name, value in {**texts, **image.fields}.items():
@@ -244,3 +244,8 @@ class VectorIndex(ABC):
                 raise UserError(f"{name}={value!r:.60} of {image.key} is no {kinds[name]}")
             if isinstance(value, str) and not fits(value):
                 raise UserError(f"{name} of {image.key} is longer than {TEXT_BYTES:,} bytes, or holds a lone surrogate")
+
+
+def is_key(text: str) -> bool:
+    """Return whether a text can be a key."""
+    return fits(text) and 0 < len(text.encode()) <= KEY_BYTES

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +18,9 @@ from hypothesis import strategies as st
 from finetune.search import places
 from finetune.search.fields import Field
 from finetune.search.nearest import find_nearest
-from finetune.search.vector_index import Description, IndexedImage, VectorIndex
+from finetune.search.vector_index import Description, IndexedImage, NoIndexError, VectorIndex
 from pretrain.errors import ConfigError, UserError
+from tests.support import environment
 
 D = 4
 FIELDS = (Field("price", "float"), Field("count", "int"), Field("room", "str"), Field("sold", "bool"))
@@ -55,7 +59,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(params=["exact", "lite", "server"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "server":
-        return f"{request.getfixturevalue('server')}/c{abs(hash(request.node.name))}"
+        return f"{request.getfixturevalue('server')}/c{request.node.name.partition('[')[0]}"
     return str(tmp_path / ("catalog.db" if request.param == "lite" else "catalog"))
 
 
@@ -145,6 +149,8 @@ def test_what_no_backend_gets_to_see(index: VectorIndex) -> None:
     ):
         with pytest.raises(UserError, match=message):
             index.upsert([wrong], good[None])
+    with pytest.raises(UserError, match="bytes of UTF-8"):
+        index.upsert([IndexedImage("\udcff", "", -1, 0)], good[None])
     for k in (0, 16385):
         with pytest.raises(ConfigError, match="must be from 1 to 16,384"):
             index.search(good[None], k)
@@ -232,3 +238,102 @@ def test_nearest_are_those_of_a_full_sort() -> None:
             order = sorted(candidates, key=lambda row: (-float(vectors[row] @ query), row))[:50]
             assert rows[i].tolist() == order
             assert scores[i].tolist() == [float(vectors[row] @ query) for row in order]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Crashes
+
+
+WRITER = """
+import sys
+import numpy as np
+from finetune.search import places
+from finetune.search.vector_index import Description, IndexedImage
+with places.create_index(sys.argv[1], Description(16, {})) as index:
+    for batch in range(1000):
+        rows = [IndexedImage(f"{batch}/{i}", "/a.tar", 0, 9, thumbnail=bytes(2000)) for i in range(8)]
+        index.upsert(rows, np.random.default_rng(batch).normal(size=(8, 16)).astype(np.float32))
+        print(batch, flush=True)
+"""
+
+
+@pytest.mark.parametrize("name", ["catalog", "catalog.db"])
+def test_what_upsert_has_returned_survives_a_kill(tmp_path: Path, name: str) -> None:
+    """The writer is killed at some moment after its 20th batch, and nothing that it reported is missing."""
+    place = str(tmp_path / name)
+    with subprocess.Popen(
+        [sys.executable, "-c", WRITER, place], env=environment(), stdout=subprocess.PIPE, text=True
+    ) as writer:
+        assert writer.stdout is not None
+        reported = [writer.stdout.readline() for _ in range(20)]
+        writer.kill()
+        reported += writer.stdout.read().splitlines()
+    last = int(reported[-1])
+    with places.open_index(place, is_writable=True) as index:
+        assert index.count() in (8 * (last + 1), 8 * (last + 2))  # the batch in progress is there as a whole, or not at all
+        for batch in (0, last):
+            images = index.get([f"{batch}/{i}" for i in range(8)])
+            vectors = np.random.default_rng(batch).normal(size=(8, 16))
+            for image, expected in zip(images, vectors, strict=True):
+                assert image is not None
+                assert image.thumbnail == bytes(2000)
+                assert image.vector is not None
+                np.testing.assert_allclose(image.vector, expected / np.linalg.norm(expected), atol=1e-6)
+        index.upsert([IndexedImage("after", "", -1, 0)], np.ones((1, 16), np.float32))
+        assert index.get(["after"])[0] is not None
+
+
+def test_a_change_that_was_not_written_to_its_end_does_not_count(tmp_path: Path) -> None:
+    """As after a loss of power: the files end at any byte behind the last commit; the next change overwrites it."""
+    first, second = np.eye(2, D, dtype=np.float32)[:, None]
+    whole, before = tmp_path / "whole", tmp_path / "before"
+    with places.create_index(str(whole), DESCRIPTION) as index:
+        index.upsert([row(1, price=1.0)], first)
+        shutil.copytree(whole, before)
+        index.upsert([row(2, price=2.0), row(1, price=3.0)], np.concatenate([second, first]))
+    files = ["vectors.f32", "thumbnails.bin", "rows.arrow", "commits.txt"]
+    for number, file in enumerate(files):
+        for share in (0.0, 0.5, 0.99):
+            broken = tmp_path / f"broken {number} {share}"
+            shutil.copytree(before, broken)
+            for earlier in files[:number]:
+                shutil.copyfile(whole / earlier, broken / earlier)
+            begin, end = (before / file).stat().st_size, (whole / file).stat().st_size
+            (broken / file).write_bytes((whole / file).read_bytes()[: begin + int(share * (end - begin))])
+            with places.open_index(str(broken), is_writable=True) as index:
+                assert index.count() == index.count("price == 1") == 1
+                index.upsert([row(2, price=2.0), row(1, price=3.0)], np.concatenate([second, first]))
+            for name in files:
+                assert (broken / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_damaged_index_is_refused_in_one_line(tmp_path: Path) -> None:
+    place = tmp_path / "catalog"
+    with places.create_index(str(place), DESCRIPTION) as index:
+        index.upsert([row(1), row(2)], np.eye(2, D, dtype=np.float32))
+        with pytest.raises(UserError, match="is being written by another process"):
+            places.open_index(str(place), is_writable=True)
+        with places.open_index(str(place)) as reader:  # reads what is there, while the other writes
+            index.upsert([row(3)], np.ones((1, D), np.float32))
+            assert (reader.count(), index.count()) == (2, 3)
+            with pytest.raises(UserError, match="open for reading only"):
+                reader.delete(keys=["shard/1"])
+    for file, content, message in (
+        ("vectors.f32", b"short", "vectors.f32 has 5 bytes, and 48 were written: it is damaged"),
+        (
+            "commits.txt",
+            (place / "commits.txt").read_bytes().replace(b'"removed": []', b'"removed": [0]', 1),
+            "is damaged in line 1",
+        ),
+        ("index.json", b"{}", "is no index of clipfuse, or its description is damaged"),
+        ("index.json", (place / "index.json").read_bytes().replace(b"index 1", b"index 9"), "is not of clipfuse index 1"),
+    ):
+        broken = tmp_path / "broken"
+        shutil.copytree(place, broken)
+        (broken / file).write_bytes(content)
+        with pytest.raises(UserError, match=message) as refused:
+            places.open_index(str(broken))
+        assert "\n" not in str(refused.value)
+        shutil.rmtree(broken)
+    with pytest.raises(NoIndexError):
+        places.open_index(str(tmp_path / "nowhere"))
