@@ -65,8 +65,11 @@ def draw_on_picture(image: Image.Image, visible: Box, values: Array, strength: f
     x0, y0, x1, y1 = (edge * length for edge, length in zip(visible, image.size * 2, strict=True))
     left, top, right, bottom = min(0, x0), min(0, y0), max(image.width, x1), max(image.height, y1)
     scale = side / max(right - left, bottom - top)
-    canvas = Image.new("RGB", tuple(max(1, round(scale * length)) for length in (right - left, bottom - top)), _WHITE)
-    size = tuple(max(1, round(scale * length)) for length in image.size)
+    size, whole = (
+        (max(1, round(scale * width)), max(1, round(scale * height)))
+        for width, height in (image.size, (right - left, bottom - top))
+    )
+    canvas = Image.new("RGB", whole, _WHITE)
     canvas.paste(image.convert("RGB").resize(size, Image.Resampling.LANCZOS), (round(-scale * left), round(-scale * top)))
     window = (scale * (x0 - left), scale * (y0 - top), scale * (x1 - left), scale * (y1 - top))
     return _draw_map(canvas, window, values, strength)
