@@ -197,8 +197,29 @@ def describe_lines(probed: LineCounts, path: str, are_split: bool) -> str:
         path: the first shard of the data.
         are_split: whether each line is read as a caption.
     """
-    share = f"{path}: {probed.with_lines} of {probed.samples} samples looked at hold several lines in KEY.txt"
+    share = _describe_share(probed, path)
     if are_split:
         each = f"each line is a caption ({probed.lines / probed.samples:.1f} an image)"
         return f"{share}: {each}; the caption setting {TXT_WHOLE} reads them as one"
     return f"{share}, which are read as one caption; the caption setting {TXT_LINES} reads each line as one"
+
+
+def describe_training_lines(probed: LineCounts, path: str, caption: str, draw: int) -> str:
+    """Return how training reads KEY.txt of several lines, and the setting that changes it, in one line.
+
+    Args:
+        probed: what samples of the data hold.
+        path: the first shard of the data.
+        caption: the setting data.caption.
+        draw: captions drawn per sample.
+    """
+    share = _describe_share(probed, path)
+    if caption != TXT_LINES:
+        return f"{share}, which training reads as one caption; data.caption={TXT_LINES} draws one of the lines each time"
+    drawn = "one is drawn each time" if draw == 1 else f"{draw} are drawn each time"
+    lines = f"each line is a caption ({probed.lines / probed.samples:.1f} a sample), of which {drawn}"
+    return f"{share}: {lines}; data.caption={TXT} reads them as one"
+
+
+def _describe_share(probed: LineCounts, path: str) -> str:
+    return f"{path}: {probed.with_lines} of {probed.samples} samples looked at hold several lines in KEY.txt"

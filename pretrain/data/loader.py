@@ -26,16 +26,20 @@ import torch
 
 from pretrain.data import synthetic
 from pretrain.data.batch import Batch, Decoder, merge
+from pretrain.data.captions import caption_member
 from pretrain.data.config import DataConfig, count_samples_once, resolve_sources_once
-from pretrain.data.eval_loader import EvalLoader, build_eval_loader
+from pretrain.data.eval_loader import EvalLoader, build_eval_loader, count_caption_lines, describe_training_lines
 from pretrain.data.order import Order, ShardSource
 from pretrain.data.prefetch import is_prefetch_needed, run_prefetcher
+from pretrain.data.shards.cache import is_remote
 from pretrain.data.shards.reader import ShardReader
 from pretrain.data.shuffle import Ints
+from pretrain.data.text import TextDecoder
 from pretrain.data.worker import PartialBatch, SampleReader, SkippedSample, TrainingDataset
 from pretrain.data.worker_pool import run_workers
 from pretrain.errors import UserError
 from pretrain.printable import one_safe_line
+from pretrain.runtime.console import log_info
 from pretrain.runtime.device_copy import feed
 
 __all__ = ["Batch", "DataConfig", "Decoder", "EvalLoader", "Loader", "build_eval_loader", "build_loader"]
@@ -320,6 +324,8 @@ def build_loader(
         reader = ShardReader(paths, data.build_cache(), counts, max_open=min(window_shards, _max_open_files()))
         prefetch_reader = reader if rank % (world // nodes) == 0 and is_prefetch_needed(paths, reader.cache) else None
         shard_names = [path.rsplit("/", 1)[-1] for path in paths]
+        if rank == 0 and caption_member(data.caption) == "txt" and any(map(_reads_captions, decoders.values())):
+            _report_caption_lines(reader, counts, order, data)
     return Loader(
         order,
         reader,
@@ -335,6 +341,26 @@ def build_loader(
         shard_names=shard_names,
         prefetch_reader=prefetch_reader,
     )
+
+
+def _reads_captions(decoder: Decoder) -> bool:
+    """Return whether a decoder reads captions: those of questions and labels are no text decoders, or decode otherwise."""
+    return isinstance(decoder, TextDecoder) and type(decoder).__call__ is TextDecoder.__call__
+
+
+def _report_caption_lines(reader: ShardReader, counts: Sequence[int], order: Order, data: DataConfig) -> None:
+    """Log how KEY.txt of several lines is read, where some of the samples looked at are so.
+
+    Of remote shards only the first one that training reads is looked at, which is fetched for that.
+    """
+    if any(map(is_remote, reader.paths)):
+        source, shard, _ = (int(index[0]) for index in order.locate([0]))
+        first = sum(len(other.counts) for other in order.sources[:source]) + shard
+        counts = [count if i == first else 0 for i, count in enumerate(counts)]
+    probed = count_caption_lines(reader, counts)
+    reader.close()  # before worker processes are forked
+    if probed.with_lines:
+        log_info(describe_training_lines(probed, reader.paths[0], data.caption, data.draw))
 
 
 def _max_open_files() -> int:

@@ -5,6 +5,7 @@ import json
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -13,7 +14,11 @@ from pretrain.data import BadSample
 from pretrain.data.captions import caption_id, normalize_whitespace, read_captions
 from pretrain.data.check import check_shards
 from pretrain.data.config import DataConfig
+from pretrain.data.images import ImageDecoder
+from pretrain.data.loader import build_loader
 from pretrain.data.sample_json import read_fields, read_json
+from pretrain.data.text import TextDecoder
+from pretrain.data.train_tokenizer import train_tokenizer_on
 from pretrain.errors import ConfigError
 
 
@@ -114,6 +119,52 @@ def test_the_lines_of_a_txt_are_captions_where_asked_for() -> None:
     assert_bad({"txt": b"\n \r\n"}, "txt:lines", "empty caption", "txt:lines holds ['', ' ', '']")
     assert_bad({"json": b"{}"}, "txt:whole", "no caption", "no txt member, only json; a field of the json is read where the "
                "caption setting names it")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return train_tokenizer_on(["a b c"], tmp_path_factory.mktemp("tokenizer"), vocab=260)
+
+
+HOLD_LINES = "samples looked at hold several lines in KEY.txt"
+AS_ONE = f"{HOLD_LINES}, which training reads as one caption; data.caption=txt:lines draws one of the lines each time"
+
+
+@pytest.mark.parametrize(
+    ("texts", "settings", "expected"),
+    [
+        (["a\nb\nc", "d\n\ne", "f"], {}, f"a.tar: 2 of 3 {AS_ONE}\n"),
+        (["a\nb\nc", "d"], {"caption": "txt:whole"}, f"a.tar: 1 of 2 {AS_ONE}\n"),
+        (
+            ["a\nb\nc", "d\ne"],
+            {"caption": "txt:lines"},
+            f"a.tar: 2 of 2 {HOLD_LINES}: each line is a caption (2.5 a sample), of which one is drawn each time; "
+            "data.caption=txt reads them as one\n",
+        ),
+        (["a\nb\nc", "d\ne"], {"caption": "txt:lines", "draw": 2}, "of which 2 are drawn each time; data.caption=txt reads"),
+        (["a\n", "b", "c\r\n \n"], {}, ""),
+        (["a\nb", "c"], {"caption": "captions"}, ""),
+    ],
+)
+def test_training_says_how_lines_of_a_txt_are_read(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    tokenizer: Any,
+    texts: list[str],
+    settings: dict[str, Any],
+    expected: str,
+) -> None:
+    members = [(f"{i}.txt", text.encode()) for i, text in enumerate(texts)]
+    data = DataConfig(**{"train": write_tar(tmp_path / "a.tar", members), "batch_size": 2, "workers": 0, **settings})
+    data.check()
+    decoder = TextDecoder(tokenizer, 8, data.caption, draw=data.draw)
+    for rank in range(2):
+        build_loader(data, {"text": decoder}, seed=1, rank=rank, world=2)
+        error = capsys.readouterr().err
+        assert error.count("\n") == (1 if expected and rank == 0 else 0)
+        assert (expected if rank == 0 else "") in error
+    build_loader(data, {"image": ImageDecoder(8)}, seed=1)  # captions are not read
+    assert capsys.readouterr().err == ""
 
 
 # ---- names and formats of members ------------------------------------------------------------------------------------
