@@ -58,7 +58,7 @@ class CopyStream(Generic[B]):
         computing = torch.cuda.current_stream(self.device)
         computing.wait_event(copied)
         for tensor in copy.tensors():
-            if tensor.device == self.device:
+            if tensor.is_cuda:
                 tensor.record_stream(computing)
         return copy
 
