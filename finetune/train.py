@@ -60,10 +60,10 @@ def train(config: FinetuneConfig) -> Outcome:
             portable,
             parts.tokenizer,
             parts.task.primary_metric,
+            model=parts.model,
             identity=_identity(portable),
             convert_weights=merge_adapters,
         )
-        session.write_config(parts.model)
         strategy = session.build_strategy()
         evaluation = build_evaluation(parts, session.device)
         outcome = fit(plan, session.folder, strategy, parts.model, parts.task, parts.loader, evaluation, session.checkpoint)

@@ -107,8 +107,9 @@ def train(config: PretrainConfig) -> Outcome:
         portable = models.portable_config(config, components.model)
         resuming.refuse_other_model(portable, components.tokenizer, session.checkpoint, components.model)
         flop_counter = FlopCounter(components.model) if session.device.type == "cuda" else None
-        plan = session.build_plan(components.loader, portable, components.tokenizer, PRIMARY_METRIC, flops=flop_counter)
-        session.write_config(components.model)
+        plan = session.build_plan(
+            components.loader, portable, components.tokenizer, PRIMARY_METRIC, model=components.model, flops=flop_counter
+        )
         pair_loss = registry.get_component("losses", config.loss.name).build(config.loss).to(session.device)
         if hasattr(pair_loss, "max_logit"):  # read before the strategy, which may shard the model
             pair_loss.max_logit = components.model.max_logit()

@@ -33,7 +33,7 @@ MODEL_SECTIONS = ("image", "text", "fusion", "context", "task", "adapt")
 
 TRAINING_FIELDS = {
     "": {"pretrained", "weights", "tokenizer", "trainable_blocks", "checkpointing", "groups", "static_groups", "group_shapes"},
-    "adapt": {"freeze", "image_size", "contrastive"},
+    "adapt": {"freeze", "contrastive"},
     "adapt.lora": {"towers", "targets"},
     "image.args": {"weight_init"},
     "text.args": {"initializer_range", "initializer_factor"},

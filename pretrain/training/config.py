@@ -162,6 +162,8 @@ class RunPlan:
     """What must not change between stop and resume: data, seed, batch size."""
     save_files: Callable[[Path], None]
     """Writes config.yaml and tokenizer/ into a checkpoint."""
+    write_config: Callable[[], None] = lambda: None
+    """Writes config.yaml and environment.json into the run folder, once the run is known to begin or to resume."""
     primary_metric: str = ""
     """The evaluation metric, higher is better, that decides `best`."""
     flops: FlopCounter | None = None

@@ -78,6 +78,7 @@ def fit(
     ) as watchdog:
         begin = run.restore(resume_from)
         run.leave_branch(resume_from)
+        plan.write_config()  # whatever refuses a checkpoint has done so
         # The loader's processes end by whatever error the loop ends, after the error is recorded.
         with (
             closing(RunLog(folder, plan.resolved_config, train.trackers, train.audit, begin)) as log,

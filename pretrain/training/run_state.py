@@ -129,7 +129,7 @@ class Run:
         if checkpoint is not None:
             trainer_state = load_trainer_state(checkpoint / "state" / "trainer.pt")
             refuse_other_identity(trainer_state, self.plan.identity, checkpoint)
-            store.load_weights(self.model, store.read_weights(_training_weights_folder(checkpoint)), checkpoint)
+            store.load_weights(self.model, store.read_weights(store.training_weights_folder(checkpoint)), checkpoint)
         refuse_chunks(self.model, self.plan.train.chunks)
         self.strategy.setup(self.model)
         self.strategy.compile(self.plan.train.compile)
@@ -155,7 +155,7 @@ class Run:
         """Load the optimizer state, and the averaged weights if there are any, while the model has the trained ones."""
         self.strategy.load(checkpoint / "state")
         if self.plan.optim.average:
-            raw = store.read_weights(_training_weights_folder(checkpoint))
+            raw = store.read_weights(store.training_weights_folder(checkpoint))
             averaged = checkpoint / "state" / "average" if self.plan.convert_weights is not None else checkpoint
             # The strategy shards the average as it shards the weights.
             self.strategy.load_full_weights(_read_trainable_weights(averaged, self.strategy.trainable_shapes()))
@@ -279,7 +279,7 @@ class Run:
         Returns False where there is no usable checkpoint. Raises UserError after train.max_rollbacks to the same one.
         """
         spikes, checkpoint = self.spikes, self._checkpoint(self.spikes.good)
-        cause = spikes.cause if spikes.open else f"step {self.step}: {spikes.failed_in_a_row} steps in a row were skipped"
+        cause = spikes.describe_cause(self.step)
         error = on_main(lambda: store.integrity_error(checkpoint)) if spikes.good else "none is known to be good"
         if error:
             log_info(f"{cause}; there is no checkpoint to go back to ({error}), so the run goes on")
@@ -291,7 +291,7 @@ class Run:
                 f"optim.lr={self.plan.optim.lr}, raise optim.warmup, or resume={checkpoint} with train.on_spike=log"
             )
         trainer_state = load_trainer_state(checkpoint / "state" / "trainer.pt")
-        raw = store.read_weights(_training_weights_folder(checkpoint))
+        raw = store.read_weights(store.training_weights_folder(checkpoint))
         self.strategy.load_full_weights(raw)
         with torch.no_grad():
             for name, buffer in self.strategy.module.named_buffers():
@@ -390,12 +390,3 @@ class Run:
             f"the gradient was not finite for {skipped_in_a_row} steps in a row (step {self.step}); {resume}; lower "
             f"optim.lr={self.plan.optim.lr}, raise optim.warmup, or use train.precision=bf16 or fp32"
         )
-
-
-def _training_weights_folder(checkpoint: Path) -> Path:
-    """Return the folder with the weights that training resumes from.
-
-    It is state/weights where model.safetensors holds others: averaged weights, or weights with adapters merged.
-    """
-    folder = checkpoint / "state" / "weights"
-    return folder if folder.exists() else checkpoint

@@ -2,8 +2,7 @@
 
     with open_session(config) as session:      # the run folder is locked, the checkpoint to resume from is known
         ...                                    # model, loader and objective, which only the trainer knows
-        session.write_config()
-        plan = session.build_plan(loader, checkpoint_config, tokenizer, "image_to_text_R@1")
+        plan = session.build_plan(loader, checkpoint_config, tokenizer, "image_to_text_R@1", model=model)
         return fit(plan, session.folder, session.build_strategy(), model, objective, loader, evaluate, session.checkpoint)
 
 `config` is a PretrainConfig or a FinetuneConfig everywhere in this file, which reads only the fields that both have.
@@ -88,7 +87,7 @@ class Session:
     device: torch.device
     threads: int
 
-    def write_config(self, model: nn.Module) -> None:
+    def _write_config(self, model: nn.Module) -> None:
         """Write config.yaml and environment.json into the run folder."""
         if distributed.is_main():
             configuration.save(self.config, self.folder.path / "config.yaml")
@@ -101,6 +100,7 @@ class Session:
         tokenizer: Any,
         primary_metric: str,
         *,
+        model: nn.Module | None = None,
         identity: dict[str, Any] | None = None,
         flops: FlopCounter | None = None,
         convert_weights: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
@@ -110,6 +110,7 @@ class Session:
         Args:
             checkpoint_config: the configuration that checkpoints hold.
             primary_metric: the evaluation metric, higher is better, that decides which checkpoint is best.
+            model: whose settings environment.json records; None = the run folder gets neither this file nor config.yaml.
             identity: what must not change when the run is resumed, besides seed, batch size and data.
             flops: counts the operations of a batch, for MFU.
             convert_weights: turns trained weights into those that model.safetensors holds.
@@ -126,6 +127,7 @@ class Session:
             optim=config.optim,
             resolved_config=hide_secrets_in(configuration.to_dict(config)),
             identity=data_identity | (identity or {}),
+            write_config=(lambda: self._write_config(model)) if model is not None else lambda: None,
             save_files=lambda folder: _save_config_and_tokenizer(folder, checkpoint_config, tokenizer),
             primary_metric=primary_metric,
             flops=flops,

@@ -135,11 +135,16 @@ def test_another_model_does_not_resume(
         (["context.name=pooled", "context.heads=2"], "context.name is 'pooled' now and was 'dense'"),
         (["image.resize=squash"], "image.resize is 'squash' now and was 'crop'"),
         (["adapt.lora.rank=2"], "adapt.lora.rank is 2 now and was 0"),
+        (["data.batch_size=32"], "data.batch_size is 32 now and was 16; a run resumes with the same data"),
+        (
+            ["adapt.trainable_blocks={image: 0}"],
+            "has optimizer state of encoder.projections.image.weight, which is not",
+        ),
     ):
         assert cli.main(arguments(small, encoders, straight, *settings)) == 2, settings
         (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("clipfuse: ")]
         assert words in line
-        assert f"cannot resume {straight}/checkpoints/step-0000006: " in line
+        assert f"{straight}/checkpoints/step-0000006" in line
         assert (straight / "config.yaml").read_bytes() == config
 
 
