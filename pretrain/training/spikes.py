@@ -74,8 +74,6 @@ class SpikeWatch:
         self._guarded: tuple[Tensor, Tensor, Tensor] | None = None
         """In the mode `skip`: this process's loss in the present step, the mean over processes, and the threshold."""
         self._was_spike = False
-        self.cause = ""
-        """The line that describes the last spike."""
         self.count = 0
         """Spikes so far."""
         self.open = 0
@@ -141,9 +139,9 @@ class SpikeWatch:
         is_spike = loss > threshold and (not is_skipped or self.mode == "skip")
         if is_spike:
             self.count += 1
-            self.cause = f"step {step}: loss {loss:.4f} is a spike, above {threshold:.4f}"
-            if not self._was_spike and self.mode != "rollback":
-                log_info(f"{self.cause}{'; its update is skipped' if self.mode == 'skip' else ''}")
+            if not self._was_spike:
+                consequence = "; its update is skipped" if self.mode == "skip" else ""
+                log_info(f"step {step}: loss {loss:.4f} is a spike, above {threshold:.4f}{consequence}")
             self.open = self.open or (step if self.mode == "rollback" else 0)
         self._was_spike = is_spike
         is_usual = math.isfinite(loss) and not is_skipped and not is_spike
@@ -164,6 +162,12 @@ class SpikeWatch:
 
     # -----------------------------------------------------------------------------------------------------------------
     # Rollbacks
+
+    def describe_cause(self, step: int) -> str:
+        """Return what calls for a rollback at a step."""
+        if self.open:
+            return f"step {step}: the loss of step {self.open} is a spike"
+        return f"step {step}: {self.failed_in_a_row} steps in a row were skipped"
 
     def note_checkpoint(self, step: int) -> None:
         """Remember the checkpoint of a step, all of which are judged, as one to go back to."""

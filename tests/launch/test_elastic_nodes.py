@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch.distributed.elastic.rendezvous import RendezvousParameters
+from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-from launch import cli
+from launch import cli, rendezvous
 from launch.nodes import find_usable, parse_nodes
 from pretrain.config import find_config
 from pretrain.errors import ConfigError
@@ -99,3 +103,30 @@ def test_nodes_that_do_not_divide_the_batch_wait(small: Small, tmp_path: Path) -
     assert find_usable("pretrain", config, [*words, "data.batch_size=48"], parse_nodes("2:9"), 2, False) == [2, 3, 4, 6, 8]
     with pytest.raises(ConfigError, match=r"--nodes 3:4 --nproc 1: the smallest run cannot start: data\.batch_size=16 must be"):
         find_usable("pretrain", config, words, parse_nodes("3:4"), 1, False)
+
+
+def test_a_rendezvous_that_was_closed_can_be_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two starts of a command, one after the other, meet at the store that outlives both, and find nothing of each other."""
+    monkeypatch.setattr(rendezvous, "CLOSED_SECONDS", 0.0)
+    endpoint, ended = f"127.0.0.1:{free_port()}", threading.Event()
+    holder = threading.Thread(target=rendezvous.hold, args=(endpoint, ended))
+    holder.start()
+    try:
+        for start in range(2):
+            parameters = RendezvousParameters("c10d", endpoint, "run", 1, 1, local_addr="localhost")
+            handler: Any = get_rendezvous_handler(parameters)
+            info = handler.next_rendezvous()
+            assert (info.rank, info.world_size) == (0, 1)
+            assert not info.store.check(["of an earlier start"])
+            info.store.set("of an earlier start", "")
+            assert handler.shutdown()
+            handler._store.set(rendezvous.CLOSED + "run", "")  # as launch() does
+            deadline = time.monotonic() + TIMEOUT_SECONDS
+            while handler._store.check([rendezvous.CLOSED + "run"]):
+                assert time.monotonic() < deadline, start
+                time.sleep(0.1)
+    finally:
+        ended.set()
+        holder.join()
+    for words in ([], ["somewhere"], [":1"]):
+        assert rendezvous.main(words) == 2

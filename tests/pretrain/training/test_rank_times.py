@@ -20,10 +20,10 @@ from pretrain.training.objective import Contrastive
 from pretrain.training.rank_times import RankTimes, TimedObjective
 from tests.support import Small, read_jsonl, world
 
-COMPUTING, WAITING = range(1, 5), range(5, 8)
+COMPUTING, WAITING = range(1, 7), range(7, 10)
 """Steps in which the last process is slow to encode, and in which it is slow to read."""
 
-SLEEP = 3.0
+SLEEP = 2.0
 """Seconds by which it is slow in each of these steps, so that a busy machine does not hide them."""
 
 

@@ -176,8 +176,12 @@ def test_a_rollback_is_exact_however_often_the_run_is_stopped(
     assert read_losses(stopped) == read_losses(rolled)
     assert weights(stopped) == weights(rolled)
     assert read_sample_keys(stopped) == read_sample_keys(rolled)
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "is a spike" in line]
-    assert "back to step-0000004, on with step 13: the updates of steps 5 to 12 are undone (rollback 1 of at most 3)" in line
+    spike_line, rollback_line = [line for line in capsys.readouterr().err.splitlines() if "is a spike" in line]
+    assert spike_line.startswith("step 9: loss ")
+    assert rollback_line == (
+        "step 12: the loss of step 9 is a spike; back to step-0000004, on with step 13: the updates of steps 5 to 12 are "
+        "undone (rollback 1 of at most 3)"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -213,7 +217,7 @@ def test_rollbacks_are_bounded_and_without_a_checkpoint_there_is_none(
     assert "step 12: 2 steps in a row were skipped, after 1 rollback to " in line
     assert "checkpoints/step-0000006 (train.max_rollbacks)" in line
     assert cli.main(["pretrain", "scenes", *settings(small, "early", *more, "train.save_every=50", *spike(8))]) == 0
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "is a spike" in line]
+    *_, line = [line for line in capsys.readouterr().err.splitlines() if "is a spike" in line]
     assert "there is no checkpoint to go back to (none is known to be good), so the run goes on" in line
     for key, value in (("train.on_spike", "rewind"), ("train.spike_window", "2000000")):
         assert cli.main(["pretrain", "scenes", *settings(small, "wrong", f"{key}={value}")]) == 2
