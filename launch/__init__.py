@@ -3,6 +3,8 @@
 api/         what `import clipfuse` gives
 cli/         the clipfuse command
 elastic.py   processes on this machine, or on several, by torch's elastic agent
+nodes.py     --nodes N or MIN:MAX, and which numbers of nodes can share a batch
+rendezvous.py  where nodes meet, in a process of its own
 slurm/       an sbatch script, written and submitted
 plan/        memory, network and steps before renting anything
 report/      a run folder -> one self-contained HTML page

@@ -67,15 +67,13 @@ class TimedObjective:
     def take_seconds(self) -> float:
         """Return the time of all calls since the last take, from the mean of those timed.
 
-        On a GPU the last call is left out, unless it is the only one: it may still run, and nothing shall wait for it.
+        On a GPU a call that may still run counts at the next take: nothing waits for it.
         """
-        seconds = list(self._seconds)
-        for begin, end in self._events:
-            if end.query():
-                seconds.append(begin.elapsed_time(end) / 1000)
-        total = self.calls * sum(seconds) / len(seconds) if seconds else 0.0
+        while self._events and self._events[0][1].query():
+            begin, end = self._events.popleft()
+            self._seconds.append(begin.elapsed_time(end) / 1000)
+        total = self.calls * sum(self._seconds) / len(self._seconds) if self._seconds else 0.0
         self._seconds.clear()
-        self._events.clear()
         self.calls = 0
         return total
 
