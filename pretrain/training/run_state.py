@@ -387,6 +387,6 @@ class Run:
         else:
             resume = "no checkpoint was saved before"
         raise UserError(
-            f"the gradient was not finite for {skipped_in_a_row} steps in a row (step {self.step}); {resume}; lower "
+            f"the gradient was not finite{' or the loss a spike' if self.spikes.mode == 'skip' else ''} for {skipped_in_a_row} steps in a row (step {self.step}); {resume}; lower "
             f"optim.lr={self.plan.optim.lr}, raise optim.warmup, or use train.precision=bf16 or fp32"
         )
