@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
@@ -103,6 +104,8 @@ def setup(timeout_seconds: float = 600.0) -> None:
     if is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return
     flight_recorder.enable()
+    # torch 2.15 renames collectives; older versions know the old names only.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     td.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_seconds))
     global _reported
