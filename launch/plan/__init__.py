@@ -34,6 +34,9 @@ from pretrain.runtime.gpus import GPUS, find_gpu, peak_flops
 from pretrain.strategies import STRATEGIES
 from pretrain.train import PretrainConfig, load_config
 
+MAX_CPU_PARAMETERS = 50_000_000
+"""Largest model whose memory `--dry-run` estimates on a machine without a GPU, in a few seconds."""
+
 
 @dataclass
 class Plan:
@@ -195,6 +198,10 @@ def describe_estimate(config: PretrainConfig, model: DualEncoder, processes: int
 
     model: built, on the CPU.
     """
+    parameters = sum(p.numel() for p in model.parameters())
+    if distributed.device().type == "cpu" and parameters > MAX_CPU_PARAMETERS:
+        reason = f"{parameters:,} parameters are for a GPU, and none is here"
+        return [f"memory and time: not estimated: {reason}; clipfuse plan CONFIG --gpus N estimates them"]
     if distributed.device().type == "cpu":
         capacity, gpu = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // distributed.local_world_size(), None
         where = "of this machine"
