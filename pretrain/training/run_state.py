@@ -386,7 +386,8 @@ class Run:
             resume = f"{self.saved} gives no finite losses, and no earlier one is there: start anew with another run=NAME"
         else:
             resume = "no checkpoint was saved before"
+        spiked = " or the loss a spike" if self.spikes.mode == "skip" else ""
         raise UserError(
-            f"the gradient was not finite{' or the loss a spike' if self.spikes.mode == 'skip' else ''} for {skipped_in_a_row} steps in a row (step {self.step}); {resume}; lower "
+            f"the gradient was not finite{spiked} for {skipped_in_a_row} steps in a row (step {self.step}); {resume}; lower "
             f"optim.lr={self.plan.optim.lr}, raise optim.warmup, or use train.precision=bf16 or fp32"
         )
