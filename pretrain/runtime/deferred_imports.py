@@ -1,10 +1,10 @@
 """Imports timm and transformers without what they import for functions that training never calls.
 
 torch's compiler and scipy's optimizers take as long to import as torch itself. timm, torchvision and transformers mark a few
-functions for the compiler, import two names of torch._dynamo, and one function of scipy.optimize. While `import_libraries` runs,
-modules of these names are stand-ins, whose functions import the real module when they are called. Afterwards the stand-ins are
-gone: whatever imports torch._dynamo then gets the real one, without marks of functions that may stay opaque to it (allow_in_graph,
-in transformers those of fp8 kernels). So runs that compile import everything.
+functions for the compiler, import two names of torch._dynamo, and one function of scipy.optimize. While `import_libraries`
+runs, modules of these names are stand-ins, whose functions import the real module when they are called. Afterwards the
+stand-ins are gone, and whatever imports torch._dynamo gets the real one. It lacks the marks of functions that may stay opaque
+to it (allow_in_graph: in transformers those of fp8 kernels), so runs that compile import everything at once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ COMPILER = "torch._dynamo"
 FUNCTIONS = {f"{COMPILER}.utils": ("is_compile_supported",), "scipy.optimize": ("linear_sum_assignment",)}
 """Module -> the functions that are imported from it and not called."""
 
-LIBRARIES = ("timm", "transformers.modeling_layers", "transformers.masking_utils")
+LIBRARIES = ("timm", "transformers.modeling_layers", "transformers.masking_utils", "transformers.image_processing_utils")
 """What the towers import; the modules of single text models import these."""
 
 

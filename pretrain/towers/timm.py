@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from pretrain.config import check_numbers
 from pretrain.errors import ConfigError, closest
 from pretrain.ops import CLIP_MEAN, CLIP_STD, Color, parse_color, use_onednn
+from pretrain.runtime.deferred_imports import without_unused
 from pretrain.towers import TokenSequence, Tower, stem, used_parameters, weight_files
 from pretrain.towers.meta_copy import copy_to_meta
 from pretrain.towers.pooling import get_head_norm, set_pooling
@@ -261,8 +262,9 @@ class ImageTower(Tower):
         self.eval()
         images = torch.empty(2, 3, self.config.size, self.config.size, dtype=torch.uint8, device="meta")
         meta = copy_to_meta(self).requires_grad_()
-        self._takes_map = meta._takes_map = _hides_its_map(meta.model, images)
-        features, out = meta.encode(images)
+        with without_unused():  # on the meta device, torch.cat is written in Python, and marked for torch's compiler
+            self._takes_map = meta._takes_map = _hides_its_map(meta.model, images)
+            features, out = meta.encode(images)
         self.width, self.pooled_width = out.states.shape[-1], out.pooled.shape[-1]
         self.freeze_unused(used_parameters(out.pooled, dict(meta.named_parameters())))
         has_one_map = isinstance(features, Tensor) and not self._takes_map

@@ -1,0 +1,64 @@
+"""What a run without train.compile imports, in a fresh interpreter; what it left out works when it is asked for."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.support import Small, environment
+
+HEAVY = [
+    "torch._dynamo",
+    "torch._inductor",
+    "scipy.optimize",
+    "deepspeed",
+    "pandas",
+    "sklearn",
+    "matplotlib",
+    "onnx",
+    "open_clip",
+    "torchmetrics",
+    "peft",
+    "wandb",
+    "webdataset",
+    "s3fs",
+]
+"""Modules that a run of the tiny configuration must not import."""
+
+PROGRAM = """
+import json, sys
+from launch import cli
+assert cli.main(json.loads(sys.argv[1])) == 0
+imported = [name for name in json.loads(sys.argv[2]) if name in sys.modules]
+import numpy, torch, torchvision, timm
+from timm.models.naflexvit import NaFlexRopeIterator
+from transformers.loss.loss_for_object_detection import linear_sum_assignment
+assigned = linear_sum_assignment(numpy.array([[4.0, 1.0], [2.0, 8.0]]))[1].tolist()
+boxes = torch.tensor([[0.0, 0.0, 0.0, 3.0, 3.0]])
+pooled = torchvision.ops.roi_align(torch.arange(16.0).reshape(1, 1, 4, 4), boxes, 1).item()
+compiled = torch.compile(torch.nn.Linear(2, 2), backend="eager", fullgraph=True)(torch.ones(1, 2)).shape
+print(json.dumps([imported, assigned, pooled, list(compiled), type(sys.modules["torch._dynamo"]).__name__]))
+"""
+
+
+def test_a_run_leaves_out_what_it_does_not_use_and_all_of_it_works_afterwards(small: Small, tmp_path: Path) -> None:
+    arguments = ["pretrain", "scenes", *small.settings(tmp_path / "run", "train.steps=1", "train.trackers=[tensorboard]")]
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, json.dumps(arguments), json.dumps(HEAVY)],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    imported, assigned, pooled, compiled, kind = json.loads(done.stdout.splitlines()[-1])
+    assert imported == []
+    assert assigned == [1, 0]  # the cheapest assignment: 1 + 2
+    assert 0 <= pooled <= 15
+    assert compiled == [1, 2]
+    assert kind == "module"
+    assert list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*"))
