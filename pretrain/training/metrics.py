@@ -111,6 +111,9 @@ def describe_results(results: dict[str, float], primary: str, most: int = 4) -> 
 
 def check_trackers(names: list[str]) -> None:
     """Refuse trackers that accelerate does not know. Raises ConfigError."""
+    names = [name for name in names if name != "tensorboard"]  # the default; importing accelerate takes half a second
+    if not names:
+        return
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
     for name in names:
@@ -121,7 +124,9 @@ def check_trackers(names: list[str]) -> None:
 
 
 def _build_tracker(name: str, folder: RunFolder, config: dict[str, Any]) -> Any:
-    """Build and start one of accelerate's trackers. Raises ConfigError where it is not installed."""
+    """Build and start a tracker: TensorBoard's, or one of accelerate's. Raises ConfigError where it is not installed."""
+    if name == "tensorboard":
+        return _TensorBoard(folder.path / name)
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
@@ -137,6 +142,26 @@ def _build_tracker(name: str, folder: RunFolder, config: dict[str, Any]) -> Any:
         tracker.start()
     except ImportError as error:
         raise ConfigError(f"train.trackers={name} is not installed: {error}") from error
-    if name != "tensorboard":  # tensorboard would list its hparams file as one more run
-        tracker.store_init_configuration(config)
+    tracker.store_init_configuration(config)
     return tracker
+
+
+class _TensorBoard:
+    """Writes TensorBoard's files into a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ConfigError(f"train.trackers=tensorboard is not installed: {error}") from error
+        self._writer = SummaryWriter(str(folder))
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Write the numbers of a step."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, global_step=step)
+        self._writer.flush()
+
+    def finish(self) -> None:
+        """Close the file."""
+        self._writer.close()
