@@ -26,7 +26,7 @@ class FinetunedModel(Model):
         self, finetuned: Finetuned, decoders: dict[str, Any], source: str, device: torch.device, precision: str = "fp32"
     ) -> None:
         """decoders: of the encoders, by modality."""
-        super().__init__(finetuned.model.encoder, decoders, source, device, precision)
+        super().__init__(finetuned.model.encoder, decoders, source, device, precision, finetuned.config.performance)
         self._finetuned = finetuned
         finetuned.model.to(device).eval()
 
@@ -73,7 +73,8 @@ class FinetunedModel(Model):
         for positions in batches(range(len(pictures)), batch_size):
             files = [to_bytes(pictures[i], f"images[{i}]") for i in positions]
             try:
-                prediction = self._finetuned.predict(files, [sentences[i] for i in positions], top=top)
+                with self._settings():
+                    prediction = self._finetuned.predict(files, [sentences[i] for i in positions], top=top)
             except BadSample as error:
                 raise UserError(
                     f"one of images[{positions[0]}] to images[{positions[-1]}] is not a usable image: {error}"
@@ -106,7 +107,8 @@ class FinetunedModel(Model):
         """
         from finetune.explain import word_maps
 
-        maps = word_maps.compute_word_maps(self._finetuned, to_bytes(image, "image"), text, method, layer)
+        with self._settings():
+            maps = word_maps.compute_word_maps(self._finetuned, to_bytes(image, "image"), text, method, layer)
         if out is not None:
             try:
                 maps.figure().save(out)

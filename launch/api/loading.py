@@ -44,4 +44,4 @@ def load(
         decoders = build_decoders(finetuned.config, finetuned.tokenizer, finetuned.model.encoder, "txt")
         return FinetunedModel(finetuned, decoders, name, chosen, precision)
     loaded = load_model(source)
-    return Model(loaded.model, loaded.decoders, name, chosen, precision)
+    return Model(loaded.model, loaded.decoders, name, chosen, precision, loaded.config.performance)

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 from pretrain.data import BadSample
 from pretrain.errors import UserError
-from pretrain.model import DualEncoder
+from pretrain.model import DualEncoder, set_performance
+from pretrain.runtime.performance import PerformanceConfig, process_settings
 from pretrain.strategies import DTYPES
 
 from .images import ImageLike, as_list, to_bytes
@@ -159,11 +160,22 @@ class Model(Encoding):
     """A trained pair of encoders. Made by `clipfuse.load`."""
 
     def __init__(
-        self, encoder: DualEncoder, decoders: dict[str, Any], source: str, device: torch.device, precision: str = "fp32"
+        self,
+        encoder: DualEncoder,
+        decoders: dict[str, Any],
+        source: str,
+        device: torch.device,
+        precision: str = "fp32",
+        performance: PerformanceConfig | None = None,
     ) -> None:
-        """decoders: by modality, for evaluation. precision: of the towers' matrix products, fp32, bf16 or fp16."""
+        """decoders: by modality, for evaluation. precision: of the towers' matrix products, fp32, bf16 or fp16.
+
+        performance: how GPUs compute; None = the defaults. Flags of torch have their former values after each call.
+        """
         if precision not in DTYPES:
             raise UserError(f"precision={precision!r} must be one of {', '.join(DTYPES)}")
+        self._performance = performance or PerformanceConfig()
+        set_performance(encoder, self._performance, device)
         self.encoder = encoder.to(device).eval()
         self.source, self.device, self.precision = source, device, precision
         self._decoders = decoders
@@ -188,14 +200,18 @@ class Model(Encoding):
 
     @torch.inference_mode()
     def _encode_images(self, pixels: Tensor) -> Tensor:
-        with self._autocast():
+        with self._settings(), self._autocast():
             return to_rows(self.encoder.encode("image", pixels.to(self.device)))
 
     @torch.inference_mode()
     def _encode_texts(self, texts: list[str]) -> Tensor:
         ids, mask = self._decoder("text").encode(texts)
-        with self._autocast():
+        with self._settings(), self._autocast():
             return to_rows(self.encoder.encode("text", ids.to(self.device), mask.to(self.device)))
+
+    def _settings(self) -> AbstractContextManager[None]:
+        """Return the context in which the `performance` settings of the model are in force."""
+        return process_settings(self._performance)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.precision == "fp32":

@@ -153,10 +153,11 @@ def attend(args: argparse.Namespace) -> int:
     check_run(args.run)
     from finetune import loading
     from finetune.explain import word_maps
+    from pretrain.model import on_device
     from pretrain.runtime import distributed
 
     finetuned = loading.load(args.run)
-    finetuned.model.to(distributed.device())
-    maps = word_maps.save_figure(finetuned, args.image, args.text, args.out, args.maps, args.layer)
+    with on_device(finetuned.model, finetuned.config, distributed.device()):
+        maps = word_maps.save_figure(finetuned, args.image, args.text, args.out, args.maps, args.layer)
     print(*maps.caption_lines(), f"wrote {args.out}", sep="\n")
     return DONE

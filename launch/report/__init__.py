@@ -40,6 +40,7 @@ from pretrain.checkpoints import export as exports
 from pretrain.checkpoints import loading
 from pretrain.errors import UserError
 from pretrain.evaluation.chance import chance_levels
+from pretrain.model import on_device
 from pretrain.runtime import distributed
 from pretrain.runtime.files import write_text
 
@@ -66,10 +67,10 @@ def write(run: str | Path, data: Any = None, out: Path | None = None, images: in
     try:
         if section is not None:
             model = finetune_loading.load(history.folder)
-            model.model.to(distributed.device())
             weights = {name: count["total"] for name, count in model.model.parameter_counts().items()}
             ranked = min(images, finetuned.RERANKED_IMAGES)
-            section = finetuned.build_section(model, shards if images else None, workers, images=ranked)
+            with on_device(model.model, model.config, distributed.device()):
+                section = finetuned.build_section(model, shards if images else None, workers, images=ranked)
         else:
             loaded = loading.load_model(history.folder)
             export = exports.suggest_format(loaded, f"{_display_path(history.folder)}/export")

@@ -22,6 +22,7 @@ from pretrain.data.thumbnails import Thumbnail, ThumbnailDecoder
 from pretrain.embedding.split import EmbeddedSplit, embed_split
 from pretrain.evaluation.chance import chance_levels
 from pretrain.evaluation.retrieval import answer_ranks, retrieval_metrics
+from pretrain.model import on_device
 
 ANSWERS = 5
 """Answers shown for a query."""
@@ -89,7 +90,8 @@ def build_gallery(
 
     decoders = {**loaded.decoders, "thumbnail": ThumbnailDecoder(loaded.decoders["image"].max_pixels)}
     batches = loader.build_eval_loader(shards, decoders, 64, workers=workers, max_samples=images)
-    split = embed_split(loaded.model.to(device), collect_thumbnails(batches), loaded.decoders, device)
+    with on_device(loaded.model, loaded.config, device) as model:
+        split = embed_split(model, collect_thumbnails(batches), loaded.decoders, device)
     if len(split.image) == 0 or len(split.text) == 0:
         return None
     return Gallery(
