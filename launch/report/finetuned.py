@@ -17,9 +17,12 @@ from launch.report.run_history import Line, RunHistory
 from pretrain.data.thumbnails import encode_jpeg, to_data_uri
 from pretrain.errors import UserError
 from pretrain.evaluation.chance import chance_levels, without_chance
+from pretrain.printable import format_count
 
 NO_FRACTIONS = ("_rank", "_ms", "_k")
 """Ends of the names of metrics that are no fractions, whatever their value."""
+RERANKED = "reranked_"
+"""Prefix of metrics after re-ranking."""
 RERANKED_IMAGES = 300
 """Samples that the gallery of a retrieval run ranks: a caption's candidates pass the fusion one by one."""
 
@@ -99,18 +102,29 @@ class FinetunedSection:
             and not name.startswith("blind_")
             and not name.endswith(NO_FRACTIONS)
         }
-        order = sorted(
-            fractions, key=lambda name: (name != self.primary_metric, not name.startswith(f"{self.primary_metric}_"))
-        )
+        position = {name: i for i, name in enumerate(fractions)}
+
+        def key(name: str) -> tuple[bool, bool, bool, int, bool]:
+            base = name.removeprefix(RERANKED)  # the same metric by embeddings stands before that after re-ranking
+            is_variant = base == self.primary_metric.removeprefix(RERANKED)
+            is_part = name.startswith(f"{self.primary_metric}_")
+            return name != self.primary_metric, not is_variant, not is_part, position.get(base, position[name]), base != name
+
+        order = sorted(fractions, key=key)
         return [
             {
-                "name": name.removeprefix(f"{self.primary_metric}_").replace("_", " "),
+                "name": self._label(name),
                 "value": fractions[name],
                 "blind": values.get(f"blind_{name}"),
                 "chance": levels.get(name),
             }
             for name in order
         ]
+
+    def _label(self, name: str) -> str:
+        """Return a metric's name for the page: "image to text R@1, re-ranked"."""
+        suffix = ", re-ranked" if name.startswith(RERANKED) else ""
+        return name.removeprefix(f"{self.primary_metric}_").removeprefix(RERANKED).replace("_", " ") + suffix
 
     def build_table(self, history: RunHistory) -> dict[str, Any]:
         """Build the table of all evaluations, one row a step: fractions in percent."""
@@ -169,7 +183,8 @@ def describe_run(history: RunHistory) -> str:
     """Describe the run in one sentence: the task, the encoders it starts from, the fusion, and the data."""
     task, fusion, context = (history.get(f"{name}.name") for name in ("task", "fusion", "context"))
     layers = history.get("fusion.layers")
-    fusion_text = f"a {fusion} fusion of {layers} layers" if fusion else "no fusion"
+    depth = f" of {format_count(layers, 'layer')}" if isinstance(layers, int) else ""
+    fusion_text = f"a {fusion} fusion{depth}" if fusion else "no fusion"
     context_text = f", {context.replace('_', ' ')} context" if fusion and context not in (None, "dense") else ""
     start = f" from {history.get('init')}" if history.get("init") else " of its own"
     return (

@@ -28,6 +28,7 @@ from launch.report.charts import (
     format_number,
     running_mean,
 )
+from launch.report.finetuned import FinetunedSection
 from launch.report.run_history import read_run
 from pretrain import config as configuration
 from pretrain import model as models
@@ -216,6 +217,23 @@ def test_the_command_is_shown_as_a_person_types_it(run: Path) -> None:
     ]:
         (run / "environment.json").write_text(json.dumps({"command": command}))
         assert figures.format_command(read_run(run)) == typed
+
+
+def test_rows_of_a_retrieval_run_pair_both_orders_and_ranks_are_no_fractions() -> None:
+    metrics = {
+        "image_to_text_R@1": 0.2, "image_to_text_median_rank": 1.0, "text_to_image_R@1": 0.1, "reranked_image_to_text_R@1": 0.4,
+        "chance_reranked_image_to_text_R@1": 0.25, "R@1": 0.15, "reranked_R@1": 0.3, "rerank_ms": 0.5, "samples": 10,
+        "captions": 20,
+    }  # fmt: skip
+    section = FinetunedSection("retrieval", "reranked_R@1")
+    rows = section.build_rows({"step": 1, **{f"val/{name}": value for name, value in metrics.items()}})
+    assert [(row["name"], row["chance"]) for row in rows] == [
+        ("R@1, re-ranked", None),
+        ("R@1", pytest.approx(0.1)),
+        ("image to text R@1", pytest.approx(0.1)),
+        ("image to text R@1, re-ranked", 0.25),
+        ("text to image R@1", pytest.approx(0.1)),
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
