@@ -6,6 +6,7 @@ scheduler state.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -152,9 +153,78 @@ def _parameter_layout(model: nn.Module) -> tuple[dict[str, str], dict[str, int],
     return part_of, layer_of, last
 
 
-def build_adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
-    """Build torch's fused AdamW (CPU and CUDA), which skips a step on the device where `found_inf` is set."""
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True)
+class AdamW(torch.optim.AdamW):
+    """torch's fused AdamW, with the same bits and state, and less Python in each step.
+
+    Parameter groups with equal settings share one call of the kernel, and shards of FSDP2 are updated as the plain tensors that
+    they hold. torch's own methods import its compiler when they are first called, which takes seconds.
+
+    Where `found_inf` (a tensor () on the device) is set and 1, a step changes nothing; `grad_scale` divides the gradients.
+    """
+
+    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """Update every parameter that has a gradient. closure: for torch's interface only; not called."""
+        calls: dict[tuple[Any, ...], tuple[list[Any], list[Any], list[Any], list[Any], list[Tensor]]] = {}
+        for group in self.param_groups:
+            if not group["params"]:
+                continue
+            first = group["params"][0]
+            key = (first.device, first.dtype, group["lr"], *group["betas"], group["weight_decay"], group["eps"])
+            params, grads, exp_avgs, exp_avg_sqs, steps = calls.setdefault(key, ([], [], [], [], []))
+            for p in group["params"]:
+                if (grad := p.grad) is None:
+                    continue
+                state = self.state[p] or self._init_state(p)
+                params.append(p)
+                grads.append(grad)
+                exp_avgs.append(state["exp_avg"])
+                exp_avg_sqs.append(state["exp_avg_sq"])
+                steps.append(state["step"])
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        for (device, _, lr, beta1, beta2, weight_decay, eps), (*tensors, steps) in calls.items():
+            if not steps:
+                continue
+            if hasattr(tensors[0][0], "to_local"):
+                tensors = [[value.to_local() for value in values] for values in tensors]
+            skipped = None if found_inf is None else found_inf.to(device)
+            # A list: torch would read the value of a single tensor, and so wait for the device.
+            torch._foreach_add_(steps, [torch.ones_like(steps[0]) if skipped is None else 1 - skipped] * len(steps))
+            torch._fused_adamw_(
+                *tensors,
+                [],
+                steps,
+                lr=lr,
+                beta1=beta1,
+                beta2=beta2,
+                weight_decay=weight_decay,
+                eps=eps,
+                amsgrad=False,
+                maximize=False,
+                grad_scale=None if grad_scale is None else grad_scale.to(device),
+                found_inf=skipped,
+            )
+
+    def _init_state(self, p: Tensor) -> dict[str, Tensor]:
+        """Begin with moments of zero, laid out as torch does."""
+        state = self.state[p]
+        state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+        return state
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Remove all gradients."""
+        assert set_to_none
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
+
+
+def build_adamw(groups: list[dict[str, Any]], config: OptimConfig) -> AdamW:
+    """Build a fused AdamW (CPU and CUDA), which skips a step on the device where `found_inf` is set."""
+    return AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True)
 
 
 class WeightAverage:

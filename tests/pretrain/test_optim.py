@@ -172,3 +172,49 @@ def test_few_launches_give_the_same_average(monkeypatch: pytest.MonkeyPatch) -> 
         for value, reference, start in zip(moved, expected, old, strict=True):
             torch.testing.assert_close(value.double(), reference, rtol=0, atol=1e-6)
             assert weight > 0 or torch.equal(value, start)  # a skipped step
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_adamw_has_the_bits_and_the_state_of_torchs(sharded: bool) -> None:
+    """Steps with a gradient that is missing, one that is skipped on the device, and a changed learning rate."""
+    g = torch.Generator().manual_seed(0)
+    shapes = [(4, 3), (5,), (1,), (2, 2, 2), (7,)]
+    start = [torch.randn(shape, generator=g) for shape in shapes]
+    settings = [(slice(0, 2), 0.2, 1.0), (slice(2, 4), 0.0, 0.1), (slice(4, 5), 0.2, 1.0)]
+    ours, reference = ([nn.Parameter(value.clone()) for value in start] for _ in range(2))
+    if sharded:
+        from torch.distributed.tensor import DTensor, Replicate
+
+        from pretrain.runtime import distributed
+
+        distributed.ensure_group()
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        ours = [nn.Parameter(DTensor.from_local(value.clone(), mesh, [Replicate()])) for value in start]
+    config = OptimConfig(lr=0.01)
+
+    def groups(parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
+        return [{"params": parameters[part], "weight_decay": decay, "lr_scale": scale} for part, decay, scale in settings]
+
+    optimizer = build_adamw(groups(ours), config)
+    torchs = torch.optim.AdamW(groups(reference), lr=0.01, betas=tuple(config.betas), eps=config.eps, fused=True)  # type: ignore[arg-type]
+    for step in range(4):
+        for number, (p, q) in enumerate(zip(ours, reference, strict=True)):
+            grad = None if (step, number) == (1, 2) else torch.randn(q.shape, generator=g)
+            q.grad = grad
+            p.grad = DTensor.from_local(grad, mesh, [Replicate()]) if sharded and grad is not None else grad  # type: ignore[assignment]
+        for one in (optimizer, torchs):
+            for group in one.param_groups:
+                group["lr"] = 0.01 / (1 + step) * group["lr_scale"]
+            one.grad_scale, one.found_inf = None, torch.tensor(float(step == 2))  # type: ignore[attr-defined]
+            one.step()
+            one.zero_grad()
+    if sharded:
+        torch.distributed.destroy_process_group()
+    for p, q in zip(ours, reference, strict=True):
+        assert p.grad is None
+        assert torch.equal(p.to_local() if sharded else p, q)  # type: ignore[operator]
+        assert optimizer.state[p].keys() == torchs.state[q].keys() == {"step", "exp_avg", "exp_avg_sq"}
+        for name, value in torchs.state[q].items():
+            own = optimizer.state[p][name]
+            assert torch.equal(own.to_local() if hasattr(own, "to_local") else own, value)
+            assert own.dtype == value.dtype
