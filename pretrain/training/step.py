@@ -29,6 +29,16 @@ def derive_seed(*numbers: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+def seed_generators(seed: int, device: torch.device) -> None:
+    """Seed torch's generators of the CPU and of `device`.
+
+    torch.manual_seed would also note the seed, with the call stack as text, for every kind of device that is not there.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+
+
 def train_step(
     strategy: Strategy, objective: Objective, batch: Batch, chunks: int, lr: float, seeds: tuple[int, int, int]
 ) -> dict[str, Tensor]:
@@ -51,7 +61,7 @@ def train_step(
 
 def _encode(strategy: Strategy, objective: Objective, chunk: Batch, seeds: tuple[int, ...]) -> Features:
     """Seed torch from (seed, step, rank, chunk) and encode a chunk under autocast."""
-    torch.manual_seed(derive_seed(*seeds))
+    seed_generators(derive_seed(*seeds), strategy.device)
     with strategy.autocast():
         return objective.encode(strategy.model, chunk)
 
