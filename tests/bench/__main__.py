@@ -39,6 +39,8 @@ def list_commands(peer: str | None, train: str | None, val: str | None) -> dict[
         "context": [],
         "embed": [],
         "plan": [],
+        "overhead": [],
+        "first_step": [],
         "growth": [],
         "pretrain": [*data, *with_peer, "--rounds", "3"],
     }

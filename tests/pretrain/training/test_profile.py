@@ -77,11 +77,14 @@ def test_each_instant_of_a_gpu_trace_is_counted_once_by_what_the_gpu_does() -> N
     assert result.operators[0] == ("gemm", pytest.approx(20e-6), 1)
 
 
+SPANS = {"data wait": 3, "forward": 4, "backward": 5, "optimizer": 2, "gloo:all_reduce": 4, "aten::mm": 9}
+"""Names of random events, and how many of each."""
+
+
 def test_random_cpu_traces_are_divided_as_painting_each_microsecond_divides_them() -> None:
     generator = random.Random(0)
     for _ in range(30):
-        spans = {name: sorted(generator.sample(range(1, 200), 2 * n)) for name, n in
-                 (("data wait", 3), ("forward", 4), ("backward", 5), ("optimizer", 2), ("gloo:all_reduce", 4), ("aten::mm", 9))}  # fmt: skip
+        spans = {name: sorted(generator.sample(range(1, 200), 2 * count)) for name, count in SPANS.items()}
         pairs = {name: list(zip(points[::2], points[1::2], strict=True)) for name, points in spans.items()}
         events = [mark("step", 0, 100), mark("step", 100, 100)]
         for name, intervals in pairs.items():
@@ -94,9 +97,8 @@ def test_random_cpu_traces_are_divided_as_painting_each_microsecond_divides_them
         painted: dict[str, int] = {}
         for instant in range(200):
             active = [name for name, intervals in pairs.items() if any(begin <= instant < end for begin, end in intervals)]
-            part = next(
-                (name for name in ("backward", "optimizer", "data wait", "forward") if name in active), "logging, other"
-            )
+            phases = [name for name in ("backward", "optimizer", "data wait", "forward") if name in active]
+            part = phases[0] if phases else "logging, other"
             if "gloo:all_reduce" in active and "aten::mm" not in active:
                 part = "communication"
             painted[part] = painted.get(part, 0) + 1
