@@ -349,9 +349,17 @@ class _Agent(LocalElasticAgent):
     def _monitor_others(self) -> RunResult:
         """Return the state of the run on a node that waits: healthy until the others have ended."""
         store: Any = self._store
-        if not store.check([_END]):
+        handler: Any = self._rdzv_handler
+        is_closed = handler.is_closed()  # reads the state of the rendezvous anew
+        if store.check([_END]):
+            code = int(store.get(_END))
+        elif is_closed:
+            code = FAILED
+        else:
+            present = handler._state_holder.state.participants.values()
+            if not set(range(self._nodes_before)) <= set(present):  # perhaps all of those that computed are lost
+                self._restart_workers(self._worker_group)
             return RunResult(state=WorkerState.HEALTHY)
-        code = int(store.get(_END))
         if code == DONE:
             return RunResult(state=WorkerState.SUCCEEDED)
         self.failed = {-1: code}
