@@ -50,7 +50,7 @@ def test_a_run_ends_with_its_figures_and_commands_that_work(
     assert rows(error) == rows(capsys.readouterr().out)
     print_end(RunFolder("a run"), Outcome("stopped", "stopped by SIGTERM", 2, {}), "text_to_image_R@5", Table, [])
     line = capsys.readouterr().err
-    assert line.startswith("the run lies in runs/a run; best so far: text_to_image_R@5 0.")
+    assert line.startswith("the run lies in runs/a run; best so far: text_to_image_R@5 ")
     assert len(line.splitlines()) == 1
 
     data = [f"data.train={small.train}", val, "data.workers=0", "data.batch_size=16", "train.steps=2", "train.trackers=[]"]
