@@ -362,6 +362,8 @@ class _Agent(LocalElasticAgent):
             return RunResult(state=WorkerState.HEALTHY)
         if code == DONE:
             return RunResult(state=WorkerState.SUCCEEDED)
+        if code == STOPPED:
+            self._exit_barrier()  # the others wait there
         self.failed = {-1: code}
         self._remaining_restarts = 0
         return RunResult(state=WorkerState.FAILED)
