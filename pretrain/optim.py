@@ -165,7 +165,7 @@ class AdamW(torch.optim.AdamW):
     add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient. closure: for torch's interface only; not called."""
         calls: dict[tuple[Any, ...], tuple[list[Any], list[Any], list[Any], list[Any], list[Tensor]]] = {}
         for group in self.param_groups:
@@ -193,7 +193,10 @@ class AdamW(torch.optim.AdamW):
             # A list: torch would read the value of a single tensor, and so wait for the device.
             torch._foreach_add_(steps, [torch.ones_like(steps[0]) if skipped is None else 1 - skipped] * len(steps))
             torch._fused_adamw_(
-                *tensors,
+                tensors[0],
+                tensors[1],
+                tensors[2],
+                tensors[3],
                 [],
                 steps,
                 lr=lr,
@@ -209,7 +212,7 @@ class AdamW(torch.optim.AdamW):
 
     def _init_state(self, p: Tensor) -> dict[str, Tensor]:
         """Begin with moments of zero, laid out as torch does."""
-        state = self.state[p]
+        state: dict[str, Tensor] = self.state[p]
         state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
         state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
         return state

@@ -13,7 +13,7 @@ import functools
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -64,11 +64,12 @@ def without_unused() -> Iterator[None]:
         _remove(stand_ins.values())
 
 
-def _remove(stand_ins: Any) -> None:
+def _remove(stand_ins: Iterable[_StandIn]) -> None:
     """Remove stand-ins from the imported modules, unless the real ones have taken their place."""
     for stand_in in list(stand_ins):
-        if sys.modules.get(stand_in.__name__) is stand_in:
-            del sys.modules[stand_in.__name__]
+        name = stand_in.__name__
+        if sys.modules.get(name) is stand_in:
+            del sys.modules[name]
 
 
 def _import_real(name: str) -> ModuleType:

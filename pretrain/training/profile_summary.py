@@ -128,7 +128,7 @@ def _split_gpu(
         elif event["cat"] == "gpu_memcpy":
             part = COPIES
         else:
-            launch = launches.get(event.get("args", {}).get("correlation"), event["ts"])
+            launch: Any = launches.get(event.get("args", {}).get("correlation"), event["ts"])
             part = next((phase for phase in PHASES if _contains(phases[phase], launch)), OTHER)
         by_part[part].append(_interval(event))
     timeline = _Timeline(window)
