@@ -23,5 +23,6 @@ class ConfigError(UserError):
 
 def closest(name: str, choices: list[str]) -> str:
     """Return the end of an error message that suggests the nearest choice, or "" where none is near."""
-    matches = difflib.get_close_matches(name, choices, n=1)
-    return f"; did you mean {matches[0]!r}?" if matches else ""
+    by_lower_case = {choice.lower(): choice for choice in choices}
+    matches = difflib.get_close_matches(name.lower(), list(by_lower_case), n=1)
+    return f"; did you mean {by_lower_case[matches[0]]!r}?" if matches else ""

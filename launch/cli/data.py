@@ -6,10 +6,9 @@ import argparse
 import json
 import re
 import sys
-from pathlib import Path
 
 from launch.cli.command import Subparsers, add_command
-from pretrain.config.arguments import NumberType, positive_int, seed, whole_number, workers
+from pretrain.config.arguments import NumberType, nonempty, nonempty_path, positive_int, seed, whole_number, workers
 from pretrain.printable import format_count, hide_secrets_in, one_safe_line
 from pretrain.runtime.entrypoint import DONE, FAILED, STOPPED
 
@@ -23,17 +22,23 @@ def add_commands(commands: Subparsers[argparse.ArgumentParser]) -> None:
     _add_check(subcommands)
 
     p = add_command(commands, "tokenizer", train_tokenizer, "train a byte-level BPE tokenizer on the captions of shards")
-    p.add_argument("shards", metavar="SHARDS", help="glob, brace pattern, folder or url")
-    p.add_argument("dir", metavar="DIR", type=Path, help="folder to save the tokenizer in, in transformers' format")
+    p.add_argument("shards", type=nonempty, metavar="SHARDS", help="glob, brace pattern, folder or url")
+    p.add_argument("dir", metavar="DIR", type=nonempty_path, help="folder to save the tokenizer in, in transformers' format")
     p.add_argument(
         "--vocab", type=whole_number(259, 10**6), default=8192, metavar="N", help="size of the vocabulary (default 8192)"
     )
-    p.add_argument("--caption", default="txt", metavar="FIELD", help="txt (default), txt:lines, a json field, or txt,questions")
+    p.add_argument(
+        "--caption",
+        type=nonempty,
+        default="txt",
+        metavar="FIELD",
+        help="txt (default), txt:lines, a json field, or txt,questions",
+    )
 
 
 def _add_scenes(commands: Subparsers[argparse.ArgumentParser]) -> None:
     p = add_command(commands, "scenes", draw_scenes, "draw the built-in data set into DIR/{train,val,test,unseen,hard}-*.tar")
-    p.add_argument("dir", metavar="DIR", type=Path)
+    p.add_argument("dir", metavar="DIR", type=nonempty_path)
     p.add_argument(
         "--num", type=positive_int, default=4000, metavar="N", help="training scenes; the other splits follow (default 4000)"
     )
@@ -64,10 +69,20 @@ def _objects(text: str) -> tuple[int, int]:
 
 def _add_pack(commands: Subparsers[argparse.ArgumentParser]) -> None:
     p = add_command(commands, "pack", pack, "folder | csv | tsv | jsonl | parquet | COCO json | tars -> shards, in parallel")
-    p.add_argument("source", metavar="SOURCE", help="a folder of images, a table, COCO's or Karpathy's json, or tars")
-    p.add_argument("dir", metavar="DIR", type=Path, help="folder to write the shards to")
-    p.add_argument("--image-column", default="image", metavar="NAME", help="column with the path of the image (default image)")
-    p.add_argument("--caption-column", default="caption", metavar="NAME", help="column with the text (default caption)")
+    p.add_argument(
+        "source", type=nonempty, metavar="SOURCE", help="a folder of images, a table, COCO's or Karpathy's json, or tars"
+    )
+    p.add_argument("dir", metavar="DIR", type=nonempty_path, help="folder to write the shards to")
+    p.add_argument(
+        "--image-column",
+        type=nonempty,
+        default="image",
+        metavar="NAME",
+        help="column with the path of the image (default image)",
+    )
+    p.add_argument(
+        "--caption-column", type=nonempty, default="caption", metavar="NAME", help="column with the text (default caption)"
+    )
     p.add_argument(
         "--caption-from",
         default="txt",
@@ -78,18 +93,26 @@ def _add_pack(commands: Subparsers[argparse.ArgumentParser]) -> None:
     p.add_argument("--side", default="shortest", choices=["shortest", "longest"], help="the side that --size limits")
     p.add_argument("--outside", action="store_true", help="allow paths and links that lead out of the folder of the source")
     p.add_argument("--separator", metavar="TEXT", help="csv, tsv, txt: between values (default: comma, tab, semicolon or bar)")
-    p.add_argument("--image-root", metavar="DIR", help="tables: the folder of the images (default: the folder of the table)")
+    p.add_argument(
+        "--image-root", type=nonempty, metavar="DIR", help="tables: the folder of the images (default: the folder of the table)"
+    )
     p.add_argument("--split", default="", metavar="NAMES", help="Karpathy's json: train,restval, for example (default: all)")
     p.add_argument("--shard-size", type=positive_int, default=1000, metavar="N", help="samples per shard (default 1000)")
-    p.add_argument("--prefix", default="shard", metavar="NAME", help="shards are NAME-0000.tar, ... (default shard)")
+    p.add_argument(
+        "--prefix", type=nonempty, default="shard", metavar="NAME", help="shards are NAME-0000.tar, ... (default shard)"
+    )
     p.add_argument("--workers", type=workers, metavar="N", help="processes (default: one per core)")
 
 
 def _add_check(commands: Subparsers[argparse.ArgumentParser]) -> None:
     p = add_command(commands, "check", check, "index and verify shards: counts, bad samples by reason")
-    p.add_argument("shards", metavar="SHARDS", nargs="+", help="globs, brace patterns, folders or urls")
+    p.add_argument("shards", type=nonempty, metavar="SHARDS", nargs="+", help="globs, brace patterns, folders or urls")
     p.add_argument(
-        "--caption", default="txt", metavar="FIELD", help="txt (default), txt:lines (one a line), or a field of the json"
+        "--caption",
+        type=nonempty,
+        default="txt",
+        metavar="FIELD",
+        help="txt (default), txt:lines (one a line), or a field of the json",
     )
     p.add_argument("--no-decode", action="store_true", help="verify the archives only, not every image and caption")
     p.add_argument(

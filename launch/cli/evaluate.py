@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from launch.cli.command import Subparsers, add_command
 from launch.cli.runs import check_run, check_task
-from pretrain.config.arguments import fractions, whole_number
+from pretrain.config.arguments import fractions, nonempty, nonempty_path, whole_number
 from pretrain.errors import ConfigError
 from pretrain.runtime.entrypoint import DONE
 
@@ -22,8 +21,8 @@ def add_commands(commands: Subparsers[argparse.ArgumentParser]) -> None:
     p = add_command(
         commands, "evaluate", evaluate, "recall, zero-shot accuracy, a linear probe, or a run's own task", reads_runs=True
     )
-    p.add_argument("run", metavar="RUN", help="a run folder or a checkpoint folder")
-    p.add_argument("--data", required=True, metavar="SHARDS", help="shards to evaluate on")
+    p.add_argument("run", type=nonempty, metavar="RUN", help="a run folder or a checkpoint folder")
+    p.add_argument("--data", type=nonempty, required=True, metavar="SHARDS", help="shards to evaluate on")
     p.add_argument(
         "--task",
         help="retrieval (default), zero_shot, linear_probe; for a fine-tuned run its own task (default), or grounding",
@@ -41,14 +40,16 @@ def add_commands(commands: Subparsers[argparse.ArgumentParser]) -> None:
         help="average a fine-tuned run with its pretrained model: 0,0.25,0.5,0.75,1",
     )
     p.add_argument("--pretrained", metavar="RUN", help="--wise: that model, if it is not where the run found it")
-    p.add_argument("--out", type=Path, metavar="DIR", help="--wise: a run folder for the best average")
+    p.add_argument("--out", type=nonempty_path, metavar="DIR", help="--wise: a run folder for the best average")
     p.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
     p = add_command(commands, "attend", attend, "what each word of a text attends to in an image", reads_runs=True)
-    p.add_argument("run", metavar="RUN", help="a fine-tuned run or checkpoint folder")
-    p.add_argument("image", metavar="IMAGE", type=Path, help="an image: JPEG, PNG, WebP, ...")
+    p.add_argument("run", type=nonempty, metavar="RUN", help="a fine-tuned run or checkpoint folder")
+    p.add_argument("image", metavar="IMAGE", type=nonempty_path, help="an image: JPEG, PNG, WebP, ...")
     p.add_argument("text", metavar="TEXT", help="a caption of it, or a question about it")
-    p.add_argument("--out", required=True, metavar="PNG", type=Path, help="where the figure goes: a heat map for each word")
+    p.add_argument(
+        "--out", required=True, metavar="PNG", type=nonempty_path, help="where the figure goes: a heat map for each word"
+    )
     p.add_argument("--maps", default="raw", metavar="METHOD", help=f"{_MAPS} (default raw)")
     p.add_argument(
         "--layer",

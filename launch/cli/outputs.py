@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from launch.cli.command import Subparsers, add_command
 from launch.cli.runs import check_run
-from pretrain.config.arguments import count, endpoint, positive_int, process_count
+from pretrain.config.arguments import count, endpoint, nonempty, nonempty_path, positive_int, process_count
 from pretrain.embedding import options
 from pretrain.runtime.entrypoint import DONE
 
@@ -24,8 +23,8 @@ def add_commands(commands: Subparsers[argparse.ArgumentParser]) -> None:
     p.add_argument("--restarts", type=count, metavar="N", help="restarts after a lost process (default 0; 3 on several nodes)")
 
     p = add_command(commands, "export", export, "a folder that transformers, open_clip or onnxruntime loads", reads_runs=True)
-    p.add_argument("run", metavar="RUN", help="a run, a checkpoint, or a model of transformers or open_clip")
-    p.add_argument("dir", metavar="DIR", type=Path, help="the folder to write; it must not exist yet")
+    p.add_argument("run", type=nonempty, metavar="RUN", help="a run, a checkpoint, or a model of transformers or open_clip")
+    p.add_argument("dir", metavar="DIR", type=nonempty_path, help="the folder to write; it must not exist yet")
     p.add_argument("--format", required=True, choices=["hf", "open_clip", "onnx"], help="hf: transformers")
     p.add_argument("--license", metavar="NAME", help="license of the weights, for the model card (apache-2.0, cc-by-4.0, ...)")
 
@@ -33,7 +32,7 @@ def add_commands(commands: Subparsers[argparse.ArgumentParser]) -> None:
 def add_report(commands: Subparsers[argparse.ArgumentParser]) -> None:
     """Add report."""
     p = add_command(commands, "report", report, "curves, recalls and a gallery in one HTML file", reads_runs=True)
-    p.add_argument("run", metavar="RUN", help="a run folder")
+    p.add_argument("run", type=nonempty, metavar="RUN", help="a run folder")
     p.add_argument("--data", metavar="SHARDS", help="shards of the gallery (default: the run's data.val)")
 
 

@@ -1,4 +1,4 @@
-"""Types of command-line options for argparse: numbers within an interval, and counts of processes.
+"""Types of command-line options for argparse: numbers within an interval, counts of processes, paths.
 
     parser.add_argument("--workers", type=workers, metavar="N")
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
+from pathlib import Path
 
 from pretrain.config.numbers import SEED, describe_interval, is_inside
 from pretrain.config.spelling import SpellingError, parse_number
@@ -82,3 +83,15 @@ def endpoint(text: str) -> str:
     if port is None or not 1 <= int(port[1]) <= 65535:
         raise argparse.ArgumentTypeError(f"{text[:100]!r} must be HOST:PORT, with a port from 1 to 65535")
     return text
+
+
+def nonempty(word: str) -> str:
+    """Return a word that is not empty: an empty one comes from a variable of the shell that is not set."""
+    if not word.strip():
+        raise argparse.ArgumentTypeError(f"{word!r} is empty")
+    return word
+
+
+def nonempty_path(word: str) -> Path:
+    """Return a path; an empty one would be the current folder. Raises ArgumentTypeError."""
+    return Path(nonempty(word))

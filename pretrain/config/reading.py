@@ -94,6 +94,9 @@ def _quote_hint(error: Exception, path: Path) -> str:
     return "; put a pattern in quotes: '*.tar', '{0000..0099}.tar'" if is_pattern else ""
 
 
+LONG_DASHES = ("\u2010", "\u2011", "\u2012", "\u2013", "\u2014", "\u2015", "\u2212")
+
+
 def parse_dotlist(dotlist: list[str]) -> dict[str, Any]:
     """Parse settings: ["optim.lr=1e-3"] -> {"optim": {"lr": 0.001}}. Raises ConfigError."""
     merged_values = Section()
@@ -101,6 +104,10 @@ def parse_dotlist(dotlist: list[str]) -> dict[str, Any]:
         key, equals, text = item.partition("=")
         if item.startswith("-"):
             raise ConfigError(f"{item!r}: settings have no dashes; write {item.lstrip('-') or 'key=value'!r}")
+        if item[:1] in LONG_DASHES:
+            raise ConfigError(f"{item!r} begins with a long dash, as word processors make of --; type it again")
+        if equals and not all(key.split(".")):
+            raise ConfigError(f"{item!r} is not a setting; a part of its key is empty, write for example optim.lr=1e-3")
         if not equals or not key:
             raise ConfigError(f"{item!r} is not a setting; write key=value, for example optim.lr=1e-3")
         value, source = _parse_value(item, text, order)

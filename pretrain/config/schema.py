@@ -108,25 +108,38 @@ def _build(
     values, arguments = _split_extra_components(schema, with_text_keys(values), prefix, where, problems)
     for key in values:
         if key not in known:
-            choices = ", ".join(known)
             place, order = _origin(values, key, where)
-            message = f"unknown key {prefix}{key} {_place(place)}{closest(str(key), list(known))}; valid: {choices}"
+            hint = closest(str(key), list(known)) or _find_in_sections(schema, str(key))
+            message = f"unknown key {prefix}{key} {_place(place)}{hint}; valid: {', '.join(known)}"
             problems.append((order, ConfigError(message)))
     hints = typing.get_type_hints(schema)
     leaves = Section()
     for name, spec in known.items():
         place, order = _origin(values, name, where)
-        if "package" in spec.metadata:
+        source = values.source(name)
+        if source is not None and source.error and ("package" in spec.metadata or is_dataclass(hints[name])):
+            problems.append((order, ConfigError(source.error)))
+        elif "package" in spec.metadata:
             arguments[name] = _build_component(spec, values.get(name, {}), f"{prefix}{name}.", place, order, problems)
         elif is_dataclass(hints[name]):
             schema_of_field = typing.cast(type, hints[name])
-            arguments[name] = _build(schema_of_field, values.get(name) or {}, f"{prefix}{name}.", place, problems, order)
+            section = values[name] if values.get(name) is not None else {}
+            arguments[name] = _build(schema_of_field, section, f"{prefix}{name}.", place, problems, order)
         elif name in values:
             leaves[name] = values[name]
-            if (source := values.source(name)) is not None:
+            if source is not None:
                 leaves.sources[name] = source
     arguments.update(_convert_leaves(schema, known, hints, leaves, prefix, where, problems))
     return schema(**arguments) if len(problems) == count else None
+
+
+def _find_in_sections(schema: type[Any], key: str) -> str:
+    """Return the end of an error message that names a key of a section of the schema: optim.lr for lr."""
+    hints = typing.get_type_hints(schema)
+    sections = [
+        f.name for f in fields(schema) if is_dataclass(hints[f.name]) and key in {g.name for g in fields(hints[f.name])}
+    ]
+    return f"; did you mean {sections[0]}.{key}?" if sections else ""
 
 
 def _origin(values: Section, key: str, where: str) -> tuple[str, int]:
@@ -206,7 +219,7 @@ def _convert_leaves(
             problems.append((order, error))
             continue
         except (OmegaConfBaseException, ValueError, TypeError) as error:
-            if "Interpolation" in type(error).__name__:
+            if re.search("Interpolation|Grammar", type(error).__name__):
                 reason = str(error).splitlines()[0]
                 message = f"{prefix}{name}={shorten(repr(value))} {_place(place)} cannot be resolved: {shorten(reason)}"
             else:
@@ -277,7 +290,7 @@ def _describe_type(hint: Any) -> str:
     if hint in words:
         return words[hint]
     if typing.get_origin(hint) is list:
-        return f"a list, each item {_describe_type(typing.get_args(hint)[0])}"
+        return f"a list [A, B, ...], each item {_describe_type(typing.get_args(hint)[0])}"
     if typing.get_origin(hint) is dict:
         inner = typing.get_args(hint)[1]
         return "settings (key: value)" if inner is Any else f"settings (key: value), each value {_describe_type(inner)}"

@@ -31,7 +31,9 @@ def as_written(hint: Any, value: Any, source: Source | None, numbers: tuple[str,
     if inner is str:
         return text if text is not None and value is not None else value
     if typing.get_origin(inner) is typing.Literal and isinstance(typing.get_args(inner)[0], str):
-        return text if text is not None and value is not None else value
+        chosen = text if text is not None and value is not None else value
+        by_lower_case = {str(choice).lower(): choice for choice in typing.get_args(inner)}
+        return by_lower_case.get(chosen.lower(), chosen) if isinstance(chosen, str) else chosen
     if inner is Any:
         return as_plain(value, source)
     if source is not None and source.error:
@@ -66,7 +68,7 @@ def _as_number(kind: type, value: Any, source: Source | None) -> Any:
         return parse_boolean(text)
     number = parse_number(text)
     if kind is int and isinstance(number, float):
-        raise SpellingError(number)
+        raise SpellingError(number, f"; write {int(number)}" if number.is_integer() and abs(number) < 2**63 else "")
     return number
 
 

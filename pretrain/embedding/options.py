@@ -9,7 +9,7 @@ import argparse
 from dataclasses import dataclass
 
 from pretrain.config import check_numbers
-from pretrain.config.arguments import count, positive_int, whole_number
+from pretrain.config.arguments import count, nonempty, positive_int, whole_number
 from pretrain.errors import ConfigError
 
 
@@ -49,9 +49,13 @@ class Options:
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """Add the options, with their defaults, to a parser."""
-    p.add_argument("run", metavar="RUN", help="a run folder, a checkpoint folder, or a published CLIP")
-    p.add_argument("--data", required=True, nargs="+", metavar="SHARDS", help="globs, brace patterns, folders or urls")
-    p.add_argument("--out", required=True, metavar="DIR", help="folder for the embeddings; an unfinished one is completed")
+    p.add_argument("run", type=nonempty, metavar="RUN", help="a run folder, a checkpoint folder, or a published CLIP")
+    p.add_argument(
+        "--data", type=nonempty, required=True, nargs="+", metavar="SHARDS", help="globs, brace patterns, folders or urls"
+    )
+    p.add_argument(
+        "--out", type=nonempty, required=True, metavar="DIR", help="folder for the embeddings; an unfinished one is completed"
+    )
     p.add_argument("--only", default="", metavar="MODALITY", help="image or text (default: both)")
     p.add_argument("--tokens", default="", choices=["own", "shared"], help="token features too: the towers' own, or projected")
     p.add_argument("--dtype", default="float16", choices=["float16", "float32"], help="in the files (default float16)")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from launch import cli, demo
-from pretrain.config.arguments import NumberType, endpoint, fractions, process_count, seconds, workers
+from pretrain.config.arguments import NumberType, endpoint, fractions, nonempty, nonempty_path, process_count, seconds, workers
 from pretrain.data.train_tokenizer import MIN_VOCAB
 from tests.support import ROOT, environment
 
@@ -43,7 +43,8 @@ OPTIONS = [
     (parser.prog.split()[1:], action)
     for parser in iterate_parsers(PARSER)
     for action in parser._actions
-    if action.nargs != 0 and (action.type not in (None, Path) or IS_NUMBER.fullmatch(str(action.metavar)))
+    if action.nargs != 0
+    and (action.type not in (None, Path, nonempty, nonempty_path) or IS_NUMBER.fullmatch(str(action.metavar)))
 ]
 """(command, option) of each option that holds a number."""
 
@@ -113,6 +114,26 @@ def test_bad_numbers_are_one_line(command: list[str], option: argparse.Action, c
         assert isinstance(option.default, int | float | tuple | list)
         if isinstance(option.type, NumberType) and option.default:
             assert option.type(str(option.default)) == option.default
+
+
+EMPTY = [
+    "data pack * shards", "data pack images *", "data check *", "data check a *", "data scenes *", "tokenizer * dir",
+    "tokenizer a *", "data check a --caption *", "evaluate * --data x", "evaluate run --data *",
+    "embed * --data x --out y", "embed run --data * --out y", "embed run --data x --out *", "export * dir --format hf",
+    "export run * --format hf", "report *", "attend * a.jpg b --out c",
+]  # fmt: skip
+"""Commands in which * stands for a variable of the shell that is not set."""
+
+
+@pytest.mark.parametrize("command", EMPTY)
+def test_an_empty_path_is_not_the_current_folder(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for empty in ("", " "):
+        with pytest.raises(SystemExit) as done:
+            PARSER.parse_args([empty if word == "*" else word for word in command.split()])
+        assert done.value.code == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert f"{empty!r} is empty" in error
 
 
 def test_numbers_within_their_range_are_taken() -> None:

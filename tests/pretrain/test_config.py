@@ -93,6 +93,19 @@ def test_saved_configuration_reads_back_equal(tmp_path: Path) -> None:
         ("count={", ["'count={'", "cannot be read"]),
         ("name=${oc.env:CLIPFUSE_NOT_SET}", ["name", "CLIPFUSE_NOT_SET"]),
         ("inner.lr=-1", ["inner.lr=-1", "at least 0"]),
+        ("inner..lr=1", ["'inner..lr=1' is not a setting", "a part of its key is empty"]),
+        (".count=1", ["'.count=1' is not a setting", "a part of its key is empty"]),
+        ("inner.=1", ["'inner.=1' is not a setting", "a part of its key is empty"]),
+        ("\u2014count=1", ["begins with a long dash"]),
+        ("INNER.LR=1", ["unknown key INNER", "did you mean 'inner'?"]),
+        ("lr=1", ["unknown key lr on the command line; did you mean inner.lr?"]),
+        ("inner=[]", ["inner on the command line must hold settings, not []"]),
+        ("inner=0", ["inner on the command line must hold settings, not 0"]),
+        ("inner=false", ["inner on the command line must hold settings, not False"]),
+        ("inner={lr: 1, lr: 2}", ["'inner={lr: 1, lr: 2}' cannot be read", "found duplicate key lr"]),
+        ("count=1e3", ["count=1000.0", "a whole number (default 3); write 1000"]),
+        ("inner.betas=0.9,0.98", ["inner.betas='0.9,0.98'", "a list [A, B, ...], each item a number"]),
+        ("name=${x", ["name='${x' on the command line cannot be resolved"]),
     ],
 )
 def test_a_wrong_setting_is_one_line_that_names_key_value_and_what_is_valid(setting: str, expected: list[str]) -> None:
@@ -230,6 +243,13 @@ def test_numbers_are_decimal(tmp_path: Path) -> None:
     for setting in ("seed=on", "rate=yes", "seed=0b11", "seed=0o17", "seed=1.0", "rate=1e", "seed=", "rate=null", "rate=inf"):
         with pytest.raises(ConfigError, match=rf"^{setting.split('=')[0]}.* must be a"):
             load(Typed, None, [setting])
+
+
+def test_words_of_a_choice_may_be_in_capitals(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("inner: {word: Two}\n")
+    assert load(Outer, tmp_path / "a.yaml").inner.word == "two"
+    assert load(Outer, tmp_path / "a.yaml", ["inner.word=ONE"]).inner.word == "one"
+    assert load(Outer, tmp_path / "a.yaml", ["inner="]).inner.word == "one"
 
 
 def test_a_number_of_thousands_of_digits_is_one_short_line(tmp_path: Path) -> None:

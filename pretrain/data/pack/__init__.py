@@ -29,6 +29,7 @@ import fcntl
 import json
 import multiprocessing
 import os
+import re
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -166,7 +167,7 @@ def pack(
         raise ConfigError(f"{out} is both source and target: give another folder for the shards")
     root = None if image_root is None else Path(image_root).expanduser()
     if root is not None and not root.is_dir():
-        raise ConfigError(f"image_root={image_root}: there is no such folder")
+        raise ConfigError(f"--image-root {image_root}: there is no such folder")
     reading = SourceOptions(image_column, caption_column, caption_from, outside, separator, root, tuple(splits))
     opened = open_source(str(source), reading, out.resolve())
     options = {"caption_from": caption_from, "shard_size": shard_size, "outside": outside, **asdict(storage)}
@@ -188,17 +189,17 @@ def pack(
 
 def _check_options(storage: StorageOptions, caption_from: str, shard_size: int, prefix: str, separator: str | None) -> None:
     if storage.size is not None and storage.size < 1:
-        raise ConfigError(f"size={storage.size} must be at least 1 pixel")
+        raise ConfigError(f"--size {storage.size} must be at least 1 pixel")
     if storage.side not in ("shortest", "longest"):
-        raise ConfigError(f"side={storage.side!r} must be one of shortest, longest")
+        raise ConfigError(f"--side {storage.side!r} must be one of shortest, longest")
     if caption_from not in ("txt", "lines", "path"):
-        raise ConfigError(f"caption_from={caption_from!r} must be one of txt, lines, path")
+        raise ConfigError(f"--caption-from {caption_from!r} must be one of txt, lines, path")
     if shard_size < 1:
-        raise ConfigError(f"shard_size={shard_size} must be at least 1")
+        raise ConfigError(f"--shard-size {shard_size} must be at least 1")
     if separator is not None and (not separator or set(separator) & set('"\r\n')):
-        raise ConfigError(f"separator={separator!r} must be text without quotes and line ends, for example ;")
-    if not prefix or "/" in prefix or "." in prefix:
-        raise ConfigError(f"prefix={prefix!r} must be a word without slash or dot: shards are called PREFIX-0000.tar")
+        raise ConfigError(f"--separator {separator!r} must be text without quotes and line ends, for example ;")
+    if not re.fullmatch(r"[\w-]+", prefix):
+        raise ConfigError(f"--prefix {prefix!r} must be letters, digits, - and _: shards are called PREFIX-0000.tar")
 
 
 def _make_writable(out: Path) -> None:
