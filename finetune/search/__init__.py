@@ -5,7 +5,7 @@
     filters.py        filters bound to the kinds of fields, and translated for each backend
     exact.py          a folder of files that is compared row by row; nearest.py: the comparison
     milvus.py         Milvus Lite in a folder, or a Milvus server
-    image_sources.py  shards and folders as sources of images; images read again, and thumbnails
+    image_sources.py  shards and folders as sources of images; images read again
     indexing.py       images into an index
     embeddings.py     what `clipfuse embed` wrote into an index
     query.py          texts and images as queries; re-ranking

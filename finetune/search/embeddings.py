@@ -17,12 +17,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from finetune.search.fields import read_fields
-from finetune.search.image_sources import ImageSource, Location, make_thumbnail
+from finetune.search.image_sources import ImageSource, Location
 from finetune.search.indexing import IndexOptions, Summary, join_captions, open_for, select_missing
 from finetune.search.vector_index import IndexedImage
 from pretrain.checkpoints.loading import LoadedModel
 from pretrain.data import BadSample
-from pretrain.data.images import EXTENSIONS
+from pretrain.data.decode import EXTENSIONS
+from pretrain.data.thumbnails import make_thumbnail
 from pretrain.embedding import dataset
 from pretrain.embedding.parquet import to_numpy
 from pretrain.errors import UserError
@@ -110,6 +111,6 @@ def _read_thumbnail(images: ImageSource, number: int) -> bytes:
     """Return a small JPEG; empty where the image cannot be decoded. Raises UserError where its shard cannot be read."""
     try:
         members = images.read(number)
-        return make_thumbnail(next(members[name] for name in EXTENSIONS if name in members))
+        return make_thumbnail(next(members[name] for name in EXTENSIONS if name in members)).jpeg
     except (BadSample, StopIteration):
         return b""

@@ -9,18 +9,14 @@ read_image(location)    the bytes of an image again, from its file or its place 
 from __future__ import annotations
 
 import bisect
-import io
 import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from PIL import Image
-
 from pretrain.data.config import count_samples_once
-from pretrain.data.decode import decode_image
-from pretrain.data.images import EXTENSIONS
+from pretrain.data.decode import EXTENSIONS
 from pretrain.data.pack.folder import FolderSource as FolderScan
 from pretrain.data.pack.folder import read_file_inside
 from pretrain.data.shards.cache import ShardCache
@@ -31,10 +27,6 @@ from pretrain.data.shards.reader import MAX_MEMBER_BYTES, MAX_TEXT_BYTES, ShardR
 from pretrain.data.shards.transfer import NoRangesError, is_remote, open_ranges, retry_io
 from pretrain.errors import UserError
 from pretrain.printable import hide_secrets
-
-THUMBNAIL_SIDE = 160
-"""Pixels of a thumbnail's longer side."""
-_QUALITY = 80
 
 
 class Location(NamedTuple):
@@ -168,7 +160,7 @@ class FolderSource:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Images again, and small
+# Images again
 
 
 def read_image(location: Location) -> bytes:
@@ -195,12 +187,3 @@ def _read_remote(url: str, offset: int, size: int) -> bytes:
     except NoRangesError:
         with ShardCache().hold(url) as path, open(path, "rb") as file:
             return os.pread(file.fileno(), size, offset)
-
-
-def make_thumbnail(data: bytes) -> bytes:
-    """Return a small JPEG of an image file, transparent pixels on white. Raises BadSample."""
-    image = Image.fromarray(decode_image(data, min_size=THUMBNAIL_SIDE))
-    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BICUBIC)
-    out = io.BytesIO()
-    image.save(out, "JPEG", quality=_QUALITY)
-    return out.getvalue()

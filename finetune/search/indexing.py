@@ -24,13 +24,14 @@ from torch.nn import functional as F
 
 from finetune.search import places
 from finetune.search.fields import TEXT_BYTES, Field, fits, parse_fields, read_fields
-from finetune.search.image_sources import ImageSource, Location, make_thumbnail
+from finetune.search.image_sources import ImageSource, Location
 from finetune.search.vector_index import Description, IndexedImage, NoIndexError, VectorIndex, Vectors, is_key
 from pretrain.checkpoints.loading import LoadedModel
 from pretrain.data import BadSample
 from pretrain.data.captions import TXT, read_captions
-from pretrain.data.images import EXTENSIONS
+from pretrain.data.decode import EXTENSIONS
 from pretrain.data.sample_json import read_fields as read_json_fields
+from pretrain.data.thumbnails import make_thumbnail
 from pretrain.embedding.dataset import fingerprint_model
 from pretrain.embedding.encoder import eval_mode
 from pretrain.errors import ConfigError, UserError
@@ -288,7 +289,7 @@ class _Reader:
             raise BadSample("no image")
         pixels = self.decoder.decode_eval(data)
         row, unfit = build_row(key, location, members, self.fields, self.caption)
-        row.thumbnail = make_thumbnail(data)
+        row.thumbnail = make_thumbnail(data).jpeg
         return row, pixels, unfit
 
 

@@ -5,7 +5,8 @@
 
 The query's embedding is the mean of those of text and image, less NOT_WEIGHT times the mean of those of the words that are
 not wanted. With a re-ranker, the first `candidates` of this order are scored again from their images, where text and image
-meet in cross-attention, and ordered by score(text) - NOT_WEIGHT x mean score(unwanted words). The rest keeps its order.
+meet in cross-attention, and ordered by score(text) - NOT_WEIGHT x mean score(unwanted words). The rest keeps its order, and
+so does all of a query without a text.
 
 Legend: k = results, c = candidates, D = width of the shared space.
 """
@@ -49,6 +50,8 @@ class Query:
     text: str = ""
     image: bytes = b""
     """An image file; empty = none."""
+    like: str = ""
+    """Key of an image in the index, whose embedding is used; empty = none."""
     unwanted: list[str] = field(default_factory=list)
     """Texts of what the images should not show."""
     filter: str | None = None
@@ -60,7 +63,7 @@ class Query:
 
     def check(self) -> None:
         """Refuse a query that asks for nothing. Raises ConfigError."""
-        if not self.text.strip() and not self.image:
+        if not self.text.strip() and not self.image and not self.like:
             raise ConfigError("the query is empty: give a text, --image FILE, or both")
         if any(not text.strip() for text in self.unwanted):
             raise ConfigError("--not is empty: give words that the images should not show")
@@ -88,6 +91,23 @@ class Results:
     """Of each stage: encode, search, rerank."""
     notes: list[str] = field(default_factory=list)
     """What the user should know: a query that was cut, images that could not be read."""
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """Return the results as plain values, for JSON."""
+        return [
+            {
+                "key": result.hit.image.key,
+                "score": round(result.hit.score, 6),
+                "rank_by_embedding": result.rank,
+                "match": result.match,
+                "caption": result.hit.image.caption,
+                "fields": result.hit.image.fields,
+                "source": result.hit.image.source,
+                "offset": result.hit.image.offset,
+                "size": result.hit.image.size,
+            }
+            for result in self.results
+        ]
 
 
 def load_query_model(index: VectorIndex, run: str | None) -> LoadedModel:
@@ -124,16 +144,15 @@ class Searcher:
     def search(self, query: Query) -> Results:
         """Return the best images. Raises UserError for an image that is none, and ConfigError for a filter that is none."""
         query.check()
-        if self.reranker is not None and not query.text.strip():
-            raise ConfigError("--rerank needs a text: it scores how well a text and an image match")
         results = Results([], {})
         with _timed(results, "encode"):
             vector = self.encode(query, results.notes)
-        number = max(query.k, query.candidates) if self.reranker is not None else query.k
+        is_reranked = self.reranker is not None and bool(query.text.strip())
+        number = max(query.k, query.candidates) if is_reranked else query.k
         with _timed(results, "search"):
             hits = self.index.search(vector[None], number, query.filter)[0]
         results.results = [Result(hit, rank) for rank, hit in enumerate(hits, start=1)]
-        if self.reranker is not None and hits:
+        if is_reranked and hits:
             with _timed(results, "rerank"):
                 results.results = self._rerank(query, results.results, results.notes)
         results.results = results.results[: query.k]
@@ -149,6 +168,11 @@ class Searcher:
             wanted.append(self._encode_texts([query.text], notes)[0])
         if query.image:
             wanted.append(self._encode_image(query.image))
+        if query.like:
+            image = self.index.get([query.like])[0]
+            if image is None or image.vector is None:
+                raise UserError(f"{self.index.place} has no image {query.like}")
+            wanted.append(image.vector)
         vector = np.mean(wanted, axis=0)
         if query.unwanted:
             vector = vector - NOT_WEIGHT * self._encode_texts(query.unwanted, notes).mean(axis=0)

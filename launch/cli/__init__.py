@@ -5,7 +5,7 @@ data.py       data scenes | pack | check, tokenizer
 train.py      pretrain, finetune, plan
 evaluate.py   evaluate, attend
 outputs.py    embed, export, report
-search.py     index, search
+search.py     index, search, serve
 runs.py       RUN and --task are checked before torch is imported
 progress.py   progress bars
 __main__.py   python -m launch.cli

@@ -1,4 +1,4 @@
-"""clipfuse index and search: images into an index, and queries in words that find them."""
+"""clipfuse index, search and serve: images into an index, and queries in words that find them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.cli.command import Subparsers, add_command
 from launch.cli.runs import check_run
-from pretrain.config.arguments import positive_int
+from pretrain.config.arguments import positive_int, whole_number
 from pretrain.errors import ConfigError, UserError
 from pretrain.printable import one_safe_line
 from pretrain.runtime.entrypoint import DONE, STOPPED, EarlyStop, raise_on_stop_signals
@@ -23,7 +23,7 @@ _PLACE = (
 
 
 def add_commands(commands: Subparsers[argparse.ArgumentParser]) -> None:
-    """Add index and search."""
+    """Add index, search and serve."""
     p = add_command(commands, "index", index, "images into an index that search reads", reads_runs=True)
     p.add_argument("run", metavar="RUN", help="a run folder, a checkpoint folder, or a published CLIP")
     p.add_argument("--data", required=True, nargs="+", metavar="DATA", help="shards, folders of images, or what embed wrote")
@@ -41,6 +41,7 @@ def add_commands(commands: Subparsers[argparse.ArgumentParser]) -> None:
     p.add_argument("db", metavar="PLACE", help="the index, as `clipfuse index --db` made it")
     p.add_argument("text", metavar="TEXT", nargs="?", default="", help="what the images show")
     p.add_argument("--image", type=Path, metavar="FILE", help="an image that they are like, alone or with TEXT")
+    p.add_argument("--like", default="", metavar="KEY", help="an image of the index that they are like")
     p.add_argument(
         "--not", dest="unwanted", action="append", default=[], metavar="TEXT", help="what they do not show; repeatable"
     )
@@ -52,6 +53,16 @@ def add_commands(commands: Subparsers[argparse.ArgumentParser]) -> None:
     p.add_argument("--backend", choices=["exact", "milvus"], help="instead of what the name of the place says")
     p.add_argument("--log", type=Path, metavar="FILE", help="append one JSON line about the query")
     p.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+
+    p = add_command(commands, "serve", serve, "a page where a sentence finds images", reads_runs=True)
+    p.add_argument("db", metavar="PLACE", help="the index, as `clipfuse index --db` made it")
+    p.add_argument("--rerank", metavar="RUN", help="a fine-tuned retrieval run, which also shows where each word looked")
+    p.add_argument("--run", metavar="RUN", help="the model of the index, where it is no longer in its place")
+    p.add_argument("--backend", choices=["exact", "milvus"], help="instead of what the name of the place says")
+    p.add_argument("--host", default="127.0.0.1", help="where to listen; another address lets other machines in")
+    p.add_argument(
+        "--port", type=whole_number(0, 65535), default=8000, metavar="N", help="port (default 8000; 0: any free one)"
+    )
 
 
 def index(args: argparse.Namespace) -> int:
@@ -117,8 +128,10 @@ def search(args: argparse.Namespace) -> int:
         from finetune.search.query import Query, Searcher, load_query_model
         from pretrain.runtime import distributed
 
-        query = Query(args.text, image, args.unwanted, args.filter, args.k, args.candidates)
+        query = Query(args.text, image, args.like, args.unwanted, args.filter, args.k, args.candidates)
         query.check()
+        if args.rerank is not None and not args.text.strip():
+            raise ConfigError("--rerank needs a text: it scores how well a text and an image match")
         reranker = loading.load(args.rerank) if args.rerank is not None else None
         searcher = Searcher(opened, load_query_model(opened, args.run), distributed.device(), reranker)
         results = searcher.search(query)
@@ -134,6 +147,23 @@ def search(args: argparse.Namespace) -> int:
         _format_times(results),
     ]:
         print(one_safe_line(line))
+    return DONE
+
+
+def serve(args: argparse.Namespace) -> int:
+    """Run `clipfuse serve` until it is interrupted."""
+    from finetune.search import places
+
+    if args.rerank is not None:
+        check_run(args.rerank)
+    with places.open_index(args.db, args.backend) as opened:
+        from finetune import loading
+        from finetune.search.query import Searcher, load_query_model
+        from launch import serve as page
+        from pretrain.runtime import distributed
+
+        reranker = loading.load(args.rerank) if args.rerank is not None else None
+        page.serve(Searcher(opened, load_query_model(opened, args.run), distributed.device(), reranker), args.host, args.port)
     return DONE
 
 
@@ -153,23 +183,11 @@ def _build_record(args: argparse.Namespace, results: Results) -> dict[str, Any]:
     return {
         "text": args.text,
         "image": str(args.image) if args.image else None,
+        "like": args.like or None,
         "not": args.unwanted,
         "filter": args.filter,
         "rerank": args.rerank,
-        "results": [
-            {
-                "key": result.hit.image.key,
-                "score": round(result.hit.score, 6),
-                "rank_by_embedding": result.rank,
-                "match": result.match,
-                "caption": result.hit.image.caption,
-                "fields": result.hit.image.fields,
-                "source": result.hit.image.source,
-                "offset": result.hit.image.offset,
-                "size": result.hit.image.size,
-            }
-            for result in results.results
-        ],
+        "results": results.to_records(),
         "milliseconds": results.milliseconds,
         "notes": results.notes,
     }

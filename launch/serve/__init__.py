@@ -1,0 +1,41 @@
+"""`clipfuse serve`: a page on this machine where a sentence finds images, and every word shows where it looked.
+
+app.py         the addresses: the page, thumbnails, heat maps, and the same as JSON
+page.html.j2   the page; style.css: how it looks
+
+The page holds no script and loads nothing from elsewhere: words are radio buttons, and the style sheet shows the heat maps of
+the one that is pressed. Captions, keys and queries are untrusted input, which the template engine escapes.
+
+May import finetune, pretrain, and nothing else of launch.
+"""
+
+from __future__ import annotations
+
+from finetune.search.query import Searcher
+from pretrain.errors import UserError
+
+
+def serve(searcher: Searcher, host: str = "127.0.0.1", port: int = 8000) -> None:
+    """Answer requests until the process is interrupted. Raises UserError where the port is taken, or a package is missing.
+
+    Args:
+        searcher: answers the queries.
+        host: the address to listen at; another than 127.0.0.1 lets other machines in.
+        port: 0 = any that is free.
+    """
+    import socket
+
+    try:
+        import uvicorn
+
+        from launch.serve.app import build_app
+    except ImportError as error:
+        raise UserError(f"the page needs {error.name}: pip install 'clipfuse[search]'") from error
+    try:
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise UserError(f"cannot listen at {host}:{port}: {error.strerror or error}; --port names another") from error
+    address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+    print(f"open {address} (Ctrl-C ends it)", flush=True)
+    config = uvicorn.Config(build_app(searcher, [host]), log_level="warning", access_log=False)
+    uvicorn.Server(config).run(sockets=[listener])
