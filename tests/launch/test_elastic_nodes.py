@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import re
+import socket
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -63,22 +65,20 @@ def test_a_node_that_is_lost_for_good_leaves_a_smaller_run_and_comes_back(small:
     run, rdzv = tmp_path / "run", f"127.0.0.1:{free_port()}"
     node = clipfuse_command("pretrain", "--nproc", "1", "--nodes", "1:2", "--rdzv", rdzv, "--join", "5")
     words = [*node, *settings(small, run)]
-    with (
-        start_launcher(sys.executable, "-m", "launch.rendezvous", rdzv, cwd=tmp_path) as held,
-        start_launcher(*words, cwd=tmp_path) as first,
-        start_launcher(*words, cwd=tmp_path) as second,
-    ):
+    with ExitStack() as stack:
+        held = stack.enter_context(start_launcher(sys.executable, "-m", "launch.rendezvous", rdzv, cwd=tmp_path))
         held.wait_for_output("the rendezvous is open")
+        first, second = (stack.enter_context(start_launcher(*words, cwd=tmp_path)) for _ in range(2))
         wait_for_step(run, 7, first, second)
         lost, left = (first, second) if 0 in first.ranks() else (second, first)
         kill(lost.process.pid)
         lost.process.wait()
         left.wait_for_output(FIRST)
         wait_for_step(run, max(read_losses(run)) + 1, left)
-        with start_launcher(*words, cwd=tmp_path) as back:
-            left.wait_for_exit(0)
-            back.wait_for_exit(0)
-            output = left.output + back.output
+        back = stack.enter_context(start_launcher(*words, cwd=tmp_path))
+        left.wait_for_exit(0)
+        back.wait_for_exit(0)
+        output = left.output + back.output
     assert re.search(SECOND, output[output.index("a node joins: the run saves, and goes on with it") :])
     assert read_keys(run) == read_keys(tmp_path / "one")
     assert read_losses(run) == pytest.approx(read_losses(tmp_path / "one"), rel=2e-5)
@@ -105,13 +105,24 @@ def test_nodes_that_do_not_divide_the_batch_wait(small: Small, tmp_path: Path) -
         find_usable("pretrain", config, words, parse_nodes("3:4"), 1, False)
 
 
+def is_open(port: int) -> bool:
+    """Return whether a server listens at a port of this machine."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 def test_a_rendezvous_that_was_closed_can_be_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two starts of a command, one after the other, meet at the store that outlives both, and find nothing of each other."""
     monkeypatch.setattr(rendezvous, "CLOSED_SECONDS", 0.0)
-    endpoint, ended = f"127.0.0.1:{free_port()}", threading.Event()
+    port, ended = free_port(), threading.Event()
+    endpoint = f"127.0.0.1:{port}"
     holder = threading.Thread(target=rendezvous.hold, args=(endpoint, ended))
     holder.start()
     try:
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        while not is_open(port):  # else the launcher of this host would serve it
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
         for start in range(2):
             parameters = RendezvousParameters("c10d", endpoint, "run", 1, 1, local_addr="localhost")
             handler: Any = get_rendezvous_handler(parameters)
