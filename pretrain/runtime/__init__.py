@@ -13,6 +13,7 @@
     memory.py        peak memory; the error message for out of memory
     performance.py   settings of torch that decide speed and determinism
     gpus.py          memory and peak throughput of GPUs, by name
+    deferred_imports.py  timm and transformers without the compiler that they import
     console.py       log lines of rank 0, the progress bar, durations
     files.py         files that are written atomically
 
