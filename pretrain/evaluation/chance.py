@@ -10,7 +10,7 @@ metrics (samples, captions, classes). Tasks of fine-tuning measure theirs on the
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Mapping
 
 CHANCE = "chance_"
@@ -20,11 +20,17 @@ CHANCE = "chance_"
 def chance_recall(k: int, candidates: int, right: int = 1) -> float:
     """Return the recall at k of random answers, `right` of the candidates being right.
 
-    It is 1 - C(candidates - right, k) / C(candidates, k).
+    It is 1 - C(candidates - right, k) / C(candidates, k), whose quotient is a product of min(k, right) factors.
     """
     if k > candidates - right:
         return 1.0
-    return 1.0 - math.comb(candidates - right, k) / math.comb(candidates, k)
+    few, many = sorted((k, right))
+    miss = 1.0
+    for i in range(few):
+        miss *= (candidates - many - i) / (candidates - i)
+        if miss < 1e-20:
+            break
+    return 1.0 - miss
 
 
 def chance_rank(candidates: int, right: int = 1) -> int:
@@ -57,23 +63,32 @@ def without_chance(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def _derive(name: str, metrics: Mapping[str, float]) -> float | None:
-    """Return the level that random answers have by the counts in the metrics; None where they do not tell."""
-    n, m = int(metrics.get("samples") or 0), int(metrics.get("captions") or 0)
-    for kind in ("zero_shot", "linear_probe"):
-        classes = int(metrics.get(f"{kind}_classes") or 0)
-        if classes and name.startswith(f"{kind}_top"):
-            return chance_recall(int(name.removeprefix(f"{kind}_top")), classes)
+    """Return the level that random answers have by the counts in the metrics; None where they do not tell.
+
+    The metrics may come from a damaged file: a name or a count that makes no sense has no level.
+    """
+    n, m = _read_count(metrics, "samples"), _read_count(metrics, "captions")
+    parts = re.fullmatch(r"(.*?)(?:_top|_?R@)([1-9][0-9]{0,8})", name)
+    kind, k = (parts[1], int(parts[2])) if parts else (name, 0)
+    if kind in ("zero_shot", "linear_probe") and "_top" in name:
+        classes = _read_count(metrics, f"{kind}_classes")
+        return chance_recall(k, classes) if classes else None
     if not n or not m:
         return None
     captions_of_image = max(1, round(m / n))
-    if name.startswith("R@"):  # the mean of both directions
-        k = int(name.removeprefix("R@"))
+    if parts and "R@" in name and not kind:  # the mean of both directions
         return (chance_recall(k, m, captions_of_image) + chance_recall(k, n)) / 2
     for direction, candidates, right in (("image_to_text", m, captions_of_image), ("text_to_image", n, 1)):
-        if name.startswith(f"{direction}_R@"):
-            return chance_recall(int(name.removeprefix(f"{direction}_R@")), candidates, right)
+        if parts and "R@" in name and kind == direction:
+            return chance_recall(k, candidates, right)
         if name == f"{direction}_median_rank":
             return chance_rank(candidates, right)
-        if name == f"{direction}_ceiling" and metrics.get("rerank_k"):
-            return chance_recall(int(metrics["rerank_k"]), candidates, right)
+        if name == f"{direction}_ceiling" and (reranked := _read_count(metrics, "rerank_k")):
+            return chance_recall(reranked, candidates, right)
     return None
+
+
+def _read_count(metrics: Mapping[str, float], name: str) -> int:
+    """Return a count of the metrics, 0 where there is none."""
+    value = metrics.get(name)
+    return int(value) if isinstance(value, int | float) and 0 < value < 1e12 else 0

@@ -36,3 +36,22 @@ def test_each_metric_has_its_level() -> None:
     assert chance_levels(with_chance(metrics)) == pytest.approx(levels)
     assert without_chance(with_chance(metrics)) == {name: value for name, value in metrics.items() if name != "chance_accuracy"}
     assert chance_levels({"image_to_text_R@1": 0.4}) == {}  # nothing tells how many candidates there were
+
+
+@pytest.mark.parametrize(
+    "name", ["R@%", "R@", "R@0", "image_to_text_R@x", "zero_shot_top", "text_to_image_R@99999999999", "R@٣"]
+)
+def test_a_name_from_a_damaged_file_has_no_level(name: str) -> None:
+    counts = {"samples": 10.0, "captions": 20.0, "zero_shot_classes": 5.0}
+    assert chance_levels({**counts, name: 0.5}) == {}
+
+
+@pytest.mark.parametrize("count", [float("nan"), float("inf"), -3.0, 1e300])
+def test_a_count_from_a_damaged_file_gives_no_level(count: float) -> None:
+    assert chance_levels({"samples": count, "captions": count, "R@1": 0.5, "text_to_image_median_rank": 2.0}) == {}
+
+
+def test_levels_of_a_million_candidates() -> None:
+    """Independent reference: each caption of five is equally likely at any of a million ranks."""
+    assert chance_recall(10, 10**6, 5) == pytest.approx(1 - (1 - 1e-5) ** 5, rel=1e-4)
+    assert chance_rank(10**6) == 500_000
