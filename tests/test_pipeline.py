@@ -116,8 +116,10 @@ def test_dry_run_prints_a_summary_and_writes_nothing(small: Small, tmp_path: Pat
 def test_a_finished_run_does_nothing_and_resumes_with_more_steps(small: Small, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run_clipfuse("pretrain", "scenes", *small.settings(run, "train.steps=4"), cwd=tmp_path)
-    again = run_clipfuse("pretrain", "scenes", *small.settings(run, "train.steps=4"), cwd=tmp_path)
+    trained = (run / "config.yaml").read_text()
+    again = run_clipfuse("pretrain", "scenes", *small.settings(run, "train.steps=4", "optim.lr=0.5"), cwd=tmp_path)
     assert "nothing left to train: step 4 of 4 is done" in again.stderr
+    assert (run / "config.yaml").read_text() == trained  # what did not train it is not written down
     run_clipfuse("pretrain", "scenes", *small.settings(run, "train.steps=6"), cwd=tmp_path)
     assert [line["step"] for line in read_jsonl(run / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
 

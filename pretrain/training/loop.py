@@ -78,7 +78,8 @@ def fit(
     ) as watchdog:
         begin = run.restore(resume_from)
         run.leave_branch(resume_from)
-        plan.write_config()  # whatever refuses a checkpoint has done so
+        if begin < plan.total_steps:  # a finished run keeps the configuration that trained it
+            plan.write_config()  # whatever refuses a checkpoint has done so
         # The loader's processes end by whatever error the loop ends, after the error is recorded.
         with (
             closing(RunLog(folder, plan.resolved_config, train.trackers, train.audit, begin)) as log,
@@ -149,6 +150,9 @@ def fit(
                     folder.write_status("stopped", reason, run.step)
                     return Outcome("stopped", reason, run.step, run.results)
             if begin >= plan.total_steps:
-                log_info(f"nothing left to train: step {run.step} of {plan.total_steps} is done")
+                log_info(
+                    f"nothing left to train: step {run.step} of {plan.total_steps} is done, as {folder.path}/config.yaml says; "
+                    "run=NEW trains with other settings"
+                )
             folder.write_status("done", "", run.step)
             return Outcome("done", "", run.step, run.results)
