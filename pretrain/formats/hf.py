@@ -26,6 +26,7 @@ from pretrain.formats import Encoders, mean_pooling, portable_tokenizer, text_we
 from pretrain.formats.text_weights import TextSpec
 from pretrain.formats.vit_weights import ViTSpec
 from pretrain.runtime.files import apply_umask
+from pretrain.runtime.performance import name_deepspeed_device
 from pretrain.towers import hf_models
 
 TIMM_ONLY = ("weight_init", "fix_init", "drop_path_rate", "drop_rate", "proj_drop_rate", "attn_drop_rate", "patch_drop_rate")
@@ -37,10 +38,11 @@ PIPELINE_LENGTH = 64
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence progress bars and warnings of transformers inside the block.
+    """Silence progress bars and warnings of transformers, and of what it imports, inside the block.
 
     clipfuse reports errors in one line of its own.
     """
+    name_deepspeed_device()
     from transformers.utils import logging
 
     level, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -3,6 +3,7 @@
     prepare_environment(config, deterministic)      environment variables, before CUDA initializes
     with process_settings(config, deterministic):   flags of torch, which have their former values after the block
     use_settings(config)                            both, for a command that ends with its process
+    name_deepspeed_device()                         before anything imports DeepSpeed
     read_settings()                                 what is in force, for environment.json
 
 The settings of a model (channels_last, fast_norm) are set by `pretrain.model.set_performance`. All of them decide how fast the
@@ -152,6 +153,11 @@ def _set_tf32(is_allowed: bool) -> None:
     """
     torch.backends.cuda.matmul.allow_tf32 = is_allowed
     torch.backends.cudnn.allow_tf32 = is_allowed
+
+
+def name_deepspeed_device() -> None:
+    """Name this machine's device for DeepSpeed, which otherwise warns when it is imported, also by accelerate."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def read_settings() -> dict[str, Any]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from pretrain import optim as optimizers
 from pretrain.optim import OptimConfig
-from pretrain.runtime import distributed
+from pretrain.runtime import distributed, performance
 from pretrain.strategies import DTYPES, OptimizerState, Precision, StepResult, Strategy, deepspeed_config
 from pretrain.strategies.batch_norm import convert_sync_batch_norm
 
@@ -322,7 +322,7 @@ def _numel(p: nn.Parameter) -> int:
 
 def _init_deepspeed() -> Any:
     """Import DeepSpeed, silence its log, and let it use the existing process group."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    performance.name_deepspeed_device()
     os.environ.setdefault("LOCAL_RANK", str(distributed.local_rank()))  # DeepSpeed requires it even with one process
     import deepspeed
 

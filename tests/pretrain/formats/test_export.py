@@ -26,7 +26,7 @@ from pretrain.data.shards.reader import ShardReader
 from pretrain.data.text import TextDecoder, load_tokenizer
 from pretrain.formats import block_weights, mean_pooling, onnx, text_weights
 from pretrain.model import ModelSchema
-from tests.support import ROOT, TINY_TOWERS, Small
+from tests.support import ROOT, TINY_TOWERS, Small, environment
 
 CLIP = [
     "image.name=vit_base_patch16_clip_224",
@@ -391,3 +391,11 @@ def test_naming_the_formats_changes_neither_the_model_nor_the_random_numbers(sma
     assert [module.training for module in model.modules()] == flags
     for name, value in model.state_dict().items():
         assert torch.equal(value, states[name]), name
+
+
+def test_deepspeed_is_imported_without_a_word() -> None:
+    """Transformers' save_pretrained imports it, through accelerate; it warned about a machine without a GPU."""
+    program = "from pretrain.formats.hf import quiet_transformers\nwith quiet_transformers():\n    import deepspeed"
+    env = {name: value for name, value in environment().items() if name != "DS_ACCELERATOR"}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], env=env, capture_output=True, text=True, check=True)
+    assert "accelerator" not in done.stdout + done.stderr
