@@ -66,7 +66,10 @@ def load_tokenizer(name: str | Path | None) -> PreTrainedTokenizerBase:
         return _from_pretrained(str(name), local_files_only=True)  # a tokenizer in the local hub cache needs no network
     except Exception as error:
         if problem := explain_unreachable_hub():
-            raise ConfigError(f"text.tokenizer={name}: not a folder, not in the local hub cache, and {problem}") from error
+            raise ConfigError(
+                f"text.tokenizer={name}: not a folder, not in the local hub cache, and {problem}; text.name and text.tokenizer "
+                "take local folders, and `clipfuse tokenizer SHARDS DIR` trains a tokenizer"
+            ) from error
     try:
         return _from_pretrained(str(name))
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ImportError, TypeError, ...
