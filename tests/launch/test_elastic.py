@@ -83,7 +83,7 @@ def test_wrong_usage_is_two_and_said_once(small: Small, tmp_path: Path) -> None:
 def test_the_launcher_refuses_before_it_starts_anything(tmp_path: Path) -> None:
     for words, line in (
         (["no-such-config", "--nproc", "2"], "no configuration 'no-such-config'"),
-        (["scenes", "--nproc", "two"], "--nproc 'two' must be a number"),
+        (["scenes", "--nproc", "two"], "--nproc: 'two' must be a whole number"),
         (["scenes", "--nproc", "gpus"], "no GPU here"),
         (["scenes", "--nproc", "2", "--nodes", "2"], "--nodes 2 needs --rdzv HOST:PORT"),
     ):
