@@ -61,8 +61,8 @@ class IndexOptions:
     def check(self) -> None:
         """Refuse what does not fit. Raises ConfigError."""
         parse_fields(self.fields)
-        if self.batch_size < 1:
-            raise ConfigError(f"--batch-size {self.batch_size} must be at least 1")
+        if not 1 <= self.batch_size < 2**31:
+            raise ConfigError(f"--batch-size {self.batch_size} must be from 1 to 2147483647")
         if "/" in self.name:
             raise ConfigError(f"--name {self.name} must hold no slash")
 

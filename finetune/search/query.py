@@ -61,7 +61,7 @@ class Query:
     candidates: int = CANDIDATES
     """Images that the re-ranker orders, at least k."""
 
-    def check(self) -> None:
+    def validate(self) -> None:
         """Refuse a query that asks for nothing. Raises ConfigError."""
         if not self.text.strip() and not self.image and not self.like:
             raise ConfigError("the query is empty: give a text, --image FILE, or both")
@@ -143,7 +143,7 @@ class Searcher:
 
     def search(self, query: Query) -> Results:
         """Return the best images. Raises UserError for an image that is none, and ConfigError for a filter that is none."""
-        query.check()
+        query.validate()
         results = Results([], {})
         with _timed(results, "encode"):
             vector = self.encode(query, results.notes)

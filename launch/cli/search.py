@@ -129,7 +129,7 @@ def search(args: argparse.Namespace) -> int:
         from pretrain.runtime import distributed
 
         query = Query(args.text, image, args.like, args.unwanted, args.filter, args.k, args.candidates)
-        query.check()
+        query.validate()
         if args.rerank is not None and not args.text.strip():
             raise ConfigError("--rerank needs a text: it scores how well a text and an image match")
         reranker = loading.load(args.rerank) if args.rerank is not None else None
