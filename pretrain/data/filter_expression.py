@@ -22,9 +22,10 @@ from __future__ import annotations
 import math
 import operator
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeGuard
+from typing import Any, ClassVar, TypeGuard
 
 Value = float | int | str | bool
 """What a field can be compared with."""
@@ -44,31 +45,40 @@ _NEGATED = {"==": "!=", "!=": "==", "<": ">=", "<=": ">", ">": "<=", ">=": "<"}
 
 
 @dataclass(frozen=True)
-class Filter:
+class Filter(ABC):
     """A condition. Its subclasses are all that `parse_filter` returns."""
 
+    @abstractmethod
     def evaluate(self, values: Mapping[str, Any]) -> bool | None:
         """Return whether the condition holds for these fields; None where it is neither true nor false."""
-        raise NotImplementedError
 
     def matches(self, values: Mapping[str, Any]) -> bool:
         """Return whether the condition is true for these fields."""
         return self.evaluate(values) is True
 
+    @abstractmethod
     def negate(self) -> Filter:
         """Return the condition that is true where this one is false."""
-        raise NotImplementedError
 
+    @abstractmethod
     def names(self) -> Iterator[str]:
         """Yield the fields that the condition reads."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class Comparison(Filter):
-    """A field compared with a value."""
+class _OfOneField(Filter):
+    """A condition on one field."""
 
     name: str
+
+    def names(self) -> Iterator[str]:
+        yield self.name
+
+
+@dataclass(frozen=True)
+class Comparison(_OfOneField):
+    """A field compared with a value."""
+
     operator: str
     value: Value
 
@@ -77,9 +87,6 @@ class Comparison(Filter):
 
     def negate(self) -> Comparison:
         return replace(self, operator=_NEGATED[self.operator])
-
-    def names(self) -> Iterator[str]:
-        yield self.name
 
 
 @dataclass(frozen=True)
@@ -101,10 +108,9 @@ class FieldComparison(Filter):
 
 
 @dataclass(frozen=True)
-class Membership(Filter):
+class Membership(_OfOneField):
     """A field that is one of several values, or none of them. All values are of one kind."""
 
-    name: str
     values: tuple[Value, ...]
     is_negated: bool = False
 
@@ -117,15 +123,11 @@ class Membership(Filter):
     def negate(self) -> Membership:
         return replace(self, is_negated=not self.is_negated)
 
-    def names(self) -> Iterator[str]:
-        yield self.name
-
 
 @dataclass(frozen=True)
-class Like(Filter):
+class Like(_OfOneField):
     """A text that has, or does not have, the form of a pattern."""
 
-    name: str
     pattern: str
     is_negated: bool = False
 
@@ -138,15 +140,11 @@ class Like(Filter):
     def negate(self) -> Like:
         return replace(self, is_negated=not self.is_negated)
 
-    def names(self) -> Iterator[str]:
-        yield self.name
-
 
 @dataclass(frozen=True)
-class Exists(Filter):
+class Exists(_OfOneField):
     """A field that has a value, or has none."""
 
-    name: str
     is_negated: bool = False
 
     def evaluate(self, values: Mapping[str, Any]) -> bool:
@@ -155,44 +153,41 @@ class Exists(Filter):
     def negate(self) -> Exists:
         return replace(self, is_negated=not self.is_negated)
 
-    def names(self) -> Iterator[str]:
-        yield self.name
-
 
 @dataclass(frozen=True)
-class And(Filter):
-    """Conditions that must all be true."""
+class _Compound(Filter):
+    """Conditions of which one that is `decisive` decides."""
 
     parts: tuple[Filter, ...]
+    decisive: ClassVar[bool]
 
     def evaluate(self, values: Mapping[str, Any]) -> bool | None:
         results = [part.evaluate(values) for part in self.parts]
-        return False if False in results else None if None in results else True
+        return self.decisive if self.decisive in results else None if None in results else not self.decisive
+
+    def names(self) -> Iterator[str]:
+        for part in self.parts:
+            yield from part.names()
+
+
+@dataclass(frozen=True)
+class And(_Compound):
+    """Conditions that must all be true."""
+
+    decisive = False
 
     def negate(self) -> Or:
         return Or(tuple(part.negate() for part in self.parts))
 
-    def names(self) -> Iterator[str]:
-        for part in self.parts:
-            yield from part.names()
-
 
 @dataclass(frozen=True)
-class Or(Filter):
+class Or(_Compound):
     """Conditions of which one must be true."""
 
-    parts: tuple[Filter, ...]
-
-    def evaluate(self, values: Mapping[str, Any]) -> bool | None:
-        results = [part.evaluate(values) for part in self.parts]
-        return True if True in results else None if None in results else False
+    decisive = True
 
     def negate(self) -> And:
         return And(tuple(part.negate() for part in self.parts))
-
-    def names(self) -> Iterator[str]:
-        for part in self.parts:
-            yield from part.names()
 
 
 def get_value(values: Mapping[str, Any], name: str) -> Any:
