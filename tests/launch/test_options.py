@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +12,8 @@ import pytest
 from launch import cli, demo
 from pretrain.config.arguments import NumberType, endpoint, fractions, nonempty, nonempty_path, process_count, seconds, workers
 from pretrain.data.train_tokenizer import MIN_VOCAB
-from tests.support import ROOT, environment
+from tests.support import ROOT
+from tests.support.launches import run_mistakes
 
 NOT_NUMBERS = (
     "", " ", "abc", "nan", ".nan", "inf", "-inf", ".inf", "1e400", "-1e400", "1_0", "0b1", "1,5", "1 0",
@@ -176,26 +174,7 @@ MISTAKES = {
 
 
 def test_mistakes_are_one_line_before_torch_is_imported(tmp_path: Path) -> None:
-    program = (
-        "import contextlib, io, json, sys\nfrom launch import cli\n"
-        f"for words in {[command.split() for command in MISTAKES]!r}:\n"
-        "    with contextlib.redirect_stderr(io.StringIO()) as err:\n"
-        "        try:\n"
-        "            code = cli.main(words)\n"
-        "        except SystemExit as done:\n"
-        "            code = done.code\n"
-        "    print(json.dumps([code, err.getvalue(), [m for m in ('torch', 'timm', 'transformers') if m in sys.modules]]))\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=True,
-    )
-    results = [json.loads(line) for line in done.stdout.splitlines()]
+    results = run_mistakes(list(MISTAKES), tmp_path)
     for (command, expected), (code, error, heavy) in zip(MISTAKES.items(), results, strict=True):
         assert code == 2, command
         assert error.count("\n") == 1, error

@@ -1,9 +1,6 @@
 """Typos on the command line: one line that names the first of them, before torch is imported."""
 
 import dataclasses
-import json
-import subprocess
-import sys
 import typing
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,8 @@ from pretrain.config import static_schema
 from pretrain.errors import ConfigError
 from pretrain.printable import format_count
 from pretrain.train import PretrainConfig
-from tests.support import ROOT, environment
+from tests.support import ROOT
+from tests.support.launches import run_mistakes
 
 TYPOS = {
     "pretrain scenes optim.l=3": "unknown key optim.l on the command line; did you mean 'lr'?",
@@ -41,23 +39,7 @@ TYPOS = {
 
 
 def test_typos_are_found_before_torch_is_imported(tmp_path: Path) -> None:
-    program = (
-        "import contextlib, io, json, sys\nfrom launch import cli\n"
-        f"for words in {[command.split() for command in TYPOS]!r}:\n"
-        "    with contextlib.redirect_stderr(io.StringIO()) as err:\n"
-        "        code = cli.main(words)\n"
-        "    print(json.dumps([code, err.getvalue(), [m for m in ('torch', 'timm', 'transformers') if m in sys.modules]]))\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=True,
-    )
-    results = [json.loads(line) for line in done.stdout.splitlines()]
+    results = run_mistakes(list(TYPOS), tmp_path)
     assert len(results) == len(TYPOS)
     for (command, expected), (code, error, heavy) in zip(TYPOS.items(), results, strict=True):
         assert code in (1, 2), command

@@ -123,6 +123,33 @@ def clipfuse_command(*arguments: str | Path) -> list[str | Path]:
     return [sys.executable, "-m", "launch.cli", *arguments]
 
 
+def run_mistakes(commands: list[str], cwd: Path) -> list[tuple[int, str, list[str]]]:
+    """Call clipfuse with each command in one new interpreter.
+
+    Returns for each: exit code, what it wrote to stderr, and which heavy libraries had been imported by its end.
+    """
+    program = (
+        "import contextlib, io, json, sys\nfrom launch import cli\n"
+        f"for words in {[command.split() for command in commands]!r}:\n"
+        "    with contextlib.redirect_stderr(io.StringIO()) as err:\n"
+        "        try:\n"
+        "            code = cli.main(words)\n"
+        "        except SystemExit as done:\n"
+        "            code = done.code\n"
+        "    print(json.dumps([code, err.getvalue(), [m for m in ('torch', 'timm', 'transformers') if m in sys.modules]]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+        check=True,
+    )
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
 def torchrun_command(*options: str) -> list[str | Path]:
     """Return the command line of torchrun for `python -m pretrain`."""
     return [BIN / "torchrun", *options, "-m", "pretrain"]
