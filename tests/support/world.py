@@ -71,7 +71,7 @@ def run_command(arguments: list[str], cwd: Path, timeout: float) -> subprocess.C
     """
     with tempfile.TemporaryDirectory() as name:
         out, err = Path(name, "out"), Path(name, "err")
-        process = _server().Process(target=_run_command, args=(arguments, str(cwd), str(out), str(err)))
+        process = _server().Process(target=_run_command, args=(arguments, str(cwd), str(out), str(err), environment()))
         process.start()
         assert process.pid is not None
         process.join(timeout)
@@ -83,13 +83,15 @@ def run_command(arguments: list[str], cwd: Path, timeout: float) -> subprocess.C
         return subprocess.CompletedProcess(arguments, process.exitcode, stdout, stderr)
 
 
-def _run_command(arguments: list[str], cwd: str, out: str, err: str) -> None:
-    """Run the clipfuse command in this process, its output in the files `out` and `err`."""
+def _run_command(arguments: list[str], cwd: str, out: str, err: str, variables: dict[str, str]) -> None:
+    """Run the clipfuse command in this process, its output in the files `out` and `err`.
+
+    variables: the environment; the fork server's own is that of the time when it started.
+    """
     os.setsid()
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.chdir(cwd)
-    variables = environment()
     os.environ.clear()
     os.environ.update(variables)
     sys.argv = ["clipfuse", *arguments]
