@@ -107,6 +107,20 @@ class Encoding:
         """Return the cosines (n, m) of embeddings (n, D) and (m, D). Raises UserError where their shapes do not fit."""
         return similarity(images, texts)
 
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Answer, match, classify or caption: of fine-tuned runs alone, see FinetunedModel. Raises UserError."""
+        raise UserError(self._explain_encoders("predict"))
+
+    def attend(self, *args: Any, **kwargs: Any) -> Any:
+        """Map what each word attends to: of fine-tuned runs alone, see FinetunedModel. Raises UserError."""
+        raise UserError(self._explain_encoders("attend"))
+
+    def _explain_encoders(self, method: str) -> str:
+        return (
+            f"{self.source} holds encoders alone: it can encode_images and encode_texts, but not {method}; "
+            "load a fine-tuned run, as `clipfuse finetune vqa init=RUN` makes one"
+        )
+
     # -----------------------------------------------------------------------------------------------------------------
     # One batch
 

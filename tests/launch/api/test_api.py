@@ -213,6 +213,10 @@ def test_other_mistakes_are_named(here: Path) -> None:
         model.encode_texts(["a", 2])  # type: ignore[list-item]
     with pytest.raises(clipfuse.UserError, match="batch_size=0 must be at least 1"):
         model.encode_texts(["a"], batch_size=0)
+    for name in ("runs/first", "first-hf", "first-onnx"):
+        for method, words in (("predict", ["car.jpg"]), ("attend", ["car.jpg", "a red car"])):
+            with pytest.raises(clipfuse.UserError, match=f"{name} holds encoders alone: .* not {method}; load a fine-tuned run"):
+                getattr(clipfuse.load(name), method)(*words)
     with pytest.raises(clipfuse.UserError, match="no run or checkpoint at runs/other"):
         clipfuse.load("runs/other")
     with pytest.raises(clipfuse.UserError, match="precision='int8' must be one of fp32, bf16, fp16"):
