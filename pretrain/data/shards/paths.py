@@ -11,11 +11,13 @@ import logging
 import multiprocessing
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Any
 
 from braceexpand import braceexpand
@@ -164,13 +166,16 @@ def _expand_one(item: str, where: str) -> list[str]:
         folder = os.path.expanduser(missing[0].removeprefix("file://"))
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         if os.path.isdir(folder):
-            raise ConfigError(f"{where}={item}: no *.tar in this folder{more}{_suggest_source(folder)}")
+            raise ConfigError(f"{where}={item}: no *.tar in this folder{more}{_suggest_source(folder, where)}")
         raise ConfigError(f"{where}={item}: no file matches {missing[0]}{more}")
     return shards
 
 
-def _suggest_source(folder: str) -> str:
-    """Return what a folder without shards holds that could be meant, for an error message; "" where nothing could."""
+def _suggest_source(folder: str, where: str) -> str:
+    """Return what a folder without shards holds that could be meant, for an error message; "" where nothing could.
+
+    where: the configuration key or option that names the folder.
+    """
     names = sorted(os.listdir(folder))
     compressed = [name for name in names if re.search(r"\.(tar\.\w+|tgz|tbz2?|txz|tzst)$", name.lower())]
     if compressed:
@@ -179,9 +184,31 @@ def _suggest_source(folder: str) -> str:
         return f"; the pattern {folder}/*.TAR matches some"
     if glob.glob(os.path.join(glob.escape(folder), "*", "*.tar")):
         return f", but in folders below it: give {os.path.join(folder, '*', '*.tar')}"
-    if any(name.lower().endswith((".jpg", ".jpeg", ".png", ".webp", ".csv", ".tsv", ".jsonl", ".parquet")) for name in names):
-        return "; `clipfuse data pack` makes shards of images and tables"
-    return ""
+    table = next((name for name in names if name.lower().endswith((".csv", ".tsv", ".jsonl", ".parquet"))), None)
+    if table is not None:
+        return f"; `clipfuse data pack {shlex.quote(os.path.join(folder, table))} shards` makes shards of the table"
+    image = _find_image(folder)
+    if image is None:
+        return ""
+    has_caption = any(os.path.exists(os.path.splitext(image)[0] + extension) for extension in (".txt", ".TXT"))
+    captions = "" if has_caption else " --caption-from path"
+    origin = "NAME.txt beside NAME.jpg" if has_caption else "the words of each path"
+    index = "; `clipfuse index` takes the folder as it is" if where == "--data" else ""
+    return f"; `clipfuse data pack {shlex.quote(folder)} shards{captions}` makes shards of its images, captions: {origin}{index}"
+
+
+_IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+_LOOKED_AT = 1000
+"""Folders that are searched for an image, for an error message."""
+
+
+def _find_image(folder: str) -> str | None:
+    """Return the path of an image at any depth below a folder; None where none is soon met."""
+    for root, _, names in islice(os.walk(folder), _LOOKED_AT):
+        for name in sorted(names):
+            if name.lower().endswith(_IMAGES):
+                return os.path.join(root, name)
+    return None
 
 
 # ---- counting samples ------------------------------------------------------------------------------------------------

@@ -181,15 +181,21 @@ def test_commands_that_fail_are_named_with_what_they_wrote(tmp_path: Path, monke
 
 
 def test_a_folder_without_shards_is_explained(tmp_path: Path) -> None:
-    def explain() -> str:
+    def explain(where: str = "data.train") -> str:
         with pytest.raises(ConfigError) as caught:
-            expand_shards(str(tmp_path))
-        return str(caught.value).removeprefix(f"data.train={tmp_path}: no *.tar in this folder")
+            expand_shards(str(tmp_path), where)
+        return str(caught.value).removeprefix(f"{where}={tmp_path}: no *.tar in this folder")
 
     assert explain() == ""
-    (tmp_path / "x.jpg").touch()
-    assert explain() == "; `clipfuse data pack` makes shards of images and tables"
     (tmp_path / "part").mkdir()
+    (tmp_path / "part" / "x.jpg").touch()
+    after = "; `clipfuse index` takes the folder as it is"
+    pack = f"; `clipfuse data pack {tmp_path} shards"
+    assert explain() == f"{pack} --caption-from path` makes shards of its images, captions: the words of each path"
+    (tmp_path / "part" / "x.txt").touch()
+    assert explain("--data") == f"{pack}` makes shards of its images, captions: NAME.txt beside NAME.jpg{after}"
+    (tmp_path / "pairs.csv").touch()
+    assert explain() == f"; `clipfuse data pack {tmp_path}/pairs.csv shards` makes shards of the table"
     write_tar(tmp_path / "part" / "0.tar", PAIRS)
     assert explain() == f", but in folders below it: give {tmp_path}/*/*.tar"
     (tmp_path / "0.tar.gz").touch()
