@@ -194,7 +194,8 @@ def _suggest_source(folder: str, where: str) -> str:
     captions = "" if has_caption else " --caption-from path"
     origin = "NAME.txt beside NAME.jpg" if has_caption else "the words of each path"
     index = "; `clipfuse index` takes the folder as it is" if where == "--data" else ""
-    return f"; `clipfuse data pack {shlex.quote(folder)} shards{captions}` makes shards of its images, captions: {origin}{index}"
+    command = f"clipfuse data pack {shlex.quote(folder)} shards{captions}"
+    return f"; `{command}` makes shards of its images, captions: {origin}{index}"
 
 
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
