@@ -38,7 +38,7 @@ from pretrain.data.images import ImageDecoder, crop_visible, visible_box
 from pretrain.data.text import TextDecoder
 from pretrain.data.thumbnails import Thumbnail, ThumbnailDecoder
 from pretrain.embedding.split import eval_mode
-from pretrain.errors import UserError
+from pretrain.errors import ConfigError, UserError
 from pretrain.runtime.files import replace_atomically
 
 METHOD = "raw"
@@ -278,12 +278,12 @@ def save_figure(
 ) -> WordMaps:
     """Write the figure of one image file and one text to `out`, as PNG, and return the maps.
 
-    Raises UserError for a file that cannot be read or written, else as compute_word_maps().
+    Raises ConfigError for an image that cannot be read, UserError where `out` cannot be written; else as compute_word_maps().
     """
     try:
         data = Path(image).read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read the image {image}: {error.strerror or error}") from error
+        raise ConfigError(f"cannot read the image {image}: {error.strerror or error}") from error
     maps = compute_word_maps(tuned, data, text, method, layer)
     path = Path(out)
     try:

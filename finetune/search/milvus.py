@@ -255,7 +255,7 @@ def _check_folder(path: Path, is_new: bool) -> None:
     if path.suffix != ".db":
         raise ConfigError(f"{path}: a folder of Milvus Lite needs a name that ends in .db")
     if is_new and not path.parent.is_dir():
-        raise UserError(f"{path}: there is no folder {path.parent}")
+        raise ConfigError(f"{path}: there is no folder {path.parent}")
     if not is_new and not path.exists():
         raise NoIndexError(str(path))
     if path.exists() and not path.is_dir():

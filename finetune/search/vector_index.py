@@ -33,7 +33,7 @@ KEY_BYTES = 1024
 """Most bytes of a key."""
 
 
-class NoIndexError(UserError):
+class NoIndexError(ConfigError):
     """There is no index at a place."""
 
     def __init__(self, place: str) -> None:

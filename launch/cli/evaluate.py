@@ -62,6 +62,8 @@ def add_commands(commands: Subparsers[argparse.ArgumentParser]) -> None:
 def evaluate(args: argparse.Namespace) -> int:
     """Run `clipfuse evaluate`: of a fine-tuned run its own task, unless --task names another."""
     check_run(args.run)
+    if args.pretrained is not None:
+        check_run(args.pretrained)
     check_task(args.task)
     from finetune import loading
     from pretrain.data.config import resolve_sources

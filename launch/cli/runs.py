@@ -5,18 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from pretrain.config.static_schema import component_names
-from pretrain.errors import ConfigError, UserError, closest
+from pretrain.errors import ConfigError, closest
 
 ENCODER_TASKS = ("retrieval", "zero_shot", "linear_probe", "grounding")
 
 
 def check_run(run: str) -> None:
-    """Raise UserError where RUN is neither a path nor the name of a run, nor looks like the name of a published model."""
+    """Raise ConfigError where RUN is neither a path nor the name of a run, nor looks like the name of a published model."""
     path = Path(run)
     is_named = len(path.parts) == 1 and (Path("runs") / path).exists()
     is_hub_name = run.count("/") == 1 and not run.startswith((".", "/", "~", "runs/")) and not path.parent.exists()
     if not (path.exists() or is_named or is_hub_name or ":" in run):
-        raise UserError(f"no run or checkpoint at {run}; give a run folder (runs/NAME) or one of its checkpoints")
+        raise ConfigError(f"no run or checkpoint at {run}; give a run folder (runs/NAME) or one of its checkpoints")
 
 
 def check_task(task: str | None) -> None:

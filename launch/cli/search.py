@@ -116,8 +116,9 @@ def search(args: argparse.Namespace) -> int:
     from pretrain.data.filter_parser import parse_filter
 
     condition = parse_filter(args.filter, "--filter") if args.filter is not None else None
-    if args.rerank is not None:
-        check_run(args.rerank)
+    for run in (args.rerank, args.run):
+        if run is not None:
+            check_run(run)
     image = _read_query_image(args.image)
     with places.open_index(args.db, args.backend) as opened:
         if condition is not None:
@@ -154,8 +155,9 @@ def serve(args: argparse.Namespace) -> int:
     """Run `clipfuse serve` until it is interrupted."""
     from finetune.search import places
 
-    if args.rerank is not None:
-        check_run(args.rerank)
+    for run in (args.rerank, args.run):
+        if run is not None:
+            check_run(run)
     with places.open_index(args.db, args.backend) as opened:
         from finetune import loading
         from finetune.search.query import Searcher, load_query_model
@@ -173,7 +175,7 @@ def _read_query_image(path: Path | None) -> bytes:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"--image {path} cannot be read: {error.strerror or error}") from error
+        raise ConfigError(f"--image {path} cannot be read: {error.strerror or error}") from error
     if not content:
         raise UserError(f"--image {path} is empty")
     return content

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain import config as configuration
-from pretrain.errors import ConfigError, UserError
+from pretrain.errors import ConfigError
 from pretrain.runtime.files import parse_json_object, read_bytes, read_json_object
 
 Line = dict[str, Any]
@@ -98,13 +98,13 @@ class RunHistory:
 
 
 def read_run(run: str | Path) -> RunHistory:
-    """Read runs/NAME by its name, or a run folder by its path. Raises UserError where there is no run."""
+    """Read runs/NAME by its name, or a run folder by its path. Raises ConfigError where there is no run."""
     folder = Path(run)
     if not folder.exists() and len(folder.parts) == 1 and (Path("runs") / folder).exists():
         folder = Path("runs") / folder
     names = ("config.yaml", "metrics.jsonl", "status.json")
     if not any((folder / name).exists() for name in names):
-        raise UserError(f"{folder} is not a run folder: it has none of {', '.join(names)}; give runs/NAME")
+        raise ConfigError(f"{folder} is not a run folder: it has none of {', '.join(names)}; give runs/NAME")
     text = _read_text(folder / "config.yaml")
     steps: list[Line] = []
     evaluations: list[Line] = []

@@ -385,7 +385,7 @@ def find(run: str | Path) -> Path:
 
     It is RUN itself, or a run folder's best checkpoint, else its newest verified one.
 
-    Raises UserError where there is none, or where RUN is a checkpoint folder that is damaged.
+    Raises ConfigError where there is nothing, UserError where no checkpoint is complete or RUN is one that is damaged.
     """
     path = Path(run)
     if not path.exists() and not path.is_absolute() and len(path.parts) == 1 and (Path("runs") / path).exists():
@@ -393,7 +393,7 @@ def find(run: str | Path) -> Path:
     if path.name:
         path = _locate(path)
     if not path.exists():
-        raise UserError(f"no run or checkpoint at {run}; give a run folder (runs/NAME) or one of its checkpoints")
+        raise ConfigError(f"no run or checkpoint at {run}; give a run folder (runs/NAME) or one of its checkpoints")
     if (path / "model.safetensors").exists():
         if (path / "manifest.json").exists() and (error := integrity_error(path)):
             raise UserError(f"{path} cannot be used: {error}")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pretrain import config as configuration
 from pretrain.data.text import explain_unreachable_hub, load_tokenizer
-from pretrain.errors import UserError
+from pretrain.errors import ConfigError, UserError
 from pretrain.formats import ImportedModel, text_weights, vit_weights
 from pretrain.formats.hf import quiet_transformers
 from pretrain.formats.vit_weights import ViTSpec
@@ -104,7 +104,7 @@ def _load_config(source: str) -> Any:
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # the hub and transformers raise many types of exceptions
-        raise UserError(f"{source}: no run or folder here, and the hub has no such model ({one_line(error)})") from error
+        raise ConfigError(f"{source}: no run or folder here, and the hub has no such model ({one_line(error)})") from error
 
 
 Read = tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Tensor]]

@@ -16,7 +16,7 @@ from torch import Tensor
 from pretrain import config as configuration
 from pretrain.data.images import parse_resize
 from pretrain.data.text import load_tokenizer
-from pretrain.errors import UserError, closest
+from pretrain.errors import ConfigError, UserError, closest
 from pretrain.formats import ImportedModel, portable_tokenizer, text_weights, vit_weights
 from pretrain.formats.block_weights import Weights
 from pretrain.formats.open_clip import CONFIG, WEIGHTS
@@ -172,7 +172,7 @@ def _load_weights(path: Path) -> Weights:
         else:
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise UserError(f"there is no file {path}") from error
+        raise ConfigError(f"there is no file {path}") from error
     except Exception as error:  # torch's unpickler raises many types of exceptions for files that hold more than weights
         raise UserError(f"{path} cannot be read as weights alone: {one_line(error)}") from error
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):

@@ -208,7 +208,7 @@ def test_errors_are_one_line(
     (tmp_path / "text.png").write_text("no image")
     run = str(runs / "vqa")
     cases: list[tuple[list[str], int, str]] = [
-        (["attend", run, "missing.jpg", "a car", "--out", "x.png"], 1, "cannot read the image missing.jpg"),
+        (["attend", run, "missing.jpg", "a car", "--out", "x.png"], 2, "cannot read the image missing.jpg"),
         (["attend", run, str(tmp_path / "text.png"), "a car", "--out", "x.png"], 1, "the image cannot be used"),
         (["attend", run, str(image_path), " ?! ", "--out", "x.png"], 1, "has no word"),
         (["attend", run, str(image_path), "a car", "--out", str(tmp_path / "no" / "x.png")], 1, "cannot write"),

@@ -195,7 +195,7 @@ def test_a_run_resumes_without_the_run_that_it_started_from(
     monkeypatch.setenv("FIRST", "runs/other")
     assert cli.main([*command, "train.steps=3"]) == 0
     assert "init=runs/other is not read: the run goes on from runs/r/checkpoints/step-0000002" in capsys.readouterr().err
-    assert cli.main([*command, "run=new", "train.steps=1"]) == 1
+    assert cli.main([*command, "run=new", "train.steps=1"]) == 2
     assert "no run or checkpoint at runs/other" in error_line(capsys)
     monkeypatch.delenv("FIRST")
     assert cli.main([*command, "train.steps=4"]) == 2
