@@ -151,10 +151,15 @@ def test_out_of_memory_is_one_line_with_the_peak_and_three_settings(small: Small
         *tiny_run_args(small, tmp_path / "run", "train.steps=4")[1:],
         "train.strategy=single",
         "data.batch_size=64",
-        "image.args={patch_size: 16, embed_dim: 4096, depth: 2, num_heads: 2, global_pool: avg, fc_norm: false}",
+        "image.args={patch_size: 16, embed_dim: 2048, depth: 2, num_heads: 2, global_pool: avg, fc_norm: false}",
     ]
-    limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (9 << 30, 9 << 30)); "
-    code = limit + "from launch.cli import main; sys.exit(main(sys.argv[1:]))"
+    code = (
+        "import resource, sys, timm, torch, transformers\n"
+        "from launch.cli import main\n"
+        "limit = 4096 * int(open('/proc/self/statm').read().split()[0]) + (5 << 28)  # 1.25 GiB more than now\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
     with start_launcher(sys.executable, "-c", code, "pretrain", "scenes", *settings, cwd=tmp_path) as launched:
         output = launched.wait_for_exit(1)
     line = clipfuse_lines(output)

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.support import Small, environment
+from tests.support import Small, environment, forked
 
 BIN = Path(sys.executable).parent
 TIMEOUT_SECONDS = 240.0
@@ -38,19 +39,24 @@ def tiny_run_args(small: Small, run: Path, *more: str) -> list[str]:
 
 
 class Launcher:
-    """A launcher process, with all processes that it starts, and a log file of its output."""
+    """A launcher process, with all processes that it starts, and a log file of its output.
+
+    `python -m MODULE` of this project is forked (tests.support.forked), any other command is a new process.
+    """
 
     def __init__(self, command: list[str | Path], cwd: Path, **env: str) -> None:
         self.log = cwd / f"log-{time.monotonic_ns()}.txt"
-        with self.log.open("wb") as out:
-            self.process = subprocess.Popen(
-                [str(argument) for argument in command],
-                cwd=cwd,
-                env=environment(**{"OMP_NUM_THREADS": "1", **env}),
-                stdout=out,
-                stderr=out,
-                start_new_session=True,
-            )
+        self.log.touch()
+        self._ranks = Path(tempfile.mkdtemp(prefix="ranks-", dir=cwd))
+        words = [str(argument) for argument in command]
+        variables = environment(**{"OMP_NUM_THREADS": "1", forked.RANK_FOLDER: str(self._ranks), **env})
+        self._is_forked = words[:2] == [sys.executable, "-m"]
+        self.process: forked.Process | subprocess.Popen[bytes]
+        if self._is_forked:
+            self.process = forked.Process(words[2], words[3:], cwd, self.log, self.log, variables)
+        else:
+            with self.log.open("wb") as out:
+                self.process = subprocess.Popen(words, cwd=cwd, env=variables, stdout=out, stderr=out, start_new_session=True)
         self._descendants: dict[int, psutil.Process] = {}
 
     @property
@@ -61,10 +67,15 @@ class Launcher:
     def ranks(self) -> dict[int, psutil.Process]:
         """Return {rank: process} of `python -m pretrain` (or a test's module) that this launcher started."""
         processes: dict[int, psutil.Process] = {}
+        forked_ranks = {pid: rank for rank, pid in forked.read_ranks(self._ranks).items()}
         for process in psutil.Process(self.process.pid).children(recursive=True):
             self._descendants[process.pid] = process
             try:
-                if process.environ().get("RANK") and process.ppid() == self.process.pid and "-m" in process.cmdline():
+                if process.ppid() != self.process.pid:
+                    continue
+                if process.pid in forked_ranks:
+                    processes[forked_ranks[process.pid]] = process
+                elif not self._is_forked and process.environ().get("RANK") and "-m" in process.cmdline():
                     processes[int(process.environ()["RANK"])] = process
             except psutil.Error:
                 continue
@@ -152,7 +163,7 @@ def run_mistakes(commands: list[str], cwd: Path) -> list[tuple[int, str, list[st
 
 def torchrun_command(*options: str) -> list[str | Path]:
     """Return the command line of torchrun for `python -m pretrain`."""
-    return [BIN / "torchrun", *options, "-m", "pretrain"]
+    return [sys.executable, "-m", "torch.distributed.run", *options, "-m", "pretrain"]
 
 
 def clipfuse_lines(output: str) -> list[str]:

@@ -14,7 +14,6 @@ import multiprocessing.forkserver
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 import traceback
@@ -27,7 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as td
 
-from tests.support import environment
+from tests.support import environment, forked
 
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -46,7 +45,7 @@ def run(work: Callable[..., Any], processes: int, *args: Any, timeout: float = 5
     Raises AssertionError if a rank raises, dies, or does not end within `timeout` seconds.
     """
     with tempfile.TemporaryDirectory() as folder:
-        context = _server()
+        context = server()
         pipes = [context.Pipe(duplex=False) for _ in range(processes)]
         ranks = [
             context.Process(target=_main, args=(rank, processes, folder, pipes[rank][1], work, args), daemon=True)
@@ -71,33 +70,15 @@ def run_command(arguments: list[str], cwd: Path, timeout: float) -> subprocess.C
     """
     with tempfile.TemporaryDirectory() as name:
         out, err = Path(name, "out"), Path(name, "err")
-        process = _server().Process(target=_run_command, args=(arguments, str(cwd), str(out), str(err), environment()))
-        process.start()
-        assert process.pid is not None
-        process.join(timeout)
-        if process.exitcode is None:
+        process = forked.Process("launch.cli", arguments, cwd, out, err, environment())
+        try:
+            code = process.wait(timeout)
+        except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            process.join()
-            raise subprocess.TimeoutExpired(arguments, timeout, out.read_text(), err.read_text())
+            process.wait()
+            raise subprocess.TimeoutExpired(arguments, timeout, out.read_text(), err.read_text()) from None
         stdout, stderr = (path.read_text(errors="replace") for path in (out, err))
-        return subprocess.CompletedProcess(arguments, process.exitcode, stdout, stderr)
-
-
-def _run_command(arguments: list[str], cwd: str, out: str, err: str, variables: dict[str, str]) -> None:
-    """Run the clipfuse command in this process, its output in the files `out` and `err`.
-
-    variables: the environment; the fork server's own is that of the time when it started.
-    """
-    os.setsid()
-    for number, path in ((1, out), (2, err)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    os.chdir(cwd)
-    os.environ.clear()
-    os.environ.update(variables)
-    sys.argv = ["clipfuse", *arguments]
-    from launch.cli import main
-
-    sys.exit(main(arguments))
+        return subprocess.CompletedProcess(arguments, code, stdout, stderr)
 
 
 def _collect(receivers: list[Connection], deadline: float) -> list[Any]:
@@ -118,7 +99,7 @@ def _collect(receivers: list[Connection], deadline: float) -> list[Any]:
     return [results[rank] for rank in range(len(receivers))]
 
 
-def _server() -> Any:
+def server() -> Any:
     """Start the fork server if it does not run, with ENVIRONMENT, and return its multiprocessing context."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)

@@ -3,15 +3,13 @@
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.support import Small, environment, read_losses, read_sample_keys, run_clipfuse
-from tests.support.launches import TIMEOUT_SECONDS
+from tests.support import Small, read_losses, read_sample_keys, run_clipfuse
+from tests.support.launches import clipfuse_command, start_launcher
 
 STEPS = 150
 
@@ -36,12 +34,6 @@ def uninterrupted(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Pat
     run = tmp_path_factory.mktemp("uninterrupted") / "run"
     run_clipfuse("pretrain", "scenes", *settings(small, run, 0), cwd=run.parent)
     return run
-
-
-def start_run(small: Small, run: Path, workers: int) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "launch.cli", "pretrain", "scenes", *settings(small, run, workers)]
-    with (run.parent / "log.txt").open("ab") as log:
-        return subprocess.Popen(command, cwd=run.parent, env=environment(), stdout=log, stderr=log, start_new_session=True)
 
 
 def assert_equal_runs(run: Path, uninterrupted: Path) -> None:
@@ -69,27 +61,22 @@ def test_a_run_stopped_five_times_at_random_moments_equals_one_never_stopped(
 ) -> None:
     """Two stops are kill -9; the others save, exit with 75 and print the command that resumes."""
     run, rng, stop_step = tmp_path / "run", random.Random(0), 0
-    metrics, log = run / "metrics.jsonl", tmp_path / "log.txt"
+    metrics = run / "metrics.jsonl"
     for number, workers in STOPS:
         stop_step += rng.randint(2, 20)
-        before = len(log.read_text()) if log.exists() else 0
-        process = start_run(small, run, workers)
-        try:
-            while process.poll() is None and (not metrics.exists() or max(read_losses(run), default=0) < stop_step):
+        with start_launcher(*clipfuse_command("pretrain", "scenes", *settings(small, run, workers)), cwd=tmp_path) as started:
+            while started.process.poll() is None and (not metrics.exists() or max(read_losses(run), default=0) < stop_step):
                 time.sleep(0.01)
             time.sleep(rng.random() * 0.05)
-            assert process.poll() is None, log.read_text()[-3000:]
+            assert started.process.poll() is None, started.output[-3000:]
             if number != signal.SIGKILL:
-                process.send_signal(number)
-                assert process.wait(TIMEOUT_SECONDS) == 75
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        if number != signal.SIGKILL:
-            output = log.read_text()[before:]
-            assert f"stopped by {number.name}" in output
-            assert "resume with: clipfuse pretrain" in output
+                started.process.send_signal(number)
+                output = started.wait_for_exit(75)
+                assert f"stopped by {number.name}" in output
+                assert "resume with: clipfuse pretrain" in output
+            else:
+                os.killpg(started.process.pid, number)
+                started.wait_for_exit(-number)
         stop_step = max(read_losses(run))
         assert read_losses(run).items() <= read_losses(uninterrupted).items()
     run_clipfuse("pretrain", "scenes", *settings(small, run, 3), cwd=tmp_path)
