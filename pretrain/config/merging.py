@@ -20,6 +20,8 @@ def merge(base: dict[str, Any], override: dict[str, Any], section: str = "") -> 
     units = ALTERNATIVES.get(section, ())
     is_overridden = any(override.get(key) for key in units)  # 0 means that this unit is not used
     merged_values = without(base, [key for key in base if is_overridden and key in units])
+    if isinstance(override, Section):
+        merged_values.notes += override.notes
     _drop_other_args(merged_values, override, section)
     for key, value in override.items():
         old = merged_values.get(key)

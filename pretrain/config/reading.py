@@ -98,8 +98,13 @@ LONG_DASHES = ("\u2010", "\u2011", "\u2012", "\u2013", "\u2014", "\u2015", "\u22
 
 
 def parse_dotlist(dotlist: list[str]) -> dict[str, Any]:
-    """Parse settings: ["optim.lr=1e-3"] -> {"optim": {"lr": 0.001}}. Raises ConfigError."""
+    """Parse settings: ["optim.lr=1e-3"] -> {"optim": {"lr": 0.001}}. Of a key given twice the last counts, and a note says so.
+
+    Raises ConfigError.
+    """
     merged_values = Section()
+    texts: dict[str, str] = {}
+    repeated: dict[str, str] = {}
     for order, item in enumerate(dotlist):
         key, equals, text = item.partition("=")
         if item.startswith("-"):
@@ -110,11 +115,16 @@ def parse_dotlist(dotlist: list[str]) -> dict[str, Any]:
             raise ConfigError(f"{item!r} is not a setting; a part of its key is empty, write for example optim.lr=1e-3")
         if not equals or not key:
             raise ConfigError(f"{item!r} is not a setting; write key=value, for example optim.lr=1e-3")
+        if texts.setdefault(key, text) != text:
+            repeated[key] = f"{shorten(item)}, not {shorten(texts[key]) or 'empty'}"
+        texts[key] = text
         value, source = _parse_value(item, text, order)
         for name in reversed(key.split(".")):
             value, source = Section({name: value}, {name: source}), Source(None, None, COMMAND_LINE, order)
             source = source._replace(value=value)
         merged_values = merge(merged_values, value)
+    if repeated:
+        merged_values.notes.append(f"given more than once, the last counts: {'; '.join(repeated.values())}")
     return merged_values
 
 

@@ -42,7 +42,7 @@ class Section(dict[Any, Any]):
         self.replaces = False
         """Whether it replaces the mapping that it is merged over: it began as {} or null on the command line."""
         self.notes: list[str] = []
-        """What merging left out, one line each."""
+        """What merging left out or replaced, one line each."""
 
     def source(self, key: Any) -> Source | None:
         """Return the source of the value of `key`; None where the value was replaced since."""
@@ -88,7 +88,7 @@ def _text_of(node: yaml.Node) -> str | None:
 
 
 def notes(values: Any) -> Iterator[str]:
-    """Yield what merging left out of these values, one line each."""
+    """Yield what merging left out of these values or replaced in them, one line each."""
     if isinstance(values, Section):
         yield from values.notes
         for value in values.values():

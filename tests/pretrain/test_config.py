@@ -355,6 +355,18 @@ def test_another_architecture_comes_without_the_args_of_the_first(tmp_path: Path
     assert not list(notes(load_values(tmp_path / "a.yaml", ["image.size=32"])))
 
 
+def test_a_key_given_twice_is_said_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("count: 2\n")
+
+    def say(*settings: str) -> list[str]:
+        return list(notes(load_values(tmp_path / "a.yaml", list(settings))))
+
+    twice = ["count=3", "inner.lr=1", "count=4", "inner.lr=2", "count=5"]
+    assert say(*twice) == ["given more than once, the last counts: count=5, not 4; inner.lr=2, not 1"]
+    assert load_values(tmp_path / "a.yaml", twice) == {"count": 5, "inner": {"lr": 2}}
+    assert say("count=3", "count=3", "inner={}", "inner.lr=2") == []
+
+
 def test_errors_name_the_place_of_the_value_and_the_first_mistake(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("count: 2\n")
     for settings, expected in [
