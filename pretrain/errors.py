@@ -21,8 +21,8 @@ class ConfigError(UserError):
     """Wrong configuration or usage, detected before any work was done. The command exits with 2."""
 
 
-def closest(name: str, choices: list[str]) -> str:
-    """Return the end of an error message that suggests the nearest choice, or "" where none is near."""
+def closest(name: str, choices: list[str], prefix: str = "") -> str:
+    """Return the end of an error message that suggests the nearest choice, behind `prefix`, or "" where none is near."""
     by_lower_case = {choice.lower(): choice for choice in choices}
     matches = difflib.get_close_matches(name.lower(), list(by_lower_case), n=1)
-    return f"; did you mean {by_lower_case[matches[0]]!r}?" if matches else ""
+    return f"; did you mean {prefix + by_lower_case[matches[0]]!r}?" if matches else ""

@@ -13,6 +13,8 @@ from pretrain.runtime.entrypoint import USAGE
 
 Command = Callable[[argparse.Namespace], int]
 """Parsed arguments -> exit code."""
+_SETTINGS = ("init", "resume", "run", "seed")
+"""Settings without a dot that are easily taken for options."""
 Subparsers = argparse._SubParsersAction  # argparse has no public name for it
 
 
@@ -40,11 +42,16 @@ class Parser(argparse.ArgumentParser):
 
     def explain_unknown(self, word: str) -> str:
         """Return the end of an error message about a word that is no option: the nearest option, or the setting it may be."""
-        name, equals, _ = word.partition("=")
+        name, equals, value = word.partition("=")
+        key = name.lstrip("-")
+        is_setting = "." in key or key in _SETTINGS
         options = [option for option in self._option_string_actions if option.startswith("--")]
-        hint = f"; {name} is no option{closest(name, options)}" if word.startswith("-") and "." not in name else ""
-        if equals and "settings" in [action.dest for action in self._actions]:
-            hint += f"; settings have no dashes: {word.lstrip('-')}"
+        hint = f"; {name} is no option{closest(name, options)}" if word.startswith("-") and not is_setting else ""
+        if "settings" in [action.dest for action in self._actions] and (equals or is_setting):
+            after = self._words[self._words.index(word) + 1 :] if word in self._words else []
+            if not equals:
+                value = after[0] if after and not after[0].startswith("-") and "=" not in after[0] else "..."
+            hint += f"; settings have no dashes: {key}={value}"
         return hint
 
     def _is_option(self, word: str) -> bool:

@@ -109,7 +109,7 @@ def _build(
     for key in values:
         if key not in known:
             place, order = _origin(values, key, where)
-            hint = closest(str(key), list(known)) or _find_in_sections(schema, str(key))
+            hint = closest(str(key), list(known), prefix) or _find_in_sections(schema, str(key))
             message = f"unknown key {prefix}{key} {_place(place)}{hint}; valid: {', '.join(known)}"
             problems.append((order, ConfigError(message)))
     hints = typing.get_type_hints(schema)

@@ -19,7 +19,7 @@ from tests.support import ROOT
 from tests.support.launches import run_mistakes
 
 TYPOS = {
-    "pretrain scenes optim.l=3": "unknown key optim.l on the command line; did you mean 'lr'?",
+    "pretrain scenes optim.l=3": "unknown key optim.l on the command line; did you mean 'optim.lr'?",
     "pretrain scenes optm.lr=3 loss.name=clap": "unknown key optm on the command line; did you mean 'optim'?",
     "pretrain scenes loss.name=clap optm.lr=3": "loss.name=clap on the command line: no 'clap' in losses",
     "pretrain scenes optim.lr=fast": "optim.lr='fast' on the command line must be a number",
@@ -28,7 +28,7 @@ TYPOS = {
     "pretrain scenes --nproc 2 data.augment.scal=1": "unknown key data.augment.scal on the command line",
     "pretrain scenes --on slurm --nproc 2 image.sizes=1": "unknown key image.sizes on the command line",
     "finetune vqa loss.name=clip": "unknown key loss on the command line",
-    "finetune vqa fusion.layer=2": "unknown key fusion.layer on the command line; did you mean 'layers'?",
+    "finetune vqa fusion.layer=2": "unknown key fusion.layer on the command line; did you mean 'fusion.layers'?",
     "plan scenes --gpus 2 optim.l=1": "unknown key optim.l on the command line",
     "evaluate nowhere --data gone": "no run or checkpoint at nowhere",
     "evaluate . --data . --task retrieval --pretrained nowhere": "no run or checkpoint at nowhere",

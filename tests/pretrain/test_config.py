@@ -370,7 +370,7 @@ def test_a_key_given_twice_is_said_in_one_line(tmp_path: Path) -> None:
 def test_errors_name_the_place_of_the_value_and_the_first_mistake(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("count: 2\n")
     for settings, expected in [
-        (["inner.l=3"], "unknown key inner.l on the command line; did you mean 'lr'"),
+        (["inner.l=3"], "unknown key inner.l on the command line; did you mean 'inner.lr'"),
         (["on=perhaps"], "on='perhaps' on the command line must be true or false"),
         (["inner.lrr=1", "count=x"], "unknown key inner.lrr on the command line"),
         (["count=x", "inner.lrr=1"], "count='x' on the command line"),
