@@ -23,6 +23,7 @@ from finetune.tasks import EvalSetup, Task, survey
 from finetune.tasks.with_contrastive import add_contrastive_loss
 from pretrain import registry
 from pretrain.checkpoints import resuming, warm_start
+from pretrain.data.config import check_sources
 from pretrain.data.loader import Batch, Loader
 from pretrain.embedding.split import eval_mode
 from pretrain.errors import ConfigError, UserError
@@ -93,6 +94,7 @@ def suggest_commands(config: FinetuneConfig, folder: RunFolder, outcome: Outcome
 def describe(config: FinetuneConfig, options: DryRun) -> UserError | None:
     """Print what would run (--dry-run), and return why it would be refused; None = it would run. Collective."""
     differences, destination = list(dry_run.list_differences(config)), dry_run.find_destination(config)
+    check_sources(config.data.train, config.data.val)
     with run_tokenizer.temporary_tokenizer(config, destination.path, destination.checkpoint):
         parts = build(config, destination.checkpoint)
     lines = [f"init: {config.init} is there, and its weights fit"] if config.init and destination.checkpoint is None else []

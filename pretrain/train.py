@@ -17,6 +17,7 @@ from pretrain import registry
 from pretrain.checkpoints import export, resuming, warm_start
 from pretrain.config import SEED, check_numbers, component_field, text_field
 from pretrain.data import length_groups
+from pretrain.data.config import check_sources
 from pretrain.data.loader import DataConfig, Loader
 from pretrain.data.text import TextDecoder
 from pretrain.data.text_packing import TextPacking
@@ -148,6 +149,7 @@ def suggest_commands(config: PretrainConfig, folder: RunFolder, outcome: Outcome
 def describe(config: PretrainConfig, options: DryRun) -> UserError | None:
     """Print what would run (--dry-run), and return why it would be refused; None = it would run. Collective."""
     differences, destination = list(dry_run.list_differences(config)), dry_run.find_destination(config)
+    check_sources(config.data.train, config.data.val)
     with run_tokenizer.temporary_tokenizer(config, destination.path, destination.checkpoint):
         components = build(resuming.without_sources(config, destination.checkpoint))
     model = components.model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -187,6 +188,31 @@ def resolve_sources_once(spec: Any, where: str) -> list[SourceSpec]:
 def list_shards_once(spec: Any, where: str) -> list[str]:
     """Return the shards of all sources, as `resolve_sources_once` finds them. Collective."""
     return [path for source in resolve_sources_once(spec, where) for path in source.shards]
+
+
+def check_sources(train: Any, val: Any) -> None:
+    """Find the shards of data.train and data.val, and warn where both have the same file. Collective.
+
+    A path that matches nothing is an error now and not after a tokenizer or the first thousand steps were trained. Raises
+    ConfigError.
+    """
+    train_shards = [] if train == "synthetic" else list_shards_once(train, "data.train")
+    if val is None:
+        return
+    val_shards = list_shards_once(val, "data.val")
+    if not distributed.is_main():
+        return
+    places = set(_real_paths(train_shards))
+    shared = [path for path, place in zip(val_shards, _real_paths(val_shards), strict=True) if place in places]
+    if shared:
+        more = f" and {len(shared) - 1:,} more in data.val are" if len(shared) > 1 else " in data.val is"
+        log.warning(one_safe_line(f"{shared[0]}{more} in data.train, too: evaluation sees samples that the run trains on"))
+
+
+def _real_paths(paths: Sequence[str]) -> list[str]:
+    """Return the paths of local shards in their real folders, so that two spellings of one file are equal; urls as they are."""
+    folders = {folder: os.path.realpath(folder) for folder in {os.path.dirname(path) for path in paths if not is_remote(path)}}
+    return [path if is_remote(path) else os.path.join(folders[os.path.dirname(path)], os.path.basename(path)) for path in paths]
 
 
 def parse_sources(spec: Any, where: str) -> list[tuple[str | list[str], float | None]]:

@@ -27,7 +27,7 @@ from pretrain import model as models
 from pretrain import strategies
 from pretrain.checkpoints import loading, resuming, store, warm_start
 from pretrain.data import loader as loaders
-from pretrain.data.config import count_samples_once, evaluation_caption, list_shards_once, resolve_sources_once
+from pretrain.data.config import check_sources, count_samples_once, evaluation_caption, list_shards_once
 from pretrain.data.loader import Loader
 from pretrain.data.text import TextDecoder
 from pretrain.errors import ConfigError, UserError
@@ -167,6 +167,7 @@ def open_session(config: Any) -> Iterator[Session]:
             checkpoint = find_checkpoint(config, folder)
             if checkpoint is not None:
                 config.data.resume_streams(resuming.read_config(checkpoint).get("data", {}))
+            check_sources(config.data.train, config.data.val)
             run_tokenizer.set_tokenizer(config, folder.path, checkpoint)
             yield Session(config, folder, checkpoint, device, threads)
     except BaseException:
@@ -261,11 +262,8 @@ def _save_config_and_tokenizer(folder: Path, config: ModelSchema, tokenizer: Any
 def build_encoders(config: Any) -> tuple[Any, DualEncoder]:
     """Build the tokenizer (None for a model without texts) and the encoders.
 
-    The weights are the same on every process. Seeds torch's generator. Resolves data.val first, so that missing shards are
-    an error now and not after the first thousand steps. Raises UserError.
+    The weights are the same on every process. Seeds torch's generator. Raises UserError.
     """
-    if config.data.val is not None:
-        resolve_sources_once(config.data.val, "data.val")
     tokenizer = warm_start.choose_tokenizer(config.init, config.text) if config.text is not None else None
     torch.manual_seed(config.seed)
     return tokenizer, models.build(models.tower_configs(config), config.model, tokenizer)

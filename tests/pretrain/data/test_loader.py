@@ -19,6 +19,7 @@ from PIL import Image
 
 from pretrain.data import worker_pool
 from pretrain.data.captions import caption_id
+from pretrain.data.config import check_sources
 from pretrain.data.images import AugmentConfig, ImageDecoder
 from pretrain.data.loader import DataConfig, Loader, build_eval_loader, build_loader
 from pretrain.data.order import Order, ShardSource
@@ -575,6 +576,23 @@ def test_evaluation_of_the_first_samples(data, decoders):
         assert keys == [f"t-{n // 20:02d}/{n:04d}" for n in range(25)]
     with pytest.raises(ConfigError, match=r"^data.val=.*no file matches"):
         build_eval_loader(f"{data}/x-*.tar", decoders, 8)
+
+
+def test_shards_of_both_training_and_evaluation_are_said_in_one_line(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "link").symlink_to(data)
+    monkeypatch.chdir(tmp_path)
+    url = "https://host/t-00.tar"
+    check_sources("synthetic", f"{data}/t-00.tar")
+    check_sources([f"{data}/t-01.tar", url], [f"{data}/t-02.tar", "https://host/t-01.tar"])
+    check_sources(str(data), None)
+    assert not caplog.messages
+    check_sources([{"shards": [str(data)], "weight": 1.0}, {"shards": url, "weight": 1.0}], ["link/t-0[12].tar", url])
+    (line,) = caplog.messages
+    assert line.startswith("https://host/t-00.tar and 2 more in data.val are in data.train, too: evaluation ")
+    with pytest.raises(ConfigError, match=r"^data.train=gone: no file"):
+        check_sources("gone", "gone")
 
 
 # ---- methods of Batch, several captions, synthetic data ---------------------------------------------------------------

@@ -50,6 +50,19 @@ def test_a_dry_run_and_a_start_that_fails_leave_no_tokenizer(small: Small, in_tm
     assert not list(in_tmp.iterdir())
 
 
+@pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
+def test_paths_are_checked_before_a_tokenizer_is_trained(
+    small: Small, in_tmp: Path, capsys: pytest.CaptureFixture[str], dry_run: list[str]
+) -> None:
+    for key in ("data.train", "data.val"):
+        words = settings(small, "x", f"data.val={small.val}", "train.steps=4", f"{key}=gone/*.tar")
+        assert cli.main(["pretrain", "clipart", *words, *dry_run]) == 2
+        error = capsys.readouterr().err
+        assert f"clipfuse: {key}=gone/*.tar: no file matches gone/*.tar" in error
+        assert "trained one of" not in error
+        assert "the run trains" not in error
+
+
 def test_large_and_remote_data_need_one_and_the_error_gives_the_command(
     small: Small, in_tmp: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
