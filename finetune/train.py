@@ -19,6 +19,7 @@ from finetune.adapt import freeze
 from finetune.config import FinetuneConfig, load_config
 from finetune.evaluate import build_result, summary
 from finetune.model import FusionModel
+from finetune.next_commands import suggest_commands
 from finetune.tasks import EvalSetup, Task, survey
 from finetune.tasks.with_contrastive import add_contrastive_loss
 from pretrain import registry
@@ -33,7 +34,6 @@ from pretrain.runtime.console import log_info
 from pretrain.runtime.entrypoint import DryRun
 from pretrain.training import dry_run, run_end, run_tokenizer
 from pretrain.training.loop import Outcome, fit
-from pretrain.training.run_dir import RunFolder
 from pretrain.training.session import (
     build_encoders,
     build_eval_decoders,
@@ -68,7 +68,7 @@ def train(config: FinetuneConfig) -> Outcome:
         strategy = session.build_strategy()
         evaluation = build_evaluation(parts, session.device)
         outcome = fit(plan, session.folder, strategy, parts.model, parts.task, parts.loader, evaluation, session.checkpoint)
-        commands = suggest_commands(config, session.folder, outcome, lines[-1])
+        commands = suggest_commands(parts.config, parts.task, parts.eval_decoders, session.folder, outcome, lines[-1])
         run_end.print_end(session.folder, outcome, plan.primary_metric, partial(build_results_table, parts), commands)
         return outcome
 
@@ -80,15 +80,6 @@ def build_results_table(parts: Components, evaluated: run_end.Evaluated) -> Tabl
         evaluated.checkpoint, evaluated.step, config.data.val, config.task.name, parts.task, metrics, seconds=None
     )
     return summary(result)
-
-
-def suggest_commands(config: FinetuneConfig, folder: RunFolder, outcome: Outcome, exports: str) -> list[list[str]]:
-    """Return the words of the commands that a user may want next. exports: the line that names the formats."""
-    formats, data = run_end.named_formats(exports), run_end.data_option(config)
-    export_or_evaluate = ["clipfuse", "evaluate", str(folder.path), *data]
-    if formats:
-        export_or_evaluate = run_end.export_command(folder, formats[0], outcome.step)
-    return [run_end.report_command(folder), export_or_evaluate]
 
 
 def describe(config: FinetuneConfig, options: DryRun) -> UserError | None:

@@ -139,6 +139,8 @@ def build_results_table(config: PretrainConfig, evaluated: run_end.Evaluated) ->
 def suggest_commands(config: PretrainConfig, folder: RunFolder, outcome: Outcome, exports: str) -> list[list[str]]:
     """Return the words of the commands that a user may want next. exports: the line that names the formats."""
     commands, formats = [run_end.report_command(folder)], run_end.named_formats(exports)
+    for command in (run_end.evaluate_command, run_end.index_command, run_end.finetune_command):
+        commands += command(config, folder)
     if formats:
         commands.append(run_end.export_command(folder, formats[0], outcome.step))
     elif data := run_end.data_option(config):

@@ -170,7 +170,7 @@ def compute_word_maps(tuned: Finetuned, data: bytes, text: str, method: str = ME
         ConfigError: a wrong method or layer, or a tokenizer that does not report the characters of its tokens.
         UserError: an image that cannot be decoded, a text without words, or a model that maps do not apply to.
     """
-    image_decoder, text_decoder = find_decoders(tuned)
+    image_decoder, text_decoder = find_decoders(tuned.decoders)
     spans = TokenSpans(text_decoder, text)
     words = spans.find_words()
     if not words:
@@ -190,15 +190,15 @@ def compute_word_maps(tuned: Finetuned, data: bytes, text: str, method: str = ME
     return WordMaps(visible, spans.text, labels, values, answers, is_question, "", prediction.has_probabilities)
 
 
-def find_decoders(tuned: Finetuned) -> tuple[ImageDecoder, TextDecoder]:
-    """Return the image decoder and the text decoder of a model.
+def find_decoders(decoders: dict[str, Any]) -> tuple[ImageDecoder, TextDecoder]:
+    """Return the image decoder and the text decoder among the decoders of a model, by modality.
 
     A task may have wrapped the text decoder in its own. Raises UserError for a model without images or texts.
     """
-    image, text = tuned.decoders.get("image"), tuned.decoders.get("text")
+    image, text = decoders.get("image"), decoders.get("text")
     text = text if isinstance(text, TextDecoder) else getattr(text, "text", None)
     if not isinstance(image, ImageDecoder) or not isinstance(text, TextDecoder):
-        raise UserError(f"maps need images and texts; this model reads {', '.join(tuned.decoders)}")
+        raise UserError(f"maps need images and texts; this model reads {', '.join(decoders)}")
     return image, text
 
 
@@ -220,7 +220,7 @@ def sample_examples(
     question take turns, and the right answer is included. For others the text is the image's first caption. Whether the
     model is right plays no part in the choice.
     """
-    image_decoder, text_decoder = find_decoders(tuned)
+    image_decoder, text_decoder = find_decoders(tuned.decoders)
     decoders: dict[str, Any] = {"image": image_decoder, **({} if tuned.task.text_is_question else {"text": text_decoder})}
     decoders["thumbnail"] = ThumbnailDecoder(image_decoder.max_pixels)
     batches = loader.build_eval_loader(shards, decoders, 64, workers, max_samples=max_images)

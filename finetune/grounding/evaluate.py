@@ -102,7 +102,7 @@ def evaluate_grounding(tuned: Finetuned, shards: Any, config: GroundingConfig, d
         UserError: no word in the shards names an object with a box, or the model does not read images and texts.
     """
     config.check()
-    image_decoder, text_decoder = find_decoders(tuned)
+    image_decoder, text_decoder = find_decoders(tuned.decoders)
     decoders: dict[str, Any] = {"image": image_decoder, "sides": ImageSizeDecoder(image_decoder.max_pixels)}
     if not tuned.task.text_is_question:
         decoders["text"] = text_decoder

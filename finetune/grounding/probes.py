@@ -142,7 +142,7 @@ class Prober:
         """
         self.tuned, self.untrained, self.method, self.layer = tuned, untrained, method, layer
         self.chunk_size, self.device, self.vocabulary = chunk_size, device, vocabulary
-        self.image_decoder, self.text_decoder = find_decoders(tuned)
+        self.image_decoder, self.text_decoder = find_decoders(tuned.decoders)
 
     def measure(self, batch: Batch, texts: int) -> Iterator[Record]:
         """Yield the records of up to `texts` texts per image that name its objects, evenly spread."""

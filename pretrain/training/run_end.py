@@ -5,6 +5,7 @@ The figures are those of the checkpoint that `clipfuse evaluate RUN` takes. They
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Callable
@@ -104,6 +105,39 @@ def export_command(folder: RunFolder, format_name: str, step: int) -> list[str]:
     """Return the command that exports a run, to a folder that does not exist yet."""
     name = f"{folder.path}-{format_name}"
     return ["clipfuse", "export", str(folder.path), f"{name}-{step}" if Path(name).exists() else name, "--format", format_name]
+
+
+def evaluate_command(config: Any, folder: RunFolder) -> list[list[str]]:
+    """Return the command that evaluates a run on its data.val, as a list of one; [] without data.val."""
+    if not config.data.val:
+        return []
+    return [["clipfuse", "evaluate", str(folder.path), "--data", format_patterns(config.data.val, "data.val")]]
+
+
+def index_command(config: Any, folder: RunFolder) -> list[list[str]]:
+    """Return the command that makes the images of a run searchable, as a list of one; [] for data without images."""
+    data = data_option(config)
+    if not data or config.image is None or config.text is None:
+        return []
+    return [["clipfuse", "index", str(folder.path), *data, "--db", str(folder.path / "index")]]
+
+
+def finetune_command(config: Any, folder: RunFolder) -> list[list[str]]:
+    """Return the command that fine-tunes a run to re-rank on the same data, as a list of one; [] for synthetic data."""
+    data = config.data
+    if data.train == "synthetic" or config.image is None or config.text is None:
+        return []
+    settings = {"init": str(folder.path), "run": f"{folder.path}-retrieval", "data.train": data.train, "data.val": data.val}
+    for name in ("caption", "val_caption"):
+        if getattr(data, name) not in ("txt", None):
+            settings[f"data.{name}"] = getattr(data, name)
+    words = [f"{key}={_format_setting(value)}" for key, value in settings.items()]
+    return [["clipfuse", "finetune", "retrieval", *words, *([] if data.val else ["train.eval_every=0"])]]
+
+
+def _format_setting(value: Any) -> str:
+    """Return the text of a setting: a text as it is, lists and mappings as YAML reads them."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def data_option(config: Any) -> list[str]:

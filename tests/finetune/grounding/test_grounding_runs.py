@@ -91,7 +91,7 @@ def test_the_map_of_a_generated_word_is_that_of_the_position_before(runs: Path, 
     (trace,) = captured
     (cross_step,) = [step for step in trace.steps if step.kind == "cross"]
     weights = cross_step.records[0].weights.used.mean(dim=1).detach()
-    spans = TokenSpans(find_decoders(model)[1], "a red car")
+    spans = TokenSpans(find_decoders(model.decoders)[1], "a red car")
     (car,) = spans.find_words()[2].tokens[:1]
     torch.testing.assert_close(maps[0, car].flatten(), weights[0, car - 1])
 
