@@ -6,6 +6,7 @@
     loading.py      load(RUN): a fine-tuned model, ready to predict
     evaluate.py     the metrics of a fine-tuned run, for `clipfuse evaluate`
     export.py       ONNX graphs of encoders and head; model_card.py writes their model card
+    next_commands.py  the commands that a run prints at its end
     wise_ft.py      WiSE-FT: interpolation between pretrained and fine-tuned weights
 
     attention/      multi-head attention that can record its weights
