@@ -82,6 +82,24 @@ def test_separator_can_be_named(folder: Path) -> None:
         pack(folder / "t.csv", folder / "x", separator="")
 
 
+def test_options_without_effect_are_refused(folder: Path) -> None:
+    (folder / "t.csv").write_text("image,caption\nimg/000.jpg,a\n")
+    (folder / "t.jsonl").write_text('{"image": "img/000.jpg", "caption": "a"}\n')
+    (folder / "t.tar").touch()
+    for source, options, message in (
+        ("t.csv", {"caption_from": "lines"}, "--caption-from lines is for folders, and {} is a csv table; --caption-column"),
+        ("t.jsonl", {"caption_from": "path"}, "--caption-from path is for folders, and {} is a jsonl table; --caption-column"),
+        ("t.jsonl", {"separator": ";"}, "--separator ; is for csv, tsv and txt, and {} is a jsonl table"),
+        ("img", {"separator": ";"}, "--separator ; is for csv, tsv and txt, and {} is a folder of images"),
+        ("img", {"image_root": folder}, "--image-root {folder} is for tables, and {} is a folder of images"),
+        ("t.tar", {"image_column": "file"}, "--image-column file is for tables, and {} is a tar"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            pack(folder / source, folder / "x", **options)
+        assert str(caught.value).startswith(message.format(folder / source, folder=folder)), message
+    assert not (folder / "x").exists() or not list((folder / "x").glob("*.tar"))
+
+
 def test_separator_that_excel_declares(folder: Path) -> None:
     (folder / "t.csv").write_text("\ufeffsep=^\r\nimage^caption\r\nimg/000.jpg^a, b; c\r\n")
     assert pack_table(folder / "t.csv")[1] == {"img/000.jpg": ["a, b; c"]}
