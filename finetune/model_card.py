@@ -7,6 +7,7 @@ from typing import Any
 from finetune.loading import Finetuned
 from pretrain.formats import Encoders
 from pretrain.formats.model_card import OPENING_CODE, RESIZE_CODE, describe_model
+from pretrain.printable import format_count
 
 LOADING = """import json
 from pathlib import Path
@@ -69,7 +70,7 @@ def render_card(
     )
     rows = [
         ("task", task),
-        ("fusion", None if fusion is None else f"{fusion.name}, {fusion.layers} layers"),
+        ("fusion", None if fusion is None else f"{fusion.name}, {format_count(fusion.layers, 'layer')}"),
         ("context", None if fusion is None else tuned.config.context.name),
         ("answers", f"{len(task_values['names']):,}, named in task.json" if task_values["names"] else None),
         ("output", describe_output(task_values)),
@@ -78,6 +79,9 @@ def render_card(
             for graph, names in task_values["graphs"].items()
         ),
     ]
+    result = "were equal to the run's, bit for bit"
+    if difference:
+        result = f"differed from the run's by at most {difference:.1g} of the largest of them (or of 1)"
     lines = [
         "---",
         f"license: {license or 'unknown'}",
@@ -93,7 +97,7 @@ def render_card(
         code,
         "```",
         "",
-        f"In float32, its outputs differ from the run's by at most {difference:.1g} of the largest of them (or of 1).",
+        f"When they were written, the graphs were loaded: on test images and texts their float32 outputs {result}.",
         "",
         *describe_model(encoders, tuned.folder, tuned.step, license, rows),
     ]

@@ -10,6 +10,7 @@ from typing import Any
 from pretrain import config as configuration
 from pretrain.formats import Encoders
 from pretrain.formats.open_clip import is_transformers_text
+from pretrain.printable import format_count
 
 OPENING_CODE = """def open_picture(path):  # as in training: upright, 16 bits to 8, transparent pixels on white, RGB
     picture = ImageOps.exif_transpose(Image.open(path))
@@ -171,7 +172,8 @@ def describe_model(
 def _format_difference(difference: float | None) -> list[str]:
     if difference is None:
         return []
-    return [f"Loaded from this folder, its embeddings differ from the run's by at most {difference:.1g} in float32.", ""]
+    result = f"differed from the run's by at most {difference:.1g}" if difference else "were equal to the run's, bit for bit"
+    return [f"When it was written, the folder was loaded: on test images and texts its float32 embeddings {result}.", ""]
 
 
 def _format_notes(encoders: Encoders, format_name: str) -> list[str]:
@@ -244,14 +246,14 @@ def _describe_training(run: Path, step: int, metrics: list[dict[str, Any]]) -> l
     rows = [
         ("data", _format_shards(data.get("train"))),
         ("samples seen", f"{last['samples_seen'] * step // last['step']:,}" if last else None),
-        ("steps", f"{step:,} of {data.get('batch_size', 0):,} samples"),
+        ("steps", f"{step:,} of {format_count(data.get('batch_size', 0), 'sample')}"),
         ("loss", (values.get("loss") or values.get("task") or {}).get("name")),
         (
             "optimizer",
             ", ".join(f"{key} {optim[key]}" for key in ("lr", "weight_decay", "betas", "eps", "warmup") if key in optim),
         ),
         ("precision", train.get("precision")),
-        ("strategy", f"{train.get('strategy')}, {environment.get('processes', 1)} processes"),
+        ("strategy", f"{train.get('strategy')}, {format_count(environment.get('processes', 1), 'process')}"),
         ("started from", values.get("init")),
         ("seed", values.get("seed")),
         ("code", environment.get("git")),

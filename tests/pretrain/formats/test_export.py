@@ -25,6 +25,7 @@ from pretrain.data.shards.paths import expand_shards
 from pretrain.data.shards.reader import ShardReader
 from pretrain.data.text import TextDecoder, load_tokenizer
 from pretrain.formats import block_weights, mean_pooling, onnx, text_weights
+from pretrain.formats.model_card import _format_difference
 from pretrain.model import ModelSchema
 from tests.support import ROOT, TINY_TOWERS, Small, environment
 
@@ -264,13 +265,32 @@ def test_the_command_exports_a_trained_run(run: Path, samples: Any, tmp_path: Pa
     assert str(out) in capsys.readouterr().out
     card = (out / "README.md").read_text()
     assert card.startswith("---\nlicense: cc0-1.0\n")
-    for text in ("image to text R@1", "train-*.tar", "steps | 4 of 16", "lr 0.001", "create_model_from_pretrained", "400"):
+    for text in (
+        "image to text R@1",
+        "train-*.tar",
+        "steps | 4 of 16",
+        "| single, 1 process |",
+        "lr 0.001",
+        "create_model_from_pretrained",
+        "400",
+    ):
         assert text in card, text
     assert str(run) not in card
+    assert re.search(
+        r"on test images and texts its float32 embeddings (differed from the run's by at most [1-9]|were equal)", card
+    )
+    assert "at most 0" not in card
     model, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{out}")
     with torch.no_grad():
         embeddings = model.encode_image(torch.stack([preprocess(p) for p in open_images(samples)]), normalize=True)
     torch.testing.assert_close(embed(loading.load_model(run), samples)[0], embeddings, atol=1e-5, rtol=0)
+
+
+def test_the_card_says_what_was_measured() -> None:
+    measured = "When it was written, the folder was loaded: on test images and texts its float32 embeddings "
+    assert _format_difference(None) == []
+    assert _format_difference(0.0) == [f"{measured}were equal to the run's, bit for bit.", ""]
+    assert _format_difference(2.4e-7) == [f"{measured}differed from the run's by at most 2e-07.", ""]
 
 
 def test_the_card_of_an_earlier_checkpoint_describes_that_checkpoint(run: Path, tmp_path: Path) -> None:
