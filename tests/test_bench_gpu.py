@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.bench.gpu import SECTIONS, write_table
-from tests.support import ROOT, environment
+from tests.bench.gpu import SECTIONS, main, write_table
 
 
 def run_gpu_bench(out: Path, *options: str) -> list[dict[str, object]]:
     """Run the measurements without a GPU and return their rows."""
-    command = [sys.executable, "-m", "tests.bench.gpu", "--out", str(out), *options]
-    subprocess.run(command, cwd=ROOT, env=environment(), check=False, capture_output=True, timeout=540)
+    main(["--out", str(out), *options])
     rows: list[dict[str, object]] = json.loads((out / "gpu.json").read_text())
     return rows
 

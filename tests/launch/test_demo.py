@@ -10,14 +10,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.support import ROOT, environment, read_jsonl
+from tests.support import ROOT, environment, forked, read_jsonl
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_demo_runs_from_nothing_to_a_report(tmp_path: Path) -> None:
-    demo = [sys.executable, "-m", "launch.demo", "--minutes", "0.1", "--out", "demo"]
-    process = subprocess.run(demo, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=550, check=False)
+    process = forked.run("launch.demo", ["--minutes", "0.1", "--out", "demo"], tmp_path, 550)
     assert process.returncode == 0, process.stderr[-3000:]
     commands = ("data scenes", "tokenizer", "pretrain scenes-conv", "evaluate", "export", "embed", "report", "finetune vqa")
     for command in commands:

@@ -84,9 +84,9 @@ def run_clipfuse(
     """
     words = [str(argument) for argument in arguments]
     if fork:
-        from tests.support import world
+        from tests.support import forked
 
-        done = world.run_command(words, cwd, timeout)
+        done = forked.run("launch.cli", words, cwd, timeout)
     else:
         command = [sys.executable, "-m", "launch.cli", *words]
         done = subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout, check=False)

@@ -15,12 +15,15 @@ import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import traceback
 from collections.abc import Sequence
 from multiprocessing import util
 from pathlib import Path
 from typing import Any, NoReturn
+
+from tests.support import environment
 
 RANK_FOLDER = "CLIPFUSE_TEST_RANKS"
 """Environment variable: a folder in which each forked rank writes its pid, into a file named by its rank."""
@@ -61,6 +64,26 @@ class Process:
         self.send_signal(signal.SIGKILL)
 
 
+def run(
+    module: str, arguments: Sequence[str], cwd: Path, timeout: float, **more: str
+) -> subprocess.CompletedProcess[str]:
+    """Run `python -m MODULE ARGUMENTS` to its end, with `more` in its environment; return exit code and output.
+
+    Raises subprocess.TimeoutExpired after `timeout` seconds; the process and its children are killed.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        out, err = Path(name, "out"), Path(name, "err")
+        process = Process(module, arguments, cwd, out, err, environment(**more))
+        try:
+            code = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            raise subprocess.TimeoutExpired(module, timeout, out.read_text(), err.read_text()) from None
+        stdout, stderr = (path.read_text(errors="replace") if path.exists() else "" for path in (out, err))
+        return subprocess.CompletedProcess([module, *arguments], code, stdout, stderr)
+
+
 def _main(module: str, arguments: list[str], cwd: str, out: str, err: str, env: dict[str, str]) -> NoReturn:
     os.setsid()
     for number, path in ((1, out), (2, err)):
@@ -85,7 +108,8 @@ def run_module(module: str, arguments: Sequence[str], env: dict[str, str]) -> No
     multiprocessing.process.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     multiprocessing.forkserver._forkserver.__init__()  # type: ignore[misc]
     multiprocessing.resource_tracker._resource_tracker.__init__()  # type: ignore[misc]
-    subprocess_handler().SubprocessHandler._popen = _fork_rank
+    if module != "launch.demo":  # it computes before it starts ranks, and its threads would not survive a fork
+        subprocess_handler().SubprocessHandler._popen = _fork_rank
     sys.argv = [module, *arguments]
     code: Any = 1
     try:

@@ -26,8 +26,6 @@ from typing import Any
 import torch
 import torch.distributed as td
 
-from tests.support import environment, forked
-
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
@@ -61,24 +59,6 @@ def run(work: Callable[..., Any], processes: int, *args: Any, timeout: float = 5
             for rank in ranks:
                 rank.kill()
                 rank.join()
-
-
-def run_command(arguments: list[str], cwd: Path, timeout: float) -> subprocess.CompletedProcess[str]:
-    """Run the clipfuse command in a forked process with `cwd` as its working folder; return what it wrote and its exit code.
-
-    Raises subprocess.TimeoutExpired after `timeout` seconds; the process and its children are killed.
-    """
-    with tempfile.TemporaryDirectory() as name:
-        out, err = Path(name, "out"), Path(name, "err")
-        process = forked.Process("launch.cli", arguments, cwd, out, err, environment())
-        try:
-            code = process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            raise subprocess.TimeoutExpired(arguments, timeout, out.read_text(), err.read_text()) from None
-        stdout, stderr = (path.read_text(errors="replace") for path in (out, err))
-        return subprocess.CompletedProcess(arguments, code, stdout, stderr)
 
 
 def _collect(receivers: list[Connection], deadline: float) -> list[Any]:
