@@ -24,6 +24,10 @@ MAX_COLUMNS = 6  # tiles in a row
 _GAP, _LABEL = 12, 24
 COARSE_CELLS = 7  # cells per side up to which a map is drawn as its cells: smooth spots would promise more than it knows
 RING_THRESHOLD = 0.2  # as a share of the highest peak of the text: a word below it gets no ring
+LEGEND = (
+    "Color is attention: from dark red, little, to pale yellow, the most of any word; gray: almost none. "
+    "The circle marks where a word attends most."
+)
 _BLACK, _GRAY, _WHITE = (28, 30, 34), (110, 114, 120), (255, 255, 255)
 
 # Dark red to yellow, in perceptually even steps.

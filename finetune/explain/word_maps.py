@@ -94,8 +94,8 @@ class WordMaps:
         return lines
 
     def figure(self) -> Image.Image:
-        """Draw the image and one tile per word, under the text and the prediction."""
-        return heatmap.draw_figure(self.image, self.words, self.maps, self.caption_lines())
+        """Draw the image and one tile per word, under the text, the prediction and what the colors mean."""
+        return heatmap.draw_figure(self.image, self.words, self.maps, [*self.caption_lines(), heatmap.LEGEND])
 
     def tiles(self, side: int = heatmap.TILE) -> list[tuple[str, Image.Image]]:
         """Draw (word, its heat map on the image) for each word, for pages with their own layout.

@@ -31,6 +31,7 @@ import jinja2
 from markupsafe import Markup
 
 from finetune import loading as finetune_loading
+from finetune.explain import heatmap
 from launch.report import figures, finetuned
 from launch.report.charts import Series, draw_line_chart
 from launch.report.finetuned import FinetunedSection
@@ -123,6 +124,7 @@ def render(
         best, source = section.best_evaluation(history), "the validation samples"
     return environment.get_template("page.html.j2").render(
         section=section,
+        legend=heatmap.LEGEND,
         section_rows=section.build_rows(best) if section and best else [],
         name=history.folder.resolve().name,
         folder=shlex.quote(folder),

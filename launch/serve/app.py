@@ -20,6 +20,7 @@ from fastapi import FastAPI, Form, Request, Response, UploadFile
 from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+from finetune.explain.heatmap import LEGEND
 from finetune.explain.word_maps import compute_word_maps
 from finetune.search import query as queries
 from finetune.search.image_sources import Location, read_image
@@ -99,6 +100,7 @@ def build_app(searcher: Searcher, hosts: list[str] | None = None) -> FastAPI:
             query=query,
             results=results,
             words=words,
+            legend=LEGEND,
             problem=problem,
             place=searcher.index.place,
             fields=searcher.index.describe().fields,

@@ -361,6 +361,7 @@ def test_the_page_shows_results_and_where_each_word_looked(here: Path, client: T
     assert (thumbnail.headers["content-type"], Image.open(io.BytesIO(thumbnail.content)).format) == ("image/jpeg", "JPEG")
     words = re.findall(r'<label for="w\d+">([^<]+)</label>', page.text)
     assert words == ["a", "red", "car"]
+    assert page.text.count("The circle marks where a word attends most.") == 1
     reranker = clipfuse.load("runs/retrieval")
     assert isinstance(reranker, clipfuse.FinetunedModel)
     expected = dict(reranker.attend(f"hostile/{keys[0]}", "a red car").tiles(320))

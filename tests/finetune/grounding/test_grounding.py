@@ -19,6 +19,7 @@ from torch import Tensor
 from finetune import model as models
 from finetune.attention.trace import AttentionRecord, Step, Trace, Weights
 from finetune.config import FusionSchema
+from finetune.explain.heatmap import draw_figure
 from finetune.explain.token_spans import TokenSpans
 from finetune.explain.word_maps import WordMaps, compute_word_maps
 from finetune.grounding.evaluate import (
@@ -300,6 +301,8 @@ def test_word_maps_of_one_image_and_one_text(small: Small) -> None:
     boxes = boxes_to_cells(np.array([record["objects"][o]["box"] for o in mention.objects]), (0, 0, 64, 64), GRID)
     np.testing.assert_allclose(values, compute_coverage(boxes, GRID), atol=1e-6)
     assert maps.figure().size[0] > 300
+    without_legend = draw_figure(maps.image, maps.words, maps.maps, maps.caption_lines())
+    assert maps.figure().height > without_legend.height
     assert [word for word, _ in maps.tiles(80)] == maps.words
     for size, resize, visible in (
         ((4000, 1), "crop", (1, 1)),

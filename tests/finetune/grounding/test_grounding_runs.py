@@ -18,6 +18,7 @@ from PIL import Image
 
 import finetune
 from finetune.explain.attribution import METHODS
+from finetune.explain.heatmap import LEGEND
 from finetune.explain.token_spans import TokenSpans
 from finetune.explain.word_maps import compute_token_maps, compute_word_maps, find_decoders, sample_examples
 from finetune.grounding.evaluate import GroundingConfig, evaluate_grounding
@@ -193,6 +194,7 @@ def test_the_report_shows_answers_and_maps(runs: Path, small: Small, tmp_path: P
     assert "fine-tuning report" in page
     assert "75.0<small>%" in page
     assert page.count('<article class="query looks">') == 8
+    assert page.count(LEGEND) == 1
     for example in sample_examples(finetune.load(run), small.val, 8):
         assert html.escape(example.text, quote=False) in page
         assert page.count(f'<figcaption dir="auto">{example.words[-1]}</figcaption>') >= 1
