@@ -6,6 +6,8 @@ Shapes: b = samples, F = negative captions per sample, T = tokens of the longest
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,10 @@ from pretrain.data import BadSample
 from pretrain.data.sample_json import read_fields
 from pretrain.data.shards.paths import RawSample
 from pretrain.data.text import TextDecoder, normalize_whitespace
+from pretrain.printable import format_count
+
+LOOKED_AT = 256
+"""Samples of the training data whose json is looked at when a run starts."""
 
 
 class NegativeCaptions(TextDecoder):
@@ -39,6 +45,21 @@ class NegativeCaptions(TextDecoder):
     def targets(self, items: list[tuple[str, ...]]) -> dict[str, Any]:
         """Return negative_mask (b, F) bool: True for negative captions, False for padding."""
         return {"negative_mask": torch.tensor([[i < len(item) for i in range(self.draw)] for item in items])}
+
+
+def describe_foils(field: str, survey: Callable[[], Iterator[dict[str, Any]]]) -> str:
+    """Return a line on how many of the first samples have negative captions in a field of their json.
+
+    survey: iterates over the json of this process's share of the training samples. Collective.
+    """
+    values = list(islice(survey(), LOOKED_AT))
+    count = sum(bool(fields.get(field)) for fields in values)
+    if count:
+        return f"task.foils={field}: {count} of the first {format_count(len(values), 'sample')} have negative captions there"
+    return (
+        f"task.foils={field}: none of the first {format_count(len(values), 'sample')} has this field in its json, so negatives "
+        "come from the batch alone (as with task.foils=null)"
+    )
 
 
 def read_negative_captions(sample: RawSample, field: str) -> list[str]:

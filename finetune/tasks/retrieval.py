@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from finetune.attention.trace import Trace
 from finetune.model import Features, FusionModel, Head
 from finetune.tasks import EvalSetup, ExportSpec, Prediction, Survey, Task, global_weighted_mean, hard_negatives
-from finetune.tasks.negative_captions import NegativeCaptions
+from finetune.tasks.negative_captions import NegativeCaptions, describe_foils
 from finetune.tasks.reranking import Gallery, Ranking, evaluate_reranking, rank_candidates
 from pretrain import registry
 from pretrain.config import check_numbers
@@ -394,5 +394,10 @@ def _at_least_float32(values: Tensor) -> Tensor:
 
 
 def build(config: Config, survey: Survey | None) -> Retrieval:
-    """Build the task, which needs nothing from the training data."""
+    """Build the task. Log how many of the first training samples have negative captions, where these are asked for. Collective.
+
+    survey: iterates over the json of the training samples; None = the task of a trained model.
+    """
+    if survey is not None and config.foils is not None:
+        log_info(describe_foils(config.foils, survey))
     return Retrieval(config)

@@ -387,6 +387,19 @@ def test_negative_captions_of_a_sample(small: Small) -> None:
         items({"foils": "a red car"})
 
 
+def test_a_run_says_whether_the_data_has_negative_captions(capsys: pytest.CaptureFixture[str]) -> None:
+    def build(field: str | None) -> str:
+        samples = [{"foils": ["a"]}, {}, {"foils": []}] * 100
+        retrieval.build(retrieval.Config(foils=field), lambda: iter(samples))
+        return capsys.readouterr().err
+
+    assert build("foils") == "task.foils=foils: 86 of the first 256 samples have negative captions there\n"
+    assert build("hard").startswith("task.foils=hard: none of the first 256 samples has this field in its json, so negatives")
+    assert build(None) == ""
+    retrieval.build(retrieval.Config(foils="foils"), None)  # of a run that is loaded
+    assert capsys.readouterr().err == ""
+
+
 def test_prediction_for_one_text_per_image(small: Small, run: Path) -> None:
     """Only with score=matching is the number a probability."""
     loaded = finetune.load(run)
