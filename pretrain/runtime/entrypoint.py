@@ -122,7 +122,7 @@ def run(config: str, settings: list[str], dry_run: DryRun | None, module: str = 
     from pretrain.runtime.console import log_info
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers run in parallel already
-    with raise_on_stop_signals():
+    with raise_on_stop_signals(), _explain_stopped_dry_run(dry_run is not None):
         trainer: Any = importlib.import_module(f"{module}.train")
         preflight.check_launcher()
         preflight.watch_parent()
@@ -145,6 +145,17 @@ def run(config: str, settings: list[str], dry_run: DryRun | None, module: str = 
             return DONE
         finally:
             distributed.shutdown()
+
+
+@contextmanager
+def _explain_stopped_dry_run(is_dry_run: bool) -> Iterator[None]:
+    """Turn a signal to stop a dry run into a UserError: there is nothing to resume."""
+    try:
+        yield
+    except EarlyStop as stop:
+        if is_dry_run:
+            raise UserError(f"the dry run was stopped by {stop}; it has written nothing") from stop
+        raise
 
 
 def _describe(trainer: Any, path: Path, settings: list[str], dry_run: DryRun) -> int:

@@ -1,5 +1,7 @@
 """--dry-run: settings that differ from the defaults, device, folder, memory and `init`; the whole configuration with -v."""
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,8 @@ from launch.plan import GIB, estimate
 from launch.plan.measure import measure_model
 from pretrain.config import find_config, to_dict
 from pretrain.errors import UserError
-from pretrain.runtime import distributed
+from pretrain.runtime import distributed, entrypoint
+from pretrain.runtime.entrypoint import FAILED, DryRun, run_with_exit_code
 from pretrain.train import load_config
 from pretrain.training.run_dir import RunFolder
 from tests.support import Small
@@ -105,6 +108,19 @@ def test_the_folder_is_resumed_or_refused_as_a_run_would(
     with pytest.raises(UserError, match=r"cannot write into the run folder file/x: .*file is a file"):
         RunFolder("file/x").refuse_unusable()
     assert sorted(path for path in run.rglob("*")) == content
+
+
+def test_a_dry_run_that_is_stopped_has_nothing_to_resume(
+    small: Small, in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(config: object, model: object, processes: int) -> list[str]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return []
+
+    settings = small.settings("x", "train.steps=1")
+    assert run_with_exit_code(entrypoint.run, "scenes", settings, DryRun(estimate=stop)) == FAILED
+    assert capsys.readouterr().err.splitlines()[-1] == "clipfuse: the dry run was stopped by SIGTERM; it has written nothing"
+    assert not list(in_tmp.iterdir())
 
 
 def test_init_is_loaded(small: Small, run: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
