@@ -1,12 +1,15 @@
 """Fixtures of all tests: a small data set with a tokenizer, and an empty working folder."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
-# Tiny models gain nothing from a second thread, and threads of two test processes would compete for two cores.
+# Tiny models gain nothing from a second thread, and threads of two test processes would compete for two cores. Those that wait
+# must not spin: three processes with two threads each took 39 seconds for a loop, 8 without spinning, 3 with one thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from tests.support import Small, make_small
 
@@ -18,7 +21,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what is marked gpu on a machine without a GPU."""
+    """Skip what is marked gpu on a machine without a GPU. Compute with one thread, whatever a command in the last test chose."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
     if item.get_closest_marker("gpu") is not None:
         import torch
 
