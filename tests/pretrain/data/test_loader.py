@@ -480,19 +480,26 @@ def test_shards_are_prefetched(data, decoders, tmp_path):
         write_shard(tmp_path / f"s-{s}.tar", {f"{i}": good(i) for i in range(30)})
         (tmp_path / f"s-{s}_stats.json").write_text(json.dumps({"successes": 30}))
     before = set(children())
-    iterator = iter(loader(data, decoders, train=str(tmp_path), window=3, batch_size=10))
+    built = loader(data, decoders, train=str(tmp_path), window=3, batch_size=10)
+
+    def indexed() -> set[str]:
+        return {path.name.removesuffix(".idx") for path in tmp_path.glob("*.idx")}
+
+    looked_at = indexed()  # for lines in captions, when the loader was built
+    windows = {f"s-{shard}.tar" for batch in range(18) for shard in built._list_shards(batch)}
+    assert len(windows) == 6
+    iterator = iter(built)
     next(iterator)
-    indexed = 0
     for _ in range(300):
-        indexed = len(list(tmp_path.glob("*.idx")))
-        if indexed == 6:
+        if indexed() >= windows:
             break
         time.sleep(0.1)
-    assert indexed == 6  # those of the current and the next window
+    time.sleep(0.3)  # the prefetcher looks every 0.1 s whether it may go on
+    assert indexed() == windows | looked_at  # those of the current and the next window
     for _ in range(9):
         next(iterator)
     for _ in range(300):
-        if len(list(tmp_path.glob("*.idx"))) == 9:
+        if len(indexed()) == 9:
             break
         time.sleep(0.1)
     else:
