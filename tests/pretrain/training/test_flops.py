@@ -126,12 +126,16 @@ def test_a_convolutional_network_counts_as_an_eager_run() -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_shipped_configuration_is_counted(name: str) -> None:
+    """With two layers in each transformer."""
     config = load_config(find_config(name, "pretrain"), [])
     towers = models.tower_configs(config)
     for tower in towers.values():
         tower.pretrained = False
     if not config.text.args:  # a published model, which is not here
         config.text.name, config.text.args = None, {"model_type": "bert", **TEXT, "vocab_size": 50000}
+    if config.image.name.startswith("vit"):
+        config.image.args = {**config.image.args, "depth": 2}
+    config.text.args = {**config.text.args, "num_hidden_layers": 2}
     model = models.build(towers, config.model, PlaceholderTokenizer(49408))
     sample = build_sample(config.image.size, config.text.length)
     trained = count(model, sample)
