@@ -30,6 +30,7 @@ from pretrain.evaluation.chance import CHANCE, with_chance
 from pretrain.evaluation.retrieval import TIE, hit_probability, retrieval_metrics
 from pretrain.runtime import distributed
 from pretrain.runtime.agree import gather_or_raise, on_all, on_main
+from pretrain.runtime.progress import report_progress
 from pretrain.towers import TokenSequence
 
 KS = (1, 5, 10)
@@ -304,6 +305,7 @@ def _score_candidates(
         score(queries[:1], rows[:1])  # warm up: one-time costs are not part of the time per query
     begin = time.perf_counter()
     step = max(1, PAIRS // k)
-    for start in range(0, len(queries), step):
+    for batch in report_progress("re-ranking", -(-len(queries) // step)):
+        start = batch * step
         out.append(score(queries[start : start + step], rows[start : start + step]))
     return torch.cat(out), time.perf_counter() - begin

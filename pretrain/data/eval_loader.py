@@ -23,6 +23,7 @@ from pretrain.data.worker_pool import run_workers
 from pretrain.errors import UserError
 from pretrain.printable import one_safe_line
 from pretrain.runtime.agree import on_main
+from pretrain.runtime.progress import report_progress
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ class EvalLoader:
         self.bad.clear()
         num_batches = -(-len(self._sample_range) // self._size)
         with run_workers(self._evaluation, self._iterate_addresses(), min(self._workers, num_batches)) as results:
-            for _ in range(num_batches):
+            for _ in report_progress("evaluating", num_batches):
                 part = next(results)
                 if part.problem:
                     raise UserError(part.problem)

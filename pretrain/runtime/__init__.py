@@ -7,6 +7,7 @@
     watchdog.py      heartbeats of all processes: a dead or stalled one ends the run with a line that names it
     flight_recorder.py  collectives that each process has begun, by torch's flight recorder
     signals.py       SIGINT, SIGTERM and SIGUSR1: save and stop at the same step on all processes
+    progress.py      lines that say how far an evaluation is
     orphans.py       no process outlives the one that started it
     background.py    an iterator that a thread reads, one item ahead
     device_copy.py   copies to a GPU that the host does not wait for

@@ -55,6 +55,11 @@ class ProgressBar:
         if self._live:
             self._progress.update(self._task, completed=step)
 
+    def show(self, text: str) -> None:
+        """Show a text in the live bar, until the next metrics."""
+        if self._live:
+            self._progress.update(self._task, metrics=text)
+
     def log(self, line: dict[str, Any], eta_seconds: float) -> None:
         """Show the metrics of a log step.
 

@@ -29,6 +29,20 @@ _EXIT_SECONDS = 2.0
 """How long a process that ends waits for its thread, which ends as soon as no process awaits its answer."""
 
 
+class EvaluationStop(BaseException):
+    """A signal to stop arrived during an evaluation, which ends for it."""
+
+
+_interruptible: list[StopRequest] = []
+"""The request of the run that is evaluating, where its evaluation may end; else empty."""
+
+
+def raise_if_stopped() -> None:
+    """Raise EvaluationStop where an evaluation may end for a signal to stop, and one has arrived."""
+    if any(stop.signal_number for stop in _interruptible):
+        raise EvaluationStop
+
+
 class StopRequest:
     """The signal to stop that this process received, if any; all processes agree on it before they stop."""
 
@@ -53,6 +67,16 @@ class StopRequest:
         """
         number = self.signal_number if self._agreement is None else self._agreement.end_step(self.signal_number)
         return signal.Signals(number).name if number else ""
+
+    @contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """Let raise_if_stopped() raise inside the block, in a process alone: several finish what they do together."""
+        if self._agreement is None:
+            _interruptible.append(self)
+        try:
+            yield
+        finally:
+            _interruptible.clear()
 
     @contextmanager
     def agreement(self) -> Iterator[None]:

@@ -97,6 +97,17 @@ def fit(
             guarded = GuardedObjective(timed, run.spikes)
             strategy.model.train()
 
+            was_evaluation_due = run.is_evaluation_due
+            if was_evaluation_due:  # a signal ended it
+                watchdog.mark(begin, "evaluating")
+                bar.show("evaluating")
+                is_best = run.evaluate_safely(log, stop)
+                if run.is_evaluation_due:
+                    reason = f"stopped by {stop.agreed_signal()}"
+                    folder.write_status("stopped", reason, run.step)
+                    return Outcome("stopped", reason, run.step, run.results)
+                run.save(is_best)
+
             for step in range(begin, plan.total_steps):
                 # -- one batch, one optimizer step
                 watchdog.mark(step, "waiting for data")
@@ -138,18 +149,19 @@ def fit(
                 is_best = False
                 if evaluate is not None and (is_last or (plan.eval_every and run.step % plan.eval_every == 0)):
                     watchdog.mark(step, "evaluating")
+                    bar.show("evaluating")
                     with meter.exclude(), profiler.phase(SAVING):
-                        is_best = run.evaluate_safely(log)
+                        is_best = run.evaluate_safely(log, stop)
                 stop_signal = stop.agreed_signal()
                 if is_last or stop_signal or is_best or run.step % train.save_every == 0:
                     watchdog.mark(step, "saving")
                     with meter.exclude(), profiler.phase(SAVING):
                         run.save(is_best, is_complete=is_last and not int(skipped_in_a_row))
-                if stop_signal and not is_last:
+                if stop_signal and (not is_last or run.is_evaluation_due):
                     reason = f"stopped by {stop_signal}"
                     folder.write_status("stopped", reason, run.step)
                     return Outcome("stopped", reason, run.step, run.results)
-            if begin >= plan.total_steps:
+            if begin >= plan.total_steps and not was_evaluation_due:
                 log_info(
                     f"nothing left to train: step {run.step} of {plan.total_steps} is done, as {folder.path}/config.yaml says; "
                     "run=NEW trains with other settings"

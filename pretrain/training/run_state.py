@@ -22,6 +22,7 @@ from pretrain.runtime import distributed, memory
 from pretrain.runtime.agree import on_main
 from pretrain.runtime.console import log_info
 from pretrain.runtime.files import save_weights
+from pretrain.runtime.signals import EvaluationStop, StopRequest
 from pretrain.runtime.watchdog import Watchdog
 from pretrain.strategies import Strategy
 from pretrain.strategies.batch_norm import refuse_chunks
@@ -114,6 +115,8 @@ class Run:
         """The last checkpoint that a step with finite gradients has followed, so that its weights are known to be good."""
         self.best_score = -math.inf
         self.results: dict[str, float] = {}
+        self.is_evaluation_due = False
+        """Whether a signal ended the evaluation of this step, which is made up for when the run resumes."""
         self.spikes = SpikeWatch(plan.train, strategy.device)
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -143,6 +146,7 @@ class Run:
         self.loader.load_state_dict(trainer_state["loader"])
         self.skipped, self.best_score, self.step = trainer_state["skipped"], trainer_state["best"], trainer_state["step"]
         self.results = trainer_state["results"]
+        self.is_evaluation_due = trainer_state.get("is_evaluation_due") is True and self.evaluate is not None
         if checkpoint.resolve().parent == self.folder.checkpoints.resolve():
             checkpoint = self.folder.checkpoints / checkpoint.name  # as rotation spells it, however resume=PATH does
         self.saved, self.saved_step, self.saved_skipped = checkpoint, self.step, self.skipped
@@ -235,6 +239,7 @@ class Run:
                     "skipped": self.skipped,
                     "best": self.best_score,
                     "results": self.results,
+                    "is_evaluation_due": self.is_evaluation_due,
                     "spikes": self.spikes.state_dict(),
                     "good": good.name if good is not None and good.parent == self.folder.checkpoints else None,
                 }
@@ -347,16 +352,24 @@ class Run:
     # -----------------------------------------------------------------------------------------------------------------
     # Evaluation
 
-    def evaluate_safely(self, log: RunLog) -> bool:
+    def evaluate_safely(self, log: RunLog, stop: StopRequest) -> bool:
         """Evaluate, and return whether the model is the best so far.
 
-        An evaluation that fails (its shards are gone, for example) loses no training: a checkpoint is saved first.
+        An evaluation that fails (its shards are gone, for example) loses no training: a checkpoint is saved first. A signal to
+        stop ends it, and it is due when the run resumes.
         """
         try:
-            return self._evaluate(log)
+            with stop.interrupting():
+                is_best = self._evaluate(log)
+        except EvaluationStop:
+            self.is_evaluation_due = True
+            log_info(f"the evaluation at step {self.step} is not finished: it begins anew when the run resumes")
+            return False
         except UserError:
             self.save()
             raise
+        self.is_evaluation_due = False
+        return is_best
 
     def _evaluate(self, log: RunLog) -> bool:
         """Evaluate the averaged weights, log the metrics, and return whether they are the best so far."""
