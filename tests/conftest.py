@@ -21,7 +21,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what is marked gpu on a machine without a GPU. Compute with one thread, whatever a command in the last test chose."""
+    """Skip what is marked gpu on a machine without a GPU. Compute with one thread, whatever the last test chose."""
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
     if item.get_closest_marker("gpu") is not None:

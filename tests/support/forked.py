@@ -64,9 +64,7 @@ class Process:
         self.send_signal(signal.SIGKILL)
 
 
-def run(
-    module: str, arguments: Sequence[str], cwd: Path, timeout: float, **more: str
-) -> subprocess.CompletedProcess[str]:
+def run(module: str, arguments: Sequence[str], cwd: Path, timeout: float, **more: str) -> subprocess.CompletedProcess[str]:
     """Run `python -m MODULE ARGUMENTS` to its end, with `more` in its environment; return exit code and output.
 
     Raises subprocess.TimeoutExpired after `timeout` seconds; the process and its children are killed.

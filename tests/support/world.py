@@ -12,8 +12,6 @@ import io
 import multiprocessing
 import multiprocessing.forkserver
 import os
-import signal
-import subprocess
 import tempfile
 import time
 import traceback
