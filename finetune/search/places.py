@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +24,9 @@ def choose_backend(place: str, backend: str | None = None) -> str:
 def create_index(place: str, description: Description, backend: str | None = None) -> VectorIndex:
     """Make an empty index and open it for writing. Raises UserError."""
     is_exact = choose_backend(place, backend) == "exact"
-    return ExactIndex.create(place, description) if is_exact else MilvusIndex.create(place, description)
+    index: VectorIndex = ExactIndex.create(place, description) if is_exact else MilvusIndex.create(place, description)
+    index.token_folder = find_token_folder(place)
+    return index
 
 
 def open_index(place: str, backend: str | None = None, is_writable: bool = False) -> VectorIndex:
@@ -32,4 +35,14 @@ def open_index(place: str, backend: str | None = None, is_writable: bool = False
     Raises NoIndexError where there is none, and UserError where it is damaged or its server does not answer.
     """
     is_exact = choose_backend(place, backend) == "exact"
-    return ExactIndex(place, is_writable) if is_exact else MilvusIndex(place)
+    index: VectorIndex = ExactIndex(place, is_writable) if is_exact else MilvusIndex(place)
+    index.token_folder = find_token_folder(place)
+    return index
+
+
+def find_token_folder(place: str) -> Path | None:
+    """Return the folder of the token features of an index, see token_store.py; None for an index on a server."""
+    if milvus.is_server(place):
+        return None
+    path = Path(os.path.abspath(place))
+    return path.with_name(path.name + ".tokens")

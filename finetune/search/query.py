@@ -4,9 +4,9 @@
     result = searcher.search(Query(text="black leather sofa", filter="price < 900"))
 
 The query's embedding is the mean of those of text and image, less NOT_WEIGHT times the mean of those of the words that are
-not wanted. With a re-ranker, the first `candidates` of this order are scored again from their images, where text and image
-meet in cross-attention, and ordered by score(text) - NOT_WEIGHT x mean score(unwanted words). The rest keeps its order, and
-so does all of a query without a text.
+not wanted. With a re-ranker, the first `candidates` of this order are scored again by cross-attention between the words and
+the tokens of each image (reranking.py), and ordered by score(text) - NOT_WEIGHT x mean score(unwanted words). The rest keeps
+its order, and so does all of a query without a text.
 
 Legend: k = results, c = candidates, D = width of the shared space.
 """
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,22 +24,19 @@ import torch
 from torch.nn import functional as F
 
 from finetune.loading import Finetuned
-from finetune.search.image_sources import Location, read_image
 from finetune.search.indexing import check_model, describe_model
+from finetune.search.reranking import Reranker
 from finetune.search.vector_index import Hit, VectorIndex, Vectors
 from pretrain.checkpoints.loading import LoadedModel, load_model
 from pretrain.data import BadSample
 from pretrain.data.captions import normalize_whitespace
 from pretrain.embedding.encoder import build_text_encoder, eval_mode
 from pretrain.errors import ConfigError, UserError
-from pretrain.runtime.console import log_info
 
 NOT_WEIGHT = 0.5
 """Weight of the words that are not wanted."""
 CANDIDATES = 32
 """Images that are re-ranked."""
-_PAIRS = 32
-"""Pairs of text and image per forward pass of the re-ranker."""
 
 
 @dataclass
@@ -88,7 +84,7 @@ class Results:
 
     results: list[Result]
     milliseconds: dict[str, float]
-    """Of each stage: encode, search, rerank."""
+    """Of each stage: encode (the query), search, fetch (the candidates' token features), rerank; and total."""
     notes: list[str] = field(default_factory=list)
     """What the user should know: a query that was cut, images that could not be read."""
 
@@ -133,28 +129,24 @@ class Searcher:
     ) -> None:
         """Raises UserError where the model lacks the text tower, or the re-ranker is not one of retrieval."""
         self.index, self.loaded, self.device, self.reranker = index, loaded, device, reranker
-        if reranker is not None and str(reranker.config.task.name) != "retrieval":
-            raise UserError(
-                f"--rerank {reranker.folder} is a run of {reranker.config.task.name}; re-ranking needs one of retrieval"
-            )
+        self._reranker = Reranker(reranker, index, device) if reranker is not None else None
         loaded.model.to(device)
-        if reranker is not None:
-            reranker.model.to(device).eval()
 
     def search(self, query: Query) -> Results:
         """Return the best images. Raises UserError for an image that is none, and ConfigError for a filter that is none."""
         query.validate()
         results = Results([], {})
-        with _timed(results, "encode"):
-            vector = self.encode(query, results.notes)
-        is_reranked = self.reranker is not None and bool(query.text.strip())
-        number = max(query.k, query.candidates) if is_reranked else query.k
-        with _timed(results, "search"):
-            hits = self.index.search(vector[None], number, query.filter)[0]
-        results.results = [Result(hit, rank) for rank, hit in enumerate(hits, start=1)]
-        if is_reranked and hits:
-            with _timed(results, "rerank"):
-                results.results = self._rerank(query, results.results, results.notes)
+        with _timed(results, "total"):
+            with _timed(results, "encode"):
+                vector = self.encode(query, results.notes)
+            reranker = self._reranker if query.text.strip() else None
+            number = max(query.k, query.candidates) if reranker is not None else query.k
+            with _timed(results, "search"):
+                hits = self.index.search(vector[None], number, query.filter)[0]
+            results.results = [Result(hit, rank) for rank, hit in enumerate(hits, start=1)]
+            if reranker is not None and hits:
+                self._rerank(query, results, reranker)
+        results.milliseconds["total"] = results.milliseconds.pop("total")  # in the order of time
         results.results = results.results[: query.k]
         return results
 
@@ -204,44 +196,22 @@ class Searcher:
     # -----------------------------------------------------------------------------------------------------------------
     # Re-ranking
 
-    def _rerank(self, query: Query, results: list[Result], notes: list[str]) -> list[Result]:
-        """Return the results with the first candidates in the order of the re-ranker's scores."""
-        first = results[: query.candidates]
-        images: list[bytes | None]
-        with ThreadPoolExecutor(8) as pool:
-            images = list(pool.map(self._read, first))
-        usable = [(result, image) for result, image in zip(first, images, strict=True) if image is not None]
-        if len(usable) < len(first):
-            notes.append(f"{len(first) - len(usable)} of {len(first)} candidates could not be read, and are not re-ranked")
-        files = [image for _, image in usable]
-        scores = self._score(files, query.text)
-        for text in query.unwanted:
-            scores = scores - NOT_WEIGHT / len(query.unwanted) * self._score(files, text)
-        for (result, _), score in zip(usable, scores.tolist(), strict=True):
-            result.match = score
-        ordered = sorted((result for result, _ in usable), key=lambda result: -(result.match or 0.0))
-        return ordered + [result for result in results if result.match is None]
-
-    def _read(self, result: Result) -> bytes | None:
-        """Return the file of an image that can be decoded, else None."""
-        image = result.hit.image
-        assert self.reranker is not None
-        try:
-            data = read_image(Location(image.source, image.offset, image.size))
-            self.reranker.decoders["image"].decode_eval(data)
-        except (UserError, BadSample) as error:
-            log_info(f"{image.key} is not re-ranked: {error}")
-            return None
-        return data
-
-    def _score(self, files: list[bytes], text: str) -> torch.Tensor:
-        """Return (c,) the scores of images with a text: what the run's evaluation orders by."""
-        assert self.reranker is not None
-        scores = [torch.zeros(0, dtype=torch.float64)]
-        for begin in range(0, len(files), _PAIRS):
-            part = files[begin : begin + _PAIRS]
-            scores.append(self.reranker.predict(part, [text] * len(part)).score.double().cpu())
-        return torch.cat(scores)
+    def _rerank(self, query: Query, results: Results, reranker: Reranker) -> None:
+        """Put the first candidates into the order of the re-ranker's scores."""
+        first = results.results[: query.candidates]
+        with _timed(results, "fetch"):
+            positions, images = reranker.fetch([result.hit.image for result in first], results.notes)
+        if images is None:
+            return
+        with _timed(results, "rerank"):
+            scores = reranker.score(images, query.text)
+            for text in query.unwanted:
+                scores = scores - NOT_WEIGHT / len(query.unwanted) * reranker.score(images, text)
+        for position, score in zip(positions, scores.tolist(), strict=True):
+            first[position].match = score
+        scored = [result for result in first if result.match is not None]
+        ordered = sorted(scored, key=lambda result: (-(result.match or 0.0), result.rank))
+        results.results = ordered + [result for result in results.results if result.match is None]
 
 
 def describe_cut(decoder: Any, text: str) -> str:

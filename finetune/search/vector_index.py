@@ -13,6 +13,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -110,6 +111,8 @@ class VectorIndex(ABC):
     def __init__(self, place: str, description: Description) -> None:
         """place: how messages name the index."""
         self.place, self.description = place, description
+        self.token_folder: Path | None = None
+        """Where token features for re-ranking are kept, if there are any; None = nowhere. Set by places.py."""
 
     # -----------------------------------------------------------------------------------------------------------------
     # What users of an index call
@@ -133,6 +136,10 @@ class VectorIndex(ABC):
         last = {image.key: i for i, image in enumerate(images)}
         rows = sorted(last.values())
         if rows:
+            if self.token_folder is not None and self.token_folder.is_dir():
+                from finetune.search import token_store  # imports torch
+
+                token_store.forget(self.token_folder, list(last))
             self._upsert([images[i] for i in rows], vectors[rows])
 
     def delete(self, keys: Sequence[str] | None = None, filter: str | Filter | None = None) -> int:

@@ -48,6 +48,10 @@ WINDOW = 200
 """Number of steps over which the matching loss is compared with that of a constant prediction."""
 
 
+Encoded = tuple[TokenSequence, Tensor | None]
+"""Tokens and embeddings, as FusionModel.tokens_and_embedding returns them."""
+
+
 @dataclass
 class Config:
     """Weights of the losses, negatives, and re-ranking."""
@@ -377,15 +381,24 @@ class Retrieval(Task):
         With score=sum it is `score`, matching logit + contrastive logit, which is not a probability: (-inf, inf). With
         score=matching it is `match`, the probability that text and image match; `Prediction.score` is then its logit.
         """
-        head, adds_similarity = cast(MatchingHead, model.head), self.config.score == "sum"
-        text, text_embedding = model.tokens_and_embedding("text", inputs["text"], masks["text"], embed=adds_similarity)
-        image, image_embedding = model.tokens_and_embedding("image", inputs["image"], embed=adds_similarity)
-        logits = head.match(model, text, image, trace).double()
-        if text_embedding is None or image_embedding is None:
-            return Prediction([[("match", p)] for p in logits.detach().sigmoid().tolist()], logits)
-        similarity = (text_embedding.double() * image_embedding.double()).sum(dim=1)
-        scores = logits + model.encoder.logit_scale.exp().double() * similarity
+        adds_similarity = self.config.score == "sum"
+        text = model.tokens_and_embedding("text", inputs["text"], masks["text"], embed=adds_similarity)
+        image = model.tokens_and_embedding("image", inputs["image"], embed=adds_similarity)
+        scores = self.score_pairs(model, text, image, trace)
+        if not adds_similarity:
+            return Prediction([[("match", p)] for p in scores.detach().sigmoid().tolist()], scores)
         return Prediction([[("score", score)] for score in scores.tolist()], scores, has_probabilities=False)
+
+    def score_pairs(self, model: FusionModel, text: Encoded, image: Encoded, trace: Trace | None = None) -> Tensor:
+        """Return (b,) float64, what evaluation orders pairs by, of b texts and b images.
+
+        With score=matching, embeddings may be None.
+        """
+        logits = cast(MatchingHead, model.head).match(model, text[0], image[0], trace).double()
+        if self.config.score != "sum":
+            return logits
+        similarity = (cast(Tensor, text[1]).double() * cast(Tensor, image[1]).double()).sum(dim=1)
+        return logits + model.encoder.logit_scale.exp().double() * similarity
 
 
 def _at_least_float32(values: Tensor) -> Tensor:

@@ -34,6 +34,12 @@ def add_commands(commands: Subparsers[argparse.ArgumentParser]) -> None:
     p.add_argument("--replace", action="store_true", help="encode images again that the index has")
     p.add_argument("--caption", default="", metavar="FIELD", help="txt, or a field of the json (default: the model's)")
     p.add_argument("--batch-size", type=positive_int, default=64, metavar="N", help="images encoded at a time (default 64)")
+    p.add_argument(
+        "--rerank", metavar="RUN", help="keep the token features of a retrieval run, so that search --rerank is fast"
+    )
+    p.add_argument(
+        "--pool", type=whole_number(1, 16), default=1, metavar="N", help="of --rerank: keep means of N x N regions (default 1)"
+    )
     p.add_argument("--backend", choices=["exact", "milvus"], help="instead of what the name of the place says")
     p.add_argument("--json", action="store_true", help="print one JSON object at the end")
 
@@ -67,7 +73,11 @@ def add_commands(commands: Subparsers[argparse.ArgumentParser]) -> None:
 
 def index(args: argparse.Namespace) -> int:
     """Run `clipfuse index`; a signal to stop ends it with exit code 75."""
-    check_run(args.run)
+    for run in (args.run, args.rerank):
+        if run is not None:
+            check_run(run)
+    if args.pool != 1 and args.rerank is None:
+        raise ConfigError("--pool goes with --rerank, whose token features it makes smaller")
     from finetune.search.fields import parse_fields
 
     parse_fields(args.fields)  # before torch is imported
@@ -84,7 +94,8 @@ def index(args: argparse.Namespace) -> int:
 def _index(args: argparse.Namespace) -> int:
     from dataclasses import asdict
 
-    from finetune.search import embeddings, image_sources, indexing
+    from finetune import loading
+    from finetune.search import embeddings, image_sources, indexing, reranking
     from launch.cli.progress import progress_bar
     from pretrain.checkpoints.loading import load_model
     from pretrain.embedding.dataset import is_embedding_folder
@@ -99,14 +110,32 @@ def _index(args: argparse.Namespace) -> int:
         raise ConfigError("--images goes with --data that clipfuse embed wrote")
     shards = args.images if embedded else args.data
     source = image_sources.open_sources(shards, "--images" if embedded else "--data") if shards else None
+    if args.rerank is not None and source is None:
+        raise ConfigError("--rerank with --data that clipfuse embed wrote needs --images: it reads the images")
     loaded = load_model(args.run)
+    tuned = loading.load(args.rerank) if args.rerank is not None else None
+    if tuned is not None:
+        with indexing.open_for(args.db, loaded, options) as opened:
+            reranking.check_store(tuned, opened, args.pool)
     with progress_bar("indexing") as progress:
         if embedded:
             summary = embeddings.index_embeddings(loaded, Path(embedded[0]), source, args.db, options, progress)
         else:
             assert source is not None
             summary = indexing.index_images(loaded, source, args.db, options, distributed.device(), progress)
-    print(json.dumps(asdict(summary)) if args.json else one_safe_line(str(summary)), flush=True)
+    tokens = None
+    if tuned is not None:
+        assert source is not None
+        with progress_bar("token features") as progress, indexing.open_for(args.db, loaded, options) as opened:
+            tokens = reranking.index_tokens(
+                tuned, source, opened, args.name, args.pool, args.batch_size, distributed.device(), progress
+            )
+    if args.json:
+        print(json.dumps(asdict(summary) | {"tokens": asdict(tokens) if tokens is not None else None}), flush=True)
+        return DONE
+    for line in (summary, tokens):
+        if line is not None:
+            print(one_safe_line(str(line)), flush=True)
     return DONE
 
 
