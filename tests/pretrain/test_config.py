@@ -78,7 +78,7 @@ def test_saved_configuration_reads_back_equal(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("setting", "expected"),
     [
-        ("inner.l=3", ["inner.l", "'lr'", "valid: lr, betas"]),
+        ("inner.l=3", ["inner.l", "'inner.lr'", "valid: lr, betas"]),
         ("counts=3", ["counts", "'count'"]),
         ("inner.lr=abc", ["inner.lr='abc'", "a number", "0.001"]),
         ("count=3.5", ["count=3.5", "a whole number"]),

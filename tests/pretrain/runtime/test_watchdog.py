@@ -32,7 +32,7 @@ def run_program(mode: str, folder: Path, size: int = 2) -> tuple[list[int], str]
         if mode == "freeze":
             ranks[1].process.kill()
         ranks[1].wait_for_exit(None)
-        return [launcher.process.returncode for launcher in ranks], "".join(launcher.output for launcher in ranks)
+        return [launcher.process.poll() for launcher in ranks], "".join(launcher.output for launcher in ranks)
 
 
 @pytest.mark.timeout(400)
