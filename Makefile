@@ -33,7 +33,7 @@ check: .venv/installed
 
 # Thousands of seeded cases of damage; `make test` runs the first few hundred of them.
 fuzz: .venv/installed
-	FUZZ_FACTOR=20 $(BIN)/python -m pytest -q --timeout 3600 tests/fuzz
+	FUZZ_FACTOR=20 $(BIN)/python -m pytest -q -n auto --timeout 3600 tests/fuzz
 
 # Alone on the machine. PEER=PYTHON compares with open_clip, TRAIN= and VAL= name shards of your own.
 bench: .venv/installed
