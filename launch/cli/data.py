@@ -9,6 +9,7 @@ import sys
 
 from launch.cli.command import Subparsers, add_command
 from pretrain.config.arguments import NumberType, nonempty, nonempty_path, positive_int, seed, whole_number, workers
+from pretrain.errors import ConfigError
 from pretrain.printable import format_count, hide_secrets_in, one_safe_line
 from pretrain.runtime.entrypoint import DONE, FAILED, STOPPED
 
@@ -53,8 +54,12 @@ def _add_scenes(commands: Subparsers[argparse.ArgumentParser]) -> None:
         metavar="X",
         help="size of every object, 0.1 to 1: 0.25 = small objects in large images",
     )
+    p.add_argument("--things", type=_objects, metavar="A-B", help="objects in a scene, within 1 to 4 (default 1-4)")
     p.add_argument(
-        "--things", type=_objects, default=(1, 4), metavar="A-B", help="objects in a scene, within 1 to 4 (default 1-4)"
+        "--catalog",
+        "--catalogue",
+        action="store_true",
+        help="draw products instead, one thing each: DIR/{train,val,catalog}-*.tar, with queries and graded judgments",
     )
     p.add_argument("--workers", type=workers, metavar="N", help="processes (default: one per core)")
 
@@ -126,13 +131,28 @@ def _add_check(commands: Subparsers[argparse.ArgumentParser]) -> None:
 
 def draw_scenes(args: argparse.Namespace) -> int:
     """Run `clipfuse data scenes`."""
+    if args.catalog and args.things is not None:
+        raise ConfigError("--things does not go with --catalog: a product is one thing")
     from launch.cli.progress import progress_bar
-    from pretrain.data.scenes.dataset import draw_dataset
 
-    with progress_bar("drawing scenes") as progress:
-        counts = draw_dataset(
-            args.dir, args.num, args.size, args.seed, args.workers, scale=args.scale, num_objects=args.things, progress=progress
-        )
+    with progress_bar("drawing products" if args.catalog else "drawing scenes") as progress:
+        if args.catalog:
+            from pretrain.data.scenes.catalog import draw_catalog
+
+            counts = draw_catalog(args.dir, args.num, args.size, args.seed, args.workers, scale=args.scale, progress=progress)
+        else:
+            from pretrain.data.scenes.dataset import draw_dataset
+
+            counts = draw_dataset(
+                args.dir,
+                args.num,
+                args.size,
+                args.seed,
+                args.workers,
+                scale=args.scale,
+                num_objects=args.things or (1, 4),
+                progress=progress,
+            )
     print(f"{args.dir}: " + ", ".join(f"{count:,} {split}" for split, count in counts.items()))
     return DONE
 

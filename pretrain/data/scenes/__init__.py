@@ -1,6 +1,8 @@
 """The built-in data set: drawn scenes with captions, questions, boxes and relations.
 
-    dataset.py       draws the splits and writes them as shards
+    dataset.py       draws the splits
+    catalog.py       a catalog of products with queries and graded judgments
+    writer.py        writes what is drawn as shards
     layout.py        decides what a scene contains and where each object stands
     objects.py       the sixteen object kinds and how each is drawn
     shapes.py        fills polygons, ellipses and curves with palette indices

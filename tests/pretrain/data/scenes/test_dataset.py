@@ -134,7 +134,7 @@ def compute_digests(folder: Path) -> dict[str, str]:
 
 
 def test_any_number_of_processes_writes_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pretrain.data.scenes.dataset.SHARD_SIZE", 60)
+    monkeypatch.setattr("pretrain.data.scenes.writer.SHARD_SIZE", 60)
     sizes = {"train": 130, "unseen": 70}
     for workers in (1, 3):
         calls: list[tuple[int, int]] = []
