@@ -6,12 +6,14 @@ import argparse
 import json
 import re
 import sys
+from pathlib import Path
 
 from launch.cli.command import Subparsers, add_command
 from pretrain.config.arguments import NumberType, nonempty, nonempty_path, positive_int, seed, whole_number, workers
-from pretrain.errors import ConfigError
+from pretrain.errors import ConfigError, UserError
 from pretrain.printable import format_count, hide_secrets_in, one_safe_line
 from pretrain.runtime.entrypoint import DONE, FAILED, STOPPED
+from pretrain.runtime.files import write_text
 
 
 def add_commands(commands: Subparsers[argparse.ArgumentParser]) -> None:
@@ -121,6 +123,12 @@ def _add_check(commands: Subparsers[argparse.ArgumentParser]) -> None:
     )
     p.add_argument("--no-decode", action="store_true", help="verify the archives only, not every image and caption")
     p.add_argument(
+        "--fix",
+        type=nonempty_path,
+        metavar="FILE",
+        help="write the bad samples to FILE, which training passes over with data.skip=FILE; the shards stay as they are",
+    )
+    p.add_argument(
         "--manifest",
         action="store_true",
         help="write counts, sizes and digests to shards.json beside the shards, local or in an object store: runs start by it",
@@ -195,7 +203,7 @@ def _pack(args: argparse.Namespace) -> int:
 
 
 def check(args: argparse.Namespace) -> int:
-    """Run `clipfuse data check`: exit code 1 where anything is wrong with the shards."""
+    """Run `clipfuse data check`: exit code 1 where anything is wrong with the shards, or not mended by what --fix writes."""
     from launch.cli.progress import progress_bar
     from pretrain.data import check as checking
     from pretrain.data.shards.counts import manifest_paths, write_manifests
@@ -204,12 +212,18 @@ def check(args: argparse.Namespace) -> int:
     shards = expand_shards(args.shards, "SHARDS")
     if args.manifest:
         manifest_paths(shards)  # whether it can be written, before anything is read
+    if args.fix is not None and not Path(args.fix).parent.is_dir():
+        raise ConfigError(f"--fix {args.fix}: its folder is not there")
     with progress_bar("checking") as progress:
         report = checking.check_shards(shards, not args.no_decode, args.workers, progress, args.caption, record=args.manifest)
     manifests = write_manifests(report.records) if args.manifest else []
+    is_usable = report.is_ok
+    if args.fix is not None:
+        _write_skip_list(Path(args.fix), report.lines)
+        is_usable = not report.damaged and report.samples > report.bad_samples
     if args.json:
         print(json.dumps(hide_secrets_in(report.as_dict())))
-        return DONE if report.is_ok else FAILED
+        return DONE if is_usable else FAILED
     print(
         f"{format_count(report.shards, 'shard')}, {format_count(report.samples, 'sample')}, {report.bad_samples:,} of them bad"
     )
@@ -221,7 +235,19 @@ def check(args: argparse.Namespace) -> int:
         print(one_safe_line(line))
     for path in manifests:
         print(one_safe_line(f"{path}: samples, bytes and digests of the shards in its folder"))
-    return DONE if report.is_ok else FAILED
+    if args.fix is not None:
+        print(
+            one_safe_line(f"{args.fix}: {format_count(len(report.lines), 'sample')}; data.skip={args.fix} trains without them")
+        )
+    return DONE if is_usable else FAILED
+
+
+def _write_skip_list(path: Path, lines: list[str]) -> None:
+    """Write the list of --fix. Raises UserError where it cannot be written."""
+    try:
+        write_text(path, "".join(f"{line}\n" for line in lines))
+    except OSError as error:
+        raise UserError(f"--fix {path} cannot be written: {error.strerror or error}") from error
 
 
 def train_tokenizer(args: argparse.Namespace) -> int:

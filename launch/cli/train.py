@@ -90,7 +90,7 @@ def add_plan(commands: Subparsers[argparse.ArgumentParser]) -> None:
 
 def run_training(args: argparse.Namespace) -> int:
     """Run `clipfuse pretrain` or `finetune` (args.module): in this process, by torch's elastic agent, or as a Slurm job."""
-    check_settings(find_config(args.config, args.module), args.settings, args.module)  # before torch is imported
+    _check_settings(args.config, args.settings, args.module)
     if args.verbose and not args.dry_run:
         raise ConfigError("-v prints the configuration with --dry-run")
     if args.on == "slurm":
@@ -112,6 +112,16 @@ def run_training(args: argparse.Namespace) -> int:
         join=args.join,
     )
     return elastic.launch(args.module, words, world)
+
+
+def _check_settings(config: str, settings: list[str], module: str) -> None:
+    """Refuse typos before torch is imported, in the condition of data.keep too. Raises ConfigError."""
+    values = check_settings(find_config(config, module), settings, module)
+    keep = values.data.keep if values is not None else None
+    if keep is not None:
+        from pretrain.data.sample_filter import parse_keep
+
+        parse_keep(keep)
 
 
 def _describe_run(args: argparse.Namespace) -> int:
@@ -146,7 +156,7 @@ def _submit_job(args: argparse.Namespace) -> int:
 
 def plan(args: argparse.Namespace) -> int:
     """Run `clipfuse plan`."""
-    check_settings(find_config(args.config, "pretrain"), args.settings, "pretrain")  # before torch is imported
+    _check_settings(args.config, args.settings, "pretrain")
     from launch import plan as planning
 
     planning.print_plan(planning.build_plan(args.config, args.settings, args.gpus, args.gpu, args.samples), args.json)

@@ -30,10 +30,11 @@ class _OutsideError(Exception):
     """A component lies outside the project, so that its fields cannot be read here."""
 
 
-def check_settings(path: Path, settings: list[str], module: str) -> None:
+def check_settings(path: Path, settings: list[str], module: str) -> Any:
     """Refuse unknown keys, values of a wrong type and unknown components of a run's
 
     path: the YAML file; settings: key=value; module: "pretrain" or "finetune". Raises ConfigError, as `load_config` does.
+    Returns the configuration, without what check() does; None where a component lies outside the project.
     """
     values = load_values(path, settings)
     file, name = SCHEMAS[module]
@@ -43,9 +44,9 @@ def check_settings(path: Path, settings: list[str], module: str) -> None:
             if isinstance(section, dict) and not {"name", "args", "tower"} & set(section):
                 del values[key]
     try:
-        build(_schema(ROOT / file, name), values, str(path))
+        return build(_schema(ROOT / file, name), values, str(path))
     except _OutsideError:
-        return
+        return None
 
 
 def component_names(package: str) -> list[str]:

@@ -20,6 +20,7 @@
     members.py          explains why a sample lacks an image or a caption
     sample_json.py      the json member of a sample, parsed
     filter_expression.py   conditions on the fields of a sample, and their evaluation; filter_parser.py reads them
+    sample_filter.py    the samples that training passes over: data.keep and data.skip
     train_tokenizer.py  trains a byte-level BPE tokenizer on captions
     vocabulary.py       words for the objects of a data set; vocabularies/ holds those that ship with the package
     check.py            verifies shards before training

@@ -13,9 +13,11 @@ from pretrain.data.captions import TXT, TXT_WHOLE, caption_member, check_caption
 from pretrain.data.decode import decode_image as decode_image
 from pretrain.data.images import EXTENSIONS
 from pretrain.data.members import explain_missing_caption, explain_missing_image
+from pretrain.data.sample_filter import REPEATED, format_skip_line
 from pretrain.data.shards.cache import ShardCache, digest_file
 from pretrain.data.shards.counts import Record
 from pretrain.data.shards.index import load_index
+from pretrain.data.shards.names import find_new_names, name_shard
 from pretrain.data.shards.paths import map_in_processes
 from pretrain.data.shards.reader import ShardReader
 from pretrain.data.shards.transfer import retry_io
@@ -43,6 +45,8 @@ class CheckReport:
     """Shards without samples."""
     records: dict[str, Record] = field(default_factory=dict)
     """Samples, size and digest of each undamaged shard by its path, where they were asked for."""
+    lines: list[str] = field(default_factory=list)
+    """The bad samples of undamaged shards, as lines of a list that data.skip reads."""
     captions: CaptionStatistics = field(default_factory=CaptionStatistics)
     """Lengths and oddities of the captions of usable samples, if samples were decoded. Odd captions are not bad."""
 
@@ -62,12 +66,13 @@ class CheckReport:
         self.damaged += other.damaged
         self.empty += other.empty
         self.records |= other.records
+        self.lines += other.lines
         self.captions.add(other.captions)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as values of JSON."""
         values = {**vars(self), "bad": dict(self.bad), "captions": self.captions.as_dict()}
-        del values["records"]
+        del values["records"], values["lines"]
         return values
 
 
@@ -79,6 +84,8 @@ class _CheckJob(NamedTuple):
     caption: str
     decode: bool
     record: bool
+    name: str
+    """Of the shard in keys."""
 
 
 def check_shards(
@@ -103,7 +110,10 @@ def check_shards(
     """
     check_caption_source(caption, "--caption")
     cache = replace(cache or ShardCache(), check_records=not record)  # records that are about to be written again
-    jobs = [_CheckJob(path, cache, caption, decode, record) for path in paths]
+    new_names = find_new_names(paths)
+    jobs = [
+        _CheckJob(path, cache, caption, decode, record, new_names.get(i) or name_shard(path)) for i, path in enumerate(paths)
+    ]
     report = CheckReport()
     for done, shard_report in enumerate(map_in_processes(_check_shard, jobs, workers), start=1):
         report.add(shard_report)
@@ -128,11 +138,15 @@ def _check_shard(job: _CheckJob) -> CheckReport:
         for sample in range(shard_index.count):
             problems = _find_problems(reader, sample, job)
             report.bad_samples += bool(problems)
+            key = f"{job.name}/{shard_index.key(sample)}"
+            if problems:
+                reason = REPEATED if reader.is_repeated(0, sample) else problems[0].reason
+                report.lines.append(format_skip_line(key, reason))
             for error in problems:
                 report.bad[error.reason] += 1
                 names = report.names.setdefault(error.reason, [])
                 if len(names) < _MAX_NAMED:
-                    names.append(f"{reader.key(0, sample)}: {error.detail[:200]}")
+                    names.append(f"{key}: {error.detail[:200]}")
             if job.decode and not problems:
                 _add_captions(report.captions, reader, sample, job)
         reader.close()

@@ -12,6 +12,7 @@ from pretrain.config import check_numbers, text_field
 from pretrain.data.captions import check_caption_source
 from pretrain.data.images import AugmentConfig
 from pretrain.data.order import choose_streams
+from pretrain.data.sample_filter import parse_keep, read_skip_list
 from pretrain.data.shards.cache import ShardCache
 from pretrain.data.shards.paths import count_samples, expand_shards, split_patterns
 from pretrain.data.shards.stores import is_pattern, is_store
@@ -64,6 +65,13 @@ class DataConfig:
     """Fraction of samples with unusable content above which the run stops; below it they are replaced and counted."""
     max_bad_run: int = 100
     """Consecutive samples with unusable content above which the run stops."""
+    keep: str | None = None
+    """Train only on samples for which this condition on fields of their json is true: json.similarity > 0.28 and json.width >=
+    200. A missing field is null, which no comparison keeps. The others are replaced as bad samples are, and counted apart.
+    Epochs stay as long as without, so what is kept is drawn more often. Evaluation reads all samples."""
+    skip: str | None = None
+    """File of samples to train without, one SHARD/KEY a line, as `clipfuse data check SHARDS --fix FILE` writes it. They are
+    replaced without being read, and counted apart; null = none."""
     cache: str | None = None
     """Local folder for fetched shards, and for indices that cannot be written beside their shard; none = clipfuse's folder
     in the user's cache."""
@@ -105,7 +113,17 @@ class DataConfig:
         parse_sources(self.train, "data.train")
         if self.val is not None:
             parse_sources(self.val, "data.val")
+        self._check_filters()
         check_numbers(self, "data", cache_gib="[0, inf)")
+
+    def _check_filters(self) -> None:
+        for name, value in (("keep", self.keep), ("skip", self.skip)):
+            if value is not None and self.train == "synthetic":
+                raise ConfigError(f"data.{name}={value!r:.200} needs shards, but data.train is synthetic")
+        if self.keep is not None:
+            parse_keep(self.keep)
+        if self.skip is not None:
+            read_skip_list(self.skip)
 
     def build_cache(self) -> ShardCache:
         """Build the cache of fetched shards that these settings describe."""

@@ -31,6 +31,7 @@ from pretrain.data.config import DataConfig, count_samples_once, resolve_sources
 from pretrain.data.eval_loader import EvalLoader, build_eval_loader, count_caption_lines, describe_training_lines
 from pretrain.data.order import Order, ShardSource
 from pretrain.data.prefetch import is_prefetch_needed, run_prefetcher
+from pretrain.data.sample_filter import SampleFilter, SkipList
 from pretrain.data.shards.cache import is_remote
 from pretrain.data.shards.reader import ShardReader
 from pretrain.data.shuffle import Ints
@@ -38,7 +39,7 @@ from pretrain.data.text import TextDecoder
 from pretrain.data.worker import PartialBatch, SampleReader, SkippedSample, TrainingDataset
 from pretrain.data.worker_pool import run_workers
 from pretrain.errors import UserError
-from pretrain.printable import one_safe_line
+from pretrain.printable import format_count, one_safe_line
 from pretrain.runtime.console import log_info
 from pretrain.runtime.device_copy import feed
 
@@ -52,6 +53,8 @@ MIN_JUDGED = 1000
 """Smallest denominator of the rate of bad samples, so that a few early ones do not stop a run."""
 MAX_NAMED = 20
 """Bad samples that are named in the log; all are counted."""
+MAX_COMPARED = 1000
+"""Shards whose keys are compared with the lines of data.skip when a run begins; it takes a millisecond or two for each."""
 CPU = torch.device("cpu")
 
 
@@ -74,6 +77,7 @@ class Loader:
         partial_size: samples that a worker decodes at a time.
         shard_names: the names of all shards, for `digest`.
         prefetch_reader: a reader whose shards are fetched and indexed ahead; None where they are local and indexed.
+        sample_filter: data.keep and data.skip; None = neither is set.
 
     Raises:
         ConfigError: the batch size cannot be divided among the processes.
@@ -96,6 +100,7 @@ class Loader:
         partial_size: int = PARTIAL_SIZE,
         shard_names: Sequence[str] = (),
         prefetch_reader: ShardReader | None = None,
+        sample_filter: SampleFilter | None = None,
     ) -> None:
         order.check(batch_size, world, nodes)
         self.order, self.decoders, self.batch_size = order, decoders, batch_size
@@ -107,7 +112,11 @@ class Loader:
         self.shard_names, self.prefetch_reader = shard_names, prefetch_reader
         self.bad: Counter[str] = Counter()
         """Unusable samples of this process so far, by reason."""
-        self._dataset = TrainingDataset(order, reader, decoders, max_attempts=max_bad_run)
+        self.filtered: Counter[str] = Counter(dict.fromkeys(sample_filter.reasons, 0) if sample_filter is not None else {})
+        """Samples of this process that data.keep and data.skip passed over so far, by reason."""
+        self._replaced: Counter[tuple[str, str]] = Counter()
+        """Samples of both kinds since `take_replaced`, by shard and reason."""
+        self._dataset = TrainingDataset(order, reader, decoders, max_bad_run, sample_filter)
         self._batch = 0  # number of the next batch that the trainer takes
         self._slots_read = 0
         self._bad_run = 0  # unusable samples since the last usable one
@@ -124,7 +133,19 @@ class Loader:
 
         Folders do not enter, so that data may move.
         """
-        return hashlib.blake2b("\n".join([self.order.digest(), *self.shard_names]).encode(), digest_size=8).hexdigest()
+        filters = [f"{name}={value}" for name, value in self.filter_identity().items() if value is not None]
+        parts = [self.order.digest(), *self.shard_names, *filters]
+        return hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()
+
+    def filter_identity(self) -> dict[str, str | None]:
+        """Return what data.keep and data.skip stand for, which must be equal to resume a run; None where one is not set."""
+        sample_filter = self._dataset.sample_filter
+        return sample_filter.identity() if sample_filter is not None else {"data.keep": None, "data.skip": None}
+
+    def take_replaced(self) -> Counter[tuple[str, str]]:
+        """Return how many samples of batches that the trainer took were replaced since the last call, by shard and reason."""
+        replaced, self._replaced = self._replaced, Counter()
+        return replaced
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state to save: plain numbers and strings, less than 10 KB."""
@@ -135,6 +156,7 @@ class Loader:
             "seen": self._slots_read,
             "run": self._bad_run,
             "bad": {reason[:100]: n for reason, n in self.bad.most_common(50)},
+            "filtered": dict(self.filtered),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -146,7 +168,8 @@ class Loader:
         if state["data"] != self.digest():
             raise UserError(
                 "the checkpoint was made with other data (shards, their counts, weights), another seed, or another "
-                "data.window, data.streams, data.block or data.replacement: to resume a run they must be the same"
+                "data.window, data.streams, data.block, data.replacement, data.keep or data.skip: to resume a run they must be "
+                "the same"
             )
         if state["batch_size"] != self.batch_size:
             raise UserError(
@@ -155,6 +178,7 @@ class Loader:
             )
         self._batch, self._slots_read, self._bad_run = state["position"] // self.batch_size, state["seen"], state["run"]
         self.bad = Counter(state["bad"])
+        self.filtered = Counter({**dict.fromkeys(self.filtered, 0), **state.get("filtered", {})})  # older checkpoints have none
 
     def first_samples(self, count: int, modalities: Sequence[str] | None = None) -> Batch:
         """Read the first `count` samples of the run in this process, without advancing the loader.
@@ -167,7 +191,7 @@ class Loader:
         dataset = self._dataset
         if modalities is not None:
             decoders = {name: self.decoders[name] for name in modalities}
-            dataset = TrainingDataset(self.order, dataset.reader, decoders, dataset.max_attempts)
+            dataset = TrainingDataset(self.order, dataset.reader, decoders, dataset.max_attempts, dataset.sample_filter)
         partial = dataset[np.arange(count)]
         if partial.problem:
             raise UserError(partial.problem)
@@ -231,6 +255,9 @@ class Loader:
         """
         if partial.problem:
             raise UserError(partial.problem)
+        self._replaced.update(partial.filtered)
+        for (_, reason), n in partial.filtered.items():
+            self.filtered[reason] += n
         last_slot = -1
         for bad in partial.bad:
             if bad.slot > last_slot + 1:
@@ -263,6 +290,7 @@ class Loader:
     def _record(self, bad: SkippedSample) -> None:
         """Count a bad sample, and log it if it is one of the first."""
         self.bad[bad.reason] += 1
+        self._replaced[bad.key.partition("/")[0], bad.reason] += 1
         self._num_logged += 1
         self._last_bad = bad
         if self._num_logged <= MAX_NAMED:
@@ -300,6 +328,7 @@ def build_loader(
     """
     reader: SampleReader
     prefetch_reader: ShardReader | None = None
+    sample_filter: SampleFilter | None = None
     if data.train == "synthetic":
         sources, paths = [ShardSource([synthetic.SAMPLES] * synthetic.SHARDS)], []
     else:
@@ -324,6 +353,10 @@ def build_loader(
         reader = ShardReader(paths, data.build_cache(), counts, max_open=min(window_shards, _max_open_files()))
         prefetch_reader = reader if rank % (world // nodes) == 0 and is_prefetch_needed(paths, reader.cache) else None
         shard_names = [path.rsplit("/", 1)[-1] for path in paths]
+        if data.keep is not None or data.skip is not None:
+            sample_filter = SampleFilter(reader, data.keep, data.skip)
+            if rank == 0 and sample_filter.skip_list is not None:
+                _report_unmatched_lines(sample_filter.skip_list, reader, data)
         if rank == 0 and caption_member(data.caption) == "txt" and any(map(_reads_captions, decoders.values())):
             _report_caption_lines(reader, counts, order, data)
     return Loader(
@@ -340,6 +373,7 @@ def build_loader(
         device=device,
         shard_names=shard_names,
         prefetch_reader=prefetch_reader,
+        sample_filter=sample_filter,
     )
 
 
@@ -361,6 +395,24 @@ def _report_caption_lines(reader: ShardReader, counts: Sequence[int], order: Ord
     reader.close()  # before worker processes are forked
     if probed.with_lines:
         log_info(describe_training_lines(probed, reader.paths[0], data.caption, data.draw))
+
+
+def _report_unmatched_lines(skip_list: SkipList, reader: ShardReader, data: DataConfig) -> None:
+    """Warn of lines of data.skip that name no sample of data.train.
+
+    Of local shards keys are compared, in the first MAX_COMPARED that the list names; of the others only their names.
+    """
+    shards = [shard for shard in range(len(reader.paths)) if reader.name(shard) in skip_list.shards]
+    unmatched = len(skip_list) - sum(skip_list.shards[reader.name(shard)] for shard in shards)
+    local = [shard for shard in shards if not (data.stage or is_remote(reader.paths[shard]))]
+    for shard in local[:MAX_COMPARED]:
+        unmatched += skip_list.shards[reader.name(shard)] - skip_list.count_lines(
+            (reader.key(shard, sample), reader.is_repeated(shard, sample)) for sample in range(reader.count(shard))
+        )
+    reader.close()  # before worker processes are forked
+    if unmatched:
+        total = format_count(len(skip_list), "line")
+        log.warning(one_safe_line(f"data.skip={data.skip}: {unmatched:,} of {total} name no sample of data.train"))
 
 
 def _max_open_files() -> int:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -20,11 +22,15 @@ import torch
 from pretrain.data import BadSample
 from pretrain.data.batch import Batch, Decoder, collate
 from pretrain.data.order import Order
+from pretrain.data.sample_filter import SampleFilter
 from pretrain.data.sample_json import read_fields
 from pretrain.data.shards.paths import RawSample
 from pretrain.data.shuffle import Ints, KeyedGenerator
 from pretrain.errors import UserError
 from pretrain.runtime.orphans import exit_with_parent
+
+MAX_FILTERED = 10_000
+"""Samples passed over by data.keep and data.skip for one place of a batch, above which the run stops."""
 
 
 class SampleReader(Protocol):
@@ -58,6 +64,8 @@ class PartialBatch:
     """None where no sample is usable (evaluation) or a slot could not be filled (training), and after an error."""
     slots: int
     bad: list[SkippedSample] = field(default_factory=list)
+    filtered: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """Samples passed over by data.keep and data.skip, by name of their shard and reason."""
     problem: str = ""
     """Why the run must stop, a one-line message for the user; "" where it need not."""
 
@@ -98,18 +106,26 @@ class _SampleDecoder:
 class TrainingDataset(_SampleDecoder, torch.utils.data.Dataset[PartialBatch]):
     """Data set of partial batches, indexed by positions.
 
-    An unusable sample is replaced by another one of its window.
+    An unusable sample is replaced by another one of its window, and so is one that `sample_filter` passes over.
 
     Args:
         order: which sample is read at which position.
         reader: reads samples; the shards of all sources are numbered consecutively.
         decoders: by modality.
-        max_attempts: number of substitutes tried for a slot.
+        max_attempts: number of unusable samples of a slot, besides the first one.
+        sample_filter: data.keep and data.skip; None = neither is set.
     """
 
-    def __init__(self, order: Order, reader: SampleReader, decoders: Mapping[str, Decoder], max_attempts: int) -> None:
+    def __init__(
+        self,
+        order: Order,
+        reader: SampleReader,
+        decoders: Mapping[str, Decoder],
+        max_attempts: int,
+        sample_filter: SampleFilter | None = None,
+    ) -> None:
         super().__init__(reader, decoders, train=True)
-        self.order, self.max_attempts = order, max_attempts
+        self.order, self.max_attempts, self.sample_filter = order, max_attempts, sample_filter
         self.first_shards = np.cumsum([0, *(len(source.counts) for source in order.sources)])  # of each source
 
     def __getitem__(self, positions: Ints) -> PartialBatch:
@@ -122,24 +138,63 @@ class TrainingDataset(_SampleDecoder, torch.utils.data.Dataset[PartialBatch]):
         """Read, decode and collate the samples of these positions. Raises UserError."""
         items: dict[str, list[Any]] = {name: [] for name in self.decoders}
         keys: list[str] = []
-        bad: list[SkippedSample] = []
+        partial = PartialBatch(None, 0)
         source, shard, sample = self.order.locate(positions)
         addresses = zip((self.first_shards[source] + shard).tolist(), sample.tolist(), strict=True)
-        for slot, (position, address) in enumerate(zip(positions.tolist(), addresses, strict=True)):
-            for attempt in range(self.max_attempts + 1):
-                try:
-                    raw, decoded = self.decode(*address, self.order.seed, "sample", position)
-                    break
-                except BadSample as error:
-                    bad.append(self.skip(slot, *address, error))
-                    new_source, new_shard, new_sample = self.order.substitute(position, attempt)
-                    address = (int(self.first_shards[new_source]) + new_shard, new_sample)
-            else:
-                return PartialBatch(None, slot + 1, bad)
+        for position, address in zip(positions.tolist(), addresses, strict=True):
+            usable = self._read_slot(position, address, partial)
+            partial.slots += 1
+            if usable is None:
+                return partial
+            raw, decoded = usable
             keys.append(raw.key)
             for name, item in decoded.items():
                 items[name].append(item)
-        return PartialBatch(collate(items, self.decoders, keys), len(positions), bad)
+        partial.batch = collate(items, self.decoders, keys)
+        return partial
+
+    def _read_slot(
+        self, position: int, address: tuple[int, int], partial: PartialBatch
+    ) -> tuple[RawSample, dict[str, Any]] | None:
+        """Return the sample at a position with its decoded items, or the first of its substitutes that can be used.
+
+        None where more than `max_attempts` substitutes are unusable.
+
+        Args:
+            position: that of the slot.
+            address: shard and sample at this position.
+            partial: where samples that are replaced are recorded.
+
+        Raises:
+            UserError: a sample cannot be read, or `sample_filter` passes over more than MAX_FILTERED.
+        """
+        num_bad = num_filtered = 0
+        for attempt in count():
+            try:
+                reason = self.sample_filter.find_reason(*address) if self.sample_filter is not None else ""
+                if not reason:
+                    return self.decode(*address, self.order.seed, "sample", position)
+                key = self.reader.key(*address)
+                partial.filtered[key.partition("/")[0], reason] += 1
+                num_filtered += 1
+                if num_filtered > MAX_FILTERED:
+                    self._refuse_filter(key, reason)
+            except BadSample as error:
+                partial.bad.append(self.skip(partial.slots, *address, error))
+                num_bad += 1
+                if num_bad > self.max_attempts:
+                    return None
+            source, shard, sample = self.order.substitute(position, attempt)
+            address = (int(self.first_shards[source]) + shard, sample)
+        raise AssertionError("count() does not end")
+
+    def _refuse_filter(self, key: str, reason: str) -> NoReturn:
+        """Raise UserError for a filter that passes over all samples that were drawn for a slot."""
+        assert self.sample_filter is not None
+        raise UserError(
+            f"{self.sample_filter.settings}: none of {MAX_FILTERED:,} samples drawn from a window of data.train passes; the "
+            f"last is {key} ({reason}); where few pass, a larger data.window mixes more shards"
+        )
 
 
 class EvaluationDataset(_SampleDecoder, torch.utils.data.Dataset[PartialBatch]):

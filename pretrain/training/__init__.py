@@ -11,6 +11,7 @@ step.py         one optimizer step, plain or cached (GradCache)
 objective.py    the contract between the loop and what it trains, and the contrastive objective of pretraining
 run_dir.py      the run folder: its lock, status.json and environment.json
 metrics.py      metrics.jsonl, audit-RANK.jsonl and experiment trackers
+replaced_samples.py  replaced-RANK.jsonl and replaced.tsv: replaced samples by reason and shard
 spikes.py       loss spikes: found by a rolling median, logged, skipped, or undone by a rollback
 rank_times.py   which process is slow, and whether it computes or waits for data
 throughput.py   samples per second, data wait, memory and MFU between two log steps

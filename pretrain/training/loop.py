@@ -35,6 +35,7 @@ from pretrain.training.metrics import RunLog
 from pretrain.training.objective import Objective
 from pretrain.training.profile import DATA, FORWARD, OPTIMIZER, SAVING, StepProfiler
 from pretrain.training.rank_times import RankTimes, TimedObjective
+from pretrain.training.replaced_samples import ReplacedSamples
 from pretrain.training.run_dir import RunFolder
 from pretrain.training.run_state import Run
 from pretrain.training.spikes import GuardedObjective
@@ -83,6 +84,7 @@ def fit(
         # The loader's processes end by whatever error the loop ends, after the error is recorded.
         with (
             closing(RunLog(folder, plan.resolved_config, train.trackers, train.audit, begin)) as log,
+            closing(ReplacedSamples(folder.path, loader, begin)) as replaced,
             closing(ProgressBar(plan.total_steps, begin)) as bar,
             closing(StepProfiler(train.profile, folder.path, strategy)) as profiler,
             catch_stop_signals() as stop,
@@ -135,7 +137,9 @@ def fit(
                 if run.step % train.log_every == 0 or is_last:
                     row = rank_times.row(meter.wait_seconds, meter.count_steps(run.step))
                     numbers, means = run.average_numbers(out, row)
-                    line = meter.build_line(run.step, lr, numbers, run.skipped, dict(loader.bad)) | run.spikes.metrics()
+                    line = meter.build_line(run.step, lr, numbers, run.skipped, loader.bad, loader.filtered)
+                    line |= run.spikes.metrics()
+                    replaced.write(run.step)
                     line |= rank_times.compare(means, run.step, line["step_seconds"])
                     log.write_metrics(line)
                     bar.log(line, meter.seconds_left(run.step))
@@ -155,6 +159,7 @@ def fit(
                 stop_signal = stop.agreed_signal()
                 if is_last or stop_signal or is_best or run.step % train.save_every == 0:
                     watchdog.mark(step, "saving")
+                    replaced.write(run.step)
                     with meter.exclude(), profiler.phase(SAVING):
                         run.save(is_best, is_complete=is_last and not int(skipped_in_a_row))
                 if stop_signal and (not is_last or run.is_evaluation_due):

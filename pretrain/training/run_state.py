@@ -50,8 +50,11 @@ def load_trainer_state(path: Path) -> dict[str, Any]:
             value: Any = values.get(name) if isinstance(values, dict) else None
             if not isinstance(value, kind) or isinstance(value, bool) or (kind is int and not 0 <= value < 1 << 62):
                 raise UserError(f"{path} is damaged: {name} is {value!r:.80}")
-    numbers = [*state["results"].values(), *state["loader"]["bad"].values()]
-    names = [state.get("good"), *state["results"], *state["loader"]["bad"]]
+    filtered = state["loader"].setdefault("filtered", {})  # older checkpoints have none
+    if not isinstance(filtered, dict):
+        raise UserError(f"{path} is damaged: filtered is {filtered!r:.80}")
+    numbers = [*state["results"].values(), *state["loader"]["bad"].values(), *filtered.values()]
+    names = [state.get("good"), *state["results"], *state["loader"]["bad"], *filtered]
     if not all(isinstance(n, int | float) for n in numbers) or not all(isinstance(n, str | None) for n in names):
         raise UserError(f"{path} is damaged: its results or its counts of bad samples are not numbers by name")
     if "spikes" in state and (error := find_state_error(state["spikes"])):  # older checkpoints have none

@@ -29,6 +29,7 @@ from pretrain.checkpoints import loading, resuming, store, warm_start
 from pretrain.data import loader as loaders
 from pretrain.data.config import check_sources, count_samples_once, evaluation_caption, list_shards_once
 from pretrain.data.loader import Loader
+from pretrain.data.sample_filter import read_skip_list
 from pretrain.data.text import TextDecoder
 from pretrain.errors import ConfigError, UserError
 from pretrain.model import DualEncoder, ModelSchema
@@ -116,7 +117,12 @@ class Session:
             convert_weights: turns trained weights into those that model.safetensors holds.
         """
         config = self.config
-        data_identity = {"seed": config.seed, "data.batch_size": config.data.batch_size, "data": loader.digest()}
+        data_identity = {
+            "seed": config.seed,
+            "data.batch_size": config.data.batch_size,
+            **loader.filter_identity(),
+            "data": loader.digest(),
+        }
         total_steps = config.train.total_steps(config.data.batch_size, loader.order)
         return RunPlan(
             seed=config.seed,
@@ -189,6 +195,9 @@ def check_agreement(config: Any) -> None:
             "data.train",
             lambda: preflight.data_fingerprint(list_shards_once(train, "data.train")),
         )
+    skip = config.data.skip
+    if skip is not None:
+        preflight.require_equal("data.skip", lambda: read_skip_list(skip).describe())
 
 
 def find_checkpoint(config: Any, folder: RunFolder) -> Path | None:

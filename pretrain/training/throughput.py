@@ -71,10 +71,12 @@ class ThroughputMeter:
         if self._flops is not None:
             self._flops.add(batch)
 
-    def build_line(self, step: int, lr: float, numbers: dict[str, float], skipped: int, bad: dict[str, int]) -> dict[str, Any]:
+    def build_line(
+        self, step: int, lr: float, numbers: dict[str, float], skipped: int, bad: dict[str, int], filtered: dict[str, int]
+    ) -> dict[str, Any]:
         """Build a line of metrics.jsonl, and begin to measure anew.
 
-        numbers: what train_step() returned, averaged over processes.
+        numbers: what train_step() returned, averaged over processes. bad, filtered: the loader's counts by reason.
         """
         now = time.perf_counter()
         seconds = max(1e-9, now - self._begin - self._excluded)
@@ -99,6 +101,8 @@ class ThroughputMeter:
             "skipped": skipped,
             "bad_samples": sum(bad.values()),
             **{f"bad/{reason}": count for reason, count in bad.items()},
+            **({"filtered_samples": sum(filtered.values())} if filtered else {}),
+            **{f"filtered/{reason}": count for reason, count in filtered.items()},
         }
 
     def seconds_left(self, step: int) -> float:

@@ -9,8 +9,8 @@ from typing import Any
 
 from pretrain.data import BadSample
 from pretrain.data.shards.cache import ShardCache
-from pretrain.data.shards.index import DUPLICATE_MEMBER, ShardIndex, check_recorded_count, load_index
-from pretrain.data.shards.names import find_new_names
+from pretrain.data.shards.index import DUPLICATE_KEY, DUPLICATE_MEMBER, ShardIndex, check_recorded_count, load_index
+from pretrain.data.shards.names import find_new_names, name_shard
 from pretrain.data.shards.paths import RawSample
 from pretrain.data.shards.transfer import retry_io
 from pretrain.errors import UserError
@@ -100,6 +100,19 @@ class ShardReader:
 
     def _build_key(self, shard: int, shard_index: ShardIndex, sample: int) -> str:
         return f"{self._new_names.get(shard) or shard_index.name}/{shard_index.key(sample)}"
+
+    def name(self, shard: int) -> str:
+        """Return the name of a shard in keys, without opening it."""
+        return self._new_names.get(shard) or name_shard(self.paths[shard])
+
+    def is_repeated(self, shard: int, sample: int) -> bool:
+        """Return whether an earlier sample of the shard has the same KEY, and this one is no part of it."""
+        _, shard_index = self._open_shard(shard)
+        return bool(shard_index.flags[sample] & DUPLICATE_KEY) and sample not in shard_index.apart
+
+    def count(self, shard: int) -> int:
+        """Return the number of samples of a shard."""
+        return self._open_shard(shard)[1].count
 
     def explain_apart(self, shard: int, sample: int) -> str:
         """Return what is wrong with a sample whose members lie apart in the tar, or "" where they do not."""
