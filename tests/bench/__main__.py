@@ -3,8 +3,9 @@
     python -m tests.bench [--peer PYTHON] [--train SHARDS --val SHARDS] [--only NAME ...] [--out FILE]
 
 Each measurement is a module of this folder that prints JSON lines. With --peer, the interpreter of an environment with
-open-clip-torch 3.3.0 and webdataset 0.2.86, open_clip runs in turn with ours; without it those comparisons are left out and
-the table says so. Run it alone on the machine: the figures are ratios within one run, medians of three rounds.
+open-clip-torch 3.3.0 and webdataset 0.2.86, open_clip runs in turn with ours; without it those comparisons are left out.
+The file keeps what it holds of measurements that do not run this time. Run it alone on the machine: the figures are ratios
+within one run, medians of three rounds.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def main() -> int:
     unknown = sorted(set(args.only or []) - set(commands))
     if unknown:
         parser.error(f"unknown measurement {unknown[0]}; there are {', '.join(commands)}")
-    rows, failed = [], False
+    tables, failed = read_tables(args.out), False
     for name, arguments in commands.items():
         if args.only and name not in args.only:
             continue
@@ -86,28 +87,41 @@ def main() -> int:
         lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
         for line in lines:
             print(json.dumps(line), flush=True)
-            rows.append(f"| {name} | {'; '.join(format_figures(line))} |")
+        rows = [", ".join(format_figures(line)) for line in lines]
         if done.returncode or not lines:
             failed = True
             reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
             print(f"{name} failed: {reason}", file=sys.stderr)
-            rows.append(f"| {name} | failed: {reason[:200]} |")
-        print(f"{name}: {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
+            rows.append(f"failed: {reason[:200]}")
+        seconds = time.monotonic() - begin
+        print(f"{name}: {seconds:.0f} s", file=sys.stderr, flush=True)
+        words = [word for word in arguments if word not in (args.peer, args.train, args.val)]
+        title = f"`python -m tests.bench.{' '.join([name, *words])}`, {seconds:.0f} s, {time.strftime('%Y-%m-%d')}"
+        tables[name] = "\n".join([title, "", *(f"- {row}" for row in rows)])
+        args.out.write_text(write_tables(tables, list(commands)))  # what is measured survives a time limit
+    print(f"wrote {args.out}", file=sys.stderr)
+    return int(failed)
+
+
+def read_tables(path: Path) -> dict[str, str]:
+    """Return the text of each measurement in a file that was written before, by name; {} where there is none."""
+    if not path.exists():
+        return {}
+    sections = path.read_text().split("\n## ")[1:]
+    return {name: text.strip() for name, _, text in (section.partition("\n") for section in sections)}
+
+
+def write_tables(tables: dict[str, str], order: list[str]) -> str:
+    """Return the file: a head, and the text of each measurement, those of `order` first."""
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "timm", "transformers", "webdataset"))
-    against = "Against open_clip 3.3.0." if args.peer else "Without open_clip's script: PEER=PYTHON names its environment."
     head = f"""# Measurements
 
 Written by `make bench`; what each figure means stands in the docstring of `tests/bench/NAME.py`.
 
-Machine: {describe_cpu()}. Python {platform.python_version()}, {versions}. {time.strftime("%Y-%m-%d")}.
-{against}
-
-| measurement | figures |
-|---|---|
+Machine: {describe_cpu()}. Python {platform.python_version()}, {versions}. The peer is open_clip 3.3.0.
 """
-    args.out.write_text(head + "\n".join(rows) + "\n")
-    print(f"wrote {args.out}", file=sys.stderr)
-    return int(failed)
+    names = [name for name in order if name in tables] + [name for name in tables if name not in order]
+    return "\n".join([head, *(f"## {name}\n\n{tables[name]}\n" for name in names)])
 
 
 def describe_cpu() -> str:
