@@ -27,8 +27,10 @@ from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from finetune.search.captions import CaptionIndex
 from finetune.search.fields import Kind
 from finetune.search.filters import to_mask
 from finetune.search.nearest import find_nearest
@@ -72,6 +74,8 @@ class ExactIndex(VectorIndex):
         self._row_of_key: dict[str, int] | None = None
         """Of the rows that are there; built when it is first needed, then kept up to date."""
         self._is_mapped = False
+        self._captions: CaptionIndex | None = None
+        """Of the images that are there and have a caption; built when it is first needed, again after each change."""
         self._read_commits()
         self._map_files()
 
@@ -147,7 +151,7 @@ class ExactIndex(VectorIndex):
             ) from error
         self._apply(record)
         self._ends["commits"] += len(line)
-        self._is_mapped = False
+        self._is_mapped, self._captions = False, None
 
     def _map_files(self) -> None:
         """Map the files up to the last commit into memory, unless they are. Raises UserError where one is shorter."""
@@ -220,6 +224,18 @@ class ExactIndex(VectorIndex):
             [Hit(images[row], score) for row, score in zip(rows_of_query, scores_of_query, strict=True)]
             for rows_of_query, scores_of_query in zip(rows.tolist(), scores.tolist(), strict=True)
         ]
+
+    def _search_captions(self, text: str, k: int, condition: Filter | None) -> list[Hit]:
+        mask = self._match(condition)
+        if self._captions is None:
+            column = self._table["caption"]
+            self._captioned = np.flatnonzero(self._alive & pc.not_equal(column, "").to_numpy())
+            self._captions = CaptionIndex(column.take(self._captioned).to_pylist())
+        scores = np.where(mask[self._captioned], self._captions.score(text), 0)
+        best = np.argsort(-scores, kind="stable")[:k]
+        best = best[scores[best] > 0]
+        images = self._read_images(self._captioned[best])
+        return [Hit(images[int(self._captioned[i])], float(scores[i])) for i in best.tolist()]
 
     def _get(self, keys: list[str]) -> list[IndexedImage | None]:
         rows_of_keys = self._find_rows()

@@ -6,7 +6,7 @@
 
 An image is an entity with its key as the primary key. Thumbnails are base64, because Milvus has no type for bytes. The
 description is a property of the collection, because Milvus Lite drops the collection's own description. Only MilvusClient is
-used: the older interface of pymilvus is to go.
+used: the older interface of pymilvus is to go. Words of captions are searched by Milvus's own BM25.
 
 Milvus Lite compares every vector (FLAT); servers choose their index (AUTOINDEX).
 """
@@ -26,6 +26,7 @@ from urllib.parse import unquote, urlsplit
 
 import numpy as np
 
+from finetune.search import captions
 from finetune.search.fields import TEXT_BYTES, Kind
 from finetune.search.filters import to_milvus
 from finetune.search.vector_index import KEY_BYTES, Description, Hit, IndexedImage, NoIndexError, VectorIndex, Vectors
@@ -38,6 +39,8 @@ COLLECTION = "images"
 PROPERTY = "clipfuse"
 """The property of the collection that holds the description."""
 TOKEN_VARIABLE = "MILVUS_TOKEN"
+WORDS = "caption_words"
+"""The column that Milvus fills with the words of the captions, for BM25."""
 _BATCH = 500
 """Entities of a request, at most: below the 64 MB that a server accepts."""
 _SECONDS = 10.0
@@ -60,7 +63,9 @@ class MilvusIndex(VectorIndex):
             with self._errors():
                 if not self._client.has_collection(self._collection):
                     raise NoIndexError(self._name)
-                properties = self._client.describe_collection(self._collection).get("properties") or {}
+                collection = self._client.describe_collection(self._collection)
+            properties = collection.get("properties") or {}
+            self._has_words = any(column["name"] == WORDS for column in collection["fields"])
             super().__init__(self._name, Description.from_json(properties.get(PROPERTY, "null"), self._name))
             self._columns = _name_columns(self.description)
             with self._errors():
@@ -124,13 +129,15 @@ class MilvusIndex(VectorIndex):
             raise UserError(f"{self._name}: Milvus says: {message[:500]}") from error
 
     def _create_collection(self, description: Description) -> None:
-        from pymilvus import DataType
+        from pymilvus import DataType, Function, FunctionType
 
         schema = self._client.create_schema(auto_id=False, enable_dynamic_field=False)
         schema.add_field("key", DataType.VARCHAR, is_primary=True, max_length=KEY_BYTES)
         schema.add_field("vector", DataType.FLOAT_VECTOR, dim=description.dim)
         for name in ("source", "caption", "thumbnail"):
-            schema.add_field(name, DataType.VARCHAR, max_length=TEXT_BYTES)
+            schema.add_field(name, DataType.VARCHAR, max_length=TEXT_BYTES, enable_analyzer=name == "caption")
+        schema.add_field(WORDS, DataType.SPARSE_FLOAT_VECTOR)
+        schema.add_function(Function("bm25", FunctionType.BM25, input_field_names=["caption"], output_field_names=[WORDS]))
         for name in ("offset", "size"):
             schema.add_field(name, DataType.INT64)
         columns = _name_columns(description)
@@ -140,6 +147,8 @@ class MilvusIndex(VectorIndex):
         parameters = self._client.prepare_index_params()
         kind = "AUTOINDEX" if is_server(self._name) else "FLAT"
         parameters.add_index("vector", index_type=kind, metric_type="COSINE")
+        bm25 = {"bm25_k1": captions.K1, "bm25_b": captions.B}
+        parameters.add_index(WORDS, index_type="SPARSE_INVERTED_INDEX", metric_type="BM25", params=bm25)
         self._client.create_collection(
             self._collection,
             schema=schema,
@@ -186,6 +195,7 @@ class MilvusIndex(VectorIndex):
             results = self._client.search(
                 self._collection,
                 data=list(queries),
+                anns_field="vector",
                 limit=k,
                 filter=to_milvus(condition, self._columns) if condition is not None else "",
                 output_fields=self._output(),
@@ -194,6 +204,22 @@ class MilvusIndex(VectorIndex):
             [Hit(self._to_image(hit["entity"] | {"key": hit["key"]}), float(hit["distance"])) for hit in hits]
             for hits in results
         ]
+
+    def _search_captions(self, text: str, k: int, condition: Filter | None) -> list[Hit]:
+        if not self._has_words:
+            raise UserError(f"{self._name} was made by a version without --hybrid: index the images again into another --db")
+        with self._errors():
+            hits = self._client.search(
+                self._collection,
+                data=[text],
+                anns_field=WORDS,
+                limit=k,
+                filter=to_milvus(condition, self._columns) if condition is not None else "",
+                output_fields=self._output(),
+                search_params={"metric_type": "BM25"},
+            )[0]
+        # Milvus Lite gives scores below 0, and servers above it.
+        return [Hit(self._to_image(hit["entity"] | {"key": hit["key"]}), abs(float(hit["distance"]))) for hit in hits]
 
     def _get(self, keys: list[str]) -> list[IndexedImage | None]:
         found: dict[str, IndexedImage] = {}

@@ -8,6 +8,10 @@ not wanted. With a re-ranker, the first `candidates` of this order are scored ag
 the tokens of each image (reranking.py), and ordered by score(text) - NOT_WEIGHT x mean score(unwanted words). The rest keeps
 its order, and so does all of a query without a text.
 
+A hybrid query fuses the order of embeddings with that of BM25 over captions by reciprocal rank (captions.py), before the
+re-ranker. Words that are not wanted do not count there. It is not the default: many collections have no captions, those of
+others are about other things than images show, and the order would no longer be that of the cosines.
+
 Legend: k = results, c = candidates, D = width of the shared space.
 """
 
@@ -24,6 +28,7 @@ import torch
 from torch.nn import functional as F
 
 from finetune.loading import Finetuned
+from finetune.search.captions import fuse_ranks
 from finetune.search.indexing import check_model, describe_model
 from finetune.search.reranking import Reranker
 from finetune.search.vector_index import Hit, VectorIndex, Vectors
@@ -37,6 +42,8 @@ NOT_WEIGHT = 0.5
 """Weight of the words that are not wanted."""
 CANDIDATES = 32
 """Images that are re-ranked."""
+HYBRID_DEPTH = 100
+"""Images that are taken from each of two rankings to fuse them, at least."""
 
 
 @dataclass
@@ -56,11 +63,15 @@ class Query:
     """Results."""
     candidates: int = CANDIDATES
     """Images that the re-ranker orders, at least k."""
+    is_hybrid: bool = False
+    """Whether captions that hold the words of the text count, too."""
 
     def validate(self) -> None:
         """Refuse a query that asks for nothing. Raises ConfigError."""
         if not self.text.strip() and not self.image and not self.like:
             raise ConfigError("the query is empty: give a text, --image FILE, or both")
+        if self.is_hybrid and not self.text.strip():
+            raise ConfigError("--hybrid needs a text, whose words are looked up in the captions")
         if any(not text.strip() for text in self.unwanted):
             raise ConfigError("--not is empty: give words that the images should not show")
         if self.k < 1 or self.candidates < 1:
@@ -73,7 +84,11 @@ class Result:
 
     hit: Hit
     rank: int
-    """Position by embeddings alone, from 1."""
+    """Position before re-ranking, from 1."""
+    embedding_rank: int | None = None
+    """Position by embeddings alone; None where only its caption was found."""
+    caption_rank: int | None = None
+    """Position by the words of captions alone; None where these were not asked for, or did not find it."""
     match: float | None = None
     """The re-ranker's score; None where it did not see the image."""
 
@@ -84,9 +99,22 @@ class Results:
 
     results: list[Result]
     milliseconds: dict[str, float]
-    """Of each stage: encode (the query), search, fetch (the candidates' token features), rerank; and total."""
+    """Of each stage: encode (the query), search, captions, fetch (the candidates' token features), rerank; and total."""
     notes: list[str] = field(default_factory=list)
     """What the user should know: a query that was cut, images that could not be read."""
+
+    def to_record(self, query: Query) -> dict[str, Any]:
+        """Return a query and what it found as plain values, for a log."""
+        return {
+            "text": query.text,
+            "like": query.like or None,
+            "not": query.unwanted,
+            "filter": query.filter,
+            "hybrid": query.is_hybrid,
+            "results": self.to_records(),
+            "milliseconds": self.milliseconds,
+            "notes": self.notes,
+        }
 
     def to_records(self) -> list[dict[str, Any]]:
         """Return the results as plain values, for JSON."""
@@ -94,7 +122,8 @@ class Results:
             {
                 "key": result.hit.image.key,
                 "score": round(result.hit.score, 6),
-                "rank_by_embedding": result.rank,
+                "rank_by_embedding": result.embedding_rank,
+                "rank_by_captions": result.caption_rank,
                 "match": result.match,
                 "caption": result.hit.image.caption,
                 "fields": result.hit.image.fields,
@@ -142,13 +171,35 @@ class Searcher:
             reranker = self._reranker if query.text.strip() else None
             number = max(query.k, query.candidates) if reranker is not None else query.k
             with _timed(results, "search"):
-                hits = self.index.search(vector[None], number, query.filter)[0]
-            results.results = [Result(hit, rank) for rank, hit in enumerate(hits, start=1)]
-            if reranker is not None and hits:
+                depth = max(number, HYBRID_DEPTH) if query.is_hybrid else number
+                hits = self.index.search(vector[None], depth, query.filter)[0]
+                results.results = [Result(hit, rank, embedding_rank=rank) for rank, hit in enumerate(hits, start=1)]
+            if query.is_hybrid:
+                with _timed(results, "captions"):
+                    results.results = self._fuse(query, vector, results)[:number]
+            if reranker is not None and results.results:
                 self._rerank(query, results, reranker)
         results.milliseconds["total"] = results.milliseconds.pop("total")  # in the order of time
         results.results = results.results[: query.k]
         return results
+
+    def _fuse(self, query: Query, vector: Vectors, results: Results) -> list[Result]:
+        """Return the results and what captions found, by reciprocal rank."""
+        hits = self.index.search_captions(query.text, max(len(results.results), HYBRID_DEPTH), query.filter)
+        if not hits:
+            results.notes.append("no caption holds a word of the query: the order is that of embeddings alone")
+        by_key = {result.hit.image.key: result for result in results.results}
+        by_embedding, by_caption = list(by_key), [hit.image.key for hit in hits]
+        others = {hit.image.key: hit.image for hit in hits if hit.image.key not in by_key}
+        for key, image in zip(others, self.index.get(list(others)), strict=True):
+            if image is not None and image.vector is not None:
+                by_key[key] = Result(Hit(others[key], float(image.vector @ vector)), 0)
+        for rank, key in enumerate(by_caption, start=1):
+            by_key[key].caption_rank = rank
+        fused = [by_key[key] for key in fuse_ranks([by_embedding, by_caption])]
+        for rank, result in enumerate(fused, start=1):
+            result.rank = rank
+        return fused
 
     # -----------------------------------------------------------------------------------------------------------------
     # The embedding of a query

@@ -203,9 +203,9 @@ class TokenStore:
         if max(rows, default=-1) >= len(self._mapped):
             self._map()
         values = self._mapped[list(rows)]
-        states = torch.from_numpy(np.ascontiguousarray(values["states"])).float()
-        mask = torch.from_numpy(np.ascontiguousarray(values["mask"]))
-        embedding = torch.from_numpy(np.ascontiguousarray(values["embedding"]))
+        states = torch.from_numpy(np.array(values["states"], order="C")).float()
+        mask = torch.from_numpy(np.array(values["mask"], order="C"))
+        embedding = torch.from_numpy(np.array(values["embedding"], order="C"))
         return ImageTokens(TokenSequence(states, mask, self.layout.grid, states[:, 0]), embedding)
 
     def _map(self) -> None:

@@ -65,7 +65,7 @@ class IndexedImage:
 
 @dataclass(frozen=True)
 class Hit:
-    """An image that a query found, with the cosine of the two embeddings."""
+    """An image that a query found, with the cosine of the two embeddings, or the BM25 score of its caption."""
 
     image: IndexedImage
     score: float
@@ -168,6 +168,18 @@ class VectorIndex(ABC):
         queries = self._check_vectors(queries, [f"query {i}" for i in range(len(queries))])
         return self._search(queries, k, self._bind(filter)) if len(queries) else []
 
+    def search_captions(self, text: str, k: int, filter: str | Filter | None = None) -> list[Hit]:
+        """Return the k images whose captions match a text best by BM25, best first, see captions.py.
+
+        Their scores are those of BM25, above 0. Images whose captions hold no word of the text are left out.
+
+        Raises:
+            UserError: k out of range; a filter that is none; an index that was made without words of captions.
+        """
+        if not 1 <= k <= MAX_K:
+            raise ConfigError(f"k={k} must be from 1 to {MAX_K:,}")
+        return self._search_captions(text, k, self._bind(filter)) if text.strip() else []
+
     def get(self, keys: Sequence[str]) -> list[IndexedImage | None]:
         """Return the images of these keys, with thumbnails and vectors; None for keys that the index does not have."""
         return self._get(list(keys)) if keys else []
@@ -204,6 +216,10 @@ class VectorIndex(ABC):
     @abstractmethod
     def _search(self, queries: Vectors, k: int, condition: Filter | None) -> list[list[Hit]]:
         """As `search`."""
+
+    @abstractmethod
+    def _search_captions(self, text: str, k: int, condition: Filter | None) -> list[Hit]:
+        """As `search_captions`; the text is not blank."""
 
     @abstractmethod
     def _get(self, keys: list[str]) -> list[IndexedImage | None]:

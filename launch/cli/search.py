@@ -52,11 +52,13 @@ def add_commands(commands: Subparsers[argparse.ArgumentParser]) -> None:
         "--not", dest="unwanted", action="append", default=[], metavar="TEXT", help="what they do not show; repeatable"
     )
     p.add_argument("--filter", metavar="CONDITION", help="""on fields: 'price < 900 and room == "living"'""")
+    p.add_argument("--hybrid", action="store_true", help="captions that hold the words of TEXT count, too (BM25)")
     p.add_argument("--rerank", metavar="RUN", help="a fine-tuned retrieval run, which orders the best candidates again")
     p.add_argument("--candidates", type=positive_int, default=32, metavar="N", help="images that --rerank orders (default 32)")
     p.add_argument("--k", type=positive_int, default=10, metavar="N", help="results (default 10)")
     p.add_argument("--run", metavar="RUN", help="the model of the index, where it is no longer in its place")
     p.add_argument("--backend", choices=["exact", "milvus"], help="instead of what the name of the place says")
+    p.add_argument("--maps", type=Path, metavar="DIR", help="with --rerank: draw where it looked for each word, in each result")
     p.add_argument("--log", type=Path, metavar="FILE", help="append one JSON line about the query")
     p.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
@@ -65,6 +67,7 @@ def add_commands(commands: Subparsers[argparse.ArgumentParser]) -> None:
     p.add_argument("--rerank", metavar="RUN", help="a fine-tuned retrieval run, which also shows where each word looked")
     p.add_argument("--run", metavar="RUN", help="the model of the index, where it is no longer in its place")
     p.add_argument("--backend", choices=["exact", "milvus"], help="instead of what the name of the place says")
+    p.add_argument("--log", type=Path, metavar="FILE", help="append one JSON line about each query")
     p.add_argument("--host", default="127.0.0.1", help="where to listen; another address lets other machines in")
     p.add_argument(
         "--port", type=whole_number(0, 65535), default=8000, metavar="N", help="port (default 8000; 0: any free one)"
@@ -158,14 +161,20 @@ def search(args: argparse.Namespace) -> int:
         from finetune.search.query import Query, Searcher, load_query_model
         from pretrain.runtime import distributed
 
-        query = Query(args.text, image, args.like, args.unwanted, args.filter, args.k, args.candidates)
+        query = Query(args.text, image, args.like, args.unwanted, args.filter, args.k, args.candidates, args.hybrid)
         query.validate()
         if args.rerank is not None and not args.text.strip():
             raise ConfigError("--rerank needs a text: it scores how well a text and an image match")
+        if args.maps is not None and args.rerank is None:
+            raise ConfigError("--maps needs --rerank RUN, whose attention it draws")
         reranker = loading.load(args.rerank) if args.rerank is not None else None
         searcher = Searcher(opened, load_query_model(opened, args.run), distributed.device(), reranker)
         results = searcher.search(query)
-    record = _build_record(args, results)
+        if args.maps is not None:
+            from finetune.search.maps import save_maps
+
+            results.notes += save_maps(searcher, results, query.text, args.maps)
+    record = results.to_record(query) | {"image": str(args.image) if args.image else None, "rerank": args.rerank}
     if args.log is not None:
         _append(args.log, json.dumps(record))
     if args.json:
@@ -194,7 +203,13 @@ def serve(args: argparse.Namespace) -> int:
         from pretrain.runtime import distributed
 
         reranker = loading.load(args.rerank) if args.rerank is not None else None
-        page.serve(Searcher(opened, load_query_model(opened, args.run), distributed.device(), reranker), args.host, args.port)
+        searcher = Searcher(opened, load_query_model(opened, args.run), distributed.device(), reranker)
+
+        def log(record: dict[str, Any]) -> None:
+            if args.log is not None:
+                _append(args.log, json.dumps(record | {"rerank": args.rerank}))
+
+        page.serve(searcher, args.host, args.port, log)
     return DONE
 
 
@@ -208,20 +223,6 @@ def _read_query_image(path: Path | None) -> bytes:
     if not content:
         raise UserError(f"--image {path} is empty")
     return content
-
-
-def _build_record(args: argparse.Namespace, results: Results) -> dict[str, Any]:
-    return {
-        "text": args.text,
-        "image": str(args.image) if args.image else None,
-        "like": args.like or None,
-        "not": args.unwanted,
-        "filter": args.filter,
-        "rerank": args.rerank,
-        "results": results.to_records(),
-        "milliseconds": results.milliseconds,
-        "notes": results.notes,
-    }
 
 
 def _format_result(position: int, result: Result) -> str:

@@ -11,17 +11,26 @@ May import finetune, pretrain, and nothing else of launch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from finetune.search.query import Searcher
 from pretrain.errors import UserError
 
 
-def serve(searcher: Searcher, host: str = "127.0.0.1", port: int = 8000) -> None:
+def serve(
+    searcher: Searcher,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    log: Callable[[dict[str, Any]], None] = lambda record: None,
+) -> None:
     """Answer requests until the process is interrupted. Raises UserError where the port is taken, or a package is missing.
 
     Args:
         searcher: answers the queries.
         host: the address to listen at; another than 127.0.0.1 lets other machines in.
         port: 0 = any that is free.
+        log: called with a record of each query that was answered.
     """
     import socket
 
@@ -37,5 +46,5 @@ def serve(searcher: Searcher, host: str = "127.0.0.1", port: int = 8000) -> None
         raise UserError(f"cannot listen at {host}:{port}: {error.strerror or error}; --port names another") from error
     address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
     print(f"open {address} (Ctrl-C ends it)", flush=True)
-    config = uvicorn.Config(build_app(searcher, [host]), log_level="warning", access_log=False)
+    config = uvicorn.Config(build_app(searcher, [host], log), log_level="warning", access_log=False)
     uvicorn.Server(config).run(sockets=[listener])

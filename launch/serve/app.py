@@ -1,6 +1,6 @@
 """The addresses of the page.
 
-    GET  /            the page; q, unwanted, condition, like, k      POST /            the same with a file `image`
+    GET  /            the page; q, unwanted, condition, like, k, hybrid      POST /            the same with a file `image`
     GET  /api/search  the same as JSON                               POST /api/search
     GET  /thumbnail   key                                            GET  /map         key, q, word: a heat map
     GET  /style.css
@@ -14,6 +14,7 @@ import functools
 import threading
 from collections.abc import Awaitable, Callable
 from importlib import resources
+from typing import Any
 
 import jinja2
 from fastapi import FastAPI, Form, Request, Response, UploadFile
@@ -45,8 +46,16 @@ _HEADERS = {
 }
 
 
-def build_app(searcher: Searcher, hosts: list[str] | None = None) -> FastAPI:
-    """Build the application. hosts: names under which requests may come, besides those of this machine."""
+def build_app(
+    searcher: Searcher, hosts: list[str] | None = None, log: Callable[[dict[str, Any]], None] = lambda record: None
+) -> FastAPI:
+    """Build the application.
+
+    Args:
+        searcher: answers the queries.
+        hosts: names under which requests may come, besides those of this machine.
+        log: called with a record of each query that was answered.
+    """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]", *(hosts or [])])
     page = jinja2.Environment(
@@ -76,6 +85,11 @@ def build_app(searcher: Searcher, hosts: list[str] | None = None) -> FastAPI:
             raise UserError(f"{key} is not a usable image: {error}") from error
         return [(word, encode_jpeg(tile)) for word, tile in tiles[:MAX_WORDS]]
 
+    def answer(query: queries.Query) -> queries.Results:
+        results = searcher.search(query)
+        log(results.to_record(query))
+        return results
+
     def find_words(query: queries.Query, results: queries.Results) -> list[str]:
         """Return the words that have heat maps; none where the first result has none."""
         if searcher.reranker is None or not query.text.strip() or not results.results:
@@ -91,7 +105,7 @@ def build_app(searcher: Searcher, hosts: list[str] | None = None) -> FastAPI:
         with lock:
             try:
                 if not is_empty:
-                    results = searcher.search(query)
+                    results = answer(query)
                     words = find_words(query, results)
             except UserError as error:
                 problem = str(error)
@@ -112,34 +126,36 @@ def build_app(searcher: Searcher, hosts: list[str] | None = None) -> FastAPI:
     def render_json(query: queries.Query) -> Response:
         try:
             with lock:
-                results = searcher.search(query)
+                results = answer(query)
         except UserError as error:
             return JSONResponse({"error": str(error)}, status_code=400)
         return JSONResponse({"results": results.to_records(), "milliseconds": results.milliseconds, "notes": results.notes})
 
-    def build_query(q: str, unwanted: str, condition: str, like: str, k: str, image: bytes = b"") -> queries.Query:
+    def build_query(q: str, unwanted: str, condition: str, like: str, k: str, hybrid: str, image: bytes = b"") -> queries.Query:
         count = int(k) if k.isdecimal() and 0 < int(k[:6]) <= MAX_RESULTS else 12
-        return queries.Query(q, image, like, [unwanted] if unwanted.strip() else [], condition.strip() or None, count)
+        unwanted_texts = [unwanted] if unwanted.strip() else []
+        is_hybrid = bool(hybrid) and bool(q.strip())
+        return queries.Query(q, image, like, unwanted_texts, condition.strip() or None, count, is_hybrid=is_hybrid)
 
     @app.get("/")
-    def show(q: str = "", unwanted: str = "", condition: str = "", like: str = "", k: str = "") -> Response:
-        return render(build_query(q, unwanted, condition, like, k))
+    def show(q: str = "", unwanted: str = "", condition: str = "", like: str = "", k: str = "", hybrid: str = "") -> Response:
+        return render(build_query(q, unwanted, condition, like, k, hybrid))
 
     @app.get("/api/search")
-    def search(q: str = "", unwanted: str = "", condition: str = "", like: str = "", k: str = "") -> Response:
-        return render_json(build_query(q, unwanted, condition, like, k))
+    def search(q: str = "", unwanted: str = "", condition: str = "", like: str = "", k: str = "", hybrid: str = "") -> Response:
+        return render_json(build_query(q, unwanted, condition, like, k, hybrid))
 
     @app.post("/")
     def show_upload(
         image: UploadFile, q: str = Form(""), unwanted: str = Form(""), condition: str = Form(""), k: str = Form("")
     ) -> Response:
-        return render(build_query(q, unwanted, condition, "", k, image.file.read(MAX_UPLOAD)))
+        return render(build_query(q, unwanted, condition, "", k, "", image.file.read(MAX_UPLOAD)))
 
     @app.post("/api/search")
     def search_upload(
         image: UploadFile, q: str = Form(""), unwanted: str = Form(""), condition: str = Form(""), k: str = Form("")
     ) -> Response:
-        return render_json(build_query(q, unwanted, condition, "", k, image.file.read(MAX_UPLOAD)))
+        return render_json(build_query(q, unwanted, condition, "", k, "", image.file.read(MAX_UPLOAD)))
 
     @app.get("/thumbnail")
     def show_thumbnail(key: str) -> Response:

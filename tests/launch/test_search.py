@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import re
 import resource
@@ -28,6 +29,7 @@ from starlette.testclient import TestClient
 
 from finetune import loading
 from finetune.search import places
+from finetune.search.captions import CaptionIndex
 from finetune.search.query import Searcher, load_query_model
 from launch import cli
 from launch.serve.app import build_app
@@ -162,6 +164,120 @@ def test_the_reranker_orders_the_candidates_as_predict_does(here: Path, capsys: 
     assert json.loads(Path("log.jsonl").read_text()) == record
 
 
+def check_same_scores(results: list[dict[str, Any]], expected: list[dict[str, Any]], atol: float) -> None:
+    """The same images with the same scores, in the same order but for those whose scores hardly differ."""
+    scores = {result["key"]: result["match"] for result in expected}
+    assert len(set(np.round(list(scores.values()), 2))) > len(scores) / 2  # scores differ enough to compare orders
+    assert {result["key"] for result in results} == scores.keys()
+    np.testing.assert_allclose(
+        [result["match"] for result in results], [scores[result["key"]] for result in results], atol=atol
+    )
+    for earlier, later in itertools.pairwise([scores[result["key"]] for result in results]):
+        assert earlier > later - 2 * atol
+
+
+def test_stored_token_features_order_as_images_do(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the images gone, so that nothing but the stored features can have been used."""
+    rerank = ["--rerank", "runs/retrieval"]
+    query = ["a red car", "--not", "a dog", *rerank, "--k", "24"]
+    expected = search(capsys, "catalog", *query)
+    shutil.copy("products.tar", "moved.tar")
+    summary = run(capsys, *index_words("moved.tar", "kept.db", *rerank, "--batch-size", "7"))
+    assert "token features of runs/retrieval/checkpoints" in summary
+    assert "24 images, 24 added" in summary
+    assert "MB in kept.db.tokens" in summary
+    assert "24 images, 0 added" in run(capsys, *index_words("moved.tar", "kept.db", *rerank))
+    Path("moved.tar").unlink()
+    record = json.loads(run(capsys, "search", "kept.db", *query, "--json"))
+    assert record["notes"] == []
+    results = [{**result, "key": result["key"].replace("moved/", "products/")} for result in record["results"]]
+    check_same_scores(results, expected, 5e-3)
+
+
+def test_what_has_no_stored_features_is_encoded_again(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree("products", "changing/products")
+    rerank = ["--rerank", "runs/retrieval"]
+    query = ["changing/db", "a red car", *rerank, "--k", "24"]
+    words = index_words("changing/products", "changing/db")
+    Path("changing/products/p23.jpg").rename("changing/p23.jpg")
+    run(capsys, *words, *rerank)
+    Path("changing/p23.jpg").rename("changing/products/p23.jpg")
+    shutil.copy("products/p01.jpg", "changing/products/p02.jpg")
+    assert "2 added" in run(capsys, *words)  # without --rerank: their features are not there, or forgotten
+    record = json.loads(run(capsys, "search", *query, "--json"))
+    assert record["notes"] == ["2 of 24 candidates have no token features in db.tokens, and were encoded again"]
+    matches = {result["key"]: result["match"] for result in record["results"]}
+    assert matches["products/p02.jpg"] == pytest.approx(matches["products/p01.jpg"], abs=5e-3)
+    run(capsys, *words, "--replace")  # forgets all
+    capsys.readouterr()
+    images = search(capsys, *query)
+    assert "24 images, 24 added" in run(capsys, *words, *rerank)
+    check_same_scores(search(capsys, *query), images, 5e-3)
+
+    refused = run(capsys, *words, *rerank, "--pool", "2", code=2)
+    assert "db.tokens holds token features of runs/retrieval/checkpoints" in refused
+    model = Path("changing/db.tokens/model.json")
+    model.write_text(model.read_text().replace('"fingerprint": "', '"fingerprint": "0'))
+    capsys.readouterr()
+    assert cli.main(["search", *query, "--json"]) == 0
+    out = capsys.readouterr()
+    assert "changing/db.tokens holds token features of" in out.err
+    assert "images are encoded again" in out.err
+    check_same_scores(json.loads(out.out)["results"], images, 1e-9)
+    assert "delete the folder to make them anew" in run(capsys, *words, *rerank, code=2)
+
+
+def test_pooled_token_features_score_as_pooled_images_do(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(capsys, *index_words("products.tar", "pooled", "--rerank", "runs/retrieval", "--pool", "2"))
+    results = search(capsys, "pooled", "a red car", "--rerank", "runs/retrieval", "--k", "24")
+    tuned = loading.load("runs/retrieval")
+    files = [Path(f"{result['key']}.jpg").read_bytes() for result in results]
+    inputs, masks = tuned.encode_inputs(files, ["a red car"] * len(files))
+    with torch.no_grad():
+        image, embedding = tuned.model.tokens_and_embedding("image", inputs["image"])
+        text, wanted = tuned.model.tokens_and_embedding("text", inputs["text"], masks["text"])
+        assert image.grid is not None
+        height, width = image.grid
+        cells = image.states.view(len(files), height // 2, 2, width // 2, 2, -1).mean(dim=(2, 4)).flatten(1, 2)
+        pooled = image._replace(states=cells, mask=image.mask[:, : cells.shape[1]], grid=(height // 2, width // 2))
+        logits = tuned.model.head.match(tuned.model, text, pooled)
+        expected = logits + tuned.model.encoder.logit_scale.exp() * (embedding * wanted).sum(dim=1)
+    np.testing.assert_allclose([result["match"] for result in results], expected.numpy(), atol=5e-3)
+
+
+def test_captions_count_in_hybrid_queries(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dense = [result["key"] for result in search(capsys, "catalog", "a blue dog", "--k", "24")]
+    captions = {key: Path(f"{key}.txt").read_text() for key in sorted(dense)}
+    scores = dict(zip(captions, CaptionIndex(list(captions.values())).score("a blue dog").tolist(), strict=True))
+    by_caption = [key for key in sorted(captions, key=lambda key: -scores[key]) if scores[key] > 0]
+    assert len(by_caption) > 1
+    fused = {key: 1 / (61 + dense.index(key)) for key in dense}
+    for rank, key in enumerate(by_caption, start=1):
+        fused[key] += 1 / (60 + rank)
+    record = json.loads(run(capsys, "search", "catalog", "a blue dog", "--hybrid", "--k", "24", "--json"))
+    results = record["results"]
+    assert [result["key"] for result in results] == sorted(fused, key=lambda key: (-fused[key], dense.index(key)))
+    assert [dense.index(result["key"]) + 1 for result in results] == [result["rank_by_embedding"] for result in results]
+    ranks = {result["key"]: result["rank_by_captions"] for result in results}
+    assert [key for key in sorted(ranks, key=lambda key: ranks[key] or 99) if ranks[key]] == by_caption
+    assert list(record["milliseconds"]) == ["encode", "search", "captions", "total"]
+    none = json.loads(run(capsys, "search", "catalog", "zzz", "--hybrid", "--json"))
+    assert none["notes"] == ["no caption holds a word of the query: the order is that of embeddings alone"]
+
+
+def test_maps_of_the_results(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    printed = run(capsys, "search", "catalog", "a red car", "--rerank", "runs/retrieval", "--k", "2", "--maps", "maps")
+    keys = re.findall(r"products/p\d\d", printed)
+    assert sorted(path.name for path in Path("maps").iterdir()) == [
+        f"{position:03d}-{key.replace('/', '_')}.png" for position, key in enumerate(keys, start=1)
+    ]
+    reranker = clipfuse.load("runs/retrieval")
+    assert isinstance(reranker, clipfuse.FinetunedModel)
+    expected = reranker.attend(f"{keys[0]}.jpg", "a red car").figure()
+    drawn = Image.open(f"maps/001-{keys[0].replace('/', '_')}.png")
+    assert np.abs(np.asarray(drawn.convert("RGB"), float) - np.asarray(expected.convert("RGB"), float)).mean() < 1
+
+
 def test_every_kind_of_data_and_of_place(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     expected = [result["score"] for result in search(capsys, "catalog", "a red car", "--k", "24")]
     run(capsys, "embed", "runs/first", "--data", "products.tar", "--out", "embeddings", "--workers", "0")
@@ -247,6 +363,11 @@ REFUSED = {
     "search empty car": "empty is empty: `clipfuse index RUN --data SHARDS --db empty` adds images",
     "search http://127.0.0.1:9/x car": "http://127.0.0.1:9/x: Milvus says: Fail connecting to server",
     "search http://127.0.0.1:9/a-b car": "write http(s)://HOST:PORT/COLLECTION",
+    "search catalog --image products/p00.jpg --hybrid": "--hybrid needs a text",
+    "search catalog car --maps maps": "--maps needs --rerank RUN",
+    "index runs/first --data products.tar --db new --pool 2": "--pool goes with --rerank",
+    "index runs/first --data products.tar --db new --rerank runs/gone": "no run or checkpoint at runs/gone",
+    "index runs/first --data embeddings0 --db new --rerank runs/retrieval": "needs --images",
     "index runs/other --data products.tar --db catalog": "catalog holds embeddings of",
     "index runs/first --data products.tar --db catalog --fields size:int": "was made with the fields price:float,room:str",
     "index runs/first --data products.tar --db new --fields size": "--fields size: write NAME:KIND",

@@ -125,6 +125,32 @@ def test_the_contract(index: VectorIndex, place: str) -> None:
         assert keys(again.search(vectors[:1], 5)[0]) == ["shard/2"]
 
 
+def test_captions_are_found_by_their_words(index: VectorIndex, place: str) -> None:
+    captions = ["a red car", "A blue CAR on a long bridge", "", "red, red-painted bridge", "dog"]
+    rows = [row(number, price=float(number)) for number in range(5)]
+    for image, caption in zip(rows, captions, strict=True):
+        image.caption = caption
+    assert index.search_captions("car", 5) == []  # an empty index
+    index.upsert(rows, np.eye(5, D, k=-1, dtype=np.float32) + np.ones((5, D), np.float32))
+    found = index.search_captions("Car", 5)
+    assert keys(found) == ["shard/0", "shard/1"]  # the shorter caption first
+    assert found[0].score > found[1].score > 0
+    assert found[0].image == IndexedImage("shard/0", "/data/shard.tar", 0, 100, "a red car", rows[0].fields)
+    assert set(keys(index.search_captions("red bridge", 5))) == {"shard/0", "shard/1", "shard/3"}
+    assert keys(index.search_captions("red bridge", 1)) == ["shard/3"]
+    assert keys(index.search_captions("red bridge", 5, "price < 1")) == ["shard/0"]
+    assert index.search_captions("zebra", 5) == index.search_captions(" ", 5) == []
+    rows[4].caption = "a red dog"
+    index.upsert(rows[4:], np.ones((1, D), np.float32))
+    index.delete(keys=["shard/3"])
+    assert set(keys(index.search_captions("red", 5))) == {"shard/0", "shard/4"}
+    index.close()
+    with places.open_index(place) as again:
+        assert set(keys(again.search_captions("red", 5))) == {"shard/0", "shard/4"}
+    with pytest.raises(ConfigError, match="must be from 1"):
+        again.search_captions("red", 0)
+
+
 def test_what_no_backend_gets_to_see(index: VectorIndex) -> None:
     good = vector(1, 0, 0, 0)
     for bad, message in (
