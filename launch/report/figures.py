@@ -148,10 +148,15 @@ def build_evaluation_table(history: RunHistory) -> dict[str, Any]:
 
 
 def count_bad_samples(history: RunHistory) -> dict[str, Any]:
-    """Return the last training line's counts of bad samples, by reason, and of skipped steps."""
+    """Return the last training line's counts of bad and filtered samples, by reason, and of skipped steps."""
     last = history.steps[-1] if history.steps else {}
-    reasons = [(name.removeprefix("bad/"), int(count)) for name, count in last.items() if name.startswith("bad/") and count]
+    reasons = [
+        (name.partition("/")[2], int(count))
+        for name, count in last.items()
+        if name.startswith(("bad/", "filtered/")) and isinstance(count, int | float) and count
+    ]
     return {
+        "filtered": int(last.get("filtered_samples") or 0),
         "total": int(last.get("bad_samples") or 0),
         "reasons": sorted(reasons, key=lambda pair: -pair[1]),
         "skipped": int(last.get("skipped") or 0),

@@ -172,7 +172,7 @@ def test_an_unfinished_resumed_and_damaged_run_is_read(run: Path) -> None:
 
 
 def test_the_page_shows_bad_samples_and_classification(run: Path) -> None:
-    reasons = {"bad/image unreadable": 3, "bad/no caption": 8}
+    reasons = {"bad/image unreadable": 3, "bad/no caption": 8, "filtered_samples": 70, "filtered/not kept": 70}
     classification = {
         "val/zero_shot_top1": 0.31,
         "val/zero_shot_top5": 0.6,
@@ -184,6 +184,8 @@ def test_the_page_shows_bad_samples_and_classification(run: Path) -> None:
     assert "11 of 1,280 samples" in text
     assert text.index("no caption 8") < text.index("image unreadable 3")
     assert "2 steps were skipped" in text
+    assert "70 samples were passed over" in text
+    assert text.index("not kept 70") < text.index("no caption 8")
     assert "Zero-shot classification, top 1 31.0 % chance 10.0 %" in text
     assert "Linear probe, top 1 90.0 %" in text
     line = {"step": 20, "val/linear_probe_top1": 0.9, "val/linear_probe_classes": 4}
