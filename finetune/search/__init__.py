@@ -9,6 +9,8 @@
     indexing.py       images into an index
     embeddings.py     what `clipfuse embed` wrote into an index
     query.py          texts and images as queries; re-ranking
+    judged_queries.py files of queries and of judgments
+    evaluation.py     nDCG, MRR and recall of an index, before and after re-ranking
     places.py         the name of a place decides which backend it is
 
 The language of filters is that of pretrain.data.filter_expression. May import finetune.loading and all that it may import, and

@@ -3,7 +3,7 @@
 parser.py     the parser of all commands; command.py: how one is declared
 data.py       data scenes | pack | check, tokenizer
 train.py      pretrain, finetune, plan
-evaluate.py   evaluate, attend
+evaluate.py   evaluate, attend; evaluate_index.py: of an index
 outputs.py    embed, export, report
 search.py     index, search, serve
 runs.py       RUN and --task are checked before torch is imported

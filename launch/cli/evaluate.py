@@ -1,4 +1,4 @@
-"""clipfuse evaluate and attend: what a run has learned, and what each word attends to."""
+"""clipfuse evaluate and attend: what a run has learned, how well an index answers, and what each word attends to."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from launch.cli import evaluate_index
 from launch.cli.command import Subparsers, add_command
 from launch.cli.runs import check_run, check_task
 from pretrain.config.arguments import fractions, nonempty, nonempty_path, whole_number
@@ -19,10 +20,14 @@ _MAPS = "raw, rollout, gradcam, relevance"
 def add_commands(commands: Subparsers[argparse.ArgumentParser]) -> None:
     """Add evaluate and attend."""
     p = add_command(
-        commands, "evaluate", evaluate, "recall, zero-shot accuracy, a linear probe, or a run's own task", reads_runs=True
+        commands,
+        "evaluate",
+        evaluate,
+        "recall, zero-shot accuracy, a linear probe, a run's own task, or an index",
+        reads_runs=True,
     )
-    p.add_argument("run", type=nonempty, metavar="RUN", help="a run folder or a checkpoint folder")
-    p.add_argument("--data", type=nonempty, required=True, metavar="SHARDS", help="shards to evaluate on")
+    p.add_argument("run", type=nonempty, metavar="RUN", help="a run folder, a checkpoint folder, or an index (with --queries)")
+    p.add_argument("--data", type=nonempty, metavar="SHARDS", help="shards to evaluate on")
     p.add_argument(
         "--task",
         help="retrieval (default), zero_shot, linear_probe; for a fine-tuned run its own task (default), or grounding",
@@ -42,6 +47,7 @@ def add_commands(commands: Subparsers[argparse.ArgumentParser]) -> None:
     p.add_argument("--pretrained", metavar="RUN", help="--wise: that model, if it is not where the run found it")
     p.add_argument("--out", type=nonempty_path, metavar="DIR", help="--wise: a run folder for the best average")
     p.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    evaluate_index.add_options(p)
 
     p = add_command(commands, "attend", attend, "what each word of a text attends to in an image", reads_runs=True)
     p.add_argument("run", type=nonempty, metavar="RUN", help="a fine-tuned run or checkpoint folder")
@@ -60,7 +66,12 @@ def add_commands(commands: Subparsers[argparse.ArgumentParser]) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    """Run `clipfuse evaluate`: of a fine-tuned run its own task, unless --task names another."""
+    """Run `clipfuse evaluate`: of a fine-tuned run its own task, unless --task names another; of an index its --queries."""
+    evaluate_index.check_options(args)
+    if args.queries is not None:
+        return evaluate_index.evaluate(args)
+    if args.data is None:
+        args.parser.error("the following arguments are required: --data, or --queries for an index")
     check_run(args.run)
     if args.pretrained is not None:
         check_run(args.pretrained)
