@@ -31,7 +31,7 @@ class _OutsideError(Exception):
 
 
 def check_settings(path: Path, settings: list[str], module: str) -> Any:
-    """Refuse unknown keys, values of a wrong type and unknown components of a run's
+    """Refuse unknown keys, values of a wrong type and unknown components in a run's settings.
 
     path: the YAML file; settings: key=value; module: "pretrain" or "finetune". Raises ConfigError, as `load_config` does.
     Returns the configuration, without what check() does; None where a component lies outside the project.
