@@ -8,7 +8,10 @@
     image_sources.py  shards and folders as sources of images; images read again
     indexing.py       images into an index
     embeddings.py     what `clipfuse embed` wrote into an index
-    query.py          texts and images as queries; re-ranking
+    query.py          texts and images as queries, and what they find
+    captions.py       BM25 over captions, and the fusion of rankings
+    reranking.py      a retrieval run that scores candidates; token_store.py: its token features, beside the index
+    maps.py           where the re-ranker looked for each word of a query
     judged_queries.py files of queries and of judgments
     evaluation.py     nDCG, MRR and recall of an index, before and after re-ranking
     places.py         the name of a place decides which backend it is

@@ -12,9 +12,13 @@ Fusion is by reciprocal rank (Cormack et al. 2009): cosines and BM25 scores have
 
 from __future__ import annotations
 
+import os
 import re
+import tempfile
 from collections.abc import Hashable, Sequence
-from typing import TypeVar
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,18 +55,41 @@ class CaptionIndex:
 
     def __init__(self, captions: Sequence[str]) -> None:
         """Raises UserError where bm25s is missing."""
-        try:
-            import bm25s
-        except ImportError as error:
-            raise UserError(f"captions need {error.name}: pip install 'clipfuse[search]'") from error
         self._length = len(captions)
-        self._bm25 = bm25s.BM25(k1=K1, b=B, method="lucene")
+        self._bm25 = _import_bm25s().BM25(k1=K1, b=B, method="lucene")
         words = [split_words(caption) for caption in captions]
         self._has_words = any(words)
         if self._has_words:
             self._bm25.index(words, show_progress=False)
 
+    def save(self, folder: Path) -> None:
+        """Write into a folder, which appears as a whole. Raises OSError."""
+        if not self._has_words:
+            return
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as partial:
+            self._bm25.save(Path(partial) / "bm25", show_progress=False)
+            with suppress(FileExistsError):  # another process was as fast
+                os.rename(Path(partial) / "bm25", folder)
+
+    @classmethod
+    def load(cls, folder: Path, length: int) -> CaptionIndex:
+        """Map what `save` wrote into memory; length: n. Raises OSError where there is nothing, ValueError for damage."""
+        index = cls.__new__(cls)
+        index._length, index._has_words = length, True
+        index._bm25 = _import_bm25s().BM25.load(folder, mmap=True, show_progress=False)
+        if index._bm25.scores["num_docs"] != length:
+            raise ValueError(f"{folder} holds {index._bm25.scores['num_docs']} captions, not {length}")
+        return index
+
     def score(self, text: str) -> NDArray[np.float32]:
         """Return (n,) the score of each caption; 0 for those that hold no word of the text."""
         words = [word for word in split_words(text) if word in self._bm25.vocab_dict] if self._has_words else []
         return np.asarray(self._bm25.get_scores(words), np.float32) if words else np.zeros(self._length, np.float32)
+
+
+def _import_bm25s() -> Any:
+    try:
+        import bm25s
+    except ImportError as error:
+        raise UserError(f"captions need {error.name}: pip install 'clipfuse[search]'") from error
+    return bm25s

@@ -4,6 +4,7 @@
     vectors.f32        (n, D) float32, row by row
     thumbnails.bin     the JPEGs, one after the other
     rows.arrow         keys, places, captions and fields: record batches of Arrow, one after the other
+    captions-1.N/      words of the captions when commits.txt has N bytes, for BM25: made by the first search that asks
     commits.txt        one line for each change: how long the files above are by then, and which rows it removed
 
 Rows are only ever appended, then a line is added to commits.txt, each flushed to disk. What lies behind the last complete
@@ -21,6 +22,7 @@ import fcntl
 import json
 import mmap
 import os
+import shutil
 import zlib
 from pathlib import Path
 from typing import IO, Any
@@ -37,9 +39,12 @@ from finetune.search.nearest import find_nearest
 from finetune.search.vector_index import Description, Hit, IndexedImage, NoIndexError, VectorIndex, Vectors
 from pretrain.data.filter_expression import Filter
 from pretrain.errors import UserError
+from pretrain.runtime.console import log_info
 from pretrain.runtime.files import flush, read_bytes, write_text
 
 DESCRIPTION, COMMITS = "index.json", "commits.txt"
+_CAPTIONS = "captions-1."
+"""Begins the name of the folder of the captions' words; the length of commits.txt follows, which is that of a state."""
 _FILES = {"vectors": "vectors.f32", "thumbnails": "thumbnails.bin", "rows": "rows.arrow"}
 _ARROW: dict[Kind, pa.DataType] = {"float": pa.float64(), "int": pa.int64(), "bool": pa.bool_(), "str": pa.string()}
 
@@ -228,14 +233,32 @@ class ExactIndex(VectorIndex):
     def _search_captions(self, text: str, k: int, condition: Filter | None) -> list[Hit]:
         mask = self._match(condition)
         if self._captions is None:
-            column = self._table["caption"]
-            self._captioned = np.flatnonzero(self._alive & pc.not_equal(column, "").to_numpy())
-            self._captions = CaptionIndex(column.take(self._captioned).to_pylist())
+            self._captions = self._load_captions()
         scores = np.where(mask[self._captioned], self._captions.score(text), 0)
-        best = np.argsort(-scores, kind="stable")[:k]
-        best = best[scores[best] > 0]
+        least = np.partition(scores, -k)[-k] if k < len(scores) else 0.0
+        best = np.flatnonzero((scores > 0) & (scores >= least))
+        best = best[np.argsort(-scores[best], kind="stable")][:k]  # of equal ones, the lower row comes first
         images = self._read_images(self._captioned[best])
         return [Hit(images[int(self._captioned[i])], float(scores[i])) for i in best.tolist()]
+
+    def _load_captions(self) -> CaptionIndex:
+        """Return the index of the captions of this state: from its folder, or made and kept there for the next process."""
+        column = self._table["caption"]
+        self._captioned = np.flatnonzero(self._alive & pc.not_equal(column, "").to_numpy())
+        folder = self.path / f"{_CAPTIONS}{self._ends['commits']}"
+        try:
+            return CaptionIndex.load(folder, len(self._captioned))
+        except (OSError, ValueError, KeyError, RecursionError) as error:
+            if folder.exists():
+                log_info(f"{folder} cannot be used, and is made anew: {error}")
+        captions = CaptionIndex(column.take(self._captioned).to_pylist())
+        try:
+            for old in self.path.glob(f"{_CAPTIONS}*"):
+                shutil.rmtree(old, ignore_errors=True)
+            captions.save(folder)
+        except OSError as error:
+            log_info(f"{folder} cannot be written, so that each process indexes the captions: {error.strerror or error}")
+        return captions
 
     def _get(self, keys: list[str]) -> list[IndexedImage | None]:
         rows_of_keys = self._find_rows()

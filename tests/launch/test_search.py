@@ -447,6 +447,10 @@ def test_a_query_longer_than_the_model_reads(here: Path, capsys: pytest.CaptureF
 # The page
 
 
+RECORDS: list[dict[str, Any]] = []
+"""What the page logged."""
+
+
 @pytest.fixture(scope="module")
 def client(folder: Path) -> Iterator[TestClient]:
     """The page of an index whose first caption holds a script, with the re-ranker."""
@@ -456,7 +460,7 @@ def client(folder: Path) -> Iterator[TestClient]:
         assert cli.main(index_words("hostile/products", "hostile/db")) == 0
         with places.open_index("hostile/db") as opened:
             searcher = Searcher(opened, load_query_model(opened, None), torch.device("cpu"), loading.load("runs/retrieval"))
-            with TestClient(build_app(searcher), base_url="http://127.0.0.1:8000") as client:
+            with TestClient(build_app(searcher, log=RECORDS.append), base_url="http://127.0.0.1:8000") as client:
                 yield client
 
 
@@ -501,6 +505,18 @@ def test_filters_uploads_and_more_like_this_on_the_page(here: Path, client: Test
     upload = {"image": ("p07.jpg", Path("products/p07.jpg").read_bytes())}
     assert client.post("/api/search", files=upload).json()["results"][0]["key"] == "products/p07.jpg"
     assert "/thumbnail?key=products/p07.jpg" in client.post("/", files=upload, data={"q": "a red car", "k": "24"}).text
+
+
+def test_captions_and_the_log_of_the_page(here: Path, client: TestClient) -> None:
+    asked = {"q": "a red car", "hybrid": "1", "k": "5"}
+    page = client.get("/", params=asked)
+    assert 'name="hybrid" value="1" checked' in page.text
+    assert 'value="1" checked' not in client.get("/", params={"q": "a red car", "k": "5"}).text
+    answer = client.get("/api/search", params=asked).json()
+    assert any(result["rank_by_captions"] for result in answer["results"])
+    assert list(answer["milliseconds"]) == ["encode", "search", "captions", "fetch", "rerank", "total"]
+    assert [record["hybrid"] for record in RECORDS[-3:]] == [True, False, True]
+    assert RECORDS[-1] == {"text": "a red car", "like": None, "not": [], "filter": None, "hybrid": True, **answer}
 
 
 def test_what_the_page_refuses(here: Path, client: TestClient) -> None:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 import random
+from pathlib import Path
 
 import numpy as np
+import pytest
 
+from finetune.search import places
 from finetune.search.captions import CaptionIndex, fuse_ranks, split_words
+from finetune.search.vector_index import Description, IndexedImage
 
 
 def bm25(captions: list[str], text: str, k1: float = 1.2, b: float = 0.75) -> list[float]:
@@ -43,3 +47,34 @@ def test_ranks_are_fused_by_their_reciprocals() -> None:
     assert fuse_ranks([first, []]) == first
     assert fuse_ranks([["a"], ["b"]]) == ["a", "b"]  # of equal ones, the first ranking's
     assert fuse_ranks([["a", "b", "c"], ["c", "b"]], offset=0) == ["c", "a", "b"]  # 1/3 + 1, 1, 1/2 + 1/2
+
+
+def test_an_index_of_captions_is_kept_for_each_state(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = tmp_path / "catalog"
+
+    def find(text: str) -> list[str]:
+        with places.open_index(str(place)) as index:
+            return [hit.image.key for hit in index.search_captions(text, 9)]
+
+    def add(key: str, caption: str) -> None:
+        with places.open_index(str(place), is_writable=True) as index:
+            index.upsert([IndexedImage(key, "", -1, 0, caption)], np.ones((1, 2), np.float32))
+
+    places.create_index(str(place), Description(2, {})).close()
+    add("a", "")
+    assert find("red") == []
+    add("b", "a red car")
+    assert find("red") == find("red") == ["b"]
+    add("c", "red")
+    assert find("red") == find("red") == ["c", "b"]
+    (folder,) = place.glob("captions-*")
+    scores = folder / "data.csc.index.npy"
+    assert capsys.readouterr().err == ""
+    scores.write_bytes(scores.read_bytes()[:-8])
+    assert find("red") == ["c", "b"]
+    assert "cannot be used, and is made anew" in capsys.readouterr().err
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+    folder.write_bytes(b"")  # in the way
+    assert find("red") == ["c", "b"]
