@@ -24,6 +24,7 @@ TYPOS = {
     "pretrain scenes loss.name=clap optm.lr=3": "loss.name=clap on the command line: no 'clap' in losses",
     "pretrain scenes optim.lr=fast": "optim.lr='fast' on the command line must be a number",
     "pretrain scenes train.precision=int8": "one of fp32, bf16, fp16",
+    "pretrain scenes data.keep=json.width>": "data.keep 'json.width>': column 12: a number",
     "pretrain scnes": "no configuration 'scnes'; did you mean 'scenes'?",
     "pretrain scenes --nproc 2 data.augment.scal=1": "unknown key data.augment.scal on the command line",
     "pretrain scenes --on slurm --nproc 2 image.sizes=1": "unknown key image.sizes on the command line",

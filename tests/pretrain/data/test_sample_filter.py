@@ -7,8 +7,6 @@ bad, the next substitute of `Order.substitute` takes its place.
 import io
 import itertools
 import json
-import subprocess
-import sys
 import tarfile
 from collections import Counter
 from collections.abc import Callable
@@ -30,7 +28,7 @@ from pretrain.data.order import Order, ShardSource
 from pretrain.data.sample_filter import NOT_KEPT, SKIPPED, SkipList, format_skip_line, parse_keep, read_skip_list
 from pretrain.data.shards.paths import RawSample
 from pretrain.errors import ConfigError, UserError
-from tests.support import Small, environment, read_jsonl
+from tests.support import Small, read_jsonl
 
 KEEP = "json.similarity > 0.28 and json.width >= 200"
 SHARDS, SAMPLES, WINDOW, BATCH = 4, 16, 2, 8
@@ -250,18 +248,6 @@ def test_a_wrong_condition_is_one_line(keep: str, expected: str) -> None:
     assert "data.keep" in str(error.value)
     assert expected in str(error.value)
     assert "\n" not in str(error.value)
-
-
-def test_a_wrong_condition_is_found_before_torch_is_imported(in_tmp: Path) -> None:
-    """In a new interpreter: this one and the server that forks have imported torch."""
-    code = (
-        "import sys; from launch import cli; "
-        "code = cli.main(['pretrain', 'scenes', 'data.train=x.tar', 'data.keep=json.width >']); "
-        "sys.exit(9 if 'torch' in sys.modules else code)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 2, done.stderr
-    assert "data.keep 'json.width >': column 13" in done.stderr
 
 
 @pytest.mark.parametrize(
