@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from rich.markup import escape
 from rich.table import Table
 
 from finetune.search.judged_queries import JudgedQuery, Judgments
@@ -32,9 +33,9 @@ from pretrain.printable import format_count
 DEPTH = 100
 """Results of each query that MRR looks at."""
 RECALL_AT = (1, 5, 10)
-SELECTIVITIES = ((0.01, "filter keeps at most 1 %"), (0.1, "filter keeps 1 to 10 %"), (0.5, "filter keeps 10 to 50 %"))
+SELECTIVITIES = ((0.01, "at most 1 % pass"), (0.1, "1 to 10 % pass"), (0.5, "10 to 50 % pass"))
 """(most of the share of images that a filter keeps, name of the group)"""
-_LARGEST_SELECTIVITY, _NO_FILTER = "filter keeps more than 50 %", "no filter"
+_LARGEST_SELECTIVITY, _NO_FILTER = "over 50 % pass", "no filter"
 _RESAMPLES = 2000
 _NAMED = 3  # queries or keys that a note names
 
@@ -85,7 +86,13 @@ def evaluate_index(
     answers: dict[str, Answered] = {}
     milliseconds: Counter[str] = Counter()
     for done, query in enumerate(judged_queries, start=1):
-        asked = Query(query.text, unwanted=list(query.unwanted), filter=conditions[query.id], k=DEPTH, candidates=candidates)
+        asked = Query(
+            query.text,
+            unwanted=list(query.unwanted),
+            filter=conditions[query.id],
+            k=max(DEPTH, candidates),
+            candidates=candidates,
+        )
         found = searcher.search(asked)
         keys = [result.hit.image.key for result in found.results]
         before = [result.hit.image.key for result in sorted(found.results, key=lambda result: result.rank)]
@@ -293,7 +300,7 @@ def build_table(result: dict[str, Any]) -> Table:
     times = ", ".join(f"{stage} {milliseconds:,.1f} ms" for stage, milliseconds in result["milliseconds"].items())
     table = Table(title=title, caption=f"{times} a query; intervals of 95 %")
     for name in ("measure", "queries", *(f"{stage.replace('reranked', 're-ranked')}" for stage in stages)):
-        table.add_column(name, justify="left" if name == "measure" else "right")
+        table.add_column(name, justify="left" if name == "measure" else "right", no_wrap=True)
     _add_rows(table, result["metrics"], stages, list(result["metrics"]["embeddings"]))
     for name, group in result["selectivity"].items():
         table.add_section()
@@ -306,10 +313,10 @@ def build_table(result: dict[str, Any]) -> Table:
 
 def _add_rows(table: Table, metrics: dict[str, Any], stages: Sequence[str], names: Sequence[str]) -> None:
     for name in names:
-        cells = [_format(metrics[stage][name], is_gain=stage == "gain") for stage in stages]
+        cells = [escape(_format(metrics[stage][name], is_gain=stage == "gain")) for stage in stages]
         table.add_row(_LABELS.get(name, name), f"{metrics['embeddings'][name]['queries']:,}", *cells)
 
 
 def _format(value: dict[str, float], is_gain: bool) -> str:
-    mean, low, high = (f"{value[name]:{'+' if is_gain else ''}.3f}" for name in ("mean", "low", "high"))
-    return f"{mean}  {low} to {high}"
+    sign = "+" if is_gain else ""
+    return f"{value['mean']:{sign}.3f} [{value['low']:{sign}.2f}, {value['high']:{sign}.2f}]"
