@@ -10,8 +10,11 @@ REPEATED it means those after the first. Imports neither torch nor what reads sh
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 from collections import Counter
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -34,6 +37,7 @@ REPEATED = "duplicate key"
 """In the second column of a list: only samples whose KEY an earlier sample of their shard has."""
 
 _PREFIX = "json."
+_LINE = re.compile(r"[^/\t]+/[^\t]")
 _MAX_BYTES = 1 << 32  # of a list
 
 
@@ -57,7 +61,7 @@ class SkipList:
         entries = {_parse_line(line) for line in lines}
         self.shards = Counter(entry.partition("/")[0] for entry in entries)
         """Lines by the name of their shard; a line that is there twice counts once."""
-        self._digests = np.unique(np.array([_digest(entry) for entry in entries], dtype=np.uint64))
+        self._digests = np.unique(np.frombuffer(b"".join(map(_digest, entries)), dtype="<u8"))
 
     def __len__(self) -> int:
         return self.shards.total()
@@ -77,7 +81,7 @@ class SkipList:
         return sum(map(self._holds, entries))
 
     def _holds(self, entry: str) -> bool:
-        digest = _digest(escape_controls(entry))
+        digest = np.frombuffer(_digest(escape_controls(entry)), dtype="<u8")[0]
         at = int(np.searchsorted(self._digests, digest))
         return at < len(self._digests) and bool(self._digests[at] == digest)
 
@@ -87,22 +91,32 @@ class SkipList:
 
 
 def read_skip_list(path: str) -> SkipList:
-    """Read the file of data.skip. Raises ConfigError where it cannot be read, or a line is no SHARD/KEY."""
+    """Read the file of data.skip. Raises ConfigError where it cannot be read, or a line is no SHARD/KEY.
+
+    A file that has not changed since the last call is not read again: a million lines take seconds.
+    """
+    try:
+        status = os.stat(path)
+        return _read_skip_list(path, (status.st_ino, status.st_size, status.st_mtime_ns))
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise ConfigError(f"data.skip={path!s:.200} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+@lru_cache(maxsize=1)
+def _read_skip_list(path: str, version: tuple[int, int, int]) -> SkipList:
+    """Read a list. Raises OSError, ConfigError."""
     try:
         text = read_bytes(Path(path), _MAX_BYTES).decode()
-    except OSError as error:
-        raise ConfigError(f"data.skip={path} cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"data.skip={path} is no list of samples: byte {error.start:,} is not UTF-8") from error
-    lines = text.removeprefix("\ufeff").split("\n")
+    lines = [line.rstrip("\r") for line in text.removeprefix("\ufeff").split("\n")]
     for number, line in enumerate(lines, start=1):
-        shard, _, key = line.rstrip("\r").partition("\t")[0].partition("/")
-        if line.rstrip("\r") and not (shard and key):
+        if line and not _LINE.match(line):
             raise ConfigError(
                 f"data.skip={path}: line {number:,} is {line!r:.80}, not SHARD/KEY as `clipfuse data check SHARDS --fix FILE` "
                 "writes it"
             )
-    return SkipList(line for line in lines if line.rstrip("\r"))
+    return SkipList(filter(None, lines))
 
 
 def format_skip_line(key: str, reason: str) -> str:
@@ -112,12 +126,12 @@ def format_skip_line(key: str, reason: str) -> str:
 
 def _parse_line(line: str) -> str:
     """Return the entry of a line, which holds no control characters but the tab before REPEATED."""
-    key, _, reason = line.rstrip("\r").partition("\t")
+    key, _, reason = line.partition("\t")
     return escape_controls(f"{key}\t{REPEATED}" if reason == REPEATED else key)
 
 
-def _digest(entry: str) -> np.uint64:
-    return np.uint64(int.from_bytes(hashlib.blake2b(entry.encode(), digest_size=8).digest(), "little"))
+def _digest(entry: str) -> bytes:
+    return hashlib.blake2b(entry.encode(), digest_size=8).digest()
 
 
 class FieldReader(Protocol):
