@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.cli.runs import check_run
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from finetune.search.vector_index import VectorIndex
 
 _OF_INDEXES = ("qrels", "rerank", "candidates", "filter", "model", "backend")
+_INDEX_FILES = ("index.json", "commits.txt")  # of finetune.search.exact, which takes a while to import
 _OF_RUNS = ("data", "task", "train_data", "classes", "caption", "wise", "pretrained", "out")
 
 
@@ -36,7 +38,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--rerank", metavar="RUN", help="a fine-tuned retrieval run: figures before and after it")
     group.add_argument("--candidates", type=positive_int, metavar="N", help="images that --rerank orders (default 32)")
     group.add_argument("--filter", metavar="CONDITION", help="a filter on all queries, besides their own")
-    group.add_argument("--model", metavar="RUN", help="the model of the index, where it is no longer in its place")
+    group.add_argument("--run", dest="model", metavar="RUN", help="the model of the index, where it is no longer in its place")
     group.add_argument("--backend", choices=["exact", "milvus"], help="instead of what the name of the place says")
 
 
@@ -44,10 +46,12 @@ def check_options(args: argparse.Namespace) -> None:
     """Raise ConfigError for options that do not go together."""
     names = _OF_RUNS if args.queries is not None else _OF_INDEXES
     if wrong := [name for name in names if getattr(args, name) is not None]:
-        option = f"--{wrong[0].replace('_', '-')}"
+        option = "--run" if wrong[0] == "model" else f"--{wrong[0].replace('_', '-')}"
         if args.queries is not None:
             raise ConfigError(f"{option} evaluates a run, and does not go with --queries, which evaluates an index")
         raise ConfigError(f"{option} evaluates an index, and needs --queries FILE")
+    if args.queries is None and all((Path(args.run) / name).is_file() for name in _INDEX_FILES):
+        raise ConfigError(f"{args.run} is an index, which --queries FILE evaluates")
 
 
 def evaluate(args: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import shlex
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,9 @@ REFUSED = {
     "catalog --queries gone.jsonl": "--queries gone.jsonl: there is no such file",
     "nowhere --queries good.jsonl": "nowhere is no index",
     "catalog --qrels q.tsv --data x": "--qrels evaluates an index, and needs --queries FILE",
+    "catalog --data shop": "catalog is an index, which --queries FILE evaluates",
+    "catalog --run runs/first --data x": "--run evaluates an index, and needs --queries FILE",
+    "catalog --queries good.jsonl --run runs/retrieval --rerank runs/gone": "no run or checkpoint at runs/gone",
     "catalog --queries good.jsonl --task retrieval": "--task evaluates a run, and does not go with --queries",
     "catalog --queries good.jsonl --filter 'prise < 9'": "no field 'prise'; did you mean 'price'?",
     "catalog --queries good.jsonl --rerank runs/gone": "no run or checkpoint at runs/gone",
@@ -224,7 +228,7 @@ BROKEN_JUDGMENTS = {
 }
 
 
-def test_refused_in_one_line(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refused_in_one_line(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     Path("good.jsonl").write_text(GOOD)
     Path("latin.jsonl").write_bytes('{"id": "q", "text": "é"}'.encode("latin-1"))
     cases = [(shlex.split(command), message) for command, message in REFUSED.items()]
@@ -244,5 +248,8 @@ def test_refused_in_one_line(here: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert message in error, words
         assert error.count("\n") == 1, error
     with pytest.raises(SystemExit):
-        cli.main(["evaluate", "catalog"])
+        cli.main(["evaluate", "runs/first"])
     assert "the following arguments are required: --data, or --queries for an index" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "ir_measures", None)
+    assert cli.main(["evaluate", "catalog", "--queries", "good.jsonl"]) == 1
+    assert "--queries needs ir_measures: `pip install 'clipfuse[search]'`" in capsys.readouterr().err
