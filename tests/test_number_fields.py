@@ -81,7 +81,7 @@ CASES = [
     for spec in dataclasses.fields(cls)
     for kind in scalars(typing.get_type_hints(cls)[spec.name])
     for number in (
-        *((math.nan, math.inf, -math.inf) if kind is float else (2**70,)),
+        *((math.nan, math.inf, -math.inf, 1e39) if kind is float else (2**70,)),
         *([SIGNED.get(spec.name, -1)] if SIGNED.get(spec.name, -1) is not None else []),
     )
     if typing.get_origin(typing.get_type_hints(cls)[spec.name]) is not typing.Literal

@@ -39,7 +39,6 @@ from finetune.search.nearest import find_nearest
 from finetune.search.vector_index import Description, Hit, IndexedImage, NoIndexError, VectorIndex, Vectors
 from pretrain.data.filter_expression import Filter
 from pretrain.errors import UserError
-from pretrain.runtime.console import log_info
 from pretrain.runtime.files import flush, read_bytes, write_text
 
 DESCRIPTION, COMMITS = "index.json", "commits.txt"
@@ -243,6 +242,8 @@ class ExactIndex(VectorIndex):
 
     def _load_captions(self) -> CaptionIndex:
         """Return the index of the captions of this state: from its folder, or made and kept there for the next process."""
+        from pretrain.runtime.console import log_info  # which imports torch: an index is opened without
+
         column = self._table["caption"]
         self._captioned = np.flatnonzero(self._alive & pc.not_equal(column, "").to_numpy())
         folder = self.path / f"{_CAPTIONS}{self._ends['commits']}"

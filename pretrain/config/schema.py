@@ -214,6 +214,8 @@ def _convert_leaves(
             value = as_written(hints[name], value, leaves.source(name), known[name].metadata.get("text"))
             merged = OmegaConf.merge(node, {name: value})
             converted[name] = typing.cast(DictConfig, OmegaConf.to_container(merged, resolve=True))[name]
+            if not _has_containers_of(hints[name], converted[name]):
+                raise TypeError(name)
             _refuse_variables_in_urls(value, converted[name], f"{prefix}{name}", _place(place))
         except ConfigError as error:
             problems.append((order, error))
@@ -273,6 +275,18 @@ def _refuse_variables(values: Any, key: str, where: str) -> None:
             f"{shorten(key)}={shorten(values)} in {where}: a saved configuration holds values, not variables of this machine; "
             "write the value instead"
         )
+
+
+def _has_containers_of(hint: Any, value: Any) -> bool:
+    """Return whether lists and mappings in a value stand where its type has some: OmegaConf takes [0.5, {a: 1}] for numbers."""
+    if hint is Any or not isinstance(value, list | dict):
+        return True
+    kind, items = (dict, value.values()) if isinstance(value, dict) else (list, value)
+    for choice in (hint, *typing.get_args(hint)):
+        if (typing.get_origin(choice) or choice) is kind:
+            inner = (typing.get_args(choice) or (Any,))[-1]
+            return all(_has_containers_of(inner, item) for item in items)
+    return False
 
 
 def _is_optional(hint: Any) -> bool:

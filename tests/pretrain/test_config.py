@@ -86,6 +86,8 @@ def test_saved_configuration_reads_back_equal(tmp_path: Path) -> None:
         ("on=perhaps", ["perhaps", "true or false"]),
         ("inner.word=three", ["inner.word='three'", "one of one, two"]),
         ("inner.betas=3", ["inner.betas=3", "a list"]),
+        ("inner.betas=[0.9,{a: 1}]", ["inner.betas=[0.9, {'a': 1}]", "a list", "each item a number"]),
+        ("inner.betas=[[0.9],0.98]", ["inner.betas=[[0.9], 0.98]", "a list", "each item a number"]),
         ("inner.more=3", ["inner.more=3", "settings"]),
         ("inner=3", ["inner", "settings", "3"]),
         ("--count=3", ["no dashes", "count=3"]),
