@@ -58,7 +58,7 @@ def format_figures(line: dict[str, Any], prefix: str = "") -> list[str]:
             figures += format_figures(value, f"{prefix}{name}.")
         elif name != "bench" and value is not None:
             numbers = value if isinstance(value, list) else [value]
-            words = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in numbers]
+            words = [(f"{v:,.0f}" if abs(v) >= 1000 else f"{v:.4g}") if isinstance(v, float) else str(v) for v in numbers]
             figures.append(f"{prefix}{name} {' '.join(words)}")
     return figures
 
@@ -95,7 +95,7 @@ def main() -> int:
             rows.append(f"failed: {reason[:200]}")
         seconds = time.monotonic() - begin
         print(f"{name}: {seconds:.0f} s", file=sys.stderr, flush=True)
-        words = [word for word in arguments if word not in (args.peer, args.train, args.val)]
+        words = [{args.peer: "PYTHON", args.train: "SHARDS", args.val: "SHARDS"}.get(word, word) for word in arguments]
         title = f"`python -m tests.bench.{' '.join([name, *words])}`, {seconds:.0f} s, {time.strftime('%Y-%m-%d')}"
         tables[name] = "\n".join([title, "", *(f"- {row}" for row in rows)])
         args.out.write_text(write_tables(tables, list(commands)))  # what is measured survives a time limit
