@@ -107,7 +107,9 @@ def run_module(module: str, arguments: Sequence[str], env: dict[str, str]) -> No
     multiprocessing.forkserver._forkserver.__init__()  # type: ignore[misc]
     multiprocessing.resource_tracker._resource_tracker.__init__()  # type: ignore[misc]
     if module != "launch.demo":  # it computes before it starts ranks, and its threads would not survive a fork
-        subprocess_handler().SubprocessHandler._popen = _fork_rank
+        from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
+
+        SubprocessHandler._popen = _fork_rank  # type: ignore[method-assign]
     sys.argv = [module, *arguments]
     code: Any = 1
     try:
@@ -129,15 +131,12 @@ def run_module(module: str, arguments: Sequence[str], env: dict[str, str]) -> No
         os._exit(int(code or 0))
 
 
-def subprocess_handler() -> Any:
-    """Return the module by which torch's elastic agent starts its processes."""
-    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler as module
-
-    return module
-
-
 class _Rank(subprocess.Popen[Any]):
     """A process that torch's elastic agent starts: forked from the launcher, and waited for as any other."""
+
+    def __init__(self, args: Sequence[str], env: dict[str, str]) -> None:
+        self.env = env
+        super().__init__(args)
 
     def _execute_child(self, args: Sequence[str], *others: Any) -> None:  # type: ignore[override]
         env, module = self.env, args[args.index("-m") + 1]
@@ -147,7 +146,7 @@ class _Rank(subprocess.Popen[Any]):
         if self.pid == 0:
             try:
                 os.setsid()
-                os.closerange(3, os.sysconf("SC_OPEN_MAX") if os.sysconf("SC_OPEN_MAX") < 65536 else 65536)
+                os.closerange(3, min(os.sysconf("SC_OPEN_MAX"), 65536))
                 run_module(module, args[args.index("-m") + 2 :], env)
             finally:
                 os._exit(1)
@@ -156,10 +155,6 @@ class _Rank(subprocess.Popen[Any]):
             path = Path(env[RANK_FOLDER], env["RANK"])
             path.with_suffix(".new").write_text(f"{self.pid}")
             path.with_suffix(".new").replace(path)
-
-    def __init__(self, args: Sequence[str], env: dict[str, str]) -> None:
-        self.env = env
-        super().__init__(args)
 
 
 def _fork_rank(handler: Any, args: Sequence[str], env: dict[str, str]) -> subprocess.Popen[Any]:
