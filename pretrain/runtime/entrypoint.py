@@ -118,11 +118,14 @@ def run(config: str, settings: list[str], dry_run: DryRun | None, module: str = 
     check_settings(path, settings, module)  # before torch is imported, which takes seconds
     import importlib
 
-    from pretrain.runtime import deferred_imports, distributed, performance, preflight
-    from pretrain.runtime.console import log_info
+    from pretrain.runtime import deferred_imports
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers run in parallel already
-    with raise_on_stop_signals(), _explain_stopped_dry_run(dry_run is not None):
+    with raise_on_stop_signals(), _explain_stopped_dry_run(dry_run is not None), ExitStack() as importing:
+        importing.enter_context(deferred_imports.uncollected())
+        from pretrain.runtime import distributed, performance, preflight
+        from pretrain.runtime.console import log_info
+
         trainer: Any = importlib.import_module(f"{module}.train")
         preflight.check_launcher()
         preflight.watch_parent()
@@ -137,6 +140,7 @@ def run(config: str, settings: list[str], dry_run: DryRun | None, module: str = 
             distributed.set_timeout(loaded.train.timeout)
             if loaded.train.compile == "false":
                 deferred_imports.import_libraries()
+            importing.close()
             outcome = trainer.train(loaded)
             if outcome.state == "stopped":
                 command = _resume_command(module, config, settings, loaded.resume)

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.data.batch import Batch
 from pretrain.model import DualEncoder
@@ -109,6 +108,8 @@ class FlopCounter:
             return self._run_within(FakeTensorMode(allow_non_fake_inputs=True), shape, length)  # several times as slow
 
     def _run_within(self, mode: AbstractContextManager[Any], shape: _Shape, length: int | None) -> int:
+        from torch.utils.flop_counter import FlopCounterMode  # imports Triton, which runs on CPUs do not need
+
         sizes = shape.inputs if length is None else (length, *shape.inputs[1:])
         mask_sizes = shape.mask if length is None else (length,)
         # "math" computes attention by products that the counter sees, and recomputes none in the backward pass.

@@ -62,3 +62,42 @@ def test_a_run_leaves_out_what_it_does_not_use_and_all_of_it_works_afterwards(sm
     assert compiled == [1, 2]
     assert kind == "module"
     assert list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*"))
+
+
+COLLECTIONS = """
+import gc, json, sys
+generations, frozen = [], gc.get_freeze_count()
+gc.callbacks.append(lambda phase, info: generations.append(info["generation"]) if phase == "start" else None)
+from pretrain.runtime import deferred_imports
+generations.clear()
+with deferred_imports.uncollected():
+    import torch
+inside = len(generations)
+objects = len(gc.get_objects())
+cycle = []
+cycle.append(cycle)
+del cycle
+print(json.dumps([inside, gc.isenabled(), gc.get_freeze_count() > frozen + 10_000, objects, gc.collect()]))
+try:
+    with deferred_imports.uncollected():
+        raise KeyError
+except KeyError:
+    print(json.dumps(gc.isenabled()))
+gc.disable()
+with deferred_imports.uncollected():
+    pass
+print(json.dumps(gc.isenabled()))
+"""
+
+
+def test_no_garbage_is_collected_during_imports_and_all_of_it_afterwards() -> None:
+    """CPython's own callbacks count the collections; a cycle made afterwards is found by one."""
+    done = subprocess.run(
+        [sys.executable, "-c", COLLECTIONS], env=environment(), capture_output=True, text=True, timeout=120, check=True
+    )
+    (inside, is_enabled, is_frozen, objects, found), after_error, stays_disabled = map(json.loads, done.stdout.splitlines())
+    assert inside == 0
+    assert (is_enabled, is_frozen, after_error) == (True, True, True)
+    assert objects < 10_000  # those that a collection walks through; torch alone has over 200,000
+    assert found >= 1
+    assert stays_disabled is False
