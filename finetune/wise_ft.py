@@ -26,7 +26,7 @@ from finetune.loading import Finetuned
 from finetune.tasks import EvalConfig
 from pretrain import config as configuration
 from pretrain import model as encoders
-from pretrain.checkpoints import loading, store, warm_start
+from pretrain.checkpoints import loading, warm_start, writing
 from pretrain.data.config import evaluation_caption
 from pretrain.errors import ConfigError, UserError
 from pretrain.evaluation import evaluate
@@ -182,7 +182,8 @@ def save_run(tuned: Finetuned, weights: dict[str, Tensor], out: Path) -> None:
 
     on_main(prepare)
     cpu_weights = {name: value.cpu() for name, value in weights.items()}
-    store.save(out / "checkpoints", tuned.step, cpu_weights, files, lambda folder: None, keep=0, best=True)
+    content = {"model.safetensors": writing.weights_file(cpu_weights), **writing.capture_files(files)}
+    writing.save(out / "checkpoints", tuned.step, content, keep=0, best=True)
 
 
 def summary(result: dict[str, Any]) -> Table:

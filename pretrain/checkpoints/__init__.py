@@ -1,6 +1,9 @@
 """Checkpoints: how they are written, verified, loaded, used to start another run, and exported.
 
-store.py        one checkpoint folder: written atomically, checked against its manifest, rotated, and found again
+store.py        checkpoint folders: found, checked against their manifests, and read
+writing.py      one checkpoint folder, written so that it is complete or not there
+background.py   a thread that writes checkpoints while training goes on
+rotation.py     which checkpoints are deleted after a save, or set aside when a run leaves them
 loading.py      a checkpoint or a published model as model, tokenizer and decoders, ready to encode
 warm_start.py   `init`: architecture, tokenizer and weights that a new run takes from another run or a published model
 resuming.py     what a resumed run takes from its checkpoint, and what must not differ from it

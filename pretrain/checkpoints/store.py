@@ -1,26 +1,20 @@
-"""Checkpoint folders: written atomically, verified, rotated, and read again.
+"""Checkpoint folders: how they are found, verified and read.
 
     checkpoints/step-0001000/   config.yaml model.safetensors tokenizer/ manifest.json state/
     checkpoints/latest          one line of text: the newest complete one; `best` likewise
     checkpoints/abandoned/      later checkpoints that resume=PATH left; removed when the new branch has a good one
 
-A folder is written under a hidden name, flushed to disk, and renamed: it is complete or it is not there. One that a new
-checkpoint of the same step replaces is hidden for a moment; `recover` names it again. The manifest holds size and SHA-256 of
-every file. Our own loads are weights-only: no file is ever unpickled into code.
+A folder is complete or it is not there (writing.py). One that a new checkpoint of the same step replaces is hidden for a
+moment. The manifest holds size and SHA-256 of every file. Our own loads are weights-only: no file is ever unpickled into code.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
-import json
 import os
 import re
-import shutil
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +24,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pretrain.errors import ConfigError, UserError
-from pretrain.runtime import distributed
-from pretrain.runtime.agree import on_all, on_main
 from pretrain.runtime.console import log_info
-from pretrain.runtime.files import flush, read_bytes, read_json_object, save_weights, write_text
-from pretrain.runtime.files import save_tensors as save_tensors  # part of this module's interface
+from pretrain.runtime.files import read_bytes, read_json_object, write_text
 
 _REPLACED = ".replaced.partial"
 """End of the name, which a dot begins, of a checkpoint whose place a new one of the same step takes."""
 _STEP = re.compile(r"step-(\d+)$")
 _HIDDEN_STEP = re.compile(rf"\.(step-\d+){re.escape(_REPLACED)}$")
-_ABANDONED = "abandoned"
-_BRANCH_STEP = "branch_step"
-"""File in the folder of abandoned checkpoints: the step at which the branch that left them begins."""
 
 
 def parse_step(folder: Path) -> int:
@@ -65,241 +53,31 @@ def list_complete(checkpoints: Path) -> list[Path]:
 def list_folders(checkpoints: Path) -> list[Path]:
     """Return all checkpoint folders below `checkpoints`, oldest first, also those without a manifest.
 
-    A checkpoint that was being replaced when its run was killed lies under a hidden name; see `recover`.
+    A checkpoint that was being replaced when its run was killed lies under a hidden name; see writing.recover.
     """
     folders = {p for p in checkpoints.glob("step-*") if _STEP.search(p.name) and p.is_dir()}
-    for hidden, folder in _list_replaced(checkpoints):
+    for hidden, folder in list_replaced(checkpoints):
         candidate = folder if os.path.lexists(folder) else hidden
         if candidate.is_dir():
             folders.add(candidate)
     return sorted(folders, key=parse_step)
 
 
-def _list_replaced(checkpoints: Path) -> list[tuple[Path, Path]]:
+def list_replaced(checkpoints: Path) -> list[tuple[Path, Path]]:
     """Return the checkpoints that new ones replace, or were to replace: (hidden folder, the name it had before)."""
     hidden = [(path, _HIDDEN_STEP.fullmatch(path.name)) for path in checkpoints.glob(f".step-*{_REPLACED}")]
     return [(path, checkpoints / match[1]) for path, match in hidden if match is not None]
 
 
-def recover(checkpoints: Path) -> None:
-    """Undo or finish a save that was killed, whose checkpoint may be hidden, or not named by `best` and `latest`.
-
-    Only for the process that holds the run's lock, on rank 0: others would disturb a save. Raises UserError.
-    """
-    try:
-        for hidden, folder in _list_replaced(checkpoints):
-            if (hidden / "manifest.json").exists() and not os.path.lexists(folder):
-                hidden.rename(folder)
-        for leftover in checkpoints.glob(".step-*.partial"):
-            _delete(leftover)
-        newest = list_complete(checkpoints)[-1:]
-        if newest and read_pointer(checkpoints, "latest") != newest[0] and integrity_error(newest[0]) is None:
-            if read_json_object(newest[0] / "manifest.json").get("best") is True:
-                point_to(checkpoints, "best", newest[0])
-            point_to(checkpoints, "latest", newest[0])
-    except OSError as error:
-        raise UserError(f"{checkpoints} cannot be put in order after a save that was killed: {error}") from error
+def replaced_path(folder: Path) -> Path:
+    """Return the hidden name of a checkpoint folder while a new one of the same step takes its place."""
+    return folder.with_name(f".{folder.name}{_REPLACED}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing
-
-
-def save(
-    checkpoints: Path,
-    step: int,
-    weights: dict[str, Tensor],
-    files: Callable[[Path], None],
-    state: Callable[[Path], None],
-    *,
-    keep: int,
-    best: bool = False,
-    good: Path | None = None,
-    is_good: bool = False,
-) -> Path:
-    """Write checkpoints/step-NUMBER, move `latest` (and `best`) to it, and return it. Collective.
-
-    Args:
-        weights: the content of model.safetensors, complete on rank 0.
-        files: files(folder) writes what belongs beside it; called on rank 0.
-        state: state(folder / "state") writes the state to resume from; called on every rank.
-        keep: older checkpoints beyond this number are deleted afterwards, but neither the best one nor `good`; 0 keeps all.
-        best: `best` names this checkpoint from now on.
-        good: the last checkpoint that is known to give finite losses.
-        is_good: this checkpoint is known to give them, so that rotation may delete `good` too.
-
-    Raises:
-        UserError: the disk is full or cannot be written; earlier checkpoints stay.
-    """
-    final = checkpoints / f"step-{step:07d}"
-    partial = checkpoints / f".{final.name}.partial"
-
-    def prepare() -> None:
-        recover(checkpoints)
-        (partial / "state").mkdir(parents=True)
-
-    def write() -> None:
-        try:
-            state(partial / "state")
-            if distributed.is_main():
-                save_weights(partial / "model.safetensors", weights)
-                files(partial)
-        except SafetensorError as error:  # how safetensors reports a full disk
-            raise OSError(str(error)) from error
-
-    def publish() -> None:
-        _seal(partial, final, {"step": step, "best": best, "time": time.time()})
-        if best:
-            point_to(checkpoints, "best", final)
-        point_to(checkpoints, "latest", final)  # last: where it names another one, `recover` finishes this
-        _rotate(checkpoints, keep, final if is_good else good)
-
-    try:
-        on_main(prepare)
-        on_all(write)
-        on_main(publish)
-    except BaseException as error:
-        if distributed.is_main():
-            shutil.rmtree(partial, ignore_errors=True)
-        if not isinstance(error, OSError):
-            raise
-        raise UserError(
-            f"cannot write the checkpoint of step {step} into {checkpoints}: {error}; older ones are intact"
-        ) from error
-    return final
-
-
-def _seal(partial: Path, final: Path, description: dict[str, Any]) -> None:
-    """Write the manifest, flush every file to disk, and rename the folder from `partial` to `final`.
-
-    description: what the manifest says besides the files.
-    """
-    paths = sorted(path for path in partial.rglob("*") if path.is_file())
-    with ThreadPoolExecutor(4) as pool:
-        digests = list(pool.map(_hash_file, paths))
-    files = {
-        path.relative_to(partial).as_posix(): {"size": path.stat().st_size, "sha256": digest}
-        for path, digest in zip(paths, digests, strict=True)
-    }
-    (partial / "manifest.json").write_text(json.dumps({**description, "files": files}, indent=1))
-    for path in [*paths, partial / "manifest.json", *[p for p in partial.rglob("*") if p.is_dir()], partial]:
-        flush(path)
-    replaced = final.with_name(f".{final.name}{_REPLACED}")
-    is_replacing = os.path.lexists(final)  # the run resumed from an earlier step and reached this one again
-    if is_replacing:
-        final.rename(replaced)
-    try:
-        partial.rename(final)
-    except BaseException:
-        if is_replacing and not os.path.lexists(final):
-            replaced.rename(final)
-        raise
-    flush(final.parent)
-    _delete(replaced)
-
-
-def _hash_file(path: Path) -> str:
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal digits. Raises OSError."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _rotate(checkpoints: Path, keep: int, good: Path | None) -> None:
-    """Delete all but the newest `keep` checkpoints, the best one and `good`; keep <= 0 deletes none.
-
-    What cannot be deleted stays, with a line: the new checkpoint is written, and the run goes on.
-    """
-    if keep <= 0:
-        return
-    branch_step = _branch_step(checkpoints)
-    if good is not None and good.parent == checkpoints and branch_step is not None and parse_step(good) > branch_step:
-        _delete_abandoned(checkpoints / _ABANDONED)
-    with suppress(OSError):
-        (checkpoints / _ABANDONED).rmdir()  # where a deletion was killed at its end, it is empty
-    best = read_pointer(checkpoints, "best")
-    newest = list_complete(checkpoints)[-keep:]
-    for folder in list_folders(checkpoints):
-        if folder not in (best, good) and parse_step(folder) < parse_step(newest[0]):
-            _delete(folder)
-
-
-def _delete(folder: Path) -> None:
-    """Delete a folder if it is there; of a link, only the link."""
-    try:
-        if folder.is_symlink():  # somebody moved the checkpoint to another disk: what lies there is not ours to delete
-            folder.unlink()
-        elif folder.exists():
-            # The manifest goes first: an interrupted deletion leaves no folder that looks complete.
-            (folder / "manifest.json").unlink(missing_ok=True)
-            shutil.rmtree(folder)
-    except OSError as error:
-        log_info(f"{folder} cannot be deleted and stays: {error}")
-
-
-def _delete_abandoned(folder: Path) -> None:
-    """Delete the abandoned checkpoints, and last the file that says when they may be deleted."""
-    for path in folder.iterdir():
-        if path.name != _BRANCH_STEP:
-            _delete(path)
-    if [path.name for path in folder.iterdir()] == [_BRANCH_STEP]:
-        _delete(folder)
-
-
-def _branch_step(checkpoints: Path) -> int | None:
-    """Return the step at which the branch begins that left the abandoned checkpoints.
-
-    None where no file states it, as of earlier versions: whether a checkpoint is of that branch is then not known.
-    """
-    try:
-        return int((checkpoints / _ABANDONED / _BRANCH_STEP).read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def refuse_foreign_origin(checkpoints: Path, origin: Path) -> None:
-    """Refuse to resume from the checkpoint of another run in a folder that has checkpoints of its own.
-
-    Such a folder's checkpoints would all be set aside; most likely, `run` was forgotten. Damaged ones do not count.
-    Raises ConfigError.
-    """
-    if checkpoints.resolve() in origin.resolve().parents:
-        return
-    newest = find_newest(checkpoints, lambda line: None)
-    if newest is not None:
-        raise ConfigError(
-            f"resume={origin} lies outside the run folder {checkpoints.parent}, which has its own checkpoints (newest "
-            f"{newest.name}): resume=auto goes on with them, another run=NAME starts from {origin}"
-        )
-
-
-def set_aside(checkpoints: Path, origin: Path, step: int) -> list[Path]:
-    """Move the checkpoints that a run leaves behind when it resumes from `origin` into checkpoints/abandoned; return them.
-
-    They are those of later steps, or all where `origin` lies elsewhere. Left where they are, they would outlive the new
-    checkpoints at the next rotation, and the run would resume from them. None is replaced: what an earlier branch has left
-    under the same name stays, and the new one goes to checkpoints/abandoned/2, 3, ... Call it on rank 0. Raises OSError.
-
-    Args:
-        origin: a checkpoint folder, in `checkpoints` or elsewhere.
-        step: its step.
-    """
-    folders = list_folders(checkpoints)
-    is_inside = origin.resolve() in [folder.resolve() for folder in folders]
-    abandoned = [folder for folder in folders if not is_inside or parse_step(folder) > step]
-    if read_pointer(checkpoints, "best") in abandoned:
-        (checkpoints / "best").unlink()
-    if abandoned:
-        (checkpoints / _ABANDONED).mkdir(exist_ok=True)
-        write_text(checkpoints / _ABANDONED / _BRANCH_STEP, str(step), sync=True)
-    for folder in reversed(abandoned):  # the newest first, so that an interruption leaves the oldest of them
-        parents = (checkpoints / _ABANDONED / ("" if i == 1 else str(i)) for i in itertools.count(1))
-        target = next(parent / folder.name for parent in parents if not os.path.lexists(parent / folder.name))
-        target.parent.mkdir(exist_ok=True)
-        folder.rename(target)
-    if not is_inside:
-        (checkpoints / "latest").unlink(missing_ok=True)
-    elif abandoned:
-        point_to(checkpoints, "latest", origin)
-    return abandoned
 
 
 def point_to(checkpoints: Path, name: str, folder: Path) -> None:
@@ -321,7 +99,7 @@ def read_pointer(checkpoints: Path, name: str) -> Path | None:
 
 def _locate(folder: Path) -> Path:
     """Return a checkpoint folder, or the hidden one that it was renamed to when its run was killed."""
-    hidden = folder.with_name(f".{folder.name}{_REPLACED}")
+    hidden = replaced_path(folder)
     return hidden if not os.path.lexists(folder) and (hidden / "manifest.json").exists() else folder
 
 
@@ -330,7 +108,7 @@ def _locate(folder: Path) -> Path:
 
 
 def _parse_manifest(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Return {file: {size, sha256}} of a manifest. Raises ValueError where it is not what `save` writes."""
+    """Return {file: {size, sha256}} of a manifest. Raises ValueError where it is not what writing.py writes."""
     entries = manifest.get("files")
     if not isinstance(entries, dict) or not entries:
         raise ValueError("it lists no files")
@@ -358,7 +136,7 @@ def integrity_error(folder: Path) -> str | None:
             return f"{name} has {path.stat().st_size} bytes, its manifest says {entry['size']}"
     try:
         with ThreadPoolExecutor(4) as pool:
-            digests = list(pool.map(_hash_file, [folder / name for name in entries]))
+            digests = list(pool.map(hash_file, [folder / name for name in entries]))
     except OSError as error:
         return f"a file cannot be read: {error}"
     for (name, entry), digest in zip(entries.items(), digests, strict=True):
@@ -463,7 +241,7 @@ def _refuse_other_shapes(model: nn.Module, actual: dict[str, tuple[int, ...]], w
 
 
 def load_tensors(path: Path) -> dict[str, Any]:
-    """Return what `save_tensors` wrote. Raises UserError where it is damaged."""
+    """Return what files.save_tensors wrote. Raises UserError where it is damaged."""
     try:
         loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's unpickler raises many types of exceptions for damaged files

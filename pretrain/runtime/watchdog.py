@@ -50,14 +50,21 @@ class Watchdog:
     `with Watchdog(timeout, record) as watchdog:`, with `watchdog.mark(step, phase)` at the same points on every process.
     timeout: seconds after which a silent or stalled process ends the run. record(reason): called once in the run, by the
     first process that knows which one was lost. folder: where collectives are recorded when the run is lost; None = nowhere.
+    finish(): called before a process ends, for work that must not be lost; it takes at most some seconds.
     """
 
-    def __init__(self, timeout: float, record: Callable[[str], None], folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        timeout: float,
+        record: Callable[[str], None],
+        folder: Path | None = None,
+        finish: Callable[[], None] = lambda: None,
+    ) -> None:
         # Shorter than the timeout of collectives, whose error names no process.
         self.limit = 0.8 * timeout
         self.every = min(1.0, timeout / 20)
         self._record = record
-        self._folder = folder
+        self._folder, self._finish = folder, finish
         self._done = threading.Event()
         self._diagnosing = threading.Event()
         self._count = 0
@@ -213,6 +220,7 @@ class Watchdog:
         if distributed.is_first_to_report(reason):
             print(f"clipfuse: {reason}", file=sys.stderr, flush=True)
             self._record(reason)
+        self._finish()
         sys.stdout.flush()
         os._exit(1)
 

@@ -46,7 +46,6 @@ from torch import Tensor, nn
 from pretrain.errors import ConfigError, UserError
 from pretrain.optim import OptimConfig
 from pretrain.runtime import distributed
-from pretrain.runtime.files import save_tensors
 from pretrain.strategies import blocks, deepspeed_config
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -184,7 +183,7 @@ class Strategy(ABC):
 
     @abstractmethod
     def optimizer_state(self) -> OptimizerState:
-        """Return the unsharded optimizer state on the CPU of rank 0. Collective.
+        """Return a copy of the unsharded optimizer state on the CPU of rank 0. Collective.
 
         Empty on other ranks, and before the first step.
         """
@@ -212,14 +211,15 @@ class Strategy(ABC):
     def trainable_shapes(self) -> dict[str, torch.Size]:
         """Return the full shape of each of these parameters, by name."""
 
-    def save(self, folder: Path) -> None:
-        """Write what resuming needs besides the weights into `folder`. Collective."""
-        state = {"optimizer": self.optimizer_state(), "scaler": self.scaler_state()}
-        if distributed.is_main():
-            save_tensors(folder / "optimizer.pt", state)
+    def saved_state(self) -> dict[str, Any]:
+        """Return what resuming needs besides the weights, the content of optimizer.pt, on rank 0. Collective.
+
+        Further steps do not change it: it is a copy on the CPU.
+        """
+        return {"optimizer": self.optimizer_state(), "scaler": self.scaler_state()}
 
     def load(self, folder: Path) -> None:
-        """Restore what `save` of any strategy wrote. Collective. Raises UserError.
+        """Restore optimizer.pt in `folder`, the `saved_state` of any strategy. Collective. Raises UserError.
 
         Call it after setup().
         """

@@ -236,7 +236,7 @@ class Zero(Strategy):
             return weights
         buffers = dict(self.module.named_buffers())
         names = self.module.state_dict()
-        return {name: weights[name] if name in weights else buffers[name].detach().cpu() for name in names}
+        return {name: weights[name] if name in weights else buffers[name].to("cpu", copy=True) for name in names}
 
     @torch.no_grad()
     def optimizer_state(self) -> OptimizerState:

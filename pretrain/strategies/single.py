@@ -107,7 +107,7 @@ class Single(Strategy):
                 continue
             values = {key: self._unshard(value) for key, value in self.optimizer.state[p].items()}
             if distributed.is_main():
-                state[name] = {key: value.cpu() for key, value in values.items()}
+                state[name] = {key: value.to("cpu", copy=True) for key, value in values.items()}
         return state
 
     @torch.no_grad()

@@ -57,6 +57,12 @@ class TrainConfig:
     """Steps between checkpoints; the last step is always saved."""
     keep: int = 3
     """Newest checkpoints to keep in addition to the best one, and to the last one after which losses were finite; 0 = all."""
+    background_saves: bool = True
+    """Write checkpoints in the background: a step waits only until what is saved has been copied to the memory of process 0.
+    The files are the same. false: a step waits until the checkpoint is written."""
+    max_failed_saves: int = 3
+    """Saves in a row that may not succeed, since the disk is full or cannot be written, before the run ends with an error.
+    The last save of a run must succeed."""
     eval_every: int | None = None
     """Steps between evaluations on data.val; 0 = only at the end. null: ten evaluations, or fewer where they would read more
     than a third as many samples as training does."""
@@ -101,7 +107,7 @@ class TrainConfig:
             raise ConfigError(f"give exactly one of train.steps, train.samples, train.epochs; given: {settings}")
         if getattr(self, lengths[0]) < 0:
             raise ConfigError(f"train.{lengths[0]}={getattr(self, lengths[0])} must be above 0")
-        for name in ("chunks", "save_every", "log_every", "max_skipped", "max_rollbacks"):
+        for name in ("chunks", "save_every", "log_every", "max_skipped", "max_rollbacks", "max_failed_saves"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name}={getattr(self, name)} must be at least 1")
         for name in ("keep", "eval_every", "threads"):

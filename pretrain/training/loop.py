@@ -75,14 +75,19 @@ def fit(
     run = Run(plan, folder, strategy, model, loader, evaluate)
     train = plan.train
     with Watchdog(
-        train.timeout, lambda reason: folder.write_status("failed", reason, run.step, any_rank=True), folder.path
+        train.timeout,
+        lambda reason: folder.write_status("failed", reason, run.step, any_rank=True),
+        folder.path,
+        run.writer.wait_briefly,
     ) as watchdog:
         begin = run.restore(resume_from)
         run.leave_branch(resume_from)
+        run.capture_files()
         if begin < plan.total_steps:  # a finished run keeps the configuration that trained it
             plan.write_config()  # whatever refuses a checkpoint has done so
-        # The loader's processes end by whatever error the loop ends, after the error is recorded.
+        # The loader's processes and a save in flight end by whatever error the loop ends, after the error is recorded.
         with (
+            run.writer,
             closing(RunLog(folder, plan.resolved_config, train.trackers, train.audit, begin)) as log,
             closing(ReplacedSamples(folder.path, loader, begin)) as replaced,
             closing(ProgressBar(plan.total_steps, begin)) as bar,
@@ -108,7 +113,7 @@ def fit(
                     reason = f"stopped by {stop.agreed_signal()}"
                     folder.write_status("stopped", reason, run.step)
                     return Outcome("stopped", reason, run.step, run.results)
-                run.save(is_best)
+                run.save(is_best, is_last=begin >= plan.total_steps)
 
             for step in range(begin, plan.total_steps):
                 # -- one batch, one optimizer step
@@ -161,7 +166,8 @@ def fit(
                     watchdog.mark(step, "saving")
                     replaced.write(run.step)
                     with meter.exclude(), profiler.phase(SAVING):
-                        run.save(is_best, is_complete=is_last and not int(skipped_in_a_row))
+                        is_complete = is_last and not int(skipped_in_a_row)
+                        run.save(is_best, is_complete, is_last=is_last or bool(stop_signal))
                 if stop_signal and (not is_last or run.is_evaluation_due):
                     reason = f"stopped by {stop_signal}"
                     folder.write_status("stopped", reason, run.step)

@@ -7,13 +7,17 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pretrain.checkpoints import store
+from pretrain.checkpoints import rotation, store, writing
+from pretrain.checkpoints.background import CheckpointWriter
+from pretrain.checkpoints.writing import Content, SaveError, tensors_file, weights_file
 from pretrain.data.loader import Loader
 from pretrain.errors import ConfigError, UserError
 from pretrain.optim import WeightAverage
@@ -21,7 +25,6 @@ from pretrain.printable import format_count
 from pretrain.runtime import distributed, memory
 from pretrain.runtime.agree import on_main
 from pretrain.runtime.console import log_info
-from pretrain.runtime.files import save_weights
 from pretrain.runtime.signals import EvaluationStop, StopRequest
 from pretrain.runtime.watchdog import Watchdog
 from pretrain.strategies import Strategy
@@ -91,6 +94,16 @@ def _read_trainable_weights(folder: Path, shapes: dict[str, torch.Size]) -> dict
     return weights
 
 
+@dataclass(frozen=True)
+class _Save:
+    """A save in flight: the step and the steps skipped so far, the path, and the score where it is the best checkpoint."""
+
+    step: int
+    skipped: int
+    path: Path
+    best_score: float | None
+
+
 class Run:
     """The state of one fit(), and how it is saved, restored and evaluated."""
 
@@ -117,6 +130,16 @@ class Run:
         self.good: Path | None = None
         """The last checkpoint that a step with finite gradients has followed, so that its weights are known to be good."""
         self.best_score = -math.inf
+        self._saved_best_score = -math.inf
+        """The score of the checkpoint that `best` names."""
+        self.writer = CheckpointWriter(plan.train.background_saves)
+        """Writes checkpoints, on rank 0."""
+        self._in_flight: _Save | None = None
+        """The save whose end is not known yet: the same on all ranks."""
+        self._failed_saves = 0
+        """Saves that failed since the last one that did not."""
+        self._files: Content | None = None
+        """What lies beside the weights in every checkpoint, on rank 0."""
         self.results: dict[str, float] = {}
         self.is_evaluation_due = False
         """Whether a signal ended the evaluation of this step, which is made up for when the run resumes."""
@@ -148,6 +171,7 @@ class Run:
             self.spikes.load_state_dict(trainer_state["spikes"])
         self.loader.load_state_dict(trainer_state["loader"])
         self.skipped, self.best_score, self.step = trainer_state["skipped"], trainer_state["best"], trainer_state["step"]
+        self._saved_best_score = self.best_score
         self.results = trainer_state["results"]
         self.is_evaluation_due = trainer_state.get("is_evaluation_due") is True and self.evaluate is not None
         if checkpoint.resolve().parent == self.folder.checkpoints.resolve():
@@ -178,7 +202,7 @@ class Run:
 
         def leave() -> bool:
             checkpoints = self.folder.checkpoints
-            if checkpoint is not None and (abandoned := store.set_aside(checkpoints, checkpoint, self.step)):
+            if checkpoint is not None and (abandoned := rotation.set_aside(checkpoints, checkpoint, self.step)):
                 names = ", ".join(folder.name for folder in abandoned[-3:])
                 log_info(f"moved to {checkpoints}/abandoned until a checkpoint of this branch is known to be good: {names}")
             self.folder.record_command(self.step)
@@ -191,7 +215,7 @@ class Run:
             return False
 
         if not on_main(leave):
-            self.best_score = -math.inf
+            self.best_score = self._saved_best_score = -math.inf
 
     def count_skipped(self) -> None:
         """Add the steps that the device counted as skipped to `skipped`; waits for the device."""
@@ -210,17 +234,60 @@ class Run:
             self.good = self.saved
         return self.good
 
-    def save(self, best: bool = False, is_complete: bool = False) -> None:
-        """Save a checkpoint of the present step. Collective.
+    def save(self, best: bool = False, is_complete: bool = False, is_last: bool = False) -> None:
+        """Save a checkpoint of the present step, in the background with train.background_saves. Collective.
 
-        is_complete: the run ends here with a finite loss, so that no earlier checkpoint is needed.
+        A save that fails is counted, and the run goes on until train.max_failed_saves failed in a row.
+
+        Args:
+            best: of all evaluated ones.
+            is_complete: the run ends here with a finite loss, so that no earlier checkpoint is needed.
+            is_last: nothing else would hold the work. So the checkpoint is there when this returns.
+
+        Raises:
+            SaveError: too many saves failed, or the last one.
         """
+        self.settle(may_end=not is_last)
         if self.plan.train.on_spike != "ignore":
             (losses,) = distributed.mean_many([self.spikes.pending()])
             self.spikes.judge(losses, self.step)
         if self.step % self.plan.train.save_every == 0:
             self.spikes.note_checkpoint(self.step)
         good = self.find_good()
+        content, path = self._collect(good), self._checkpoint(self.step)
+        self._in_flight = _Save(self.step, self.skipped, path, self.best_score if best else None)
+        if distributed.is_main():
+            work = partial(
+                writing.write_checkpoint,
+                self.folder.checkpoints,
+                self.step,
+                content,
+                keep=self.plan.train.keep,
+                best=best,
+                good=good,
+                is_good=is_complete,
+            )
+            self.writer.start(f"the checkpoint of step {self.step}", lambda report: work(report=report))
+        if is_last or not self.writer.is_background:
+            self.settle(is_last=is_last)
+
+    def capture_files(self) -> None:
+        """Keep what lies beside the weights in every checkpoint: it does not change in a run. Collective. Raises UserError."""
+
+        def capture() -> None:
+            try:
+                self._files = writing.capture_files(self.plan.save_files)
+            except OSError as error:
+                raise UserError(f"the tokenizer cannot be written into a temporary folder: {error}") from error
+
+        on_main(capture)
+
+    def _collect(self, good: Path | None) -> Content:
+        """Return the files of a checkpoint of the present step, whose tensors are copies in host memory. Collective.
+
+        Empty on other ranks than 0.
+        """
+        optimizer_state = self.strategy.saved_state()
         raw = weights = self.strategy.full_weights()
         resume_weights: dict[str, dict[str, Tensor]] = {}
         """By folder below state/: the weights that resuming reads where model.safetensors holds others."""
@@ -231,38 +298,66 @@ class Run:
         if self.plan.convert_weights is not None:
             resume_weights |= {"weights": raw} if self.average is None else {"average": weights}
             weights = self.plan.convert_weights(weights)
+        if not distributed.is_main():
+            return {}
+        trainer_state = {
+            "step": self.step,
+            "identity": self.plan.identity,
+            "loader": self.loader.state_dict(),
+            "skipped": self.skipped,
+            "best": self.best_score,
+            "results": dict(self.results),
+            "is_evaluation_due": self.is_evaluation_due,
+            "spikes": self.spikes.state_dict(),
+            "good": good.name if good is not None and good.parent == self.folder.checkpoints else None,
+        }
+        assert self._files is not None
+        return {
+            "state/optimizer.pt": tensors_file(optimizer_state),
+            "state/trainer.pt": tensors_file(trainer_state),
+            **{f"state/{name}/model.safetensors": weights_file(tensors) for name, tensors in resume_weights.items()},
+            "model.safetensors": weights_file(weights),
+            **self._files,
+        }
 
-        def save_state(folder: Path) -> None:
-            self.strategy.save(folder)
-            if distributed.is_main():
-                trainer_state = {
-                    "step": self.step,
-                    "identity": self.plan.identity,
-                    "loader": self.loader.state_dict(),
-                    "skipped": self.skipped,
-                    "best": self.best_score,
-                    "results": self.results,
-                    "is_evaluation_due": self.is_evaluation_due,
-                    "spikes": self.spikes.state_dict(),
-                    "good": good.name if good is not None and good.parent == self.folder.checkpoints else None,
-                }
-                store.save_tensors(folder / "trainer.pt", trainer_state)
-                for name, tensors in resume_weights.items():
-                    (folder / name).mkdir()
-                    save_weights(folder / name / "model.safetensors", tensors)
+    def settle(self, is_last: bool = False, may_end: bool = True) -> None:
+        """Wait for the save in flight, if there is one, and count how it ended, alike on all ranks. Collective.
 
-        self.saved = store.save(
-            self.folder.checkpoints,
-            self.step,
-            weights,
-            self.plan.save_files,
-            save_state,
-            keep=self.plan.train.keep,
-            best=best,
-            good=good,
-            is_good=is_complete,
-        )
-        self.saved_step, self.saved_skipped = self.step, self.skipped
+        Args:
+            is_last: nothing else would hold the work: a failure ends the run.
+            may_end: too many failures in a row end the run.
+
+        Raises:
+            SaveError: the save failed, and the run ends for it.
+        """
+        save, self._in_flight = self._in_flight, None
+        if save is None:
+            return
+        failure: SaveError | None = None
+        try:
+            on_main(self.writer.wait)
+        except SaveError as error:
+            failure = error
+        if failure is None or failure.is_complete:
+            self.saved, self.saved_step, self.saved_skipped = save.path, save.step, save.skipped
+            self._saved_best_score = self._saved_best_score if save.best_score is None else save.best_score
+        else:
+            self.best_score = self._saved_best_score
+            self.spikes.forget_checkpoint(save.step)
+        self._failed_saves = 0 if failure is None else self._failed_saves + 1
+        if failure is None:
+            return
+        most = self.plan.train.max_failed_saves
+        if is_last:
+            raise failure
+        if may_end and self._failed_saves >= most:
+            count = f"; {self._failed_saves} saves in a row failed (train.max_failed_saves)" if self._failed_saves > 1 else ""
+            raise SaveError(f"{failure}{count}") from failure
+        if not may_end:
+            log_info(str(failure))
+            return
+        left = format_count(most - self._failed_saves, "more failed save")
+        log_info(f"{failure}; training goes on, and ends after {left} in a row (train.max_failed_saves={most})")
 
     def _checkpoint(self, step: int) -> Path:
         return self.folder.checkpoints / f"step-{step:07d}"
@@ -273,12 +368,16 @@ class Run:
     def average_numbers(self, out: dict[str, Tensor], row: Tensor) -> tuple[dict[str, float], Tensor]:
         """Return what a step returned, and another tensor, averaged over processes in one collective.
 
-        Judges the losses since the last log step.
+        Judges the losses since the last log step, and counts a save in the background that has ended.
         """
         self.count_skipped()
         names = [name for name in out if name != "skipped"]
-        *means, losses, row_mean = distributed.mean_many([*(out[name] for name in names), self.spikes.pending(), row])
+        is_saved = torch.full((), float(self.writer.is_done()))  # 1 on rank 0 alone, so that all ranks learn of it
+        tensors = [*(out[name] for name in names), self.spikes.pending(), row, is_saved]
+        *means, losses, row_mean, is_saved = distributed.mean_many(tensors)
         self.spikes.judge(losses, self.step)
+        if is_saved > 0:
+            self.settle()
         return {name: float(mean) for name, mean in zip(names, means, strict=True)}, row_mean
 
     def roll_back(self) -> bool:
@@ -286,6 +385,7 @@ class Run:
 
         Returns False where there is no usable checkpoint. Raises UserError after train.max_rollbacks to the same one.
         """
+        self.settle()
         spikes, checkpoint = self.spikes, self._checkpoint(self.spikes.good)
         cause = spikes.describe_cause(self.step)
         error = on_main(lambda: store.integrity_error(checkpoint)) if spikes.good else "none is known to be good"
@@ -361,6 +461,7 @@ class Run:
         An evaluation that fails (its shards are gone, for example) loses no training: a checkpoint is saved first. A signal to
         stop ends it, and it is due when the run resumes.
         """
+        self.settle()  # whether the best checkpoint so far is there decides which one is the best
         try:
             with stop.interrupting():
                 is_best = self._evaluate(log)
@@ -369,7 +470,7 @@ class Run:
             log_info(f"the evaluation at step {self.step} is not finished: it begins anew when the run resumes")
             return False
         except UserError:
-            self.save()
+            self.save(is_last=True)
             raise
         self.is_evaluation_due = False
         return is_best
@@ -394,6 +495,7 @@ class Run:
         """Raise UserError after train.max_skipped consecutive steps with a non-finite gradient."""
         if skipped_in_a_row < self.plan.train.max_skipped:
             return
+        self.settle(may_end=False)
         good = self.find_good()
         if good is not None:
             resume = f"the last checkpoint with finite losses is {good}: resume={good} goes on from it"

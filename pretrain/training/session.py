@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from pretrain import config as configuration
 from pretrain import model as models
 from pretrain import strategies
-from pretrain.checkpoints import loading, resuming, store, warm_start
+from pretrain.checkpoints import loading, resuming, rotation, store, warm_start, writing
 from pretrain.data import loader as loaders
 from pretrain.data.config import check_sources, count_samples_once, evaluation_caption, list_shards_once
 from pretrain.data.loader import Loader
@@ -169,7 +169,7 @@ def open_session(config: Any) -> Iterator[Session]:
     folder.open()
     try:
         with performance.process_settings(config.performance, config.train.deterministic):
-            on_main(lambda: store.recover(folder.checkpoints))
+            on_main(lambda: writing.recover(folder.checkpoints))
             checkpoint = find_checkpoint(config, folder)
             if checkpoint is not None:
                 config.data.resume_streams(resuming.read_config(checkpoint).get("data", {}))
@@ -231,7 +231,7 @@ def _find_checkpoint(config: Any, folder: RunFolder) -> Path | None:
             return newest
     origin = None if config.resume == "never" else store.find(config.resume)
     if origin is not None:
-        store.refuse_foreign_origin(folder.checkpoints, origin)
+        rotation.refuse_foreign_origin(folder.checkpoints, origin)
     folder.new_command = command
     return origin
 

@@ -82,6 +82,8 @@ class SpikeWatch:
         """Consecutive steps with a non-finite gradient or loss up to the last judged step."""
         self.good = self.candidate = 0
         """Steps of the checkpoint to go back to and of the newest one, which a step with a usual loss must follow; 0 = none."""
+        self._noted = (0, 0, 0, 0)
+        """The step of the newest checkpoint that was noted; and before that `candidate`, `good` and `returns`."""
         self.rollbacks = self.undone_steps = self.returns = 0
         """Rollbacks so far, the steps that they undid, and the rollbacks to `good` alone."""
 
@@ -172,7 +174,16 @@ class SpikeWatch:
     def note_checkpoint(self, step: int) -> None:
         """Remember the checkpoint of a step, all of which are judged, as one to go back to."""
         if not self.open:
+            self._noted = (step, self.candidate, self.good, self.returns)
             self.candidate = step
+
+    def forget_checkpoint(self, step: int) -> None:
+        """Undo `note_checkpoint` of this step, if it was the newest: the checkpoint could not be written."""
+        noted, candidate, good, returns = self._noted
+        if noted == step == self.candidate:
+            self.candidate = candidate
+        elif noted == step == self.good:
+            self.good, self.returns = good, returns
 
     def can_roll_back(self) -> bool:
         """Return whether there is a checkpoint to go back to."""

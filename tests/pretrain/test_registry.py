@@ -7,7 +7,7 @@ import pytest
 
 from launch import cli
 from pretrain import registry
-from pretrain.checkpoints import store
+from pretrain.checkpoints import writing
 from pretrain.checkpoints.loading import load_model
 from pretrain.config import load
 from pretrain.errors import ConfigError
@@ -32,11 +32,8 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def write_run(folder: Path, config: str) -> Path:
     """Write a run folder as somebody else could hand it over: one checkpoint with this configuration."""
-
-    def files(checkpoint: Path) -> None:
-        (checkpoint / "config.yaml").write_text(config)
-
-    store.save(folder / "checkpoints", 1, {}, files, lambda state: state.mkdir(exist_ok=True), keep=0)
+    content = {"model.safetensors": writing.weights_file({}), "config.yaml": lambda path: path.write_text(config)}
+    writing.save(folder / "checkpoints", 1, content, keep=0)
     return folder
 
 

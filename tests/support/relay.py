@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import pretrain.checkpoints.store
 import pretrain.train
 from pretrain.runtime import distributed, entrypoint
+from pretrain.training.run_state import Run
 from tests.support import read_sample_keys, world
 
 Moment = Literal["computing", "evaluating", "saving"]
@@ -45,7 +45,7 @@ def _run(folder: str, arguments: list[str], moment: Moment) -> int:
     if moment == "evaluating":
         pretrain.train.evaluate = _signal_first(pretrain.train.evaluate)
     elif moment == "saving":
-        pretrain.checkpoints.store.save = _signal_first(pretrain.checkpoints.store.save)
+        Run.save = _signal_first(Run.save)  # type: ignore[method-assign]
     return entrypoint.main(arguments)
 
 

@@ -5,13 +5,15 @@ import shutil
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from pretrain.checkpoints import store
+from pretrain.checkpoints import rotation, store, writing
+from pretrain.checkpoints.background import CheckpointWriter
 from pretrain.errors import UserError
 
 OPERATIONS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.chmod", "os.link", "os.symlink")
@@ -26,16 +28,16 @@ def without_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
-def save(checkpoints: Path, step: int, value: float, **more: Any) -> Path:
-    return store.save(
-        checkpoints,
-        step,
-        {"w": torch.full((4,), value)},
-        lambda folder: (folder / "config.yaml").write_text("a: 1\n") and None,
-        lambda folder: (folder / "trainer.pt").write_bytes(b"state") and None,
-        keep=2,
-        **more,
-    )
+def save(checkpoints: Path, step: int, value: float, is_background: bool = False, **more: Any) -> Path:
+    content: writing.Content = {
+        "state/trainer.pt": lambda path: path.write_bytes(b"state"),
+        "model.safetensors": writing.weights_file({"w": torch.full((4,), value)}),
+        "config.yaml": lambda path: path.write_text("a: 1\n"),
+    }
+    work = partial(writing.write_checkpoint, checkpoints, step, content, keep=2, **more)
+    writer = CheckpointWriter(is_background)
+    writer.start(f"step {step}", lambda report: work(report=report))
+    return writer.wait()
 
 
 def run_until(work: Callable[[], Any], folder: Path, count: int, kill: bool) -> int:
@@ -76,8 +78,9 @@ def run_until(work: Callable[[], Any], folder: Path, count: int, kill: bool) -> 
         os._exit(code)
 
 
+@pytest.mark.parametrize("is_background", [False, True], ids=["at once", "in the background"])
 @pytest.mark.parametrize("kill", [False, True], ids=["fails", "killed"])
-def test_a_save_of_the_same_step_can_be_interrupted_anywhere(tmp_path: Path, kill: bool) -> None:
+def test_a_save_of_the_same_step_can_be_interrupted_anywhere(tmp_path: Path, kill: bool, is_background: bool) -> None:
     """After each file operation that fails or kills, the newest checkpoint is there and loads, for readers and for the run."""
     intact = tmp_path / "intact"
     save(intact, 1, 1.0)
@@ -85,7 +88,8 @@ def test_a_save_of_the_same_step_can_be_interrupted_anywhere(tmp_path: Path, kil
     ends, values = [], set()
     for count in range(1, 1000):
         checkpoints = Path(shutil.copytree(intact, tmp_path / "run" / "checkpoints"))
-        ends.append(run_until(lambda folder=checkpoints: save(folder, 2, 2.5, best=True), checkpoints, count, kill))
+        work = partial(save, checkpoints, 2, 2.5, is_background, best=True)
+        ends.append(run_until(work, checkpoints, count, kill))
         if ends[-1] == NOT_REACHED:
             break
         messages: list[str] = []
@@ -98,7 +102,7 @@ def test_a_save_of_the_same_step_can_be_interrupted_anywhere(tmp_path: Path, kil
             assert value in (2.0, 2.5), count
             values.add(value)
         assert store.integrity_error(checkpoints / "step-0000001") is None, count
-        store.recover(checkpoints)
+        writing.recover(checkpoints)
         assert store.find_newest(checkpoints, messages.append) == checkpoints / "step-0000002", count
         assert store.read_pointer(checkpoints, "best") == checkpoints / "step-0000002", count
         save(checkpoints, 3, 3.0)
@@ -113,17 +117,18 @@ def test_a_save_of_the_same_step_can_be_interrupted_anywhere(tmp_path: Path, kil
     assert ends[-1] == NOT_REACHED
 
 
-def test_a_killed_save_of_the_best_checkpoint_is_finished(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_background", [False, True], ids=["at once", "in the background"])
+def test_a_killed_save_of_the_best_checkpoint_is_finished(tmp_path: Path, is_background: bool) -> None:
     """Else `best` would name a worse one for good: the run has this one's score, which no later one may reach."""
     intact = tmp_path / "intact"
     save(intact, 1, 1.0, best=True)
     ends, best = [], set()
     for count in range(1, 1000):
         checkpoints = Path(shutil.copytree(intact, tmp_path / "run"))
-        ends.append(run_until(lambda folder=checkpoints: save(folder, 2, 2.0, best=True), checkpoints, count, True))
+        ends.append(run_until(partial(save, checkpoints, 2, 2.0, is_background, best=True), checkpoints, count, True))
         if ends[-1] == NOT_REACHED:
             break
-        store.recover(checkpoints)
+        writing.recover(checkpoints)
         newest = store.find_newest(checkpoints, print)
         assert newest is not None
         assert store.read_pointer(checkpoints, "best") == store.read_pointer(checkpoints, "latest") == newest, count
@@ -167,7 +172,7 @@ def test_a_killed_deletion_of_abandoned_checkpoints_is_finished_later(tmp_path: 
     intact = tmp_path / "intact"
     one = save(intact, 1, 1.0)
     save(intact, 2, 2.0)
-    store.set_aside(intact, one, 1)
+    rotation.set_aside(intact, one, 1)
     for count in range(1, 1000):
         checkpoints = Path(shutil.copytree(intact, tmp_path / "run"))
         end = run_until(lambda folder=checkpoints: save(folder, 2, 2.5, is_good=True), checkpoints / "abandoned", count, True)

@@ -4,25 +4,23 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from pretrain.checkpoints import store
+from pretrain.checkpoints import rotation, store, writing
 from pretrain.errors import UserError
 
 
-def save(checkpoints: Path, step: int, *, keep: int = 3, best: bool = False) -> Path:
-    return store.save(
-        checkpoints,
-        step,
-        {"w": torch.full((4,), float(step))},
-        lambda folder: (folder / "config.yaml").write_text("a: 1\n"),
-        lambda folder: (folder / "trainer.pt").write_bytes(b"state"),
-        keep=keep,
-        best=best,
-    )
+def save(checkpoints: Path, step: int, *, keep: int = 3, **more: Any) -> Path:
+    content: writing.Content = {
+        "state/trainer.pt": lambda path: path.write_bytes(b"state"),
+        "model.safetensors": writing.weights_file({"w": torch.full((4,), float(step))}),
+        "config.yaml": lambda path: path.write_text("a: 1\n"),
+    }
+    return writing.save(checkpoints, step, content, keep=keep, **more)
 
 
 def test_a_checkpoint_is_complete_and_latest_and_best_name_it(tmp_path: Path) -> None:
@@ -82,11 +80,11 @@ def test_a_file_that_cannot_be_read_is_damage(tmp_path: Path, capsys: pytest.Cap
 def test_a_failed_write_leaves_no_folder_and_earlier_checkpoints_intact(tmp_path: Path) -> None:
     good = save(tmp_path, 1)
 
-    def fail(folder: Path) -> None:
+    def fail(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(UserError, match=r"step 2 .*No space left on device; older ones are intact"):
-        store.save(tmp_path, 2, {"w": torch.zeros(1)}, fail, lambda _: None, keep=1)
+        writing.save(tmp_path, 2, {"config.yaml": Path.touch, "model.safetensors": fail}, keep=1)
     assert store.find_newest(tmp_path, print) == good
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-0000001"]
 
@@ -95,12 +93,12 @@ def test_a_failed_write_leaves_no_folder_and_earlier_checkpoints_intact(tmp_path
 def test_a_full_disk_is_one_error_line_whichever_library_meets_it(tmp_path: Path) -> None:
     """Real ENOSPC through torch.save's zip writer."""
 
-    def state(folder: Path) -> None:
-        os.symlink("/dev/full", folder / "trainer.pt")
-        store.save_tensors(folder / "trainer.pt", {"x": torch.zeros(100_000)})
+    def write(path: Path) -> None:
+        os.symlink("/dev/full", path)
+        writing.tensors_file({"x": torch.zeros(100_000)})(path)
 
     with pytest.raises(UserError, match=r"cannot write the checkpoint of step 3 .*No space left"):
-        store.save(tmp_path, 3, {"w": torch.zeros(1)}, lambda _: None, state, keep=1)
+        writing.save(tmp_path, 3, {"state/trainer.pt": write}, keep=1)
 
 
 def test_weights_of_another_architecture_are_counted_and_named() -> None:
@@ -150,20 +148,14 @@ def test_a_checkpoint_that_cannot_be_deleted_ends_no_run(tmp_path: Path, monkeyp
 
 def test_abandoned_checkpoints_are_removed_only_for_a_good_one_of_the_branch(tmp_path: Path) -> None:
     one, _ = save(tmp_path, 1), save(tmp_path, 2)
-    assert [folder.name for folder in store.set_aside(tmp_path, one, 1)] == ["step-0000002"]
+    assert [folder.name for folder in rotation.set_aside(tmp_path, one, 1)] == ["step-0000002"]
     aside = tmp_path / "abandoned/step-0000002"
 
-    def branch(step: int, good: Path | None, is_good: bool = False) -> Path:
-        def state(folder: Path) -> None:
-            (folder / "trainer.pt").write_bytes(b"")
-
-        return store.save(tmp_path, step, {"w": torch.zeros(1)}, lambda _: None, state, keep=3, good=good, is_good=is_good)
-
-    two = branch(2, None)
-    branch(3, one)  # of the branch's origin: it says nothing about the branch
+    two = save(tmp_path, 2)
+    save(tmp_path, 3, good=one)  # of the branch's origin: it says nothing about the branch
     assert store.integrity_error(aside) is None
-    branch(4, two)
+    save(tmp_path, 4, good=two)
     assert not aside.exists()
-    store.set_aside(tmp_path, one, 1)
-    branch(5, None, is_good=True)
+    rotation.set_aside(tmp_path, one, 1)
+    save(tmp_path, 5, is_good=True)
     assert not (tmp_path / "abandoned").exists()

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from launch import cli
 from pretrain import config as configuration
 from pretrain import model as models
-from pretrain.checkpoints import loading, store
+from pretrain.checkpoints import loading, writing
 from pretrain.checkpoints.loading import LoadedModel, load_model
 from pretrain.data.loader import build_eval_loader
 from pretrain.data.text import load_tokenizer
@@ -52,7 +52,8 @@ def save_model(small: Small, root: Path, seed: int, *more: str) -> Path:
         configuration.save(models.portable_config(config, model), folder / "config.yaml")
         tokenizer.save_pretrained(folder / loading.TOKENIZER)
 
-    return store.save(root / "checkpoints", seed, model.state_dict(), files, lambda _: None, keep=0)
+    content = {"model.safetensors": writing.weights_file(model.state_dict()), **writing.capture_files(files)}
+    return writing.save(root / "checkpoints", seed, content, keep=0)
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from pretrain.checkpoints import store
+from pretrain.checkpoints import writing
 from pretrain.data import config
 from pretrain.data.shards.cache import ShardCache
 from pretrain.data.shards.tar import DamagedTarError
@@ -119,31 +118,30 @@ def test_an_unexpected_error_is_raised_unchanged() -> None:
 
 
 def save_checkpoints(folder: str) -> list[tuple[str, str, Any]]:
-    """Save four times: rank 0 cannot create the folder; rank 1 fails to write twice; the last succeeds."""
+    """Save four times on rank 0: it cannot create the folder; it fails to write twice; the last succeeds."""
     distributed.set_timeout(20)
-    weights = {"w": torch.zeros(1)}
 
-    def save(name: str, state: Callable[[Path], Any]) -> Any:
-        return str(store.save(Path(folder) / name, 1, weights, lambda _: None, state, keep=0).name)
+    def save(name: str, write: Callable[[Path], Any] = Path.touch) -> Any:
+        return str(writing.save(Path(folder) / name, 1, {"a": Path.touch, "state/b": write}, keep=0).name)
 
     return [
-        outcome(lambda: save("file", lambda _: None)),
-        outcome(lambda: save("folder", lambda _: fail_on(1, OSError(errno.ENOSPC, "No space left on device")))),
-        outcome(lambda: save("folder", lambda _: fail_on(1, UserError("no state")))),
-        outcome(lambda: save("folder", lambda _: None)),
+        outcome(lambda: save("file")),
+        outcome(lambda: save("folder", lambda _: fail(OSError(errno.ENOSPC, "No space left on device")))),
+        outcome(lambda: save("folder", lambda _: fail(UserError("no state")))),
+        outcome(lambda: save("folder")),
     ]
 
 
-def test_a_checkpoint_that_one_rank_cannot_write_fails_on_all(tmp_path: Path) -> None:
+def test_a_checkpoint_that_rank_0_cannot_write_fails_on_all(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     (tmp_path / "folder").mkdir()
     first, second = world.run(save_checkpoints, 2, str(tmp_path))
     assert first == second
     no_folder, disk_full, no_state, saved = first
-    assert no_folder[0] == "UserError"
+    assert no_folder[0] == "SaveError"
     assert no_folder[1].startswith(f"cannot write the checkpoint of step 1 into {tmp_path / 'file'}: ")
     assert "Not a directory" in no_folder[1]
-    assert disk_full[0] == "UserError"
+    assert disk_full[0] == "SaveError"
     assert "No space left on device; older ones are intact" in disk_full[1]
     assert no_state[:2] == ("UserError", "no state")
     assert saved == ("result", "", "step-0000001")

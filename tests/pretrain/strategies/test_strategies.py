@@ -16,6 +16,7 @@ from pretrain.checkpoints import store
 from pretrain.errors import ConfigError
 from pretrain.optim import OptimConfig
 from pretrain.runtime import distributed
+from pretrain.runtime.files import save_tensors
 from pretrain.strategies import STRATEGIES, Strategy, build_strategy, check, check_saved_state
 from pretrain.training.config import TrainConfig
 from pretrain.training.step import train_step
@@ -94,9 +95,10 @@ def run_leg(name: str, number: int, chunks: int, folder: str) -> tuple[dict[str,
         strategy.load(root)
     distributed.barrier()
     step(strategy, number, chunks)
-    weights, optimizer_state = strategy.full_weights(), strategy.optimizer_state()
-    strategy.save(root)
+    weights, saved_state = strategy.full_weights(), strategy.saved_state()
+    optimizer_state = saved_state["optimizer"]
     if distributed.is_main():
+        save_tensors(root / "optimizer.pt", saved_state)
         save_file(weights, root / "model.safetensors")
     else:
         assert not weights
