@@ -1,5 +1,6 @@
 """Fixtures of all tests: a small data set with a tokenizer, and an empty working folder."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -12,6 +13,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from tests.support import Small, make_small
+
+gc.disable()  # until the tests are imported, see below
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage from now on, but do not look at modules again: each collection would walk through 400,000 objects."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

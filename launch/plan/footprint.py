@@ -75,11 +75,13 @@ def _run_pass(model: nn.Module, sample: Batch, size: int, dtype: torch.dtype | N
                     p.register_post_accumulate_grad_hook(tracker.record_gradient)
             named = {f"model.{name}": value for name, value in {**parameters, **buffers}.items()}
             gc.collect()
+            was_frozen = gc.get_freeze_count() > 0
             gc.freeze()  # so that collections during the pass look at its own objects only
             try:
                 functional_call(_ForwardBackward(model, dtype), named, (inputs, masks))
             finally:
-                gc.unfreeze()
+                if not was_frozen:  # thawing takes everything that was frozen, as by `deferred_imports.uncollected`
+                    gc.unfreeze()
     tracker.flops = counter.get_total_flops()
     model.train(training)
     return tracker
