@@ -12,6 +12,7 @@
     captions.py       BM25 over captions, and the fusion of rankings
     reranking.py      a retrieval run that scores candidates; token_store.py: its token features, beside the index
     maps.py           where the re-ranker looked for each word of a query
+    answering.py      a vqa run that answers questions about images
     judged_queries.py files of queries and of judgments
     evaluation.py     nDCG, MRR and recall of an index, before and after re-ranking
     places.py         the name of a place decides which backend it is

@@ -270,6 +270,13 @@ class ExactIndex(VectorIndex):
     def _count(self, condition: Filter | None) -> int:
         return int(self._match(condition).sum())
 
+    def _list_values(self, name: str, most: int) -> list[str]:
+        self._map_files()
+        counts = self._table[f"field {name}"].filter(pa.array(self._alive)).drop_null().value_counts()
+        if len(counts) > most:
+            return []
+        return [item["values"] for item in sorted(counts.to_pylist(), key=lambda item: (-item["counts"], item["values"]))]
+
     # -----------------------------------------------------------------------------------------------------------------
     # Rows
 

@@ -18,6 +18,7 @@ import fcntl
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +30,16 @@ import numpy as np
 from finetune.search import captions
 from finetune.search.fields import TEXT_BYTES, Kind
 from finetune.search.filters import to_milvus
-from finetune.search.vector_index import KEY_BYTES, Description, Hit, IndexedImage, NoIndexError, VectorIndex, Vectors
+from finetune.search.vector_index import (
+    KEY_BYTES,
+    MAX_K,
+    Description,
+    Hit,
+    IndexedImage,
+    NoIndexError,
+    VectorIndex,
+    Vectors,
+)
 from pretrain.data.filter_expression import Filter
 from pretrain.errors import ConfigError, UserError
 from pretrain.printable import hide_secrets
@@ -234,6 +244,13 @@ class MilvusIndex(VectorIndex):
         expression = to_milvus(condition, self._columns) if condition is not None else ""
         with self._errors():
             return int(self._client.query(self._collection, filter=expression, output_fields=["count(*)"])[0]["count(*)"])
+
+    def _list_values(self, name: str, most: int) -> list[str]:
+        column = self._columns[name]
+        with self._errors():
+            rows = self._client.query(self._collection, filter="", output_fields=[column], limit=MAX_K)
+        counts = Counter(row[column] for row in rows if row.get(column) is not None)
+        return [] if len(counts) > most else sorted(counts, key=lambda value: (-counts[value], value))
 
     def _output(self) -> list[str]:
         return ["key", "source", "caption", "offset", "size", *(self._columns[item.name] for item in self.description.fields)]

@@ -102,6 +102,8 @@ class Results:
     """Of each stage: encode (the query), search, captions, fetch (the candidates' token features), rerank; and total."""
     notes: list[str] = field(default_factory=list)
     """What the user should know: a query that was cut, images that could not be read."""
+    before: list[Result] = field(default_factory=list)
+    """As many of the results in the order before re-ranking; empty where nothing was re-ranked."""
 
     def to_record(self, query: Query) -> dict[str, Any]:
         """Return a query and what it found as plain values, for a log."""
@@ -260,17 +262,18 @@ class Searcher:
                 scores = scores - NOT_WEIGHT / len(query.unwanted) * reranker.score(images, text)
         for position, score in zip(positions, scores.tolist(), strict=True):
             first[position].match = score
+        results.before = results.results[: query.k]
         scored = [result for result in first if result.match is not None]
         ordered = sorted(scored, key=lambda result: (-(result.match or 0.0), result.rank))
         results.results = ordered + [result for result in results.results if result.match is None]
 
 
-def describe_cut(decoder: Any, text: str) -> str:
-    """Return a note where a text is longer than what the text tower reads, else ""."""
+def describe_cut(decoder: Any, text: str, what: str = "query") -> str:
+    """Return a note where a text is longer than what the text tower reads, else ""; what: how the note names it."""
     tokens = len(decoder.tokenizer(text, truncation=False, verbose=False)["input_ids"]) + (decoder.appended_id is not None)
     if tokens <= decoder.length:
         return ""
-    return f"the query has {tokens:,} tokens and the model reads {decoder.length}: what comes after them does not count"
+    return f"the {what} has {tokens:,} tokens and the model reads {decoder.length}: what comes after them does not count"
 
 
 @contextmanager

@@ -188,6 +188,13 @@ class VectorIndex(ABC):
         """Return the number of images, or of those that a filter matches. Raises UserError."""
         return self._count(self._bind(filter))
 
+    def list_values(self, name: str, most: int) -> list[str]:
+        """Return the values of a text field, the most frequent first; [] where there are more than `most`.
+
+        Backends on a server look at the first MAX_K images only.
+        """
+        return self._list_values(name, most)
+
     @abstractmethod
     def close(self) -> None:
         """Release files, locks and connections."""
@@ -228,6 +235,10 @@ class VectorIndex(ABC):
     @abstractmethod
     def _count(self, condition: Filter | None) -> int:
         """As `count`."""
+
+    @abstractmethod
+    def _list_values(self, name: str, most: int) -> list[str]:
+        """As `list_values`; the field is there and holds texts."""
 
     # -----------------------------------------------------------------------------------------------------------------
     # Checks

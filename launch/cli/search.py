@@ -65,6 +65,7 @@ def add_commands(commands: Subparsers[argparse.ArgumentParser]) -> None:
     p = add_command(commands, "serve", serve, "a page where a sentence finds images", reads_runs=True)
     p.add_argument("db", metavar="PLACE", help="the index, as `clipfuse index --db` made it")
     p.add_argument("--rerank", metavar="RUN", help="a fine-tuned retrieval run, which also shows where each word looked")
+    p.add_argument("--vqa", metavar="RUN", help="a fine-tuned vqa run, which answers questions about images")
     p.add_argument("--run", metavar="RUN", help="the model of the index, where it is no longer in its place")
     p.add_argument("--backend", choices=["exact", "milvus"], help="instead of what the name of the place says")
     p.add_argument("--log", type=Path, metavar="FILE", help="append one JSON line about each query")
@@ -193,23 +194,25 @@ def serve(args: argparse.Namespace) -> int:
     """Run `clipfuse serve` until it is interrupted."""
     from finetune.search import places
 
-    for run in (args.rerank, args.run):
+    for run in (args.rerank, args.vqa, args.run):
         if run is not None:
             check_run(run)
     with places.open_index(args.db, args.backend) as opened:
         from finetune import loading
+        from finetune.search.answering import Answerer
         from finetune.search.query import Searcher, load_query_model
         from launch import serve as page
         from pretrain.runtime import distributed
 
         reranker = loading.load(args.rerank) if args.rerank is not None else None
+        answerer = Answerer(loading.load(args.vqa), distributed.device()) if args.vqa is not None else None
         searcher = Searcher(opened, load_query_model(opened, args.run), distributed.device(), reranker)
 
         def log(record: dict[str, Any]) -> None:
             if args.log is not None:
                 _append(args.log, json.dumps(record | {"rerank": args.rerank}))
 
-        page.serve(searcher, args.host, args.port, log)
+        page.serve(searcher, args.host, args.port, log, answerer)
     return DONE
 
 

@@ -1,7 +1,10 @@
 """`clipfuse serve`: a page on this machine where a sentence finds images, and every word shows where it looked.
 
-app.py         the addresses: the page, thumbnails, heat maps, and the same as JSON
-page.html.j2   the page; style.css: how it looks
+app.py           the addresses: searches, questions, thumbnails, heat maps, and the same as JSON
+filter_form.py   inputs for each field of the index, and the condition that they make
+orders.py        the order by embeddings and that after re-ranking, side by side
+maps.py          heat maps of words; uploads.py: images that were uploaded lately
+*.html.j2        results and questions; macros: what both show; style.css: how it looks
 
 The page holds no script and loads nothing from elsewhere: words are radio buttons, and the style sheet shows the heat maps of
 the one that is pressed. Captions, keys and queries are untrusted input, which the template engine escapes.
@@ -14,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from finetune.search.answering import Answerer
 from finetune.search.query import Searcher
 from pretrain.errors import UserError
 
@@ -23,6 +27,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     log: Callable[[dict[str, Any]], None] = lambda record: None,
+    answerer: Answerer | None = None,
 ) -> None:
     """Answer requests until the process is interrupted. Raises UserError where the port is taken, or a package is missing.
 
@@ -31,6 +36,7 @@ def serve(
         host: the address to listen at; another than 127.0.0.1 lets other machines in.
         port: 0 = any that is free.
         log: called with a record of each query that was answered.
+        answerer: answers questions about images; None = the page asks none.
     """
     import socket
 
@@ -46,5 +52,5 @@ def serve(
         raise UserError(f"cannot listen at {host}:{port}: {error.strerror or error}; --port names another") from error
     address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
     print(f"open {address} (Ctrl-C ends it)", flush=True)
-    config = uvicorn.Config(build_app(searcher, [host], log), log_level="warning", access_log=False)
+    config = uvicorn.Config(build_app(searcher, [host], log, answerer), log_level="warning", access_log=False)
     uvicorn.Server(config).run(sockets=[listener])

@@ -1,8 +1,12 @@
 """The addresses of the page.
 
-    GET  /            the page; q, unwanted, condition, like, k, hybrid      POST /            the same with a file `image`
-    GET  /api/search  the same as JSON                               POST /api/search
-    GET  /thumbnail   key                                            GET  /map         key, q, word: a heat map
+    GET  /            the page; parameters: q, unwanted, condition, like, k, hybrid, and from.FIELD, to.FIELD, is.FIELD
+    POST /            the same, without like and hybrid, with a file `image`
+    GET  /api/search  and POST /api/search: the same as JSON
+    GET  /ask         a question about an image: question, and key (of the index) or upload (its name)
+    GET  /api/ask     and POST /api/ask with a file `image`: the same as JSON
+    GET  /thumbnail   key or upload
+    GET  /map         key or upload, q, word, by (rerank or vqa): the heat map of a word
     GET  /style.css
 
 One model answers one query at a time. Requests must name this machine as their host, so that no other page can reach it.
@@ -10,34 +14,38 @@ One model answers one query at a time. Requests must name this machine as their 
 
 from __future__ import annotations
 
-import functools
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from importlib import resources
 from typing import Any
 
 import jinja2
-from fastapi import FastAPI, Form, Request, Response, UploadFile
+from fastapi import FastAPI, Request, Response
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from finetune.explain.heatmap import LEGEND
-from finetune.explain.word_maps import compute_word_maps
+from finetune.explain.word_maps import format_share
 from finetune.search import query as queries
-from finetune.search.image_sources import Location, read_image
+from finetune.search.answering import Answerer
 from finetune.search.query import Searcher
+from launch.serve import filter_form
+from launch.serve.filter_form import Control
+from launch.serve.maps import MAX_WORDS, ImageReference, MapDrawer
+from launch.serve.orders import BAND, CELL, LABEL, STEP, draw_orders
+from launch.serve.uploads import Uploads
 from pretrain.data import BadSample
-from pretrain.data.thumbnails import encode_jpeg
+from pretrain.data.thumbnails import make_thumbnail
 from pretrain.errors import UserError
 
 MAX_UPLOAD = 64 << 20
 """Most bytes of an uploaded image."""
+Upload = bytes | UserError
+"""An uploaded file, empty where there is none; or why it cannot be used."""
 MAX_RESULTS = 100
 """Most results of a page."""
-MAX_WORDS = 24
-"""Most words of a query that have heat maps."""
-MAP_SIDE = 320
-"""Pixels of a heat map's longer side."""
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; img-src 'self'; style-src 'self'; form-action 'self'; base-uri 'none'; "
     "frame-ancestors 'none'",
@@ -47,7 +55,10 @@ _HEADERS = {
 
 
 def build_app(
-    searcher: Searcher, hosts: list[str] | None = None, log: Callable[[dict[str, Any]], None] = lambda record: None
+    searcher: Searcher,
+    hosts: list[str] | None = None,
+    log: Callable[[dict[str, Any]], None] = lambda record: None,
+    answerer: Answerer | None = None,
 ) -> FastAPI:
     """Build the application.
 
@@ -55,16 +66,14 @@ def build_app(
         searcher: answers the queries.
         hosts: names under which requests may come, besides those of this machine.
         log: called with a record of each query that was answered.
+        answerer: answers questions about images; None = the page asks none.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]", *(hosts or [])])
-    page = jinja2.Environment(
-        loader=jinja2.PackageLoader("launch.serve", "."), autoescape=True, undefined=jinja2.StrictUndefined
-    ).get_template("page.html.j2")
+    site = _Site(searcher, log, answerer)
     style = resources.files("launch.serve").joinpath("style.css").read_text() + "".join(
         f"body:has(#w{i}:checked) .m{i}{{display:block}}\n" for i in range(MAX_WORDS)
     )
-    lock = threading.Lock()  # of model and index
 
     @app.middleware("http")
     async def add_headers(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
@@ -72,109 +81,47 @@ def build_app(
         response.headers.update(_HEADERS)
         return response
 
-    @functools.lru_cache(64)
-    def draw_maps(key: str, text: str) -> list[tuple[str, bytes]]:
-        """Return each word with its heat map as a JPEG. Raises UserError."""
-        image = searcher.index.get([key])[0]
-        if image is None or searcher.reranker is None:
-            raise UserError(f"no image {key}, or no re-ranker")
-        data = read_image(Location(image.source, image.offset, image.size))
-        try:
-            tiles = compute_word_maps(searcher.reranker, data, text).tiles(MAP_SIDE)
-        except BadSample as error:
-            raise UserError(f"{key} is not a usable image: {error}") from error
-        return [(word, encode_jpeg(tile)) for word, tile in tiles[:MAX_WORDS]]
-
-    def answer(query: queries.Query) -> queries.Results:
-        results = searcher.search(query)
-        log(results.to_record(query))
-        return results
-
-    def find_words(query: queries.Query, results: queries.Results) -> list[str]:
-        """Return the words that have heat maps; none where the first result has none."""
-        if searcher.reranker is None or not query.text.strip() or not results.results:
-            return []
-        try:
-            return [word for word, _ in draw_maps(results.results[0].hit.image.key, query.text)]
-        except UserError:
-            return []  # the image is no longer where it was: the result itself stays
-
-    def render(query: queries.Query) -> Response:
-        results, words, problem = None, [], ""
-        is_empty = not (query.text.strip() or query.image or query.like)
-        with lock:
-            try:
-                if not is_empty:
-                    results = answer(query)
-                    words = find_words(query, results)
-            except UserError as error:
-                problem = str(error)
-            total = searcher.index.count()
-        content = page.render(
-            query=query,
-            results=results,
-            words=words,
-            legend=LEGEND,
-            problem=problem,
-            place=searcher.index.place,
-            fields=searcher.index.describe().fields,
-            total=total,
-            can_rerank=searcher.reranker is not None,
-        )
-        return HTMLResponse(content, status_code=400 if problem else 200)
-
-    def render_json(query: queries.Query) -> Response:
-        try:
-            with lock:
-                results = answer(query)
-        except UserError as error:
-            return JSONResponse({"error": str(error)}, status_code=400)
-        return JSONResponse({"results": results.to_records(), "milliseconds": results.milliseconds, "notes": results.notes})
-
-    def build_query(q: str, unwanted: str, condition: str, like: str, k: str, hybrid: str, image: bytes = b"") -> queries.Query:
-        count = int(k) if k.isdecimal() and 0 < int(k[:6]) <= MAX_RESULTS else 12
-        unwanted_texts = [unwanted] if unwanted.strip() else []
-        is_hybrid = bool(hybrid) and bool(q.strip())
-        return queries.Query(q, image, like, unwanted_texts, condition.strip() or None, count, is_hybrid=is_hybrid)
+    # Handlers are not async: each runs in a thread, and waits there for the model.
 
     @app.get("/")
-    def show(q: str = "", unwanted: str = "", condition: str = "", like: str = "", k: str = "", hybrid: str = "") -> Response:
-        return render(build_query(q, unwanted, condition, like, k, hybrid))
+    def show(request: Request) -> Response:
+        return site.show_results(request.query_params)
 
     @app.get("/api/search")
-    def search(q: str = "", unwanted: str = "", condition: str = "", like: str = "", k: str = "", hybrid: str = "") -> Response:
-        return render_json(build_query(q, unwanted, condition, like, k, hybrid))
+    def search(request: Request) -> Response:
+        return site.list_results(request.query_params)
 
     @app.post("/")
-    def show_upload(
-        image: UploadFile, q: str = Form(""), unwanted: str = Form(""), condition: str = Form(""), k: str = Form("")
-    ) -> Response:
-        return render(build_query(q, unwanted, condition, "", k, "", image.file.read(MAX_UPLOAD)))
+    async def show_upload(request: Request) -> Response:
+        return await _with_upload(request, site.show_results)
 
     @app.post("/api/search")
-    def search_upload(
-        image: UploadFile, q: str = Form(""), unwanted: str = Form(""), condition: str = Form(""), k: str = Form("")
-    ) -> Response:
-        return render_json(build_query(q, unwanted, condition, "", k, "", image.file.read(MAX_UPLOAD)))
+    async def search_upload(request: Request) -> Response:
+        return await _with_upload(request, site.list_results)
+
+    @app.get("/ask")
+    def ask(request: Request) -> Response:
+        return site.show_answer(request.query_params)
+
+    @app.get("/api/ask")
+    def ask_json(request: Request) -> Response:
+        return site.list_answers(request.query_params)
+
+    @app.post("/api/ask")
+    async def ask_upload(request: Request) -> Response:
+        return await _with_upload(request, site.list_answers)
 
     @app.get("/thumbnail")
-    def show_thumbnail(key: str) -> Response:
-        with lock:
-            image = searcher.index.get([key])[0]
-        if image is None or not image.thumbnail:
-            return Response(status_code=404)
-        return Response(image.thumbnail, media_type="image/jpeg")
+    def show_thumbnail(key: str = "", upload: str = "") -> Response:
+        return _send_jpeg(site.maps.read_thumbnail(ImageReference(key, upload)))
 
     @app.get("/map")
-    def show_map(key: str, q: str, word: int) -> Response:
+    def show_map(word: int, q: str = "", key: str = "", upload: str = "", by: str = "rerank") -> Response:
         try:
-            with lock:
-                maps = draw_maps(key, q)
+            maps = site.maps.draw(ImageReference(key, upload), q, by)
         except UserError:
             return Response(status_code=404)
-        if not 0 <= word < len(maps):
-            return Response(status_code=404)
-        return Response(maps[word][1], media_type="image/jpeg")
+        return _send_jpeg(maps.tiles[word][1] if 0 <= word < len(maps.tiles) else b"")
 
     @app.get("/favicon.ico")
     def show_no_icon() -> Response:
@@ -185,3 +132,192 @@ def build_app(
         return Response(style, media_type="text/css")
 
     return app
+
+
+async def _with_upload(request: Request, respond: Callable[[Mapping[str, str], Upload], Response]) -> Response:
+    """Respond in a thread to a form with a file `image`."""
+    async with request.form() as form:
+        parameters = {name: value for name, value in form.items() if isinstance(value, str)}
+        image = form.get("image")
+        data = await image.read(MAX_UPLOAD + 1) if image is not None and not isinstance(image, str) else b""
+        upload: Upload = data
+        if not data:
+            upload = UserError("the file is empty: choose an image")
+        elif len(data) > MAX_UPLOAD:
+            upload = UserError(f"the file has more than {MAX_UPLOAD >> 20} MB, which is the most that can be uploaded")
+        return await run_in_threadpool(respond, parameters, upload)
+
+
+def _send_jpeg(content: bytes) -> Response:
+    if not content:
+        return Response(status_code=404)
+    return Response(content, media_type="image/jpeg", headers={"Cache-Control": "private, max-age=60"})
+
+
+class _Site:
+    """What the addresses answer."""
+
+    def __init__(self, searcher: Searcher, log: Callable[[dict[str, Any]], None], answerer: Answerer | None) -> None:
+        self.searcher, self.log, self.answerer = searcher, log, answerer
+        self.lock = threading.RLock()  # of models, index and uploads
+        self.uploads = Uploads()
+        self.maps = MapDrawer(searcher, answerer, self.uploads, self.lock)
+        self.suggestions = filter_form.list_suggestions(searcher.index)
+        self.templates = jinja2.Environment(
+            loader=jinja2.PackageLoader("launch.serve", "."),
+            autoescape=True,
+            undefined=jinja2.StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        self.templates.globals.update(
+            place=searcher.index.place,
+            can_rerank=searcher.reranker is not None,
+            can_ask=answerer is not None,
+            legend=LEGEND,
+            layout=(CELL, STEP, BAND, LABEL),
+        )
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Searches
+
+    def show_results(self, parameters: Mapping[str, str], upload: Upload = b"") -> Response:
+        results, words, problem, name = None, list[str](), "", ""
+        controls = self._read_controls(parameters)
+        query = _read_query(parameters, upload)
+        with self.lock:
+            try:
+                if not isinstance(upload, bytes):
+                    raise upload
+                name = self._keep(upload) if upload else ""
+                if upload or query.text.strip() or query.like:
+                    results = self._search(query, controls)
+                    words = self._find_words(query, results)
+            except UserError as error:
+                problem = str(error)
+            total = self.searcher.index.count()
+        content = self.templates.get_template("results.html.j2").render(
+            query=query,
+            state=_describe_state(parameters),
+            results=results,
+            orders=draw_orders(results) if results is not None else None,
+            words=words,
+            problem=problem,
+            controls=controls,
+            upload=name,
+            total=total,
+            map_text=self.maps.shorten(query.text, "rerank"),
+        )
+        return HTMLResponse(content, status_code=400 if problem else 200)
+
+    def list_results(self, parameters: Mapping[str, str], upload: Upload = b"") -> Response:
+        try:
+            if not isinstance(upload, bytes):
+                raise upload
+            with self.lock:
+                results = self._search(_read_query(parameters, upload), self._read_controls(parameters))
+        except UserError as error:
+            return JSONResponse({"error": str(error)}, status_code=400)
+        return JSONResponse({"results": results.to_records(), "milliseconds": results.milliseconds, "notes": results.notes})
+
+    def _read_controls(self, parameters: Mapping[str, str]) -> list[Control]:
+        return filter_form.build_controls(self.searcher.index.describe().fields, parameters, self.suggestions)
+
+    def _search(self, query: queries.Query, controls: list[Control]) -> queries.Results:
+        whole = replace(query, filter=filter_form.build_condition(controls, query.filter or ""))
+        results = self.searcher.search(whole)
+        self.log(results.to_record(whole))
+        return results
+
+    def _find_words(self, query: queries.Query, results: queries.Results) -> list[str]:
+        """Return the words that have heat maps; none where the first result has none."""
+        if self.searcher.reranker is None or not query.text.strip() or not results.results:
+            return []
+        try:
+            maps = self.maps.draw(ImageReference(results.results[0].hit.image.key), query.text, "rerank")
+        except UserError:
+            return []  # the image is no longer where it was: the result itself stays
+        return [word for word, _ in maps.tiles]
+
+    def _keep(self, upload: bytes) -> str:
+        """Keep an upload for the page, and return its name. Raises UserError where it is no image."""
+        try:
+            return self.uploads.put(upload, make_thumbnail(upload).jpeg)
+        except BadSample as error:
+            raise UserError(f"the file is not a usable image: {error}") from error
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Questions
+
+    def show_answer(self, parameters: Mapping[str, str]) -> Response:
+        image, question = (
+            ImageReference(parameters.get("key", ""), parameters.get("upload", "")),
+            parameters.get("question", ""),
+        )
+        answer, problem = None, ""
+        try:
+            caption = self.maps.describe(image)
+            if question.strip():
+                answer = self._answer(image, question)
+        except UserError as error:
+            caption, problem = "", str(error)
+        content = self.templates.get_template("question.html.j2").render(
+            image=image,
+            caption=caption,
+            question=question,
+            answer=answer,
+            shares=[(name, value, format_share(value)) for name, value in answer.answers] if answer is not None else [],
+            words=[word for word, _ in answer.tiles] if answer is not None else [],
+            problem=problem,
+            map_text=self.maps.shorten(question, "vqa"),
+        )
+        return HTMLResponse(content, status_code=400 if problem else 200)
+
+    def list_answers(self, parameters: Mapping[str, str], upload: Upload = b"") -> Response:
+        try:
+            if not isinstance(upload, bytes):
+                raise upload
+            with self.lock:
+                name = self._keep(upload) if upload else parameters.get("upload", "")
+            answer = self._answer(ImageReference(parameters.get("key", ""), name), parameters.get("question", ""))
+        except UserError as error:
+            return JSONResponse({"error": str(error)}, status_code=400)
+        return JSONResponse(
+            {
+                "answers": [{"answer": name, "probability": value} for name, value in answer.answers],
+                "words": [word for word, _ in answer.tiles],
+                "upload": name or None,
+                "milliseconds": answer.milliseconds,
+                "notes": answer.notes,
+            }
+        )
+
+    def _answer(self, image: ImageReference, question: str) -> Any:
+        """Return the answers and maps of a question, and log them. Raises UserError."""
+        answer = self.maps.draw(image, question, "vqa")
+        best = answer.answers[0] if answer.answers else None
+        self.log({"question": question, "key": image.key or None, "answer": best, "milliseconds": answer.milliseconds})
+        return answer
+
+
+def _read_query(parameters: Mapping[str, str], upload: Upload) -> queries.Query:
+    """Return the query of a request, whose filter is the written condition alone."""
+    image = upload if isinstance(upload, bytes) else b""
+    text, k = parameters.get("q", ""), parameters.get("k", "")
+    count = int(k) if k.isdecimal() and 0 < int(k[:6]) <= MAX_RESULTS else 12
+    unwanted = parameters.get("unwanted", "")
+    return queries.Query(
+        text,
+        image,
+        "" if image else parameters.get("like", ""),
+        [unwanted] if unwanted.strip() else [],
+        parameters.get("condition", "").strip() or None,
+        count,
+        is_hybrid=bool(parameters.get("hybrid")) and bool(text.strip()) and not image,
+    )
+
+
+def _describe_state(parameters: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Return the parameters that another query on the page keeps: filters and the number of results."""
+    names = [name for name in parameters if name in ("condition", "k", "unwanted") or name.startswith(("from.", "to.", "is."))]
+    return [(name, parameters[name]) for name in names if parameters[name]]

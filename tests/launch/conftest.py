@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
 from tests.support import Small, read_losses
+from tests.support.catalog import make_search_folder
 from tests.support.launches import STEPS, clipfuse_command, start_launcher, tiny_run_args
 
 
@@ -28,3 +30,18 @@ def undisturbed(small: Small, tmp_path_factory: pytest.TempPathFactory) -> dict[
     found = {int(step): loss for step, loss in json.loads(kept.read_text()).items()}
     assert list(found) == list(range(1, STEPS + 1))
     return found
+
+
+@pytest.fixture(scope="session")
+def folder(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a catalog to search, see tests/support/catalog.py."""
+    root = tmp_path_factory.mktemp("search")
+    make_search_folder(small, root)
+    return root
+
+
+@pytest.fixture
+def here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Change to the folder with the catalog."""
+    monkeypatch.chdir(folder)
+    return folder

@@ -10,12 +10,8 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tarfile
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,60 +19,14 @@ import clipfuse
 import numpy as np
 import pytest
 import torch
-import uvicorn
 from PIL import Image
-from starlette.testclient import TestClient
 
 from finetune import loading
 from finetune.search import places
 from finetune.search.captions import CaptionIndex
-from finetune.search.query import Searcher, load_query_model
 from launch import cli
-from launch.serve.app import build_app
-from tests.support import Small, environment
-
-QUIET = ["data.workers=0", "eval.workers=0", "train.trackers=[]", "train.threads=1", "train.steps=2", "train.epochs=0"]
-
-
-@pytest.fixture(scope="module")
-def folder(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """runs/first and another run, a retrieval run, products/ (24 images with json), products.tar, and `catalog`."""
-    root = tmp_path_factory.mktemp("search")
-    with contextlib.chdir(root):
-        assert cli.main(["pretrain", "scenes", *small.settings("first", "train.steps=2")]) == 0
-        assert cli.main(["pretrain", "scenes", *small.settings("other", "train.steps=1")]) == 0
-        shards = [f"data.train={small.train}", "data.val=null", "train.eval_every=0", "data.batch_size=8"]
-        assert cli.main(["finetune", "retrieval", "init=runs/first", "run=retrieval", *shards, *QUIET, "task.foils=null"]) == 0
-        make_products(small, Path("products"))
-        with tarfile.open("products.tar", "w") as tar:
-            for path in sorted(Path("products").rglob("*.*")):
-                tar.add(path, path.name)
-        assert cli.main(index_words("products.tar", "catalog")) == 0
-    return root
-
-
-@pytest.fixture
-def here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(folder)
-    return folder
-
-
-def make_products(small: Small, folder: Path) -> None:
-    """24 validation scenes as files; price and room in json, missing in every fifth."""
-    folder.mkdir()
-    with tarfile.open(next(small.root.glob("scenes/val-*.tar"))) as tar:
-        jpegs = [name for name in tar.getnames() if name.endswith(".jpg")][:24]
-        for i, name in enumerate(jpegs):
-            for extension in ("jpg", "txt"):
-                file = tar.extractfile(name.replace(".jpg", f".{extension}"))
-                assert file is not None
-                (folder / f"p{i:02d}.{extension}").write_bytes(file.read())
-            values = {} if i % 5 == 0 else {"price": 100.0 * i, "room": ["living", "bed", "o\"b'c"][i % 3]}
-            (folder / f"p{i:02d}.json").write_text(json.dumps(values))
-
-
-def index_words(data: str, place: str, *more: str) -> list[str]:
-    return ["index", "runs/first", "--data", data, "--db", place, "--fields", "price:float,room:str", *more]
+from tests.support import environment
+from tests.support.catalog import index_words
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> str:
@@ -441,146 +391,3 @@ def test_a_query_longer_than_the_model_reads(here: Path, capsys: pytest.CaptureF
     record = json.loads(run(capsys, "search", "catalog", "red car " * 2000, "--json"))
     assert len(record["results"]) == 10
     assert "and the model reads 24: what comes after them does not count" in record["notes"][0]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The page
-
-
-RECORDS: list[dict[str, Any]] = []
-"""What the page logged."""
-
-
-@pytest.fixture(scope="module")
-def client(folder: Path) -> Iterator[TestClient]:
-    """The page of an index whose first caption holds a script, with the re-ranker."""
-    with contextlib.chdir(folder):
-        shutil.copytree("products", "hostile/products")
-        Path("hostile/products/p00.txt").write_text('<script>alert(1)</script> a red car & "more"')
-        assert cli.main(index_words("hostile/products", "hostile/db")) == 0
-        with places.open_index("hostile/db") as opened:
-            searcher = Searcher(opened, load_query_model(opened, None), torch.device("cpu"), loading.load("runs/retrieval"))
-            with TestClient(build_app(searcher, log=RECORDS.append), base_url="http://127.0.0.1:8000") as client:
-                yield client
-
-
-def test_the_page_shows_results_and_where_each_word_looked(here: Path, client: TestClient) -> None:
-    empty = client.get("/")
-    assert empty.status_code == 200
-    assert "holds 24 images" in empty.text
-    page = client.get("/", params={"q": "a red car", "k": "24"})
-    assert page.status_code == 200
-    assert "default-src 'none'" in page.headers["content-security-policy"]
-    records = client.get("/api/search", params={"q": "a red car", "k": "24"}).json()["results"]
-    keys = re.findall(r'src="/thumbnail\?key=([^"&]+)"', page.text)
-    assert keys == [record["key"] for record in records]
-    assert len(keys) == 24
-    assert {record["rank_by_embedding"] for record in records} == set(range(1, 25))
-    assert [record["match"] for record in records] == sorted((record["match"] for record in records), reverse=True)
-
-    assert "<script>alert" not in page.text  # captions are escaped
-    assert "&lt;script&gt;alert(1)" in page.text
-    assert not re.search(r"<script|javascript:|\son\w+=|https?://", page.text)  # no script, and nothing from elsewhere
-
-    thumbnail = client.get("/thumbnail", params={"key": keys[0]})
-    assert (thumbnail.headers["content-type"], Image.open(io.BytesIO(thumbnail.content)).format) == ("image/jpeg", "JPEG")
-    words = re.findall(r'<label for="w\d+">([^<]+)</label>', page.text)
-    assert words == ["a", "red", "car"]
-    assert page.text.count("The circle marks where a word attends most.") == 1
-    reranker = clipfuse.load("runs/retrieval")
-    assert isinstance(reranker, clipfuse.FinetunedModel)
-    expected = dict(reranker.attend(f"hostile/{keys[0]}", "a red car").tiles(320))
-    for number, word in enumerate(words):
-        drawn = Image.open(io.BytesIO(client.get("/map", params={"key": keys[0], "q": "a red car", "word": number}).content))
-        difference = np.asarray(drawn, float) - np.asarray(expected[word].convert("RGB").resize(drawn.size), float)
-        assert np.abs(difference).mean() < 8
-    assert f"body:has(#w{len(words) - 1}:checked)" in client.get("/style.css").text
-
-
-def test_filters_uploads_and_more_like_this_on_the_page(here: Path, client: TestClient) -> None:
-    filtered = client.get("/api/search", params={"q": "a red car", "condition": "price < 300"}).json()["results"]
-    assert {record["key"] for record in filtered} == {"products/p01.jpg", "products/p02.jpg"}
-    like = client.get("/api/search", params={"like": "products/p07.jpg", "k": "1"}).json()["results"]
-    assert like[0]["key"] == "products/p07.jpg"
-    upload = {"image": ("p07.jpg", Path("products/p07.jpg").read_bytes())}
-    assert client.post("/api/search", files=upload).json()["results"][0]["key"] == "products/p07.jpg"
-    assert "/thumbnail?key=products/p07.jpg" in client.post("/", files=upload, data={"q": "a red car", "k": "24"}).text
-
-
-def test_captions_and_the_log_of_the_page(here: Path, client: TestClient) -> None:
-    asked = {"q": "a red car", "hybrid": "1", "k": "5"}
-    page = client.get("/", params=asked)
-    assert 'name="hybrid" value="1" checked' in page.text
-    assert 'value="1" checked' not in client.get("/", params={"q": "a red car", "k": "5"}).text
-    answer = client.get("/api/search", params=asked).json()
-    assert any(result["rank_by_captions"] for result in answer["results"])
-    assert list(answer["milliseconds"]) == ["encode", "search", "captions", "fetch", "rerank", "total"]
-    assert [record["hybrid"] for record in RECORDS[-3:]] == [True, False, True]
-    assert RECORDS[-1] == {"text": "a red car", "like": None, "not": [], "filter": None, "hybrid": True, **answer}
-
-
-def test_what_the_page_refuses(here: Path, client: TestClient) -> None:
-    large = io.BytesIO()
-    Image.new("1", (40000, 10000)).save(large, "PNG")  # 400 megapixels in a few kilobytes
-    for answer, message in (
-        (client.get("/", params={"q": "car", "condition": "prise < 9"}), "did you mean &#39;price&#39;?"),
-        (client.get("/", params={"q": "car", "condition": "price <"}), "column 8"),
-        (client.get("/", params={"like": "<b>gone</b>"}), "no image &lt;b&gt;gone&lt;/b&gt;"),
-        (client.post("/", files={"image": ("a.jpg", b"no image")}), "is not a usable image"),
-        (client.post("/", files={"image": ("a.png", large.getvalue())}), "image too large"),
-        (client.get("/api/search"), "the query is empty"),
-    ):
-        assert answer.status_code == 400
-        assert message in answer.text
-    long = client.get("/", params={"q": "red car " * 500})
-    assert long.status_code == 200
-    assert "what comes after them does not count" in long.text
-    for path, parameters in (("/thumbnail", {"key": "gone"}), ("/map", {"key": "gone", "q": "car", "word": "0"}), ("/x", {})):
-        assert client.get(path, params=parameters).status_code == 404
-    assert client.get("/map", params={"key": "products/p01.jpg", "q": "car", "word": "9"}).status_code == 404
-    assert client.get("/", headers={"host": "evil.example"}).status_code == 400  # a page elsewhere that points at this machine
-
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
-def test_in_a_browser(here: Path, client: TestClient) -> None:
-    """A search, a word pressed by mouse and by keyboard, a narrow screen; nothing leaves the machine."""
-    sync_api = pytest.importorskip("playwright.sync_api")
-    server = uvicorn.Server(uvicorn.Config(client.app, log_level="warning"))
-    listener = socket.create_server(("127.0.0.1", 0))
-    origin = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    thread = threading.Thread(target=server.run, args=([listener],))
-    thread.start()
-    try:
-        with sync_api.sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-            page = browser.new_page(viewport={"width": 1200, "height": 900})
-            requests, messages = [], []
-            page.on("request", lambda request: requests.append(request.url))
-            page.on("console", lambda message: messages.append(message.text))
-            page.set_default_timeout(120_000)
-            page.goto(origin)
-            page.get_by_label("Images that show").fill("a red car")
-            page.keyboard.press("Enter")
-            page.wait_for_url("**/?q=a+red+car*")
-            assert page.locator(".results li").count() == 12
-            assert page.locator("img.m2").first.is_hidden()
-            page.get_by_text("car", exact=True).first.click()
-            page.wait_for_function("() => document.querySelector('img.m2').naturalWidth > 0")
-            assert page.locator("img.m2").first.is_visible()
-            page.keyboard.press("ArrowLeft")  # to the word before
-            assert page.locator("img.m2").first.is_hidden()
-            assert page.locator("img.m1").first.is_visible()
-            page.set_viewport_size({"width": 360, "height": 740})
-            assert page.evaluate("() => document.documentElement.scrollWidth <= window.innerWidth")
-            page.get_by_label("Images like this file").set_input_files("products/p07.jpg")
-            page.get_by_text("Search by image").click()
-            page.wait_for_function("() => location.search == '' && document.querySelectorAll('.results li').length == 12")
-            assert all(url.startswith(origin) for url in requests)
-            assert messages == []
-            browser.close()
-    finally:
-        server.should_exit = True
-        thread.join(60)

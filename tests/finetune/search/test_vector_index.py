@@ -102,6 +102,9 @@ def test_the_contract(index: VectorIndex, place: str) -> None:
     assert index.count("price > 1000") == 0
     assert index.search(vectors[:1], 3, "price > 1000") == [[]]
 
+    assert index.list_values("room", 3) == ['a "b" \\ c', "bed", "living"]
+    assert index.list_values("room", 2) == []  # there are more
+
     fetched = index.get(["shard/1", "nowhere", "shard/0"])
     assert fetched[1] is None
     assert fetched[0] is not None
@@ -115,6 +118,7 @@ def test_the_contract(index: VectorIndex, place: str) -> None:
     assert index.count() == 4
     assert keys(index.search(vector(0, 0, 0, 1)[None], 1)[0]) == ["shard/1"]
     assert index.count("price == 5") == 1
+    assert index.list_values("room", 3) == ["bed", "living"]  # not of what was replaced
     assert index.delete(keys=["shard/3", "nowhere", "shard/3"]) == 1
     assert index.delete(filter="price >= 5") == 2
     assert index.count() == 1
