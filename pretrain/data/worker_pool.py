@@ -36,12 +36,14 @@ class WorkerResults(Iterator[PartialBatch]):
 
     def __init__(self, loader_iterator: Any) -> None:
         self._iterator = loader_iterator
+        self.first_dead: list[Any] = []
+        """The worker that died, once `_watch_deaths` has noticed."""
 
     def __next__(self) -> PartialBatch:
         try:
             result: PartialBatch = next(self._iterator)
-        except (RuntimeError, ConnectionError, EOFError) as error:  # the latter two: it died while it sent a tensor
-            explained = _explain_death(error, self.processes)
+        except (RuntimeError, OSError, EOFError) as error:  # the latter two: it died while it sent a result
+            explained = _explain_death(error, self.first_dead or self.processes)
             if explained is None:
                 raise
             raise explained from None
@@ -93,11 +95,49 @@ def run_workers(dataset: Any, jobs: Iterator[Any], workers: int) -> Iterator[Wor
     if signal.getsignal(signal.SIGCHLD) is not sigchld:
         signal.signal(signal.SIGCHLD, sigchld)
     cancel = orphans.kill_at_exit(list(getattr(results, "_workers", [])))
+    outputs = WorkerResults(results)
     try:
-        yield WorkerResults(results)
+        with _watch_deaths(outputs):
+            yield outputs
     finally:
         _stop_workers(results)
         cancel()
+
+
+@contextmanager
+def _watch_deaths(results: WorkerResults) -> Iterator[None]:
+    """Let `next` raise, inside the block, whenever a worker dies.
+
+    A worker that is killed while it sends a result leaves half of it in the pipe, and the others wait for its lock for ever.
+    So a thread kills them all when one has died, and nothing but workers holds the pipe open: reading it ends.
+    """
+    processes = results.processes
+    queue = getattr(results._iterator, "_worker_result_queue", None)
+    if not processes or queue is None:
+        yield
+        return
+    queue._writer.close()  # this process only reads from it
+    stopped, stop = multiprocessing.Pipe(duplex=False)
+
+    def watch() -> None:
+        waiting = {process.sentinel: process for process in processes}
+        while stopped not in (ready := multiprocessing.connection.wait([stopped, *waiting])):
+            for process in [waiting.pop(sentinel) for sentinel in ready]:
+                process.join(EXIT_SECONDS)  # its files are closed, but on a busy machine it may not have exited yet
+                if process.exitcode:
+                    results.first_dead.append(process)
+                    results.kill()
+                    return
+
+    thread = threading.Thread(target=watch, name="worker-deaths", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.send(None)
+        thread.join(EXIT_SECONDS)
+        stop.close()
+        stopped.close()
 
 
 def _stop_workers(results: Any) -> None:
@@ -122,7 +162,7 @@ def _explain_death(error: Exception, processes: list[Any]) -> UserError | None:
     """Return the UserError for an error of DataLoader that a dead worker caused; None where it had another cause."""
     message = str(error)
     is_from_dataset = "in DataLoader worker process" in message  # raised by the data set in a live worker
-    if is_from_dataset or (isinstance(error, RuntimeError) and "DataLoader worker" not in message):
+    if not processes or is_from_dataset or (isinstance(error, RuntimeError) and "DataLoader worker" not in message):
         return None
     dead_workers = _find_dead_workers(processes)
     if not dead_workers:

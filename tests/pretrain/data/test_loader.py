@@ -461,6 +461,28 @@ def test_a_killed_worker_whose_files_are_closed_before_it_exits() -> None:
             next(results)
 
 
+class Large(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """Data set whose results do not fit into a pipe: a worker waits until half of one is read."""
+
+    def __getitem__(self, job: int) -> bytes:
+        return bytes(1 << 20)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(("workers", "victim"), [(1, 0), (2, 0), (2, 1)])
+def test_a_worker_that_is_killed_while_it_sends_a_result(workers: int, victim: int) -> None:
+    """The rest of the result never comes, and other workers wait for the lock of the pipe."""
+    before = data_workers()
+    with worker_pool.run_workers(Large(), iter(range(90)), workers) as results:
+        next(results)
+        time.sleep(0.5)  # results are ready, and the trainer does something else: it evaluates, for example
+        pid = sorted(data_workers() - before)[victim]
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(UserError, match=rf"a data worker \(process {pid}\) was killed by signal 9"):
+            list(results)
+    assert not data_workers() - before
+
+
 def test_workers_leave_signals_to_the_trainer(data, decoders):
     before = set(children())
     iterator = iter(loader(data, decoders, workers=2))
