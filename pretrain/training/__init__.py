@@ -7,6 +7,8 @@ run_end.py      what a run prints at its end: figures of its evaluation, where i
 config.py       the `train` section of a configuration, and the plan of a run
 loop.py         fit(), the only training loop: optimizer, schedule, logging, evaluation, saving and stopping
 run_state.py    the state of a run, and how it is saved, restored and evaluated
+saving.py       the saves of a run: one in flight, and failures that are counted alike on all ranks
+trainer_state.py  the state of a run in a checkpoint, read and checked
 step.py         one optimizer step, plain or cached (GradCache)
 objective.py    the contract between the loop and what it trains, and the contrastive objective of pretraining
 run_dir.py      the run folder: its lock, status.json and environment.json

@@ -20,8 +20,8 @@ from pretrain.printable import format_count, hide_secrets_in, one_safe_line
 from pretrain.runtime import distributed
 from pretrain.runtime.entrypoint import DryRun
 from pretrain.training.run_dir import RunFolder
-from pretrain.training.run_state import load_trainer_state, refuse_other_identity
 from pretrain.training.session import Session, find_checkpoint
+from pretrain.training.trainer_state import load_trainer_state, refuse_other_identity
 
 _LONGEST_VALUE = 160
 

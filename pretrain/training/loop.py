@@ -78,16 +78,16 @@ def fit(
         train.timeout,
         lambda reason: folder.write_status("failed", reason, run.step, any_rank=True),
         folder.path,
-        run.writer.wait_briefly,
+        run.saves.writer.wait_briefly,
     ) as watchdog:
         begin = run.restore(resume_from)
         run.leave_branch(resume_from)
-        run.capture_files()
+        run.saves.capture_files(plan)
         if begin < plan.total_steps:  # a finished run keeps the configuration that trained it
             plan.write_config()  # whatever refuses a checkpoint has done so
         # The loader's processes and a save in flight end by whatever error the loop ends, after the error is recorded.
         with (
-            run.writer,
+            run.saves.writer,
             closing(RunLog(folder, plan.resolved_config, train.trackers, train.audit, begin)) as log,
             closing(ReplacedSamples(folder.path, loader, begin)) as replaced,
             closing(ProgressBar(plan.total_steps, begin)) as bar,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,12 @@ from typing import Any
 import torch
 
 from pretrain.errors import ConfigError
+from pretrain.printable import format_count, one_safe_line
 from pretrain.runtime import distributed
 from pretrain.runtime.files import parse_json_object, write_text
 from pretrain.training.run_dir import RunFolder
+
+log = logging.getLogger(__name__)
 
 
 class JsonLinesFile:
@@ -26,15 +30,30 @@ class JsonLinesFile:
         if path.exists():
             lines = [line for line in _read_complete_lines(path) if _step_of(line) <= after]
             write_text(path, "".join(line + "\n" for line in lines))
-        self._file = path.open("a")
+        self._path, self._file = path, path.open("ab", buffering=0)
+        self._unwritten = b""
+        self._is_failing = False
 
     def write(self, line: dict[str, Any]) -> None:
-        """Write one line, and flush it to the operating system: kill -9 loses no line that was written."""
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        """Write one line to the operating system: kill -9 loses no line that was written.
+
+        Lines that cannot be written, because the disk is full, are written with later ones.
+        """
+        self._unwritten += (json.dumps(line) + "\n").encode()
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+            self._is_failing = False
+        except OSError as error:
+            if not self._is_failing:
+                log.warning(one_safe_line(f"{self._path} cannot be written now: {error.strerror or error}"))
+            self._is_failing = True
 
     def close(self) -> None:
         self._file.close()
+        if self._unwritten:
+            lines = self._unwritten.count(b"\n")
+            log.warning(f"{self._path} lacks its last {format_count(lines, 'line')}")
 
 
 def _read_complete_lines(path: Path) -> list[str]:
@@ -77,8 +96,12 @@ class RunLog:
             return
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
         self._metrics.write(clean)
-        for tracker in self._trackers:
-            tracker.log({k: v for k, v in clean.items() if isinstance(v, int | float)}, step=line["step"])
+        for tracker in list(self._trackers):
+            try:
+                tracker.log({k: v for k, v in clean.items() if isinstance(v, int | float)}, step=line["step"])
+            except OSError as error:  # the disk is full, for example; metrics.jsonl will have the numbers
+                log.warning(one_safe_line(f"a tracker of train.trackers fails, and gets no more numbers: {error}"))
+                self._trackers.remove(tracker)
 
     def write_audit(self, step: int, keys: list[str]) -> None:
         """Write the keys of the samples that a step consumed, if the run is audited."""

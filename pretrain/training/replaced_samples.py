@@ -36,6 +36,7 @@ class ReplacedSamples:
 
     def __init__(self, folder: Path, loader: Loader, step: int) -> None:
         self._folder, self._loader, self._step = folder, loader, step
+        self._unrecorded: Counter[tuple[str, str]] = Counter()
         self._path = folder / f"replaced-{distributed.rank()}.jsonl"
         self._lines = JsonLinesFile(self._path, step) if self._path.exists() else None
         if distributed.is_main():
@@ -47,14 +48,20 @@ class ReplacedSamples:
     def write(self, step: int) -> None:
         """Write the counts since the last line, if there are any, as those of this step."""
         self._step = step
-        counts = self._loader.take_replaced()
+        counts = self._unrecorded
+        counts.update(self._loader.take_replaced())
         if not counts:
             return
+        if self._lines is None:
+            try:
+                self._lines = JsonLinesFile(self._path, step)
+            except OSError as error:  # the disk is full, for example
+                log.warning(one_safe_line(f"{self._path} cannot be written now: {error.strerror or error}"))
+                return
+        self._unrecorded = Counter()
         shards: dict[str, dict[str, int]] = {}
         for (shard, reason), count in sorted(counts.items()):
             shards.setdefault(shard, {})[reason] = count
-        if self._lines is None:
-            self._lines = JsonLinesFile(self._path, step)
         self._lines.write({"step": step, "shards": shards})
 
     def close(self) -> None:

@@ -25,7 +25,7 @@ from pretrain.runtime import distributed
 from pretrain.runtime.console import console, log_info
 from pretrain.training.loop import Outcome
 from pretrain.training.run_dir import RunFolder
-from pretrain.training.run_state import load_trainer_state
+from pretrain.training.trainer_state import load_trainer_state
 
 
 @dataclass(frozen=True)

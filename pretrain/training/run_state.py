@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pretrain.checkpoints import rotation, store, writing
-from pretrain.checkpoints.background import CheckpointWriter
-from pretrain.checkpoints.writing import Content, SaveError, tensors_file, weights_file
+from pretrain.checkpoints import rotation, store
+from pretrain.checkpoints.writing import Content, tensors_file, weights_file
 from pretrain.data.loader import Loader
-from pretrain.errors import ConfigError, UserError
+from pretrain.errors import UserError
 from pretrain.optim import WeightAverage
 from pretrain.printable import format_count
 from pretrain.runtime import distributed, memory
@@ -32,76 +28,9 @@ from pretrain.strategies.batch_norm import refuse_chunks
 from pretrain.training.config import RunPlan
 from pretrain.training.metrics import RunLog, describe_results
 from pretrain.training.run_dir import RunFolder
-from pretrain.training.spikes import SpikeWatch, find_state_error
-
-_TRAINER_STATE: dict[str, Any] = {
-    "step": int,
-    "skipped": int,
-    "best": float | int,
-    "identity": dict,
-    "results": dict,
-    "loader": dict,
-}
-_LOADER_STATE: dict[str, Any] = {"position": int, "seen": int, "run": int, "bad": dict}
-
-
-def load_trainer_state(path: Path) -> dict[str, Any]:
-    """Return what `Run.save` wrote into trainer.pt. Raises UserError where the file is damaged or holds something else."""
-    state = store.load_tensors(path)
-    for values, kinds in ((state, _TRAINER_STATE), (state.get("loader"), _LOADER_STATE)):
-        for name, kind in kinds.items():
-            value: Any = values.get(name) if isinstance(values, dict) else None
-            if not isinstance(value, kind) or isinstance(value, bool) or (kind is int and not 0 <= value < 1 << 62):
-                raise UserError(f"{path} is damaged: {name} is {value!r:.80}")
-    filtered = state["loader"].setdefault("filtered", {})  # older checkpoints have none
-    if not isinstance(filtered, dict):
-        raise UserError(f"{path} is damaged: filtered is {filtered!r:.80}")
-    numbers = [*state["results"].values(), *state["loader"]["bad"].values(), *filtered.values()]
-    names = [state.get("good"), *state["results"], *state["loader"]["bad"], *filtered]
-    if not all(isinstance(n, int | float) for n in numbers) or not all(isinstance(n, str | None) for n in names):
-        raise UserError(f"{path} is damaged: its results or its counts of bad samples are not numbers by name")
-    if "spikes" in state and (error := find_state_error(state["spikes"])):  # older checkpoints have none
-        raise UserError(f"{path} is damaged: spikes: {error}")
-    if (state.get("good") or "step-0") != Path(state.get("good") or "step-0").name:
-        raise UserError(f"{path} is damaged: good is {state['good']!r:.80}")
-    try:
-        json.dumps([state["identity"], state["loader"]["data"], state["loader"]["batch_size"]])  # plain values only
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: {error!r:.200}") from error
-    return state
-
-
-def refuse_other_identity(trainer_state: dict[str, Any], identity: dict[str, Any], checkpoint: Path) -> None:
-    """Refuse to resume a run with other data, seed or batch size. Raises ConfigError, which names the value.
-
-    trainer_state: of the checkpoint. identity: RunPlan's.
-    """
-    for name, value in identity.items():
-        if trainer_state["identity"].get(name) != value:
-            raise ConfigError(
-                f"cannot resume {checkpoint}: {name} is {value!r} now and was {trainer_state['identity'].get(name)!r}; "
-                "a run resumes with the same data, seed, batch size and model (resume=never run=NEW starts another)"
-            )
-
-
-def _read_trainable_weights(folder: Path, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
-    """Return the weights in a folder. Raises UserError where one of `shapes` is missing or differs."""
-    weights = store.read_weights(folder)
-    for name, shape in shapes.items():
-        if name not in weights or weights[name].shape != shape:
-            actual = list(weights[name].shape) if name in weights else "not there"
-            raise UserError(f"{folder / 'model.safetensors'} does not fit: {name} is {actual}, the model has {list(shape)}")
-    return weights
-
-
-@dataclass(frozen=True)
-class _Save:
-    """A save in flight: the step and the steps skipped so far, the path, and the score where it is the best checkpoint."""
-
-    step: int
-    skipped: int
-    path: Path
-    best_score: float | None
+from pretrain.training.saving import Save, Saves
+from pretrain.training.spikes import SpikeWatch
+from pretrain.training.trainer_state import load_trainer_state, read_trainable_weights, refuse_other_identity
 
 
 class Run:
@@ -132,14 +61,7 @@ class Run:
         self.best_score = -math.inf
         self._saved_best_score = -math.inf
         """The score of the checkpoint that `best` names."""
-        self.writer = CheckpointWriter(plan.train.background_saves)
-        """Writes checkpoints, on rank 0."""
-        self._in_flight: _Save | None = None
-        """The save whose end is not known yet: the same on all ranks."""
-        self._failed_saves = 0
-        """Saves that failed since the last one that did not."""
-        self._files: Content | None = None
-        """What lies beside the weights in every checkpoint, on rank 0."""
+        self.saves = Saves(folder.checkpoints, plan.train)
         self.results: dict[str, float] = {}
         self.is_evaluation_due = False
         """Whether a signal ended the evaluation of this step, which is made up for when the run resumes."""
@@ -189,7 +111,7 @@ class Run:
             raw = store.read_weights(store.training_weights_folder(checkpoint))
             averaged = checkpoint / "state" / "average" if self.plan.convert_weights is not None else checkpoint
             # The strategy shards the average as it shards the weights.
-            self.strategy.load_full_weights(_read_trainable_weights(averaged, self.strategy.trainable_shapes()))
+            self.strategy.load_full_weights(read_trainable_weights(averaged, self.strategy.trainable_shapes()))
             self.average = WeightAverage(self.strategy.local_shards().items(), self.plan.optim.average)
             self.strategy.load_full_weights(raw)
 
@@ -254,33 +176,11 @@ class Run:
         if self.step % self.plan.train.save_every == 0:
             self.spikes.note_checkpoint(self.step)
         good = self.find_good()
-        content, path = self._collect(good), self._checkpoint(self.step)
-        self._in_flight = _Save(self.step, self.skipped, path, self.best_score if best else None)
-        if distributed.is_main():
-            work = partial(
-                writing.write_checkpoint,
-                self.folder.checkpoints,
-                self.step,
-                content,
-                keep=self.plan.train.keep,
-                best=best,
-                good=good,
-                is_good=is_complete,
-            )
-            self.writer.start(f"the checkpoint of step {self.step}", lambda report: work(report=report))
-        if is_last or not self.writer.is_background:
+        content = self._collect(good)
+        save = Save(self.step, self.skipped, self._checkpoint(self.step), self.best_score if best else None)
+        self.saves.start(save, content, best=best, good=good, is_good=is_complete)
+        if is_last or not self.plan.train.background_saves:
             self.settle(is_last=is_last)
-
-    def capture_files(self) -> None:
-        """Keep what lies beside the weights in every checkpoint: it does not change in a run. Collective. Raises UserError."""
-
-        def capture() -> None:
-            try:
-                self._files = writing.capture_files(self.plan.save_files)
-            except OSError as error:
-                raise UserError(f"the tokenizer cannot be written into a temporary folder: {error}") from error
-
-        on_main(capture)
 
     def _collect(self, good: Path | None) -> Content:
         """Return the files of a checkpoint of the present step, whose tensors are copies in host memory. Collective.
@@ -311,17 +211,16 @@ class Run:
             "spikes": self.spikes.state_dict(),
             "good": good.name if good is not None and good.parent == self.folder.checkpoints else None,
         }
-        assert self._files is not None
         return {
             "state/optimizer.pt": tensors_file(optimizer_state),
             "state/trainer.pt": tensors_file(trainer_state),
             **{f"state/{name}/model.safetensors": weights_file(tensors) for name, tensors in resume_weights.items()},
             "model.safetensors": weights_file(weights),
-            **self._files,
+            **self.saves.files,
         }
 
     def settle(self, is_last: bool = False, may_end: bool = True) -> None:
-        """Wait for the save in flight, if there is one, and count how it ended, alike on all ranks. Collective.
+        """Wait for the save in flight, if there is one, and note whether its checkpoint is there. Collective.
 
         Args:
             is_last: nothing else would hold the work: a failure ends the run.
@@ -330,34 +229,17 @@ class Run:
         Raises:
             SaveError: the save failed, and the run ends for it.
         """
-        save, self._in_flight = self._in_flight, None
+        save = self.saves.wait()
         if save is None:
             return
-        failure: SaveError | None = None
-        try:
-            on_main(self.writer.wait)
-        except SaveError as error:
-            failure = error
-        if failure is None or failure.is_complete:
+        if save.is_there():
             self.saved, self.saved_step, self.saved_skipped = save.path, save.step, save.skipped
             self._saved_best_score = self._saved_best_score if save.best_score is None else save.best_score
         else:
             self.best_score = self._saved_best_score
             self.spikes.forget_checkpoint(save.step)
-        self._failed_saves = 0 if failure is None else self._failed_saves + 1
-        if failure is None:
-            return
-        most = self.plan.train.max_failed_saves
-        if is_last:
-            raise failure
-        if may_end and self._failed_saves >= most:
-            count = f"; {self._failed_saves} saves in a row failed (train.max_failed_saves)" if self._failed_saves > 1 else ""
-            raise SaveError(f"{failure}{count}") from failure
-        if not may_end:
-            log_info(str(failure))
-            return
-        left = format_count(most - self._failed_saves, "more failed save")
-        log_info(f"{failure}; training goes on, and ends after {left} in a row (train.max_failed_saves={most})")
+        if save.failure is not None:
+            self.saves.report_failure(save.failure, is_last, may_end)
 
     def _checkpoint(self, step: int) -> Path:
         return self.folder.checkpoints / f"step-{step:07d}"
@@ -372,7 +254,7 @@ class Run:
         """
         self.count_skipped()
         names = [name for name in out if name != "skipped"]
-        is_saved = torch.full((), float(self.writer.is_done()))  # 1 on rank 0 alone, so that all ranks learn of it
+        is_saved = torch.full((), float(self.saves.is_done()))  # 1 on rank 0 alone, so that all ranks learn of it
         tensors = [*(out[name] for name in names), self.spikes.pending(), row, is_saved]
         *means, losses, row_mean, is_saved = distributed.mean_many(tensors)
         self.spikes.judge(losses, self.step)

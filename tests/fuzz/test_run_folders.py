@@ -232,7 +232,7 @@ def test_damaged_optimizer_state_is_one_line(trained: tuple[Strategy, dict[str, 
 
 
 def test_damaged_trainer_state_is_one_line(run: Path, tmp_path: Path) -> None:
-    from pretrain.training.run_state import load_trainer_state
+    from pretrain.training.trainer_state import load_trainer_state
 
     source = run / "checkpoints/step-0000002/state/trainer.pt"
     state = torch.load(source, weights_only=True)

@@ -152,6 +152,17 @@ def observe(name: str) -> dict[str, Any]:
     observed["changed"] += [n for n in state if not torch.equal(state[n]["exp_avg"], state_before[n]["exp_avg"])]
     observed["next step skipped"] = step(strategy, 2)["skipped"].item()
 
+    # -- a save in the background writes copies: further steps do not change them
+    copies = {"weights": strategy.full_weights(), **strategy.saved_state()["optimizer"]}
+    expected = {part: {name: value.clone() for name, value in values.items()} for part, values in copies.items()}
+    step(strategy, 2)
+    observed["changed copies"] = [
+        (part, name)
+        for part, values in copies.items()
+        for name in values
+        if not torch.equal(values[name], expected[part][name])
+    ]
+
     # -- the logit scale is clamped, both where the model computes and where the optimizer steps
     weights = distributed.broadcast_object(strategy.full_weights())
     strategy.load_full_weights({**weights, "logit_scale": torch.full((1,), 4.6)})
@@ -225,6 +236,7 @@ def test_every_strategy_keeps_the_contract(name: str) -> None:
         assert observed["skipped"] == 1.0
         assert not observed["is_finite"]
         assert not observed["changed"]
+        assert not observed["changed copies"]
         assert observed["next step skipped"] == 0.0
         loss, changed_loss, restored_loss = observed["loss"]
         assert changed_loss != loss
