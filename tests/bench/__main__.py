@@ -43,6 +43,7 @@ def list_commands(peer: str | None, train: str | None, val: str | None) -> dict[
         "overhead": [],
         "first_step": [],
         "growth": [],
+        "saving": ["--millions", "100", "500"],
         "pretrain": [*data, *with_peer, "--rounds", "3"],
     }
     if peer and train and val:
