@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar, cast
 
@@ -195,14 +195,20 @@ class NoProjection(nn.Module):
         return pooled
 
 
-def build(towers: dict[str, Any], config: ModelConfig, tokenizer: Any = None) -> DualEncoder:
+def build(towers: dict[str, Any], config: ModelConfig, tokenizer: Any = None, has_weights: bool = True) -> DualEncoder:
     """Build a DualEncoder from {modality: tower's Config}; it has a logit_bias only if `config` sets one.
+
+    has_weights: if false, towers are built on the meta device where their module says BUILDS_EMPTY, so that the host never
+    holds their weights; the others have random ones.
 
     Initial weights come from torch's global random generator: seed it before. Raises ConfigError.
     """
     built: dict[str, Tower] = {}
     for name, tower_config in towers.items():
-        built[name] = registry.get_component("towers", tower_config.tower).build(tower_config, tokenizer)
+        module = registry.get_component("towers", tower_config.tower)
+        is_empty = not has_weights and getattr(module, "BUILDS_EMPTY", False)
+        with torch.device("meta") if is_empty else nullcontext():
+            built[name] = module.build(tower_config, tokenizer)
         if built[name].modality != name:
             raise ConfigError(f"{name}.tower={tower_config.tower} encodes {built[name].modality}, not {name}")
     scale = LOGIT_SCALE if config.logit_scale is None else config.logit_scale

@@ -13,8 +13,9 @@ from rich.table import Table
 
 from pretrain import config as configuration
 from pretrain import model as models
-from pretrain import registry
+from pretrain import registry, strategies
 from pretrain.checkpoints import export, resuming, warm_start
+from pretrain.checkpoints.loading import read_widths
 from pretrain.config import SEED, check_numbers, component_field, text_field
 from pretrain.data import length_groups
 from pretrain.data.config import check_sources
@@ -26,7 +27,7 @@ from pretrain.evaluation.evaluate import EvalConfig, build_result, build_table, 
 from pretrain.model import DualEncoder, ModelSchema
 from pretrain.optim import OptimConfig
 from pretrain.runtime import distributed
-from pretrain.runtime.agree import on_main
+from pretrain.runtime.agree import on_all, on_main
 from pretrain.runtime.console import log_info
 from pretrain.runtime.entrypoint import DryRun
 from pretrain.training import dry_run, run_end, run_tokenizer
@@ -97,11 +98,12 @@ def load_config(path: Path, settings: list[str]) -> PretrainConfig:
 def train(config: PretrainConfig) -> Outcome:
     """Run one process of a pretraining run, from configuration to outcome. Collective. Raises UserError."""
     with open_session(config) as session:
-        components = build(resuming.without_sources(config, session.checkpoint))
+        has_weights = strategies.has_initial_weights(config.train.strategy)
+        components = build(resuming.without_sources(config, session.checkpoint), has_weights)
         for line in models.describe_weights(components.model, config.init) if session.checkpoint is None else ():
             log_info(line)
         if session.checkpoint is None and config.init is not None:
-            warm_start.load_weights(components.model, config.init, config.init_partial, components.tokenizer)
+            on_all(lambda: warm_start.load_weights(components.model, config.init, config.init_partial, components.tokenizer))
         exports = export.describe_formats(components.model, config, components.eval_decoders) if distributed.is_main() else ""
         if session.checkpoint is None:
             log_info(exports)
@@ -113,7 +115,7 @@ def train(config: PretrainConfig) -> Outcome:
         )
         pair_loss = registry.get_component("losses", config.loss.name).build(config.loss).to(session.device)
         if hasattr(pair_loss, "max_logit"):  # read before the strategy, which may shard the model
-            pair_loss.max_logit = components.model.max_logit()
+            pair_loss.max_logit = on_main(components.model.max_logit)
         strategy = session.build_strategy()
         shapes = choose_text_shapes(config, components.model, session.device)
         if shapes != "dynamic":
@@ -187,17 +189,19 @@ class Components:
     """Decoders for evaluation, by modality."""
 
 
-def build(config: PretrainConfig) -> Components:
+def build(config: PretrainConfig, has_weights: bool = True) -> Components:
     """Build the components of a run, those first that fail fastest.
 
-    Initial weights are equal on every process.
+    Initial weights are equal on every process; has_weights=False: see `models.build`.
     """
     loss = registry.get_component("losses", config.loss.name)
+    if any(width > config.model.dim for width in getattr(config.loss, "matryoshka", ())):
+        raise ConfigError(f"loss.matryoshka={config.loss.matryoshka}: embeddings have model.dim={config.model.dim} numbers")
     if config.model.logit_scale is None:
         config.model.logit_scale = loss.LOGIT_SCALE
     if config.model.logit_bias is None:
         config.model.logit_bias = loss.LOGIT_BIAS
-    tokenizer, model = build_encoders(config)
+    tokenizer, model = build_encoders(config, has_weights)
     models.set_performance(model, config.performance, distributed.device())
     loader = build_loader(config, build_train_decoders(config, tokenizer, model))
     return Components(tokenizer, model, loader, build_eval_decoders(config, tokenizer, model))
@@ -253,4 +257,5 @@ def build_evaluation(
     if not config.data.val:
         return None
     val, precision, cache = config.data.val, config.train.precision, config.data.build_cache()
-    return lambda model: evaluate(model, components.eval_decoders, val, config.eval, device, precision, cache)
+    widths = read_widths({"matryoshka": getattr(config.loss, "matryoshka", ())}, config.model.dim)
+    return lambda model: evaluate(model, components.eval_decoders, val, config.eval, device, precision, cache, widths=widths)

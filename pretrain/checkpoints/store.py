@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from pretrain.errors import ConfigError, UserError
 from pretrain.runtime.console import log_info
 from pretrain.runtime.files import read_bytes, read_json_object, write_text
+from pretrain.towers.meta_copy import is_on_meta
 
 _REPLACED = ".replaced.partial"
 """End of the name, which a dot begins, of a checkpoint whose place a new one of the same step takes."""
@@ -197,10 +198,11 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], where: Path | str
     """Load weights into a model, strictly.
 
     Raises UserError where names or shapes differ: it counts the missing, extra and differently shaped weights and names the
-    first of each. `where` says in the message where the weights come from.
+    first of each. `where` says in the message where the weights come from. A model on the meta device is checked only.
     """
     _refuse_other_shapes(model, {name: tuple(value.shape) for name, value in weights.items()}, where)
-    model.load_state_dict(weights)
+    if not is_on_meta(model):
+        model.load_state_dict(weights)
 
 
 def refuse_other_model(model: nn.Module, checkpoint: Path) -> None:

@@ -22,6 +22,7 @@ from pretrain.data.text import load_tokenizer
 from pretrain.errors import ConfigError, UserError
 from pretrain.model import DualEncoder, ModelSchema
 from pretrain.runtime.console import log_info
+from pretrain.towers.meta_copy import is_on_meta
 
 NOT_INHERITED = ("tokenizer", "trainable_blocks", "checkpointing", "patch_dropout")
 """Tower settings that are not architecture: a folder of the other run (see `choose_tokenizer`), and how it trained."""
@@ -180,7 +181,8 @@ def _load_into(module: Any, weights: dict[str, Tensor], where: str, partial: boo
         return
     current = module.state_dict()
     fitting = {name: value for name, value in weights.items() if name in current and current[name].shape == value.shape}
-    module.load_state_dict({**current, **fitting})
+    if not is_on_meta(module):
+        module.load_state_dict({**current, **fitting})
     unchanged = sorted(set(current) - set(fitting))
     log_info(
         f"init={where}: {len(fitting)} of {len(current)} weights start from it, {len(weights) - len(fitting)} of its weights "

@@ -332,6 +332,15 @@ def check(
         deepspeed_config.read(deepspeed, STRATEGIES[name][1]["stage"])
 
 
+def has_initial_weights(name: str) -> bool:
+    """Return whether this process builds the model of a run under train.strategy=`name` with its initial weights.
+
+    fsdp2 sends those of rank 0 to the other processes, tensor by tensor. Those build what they can on the meta device, and hold
+    their shard only.
+    """
+    return name != "fsdp2" or distributed.is_main()
+
+
 def build_strategy(
     name: str,
     precision: Precision,

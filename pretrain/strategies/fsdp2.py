@@ -29,7 +29,7 @@ from pretrain.strategies.batch_norm import convert_sync_batch_norm
 from pretrain.strategies.blocks import find_blocks
 from pretrain.strategies.full_copy import disable_length_buckets, materialized
 from pretrain.strategies.single import Single
-from pretrain.towers.meta_copy import copy_to_meta
+from pretrain.towers.meta_copy import copy_to_meta, move_to_meta_
 
 
 class FSDP2(Single):
@@ -50,12 +50,10 @@ class FSDP2(Single):
 
     def setup(self, model: nn.Module) -> None:
         distributed.ensure_group()
-        model = convert_sync_batch_norm(model).to(self.device)
-        self._meta_copy = copy_to_meta(model, buffers=False)
+        model = convert_sync_batch_norm(model)
+        initial = move_to_meta_(model)  # what a process holds from here on is its shard
+        self._meta_copy = copy_to_meta(model)
         disable_length_buckets(model)
-        with torch.no_grad():
-            for tensor in [*model.parameters(), *model.buffers()]:
-                td.broadcast(tensor, 0)  # all shards must come from the same weights
         mesh = self._build_mesh()
         self.blocks = find_blocks(model)
         for block in self.blocks:
@@ -66,7 +64,22 @@ class FSDP2(Single):
         for name, p in model.named_parameters():
             assert isinstance(p, DTensor), f"{name} is not sharded"
             assert p.device_mesh.size() == distributed.world_size(), f"{name} is sharded over {p.device_mesh.size()} processes"
+        _materialize(model, self.device)
+        self._send_weights(initial)
         self._prepare()
+
+    @torch.no_grad()
+    def _send_weights(self, initial: dict[str, Tensor]) -> None:
+        """Fill the shards and buffers with the tensors of rank 0, one after the other. Collective.
+
+        initial: by name; other ranks need none, see `strategies.has_initial_weights`.
+        """
+        for name, tensor in [*self.module.named_parameters(), *self.module.named_buffers()]:
+            full = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
+            if distributed.is_main():
+                full.copy_(initial[name])
+            td.broadcast(full, 0)
+            tensor.copy_(self._shard(full, tensor) if isinstance(tensor, DTensor) else full)
 
     def _build_mesh(self) -> DeviceMesh:
         """Return the mesh over which weights are sharded: one axis, or replicas x shards."""
@@ -116,6 +129,20 @@ class FSDP2(Single):
         weights = ((name, self._unshard(p)) for name, p in self.module.named_parameters())
         with materialized(self._meta_copy, weights, self.module.named_buffers(), self.device) as module:
             yield module
+
+
+def _materialize(model: nn.Module, device: torch.device) -> None:
+    """Give shards and buffers memory on `device`, uninitialized; tied weights stay tied, which to_empty() undoes."""
+    first: dict[int, str] = {}
+    tied = [
+        (name, first[id(p)])
+        for name, p in model.named_parameters(remove_duplicate=False)
+        if first.setdefault(id(p), name) != name
+    ]
+    model.to_empty(device=device)
+    for name, original in tied:
+        module, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(module), leaf, model.get_parameter(original))
 
 
 def _weight_dtype(block: nn.Module) -> torch.dtype:

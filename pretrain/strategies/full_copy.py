@@ -32,12 +32,14 @@ def materialized(
 ) -> Iterator[nn.Module]:
     """Yield the meta copy `module`, filled with unsharded weights and buffers on `device`.
 
-    Its parameters return to the meta device afterwards.
+    Its parameters return to the meta device afterwards. Tied weights are filled under all their names.
     """
-    empty = dict(module.named_parameters())
+    empty = dict(module.named_parameters(remove_duplicate=False))
     try:
         for name, value in weights:
-            _set_tensor(module, name, nn.Parameter(value.detach().to(device, copy=True), requires_grad=False))
+            filled, tied = nn.Parameter(value.detach().to(device, copy=True), requires_grad=False), empty[name]
+            for alias in (alias for alias, p in empty.items() if p is tied):
+                _set_tensor(module, alias, filled)
         live = dict(buffers)
         for name, buffer in list(module.named_buffers()):
             _set_tensor(module, name, live.get(name, buffer).detach().to(device, copy=True))

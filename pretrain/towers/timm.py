@@ -32,6 +32,8 @@ from pretrain.towers import TokenSequence, Tower, stem, used_parameters, weight_
 from pretrain.towers.meta_copy import copy_to_meta
 from pretrain.towers.pooling import get_head_norm, set_pooling
 
+BUILDS_EMPTY = True
+"""build() works on the meta device: it computes nothing with the weights. The text tower does, to see how its model pools."""
 RESERVED_ARGS = {
     "img_size": "use image.size",
     "num_classes": "leave it out: towers have no classifier",
@@ -278,13 +280,27 @@ class ImageTower(Tower):
 
         Tested by running the head on numbers. shape: the shape of the model's features.
         """
-        features = torch.linspace(-2, 3, shape.numel()).sin().reshape(shape)
-        pooled, tokens = self._pool(features), self._to_tokens(features)[0]
+        features = torch.linspace(-2, 3, shape.numel(), device="cpu").sin().reshape(shape)
+        # A head with weights does more than pool, whatever they are; a model on the meta device has none.
+        anything = torch.tensor(0.5, device="cpu")
+        weights = {f"tower.{name}": anything.expand(p.shape) for name, p in self.named_parameters() if p.is_meta}
+        pooled, tokens = torch.func.functional_call(_HeadAndTokens(self), weights, (features,))
         candidates = (tokens.mean(dim=1), tokens.amax(dim=1))
         is_mean, is_max = (
             pooled.shape == candidate.shape and torch.allclose(pooled, candidate, atol=1e-5) for candidate in candidates
         )
         return is_mean, is_max
+
+
+class _HeadAndTokens(nn.Module):
+    """What a tower makes of its model's features: the pooled vector, and the grid tokens."""
+
+    def __init__(self, tower: ImageTower) -> None:
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        return self.tower._pool(features), self.tower._to_tokens(features)[0]
 
 
 def _hides_its_map(model: Any, images: Tensor) -> bool:

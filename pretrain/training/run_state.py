@@ -25,6 +25,7 @@ from pretrain.runtime.signals import EvaluationStop, StopRequest
 from pretrain.runtime.watchdog import Watchdog
 from pretrain.strategies import Strategy
 from pretrain.strategies.batch_norm import refuse_chunks
+from pretrain.towers.meta_copy import is_on_meta
 from pretrain.training.config import RunPlan
 from pretrain.training.metrics import RunLog, describe_results
 from pretrain.training.run_dir import RunFolder
@@ -80,7 +81,8 @@ class Run:
         if checkpoint is not None:
             trainer_state = load_trainer_state(checkpoint / "state" / "trainer.pt")
             refuse_other_identity(trainer_state, self.plan.identity, checkpoint)
-            store.load_weights(self.model, store.read_weights(store.training_weights_folder(checkpoint)), checkpoint)
+            if not is_on_meta(self.model):  # else setup() brings the weights
+                store.load_weights(self.model, store.read_weights(store.training_weights_folder(checkpoint)), checkpoint)
         refuse_chunks(self.model, self.plan.train.chunks)
         self.strategy.setup(self.model)
         self.strategy.compile(self.plan.train.compile)

@@ -268,14 +268,15 @@ def _save_config_and_tokenizer(folder: Path, config: ModelSchema, tokenizer: Any
 # Encoders and data
 
 
-def build_encoders(config: Any) -> tuple[Any, DualEncoder]:
+def build_encoders(config: Any, has_weights: bool = True) -> tuple[Any, DualEncoder]:
     """Build the tokenizer (None for a model without texts) and the encoders.
 
-    The weights are the same on every process. Seeds torch's generator. Raises UserError.
+    The weights are the same on every process that has them; has_weights=False: see `models.build`. Seeds torch's generator.
+    Raises UserError.
     """
     tokenizer = warm_start.choose_tokenizer(config.init, config.text) if config.text is not None else None
     torch.manual_seed(config.seed)
-    return tokenizer, models.build(models.tower_configs(config), config.model, tokenizer)
+    return tokenizer, models.build(models.tower_configs(config), config.model, tokenizer, has_weights)
 
 
 def build_train_decoders(config: Any, tokenizer: Any, encoders: DualEncoder) -> dict[str, Any]:
