@@ -7,7 +7,6 @@ import io
 import itertools
 import json
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -25,7 +24,7 @@ from finetune import loading
 from finetune.search import places
 from finetune.search.captions import CaptionIndex
 from launch import cli
-from tests.support import environment
+from tests.support import environment, forked
 from tests.support.catalog import index_words
 
 
@@ -310,6 +309,9 @@ REFUSED = {
     "search catalog car --run runs/other": "catalog holds embeddings of",
     "search catalog --like gone": "catalog has no image gone",
     "search catalog car --not ''": "--not is empty",
+    "search catalog car --k 99999": "k=99999 must be from 1 to 16,384",
+    'search catalog car --filter \'room == "" or key != "") or (true\'': "column 24",
+    "search catalog car --filter 'price < 1; drop'": "column 10",
     "search empty car": "empty is empty: `clipfuse index RUN --data SHARDS --db empty` adds images",
     "search http://127.0.0.1:9/x car": "http://127.0.0.1:9/x: Milvus says: Fail connecting to server",
     "search http://127.0.0.1:9/a-b car": "write http(s)://HOST:PORT/COLLECTION",
@@ -318,6 +320,7 @@ REFUSED = {
     "index runs/first --data products.tar --db new --pool 2": "--pool goes with --rerank",
     "index runs/first --data products.tar --db new --rerank runs/gone": "no run or checkpoint at runs/gone",
     "index runs/first --data embeddings0 --db new --rerank runs/retrieval": "needs --images",
+    "index runs/first --data products.tar --db new --rerank runs/first": "holds encoders without a task",
     "index runs/other --data products.tar --db catalog": "catalog holds embeddings of",
     "index runs/first --data products.tar --db catalog --fields size:int": "was made with the fields price:float,room:str",
     "index runs/first --data products.tar --db new --fields size": "--fields size: write NAME:KIND",
@@ -369,22 +372,22 @@ def test_a_folder_of_milvus_that_another_process_holds(here: Path, capsys: pytes
     assert len(search(capsys, "held.db", "car", "--k", "3")) == 3
 
 
-def test_a_full_disk_loses_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("place", ["full", "full.db"])
+def test_a_full_disk_loses_nothing(here: Path, capsys: pytest.CaptureFixture[str], place: str) -> None:
     """Files may grow to 20,000 bytes, as if the disk were full then."""
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20000, limit[1]))
-    try:
-        refused = run(capsys, *index_words("products.tar", "full", "--batch-size", "2"), code=1)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-        signal.signal(signal.SIGXFSZ, before)
-    assert "cannot write into full: File too large; what was there before stays, and the same command goes on" in refused
-    with places.open_index("full") as opened:
+    process = forked.run(
+        "tests.support.full_disk", ["20000", *index_words("products.tar", place, "--batch-size", "2")], here, 120
+    )
+    assert process.returncode == 1
+    message = process.stderr.splitlines()[-1]
+    assert "File too large" in message
+    if place == "full":
+        assert "cannot write into full: File too large; what was there before stays, and the same command goes on" in message
+    with places.open_index(place) as opened:
         present = opened.count()
     assert 0 < present < 24
-    assert f"{24 - present} added" in run(capsys, *index_words("products.tar", "full", "--batch-size", "2"))
-    assert len(search(capsys, "full", "car", "--k", "24")) == 24
+    assert f"{24 - present} added" in run(capsys, *index_words("products.tar", place, "--batch-size", "2"))
+    assert len(search(capsys, place, "car", "--k", "24")) == 24
 
 
 def test_a_query_longer_than_the_model_reads(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
