@@ -80,7 +80,9 @@ def index_embeddings(
                 rows.append(row)
                 unfit.update(names)
             if rows:
-                index.upsert(rows, to_numpy(table["image"])[[i for i, _, _ in missing]].astype("float32"))
+                index.upsert(
+                    rows, to_numpy(table["image"])[[i for i, _, _ in missing], : index.describe().dim].astype("float32")
+                )
             added, done = added + len(rows), done + len(keys)
             progress(done, manifest["data"]["samples"])
         seconds = round(time.perf_counter() - begin, 3)

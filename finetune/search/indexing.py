@@ -57,6 +57,8 @@ class IndexOptions:
     """Where captions are: txt, or a field of the json; empty = where the model's training read them."""
     batch_size: int = 64
     """Images encoded at a time."""
+    dim: int | None = None
+    """Keep the first dimensions of embeddings alone, as loss.matryoshka trained them; None = as the index has, or all."""
 
     def check(self) -> None:
         """Refuse what does not fit. Raises ConfigError."""
@@ -126,7 +128,13 @@ def open_for(place: str, loaded: LoadedModel, options: IndexOptions) -> VectorIn
     Raises UserError where it was made with another model, or with other fields.
     """
     model, fields = describe_model(loaded), parse_fields(options.fields)
-    dim = int(loaded.model.projection("image").out_features)
+    width = int(loaded.model.projection("image").out_features)
+    if options.dim is not None and options.dim not in (*loaded.widths, width):
+        trained = "it was trained for all of them alone (loss.matryoshka)"
+        if loaded.widths:
+            trained = f"loss.matryoshka trained {', '.join(map(str, loaded.widths))} of them"
+        raise ConfigError(f"--dim {options.dim}: embeddings of {loaded.folder} have {width} numbers, and {trained}")
+    dim = options.dim or width
     try:
         index = places.open_index(place, options.backend, is_writable=True)
     except NoIndexError:
@@ -134,8 +142,12 @@ def open_for(place: str, loaded: LoadedModel, options: IndexOptions) -> VectorIn
     try:
         description = index.describe()
         check_model(description, model, place)
-        if description.dim != dim:
-            raise UserError(f"{place} holds embeddings of {description.dim} numbers, and the model makes {dim}")
+        if options.dim is not None and description.dim != options.dim:
+            raise ConfigError(
+                f"--dim {options.dim}: {place} holds embeddings of {description.dim} numbers; choose another --db"
+            )
+        if description.dim not in (*loaded.widths, width):
+            raise UserError(f"{place} holds embeddings of {description.dim} numbers, and the model makes {width}")
         if options.fields and fields != description.fields:
             present = ",".join(f"{item.name}:{item.kind}" for item in description.fields) or "none"
             raise ConfigError(f"--fields {options.fields}: {place} was made with the fields {present}; choose another --db")
@@ -187,7 +199,7 @@ def index_images(
         for size, batch in batches:
             if batch is not None:
                 if batch.rows:
-                    index.upsert(batch.rows, _encode(loaded, batch.pixels, device))
+                    index.upsert(batch.rows, _encode(loaded, batch.pixels, device)[:, : index.describe().dim])
                 added += len(batch.rows)
                 left_out += batch.left_out
                 unfit += batch.unfit

@@ -37,6 +37,7 @@ from pretrain.data import BadSample
 from pretrain.data.captions import normalize_whitespace
 from pretrain.embedding.encoder import build_text_encoder, eval_mode
 from pretrain.errors import ConfigError, UserError
+from pretrain.losses import cut_to_width
 
 NOT_WEIGHT = 0.5
 """Weight of the words that are not wanted."""
@@ -235,7 +236,7 @@ class Searcher:
             if note := describe_cut(decoder, text):
                 notes.append(note)
         encode = build_text_encoder(self.loaded.model, self.loaded.decoders, self.device)
-        return np.asarray(encode(texts).numpy())
+        return np.asarray(cut_to_width(encode(texts), self.index.describe().dim).numpy())
 
     def _encode_image(self, data: bytes) -> Vectors:
         try:
@@ -244,7 +245,7 @@ class Searcher:
             raise UserError(f"--image is not a usable image: {error}") from error
         with torch.inference_mode(), eval_mode(self.loaded.model):
             features = self.loaded.model.encode("image", pixels[None].to(self.device))
-        return np.asarray(F.normalize(features.float(), dim=-1)[0].cpu().numpy())
+        return np.asarray(cut_to_width(F.normalize(features.float(), dim=-1), self.index.describe().dim)[0].cpu().numpy())
 
     # -----------------------------------------------------------------------------------------------------------------
     # Re-ranking

@@ -35,6 +35,9 @@ def add_commands(commands: Subparsers[argparse.ArgumentParser]) -> None:
     p.add_argument("--caption", default="", metavar="FIELD", help="txt, or a field of the json (default: the model's)")
     p.add_argument("--batch-size", type=positive_int, default=64, metavar="N", help="images encoded at a time (default 64)")
     p.add_argument(
+        "--dim", type=positive_int, metavar="N", help="keep the first N numbers of embeddings, as loss.matryoshka trained them"
+    )
+    p.add_argument(
         "--rerank", metavar="RUN", help="keep the token features of a retrieval run, so that search --rerank is fast"
     )
     p.add_argument(
@@ -105,7 +108,7 @@ def _index(args: argparse.Namespace) -> int:
     from pretrain.embedding.dataset import is_embedding_folder
     from pretrain.runtime import distributed
 
-    options = indexing.IndexOptions(args.backend, args.fields, args.name, args.replace, args.caption, args.batch_size)
+    options = indexing.IndexOptions(args.backend, args.fields, args.name, args.replace, args.caption, args.batch_size, args.dim)
     options.check()
     embedded = [place for place in args.data if is_embedding_folder(place)]
     if embedded and len(args.data) > 1:

@@ -83,6 +83,24 @@ def build_recalls(line: Line) -> list[dict[str, Any]]:
     return out
 
 
+def build_width_table(line: Line) -> dict[str, Any] | None:
+    """Build the table of recalls by the first dimensions of embeddings, one row a width; None without loss.matryoshka."""
+    metrics = read_metrics(line)
+    names = [f"{direction}_R@{k}" for direction, _ in DIRECTIONS for k in KS]
+    parts = [name.partition("_dim") for name in metrics]
+    widths = sorted({int(width) for name, _, width in parts if name in names and width.isdecimal()})
+    if not widths:
+        return None
+    rows = []
+    for width in (*widths, None):
+        suffix = "" if width is None else f"_dim{width}"
+        values = [metrics.get(f"{name}{suffix}") for name in names]
+        head = "all" if width is None else str(width)
+        rows.append([head, *("" if value is None else f"{100 * value:.1f}" for value in values)])
+    heads = [name.replace("image_to_text", "I→C").replace("text_to_image", "C→I").replace("_", " ") for name in names]
+    return {"heads": ["dimensions", *heads], "rows": rows}
+
+
 def read_metrics(line: Line) -> dict[str, float]:
     """Return the metrics of an evaluation by name, levels of chance included; an empty dict for a training line."""
     return {name.removeprefix("val/"): value for name, value in line.items() if name.startswith("val/") and value is not None}

@@ -5,7 +5,7 @@ Evaluation, export, embedding and fine-tuning all start from what `load_model` r
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,8 @@ class LoadedModel:
     """The checkpoint folder; for a published model, its name as given."""
     step: int
     """The step of the checkpoint; 0 for a published model."""
+    widths: tuple[int, ...] = ()
+    """Of loss.matryoshka: how many of the first dimensions are embeddings by themselves, besides all of them."""
 
 
 def load_model(run: str | Path) -> LoadedModel:
@@ -68,7 +70,15 @@ def load_model(run: str | Path) -> LoadedModel:
     weights = store.read_weights(folder)
     if "task" in values:  # a fine-tuned model holds its encoders below `encoder.`, beside fusion and head
         weights = {name.removeprefix("encoder."): w for name, w in weights.items() if name.startswith("encoder.")}
-    return _build_loaded(config, weights, tokenizer, caption, folder, store.parse_step(folder))
+    loaded = _build_loaded(config, weights, tokenizer, caption, folder, store.parse_step(folder))
+    if "task" not in values:  # fine-tuning does not train them
+        loaded.widths = read_widths(values.get("loss") or {}, config.model.dim)
+    return loaded
+
+
+def read_widths(loss: Mapping[str, Any], dim: int) -> tuple[int, ...]:
+    """Return the widths below `dim` of loss.matryoshka, in order."""
+    return tuple(sorted(int(width) for width in loss.get("matryoshka") or () if int(width) < dim))
 
 
 def _build_loaded(

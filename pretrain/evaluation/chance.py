@@ -68,7 +68,7 @@ def _derive(name: str, metrics: Mapping[str, float]) -> float | None:
     The metrics may come from a damaged file: a name or a count that makes no sense has no level.
     """
     n, m = _read_count(metrics, "samples"), _read_count(metrics, "captions")
-    parts = re.fullmatch(r"(.*?)(?:_top|_?R@)([1-9][0-9]{0,8})", name)
+    parts = re.fullmatch(r"(.*?)(?:_top|_?R@)([1-9][0-9]{0,8})(?:_dim\d+)?", name)
     kind, k = (parts[1], int(parts[2])) if parts else (name, 0)
     if kind in ("zero_shot", "linear_probe") and "_top" in name:
         classes = _read_count(metrics, f"{kind}_classes")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from pretrain.errors import ConfigError, UserError, closest
 from pretrain.evaluation import linear_probe, zero_shot
 from pretrain.evaluation.chance import chance_levels, with_chance, without_chance
 from pretrain.evaluation.retrieval import retrieval_metrics
+from pretrain.losses import cut_to_width
 from pretrain.model import DualEncoder
 from pretrain.printable import format_count
 from pretrain.runtime import distributed
@@ -95,6 +96,7 @@ def evaluate(
     precision: str = "fp32",
     cache: ShardCache | None = None,
     embedded: EmbeddedSplit | None = None,
+    widths: Sequence[int] = (),
 ) -> dict[str, float]:
     """Return the metrics of config.tasks on `shards`: the same dict on every process. Collective.
 
@@ -104,6 +106,7 @@ def evaluate(
         precision: of the towers' matrix products: fp32, bf16, fp16.
         cache: where fetched shards and indices are stored.
         embedded: the samples of `shards`, if they are embedded already.
+        widths: of loss.matryoshka: recall by the first dimensions alone, too, as NAME_dimWIDTH.
 
     The dict also holds `samples` (images scored), `captions`, `bad_samples` (left out because of their content), and the level
     of chance of each metric that has one, as chance_NAME.
@@ -147,7 +150,11 @@ def evaluate(
             )
         metrics: dict[str, float] = {"samples": len(split.image), "captions": len(split.text), "bad_samples": bad.total()}
         if needs_text:
-            metrics |= retrieval_metrics(split.image.to(device), split.text.to(device), split.image_index)
+            image, text = split.image.to(device), split.text.to(device)
+            metrics |= retrieval_metrics(image, text, split.image_index)
+            for width in widths:
+                cut = retrieval_metrics(cut_to_width(image, width), cut_to_width(text, width), split.image_index)
+                metrics |= {f"{name}_dim{width}": value for name, value in cut.items() if "_R@" in name}
         if class_weights is not None:
             labels = zero_shot.index_labels(split.labels, names)
             scores = zero_shot.top_k_accuracy(split.image.to(device), labels, class_weights.to(device))
@@ -185,7 +192,7 @@ def evaluate_checkpoint(
             )
         embedded = dataset.load(shards, loaded, config.label)
     with models.on_device(loaded.model, loaded.config, device) as model:
-        metrics = evaluate(model, loaded.decoders, shards, config, device, precision, embedded=embedded)
+        metrics = evaluate(model, loaded.decoders, shards, config, device, precision, embedded=embedded, widths=loaded.widths)
     seconds = round(time.perf_counter() - begin, 3)
     return build_result(loaded.folder, loaded.step, shards, config.tasks, metrics, seconds)
 

@@ -25,13 +25,14 @@ May import pretrain.runtime, pretrain.ops and pretrain.errors.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pretrain.config import check_numbers
 from pretrain.errors import ConfigError
@@ -57,17 +58,19 @@ def average_over_pairs(
     pair_loss: PairLoss,
     needs_all_rows: bool,
     is_ring: bool = False,
+    widths: Sequence[int] = (),
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the mean of `pair_loss` over all pairs of modalities, and a report.
+    """Return the mean of `pair_loss` over all pairs of modalities and all widths, and a report.
 
     One collective gathers all features, unless `is_ring`.
 
     features: {modality: (b, D)}; pairs are taken in the order of its keys.
     needs_all_rows: whether `pair_loss` reads all rows too. If not, only the second modality of each pair is gathered.
     is_ring: nothing is gathered. `pair_loss` exchanges blocks itself; it is given local rows, columns and ids, and offset 0.
+    widths: of PairConfig.matryoshka; the whole embedding counts, too.
 
     The report holds, for each pair, the fraction of rows whose partner scores best among all columns
-    (`image_to_text_accuracy`).
+    (`image_to_text_accuracy`); with `widths`, also by the first w dimensions of each (`image_to_text_accuracy_w`).
     """
     features = {name: x.to(torch.promote_types(x.dtype, torch.float32)) for name, x in features.items()}
     pairs = list(combinations(features, 2))
@@ -78,12 +81,22 @@ def average_over_pairs(
     ids = get_caption_ids(targets, same_caption, is_ring)
     offset = 0 if is_ring else distributed.rank() * len(next(iter(features.values())))
     losses, report = [], {}
-    for first, second in pairs:
-        rows, columns = features[first], features[second]
-        loss, is_best = pair_loss(rows, columns, gathered.get(first, rows), gathered[second], offset, ids)
-        losses.append(loss)
-        report[f"{first}_to_{second}_accuracy"] = is_best.detach().float().mean()
+    dim = next(iter(features.values())).shape[1]
+    for width in (dim, *(width for width in widths if width < dim)):
+        # Prefixes are normalized after the exchange, which sends each embedding once.
+        local, others = ({name: cut_to_width(x, width) for name, x in values.items()} for values in (features, gathered))
+        suffix = "" if width == dim else f"_{width}"
+        for first, second in pairs:
+            rows, columns = local[first], local[second]
+            loss, is_best = pair_loss(rows, columns, others.get(first, rows), others[second], offset, ids)
+            losses.append(loss)
+            report[f"{first}_to_{second}_accuracy{suffix}"] = is_best.detach().float().mean()
     return torch.stack(losses).mean(), report
+
+
+def cut_to_width(features: Tensor, width: int) -> Tensor:
+    """Return the first `width` dimensions of features (b, D), normalized; the features themselves where D is that width."""
+    return features if features.shape[1] == width else F.normalize(features[:, :width], dim=1)
 
 
 def get_caption_ids(targets: dict[str, Any], same_caption: str, is_ring: bool) -> tuple[Tensor, Tensor] | None:
@@ -136,6 +149,10 @@ class PairConfig:
     kernel: Literal["auto", "plain", "fused"] = "auto"
     """plain: torch operations on tiles. fused: Triton kernels, on GPUs only. auto: fused on a GPU that has Triton and for tf32
     and bf16, else plain."""
+    matryoshka: list[int] = field(default_factory=list)
+    """Numbers of dimensions, such as [64, 128]: the loss is the mean over the first dimensions of these widths, each normalized
+    again, and the whole embedding. Then the first dimensions alone work as embeddings (`clipfuse index --dim 64`), at the cost
+    of a little recall of the whole. [] = the whole embedding alone. Kusupati et al., arXiv:2205.13147."""
     exchange: Literal["gather", "ring"] = "gather"
     """How processes see each other's features. gather: each holds all. ring: each holds those of one process at a time, for
     global batches whose features do not fit; the result is the same to rounding."""
@@ -146,6 +163,8 @@ class PairConfig:
             raise ConfigError(f"loss.tile={self.tile} must be 0 (automatic) or a number of rows")
         if self.kernel == "fused" and importlib.util.find_spec("triton") is None:
             raise ConfigError("loss.kernel=fused needs Triton, which is not installed; use loss.kernel=plain")
+        if any(width < 1 for width in self.matryoshka) or len(set(self.matryoshka)) < len(self.matryoshka):
+            raise ConfigError(f"loss.matryoshka={self.matryoshka} must be different widths of at least 1, such as [64, 128]")
         check_numbers(self, "loss")
 
 

@@ -64,6 +64,7 @@ class Loss(nn.Module):
             pair_loss,
             needs_all_rows=settings is None,
             is_ring=settings is not None and settings.is_ring,
+            widths=self.config.matryoshka,
         )
 
 

@@ -65,6 +65,7 @@ class Loss(nn.Module):
             pair_loss,
             needs_all_rows=False,
             is_ring=settings is not None and settings.is_ring,
+            widths=self.config.matryoshka,
         )
 
 
