@@ -1,4 +1,4 @@
-# make demo    draw scenes, pretrain, export, embed, fine-tune on questions, write reports (MINUTES=n shortens the training)
+# make demo    draw scenes, pretrain, export, embed, index, answer questions, write reports (MINUTES=n shortens the training)
 # make test    every test           make check   ruff, mypy, imports, spelling         make bench   measurements
 # make gpu     checks and measurements that need a GPU, in under 25 minutes
 # make fuzz    thousands of damaged shards, images, folders and responses of servers

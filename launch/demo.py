@@ -1,7 +1,7 @@
 """The demo that `make demo` runs: from drawn scenes to two trained models and a report on each.
 
-It draws scenes, trains a tokenizer and two encoders, evaluates and exports them, and embeds the test images. Then it
-fine-tunes a model that answers questions about the images.
+It draws scenes, trains a tokenizer and two encoders, evaluates and exports them, embeds the test images, and makes an index of
+them, which the report searches. Then it fine-tunes a model that answers questions about the images.
 
 The demo prints each command before it runs it, as a person would type it. Its output is a short tour of the project.
 Everything is written into one folder. A demo that was stopped resumes when it is started again.
@@ -24,6 +24,8 @@ from pretrain.runtime.entrypoint import DONE
 
 STEPS_PER_MINUTE = {"pretrain": 70, "finetune": 110}
 """Steps of scenes-conv and vqa on these scenes that two CPU cores take in a minute; a little less than measured."""
+SEARCHES = ("a red car", "a green dog on a beach", "a striped blue boat")
+"""What the report searches for."""
 PRETRAIN_SHARE = 0.55
 """Fraction of the training time that pretraining gets."""
 
@@ -33,13 +35,14 @@ def build_commands(folder: Path, minutes: float) -> list[list[str]]:
 
     minutes: training time of both stages together.
     """
-    scenes, run, answers = folder / "scenes", folder / "run", folder / "answers"
+    scenes, run, answers, index = folder / "scenes", folder / "run", folder / "answers", folder / "index"
     data = [f"data.train={scenes}/train-*.tar", f"data.val={scenes}/val-*.tar"]
     pretrain = build_length_settings(minutes * PRETRAIN_SHARE, "pretrain")
     finetune = build_length_settings(minutes * (1 - PRETRAIN_SHARE), "finetune")
     scene_count = "8000" if minutes > 2 else "2000" if minutes >= 1 else "500"
     questions = ["task.types=[colour, kind, count]", "task.questions=4"]
     parallelism = build_process_settings()
+    searches = [word for text in SEARCHES for word in ("--search", text)]
     return [
         ["data", "scenes", str(scenes), "--num", scene_count, "--size", "72", "--things", "1-2"],
         ["tokenizer", f"{scenes}/train-*.tar", f"{scenes}/tokenizer", "--vocab", "512", "--caption", "txt,questions"],
@@ -48,7 +51,17 @@ def build_commands(folder: Path, minutes: float) -> list[list[str]]:
         ["evaluate", str(run), "--data", f"{scenes}/unseen-*.tar"],
         ["export", str(run), str(run / "export"), "--format", "onnx"],
         ["embed", str(run), "--data", f"{scenes}/test-*.tar", "--out", str(run / "embeddings")],
-        ["report", str(run), "--data", f"{scenes}/test-*.tar"],
+        [
+            "index",
+            str(run),
+            "--data",
+            str(run / "embeddings"),
+            "--images",
+            f"{scenes}/test-*.tar",
+            "--db",
+            str(folder / "index"),
+        ],
+        ["report", str(run), "--data", f"{scenes}/test-*.tar", "--db", str(index), *searches],
         ["finetune", "vqa", f"run={answers}", f"init={run}", *data, *questions, *parallelism, *finetune],
         ["evaluate", str(answers), "--data", f"{scenes}/test-*.tar"],
         ["report", str(answers), "--data", f"{scenes}/test-*.tar"],
@@ -82,8 +95,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder that everything is written into (default demo)")
     args = parser.parse_args(argv)
     begin = time.monotonic()
-    for output in ("export", "embeddings"):  # the run may have trained on since they were written: write them again
-        shutil.rmtree(args.out / "run" / output, ignore_errors=True)
+    for output in ("run/export", "run/embeddings", "index"):  # the run may have trained on since: write them again
+        shutil.rmtree(args.out / output, ignore_errors=True)
     for arguments in build_commands(args.out, args.minutes):
         print(f"\n$ clipfuse {shlex.join(arguments)}", flush=True)
         code = cli.main(arguments)
@@ -91,6 +104,8 @@ def main(argv: list[str] | None = None) -> int:
             return code
     pages = " and ".join(str(args.out / run / "report.html") for run in ("run", "answers"))
     print(f"\nDone in {format_duration(time.monotonic() - begin)}. Open {pages} in a browser.")
+    words = ["clipfuse", "serve", str(args.out / "index"), "--vqa", str(args.out / "answers")]
+    print(f"`{shlex.join(words)}` opens a page that searches the test images and answers questions about them.")
     return DONE
 
 

@@ -8,6 +8,7 @@ from launch.cli.command import Subparsers, add_command
 from launch.cli.runs import check_run
 from pretrain.config.arguments import count, endpoint, nonempty, nonempty_path, positive_int, process_count
 from pretrain.embedding import options
+from pretrain.errors import ConfigError
 from pretrain.runtime.entrypoint import DONE
 
 
@@ -34,6 +35,15 @@ def add_report(commands: Subparsers[argparse.ArgumentParser]) -> None:
     p = add_command(commands, "report", report, "curves, recalls and a gallery in one HTML file", reads_runs=True)
     p.add_argument("run", type=nonempty, metavar="RUN", help="a run folder")
     p.add_argument("--data", metavar="SHARDS", help="shards of the gallery (default: the run's data.val)")
+    p.add_argument("--db", metavar="PLACE", help="an index of `clipfuse index`, in which the page shows searches")
+    p.add_argument(
+        "--search",
+        action="append",
+        default=[],
+        type=nonempty,
+        metavar="TEXT",
+        help="of --db: what is searched for; repeatable (default: three captions of the gallery)",
+    )
 
 
 def embed(args: argparse.Namespace) -> int:
@@ -73,7 +83,9 @@ def export(args: argparse.Namespace) -> int:
 
 def report(args: argparse.Namespace) -> int:
     """Run `clipfuse report`."""
+    if args.search and args.db is None:
+        raise ConfigError("--search needs --db PLACE, the index that is searched")
     from launch import report as reports
 
-    print(f"wrote {reports.write(args.run, args.data)}")
+    print(f"wrote {reports.write(args.run, args.data, index=args.db, texts=args.search)}")
     return DONE

@@ -9,6 +9,7 @@ charts.py        line charts as inline SVG
 gallery.py       of a pretraining run: what the model answers on held-out images and captions
 finetuned.py     of a fine-tuned run: metrics of its task, answers, and heat maps of words
 reranked.py      of a retrieval run: queries in the order by embeddings and after re-ranking
+searches.py      what some sentences find in an index
 page.html.j2     the template of the page
 
 The page needs no network and no other file. Its images are thumbnails of whole images, heat maps included, of at most 16 KiB
@@ -23,6 +24,7 @@ from __future__ import annotations
 import math
 import os
 import shlex
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ from launch.report.charts import Series, draw_line_chart
 from launch.report.finetuned import FinetunedSection
 from launch.report.gallery import Gallery, build_gallery
 from launch.report.run_history import RunHistory, read_run
+from launch.report.searches import SearchSection, build_searches
 from pretrain.checkpoints import export as exports
 from pretrain.checkpoints import loading
 from pretrain.errors import UserError
@@ -45,10 +48,20 @@ from pretrain.model import on_device
 from pretrain.runtime import distributed
 from pretrain.runtime.files import write_text
 
+SEARCHES = 3
+"""Captions of the gallery that an index is searched for, where no texts are given."""
 NO_SHARDS = "The run names no validation shards (data.val); give some with --data."
 
 
-def write(run: str | Path, data: Any = None, out: Path | None = None, images: int = 2000, workers: int = 2) -> Path:
+def write(
+    run: str | Path,
+    data: Any = None,
+    out: Path | None = None,
+    images: int = 2000,
+    workers: int = 2,
+    index: str | None = None,
+    texts: Sequence[str] = (),
+) -> Path:
     """Write the page and return its path.
 
     Args:
@@ -57,12 +70,14 @@ def write(run: str | Path, data: Any = None, out: Path | None = None, images: in
         out: the file to write; by default report.html in the run folder.
         images: samples of the shards that the gallery ranks; 0 leaves the examples out.
         workers: processes that read the shards.
+        index: the place of an index to search; None = the page shows no searches.
+        texts: what is searched for; by default some captions of the gallery.
 
     Raises:
-        UserError: there is no run, the page cannot be written, or `data` was given and cannot be used.
+        UserError: there is no run, the page cannot be written, or `data` or `index` was given and cannot be used.
     """
     history = read_run(run)
-    gallery, missing, weights, export = None, "", {}, None
+    gallery, missing, weights, export, model = None, "", {}, None, None
     section = FinetunedSection(history.get("task.name"), "") if history.get("task") else None
     shards = data or history.get("data.val")
     try:
@@ -85,9 +100,15 @@ def write(run: str | Path, data: Any = None, out: Path | None = None, images: in
         if data:
             raise
         missing = str(error)
+    searches = None
+    if index is not None:
+        texts = texts or [query.caption for query in gallery.by_caption[:SEARCHES]] if gallery is not None else texts
+        if not texts:
+            raise UserError("--db: this page has no gallery whose captions could be searched for; --search TEXT says for what")
+        searches = build_searches(index, texts, model)
     path = out or history.folder / "report.html"
     try:
-        write_text(path, render(history, gallery, missing, weights, section, export))
+        write_text(path, render(history, gallery, missing, weights, section, export, searches))
     except OSError as error:
         raise UserError(f"cannot write the report {path}: {error.strerror or error}") from error
     return path
@@ -100,6 +121,7 @@ def render(
     weights: dict[str, int] | None = None,
     section: FinetunedSection | None = None,
     export: tuple[str, str] | None = None,
+    searches: SearchSection | None = None,
 ) -> str:
     """Return the page as text.
 
@@ -108,6 +130,7 @@ def render(
         weights: number of parameters of each component.
         section: what the page shows of a fine-tuned run; None = a pretraining run.
         export: the format that can hold the model, and the Python code that loads it from export/ in the run folder.
+        searches: what some sentences find in an index.
     """
     folder = _display_path(history.folder)
     environment = jinja2.Environment(
@@ -138,6 +161,7 @@ def render(
         description=finetuned.describe_run(history) if section else figures.describe_run(history),
         facts=figures.build_facts(history, weights or {}),
         recalls=figures.build_recalls(best) if best and not section else [],
+        widths=figures.build_width_table(best) if best and not section else None,
         best=best,
         source=source,
         evaluation_count=(
@@ -149,6 +173,8 @@ def render(
         speed_charts=build_speed_charts(history),
         evaluations=section.build_table(history) if section else figures.build_evaluation_table(history),
         gallery=gallery,
+        searches=searches,
+        place=shlex.quote(searches.place) if searches is not None else "",
         missing=missing,
         bad=figures.count_bad_samples(history),
         command=figures.format_command(history),

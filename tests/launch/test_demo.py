@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from finetune.search import places
+from launch import demo
 from tests.support import ROOT, environment, forked, read_jsonl
 
 
@@ -18,8 +20,8 @@ from tests.support import ROOT, environment, forked, read_jsonl
 def test_the_demo_runs_from_nothing_to_a_report(tmp_path: Path) -> None:
     process = forked.run("launch.demo", ["--minutes", "0.1", "--out", "demo"], tmp_path, 550)
     assert process.returncode == 0, process.stderr[-3000:]
-    commands = ("data scenes", "tokenizer", "pretrain scenes-conv", "evaluate", "export", "embed", "report", "finetune vqa")
-    for command in commands:
+    commands = ("data scenes", "tokenizer", "pretrain scenes-conv", "evaluate", "export", "embed", "index", "report")
+    for command in (*commands, "finetune vqa"):
         assert f"$ clipfuse {command}" in process.stdout
     for run in ("run", "answers"):
         losses = [line["loss"] for line in read_jsonl(tmp_path / f"demo/{run}/metrics.jsonl") if "loss" in line]
@@ -35,6 +37,14 @@ def test_the_demo_runs_from_nothing_to_a_report(tmp_path: Path) -> None:
     }
     page = (tmp_path / "demo/run/report.html").read_text()
     assert "<svg" in page
+    # Three searches in the index that is left, each with images inside the page; and how to open its page.
+    searches = page[page.index("<h2>Searches</h2>") : page.index("<h2>Training</h2>")]
+    assert re.findall(r"<q [^>]*>([^<]+)</q>", searches) == list(demo.SEARCHES)
+    assert searches.count('<img src="data:image/jpeg;base64,') == 15
+    assert "`clipfuse serve demo/index --vqa demo/answers` opens a page" in process.stdout
+    with places.open_index(str(tmp_path / "demo/index")) as index:
+        manifest = json.loads((tmp_path / "demo/run/embeddings/_manifest.json").read_text())
+        assert index.count() == manifest["rows"]
     # The Python code that the page shows for the export and for the embeddings runs.
     load_code, read_code = (html.unescape(code) for code in re.findall(r'<pre class="python">(.*?)</pre>', page, re.S))
     Image.new("RGB", (120, 90), "red").save(tmp_path / "picture.jpg")
