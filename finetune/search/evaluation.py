@@ -1,4 +1,4 @@
-"""How well an index answers queries: nDCG, MRR and recall, before and after re-ranking, and by selectivity of filters.
+"""How well an index answers queries: nDCG, MRR and recall by embeddings, with captions and re-ranked.
 
     result = evaluate_index(searcher, read_queries(path), read_judgments(qrels))
 
@@ -23,8 +23,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from finetune.search.judged_queries import JudgedQuery, Judgments
-from finetune.search.query import Query, Searcher
-from finetune.search.vector_index import IndexedImage, VectorIndex
+from finetune.search.query import Query, Result, Searcher
+from finetune.search.vector_index import MAX_K, IndexedImage, VectorIndex
 from pretrain.data.filter_expression import Comparison, Like, Or
 from pretrain.data.filter_parser import parse_filter
 from pretrain.errors import UserError
@@ -48,6 +48,8 @@ class Answered:
     """Ranked keys of a query."""
 
     embeddings: list[str]
+    hybrid: list[str]
+    """Fused with BM25 over captions; empty where that was not asked for."""
     reranked: list[str]
     selectivity: float | None
     """Share of the images that the filter keeps; None without a filter."""
@@ -60,6 +62,7 @@ def evaluate_index(
     condition: str | None = None,
     candidates: int = 32,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    is_hybrid: bool = False,
 ) -> dict[str, Any]:
     """Return measures with intervals, as plain values.
 
@@ -70,6 +73,7 @@ def evaluate_index(
         condition: a filter on all queries, besides their own.
         candidates: images that the re-ranker orders.
         progress: called with (queries done, all queries).
+        is_hybrid: fuse the order of embeddings with that of captions, before the re-ranker.
 
     Raises:
         UserError: no query has a judgment that counts, or ir-measures is not installed.
@@ -85,19 +89,28 @@ def evaluate_index(
     judged_queries = [query for query in queries if judged.get(query.id)]
     answers: dict[str, Answered] = {}
     milliseconds: Counter[str] = Counter()
+    depth = max(DEPTH, candidates)
+    if is_hybrid and judgments is None and not all(query.keys for query in queries):
+        notes.append(
+            "the right images are those whose caption is the query, which --hybrid finds by its words: its figures say nothing "
+            "about other queries"
+        )
     for done, query in enumerate(judged_queries, start=1):
         asked = Query(
             query.text,
             unwanted=list(query.unwanted),
             filter=conditions[query.id],
-            k=max(DEPTH, candidates),
+            k=min(2 * depth, MAX_K) if is_hybrid else depth,  # deep enough that none of the first of either order is missing
             candidates=candidates,
+            is_hybrid=is_hybrid,
         )
         found = searcher.search(asked)
-        keys = [result.hit.image.key for result in found.results]
-        before = [result.hit.image.key for result in sorted(found.results, key=lambda result: result.rank)]
+        keys = _list_keys(found.results, depth)
+        fused = _list_keys(sorted(found.results, key=lambda result: result.rank), depth)
+        embedded = [result for result in found.results if result.embedding_rank is not None]
+        before = _list_keys(sorted(embedded, key=lambda result: result.embedding_rank or 0), depth)
         text = conditions[query.id]
-        answers[query.id] = Answered(before, keys, None if text is None else kept[text])
+        answers[query.id] = Answered(before, fused if is_hybrid else [], keys, None if text is None else kept[text])
         milliseconds.update(found.milliseconds)
         notes += [f"{query.id}: {note}" for note in found.notes]
         progress(done, len(judged_queries))
@@ -106,7 +119,7 @@ def evaluate_index(
     cutoffs = sorted({*RECALL_AT, candidates} if searcher.reranker is not None else RECALL_AT)
     measures = [ir_measures.nDCG @ 10, ir_measures.RR(rel=grade), *(ir_measures.R(rel=grade) @ k for k in cutoffs)]
     names = dict(zip(map(str, measures), ("ndcg@10", "mrr", *(f"recall@{k}" for k in cutoffs)), strict=True))
-    stages = ("embeddings",) if searcher.reranker is None else ("embeddings", "reranked")
+    stages = ["embeddings", *(["hybrid"] if is_hybrid else []), *(["reranked"] if searcher.reranker is not None else [])]
     values = {stage: _compute_measures(ir_measures, measures, names, judged, grade, answers, stage) for stage in stages}
     if ungraded := [query.id for query in judged_queries if max(judged[query.id].values()) < grade]:
         count = _count_queries(len(ungraded))
@@ -120,6 +133,7 @@ def evaluate_index(
         "filter": condition,
         "rerank": None if searcher.reranker is None else str(searcher.reranker.folder),
         "candidates": candidates,
+        "hybrid": is_hybrid,
         "metrics": _summarize(values, list(answers)),
         "selectivity": {name: {"queries": len(ids), **_summarize(values, ids)} for name, ids in groups.items()},
         "by_query": {query: {stage: values[stage][query] for stage in stages} for query in answers},
@@ -127,6 +141,10 @@ def evaluate_index(
         "notes": notes,
         "seconds": round(time.perf_counter() - begin, 3),
     }
+
+
+def _list_keys(results: Sequence[Result], depth: int) -> list[str]:
+    return [result.hit.image.key for result in results[:depth]]
 
 
 def _import_measures() -> Any:
@@ -261,15 +279,16 @@ def _group_by_selectivity(answers: Mapping[str, Answered]) -> dict[str, list[str
 
 
 def _summarize(values: Mapping[str, Measures], queries: Sequence[str]) -> dict[str, dict[str, dict[str, float]]]:
-    """Return stage -> measure -> mean, low, high and queries; a stage `gain` holds what re-ranking adds."""
+    """Return stage -> measure -> mean, low, high and queries; `gain` is what the last stage adds to embeddings."""
     names = dict.fromkeys(name for query in queries for name in values["embeddings"][query])
     columns = {
         name: {stage: np.array([of[query][name] for query in queries if name in of[query]]) for stage, of in values.items()}
         for name in names
     }
     summary = {stage: {name: bootstrap(columns[name][stage]) for name in names} for stage in values}
-    if "reranked" in values:
-        summary["gain"] = {name: bootstrap(columns[name]["reranked"] - columns[name]["embeddings"]) for name in names}
+    last = list(values)[-1]
+    if last != "embeddings":
+        summary["gain"] = {name: bootstrap(columns[name][last] - columns[name]["embeddings"]) for name in names}
     return summary
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from finetune.search.judged_queries import JudgedQuery
     from finetune.search.vector_index import VectorIndex
 
-_OF_INDEXES = ("qrels", "rerank", "candidates", "filter", "model", "backend")
+_OF_INDEXES = ("qrels", "rerank", "candidates", "filter", "hybrid", "model", "backend")
 _INDEX_FILES = ("index.json", "commits.txt")  # of finetune.search.exact, which takes a while to import
 _OF_RUNS = ("data", "task", "train_data", "classes", "caption", "wise", "pretrained", "out")
 
@@ -38,6 +38,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--rerank", metavar="RUN", help="a fine-tuned retrieval run: figures before and after it")
     group.add_argument("--candidates", type=positive_int, metavar="N", help="images that --rerank orders (default 32)")
     group.add_argument("--filter", metavar="CONDITION", help="a filter on all queries, besides their own")
+    group.add_argument("--hybrid", action="store_true", default=None, help="figures with BM25 over captions, too, as in search")
     group.add_argument("--run", dest="model", metavar="RUN", help="the model of the index, where it is no longer in its place")
     group.add_argument("--backend", choices=["exact", "milvus"], help="instead of what the name of the place says")
 
@@ -82,7 +83,7 @@ def evaluate(args: argparse.Namespace) -> int:
         searcher = Searcher(opened, load_query_model(opened, args.model), distributed.device(), reranker)
         with progress_bar("queries") as progress:
             result = evaluation.evaluate_index(
-                searcher, queries, judgments, args.filter, args.candidates or CANDIDATES, progress
+                searcher, queries, judgments, args.filter, args.candidates or CANDIDATES, progress, bool(args.hybrid)
             )
     if args.json:
         print(json.dumps(result))

@@ -101,6 +101,54 @@ def test_measures_of_a_hand_made_example(here: Path, capsys: pytest.CaptureFixtu
     assert result["selectivity"] == {}
 
 
+def test_hybrid_queries(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each stage against the ranks that `clipfuse search --hybrid` gives."""
+    queries = [{"id": str(i), "text": text} for i, text in enumerate(("a red car", "blue", "a large dog on a beach"))]
+    asked: list[dict[str, Any]] = []
+    grades: dict[str, dict[str, int]] = {}
+    rerank = ["--rerank", "runs/retrieval", "--candidates", "6"]
+    for query in queries:
+        capsys.readouterr()
+        assert cli.main(["search", "catalog", query["text"], "--hybrid", *rerank, "--k", "40", "--json"]) == 0
+        results = json.loads(capsys.readouterr().out)["results"]
+        assert any(result["rank_by_captions"] for result in results)
+        asked.append({"results": results})
+        grades[query["id"]] = {result["key"]: grade for result, grade in zip(results[3:12:4], (3, 1, 3), strict=True)}
+    Path("hybrid.tsv").write_text("".join(f"{q}\t0\t{key}\t{g}\n" for q, of in grades.items() for key, g in of.items()))
+    words = ["catalog", "--queries", write_queries("hybrid.jsonl", *queries), "--hybrid"]
+    result = evaluate(capsys, *words, "--qrels", "hybrid.tsv", *rerank)
+    plain = evaluate(capsys, *[word for word in words if word != "--hybrid"], "--qrels", "hybrid.tsv")
+    assert list(result["metrics"]) == ["embeddings", "hybrid", "reranked", "gain"]
+    differences = []
+    for query, found in zip(queries, asked, strict=True):
+        results, values = found["results"], result["by_query"][query["id"]]
+        assert {name: values["embeddings"][name] for name in SHARED} == pytest.approx(
+            plain["by_query"][query["id"]]["embeddings"]
+        )
+        caption_rank = {r["key"]: r["rank_by_captions"] for r in results}
+        score = {r["key"]: 1 / (60 + r["rank_by_embedding"]) + 1 / (60 + (caption_rank[r["key"]] or math.inf)) for r in results}
+        order = {r["key"]: r["rank_by_embedding"] for r in results}
+        fused = sorted(score, key=lambda key: (-score[key], order[key]))
+        for stage, keys in (("hybrid", fused), ("reranked", [r["key"] for r in results])):
+            expected = expected_measures(keys, grades[query["id"]], 3)
+            assert {name: values[stage][name] for name in SHARED} == pytest.approx(expected), (query, stage)
+        differences.append(values["reranked"]["mrr"] - values["embeddings"]["mrr"])
+    assert result["metrics"]["gain"]["mrr"]["mean"] == pytest.approx(np.mean(differences))
+    leaky = evaluate(
+        capsys, "catalog", "--queries", write_queries("own.jsonl", {"id": 1, "text": caption_of_one()}), "--hybrid"
+    )
+    assert leaky["notes"][0].startswith("the right images are those whose caption is the query, which --hybrid finds")
+    assert list(leaky["metrics"]) == ["embeddings", "hybrid", "gain"]
+
+
+def caption_of_one() -> str:
+    """The caption of an image of the index."""
+    with tarfile.open("shop/catalog-0000.tar") as tar:
+        file = tar.extractfile(next(name for name in tar.getnames() if name.endswith(".txt")))
+        assert file is not None
+        return file.read().decode().strip()
+
+
 def test_the_drawn_catalog_before_and_after_reranking(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All values against orders that the models give by themselves, and filters applied to the json."""
     words = ["--queries", "shop/queries.jsonl", "--qrels", "shop/qrels.tsv", "--rerank", "runs/retrieval", "--candidates", "8"]
