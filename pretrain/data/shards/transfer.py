@@ -331,14 +331,29 @@ class Transfer:
                 return self._copy_stream(response)
             version = parse_range(response, 0, PART_BYTES)
             self._check_size(version[0])
-            self._copy_stream(response)
-        self.out.flush()
+            is_whole = self._copy_first_part(response, min(PART_BYTES, version[0]))
 
         def read(start: int, end: int) -> Iterator[bytes]:
-            with _open_range(self.url, start, end, version) as (part, _):
-                yield from self._iterate_pieces(part)
+            try:
+                with _open_range(self.url, start, end, version) as (part, _):
+                    yield from self._iterate_pieces(part)
+            except NoRangesError as error:  # it has sent one before: another try may help
+                raise OSError(str(error)) from error
 
-        self._copy_parts(PART_BYTES, version[0], read)
+        self._copy_parts(PART_BYTES if is_whole else 0, version[0], read)
+
+    def _copy_first_part(self, source: Any, length: int) -> bool:
+        """Copy the first part of a file; return whether it came whole, else it is requested again as any other part."""
+        try:
+            self._copy_stream(source)
+        except (OSError, http.client.HTTPException):
+            if self._abandoned:
+                raise
+        self.out.flush()
+        if self.copied == length:
+            return True
+        os.truncate(self.out.fileno(), 0)
+        return False
 
     def _copy_parts(self, begin: int, size: int, read: Callable[[int, int], Iterator[bytes]]) -> None:
         """Copy the bytes [begin, size) in parts, several at once; read(start, end) yields the bytes of a part."""
