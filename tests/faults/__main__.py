@@ -1,21 +1,24 @@
-"""Tries faults on real runs and prints what became of them: python -m tests.faults [kills] [--kills 20] [--seed 0].
+"""Tries faults and prints what became of them: python -m tests.faults [kills | servers] [--kills 20] [--seed 0].
 
-kills: training is killed, stopped and frozen at seeded moments, in one process, in two, and in relays of 1, 2 and 4.
-The exit code is 1 where a fault cost a sample, a loss or the run.
+    kills       training is killed, stopped and frozen at seeded moments, in one process, in two, and in relays of 1, 2 and 4
+    servers     shards are read through faults of an http and an S3 server
+
+The exit code is 1 where a fault cost a sample, a loss or the run, or stopped it without a line that names the shard.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import random
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
-from tests.faults import kills
+from tests.faults import kills, servers
 from tests.support import Small, make_small
 
 PATCH_DROPOUT = ("image.patch_dropout=0.25",)
@@ -92,15 +95,35 @@ def run_kills(small: Small, root: Path, count: int, seed: int) -> int:
     return 1 if failures else 0
 
 
+def run_servers(root: Path) -> int:
+    """Try all faults of both servers and print their table; return the exit code."""
+    logging.disable()  # the S3 server logs each request
+    problems = 0
+    row = "| {:4} | {:24} | {:32} | {:7} | {:>4} | {:9} | {:>8} | {}"
+    print(row.format("by", "fault", "when", "samples", "lost", "order", "requests", "stopped by"))
+    print("|" + "|".join(["---"] * 8) + "|", flush=True)
+    for kind in get_args(servers.Kind):
+        for tried in servers.try_faults(kind, root / kind):
+            result, problem = tried.outcome, servers.find_problem(tried)
+            problems += problem is not None
+            line = " ".join(filter(None, [result.error, f"PROBLEM: {problem}" if problem else ""]))
+            order = "unchanged" if result.is_in_order else "CHANGED"
+            print(row.format(kind, tried.fault, tried.frequency, result.read, result.lost, order, result.requests, line))
+    print(f"{problems} problems; {servers.SHARDS * servers.SAMPLES} samples in {servers.SHARDS} shards")
+    return 1 if problems else 0
+
+
 def main() -> int:
     """Run what the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=["kills"], default="kills")
+    parser.add_argument("what", nargs="?", choices=["kills", "servers"], default="kills")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         root = Path(folder)
+        if args.what == "servers":
+            return run_servers(root)
         small = make_small(root / "small")
         return run_kills(small, root, args.kills, args.seed)
 
