@@ -1,7 +1,8 @@
-"""A screenshot of the page, with a word pressed: what the README shows.
+r"""A screenshot of the page, with a word pressed: what the README shows.
 
     clipfuse serve shop.index --rerank runs/retrieval --port 8000
-    python -m tests.support.screenshot "http://127.0.0.1:8000/?q=a+striped+red+car&k=6" launch/page.png --word car
+    python -m tests.support.screenshot "http://127.0.0.1:8000/?q=a+red+car&k=9" launch/search.png --word car \
+        --width 900 --height 1000
 
 Needs Playwright, and a Chromium of the system.
 """
