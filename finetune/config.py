@@ -50,7 +50,8 @@ class FinetuneConfig(FusionSchema):
     seed: int = 0
     """Seeds the order of the data, augmentation, new weights and dropout."""
     resume: str = "auto"
-    """auto = resume from the newest checkpoint in the run folder; never = start a new run; or a checkpoint folder."""
+    """auto = resume from the newest checkpoint in the run folder; never = start a new run; or a checkpoint folder;
+    or s3://BUCKET/PREFIX, where train.copy_to copied checkpoints."""
     init: Any = text_field(None)
     """Pretraining run, checkpoint or published CLIP from which towers, projections and tokenizer come. {image: RUN, text: RUN}
     takes one tower from each. null requires `image` and `text` sections: a new model is trained on this task's data alone."""

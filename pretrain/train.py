@@ -58,7 +58,8 @@ class PretrainConfig(ModelSchema):
     seed: int = 0
     """Seeds the order of the data, augmentation, initial weights and dropout."""
     resume: str = "auto"
-    """auto = resume from the newest checkpoint in the run folder; never = start anew; PATH = resume from that checkpoint."""
+    """auto = resume from the newest checkpoint in the run folder; never = start anew; PATH = resume from that checkpoint;
+    s3://BUCKET/PREFIX = from the newest that train.copy_to has copied there, or one below it."""
     init: Any = text_field(None)
     """Initial weights of towers and projections: a run, a checkpoint or a published CLIP; or one for each tower,
     {image: RUN, text: RUN}. Tower sections that name no architecture take that of `init`."""

@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 
 from pretrain.checkpoints.writing import SaveError
 from pretrain.runtime.console import format_duration, log_info
@@ -29,8 +28,6 @@ class _Cancelled(BaseException):
 
 class CheckpointWriter:
     """Writes checkpoints one after the other; `wait` returns how the last one ended.
-
-    `with CheckpointWriter(is_background) as writer:` waits at its end for a save in flight, unless Ctrl-C ends it.
 
     is_background: write in a thread; else `wait` itself writes.
     """
@@ -104,13 +101,11 @@ class CheckpointWriter:
             raise _Cancelled
         self._phase = phase
 
-    def __enter__(self) -> CheckpointWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def finish(self, is_waiting: bool = True) -> None:
+        """Wait for a save in flight where the run ends by an error; a failure is a line. is_waiting: else end it soon."""
         if self._thread is None:
             return
-        if isinstance(error, KeyboardInterrupt):  # who presses Ctrl-C twice does not wait for a checkpoint
+        if not is_waiting:  # who presses Ctrl-C twice does not wait for a checkpoint
             self._is_cancelled = True
             self._done.wait(2.0)
             return

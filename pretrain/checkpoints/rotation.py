@@ -21,8 +21,8 @@ _BRANCH_STEP = "branch_step"
 """File in the folder of abandoned checkpoints: the step at which the branch that left them begins."""
 
 
-def rotate(checkpoints: Path, keep: int, good: Path | None) -> None:
-    """Delete all but the newest `keep` checkpoints, the best one and `good`; keep <= 0 deletes none.
+def rotate(checkpoints: Path, keep: int, good: Path | None, in_use: Path | None = None) -> None:
+    """Delete all but the newest `keep` checkpoints, the best one, `good` and `in_use`; keep <= 0 deletes none.
 
     What cannot be deleted stays, with a line: the new checkpoint is written, and the run goes on.
     """
@@ -36,7 +36,7 @@ def rotate(checkpoints: Path, keep: int, good: Path | None) -> None:
     best = read_pointer(checkpoints, "best")
     newest = list_complete(checkpoints)[-keep:]
     for folder in list_folders(checkpoints):
-        if folder not in (best, good) and parse_step(folder) < parse_step(newest[0]):
+        if folder not in (best, good, in_use) and parse_step(folder) < parse_step(newest[0]):
             delete(folder)
 
 
@@ -73,13 +73,13 @@ def _branch_step(checkpoints: Path) -> int | None:
         return None
 
 
-def refuse_foreign_origin(checkpoints: Path, origin: Path) -> None:
+def refuse_foreign_origin(checkpoints: Path, origin: Path | str) -> None:
     """Refuse to resume from the checkpoint of another run in a folder that has checkpoints of its own.
 
     Such a folder's checkpoints would all be set aside; most likely, `run` was forgotten. Damaged ones do not count.
-    Raises ConfigError.
+    origin: a folder, or the url of a store. Raises ConfigError.
     """
-    if checkpoints.resolve() in origin.resolve().parents:
+    if isinstance(origin, Path) and checkpoints.resolve() in origin.resolve().parents:
         return
     newest = find_newest(checkpoints, lambda line: None)
     if newest is not None:

@@ -123,6 +123,11 @@ def _parse_manifest(manifest: dict[str, Any]) -> dict[str, Any]:
     return entries
 
 
+def list_manifest(folder: Path) -> list[str]:
+    """Return the paths of the files that a checkpoint's manifest lists. Raises OSError, and ValueError where it lists none."""
+    return list(_parse_manifest(read_json_object(folder / "manifest.json")))
+
+
 def integrity_error(folder: Path) -> str | None:
     """Return why a checkpoint is damaged, or None if every file has the size and SHA-256 in its manifest."""
     try:

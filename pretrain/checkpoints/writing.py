@@ -89,6 +89,7 @@ def write_checkpoint(
     good: Path | None = None,
     is_good: bool = False,
     report: Callable[[str], None] = lambda phase: None,
+    upload: Callable[[Path, Path | None], Path | None] = lambda checkpoint, good: None,
 ) -> Path:
     """Write checkpoints/step-NUMBER, move `latest` (and `best`) to it, rotate, and return it. On rank 0, in any thread.
 
@@ -99,6 +100,7 @@ def write_checkpoint(
         good: the last checkpoint that is known to give finite losses.
         is_good: this checkpoint is known to give them, so that rotation may delete `good` too.
         report: called with what is done next, in a few words. What it raises ends the save.
+        upload: called with the complete checkpoint and the good one; returns the folder that it still reads, if any.
 
     Raises:
         SaveError: the disk is full or cannot be written; earlier checkpoints stay.
@@ -120,7 +122,8 @@ def write_checkpoint(
         if best:
             point_to(checkpoints, "best", final)
         point_to(checkpoints, "latest", final)  # last: where it names another one, `recover` finishes this
-        rotation.rotate(checkpoints, keep, final if is_good else good)
+        good = final if is_good else good
+        rotation.rotate(checkpoints, keep, good, upload(final, good))
     except BaseException as error:
         shutil.rmtree(partial_folder, ignore_errors=True)
         cause = _as_os_error(error)

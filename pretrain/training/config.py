@@ -11,6 +11,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from pretrain import strategies
+from pretrain.checkpoints.remote import check_address
 from pretrain.config import check_numbers
 from pretrain.data.order import Order
 from pretrain.errors import ConfigError
@@ -63,6 +64,9 @@ class TrainConfig:
     max_failed_saves: int = 3
     """Saves in a row that may not succeed, since the disk is full or cannot be written, before the run ends with an error.
     The last save of a run must succeed."""
+    copy_to: str | None = None
+    """Where complete checkpoints are copied in the background: s3://BUCKET/PREFIX, gs://, az://, hf://, or a folder; rotated as
+    here. resume=s3://BUCKET/PREFIX goes on from the newest on another machine. null = nowhere."""
     eval_every: int | None = None
     """Steps between evaluations on data.val; 0 = only at the end. null: ten evaluations, or fewer where they would read more
     than a third as many samples as training does."""
@@ -117,6 +121,8 @@ class TrainConfig:
         if steps and 0 < self.steps <= steps.start:
             raise ConfigError(f"train.profile={self.profile} begins at the end of the run: train.steps={self.steps}")
         check_trackers(self.trackers)
+        if self.copy_to is not None:
+            check_address(self.copy_to, "train.copy_to")
         strategies.check(
             self.strategy,
             self.precision,

@@ -15,6 +15,7 @@ from typing import Any
 from pretrain import config as configuration
 from pretrain.checkpoints import store
 from pretrain.data.loader import Loader
+from pretrain.data.shards.stores import is_store
 from pretrain.errors import UserError
 from pretrain.printable import format_count, hide_secrets_in, one_safe_line
 from pretrain.runtime import distributed
@@ -120,6 +121,8 @@ def find_destination(config: Any) -> Destination:
     destination.check(folder.refuse_unusable)
 
     def find() -> None:
+        if is_store(config.resume):
+            raise UserError(f"not known: --dry-run does not download resume={config.resume}")
         destination.checkpoint = find_checkpoint(config, folder)
 
     destination.check(find)

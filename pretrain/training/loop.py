@@ -82,12 +82,12 @@ def fit(
     ) as watchdog:
         begin = run.restore(resume_from)
         run.leave_branch(resume_from)
-        run.saves.capture_files(plan)
+        run.saves.prepare(plan)
         if begin < plan.total_steps:  # a finished run keeps the configuration that trained it
             plan.write_config()  # whatever refuses a checkpoint has done so
         # The loader's processes and a save in flight end by whatever error the loop ends, after the error is recorded.
         with (
-            run.saves.writer,
+            run.saves,
             closing(RunLog(folder, plan.resolved_config, train.trackers, train.audit, begin)) as log,
             closing(ReplacedSamples(folder.path, loader, begin)) as replaced,
             closing(ProgressBar(plan.total_steps, begin)) as bar,
@@ -171,6 +171,7 @@ def fit(
                 if stop_signal and (not is_last or run.is_evaluation_due):
                     reason = f"stopped by {stop_signal}"
                     folder.write_status("stopped", reason, run.step)
+                    run.saves.finish()
                     return Outcome("stopped", reason, run.step, run.results)
             if begin >= plan.total_steps and not was_evaluation_due:
                 log_info(
@@ -178,4 +179,5 @@ def fit(
                     "run=NEW trains with other settings"
                 )
             folder.write_status("done", "", run.step)
+            run.saves.finish()
             return Outcome("done", "", run.step, run.results)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from pretrain.checkpoints.background import CheckpointWriter, Report
+from pretrain.checkpoints.uploading import Uploader
 from pretrain.checkpoints.writing import Content, SaveError, capture_files, write_checkpoint
 from pretrain.errors import UserError
 from pretrain.printable import format_count
@@ -38,7 +40,9 @@ class Saves:
 
     Args:
         checkpoints: the folder.
-        train: whether saves run in the background, how many may fail, how many are kept.
+        train: whether saves run in the background, how many may fail, how many are kept, where they are copied to.
+
+    `with saves:` waits at its end for a save and an upload in flight, unless Ctrl-C ends it.
     """
 
     def __init__(self, checkpoints: Path, train: TrainConfig) -> None:
@@ -46,22 +50,28 @@ class Saves:
         """Writes them, on rank 0."""
         self.files: Content = {}
         """What lies beside the weights in every checkpoint, on rank 0."""
+        self._uploader = Uploader(train.copy_to, train.keep) if train.copy_to and distributed.is_main() else None
         self._checkpoints, self._keep, self._max_failed = checkpoints, train.keep, train.max_failed_saves
         self._in_flight: Save | None = None
         """The save whose end is not known yet: the same on all ranks."""
         self._failed = 0
         """Saves that failed since the last one that did not."""
 
-    def capture_files(self, plan: RunPlan) -> None:
-        """Keep what lies beside the weights: it does not change in a run. Collective. Raises UserError."""
+    def prepare(self, plan: RunPlan) -> None:
+        """Keep what lies beside the weights, which does not change in a run, and try train.copy_to. Collective.
 
-        def capture() -> None:
+        Raises UserError.
+        """
+
+        def prepare() -> None:
+            if self._uploader is not None:
+                self._uploader.check()
             try:
                 self.files = capture_files(plan.save_files)
             except OSError as error:
                 raise UserError(f"the tokenizer cannot be written into a temporary folder: {error}") from error
 
-        on_main(capture)
+        on_main(prepare)
 
     def start(self, save: Save, content: Content, **options: Any) -> None:
         """Begin a save, after the one before has been waited for. options: those of write_checkpoint."""
@@ -73,7 +83,21 @@ class Saves:
     def _write(self, step: int, content: Content, options: dict[str, Any], report: Report) -> Path:
         if not self._checkpoints.is_dir():
             log_info(f"{self._checkpoints} was deleted under the run; it is made anew")
+        if self._uploader is not None:
+            options = {**options, "upload": self._uploader.start}
         return write_checkpoint(self._checkpoints, step, content, keep=self._keep, report=report, **options)
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is copied to train.copy_to, or could not be. Collective."""
+        on_main(lambda: self._uploader.finish() if self._uploader is not None else None)
+
+    def __enter__(self) -> Saves:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.writer.finish(is_waiting=not isinstance(error, KeyboardInterrupt))
+        if self._uploader is not None and not isinstance(error, KeyboardInterrupt):
+            self._uploader.finish()
 
     def is_done(self) -> bool:
         """Return whether a save has ended that was not waited for: always false on other ranks than 0."""

@@ -25,11 +25,12 @@ from torch import Tensor, nn
 from pretrain import config as configuration
 from pretrain import model as models
 from pretrain import strategies
-from pretrain.checkpoints import loading, resuming, rotation, store, warm_start, writing
+from pretrain.checkpoints import loading, remote, resuming, rotation, store, warm_start, writing
 from pretrain.data import loader as loaders
 from pretrain.data.config import check_sources, count_samples_once, evaluation_caption, list_shards_once
 from pretrain.data.loader import Loader
 from pretrain.data.sample_filter import read_skip_list
+from pretrain.data.shards.stores import is_store
 from pretrain.data.text import TextDecoder
 from pretrain.errors import ConfigError, UserError
 from pretrain.model import DualEncoder, ModelSchema
@@ -229,6 +230,10 @@ def _find_checkpoint(config: Any, folder: RunFolder) -> Path | None:
                 f"resume={config.resume}: this command has begun before, and goes on; with another run=NAME it begins anew"
             )
             return newest
+    if is_store(config.resume):
+        rotation.refuse_foreign_origin(folder.checkpoints, config.resume)
+        folder.new_command = command
+        return remote.download(config.resume, folder.checkpoints)
     origin = None if config.resume == "never" else store.find(config.resume)
     if origin is not None:
         rotation.refuse_foreign_origin(folder.checkpoints, origin)

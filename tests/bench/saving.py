@@ -92,7 +92,7 @@ def measure(parameters: int, is_background: bool, saves: int, parent: str | None
     with tempfile.TemporaryDirectory(dir=parent) as name:
         run = build_run(Path(name), parameters, is_background)
         usual = [time_step(run, rows, False) for _ in range(STEPS_BEFORE)][1:]
-        with run.saves.writer:
+        with run.saves:
             for _ in range(saves):
                 begin = time.perf_counter()
                 pauses.append(time_step(run, rows, True))
