@@ -9,10 +9,12 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from pretrain.checkpoints.background import CheckpointWriter, Report
 from pretrain.errors import UserError
 from pretrain.runtime import distributed
 from pretrain.runtime.agree import on_main
@@ -20,14 +22,25 @@ from pretrain.runtime.entrypoint import DONE, run_with_exit_code
 from pretrain.runtime.watchdog import Watchdog
 
 
+def save_slowly(report: Report) -> Path:
+    """Take longer than others need to find that a process died."""
+    time.sleep(4.0)
+    print("saved", flush=True)
+    return Path()
+
+
 def main() -> int:
     mode, timeout = sys.argv[1], float(sys.argv[2])
     distributed.setup(60)
     distributed.set_timeout(timeout)
-    with Watchdog(timeout, lambda reason: print(f"recorded: {reason}", flush=True), Path.cwd()) as watchdog:
+    writer = CheckpointWriter(True)
+    record = partial(print, "recorded:", flush=True)
+    with Watchdog(timeout, record, Path.cwd(), writer.wait_briefly) as watchdog:
         try:
             for step in range(30):
                 fails_here = step == 10 and distributed.rank() == 1
+                if step == 10 and mode == "die" and distributed.rank() == 0:
+                    writer.start("a checkpoint", save_slowly)
                 watchdog.mark(step, "waiting for data")
                 if fails_here and mode == "die":
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -52,6 +65,8 @@ def main() -> int:
             if diagnosis is not None:
                 raise diagnosis from error
             raise
+        finally:
+            writer.finish()
     distributed.barrier()
     distributed.shutdown()
     return DONE
