@@ -177,6 +177,7 @@ def render(
         place=shlex.quote(searches.place) if searches is not None else "",
         missing=missing,
         bad=figures.count_bad_samples(history),
+        spikes=figures.describe_spikes(history),
         command=figures.format_command(history),
         config=history.config_text.strip(),
         environment=figures.list_environment(history),

@@ -8,6 +8,7 @@ from typing import Any
 from launch.report.charts import format_number
 from launch.report.run_history import Line, RunHistory
 from pretrain.evaluation.chance import chance_levels
+from pretrain.printable import format_count
 
 DIRECTIONS = (("image_to_text", "Image → caption"), ("text_to_image", "Caption → image"))
 """Prefixes of metrics, and titles."""
@@ -166,7 +167,7 @@ def build_evaluation_table(history: RunHistory) -> dict[str, Any]:
 
 
 def count_bad_samples(history: RunHistory) -> dict[str, Any]:
-    """Return the last training line's counts of bad and filtered samples, by reason, and of skipped steps."""
+    """Return the last training line's counts of bad and filtered samples, by reason."""
     last = history.steps[-1] if history.steps else {}
     reasons = [
         (name.partition("/")[2], int(count))
@@ -177,9 +178,46 @@ def count_bad_samples(history: RunHistory) -> dict[str, Any]:
         "filtered": int(last.get("filtered_samples") or 0),
         "total": int(last.get("bad_samples") or 0),
         "reasons": sorted(reasons, key=lambda pair: -pair[1]),
-        "skipped": int(last.get("skipped") or 0),
         "samples_seen": int(last.get("samples_seen") or 0),
     }
+
+
+MOST_PLACES = 6
+"""Places in a run that a sentence names."""
+
+
+def describe_spikes(history: RunHistory) -> list[str]:
+    """Return sentences about loss spikes, rollbacks and skipped steps, with where they were; none where there were none."""
+    last = history.steps[-1] if history.steps else {}
+    spikes, rollbacks, undone, skipped = (
+        int(last.get(name) or 0) for name in ("spikes", "rollbacks", "undone_steps", "skipped")
+    )
+    sentences = []
+    if spikes:
+        verb = "was" if spikes == 1 else "were"
+        sentences.append(f"{format_count(spikes, 'step')} {verb} a loss spike: {_name_places(history, 'spikes')}.")
+    if rollbacks:
+        steps = f"the updates of {format_count(undone, 'step')}"
+        sentences.append(f"{format_count(rollbacks, 'rollback')} undid {steps}: {_name_places(history, 'rollbacks')}.")
+    if skipped:
+        verb = "was" if skipped == 1 else "were"
+        cause = "the gradient was not finite" + (" or the loss a spike" if history.get("train.on_spike") == "skip" else "")
+        where = _name_places(history, "skipped")
+        sentences.append(f"{format_count(skipped, 'step')} {verb} skipped because {cause}: {where}.")
+    return sentences
+
+
+def _name_places(history: RunHistory, counter: str) -> str:
+    """Name the steps between two log lines in which a counter of the training lines has grown."""
+    places, before, count = [], 0, 0.0
+    for line in history.steps:
+        value = line.get(counter) or 0.0
+        if value > count:
+            first, last = before + 1, line["step"]
+            places.append(f"step {last:,}" if first == last else f"steps {first:,} to {last:,}")
+        before, count = line["step"], value
+    more = f" and {len(places) - MOST_PLACES:,} places more" if len(places) > MOST_PLACES else ""
+    return ", ".join(places[:MOST_PLACES]) + more
 
 
 def list_environment(history: RunHistory) -> list[tuple[str, str]]:

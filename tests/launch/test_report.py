@@ -38,6 +38,8 @@ from pretrain.data.thumbnails import make_thumbnail
 from pretrain.embedding.split import EmbeddedSplit
 from pretrain.errors import UserError
 from pretrain.model import ModelSchema
+from pretrain.training.config import TrainConfig
+from pretrain.training.spikes import SpikeWatch
 from tests.support import TINY_TOWERS, Small
 
 CONFIG = """
@@ -183,7 +185,7 @@ def test_the_page_shows_bad_samples_and_classification(run: Path) -> None:
     text = Page(report.write(run).read_text()).text
     assert "11 of 1,280 samples" in text
     assert text.index("no caption 8") < text.index("image unreadable 3")
-    assert "2 steps were skipped" in text
+    assert "2 steps were skipped because the gradient was not finite: steps 1 to 10." in text
     assert "70 samples were passed over" in text
     assert text.index("not kept 70") < text.index("no caption 8")
     assert "Zero-shot classification, top 1 31.0 % chance 10.0 %" in text
@@ -191,6 +193,32 @@ def test_the_page_shows_bad_samples_and_classification(run: Path) -> None:
     line = {"step": 20, "val/linear_probe_top1": 0.9, "val/linear_probe_classes": 4}
     write_lines(run, [line, {**line, "step": 30}])
     assert "Linear probe, top 1 90.0 % chance 25.0 %" in Page(report.write(run).read_text()).text
+
+
+def test_the_page_shows_spikes_rollbacks_and_skipped_steps_with_where_they_were(run: Path) -> None:
+    watch = SpikeWatch(TrainConfig(on_spike="rollback"), torch.device("cpu"))
+    names = list(watch.metrics())  # as runs write them
+    assert names == ["spikes", "rollbacks", "undone_steps"]
+    counts = {10: (0, 0, 0, 0), 20: (1, 0, 0, 0), 21: (2, 1, 11, 0), 30: (2, 1, 11, 3), 40: (2, 1, 11, 3)}
+    lines = [
+        training_line(step, skipped=skipped, **dict(zip(names, values, strict=True)))
+        for step, (*values, skipped) in counts.items()
+    ]
+    write_lines(run, lines)
+    text = Page(report.write(run).read_text()).text
+    assert "2 steps were a loss spike: steps 11 to 20, step 21." in text
+    assert "1 rollback undid the updates of 11 steps: step 21." in text
+    assert "3 steps were skipped because the gradient was not finite: steps 22 to 30." in text
+    write_lines(run, lines[:1])
+    text = Page(report.write(run).read_text()).text
+    assert "loss spike" not in text
+    assert "rollback" not in text
+    assert "no step was skipped" in text
+    write_lines(run, [training_line(step, spikes=step) for step in range(1, 10)])
+    assert (
+        "9 steps were a loss spike: step 1, step 2, step 3, step 4, step 5, step 6 and 3 places more."
+        in Page(report.write(run).read_text()).text
+    )
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
