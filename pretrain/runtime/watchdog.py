@@ -80,8 +80,9 @@ class Watchdog:
             self._store = distributed.open_shared_store("heartbeat")
             self._store.set_timeout(datetime.timedelta(seconds=max(5.0, self.limit)))
             self._write_heartbeat()
-            distributed.barrier()  # from here on every process has written a heartbeat
-            self._read_heartbeats(all_ranks=True)
+            # From here on every process has written one. All learn all names by a collective: as requests to the one process
+            # that holds the store these would be as many as the square of the number of processes.
+            self._note_heartbeats(dict(enumerate(distributed.gather_objects(self._heartbeat()))))
             self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
             self._thread.start()
         return self
@@ -92,7 +93,7 @@ class Watchdog:
             self._thread.join(timeout=2 * self.every)
         if self._store is not None and error is None:
             with suppress(RuntimeError):  # the process that holds the store may have ended, and the store with it
-                self._store.set(f"end/{distributed.rank()}", json.dumps([False, "done"]))
+                self._report_end(None)
 
     def mark(self, step: int, phase: str) -> None:
         """Record the position of the main thread; costs nothing.
@@ -110,11 +111,13 @@ class Watchdog:
     # -----------------------------------------------------------------------------------------------------------------
     # The thread: write and read heartbeats, find dead and stalled processes
 
+    def _heartbeat(self) -> str:
+        return json.dumps([self._count, self._marks, self._position, *_THIS_PROCESS])
+
     def _write_heartbeat(self) -> None:
         assert self._store is not None
         self._count += 1
-        heartbeat = [self._count, self._marks, self._position, *_THIS_PROCESS]
-        self._store.set(f"heartbeat/{distributed.rank()}", json.dumps(heartbeat))
+        self._store.set(f"heartbeat/{distributed.rank()}", self._heartbeat())
 
     def _watch(self) -> None:
         while not self._done.wait(self.every):
@@ -131,16 +134,21 @@ class Watchdog:
                 self._end_process(diagnosis)
 
     def _read_heartbeats(self, all_ranks: bool = False) -> None:
-        """Read the other ranks' heartbeats, and note the local time at which each last changed.
+        """Read and note the other ranks' heartbeats.
 
         Rank 0 reads those of all ranks; the others read that of rank 0, or all with `all_ranks`.
         """
         assert self._store is not None
         ranks = list(range(distributed.world_size())) if distributed.rank() == 0 or all_ranks else [0]
+        texts = self._store.multi_get([f"heartbeat/{rank}" for rank in ranks])
+        self._note_heartbeats(dict(zip(ranks, texts, strict=True)))
+
+    def _note_heartbeats(self, texts: dict[int, Any]) -> None:
+        """Note heartbeats by rank, and the local time at which each last changed."""
         now = time.monotonic()
-        for rank, text in zip(ranks, self._store.multi_get([f"heartbeat/{rank}" for rank in ranks]), strict=True):
+        for rank, text in texts.items():
             count, marks, position, host, pid, namespace = json.loads(text)
-            process = self._processes.setdefault(rank, _ProcessState(count, marks, now, now))
+            process = self._processes.setdefault(rank, _ProcessState(rank, count, marks, now, now))
             if count != process.count:
                 process.count, process.heartbeat_time = count, now
             if marks != process.marks:
@@ -242,7 +250,7 @@ class Watchdog:
         if cause is not None:
             message = str(cause) if isinstance(cause, UserError) else f"{type(cause).__name__}: {_first_line(cause)}"
         try:
-            self._store.set(f"end/{distributed.rank()}", json.dumps([cause is not None, message]))
+            self._report_end(message if cause is not None else None)
             if cause is not None:
                 return None
             self._diagnosing.set()
@@ -253,38 +261,56 @@ class Watchdog:
             self._record(str(diagnosis))
         return diagnosis
 
-    def _find_failed_process(self) -> UserError | None:
-        """Wait for the other processes' reports; return an error that names the one that failed or is absent."""
+    def _report_end(self, cause: str | None) -> None:
+        """Store that this process has ended; cause: the message of an error of its own."""
         assert self._store is not None
-        missing = [rank for rank in range(distributed.world_size()) if rank != distributed.rank()]
+        rank = distributed.rank()
+        if cause is not None:
+            self._store.compare_set("cause", "", json.dumps([rank, cause]))
+        self._store.set(f"end/{rank}", "")
+        self._store.add("ends", 1)
+
+    def _find_failed_process(self) -> UserError | None:
+        """Wait for the other processes' reports; return an error that names the one that failed or is absent.
+
+        All processes wait at once, so that each may ask for a few keys only, however many processes there are.
+        """
+        assert self._store is not None
         begin = time.monotonic()
+        self._read_heartbeats(all_ranks=True)
         # Long enough for a heartbeat of every live process, and for the others to fail as this one did.
-        while missing and time.monotonic() - begin < max(2.0, 4 * self.every):
-            self._read_heartbeats(all_ranks=True)
-            for rank in [r for r in missing if self._store.check([f"end/{r}"])]:
-                missing.remove(rank)
-                is_cause, message = json.loads(self._store.get(f"end/{rank}"))
-                if is_cause:
-                    return UserError(f"{self._processes[rank].name} failed: {message}{_RUN_ENDS}")
-            absent = [self._processes[r] for r in missing]
-            dead = [process for process in absent if process.pid is not None and not _is_running(process.pid)]
+        while time.monotonic() - begin < max(2.0, 4 * self.every):
+            if self._store.check(["cause"]):
+                rank, message = json.loads(self._store.get("cause"))
+                return UserError(f"{self._processes[rank].name} failed: {message}{_RUN_ENDS}")
+            if self._store.add("ends", 0) == distributed.world_size():
+                return None
+            ended = [p for p in self._processes.values() if p.pid is not None and not _is_running(p.pid)]
+            dead = [process for process in ended if not self._has_ended(process)]
             if dead or self._store.check(["diagnosis"]):
                 return UserError(
                     self._explain(self._publish(f"{dead[0].name} died, last at {dead[0].position}" if dead else ""))
                 )
             time.sleep(min(0.2, self.every))
-        if not missing:
-            return None
-        silent = [r for r in missing if self._processes[r].heartbeat_time <= begin + self.every]
-        process = self._processes[(silent or missing)[0]]
-        state = "is dead" if silent else "stalled"
-        return UserError(self._explain(self._publish(f"{process.name} {state}, last at {process.position}")))
+        self._read_heartbeats(all_ranks=True)
+        silent = [process for process in self._processes.values() if process.heartbeat_time <= begin + self.every]
+        for process in dict.fromkeys([*silent, *self._processes.values()]):
+            if process.rank != distributed.rank() and not self._has_ended(process):
+                state = "is dead" if process in silent else "stalled"
+                return UserError(self._explain(self._publish(f"{process.name} {state}, last at {process.position}")))
+        return None
+
+    def _has_ended(self, process: _ProcessState) -> bool:
+        """Return whether a process has reported its end."""
+        assert self._store is not None
+        return self._store.check([f"end/{process.rank}"])
 
 
 class _ProcessState:
     """The last heartbeat of a process, and when its count and marks last changed (monotonic seconds)."""
 
-    def __init__(self, count: int, marks: int, heartbeat_time: float, mark_time: float) -> None:
+    def __init__(self, rank: int, count: int, marks: int, heartbeat_time: float, mark_time: float) -> None:
+        self.rank = rank
         self.count, self.marks, self.heartbeat_time, self.mark_time = count, marks, heartbeat_time, mark_time
         self.position, self.name = "", ""
         self.behind_since: float | None = None

@@ -89,14 +89,19 @@ def test_all_stop_in_the_same_step_and_no_step_sends_a_message(processes: int, a
         assert keys == {processes + 2}  # the request, an answer of each process, the decision
 
 
-def watch(port: int) -> dict[str, int]:
-    """Run a watchdog for twenty of its periods; return its calls to the store by name."""
+def watch(port: int) -> tuple[list[str], dict[str, int], str, int]:
+    """Run a watchdog for twenty of its periods, until rank 0 fails.
+
+    Returns its calls to the store while it starts, those of the periods by name, what it finds out on this rank ("" = nothing),
+    and the number of calls for that.
+    """
     rank, processes = td.get_rank(), td.get_world_size()
     tcp: Any = td.TCPStore("localhost", port, processes, is_master=rank == 0)
     calls: list[str] = []
     opened = CountingStore(tcp.clone(), calls)
     signals.distributed.open_shared_store = lambda name: opened  # type: ignore[assignment]
-    with Watchdog(2.0, print) as watchdog:
+    with Watchdog(2.0, lambda reason: None) as watchdog:
+        opening = list(calls)
         calls.clear()
         for step in range(1000):
             watchdog.mark(step, "computing")
@@ -104,13 +109,25 @@ def watch(port: int) -> dict[str, int]:
         td.barrier()
         counted = Counter(calls)
         td.barrier()
-    return dict(counted)
+        calls.clear()
+        error = ValueError("boom") if rank == 0 else RuntimeError("gloo: connection closed by peer")
+        diagnosis = str(watchdog.diagnose(error) or "")
+        spent = len(calls)
+        td.barrier()
+    return opening, dict(counted), diagnosis, spent
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, 4, 8])
 def test_a_heartbeat_is_three_requests_however_many_processes_and_steps(processes: int) -> None:
-    """One to write, one to read that of rank 0 (rank 0: those of all), one to ask whether a process was lost."""
-    for counted in world.run(watch, processes, free_port()):
+    """One to write, one to read that of rank 0 (rank 0: those of all), one to ask whether a process was lost.
+
+    A step is none. So the store gets 3 N requests a period of a second from N processes, for 4 N - 1 keys. To start, each sends
+    its heartbeat and nothing else; when the run fails, each asks for a few keys, not for those of every other process.
+    """
+    for rank, (opening, counted, diagnosis, spent) in enumerate(world.run(watch, processes, free_port())):
+        assert [call for call in opening if call != "set_timeout"] == ["set"]
+        assert ("process 0 (" in diagnosis and " failed: ValueError: boom" in diagnosis) == (rank > 0)
+        assert spent <= 24  # of those, three for each of a few periods
         assert counted.keys() == {"set", "multi_get", "check"}
         beats = counted["set"]
         assert 0 < beats <= 40  # a thousand steps
