@@ -7,9 +7,11 @@
     captions-1.N/      words of the captions when commits.txt has N bytes, for BM25: made by the first search that asks
     commits.txt        one line for each change: how long the files above are by then, and which rows it removed
 
+After a compaction the files have a number: vectors.1.f32 and so on, see exact_files.py.
+
 Rows are only ever appended, then a line is added to commits.txt, each flushed to disk. What lies behind the last complete
 line does not count: the next change overwrites it. So a process can be killed at any moment, and readers see whole changes
-only. An image that is replaced is a new row, and the old one is listed as removed.
+only. An image that is replaced is a new row, and the old one is listed as removed, until `compact` writes the rest anew.
 
 One process writes at a time; any number read, each the state that it opened.
 
@@ -21,7 +23,6 @@ from __future__ import annotations
 import fcntl
 import json
 import mmap
-import os
 import shutil
 import zlib
 from pathlib import Path
@@ -32,7 +33,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from finetune.search import exact_files
 from finetune.search.captions import CaptionIndex
+from finetune.search.exact_files import KINDS
 from finetune.search.fields import Kind
 from finetune.search.filters import to_mask
 from finetune.search.nearest import find_nearest
@@ -44,7 +47,6 @@ from pretrain.runtime.files import flush, read_bytes, write_text
 DESCRIPTION, COMMITS = "index.json", "commits.txt"
 _CAPTIONS = "captions-1."
 """Begins the name of the folder of the captions' words; the length of commits.txt follows, which is that of a state."""
-_FILES = {"vectors": "vectors.f32", "thumbnails": "thumbnails.bin", "rows": "rows.arrow"}
 _ARROW: dict[Kind, pa.DataType] = {"float": pa.float64(), "int": pa.int64(), "bool": pa.bool_(), "str": pa.string()}
 
 
@@ -72,16 +74,33 @@ class ExactIndex(VectorIndex):
             + [pa.field("thumbnail_offset", pa.int64()), pa.field("thumbnail_size", pa.int64())]
             + [pa.field(f"field {item.name}", _ARROW[item.kind]) for item in self.description.fields]
         )
-        self._ends = dict.fromkeys((*_FILES, "commits"), 0)
-        self._batch_ends: list[int] = []
-        self._removed: list[NDArray[np.int64]] = []
+        self._forget_state()
         self._row_of_key: dict[str, int] | None = None
         """Of the rows that are there; built when it is first needed, then kept up to date."""
         self._is_mapped = False
         self._captions: CaptionIndex | None = None
         """Of the images that are there and have a caption; built when it is first needed, again after each change."""
-        self._read_commits()
-        self._map_files()
+        self._open_state()
+        if is_writable:
+            exact_files.remove_others(self.path, self._generation)
+
+    def _forget_state(self) -> None:
+        self._ends = dict.fromkeys((*KINDS, "commits"), 0)
+        self._batch_ends: list[int] = []
+        self._removed: list[NDArray[np.int64]] = []
+        self._generation = 0
+        self._row_of_key, self._captions, self._is_mapped = None, None, False
+
+    def _open_state(self) -> None:
+        """Read the commits and map their files; once more where another process compacted them in between."""
+        for attempt in range(10):
+            self._forget_state()
+            self._read_commits()
+            try:
+                return self._map_files()
+            except FileNotFoundError as error:
+                if attempt == 9:
+                    raise UserError(f"{error.filename} is missing: {self.place} is damaged; index the images again") from error
 
     @classmethod
     def create(cls, place: str, description: Description) -> ExactIndex:
@@ -89,10 +108,11 @@ class ExactIndex(VectorIndex):
         path = Path(place)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            others = [entry.name for entry in path.iterdir() if entry.name not in (DESCRIPTION, ".lock", *_FILES.values())]
+            names = [exact_files.name_file(kind, 0) for kind in KINDS]
+            others = [entry.name for entry in path.iterdir() if entry.name not in (DESCRIPTION, ".lock", *names)]
             if others:
                 raise UserError(f"{place} exists and holds other files ({others[0]}); choose another --db")
-            for name in _FILES.values():
+            for name in names:
                 (path / name).write_bytes(b"")
             write_text(path / DESCRIPTION, description.to_json(), sync=True)
             write_text(path / COMMITS, "", sync=True)  # it makes the folder an index
@@ -131,9 +151,10 @@ class ExactIndex(VectorIndex):
         self._ends["commits"] = sum(len(line) + 1 for line in lines)
 
     def _apply(self, commit: dict[str, Any]) -> None:
-        for name in _FILES:
+        for name in KINDS:
             self._ends[name] = commit[name]
-        if not self._batch_ends or commit["rows"] > self._batch_ends[-1]:
+        self._generation = commit.get("generation", 0)
+        if commit["rows"] > (self._batch_ends or [0])[-1]:
             self._batch_ends.append(commit["rows"])
         self._removed.append(np.array(commit["removed"], dtype=np.int64))
 
@@ -141,29 +162,33 @@ class ExactIndex(VectorIndex):
         """Append to the files, then to commits.txt. Raises UserError; nothing has changed then."""
         if self._lock is None:
             raise UserError(f"{self.place} is open for reading only")
-        record = {name: self._ends[name] + len(additions.get(name, b"")) for name in _FILES} | {"removed": removed}
-        encoded = json.dumps(record).encode()
-        line = b"%08x %s\n" % (zlib.crc32(encoded), encoded)
+        record: dict[str, Any] = {name: self._ends[name] + len(additions.get(name, b"")) for name in KINDS}
+        record |= {"removed": removed, "generation": self._generation}
+        line = exact_files.encode_commit(record)
         try:
             for name, content in additions.items():
-                _write_at(self.path / _FILES[name], self._ends[name], content)
-            _write_at(self.path / COMMITS, self._ends["commits"], line)
+                exact_files.write_at(self._path_of(name), self._ends[name], content)
+            exact_files.write_at(self.path / COMMITS, self._ends["commits"], line)
         except OSError as error:
-            raise UserError(
-                f"cannot write into {self.place}: {error.strerror or error}; what was there before stays, and the same "
-                "command goes on"
-            ) from error
+            raise self._explain(error) from error
         self._apply(record)
         self._ends["commits"] += len(line)
         self._is_mapped, self._captions = False, None
+
+    def _explain(self, error: OSError) -> UserError:
+        reason = error.strerror or error
+        return UserError(f"cannot write into {self.place}: {reason}; what was there before stays, and the same command goes on")
+
+    def _path_of(self, kind: str) -> Path:
+        return self.path / exact_files.name_file(kind, self._generation)
 
     def _map_files(self) -> None:
         """Map the files up to the last commit into memory, unless they are. Raises UserError where one is shorter."""
         if self._is_mapped:
             return
         maps: dict[str, Any] = {}
-        for name, file in _FILES.items():
-            length, path = self._ends[name], self.path / file
+        for name in KINDS:
+            length, path = self._ends[name], self._path_of(name)
             if path.stat().st_size < length:
                 raise UserError(f"{path} has {path.stat().st_size:,} bytes, and {length:,} were written: it is damaged")
             with path.open("rb") as opened:
@@ -182,6 +207,24 @@ class ExactIndex(VectorIndex):
         for removed in self._removed:
             self._alive[removed] = False
         self._is_mapped = True
+
+    def compact(self, least: float = 0.0) -> int:
+        if self._lock is None:
+            raise UserError(f"{self.place} is open for reading only")
+        self._map_files()
+        alive, generation = np.flatnonzero(self._alive), self._generation + 1
+        dead = len(self._alive) - len(alive)
+        if dead <= least * len(self._alive):
+            return 0
+        try:
+            commits = exact_files.write_rows(self.path, generation, alive, self._vectors, self._thumbnails, self._table)
+            flush(self.path)
+            write_text(self.path / COMMITS, commits.decode(), sync=True)  # from here on the new files count
+        except OSError as error:
+            raise self._explain(error) from error
+        self._open_state()
+        exact_files.remove_others(self.path, self._generation)
+        return dead
 
     # -----------------------------------------------------------------------------------------------------------------
     # The contract
@@ -246,7 +289,8 @@ class ExactIndex(VectorIndex):
 
         column = self._table["caption"]
         self._captioned = np.flatnonzero(self._alive & pc.not_equal(column, "").to_numpy())
-        folder = self.path / f"{_CAPTIONS}{self._ends['commits']}"
+        state = f"{self._generation}-{self._ends['commits']}" if self._generation else str(self._ends["commits"])
+        folder = self.path / f"{_CAPTIONS}{state}"
         try:
             return CaptionIndex.load(folder, len(self._captioned))
         except (OSError, ValueError, KeyError, RecursionError) as error:
@@ -312,14 +356,3 @@ class ExactIndex(VectorIndex):
                 image.vector = self._vectors[row].copy()
             images[row] = image
         return images
-
-
-def _write_at(path: Path, offset: int, content: bytes) -> None:
-    """Write at a position, cut off what follows, and wait until it has reached the disk. Raises OSError."""
-    with path.open("r+b", buffering=0) as file:
-        file.truncate(offset)
-        file.seek(offset)
-        view = memoryview(content)
-        while view:
-            view = view[file.write(view) :]
-        os.fsync(file.fileno())

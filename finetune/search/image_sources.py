@@ -23,8 +23,10 @@ from pretrain.data.shards.cache import ShardCache
 from pretrain.data.shards.index import ShardIndex, load_index
 from pretrain.data.shards.names import find_new_names, name_shard
 from pretrain.data.shards.paths import expand_shards
+from pretrain.data.shards.ranges import NoRangesError, open_ranges
 from pretrain.data.shards.reader import MAX_MEMBER_BYTES, MAX_TEXT_BYTES, ShardReader
-from pretrain.data.shards.transfer import NoRangesError, is_remote, open_ranges, retry_io
+from pretrain.data.shards.retries import retry_io
+from pretrain.data.shards.urls import is_remote
 from pretrain.errors import UserError
 from pretrain.printable import hide_secrets
 

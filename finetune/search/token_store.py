@@ -3,10 +3,12 @@
     PLACE.tokens/
       model.json     which model made them, their shape, and how far the grid was pooled
       rows.bin       one row of fixed size for each image: tokens (float16), their mask, the embedding (float32)
+                     after the N-th compaction rows.N.bin, where N is the user_version of keys.db
       keys.db        SQLite: the row of each key, and where its image lay
 
 Rows are only appended: written and flushed first, then committed in keys.db. So a process can be killed at any moment, and
-what was committed stays. Rows of images that were replaced keep their bytes in rows.bin. Fetching maps rows.bin into memory.
+what was committed stays. Rows of images that were replaced keep their bytes until `compact` writes the others into a new file,
+which a transaction of keys.db puts in the place of the old one. Fetching maps the rows into memory.
 
 An image's features count only where its location is still that in the index, and VectorIndex.upsert forgets those of what it
 replaces.
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -38,6 +41,9 @@ from pretrain.towers import TokenSequence
 
 FORMAT = "clipfuse tokens 1"
 _MODEL, _ROWS, _KEYS = "model.json", "rows.bin", "keys.db"
+_NUMBERED = re.compile(r"rows\.\d+\.bin")
+_COPIED = 256
+"""Rows that are copied at a time."""
 _SECONDS = 30.0
 """Time to wait for another process that writes into keys.db."""
 
@@ -107,6 +113,7 @@ class TokenStore:
         if not is_valid:
             raise UserError(f"{folder} is not of {FORMAT}; delete it to make it anew")
         self._mapped: NDArray[Any] = np.zeros(0, self.layout.row)
+        self._mapped_generation = 0
         with self._errors():
             self._keys = _connect(folder / _KEYS)
 
@@ -116,7 +123,7 @@ class TokenStore:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for path in sorted(folder.iterdir()):
-                if path.name.split("-")[0] not in (_ROWS, _KEYS):
+                if path.name.split("-")[0] not in (_ROWS, _KEYS) and not _NUMBERED.fullmatch(path.name):
                     raise UserError(f"{folder} exists and holds other files ({path.name}); move them away")
                 path.unlink()
             (folder / _ROWS).write_bytes(b"")
@@ -160,7 +167,8 @@ class TokenStore:
 
     def describe_size(self) -> str:
         """Return how many features there are, and how large they are."""
-        size, layout = (self.folder / _ROWS).stat().st_size, self.layout
+        with self._errors():
+            size, layout = self._path_of(self._read_state()[0]).stat().st_size, self.layout
         return f"{layout.tokens} x {layout.width} numbers an image, {size / 1e6:,.1f} MB in {self.folder.name}"
 
     def put(self, keys: Sequence[str], locations: Sequence[Location], images: ImageTokens) -> None:
@@ -172,8 +180,8 @@ class TokenStore:
             raise UserError(f"{self.layout.run}: token features are not finite in float16, so that they cannot be kept")
         with self._errors(), self._keys:
             self._keys.execute("BEGIN IMMEDIATE")
-            first = int(self._keys.execute("SELECT rows FROM length").fetchone()[0])
-            with (self.folder / _ROWS).open("r+b", buffering=0) as file:
+            generation, first = self._read_state()
+            with self._path_of(generation).open("r+b", buffering=0) as file:
                 file.truncate(first * self.layout.row.itemsize)
                 file.seek(0, os.SEEK_END)
                 view = memoryview(rows.tobytes())
@@ -192,32 +200,75 @@ class TokenStore:
     def find(self, keys: Sequence[str], locations: Sequence[Location]) -> list[int | None]:
         """Return the row of each image; None where there is none from this location. Raises UserError."""
         rows: list[int | None] = []
-        with self._errors():
+        with self._errors(), self._keys:
+            self._keys.execute("BEGIN")  # rows and the file that they are of belong together
             for key, location in zip(keys, locations, strict=True):
                 found = self._keys.execute("SELECT source, begin, size, row FROM images WHERE key = ?", (key,)).fetchone()
                 rows.append(int(found[3]) if found is not None and found[:3] == tuple(location) else None)
+            generation, length = self._read_state()
+            if generation != self._mapped_generation or max((row for row in rows if row is not None), default=-1) >= len(
+                self._mapped
+            ):
+                self._map(generation, length)
         return rows
+
+    def compact(self, least: float = 0.0) -> int:
+        """Give back the space of rows that no image has; return how many they were. Raises UserError; all stays then.
+
+        least: share of all rows above which it is done. Other processes may read; those that found rows before keep theirs.
+        """
+        with self._errors(), self._keys:
+            self._keys.execute("BEGIN IMMEDIATE")
+            generation, length = self._read_state()
+            images = self._keys.execute("SELECT key, row FROM images ORDER BY row").fetchall()
+            alive = [int(row) for _, row in images]
+            dead = length - len(alive)
+            if dead > least * length:
+                self._map(generation, length)
+                with self._path_of(generation + 1).open("wb") as file:
+                    for begin in range(0, len(alive), _COPIED):
+                        file.write(self._mapped[alive[begin : begin + _COPIED]].tobytes())
+                    file.flush()
+                    os.fsync(file.fileno())
+                flush(self.folder)
+                moves = [(row, key) for row, (key, _) in enumerate(images)]
+                self._keys.executemany("UPDATE images SET row = ? WHERE key = ?", moves)
+                self._keys.execute("UPDATE length SET rows = ?", (len(alive),))
+                self._keys.execute(f"PRAGMA user_version = {generation + 1}")
+                generation += 1
+            else:
+                dead = 0
+        with self._errors():
+            for path in self.folder.iterdir():
+                if (path.name == _ROWS or _NUMBERED.fullmatch(path.name)) and path != self._path_of(generation):
+                    path.unlink(missing_ok=True)
+        return dead
+
+    def _read_state(self) -> tuple[int, int]:
+        """Return how often the rows were compacted, and how many there are."""
+        generation = int(self._keys.execute("PRAGMA user_version").fetchone()[0])
+        return generation, int(self._keys.execute("SELECT rows FROM length").fetchone()[0])
+
+    def _path_of(self, generation: int) -> Path:
+        return self.folder / (f"rows.{generation}.bin" if generation else _ROWS)
 
     def read(self, rows: Sequence[int]) -> ImageTokens:
         """Return the features in these rows, tokens in float32. Raises UserError."""
-        if max(rows, default=-1) >= len(self._mapped):
-            self._map()
         values = self._mapped[list(rows)]
         states = torch.from_numpy(np.array(values["states"], order="C")).float()
         mask = torch.from_numpy(np.array(values["mask"], order="C"))
         embedding = torch.from_numpy(np.array(values["embedding"], order="C"))
         return ImageTokens(TokenSequence(states, mask, self.layout.grid, states[:, 0]), embedding)
 
-    def _map(self) -> None:
-        """Map the rows that are committed now."""
-        with self._errors():
-            length = int(self._keys.execute("SELECT rows FROM length").fetchone()[0])
-            path, size = self.folder / _ROWS, length * self.layout.row.itemsize
-            if path.stat().st_size < size:
-                raise UserError(
-                    f"{path} has {path.stat().st_size:,} bytes, and {size:,} were written: delete {self.folder} to make it anew"
-                )
-            self._mapped = np.memmap(path, self.layout.row, "r", shape=(length,))
+    def _map(self, generation: int, length: int) -> None:
+        """Map the rows of a generation."""
+        path, size = self._path_of(generation), length * self.layout.row.itemsize
+        if path.stat().st_size < size:
+            raise UserError(
+                f"{path} has {path.stat().st_size:,} bytes, and {size:,} were written: delete {self.folder} to make it anew"
+            )
+        self._mapped = np.memmap(path, self.layout.row, "r", shape=(length,)) if length else np.zeros(0, self.layout.row)
+        self._mapped_generation = generation
 
     @contextmanager
     def _errors(self) -> Iterator[None]:

@@ -195,6 +195,13 @@ class VectorIndex(ABC):
         """
         return self._list_values(name, most)
 
+    def compact(self, least: float = 0.0) -> int:
+        """Give back the space of rows that were replaced or removed; return how many they were.
+
+        Nothing is done where their share of all rows is not above `least`. A crash loses nothing. Milvus does so by itself.
+        """
+        return 0
+
     @abstractmethod
     def close(self) -> None:
         """Release files, locks and connections."""

@@ -43,6 +43,11 @@ def add_commands(commands: Subparsers[argparse.ArgumentParser]) -> None:
     p.add_argument(
         "--pool", type=whole_number(1, 16), default=1, metavar="N", help="of --rerank: keep means of N x N regions (default 1)"
     )
+    p.add_argument(
+        "--compact",
+        action="store_true",
+        help="give back the space of images that were replaced (default: where they are more than half)",
+    )
     p.add_argument("--backend", choices=["exact", "milvus"], help="instead of what the name of the place says")
     p.add_argument("--json", action="store_true", help="print one JSON object at the end")
 
@@ -102,7 +107,7 @@ def _index(args: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from finetune import loading
-    from finetune.search import embeddings, image_sources, indexing, reranking
+    from finetune.search import compaction, embeddings, image_sources, indexing, reranking
     from launch.cli.progress import progress_bar
     from pretrain.checkpoints.loading import load_model
     from pretrain.embedding.dataset import is_embedding_folder
@@ -137,10 +142,12 @@ def _index(args: argparse.Namespace) -> int:
             tokens = reranking.index_tokens(
                 tuned, source, opened, args.name, args.pool, args.batch_size, distributed.device(), progress
             )
+    freed = compaction.compact(args.db, args.backend, 0.0 if args.compact else compaction.WASTEFUL)
     if args.json:
-        print(json.dumps(asdict(summary) | {"tokens": asdict(tokens) if tokens is not None else None}), flush=True)
+        record = asdict(summary) | {"tokens": asdict(tokens) if tokens is not None else None, "compacted": asdict(freed)}
+        print(json.dumps(record), flush=True)
         return DONE
-    for line in (summary, tokens):
+    for line in (summary, tokens, freed if freed.images or freed.tokens else None):
         if line is not None:
             print(one_safe_line(str(line)), flush=True)
     return DONE

@@ -273,6 +273,23 @@ def test_only_what_is_new_is_encoded(here: Path, capsys: pytest.CaptureFixture[s
     assert "24 added" in run(capsys, *index_words("products", "grown", "--replace"))
 
 
+def test_what_was_replaced_gives_its_space_back(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By itself when more than half is dead, and with --compact before; results stay."""
+    words = index_words("products.tar", "replaced", "--rerank", "runs/retrieval")
+    query = ["replaced", "a red car", "--rerank", "runs/retrieval", "--k", "24"]
+    run(capsys, *words)
+    expected = search(capsys, *query)
+    size = sum(path.stat().st_size for place in ("replaced", "replaced.tokens") for path in Path(place).iterdir())
+    assert "compacted" not in run(capsys, *words, "--replace")  # half, and not more
+    printed = run(capsys, *words, "--compact")
+    assert "compacted: 24 rows of images and 24 of token features that were replaced or removed" in printed
+    assert "compacted" not in run(capsys, *words, "--replace")
+    assert "compacted: 48 rows of images and 48 of token features" in run(capsys, *words, "--replace")
+    assert search(capsys, *query) == expected
+    now = sum(path.stat().st_size for place in ("replaced", "replaced.tokens") for path in Path(place).iterdir())
+    assert now < 1.1 * size
+
+
 def test_the_same_command_goes_on_after_a_kill(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = index_words("products.tar", "killed", "--batch-size", "2")
     program = (

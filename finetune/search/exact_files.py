@@ -1,0 +1,96 @@
+"""The files of an index of exact.py: their names, how they are written, and how they are compacted.
+
+Compaction writes the rows that are left into files of the next generation (vectors.1.f32 after vectors.f32), then replaces
+commits.txt, whose lines name the generation. So a process that is killed leaves the old state or the new one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+KINDS = ("vectors", "thumbnails", "rows")
+_SUFFIXES = {"vectors": "f32", "thumbnails": "bin", "rows": "arrow"}
+_ROWS = 4096
+"""Rows that are copied at a time."""
+
+
+def name_file(kind: str, generation: int) -> str:
+    """Return the name of one of KINDS in a generation, which counts from 0."""
+    return f"{kind}.{generation}.{_SUFFIXES[kind]}" if generation else f"{kind}.{_SUFFIXES[kind]}"
+
+
+def encode_commit(record: dict[str, Any]) -> bytes:
+    """Return the line of commits.txt of a change."""
+    encoded = json.dumps(record).encode()
+    return b"%08x %s\n" % (zlib.crc32(encoded), encoded)
+
+
+def write_at(path: Path, offset: int, content: bytes) -> None:
+    """Write at a position, cut off what follows, and wait until it has reached the disk. Raises OSError."""
+    with path.open("r+b", buffering=0) as file:
+        file.truncate(offset)
+        file.seek(offset)
+        view = memoryview(content)
+        while view:
+            view = view[file.write(view) :]
+        os.fsync(file.fileno())
+
+
+def write_rows(
+    folder: Path, generation: int, rows: NDArray[np.int64], vectors: NDArray[np.float32], thumbnails: Any, table: pa.Table
+) -> bytes:
+    """Write some rows into files of a generation, and return the commits.txt that names them. Raises OSError.
+
+    Args:
+        folder: of the index.
+        generation: whose files are not in use.
+        rows: (m,) which rows are copied, in order.
+        vectors: (n, D), of all rows.
+        thumbnails: the bytes of all thumbnails.
+        table: the other columns, n rows.
+    """
+    ends = dict.fromkeys(KINDS, 0)
+    lines = []
+    files = {kind: (folder / name_file(kind, generation)).open("wb") for kind in KINDS}
+    try:
+        for begin in range(0, max(len(rows), 1), _ROWS):
+            part = rows[begin : begin + _ROWS]
+            values = table.take(part)
+            offsets, sizes = (values[f"thumbnail_{name}"].to_numpy() for name in ("offset", "size"))
+            pictures = b"".join(bytes(thumbnails[o : o + s]) for o, s in zip(offsets.tolist(), sizes.tolist(), strict=True))
+            moved = pa.array(ends["thumbnails"] + np.cumsum(np.r_[0, sizes])[:-1].astype(np.int64), pa.int64())
+            place = values.schema.get_field_index("thumbnail_offset")
+            batch = values.set_column(place, values.schema.field(place), moved).combine_chunks().to_batches()
+            contents = {
+                "vectors": np.ascontiguousarray(vectors[part]).tobytes(),
+                "thumbnails": pictures,
+                "rows": b"".join(piece.serialize().to_pybytes() for piece in batch),
+            }
+            for kind, content in contents.items():
+                files[kind].write(content)
+                ends[kind] += len(content)
+            lines.append(encode_commit({**ends, "removed": [], "generation": generation}))
+        for file in files.values():
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        for file in files.values():
+            file.close()
+    return b"".join(lines)
+
+
+def remove_others(folder: Path, generation: int) -> None:
+    """Remove the files of all generations but one; what a killed process left, too."""
+    names = {name_file(kind, generation) for kind in KINDS}
+    for kind in KINDS:
+        for path in folder.glob(f"{kind}*.{_SUFFIXES[kind]}"):
+            if path.name not in names:
+                path.unlink(missing_ok=True)
