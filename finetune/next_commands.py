@@ -19,7 +19,7 @@ from pretrain.data.decode import EXTENSIONS
 from pretrain.data.sample_json import read_fields
 from pretrain.data.shards.paths import count_samples
 from pretrain.data.shards.reader import ShardReader
-from pretrain.data.shards.transfer import is_remote
+from pretrain.data.shards.urls import is_remote
 from pretrain.errors import UserError
 from pretrain.runtime import distributed
 from pretrain.runtime.console import log_info

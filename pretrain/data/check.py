@@ -20,7 +20,7 @@ from pretrain.data.shards.index import load_index
 from pretrain.data.shards.names import find_new_names, name_shard
 from pretrain.data.shards.paths import map_in_processes
 from pretrain.data.shards.reader import ShardReader
-from pretrain.data.shards.transfer import retry_io
+from pretrain.data.shards.retries import retry_io
 from pretrain.errors import UserError
 
 _MAX_NAMED = 10  # samples named per reason; all are counted

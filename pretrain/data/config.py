@@ -16,7 +16,8 @@ from pretrain.data.sample_filter import parse_keep, read_skip_list
 from pretrain.data.shards.cache import ShardCache
 from pretrain.data.shards.paths import count_samples, expand_shards, split_patterns
 from pretrain.data.shards.stores import is_pattern, is_store
-from pretrain.data.shards.transfer import CONNECTIONS, FETCH_SECONDS, MAX_FETCH_SECONDS, is_remote
+from pretrain.data.shards.transfer import CONNECTIONS, FETCH_SECONDS, MAX_FETCH_SECONDS
+from pretrain.data.shards.urls import is_remote
 from pretrain.errors import ConfigError, UserError, closest
 from pretrain.printable import one_safe_line
 from pretrain.runtime import distributed

@@ -20,7 +20,7 @@ from typing import Any
 from pretrain.data.shards.cache import ShardCache
 from pretrain.data.shards.index import indexed_count, load_index
 from pretrain.data.shards.reader import ShardReader
-from pretrain.data.shards.transfer import is_remote
+from pretrain.data.shards.urls import is_remote
 from pretrain.runtime.orphans import exit_with_parent, kill, kill_at_exit
 
 _MAX_PROBES = 64  # shards that are checked for a saved index

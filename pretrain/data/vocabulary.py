@@ -17,7 +17,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pretrain.data.shards.transfer import is_remote, read_small_file
+from pretrain.data.shards.transfer import read_small_file
+from pretrain.data.shards.urls import is_remote
 from pretrain.errors import UserError
 
 FILE = "vocabulary.json"

@@ -18,7 +18,7 @@ from typing import Any
 from pretrain.checkpoints import loading
 from pretrain.data.config import format_patterns, resolve_sources
 from pretrain.data.shards.paths import count_samples
-from pretrain.data.shards.transfer import is_remote
+from pretrain.data.shards.urls import is_remote
 from pretrain.data.train_tokenizer import iterate_captions, train_tokenizer_on
 from pretrain.errors import ConfigError
 from pretrain.printable import format_count

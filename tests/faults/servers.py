@@ -21,7 +21,7 @@ from typing import Literal
 
 import pytest
 
-from pretrain.data.shards import cache, counts, stores, transfer
+from pretrain.data.shards import cache, counts, retries, stores, transfer, urls
 from pretrain.data.shards.cache import ShardCache
 from pretrain.data.shards.paths import count_samples
 from pretrain.data.shards.reader import ShardReader
@@ -123,9 +123,9 @@ def open_bench(kind: Kind, folder: Path, shards: dict[str, bytes] | None = None,
     shards = shards or {f"{i}.tar": build_shard(i) for i in range(SHARDS)}
     folder.mkdir(parents=True, exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transfer, "RETRY_SECONDS", (0.0, 0.0, 0.0))
+        patch.setattr(retries, "RETRY_SECONDS", (0.0, 0.0, 0.0))
         patch.setattr(transfer, "PART_BYTES", PART_BYTES)
-        patch.setattr(transfer, "_IDLE_SECONDS", 0.5)
+        patch.setattr(urls, "IDLE_SECONDS", 0.5)
         patch.setattr(counts, "_answers", {})
         with _serve_s3(patch, folder, shards) if kind == "s3" else _serve_http(folder, shards, has_manifest) as bench:
             yield bench

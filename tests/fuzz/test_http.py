@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from pretrain.data.shards import transfer
+from pretrain.data.shards import retries, transfer
 from pretrain.data.shards.cache import ShardCache
 from pretrain.data.shards.paths import count_samples, expand_shards
 from pretrain.data.shards.reader import ShardReader
@@ -91,7 +91,7 @@ class Server:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(transfer, "RETRY_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr(retries, "RETRY_SECONDS", (0.0, 0.0))
     server = Server()
     yield server
     server.close()

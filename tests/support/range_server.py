@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, NamedTuple
 
-from pretrain.data.shards import counts, transfer
+from pretrain.data.shards import counts, retries
 
 if TYPE_CHECKING:
     import pytest
@@ -100,7 +100,7 @@ class RangeServer:
 @contextmanager
 def serve_ranges(monkeypatch: pytest.MonkeyPatch) -> Iterator[RangeServer]:
     """Yield a running server; reads are retried at once, and nothing is known of the files beside its shards."""
-    monkeypatch.setattr(transfer, "RETRY_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr(retries, "RETRY_SECONDS", (0.0, 0.0))
     monkeypatch.setattr(counts, "_answers", {})
     with RangeServer() as server:
         yield server

@@ -6,7 +6,10 @@
     index.py     the byte range of each member of each sample, saved beside the shard or in the cache folder
     tar.py       scans the headers of a tar file and verifies that the archive is whole
     cache.py     a folder of this machine with copies of remote shards: locked, bounded, verified
-    transfer.py  reads remote files: whole, by byte range, in parallel parts; retries input/output errors
+    urls.py      which shards are remote; requests over HTTP, and streams of servers and commands
+    ranges.py    byte ranges of remote files
+    transfer.py  copies remote files whole, in parallel parts
+    retries.py   retries after input/output errors
     stores.py    object stores (s3, gs, az, hf) through fsspec
     reader.py    random access to samples by byte range
 

@@ -20,7 +20,8 @@ from typing import IO
 
 from pretrain.data.shards.counts import Record, find_manifest_record
 from pretrain.data.shards.tar import DamagedTarError, read_members
-from pretrain.data.shards.transfer import CONNECTIONS, FETCH_SECONDS, Transfer, is_remote
+from pretrain.data.shards.transfer import CONNECTIONS, FETCH_SECONDS, Transfer
+from pretrain.data.shards.urls import is_remote
 from pretrain.errors import UserError
 from pretrain.printable import HIDDEN
 from pretrain.runtime.files import partial_path

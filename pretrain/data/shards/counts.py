@@ -20,18 +20,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pretrain.data.shards import stores
+from pretrain.data.shards.ranges import Ranges, open_ranges
+from pretrain.data.shards.retries import retry_part
 from pretrain.data.shards.stores import is_store
 from pretrain.data.shards.tar import BLOCK, Members, scan_members
-from pretrain.data.shards.transfer import (
-    Ranges,
-    describe_timeout,
-    is_http,
-    is_remote,
-    open_ranges,
-    read_small_file,
-    retry_part,
-    run_limited,
-)
+from pretrain.data.shards.transfer import describe_timeout, read_small_file, run_limited
+from pretrain.data.shards.urls import is_http, is_remote
 from pretrain.errors import ConfigError, UserError
 from pretrain.runtime.files import parse_json_object, read_bytes, replace_atomically
 

@@ -25,8 +25,10 @@ from braceexpand import braceexpand
 from pretrain.data.shards.cache import ShardCache
 from pretrain.data.shards.counts import find_manifest_record, looks_complete, recorded_count
 from pretrain.data.shards.index import ShardIndex, count_by_headers, indexed_count, load_index
+from pretrain.data.shards.ranges import NoRangesError
+from pretrain.data.shards.retries import retry_io
 from pretrain.data.shards.stores import is_pattern, is_store, list_shards
-from pretrain.data.shards.transfer import NoRangesError, is_http, is_remote, retry_io
+from pretrain.data.shards.urls import is_http, is_remote
 from pretrain.errors import ConfigError, UserError
 from pretrain.printable import one_safe_line
 

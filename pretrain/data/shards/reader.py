@@ -12,7 +12,7 @@ from pretrain.data.shards.cache import ShardCache
 from pretrain.data.shards.index import DUPLICATE_KEY, DUPLICATE_MEMBER, ShardIndex, check_recorded_count, load_index
 from pretrain.data.shards.names import find_new_names, name_shard
 from pretrain.data.shards.paths import RawSample
-from pretrain.data.shards.transfer import retry_io
+from pretrain.data.shards.retries import retry_io
 from pretrain.errors import UserError
 
 MAX_MEMBER_BYTES = 1 << 28

@@ -1,35 +1,30 @@
-"""Transfers of remote files: whole shards in parallel parts, single byte ranges, and small files.
+"""Transfers of remote files: whole shards in parallel parts, and small files.
 
 http and https urls are read by a client of our own, object stores through `stores.py`, commands and all else as a stream.
 """
 
 from __future__ import annotations
 
-import base64
 import http.client
 import io
 import os
-import re
 import subprocess
-import tempfile
 import threading
 import time
 import urllib.error
-import urllib.parse
 import urllib.request
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import IO, Any, Protocol, TypeVar, cast
+from typing import IO, Any, TypeVar, cast
 
-from pretrain.data.shards import stores
-from pretrain.data.shards.stores import STORES, is_store
+from pretrain.data.shards import retries, stores, urls
+from pretrain.data.shards.ranges import NoRangesError, StoreRanges, open_range, parse_range
+from pretrain.data.shards.retries import is_permanent, retry_part
+from pretrain.data.shards.stores import is_store
+from pretrain.data.shards.urls import build_request, find_read, is_http, open_url
 from pretrain.errors import UserError
 
 T = TypeVar("T")
-
-RETRY_SECONDS = (0.2, 1.0, 5.0)
-"""Seconds to wait before each retry after an input/output error; after the last retry the run stops."""
 
 FETCH_SECONDS = 1800.0
 """Default limit on the time that one fetch of a shard may take, however slowly its bytes arrive."""
@@ -43,188 +38,9 @@ CONNECTIONS = 8
 PART_BYTES = 8 << 20
 """Bytes of a part of a shard, which one request fetches: the transfer takes several times longer than the wait for it."""
 
-_IDLE_SECONDS = 60.0
-_URL_CHARACTERS = "%/:@!$&'()*+,;=~[]"
 _SMALL_FILE_SECONDS = 60.0
 _SMALL_FILE_BYTES = 1 << 26
 _PIECE = 1 << 20
-
-_CHANGED = "it changed while it was being read"
-_PERMANENT_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-
-
-def is_remote(path: str) -> bool:
-    """Return whether a shard is a url (or a command) rather than a local file."""
-    return "://" in path or path.startswith("pipe:")
-
-
-def is_http(url: str) -> bool:
-    """Return whether a url is read over HTTP."""
-    return url.startswith(("http://", "https://"))
-
-
-def is_permanent(error: Exception) -> bool:
-    """Return whether trying again does not help after an error: a 4xx of HTTP, for example, except 408, 425 and 429."""
-    status = getattr(error, "code", None)
-    return isinstance(error, (*_PERMANENT_ERRORS, UserError)) or (
-        isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429)
-    )
-
-
-def retry_io(action: Callable[[], T], what: str) -> T:
-    """Return action(), retried after input/output errors.
-
-    Args:
-        action: the operation.
-        what: what is read, for the error message.
-
-    Raises:
-        UserError: the error is permanent, or the last retry failed.
-    """
-    retries = 0
-    while True:
-        try:
-            return action()
-        except OSError as error:
-            if is_permanent(error) or retries == len(RETRY_SECONDS):
-                attempts = f", tried {retries + 1} times" if retries else ""
-                hint = "; its token may have expired" if getattr(error, "code", None) in (401, 403) else ""
-                raise UserError(f"cannot read {what}: {error}{hint}{attempts}") from error
-            time.sleep(RETRY_SECONDS[retries])
-            retries += 1
-
-
-def retry_part(action: Callable[[], T], is_abandoned: Callable[[], bool] = lambda: False) -> T:
-    """Return action(), which reads a part of a file, tried up to two times more: the other parts need not come again."""
-    for seconds in RETRY_SECONDS[:2]:
-        try:
-            return action()
-        except (OSError, http.client.HTTPException) as error:
-            if isinstance(error, urllib.error.HTTPError):
-                error.close()  # it holds the connection
-            if is_permanent(error) or is_abandoned():
-                raise
-            time.sleep(seconds)
-    return action()
-
-
-# ---- byte ranges -----------------------------------------------------------------------------------------------------
-
-
-class NoRangesError(Exception):
-    """A server sends whole files only."""
-
-
-class Ranges(Protocol):
-    """A remote file that is read by byte range."""
-
-    size: int
-
-    def read(self, start: int, end: int) -> bytes:
-        """Return the bytes [start, end). Raises OSError."""
-
-
-class HttpRanges:
-    """A file on an HTTP server that answers requests for byte ranges.
-
-    Args:
-        url: its address.
-        head: bytes that the first request asks for.
-
-    Raises:
-        NoRangesError: the server does not answer such requests.
-        OSError: it cannot be read.
-    """
-
-    def __init__(self, url: str, head: int) -> None:
-        self.url, self.head, self.size = url, b"", 0
-        self._version: tuple[int, str] | None = None
-        self.head = self.read(0, head)
-
-    def read(self, start: int, end: int) -> bytes:
-        """Return the bytes [start, end), or up to the end of the file."""
-        if end <= len(self.head):
-            return self.head[start:end]
-        try:
-            with _open_range(self.url, start, end, self._version) as (response, version):
-                self._version, self.size = version, version[0]
-                length = min(end, self.size) - start
-                content: bytes = response.read(length)
-        except urllib.error.HTTPError as error:
-            error.close()  # it holds the connection
-            if error.code == 416:
-                raise NoRangesError("the server sends no such range") from None
-            raise
-        if len(content) < length:
-            raise OSError(f"the connection ended {length - len(content):,} bytes early")
-        return content
-
-
-def parse_range(response: Any, start: int, end: int) -> tuple[int, str]:
-    """Return (size of the whole file, its version tag) from the response to a request for the bytes [start, end).
-
-    Raises:
-        NoRangesError: the response is not that range.
-    """
-    if response.status != 206:
-        raise NoRangesError("the server sends whole files only")
-    match = re.fullmatch(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})", response.headers.get("Content-Range", "").strip())
-    if match is None:
-        raise NoRangesError("the server does not say which bytes it sends")
-    first, last, size = map(int, match.groups())
-    if first != start or last != min(end, size) - 1:
-        raise OSError(f"the server sends bytes {first:,} to {last:,}, not those from {start:,} on")
-    return size, str(response.headers.get("ETag") or response.headers.get("Last-Modified") or "")
-
-
-@contextmanager
-def _open_range(url: str, start: int, end: int, expected: tuple[int, str] | None) -> Iterator[tuple[Any, tuple[int, str]]]:
-    """Request the bytes [start, end) of a file over HTTP; yield the response, and size and version tag of the file.
-
-    Raises:
-        NoRangesError: the response is not that range.
-        OSError: it cannot be had, or size or tag are not those `expected`.
-    """
-    with urllib.request.urlopen(_build_request(url, (start, end)), timeout=_IDLE_SECONDS) as response:
-        version = parse_range(response, start, end)
-        if expected is not None and version != expected:
-            raise OSError(_CHANGED)
-        yield response, version
-
-
-class StoreRanges:
-    """An object in an object store. Raises FileNotFoundError, other OSErrors, or UserError."""
-
-    def __init__(self, url: str) -> None:
-        self.url, self.info = url, stores.find_info(url)
-        self.size = self.info.size
-
-    def read(self, start: int, end: int) -> bytes:
-        """Return the bytes [start, end), or up to the end of the object."""
-        return stores.read_object(self.url, start, min(end, self.size))
-
-    def check_unchanged(self) -> None:
-        """Raise OSError where the object is another one by now."""
-        if stores.find_info(self.url)[:2] != self.info[:2]:
-            raise OSError(_CHANGED)
-
-
-def open_ranges(url: str, head: int) -> Ranges:
-    """Open a remote file for reading byte ranges; `head` bytes of its beginning are about to be read.
-
-    Raises:
-        NoRangesError: only the whole file can be read.
-        OSError: it cannot be read.
-        UserError: it cannot be opened.
-    """
-    if is_store(url):
-        return StoreRanges(url)
-    if is_http(url):
-        return HttpRanges(url, head)
-    raise NoRangesError("only whole files are read by such urls")
-
-
-# ---- whole files -----------------------------------------------------------------------------------------------------
 
 
 def run_limited(work: Callable[[], T], seconds: float, describe: Callable[[], str]) -> T:
@@ -306,7 +122,7 @@ class Transfer:
         elif is_http(self.url) and self.connections > 1:
             self._copy_http()
         else:
-            with _open_url(self.url, self._commands) as source:
+            with open_url(self.url, self._commands) as source:
                 self._copy_stream(source)
 
     def _copy_stream(self, source: Any) -> None:
@@ -320,12 +136,12 @@ class Transfer:
     def _copy_http(self) -> None:
         """Copy the first part, and where the server has answered with a range, the others in parallel."""
         try:
-            response = urllib.request.urlopen(_build_request(self.url, (0, PART_BYTES)), timeout=_IDLE_SECONDS)
+            response = urllib.request.urlopen(build_request(self.url, (0, PART_BYTES)), timeout=urls.IDLE_SECONDS)
         except urllib.error.HTTPError as error:
             error.close()
             if error.code != 416:  # the answer to a range of an empty file
                 raise
-            response = urllib.request.urlopen(_build_request(self.url), timeout=_IDLE_SECONDS)
+            response = urllib.request.urlopen(build_request(self.url), timeout=urls.IDLE_SECONDS)
         with response:
             if response.status != 206:
                 return self._copy_stream(response)
@@ -335,7 +151,7 @@ class Transfer:
 
         def read(start: int, end: int) -> Iterator[bytes]:
             try:
-                with _open_range(self.url, start, end, version) as (part, _):
+                with open_range(self.url, start, end, version) as (part, _):
                     yield from self._iterate_pieces(part)
             except NoRangesError as error:  # it has sent one before: another try may help
                 raise OSError(str(error)) from error
@@ -409,7 +225,7 @@ class Transfer:
 
     def _iterate_pieces(self, source: Any) -> Iterator[bytes]:
         """Yield what comes from a stream, until it ends or the transfer is abandoned."""
-        read = _find_read(source)
+        read = find_read(source)
         while not self._abandoned and (piece := read(_PIECE)):
             self._check_size(self.copied + len(piece))
             self.copied += len(piece)
@@ -433,7 +249,7 @@ def read_small_file(url: str) -> bytes | None:
     """Return the content (at most 64 MiB) of a small file beside a remote shard; None where it cannot be had."""
     if not is_store(url) and not url.startswith(("http://", "https://", "file://")):
         return None
-    for seconds in (*RETRY_SECONDS, None):
+    for seconds in (*retries.RETRY_SECONDS, None):
         try:
             if is_store(url):
                 return run_limited(
@@ -447,88 +263,3 @@ def read_small_file(url: str) -> bytes | None:
                 return None
             time.sleep(seconds)
     return None
-
-
-# ---- streams ---------------------------------------------------------------------------------------------------------
-
-
-def _find_read(source: Any) -> Callable[[int], bytes]:
-    """Return the function of a stream that returns what has come, where `read` would wait for all that was asked for."""
-    stream = getattr(source, "stream", source)  # webdataset's pipes wrap one
-    read: Callable[[int], bytes] = getattr(stream, "read1", None) or source.read
-    return read
-
-
-def _build_request(url: str, byte_range: tuple[int, int] | None = None) -> urllib.request.Request:
-    """Build the request for a url: user name and password become a header, which no other host gets by a redirect.
-
-    byte_range: first byte, and the one after the last. Raises UserError for a url that is not valid.
-    """
-    try:
-        parts = urllib.parse.urlsplit(url)
-        userinfo, at, host = parts.netloc.rpartition("@")
-        host.encode("idna")
-        _ = parts.port
-        if parts.scheme != "file" and not parts.hostname:
-            raise ValueError("it names no host")
-    except ValueError as error:
-        raise UserError(f"{url} is not a valid url: {error}") from error
-    path = urllib.parse.quote(parts.path, safe=_URL_CHARACTERS)
-    query = urllib.parse.quote(parts.query, safe=_URL_CHARACTERS + "?")
-    request = urllib.request.Request(urllib.parse.urlunsplit((parts.scheme, host, path, query, "")))
-    if byte_range is not None:
-        request.add_header("Range", f"bytes={byte_range[0]}-{byte_range[1] - 1}")
-    if at:
-        encoded = base64.b64encode(urllib.parse.unquote(userinfo).encode()).decode()
-        request.add_unredirected_header("Authorization", f"Basic {encoded}")
-    return request
-
-
-def _open_url(url: str, commands: list[subprocess.Popen[bytes]]) -> AbstractContextManager[IO[bytes]]:
-    """Open a url for reading.
-
-    commands: gets the process of a command, so that another thread can end it. Raises UserError for an unknown scheme.
-    """
-    if url.startswith(("http://", "https://", "file://")):
-        response: IO[bytes] = urllib.request.urlopen(_build_request(url), timeout=_IDLE_SECONDS)
-        return response
-    if url.startswith("pipe:"):
-        return _run_command(url.removeprefix("pipe:"), commands)
-    from webdataset.gopen import gopen, gopen_schemes  # sftp and others, by command-line tools; slow to import
-
-    scheme = url.partition(":")[0]
-    if scheme not in gopen_schemes:
-        schemes = ", ".join(sorted({*gopen_schemes, *STORES} - {"__default__"}))
-        raise UserError(f"{url}: cannot open urls of scheme {scheme}; valid schemes are {schemes}")
-    stream: Any = gopen(url)
-    commands.append(stream.proc)
-    return cast(AbstractContextManager[IO[bytes]], stream)
-
-
-@contextmanager
-def _run_command(command: str, commands: list[subprocess.Popen[bytes]]) -> Iterator[IO[bytes]]:
-    """Run a shell command and give its output as a stream.
-
-    Raises:
-        OSError: at the end of the block, where the command failed.
-        UserError: there is no such command.
-    """
-    with (
-        tempfile.TemporaryFile() as errors,
-        subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, stderr=errors) as run,
-    ):
-        assert run.stdout is not None
-        commands.append(run)
-        try:
-            yield run.stdout
-        except BaseException:
-            run.kill()
-            raise
-        code = run.wait()
-        errors.seek(0)
-        lines = errors.read().decode("utf-8", "replace").strip().splitlines()
-    if code:
-        reason = f"the command ended with exit code {code}" + (f": {lines[-1][:300]}" if lines else "")
-        if code in (126, 127):  # the shell does not find the command: trying again does not help
-            raise UserError(f"cannot read pipe:{command}: {reason}")
-        raise OSError(reason)

@@ -23,7 +23,7 @@ from pretrain.data.config import check_sources
 from pretrain.data.images import AugmentConfig, ImageDecoder
 from pretrain.data.loader import DataConfig, Loader, build_eval_loader, build_loader
 from pretrain.data.order import Order, ShardSource
-from pretrain.data.shards import transfer
+from pretrain.data.shards import retries
 from pretrain.data.text import TextDecoder, load_tokenizer, train_tokenizer
 from pretrain.errors import ConfigError, UserError
 
@@ -366,7 +366,7 @@ def test_a_shard_that_contradicts_its_stats_stops_the_run(data, decoders, tmp_pa
 
 
 def test_disk_errors_stop_the_run(data, decoders, tmp_path, monkeypatch):
-    monkeypatch.setattr(transfer, "RETRY_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr(retries, "RETRY_SECONDS", (0.0, 0.0))
     write_shard(tmp_path / "a.tar", {f"{i:03d}": good(i) for i in range(50)})
     one = loader(data, decoders, train=str(tmp_path), workers=1)
 

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from pretrain.data.shards import transfer
+from pretrain.data.shards import retries
 from pretrain.data.shards.cache import ShardCache
 from pretrain.data.shards.index import load_index
 from pretrain.data.shards.paths import count_samples
@@ -235,7 +235,7 @@ def test_addresses_that_are_none(address: str, tmp_path: Path) -> None:
 
 
 def test_a_command_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transfer, "RETRY_SECONDS", ())
+    monkeypatch.setattr(retries, "RETRY_SECONDS", ())
     with pytest.raises(UserError, match="after 1 seconds only 0 bytes had come"):
         count_samples(["pipe:exec sleep 60"], ShardCache(str(tmp_path), commands=True, seconds=1.0))
 

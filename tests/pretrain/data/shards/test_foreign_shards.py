@@ -13,7 +13,7 @@ import pytest
 from pretrain.data import BadSample
 from pretrain.data.check import check_shards
 from pretrain.data.pack import pack
-from pretrain.data.shards import transfer
+from pretrain.data.shards import retries
 from pretrain.data.shards.cache import ShardCache
 from pretrain.data.shards.index import load_index
 from pretrain.data.shards.names import find_new_names, name_shard
@@ -155,7 +155,7 @@ def test_double_colons_within_a_name_are_part_of_it(tmp_path: Path, monkeypatch:
 
 
 def test_commands_with_ranges_are_read_where_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transfer, "RETRY_SECONDS", (0.0,))
+    monkeypatch.setattr(retries, "RETRY_SECONDS", (0.0,))
     for i in range(2):
         write_tar(tmp_path / f"t-{i:04d}.tar", PAIRS[: 2 + 2 * i])
     paths = expand_shards(f"pipe:cat {tmp_path}/t-{{0000..0001}}.tar")
@@ -167,7 +167,7 @@ def test_commands_with_ranges_are_read_where_allowed(tmp_path: Path, monkeypatch
 
 
 def test_commands_that_fail_are_named_with_what_they_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transfer, "RETRY_SECONDS", (0.0,))
+    monkeypatch.setattr(retries, "RETRY_SECONDS", (0.0,))
     shard_cache = ShardCache(str(tmp_path / "cache"), commands=True)
     failing = "pipe:echo no such object >&2; exit 3"
     with pytest.raises(UserError) as caught:

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pretrain.data import BadSample
-from pretrain.data.shards import transfer
+from pretrain.data.shards import retries
 from pretrain.data.shards.cache import ShardCache
 from pretrain.data.shards.index import load_index
 from pretrain.data.shards.paths import count_samples, expand_shards
@@ -437,7 +437,7 @@ def test_text_of_many_megabytes_is_a_bad_sample(tmp_path, extension):
 
 
 def test_a_shard_that_shrinks_or_changes_stops_the_run(shard, monkeypatch):
-    monkeypatch.setattr(transfer, "RETRY_SECONDS", (0.0,))
+    monkeypatch.setattr(retries, "RETRY_SECONDS", (0.0,))
     reader = ShardReader([shard])
     reader.read(0, 0)
     os.truncate(shard, 2000)
@@ -449,7 +449,7 @@ def test_a_shard_that_shrinks_or_changes_stops_the_run(shard, monkeypatch):
 
 
 def test_disk_errors_are_retried(shard, monkeypatch):
-    monkeypatch.setattr(transfer, "RETRY_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr(retries, "RETRY_SECONDS", (0.0, 0.0))
     real_pread, errors = os.pread, []
 
     def pread(fd, length, offset):
@@ -525,7 +525,7 @@ def test_remote_counts_need_no_shard(tmp_path, server):
 
 
 def test_an_interrupted_download_leaves_no_file(tmp_path, server, monkeypatch):
-    monkeypatch.setattr(transfer, "RETRY_SECONDS", (0.0,))
+    monkeypatch.setattr(retries, "RETRY_SECONDS", (0.0,))
     url, requests = server
     write_tar(tmp_path / "www/short.tar", samples(5))
     with pytest.raises(UserError, match=r"cannot read .*short.tar: the connection ended [\d,]+ bytes early, tried 2 times"):

@@ -15,7 +15,7 @@ import pytest
 from launch import cli
 from pretrain.data.check import check_shards
 from pretrain.data.config import list_shards_once
-from pretrain.data.shards import cache, stores, transfer
+from pretrain.data.shards import cache, retries, stores, transfer
 from pretrain.data.shards.cache import ShardCache
 from pretrain.data.shards.paths import count_samples, expand_shards
 from pretrain.data.shards.reader import ShardReader
@@ -71,7 +71,7 @@ def bucket(server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request
         "XDG_CACHE_HOME": str(tmp_path / "cache"),
     }.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(transfer, "RETRY_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr(retries, "RETRY_SECONDS", (0.0, 0.0))
     monkeypatch.setattr(stores, "_systems", {})
     client = boto3.client("s3")
     name = f"b{abs(hash(request.node.name)):x}"
