@@ -17,8 +17,6 @@ from tests.support import Small, read_jsonl, read_losses
 from tests.support.faulty_disk import Disk, run_pretraining
 from tests.support.launches import read_status
 
-MODES = pytest.mark.parametrize("background", ["false", "true"])
-
 
 def settings(small: Small, run: Path, *more: str) -> list[str]:
     return ["scenes", *small.settings(run, "train.steps=8", "train.save_every=2", "train.keep=0", *more)]
@@ -56,13 +54,11 @@ def test_training_goes_on_after_a_failed_save(
     assert read_status(run)["state"] == "done"
 
 
-@MODES
-def test_too_many_failed_saves_end_the_run(small: Small, tmp_path: Path, background: str) -> None:
-    processes, strategy = (2, "ddp") if background == "true" else (1, "single")
+def test_too_many_failed_saves_end_the_run(small: Small, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    more = [f"train.background_saves={background}", "train.max_failed_saves=2", f"train.strategy={strategy}"]
-    codes, output = run_pretraining(processes, settings(small, run, *more), tmp_path, Disk(full_at=(4, 6)))
-    assert codes == [1] * processes
+    words = settings(small, run, "train.max_failed_saves=2", "train.strategy=ddp")
+    codes, output = run_pretraining(2, words, tmp_path, Disk(full_at=(4, 6)))
+    assert codes == [1, 1]
     line = failure_lines(output)[-1]
     assert line.startswith("clipfuse: cannot write the checkpoint of step 6")
     assert "2 saves in a row failed (train.max_failed_saves)" in line
@@ -71,21 +67,16 @@ def test_too_many_failed_saves_end_the_run(small: Small, tmp_path: Path, backgro
     assert read_status(run)["step"] in (6, 7, 8)
 
 
-@MODES
-def test_a_last_save_that_fails_is_an_error(small: Small, tmp_path: Path, background: str) -> None:
-    """Also where the one before has failed: the last one is tried, though no more may fail."""
-    more = [f"train.background_saves={background}", "train.max_failed_saves=1"]
-    codes, output = run_pretraining(1, settings(small, tmp_path / "end", *more), tmp_path, Disk(full_at=(8,)))
+@pytest.mark.parametrize(("background", "step"), [("false", 8), ("true", 3)])
+def test_a_last_save_that_fails_is_an_error(small: Small, tmp_path: Path, background: str, step: int) -> None:
+    """At the end, and at a signal to stop: nothing else would hold the work."""
+    run = tmp_path / "run"
+    signal = ["loss.name=tests.support.failing_loss", "loss.how=terminate", "loss.at=3"] if step == 3 else []
+    words = settings(small, run, f"train.background_saves={background}", "train.max_failed_saves=9", *signal)
+    codes, output = run_pretraining(1, words, tmp_path, Disk(full_at=(step,)))
     assert codes == [1]
-    assert failure_lines(output)[-1].startswith("clipfuse: cannot write the checkpoint of step 8")
-    assert saved_steps(tmp_path / "end") == [2, 4, 6]
-    if background == "true":
-        signal = ["loss.name=tests.support.failing_loss", "loss.how=terminate", "loss.at=3", "train.max_failed_saves=9"]
-        words = settings(small, tmp_path / "stopped", *signal)
-        codes, output = run_pretraining(1, words, tmp_path, Disk(full_at=(3,)))
-        assert codes == [1]
-        assert failure_lines(output)[-1].startswith("clipfuse: cannot write the checkpoint of step 3")
-        assert saved_steps(tmp_path / "stopped") == [2]
+    assert failure_lines(output)[-1].startswith(f"clipfuse: cannot write the checkpoint of step {step}")
+    assert saved_steps(run) == list(range(2, step, 2))
 
 
 def test_a_folder_that_is_deleted_under_the_run_is_made_anew(small: Small, tmp_path: Path) -> None:
