@@ -265,5 +265,7 @@ def find_problem(row: Row) -> str | None:
         return None if outcome.read == SHARDS * SAMPLES else f"only {outcome.read} samples came"
     if "\n" in outcome.error or not re.search(r"(s3|http)://\S+/\d\.tar", outcome.error):
         return "the error is not one line that names the shard"
+    if re.search(r"\.tar: *(,|;|\(|$)", outcome.error):
+        return "the error names no cause"
     is_expected = row.frequency == "all answers" or row.fault == "credentials expire"
     return None if is_expected else "a passing fault stopped it"

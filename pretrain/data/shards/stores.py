@@ -231,4 +231,6 @@ def _translate(url: str, error: Exception) -> Exception:
         return UserError(f"cannot read {url}: {message}; credentials come from {STORES[scheme].credentials}")
     if isinstance(error, ImportError):
         return UserError(f"{scheme}:// needs {STORES[scheme].package}: pip install 'clipfuse[{STORES[scheme].extra}]'")
+    if not message:
+        return OSError("no answer in time" if isinstance(error, TimeoutError) else kind)
     return OSError(message if isinstance(error, OSError) else f"{kind}: {message}")

@@ -174,6 +174,17 @@ def test_denied_access_is_tried_with_new_credentials_and_named(bucket: Any, tmp_
     assert str(error.value).startswith("access denied (The token *** has expired.); credentials come from AWS_PROFILE")
 
 
+@pytest.mark.parametrize(("error", "words"), [(TimeoutError(), "no answer in time"), (ConnectionError(), "ConnectionError")])
+def test_an_error_without_a_message_is_named(bucket: Any, error: Exception, words: str) -> None:
+    """As s3fs raises it where a server stalls."""
+
+    def fail(system: Any, path: str) -> None:
+        raise error
+
+    with pytest.raises(OSError, match=f"^{words}$"):
+        stores.call_store(f"s3://{bucket[1]}/0.tar", fail)
+
+
 @pytest.mark.parametrize(("scheme", "package", "extra"), [("gs", "gcsfs", "gcs"), ("az", "adlfs", "azure")])
 def test_a_missing_extra_is_named(scheme: str, package: str, extra: str, tmp_path: Path) -> None:
     if any((Path(folder) / package).exists() for folder in __import__("sys").path):
