@@ -1,7 +1,7 @@
 # make demo    draw scenes, pretrain, export, embed, index, answer questions, write reports (MINUTES=n shortens the training)
 # make test    every test           make check   ruff, mypy, imports, spelling         make bench   measurements
 # make gpu     checks and measurements that need a GPU, in under 25 minutes
-# make fuzz    thousands of damaged shards, images, folders and responses of servers
+# make fuzz    thousands of damaged shards, images, folders and responses of servers; kills of runs, faults of servers
 
 PYTHON ?= python3
 MINUTES ?= 8
@@ -31,9 +31,11 @@ check: .venv/installed
 	$(BIN)/lint-imports
 	$(BIN)/codespell
 
-# Thousands of seeded cases of damage; `make test` runs the first few hundred of them.
+# Thousands of seeded cases of damage; `make test` runs the first few hundred of them. Then two tables of faults.
 fuzz: .venv/installed
 	FUZZ_FACTOR=20 $(BIN)/python -m pytest -q -n auto --timeout 3600 tests/fuzz
+	$(BIN)/python -m tests.faults servers
+	$(BIN)/python -m tests.faults kills --kills 20
 
 # Alone on the machine. PEER=PYTHON compares with open_clip, TRAIN= and VAL= name shards of your own.
 bench: .venv/installed
