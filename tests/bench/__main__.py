@@ -39,6 +39,7 @@ def list_commands(peer: str | None, train: str | None, val: str | None) -> dict[
         "remote": [],
         "context": [],
         "embed": [],
+        "search": [],
         "plan": [],
         "overhead": [],
         "first_step": [],

@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from starlette.testclient import TestClient
 
-from finetune import loading
 from finetune.search import places
 from finetune.search.query import Searcher, load_query_model
 from launch import cli
@@ -103,8 +102,3 @@ def test_a_page_without_those_runs(here: Path, client: TestClient, capsys: pytes
         err = capsys.readouterr().err
         assert message in err
         assert err.count("\n") == 1
-
-
-def test_loading_says_what_a_run_is(here: Path, client: TestClient) -> None:
-    """The fixture's run really has a task of its own."""
-    assert loading.load("runs/vqa").config.task.name == "vqa"
