@@ -127,6 +127,8 @@ def draw_legs(rng: random.Random, sizes: Sequence[int], steps: Sequence[int] = (
         workers = rng.choice([0, 1, 2])
         ending = _draw_action(rng, ACTIONS, processes, workers)
         phase = rng.choice((*PHASES, "starting") if ending == "SIGKILL to all" else PHASES)
+        if step in steps:  # there, and not a few steps later
+            phase = rng.choice(PHASES[:2])
         faults = [Fault(ending, step, phase, rng.uniform(0.2, 3.0) if phase == "starting" else 0.05 * rng.random() ** 2)]
         if freezes and step - before > 3 and phase != "starting":
             action = _draw_action(rng, FREEZES, processes, workers)

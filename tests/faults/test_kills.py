@@ -16,7 +16,7 @@ def test_three_kills_cost_no_sample_and_no_loss(small: Small, tmp_path: Path) ->
     for run in runs.values():
         run.parent.mkdir()
     kills.run_campaign(small, runs["undisturbed"], [kills.Leg(1, 0)])
-    legs = kills.draw_legs(random.Random(0), [1, 2, 1, 1], (kills.TRAIN_EDGE,), freezes=True)
+    legs = kills.draw_legs(random.Random(0), [1, 2, 1, 1], (kills.TRAIN_EDGE,))
     strikes = kills.run_campaign(small, runs["killed"], legs)
     assert sum(strike.fault.ends for strike in strikes) == 3
     assert all(strike.has_survived for strike in strikes)
