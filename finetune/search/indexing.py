@@ -65,6 +65,8 @@ class IndexOptions:
         parse_fields(self.fields)
         if not 1 <= self.batch_size < 2**31:
             raise ConfigError(f"--batch-size {self.batch_size} must be from 1 to 2147483647")
+        if self.dim is not None and not 1 <= self.dim < 2**31:
+            raise ConfigError(f"--dim {self.dim} must be from 1 to 2147483647")
         if "/" in self.name:
             raise ConfigError(f"--name {self.name} must hold no slash")
 
