@@ -17,7 +17,7 @@ from pretrain import model as models
 from pretrain.checkpoints import store
 from pretrain.data.config import evaluation_caption
 from pretrain.data.text import load_tokenizer
-from pretrain.errors import UserError
+from pretrain.errors import ConfigError, UserError
 from pretrain.formats import ImportedModel, hf_import, open_clip_import
 from pretrain.model import DualEncoder, ModelSchema
 
@@ -72,13 +72,21 @@ def load_model(run: str | Path) -> LoadedModel:
         weights = {name.removeprefix("encoder."): w for name, w in weights.items() if name.startswith("encoder.")}
     loaded = _build_loaded(config, weights, tokenizer, caption, folder, store.parse_step(folder))
     if "task" not in values:  # fine-tuning does not train them
-        loaded.widths = read_widths(values.get("loss") or {}, config.model.dim)
+        loaded.widths = read_widths(values.get("loss"), config.model.dim)
     return loaded
 
 
-def read_widths(loss: Mapping[str, Any], dim: int) -> tuple[int, ...]:
-    """Return the widths below `dim` of loss.matryoshka, in order."""
-    return tuple(sorted(int(width) for width in loss.get("matryoshka") or () if int(width) < dim))
+def read_widths(loss: Any, dim: int) -> tuple[int, ...]:
+    """Return the widths below `dim` of loss.matryoshka in the section `loss` of a configuration, in order.
+
+    Raises ConfigError where it is no list of whole numbers.
+    """
+    widths = loss.get("matryoshka") if isinstance(loss, Mapping) else loss
+    if widths is None:
+        return ()
+    if not isinstance(widths, list | tuple) or any(type(width) is not int or width < 1 for width in widths):
+        raise ConfigError(f"loss.matryoshka={str(widths)[:80]} must be a list of widths")
+    return tuple(sorted({width for width in widths if width < dim}))
 
 
 def _build_loaded(

@@ -31,14 +31,14 @@ def records() -> list[dict[str, Any]]:
 @pytest.fixture(scope="session")
 def client(folder: Path, small: Small, records: list[dict[str, Any]]) -> Iterator[TestClient]:
     """A client of the page."""
-    with contextlib.chdir(folder):
+    with contextlib.chdir(folder):  # not while tests run: the fixture outlives this folder's tests
         shutil.copytree("products", "hostile/products")
         Path("hostile/products/p00.txt").write_text('<script>alert(1)</script> a red car & "more"')
         assert cli.main(index_words("hostile/products", "hostile/db")) == 0
         assert cli.main(finetune_words(small, "vqa", "task.types=[colour, kind]")) == 0
-        device = torch.device("cpu")
-        with places.open_index("hostile/db") as opened:
-            searcher = Searcher(opened, load_query_model(opened, None), device, loading.load("runs/retrieval"))
-            app = build_app(searcher, log=records.append, answerer=Answerer(loading.load("runs/vqa"), device))
-            with TestClient(app, base_url="http://127.0.0.1:8000") as client:
-                yield client
+    device = torch.device("cpu")
+    with places.open_index(str(folder / "hostile/db")) as opened:
+        searcher = Searcher(opened, load_query_model(opened, None), device, loading.load(str(folder / "runs/retrieval")))
+        app = build_app(searcher, log=records.append, answerer=Answerer(loading.load(str(folder / "runs/vqa")), device))
+        with TestClient(app, base_url="http://127.0.0.1:8000") as client:
+            yield client
