@@ -1,7 +1,8 @@
 """Every strategy gives the gradient of the whole batch, on any number of processes and chunks.
 
 Each (strategy, processes) starts its processes once and runs all its cases: losses x chunks x tiles x precisions, and
-several texts for each image; the whole grid on two processes. The reference is one process on the whole batch, with the loss in closed form, in float64.
+several texts for each image; the whole grid on two processes. The reference is one process on the whole batch, with the loss in
+closed form, in float64.
 """
 
 from __future__ import annotations
