@@ -63,8 +63,8 @@ def _run_pass(model: nn.Module, sample: Batch, size: int, dtype: torch.dtype | N
     model.train()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
-        parameters = {n: mode.from_tensor(p).detach().requires_grad_(p.requires_grad) for n, p in model.named_parameters()}
-        buffers = {n: mode.from_tensor(b) for n, b in model.named_buffers()}
+        parameters = {n: _fake(p, mode).detach().requires_grad_(p.requires_grad) for n, p in model.named_parameters()}
+        buffers = {n: _fake(b, mode) for n, b in model.named_buffers()}
         inputs = {n: torch.empty(size, *x.shape[1:], dtype=x.dtype) for n, x in sample.inputs.items()}
         masks = {n: torch.empty(size, *x.shape[1:], dtype=x.dtype) for n, x in sample.masks.items()}
         existing = [*parameters.values(), *buffers.values(), *inputs.values(), *masks.values()]
@@ -85,6 +85,11 @@ def _run_pass(model: nn.Module, sample: Batch, size: int, dtype: torch.dtype | N
     tracker.flops = counter.get_total_flops()
     model.train(training)
     return tracker
+
+
+def _fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
+    """Return a tensor without contents on the CPU, like `tensor`, which may be on the meta device."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype) if tensor.is_meta else mode.from_tensor(tensor)
 
 
 class _ForwardBackward(nn.Module):

@@ -34,7 +34,7 @@ class PlaceholderTokenizer:
 
 
 def measure_model(config: PretrainConfig) -> tuple[ModelSize, list[str]]:
-    """Return the sizes of the model, built on the CPU without published weights, and notes on what was assumed."""
+    """Return the sizes of the model, built without weights where its towers can be, and notes on what was assumed."""
     notes = []
     towers = {}
     for name, tower in models.tower_configs(config).items():
@@ -51,12 +51,12 @@ def measure_model(config: PretrainConfig) -> tuple[ModelSize, list[str]]:
             tokenizer = PlaceholderTokenizer(vocabulary)
             name = f"tokenizer {config.text.tokenizer!r} is not here" if config.text.tokenizer else "no tokenizer is named"
             notes.append(f"{name}: a vocabulary of {vocabulary:,} is assumed")
-    size, more = measure_built(models.build(towers, config.model, tokenizer), config)
+    size, more = measure_built(models.build(towers, config.model, tokenizer, has_weights=False), config)
     return size, notes + more
 
 
 def measure_built(built: DualEncoder, config: PretrainConfig) -> tuple[ModelSize, list[str]]:
-    """Return the sizes of a model that is on the CPU, and notes on what was assumed. It does not change."""
+    """Return the sizes of a model on the CPU or without weights, and notes on what was assumed. It does not change."""
     notes = []
     sample = flops.build_sample(
         config.image.size if config.image is not None else None,
