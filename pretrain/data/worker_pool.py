@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -123,8 +124,7 @@ def _watch_deaths(results: WorkerResults) -> Iterator[None]:
         waiting = {process.sentinel: process for process in processes}
         while stopped not in (ready := multiprocessing.connection.wait([stopped, *waiting])):
             for process in [waiting.pop(sentinel) for sentinel in ready]:
-                process.join(EXIT_SECONDS)  # its files are closed, but on a busy machine it may not have exited yet
-                if process.exitcode:
+                if _wait_for_exit_code(process):
                     results.first_dead.append(process)
                     results.kill()
                     return
@@ -183,9 +183,22 @@ def _find_dead_workers(workers: list[Any]) -> list[Any]:
     """
     ending = multiprocessing.connection.wait([w.sentinel for w in workers], timeout=EXIT_SECONDS)
     for w in workers:
-        if w.sentinel in ending:  # its files are closed, but on a busy machine it may not have exited yet
-            w.join(EXIT_SECONDS)
-    return [w for w in workers if not w.is_alive() and w.exitcode]
+        if w.sentinel in ending:
+            _wait_for_exit_code(w)
+    return [w for w in workers if w.exitcode]
+
+
+def _wait_for_exit_code(process: Any) -> int | None:
+    """Return the exit code of a process whose files are closed: on a busy machine it may not have exited yet.
+
+    Where two threads join a process, one of them returns before the other has noted the exit code.
+    """
+    end = time.monotonic() + EXIT_SECONDS
+    process.join(EXIT_SECONDS)
+    while process.exitcode is None and time.monotonic() < end:
+        time.sleep(0.001)
+    code: int | None = process.exitcode
+    return code
 
 
 def _identity(value: Any) -> Any:

@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -10,6 +11,7 @@ import struct
 import tarfile
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -459,6 +461,16 @@ def test_a_killed_worker_whose_files_are_closed_before_it_exits() -> None:
             time.sleep(0.05)
         with pytest.raises(UserError, match=rf"a data worker \(process {worker}\) was killed by signal 9"):
             next(results)
+
+
+def test_threads_that_wait_for_the_same_process_all_get_its_exit_code() -> None:
+    """The kernel gives it to one of them; by join() alone, about one process in fifteen has no code for another thread."""
+    context = multiprocessing.get_context("fork")
+    for _ in range(60):
+        process = context.Process(target=os._exit, args=(3,))
+        process.start()
+        with ThreadPoolExecutor(3) as pool:
+            assert list(pool.map(worker_pool._wait_for_exit_code, [process] * 3)) == [3, 3, 3]
 
 
 class Large(torch.utils.data.Dataset):  # type: ignore[type-arg]
