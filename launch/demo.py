@@ -39,7 +39,7 @@ def build_commands(folder: Path, minutes: float) -> list[list[str]]:
     data = [f"data.train={scenes}/train-*.tar", f"data.val={scenes}/val-*.tar"]
     pretrain = build_length_settings(minutes * PRETRAIN_SHARE, "pretrain")
     finetune = build_length_settings(minutes * (1 - PRETRAIN_SHARE), "finetune")
-    scene_count = "8000" if minutes > 2 else "2000" if minutes >= 1 else "500"
+    scene_count = "8000" if minutes > 2 else "2000" if minutes >= 1 else "300"
     questions = ["task.types=[colour, kind, count]", "task.questions=4"]
     parallelism = build_process_settings()
     searches = [word for text in SEARCHES for word in ("--search", text)]
