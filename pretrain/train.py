@@ -258,5 +258,5 @@ def build_evaluation(
     if not config.data.val:
         return None
     val, precision, cache = config.data.val, config.train.precision, config.data.build_cache()
-    widths = read_widths({"matryoshka": getattr(config.loss, "matryoshka", ())}, config.model.dim)
+    widths = read_widths(vars(config.loss), config.model.dim)
     return lambda model: evaluate(model, components.eval_decoders, val, config.eval, device, precision, cache, widths=widths)

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 from tests.faults import positions
 from tests.support import Small, read_jsonl
-from tests.support.launches import Launcher, clipfuse_command, start_launcher
+from tests.support.launches import Launcher, clipfuse_command, eventful_settings, start_launcher
 
 STEPS = 40
 TRAIN_EDGE, VAL_EDGE = 25, 16
@@ -157,20 +157,15 @@ def settings(small: Small, run: Path, leg: Leg, more: Sequence[str] = ()) -> lis
     return [
         "scenes",
         *(["--nproc", str(leg.processes)] if leg.processes > 1 else []),
-        *small.settings(
+        *eventful_settings(
+            small,
             run,
-            f"data.train=[{{shards: {small.train}, weight: 3}}, {{shards: {small.val}, weight: 1}}]",
-            f"data.val={small.val}",
-            f"data.workers={leg.workers}",
-            f"train.strategy={'single' if leg.processes == 1 else 'ddp'}",
+            leg.processes,
+            leg.workers,
             f"train.steps={STEPS}",
             f"train.save_every={SAVE_EVERY}",
             f"train.eval_every={EVAL_EVERY}",
-            "train.audit=true",
             "train.timeout=120",
-            "optim.average=0.9",
-            "data.augment.flip=true",
-            "eval.workers=0",
             *more,
         ),
     ]

@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import os
-import random
 import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +26,7 @@ from pretrain.data.shards.paths import count_samples
 from pretrain.data.shards.reader import ShardReader
 from pretrain.errors import UserError
 from tests.support.fault_proxy import FAULTS, Exchange, FaultProxy
+from tests.support.random_shards import build_shard
 from tests.support.range_server import RangeServer
 
 Kind = Literal["s3", "http"]
@@ -52,19 +52,6 @@ class Outcome:
     requests: int
     error: str
     """The line that reading stopped with; empty where it went on to the end."""
-
-
-def build_shard(number: int, samples: int = SAMPLES, size: int = 9000) -> bytes:
-    """Return a tar of samples with a member of `size` random bytes each."""
-    out = io.BytesIO()
-    rng = random.Random(number)
-    with tarfile.open(fileobj=out, mode="w") as tar:
-        for i in range(samples):
-            for extension, content in (("jpg", rng.randbytes(size)), ("txt", f"caption {number} {i}".encode())):
-                info = tarfile.TarInfo(f"{i:04d}.{extension}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-    return out.getvalue()
 
 
 class Bench:
@@ -120,7 +107,7 @@ def open_bench(kind: Kind, folder: Path, shards: dict[str, bytes] | None = None,
         shards: contents by name; None = some small ones.
         has_manifest: whether an http server has a manifest beside the shards.
     """
-    shards = shards or {f"{i}.tar": build_shard(i) for i in range(SHARDS)}
+    shards = shards or {f"{i}.tar": build_shard(i, SAMPLES, 9000) for i in range(SHARDS)}
     folder.mkdir(parents=True, exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(retries, "RETRY_SECONDS", (0.0, 0.0, 0.0))

@@ -11,7 +11,9 @@ import urllib.parse
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
+
+from tests.support.loopback import LoopbackServer
 
 _OWN_HEADERS = {"connection", "content-length", "transfer-encoding", "keep-alive", "date", "server"}
 
@@ -52,7 +54,7 @@ class Exchange:
         self.handler.close_connection = True
 
 
-class FaultProxy:
+class FaultProxy(LoopbackServer):
     """A proxy at `url` in front of the server at the address `upstream`; a context manager.
 
     Attributes:
@@ -65,8 +67,6 @@ class FaultProxy:
         self.upstream = upstream
         self.fault: Callable[[Exchange], bool] = lambda exchange: False
         self.requests: list[str] = []
-        self.released = threading.Event()
-        """Set when stalled responses shall end."""
         self._lock = threading.Lock()
         proxy = self
 
@@ -84,21 +84,7 @@ class FaultProxy:
             def log_message(self, *args: object) -> None:
                 pass
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
-        self.http.handle_error = lambda *args: None  # type: ignore[method-assign]
-        self.thread = threading.Thread(target=self.http.serve_forever)
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
-
-    def __enter__(self) -> FaultProxy:
-        self.thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.released.set()
-        self.http.shutdown()
-        self.http.server_close()
-        self.thread.join()
+        super().__init__(Handler)
 
     def _forward(self, handler: BaseHTTPRequestHandler, host: str, port: int) -> Exchange:
         """Send a request on, and return it with its answer."""

@@ -38,6 +38,22 @@ def tiny_run_args(small: Small, run: Path, *more: str) -> list[str]:
     return ["scenes", *small.settings(run, "train.strategy=ddp", "data.val=null", *more)]
 
 
+def eventful_settings(small: Small, run: Path, processes: int, workers: int, *more: str) -> list[str]:
+    """Settings of a run that has what a stop could lose: two weighted sources, evaluations, averaged weights, an audit."""
+    return small.settings(
+        run,
+        f"data.train=[{{shards: {small.train}, weight: 3}}, {{shards: {small.val}, weight: 1}}]",
+        f"data.val={small.val}",
+        f"data.workers={workers}",
+        f"train.strategy={'single' if processes == 1 else 'ddp'}",
+        "train.audit=true",
+        "optim.average=0.9",
+        "data.augment.flip=true",
+        "eval.workers=0",
+        *more,
+    )
+
+
 class Launcher:
     """A launcher process, with all processes that it starts, and a log file of its output.
 

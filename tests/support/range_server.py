@@ -6,10 +6,11 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING, NamedTuple
 
 from pretrain.data.shards import counts, retries
+from tests.support.loopback import LoopbackServer
 
 if TYPE_CHECKING:
     import pytest
@@ -23,7 +24,7 @@ class Request(NamedTuple):
     sent: int
 
 
-class RangeServer:
+class RangeServer(LoopbackServer):
     """Serves `files`, by name, at `url`; a context manager.
 
     Attributes:
@@ -38,8 +39,6 @@ class RangeServer:
         self.requests: list[Request] = []
         self.fault: Callable[[BaseHTTPRequestHandler, bytes, tuple[int, int] | None], bool] = lambda *_: False
         self.tag = '"1"'
-        self.released = threading.Event()
-        """Set when stalled responses shall end."""
         self._lock = threading.Lock()
         server = self
 
@@ -51,20 +50,7 @@ class RangeServer:
             def log_message(self, *args: object) -> None:
                 pass
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.handle_error = lambda *args: None  # type: ignore[method-assign]
-        self.thread = threading.Thread(target=self.http.serve_forever)
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
-
-    def __enter__(self) -> RangeServer:
-        self.thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.released.set()
-        self.http.shutdown()
-        self.http.server_close()
-        self.thread.join()
+        super().__init__(Handler)
 
     def _answer(self, handler: BaseHTTPRequestHandler) -> None:
         """Answer one request."""

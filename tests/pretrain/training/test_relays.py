@@ -9,6 +9,7 @@ import pytest
 
 from launch import cli
 from tests.support import Small, read_losses, read_sample_keys
+from tests.support.launches import eventful_settings
 from tests.support.relay import Moment, read_batch_keys, run_processes
 
 STEPS = 28
@@ -30,19 +31,14 @@ def settings(small: Small, run: Path, leg: Leg) -> list[str]:
     """Return the arguments of a leg: two weighted sources, evaluations, checkpoints and averaged weights."""
     return [
         "scenes",
-        *small.settings(
+        *eventful_settings(
+            small,
             run,
-            f"data.train=[{{shards: {small.train}, weight: 3}}, {{shards: {small.val}, weight: 1}}]",
-            f"data.val={small.val}",
-            f"data.workers={leg.workers}",
-            f"train.strategy={'single' if leg.processes == 1 else 'ddp'}",
+            leg.processes,
+            leg.workers,
             f"train.steps={STEPS}",
             "train.save_every=6",
             "train.eval_every=9",
-            "train.audit=true",
-            "optim.average=0.9",
-            "data.augment.flip=true",
-            "eval.workers=0",
             "loss.name=tests.support.failing_loss",
             "loss.how=terminate",
             f"loss.at={leg.at if leg.moment == 'computing' else STEPS + 1}",

@@ -1,11 +1,9 @@
 """Object stores: an S3 server on this machine, against the same shards read from the disk."""
 
-import io
 import json
 import os
-import random
-import tarfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from pretrain.data.shards.cache import ShardCache
 from pretrain.data.shards.paths import count_samples, expand_shards
 from pretrain.data.shards.reader import ShardReader
 from pretrain.errors import ConfigError, UserError
-from tests.support import Small, read_losses, read_sample_keys, run_clipfuse, world
+from tests.support import Small, random_shards, read_losses, read_sample_keys, run_clipfuse, world
 
 # botocore and aiohttp leave closing of idle connections to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
@@ -28,17 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pyte
 SECRET = "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY"
 
 
-def build_shard(number: int, samples: int = 4, size: int = 60_000) -> bytes:
-    """Return a tar of samples with images of `size` bytes."""
-    out = io.BytesIO()
-    rng = random.Random(number)
-    with tarfile.open(fileobj=out, mode="w") as tar:
-        for i in range(samples):
-            for extension, content in (("jpg", rng.randbytes(size)), ("txt", f"caption {number} {i}".encode())):
-                info = tarfile.TarInfo(f"{i:04d}.{extension}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-    return out.getvalue()
+build_shard = partial(random_shards.build_shard, samples=4, size=60_000)
 
 
 @pytest.fixture(scope="module")
