@@ -46,7 +46,7 @@ def list_commands(peer: str | None, train: str | None, val: str | None) -> dict[
         "first_step": [],
         "growth": [],
         "saving": ["--millions", "100", "500"],
-        "pretrain": [*data, *with_peer, "--rounds", "3"],
+        "pretrain": [*data, *with_peer, "--rounds", "3", "--precision", "fp32", "bf16"],
     }
     if peer and train and val:
         commands["recall_time"] = [*data, "--val", val, *with_peer]

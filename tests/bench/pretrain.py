@@ -1,11 +1,11 @@
-"""Compares pretraining samples/s with open_clip's training script; prints one JSON line.
+"""Compares pretraining samples/s with open_clip's training script; prints one JSON line for each precision.
 
-    python -m tests.bench.pretrain --train 'SHARDS' --peer PYTHON [--epochs 3 --rounds 2]
+    python -m tests.bench.pretrain --train 'SHARDS' --peer PYTHON [--epochs 3 --rounds 2] [--precision fp32 bf16]
 
 PYTHON is the interpreter of an environment with open-clip-torch 3.3.0 and webdataset 0.2.86 (which open_clip needs and we
 do not). The two take turns on the same shards. Both train towers of the same size (configs/pretrain/clipart.yaml) with the
-same batch size in fp32. Samples/s are those of the second and later epochs, so that neither startup nor evaluation counts.
-Without --train, scenes are drawn.
+same batch size and precision (bf16 by autocast). Samples/s are those of the second and later epochs, so that neither startup
+nor evaluation counts. Without --train, scenes are drawn.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ TOWERS = {
     "vision_cfg": {"image_size": 112, "layers": 6, "width": 192, "head_width": 64, "patch_size": 16},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 192, "heads": 3, "layers": 4},
 }
+PEER_PRECISION = {"fp32": "fp32", "bf16": "amp_bf16"}
+"""train.precision -> open_clip's --precision."""
 PEER = """
 import json, runpy, sys
 import open_clip
@@ -68,9 +70,10 @@ def run_open_clip_script(
     subprocess.run(command, cwd=folder, env=environment(PYTHONPATH=""), check=True, capture_output=True, timeout=7200)
 
 
-def run_open_clip(folder: Path, train: list[str], python: str, batch: int, epochs: int) -> float:
+def run_open_clip(folder: Path, train: list[str], python: str, batch: int, epochs: int, precision: str) -> float:
     """Train with open_clip and return samples/s, from the times in its log."""
-    run_open_clip_script(folder, train, python, batch, epochs, {"--log-every-n-steps": 1})
+    flags = {"--log-every-n-steps": 1, "--precision": PEER_PRECISION[precision]}
+    run_open_clip_script(folder, train, python, batch, epochs, flags)
     stamps = re.findall(r"^(\S+,\d\d:\d\d:\d\d) .*Train Epoch: (\d+) \[", (folder / "run/out.log").read_text(), re.M)
     times = [(int(epoch), datetime.strptime(stamp, "%Y-%m-%d,%H:%M:%S")) for stamp, epoch in stamps]
     steps = [time for epoch, time in times if epoch >= 1]
@@ -85,6 +88,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--precision", nargs="+", choices=list(PEER_PRECISION), default=["fp32"], help="of both (default fp32)")
     parser.add_argument("--vocab", type=int, default=49408, help="size of our vocabulary; open_clip's is 49,408")
     parser.add_argument("settings", nargs="*", help="key=value settings for our run")
     args = parser.parse_args()
@@ -97,18 +101,22 @@ def main() -> None:
         run_clipfuse("tokenizer", train, root / "tokenizer", "--vocab", str(args.vocab), cwd=root)
         paths = expand_shards(train)
         samples = sum(count_samples(paths))
-        our_rates, peer_rates = [], []
-        for i in range(args.rounds):
-            our_rates.append(
-                run_ours(root / f"ours-{i}", train, root / "tokenizer", args.batch, args.epochs, samples, args.settings)
-            )
-            if args.peer:
-                peer_rates.append(run_open_clip(root / f"open-clip-{i}", paths, args.peer, args.batch, args.epochs))
-        line = {"bench": "pretrain", "samples": samples, "batch": args.batch, "ours_samples_per_second": our_rates}
-        if peer_rates:
-            ratios = [x / y for x, y in zip(our_rates, peer_rates, strict=True)]
-            line |= {"open_clip_samples_per_second": peer_rates, "ratio": statistics.median(ratios), "ratios": ratios}
-        print(json.dumps(line))
+        for precision in args.precision:
+            folder = root / precision
+            folder.mkdir()
+            our_rates, peer_rates = [], []
+            settings = [f"train.precision={precision}", *args.settings]
+            for i in range(args.rounds):
+                ours, peer = folder / f"ours-{i}", folder / f"open-clip-{i}"
+                our_rates.append(run_ours(ours, train, root / "tokenizer", args.batch, args.epochs, samples, settings))
+                if args.peer:
+                    peer_rates.append(run_open_clip(peer, paths, args.peer, args.batch, args.epochs, precision))
+            line = {"bench": "pretrain", "precision": precision, "samples": samples, "batch": args.batch}
+            line |= {"ours_samples_per_second": our_rates}
+            if peer_rates:
+                ratios = [x / y for x, y in zip(our_rates, peer_rates, strict=True)]
+                line |= {"open_clip_samples_per_second": peer_rates, "ratio": statistics.median(ratios), "ratios": ratios}
+            print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":
