@@ -38,7 +38,7 @@ SPLITS = ("train", "val", "catalog")
 QUERIES = "queries.jsonl"
 JUDGMENTS = "qrels.tsv"
 
-_VERSION = 1  # of the drawing code: a folder drawn by another version is not continued
+_VERSION = 2  # of the drawing code: a folder drawn by another version is not continued
 _MOST_QUERIES = 200
 _PRICES = (5.0, 2000.0)
 ROOMS = ("living", "bedroom", "kitchen", "study", "garden")
@@ -127,24 +127,39 @@ def draw_product(seed: int, split: str, index: int, size: int = 96, scale: float
     """Draw a product and return its image, `size` pixels square, and the content of KEY.json.
 
     Besides the fields of the product, the content has:
-        captions: the first names all attributes and is KEY.txt; four others name some of them.
-        foils: negative captions, each wrong in one attribute: caption, changed.
+        captions: the first names all attributes and is KEY.txt; up to four others name some of them, as queries do.
+        foils: negative captions, which are the first caption with one attribute wrong: caption, changed.
+        caption_foils: two for each of `captions`, in their order: it with one of the attributes that it names wrong.
         label: index of the thing in classes.txt.
         split, seed, index: the product's position in the data set.
     """
     image, _ = render_scene(build_scene(seed, split, index, scale, (1, 1)), size)
     product = build_product(seed, split, index, scale)
-    rng = KeyedRandom(seed, split, index, "captions")
-    captions = [describe_product({name: product[name] for name in ATTRIBUTES}, rng)]
-    captions += [describe_product(_select(product, rng.choice(_ASKED)), rng) for _ in range(4)]
     return image, {
-        "captions": list(dict.fromkeys(captions)),
-        "foils": [{"caption": _describe_wrongly(product, name, rng), "changed": name} for name in ATTRIBUTES],
+        **write_captions(product, KeyedRandom(seed, split, index, "captions")),
         **product,
         "label": CLASSES.index(product["thing"]),
         "split": split,
         "seed": seed,
         "index": index,
+    }
+
+
+def write_captions(product: Product, rng: KeyedRandom) -> dict[str, list[Any]]:
+    """Return the captions and negative captions of a product, see draw_product.
+
+    A negative caption names the same attributes as the caption that it belongs to. Otherwise the words that it has, and not
+    those that are wrong, would tell a model which captions are negative.
+    """
+    captions = {describe_product({name: product[name] for name in ATTRIBUTES}, rng): tuple(ATTRIBUTES)}
+    for _ in range(4):
+        attributes = _select(product, rng.choice(_ASKED))
+        captions.setdefault(describe_product(attributes, rng), tuple(attributes))
+    pairs = [(names, changed) for names in captions.values() for changed in rng.shuffled(names)[:2]]
+    return {
+        "captions": list(captions),
+        "foils": [_build_negative(product, tuple(ATTRIBUTES), changed, rng) for changed in ATTRIBUTES],
+        "caption_foils": [_build_negative(product, names, changed, rng) for names, changed in pairs],
     }
 
 
@@ -166,14 +181,13 @@ def _select(product: Product, names: Sequence[str]) -> dict[str, str]:
     return {name: product[name] for name in ATTRIBUTES if name == "thing" or name in names}
 
 
-def _describe_wrongly(product: Product, changed: str, rng: KeyedRandom) -> str:
-    """Return a phrase that names some attributes, of which one is wrong."""
-    asked = rng.choice([names for names in _ASKED if changed in ("thing", *names)])
-    attributes = _select(product, asked)
+def _build_negative(product: Product, names: Sequence[str], changed: str, rng: KeyedRandom) -> dict[str, str]:
+    """Return a phrase that names some attributes, of which one is wrong, and that attribute: {caption, changed}."""
     values = [value for value in ATTRIBUTES[changed] if value != product[changed]]
     pairs = [{**product, changed: value} for value in values]
     allowed = [pair[changed] for pair in pairs if can_mention("train", pair["color"], pair["thing"])]
-    return describe_product({**attributes, changed: rng.choice(allowed)}, rng)
+    attributes = {**{name: product[name] for name in names}, changed: rng.choice(allowed)}
+    return {"caption": describe_product(attributes, rng), "changed": changed}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

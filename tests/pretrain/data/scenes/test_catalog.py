@@ -14,6 +14,7 @@ from launch import cli
 from pretrain.data.filter_parser import parse_filter
 
 SHOWN = ("thing", "color", "material", "size", "place")
+PLACE = re.compile(r" (on|in|at|under) ")
 
 
 def draw(folder: Path, *more: str) -> int:
@@ -59,7 +60,7 @@ def test_judgments_are_those_of_the_rule_applied_to_every_pair(folder: Path) -> 
 
 def test_texts_say_what_they_should(folder: Path) -> None:
     """Words of captions and queries are those of the attributes; a negative caption is wrong in the one that it names."""
-    products = read_products(folder / "train-0000.tar")
+    products, vocabulary = read_products(folder / "train-0000.tar"), json.loads((folder / "vocabulary.json").read_text())
     values = {name: {product[name] for product in products.values()} for name in SHOWN}
     assert all(len(values[name]) > 2 for name in SHOWN)
     values["place"] -= {"room"}
@@ -72,10 +73,21 @@ def test_texts_say_what_they_should(folder: Path) -> None:
         assert all(mentions(product["captions"][0], name) == {product[name]} for name in SHOWN if product[name] in values[name])
         for caption in product["captions"]:
             assert all(mentions(caption, name) <= {product[name]} for name in SHOWN)
-        for foil in product["foils"]:
+        assert [foil["changed"] for foil in product["foils"]] == list(SHOWN)
+        assert len(product["caption_foils"]) == 2 * len(product["captions"])
+        pairs = [(product["captions"][0], foil) for foil in product["foils"]]
+        pairs += [(product["captions"][i // 2], foil) for i, foil in enumerate(product["caption_foils"])]
+        for caption, foil in pairs:
             wrong = {name for name in SHOWN if not mentions(foil["caption"], name) <= {product[name]}}
             assert wrong <= {foil["changed"]}
             assert wrong or foil["changed"] == "place"  # "in a room" is not among the values
+            # It names what its caption names, so that only a look at the image tells which of the two is wrong.
+            named, expected = (
+                [bool(set(text.split()) & set(vocabulary[name])) for name in ("name", "color", "surface", "size")]
+                + [bool(PLACE.search(text))]
+                for text in (foil["caption"], caption)
+            )
+            assert named == expected
     for line in (folder / "queries.jsonl").read_text().splitlines():
         query = json.loads(line)
         for name in SHOWN:
