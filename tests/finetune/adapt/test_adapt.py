@@ -113,32 +113,38 @@ def test_a_wrong_prefix_to_freeze_lists_the_valid_ones() -> None:
 # A tower copy for the fusion
 
 
-def test_a_tower_copy_is_trained_and_the_embeddings_do_not_change() -> None:
+@pytest.mark.parametrize("copies", [["text"], ["image"], ["image", "text"]], ids="+".join)
+def test_a_tower_copy_is_trained_and_the_embeddings_do_not_change(copies: list[str]) -> None:
     batch = tiny.build_batch(samples=4)
-    text = batch.inputs["text"], batch.masks["text"]
-    model, _ = build_fusion_model(adapted_encoder(trainable_blocks={"image": 0, "text": 0}), tower_copies=["text"])
+    inputs = {"text": (batch.inputs["text"], batch.masks["text"]), "image": (batch.inputs["image"],)}
+    frozen = adapted_encoder(trainable_blocks={"image": 0, "text": 0})
+    model, _ = build_fusion_model(frozen, tower_copies=copies)
     plain, _ = build_fusion_model(adapted_encoder())
-    before, embedding = model.eval().tokens_and_embedding("text", *text)
-    plain_tokens, expected = plain.eval().tokens_and_embedding("text", *text)
-    assert embedding is not None
-    assert expected is not None
-    assert torch.equal(before.states, plain_tokens.states)
-    assert torch.equal(embedding, expected)
+    before = {name: model.eval().tokens_and_embedding(name, *values) for name, values in inputs.items()}
+    expected = {name: plain.eval().tokens_and_embedding(name, *values) for name, values in inputs.items()}
 
-    fused_words = model.fuse({"text": before, "image": model.tokens("image", batch.inputs["image"])})["text"]
+    fused_words = model.fuse({name: tokens for name, (tokens, _) in before.items()})["text"]
     freeze.freeze_unused(model, [fused_words.states.sum()])
     fused_words.states.sum().backward()
     names = trainable_names(model)
-    assert any(name.startswith("forks.text.tower.") for name in names)
+    assert all(any(name.startswith(f"forks.{copy}.tower.") for name in names) for copy in copies)
     assert not any(name.startswith("encoder.") for name in names)
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
     perturb(model, "forks.")
-    after, embedding = model.tokens_and_embedding("text", *text)
-    assert not torch.allclose(after.states, before.states, atol=1e-3)
-    assert torch.equal(embedding, expected)
+    for name, values in inputs.items():
+        (tokens, embedding), (plain_tokens, plain_embedding) = before[name], expected[name]
+        assert embedding is not None
+        assert plain_embedding is not None
+        assert torch.equal(tokens.states, plain_tokens.states)
+        assert torch.equal(embedding, plain_embedding)
+        after, embedding = model.tokens_and_embedding(name, *values)
+        assert torch.allclose(after.states, tokens.states, atol=1e-3) == (name not in copies)
+        assert embedding is not None
+        assert torch.equal(embedding, plain_embedding)
     counts = model.parameter_counts()
-    assert counts["text forked"]["total"] == sum(p.numel() for p in model.forks.parameters())
+    copied = sum(counts[f"{name} forked"]["total"] for name in copies)
+    assert copied == sum(p.numel() for p in model.forks.parameters())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
