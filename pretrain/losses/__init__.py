@@ -2,6 +2,7 @@
 
     clip.py           softmax cross-entropy in both directions (CLIP)
     siglip.py         a sigmoid for each pair (SigLIP)
+    distill.py        clip, and similarities drawn to those of stored teachers (MobileCLIP)
     tiles.py          the tiles in which both are computed, without the b x B matrix of logits
     softmax_tiles.py  the loss and gradients of clip in tiles
     sigmoid_tiles.py  the loss and gradients of siglip in tiles
@@ -12,6 +13,14 @@
 A loss is one file with a Config, LOGIT_SCALE, LOGIT_BIAS and build(config) -> Loss, where
 
     Loss.forward(features {modality: (b, D)}, scale (1,), bias (1,) | None, targets) -> (loss (), report {name: ()})
+
+A loss may have a constant TAKES, the settings of `data` that it accounts for; a run with another one of them is refused, and
+so is one without those in its constant NEEDS:
+
+    weight      targets["weight"] (b,), at least 0, of mean 1 over all processes: multiplies the loss of each pair
+    negatives   features["negatives"] (b, F, D), texts that match no image. targets["negative_mask"] (b, F) is False for
+                padding, targets["negative_id"] (b, F) has their caption hashes
+    teachers    targets["teachers"], stored embeddings of images and captions, as pretrain/data/teachers.py describes
 
 A loss is given the b rows of this process. It gathers the rows it needs from other processes itself, with gradient. It
 returns the mean over LOCAL rows: this is exact under every strategy that averages gradients over ranks.
@@ -36,7 +45,7 @@ from torch.nn import functional as F
 
 from pretrain.config import check_numbers
 from pretrain.errors import ConfigError
-from pretrain.losses.tiles import Settings
+from pretrain.losses.tiles import PairLabels, Settings
 from pretrain.runtime import distributed
 
 DENSE_LIMIT = 1 << 17
@@ -44,11 +53,14 @@ DENSE_LIMIT = 1 << 17
 
 Measured: as fast as tiles at 256 rows, slower at 512."""
 
-PairLoss = Callable[[Tensor, Tensor, Tensor, Tensor, int, "tuple[Tensor, Tensor] | None"], tuple[Tensor, Tensor]]
+NEGATIVES = "negatives"
+"""Name of the features of negatives, which are no modality."""
+
+PairLoss = Callable[[Tensor, Tensor, Tensor, Tensor, int, PairLabels], tuple[Tensor, Tensor]]
 """The loss of one pair of modalities.
 
-(rows (b, D), columns (b, D), all rows (B, D), all columns (B, D), offset, caption ids) -> (loss (), whether each row's
-partner scores best (b,) bool). Row i's partner is column i + offset."""
+(rows (b, D), columns (b, D), all rows (B, D), all columns (B, D), offset, labels) -> (loss (), whether each row's
+partner scores best (b,) bool). Row i's partner is column i + offset. All columns end with the negatives of `labels`."""
 
 
 def average_over_pairs(
@@ -64,31 +76,41 @@ def average_over_pairs(
 
     One collective gathers all features, unless `is_ring`.
 
-    features: {modality: (b, D)}; pairs are taken in the order of its keys.
+    features: {modality: (b, D)}; pairs are taken in the order of its keys. `negatives` (b, F, D) are columns of the pair
+    (image, text) only.
     needs_all_rows: whether `pair_loss` reads all rows too. If not, only the second modality of each pair is gathered.
-    is_ring: nothing is gathered. `pair_loss` exchanges blocks itself; it is given local rows, columns and ids, and offset 0.
+    is_ring: nothing is gathered. `pair_loss` exchanges blocks itself; it is given local rows, columns and labels, and offset 0.
     widths: of PairConfig.matryoshka; the whole embedding counts, too.
 
     The report holds, for each pair, the fraction of rows whose partner scores best among all columns
     (`image_to_text_accuracy`); with `widths`, also by the first w dimensions of each (`image_to_text_accuracy_w`).
     """
     features = {name: x.to(torch.promote_types(x.dtype, torch.float32)) for name, x in features.items()}
+    negatives = features.pop(NEGATIVES, None)
     pairs = list(combinations(features, 2))
     if not pairs:
         raise ValueError(f"a contrastive loss needs two modalities, got {list(features)}")
     names = list(features) if needs_all_rows else sorted({second for _, second in pairs}, key=list(features).index)
+    dim, dtype = next(iter(features.values())).shape[1], next(iter(features.values())).dtype
+    if negatives is not None:
+        features[NEGATIVES] = negatives.flatten(1)  # (b, F D): so one collective gathers them as well
+        names.append(NEGATIVES)
     gathered = features if is_ring else dict(zip(names, distributed.gather_many([features[n] for n in names]), strict=True))
-    ids = get_caption_ids(targets, same_caption, is_ring)
+    if negatives is not None:
+        gathered = {**gathered, NEGATIVES: gathered[NEGATIVES].reshape(-1, dim)}
+    labels, labels_with_negatives = build_labels(targets, same_caption, is_ring, dtype)
     offset = 0 if is_ring else distributed.rank() * len(next(iter(features.values())))
     losses, report = [], {}
-    dim = next(iter(features.values())).shape[1]
     for width in (dim, *(width for width in widths if width < dim)):
         # Prefixes are normalized after the exchange, which sends each embedding once.
-        local, others = ({name: cut_to_width(x, width) for name, x in values.items()} for values in (features, gathered))
+        local = {name: cut_to_width(x, width) for name, x in features.items() if name != NEGATIVES}
+        others = {name: cut_to_width(x, width) for name, x in gathered.items()}
         suffix = "" if width == dim else f"_{width}"
         for first, second in pairs:
-            rows, columns = local[first], local[second]
-            loss, is_best = pair_loss(rows, columns, others.get(first, rows), others[second], offset, ids)
+            rows, columns, all_columns, pair_labels = local[first], local[second], others[second], labels
+            if negatives is not None and (first, second) == ("image", "text"):
+                all_columns, pair_labels = torch.cat([all_columns, others[NEGATIVES]]), labels_with_negatives
+            loss, is_best = pair_loss(rows, columns, others.get(first, rows), all_columns, offset, pair_labels)
             losses.append(loss)
             report[f"{first}_to_{second}_accuracy{suffix}"] = is_best.detach().float().mean()
     return torch.stack(losses).mean(), report
@@ -99,30 +121,63 @@ def cut_to_width(features: Tensor, width: int) -> Tensor:
     return features if features.shape[1] == width else F.normalize(features[:, :width], dim=1)
 
 
-def get_caption_ids(targets: dict[str, Any], same_caption: str, is_ring: bool) -> tuple[Tensor, Tensor] | None:
-    """Return the caption hashes of local rows (b,) and of all columns (B,), or of local columns (b,) if is_ring.
+def build_labels(
+    targets: dict[str, Any], same_caption: str, is_ring: bool, dtype: torch.dtype
+) -> tuple[PairLabels, PairLabels]:
+    """Return the labels of local rows and all columns, local columns if is_ring: without negatives, and with them.
 
-    None for same_caption=keep.
+    dtype: of the weights.
     """
-    if same_caption == "keep":
-        return None
-    if "caption_id" not in targets:
-        raise ConfigError(
-            "loss.same_caption=ignore compares captions, but this batch has no caption ids; use loss.same_caption=keep"
-        )
-    ids: Tensor = targets["caption_id"]
-    return ids, ids if is_ring else distributed.gather_without_grad(ids)
+
+    def gather(values: Tensor) -> Tensor:
+        return values if is_ring else distributed.gather_without_grad(values)
+
+    ids = weights = None
+    if same_caption != "keep":
+        if "caption_id" not in targets:
+            raise ConfigError(
+                "loss.same_caption=ignore compares captions, but this batch has no caption ids; use loss.same_caption=keep"
+            )
+        ids = targets["caption_id"], gather(targets["caption_id"])
+    if "weight" in targets:
+        local_weights = targets["weight"].to(dtype)
+        weights = local_weights, gather(local_weights)
+    labels = PairLabels(ids, weights)
+    if "negative_mask" not in targets:
+        return labels, labels
+    mask: Tensor = targets["negative_mask"]  # (b, F)
+    is_padding = gather((~mask).to(torch.uint8)).flatten()
+    if ids is not None:
+        ids = ids[0], torch.cat([ids[1], gather(targets["negative_id"]).flatten()])
+    if weights is not None:  # a negative has the weight of its sample
+        weights = weights[0], torch.cat([weights[1], weights[1].repeat_interleave(mask.shape[1])])
+    captions = torch.zeros(len(is_padding) // mask.shape[1], dtype=torch.uint8, device=mask.device)
+    return labels, PairLabels(ids, weights, torch.cat([captions, is_padding]), len(is_padding))
 
 
-def duplicate_mask(ids: tuple[Tensor, Tensor], offset: int) -> Tensor:
-    """Return where a row and a column have the same caption but are not partners: (b, B) bool.
+def normalize_weights(weights: Tensor) -> Tensor:
+    """Return weights (b, ...) divided by their mean over all processes; zeros where all are 0. Collective.
 
-    ids: caption hashes of the local rows (b,) and of all columns (B,).
+    A mean over samples of loss times weight is then sum(weight loss) / sum(weight) over the whole batch.
     """
-    is_same = ids[0][:, None] == ids[1][None]
-    rows = torch.arange(len(ids[0]), device=is_same.device)
-    is_same[rows, rows + offset] = False
-    return is_same
+    weights = weights.double()
+    all_weights = distributed.gather_without_grad(weights)
+    return weights / all_weights.sum().clamp_min(torch.finfo(torch.float64).tiny) * all_weights.numel()
+
+
+def left_out_mask(labels: PairLabels, offset: int) -> Tensor | None:
+    """Return where a row and a column are no negatives of each other: (b, B) bool; None where all are.
+
+    They have the same caption but are not partners, or the column is padding.
+    """
+    mask = None
+    if labels.ids is not None:
+        mask = labels.ids[0][:, None] == labels.ids[1][None]
+        rows = torch.arange(len(mask), device=mask.device)
+        mask[rows, rows + offset] = False
+    if labels.is_padding is not None:
+        mask = labels.is_padding.bool()[None] if mask is None else mask | labels.is_padding.bool()
+    return mask
 
 
 def is_tiled(b: int, tile: int) -> bool:
@@ -168,10 +223,15 @@ class PairConfig:
         check_numbers(self, "loss")
 
 
-def choose_settings(config: PairConfig, features: dict[str, Tensor], max_logit: float | None) -> Settings | None:
+def choose_settings(
+    config: PairConfig, features: dict[str, Tensor], max_logit: float | None, targets: dict[str, Any]
+) -> Settings | None:
     """Return how to compute a loss in tiles, or None where the dense formula serves."""
     sample = next(iter(features.values()))
     is_ring = config.exchange == "ring" and distributed.world_size() > 1
+    is_labeled = "weight" in targets or "negative_mask" in targets
+    if config.kernel == "fused" and is_labeled:
+        raise ConfigError("loss.kernel=fused takes neither data.weight nor data.negatives; use loss.kernel=auto")
     can_fuse = sample.device.type == "cuda" and sample.dtype != torch.float64 and importlib.util.find_spec("triton") is not None
     if config.kernel == "fused" and not can_fuse:
         raise ConfigError(
@@ -179,7 +239,9 @@ def choose_settings(config: PairConfig, features: dict[str, Tensor], max_logit: 
             "use loss.kernel=auto"
         )
     # Products of exact float32 do not run on tensor cores, and there cuBLAS is hard to match.
-    is_fused = can_fuse and (config.kernel == "fused" or (config.kernel == "auto" and config.precision != "fp32"))
+    is_fused = (
+        can_fuse and not is_labeled and (config.kernel == "fused" or (config.kernel == "auto" and config.precision != "fp32"))
+    )
     # Autograd would run the dense formula's backward pass with TF32 where that is allowed, so GPUs always use tiles.
     is_dense = sample.device.type == "cpu" and config.precision == "fp32" and not is_tiled(len(sample), config.tile)
     if is_dense and not is_ring:

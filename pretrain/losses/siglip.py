@@ -13,13 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pretrain.losses import PairConfig, average_over_pairs, choose_settings, duplicate_mask
+from pretrain.losses import PairConfig, average_over_pairs, choose_settings, left_out_mask
 from pretrain.losses.sigmoid_tiles import sigmoid_loss
+from pretrain.losses.tiles import PairLabels
 
 LOGIT_SCALE: float = math.log(10)
 """Initial value: the logarithm of a scale of 10."""
 LOGIT_BIAS: float | None = -10.0
 """Initial value: strongly negative, because nearly all pairs are negatives."""
+TAKES = ("weight", "negatives")
+"""Settings of `data` that change this loss."""
 
 
 @dataclass
@@ -33,7 +36,8 @@ class Config(PairConfig):
 class Loss(nn.Module):
     """The sum over all columns of -log sigmoid(+-logit), averaged over rows.
 
-    The sign is plus for partners and minus for negatives.
+    The sign is plus for partners and minus for negatives. With weights, that of a pair is the mean of those of its two samples:
+    each sample's loss is then half of its row and half of its column.
     """
 
     def __init__(self, config: Config) -> None:
@@ -46,17 +50,18 @@ class Loss(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss () and a report.
 
-        features: {modality: (b, D)}, L2-normalized. scale: (1,), already exponentiated. bias: (1,); None means 0.
+        features: {modality: (b, D)}, L2-normalized, and perhaps negatives (b, F, D). scale: (1,), already exponentiated. bias:
+        (1,); None means 0.
         """
         logit_bias = torch.zeros_like(scale) if bias is None else bias
-        settings = choose_settings(self.config, features, self.max_logit)
+        settings = choose_settings(self.config, features, self.max_logit, targets)
 
         def pair_loss(
-            rows: Tensor, columns: Tensor, all_rows: Tensor, all_columns: Tensor, offset: int, ids: Any
+            rows: Tensor, columns: Tensor, all_rows: Tensor, all_columns: Tensor, offset: int, labels: PairLabels
         ) -> tuple[Tensor, Tensor]:
             if settings is not None:
-                return sigmoid_loss(rows, all_columns, scale, logit_bias, offset, ids, settings)
-            return dense_loss(rows, all_columns, scale, logit_bias, offset, ids)
+                return sigmoid_loss(rows, all_columns, scale, logit_bias, offset, labels, settings)
+            return dense_loss(rows, all_columns, scale, logit_bias, offset, labels)
 
         return average_over_pairs(
             features,
@@ -75,23 +80,27 @@ def dense_loss(
     scale: Tensor,
     bias: Tensor,
     offset: int = 0,
-    ids: tuple[Tensor, Tensor] | None = None,
+    labels: PairLabels = PairLabels(),  # noqa: B008
 ) -> tuple[Tensor, Tensor]:
     """Compute the loss by its formula, with the whole (b, B) logits.
 
     Each rank takes its local rows against all columns, so that together the ranks count every pair once.
 
-    rows: (b, D). all_columns: (B, D), gathered with gradient. scale, bias: (1,). ids: caption hashes (b,) and (B,).
+    rows: (b, D). all_columns: (B, D), gathered with gradient, then the negatives of `labels`. scale, bias: (1,).
     Returns the loss () and whether each row's partner scores best (b,) bool.
     """
     with torch.autocast(rows.device.type, enabled=False):
         logits = scale * rows @ all_columns.t() + bias  # (b, B)
-        if ids is not None:
-            logits = logits.masked_fill(duplicate_mask(ids, offset), -math.inf)
+        mask = left_out_mask(labels, offset)
+        if mask is not None:
+            logits = logits.masked_fill(mask, -math.inf)
         partner = (torch.arange(len(rows), device=rows.device) + offset)[:, None]
         partner_logits = logits.gather(1, partner)
         signed = (-logits).scatter(1, partner, partner_logits)
-        loss = -F.logsigmoid(signed).sum() / len(rows)
+        log_likelihoods = F.logsigmoid(signed)
+        if labels.weights is not None:
+            log_likelihoods = log_likelihoods * ((labels.weights[0][:, None] + labels.weights[1]) / 2)
+        loss = -log_likelihoods.sum() / len(rows)
         return loss, partner_logits[:, 0] >= logits.amax(dim=1)
 
 

@@ -3,6 +3,8 @@
 The gradient of a logit depends on that logit only, so a single pass gives the loss and the gradients: three products of size
 B x B x D. With `exchange: ring`, the gradient of a block of columns travels with it in the forward pass (Zhai et al.,
 arXiv:2303.15343, section 3.3).
+
+The weight of a pair is the mean of those of its row and its column.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from torch.nn import functional as F
 
 from pretrain.losses.products import add_product_, tensor_core_precision, transposed_product
 from pretrain.losses.ring import visit_blocks
-from pretrain.losses.tiles import Settings, TileIterator, block_tiles, finish_gradients, to_float32
+from pretrain.losses.tiles import PairLabels, Settings, TileIterator, block_tiles, finish_gradients, to_float32
 
 
 class _Sums:
@@ -35,17 +37,24 @@ class _Sums:
 class _Sigmoid(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, columns: Tensor, scale: Tensor, bias: Tensor, offset: int, ids: Any, settings: Settings
+        ctx: Any,
+        rows: Tensor,
+        columns: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        offset: int,
+        labels: PairLabels,
+        settings: Settings,
     ) -> tuple[Tensor, Tensor]:
         ctx.dtypes = rows.dtype, columns.dtype, scale.dtype, bias.dtype
         rows, columns, factor, shift = to_float32(rows), to_float32(columns), to_float32(scale), to_float32(bias)
         sums = _Sums(rows, any(ctx.needs_input_grad[:4]))
 
         def add_block(step: int, block: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-            matrix = block_tiles(rows, block, step, offset, ids, settings)
+            matrix = block_tiles(rows, block, step, offset, labels, settings)
             _add_tiles(matrix, rows, block[0], factor, shift, sums, grads[0] if grads else block[0])
 
-        block = [columns] if ids is None else [columns, ids[1]]
+        block = [columns, *labels.of_columns()]
         grads: Sequence[Tensor] = [torch.zeros_like(columns)] if sums.needs_grad else []
         with tensor_core_precision(rows.device, settings.precision):
             grads = visit_blocks(block, grads, add_block, settings.is_ring)
@@ -84,11 +93,20 @@ def _add_tiles(
             if t.partners is not None:
                 sums.at_partner[t.i][t.partners[0]] = entries[t.partners]
                 entries[t.partners] = -entries[t.partners]
-            sums.loss -= F.logsigmoid(torch.neg(entries, out=scratch)).sum()
+            losses = F.logsigmoid(torch.neg(entries, out=scratch))
+            weights = None
+            if matrix.labels.weights is not None:
+                weights = torch.add(matrix.labels.weights[0][t.i, None], matrix.labels.weights[1][None, t.j], out=scratch).div_(
+                    2
+                )
+                losses.mul_(weights)
+            sums.loss -= losses.sum()
             if sums.needs_grad:
                 entries.sigmoid_()
                 if t.partners is not None:
                     entries[t.partners] = -entries[t.partners]
+                if weights is not None:
+                    entries.mul_(weights)
                 sums.grad_bias += entries.sum()
         if sums.needs_grad:
             sums.grad_rows[t.i].add_(transposed_product(entries, columns[t.j].t(), matrix.precision))
@@ -101,7 +119,7 @@ def sigmoid_loss(
     scale: Tensor,
     bias: Tensor,
     offset: int = 0,
-    ids: tuple[Tensor, Tensor] | None = None,
+    labels: PairLabels = PairLabels(),  # noqa: B008
     settings: Settings = Settings(),  # noqa: B008
 ) -> tuple[Tensor, Tensor]:
     """Return SigLIP's loss: the sum over all pairs divided by the rows.
@@ -111,5 +129,5 @@ def sigmoid_loss(
     bias: (1,). The other arguments and the results are those of `softmax_loss`.
     """
     with torch.autocast(rows.device.type, enabled=False):
-        loss, is_best = _Sigmoid.apply(rows, columns, scale, bias, offset, ids, settings)
+        loss, is_best = _Sigmoid.apply(rows, columns, scale, bias, offset, labels, settings)
     return loss, is_best

@@ -13,6 +13,9 @@ Three methods keep the exponentials finite; which one is chosen changes the roun
                  sum. Needs |logit| <= 160 in float32: each factor is finite, and the product is at most 1.
     running_max  exp(logit - max) for the row and again for the column. Any logits.
 
+A weight w of a row or column multiplies its terms of the gradient: exp(logit - (lse - log w)) = w exp(logit - lse), so it is
+subtracted from the log-sum-exp. The columns of negatives have no loss of their own: their log-sum-exp counts as infinite.
+
 No constant shift could extend the first method to CLIP's largest scale. Logits then range over [-100, 100], and their sums
 over e^200, which is more than the e^176 between float32's smallest and largest normal number.
 """
@@ -29,14 +32,14 @@ from torch.autograd.function import once_differentiable
 
 from pretrain.losses.products import add_product_, tensor_core_precision, transposed_product
 from pretrain.losses.ring import visit_blocks
-from pretrain.losses.tiles import Settings, TileIterator, block_tiles, finish_gradients, row_dots, to_float32
+from pretrain.losses.tiles import PairLabels, Settings, TileIterator, block_tiles, finish_gradients, row_dots, to_float32
 from pretrain.runtime import distributed
 
 
 class _Softmax(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, columns: Tensor, scale: Tensor, offset: int, ids: Any, settings: Settings
+        ctx: Any, rows: Tensor, columns: Tensor, scale: Tensor, offset: int, labels: PairLabels, settings: Settings
     ) -> tuple[Tensor, Tensor]:
         ctx.dtypes = rows.dtype, columns.dtype, scale.dtype
         rows, columns, factor = to_float32(rows), to_float32(columns), to_float32(scale)
@@ -47,7 +50,7 @@ class _Softmax(torch.autograd.Function):
 
         def add_block(step: int, block: Sequence[Tensor], sums: Sequence[Tensor]) -> None:
             nonlocal lse_rows, is_best, partner_logits
-            matrix = block_tiles(rows, block, step, offset, ids, settings)
+            matrix = block_tiles(rows, block, step, offset, labels, settings)
             method = choose_method(rows, block[0], factor, settings)
             methods.append(method)
             block_lse, lse_columns, at_partner, largest = _LOGSUMEXP[method](matrix, rows, block[0], factor, positives)
@@ -60,18 +63,25 @@ class _Softmax(torch.autograd.Function):
                 is_best &= partner_logits >= (largest.log() if method == "single_exp" else largest)
                 sums[0].copy_(torch.logaddexp(sums[0], lse_columns))
 
-        block = [columns] if ids is None else [columns, ids[1]]
+        block = [columns, *labels.of_columns()]
         sums: Sequence[Tensor] = [torch.full_like(columns[:, 0], -math.inf)]
         with tensor_core_precision(rows.device, settings.precision):
             (lse_columns,) = visit_blocks(block, sums, add_block, settings.is_ring)
             if not settings.is_ring:
-                lse_columns = distributed.logsumexp(lse_columns)
+                partners = distributed.logsumexp(lse_columns[: len(columns) - labels.num_negatives])
+                lse_columns = torch.cat([partners, lse_columns[len(partners) :]]) if labels.num_negatives else partners
         if settings.precision != "fp32":  # so that the loss is that of the rounded factors, and never negative
             positives = partner_logits
         lse_partners = lse_columns[offset : offset + b]
-        loss = ((lse_rows - positives) + (lse_partners - positives)).mean() / 2
+        losses = (lse_rows - positives) + (lse_partners - positives)
+        if labels.num_negatives:
+            lse_columns[-labels.num_negatives :] = math.inf
+        if labels.weights is not None:
+            losses = labels.weights[0] * losses
+            lse_rows, lse_columns = lse_rows - labels.weights[0].log(), lse_columns - labels.weights[1].log()
+        loss = losses.mean() / 2
         ctx.save_for_backward(rows, columns, factor, lse_rows, lse_columns)
-        ctx.offset, ctx.ids, ctx.settings, ctx.methods = offset, ids, settings, methods
+        ctx.offset, ctx.labels, ctx.settings, ctx.methods = offset, labels, settings, methods
         ctx.mark_non_differentiable(is_best)
         return loss, is_best
 
@@ -82,10 +92,10 @@ class _Softmax(torch.autograd.Function):
         grad_rows = torch.zeros_like(rows)
 
         def add_block(step: int, block: Sequence[Tensor], sums: Sequence[Tensor]) -> None:
-            matrix = block_tiles(rows, [block[0], *block[2:]], step, ctx.offset, ctx.ids, ctx.settings)
+            matrix = block_tiles(rows, [block[0], *block[2:]], step, ctx.offset, ctx.labels, ctx.settings)
             _add_gradients(matrix, rows, block[0], scale, lse_rows, block[1], ctx.methods[step], grad_rows, sums[0])
 
-        block = [columns, lse_columns] if ctx.ids is None else [columns, lse_columns, ctx.ids[1]]
+        block = [columns, lse_columns, *ctx.labels.of_columns()]
         sums: Sequence[Tensor] = [torch.zeros_like(columns)]
         with tensor_core_precision(rows.device, ctx.settings.precision):
             (grad_columns,) = visit_blocks(block, sums, add_block, ctx.settings.is_ring)
@@ -227,8 +237,10 @@ def _add_gradients(
 ) -> None:
     """Add G C to grad_rows (b, D) and G^T R to grad_columns (B, D), in place.
 
-    G is the gradient of the logits times 2 b: softmax over the row plus softmax over the column, minus 2 for partners.
+    G is the gradient of the logits times 2 b: softmax over the row plus softmax over the column, minus 2 for partners. Weights
+    are in the log-sum-exps, and multiply what is subtracted for partners.
     """
+    weights = matrix.labels.weights
     for t in matrix:
         row, column = lse_rows[t.i, None], lse_columns[None, t.j]
         if method == "fused":
@@ -250,7 +262,7 @@ def _add_gradients(
         if t.duplicates is not None:
             grad.masked_fill_(t.duplicates, 0)
         if t.partners is not None:
-            grad[t.partners] -= 2
+            grad[t.partners] -= 2 if weights is None else 2 * weights[0][t.i][t.partners[0]]
         grad_rows[t.i].add_(transposed_product(grad, columns[t.j].t(), matrix.precision))
         add_product_(grad_columns[t.j], grad.t(), rows[t.i], matrix.precision)
 
@@ -260,18 +272,19 @@ def softmax_loss(
     columns: Tensor,
     scale: Tensor,
     offset: int = 0,
-    ids: tuple[Tensor, Tensor] | None = None,
+    labels: PairLabels = PairLabels(),  # noqa: B008
     settings: Settings = Settings(),  # noqa: B008
 ) -> tuple[Tensor, Tensor]:
     """Return CLIP's symmetric cross-entropy (Radford et al., arXiv:2103.00020, figure 3).
 
-    rows: (b, D). columns: (B, D), gathered with gradient, or this rank's (b, D) with settings.is_ring. scale: (1,). offset:
-    column of row 0's partner. ids: (b,) and (B,) int64; a row and a column with the same id are not negatives of each other.
+    rows: (b, D). columns: (B, D), gathered with gradient, or this rank's (b, D) with settings.is_ring; then the negatives of
+    `labels`. scale: (1,). offset: column of row 0's partner. labels: a row and a column with the same id are not negatives of
+    each other; weights multiply the losses of rows and columns.
 
     With settings.is_ring, the gradient passed to the loss must be equal on all ranks.
 
     Returns the loss () over local rows and columns, and whether each row's partner scores best (b,) bool.
     """
     with torch.autocast(rows.device.type, enabled=False):
-        loss, is_best = _Softmax.apply(rows, columns, scale, offset, ids, settings)
+        loss, is_best = _Softmax.apply(rows, columns, scale, offset, labels, settings)
     return loss, is_best

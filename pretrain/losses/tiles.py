@@ -50,6 +50,31 @@ class Settings(NamedTuple):
     """How the softmax keeps exponentials finite; auto chooses (softmax_tiles.py)."""
 
 
+class PairLabels(NamedTuple):
+    """What a loss knows of its rows and columns besides their features. Columns after the first B are negatives of all rows."""
+
+    ids: tuple[Tensor, Tensor] | None = None
+    """Caption hashes of rows and columns, to leave out duplicates; None where all captions count."""
+    weights: tuple[Tensor, Tensor] | None = None
+    """Weights of the samples of rows and columns, at least 0, whose mean over all ranks is 1; None = all are 1."""
+    is_padding: Tensor | None = None
+    """uint8: 1 for columns that stand for no text, and are left out; None where there are none."""
+    num_negatives: int = 0
+    """Number of columns, at the end, that are no row's partner."""
+
+    def of_columns(self) -> list[Tensor]:
+        """Return what is known of the columns, which travels with a block of them."""
+        pairs = [pair[1] for pair in (self.ids, self.weights) if pair is not None]
+        return pairs if self.is_padding is None else [*pairs, self.is_padding]
+
+    def with_columns(self, tensors: Sequence[Tensor]) -> PairLabels:
+        """Return the labels of the same rows and of other columns, of which `tensors` is what `of_columns` returns."""
+        remaining = iter(tensors)
+        ids = None if self.ids is None else (self.ids[0], next(remaining))
+        weights = None if self.weights is None else (self.weights[0], next(remaining))
+        return PairLabels(ids, weights, None if self.is_padding is None else next(remaining), self.num_negatives)
+
+
 class Tile(NamedTuple):
     """One tile of the matrix of logits: its rows i, its columns j, and which of its entries are special."""
 
@@ -58,20 +83,19 @@ class Tile(NamedTuple):
     partners: tuple[Tensor, Tensor] | None
     """(rows, columns) inside the tile of the entries that are partners; None where the tile has none."""
     duplicates: Tensor | None
-    """(h, w) bool: entries that are not negatives, because the two captions are the same; None where all captions count."""
+    """(h, w) bool: entries that are not negatives, because the two captions are the same or the column is padding; None where
+    all entries count."""
 
 
 class TileIterator:
     """Iterates over the tiles of a b x B matrix, one block of rows after the other.
 
-    offset: column of row 0's partner; B where no column is a partner. ids: caption hashes of the rows (b,) and of the columns
-    (B,), to leave out duplicates.
+    offset: column of row 0's partner; B where no column is a partner.
     """
 
-    def __init__(
-        self, rows: Tensor, columns: Tensor, offset: int, ids: tuple[Tensor, Tensor] | None, settings: Settings
-    ) -> None:
-        self.b, self.B, self.offset, self.ids = rows.shape[0], columns.shape[0], offset, ids
+    def __init__(self, rows: Tensor, columns: Tensor, offset: int, labels: PairLabels, settings: Settings) -> None:
+        self.b, self.B, self.offset = rows.shape[0], columns.shape[0], offset
+        self.labels, self.ids = labels, labels.ids
         self.precision, self.is_fused = settings.precision, settings.is_fused
         is_cpu = rows.device.type == "cpu"
         self.height = min(self.b, settings.tile or (CPU_ROWS if is_cpu else ACCELERATOR_SIDE))
@@ -97,6 +121,9 @@ class TileIterator:
             duplicates = self.ids[0][i, None] == self.ids[1][None, j]
             if partners is not None:
                 duplicates[partners] = False
+        if self.labels.is_padding is not None:
+            padding = self.labels.is_padding[None, j].bool().expand(i.stop - i.start, -1)
+            duplicates = padding if duplicates is None else duplicates | padding
         return Tile(i, j, partners, duplicates)
 
     def product(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,10 +132,11 @@ class TileIterator:
         return transposed_product(rows, columns, self.precision), self.scratch[: size[0] * size[1]].view(size)
 
 
-def block_tiles(rows: Tensor, block: Sequence[Tensor], step: int, offset: int, ids: Any, settings: Settings) -> TileIterator:
-    """Return the tiles of all rows against a block [columns, ids of columns]. Partners are in the block of step 0."""
-    block_ids = None if ids is None else (ids[0], block[1])
-    return TileIterator(rows, block[0], offset if step == 0 else len(block[0]), block_ids, settings)
+def block_tiles(
+    rows: Tensor, block: Sequence[Tensor], step: int, offset: int, labels: PairLabels, settings: Settings
+) -> TileIterator:
+    """Return the tiles of all rows against a block [columns, *labels.of_columns()]. Partners are in the block of step 0."""
+    return TileIterator(rows, block[0], offset if step == 0 else len(block[0]), labels.with_columns(block[1:]), settings)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.data.loader import Batch
+from pretrain.losses import NEGATIVES, normalize_weights
 
 Features = dict[str, Tensor]
 """By name: (b, D), or (b, k, D) with k texts a sample, for the features of samples; (1,) for scalars of the model
@@ -38,7 +39,8 @@ class Objective(Protocol):
 class Contrastive:
     """A loss of losses/ on pairs of embeddings, averaged over the k texts of each sample.
 
-    Of more than two towers, the loss covers all pairs.
+    Of more than two towers, the loss covers all pairs. With targets["weight"], (b,) or (b, k), the average is weighted. With
+    targets["negative_mask"] (b, F), the last F texts of each sample are its negatives.
     """
 
     can_split = True
@@ -58,6 +60,14 @@ class Contrastive:
             for name, value in features.items()
             if name not in SCALARS
         }
+        targets = dict(targets)
+        if "weight" in targets:
+            targets["weight"] = normalize_weights(targets["weight"])
+        if "negative_mask" in targets:
+            captions = embeddings["text"].shape[1] - targets["negative_mask"].shape[1]
+            embeddings["text"], embeddings[NEGATIVES] = embeddings["text"].split(
+                [captions, targets["negative_mask"].shape[1]], 1
+            )
         outcomes = [
             self.pair_loss(pair, features["logit_scale"], features.get("logit_bias"), pair_targets)
             for pair, pair_targets in _split_texts(embeddings, targets)
@@ -71,10 +81,15 @@ class Contrastive:
 def _split_texts(embeddings: Features, targets: dict[str, Any]) -> Iterator[tuple[Features, dict[str, Any]]]:
     """Yield, for every k, features (b, D) with the k-th text of each sample, and its targets.
 
-    Modalities with one item a sample are the same in every yield.
+    Modalities with one item a sample are the same in every yield, and so are negatives.
     """
-    count = max(value.shape[1] if value.dim() == 3 else 1 for value in embeddings.values())
-    ids = targets.get("caption_id")
-    for k in range(count):
-        text_targets = targets if ids is None or ids.dim() == 1 else {**targets, "caption_id": ids[:, k]}
-        yield {name: value[:, k] if value.dim() == 3 else value for name, value in embeddings.items()}, text_targets
+    texts = {name for name, value in embeddings.items() if value.dim() == 3 and name != NEGATIVES}
+    by_text = {name: targets[name] for name in ("caption_id", "weight") if name in targets and targets[name].dim() == 2}
+    teachers: dict[str, dict[str, Tensor]] = targets.get("teachers", {}) if "caption_id" in by_text else {}
+    for k in range(max((embeddings[name].shape[1] for name in texts), default=1)):
+        features = {name: value[:, k] if name in texts else value for name, value in embeddings.items()}
+        text_targets: dict[str, Any] = {**targets, **{name: value[:, k] for name, value in by_text.items()}}
+        for number, teacher in teachers.items():
+            of_text = {name: value[:, k] if name.startswith("text") else value for name, value in teacher.items()}
+            text_targets["teachers"] = {**text_targets["teachers"], number: of_text}
+        yield features, text_targets

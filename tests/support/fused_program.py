@@ -19,13 +19,13 @@ from torch.nn import functional as F
 
 from pretrain.losses.sigmoid_tiles import sigmoid_loss
 from pretrain.losses.softmax_tiles import softmax_loss
-from pretrain.losses.tiles import Settings
+from pretrain.losses.tiles import PairLabels, Settings
 
 
 def compute(name: str, inputs: list[Tensor], offset: int, ids: Any, settings: Settings) -> list[Tensor]:
     """Return loss, is_best and the gradients of all inputs."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
-    loss, is_best = (softmax_loss if name == "clip" else sigmoid_loss)(*leaves, offset, ids, settings)  # type: ignore[operator]
+    loss, is_best = (softmax_loss if name == "clip" else sigmoid_loss)(*leaves, offset, PairLabels(ids), settings)  # type: ignore[operator]
     return [loss, is_best, *torch.autograd.grad(3 * loss, leaves)]
 
 

@@ -89,6 +89,80 @@ def build_batch(seed: int = 0, samples: int = SAMPLES, texts: int = 1) -> Batch:
     return Batch({"image": images, "text": ids}, {"text": mask}, keys, {"caption_id": torch.arange(samples)})
 
 
+def label(batch: Batch, negatives: int) -> Batch:
+    """Let the last texts of each sample be its negatives, some of them padding, and give the other texts weights, some 0."""
+    ids = batch.targets["caption_id"][:, :-negatives]
+    g = torch.Generator().manual_seed(9)
+    weights = torch.rand(ids.shape, generator=g, dtype=torch.float64) * 3 * (torch.rand(ids.shape, generator=g) < 0.8)
+    targets = {"caption_id": ids, "weight": weights}
+    if ids.shape[1] == 1:
+        targets = {name: value[:, 0] for name, value in targets.items()}
+    targets["negative_mask"] = torch.rand(len(batch), negatives, generator=g) < 0.7
+    targets["negative_id"] = torch.arange(len(batch) * negatives).view(len(batch), negatives) + 10**6
+    return Batch(batch.inputs, batch.masks, batch.keys, targets)
+
+
+def labeled_loss(loss: str, features: dict[str, Tensor], targets: dict[str, Tensor]) -> Tensor:
+    """Return sum(w l) / sum(w) over all texts of a whole batch, where images see negatives, too.
+
+    In siglip, half of a pair's loss is its image's and half its text's; a negative is its sample's.
+    """
+    mask, scale, images = targets["negative_mask"], features["logit_scale"], features["image"]
+    count = mask.shape[1]
+    negatives = [(i, features["text"][i, f - count]) for i in range(len(mask)) for f in range(count) if mask[i, f]]
+    total: Any = 0
+    for k, w in enumerate(targets["weight"].reshape(len(mask), -1).T):
+        s = scale * images @ features["text"][:, k].T
+        s_negative = scale * images @ torch.stack([text for _, text in negatives]).T
+        if loss == "clip":
+            rows = torch.cat([s, s_negative], dim=1).logsumexp(1)
+            total = total + (w * (rows + s.logsumexp(0) - 2 * s.diagonal()) / 2).sum()
+            continue
+        z = 1 - 2 * torch.eye(len(s), dtype=s.dtype)
+        terms = torch.cat([z * (s + features["logit_bias"]), s_negative + features["logit_bias"]], dim=1)
+        of_columns = torch.cat([w, w[[i for i, _ in negatives]]])
+        total = total + ((w[:, None] + of_columns) / 2 * (1 + terms.exp()).log()).sum()
+    return total / targets["weight"].sum()
+
+
+TEACHING = {"weight": 0.4, "temperature": 0.1}
+"""Settings of the distill loss."""
+
+
+def teach(batch: Batch) -> Batch:
+    """Give a batch the embeddings of two teachers, one of images and texts, one of images; both lack some samples."""
+    g = torch.Generator().manual_seed(12)
+    image, text, alone = (torch.randn(len(batch), width, generator=g, dtype=torch.float64) for width in (6, 6, 3))
+    masks = torch.rand(3, len(batch), generator=g) < 0.8
+    both = {"image": image, "image_mask": masks[0], "text": text, "text_mask": masks[1]}
+    teachers = {"0": both, "1": {"image": alone, "image_mask": masks[2]}}
+    return Batch(batch.inputs, batch.masks, batch.keys, {**batch.targets, "teachers": teachers})
+
+
+def distilled_loss(features: dict[str, Tensor], targets: dict[str, Any]) -> Tensor:
+    """Return the loss of MobileCLIP (Vasu et al., 2311.17049) on a whole batch of `teach`, by torch's kl_div."""
+
+    def divergence(s: Tensor, t: Tensor) -> Tensor:
+        logs = s.log_softmax(dim=1), (t / TEACHING["temperature"]).log_softmax(dim=1)
+        return torch.nn.functional.kl_div(*logs, reduction="batchmean", log_target=True)
+
+    both, alone = targets["teachers"].values()
+    cosines = {}
+    for name, teacher, m in (("both", both, both["image_mask"] & both["text_mask"]), ("alone", alone, alone["image_mask"])):
+        unit = {key: x[m] / x[m].norm(dim=1, keepdim=True) for key, x in teacher.items() if not key.endswith("mask")}
+        other = "text" if name == "both" else "image"
+        cosines[name] = (
+            features["logit_scale"] * features["image"][m] @ features[other][m].T,
+            unit["image"] @ unit[other].T,
+        )
+    s, t = cosines["both"]
+    losses = [(divergence(s, t) + divergence(s.T, t.T)) / 2]
+    off_diagonal = ~torch.eye(len(cosines["alone"][0]), dtype=torch.bool)
+    losses.append(divergence(*(x[off_diagonal].view(len(x), -1) for x in cosines["alone"])))
+    weight = TEACHING["weight"]
+    return (1 - weight) * closed_form_loss("clip", features) + weight * torch.stack(losses).mean()
+
+
 def closed_form_loss(loss: str, features: dict[str, Tensor]) -> Tensor:
     """Return the loss of a whole batch as its paper defines it, from the B x B matrix.
 
@@ -107,9 +181,15 @@ def closed_form_loss(loss: str, features: dict[str, Tensor]) -> Tensor:
 
 
 def reference_gradients(loss: str, batch: Batch) -> tuple[float, dict[str, Tensor]]:
-    """Return loss and gradients of one process on a whole batch, in float64."""
+    """Return loss and gradients of one process on a whole batch, perhaps of `label` or `teach`, in float64."""
     model = build_model(loss, torch.float64)
-    value = closed_form_loss(loss, model(batch.inputs, batch.masks))
+    features = model(batch.inputs, batch.masks)
+    if "teachers" in batch.targets:
+        value = distilled_loss(features, batch.targets)
+    elif "weight" in batch.targets:
+        value = labeled_loss(loss, features, batch.targets)
+    else:
+        value = closed_form_loss(loss, features)
     value.backward()
     return value.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 

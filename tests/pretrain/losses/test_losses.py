@@ -16,7 +16,7 @@ from pretrain.errors import ConfigError
 from pretrain.losses import clip, siglip
 from pretrain.losses.sigmoid_tiles import sigmoid_loss
 from pretrain.losses.softmax_tiles import choose_method, softmax_loss
-from pretrain.losses.tiles import Settings
+from pretrain.losses.tiles import PairLabels, Settings
 from tests.support.largest_tensor import LargestTensor
 
 LOSSES = ["clip", "siglip"]
@@ -112,9 +112,11 @@ def test_gradcheck(name: str) -> None:
 
     def loss(*x: Tensor) -> Tensor:
         if name == "siglip":  # each pair has its own term, so that a part of the rows gives a loss
-            return function(*x, offset=4, ids=(ids[4:8], ids), settings=Settings(tile=2))[0]
+            return function(*x, offset=4, labels=PairLabels((ids[4:8], ids)), settings=Settings(tile=2))[0]
         # Each column's sum needs all rows, which several processes share (test_losses_ranks.py). Here: all rows, odd tiles.
-        return function(x[1], x[0].repeat(3, 1)[:9], *x[2:], offset=0, ids=(ids, ids), settings=Settings(tile=2))[0]
+        return function(
+            x[1], x[0].repeat(3, 1)[:9], *x[2:], offset=0, labels=PairLabels((ids, ids)), settings=Settings(tile=2)
+        )[0]
 
     assert torch.autograd.gradcheck(loss, (rows, columns, *make_scalars(name, 1.7)))
 

@@ -30,9 +30,17 @@ CASES += [
     for same in ("keep", "ignore")
     for modalities, scale in ((("image", "text"), 14.3), (("image", "text", "audio"), 100.0))
 ]
+CASES += [
+    (name, tile, "ignore", ("image", "text", "audio"), 14.3, exchange, True)
+    for name in ("clip", "siglip")
+    for tile, exchange in ((0, "gather"), (2, "gather"), (5, "gather"), (2, "ring"))
+]
+NEGATIVES = 2
 
 
-def run_case(name: str, tile: int, same: str, modalities: tuple[str, ...], scale: float, exchange: str) -> list[Tensor]:
+def run_case(
+    name: str, tile: int, same: str, modalities: tuple[str, ...], scale: float, exchange: str, is_labeled: bool = False
+) -> list[Tensor]:
     """Return the loss, the gradients and the accuracy of one case, averaged over ranks as DDP averages.
 
     The gradients are those of a linear encoder for each modality, and of the scalars. As in a cached step, the loss is
@@ -48,10 +56,19 @@ def run_case(name: str, tile: int, same: str, modalities: tuple[str, ...], scale
     b = B // distributed.world_size()
     local = slice(distributed.rank() * b, (distributed.rank() + 1) * b)
     features = {m: F.normalize(inputs[m][local] @ weights[m], dim=1) for m in modalities}
+    targets = {"caption_id": ids[local]}
+    if is_labeled:  # weights of the pairs, and negatives from an encoder of their own
+        texts = torch.randn(B, NEGATIVES, 4, generator=g, dtype=torch.float64)
+        weights["negatives"] = torch.randn(4, D, generator=g, dtype=torch.float64).requires_grad_()
+        features["negatives"] = F.normalize(texts[local] @ weights["negatives"], dim=-1)
+        pair_weights = torch.rand(B, generator=g, dtype=torch.float64) * (torch.arange(B) % 5 != 3)
+        targets["weight"] = (pair_weights / pair_weights.mean())[local]
+        targets["negative_mask"] = (torch.arange(B * NEGATIVES).view(B, NEGATIVES) % 7 != 4)[local]
+        targets["negative_id"] = (torch.arange(B * NEGATIVES).view(B, NEGATIVES) % 9)[local]
     detached = {m: x.detach().requires_grad_() for m, x in features.items()}
     module = registry.get_component("losses", name)
     loss, report = module.build(module.Config(tile=tile, same_caption=same, exchange=exchange))(
-        detached, scalars[0], scalars[1] if scalars[1:] else None, {"caption_id": ids[local]}
+        detached, scalars[0], scalars[1] if scalars[1:] else None, targets
     )
     loss.backward()
     torch.autograd.backward(list(features.values()), [x.grad for x in detached.values()])

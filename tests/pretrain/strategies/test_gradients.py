@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from pretrain.data.loader import Batch
 from pretrain.optim import OptimConfig
 from pretrain.runtime import distributed
 from pretrain.strategies import Strategy, build_strategy
@@ -48,14 +49,14 @@ class CaseResult:
 
 
 def gradients_of_one_step(
-    strategy: Strategy, loss: str, chunks: int, step: int, texts: int = 1, **settings: Any
+    strategy: Strategy, loss: str, chunks: int, step: int, texts: int = 1, whole: Batch | None = None, **settings: Any
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Return the loss over all processes and the full gradients of one step with learning rate 0.
 
     This process encodes its own part of the batch.
     """
     b = tiny.SAMPLES // distributed.world_size()
-    batch = tiny.build_batch(texts=texts).slice(b * distributed.rank(), b * (distributed.rank() + 1))
+    batch = (whole or tiny.build_batch(texts=texts)).slice(b * distributed.rank(), b * (distributed.rank() + 1))
     return tiny.run_one_step(strategy, tiny.build_objective(loss, **settings), batch, chunks, (0, step, distributed.rank()))
 
 
@@ -77,6 +78,15 @@ GRID = {
 PART = {"fp32": [(1, 1, 0), (4, 1, TILE), (2, TEXTS, 0)], "bf16": [(2, 1, 0)]}
 """The combinations on one and on four processes: each value of the whole grid, which two processes run, occurs."""
 
+LABELED: list[tuple[int, int, dict[str, Any]]] = [
+    (1, 1, {}),
+    (TEXTS, 2, {"tile": TILE}),
+    (1, 2, {"tile": TILE, "exchange": "ring"}),
+]
+"""(texts for each image, chunks, settings) with weights and two negatives for each image (data.weight, data.negatives)."""
+DISTILLED: list[tuple[int, dict[str, Any]]] = [(1, tiny.TEACHING), (2, {**tiny.TEACHING, "tile": TILE})]
+"""(chunks, settings) of the distill loss, with two teachers (data.teachers)."""
+
 
 def run_cases(name: str) -> list[CaseResult]:
     results = []
@@ -93,6 +103,17 @@ def run_cases(name: str) -> list[CaseResult]:
                 parameter, worst = max(errors.items(), key=lambda item: item[1])
                 loss_error = abs(loss_value - expected_loss) / abs(expected_loss)
                 results.append(CaseResult(precision, loss, chunks, tile, worst, parameter, loss_error))
+            special = [(loss, *case, tiny.label(tiny.build_batch(texts=texts + 2), 2)) for texts, *case in LABELED]
+            if loss == "clip":
+                special += [("distill", *case, tiny.teach(tiny.build_batch())) for case in DISTILLED]
+            for name_of_loss, chunks, settings, batch in special if precision == "fp32" else ():
+                expected_loss, expected = tiny.reference_gradients(loss, batch)
+                loss_value, gradients = gradients_of_one_step(strategy, name_of_loss, chunks, 0, whole=batch, **settings)
+                parameter, worst = max(tiny.gradient_errors(gradients, expected).items(), key=lambda item: item[1])
+                loss_error = abs(loss_value - expected_loss) / abs(expected_loss)
+                results.append(
+                    CaseResult(precision, name_of_loss, chunks, settings.get("tile", 0), worst, parameter, loss_error)
+                )
     return results
 
 
@@ -101,7 +122,9 @@ def test_gradients_are_those_of_one_process(name: str, processes: int, record_pr
     if name.startswith("zero"):
         pytest.importorskip("deepspeed")
     ranks = world.run(run_cases, processes, name)
-    assert len(ranks[0]) == (len(LOSSES) * len(CHUNKS) * 4 if processes == 2 else 2 * 3 + 1)
+    assert len(ranks[0]) == (len(LOSSES) * len(CHUNKS) * 4 if processes == 2 else 2 * 3 + 1) + len(LOSSES) * len(LABELED) + len(
+        DISTILLED
+    )
     for results in ranks:
         for precision, bound in (("fp32", EXACT[name]), ("bf16", ROUGH[name])):
             cases = [case for case in results if case.precision == precision]
