@@ -71,6 +71,9 @@ class FinetuneConfig(FusionSchema):
         check_batch_and_evaluation(self)
         if self.data.draw != 1:
             raise ConfigError(f"data.draw={self.data.draw} is for pretraining: a task uses one caption per image, data.draw=1")
+        for name in ("weight", "negatives", "teachers"):
+            if getattr(self.data, name) is not None:
+                raise ConfigError(f"data.{name}={getattr(self.data, name)!r:.80} is for pretraining: leave it out")
         if self.data.train == "synthetic":
             raise ConfigError("data.train=synthetic has no task to learn: give shards (`clipfuse data scenes DIR` draws some)")
         check_numbers(self, "", seed=SEED)

@@ -20,6 +20,7 @@ from pretrain.config import SEED, check_numbers, component_field, text_field
 from pretrain.data import length_groups
 from pretrain.data.config import check_sources
 from pretrain.data.loader import DataConfig, Loader
+from pretrain.data.teachers import TARGET, TeacherDecoder, count_covered
 from pretrain.data.text import TextDecoder
 from pretrain.data.text_packing import TextPacking
 from pretrain.errors import ConfigError, UserError
@@ -45,6 +46,8 @@ from pretrain.training.session import (
     open_session,
 )
 
+SURVEYED = 1000
+"""Samples of the training data for which embeddings of data.teachers are looked up when a run starts."""
 PRIMARY_METRIC = "image_to_text_R@1"
 """The metric that decides which checkpoint is best."""
 
@@ -117,6 +120,7 @@ def train(config: PretrainConfig) -> Outcome:
         pair_loss = registry.get_component("losses", config.loss.name).build(config.loss).to(session.device)
         if hasattr(pair_loss, "max_logit"):  # read before the strategy, which may shard the model
             pair_loss.max_logit = on_main(components.model.max_logit)
+        prepare_teachers(config, components.loader)
         strategy = session.build_strategy()
         shapes = choose_text_shapes(config, components.model, session.device)
         if shapes != "dynamic":
@@ -198,14 +202,53 @@ def build(config: PretrainConfig, has_weights: bool = True) -> Components:
     loss = registry.get_component("losses", config.loss.name)
     if any(width > config.model.dim for width in getattr(config.loss, "matryoshka", ())):
         raise ConfigError(f"loss.matryoshka={config.loss.matryoshka}: embeddings have model.dim={config.model.dim} numbers")
+    check_targets(config, loss)
     if config.model.logit_scale is None:
         config.model.logit_scale = loss.LOGIT_SCALE
     if config.model.logit_bias is None:
         config.model.logit_bias = loss.LOGIT_BIAS
     tokenizer, model = build_encoders(config, has_weights)
     models.set_performance(model, config.performance, distributed.device())
-    loader = build_loader(config, build_train_decoders(config, tokenizer, model))
+    decoders = build_train_decoders(config, tokenizer, model)
+    if config.data.teachers is not None:
+        from pretrain.embedding import teachers  # needs pyarrow, which other runs do not import
+
+        decoders[TARGET] = TeacherDecoder(teachers.build_readers(teachers.find_teachers(config.data.teachers)))
+    loader = build_loader(config, decoders)
     return Components(tokenizer, model, loader, build_eval_decoders(config, tokenizer, model))
+
+
+def check_targets(config: PretrainConfig, loss: Any) -> None:
+    """Refuse settings of `data` that the loss would ignore, and a loss without those that it needs. Raises ConfigError."""
+    for name in ("weight", "negatives", "teachers"):
+        value = getattr(config.data, name)
+        if value is not None and name not in getattr(loss, "TAKES", ()):
+            hint = "; loss.name=distill does" if name == "teachers" else ""
+            raise ConfigError(f"data.{name}={value!r:.80}: loss.name={config.loss.name} does not account for it{hint}")
+        if value is None and name in getattr(loss, "NEEDS", ()):
+            raise ConfigError(f"loss.name={config.loss.name} needs data.{name}")
+
+
+def prepare_teachers(config: PretrainConfig, loader: Loader) -> None:
+    """Make the arrays of data.teachers, and log how many of the first samples they cover. Collective.
+
+    Raises ConfigError where they cover none.
+    """
+    if config.data.teachers is None:
+        return
+    from pretrain.embedding import teachers
+
+    teachers.prepare(teachers.find_teachers(config.data.teachers))
+    count = min(SURVEYED, loader.order.epoch_size)
+    modalities = [name for name in ("text", TARGET) if name in loader.decoders]
+    covered = on_main(lambda: count_covered(loader.first_samples(count, modalities)))
+    found = ", ".join(f"{found:,} of {total:,} {name} embeddings" for name, (found, total) in covered.items())
+    if not any(found for found, _ in covered.values()):
+        raise ConfigError(
+            f"data.teachers={config.data.teachers!r:.200} has no embedding of the first {count:,} samples of data.train: were "
+            "they made of these shards, and of the captions of data.caption?"
+        )
+    log_info(f"data.teachers: {found} of the first {count:,} samples are there")
 
 
 def choose_text_shapes(config: PretrainConfig, model: DualEncoder, device: torch.device) -> str:
@@ -241,7 +284,7 @@ def set_text_shapes(config: PretrainConfig, loader: Loader, shapes: str) -> None
     assert isinstance(decoder, TextDecoder)
     count, length = min(length_groups.SAMPLES, loader.order.epoch_size), decoder.length
     histogram = on_main(lambda: length_groups.count_lengths(loader.first_samples(count, ["text"]).masks["text"], length))
-    texts = config.data.batch_size // distributed.world_size() // config.train.chunks * config.data.draw
+    texts = config.data.batch_size // distributed.world_size() // config.train.chunks * decoder.texts_per_sample
     if shapes == "packed":
         packing = decoder.length_groups = TextPacking(histogram)
         log_info(f"{texts:,} captions are packed into {packing.row_counts(texts)[0]:,} rows of {length} tokens")

@@ -14,10 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.data import BadSample
-from pretrain.data.sample_json import read_fields
 from pretrain.data.shards.paths import RawSample
-from pretrain.data.text import TextDecoder, normalize_whitespace
+from pretrain.data.text import TextDecoder
+from pretrain.data.training_captions import read_negative_captions
 from pretrain.printable import format_count
 
 LOOKED_AT = 256
@@ -60,12 +59,3 @@ def describe_foils(field: str, survey: Callable[[], Iterator[dict[str, Any]]]) -
         f"task.foils={field}: none of the first {format_count(len(values), 'sample')} has this field in its json, so negatives "
         "come from the batch alone (as with task.foils=null)"
     )
-
-
-def read_negative_captions(sample: RawSample, field: str) -> list[str]:
-    """Return the negative captions of a sample, possibly []. Raises BadSample for a field of another kind."""
-    entries = read_fields(sample.members).get(field) or []
-    if not isinstance(entries, list):
-        raise BadSample("foils unreadable", f"{field} is not a list: {entries!r}"[:200])
-    texts = [entry.get("caption") if isinstance(entry, dict) else entry for entry in entries]
-    return [normalize_whitespace(text) for text in texts if isinstance(text, str) and normalize_whitespace(text)]

@@ -61,7 +61,7 @@ def measure_built(built: DualEncoder, config: PretrainConfig) -> tuple[ModelSize
     sample = flops.build_sample(
         config.image.size if config.image is not None else None,
         config.text.length if config.text is not None else None,
-        config.data.draw,
+        config.data.draw + (config.data.draw_negatives if config.data.negatives is not None else 0),
     )
     if config.text is not None:
         notes.append(f"every text has the full length of {config.text.length} tokens: trimmed batches need less")

@@ -16,7 +16,9 @@
     length_groups.py    groups of texts of similar length, in the same shapes for every batch
     text_packing.py     several texts in a row, in the same shapes for every batch
     captions.py         the captions of a sample, cleaned
+    training_captions.py   captions for pretraining with their weights, and negatives: data.weight and data.negatives
     caption_statistics.py  lengths of captions, and captions that are hardly meant to be captions
+    teachers.py         stored embeddings of teachers, looked up by key: data.teachers
     members.py          explains why a sample lacks an image or a caption
     sample_json.py      the json member of a sample, parsed
     filter_expression.py   conditions on the fields of a sample, and their evaluation; filter_parser.py reads them

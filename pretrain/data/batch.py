@@ -37,6 +37,8 @@ class Decoder(Protocol):
 
     A decoder that provides targets has `targets(items) -> dict[str, Tensor | list]`, sample first, for Batch.targets.
     Its `collate` may return None: it then provides targets only, and the batch has no input of its name.
+
+    A decoder whose targets depend on what others drew has `complete(batch)`, which adds to a partial batch at the end.
     """
 
     def __call__(self, sample: RawSample, rng: np.random.Generator, train: bool) -> Any:
@@ -176,6 +178,9 @@ def collate(items: Mapping[str, list[Any]], decoders: Mapping[str, Decoder], key
             batch.targets["caption_id"] = torch.tensor(ids, dtype=torch.int64)
         elif keys and isinstance(items[name][0], list):  # all captions of each sample
             batch.targets["captions"] = items[name]
+    for decoder in decoders.values():
+        if hasattr(decoder, "complete"):
+            decoder.complete(batch)
     return batch
 
 

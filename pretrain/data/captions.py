@@ -72,16 +72,27 @@ def read_captions(members: dict[str, bytes], source: str = TXT) -> list[str]:
     Raises:
         BadSample: the sample has no caption, only empty ones, or one that cannot be read.
     """
+    return list(read_numbered_captions(members, source).values())
+
+
+def read_numbered_captions(members: dict[str, bytes], source: str) -> dict[int, str]:
+    """Return what `read_captions` does, by place: among the lines that are not empty, or in the list of the json field.
+
+    Raises BadSample.
+    """
     member = caption_member(source)
     if member not in members:
         raise BadSample("no caption", explain_missing_caption(members, member))
-    values = _read_txt(members["txt"], source) if member == "txt" else _read_field(members, source)
+    entries = dict(enumerate(_read_txt(members["txt"], source))) if member == "txt" else _read_field(members, source)
+    places, values = list(entries), list(entries.values())
     if not all(isinstance(caption, str) for caption in values):
         raise BadSample("caption not text", f"{source}={values!r}"[:200])
-    cleaned = [caption for caption in map(normalize_whitespace, values) if caption]
-    if not cleaned:
+    cleaned = [normalize_whitespace(caption) for caption in values]
+    if not any(cleaned):
         raise BadSample("empty caption", f"{source} holds {values!r}"[:200])
-    return cleaned
+    if member == "txt":
+        return dict(enumerate(filter(None, cleaned)))
+    return {place: caption for place, caption in zip(places, cleaned, strict=True) if caption}
 
 
 def count_lines(data: bytes) -> int:
@@ -103,8 +114,8 @@ def _read_txt(data: bytes, source: str) -> list[str]:
     return split_lines(text) if source == TXT_LINES else [text]
 
 
-def _read_field(members: dict[str, bytes], source: str) -> list[Any]:
-    """Return the value of a json field as a list, without null.
+def _read_field(members: dict[str, bytes], source: str) -> dict[int, Any]:
+    """Return the values of a json field by their place in its list, without null.
 
     Raises:
         BadSample: the json is not an object, or the field is absent, null, or a list without a value.
@@ -117,7 +128,7 @@ def _read_field(members: dict[str, bytes], source: str) -> list[Any]:
         names = ", ".join(sorted(map(str, fields)))[:150]
         raise BadSample("no caption", f"json has no {source}, but {'fields ' + names if names else 'no fields'}")
     value = fields[source]
-    values = [item for item in value if item is not None] if isinstance(value, list) else [value]
+    values = {place: item for place, item in enumerate(value if isinstance(value, list) else [value]) if item is not None}
     if value is None or not values:
         content = "null" if value is None else "a list of null" if value else "an empty list"
         raise BadSample("no caption", f"the field {source} of the json is {content}")

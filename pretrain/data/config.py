@@ -57,6 +57,19 @@ class DataConfig:
     draw: int = 1
     """Captions drawn per sample in pretraining. The image is encoded once; the loss is the mean over the captions drawn.
     A sample with fewer captions repeats them."""
+    weight: str | None = None
+    """Field of the json with the weight of a pair, from 0 to 1e9: a number for the sample, or a list of one for each caption.
+    None there counts as 1. A pair's loss counts by its weight, divided by the sum over the global batch (Zhu et al.,
+    arXiv:2404.08535); one of weight 0 remains a negative of the others. Pretraining only; null = all count alike."""
+    negatives: str | None = None
+    """Field of the json with captions that are wrong about the image, a list of texts or of {caption: text}. Every image is
+    compared with the negatives of the whole global batch (Yuksekgonul et al., arXiv:2210.01936). Samples without any are used
+    as well. Pretraining only; null = none."""
+    draw_negatives: int = 1
+    """Captions drawn per sample from `negatives`; each costs as much as a caption."""
+    teachers: Any = text_field(None)
+    """Folder that `clipfuse embed` wrote for the training shards, or a list of them: embeddings of teachers, for
+    loss.name=distill. They are found by key and caption, and are of the images as stored, not as augmented. null = none."""
     val_caption: str | None = None
     """Where evaluation reads captions; null = as `caption`. Of several, each is a caption of the image. Where `txt` holds
     several lines in most samples, each line is one; txt:whole reads them as one."""
@@ -98,6 +111,7 @@ class DataConfig:
             ("streams", 0),
             ("block", 0),
             ("draw", 1),
+            ("draw_negatives", 1),
             ("max_bad_run", 0),
             ("connections", 1),
         ):
@@ -118,7 +132,8 @@ class DataConfig:
         check_numbers(self, "data", cache_gib="[0, inf)")
 
     def _check_filters(self) -> None:
-        for name, value in (("keep", self.keep), ("skip", self.skip)):
+        needs_shards = ("keep", "skip", "weight", "negatives", "teachers")
+        for name, value in ((name, getattr(self, name)) for name in needs_shards):
             if value is not None and self.train == "synthetic":
                 raise ConfigError(f"data.{name}={value!r:.200} needs shards, but data.train is synthetic")
         if self.keep is not None:

@@ -36,6 +36,7 @@ from pretrain.data.shards.cache import is_remote
 from pretrain.data.shards.reader import ShardReader
 from pretrain.data.shuffle import Ints
 from pretrain.data.text import TextDecoder
+from pretrain.data.training_captions import TrainingCaptions
 from pretrain.data.worker import PartialBatch, SampleReader, SkippedSample, TrainingDataset
 from pretrain.data.worker_pool import run_workers
 from pretrain.errors import UserError
@@ -379,7 +380,9 @@ def build_loader(
 
 def _reads_captions(decoder: Decoder) -> bool:
     """Return whether a decoder reads captions: those of questions and labels are no text decoders, or decode otherwise."""
-    return isinstance(decoder, TextDecoder) and type(decoder).__call__ is TextDecoder.__call__
+    return isinstance(decoder, TrainingCaptions) or (
+        isinstance(decoder, TextDecoder) and type(decoder).__call__ is TextDecoder.__call__
+    )
 
 
 def _report_caption_lines(reader: ShardReader, counts: Sequence[int], order: Order, data: DataConfig) -> None:

@@ -172,6 +172,11 @@ class TextDecoder:
         self.pad_id = next(i for i in candidates if i is not None)
         """Id of padding, where the mask is False. The end token where the tokenizer has no padding token, as in CLIP."""
 
+    @property
+    def texts_per_sample(self) -> int:
+        """The number of texts of a sample in training."""
+        return self.draw
+
     def __call__(self, sample: RawSample, rng: np.random.Generator, train: bool) -> str | tuple[str, ...] | list[str]:
         """Return the captions of a sample: one in training, a list of all in evaluation.
 
@@ -183,10 +188,15 @@ class TextDecoder:
         texts = read_captions(sample.members, self.caption)
         if not train:
             return texts
+        drawn = self.draw_captions(len(texts), rng)
+        return tuple(texts[i] for i in drawn) if self.draw > 1 else texts[drawn[0]]
+
+    def draw_captions(self, count: int, rng: np.random.Generator) -> list[int]:
+        """Return which of `count` captions training reads: `draw` different ones, repeated where there are fewer."""
         if self.draw > 1:
-            order = rng.permutation(len(texts))
-            return tuple(texts[int(order[i % len(texts)])] for i in range(self.draw))
-        return texts[int(rng.integers(len(texts)))] if len(texts) > 1 else texts[0]
+            order = rng.permutation(count)
+            return [int(order[i % count]) for i in range(self.draw)]
+        return [int(rng.integers(count)) if count > 1 else 0]
 
     def collate(self, texts: list[str] | list[tuple[str, ...]] | list[list[str]]) -> tuple[Tensor, Tensor]:
         """Tokenize a batch to ids (b, T) int64 and mask (b, T) bool.

@@ -32,6 +32,7 @@ from pretrain.data.loader import Loader
 from pretrain.data.sample_filter import read_skip_list
 from pretrain.data.shards.stores import is_store
 from pretrain.data.text import TextDecoder
+from pretrain.data.training_captions import TrainingCaptions
 from pretrain.errors import ConfigError, UserError
 from pretrain.model import DualEncoder, ModelSchema
 from pretrain.printable import format_count, hide_secrets_in
@@ -291,6 +292,11 @@ def build_train_decoders(config: Any, tokenizer: Any, encoders: DualEncoder) -> 
     text = decoders.get("text")
     if isinstance(text, TextDecoder) and config.train.compile != "false":
         text.trim = False  # compiled models are compiled anew for every length
+    if data.weight is not None or data.negatives is not None:
+        if type(text) is not TextDecoder:
+            name = "weight" if data.weight is not None else "negatives"
+            raise ConfigError(f"data.{name}={getattr(data, name)!r:.80} is read with captions, and the model reads none")
+        decoders["text"] = TrainingCaptions(text, data.weight, data.negatives, data.draw_negatives)
     return decoders
 
 
