@@ -75,6 +75,8 @@ class Loss(nn.Module):
 
         features and scale: as for the clip loss. targets["teachers"]: see pretrain/data/teachers.py.
         """
+        if "teachers" not in targets:
+            raise ConfigError("loss.name=distill needs data.teachers, and this batch has no embeddings of teachers")
         self.clip.max_logit = self.max_logit
         contrastive, report = self.clip(features, scale, bias, targets)
         b = len(features["image"])

@@ -146,7 +146,7 @@ def test_missing_and_binary_files(tmp_path: Path) -> None:
 def test_a_section_has_the_fields_of_its_component() -> None:
     config = load(WithComponents, None, ["loss.name=siglip"])
     assert config.loss.name == "siglip"
-    with pytest.raises(ConfigError, match=r"no 'clap' in losses; did you mean 'clip'\?; the choices are clip, siglip"):
+    with pytest.raises(ConfigError, match=r"no 'clap' in losses; did you mean 'clip'\?; the choices are clip, distill, siglip"):
         load(WithComponents, None, ["loss.name=clap"])
     with pytest.raises(ConfigError, match=r"unknown key loss\.nothing"):
         load(WithComponents, None, ["loss.nothing=1"])

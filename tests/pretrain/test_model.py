@@ -252,8 +252,10 @@ def test_every_parameter_gets_a_gradient_from_the_loss() -> None:
         model = build_clip(logit_scale=module.LOGIT_SCALE, logit_bias=module.LOGIT_BIAS).train()
         pixels, ids, mask = build_batch()
         out = model({"image": pixels, "text": ids}, {"text": mask})
+        teacher = {"image": torch.randn(6, 3), "image_mask": torch.ones(6, dtype=torch.bool)}
+        targets = {"teachers": {"0": teacher}} if "teachers" in getattr(module, "NEEDS", ()) else {}
         value, _ = module.build(module.Config())(
-            {m: out[m] for m in ("image", "text")}, out["logit_scale"], out.get("logit_bias"), {}
+            {m: out[m] for m in ("image", "text")}, out["logit_scale"], out.get("logit_bias"), targets
         )
         value.backward()
         assert all(p.grad is not None for p in model.parameters())
