@@ -132,8 +132,9 @@ class DualEncoder(nn.Module):
     def tokens(self, modality: str, inputs: Tensor, mask: Tensor | None = None) -> TokenSequence:
         """Return the tower's tokens projected into the shared space: states (b, N, D).
 
-        The mean of the states over the mask is the embedding before it is normalized. Raises ConfigError for a tower that
-        does not pool by the mean: training does not bring its single tokens into the shared space.
+        The mean of the states over the mask is the embedding before it is normalized; with image.stride, the mean of those on
+        the coarser grid. Raises ConfigError for a tower that does not pool by the mean: training does not bring its single
+        tokens into the shared space.
         """
         tower = self.tower(modality)
         if not tower.pools_mean:

@@ -56,6 +56,8 @@ def fingerprint_images(tuned: Finetuned) -> str:
             sha256.update(f"{part}.{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             sha256.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     config = {k: v for k, v in asdict(cast(Any, tuned.config.image)).items() if k not in _INCIDENTAL}
+    if config.get("stride") is None:
+        config.pop("stride", None)  # features of models that had no such setting stay valid
     sha256.update(json.dumps([config, model.token_sources["image"]], sort_keys=True, default=str).encode())
     return sha256.hexdigest()[:32]
 

@@ -98,6 +98,8 @@ def fingerprint_model(loaded: LoadedModel) -> str:
         relevant = {k: v for k, v in asdict(config).items() if k not in incidental} if config is not None else {}
         if relevant.get("resize") != "pad":
             relevant.pop("pad_color", None)  # of borders that there are not
+        if relevant.get("stride") is None:
+            relevant.pop("stride", None)  # indexes of models that had no such setting stay valid
         sha256.update(json.dumps([modality, relevant], sort_keys=True, default=str).encode())
     if "text" in loaded.decoders:
         ids, mask = loaded.decoders["text"].encode(["", "A red cup, left of 12 boxes; naïve Ωμέγα 猫 🐈.", "word " * 1000])

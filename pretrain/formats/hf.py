@@ -296,7 +296,8 @@ def _find_timm_arguments(tower: Any) -> dict[str, Any] | str:
             continue  # no such argument, other weights, or no pooling by timm's forward_head
         if is_same:
             return arguments | size
-    return f"the image tower: timm's {name} with image.args and pool={config.pool} cannot be built by timm alone"
+    finer = f", image.stride={config.stride}" if config.stride else ""
+    return f"the image tower: timm's {name} with image.args{finer} and pool={config.pool} cannot be built by timm alone"
 
 
 @torch.no_grad()

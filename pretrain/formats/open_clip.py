@@ -199,7 +199,8 @@ def _convert_image_tower(encoders: Encoders, is_quick: bool) -> TowerExport | st
             f"the activations of the towers, {spec.act} for images and {'quick_gelu' if is_quick else 'another'} for texts: "
             "open_clip has one for both (text.args.hidden_act=gelu trains such a pair)"
         )
-    return f"{spec}, and timm builds another model from the name {tower.config.name} alone"
+    finer = f", without image.stride={tower.config.stride}" if tower.config.stride else ""
+    return f"{spec}, and timm builds another model from the name {tower.config.name} alone{finer}"
 
 
 def _find_timm_config(encoders: Encoders) -> dict[str, Any] | None:

@@ -3,6 +3,8 @@
     timm.py            images: any timm model
     pooling.py         how a timm model pools its tokens into one vector
     stem.py            a convolutional stem for vision transformers
+    dilation.py        finer grids of convolutional models (image.stride)
+    layer_numbers.py   the layer of each parameter of a timm model
     weight_files.py    weights of timm models from files of other trainers
     transformers.py    texts: any transformers text model
     hf_models.py       finds and builds the transformers model
@@ -59,9 +61,9 @@ class Tower(nn.Module):
     packs: bool = False
     """Whether pool_packed() gives `pooled`."""
     pools_mean: bool = False
-    """Whether `pooled` is the mean of the valid `states`."""
+    """Whether `pooled` is the mean of the valid `states`; with image.stride, of those that the model has without it."""
     pools_max: bool = False
-    """Whether `pooled` is the maximum of `states`, channel by channel."""
+    """Whether `pooled` is the maximum of `states`, or of those that the model has without image.stride, by channel."""
     weights_origin: str | None = None
     """Where build() loaded the weights from, in words; empty where they are random, None where the tower does not say."""
     pretrained_settings: str = ""

@@ -3,6 +3,7 @@
     image: {name: vit_base_patch16_224, size: 112, args: {embed_dim: 192, depth: 6, num_heads: 3}, pool: avg}
     image: {name: vit_base_patch16_clip_224.openai, size: 224}
     image: {name: resnet50, size: 224, weights: resnet50.pth}
+    image: {name: resnet50, size: 224, stride: 16}
     image: {name: vit_tiny_patch16_224, size: 72, stem: [32, 64, 64, 128, 128, 128], args: {embed_dim: 128, depth: 2}}
 
 The model is built for `size`, which may differ from its published size; timm then interpolates pretrained position
@@ -14,8 +15,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import isqrt
 from pathlib import Path
@@ -28,7 +28,9 @@ from pretrain.config import check_numbers
 from pretrain.errors import ConfigError, closest
 from pretrain.ops import CLIP_MEAN, CLIP_STD, Color, parse_color, use_onednn
 from pretrain.runtime.deferred_imports import without_unused
-from pretrain.towers import TokenSequence, Tower, stem, used_parameters, weight_files
+from pretrain.towers import TokenSequence, Tower, dilation, stem, used_parameters, weight_files
+from pretrain.towers.dilation import CoarseCells, Convolution
+from pretrain.towers.layer_numbers import number_layers
 from pretrain.towers.meta_copy import copy_to_meta
 from pretrain.towers.pooling import get_head_norm, set_pooling
 
@@ -57,6 +59,10 @@ class Config:
     stem: list[int] = field(default_factory=list)
     """Widths of 3 x 3 convolutions that replace a vision transformer's patch embedding. The first, and each that is wider
     than the one before it, halves the resolution: [32, 64, 64, 128] makes patches of 8 px. Empty keeps the model's own."""
+    stride: int | None = None
+    """Pixels between the tokens of a convolutional model: 16 or 8, computed by dilation. null: between the cells that it pools,
+    mostly 32 px. It may be set in fine-tuning alone, because weights and embedding stay the same: exactly for ResNet, RegNetX,
+    MobileNetV2, EfficientNet-Lite and ConvNeXt, nearly for models whose blocks pool; see dilation.py."""
     pretrained: bool | None = None
     """Whether the model is loaded with its published weights. null: if `name` names weights, by a tag
     (`vit_base_patch16_clip_224.openai`), `hf-hub:` or `local-dir:`; a bare architecture (`resnet50`) starts at random."""
@@ -101,10 +107,15 @@ class Config:
             raise ConfigError(f"image.pad_color={self.pad_color} is for image.resize=pad, not {self.resize}")
         parse_color(self.pad_color)
         self._check_stem()
+        if self.stride is not None and "output_stride" in self.args:
+            raise ConfigError(
+                f"image.stride={self.stride} keeps the embedding, and image.args.output_stride={self.args['output_stride']} "
+                "changes it: leave out one of the two"
+            )
         for key in RESERVED_ARGS:
             if key in self.args:
                 raise ConfigError(f"image.args.{key} cannot be set; {RESERVED_ARGS[key]}")
-        check_numbers(self, "image", mean="[0, inf)", std="(0, inf)")
+        check_numbers(self, "image", stride="[1, inf)", mean="[0, inf)", std="(0, inf)")
 
     def _check_stem(self) -> None:
         if not self.stem:
@@ -129,10 +140,17 @@ class ImageTower(Tower):
     modality = "image"
     pretrained_settings = "image.pretrained=true or image.weights=FILE"
 
-    def __init__(self, model: nn.Module, config: Config) -> None:
+    def __init__(self, model: nn.Module, config: Config, undilated: tuple[dict[str, Convolution], int] | None = None) -> None:
+        """Wrap a timm model.
+
+        undilated: with config.stride, the convolutions of the model without dilation, and its stride over config.stride.
+        """
         super().__init__()
         self.model = model
         self.config = config
+        self._undilated = undilated
+        self._coarse_cells: CoarseCells | None = None
+        """Which cells of the model's map are pooled; None = all."""
         self.mean_pool = config.pool == "avg"
         self.channels_last = False
         """Whether images are given to the model in NHWC. Convolutions keep that format, whatever that of their weights."""
@@ -144,7 +162,7 @@ class ImageTower(Tower):
         """(mean, standard deviation) of the channels, by which images are normalized."""
         for name, values in zip(("mean", "std"), self.statistics, strict=True):
             self.register_buffer(name, torch.tensor(values).reshape(3, 1, 1), persistent=False)
-        self._layer_ids, self.depth = _number_layers(model)
+        self._layer_ids, self.depth = number_layers(model)
         self._takes_map = False
         """Whether the grid tokens are the last map of `forward_intermediates`; see _hides_its_map."""
         self._measure()
@@ -157,7 +175,7 @@ class ImageTower(Tower):
         return self.encode(inputs)[1]
 
     def encode(self, inputs: Tensor) -> tuple[Any, TokenSequence]:
-        """Return what the timm model's forward_features() returns, and the TokenSequence that forward() returns."""
+        """Return what is pooled of the timm model's forward_features(), and the TokenSequence that forward() returns."""
         images = self.normalize(inputs)
         if self._takes_map:
             features, maps = cast(Any, self.model).forward_intermediates(images, indices=1, output_fmt="NCHW")
@@ -168,7 +186,11 @@ class ImageTower(Tower):
             if norm is not None:
                 features = norm(features)
             states, grid = self._to_tokens(features)
-        pooled = states.mean(dim=1) if self.mean_pool else self._pool(features)
+        pooled_states = states
+        if self._coarse_cells is not None:
+            features = self._coarse_cells.select(features)
+            pooled_states = self._to_tokens(features)[0]
+        pooled = pooled_states.mean(dim=1) if self.mean_pool else self._pool(features)
         return features, TokenSequence(states, states.new_ones(states.shape[:2], dtype=torch.bool), grid, pooled)
 
     def normalize(self, images: Tensor) -> Tensor:
@@ -264,6 +286,8 @@ class ImageTower(Tower):
         self.eval()
         images = torch.empty(2, 3, self.config.size, self.config.size, dtype=torch.uint8, device="meta")
         meta = copy_to_meta(self).requires_grad_()
+        if self._undilated is not None:
+            self._coarse_cells = meta._coarse_cells = dilation.locate_coarse_cells(meta.model, *self._undilated, images)
         with without_unused():  # on the meta device, torch.cat is written in Python, and marked for torch's compiler
             self._takes_map = meta._takes_map = _hides_its_map(meta.model, images)
             features, out = meta.encode(images)
@@ -321,54 +345,6 @@ def _hides_its_map(model: Any, images: Tensor) -> bool:
     return bool(maps[-1].shape[2] * maps[-1].shape[3] > 1)
 
 
-def _number_layers(model: nn.Module) -> tuple[dict[str, int], int]:
-    """Return the layer of each parameter (0 stem, 1..L blocks, L + 1 the rest) by timm's groups, and L."""
-    has_groups = hasattr(model, "group_matcher")
-    matcher = cast(Any, model).group_matcher(coarse=False) if has_groups else _match_by_stages(model)
-    names = [name for name, _ in model.named_parameters()]
-    orders = {name: _get_order(name, matcher) for name in names}
-    blocks = sorted({order for order in orders.values() if order is not None and order[0] > 0})
-    ids = {None: len(blocks) + 1} | {order: i for i, order in enumerate(blocks, 1)}
-    return {f"model.{name}": ids[order] if order is None or order[0] > 0 else 0 for name, order in orders.items()}, len(blocks)
-
-
-def _match_by_stages(model: nn.Module) -> Callable[[str], tuple[int, ...]]:
-    """Return a matcher, as timm's, for a model that has none: of its largest list of modules, each item is a stage.
-
-    Its blocks are `stages.0.blocks.1` or `stages.0.1`. What is registered before the list is the stem, the rest follows it.
-    """
-    lists = [(name, child) for name, child in model.named_children() if isinstance(child, (nn.Sequential, nn.ModuleList))]
-    trunk = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()), default=("", model))[0]
-    top_names = [name.partition(".")[0] for name, _ in model.named_parameters()]
-    is_before = set(top_names[: top_names.index(trunk)]) if trunk in top_names else set()
-    pattern = re.compile(rf"{re.escape(trunk)}\.(\d+)(?:\.(?:blocks\.)?(\d+))?")
-
-    def match(name: str) -> tuple[int, ...]:
-        if position := pattern.match(name):
-            return 1 + int(position[1]), int(position[2] or 0)
-        return (0,) if name.partition(".")[0] in is_before else (99999,)
-
-    return match
-
-
-def _get_order(name: str, matcher: Any) -> tuple[float, ...] | None:
-    """Return a parameter's (group, block, ...) by timm's matcher; None for what follows the blocks.
-
-    timm marks the latter by the number 99999 or infinity.
-    """
-    if callable(matcher):
-        group_or_order = matcher(name)
-        order = tuple(group_or_order) if isinstance(group_or_order, tuple) else (group_or_order,)
-        return None if order[0] in (99999, float("inf")) else tuple(float(o) for o in order)
-    for group, spec in enumerate(matcher.values()):
-        for pattern, suffix in spec if isinstance(spec, (list, tuple)) else [(spec, None)]:
-            match = re.match(pattern, name)
-            if match:
-                order = (group, *(int(g) for g in match.groups() if g is not None), *(suffix or ()))
-                return None if order[-1] == 99999 else tuple(float(o) for o in order)
-    return None
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Building
 
@@ -378,14 +354,14 @@ def build(config: Config, tokenizer: Any = None) -> ImageTower:
 
     Raises ConfigError: an unknown model or argument, a size or a pooling that does not fit.
     """
-    model = _create_model(config)
+    undilated, model = (None, _create_model(config)) if config.stride is None else _create_dilated(config)
     origin = _load_weights(model, config)
     side = patch_side(model, config)
     if side and config.size % side:
         raise ConfigError(f"image.size={config.size} is not a multiple of {config.name}'s patch of {side} px")
     set_pooling(model, config.pool, config.name)
     try:
-        tower = ImageTower(model, config)
+        tower = ImageTower(model, config, undilated)
     except (RuntimeError, AssertionError, ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"image.name={config.name} cannot be used at image.size={config.size}: {reason}") from error
@@ -395,6 +371,20 @@ def build(config: Config, tokenizer: Any = None) -> ImageTower:
     if config.checkpointing:
         tower.set_checkpointing(True)
     return tower
+
+
+def _create_dilated(config: Config) -> tuple[tuple[dict[str, Convolution], int], nn.Module]:
+    """Create the timm model with image.stride.
+
+    Returns (the convolutions of the model without it, its stride over image.stride), and the model. Raises ConfigError.
+    """
+    assert config.stride is not None
+    with torch.device("meta"):
+        plain = _create_model(replace(config, stride=None, pretrained=False))
+    ratio = dilation.check_stride(plain, config.stride, config.name)
+    model = _create_model(config)
+    dilation.check_weights(plain, model, config.stride, config.name)
+    return (dilation.read_geometry(plain), ratio), model
 
 
 def loads_published(config: Config) -> bool:
@@ -450,6 +440,8 @@ def _create_model(config: Config) -> nn.Module:
         args["patch_drop_rate"] = config.patch_dropout
     if config.stem:
         args |= stem.vit_arguments(config.stem)
+    if config.stride is not None:
+        args["output_stride"] = config.stride
     try:
         try:
             model = timm.create_model(config.name, pretrained=is_published, img_size=config.size, **args)
@@ -460,6 +452,8 @@ def _create_model(config: Config) -> nn.Module:
     except TypeError as error:
         raise ConfigError(_explain_argument_error(config, error)) from error
     except Exception as error:  # timm and its hub raise errors of many types
+        if config.stride is not None and isinstance(error, AssertionError):
+            raise ConfigError(dilation.explain_refusal(config.stride, config.name)) from error
         name = f"image.name={config.name}" + (" with its published weights" if is_published else "")
         hint = "; image.weights=FILE loads your own, image.pretrained=false starts at random" if is_published else ""
         raise ConfigError(
@@ -488,6 +482,8 @@ def _explain_argument_error(config: Config, error: TypeError) -> str:
     if match is None:
         return f"image.args={config.args} does not fit {config.name}: {' '.join(str(error).split())[:200]}"
     argument = match[1]
+    if argument == "output_stride" and config.stride is not None:
+        return dilation.explain_refusal(config.stride, config.name)
     if "multiple values" in str(error):
         return f"image.args.{argument} is fixed by {config.name}: choose another model, or leave it out"
     if argument == "embed_layer":
