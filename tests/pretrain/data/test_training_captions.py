@@ -12,6 +12,7 @@ import torch
 
 from pretrain.data import BadSample
 from pretrain.data.captions import caption_id
+from pretrain.data.length_groups import LengthGroups, count_lengths
 from pretrain.data.loader import Batch, DataConfig, Loader, build_loader
 from pretrain.data.text import TextDecoder, load_tokenizer
 from pretrain.data.train_tokenizer import train_tokenizer_on
@@ -126,6 +127,17 @@ def test_any_division_of_the_work_gives_the_same(folder: Path) -> None:
             assert torch.equal(batch.inputs["text"], expected.inputs["text"])
             assert batch.targets.keys() == expected.targets.keys()
             assert all(torch.equal(batch.targets[name], value) for name, value in expected.targets.items())
+
+
+def test_negatives_are_grouped_by_length_with_the_captions(folder: Path) -> None:
+    """Groups of fixed shapes (text.group_shapes=static) hold every text of a sample once."""
+    text = decoder(folder)
+    one = loader(folder, text)
+    text.length_groups = LengthGroups(count_lengths(one.first_samples(SAMPLES, ["text"]).masks["text"], 32), 2)
+    for batch in take(one, 2):
+        groups = batch.groups["text"]
+        assert len(groups.row_lengths) == 12 * text.texts_per_sample == 36
+        assert groups.slice(3, 9).row_lengths.tolist() == batch.masks["text"].sum(dim=2)[1:3].flatten().tolist()
 
 
 @pytest.mark.parametrize(
