@@ -329,7 +329,9 @@ class ExactIndex(VectorIndex):
         if self._row_of_key is None:
             self._map_files()
             rows = np.flatnonzero(self._alive)
-            self._row_of_key = dict(zip(self._table["key"].take(rows).to_pylist(), rows.tolist(), strict=True))
+            self._row_of_key = dict(
+                zip(self._table["key"].take(exact_files.to_indices(rows)).to_pylist(), rows.tolist(), strict=True)
+            )
         return self._row_of_key
 
     def _match(self, condition: Filter | None) -> NDArray[np.bool_]:
@@ -347,7 +349,7 @@ class ExactIndex(VectorIndex):
         if not len(rows):
             return images
         self._map_files()
-        for row, values in zip(rows.tolist(), self._table.take(rows).to_pylist(), strict=True):
+        for row, values in zip(rows.tolist(), self._table.take(exact_files.to_indices(rows)).to_pylist(), strict=True):
             image = IndexedImage(values["key"], values["source"], values["offset"], values["size"], values["caption"])
             image.fields = {item.name: values[f"field {item.name}"] for item in self.description.fields}
             if with_thumbnails:

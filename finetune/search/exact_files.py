@@ -94,3 +94,8 @@ def remove_others(folder: Path, generation: int) -> None:
         for path in folder.glob(f"{kind}*.{_SUFFIXES[kind]}"):
             if path.name not in names:
                 path.unlink(missing_ok=True)
+
+
+def to_indices(rows: NDArray[np.int64]) -> pa.Array:
+    """Wrap row numbers for `take`. pa.array, which `take` calls, would import pandas where it is installed."""
+    return pa.Array.from_buffers(pa.int64(), len(rows), [None, pa.py_buffer(rows)])

@@ -70,7 +70,6 @@ def shares_id(ids: Tensor) -> Tensor:
     return (ids[:, None] == all_ids[None]).any(dim=2)
 
 
-@torch.compiler.disable
 def draw_uniform(b: int, count: int, device: torch.device) -> list[Tensor]:
     """Draw `count` tensors (b,) uniform in [0, 1), slices of numbers common to all processes. Collective.
 
@@ -93,7 +92,6 @@ def hash_sample_ids(keys: Sequence[str], caption_id: Tensor) -> Tensor:
     return torch.stack([copy_async(key_ids, caption_id.device), caption_id], dim=1)
 
 
-@torch.compiler.disable
 def fetch_tokens(tokens: TokenSequence, row: Tensor) -> TokenSequence:
     """Fetch the tokens (q, N, C) of rows (q,) among all B, with gradient; only these are sent. Collective.
 
@@ -103,7 +101,6 @@ def fetch_tokens(tokens: TokenSequence, row: Tensor) -> TokenSequence:
     return tokens._replace(states=states, mask=mask, pooled=pooled)
 
 
-@torch.compiler.disable
 def max_token_count(tokens: TokenSequence) -> int:
     """Return the largest N of all processes, to which a batch in one process would be padded. Collective."""
     return int(distributed.maximum(torch.tensor(tokens.states.shape[1])))

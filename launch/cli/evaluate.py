@@ -9,7 +9,7 @@ from typing import Any
 
 from launch.cli import evaluate_index
 from launch.cli.command import Subparsers, add_command
-from launch.cli.runs import check_run, check_task
+from launch.cli.runs import check_run, check_task, import_models
 from pretrain.config.arguments import fractions, nonempty, nonempty_path, whole_number
 from pretrain.errors import ConfigError
 from pretrain.runtime.entrypoint import DONE
@@ -76,6 +76,7 @@ def evaluate(args: argparse.Namespace) -> int:
     if args.pretrained is not None:
         check_run(args.pretrained)
     check_task(args.task)
+    import_models()
     from finetune import loading
     from pretrain.data.config import resolve_sources
     from pretrain.embedding import dataset
@@ -165,6 +166,7 @@ def _print_result(args: argparse.Namespace, result: dict[str, Any], summary: Cal
 def attend(args: argparse.Namespace) -> int:
     """Run `clipfuse attend`."""
     check_run(args.run)
+    import_models()
     from finetune import loading
     from finetune.explain import word_maps
     from pretrain.model import on_device

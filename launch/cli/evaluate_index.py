@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.cli.runs import check_run
+from launch.cli.runs import check_run, import_models
 from pretrain.config.arguments import nonempty_path, positive_int
 from pretrain.errors import ConfigError, UserError
 from pretrain.printable import one_safe_line
@@ -72,6 +72,7 @@ def evaluate(args: argparse.Namespace) -> int:
         _check_filters(opened, args, queries)
         if not opened.count():
             raise UserError(f"{args.run} is empty: `clipfuse index RUN --data SHARDS --db {args.run}` adds images")
+        import_models()
         from rich.console import Console
 
         from finetune import loading

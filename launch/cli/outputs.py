@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from launch.cli.command import Subparsers, add_command
-from launch.cli.runs import check_run
+from launch.cli.runs import check_run, import_models
 from pretrain.config.arguments import count, endpoint, nonempty, nonempty_path, positive_int, process_count
 from pretrain.embedding import options
 from pretrain.errors import ConfigError
@@ -64,6 +64,7 @@ def embed(args: argparse.Namespace) -> int:
 def export(args: argparse.Namespace) -> int:
     """Run `clipfuse export`: of a fine-tuned run, onnx holds all of it, the other formats its encoders."""
     check_run(args.run)
+    import_models()
     from finetune import loading
     from pretrain.checkpoints import export as exports
     from pretrain.checkpoints.loading import load_model

@@ -1,4 +1,4 @@
-"""Checks of RUN and --task before torch is imported: a typo is an error at once."""
+"""Checks of RUN and --task before torch is imported, so that a typo is an error at once; then the imports."""
 
 from __future__ import annotations
 
@@ -17,6 +17,15 @@ def check_run(run: str) -> None:
     is_hub_name = run.count("/") == 1 and not run.startswith((".", "/", "~", "runs/")) and not path.parent.exists()
     if not (path.exists() or is_named or is_hub_name or ":" in run):
         raise ConfigError(f"no run or checkpoint at {run}; give a run folder (runs/NAME) or one of its checkpoints")
+
+
+def import_models() -> None:
+    """Import what loads and runs models, and nothing that they never use. Call it before anything else imports them."""
+    from pretrain.runtime import deferred_imports
+
+    with deferred_imports.uncollected():
+        deferred_imports.import_libraries()
+        import finetune.loading  # noqa: F401
 
 
 def check_task(task: str | None) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.cli.command import Subparsers, add_command
-from launch.cli.runs import check_run
+from launch.cli.runs import check_run, import_models
 from pretrain.config.arguments import positive_int, whole_number
 from pretrain.errors import ConfigError, UserError
 from pretrain.printable import one_safe_line
@@ -104,6 +104,7 @@ def index(args: argparse.Namespace) -> int:
 
 
 def _index(args: argparse.Namespace) -> int:
+    import_models()
     from dataclasses import asdict
 
     from finetune import loading
@@ -168,6 +169,7 @@ def search(args: argparse.Namespace) -> int:
             opened.count(condition)  # names and kinds of fields, before a model is loaded
         if not opened.count():
             raise UserError(f"{args.db} is empty: `clipfuse index RUN --data SHARDS --db {args.db}` adds images")
+        import_models()
         from finetune import loading
         from finetune.search.query import Query, Searcher, load_query_model
         from pretrain.runtime import distributed
@@ -208,6 +210,7 @@ def serve(args: argparse.Namespace) -> int:
         if run is not None:
             check_run(run)
     with places.open_index(args.db, args.backend) as opened:
+        import_models()
         from finetune import loading
         from finetune.search.answering import Answerer
         from finetune.search.query import Searcher, load_query_model

@@ -25,6 +25,25 @@ TINY_TOWERS: list[str] = [
 """Settings that shrink a configuration with a ViT and a CLIP text tower, so that a step takes milliseconds."""
 
 
+HEAVY = [
+    "torch._dynamo",
+    "torch._inductor",
+    "scipy.optimize",
+    "deepspeed",
+    "pandas",
+    "sklearn",
+    "matplotlib",
+    "onnx",
+    "open_clip",
+    "torchmetrics",
+    "peft",
+    "wandb",
+    "webdataset",
+    "s3fs",
+]
+"""Modules that a training of tiny towers without train.compile, or a search, must not import: they take seconds."""
+
+
 @dataclass(frozen=True)
 class Small:
     """A small data set of drawn scenes in shards, and a tokenizer trained on it."""

@@ -7,25 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.support import Small, environment
-
-HEAVY = [
-    "torch._dynamo",
-    "torch._inductor",
-    "scipy.optimize",
-    "deepspeed",
-    "pandas",
-    "sklearn",
-    "matplotlib",
-    "onnx",
-    "open_clip",
-    "torchmetrics",
-    "peft",
-    "wandb",
-    "webdataset",
-    "s3fs",
-]
-"""Modules that a run of the tiny configuration must not import."""
+from tests.support import HEAVY, Small, environment
 
 PROGRAM = """
 import json, sys
