@@ -5,6 +5,7 @@
     retrieval.py          ranking by embeddings, then re-ranking by cross-attention
     hard_negatives.py     negatives drawn from the batch of all processes; negative_captions.py: those that the data holds
     reranking.py          evaluation of two-stage retrieval
+    late_interaction.py   similarities of single tokens, as part of a matching score
     captioning.py         sentences about an image, generated token by token
     decoding.py           greedy, beam and nucleus search; caption_metrics.py: CIDEr and BLEU
     classification.py     one or several labels of an image, of an image with a text, or of two images

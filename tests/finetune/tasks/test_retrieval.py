@@ -246,9 +246,15 @@ def test_resumed_bit_for_bit_with_the_same_negatives(small: Small, encoders: Pat
 
 
 def test_a_tower_copy_learns_and_embeddings_stay(small: Small, encoders: Path, tmp_path: Path) -> None:
-    """Embeddings stay those of the pretrained encoders; export and WiSE-FT include the tower copy."""
+    """Embeddings stay those of the pretrained encoders; export and WiSE-FT include the tower copy and late interaction."""
     folder = tmp_path / "run"
-    settings = ("adapt.fork=[text]", "adapt.trainable_blocks={image: 0, text: 0}", "task.contrastive=0", "optim.lr=0.005")
+    settings = (
+        "task.late_interaction=true",
+        "adapt.fork=[text]",
+        "adapt.trainable_blocks={image: 0, text: 0}",
+        "task.contrastive=0",
+        "optim.lr=0.005",
+    )
     assert cli.main(arguments(small, encoders, folder, "task.foils=foils", *settings)) == 0
     loaded = finetune.load(folder)
     batch = read_batches(loaded, small.val, 3)[0]
@@ -331,10 +337,10 @@ def test_negative_captions_are_drawn_by_the_softmax_of_their_logits() -> None:
     torch.testing.assert_close(negatives.tokens.states.unflatten(0, (n, 2))[:9], states[drawn[:9]], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("score", ["sum", "matching"])
-def test_pairs_are_weighted_by_difficulty_only_with_score_sum(score: str) -> None:
-    """With score=matching every pair has equal weight."""
-    _, task = tiny_task(contrastive=0.0, score=score)
+@pytest.mark.parametrize(("score", "weighting"), [("sum", "undecided"), ("sum", "equal"), ("matching", "undecided")])
+def test_pairs_are_weighted_by_difficulty_only_with_score_sum(score: str, weighting: str) -> None:
+    """With score=matching, or where asked for, every pair has equal weight."""
+    _, task = tiny_task(contrastive=0.0, score=score, weighting=weighting)
     match = torch.tensor([[2.0, 1.0, -1.0], [0.5, -3.0, 3.0]])
     real = torch.tensor([[True, True, True], [True, True, False]])
     difficulty = torch.tensor([[1.0, 0.25, 2.0], [1.0, 0.0, 1.0]])
@@ -343,7 +349,8 @@ def test_pairs_are_weighted_by_difficulty_only_with_score_sum(score: str) -> Non
     for logits, valid, difficulties in zip(match.tolist(), real.tolist(), difficulty.tolist(), strict=True):
         negatives = [valid[i] * difficulties[i] for i in (1, 2)]  # a positive pair has the weight of its negatives
         for i, z in enumerate(logits):
-            weight = [sum(negatives), *negatives][i] if score == "sum" else float(valid[i])
+            is_weighted = (score, weighting) == ("sum", "undecided")
+            weight = [sum(negatives), *negatives][i] if is_weighted else float(valid[i])
             total += weight * math.log1p(math.exp(z if i else -z))
             count += weight
     assert float(report["matching_loss"]) == pytest.approx(total / count)
