@@ -98,7 +98,8 @@ def average_over_pairs(
     gathered = features if is_ring else dict(zip(names, distributed.gather_many([features[n] for n in names]), strict=True))
     if negatives is not None:
         gathered = {**gathered, NEGATIVES: gathered[NEGATIVES].reshape(-1, dim)}
-    labels, labels_with_negatives = build_labels(targets, same_caption, is_ring, dtype)
+    labels = build_labels(targets, same_caption, is_ring, dtype)
+    labels_with_negatives = labels if negatives is None else add_negatives(labels, targets, is_ring)
     offset = 0 if is_ring else distributed.rank() * len(next(iter(features.values())))
     losses, report = [], {}
     for width in (dim, *(width for width in widths if width < dim)):
@@ -121,17 +122,9 @@ def cut_to_width(features: Tensor, width: int) -> Tensor:
     return features if features.shape[1] == width else F.normalize(features[:, :width], dim=1)
 
 
-def build_labels(
-    targets: dict[str, Any], same_caption: str, is_ring: bool, dtype: torch.dtype
-) -> tuple[PairLabels, PairLabels]:
-    """Return the labels of local rows and all columns, local columns if is_ring: without negatives, and with them.
-
-    dtype: of the weights.
-    """
-
-    def gather(values: Tensor) -> Tensor:
-        return values if is_ring else distributed.gather_without_grad(values)
-
+def build_labels(targets: dict[str, Any], same_caption: str, is_ring: bool, dtype: torch.dtype) -> PairLabels:
+    """Return the labels of local rows and all columns, or local columns if is_ring. dtype: of the weights."""
+    gather = _keep if is_ring else distributed.gather_without_grad
     ids = weights = None
     if same_caption != "keep":
         if "caption_id" not in targets:
@@ -142,9 +135,13 @@ def build_labels(
     if "weight" in targets:
         local_weights = targets["weight"].to(dtype)
         weights = local_weights, gather(local_weights)
-    labels = PairLabels(ids, weights)
-    if "negative_mask" not in targets:
-        return labels, labels
+    return PairLabels(ids, weights)
+
+
+def add_negatives(labels: PairLabels, targets: dict[str, Any], is_ring: bool) -> PairLabels:
+    """Return the labels with those of the negatives, which are columns after the others."""
+    gather = _keep if is_ring else distributed.gather_without_grad
+    ids, weights = labels.ids, labels.weights
     mask: Tensor = targets["negative_mask"]  # (b, F)
     is_padding = gather((~mask).to(torch.uint8)).flatten()
     if ids is not None:
@@ -152,7 +149,11 @@ def build_labels(
     if weights is not None:  # a negative has the weight of its sample
         weights = weights[0], torch.cat([weights[1], weights[1].repeat_interleave(mask.shape[1])])
     captions = torch.zeros(len(is_padding) // mask.shape[1], dtype=torch.uint8, device=mask.device)
-    return labels, PairLabels(ids, weights, torch.cat([captions, is_padding]), len(is_padding))
+    return PairLabels(ids, weights, torch.cat([captions, is_padding]), len(is_padding))
+
+
+def _keep(values: Tensor) -> Tensor:
+    return values
 
 
 def normalize_weights(weights: Tensor) -> Tensor:
@@ -229,7 +230,7 @@ def choose_settings(
     """Return how to compute a loss in tiles, or None where the dense formula serves."""
     sample = next(iter(features.values()))
     is_ring = config.exchange == "ring" and distributed.world_size() > 1
-    is_labeled = "weight" in targets or "negative_mask" in targets
+    is_labeled = "weight" in targets or NEGATIVES in features
     if config.kernel == "fused" and is_labeled:
         raise ConfigError("loss.kernel=fused takes neither data.weight nor data.negatives; use loss.kernel=auto")
     can_fuse = sample.device.type == "cuda" and sample.dtype != torch.float64 and importlib.util.find_spec("triton") is not None

@@ -147,3 +147,14 @@ def test_kernels_refuse_both() -> None:
     features, targets = make_batch("clip")
     with pytest.raises(ConfigError, match=r"neither data\.weight nor data\.negatives"):
         compute("clip", features, targets, kernel="fused")
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_mask_without_negatives_is_another_components(name: str) -> None:
+    """The retrieval task has a target of that name, for its matching loss, and gives it to the contrastive loss as well."""
+    features, targets = make_batch(name)
+    module, scalars = registry.get_component("losses", name), [features["logit_scale"], features.get("logit_bias")]
+    pair = {"image": features["image"], "text": features["text"][:, 0]}
+    ids = {"caption_id": targets["caption_id"]}
+    loss = module.build(module.Config(same_caption="ignore"))
+    assert loss(pair, *scalars, {**ids, "negative_mask": targets["negative_mask"]})[0] == loss(pair, *scalars, ids)[0]
