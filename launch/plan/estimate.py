@@ -38,6 +38,8 @@ class ModelSize:
     modalities: int
     footprint: Footprint
     """Activations."""
+    flops: float
+    """Forward and backward floating-point operations of a sample."""
     sample: int = 0
     """Bytes of the inputs and masks of one sample."""
 
@@ -91,7 +93,7 @@ def estimate(config: PretrainConfig, model: ModelSize, world: int, overhead: boo
         share=share,
         memory=memory,
         network=_network(config, model, share, world),
-        flops=model.footprint.flops * share * passes / 3,
+        flops=model.flops * share * passes / 3,
     )
 
 

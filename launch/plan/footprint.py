@@ -17,7 +17,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.data.batch import Batch
 
@@ -31,8 +30,6 @@ class Footprint:
 
     activations: tuple[float, float]
     with_gradients: tuple[float, float]
-    flops: float
-    """Forward and backward floating-point operations per sample."""
 
     def at(self, samples: int, gradients: bool = False) -> int:
         """The peak for a batch of `samples`, in bytes."""
@@ -40,17 +37,13 @@ class Footprint:
         return round(constant + per_sample * samples)
 
 
-def measure_footprint(model: nn.Module, sample: Batch, dtype: torch.dtype | None) -> Footprint:
+def measure_footprint(model: nn.Module, sample: Batch, dtype: torch.dtype | None, recomputes: bool = False) -> Footprint:
     """Measure a training pass over batches of samples like `sample`, one sample at full length.
 
-    dtype: of autocast; None = no autocast.
+    dtype: of autocast; None = no autocast. recomputes: whether the model recomputes activations in the backward pass.
     """
-    small, large = (_run_pass(model, sample, size, dtype) for size in SIZES)
-    return Footprint(
-        _fit_line(small.peak, large.peak),
-        _fit_line(small.peak_with_gradients, large.peak_with_gradients),
-        large.flops / SIZES[1],
-    )
+    small, large = (_run_pass(model, sample, size, dtype, recomputes) for size in SIZES)
+    return Footprint(_fit_line(small.peak, large.peak), _fit_line(small.peak_with_gradients, large.peak_with_gradients))
 
 
 def _fit_line(small: int, large: int) -> tuple[float, float]:
@@ -58,7 +51,7 @@ def _fit_line(small: int, large: int) -> tuple[float, float]:
     return small - per_sample * SIZES[0], per_sample
 
 
-def _run_pass(model: nn.Module, sample: Batch, size: int, dtype: torch.dtype | None) -> _MemoryTracker:
+def _run_pass(model: nn.Module, sample: Batch, size: int, dtype: torch.dtype | None, recomputes: bool) -> _MemoryTracker:
     training = model.training
     model.train()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -68,8 +61,8 @@ def _run_pass(model: nn.Module, sample: Batch, size: int, dtype: torch.dtype | N
         inputs = {n: torch.empty(size, *x.shape[1:], dtype=x.dtype) for n, x in sample.inputs.items()}
         masks = {n: torch.empty(size, *x.shape[1:], dtype=x.dtype) for n, x in sample.masks.items()}
         existing = [*parameters.values(), *buffers.values(), *inputs.values(), *masks.values()]
-        tracker = _MemoryTracker(existing)
-        with FlopCounterMode(display=False) as counter, tracker:
+        tracker = _MemoryTracker(existing, recomputes)
+        with tracker:
             for p in parameters.values():
                 if p.requires_grad:
                     p.register_post_accumulate_grad_hook(tracker.record_gradient)
@@ -82,7 +75,6 @@ def _run_pass(model: nn.Module, sample: Batch, size: int, dtype: torch.dtype | N
             finally:
                 if not was_frozen:  # thawing takes everything that was frozen, as by `deferred_imports.uncollected`
                     gc.unfreeze()
-    tracker.flops = counter.get_total_flops()
     model.train(training)
     return tracker
 
@@ -109,13 +101,13 @@ class _ForwardBackward(nn.Module):
 class _MemoryTracker(TorchDispatchMode):
     """Count the bytes of all storages alive, apart from those that exist before the pass."""
 
-    def __init__(self, existing: list[Tensor]) -> None:
+    def __init__(self, existing: list[Tensor], recomputes: bool) -> None:
         super().__init__()
         self._known: dict[int, Any] = {tensor.untyped_storage()._cdata: None for tensor in existing}
         self._gradients: set[int] = set()
         self._live = self._live_gradients = 0
+        self._recomputes = recomputes
         self.peak = self.peak_with_gradients = 0
-        self.flops = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -143,7 +135,8 @@ class _MemoryTracker(TorchDispatchMode):
 
     def record_gradient(self, parameter: Tensor) -> None:
         """Count the bytes of this parameter's gradient as a gradient from here on; a hook."""
-        gc.collect()  # recomputed tensors without contents sit in reference cycles; real ones do not
+        if self._recomputes:
+            gc.collect()  # recomputed tensors without contents sit in reference cycles; real ones do not
         assert parameter.grad is not None
         storage = parameter.grad.untyped_storage()
         if storage._cdata not in self._gradients:

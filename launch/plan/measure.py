@@ -68,8 +68,9 @@ def measure_built(built: DualEncoder, config: PretrainConfig) -> tuple[ModelSize
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.precision]
     repeated = [_count(block) for block in find_blocks(built)]
     with _without_groups(built):
-        footprint = measure_footprint(built, sample, torch.bfloat16 if dtype is torch.float16 else dtype)
-    counter = flops.FlopCounter(built)  # unlike the footprint, which runs the CPU's attention, it sees attention
+        recomputes = any(getattr(tower, "checkpointing", False) for tower in (config.image, config.text))
+        footprint = measure_footprint(built, sample, torch.bfloat16 if dtype is torch.float16 else dtype, recomputes)
+    counter = flops.FlopCounter(built)
     counter.add(sample)
     size = ModelSize(
         total=_count(built),
@@ -78,7 +79,8 @@ def measure_built(built: DualEncoder, config: PretrainConfig) -> tuple[ModelSize
         block=max(repeated, default=0),
         root=_count(built) - sum(repeated),
         modalities=len(built.towers),
-        footprint=replace(footprint, flops=counter.take()),
+        footprint=footprint,
+        flops=counter.take(),
         sample=sum(tensor.nbytes for tensor in sample.tensors()),
     )
     return size, notes

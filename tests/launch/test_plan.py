@@ -20,7 +20,8 @@ from tests.support.launches import clipfuse_command, start_launcher
 
 MODEL = plan.ModelSize(
     total=1_000_000, trainable=900_000, buffers=100, block=50_000, root=200_000, modalities=2,
-    footprint=Footprint(activations=(1000.0, 500.0), with_gradients=(1000.0, 600.0), flops=3e9),
+    footprint=Footprint(activations=(1000.0, 500.0), with_gradients=(1000.0, 600.0)),
+    flops=3e9,
 )  # fmt: skip
 
 
@@ -59,7 +60,6 @@ def test_the_pass_without_contents_counts_a_known_network() -> None:
     row = 4 * 1000  # one sample's output
     # relu(y) lives on, y does not; in the backward pass the gradient of relu(y), given, and that of y live beside it
     assert foot.activations[1] == 3 * row
-    assert foot.flops == 2 * 2 * 100 * 1000  # forward, and the weight's gradient: the inputs want none
     assert foot.at(10, gradients=True) - foot.at(10) == pytest.approx(0, abs=4 * 100 * 1000)
 
 
