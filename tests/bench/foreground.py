@@ -16,6 +16,10 @@ each with its interval (95 %, bootstrapped over pictures), the baselines, and th
     center       a bell curve in the middle of every picture
     untrained    the same encoders and a new fusion
     other_text   the text of another picture, shown with this one
+
+and, where both towers pool the mean of their tokens, `similarity` and `similarity_other_text`: without any fusion, the products
+of the projected tokens of word and cell, where positive. The mean of all products is the embeddings' similarity, before they
+are normalized (with image.stride, the mean over the coarser cells).
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from finetune import loading
 from finetune.explain.attribution import METHODS
@@ -43,6 +48,7 @@ from pretrain.data.decode import EXTENSIONS, decode_image
 from pretrain.data.images import visible_box
 from pretrain.data.shards.paths import expand_shards
 from pretrain.data.shards.reader import ShardReader
+from pretrain.model import DualEncoder
 
 TOLERANCE = 20
 """Largest difference of a channel from white in the background; JPEG leaves traces beside edges."""
@@ -111,14 +117,28 @@ def read_pictures(shards: str, count: int, size: int, resize: str) -> list[Pictu
     return pictures
 
 
-def compute_maps(tuned: Finetuned, model: FusionModel, pictures: list[Picture], texts: list[Picture], method: str) -> list[Any]:
+@torch.no_grad()
+def compute_similarities(model: DualEncoder, images: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """Return (b, T, H, W): the products of projected tokens of texts (b, T) and cells of images, where positive."""
+    image, text = model.tokens("image", images), model.tokens("text", ids, mask)
+    assert image.grid is not None
+    return (text.states @ image.states.mT).clamp(min=0).unflatten(2, image.grid)
+
+
+def compute_maps(
+    tuned: Finetuned, model: FusionModel | DualEncoder, pictures: list[Picture], texts: list[Picture], method: str
+) -> list[Any]:
     """Return, for each picture with the text of another or its own, (maps of the title's words, mean map of all words)."""
     decoder = find_decoders(tuned.decoders)[1]
     results: list[tuple[list[Array], Array]] = []
     for begin in range(0, len(pictures), BATCH):
         chunk, others = pictures[begin : begin + BATCH], texts[begin : begin + BATCH]
         inputs, masks = tuned.encode_inputs([picture.data for picture in chunk], [text.caption for text in others])
-        maps, _ = compute_token_maps(model, tuned.task, inputs["image"], inputs["text"], masks["text"], method)
+        batch = (inputs["image"], inputs["text"], masks["text"])
+        if isinstance(model, DualEncoder):
+            maps = compute_similarities(model, *batch)
+        else:
+            maps, _ = compute_token_maps(model, tuned.task, *batch, method)
         for text, values in zip(others, maps, strict=True):
             words = [word for word in TokenSpans(decoder, text.caption).find_words() if len(word.text) >= LETTERS]
             title = [average_tokens(values, word.tokens) for word in words if word.end <= len(text.title)]
@@ -169,6 +189,10 @@ def compare(pictures: list[Picture], scores: dict[str, dict[str, tuple[Array, ND
             for name, column in columns.items():
                 if name != "trained":
                     figures[f"minus_{name}"] = round_interval(bootstrap(columns["trained"] - column, index))
+            if "similarity" in columns:
+                for name in ("other_text", "area"):
+                    other = columns["area" if name == "area" else "similarity_other_text"]
+                    figures[f"similarity_minus_{name}"] = round_interval(bootstrap(columns["similarity"] - other, index))
             line[f"{kind}_{measure}"] = {"pictures": len(index), **figures}
     return line
 
@@ -194,8 +218,14 @@ def main() -> None:
         sys.exit(f"{args.data}: {len(pictures)} pictures have a foreground of {SHARES[0]:.0%} to {SHARES[1]:.0%}")
     others = [*pictures[1:], pictures[0]]
     torch.manual_seed(args.seed)
-    models = {"trained": (tuned.model, pictures), "other_text": (tuned.model, others)}
-    models["untrained"] = (build_untrained(tuned, args.seed).eval(), pictures)
+    encoder = tuned.model.encoder
+    models: dict[str, tuple[Any, list[Picture]]] = {
+        "trained": (tuned.model, pictures),
+        "other_text": (tuned.model, others),
+        "untrained": (build_untrained(tuned, args.seed).eval(), pictures),
+    }
+    if all(encoder.tower(name).pools_mean for name in ("image", "text")):
+        models |= {"similarity": (encoder, pictures), "similarity_other_text": (encoder, others)}
     maps = {name: compute_maps(tuned, model, pictures, texts, args.method) for name, (model, texts) in models.items()}
     scores = {name: score(pictures, values, decoder.size, decoder.resize) for name, values in maps.items()}
     grid = "x".join(map(str, maps["trained"][0][1].shape))
