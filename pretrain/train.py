@@ -213,7 +213,7 @@ def build(config: PretrainConfig, has_weights: bool = True) -> Components:
     if config.data.teachers is not None:
         from pretrain.embedding import teachers  # needs pyarrow, which other runs do not import
 
-        decoders[TARGET] = TeacherDecoder(teachers.build_readers(teachers.find_teachers(config.data.teachers)))
+        decoders[TARGET] = TeacherDecoder(teachers.build_readers(on_all(lambda: teachers.find_teachers(config.data.teachers))))
     loader = build_loader(config, decoders)
     return Components(tokenizer, model, loader, build_eval_decoders(config, tokenizer, model))
 
@@ -238,7 +238,7 @@ def prepare_teachers(config: PretrainConfig, loader: Loader) -> None:
         return
     from pretrain.embedding import teachers
 
-    teachers.prepare(teachers.find_teachers(config.data.teachers))
+    teachers.prepare(on_all(lambda: teachers.find_teachers(config.data.teachers)))
     count = min(SURVEYED, loader.order.epoch_size)
     modalities = [name for name in ("text", TARGET) if name in loader.decoders]
     covered = on_main(lambda: count_covered(loader.first_samples(count, modalities)))

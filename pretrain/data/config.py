@@ -129,6 +129,7 @@ class DataConfig:
         if self.val is not None:
             parse_sources(self.val, "data.val")
         self._check_filters()
+        parse_teachers(self.teachers)
         check_numbers(self, "data", cache_gib="[0, inf)")
 
     def _check_filters(self) -> None:
@@ -283,6 +284,20 @@ def parse_sources(spec: Any, where: str) -> list[tuple[str | list[str], float | 
     if 0 < len(unweighted) < len(sources):
         raise ConfigError(f"{where}: {unweighted[0]} has no weight, but others have: give every entry a weight, or none")
     return sources
+
+
+def parse_teachers(value: Any) -> list[str]:
+    """Return the folders of data.teachers: none, one, or a list. Raises ConfigError for another value."""
+    if value is None:
+        return []
+    folders = [value] if isinstance(value, str) else value
+    if not isinstance(folders, list) or not folders or not all(isinstance(folder, str) and folder for folder in folders):
+        raise ConfigError(
+            f"data.teachers={value!r:.200} must be a folder that `clipfuse embed` wrote, or a list of such folders"
+        )
+    if len(set(folders)) < len(folders):
+        raise ConfigError(f"data.teachers={value!r:.200} names a folder twice")
+    return folders
 
 
 def format_patterns(spec: Any, where: str) -> str:

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pretrain.data.captions import caption_id
+from pretrain.data.config import parse_teachers
 from pretrain.data.teachers import MODALITIES, TeacherReader, digest
 from pretrain.embedding.dataset import FORMAT, MANIFEST, read_manifest
 from pretrain.errors import ConfigError, UserError
@@ -44,18 +45,6 @@ class Teacher(NamedTuple):
         """Return what the arrays depend on: names, sizes and times of the files."""
         stats = [(path.name, path.stat()) for path in self.files]
         return {"format": 1, "files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]}
-
-
-def parse_teachers(value: Any) -> list[str]:
-    """Return the folders of data.teachers: none, one, or a list. Raises ConfigError for another value."""
-    folders = [] if value is None else [value] if isinstance(value, str) else value
-    if not isinstance(folders, list) or not all(isinstance(folder, str) and folder for folder in folders):
-        raise ConfigError(
-            f"data.teachers={value!r:.200} must be a folder that `clipfuse embed` wrote, or a list of such folders"
-        )
-    if len(set(folders)) < len(folders):
-        raise ConfigError(f"data.teachers={value!r:.200} names a folder twice")
-    return folders
 
 
 def find_teachers(value: Any) -> list[Teacher]:

@@ -182,5 +182,7 @@ def test_settings_that_cannot_be(folder: Path) -> None:
         DataConfig(train=str(folder), draw_negatives=0).check()
     with pytest.raises(ConfigError, match=r"data\.weight='w' needs shards"):
         DataConfig(weight="w").check()
+    with pytest.raises(ConfigError, match=r"data\.teachers=\['a', 'a'\] names a folder twice"):
+        DataConfig(train=str(folder), teachers=["a", "a"]).check()
     with pytest.raises(ConfigError, match=r"data\.negatives='n' needs shards"):
         DataConfig(negatives="n").check()

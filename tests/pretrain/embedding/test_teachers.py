@@ -143,7 +143,7 @@ def test_a_folder_that_cannot_be_a_teacher_is_refused_in_one_line(tmp_path: Path
         with pytest.raises(ConfigError, match=message) as caught:
             find_teachers(str(tmp_path / name))
         assert "\n" not in str(caught.value)
-    for value in (3, ["a", "a"], [""], {"a": "b"}):
+    for value in (3, ["a", "a"], [""], [], {"a": "b"}):
         with pytest.raises(ConfigError, match=r"data\.teachers"):
             find_teachers(value)
 
