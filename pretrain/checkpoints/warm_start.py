@@ -86,9 +86,11 @@ def with_init_defaults(values: dict[str, Any], checkpoint: Path | None = None) -
     for name in _runs_by_tower(init, ("image", "text")):
         section = values.get(name, {})
         if section is not None and not {"name", "args", "tower"} & set(section):
-            config = _load_source(init, name).config if saved is None else saved
-            inherited = configuration.to_dict(config)[name] or {}
+            source = _load_source(init, name) if saved is None else None
+            inherited = configuration.to_dict(source.config if source is not None else saved)[name] or {}
             inherited = {key: value for key, value in inherited.items() if key not in NOT_INHERITED}
+            if source is not None and inherited:
+                inherited |= source.model.tower(name).settings_for(section)
             merged[name], inherits = configuration.merge(inherited, section), True
     if isinstance(init, str) and inherits:
         inherited = configuration.to_dict(_load_once(init).config if saved is None else saved)["model"]
@@ -141,12 +143,16 @@ def load_weights(model: DualEncoder, init: Any, partial: bool, tokenizer: Any) -
     if isinstance(init, str):
         loaded = _load_source(init, "image")
         weights = _match_logit_bias(loaded.model.state_dict(), model)
+        for name, tower in model.towers.items():
+            prefix = f"towers.{name}."
+            own = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+            weights |= {prefix + key: value for key, value in _fit(tower, own, name).items()}
         _load_into(model, weights, init, partial)
         log_info(f"weights start from {loaded.folder}")
     else:
         for name, run in init.items():
-            source = _load_source(init, name).model
-            _load_into(model.tower(name), source.tower(name).state_dict(), f"{run} ({name} tower)", partial)
+            source, tower = _load_source(init, name).model, model.tower(name)
+            _load_into(tower, _fit(tower, source.tower(name).state_dict(), name), f"{run} ({name} tower)", partial)
             log_info(f"weights of the {name} tower start from {_load_once(run).folder}")
     _load_once.cache_clear()
 
@@ -156,6 +162,15 @@ def _runs_by_tower(init: Any, names: tuple[str, ...]) -> dict[str, str]:
     if isinstance(init, str):
         return dict.fromkeys(names, init)
     return {name: init[name] for name in names if name in (init or {})}
+
+
+def _fit(tower: Any, weights: dict[str, Tensor], modality: str) -> dict[str, Tensor]:
+    """Return weights of a tower with their positions resampled to another size of `tower`, and say so."""
+    fitted: dict[str, Tensor] = tower.fit_weights(weights)
+    for name in [name for name, value in fitted.items() if value.shape != weights[name].shape]:
+        before, after = list(weights[name].shape), list(fitted[name].shape)
+        log_info(f"init: {modality} {name} is resampled from {before} to {after}")
+    return fitted
 
 
 def _match_logit_bias(weights: dict[str, Tensor], model: DualEncoder) -> dict[str, Tensor]:

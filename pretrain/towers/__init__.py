@@ -20,7 +20,7 @@ Shapes: b = samples, N = tokens of a sample, C = width of a token, P = width of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -100,6 +100,20 @@ class Tower(nn.Module):
 
     def settings(self) -> dict[str, Any]:
         """Return the Config fields that build this architecture without the hub or a model folder."""
+        return {}
+
+    def fit_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return weights of this architecture at another size of image or length of text, with their positions resampled.
+
+        weights: by the names of state_dict(). Those that fit, and those that cannot be made to, are returned as they are.
+        """
+        return weights
+
+    def settings_for(self, section: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the Config fields that must change for this architecture to take inputs of another size.
+
+        section: of a configuration, which names the size. {} where the size alone is enough.
+        """
         return {}
 
     def set_checkpointing(self, on: bool) -> None:

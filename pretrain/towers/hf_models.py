@@ -210,15 +210,30 @@ def find_pad_id(tokenizer: Any) -> int | None:
     return pad if isinstance(pad, int) and all(pad != getattr(tokenizer, name, None) for name in names) else None
 
 
-def count_positions(model: nn.Module) -> int | None:
-    """Return the number of tokens that a model's table of positions allows; None for a model without such a table.
+class PositionTable(NamedTuple):
+    """A model's table of learned positions."""
 
-    RoBERTa and its relatives number positions from padding_idx + 1 on: the rows before that one are never read.
-    """
+    name: str
+    """Of the module."""
+    rows: int
+    width: int
+    first: int
+    """The row of the first token. RoBERTa and its relatives begin at padding_idx + 1: the rows before are never read."""
+
+
+def find_positions(model: nn.Module) -> PositionTable | None:
+    """Return a model's table of positions; None for a model without such a table."""
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in ("position_embedding", "position_embeddings") and isinstance(module, nn.Embedding):
-            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+            first = 0 if module.padding_idx is None else module.padding_idx + 1
+            return PositionTable(name, module.num_embeddings, module.embedding_dim, first)
     return None
+
+
+def count_positions(model: nn.Module) -> int | None:
+    """Return the number of tokens that a model's table of positions allows; None for a model without such a table."""
+    table = find_positions(model)
+    return None if table is None else table.rows - table.first
 
 
 def drop_pooler(model: Any) -> None:

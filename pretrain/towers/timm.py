@@ -254,6 +254,10 @@ class ImageTower(Tower):
         name = model.pretrained_cfg["architecture"] if ":" in self.config.name else self.config.name
         return {"name": name, "pretrained": False, "weights": None, "mean": mean, "std": std, "args": args}
 
+    def fit_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return weights of this architecture at another size, with their positions resampled by timm."""
+        return weight_files.resample(self.model, weights, "model.")
+
     @property
     def is_convolutional(self) -> bool:
         """Whether the model has more convolutions than the patch embedding of a vision transformer."""

@@ -10,7 +10,7 @@ forward() uses.
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Sized
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
@@ -21,6 +21,7 @@ from pretrain.config import check_numbers
 from pretrain.errors import ConfigError
 from pretrain.towers import TokenSequence, Tower, hf_models, last_valid, masked_mean, used_parameters
 from pretrain.towers.length_buckets import encode_grouped, pool_sections
+from pretrain.towers.positions import stretch
 
 
 @dataclass
@@ -170,6 +171,23 @@ class TextTower(Tower):
     def settings(self) -> dict[str, Any]:
         """Return the Config fields that build this architecture from `args` alone, without a name."""
         return {"name": None, "pretrained": False, "args": hf_models.inline_args(self.model), "pool": self.pool}
+
+    def settings_for(self, section: Mapping[str, Any]) -> dict[str, Any]:
+        """Return text.args with a table of positions that is long enough for text.length of the section."""
+        table, length = hf_models.find_positions(self.model), section.get("length")
+        if table is None or not isinstance(length, int) or table.rows - table.first >= length:
+            return {}
+        return {"args": {**self.settings()["args"], "max_position_embeddings": length + table.first}}
+
+    def fit_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return weights of this architecture for another length, with their table of positions stretched or cut."""
+        table = hf_models.find_positions(self.model)
+        if table is None:
+            return weights
+        name = f"model.{table.name}.weight"
+        if name not in weights or weights[name].shape[1:] != (table.width,):
+            return weights
+        return {**weights, name: stretch(weights[name], table.rows, table.first)}
 
     def set_checkpointing(self, on: bool) -> None:
         """Recompute activations in the backward pass, or stop. Raises ConfigError where the model cannot."""

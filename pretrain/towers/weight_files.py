@@ -280,6 +280,22 @@ def _find_conversion(model: nn.Module) -> Callable[[dict[str, Tensor]], dict[str
     return convert
 
 
+def resample(model: nn.Module, weights: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    """Return weights of this timm model built for another size of image, with their positions resampled.
+
+    weights: by timm's names after `prefix`. Those that cannot be made to fit are returned as they are.
+    """
+    target = {prefix + name: tensor.shape for name, tensor in model.state_dict().items()}
+    if all(target.get(name) in (None, tensor.shape) for name, tensor in weights.items()):
+        return weights
+    converted = _find_conversion(model)(_without_prefix(weights, prefix))
+    resampled = {prefix + name: tensor for name, tensor in converted.items()}
+    return {
+        name: resampled[name] if name in resampled and resampled[name].shape == target.get(name) else tensor
+        for name, tensor in weights.items()
+    }
+
+
 def _explain_misfit(path: Path, weights: dict[str, Tensor], target: dict[str, torch.Size]) -> str:
     """Return what speaks for another model: its name in config.json, tensors of another shape, or other names."""
     config = read_folder_config(path.parent)
