@@ -9,6 +9,7 @@
     transformers.py    texts: any transformers text model
     hf_models.py       finds and builds the transformers model
     length_buckets.py  encodes a batch of texts in groups of similar length
+    positions.py       tables of positions at another size
     meta_copy.py       copies of models on the meta device
 
 A tower is one file with a Config dataclass and build(config, tokenizer=None) -> Tower.
