@@ -72,7 +72,7 @@ def evaluate(args: argparse.Namespace) -> int:
         _check_filters(opened, args, queries)
         if not opened.count():
             raise UserError(f"{args.run} is empty: `clipfuse index RUN --data SHARDS --db {args.run}` adds images")
-        import_models()
+        import_models(is_search=True)
         from rich.console import Console
 
         from finetune import loading

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from pretrain.config.static_schema import component_names
@@ -19,8 +20,15 @@ def check_run(run: str) -> None:
         raise ConfigError(f"no run or checkpoint at {run}; give a run folder (runs/NAME) or one of its checkpoints")
 
 
-def import_models() -> None:
-    """Import what loads and runs models, and nothing that they never use. Call it before anything else imports them."""
+def import_models(is_search: bool = False) -> None:
+    """Import what loads and runs models, and nothing that they never use. Call it before anything else imports torch.
+
+    is_search: numpy compares vectors in turn with the models. Its threads and torch's then take the same cores, so torch's must
+    not wait for work at full speed, as they do by default. Measured on two cores, 1e5 vectors and 16 candidates re-ranked:
+    54 -> 21 to 31 ms a query.
+    """
+    if is_search:
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from pretrain.runtime import deferred_imports
 
     with deferred_imports.uncollected():

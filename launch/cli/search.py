@@ -169,7 +169,7 @@ def search(args: argparse.Namespace) -> int:
             opened.count(condition)  # names and kinds of fields, before a model is loaded
         if not opened.count():
             raise UserError(f"{args.db} is empty: `clipfuse index RUN --data SHARDS --db {args.db}` adds images")
-        import_models()
+        import_models(is_search=True)
         from finetune import loading
         from finetune.search.query import Query, Searcher, load_query_model
         from pretrain.runtime import distributed
@@ -210,7 +210,7 @@ def serve(args: argparse.Namespace) -> int:
         if run is not None:
             check_run(run)
     with places.open_index(args.db, args.backend) as opened:
-        import_models()
+        import_models(is_search=True)
         from finetune import loading
         from finetune.search.answering import Answerer
         from finetune.search.query import Searcher, load_query_model

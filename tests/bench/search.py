@@ -24,21 +24,25 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-import torch
+from launch.cli.runs import import_models
 
-from finetune import loading
-from finetune.search import places, reranking
-from finetune.search.fields import Field
-from finetune.search.image_sources import Location
-from finetune.search.indexing import describe_model
-from finetune.search.query import Query, Searcher, load_query_model
-from finetune.search.token_store import TokenStore, pool_tokens
-from finetune.search.vector_index import Description, IndexedImage, VectorIndex
-from launch import cli
-from pretrain.checkpoints.loading import load_model
-from pretrain.runtime import distributed
-from tests.support import environment
+import_models(is_search=True)  # as the commands do, before anything imports torch
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+from finetune import loading  # noqa: E402
+from finetune.search import places, reranking  # noqa: E402
+from finetune.search.fields import Field  # noqa: E402
+from finetune.search.image_sources import Location  # noqa: E402
+from finetune.search.indexing import describe_model  # noqa: E402
+from finetune.search.query import Query, Searcher, load_query_model  # noqa: E402
+from finetune.search.token_store import TokenStore, pool_tokens  # noqa: E402
+from finetune.search.vector_index import Description, IndexedImage, VectorIndex  # noqa: E402
+from launch import cli  # noqa: E402
+from pretrain.checkpoints.loading import load_model  # noqa: E402
+from pretrain.runtime import distributed  # noqa: E402
+from tests.support import environment  # noqa: E402
 
 WIDTH, BATCH = 512, 5000
 FIELDS = (Field("tenth", "int"),)

@@ -413,14 +413,17 @@ def test_a_query_longer_than_the_model_reads(here: Path, capsys: pytest.CaptureF
     assert "and the model reads 24: what comes after them does not count" in record["notes"][0]
 
 
-def test_a_search_imports_only_what_it_uses(here: Path) -> None:
-    """In a fresh interpreter: those modules took half of the time to the first answer."""
+def test_a_search_imports_only_what_it_uses_and_its_threads_wait_asleep(here: Path) -> None:
+    """In a fresh interpreter: those modules took half of the time to the first answer. OpenMP itself says how it waits."""
     code = (
         "import json, sys\nfrom launch import cli\n"
         "assert cli.main(['search', 'catalog', 'a red car', '--rerank', 'runs/retrieval', '--k', '2']) == 0\n"
         "print(json.dumps(sorted(set(json.loads(sys.argv[1])) & set(sys.modules))))"
     )
     command = [sys.executable, "-c", code, json.dumps(HEAVY)]
-    done = subprocess.run(command, cwd=here, env=environment(), capture_output=True, text=True, timeout=240, check=False)
+    env = environment(OMP_DISPLAY_ENV="true")
+    env.pop("OMP_WAIT_POLICY", None)
+    done = subprocess.run(command, cwd=here, env=env, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.splitlines()[-1]) == []
+    assert "OMP_WAIT_POLICY = 'PASSIVE'" in done.stderr
