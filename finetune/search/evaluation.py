@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.markup import escape
 from rich.table import Table
 
@@ -317,25 +318,26 @@ def build_table(result: dict[str, Any]) -> Table:
     stages = list(result["metrics"])
     title = f"{result['index']}: {_count_queries(result['queries'])}, {result['images']:,} images"
     times = ", ".join(f"{stage} {milliseconds:,.1f} ms" for stage, milliseconds in result["milliseconds"].items())
-    table = Table(title=title, caption=f"{times} a query; intervals of 95 %")
-    for name in ("measure", "queries", *(f"{stage.replace('reranked', 're-ranked')}" for stage in stages)):
+    # In 80 columns: no borders, and the number of queries stands once for each group.
+    table = Table(title=title, caption=f"{times} a query; intervals of 95 %", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    for name in ("measure", *(f"{stage.replace('reranked', 're-ranked')}" for stage in stages)):
         table.add_column(name, justify="left" if name == "measure" else "right", no_wrap=True)
-    _add_rows(table, result["metrics"], stages, list(result["metrics"]["embeddings"]))
+    _add_rows(table, result["metrics"], stages, list(result["metrics"]["embeddings"]), result["queries"])
     for name, group in result["selectivity"].items():
         table.add_section()
-        table.add_row(name, f"{group['queries']:,}", style="dim")
-        _add_rows(
-            table, group, stages, [measure for measure in ("ndcg@10", "mrr", "recall@10") if measure in group["embeddings"]]
-        )
+        table.add_row(name, _count_queries(group["queries"]), style="dim")
+        names = [measure for measure in ("ndcg@10", "mrr", "recall@10") if measure in group["embeddings"]]
+        _add_rows(table, group, stages, names, group["queries"])
     return table
 
 
-def _add_rows(table: Table, metrics: dict[str, Any], stages: Sequence[str], names: Sequence[str]) -> None:
+def _add_rows(table: Table, metrics: dict[str, Any], stages: Sequence[str], names: Sequence[str], queries: int) -> None:
+    """Add a row for each measure; one that is not defined for all `queries` of its group says for how many it is."""
     for name in names:
         cells = [escape(_format(metrics[stage][name], is_gain=stage == "gain")) for stage in stages]
-        table.add_row(_LABELS.get(name, name), f"{metrics['embeddings'][name]['queries']:,}", *cells)
+        count = metrics["embeddings"][name]["queries"]
+        table.add_row(_LABELS.get(name, name) + (f" ({count:,})" if count != queries else ""), *cells)
 
 
 def _format(value: dict[str, float], is_gain: bool) -> str:
-    sign = "+" if is_gain else ""
-    return f"{value['mean']:{sign}.3f} [{value['low']:{sign}.2f}, {value['high']:{sign}.2f}]"
+    return f"{value['mean']:{'+' if is_gain else ''}.3f} [{value['low']:.2f}, {value['high']:.2f}]"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
+import re
 import shlex
 import sys
 import tarfile
@@ -14,6 +16,7 @@ from typing import Any
 import clipfuse
 import numpy as np
 import pytest
+from rich.console import Console
 
 from finetune.search import evaluation, places
 from launch import cli
@@ -202,6 +205,13 @@ def test_the_drawn_catalog_before_and_after_reranking(here: Path, capsys: pytest
     assert of_narrow["queries"] == len(narrow) > 0
     expected_mean = np.mean([result["by_query"][identity]["embeddings"]["ndcg@10"] for identity in narrow])
     assert of_narrow["mean"] == pytest.approx(expected_mean)
+
+    Console(width=80, file=(terminal := io.StringIO())).print(evaluation.build_table(result))
+    table = terminal.getvalue()
+    assert "…" not in table  # nothing is cut off
+    gain = metrics["gain"]["ndcg@10"]
+    assert f"{gain['mean']:+.3f} [{gain['low']:.2f}, {gain['high']:.2f}]" in table
+    assert re.search(rf"1 to 10 % pass +{len(narrow)} quer(y|ies)", table)
 
     capsys.readouterr()
     assert cli.main(["evaluate", "catalog", *words[:4], "--filter", "price > 100"]) == 0
