@@ -42,14 +42,7 @@ class Finetuned:
 
         Returns inputs and masks of a batch, by modality. Raises BadSample, UserError.
         """
-        if len(images) != len(texts):
-            raise UserError(f"{len(images)} images and {len(texts)} texts: give one text per image")
-        pixels = torch.stack([self.decoders["image"].decode_eval(data) for data in images])
-        device = next(self.model.parameters()).device
-        if "text" not in self.decoders:  # the task reads images alone
-            return {"image": pixels.to(device)}, {}
-        ids, mask = self.decoders["text"].encode(texts)
-        return {"image": pixels.to(device), "text": ids.to(device)}, {"text": mask.to(device)}
+        return encode_inputs(self.decoders, next(self.model.parameters()).device, images, texts)
 
     def predict(self, images: list[bytes], texts: list[str], trace: Trace | None = None, top: int = 5) -> Prediction:
         """Predict from image files and one text per image.
@@ -70,6 +63,22 @@ class Finetuned:
         setup = EvalSetup(self.decoders, device, precision, config, train=train if train is not None else self.train)
         with encoders.on_device(self.model, self.config, device) as model:
             return self.task.evaluate(model, shards, setup)
+
+
+def encode_inputs(
+    decoders: dict[str, Any], device: torch.device, images: list[bytes], texts: list[str]
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Encode image files (JPEG, PNG, ...) and one text per image with the decoders of a model on `device`.
+
+    Returns inputs and masks of a batch, by modality. Raises BadSample, UserError.
+    """
+    if len(images) != len(texts):
+        raise UserError(f"{len(images)} images and {len(texts)} texts: give one text per image")
+    pixels = torch.stack([decoders["image"].decode_eval(data) for data in images])
+    if "text" not in decoders:  # the task reads images alone
+        return {"image": pixels.to(device)}, {}
+    ids, mask = decoders["text"].encode(texts)
+    return {"image": pixels.to(device), "text": ids.to(device)}, {"text": mask.to(device)}
 
 
 def is_finetuned(run: str | Path) -> bool:

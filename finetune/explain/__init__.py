@@ -2,6 +2,7 @@
 
     word_maps.py      the maps of one image and one text, and examples for a report
     attribution.py    a trace -> one map per token: raw | rollout | gradcam | relevance
+    similarity.py     projected tokens and cells -> one map per token, without a fusion: similarity
     token_spans.py    which tokens belong to which characters and words of a text
     heatmap.py        maps drawn on images, with Pillow alone
 

@@ -28,6 +28,10 @@ LEGEND = (
     "Color is attention: from dark red, little, to pale yellow, the most of any word; gray: almost none. "
     "The circle marks where a word attends most."
 )
+SIMILARITY_LEGEND = (
+    "Color is similarity of word and region: from dark red, little, to pale yellow, the most of any word; gray: none. "
+    "The circle marks the region most similar to a word."
+)
 _BLACK, _GRAY, _WHITE = (28, 30, 34), (110, 114, 120), (255, 255, 255)
 
 # Dark red to yellow, in perceptually even steps.

@@ -5,8 +5,9 @@
     maps.figure().save("dog.png")                   the image, a heat map per word, and the answer
 
 Used by `clipfuse attend`, the report and grounding. compute_token_maps() is the core: it passes a batch through the task's
-predict() and its trace through attribution.py. The model's weights do not change. May import finetune.loading and the layers
-below it, and the other files of this package.
+predict() and its trace through attribution.py, or for similarity maps its tokens through similarity.py. Encoders without a
+task have similarity maps alone, from compute_encoder_maps(). The model's weights do not change. May import finetune.loading and
+the layers below it, and the other files of this package.
 
 Shapes: b images, each with one text; T tokens; H, W = cells of the image's grid.
 """
@@ -27,9 +28,11 @@ from torch import Tensor, nn
 
 from finetune.attention.trace import Trace
 from finetune.explain import heatmap
+from finetune.explain.attribution import METHODS as ATTENTION_METHODS
 from finetune.explain.attribution import compute_attention_maps
+from finetune.explain.similarity import compute_similarity_maps
 from finetune.explain.token_spans import TokenSpans, average_words
-from finetune.loading import Finetuned
+from finetune.loading import Finetuned, encode_inputs
 from finetune.model import FusionModel
 from finetune.tasks import Prediction, Task
 from pretrain.data import BadSample, loader
@@ -38,7 +41,8 @@ from pretrain.data.images import ImageDecoder, crop_visible, visible_box
 from pretrain.data.text import TextDecoder
 from pretrain.data.thumbnails import Thumbnail, ThumbnailDecoder
 from pretrain.embedding.split import eval_mode
-from pretrain.errors import ConfigError, UserError
+from pretrain.errors import ConfigError, UserError, closest
+from pretrain.model import DualEncoder
 from pretrain.runtime.files import replace_atomically
 
 METHOD = "raw"
@@ -46,6 +50,9 @@ METHOD = "raw"
 
 Measured: after a short training on scenes (300 steps of 16 images), peaks lay on the named object most often with raw.
 """
+SIMILARITY = "similarity"
+"""The method that reads no fusion."""
+METHODS: tuple[str, ...] = (*ATTENTION_METHODS, SIMILARITY)
 
 
 @dataclass
@@ -66,6 +73,8 @@ class WordMaps:
     """The right answer, where it is known; else empty."""
     has_probabilities: bool = True
     """Whether the numbers in `answers` are probabilities; see tasks.Prediction."""
+    method: str = METHOD
+    """How the maps were computed, one of METHODS."""
     whole: Image.Image | None = None
     """The whole image, small; None where it was not asked for."""
     visible: heatmap.Box = (0.0, 0.0, 1.0, 1.0)
@@ -95,7 +104,8 @@ class WordMaps:
 
     def figure(self) -> Image.Image:
         """Draw the image and one tile per word, under the text, the prediction and what the colors mean."""
-        return heatmap.draw_figure(self.image, self.words, self.maps, [*self.caption_lines(), heatmap.LEGEND])
+        legend = heatmap.SIMILARITY_LEGEND if self.method == SIMILARITY else heatmap.LEGEND
+        return heatmap.draw_figure(self.image, self.words, self.maps, [*self.caption_lines(), legend])
 
     def tiles(self, side: int = heatmap.TILE) -> list[tuple[str, Image.Image]]:
         """Draw (word, its heat map on the image) for each word, for pages with their own layout.
@@ -110,6 +120,14 @@ class WordMaps:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Maps of a batch
+
+
+def check_method(method: str, layer: int | None = None) -> None:
+    """Raise ConfigError for a method that there is not, or a layer where the method has none."""
+    if method not in METHODS:
+        raise ConfigError(f"no map method {method!r}{closest(method, list(METHODS))}; the choices are {', '.join(METHODS)}")
+    if method == SIMILARITY and layer is not None:
+        raise ConfigError(f"layer {layer}: similarity maps come from the encoders and have no layers; raw and gradcam do")
 
 
 def compute_token_maps(
@@ -129,13 +147,19 @@ def compute_token_maps(
         images: (b, 3, h, w) uint8.
         ids: (b, T), one text per image.
         mask: (b, T), True for real tokens.
-        method: one of attribution.METHODS.
+        method: one of METHODS. Negative similarities become 0.
         layer: see compute_attention_maps().
 
     Raises:
         ConfigError: a wrong method or layer, or a model whose fusion reads no images.
-        UserError: a task without predictions.
+        UserError: a task without predictions, or towers without similarity maps.
     """
+    check_method(method, layer)
+    if method == SIMILARITY:
+        maps, _ = compute_similarity_maps(model.encoder, images, ids, mask)
+        with eval_mode(model), torch.no_grad():
+            prediction = task.predict(model, {"image": images, "text": ids}, {"text": mask})
+        return maps.clamp(min=0).float().cpu(), prediction
     trace = Trace()
     with _frozen_eval(model), torch.enable_grad():
         prediction = task.predict(model, {"image": images, "text": ids}, {"text": mask}, trace)
@@ -170,24 +194,50 @@ def compute_word_maps(tuned: Finetuned, data: bytes, text: str, method: str = ME
         ConfigError: a wrong method or layer, or a tokenizer that does not report the characters of its tokens.
         UserError: an image that cannot be decoded, a text without words, or a model that maps do not apply to.
     """
-    image_decoder, text_decoder = find_decoders(tuned.decoders)
+    check_method(method, layer)
+    device = next(tuned.model.parameters()).device
+    image, spans, batch = _read_pair(tuned.decoders, device, data, text)
+    maps, prediction = compute_token_maps(tuned.model, tuned.task, *batch, method, layer)
+    return _build_word_maps(image, spans, maps[0], prediction, tuned.task.text_is_question, method)
+
+
+def compute_encoder_maps(encoder: DualEncoder, decoders: dict[str, Any], data: bytes, text: str) -> WordMaps:
+    """Compute the similarity maps of one text on one encoded image, with the cosine of the two embeddings as the answer.
+
+    decoders: of the encoder, by modality. Raises as compute_word_maps().
+    """
+    image, spans, batch = _read_pair(decoders, encoder.logit_scale.device, data, text)
+    maps, cosines = compute_similarity_maps(encoder, *batch)
+    prediction = Prediction([[("cosine", float(cosines[0]))]], cosines, has_probabilities=False)
+    return _build_word_maps(image, spans, maps[0].clamp(min=0).float().cpu(), prediction, False, SIMILARITY)
+
+
+def _read_pair(
+    decoders: dict[str, Any], device: torch.device, data: bytes, text: str
+) -> tuple[Image.Image, TokenSpans, tuple[Tensor, Tensor, Tensor]]:
+    """Return what a model sees of an image file, the tokens of a text, and both as a batch: images, ids, mask."""
+    image_decoder, text_decoder = find_decoders(decoders)
     spans = TokenSpans(text_decoder, text)
-    words = spans.find_words()
-    if not words:
+    if not spans.find_words():
         raise UserError(f"the text {text!r} has no word to draw a map for")
     try:
-        inputs, masks = tuned.encode_inputs([data], [spans.text])
+        inputs, masks = encode_inputs(decoders, device, [data], [spans.text])
         pixels = decode_image(data)
     except BadSample as error:
         raise UserError(f"the image cannot be used: {error.reason}: {error.detail}") from error
-    maps, prediction = compute_token_maps(
-        tuned.model, tuned.task, inputs["image"], inputs["text"], masks["text"], method, layer
-    )
     visible = crop_visible(pixels, image_decoder.size, image_decoder.resize, image_decoder.pad_color)
-    values = average_words(maps[0], words).double().numpy()
-    labels = [word.text for word in words]
-    is_question, answers = tuned.task.text_is_question, prediction.best[0]
-    return WordMaps(visible, spans.text, labels, values, answers, is_question, "", prediction.has_probabilities)
+    return visible, spans, (inputs["image"], inputs["text"], masks["text"])
+
+
+def _build_word_maps(
+    image: Image.Image, spans: TokenSpans, maps: Tensor, prediction: Prediction, is_question: bool, method: str
+) -> WordMaps:
+    """Average the maps (T, H, W) of one text over the tokens of its words."""
+    words = spans.find_words()
+    values, labels = average_words(maps, words).double().numpy(), [word.text for word in words]
+    return WordMaps(
+        image, spans.text, labels, values, prediction.best[0], is_question, "", prediction.has_probabilities, method
+    )
 
 
 def find_decoders(decoders: dict[str, Any]) -> tuple[ImageDecoder, TextDecoder]:
@@ -261,34 +311,27 @@ def _compute_decoded_word_maps(tuned: Finetuned, image: Tensor, spans: TokenSpan
     maps, prediction = compute_token_maps(
         tuned.model, tuned.task, image[None].to(device), ids.to(device), mask.to(device), method
     )
-    words = spans.find_words()
     visible = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-    values = average_words(maps[0], words).double().numpy()
-    labels = [word.text for word in words]
-    is_question, answers = tuned.task.text_is_question, prediction.best[0]
-    return WordMaps(visible, spans.text, labels, values, answers, is_question, "", prediction.has_probabilities)
+    return _build_word_maps(visible, spans, maps[0], prediction, tuned.task.text_is_question, method)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # clipfuse attend
 
 
-def save_figure(
-    tuned: Finetuned, image: str | Path, text: str, out: str | Path, method: str = METHOD, layer: int | None = None
-) -> WordMaps:
-    """Write the figure of one image file and one text to `out`, as PNG, and return the maps.
-
-    Raises ConfigError for an image that cannot be read, UserError where `out` cannot be written; else as compute_word_maps().
-    """
+def read_image_file(path: str | Path) -> bytes:
+    """Read an image file. Raises ConfigError where it cannot be read."""
     try:
-        data = Path(image).read_bytes()
+        return Path(path).read_bytes()
     except OSError as error:
-        raise ConfigError(f"cannot read the image {image}: {error.strerror or error}") from error
-    maps = compute_word_maps(tuned, data, text, method, layer)
+        raise ConfigError(f"cannot read the image {path}: {error.strerror or error}") from error
+
+
+def save_figure(maps: WordMaps, out: str | Path) -> None:
+    """Write the figure of one image and one text to `out`, as PNG. Raises UserError where it cannot be written."""
     path = Path(out)
     try:
         with replace_atomically(path) as partial:
             partial.write_bytes(heatmap.encode_png(maps.figure()))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    return maps

@@ -8,7 +8,8 @@ Controls, on the same words:
 
     area        a peak at a random cell: the share of cells that would be a hit (the column "chance")
     `centre`    a bell curve in the middle of every image
-    untrained   the same encoders with a new fusion and head, zero-initialized projections drawn at random
+    untrained   the same encoders with a new fusion and head, zero-initialized projections drawn at random; not for similarity
+                maps, which read no fusion
     shuffled    a word of the same class in the text of another image, paired with this image
 
 Counterfactual: a color in a text is exchanged so that it names exactly one other object. `before` and `after` are the shares
@@ -31,8 +32,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from finetune.explain.attribution import METHODS
-from finetune.explain.word_maps import METHOD, find_decoders
+from finetune.explain.word_maps import METHOD, SIMILARITY, check_method, find_decoders
 from finetune.grounding.phrases import WORD_KINDS
 from finetune.grounding.pointing_game import bootstrap
 from finetune.grounding.probes import SWAP, ImageSizeDecoder, Prober, Record, build_untrained
@@ -41,7 +41,7 @@ from pretrain.config import SEED, check_numbers
 from pretrain.data import loader, vocabulary
 from pretrain.data.config import resolve_sources
 from pretrain.data.vocabulary import Vocabulary
-from pretrain.errors import ConfigError, UserError, closest
+from pretrain.errors import ConfigError, UserError
 from pretrain.model import on_device
 from pretrain.runtime import distributed
 from pretrain.runtime.agree import gather_or_raise
@@ -56,7 +56,7 @@ class GroundingConfig:
     """Settings of the measurement."""
 
     method: str = METHOD
-    """How maps are computed: raw, rollout, gradcam or relevance."""
+    """How maps are computed: raw, rollout, gradcam, relevance or similarity."""
     layer: int | None = None
     """For raw and gradcam: one layer of the fusion, -1 the last; null averages them."""
     texts: int = 4
@@ -76,9 +76,7 @@ class GroundingConfig:
 
     def check(self) -> None:
         """Raise ConfigError for an unknown method or a number out of range."""
-        if self.method not in METHODS:
-            near = closest(self.method, list(METHODS))
-            raise ConfigError(f"no map method {self.method!r}{near}; the choices are {', '.join(METHODS)}")
+        check_method(self.method, self.layer)
         for name, least in (("texts", 1), ("batch_size", 1), ("workers", 0), ("max_samples", 0), ("resamples", 100)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least {least}")
@@ -109,9 +107,10 @@ def evaluate_grounding(tuned: Finetuned, shards: Any, config: GroundingConfig, d
     rank, world = distributed.rank(), distributed.world_size()
     batches = loader.build_eval_loader(shards, decoders, config.batch_size, config.workers, rank, world, config.max_samples)
     tuned.model.to(device)
-    untrained = build_untrained(tuned, config.seed).to(device) if config.controls else None
+    has_untrained = config.controls and config.method != SIMILARITY
+    untrained = build_untrained(tuned, config.seed).to(device) if has_untrained else None
     words = gather_vocabulary(shards, config)
-    prober = Prober(tuned, untrained, config.method, config.layer, config.batch_size, device, words)
+    prober = Prober(tuned, untrained, config.controls, config.method, config.layer, config.batch_size, device, words)
 
     def measure_local() -> tuple[list[Record], int, int]:
         records: list[Record] = []

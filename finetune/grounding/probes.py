@@ -123,6 +123,7 @@ class Prober:
         self,
         tuned: Finetuned,
         untrained: FusionModel | None,
+        shuffles: bool,
         method: str,
         layer: int | None,
         chunk_size: int,
@@ -133,14 +134,15 @@ class Prober:
 
         Args:
             tuned: the model to measure.
-            untrained: the control of build_untrained(); None leaves out the controls that pass probes through a model.
-            method: one of attribution.METHODS.
+            untrained: the control of build_untrained(); None leaves it out.
+            shuffles: whether to measure the control of texts of other images.
+            method: one of word_maps.METHODS.
             layer: see compute_attention_maps().
             chunk_size: texts per pass through the model.
             device: of the models.
             vocabulary: words for objects of the whole data set.
         """
-        self.tuned, self.untrained, self.method, self.layer = tuned, untrained, method, layer
+        self.tuned, self.untrained, self.shuffles, self.method, self.layer = tuned, untrained, shuffles, method, layer
         self.chunk_size, self.device, self.vocabulary = chunk_size, device, vocabulary
         self.image_decoder, self.text_decoder = find_decoders(tuned.decoders)
 
@@ -173,11 +175,13 @@ class Prober:
         controls: list[list[list[Array | None]]] = []
         names = ["", "_centre"]
         if self.untrained is not None:
-            names += ["_untrained", "_shuffled"]
+            names.append("_untrained")
+            controls.append(self.compute_maps(self.untrained, images, probes))
+        if self.shuffles:
+            names.append("_shuffled")
             others, partner = _exchange_texts(probes)
             other_maps = self.compute_maps(self.tuned.model, images, others)
-            shuffled = [[other_maps[p][w] if w is not None else None for w in partner[p]] for p in range(len(probes))]
-            controls = [self.compute_maps(self.untrained, images, probes), shuffled]
+            controls.append([[other_maps[p][w] if w is not None else None for w in partner[p]] for p in range(len(probes))])
         for p, probe in enumerate(probes):
             for w, mention in enumerate(probe.words):
                 values = maps[p][w]

@@ -13,7 +13,7 @@ from pretrain.data import BadSample
 from pretrain.errors import UserError
 
 from .images import ImageLike, as_list, to_bytes
-from .model import Model, batches
+from .model import Model, batches, save_maps
 
 if TYPE_CHECKING:
     from finetune.explain.word_maps import WordMaps
@@ -96,7 +96,7 @@ class FinetunedModel(Model):
             image: one image, as for `encode_images`.
             text: a caption of it, or for vqa a question about it.
             out: a PNG file to write the figure to.
-            method: raw, rollout, gradcam or relevance.
+            method: raw, rollout, gradcam, relevance, or similarity, which reads the encoders alone and no cross-attention.
             layer: raw and gradcam: one layer, -1 the last; None = the mean of all.
 
         Returns:
@@ -109,9 +109,5 @@ class FinetunedModel(Model):
 
         with self._settings():
             maps = word_maps.compute_word_maps(self._finetuned, to_bytes(image, "image"), text, method, layer)
-        if out is not None:
-            try:
-                maps.figure().save(out)
-            except (OSError, ValueError) as error:
-                raise UserError(f"cannot write {out}: {error}") from error
+        save_maps(maps, out)
         return maps

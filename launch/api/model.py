@@ -25,7 +25,11 @@ from pretrain.strategies import DTYPES
 from .images import ImageLike, as_list, to_bytes
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from numpy.typing import NDArray
+
+    from finetune.explain.word_maps import WordMaps
 
 PROGRESS_FROM = 2000
 """Items from which on a progress bar is shown, unless the caller says otherwise."""
@@ -112,7 +116,7 @@ class Encoding:
         raise UserError(self._explain_encoders("predict"))
 
     def attend(self, *args: Any, **kwargs: Any) -> Any:
-        """Map what each word attends to: of fine-tuned runs alone, see FinetunedModel. Raises UserError."""
+        """Map what each word attends to: of runs, see FinetunedModel and Model. Raises UserError."""
         raise UserError(self._explain_encoders("attend"))
 
     def _explain_encoders(self, method: str) -> str:
@@ -203,6 +207,32 @@ class Model(Encoding):
         """What cosines are multiplied by before a softmax: `softmax(logit_scale * cosines)`."""
         return float(self.encoder.logit_scale.detach().exp())
 
+    def attend(
+        self,
+        image: ImageLike,
+        text: str,
+        out: str | Path | None = None,
+        method: str = "raw",
+        layer: int | None = None,
+    ) -> WordMaps:
+        """Return how similar each word of a text is to each region of an image, with method="similarity".
+
+        See FinetunedModel.attend, which has all methods. Encoders alone have no attention between words and images, and only
+        those that pool the mean of their tokens have similarity maps. `answers` is the cosine.
+
+        Raises:
+            UserError: another method, or the image, the text or the towers cannot be used.
+        """
+        from finetune.explain import word_maps
+
+        word_maps.check_method(method, layer)
+        if method != word_maps.SIMILARITY:
+            raise UserError(f'{self._explain_encoders("attend")}, or give method="{word_maps.SIMILARITY}"')
+        with self._settings():
+            maps = word_maps.compute_encoder_maps(self.encoder, self._decoders, to_bytes(image, "image"), text)
+        save_maps(maps, out)
+        return maps
+
     def _decoder(self, modality: str) -> Any:
         if self._decoders.get(modality) is None:
             raise UserError(f"{self.source} has no {modality} tower; it encodes {', '.join(self._decoders)}")
@@ -231,6 +261,15 @@ class Model(Encoding):
         if self.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, DTYPES[self.precision])
+
+
+def save_maps(maps: WordMaps, out: str | Path | None) -> None:
+    """Write the figure of word maps, where a file is named. Raises UserError where it cannot be written."""
+    if out is not None:
+        try:
+            maps.figure().save(out)
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot write {out}: {error}") from error
 
 
 def to_rows(features: Tensor) -> Tensor:

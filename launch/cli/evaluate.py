@@ -11,10 +11,10 @@ from launch.cli import evaluate_index
 from launch.cli.command import Subparsers, add_command
 from launch.cli.runs import check_run, check_task, import_models
 from pretrain.config.arguments import fractions, nonempty, nonempty_path, whole_number
-from pretrain.errors import ConfigError
+from pretrain.errors import ConfigError, UserError
 from pretrain.runtime.entrypoint import DONE
 
-_MAPS = "raw, rollout, gradcam, relevance"
+_MAPS = "raw, rollout, gradcam, relevance, similarity"
 
 
 def add_commands(commands: Subparsers[argparse.ArgumentParser]) -> None:
@@ -50,7 +50,12 @@ def add_commands(commands: Subparsers[argparse.ArgumentParser]) -> None:
     evaluate_index.add_options(p)
 
     p = add_command(commands, "attend", attend, "what each word of a text attends to in an image", reads_runs=True)
-    p.add_argument("run", type=nonempty, metavar="RUN", help="a fine-tuned run or checkpoint folder")
+    p.add_argument(
+        "run",
+        type=nonempty,
+        metavar="RUN",
+        help="a fine-tuned run or checkpoint folder; for --maps similarity also encoders alone",
+    )
     p.add_argument("image", metavar="IMAGE", type=nonempty_path, help="an image: JPEG, PNG, WebP, ...")
     p.add_argument("text", metavar="TEXT", help="a caption of it, or a question about it")
     p.add_argument(
@@ -169,11 +174,25 @@ def attend(args: argparse.Namespace) -> int:
     import_models()
     from finetune import loading
     from finetune.explain import word_maps
+    from pretrain.checkpoints.loading import load_model
     from pretrain.model import on_device
     from pretrain.runtime import distributed
 
-    finetuned = loading.load(args.run)
-    with on_device(finetuned.model, finetuned.config, distributed.device()):
-        maps = word_maps.save_figure(finetuned, args.image, args.text, args.out, args.maps, args.layer)
+    word_maps.check_method(args.maps, args.layer)
+    data = word_maps.read_image_file(args.image)
+    if loading.is_finetuned(args.run):
+        finetuned = loading.load(args.run)
+        with on_device(finetuned.model, finetuned.config, distributed.device()):
+            maps = word_maps.compute_word_maps(finetuned, data, args.text, args.maps, args.layer)
+    else:
+        encoders = load_model(args.run)
+        if args.maps != word_maps.SIMILARITY:
+            raise UserError(
+                f"{args.run} holds encoders without a task, so there is no attention to draw: fine-tune them with "
+                f"`clipfuse finetune CONFIG init={args.run}`, or draw --maps similarity"
+            )
+        with on_device(encoders.model, encoders.config, distributed.device()) as model:
+            maps = word_maps.compute_encoder_maps(model, encoders.decoders, data, args.text)
+    word_maps.save_figure(maps, args.out)
     print(*maps.caption_lines(), f"wrote {args.out}", sep="\n")
     return DONE

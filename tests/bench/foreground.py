@@ -34,10 +34,10 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from finetune import loading
 from finetune.explain.attribution import METHODS
+from finetune.explain.similarity import compute_similarity_maps
 from finetune.explain.token_spans import TokenSpans, average_tokens
 from finetune.explain.word_maps import METHOD, compute_token_maps, find_decoders
 from finetune.grounding.pointing_game import Array, bootstrap, build_center_map, compute_lift, score_hit
@@ -117,14 +117,6 @@ def read_pictures(shards: str, count: int, size: int, resize: str) -> list[Pictu
     return pictures
 
 
-@torch.no_grad()
-def compute_similarities(model: DualEncoder, images: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """Return (b, T, H, W): the products of projected tokens of texts (b, T) and cells of images, where positive."""
-    image, text = model.tokens("image", images), model.tokens("text", ids, mask)
-    assert image.grid is not None
-    return (text.states @ image.states.mT).clamp(min=0).unflatten(2, image.grid)
-
-
 def compute_maps(
     tuned: Finetuned, model: FusionModel | DualEncoder, pictures: list[Picture], texts: list[Picture], method: str
 ) -> list[Any]:
@@ -136,7 +128,7 @@ def compute_maps(
         inputs, masks = tuned.encode_inputs([picture.data for picture in chunk], [text.caption for text in others])
         batch = (inputs["image"], inputs["text"], masks["text"])
         if isinstance(model, DualEncoder):
-            maps = compute_similarities(model, *batch)
+            maps = compute_similarity_maps(model, *batch)[0].clamp(min=0)
         else:
             maps, _ = compute_token_maps(model, tuned.task, *batch, method)
         for text, values in zip(others, maps, strict=True):
