@@ -32,6 +32,7 @@ from torch import Tensor
 
 from pretrain.embedding.encoder import EncodedBatch
 from pretrain.errors import UserError
+from pretrain.runtime.entrypoint import hold_stop_signals
 from pretrain.runtime.files import flush, partial_path
 
 FOOTER = b"clipfuse"
@@ -145,7 +146,8 @@ class Writer:
 
         Raises the error of an earlier write: OSError where the disk is full, or UserError.
         """
-        self._queue.put((name, batch, footer))
+        with hold_stop_signals():
+            self._queue.put((name, batch, footer))
         if self._error is not None:
             raise self._error
 
@@ -156,10 +158,11 @@ class Writer:
         """
         if abandon:
             self._error = self._error or UserError("abandoned")
-        self._queue.put(None)
-        self._thread.join()
-        if self._file is not None:
-            self._file.discard()
+        with hold_stop_signals():
+            self._queue.put(None)
+            self._thread.join()
+            if self._file is not None:
+                self._file.discard()
         if self._error is not None and not abandon:
             raise self._error
 

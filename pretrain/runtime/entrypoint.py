@@ -80,13 +80,45 @@ class EarlyStop(BaseException):
     """A signal to stop arrived while the run was being built, when there was nothing to save yet."""
 
 
+@dataclass
+class _Hold:
+    depth: int = 0
+    """Number of `hold_stop_signals` blocks that are open."""
+    signal: str | None = None
+    """The last signal that arrived inside one."""
+
+
+_hold = _Hold()
+
+
+@contextmanager
+def hold_stop_signals() -> Iterator[None]:
+    """Let a signal that would raise EarlyStop inside the block raise it at the end of the block.
+
+    Queues, conditions and locks of other threads need it: an exception in the middle of them leaves a lock that nobody
+    releases, or a thread that nobody wakes.
+    """
+    _hold.depth += 1
+    try:
+        yield
+    finally:
+        _hold.depth -= 1
+        if _hold.signal is not None and not _hold.depth:
+            name, _hold.signal = _hold.signal, None
+            raise EarlyStop(name)
+
+
 @contextmanager
 def raise_on_stop_signals() -> Iterator[None]:
     """Make SIGTERM, SIGINT and SIGUSR1 raise EarlyStop inside the block; fit() sets its own handlers."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise EarlyStop(signal.Signals(number).name)
+        name = signal.Signals(number).name
+        if not _hold.depth:
+            raise EarlyStop(name)
+        _hold.signal = name
 
+    _hold.signal = None
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     try:
         yield
