@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -200,5 +200,11 @@ def _identity(portable: FinetuneConfig) -> dict[str, Any]:
 
 
 def _digest(settings: Any) -> str:
-    """Return a short hash of a task's settings, the learned ones included."""
-    return hashlib.blake2b(json.dumps(asdict(settings), sort_keys=True).encode(), digest_size=6).hexdigest()
+    """Return a short hash of a task's settings, the learned ones included.
+
+    Fields in the task's ADDED count where they differ from their defaults only: runs that began before them can resume.
+    """
+    values, added = asdict(settings), getattr(settings, "ADDED", ())
+    defaults = {field.name: field.default for field in fields(settings) if field.name in added}
+    values = {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
+    return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=6).hexdigest()

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from finetune import model as models
+from finetune import train
 from finetune.tasks import retrieval
 from finetune.tasks.late_interaction import LateInteraction, largest_similarity
 from pretrain import registry
@@ -57,3 +58,10 @@ def test_an_untrained_one_changes_nothing_and_tokens_must_share_a_space() -> Non
     model = models.build(tiny.build_model("clip"), fusion, None, tokens="tower")
     with pytest.raises(ConfigError, match="with tokens=aligned only"):
         task.build_head(model)
+
+
+def test_runs_that_began_before_these_settings_resume() -> None:
+    """The hash of the default settings is the one that the code before them wrote into checkpoints."""
+    assert train._digest(retrieval.Config()) == "55c330155973"
+    others = [retrieval.Config(weighting="equal"), retrieval.Config(late_interaction=True), retrieval.Config(rerank=8)]
+    assert len({train._digest(config) for config in [retrieval.Config(), *others]}) == 4
