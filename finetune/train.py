@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -202,9 +203,9 @@ def _identity(portable: FinetuneConfig) -> dict[str, Any]:
 def _digest(settings: Any) -> str:
     """Return a short hash of a task's settings, the learned ones included.
 
-    Fields in the task's ADDED count where they differ from their defaults only: runs that began before them can resume.
+    Those in ADDED of the task's module count only where they differ from their defaults, so that runs begun before them resume.
     """
-    values, added = asdict(settings), getattr(settings, "ADDED", ())
+    values, added = asdict(settings), getattr(sys.modules[type(settings).__module__], "ADDED", ())
     defaults = {field.name: field.default for field in fields(settings) if field.name in added}
     values = {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
     return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=6).hexdigest()

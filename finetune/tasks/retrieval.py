@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -55,12 +55,14 @@ Encoded = tuple[TokenSequence, Tensor | None]
 """Tokens and embeddings, as FusionModel.tokens_and_embedding returns them."""
 
 
+ADDED = ("weighting", "late_interaction")
+"""Settings that came after runs had begun without them."""
+
+
 @dataclass
 class Config:
     """Weights of the losses, negatives, and re-ranking."""
 
-    ADDED: ClassVar[tuple[str, ...]] = ("weighting", "late_interaction")
-    """Fields that came after runs had begun without them."""
     name: str = "retrieval"
     """Name of the task, which is the name of this file."""
     contrastive: float = 1.0
