@@ -227,6 +227,14 @@ def check_targets(config: PretrainConfig, loss: Any) -> None:
             raise ConfigError(f"data.{name}={value!r:.80}: loss.name={config.loss.name} does not account for it{hint}")
         if value is None and name in getattr(loss, "NEEDS", ()):
             raise ConfigError(f"loss.name={config.loss.name} needs data.{name}")
+    if config.data.incomplete == "keep":
+        if "incomplete" not in getattr(loss, "TAKES", ()):
+            raise ConfigError(f"data.incomplete=keep: loss.name={config.loss.name} does not account for it; clip and siglip do")
+        if config.data.negatives is not None or config.data.weight is not None or config.loss.exchange == "ring":
+            raise ConfigError(
+                "data.incomplete=keep goes neither with data.weight and data.negatives, which are read with captions, nor with "
+                "loss.exchange=ring"
+            )
 
 
 def prepare_teachers(config: PretrainConfig, loader: Loader) -> None:

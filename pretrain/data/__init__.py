@@ -26,10 +26,13 @@
     train_tokenizer.py  trains a byte-level BPE tokenizer on captions
     vocabulary.py       words for the objects of a data set; vocabularies/ holds those that ship with the package
     check.py            verifies shards before training
+    key_digests.py      digests of keys, by which stored embeddings are found
+    job_pool.py         processes that work on one job after the other, as those that write shards
     synthetic.py        data.train=synthetic: noise images and random captions, without files
 
     shards/             finding, counting, indexing, fetching and reading tar shards
     pack/               packing of folders, tables and tars into shards
+    filter/             curation: rules of captions, near-duplicates, similarity, balance -> fewer shards, or a list
     scenes/             the built-in data set of drawn scenes; of the other packages only `launch` imports it
 
 May import `pretrain.runtime`, `pretrain.config`, `pretrain.registry`, `pretrain.optim`, `pretrain.ops` and `pretrain.errors`.
@@ -54,3 +57,7 @@ class BadSample(Exception):  # noqa: N818 - describes the sample, not an error o
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}" if self.detail else self.reason
+
+
+class MissingContent(BadSample):
+    """A sample has nothing of a modality, in contrast to content that cannot be used."""

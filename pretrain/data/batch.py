@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -38,6 +38,9 @@ class Decoder(Protocol):
     A decoder that provides targets has `targets(items) -> dict[str, Tensor | list]`, sample first, for Batch.targets.
     Its `collate` may return None: it then provides targets only, and the batch has no input of its name.
 
+    A decoder with `is_optional` (data.incomplete=keep) has `blank()`, which returns the item of a sample without content of its
+    modality. The worker leaves None in its place.
+
     A decoder whose targets depend on what others drew has `complete(batch)`, which adds to a partial batch at the end.
     """
 
@@ -65,7 +68,8 @@ class Batch:
     keys: list[str]
     """ "shard/KEY" of each sample."""
     targets: dict[str, Any] = field(default_factory=dict)
-    """Training: "caption_id" (b,) or (b, k) int64, equal for equal captions. Evaluation: "captions", a list of all captions
+    """Training: "caption_id" (b,) or (b, k) int64, equal for equal captions; with data.incomplete=keep "present", by modality
+    (b,) bool, whether a sample has it. Evaluation: "captions", a list of all captions
     of each sample, and "json", a dict for each sample."""
     groups: dict[str, RowGroups | PackedTexts] = field(default_factory=dict)
     """By modality, where its rows are encoded in groups of fixed shapes or packed: how the b or b k rows are."""
@@ -157,12 +161,17 @@ def collate(items: Mapping[str, list[Any]], decoders: Mapping[str, Decoder], key
     """Collate decoded items into one batch.
 
     Args:
-        items: the decoded items of each modality, one per sample.
+        items: the decoded items of each modality, one per sample; None where a sample lacks an optional one.
         decoders: by modality.
         keys: "shard/KEY" of each sample.
     """
     batch = Batch({}, {}, keys)
+    items = dict(items)
     for name, decoder in decoders.items():
+        if getattr(decoder, "is_optional", False):
+            present = [item is not None for item in items[name]]
+            batch.targets.setdefault("present", {})[name] = torch.tensor(present, dtype=torch.bool)
+            items[name] = [cast(Any, decoder).blank() if item is None else item for item in items[name]]
         collated = decoder.collate(items[name])
         if collated is not None:
             batch.inputs[name], mask = collated

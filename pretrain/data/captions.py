@@ -7,7 +7,7 @@ import re
 import unicodedata
 from typing import Any
 
-from pretrain.data import BadSample
+from pretrain.data import BadSample, MissingContent
 from pretrain.data.members import explain_missing_caption
 from pretrain.data.sample_json import read_json, replace_surrogates
 from pretrain.errors import ConfigError
@@ -82,7 +82,7 @@ def read_numbered_captions(members: dict[str, bytes], source: str) -> dict[int, 
     """
     member = caption_member(source)
     if member not in members:
-        raise BadSample("no caption", explain_missing_caption(members, member))
+        raise MissingContent("no caption", explain_missing_caption(members, member))
     entries = dict(enumerate(_read_txt(members["txt"], source))) if member == "txt" else _read_field(members, source)
     places, values = list(entries), list(entries.values())
     if not all(isinstance(caption, str) for caption in values):
@@ -126,10 +126,10 @@ def _read_field(members: dict[str, bytes], source: str) -> dict[int, Any]:
         raise BadSample("no caption", f"the json is {kind}, not an object with a field {source}")
     if source not in fields:
         names = ", ".join(sorted(map(str, fields)))[:150]
-        raise BadSample("no caption", f"json has no {source}, but {'fields ' + names if names else 'no fields'}")
+        raise MissingContent("no caption", f"json has no {source}, but {'fields ' + names if names else 'no fields'}")
     value = fields[source]
     values = {place: item for place, item in enumerate(value if isinstance(value, list) else [value]) if item is not None}
     if value is None or not values:
         content = "null" if value is None else "a list of null" if value else "an empty list"
-        raise BadSample("no caption", f"the field {source} of the json is {content}")
+        raise MissingContent("no caption", f"the field {source} of the json is {content}")
     return values

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pretrain.config import check_numbers, text_field
 from pretrain.data.captions import check_caption_source
@@ -70,6 +70,10 @@ class DataConfig:
     teachers: Any = text_field(None)
     """Folder that `clipfuse embed` wrote for the training shards, or a list of them: embeddings of teachers, for
     loss.name=distill. They are found by key and caption, and are of the images as stored, not as augmented. null = none."""
+    incomplete: Literal["bad", "keep"] = "bad"
+    """Samples that lack a modality, with three towers or more. bad: they are replaced like unusable ones. keep: they are used
+    where they have two at least, and the loss of each pair of modalities is the mean over the samples that have both. What is
+    missing is encoded as a black image, an empty text or silence; only BatchNorm sees it. Pretraining only."""
     val_caption: str | None = None
     """Where evaluation reads captions; null = as `caption`. Of several, each is a caption of the image. Where `txt` holds
     several lines in most samples, each line is one; txt:whole reads them as one."""

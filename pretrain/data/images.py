@@ -29,7 +29,7 @@ import torch
 from PIL import Image
 
 from pretrain.config import check_numbers
-from pretrain.data import BadSample
+from pretrain.data import MissingContent
 from pretrain.data.decode import (
     EXTENSIONS,
     MAX_PIXELS,
@@ -255,8 +255,12 @@ class ImageDecoder:
         """Decode the image of a sample to (3, size, size) uint8. Raises BadSample."""
         data = next((sample.members[e] for e in EXTENSIONS if e in sample.members), None)
         if data is None:
-            raise BadSample("no image", explain_missing_image(sample.members, EXTENSIONS))
+            raise MissingContent("no image", explain_missing_image(sample.members, EXTENSIONS))
         return self.decode_train(data, rng) if train else self.decode_eval(data)
+
+    def blank(self) -> torch.Tensor:
+        """Return the item of a sample without an image: black."""
+        return torch.zeros(3, self.size, self.size, dtype=torch.uint8)
 
     def collate(self, images: list[torch.Tensor]) -> tuple[torch.Tensor, None]:
         """Stack b images to (b, 3, size, size) uint8; images have no mask."""

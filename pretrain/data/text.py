@@ -191,6 +191,10 @@ class TextDecoder:
         drawn = self.draw_captions(len(texts), rng)
         return tuple(texts[i] for i in drawn) if self.draw > 1 else texts[drawn[0]]
 
+    def blank(self) -> str | tuple[str, ...]:
+        """Return the item of a sample without a caption, in training: an empty text."""
+        return ("",) * self.draw if self.draw > 1 else ""
+
     def draw_captions(self, count: int, rng: np.random.Generator) -> list[int]:
         """Return which of `count` captions training reads: `draw` different ones, repeated where there are fewer."""
         if self.draw > 1:

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from types import FrameType
@@ -19,7 +19,7 @@ from typing import Any, NoReturn, Protocol
 import numpy as np
 import torch
 
-from pretrain.data import BadSample
+from pretrain.data import BadSample, MissingContent
 from pretrain.data.batch import Batch, Decoder, collate
 from pretrain.data.order import Order
 from pretrain.data.sample_filter import SampleFilter
@@ -90,13 +90,26 @@ class _SampleDecoder:
         try:
             items = {}
             for name, decoder in self.decoders.items():
-                items[name] = decoder(raw, self.generator.rekey(*seed, name), self.train)
+                try:
+                    items[name] = decoder(raw, self.generator.rekey(*seed, name), self.train)
+                except MissingContent:
+                    if not getattr(decoder, "is_optional", False):
+                        raise
+                    items[name] = None
+            self._check_has_pair(raw, items)
             return raw, items
         except BadSample:
             raise
         except Exception as error:  # a bug in a decoder, not bad content: name the sample
             error.add_note(f"while decoding sample {raw.key}")
             raise
+
+    def _check_has_pair(self, raw: RawSample, items: Mapping[str, Any]) -> None:
+        """Raise BadSample where a sample that may lack a modality has fewer than two."""
+        optional = [name for name in items if getattr(self.decoders[name], "is_optional", False)]
+        missing, has = ([name for name in optional if (items[name] is None) is absent] for absent in (True, False))
+        if missing and len(has) < 2:
+            raise BadSample("no pair", f"it has {has[0] if has else 'nothing'}, without {' and '.join(missing)}")
 
     def skip(self, slot: int, shard: int, sample: int, error: BadSample) -> SkippedSample:
         """Return the record of an unusable sample."""
@@ -127,6 +140,8 @@ class TrainingDataset(_SampleDecoder, torch.utils.data.Dataset[PartialBatch]):
         super().__init__(reader, decoders, train=True)
         self.order, self.max_attempts, self.sample_filter = order, max_attempts, sample_filter
         self.first_shards = np.cumsum([0, *(len(source.counts) for source in order.sources)])  # of each source
+        self.find_decoders: Callable[[int], Mapping[str, Decoder]] | None = None
+        """Returns the decoders of a position, where they change; those of a partial batch are the same. None = `decoders`."""
 
     def __getitem__(self, positions: Ints) -> PartialBatch:
         try:
@@ -136,6 +151,8 @@ class TrainingDataset(_SampleDecoder, torch.utils.data.Dataset[PartialBatch]):
 
     def _build_partial(self, positions: Ints) -> PartialBatch:
         """Read, decode and collate the samples of these positions. Raises UserError."""
+        if self.find_decoders is not None and len(positions):
+            self.decoders = self.find_decoders(int(positions[0]))
         items: dict[str, list[Any]] = {name: [] for name in self.decoders}
         keys: list[str] = []
         partial = PartialBatch(None, 0)

@@ -20,6 +20,7 @@ so is one without those in its constant NEEDS:
     weight      targets["weight"] (b,), at least 0, of mean 1 over all processes: multiplies the loss of each pair
     negatives   features["negatives"] (b, F, D), texts that match no image. targets["negative_mask"] (b, F) is False for
                 padding, targets["negative_id"] (b, F) has their caption hashes
+    incomplete  targets["present"] {modality: (b,) bool}, which samples have it; those that lack it hold a blank in its place
     teachers    targets["teachers"], stored embeddings of images and captions, as pretrain/data/teachers.py describes
 
 A loss is given the b rows of this process. It gathers the rows it needs from other processes itself, with gradient. It
@@ -101,7 +102,9 @@ def average_over_pairs(
     labels = build_labels(targets, same_caption, is_ring, dtype)
     labels_with_negatives = labels if negatives is None else add_negatives(labels, targets, is_ring)
     offset = 0 if is_ring else distributed.rank() * len(next(iter(features.values())))
+    present = gather_present(targets, pairs, is_ring)
     losses, report = [], {}
+    num_pairs_present = next(iter(features.values())).new_zeros(())
     for width in (dim, *(width for width in widths if width < dim)):
         # Prefixes are normalized after the exchange, which sends each embedding once.
         local = {name: cut_to_width(x, width) for name, x in features.items() if name != NEGATIVES}
@@ -111,10 +114,69 @@ def average_over_pairs(
             rows, columns, all_columns, pair_labels = local[first], local[second], others[second], labels
             if negatives is not None and (first, second) == ("image", "text"):
                 all_columns, pair_labels = torch.cat([all_columns, others[NEGATIVES]]), labels_with_negatives
-            loss, is_best = pair_loss(rows, columns, others.get(first, rows), all_columns, offset, pair_labels)
+            name = f"{first}_to_{second}_accuracy{suffix}"
+            if present is None:
+                loss, is_best = pair_loss(rows, columns, others.get(first, rows), all_columns, offset, pair_labels)
+                losses.append(loss)
+                report[name] = is_best.detach().float().mean()
+                continue
+            have_both = present[first] & present[second]  # (B,)
+            loss, accuracy = _average_over_present(
+                have_both, offset, rows, columns, others.get(first), all_columns, pair_labels, pair_loss
+            )
             losses.append(loss)
-            report[f"{first}_to_{second}_accuracy{suffix}"] = is_best.detach().float().mean()
-    return torch.stack(losses).mean(), report
+            report[name] = accuracy.detach()
+            num_pairs_present += have_both.any()
+    if present is None:
+        return torch.stack(losses).mean(), report
+    return torch.stack(losses).sum() / num_pairs_present.clamp(min=1), report
+
+
+def gather_present(targets: dict[str, Any], pairs: list[tuple[str, str]], is_ring: bool) -> dict[str, Tensor] | None:
+    """Return which samples of all processes have each modality, (B,) bool; None where all have all. Collective.
+
+    Raises ConfigError with loss.exchange=ring, whose blocks have fixed sizes.
+    """
+    if "present" not in targets:
+        return None
+    if is_ring:
+        raise ConfigError("loss.exchange=ring takes no samples that lack a modality (data.incomplete=keep); use gather")
+    names = sorted({name for pair in pairs for name in pair})
+    local = torch.stack([targets["present"][name] for name in names], dim=1).to(torch.uint8)
+    return dict(zip(names, distributed.gather_without_grad(local).bool().unbind(dim=1), strict=True))
+
+
+def _average_over_present(
+    have_both: Tensor,
+    offset: int,
+    rows: Tensor,
+    columns: Tensor,
+    all_rows: Tensor | None,
+    all_columns: Tensor,
+    labels: PairLabels,
+    pair_loss: PairLoss,
+) -> tuple[Tensor, Tensor]:
+    """Return the loss () and the accuracy () of one pair of modalities over the samples that have both.
+
+    Processes have different numbers of such samples, n of N on all W: their means are multiplied by n W / N, so that the mean
+    over processes is the mean over samples. The others are neither rows nor negatives.
+
+    have_both: (B,) bool, of all processes. offset: where this process's rows begin in it. Other arguments as for PairLoss.
+    """
+    is_local = have_both[offset : offset + len(rows)]
+    count, total = is_local.sum(), have_both.sum()
+    others = torch.ones(len(all_columns) - len(have_both), dtype=torch.bool, device=rows.device)  # negatives
+    of_columns = torch.cat([have_both, others])
+    loss, is_best = pair_loss(
+        rows[is_local],
+        columns[is_local],
+        rows[is_local] if all_rows is None else all_rows[have_both],
+        all_columns[of_columns],
+        int(have_both[:offset].sum()),
+        labels.select(is_local, of_columns),
+    )
+    weight = distributed.world_size() / total.clamp(min=1).to(loss.dtype)
+    return loss * (count * weight), (is_best.sum() * weight).float()
 
 
 def cut_to_width(features: Tensor, width: int) -> Tensor:

@@ -22,7 +22,7 @@ LOGIT_SCALE: float = math.log(1 / 0.07)
 """Initial value: the logarithm of the scale that is a temperature of 0.07."""
 LOGIT_BIAS: float | None = None
 """None, because a bias would cancel in the softmax."""
-TAKES = ("weight", "negatives")
+TAKES = ("weight", "negatives", "incomplete")
 """Settings of `data` that change this loss."""
 
 
@@ -88,6 +88,8 @@ def dense_loss(
     rows, columns: (b, D). all_rows, all_columns: (B, D), gathered with gradient; after the columns come the negatives of
     `labels`. scale: (1,). Returns the loss () and whether each row's partner scores best (b,) bool.
     """
+    if not len(rows):  # samples that lack a modality; every process takes part in the backward pass of the gathered features
+        return (all_rows.sum() + all_columns.sum()) * 0 * scale.sum(), rows.new_ones(0, dtype=torch.bool)
     with torch.autocast(rows.device.type, enabled=False):
         row_logits, column_logits = scale * rows @ all_columns.t(), scale * columns @ all_rows.t()  # (b, B) each
         mask = left_out_mask(labels, offset)

@@ -21,7 +21,7 @@ LOGIT_SCALE: float = math.log(10)
 """Initial value: the logarithm of a scale of 10."""
 LOGIT_BIAS: float | None = -10.0
 """Initial value: strongly negative, because nearly all pairs are negatives."""
-TAKES = ("weight", "negatives")
+TAKES = ("weight", "negatives", "incomplete")
 """Settings of `data` that change this loss."""
 
 
@@ -89,6 +89,8 @@ def dense_loss(
     rows: (b, D). all_columns: (B, D), gathered with gradient, then the negatives of `labels`. scale, bias: (1,).
     Returns the loss () and whether each row's partner scores best (b,) bool.
     """
+    if not len(rows):  # samples that lack a modality; every process takes part in the backward pass of the gathered features
+        return all_columns.sum() * 0 * (scale + bias).sum(), rows.new_ones(0, dtype=torch.bool)
     with torch.autocast(rows.device.type, enabled=False):
         logits = scale * rows @ all_columns.t() + bias  # (b, B)
         mask = left_out_mask(labels, offset)

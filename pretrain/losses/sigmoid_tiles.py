@@ -62,14 +62,14 @@ class _Sigmoid(torch.autograd.Function):
         if sums.needs_grad:
             ctx.save_for_backward(rows, factor, sums.grad_rows, grads[0], sums.grad_bias.to(shift.dtype))
         ctx.mark_non_differentiable(is_best)
-        return (sums.loss / rows.shape[0]).to(rows.dtype), is_best
+        return (sums.loss / max(1, rows.shape[0])).to(rows.dtype), is_best
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows, scale, grad_rows, grad_columns, grad_bias = ctx.saved_tensors
         grad_rows, grad_columns = grad_rows.clone(), grad_columns.clone()  # a second backward pass reads the saved tensors
-        factor = grads[0] / rows.shape[0]
+        factor = grads[0] / max(1, rows.shape[0])
         bias = (grad_bias * factor).reshape(1).to(ctx.dtypes[3])
         return *finish_gradients(ctx, rows, scale, grad_rows, grad_columns, factor), bias, None, None, None
 

@@ -79,7 +79,7 @@ class _Softmax(torch.autograd.Function):
         if labels.weights is not None:
             losses = labels.weights[0] * losses
             lse_rows, lse_columns = lse_rows - labels.weights[0].log(), lse_columns - labels.weights[1].log()
-        loss = losses.mean() / 2
+        loss = losses.sum() / (2 * max(1, b))  # b may be 0: samples that lack a modality
         ctx.save_for_backward(rows, columns, factor, lse_rows, lse_columns)
         ctx.offset, ctx.labels, ctx.settings, ctx.methods = offset, labels, settings, methods
         ctx.mark_non_differentiable(is_best)
@@ -99,7 +99,7 @@ class _Softmax(torch.autograd.Function):
         sums: Sequence[Tensor] = [torch.zeros_like(columns)]
         with tensor_core_precision(rows.device, ctx.settings.precision):
             (grad_columns,) = visit_blocks(block, sums, add_block, ctx.settings.is_ring)
-        factor = grads[0] / (2 * rows.shape[0])
+        factor = grads[0] / (2 * max(1, rows.shape[0]))
         return *finish_gradients(ctx, rows, scale, grad_rows, grad_columns, factor), None, None, None
 
 
@@ -209,6 +209,8 @@ def choose_method(rows: Tensor, columns: Tensor, scale: Tensor, settings: Settin
     """
     if settings.is_fused:
         return "fused"
+    if not len(rows):
+        return "running_max"
     if settings.method != "auto":
         return settings.method
     limit = 0.79 * math.log(torch.finfo(rows.dtype).max)

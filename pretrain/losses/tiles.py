@@ -74,6 +74,21 @@ class PairLabels(NamedTuple):
         weights = None if self.weights is None else (self.weights[0], next(remaining))
         return PairLabels(ids, weights, None if self.is_padding is None else next(remaining), self.num_negatives)
 
+    def select(self, rows: Tensor, columns: Tensor) -> PairLabels:
+        """Return the labels of some rows (b,) bool and columns (B,) bool, with weights that have the mean 1 over those columns.
+
+        All negatives are among the columns.
+        """
+        ids = None if self.ids is None else (self.ids[0][rows], self.ids[1][columns])
+        weights = None
+        if self.weights is not None:
+            kept = self.weights[1][columns]
+            samples = kept[: len(kept) - self.num_negatives]
+            factor = len(samples) / samples.sum().clamp_min(torch.finfo(samples.dtype).tiny)
+            weights = self.weights[0][rows] * factor, kept * factor
+        is_padding = None if self.is_padding is None else self.is_padding[columns]
+        return PairLabels(ids, weights, is_padding, self.num_negatives)
+
 
 class Tile(NamedTuple):
     """One tile of the matrix of logits: its rows i, its columns j, and which of its entries are special."""
@@ -98,8 +113,8 @@ class TileIterator:
         self.labels, self.ids = labels, labels.ids
         self.precision, self.is_fused = settings.precision, settings.is_fused
         is_cpu = rows.device.type == "cpu"
-        self.height = min(self.b, settings.tile or (CPU_ROWS if is_cpu else ACCELERATOR_SIDE))
-        self.width = min(self.B, settings.tile or (CPU_COLUMNS if is_cpu else ACCELERATOR_SIDE))
+        self.height = min(max(1, self.b), settings.tile or (CPU_ROWS if is_cpu else ACCELERATOR_SIDE))
+        self.width = min(max(1, self.B), settings.tile or (CPU_COLUMNS if is_cpu else ACCELERATOR_SIDE))
         self.scratch = rows.new_empty(self.height * self.width)
 
     def __iter__(self) -> Iterator[Tile]:

@@ -289,6 +289,8 @@ def build_train_decoders(config: Any, tokenizer: Any, encoders: DualEncoder) -> 
     """Build the decoders for training, by modality: they augment images and draw captions."""
     data = config.data
     decoders = models.build_decoders(config, tokenizer, encoders, data.caption, data.augment, data.draw)
+    if data.incomplete == "keep":
+        _allow_missing(decoders)
     text = decoders.get("text")
     if isinstance(text, TextDecoder) and config.train.compile != "false":
         text.trim = False  # compiled models are compiled anew for every length
@@ -298,6 +300,20 @@ def build_train_decoders(config: Any, tokenizer: Any, encoders: DualEncoder) -> 
             raise ConfigError(f"data.{name}={getattr(data, name)!r:.80} is read with captions, and the model reads none")
         decoders["text"] = TrainingCaptions(text, data.weight, data.negatives, data.draw_negatives)
     return decoders
+
+
+def _allow_missing(decoders: dict[str, Any]) -> None:
+    """Let samples lack modalities (data.incomplete=keep). Raises ConfigError where they would have no pair, or cannot."""
+    if len(decoders) < 3:
+        raise ConfigError(
+            f"data.incomplete=keep is for three towers or more: a sample without {' or '.join(decoders)} has no pair; use bad"
+        )
+    for name, decoder in decoders.items():
+        if not hasattr(decoder, "blank"):
+            raise ConfigError(
+                f"data.incomplete=keep: the decoder of {name}.tower has no blank(), the item of a sample without it"
+            )
+        decoder.is_optional = True
 
 
 def build_eval_decoders(config: Any, tokenizer: Any, encoders: DualEncoder) -> dict[str, Any]:

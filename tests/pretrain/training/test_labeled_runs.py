@@ -69,6 +69,8 @@ def test_settings_that_a_loss_does_not_account_for_are_refused(small: Small, tmp
             r"data\.teachers='x': loss\.name=clip does not account for it; loss\.name=distill",
         ),
         (["loss.name=distill"], r"loss\.name=distill needs data\.teachers"),
+        (["loss.name=distill", "data.teachers=x", "data.incomplete=keep"], r"data\.incomplete=keep: loss\.name=distill"),
+        (["data.incomplete=keep", "data.weight=w"], r"data\.incomplete=keep goes neither with data\.weight"),
         (["loss.name=tests.support.settings_loss", "data.weight=w"], r"data\.weight='w': loss\.name=tests"),
     ):
         config = load_config(find_config("scenes", "pretrain"), small.settings(tmp_path, *changes))
@@ -78,6 +80,6 @@ def test_settings_that_a_loss_does_not_account_for_are_refused(small: Small, tmp
 
 def test_fine_tuning_refuses_them(small: Small, tmp_path: Path) -> None:
     checkpoint = save_model(small, tmp_path, 2)
-    for setting in ("data.weight=w", "data.negatives=n", "data.teachers=t"):
+    for setting in ("data.weight=w", "data.negatives=n", "data.teachers=t", "data.incomplete=keep"):
         with pytest.raises(ConfigError, match=r"is for pretraining"):
             finetune_config.load_config(find_config("vqa", "finetune"), [f"init={checkpoint}", setting])
