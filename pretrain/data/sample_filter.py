@@ -41,12 +41,12 @@ _LINE = re.compile(r"[^/\t]+/[^\t]")
 _MAX_BYTES = 1 << 32  # of a list
 
 
-def parse_keep(text: str) -> Filter:
-    """Parse data.keep. Raises ConfigError where it is no condition, or on something else than fields of the json."""
-    parsed = parse_filter(text, "data.keep")
+def parse_keep(text: str, where: str = "data.keep") -> Filter:
+    """Parse data.keep, or an option that takes the same. Raises ConfigError where it is no condition on fields of the json."""
+    parsed = parse_filter(text, where)
     for name in parsed.names():
         if not name.startswith(_PREFIX) or name == _PREFIX:
-            raise ConfigError(f"data.keep {text!r:.200}: fields of a sample's json are written json.NAME, not {name!r:.60}")
+            raise ConfigError(f"{where} {text!r:.200}: fields of a sample's json are written json.NAME, not {name!r:.60}")
     return parsed
 
 
@@ -90,30 +90,31 @@ class SkipList:
         return f"{len(self)} lines, {hashlib.blake2b(self._digests.tobytes(), digest_size=8).hexdigest()}"
 
 
-def read_skip_list(path: str) -> SkipList:
-    """Read the file of data.skip. Raises ConfigError where it cannot be read, or a line is no SHARD/KEY.
+def read_skip_list(path: str, where: str = "data.skip=") -> SkipList:
+    """Read the file of data.skip, or of an option that takes the same format.
 
+    Raises ConfigError, whose message has `where` before the path, where it cannot be read, or a line is no SHARD/KEY.
     A file that has not changed since the last call is not read again: a million lines take seconds.
     """
     try:
         status = os.stat(path)
-        return _read_skip_list(path, (status.st_ino, status.st_size, status.st_mtime_ns))
+        return _read_skip_list(path, (status.st_ino, status.st_size, status.st_mtime_ns), where)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise ConfigError(f"data.skip={path!s:.200} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise ConfigError(f"{where}{path!s:.200} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
-@lru_cache(maxsize=1)
-def _read_skip_list(path: str, version: tuple[int, int, int]) -> SkipList:
+@lru_cache(maxsize=2)
+def _read_skip_list(path: str, version: tuple[int, int, int], where: str) -> SkipList:
     """Read a list. Raises OSError, ConfigError."""
     try:
         text = read_bytes(Path(path), _MAX_BYTES).decode()
     except UnicodeDecodeError as error:
-        raise ConfigError(f"data.skip={path} is no list of samples: byte {error.start:,} is not UTF-8") from error
+        raise ConfigError(f"{where}{path} is no list of samples: byte {error.start:,} is not UTF-8") from error
     lines = [line.rstrip("\r") for line in text.removeprefix("\ufeff").split("\n")]
     for number, line in enumerate(lines, start=1):
         if line and not _LINE.match(line):
             raise ConfigError(
-                f"data.skip={path}: line {number:,} is {line!r:.80}, not SHARD/KEY as `clipfuse data check SHARDS --fix FILE` "
+                f"{where}{path}: line {number:,} is {line!r:.80}, not SHARD/KEY as `clipfuse data check SHARDS --fix FILE` "
                 "writes it"
             )
     return SkipList(filter(None, lines))

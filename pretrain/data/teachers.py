@@ -11,7 +11,6 @@ Nothing is held in memory but what is looked up. Legend: b = samples, k = captio
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,18 +20,13 @@ import torch
 from torch import Tensor
 
 from pretrain.data.batch import Batch
+from pretrain.data.key_digests import digest
 from pretrain.data.shards.paths import RawSample
 
 TARGET = "teachers"
 """Name of the targets, by number of the teacher: image (b, D), text (b, D) or (b, k, D), and image_mask and text_mask, bool,
 whether there is an embedding."""
 MODALITIES = ("image", "text")
-
-
-def digest(key: str, caption_id: int | None = None) -> int:
-    """Return the digest by which an image, or a caption of a sample, is found: 64 bits."""
-    name = key.encode() if caption_id is None else key.encode() + b"\0" + caption_id.to_bytes(8, "big", signed=True)
-    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
 
 
 class TeacherReader:

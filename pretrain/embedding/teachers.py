@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 
 from pretrain.data.captions import caption_id
 from pretrain.data.config import parse_teachers
-from pretrain.data.teachers import MODALITIES, TeacherReader, digest
+from pretrain.data.key_digests import digest
+from pretrain.data.teachers import MODALITIES, TeacherReader
 from pretrain.embedding.dataset import FORMAT, MANIFEST, read_manifest
 from pretrain.errors import ConfigError, UserError
 from pretrain.runtime import distributed

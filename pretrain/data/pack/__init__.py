@@ -27,29 +27,23 @@ from __future__ import annotations
 
 import fcntl
 import json
-import multiprocessing
 import os
 import re
-import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
 from pretrain.data.caption_statistics import SEVERAL_LINES
-from pretrain.data.pack import writer
+from pretrain.data.job_pool import run_jobs
 from pretrain.data.pack.sources import PackSource, SourceOptions, open_source
 from pretrain.data.pack.table import TableSource
 from pretrain.data.pack.writer import ShardJob, ShardResult, StorageOptions, get_stats_path, write_shard
 from pretrain.errors import ConfigError, UserError
 from pretrain.printable import format_count
 from pretrain.runtime import files
-from pretrain.runtime.orphans import exit_with_parent
 
 _ADVICE = {SEVERAL_LINES: ": --caption-from lines reads one caption per line"}
 
@@ -308,17 +302,17 @@ def _write_shards(
         if progress:
             progress(done, total)
 
-    def unfinished() -> Iterator[tuple[int, Path, ShardJob]]:
+    def unfinished() -> Iterator[tuple[int, tuple[ShardJob, int, Path, StorageOptions]]]:
         for shard, job in enumerate(source.iterate_jobs(shard_size)):
             path = out / f"{prefix}-{shard:0{digits}d}.tar"
             result = _read_result(path, len(job))
             if result is None:
-                yield shard, path, job
+                yield shard, (job, shard, path, storage)
             else:
                 record(shard, result)
 
     new = 0
-    for shard, result in _run_jobs(unfinished(), storage, min(workers, shards)):
+    for shard, result in run_jobs(write_shard, unfinished(), min(workers, shards)):
         record(shard, result)
         new += result.written > 0
     summary = PackSummary(out)
@@ -342,61 +336,3 @@ def _read_result(path: Path, samples: int) -> ShardResult | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return result if result.count == samples and (path.exists() or not result.written) else None
-
-
-def _run_jobs(
-    tasks: Iterator[tuple[int, Path, ShardJob]], storage: StorageOptions, workers: int
-) -> Iterator[tuple[int, ShardResult]]:
-    """Write shards and yield their results, in processes if `workers` is more than one.
-
-    Few jobs are in memory at a time, because they may contain images.
-    """
-    if workers == 1:
-        for shard, path, job in tasks:
-            yield shard, write_shard(job, shard, path, storage)
-        return
-    pending: dict[Future[ShardResult], int] = {}
-    # spawn, not fork: pyarrow has threads
-    context = multiprocessing.get_context("spawn")
-    stop = context.Event()
-    pool = ProcessPoolExecutor(workers, context, _initialize_worker, (os.getpid(), stop))
-    try:
-        for shard, path, job in tasks:
-            with _block_interrupts():
-                future = pool.submit(write_shard, job, shard, path, storage)
-            pending[future] = shard
-            if len(pending) > workers:
-                yield from _pop_finished(pending)
-        while pending:
-            yield from _pop_finished(pending)
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a worker process died, perhaps because memory ran out: run the same command again with fewer workers to resume"
-        ) from error
-    finally:
-        stop.set()  # all shards are written, or those that are being written are given up
-        with _block_interrupts():  # a second Ctrl-C would leave processes that start without what they need
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-@contextmanager
-def _block_interrupts() -> Iterator[None]:
-    """Delay Ctrl-C, also for processes that are started inside: they inherit this and never print a traceback of it."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _pop_finished(pending: dict[Future[ShardResult], int]) -> Iterator[tuple[int, ShardResult]]:
-    """Wait until at least one job has finished; remove and yield all that have."""
-    for future in wait(pending, return_when=FIRST_COMPLETED).done:
-        yield pending.pop(future), future.result()
-
-
-def _initialize_worker(parent: int, stop: Event) -> None:
-    """Leave Ctrl-C to the parent process, and end this worker when the parent ends or sets `stop`."""
-    writer.stop_event = stop
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    exit_with_parent(parent)

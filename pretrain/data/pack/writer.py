@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +20,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from pretrain.data import BadSample
+from pretrain.data import BadSample, job_pool
 from pretrain.data.decode import Header, as_contiguous, decode_pixels, read_header, reduction_factor
 from pretrain.errors import UserError
 from pretrain.runtime import files
@@ -249,14 +248,6 @@ def to_json_value(value: Any) -> Any:
 # Writing the tar
 
 
-class ShardStopped(Exception):  # noqa: N818 - a request, not an error
-    """The parent process stops: the shard that is being written is given up."""
-
-
-stop_event: Event | None = None
-"""In a worker process: set when the parent process stops."""
-
-
 def write_shard(job: ShardJob, shard: int, path: Path, storage: StorageOptions) -> ShardResult:
     """Write the samples of a job into the tar `path`, and the result into NAME_stats.json.
 
@@ -265,7 +256,7 @@ def write_shard(job: ShardJob, shard: int, path: Path, storage: StorageOptions) 
 
     Raises:
         UserError: the disk is full, or a file cannot be read or written.
-        ShardStopped: the parent process stops.
+        JobStopped: the parent process stops.
     """
     result = ShardResult(len(job))
     partial = files.partial_path(path)
@@ -294,8 +285,7 @@ def _encode_samples(
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Yield (KEY, members by extension) of each usable sample, and count them in `result`."""
     for i in range(len(job)):
-        if stop_event is not None and stop_event.is_set():
-            raise ShardStopped
+        job_pool.raise_if_stopped()
         try:
             item = job.load(i)
             members = encode_sample(item, storage)
