@@ -95,6 +95,24 @@ def read_numbered_captions(members: dict[str, bytes], source: str) -> dict[int, 
     return {place: caption for place, caption in zip(places, cleaned, strict=True) if caption}
 
 
+_SENTENCE_END = re.compile(r"""(?:(?<=[.!?])|(?<=[.!?]["')\]”’]))\s+(?=["'(\[“‘]?[^\W\d_a-z])|(?<=[。！？])(?=\S)""")
+
+
+def split_sentences(caption: str) -> list[str]:
+    """Return the sentences of a caption with normalized white space, at least one.
+
+    A sentence ends with . ! or ? before a letter that is no small a to z, or with a full-width mark. A single word with a
+    period ("Dr.", "U.S.") is no sentence, but the beginning of the next.
+    """
+    sentences: list[str] = []
+    for part in _SENTENCE_END.split(caption):
+        if sentences and sentences[-1].endswith(".") and " " not in sentences[-1]:
+            sentences[-1] += f" {part}"
+        else:
+            sentences.append(part)
+    return sentences
+
+
 def count_lines(data: bytes) -> int:
     """Return the number of lines of a KEY.txt that are not empty."""
     return sum(bool(normalize_whitespace(line)) for line in split_lines(data.decode("utf-8", "replace")))

@@ -57,6 +57,9 @@ class DataConfig:
     draw: int = 1
     """Captions drawn per sample in pretraining. The image is encoded once; the loss is the mean over the captions drawn.
     A sample with fewer captions repeats them."""
+    sentences: bool = False
+    """Draw sentences: a caption of several stands for itself and for each of them, so that with data.draw=4 a long caption
+    gives several texts that match its image (Zheng et al., arXiv:2403.17007). Pretraining only; evaluation reads it whole."""
     weight: str | None = None
     """Field of the json with the weight of a pair, from 0 to 1e9: a number for the sample, or a list of one for each caption.
     None there counts as 1. A pair's loss counts by its weight, divided by the sum over the global batch (Zhu et al.,

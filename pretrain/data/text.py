@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.data.captions import caption_id, normalize_whitespace, read_captions
+from pretrain.data.captions import caption_id, normalize_whitespace, read_captions, split_sentences
 from pretrain.data.length_groups import LengthGroups
 from pretrain.data.text_packing import TextPacking
 from pretrain.data.train_tokenizer import train_tokenizer
@@ -143,6 +143,7 @@ class TextDecoder:
             Where `length_groups` is set, T = length as well, so that every batch has the same shapes.
         multiple: T is rounded up to a multiple of this (at most `length`), so that there are few compiled shapes.
         draw: k, captions drawn per sample in training; with more than one, ids and mask are (b, k, T).
+        sentences: in training, a caption of several sentences stands for itself and for each of them, of which one is drawn.
     """
 
     def __init__(
@@ -153,7 +154,9 @@ class TextDecoder:
         trim: bool = True,
         multiple: int = 8,
         draw: int = 1,
+        sentences: bool = False,
     ) -> None:
+        self.sentences = sentences
         self.tokenizer, self.length, self.caption, self.trim, self.multiple = tokenizer, length, caption, trim, multiple
         self.draw = draw
         self.length_groups: LengthGroups | TextPacking | None = None
@@ -188,8 +191,8 @@ class TextDecoder:
         texts = read_captions(sample.members, self.caption)
         if not train:
             return texts
-        drawn = self.draw_captions(len(texts), rng)
-        return tuple(texts[i] for i in drawn) if self.draw > 1 else texts[drawn[0]]
+        drawn = self.draw_sentences([texts[i] for i in self.draw_captions(len(texts), rng)], rng)
+        return tuple(drawn) if self.draw > 1 else drawn[0]
 
     def blank(self) -> str | tuple[str, ...]:
         """Return the item of a sample without a caption, in training: an empty text."""
@@ -201,6 +204,20 @@ class TextDecoder:
             order = rng.permutation(count)
             return [int(order[i % count]) for i in range(self.draw)]
         return [int(rng.integers(count)) if count > 1 else 0]
+
+    def draw_sentences(self, captions: list[str], rng: np.random.Generator) -> list[str]:
+        """With `sentences`, replace each caption by itself or one of its sentences; equal captions by different ones."""
+        if not self.sentences:
+            return captions
+        remaining: dict[str, list[str]] = {}
+        drawn = []
+        for caption in captions:
+            if not remaining.get(caption):
+                parts = split_sentences(caption)
+                choices = [caption, *parts] if len(parts) > 1 else [caption]
+                remaining[caption] = [choices[i] for i in rng.permutation(len(choices))] if len(choices) > 1 else choices
+            drawn.append(remaining[caption].pop())
+        return drawn
 
     def collate(self, texts: list[str] | list[tuple[str, ...]] | list[list[str]]) -> tuple[Tensor, Tensor]:
         """Tokenize a batch to ids (b, T) int64 and mask (b, T) bool.

@@ -46,7 +46,7 @@ class TrainingCaptions(TextDecoder):
     """
 
     def __init__(self, text: TextDecoder, weight: str | None, negatives: str | None, draw_negatives: int) -> None:
-        super().__init__(text.tokenizer, text.length, text.caption, text.trim, text.multiple, text.draw)
+        super().__init__(text.tokenizer, text.length, text.caption, text.trim, text.multiple, text.draw, text.sentences)
         self.weight, self.negatives = weight, negatives
         self.num_negatives = draw_negatives if negatives is not None else 0
 
@@ -73,7 +73,8 @@ class TrainingCaptions(TextDecoder):
             true_ids = set(map(caption_id, captions.values()))
             texts = [text for text in read_negative_captions(sample, self.negatives) if caption_id(text) not in true_ids]
             negatives = [texts[int(i)] for i in rng.permutation(len(texts))[: self.num_negatives]]
-        return DrawnCaptions(tuple(captions[p] for p in drawn), tuple(weights[p] for p in drawn if weights), tuple(negatives))
+        texts_drawn = self.draw_sentences([captions[p] for p in drawn], rng)
+        return DrawnCaptions(tuple(texts_drawn), tuple(weights[p] for p in drawn if weights), tuple(negatives))
 
     def collate(self, items: list[DrawnCaptions]) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Tokenize to ids and mask: (b, k + F, T), or (b, T) where that is one text.

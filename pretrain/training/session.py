@@ -292,6 +292,8 @@ def build_train_decoders(config: Any, tokenizer: Any, encoders: DualEncoder) -> 
     if data.incomplete == "keep":
         _allow_missing(decoders)
     text = decoders.get("text")
+    if isinstance(text, TextDecoder):
+        text.sentences = data.sentences
     if isinstance(text, TextDecoder) and config.train.compile != "false":
         text.trim = False  # compiled models are compiled anew for every length
     if data.weight is not None or data.negatives is not None:

@@ -80,6 +80,6 @@ def test_settings_that_a_loss_does_not_account_for_are_refused(small: Small, tmp
 
 def test_fine_tuning_refuses_them(small: Small, tmp_path: Path) -> None:
     checkpoint = save_model(small, tmp_path, 2)
-    for setting in ("data.weight=w", "data.negatives=n", "data.teachers=t", "data.incomplete=keep"):
+    for setting in ("data.weight=w", "data.negatives=n", "data.teachers=t", "data.incomplete=keep", "data.sentences=true"):
         with pytest.raises(ConfigError, match=r"is for pretraining"):
             finetune_config.load_config(find_config("vqa", "finetune"), [f"init={checkpoint}", setting])
