@@ -2,12 +2,17 @@
 
     timm.py            images: any timm model
     pooling.py         how a timm model pools its tokens into one vector
+    image_sizes.py     images of several sizes in one vision transformer
     stem.py            a convolutional stem for vision transformers
     dilation.py        finer grids of convolutional models (image.stride)
     layer_numbers.py   the layer of each parameter of a timm model
     weight_files.py    weights of timm models from files of other trainers
     transformers.py    texts: any transformers text model
     hf_models.py       finds and builds the transformers model
+    audio.py           sounds: transformers' audio models, and a small convolutional one
+    hf_audio.py        builds transformers' audio models, and reads how their spectrograms are computed
+    spectrogram_conv.py   the convolutional model
+    mel.py             log-mel spectrograms of waveforms
     length_buckets.py  encodes a batch of texts in groups of similar length
     positions.py       tables of positions at another size
     meta_copy.py       copies of models on the meta device
@@ -38,7 +43,8 @@ class TokenSequence(NamedTuple):
     mask: Tensor
     """(b, N) bool, True where a state is valid."""
     grid: tuple[int, int] | None
-    """(H, W) with N = H W for images; None for texts, and where patch dropout has removed tokens of the grid."""
+    """(H, W) with N = H W for images, and for sounds (frequencies, times); None for texts, and where patch dropout has removed
+    tokens of the grid."""
     pooled: Tensor
     """(b, P): one vector for each sample."""
 
@@ -116,6 +122,15 @@ class Tower(nn.Module):
         section: of a configuration, which names the size. {} where the size alone is enough.
         """
         return {}
+
+    def accept_size(self, size: int) -> None:
+        """Let forward() take inputs of another size than the tower was built for, too. Raises ConfigError where it cannot."""
+        raise ConfigError(f"this {self.modality} tower takes inputs of one size only")
+
+    def set_patch_dropout(self, fraction: float) -> None:
+        """Set the fraction of patches that are left out in training. Raises ConfigError where the tower cannot."""
+        if fraction:
+            raise ConfigError(f"{self.modality}.patch_dropout={fraction}: this tower has no patch dropout")
 
     def set_checkpointing(self, on: bool) -> None:
         """Recompute activations in the backward pass, or stop doing so: less memory, a third more time.

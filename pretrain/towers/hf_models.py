@@ -1,4 +1,4 @@
-"""Builds text models of the transformers library: finds their class and configuration."""
+"""Builds text models of the transformers library: finds their class and configuration. hf_audio.py does so for sounds."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def load_text_model(config: TextModelConfig, tokenizer: Any) -> LoadedTextModel:
                 "trust_remote_code": False,
                 **extra,
             }
-            with _quiet():
+            with quiet():
                 model, info = model_class.from_pretrained(config.name, **options)
             missing = sorted(info["missing_keys"])
         else:
@@ -91,13 +91,13 @@ def load_text_model(config: TextModelConfig, tokenizer: Any) -> LoadedTextModel:
         ) from error
     except Exception as error:  # transformers raises errors of many types for impossible sizes
         raise ConfigError(f"text.args: {model_class.__name__} cannot be built: {one_line(error)}") from error
-    origin = _describe_origin(config.name, model, missing) if is_loaded else ""
+    origin = describe_origin(config.name, model, missing) if is_loaded else ""
     model = model.get_encoder() if settings.is_encoder_decoder and hasattr(model, "decoder") else model
     return LoadedTextModel(model, pool, origin)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep transformers from printing a progress bar and a table of weights: a run says in one line what was loaded."""
     from transformers.utils import logging as hf_logging
 
@@ -112,8 +112,8 @@ def _quiet() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def _describe_origin(name: str | None, model: nn.Module, missing: list[str]) -> str:
-    """Return where the weights of a model are from, and which are missing.
+def describe_origin(name: str | None, model: nn.Module, missing: list[str], section: str = "text") -> str:
+    """Return where the weights of a model are from, and which are missing. section: of the configuration.
 
     Raises ConfigError where more than a tenth of the model's numbers are missing: it would train from random weights.
     """
@@ -121,8 +121,8 @@ def _describe_origin(name: str | None, model: nn.Module, missing: list[str]) -> 
     names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
     if sum(sizes.get(key, 0) for key in missing) > 0.1 * sum(sizes.values()):
         raise ConfigError(
-            f"text.name={name!r} lacks {len(missing)} of {len(sizes)} weights of {type(model).__name__}: {names}; "
-            "text.pretrained=false starts at random"
+            f"{section}.name={name!r} lacks {len(missing)} of {len(sizes)} weights of {type(model).__name__}: {names}; "
+            f"{section}.pretrained=false starts at random"
         )
     return f"{name}: {len(sizes) - len(missing)} of {len(sizes)} tensors" + (
         f"; {len(missing)} stay random: {names}" if missing else ""
@@ -181,7 +181,7 @@ def _find_pooling_file(name: str) -> Path | None:
 
 
 def inline_args(model: Any) -> dict[str, Any]:
-    """Return the model's configuration as text.args: its model_type and all that is not a default.
+    """Return the model's configuration as text.args or audio.args: its model_type and all that is not a default.
 
     The size of the vocabulary is always named: a tokenizer with fewer tokens would shrink it otherwise.
     """
@@ -255,12 +255,12 @@ def _settings_from_args(config: TextModelConfig, tokenizer: Any) -> Any:
             f"text.args.model_type={model_type!r} is not in transformers{closest(model_type, list(CONFIG_MAPPING))}"
         )
     config_class = CONFIG_MAPPING[model_type]
-    _refuse_unknown_args(config_class, args)
+    refuse_unknown_args(config_class, args)
     if tokenizer is not None:
         args = {**_args_from_tokenizer(tokenizer), **args}
     elif "vocab_size" not in args:
         raise ConfigError("text.args has no vocab_size and there is no tokenizer to take it from")
-    return _build_settings(config_class, args)
+    return build_settings(config_class, args)
 
 
 def _args_from_tokenizer(tokenizer: Any) -> dict[str, Any]:
@@ -286,24 +286,25 @@ def _settings_from_name(config: TextModelConfig) -> Any:
             f"text.name={config.name!r} is neither a folder nor on the hub as a transformers model: {one_line(error)}"
         ) from error
     settings = settings.get_text_config()  # the text model of an image-text model such as CLIP or SigLIP
-    _refuse_unknown_args(type(settings), args)
-    return _build_settings(type(settings), {**settings.to_dict(), **args}) if args else settings
+    refuse_unknown_args(type(settings), args)
+    return build_settings(type(settings), {**settings.to_dict(), **args}) if args else settings
 
 
-def _build_settings(config_class: Any, args: dict[str, Any]) -> Any:
+def build_settings(config_class: Any, args: dict[str, Any], section: str = "text") -> Any:
+    """Return an instance of a transformers configuration class. Raises ConfigError. section: of our configuration."""
     try:
         return config_class(**args)
     except Exception as error:  # transformers' strict dataclasses have their own error classes
-        raise ConfigError(f"text.args: {one_line(error)}") from error
+        raise ConfigError(f"{section}.args: {one_line(error)}") from error
 
 
-def _refuse_unknown_args(config_class: Any, args: dict[str, Any]) -> None:
+def refuse_unknown_args(config_class: Any, args: dict[str, Any], section: str = "text") -> None:
     """Raise ConfigError for an argument that the configuration class does not have."""
     known = {f.name for f in dataclasses.fields(config_class)} if dataclasses.is_dataclass(config_class) else set()
     known |= set(config_class.attribute_map) | {"attn_implementation"}
     for key in args:
         if len(known) > 1 and key not in known:
-            raise ConfigError(f"text.args.{key}: {config_class.__name__} has no such setting{closest(key, sorted(known))}")
+            raise ConfigError(f"{section}.args.{key}: {config_class.__name__} has no such setting{closest(key, sorted(known))}")
 
 
 def _find_model_class(settings: Any) -> Any:

@@ -14,6 +14,7 @@ Shapes: b = sounds, S = samples of a sound, T = frames, F = mel bands, K = n_fft
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -109,7 +110,8 @@ class LogMel(nn.Module):
         frames: T. Where the sounds have fewer, zeros follow before normalization; where they have more, the first ones are
         returned; None = as many as the sounds have.
         """
-        with torch.autocast(waveforms.device.type, enabled=False):
+        device = waveforms.device.type
+        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():  # not meta
             return self._compute(waveforms, frames)
 
     def _compute(self, waveforms: Tensor, frames: int | None) -> Tensor:
@@ -133,7 +135,7 @@ class LogMel(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LogMel:
         """Move the buffers, as every module does; those that would lose digits are rounded to float32 instead."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         for name, values in self._exact.items():
             buffer = cast(Tensor, getattr(self, name))
             dtype = torch.promote_types(buffer.dtype, torch.float32)
@@ -158,7 +160,9 @@ def build_filters(settings: MelSettings) -> np.ndarray[Any, Any]:
     to_mel, to_hertz = (_to_slaney, _from_slaney) if settings.recipe == "slaney" else (_to_mel, _from_mel)
     edges = to_hertz(np.linspace(to_mel(settings.fmin), to_mel(settings.fmax), settings.mels + 2))
     filters = _triangles(frequencies, edges)
-    return filters * 2 / (edges[2:] - edges[:-2]) if settings.recipe == "slaney" else filters
+    if settings.recipe == "slaney":
+        filters *= 2 / (edges[2:] - edges[:-2])
+    return filters
 
 
 def _triangles(points: np.ndarray[Any, Any], edges: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
