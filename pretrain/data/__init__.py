@@ -11,6 +11,7 @@
     batch.py            Batch, the Decoder protocol, and collation
     images.py           ImageDecoder: augmentation, resizing and cropping
     decode.py           encoded images to pixels
+    audio.py            AudioDecoder: encoded sounds to samples at the rate of the model, by resampling and cropping
     thumbnails.py       small JPEGs of whole images, for pages
     text.py             TextDecoder: captions to token ids; loading of tokenizers
     length_groups.py    groups of texts of similar length, in the same shapes for every batch
