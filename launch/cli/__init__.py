@@ -1,7 +1,7 @@
 """The clipfuse command. Each subcommand parses its arguments and calls one function of the package that does the work.
 
 parser.py     the parser of all commands; command.py: how one is declared
-data.py       data scenes | pack | check, tokenizer
+data.py       data scenes | pack | check, tokenizer; data_filter.py: data filter
 train.py      pretrain, finetune, plan
 evaluate.py   evaluate, attend; evaluate_index.py: of an index
 outputs.py    embed, export, report

@@ -1,4 +1,4 @@
-"""clipfuse data scenes | pack | check, and clipfuse tokenizer: from files to shards that training reads."""
+"""clipfuse data scenes | pack | check | filter, and clipfuse tokenizer: from files to shards that training reads."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 import sys
 from pathlib import Path
 
+from launch.cli import data_filter
 from launch.cli.command import Subparsers, add_command
 from pretrain.config.arguments import NumberType, nonempty, nonempty_path, positive_int, seed, whole_number, workers
 from pretrain.errors import ConfigError, UserError
@@ -18,11 +19,12 @@ from pretrain.runtime.files import write_text
 
 def add_commands(commands: Subparsers[argparse.ArgumentParser]) -> None:
     """Add data and tokenizer."""
-    parser = commands.add_parser("data", help="draw, pack and check shards")
+    parser = commands.add_parser("data", help="draw, pack, check and filter shards")
     subcommands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_scenes(subcommands)
     _add_pack(subcommands)
     _add_check(subcommands)
+    data_filter.add_command_to(subcommands)
 
     p = add_command(commands, "tokenizer", train_tokenizer, "train a byte-level BPE tokenizer on the captions of shards")
     p.add_argument("shards", type=nonempty, metavar="SHARDS", help="glob, brace pattern, folder or url")

@@ -7,6 +7,7 @@ options.py      the command-line options of `clipfuse embed`
 dataset.py      the embedding folder: its files, manifest and lock; its content loaded into memory
 parquet.py      the columns of the files, a thread that writes them, and how they are read
 teachers.py     embedding folders as teachers of pretraining: checked, and turned into arrays that are mapped into memory
+aligned.py      embedding folders in the order of given samples, for the curation of shards
 work_queue.py   counters that processes share to divide the files among them, and the progress of all processes
 
 May import pretrain.checkpoints, formats, model, data and what lies below them, but neither training nor evaluation.

@@ -50,40 +50,35 @@ class Teacher(NamedTuple):
 
 def find_teachers(value: Any) -> list[Teacher]:
     """Return the teachers that data.teachers names. Nothing is written. Raises ConfigError for a folder that cannot be one."""
-    return [_find_teacher(folder) for folder in parse_teachers(value)]
+    return [find_embeddings(folder, f"data.teachers={folder}") for folder in parse_teachers(value)]
 
 
-def _find_teacher(name: str) -> Teacher:
+def find_embeddings(name: str, label: str) -> Teacher:
+    """Return the complete embedding folder `name`. Raises ConfigError, whose message begins with `label`, where it is none."""
     folder = Path(name)
     if not folder.is_dir():
-        raise ConfigError(
-            f"data.teachers={name}: there is no such folder; `clipfuse embed RUN --data SHARDS --out DIR` writes one"
-        )
+        raise ConfigError(f"{label}: there is no such folder; `clipfuse embed RUN --data SHARDS --out DIR` writes one")
     if (folder / MANIFEST).is_file():
         manifest = read_manifest(folder)
         if manifest.get("format") != FORMAT or not manifest["complete"]:
-            raise ConfigError(f"data.teachers={name} is not complete; the clipfuse embed command that began it finishes it")
+            raise ConfigError(f"{label} is not complete; the clipfuse embed command that began it finishes it")
         files = [folder / entry["file"] for entry in manifest["files"]]
     else:
         files = sorted(path for path in folder.glob("*.parquet") if not path.name.startswith((".", "_")))
     if not files:
-        raise ConfigError(
-            f"data.teachers={name} holds no embeddings; `clipfuse embed RUN --data SHARDS --out DIR` writes a folder"
-        )
+        raise ConfigError(f"{label} holds no embeddings; `clipfuse embed RUN --data SHARDS --out DIR` writes a folder")
     widths: dict[str, int] | None = None
     for path in files:
-        file_widths = _read_widths(path)
+        file_widths = _read_widths(path, label)
         if widths is not None and file_widths != widths:
-            raise ConfigError(
-                f"data.teachers={name}: {path.name} holds {_describe(file_widths)}, {files[0].name} {_describe(widths)}"
-            )
+            raise ConfigError(f"{label}: {path.name} holds {_describe(file_widths)}, {files[0].name} {_describe(widths)}")
         widths = file_widths
     assert widths is not None
     if not widths:
-        raise ConfigError(f"data.teachers={name}: {files[0].name} has no column `image`, nor `text` beside `caption`")
+        raise ConfigError(f"{label}: {files[0].name} has no column `image`, nor `text` beside `caption`")
     if len(set(widths.values())) > 1:
         raise ConfigError(
-            f"data.teachers={name} holds {_describe(widths)}: images and texts of a teacher are compared, so both need as many "
+            f"{label} holds {_describe(widths)}: images and texts of a teacher are compared, so both need as many "
             "numbers; make a folder for each"
         )
     return Teacher(folder, files, widths)
@@ -93,14 +88,14 @@ def _describe(widths: dict[str, int]) -> str:
     return " and ".join(f"{name} embeddings of {width} numbers" for name, width in widths.items()) or "no embeddings"
 
 
-def _read_widths(path: Path) -> dict[str, int]:
+def _read_widths(path: Path, label: str) -> dict[str, int]:
     """Return the numbers of an embedding by modality, from the schema of a file. Raises ConfigError."""
     try:
         schema = pq.read_schema(path)
     except (OSError, pa.ArrowException) as error:
-        raise ConfigError(f"data.teachers: {path} cannot be read: {' '.join(str(error).split())[:200]}") from error
+        raise ConfigError(f"{label}: {path} cannot be read: {' '.join(str(error).split())[:200]}") from error
     if "key" not in schema.names:
-        raise ConfigError(f"data.teachers: {path} has no column `key`, only {', '.join(schema.names)[:100]}")
+        raise ConfigError(f"{label}: {path} has no column `key`, only {', '.join(schema.names)[:100]}")
     widths = {}
     for modality in MODALITIES:
         has_captions = "captions" in schema.names or "caption" in schema.names
@@ -110,7 +105,7 @@ def _read_widths(path: Path) -> dict[str, int]:
         if modality == "text" and "captions" in schema.names:
             kind = kind.value_type
         if not pa.types.is_fixed_size_list(kind) or not pa.types.is_floating(kind.value_type):
-            raise ConfigError(f"data.teachers: the column `{modality}` of {path} is {kind}, not lists of fixed size of numbers")
+            raise ConfigError(f"{label}: the column `{modality}` of {path} is {kind}, not lists of fixed size of numbers")
         widths[modality] = kind.list_size
     return widths
 

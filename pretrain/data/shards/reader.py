@@ -101,6 +101,12 @@ class ShardReader:
     def _build_key(self, shard: int, shard_index: ShardIndex, sample: int) -> str:
         return f"{self._new_names.get(shard) or shard_index.name}/{shard_index.key(sample)}"
 
+    def stem(self, shard: int, sample: int) -> str:
+        """Return the KEY of a sample as the names of its members begin: bytes that are not UTF-8 are surrogates."""
+        _, shard_index = self._open_shard(shard)
+        ends = shard_index.key_ends[sample : sample + 2]
+        return shard_index.key_bytes[ends[0] : ends[1]].tobytes().decode("utf-8", "surrogateescape")
+
     def name(self, shard: int) -> str:
         """Return the name of a shard in keys, without opening it."""
         return self._new_names.get(shard) or name_shard(self.paths[shard])
