@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from pretrain import registry
 from pretrain.config import check_numbers, component_field, extra_components
+from pretrain.data.audio import AudioDecoder
 from pretrain.data.images import AugmentConfig, ImageDecoder
 from pretrain.data.length_groups import RowGroups
 from pretrain.data.text import TextDecoder
@@ -68,7 +69,7 @@ class ModelSchema:
     text: Any = component_field(registry.get_component, "towers", "tower", "transformers")
     """The text tower."""
     others: dict[str, Any] = extra_components(registry.get_component, "towers", "tower")
-    """Towers of further modalities, by name: each other section with the key `tower` (audio: {tower: my.module})."""
+    """Towers of further modalities, by name: each other section with the key `tower` (audio: {tower: audio, ...})."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The shared space."""
     performance: PerformanceConfig = field(default_factory=PerformanceConfig)
@@ -301,6 +302,9 @@ def build_decoders(
         elif modality == "text":
             trim = model.tower(modality).trims
             decoders[modality] = TextDecoder(tokenizer, tower.length, caption, trim=trim, draw=draw)
+        elif modality == "audio" and hasattr(tower, "pad"):
+            built = cast(Any, model.tower(modality))
+            decoders[modality] = AudioDecoder(built.rate, built.seconds, tower.pad)
         else:
             raise ConfigError(f"{modality}.tower={tower.tower}: {module.__name__} has no decoder(config, tokenizer)")
     return decoders

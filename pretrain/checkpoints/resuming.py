@@ -37,6 +37,7 @@ TRAINING_FIELDS = {
     "adapt.lora": {"towers", "targets"},
     "image.args": {"weight_init"},
     "text.args": {"initializer_range", "initializer_factor"},
+    "audio.args": {"initializer_range", "initializer_factor"},
 }
 """By section, "" for all: fields that may change when a run resumes. They say how weights begin and are trained, or change the
 names of weights, which are compared. Rates of dropout may change, too."""
@@ -121,7 +122,10 @@ def without_sources(config: T, checkpoint: Path | None) -> T:
     towers = {
         "image": _without_image_sources(config.image, _section(saved, "image"), _section(started, "image")),
         "text": _without_text_sources(config.text, _section(saved, "text"), _section(started, "text"), checkpoint),
-        "others": {name: _without_weights(tower) for name, tower in config.others.items()},
+        "others": {
+            name: _without_other_sources(tower, _section(saved, name), _section(started, name))
+            for name, tower in config.others.items()
+        },
     }
     return replace(config, **towers)
 
@@ -176,6 +180,21 @@ def _without_text_sources(text: Any, saved: dict[str, Any], started: dict[str, A
     if hasattr(text, "tokenizer") and is_tokenizer_gone and folder.is_dir():
         changes["tokenizer"] = str(folder)
     return _without_weights(replace(text, **changes))
+
+
+def _without_other_sources(tower: Any, saved: dict[str, Any], started: dict[str, Any]) -> Any:
+    """Return a further tower's Config; saved, started: its sections in the checkpoint and in the run folder.
+
+    Where the model's folder is gone, what came with it is the checkpoint's: architecture, and how spectrograms are computed.
+    """
+    name = getattr(tower, "name", None)
+    is_gone = isinstance(name, str) and saved.get("name", name) is None and _is_gone(name, name, started)
+    if is_gone and saved.get("tower") == tower.tower:
+        own = {spec.name: getattr(tower, spec.name) for spec in fields(tower)}
+        inherited = {key: value for key, value in saved.items() if key in own and own[key] in (None, {}, [])}
+        args = {**saved.get("args", {}), **own.get("args", {})}
+        tower = replace(tower, **inherited, name=None, args=args)
+    return _without_weights(tower)
 
 
 def _is_gone(folder: str, name: str, started: dict[str, Any], key: str = "name") -> bool:

@@ -258,7 +258,7 @@ def is_embedding_folder(where: Any) -> bool:
 
 
 def load(folder: str | Path, loaded: LoadedModel | None = None, label: str = "label") -> EmbeddedSplit:
-    """Load the image and text embeddings of a complete embedding folder, in the order of the shards.
+    """Load the embeddings of a complete embedding folder, in the order of the shards.
 
     Args:
         folder: the embedding folder.
@@ -266,7 +266,8 @@ def load(folder: str | Path, loaded: LoadedModel | None = None, label: str = "la
         label: field of the json with a sample's class.
 
     Raises:
-        UserError: the folder is incomplete, has no image embeddings, or holds those of another model.
+        UserError: the folder is incomplete, lacks embeddings of images or of another modality of `loaded`, or holds those of
+            another model.
     """
     path = Path(folder)
     manifest = read_manifest(path)
@@ -278,33 +279,36 @@ def load(folder: str | Path, loaded: LoadedModel | None = None, label: str = "la
             f"not of {loaded.folder} (step {loaded.step})"
         )
     try:
-        return _read_tables(path, manifest, label)
+        return _read_tables(path, manifest, label, ["image"] if loaded is None else list(loaded.model.towers))
     except (OSError, KeyError, TypeError, ValueError, AttributeError, RuntimeError, pa.ArrowException) as error:
         raise UserError(f"{path} is damaged: {' '.join(str(error).split())[:300] or type(error).__name__}") from error
 
 
-def _read_tables(path: Path, manifest: dict[str, Any], label: str) -> EmbeddedSplit:
-    """Return the content of all files. Raises UserError without image embeddings, and many errors for damaged files."""
+def _read_tables(path: Path, manifest: dict[str, Any], label: str, modalities: list[str]) -> EmbeddedSplit:
+    """Return the content of all files. Raises UserError without embeddings of a modality, and many errors for damaged files."""
     tables = [pq.read_table(path / entry["file"]) for entry in manifest["files"]]
-    if not tables or "image" not in tables[0].column_names:
-        raise UserError(f"{path} holds no image embeddings")
+    names = [name for name in modalities if name != "text"]
+    for name in names:
+        if not tables or name not in tables[0].column_names:
+            raise UserError(f"{path} holds no {name} embeddings")
     table = pa.concat_tables(tables)
-    image = torch.from_numpy(parquet.to_numpy(table["image"])).float()
+    embeddings = {name: torch.from_numpy(parquet.to_numpy(table[name])).float() for name in names}
+    width = next(iter(embeddings.values())).shape[1]
     captions: list[list[str]] = [[]] * len(table)
-    text = torch.zeros(0, image.shape[1])
+    text = torch.zeros(0, width)
     if "text" in table.column_names:
         has_lists = "captions" in table.column_names
         captions = table["captions"].to_pylist() if has_lists else [[caption] for caption in table["caption"].to_pylist()]
         vectors = table["text"].combine_chunks()
         text = torch.from_numpy(parquet.to_numpy(vectors.flatten() if has_lists else vectors)).float()
-    if sum(map(len, captions)) != len(text) or (len(text) and text.shape[1] != image.shape[1]):
+    if sum(map(len, captions)) != len(text) or (len(text) and text.shape[1] != width):
         raise ValueError(f"it holds {sum(map(len, captions)):,} captions and {len(text):,} embeddings of texts")
     metadata = [parse_json_object(encoded.encode()) if encoded else {} for encoded in table["json"].to_pylist()]
     return EmbeddedSplit(
-        image=image,
+        embeddings=embeddings,
         text=text,
         image_index=torch.tensor([i for i, texts in enumerate(captions) for _ in texts], dtype=torch.int64),
-        pooled=torch.zeros(len(image), 0),
+        pooled=torch.zeros(len(table), 0),
         keys=table["key"].to_pylist(),
         captions=[caption for texts in captions for caption in texts],
         labels=[values.get(label) for values in metadata],

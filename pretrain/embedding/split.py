@@ -1,6 +1,6 @@
 """Embed a split in memory: every process encodes its part of the samples, each sample once.
 
-Shapes: n = images, m = captions, D = embedding width, P = width of the image tower's pooled output.
+Shapes: n = samples, m = captions, D = embedding width, P = width of a tower's pooled output.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from torch import Tensor
 
 from pretrain.data.loader import Batch
 from pretrain.embedding.encoder import Encoder, build_text_encoder, eval_mode
+from pretrain.errors import ConfigError
 from pretrain.model import DualEncoder
 from pretrain.runtime import distributed
 from pretrain.runtime.agree import on_all
 
-__all__ = ["EmbeddedSplit", "build_text_encoder", "embed_split", "eval_mode"]
+__all__ = ["EmbeddedSplit", "build_text_encoder", "choose_classified", "embed_split", "eval_mode"]
 
 
 @dataclass
@@ -29,20 +30,37 @@ class EmbeddedSplit:
     On ranks other than 0, only the samples of that rank.
     """
 
-    image: Tensor
-    """(n, D), L2-normalized."""
+    embeddings: dict[str, Tensor]
+    """By modality but text, in the model's order: (n, D), L2-normalized."""
     text: Tensor
-    """(m, D), L2-normalized; (0, D) if texts were not requested."""
+    """(m, D), L2-normalized; (0, D) if texts were not requested, or the model has none."""
     image_index: Tensor
-    """(m,) int64: the row of `image` that each caption describes."""
+    """(m,) int64: the sample that each caption describes."""
     pooled: Tensor
-    """(n, P) the image tower's pooled output, before projection; (n, 0) if it was not requested."""
+    """(n, P) the pooled output of one tower, before projection; (n, 0) if it was not requested."""
     keys: list[str]
     """n sample keys, shard/KEY."""
     captions: list[str]
     """m captions as written."""
     labels: list[Any]
     """n classes from the samples' json; None where a sample has none."""
+
+    @property
+    def image(self) -> Tensor:
+        """(n, D), L2-normalized."""
+        return self.embeddings["image"]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def pair(self, first: str, second: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (n, D) and (m, D) of two modalities, and the row of the first that each row of the second belongs to (m,).
+
+        m = n unless `second` is text.
+        """
+        if second == "text":
+            return self.embeddings[first], self.text, self.image_index
+        return self.embeddings[first], self.embeddings[second], torch.arange(len(self))
 
 
 def embed_split(
@@ -59,13 +77,13 @@ def embed_split(
 
     Args:
         model: on `device`.
-        batches: this rank's, with images, targets["captions"] (a list of captions per sample) and, for classes,
-            targets["json"].
+        batches: this rank's, with images and what else the model encodes, targets["captions"] (a list of captions per sample)
+            and, for classes, targets["json"].
         decoders: by modality; that of text tokenizes the captions.
         device: where the towers run.
         precision: fp32, bf16 or fp16, of the towers' matrix products.
-        texts: encode all captions too.
-        pooled: return the image tower's pooled output too.
+        texts: encode all modalities of the model, with all captions; False = that of `choose_classified` alone.
+        pooled: return the pooled output of that tower too.
         label: field of the json with a sample's class.
 
     Raises:
@@ -86,37 +104,46 @@ def _embed_local(
     label: str,
 ) -> EmbeddedSplit:
     """Encode the samples of this rank."""
-    images: list[Tensor] = []
+    classified = choose_classified(model) if pooled or not texts else ""
+    modalities = list(model.towers) if texts else [classified]
+    embeddings: dict[str, list[Tensor]] = {name: [] for name in modalities}
     pooled_outputs: list[Tensor] = []
-    text_embeddings: list[Tensor] = []
     image_index: list[int] = []
     captions: list[str] = []
     keys: list[str] = []
     labels: list[Any] = []
-    encoder = Encoder(model, decoders, device, precision, ("image", "text") if texts else ("image",), pooled=pooled)
+    encoder = Encoder(model, decoders, device, precision, modalities, pooled=pooled)
     with eval_mode(model):
         for _, batch in encoder.stream((None, batch) for batch in batches):
             assert batch is not None
-            images.append(batch.embeddings["image"])
+            for name in modalities:
+                embeddings[name].append(batch.embeddings[name])
             if pooled:
-                pooled_outputs.append(batch.pooled["image"])
-            if texts:
+                pooled_outputs.append(batch.pooled[classified])
+            if "text" in modalities:
                 image_index += [len(keys) + i for i, of_sample in enumerate(batch.captions) for _ in of_sample]
                 captions += [caption for of_sample in batch.captions for caption in of_sample]
-                text_embeddings.append(batch.embeddings["text"])
             keys += batch.keys
             labels += [json.get(label) for json in batch.json]
     # Concatenated outside inference mode, these are ordinary tensors again, which the linear probe may compute with.
-    width = images[0].shape[1] if images else 0
+    width = next((rows[0].shape[1] for rows in embeddings.values() if rows), 0)
     return EmbeddedSplit(
-        image=_concatenate(images, width),
-        text=_concatenate(text_embeddings, width),
+        embeddings={name: _concatenate(rows, width) for name, rows in embeddings.items() if name != "text"},
+        text=_concatenate(embeddings.get("text", []), width),
         image_index=torch.tensor(image_index, dtype=torch.int64),
         pooled=_concatenate(pooled_outputs, 0) if pooled_outputs else torch.zeros(len(keys), 0),
         keys=keys,
         captions=captions,
         labels=labels,
     )
+
+
+def choose_classified(model: DualEncoder) -> str:
+    """Return the modality that is classified: images, else the first but text. Raises ConfigError if there is none."""
+    names = [name for name in model.towers if name != "text"]
+    if not names:
+        raise ConfigError("classification needs a tower of images or of another modality than text, and the model has none")
+    return "image" if "image" in names else names[0]
 
 
 def _concatenate(tensors: list[Tensor], width: int) -> Tensor:
@@ -129,7 +156,8 @@ def _concatenate(tensors: list[Tensor], width: int) -> Tensor:
 
 def _gather(local: EmbeddedSplit) -> EmbeddedSplit:
     """Return the samples of all ranks, in rank order, on rank 0, and `local` on the others. Collective."""
-    image, text, pooled = _gather_rows(local.image), _gather_rows(local.text), _gather_rows(local.pooled)
+    embeddings = {name: _gather_rows(rows) for name, rows in local.embeddings.items()}
+    text, pooled = _gather_rows(local.text), _gather_rows(local.pooled)
     gathered = distributed.gather_objects((local.image_index.tolist(), local.keys, local.captions, local.labels))
     if not distributed.is_main():
         return local
@@ -140,7 +168,7 @@ def _gather(local: EmbeddedSplit) -> EmbeddedSplit:
     for rank_image_index, rank_keys, rank_captions, rank_labels in gathered:
         image_index += [len(keys) + row for row in rank_image_index]
         keys, captions, labels = keys + rank_keys, captions + rank_captions, labels + rank_labels
-    return EmbeddedSplit(image, text, torch.tensor(image_index, dtype=torch.int64), pooled, keys, captions, labels)
+    return EmbeddedSplit(embeddings, text, torch.tensor(image_index, dtype=torch.int64), pooled, keys, captions, labels)
 
 
 def _gather_rows(rows: Tensor) -> Tensor:

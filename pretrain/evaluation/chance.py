@@ -73,18 +73,21 @@ def _derive(name: str, metrics: Mapping[str, float]) -> float | None:
     if kind in ("zero_shot", "linear_probe") and "_top" in name:
         classes = _read_count(metrics, f"{kind}_classes")
         return chance_recall(k, classes) if classes else None
-    if not n or not m:
+    if not n:
         return None
-    captions_of_image = max(1, round(m / n))
+    captions_of_sample = max(1, round(m / n))
     if parts and "R@" in name and not kind:  # the mean of both directions
-        return (chance_recall(k, m, captions_of_image) + chance_recall(k, n)) / 2
-    for direction, candidates, right in (("image_to_text", m, captions_of_image), ("text_to_image", n, 1)):
-        if parts and "R@" in name and kind == direction:
-            return chance_recall(k, candidates, right)
-        if name == f"{direction}_median_rank":
-            return chance_rank(candidates, right)
-        if name == f"{direction}_ceiling" and (reranked := _read_count(metrics, "rerank_k")):
-            return chance_recall(reranked, candidates, right)
+        return (chance_recall(k, m, captions_of_sample) + chance_recall(k, n)) / 2 if m else None
+    direction = re.fullmatch(r"([a-z0-9]+)_to_([a-z0-9]+?)(_median_rank|_ceiling)?", kind)
+    if direction is None or (not m and "text" in direction.groups()):
+        return None
+    candidates, right = (m, captions_of_sample) if direction[2] == "text" else (n, 1)
+    if parts and "R@" in name and not direction[3]:
+        return chance_recall(k, candidates, right)
+    if direction[3] == "_median_rank":
+        return chance_rank(candidates, right)
+    if direction[3] == "_ceiling" and (reranked := _read_count(metrics, "rerank_k")):
+        return chance_recall(reranked, candidates, right)
     return None
 
 

@@ -26,11 +26,11 @@ from pretrain.config import check_numbers
 from pretrain.data import loader
 from pretrain.data.shards.cache import ShardCache
 from pretrain.embedding import dataset
-from pretrain.embedding.split import EmbeddedSplit, build_text_encoder, embed_split
+from pretrain.embedding.split import EmbeddedSplit, build_text_encoder, choose_classified, embed_split
 from pretrain.errors import ConfigError, UserError, closest
 from pretrain.evaluation import linear_probe, zero_shot
 from pretrain.evaluation.chance import chance_levels, with_chance, without_chance
-from pretrain.evaluation.retrieval import retrieval_metrics
+from pretrain.evaluation.retrieval import list_pairs, retrieval_metrics
 from pretrain.losses import cut_to_width
 from pretrain.model import DualEncoder
 from pretrain.printable import format_count
@@ -108,7 +108,9 @@ def evaluate(
         embedded: the samples of `shards`, if they are embedded already.
         widths: of loss.matryoshka: recall by the first dimensions alone, too, as NAME_dimWIDTH.
 
-    The dict also holds `samples` (images scored), `captions`, `bad_samples` (left out because of their content), and the level
+    Retrieval is measured between any two of the model's modalities. Classified are images, or sounds where there are no images.
+
+    The dict also holds `samples` (samples scored), `captions`, `bad_samples` (left out because of their content), and the level
     of chance of each metric that has one, as chance_NAME.
 
     Raises:
@@ -118,11 +120,15 @@ def evaluate(
     if needs_pooled and not config.probe_train:
         raise ConfigError("linear_probe is trained on labeled images: set eval.probe_train to their shards")
 
+    if "zero_shot" in config.tasks and "text" not in decoders:
+        raise ConfigError("zero_shot names the classes by texts, and the model has no text tower")
+    classified = choose_classified(model) if {"zero_shot", "linear_probe"} & set(config.tasks) else ""
+
     def embed(source: Any, texts: bool) -> tuple[EmbeddedSplit, Counter[str]]:
         batches = loader.build_eval_loader(
             source,
             # Images for classification need no caption.
-            {name: decoder for name, decoder in decoders.items() if name == "image" or (texts and name == "text")},
+            {name: decoder for name, decoder in decoders.items() if name == classified or (texts and name in model.towers)},
             config.batch_size,
             workers=config.workers,
             rank=distributed.rank(),
@@ -143,21 +149,23 @@ def evaluate(
         class_weights = zero_shot.build_classifier(names, config.templates, encode)
 
     def compute_metrics() -> dict[str, float]:
-        if len(split.image) == 0:
+        if len(split) == 0:
             reasons = ", ".join(f"{reason} {n:,}" for reason, n in bad.most_common(5))
             raise UserError(
                 f"no sample to evaluate in {shards}: {bad.total()} were left out because of their content ({reasons or 'none'})"
             )
-        metrics: dict[str, float] = {"samples": len(split.image), "captions": len(split.text), "bad_samples": bad.total()}
+        metrics: dict[str, float] = {"samples": len(split), "captions": len(split.text), "bad_samples": bad.total()}
         if needs_text:
-            image, text = split.image.to(device), split.text.to(device)
-            metrics |= retrieval_metrics(image, text, split.image_index)
-            for width in widths:
-                cut = retrieval_metrics(cut_to_width(image, width), cut_to_width(text, width), split.image_index)
-                metrics |= {f"{name}_dim{width}": value for name, value in cut.items() if "_R@" in name}
+            for pair in list_pairs(model.towers):
+                first, second, index = split.pair(*pair)
+                first, second = first.to(device), second.to(device)
+                metrics |= retrieval_metrics(first, second, index, names=pair)
+                for width in widths:
+                    cut = retrieval_metrics(cut_to_width(first, width), cut_to_width(second, width), index, names=pair)
+                    metrics |= {f"{name}_dim{width}": value for name, value in cut.items() if "_R@" in name}
         if class_weights is not None:
             labels = zero_shot.index_labels(split.labels, names)
-            scores = zero_shot.top_k_accuracy(split.image.to(device), labels, class_weights.to(device))
+            scores = zero_shot.top_k_accuracy(split.embeddings[classified].to(device), labels, class_weights.to(device))
             metrics |= {f"zero_shot_{name}": value for name, value in scores.items()}
             metrics["zero_shot_classes"] = len(names)
         if train is not None:
@@ -165,7 +173,7 @@ def evaluate(
             probe = linear_probe.fit(train.pooled.to(device), train_labels, classes)
             scores = probe.top_k_accuracy(split.pooled.to(device), labels)
             metrics |= {f"linear_probe_{name}": value for name, value in scores.items()}
-            metrics |= {"linear_probe_train_samples": len(train.image), "linear_probe_C": probe.strength}
+            metrics |= {"linear_probe_train_samples": len(train), "linear_probe_C": probe.strength}
             metrics["linear_probe_classes"] = classes
         return with_chance(metrics)
 
@@ -187,9 +195,7 @@ def evaluate_checkpoint(
     embedded = None
     if dataset.is_embedding_folder(shards):
         if "linear_probe" in config.tasks:
-            raise ConfigError(
-                f"linear_probe is trained on the image tower's own output, which {shards} does not hold: give shards"
-            )
+            raise ConfigError(f"linear_probe is trained on a tower's own output, which {shards} does not hold: give shards")
         embedded = dataset.load(shards, loaded, config.label)
     with models.on_device(loaded.model, loaded.config, device) as model:
         metrics = evaluate(model, loaded.decoders, shards, config, device, precision, embedded=embedded, widths=loaded.widths)
@@ -215,7 +221,8 @@ def build_result(
 def build_table(result: dict[str, Any]) -> Table:
     """Build a table of evaluate_checkpoint()'s result: metrics in percent, next to the chance levels."""
     metrics, chance = result["metrics"], result["chance"]
-    caption = f"{format_count(int(metrics['samples']), 'image')}"
+    is_of_images = any(name.startswith("image_to_") for name in metrics) or not any("_to_" in name for name in metrics)
+    caption = f"{format_count(int(metrics['samples']), 'image' if is_of_images else 'sample')}"
     if metrics["captions"]:
         caption += f", {format_count(int(metrics['captions']), 'caption')}"
     if metrics["bad_samples"]:

@@ -1,7 +1,8 @@
-"""Image-text retrieval: recall at k and the median rank, in both directions.
+"""Retrieval between two modalities: recall at k and the median rank, in both directions.
 
     retrieval_metrics(image (n,D), text (m,D), image_index (m,))
         -> {"image_to_text_R@1": 0.62, ..., "text_to_image_median_rank": 2.0}
+    retrieval_metrics(audio, text, index, names=("audio", "text")) -> {"audio_to_text_R@1": ...}
 
 An image may have several captions: it counts as found when any of them is among the first k, so its best caption ranks. Each
 caption must find its one image. Two images with the same caption stay two: only the caption's own image is right, as in
@@ -16,7 +17,8 @@ Shapes: n = images, m = captions, D = embedding width, q = queries of one direct
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -27,8 +29,18 @@ TIE = 1e-9
 """Scores this close are equal: above the noise of float64 sums, far below the resolution of float32 features."""
 
 
+def list_pairs(modalities: Iterable[str]) -> list[tuple[str, str]]:
+    """Return all pairs of modalities; texts, of which a sample may have several, are second."""
+    return [(b, a) if a == "text" else (a, b) for a, b in combinations(modalities, 2)]
+
+
 def retrieval_metrics(
-    image: Tensor, text: Tensor, image_index: Tensor, ks: Sequence[int] = (1, 5, 10), tile: int = 2048
+    image: Tensor,
+    text: Tensor,
+    image_index: Tensor,
+    ks: Sequence[int] = (1, 5, 10),
+    tile: int = 2048,
+    names: tuple[str, str] = ("image", "text"),
 ) -> dict[str, float]:
     """Return recall at each of `ks` (fractions in [0, 1]) and median ranks (from 1), in both directions.
 
@@ -38,14 +50,15 @@ def retrieval_metrics(
         image_index: (m,) int64, the row of `image` that each caption describes; every row must have a caption.
         ks: cut-offs; where k is not below the number of candidates, recall is 1.
         tile: rows and columns of the scores computed at a time (tile x tile float64).
+        names: of the two modalities.
 
     Raises:
         UserError: an embedding is not finite, or there is nothing to rank.
     """
-    check_finite("image", image)
-    check_finite("text", text)
+    for name, embeddings in zip(names, (image, text), strict=True):
+        check_finite(name, embeddings)
     if len(image) == 0 or len(text) == 0:
-        raise UserError(f"nothing to rank: {len(image)} images and {len(text)} captions")
+        raise UserError(f"nothing to rank: {len(image)} {names[0]} and {len(text)} {names[1]} embeddings")
     image_index = image_index.to(image.device)
     if len(image_index) != len(text) or not torch.equal(
         image_index.unique(), torch.arange(len(image), device=image_index.device)
@@ -54,8 +67,8 @@ def retrieval_metrics(
     counts = RankCounts(image, text, image_index, tile)
     metrics: dict[str, float] = {}
     for direction, better, tied_right, tied_wrong in (
-        ("image_to_text", counts.image_better, counts.image_tied_right, counts.image_tied_wrong),
-        ("text_to_image", counts.text_better, torch.ones_like(counts.text_better), counts.text_tied_wrong),
+        (f"{names[0]}_to_{names[1]}", counts.image_better, counts.image_tied_right, counts.image_tied_wrong),
+        (f"{names[1]}_to_{names[0]}", counts.text_better, torch.ones_like(counts.text_better), counts.text_tied_wrong),
     ):
         for k in ks:
             metrics[f"{direction}_R@{k}"] = float(hit_probability(better, tied_right, tied_wrong, k).mean())

@@ -161,8 +161,8 @@ def build_filters(settings: MelSettings) -> np.ndarray[Any, Any]:
     edges = to_hertz(np.linspace(to_mel(settings.fmin), to_mel(settings.fmax), settings.mels + 2))
     filters = _triangles(frequencies, edges)
     if settings.recipe == "slaney":
-        filters *= 2 / (edges[2:] - edges[:-2])
-    return filters
+        filters = filters * (2 / (edges[2:] - edges[:-2]))
+    return np.asarray(filters)
 
 
 def _triangles(points: np.ndarray[Any, Any], edges: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -279,7 +279,8 @@ def build_small_split() -> tuple[EmbeddedSplit, list[bytes]]:
     text = torch.cat([torch.eye(8)[[0, 1, 3, 2, 4, 5, 6, 7]], torch.eye(8)[:1]])
     captions = [f"caption {j} {EVIL}" for j in range(9)]
     image_index = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 0])
-    split = EmbeddedSplit(image, text, image_index, torch.zeros(8, 0), [f"s/{i}" for i in range(8)], captions, [None] * 8)
+    keys = [f"s/{i}" for i in range(8)]
+    split = EmbeddedSplit({"image": image}, text, image_index, torch.zeros(8, 0), keys, captions, [None] * 8)
     thumbnails = [make_thumbnail(encode_png(Image.new("RGB", (30, 40), (20 * i, 0, 0)))) for i in range(8)]
     return split, thumbnails
 

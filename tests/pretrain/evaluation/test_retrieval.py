@@ -117,7 +117,7 @@ def test_embeddings_that_are_not_finite_are_refused() -> None:
     text[3, 2] = torch.nan
     with pytest.raises(UserError, match=r"1 of 8 text embeddings are not finite \(first: number 3\)"):
         retrieval_metrics(image, text, image_index)
-    with pytest.raises(UserError, match="nothing to rank: 0 images and 0 captions"):
+    with pytest.raises(UserError, match="nothing to rank: 0 image and 0 text embeddings"):
         retrieval_metrics(image[:0], text[:0], image_index[:0])
 
 
