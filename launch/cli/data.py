@@ -65,6 +65,9 @@ def _add_scenes(commands: Subparsers[argparse.ArgumentParser]) -> None:
         action="store_true",
         help="draw products instead, one thing each: DIR/{train,val,catalog}-*.tar, with queries and graded judgments",
     )
+    p.add_argument(
+        "--sound", action="store_true", help="add KEY.flac, in which each thing is heard, with times and captions in the json"
+    )
     p.add_argument("--workers", type=workers, metavar="N", help="processes (default: one per core)")
 
 
@@ -143,6 +146,8 @@ def draw_scenes(args: argparse.Namespace) -> int:
     """Run `clipfuse data scenes`."""
     if args.catalog and args.things is not None:
         raise ConfigError("--things does not go with --catalog: a product is one thing")
+    if args.catalog and args.sound:
+        raise ConfigError("--sound does not go with --catalog: products are seen, not heard")
     from launch.cli.progress import progress_bar
 
     with progress_bar("drawing products" if args.catalog else "drawing scenes") as progress:
@@ -161,6 +166,7 @@ def draw_scenes(args: argparse.Namespace) -> int:
                 args.workers,
                 scale=args.scale,
                 num_objects=args.things or (1, 4),
+                sound=args.sound,
                 progress=progress,
             )
     print(f"{args.dir}: " + ", ".join(f"{count:,} {split}" for split, count in counts.items()))

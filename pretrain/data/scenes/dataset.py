@@ -34,17 +34,20 @@ from pretrain.data.scenes.layout import (
 )
 from pretrain.data.scenes.objects import KINDS
 from pretrain.data.scenes.render import render_scene
+from pretrain.data.scenes.sounds import draw_sounds, require_soundfile
 from pretrain.data.scenes.text import build_captions, build_negative_captions, build_questions
-from pretrain.data.scenes.writer import Progress, write_dataset
+from pretrain.data.scenes.writer import Members, Progress, write_dataset
 from pretrain.data.vocabulary import FILE, Vocabulary
 from pretrain.errors import UserError
 
 __all__ = [
     "BACKGROUNDS", "CLASSES", "COLORS", "SIZES", "SPLITS", "SURFACES", "UNSEEN",
     "VOCABULARY", "Scene", "build_scene", "compute_split_sizes", "draw_contact_sheet", "draw_dataset", "draw_scene",
+    "draw_scene_with_sounds",
 ]  # fmt: skip
 
 _VERSION = 2  # of the drawing code: a folder drawn by another version is not continued
+_SOUND_VERSION = 1  # of the code that renders sounds
 
 VOCABULARY = Vocabulary(
     CLASSES,
@@ -105,6 +108,15 @@ def draw_scene(
     }
 
 
+def draw_scene_with_sounds(
+    seed: int, split: str, index: int, size: int = 96, scale: float = 1.0, num_objects: tuple[int, int] = (1, 4)
+) -> tuple[Image.Image, dict[str, Any], Members]:
+    """Draw one scene and return what draw_scene does, with the fields of draw_sounds added, and KEY.flac."""
+    image, content = draw_scene(seed, split, index, size, scale, num_objects)
+    flac, fields = draw_sounds(build_scene(seed, split, index, scale, num_objects))
+    return image, {**content, **fields}, {"flac": flac}
+
+
 def draw_contact_sheet(
     n: int = 100,
     size: int = 96,
@@ -155,6 +167,7 @@ def draw_dataset(
     *,
     scale: float = 1.0,
     num_objects: tuple[int, int] = (1, 4),
+    sound: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, int]:
     """Draw the data set into `out`/{train,val,test,unseen,hard}-0000.tar ..., 1,000 scenes per shard.
@@ -168,15 +181,19 @@ def draw_dataset(
         workers: processes that draw; None means one per core.
         scale: multiplies the size of every object: 0.25 gives small objects in large images.
         num_objects: least and largest number of objects in a scene, within 1 to 4 (`hard` has two or three, where allowed).
+        sound: add KEY.flac and the fields that draw_sounds returns. Everything else has the same bytes without it.
         progress: called with (scenes done, all scenes).
     Returns:
         number of scenes in each split.
     Raises:
-        UserError: a setting is out of range, the folder holds other shards, or it cannot be written.
+        UserError: a setting is out of range, the folder holds other shards, or it cannot be written; soundfile is missing.
     """
     counts = _check_settings(num, size, scale, num_objects)
     settings = asdict(_Settings(_VERSION, size, seed, scale, (num_objects[0], num_objects[1])))
-    draw = partial(draw_scene, seed, size=size, scale=scale, num_objects=num_objects)
+    if sound:
+        require_soundfile()
+        settings["sound"] = _SOUND_VERSION
+    draw = partial(draw_scene_with_sounds if sound else draw_scene, seed, size=size, scale=scale, num_objects=num_objects)
     texts = {"classes.txt": "".join(f"{name}\n" for name in CLASSES), FILE: VOCABULARY.to_json()}
     write_dataset(Path(out), "scenes.json", settings, counts, draw, texts, workers, progress)
     return counts

@@ -43,7 +43,8 @@ def name_object(spec: ObjectSpec, size: bool = False, surface: bool = True) -> s
     return " ".join([*words, spec.kind])
 
 
-def _add_article(words: str) -> str:
+def add_article(words: str) -> str:
+    """Return words with "a" or "an" before them."""
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
@@ -71,12 +72,12 @@ def build_captions(scene: Scene) -> list[str]:
     out = [describe_scene(columns, scene.background, scene.build_rng("full"), sizes=scene.split != "hard")]
     if len(scene.objects) > 1:
         counted = Counter(name_object(spec) for column in columns for spec in column)
-        phrases = [_add_article(words) if n == 1 else f"{NUMBER_WORDS[n]} {_pluralize(words)}" for words, n in counted.items()]
+        phrases = [add_article(words) if n == 1 else f"{NUMBER_WORDS[n]} {_pluralize(words)}" for words, n in counted.items()]
         out.append(_add_background(_join_phrases(rng.shuffled(phrases)), scene.background, rng))
     largest = max(scene.objects, key=lambda item: item.longer_side).spec
     out.append(
         _add_background(
-            _add_article(name_object(largest, size=rng.bernoulli(0.3), surface=rng.bernoulli(0.7))), scene.background, rng
+            add_article(name_object(largest, size=rng.bernoulli(0.3), surface=rng.bernoulli(0.7))), scene.background, rng
         )
     )
     out.append(name_object(largest))
@@ -91,7 +92,7 @@ def describe_scene(columns: list[list[ObjectSpec]], background: str, rng: KeyedR
     """
     phrases = []
     for column in columns:
-        names = [_add_article(name_object(spec, size=rng.bernoulli(0.25) and sizes)) for spec in column]
+        names = [add_article(name_object(spec, size=rng.bernoulli(0.25) and sizes)) for spec in column]
         is_reversed = rng.bernoulli(0.5)
         phrases.append(names[0])
         if len(names) == 2:
@@ -240,8 +241,8 @@ def _ask_existence(split: str, specs: list[ObjectSpec], rng: KeyedRandom, add: A
         is_allowed = can_show if form == "color kind" else can_mention
         if absent not in counts and is_allowed(split, candidate.color, candidate.kind):
             break
-    add("existence", wording.format(_add_article(present)), "yes", index if counts[present] == 1 else None)
-    add("existence", wording.format(_add_article(absent)), "no", None)
+    add("existence", wording.format(add_article(present)), "yes", index if counts[present] == 1 else None)
+    add("existence", wording.format(add_article(absent)), "no", None)
 
 
 def _ask_relations(scene: Scene, specs: list[ObjectSpec], rng: KeyedRandom, add: AddQuestion) -> None:

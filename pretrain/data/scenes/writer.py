@@ -30,10 +30,11 @@ _CHUNK = 50  # samples that a process draws in one call
 _QUALITY = 92  # JPEG, without chroma subsampling because stripes are two pixels wide
 
 Progress = Callable[[int, int], None]
-Draw = Callable[[str, int], tuple[Image.Image, dict[str, Any]]]
-"""(split, index) -> image and content of KEY.json, whose first of `captions` becomes KEY.txt. Sent to other processes."""
 Members = dict[str, bytes]
 """The files of one sample, by extension."""
+Draw = Callable[[str, int], tuple[Image.Image, dict[str, Any]] | tuple[Image.Image, dict[str, Any], Members]]
+"""(split, index) -> image, content of KEY.json, whose first of `captions` becomes KEY.txt, and further files of the sample.
+Sent to other processes."""
 
 
 def write_dataset(
@@ -135,11 +136,12 @@ def _draw_chunk(draw: Draw, split: str, first: int, last: int) -> list[Members]:
     """Draw samples `first` to `last` - 1 and return the files of each."""
     out = []
     for index in range(first, last):
-        image, content = draw(split, index)
+        image, content, *others = draw(split, index)
         jpeg = io.BytesIO()
         image.save(jpeg, "JPEG", quality=_QUALITY, subsampling=0)
         text = json.dumps(content, separators=(",", ":")).encode()
-        out.append({"jpg": jpeg.getvalue(), "txt": content["captions"][0].encode(), "json": text})
+        members = {"jpg": jpeg.getvalue(), "txt": content["captions"][0].encode(), "json": text}
+        out.append({**members, **(others[0] if others else {})})
     return out
 
 
