@@ -11,7 +11,8 @@
     batch.py            Batch, the Decoder protocol, and collation
     images.py           ImageDecoder: augmentation, resizing and cropping
     decode.py           encoded images to pixels
-    audio.py            AudioDecoder: encoded sounds to samples at the rate of the model, by resampling and cropping
+    audio.py            AudioDecoder: cropping and padding of sounds
+    audio_files.py      encoded sounds to samples at any rate
     thumbnails.py       small JPEGs of whole images, for pages
     text.py             TextDecoder: captions to token ids; loading of tokenizers
     length_groups.py    groups of texts of similar length, in the same shapes for every batch
@@ -20,7 +21,7 @@
     training_captions.py   captions for pretraining with their weights, and negatives: data.weight and data.negatives
     caption_statistics.py  lengths of captions, and captions that are hardly meant to be captions
     teachers.py         stored embeddings of teachers, looked up by key: data.teachers
-    members.py          explains why a sample lacks an image or a caption
+    members.py          explains why a sample lacks an image, a sound or a caption
     sample_json.py      the json member of a sample, parsed
     filter_expression.py   conditions on the fields of a sample, and their evaluation; filter_parser.py reads them
     sample_filter.py    the samples that training passes over: data.keep and data.skip

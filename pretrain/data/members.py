@@ -1,11 +1,16 @@
-"""Explains why a sample lacks an image or a caption, from the extensions of its members."""
+"""Explains why a sample lacks an image, a sound or a caption, from the extensions of its members."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
+from pretrain.data.audio_files import AUDIO_EXTENSIONS
+
 UNREAD_IMAGES = ("dng", "exr", "heic", "heif", "ico", "jp2", "jxl", "npy", "npz", "pgm", "ppm", "pth", "svg", "tga")
 """Extensions under which other tools store images, but which are not read."""
+
+UNREAD_SOUNDS = ("aac", "aif", "aiff", "au", "caf", "m4a", "mid", "mka", "mp4", "webm", "wma")
+"""Extensions under which other tools store sounds, but which are not read."""
 
 _MAX_NAMED = 6  # members named in a message: a sample whose keys hold dots has thousands
 
@@ -28,6 +33,24 @@ def explain_missing_image(extensions: Collection[str], images: Collection[str]) 
     hint = _explain_dots(extensions, images)
     if not hint and unread:
         hint = f"; .{unread[0]} is not read: convert it to .jpg, .png or .webp"
+    sounds = sorted(set(AUDIO_EXTENSIONS).intersection(extensions))
+    if not hint and sounds:
+        hint = f"; .{sounds[0]} is a sound, which the section audio of a run reads"
+    return f"members: {list_members(extensions) or 'none'}{hint}"
+
+
+def explain_missing_sound(extensions: Collection[str]) -> str:
+    """Return why a sample has no sound: the members it has, and the rule of names that they break.
+
+    Args:
+        extensions: of the sample's members.
+    """
+    hint = _explain_dots(extensions, AUDIO_EXTENSIONS)
+    last = {name.rpartition(".")[2] for name in extensions}
+    if not hint and (unread := sorted(last.intersection(UNREAD_SOUNDS))):
+        hint = f"; .{unread[0]} is not read: convert it to .flac, .ogg, .mp3 or .wav"
+    if not hint and (others := sorted(last.intersection({"opus", "oga", "wave"}))):
+        hint = f"; .{others[0]} is not read: name it KEY.{'wav' if others[0] == 'wave' else 'ogg'}"
     return f"members: {list_members(extensions) or 'none'}{hint}"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import pickle
 import struct
@@ -15,8 +14,11 @@ import soundfile
 import soxr
 import torch
 
-from pretrain.data import BadSample
-from pretrain.data.audio import AUDIO_EXTENSIONS, MAX_PEAK, AudioDecoder, open_audio
+from pretrain.data import BadSample, MissingContent
+from pretrain.data.audio import AUDIO_EXTENSIONS, AudioDecoder
+from pretrain.data.audio_files import MAX_PEAK, check_audio, open_audio
+from pretrain.data.decode import EXTENSIONS
+from pretrain.data.members import explain_missing_image
 from pretrain.data.shards.paths import RawSample
 from pretrain.errors import ConfigError
 
@@ -159,10 +161,26 @@ def test_a_sample_is_decoded_by_its_bytes_and_collated() -> None:
     assert torch.equal(batch[3], torch.from_numpy(items[3]))
 
 
-def test_a_sample_without_sound_names_what_it_has() -> None:
-    with pytest.raises(BadSample, match="audio missing: members: jpg, txt") as caught:
-        AudioDecoder(16_000, 1.0)(RawSample("a", {"jpg": b"", "txt": b""}), np.random.default_rng(0), True)
-    assert caught.value.reason == "audio missing"
+@pytest.mark.parametrize(
+    ("extensions", "detail"),
+    [
+        (["jpg", "txt"], "members: jpg, txt"),
+        ([], "members: none"),
+        (["m4a", "txt"], "members: m4a, txt; .m4a is not read: convert it to .flac, .ogg, .mp3 or .wav"),
+        (["opus"], "members: opus; .opus is not read: name it KEY.ogg"),
+        (["v2.wav", "txt"], "members: txt, v2.wav; KEY ends at the first dot of a file name: rename KEY.v2.wav to KEY.wav"),
+    ],
+)
+def test_a_sample_without_sound_names_what_it_has(extensions: list[str], detail: str) -> None:
+    with pytest.raises(MissingContent) as caught:
+        AudioDecoder(16_000, 1.0)(RawSample("a", dict.fromkeys(extensions, b"")), np.random.default_rng(0), True)
+    assert (caught.value.reason, caught.value.detail) == ("audio missing", detail)
+
+
+def test_a_missing_image_names_the_sound() -> None:
+    message = explain_missing_image(["flac", "txt"], EXTENSIONS)
+    assert message == "members: flac, txt; .flac is a sound, which the section audio of a run reads"
+    assert explain_missing_image(["flac", "heic"], EXTENSIONS).endswith(".heic is not read: convert it to .jpg, .png or .webp")
 
 
 @pytest.mark.parametrize(
@@ -182,7 +200,6 @@ def test_settings_out_of_range_are_refused(options: dict[str, Any], message: str
 @pytest.mark.parametrize("package", ["soundfile", "soxr"])
 def test_a_missing_package_is_one_line(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)  # importing it raises ImportError
-    importlib.reload(sys.modules["pretrain.data.audio"])  # the module itself needs neither
     with pytest.raises(ConfigError, match=rf"{package}.*pip install 'clipfuse\[audio\]'"):
         AudioDecoder(16_000, 1.0)
 
@@ -260,8 +277,19 @@ def test_lies_in_the_header_of_a_flac() -> None:
     assert reason(claim(44_101)) == "audio truncated"
     assert reason(claim(2**31 - 1)) == "audio truncated"
     assert reason(claim(2**36 - 1)) == "audio too long"
-    damaged = patch(data, len(data) // 2, bytes(300))
+    damaged = patch(data, len(data) // 3, bytes(300))
     assert reason(damaged, AudioDecoder(16_000, 1.0)) == "audio unreadable"
+    AudioDecoder(16_000, 0.1).decode_eval(damaged)  # the damage lies outside of the crop
+    with pytest.raises(BadSample, match="audio unreadable"):
+        check_audio(damaged)
+
+
+@pytest.mark.parametrize("form", FORMATS.values())
+def test_checking_reads_to_the_end_and_names_the_format(form: str) -> None:
+    data = encode(sine(44_100, 1.0), 44_100, form)
+    assert check_audio(data) == {"OGG": "Ogg"}.get(form, form)
+    with pytest.raises(BadSample, match="audio truncated"):
+        check_audio(data[:-50])
 
 
 def test_an_mp3_without_a_length_is_read_to_its_end() -> None:
