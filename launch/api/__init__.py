@@ -5,12 +5,14 @@
     images = model.encode_images(["a.jpg", pil_image, bytes_])                 # (n, D) float32, unit length
     texts = model.encode_texts(["a red car", "a green sofa"])                  # (m, D) float32, unit length
     print(model.similarity(images, texts))                                     # (n, m) cosines
+    sounds = model.encode_audio(["a.flac", (array, 48000)])                    # likewise, where the model has an audio tower
 
 __main__.py    python -m clipfuse: the command
 loading.py     load(): runs, checkpoints, exports, published models
-model.py       Model: encode_images, encode_texts, similarity
+model.py       Model: encode_images, encode_texts, encode_audio, similarity
 finetuned.py   FinetunedModel: predict and attend as well
 onnx.py        the same from an ONNX export, by onnxruntime
+sounds.py      paths, arrays and bytes of sounds, as the bytes that decoders read
 images.py      paths, PIL images, arrays and bytes, as the bytes that decoders read
 
 This folder is the package `clipfuse`. It may import finetune and pretrain; heavy libraries are imported when they are needed.

@@ -1,6 +1,6 @@
-"""Model: a trained pair of encoders, ready to encode images and texts into the shared space.
+"""Model: trained encoders, ready to encode images, texts and sounds into the shared space.
 
-Legend: n = images, m = texts, D = width of the shared space.
+Legend: n = images or sounds, m = texts, S = samples of a sound, D = width of the shared space.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pretrain.runtime.performance import PerformanceConfig, process_settings
 from pretrain.strategies import DTYPES
 
 from .images import ImageLike, as_list, to_bytes
+from .sounds import SoundLike, as_sounds, to_sound_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -107,6 +108,31 @@ class Encoding:
                 raise UserError(f"texts[{position}] is {type(text).__name__}, not a string")
         return self._run_batches(items, batch_size, progress, "texts", lambda batch, start: self._encode_texts(list(batch)))
 
+    def encode_audio(
+        self, audio: Iterable[SoundLike] | SoundLike, batch_size: int = 64, progress: bool | None = None
+    ) -> NDArray[np.float32]:
+        """Encode sounds into the shared space; of what is longer than the audio tower's input, the center.
+
+        Args:
+            audio: paths, bytes of sound files (WAV, FLAC, Ogg, MP3), pairs (array, rate) of (S,) or (S, channels) floats in
+                [-1, 1] or int16, in any mixture; or one of these.
+            batch_size: sounds encoded at a time.
+            progress: show a progress bar; None = for 2,000 sounds or more.
+
+        Returns:
+            (n, D) float32, each row of unit length.
+
+        Raises:
+            UserError: the model has no audio tower, or a sound cannot be read; the message gives its position.
+        """
+
+        def encode(batch: Sequence[SoundLike], start: int) -> Tensor:
+            positions = range(start, start + len(batch))
+            return self._encode_audio(torch.stack(list(pool.map(self._read_sound, batch, positions))))
+
+        with ThreadPoolExecutor(_THREADS) as pool:
+            return self._run_batches(as_sounds(audio), batch_size, progress, "sounds", encode)
+
     def similarity(self, images: Any, texts: Any) -> NDArray[np.float32]:
         """Return the cosines (n, m) of embeddings (n, D) and (m, D). Raises UserError where their shapes do not fit."""
         return similarity(images, texts)
@@ -140,6 +166,14 @@ class Encoding:
         """Encode texts to (b, D)."""
         raise NotImplementedError
 
+    def _decode_audio(self, data: bytes) -> Tensor:
+        """Decode one sound file to (S,) int16. Raises BadSample, and UserError where the model has no audio tower."""
+        raise UserError(f"{self.source} has no audio tower")
+
+    def _encode_audio(self, waveforms: Tensor) -> Tensor:
+        """Encode (b, S) int16 to (b, D)."""
+        raise NotImplementedError
+
     # -----------------------------------------------------------------------------------------------------------------
     # Many batches
 
@@ -153,6 +187,14 @@ class Encoding:
         except BadSample as error:
             where = f" ({image})" if not isinstance(image, bytes | bytearray | memoryview | np.ndarray) else ""
             raise UserError(f"{name}{where} is not a usable image: {error}") from error
+
+    def _read_sound(self, sound: SoundLike, position: int) -> Tensor:
+        name = f"audio[{position}]"
+        try:
+            return self._decode_audio(to_sound_bytes(sound, name))
+        except BadSample as error:
+            where = f" ({sound})" if not isinstance(sound, bytes | bytearray | memoryview | tuple | list) else ""
+            raise UserError(f"{name}{where} is not a usable sound: {error}") from error
 
     def _run_batches(
         self,
@@ -252,6 +294,15 @@ class Model(Encoding):
         ids, mask = self._decoder("text").encode(texts)
         with self._settings(), self._autocast():
             return to_rows(self.encoder.encode("text", ids.to(self.device), mask.to(self.device)))
+
+    def _decode_audio(self, data: bytes) -> Tensor:
+        waveform: Tensor = self._decoder("audio").decode_eval(data)
+        return waveform
+
+    @torch.inference_mode()
+    def _encode_audio(self, waveforms: Tensor) -> Tensor:
+        with self._settings(), self._autocast():
+            return to_rows(self.encoder.encode("audio", waveforms.to(self.device)))
 
     def _settings(self) -> AbstractContextManager[None]:
         """Return the context in which the `performance` settings of the model are in force."""

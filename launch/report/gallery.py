@@ -20,6 +20,7 @@ from pretrain.data import loader
 from pretrain.data.loader import Batch
 from pretrain.data.thumbnails import Thumbnail, ThumbnailDecoder
 from pretrain.embedding.split import EmbeddedSplit, embed_split
+from pretrain.errors import UserError
 from pretrain.evaluation.chance import chance_levels
 from pretrain.evaluation.retrieval import answer_ranks, retrieval_metrics
 from pretrain.model import on_device
@@ -80,7 +81,12 @@ def build_gallery(
 
     Args:
         shards: any value that data.val accepts.
+
+    Raises:
+        UserError: the model does not encode images and texts, or shards cannot be read.
     """
+    if not {"image", "text"} <= loaded.decoders.keys():
+        raise UserError(f"A gallery shows images and captions; this model encodes {', '.join(loaded.decoders)}.")
     thumbnails: list[Thumbnail] = []
 
     def collect_thumbnails(batches: Iterable[Batch]) -> Iterator[Batch]:

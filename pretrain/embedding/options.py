@@ -56,7 +56,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--out", type=nonempty, required=True, metavar="DIR", help="folder for the embeddings; an unfinished one is completed"
     )
-    p.add_argument("--only", default="", metavar="MODALITY", help="image or text (default: both)")
+    p.add_argument("--only", default="", metavar="MODALITY", help="image, text, audio (default: all that the model has)")
     p.add_argument("--tokens", default="", choices=["own", "shared"], help="token features too: the towers' own, or projected")
     p.add_argument("--dtype", default="float16", choices=["float16", "float32"], help="in the files (default float16)")
     p.add_argument("--precision", default="fp32", choices=["fp32", "bf16", "fp16"], help="of the towers (default fp32)")

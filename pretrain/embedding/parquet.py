@@ -1,7 +1,7 @@
 """Embeddings in Parquet files: the columns, a thread that writes them, and how they are read.
 
     key             "shard/KEY"
-    image           D numbers (fixed-size list), L2-normalized
+    image           D numbers (fixed-size list), L2-normalized; audio: likewise, where the model has such a tower
     text            likewise for the caption; for `captions`, which come from a json field, a list of such embeddings
     caption         as encoded: white space normalized
     json            the sample's json as text
