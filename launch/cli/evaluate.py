@@ -37,6 +37,9 @@ def add_commands(commands: Subparsers[argparse.ArgumentParser]) -> None:
     p.add_argument(
         "--caption", metavar="FIELD", help="txt, txt:lines (one a line), txt:whole, or a json field (default: the run's)"
     )
+    p.add_argument(
+        "--language", type=nonempty, metavar="FIELD", help="retrieval: within each language, too, which this json field names"
+    )
     p.add_argument("--maps", default="raw", metavar="METHOD", help=f"grounding: {_MAPS} (default raw)")
     p.add_argument(
         "--wise",
@@ -89,12 +92,16 @@ def evaluate(args: argparse.Namespace) -> int:
     if not dataset.is_embedding_folder(args.data):
         resolve_sources(args.data, "--data")  # before a model is loaded
     _check_caption(args, dataset.is_embedding_folder(args.data))
+    if args.language is not None and (args.task not in (None, "retrieval") or args.wise is not None):
+        raise ConfigError("--language goes with the retrieval of encoders: --task retrieval")
     if args.task == "grounding":
         return _evaluate_grounding(args)
     if args.wise is not None:
         return _evaluate_wise(args)
     finetuned = loading.load(args.run, args.caption) if loading.is_finetuned(args.run) else None
     if finetuned is not None and args.task in (None, finetuned.config.task.name):
+        if args.language is not None:
+            raise ConfigError(f"--language goes with the retrieval of encoders; {args.run} is fine-tuned: add --task retrieval")
         return _evaluate_task(args, finetuned)
     return _evaluate_encoders(args)
 
@@ -119,7 +126,7 @@ def _evaluate_encoders(args: argparse.Namespace) -> int:
     from pretrain.evaluation import evaluate
     from pretrain.runtime import distributed
 
-    config = evaluate.EvalConfig(tasks=[args.task or "retrieval"], probe_train=args.train_data)
+    config = evaluate.EvalConfig(tasks=[args.task or "retrieval"], probe_train=args.train_data, language=args.language)
     if args.classes:
         config.classes = args.classes
     config.check()

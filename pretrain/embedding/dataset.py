@@ -29,7 +29,7 @@ import torch
 
 from pretrain.checkpoints.loading import LoadedModel
 from pretrain.embedding import parquet
-from pretrain.embedding.split import EmbeddedSplit
+from pretrain.embedding.split import EmbeddedSplit, read_languages
 from pretrain.errors import UserError
 from pretrain.runtime.files import parse_json_object, read_json_object, write_json
 
@@ -257,13 +257,16 @@ def is_embedding_folder(where: Any) -> bool:
     return isinstance(where, str | Path) and (Path(where) / MANIFEST).is_file()
 
 
-def load(folder: str | Path, loaded: LoadedModel | None = None, label: str = "label") -> EmbeddedSplit:
+def load(
+    folder: str | Path, loaded: LoadedModel | None = None, label: str = "label", language: str | None = None
+) -> EmbeddedSplit:
     """Load the embeddings of a complete embedding folder, in the order of the shards.
 
     Args:
         folder: the embedding folder.
         loaded: the model that must have made the embeddings; None accepts those of any model.
         label: field of the json with a sample's class.
+        language: field of the json with the language of its captions; None = not requested.
 
     Raises:
         UserError: the folder is incomplete, lacks embeddings of images or of another modality of `loaded`, or holds those of
@@ -279,12 +282,15 @@ def load(folder: str | Path, loaded: LoadedModel | None = None, label: str = "la
             f"not of {loaded.folder} (step {loaded.step})"
         )
     try:
-        return _read_tables(path, manifest, label, ["image"] if loaded is None else list(loaded.model.towers))
+        modalities = ["image"] if loaded is None else list(loaded.model.towers)
+        return _read_tables(path, manifest, label, language, modalities)
     except (OSError, KeyError, TypeError, ValueError, AttributeError, RuntimeError, pa.ArrowException) as error:
         raise UserError(f"{path} is damaged: {' '.join(str(error).split())[:300] or type(error).__name__}") from error
 
 
-def _read_tables(path: Path, manifest: dict[str, Any], label: str, modalities: list[str]) -> EmbeddedSplit:
+def _read_tables(
+    path: Path, manifest: dict[str, Any], label: str, language: str | None, modalities: list[str]
+) -> EmbeddedSplit:
     """Return the content of all files. Raises UserError without embeddings of a modality, and many errors for damaged files."""
     tables = [pq.read_table(path / entry["file"]) for entry in manifest["files"]]
     names = [name for name in modalities if name != "text"]
@@ -312,4 +318,11 @@ def _read_tables(path: Path, manifest: dict[str, Any], label: str, modalities: l
         keys=table["key"].to_pylist(),
         captions=[caption for texts in captions for caption in texts],
         labels=[values.get(label) for values in metadata],
+        languages=[
+            code
+            for values, texts in zip(metadata, captions, strict=True)
+            for code in read_languages(values, language or "", len(texts))
+        ]
+        if language is not None
+        else [],
     )

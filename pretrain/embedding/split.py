@@ -5,8 +5,9 @@ Shapes: n = samples, m = captions, D = embedding width, P = width of a tower's p
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from pretrain.runtime import distributed
 from pretrain.runtime.agree import on_all
 
 __all__ = ["EmbeddedSplit", "build_text_encoder", "choose_classified", "embed_split", "eval_mode"]
+
+_LANGUAGE = re.compile(r"[A-Za-z0-9]+(-[A-Za-z0-9]+)*")
 
 
 @dataclass
@@ -44,6 +47,8 @@ class EmbeddedSplit:
     """m captions as written."""
     labels: list[Any]
     """n classes from the samples' json; None where a sample has none."""
+    languages: list[str] = field(default_factory=list)
+    """m languages of captions; "" where one is not known. Empty if they were not requested."""
 
     @property
     def image(self) -> Tensor:
@@ -72,6 +77,7 @@ def embed_split(
     texts: bool = True,
     pooled: bool = False,
     label: str = "label",
+    language: str | None = None,
 ) -> EmbeddedSplit:
     """Encode every sample of `batches`; rank 0 gets the whole split, in rank order. Collective.
 
@@ -85,11 +91,12 @@ def embed_split(
         texts: encode all modalities of the model, with all captions; False = that of `choose_classified` alone.
         pooled: return the pooled output of that tower too.
         label: field of the json with a sample's class.
+        language: field of the json with the language of its captions, or a list of one for each; None = not requested.
 
     Raises:
         UserError: on every rank, if one rank cannot read its samples.
     """
-    local = on_all(lambda: _embed_local(model, batches, decoders, device, precision, texts, pooled, label))
+    local = on_all(lambda: _embed_local(model, batches, decoders, device, precision, texts, pooled, label, language))
     return local if distributed.world_size() == 1 else _gather(local)
 
 
@@ -102,6 +109,7 @@ def _embed_local(
     texts: bool,
     pooled: bool,
     label: str,
+    language: str | None,
 ) -> EmbeddedSplit:
     """Encode the samples of this rank."""
     classified = choose_classified(model) if pooled or not texts else ""
@@ -112,6 +120,7 @@ def _embed_local(
     captions: list[str] = []
     keys: list[str] = []
     labels: list[Any] = []
+    languages: list[str] = []
     encoder = Encoder(model, decoders, device, precision, modalities, pooled=pooled)
     with eval_mode(model):
         for _, batch in encoder.stream((None, batch) for batch in batches):
@@ -123,6 +132,9 @@ def _embed_local(
             if "text" in modalities:
                 image_index += [len(keys) + i for i, of_sample in enumerate(batch.captions) for _ in of_sample]
                 captions += [caption for of_sample in batch.captions for caption in of_sample]
+                if language is not None:
+                    for json, of_sample in zip(batch.json, batch.captions, strict=True):
+                        languages += read_languages(json, language, len(of_sample))
             keys += batch.keys
             labels += [json.get(label) for json in batch.json]
     # Concatenated outside inference mode, these are ordinary tensors again, which the linear probe may compute with.
@@ -135,7 +147,23 @@ def _embed_local(
         keys=keys,
         captions=captions,
         labels=labels,
+        languages=languages,
     )
+
+
+def read_languages(fields: Mapping[str, Any], name: str, captions: int) -> list[str]:
+    """Return the language of each caption of a sample, a code such as de or pt-BR; "" where the field holds none.
+
+    Args:
+        fields: of the sample's json.
+        name: of the field: a code for all captions, or a list of one for each. A list of another length tells nothing.
+        captions: how many the sample has.
+    """
+    value = fields.get(name)
+    values = value if isinstance(value, list) else [value] * captions
+    if len(values) != captions:
+        return [""] * captions
+    return [code if isinstance(code, str) and _LANGUAGE.fullmatch(code) else "" for code in values]
 
 
 def choose_classified(model: DualEncoder) -> str:
@@ -158,17 +186,22 @@ def _gather(local: EmbeddedSplit) -> EmbeddedSplit:
     """Return the samples of all ranks, in rank order, on rank 0, and `local` on the others. Collective."""
     embeddings = {name: _gather_rows(rows) for name, rows in local.embeddings.items()}
     text, pooled = _gather_rows(local.text), _gather_rows(local.pooled)
-    gathered = distributed.gather_objects((local.image_index.tolist(), local.keys, local.captions, local.labels))
+    gathered = distributed.gather_objects(
+        (local.image_index.tolist(), local.keys, local.captions, local.labels, local.languages)
+    )
     if not distributed.is_main():
         return local
     image_index: list[int] = []
     keys: list[str] = []
     captions: list[str] = []
     labels: list[Any] = []
-    for rank_image_index, rank_keys, rank_captions, rank_labels in gathered:
+    languages: list[str] = []
+    for rank_image_index, rank_keys, rank_captions, rank_labels, rank_languages in gathered:
         image_index += [len(keys) + row for row in rank_image_index]
         keys, captions, labels = keys + rank_keys, captions + rank_captions, labels + rank_labels
-    return EmbeddedSplit(embeddings, text, torch.tensor(image_index, dtype=torch.int64), pooled, keys, captions, labels)
+        languages += rank_languages
+    index = torch.tensor(image_index, dtype=torch.int64)
+    return EmbeddedSplit(embeddings, text, index, pooled, keys, captions, labels, languages)
 
 
 def _gather_rows(rows: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ Every module of the model keeps its train or eval mode, and no global random gen
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -30,6 +31,7 @@ from pretrain.embedding.split import EmbeddedSplit, build_text_encoder, choose_c
 from pretrain.errors import ConfigError, UserError, closest
 from pretrain.evaluation import linear_probe, zero_shot
 from pretrain.evaluation.chance import chance_levels, with_chance, without_chance
+from pretrain.evaluation.languages import metrics_by_language
 from pretrain.evaluation.retrieval import list_pairs, retrieval_metrics
 from pretrain.losses import cut_to_width
 from pretrain.model import DualEncoder
@@ -70,6 +72,9 @@ class EvalConfig:
     """Sentences that name a class, with {} in place of its name; their embeddings are averaged."""
     label: str = "label"
     """Field of a sample's json that holds its class: a number from 0, or a name."""
+    language: str | None = None
+    """Field of a sample's json with the language of its captions, a code such as de or pt-BR, or a list of one for each:
+    retrieval is measured within each language, too. null = off."""
     probe_train: str | None = None
     """Shards whose images and classes the linear probe is trained on; its accuracy is measured on the evaluated shards."""
 
@@ -136,7 +141,7 @@ def evaluate(
             max_samples=config.max_samples,
             cache=cache,
         )
-        embedded = embed_split(model, batches, decoders, device, precision, texts, needs_pooled, config.label)
+        embedded = embed_split(model, batches, decoders, device, precision, texts, needs_pooled, config.label, config.language)
         return embedded, sum(distributed.gather_objects(Counter(batches.bad)), Counter())
 
     split, bad = (embedded, Counter[str]()) if embedded is not None else embed(shards, needs_text)
@@ -163,6 +168,8 @@ def evaluate(
                 for width in widths:
                     cut = retrieval_metrics(cut_to_width(first, width), cut_to_width(second, width), index, names=pair)
                     metrics |= {f"{name}_dim{width}": value for name, value in cut.items() if "_R@" in name}
+                if config.language is not None and pair[1] == "text":
+                    metrics |= metrics_by_language(first, second, index, split.languages, config.language, pair)
         if class_weights is not None:
             labels = zero_shot.index_labels(split.labels, names)
             scores = zero_shot.top_k_accuracy(split.embeddings[classified].to(device), labels, class_weights.to(device))
@@ -196,7 +203,7 @@ def evaluate_checkpoint(
     if dataset.is_embedding_folder(shards):
         if "linear_probe" in config.tasks:
             raise ConfigError(f"linear_probe is trained on a tower's own output, which {shards} does not hold: give shards")
-        embedded = dataset.load(shards, loaded, config.label)
+        embedded = dataset.load(shards, loaded, config.label, config.language)
     with models.on_device(loaded.model, loaded.config, device) as model:
         metrics = evaluate(model, loaded.decoders, shards, config, device, precision, embedded=embedded, widths=loaded.widths)
     seconds = round(time.perf_counter() - begin, 3)
@@ -235,10 +242,16 @@ def build_table(result: dict[str, Any]) -> Table:
     table.add_column("result", justify="right")
     table.add_column("chance", justify="right", style="dim")
     for name, value in metrics.items():
-        if name in ("samples", "captions", "bad_samples"):
+        if name in ("samples", "captions", "bad_samples") or _is_in_detail(name):
             continue
         is_fraction = "R@" in name or "_top" in name
         cells = [f"{100 * x:.1f} %" if is_fraction else f"{x:g}" for x in (value, chance.get(name)) if x is not None]
         label = name.replace("_R@", " R@").replace("_top", " top-").replace("_", " ")
         table.add_row(label, *cells)
     return table
+
+
+def _is_in_detail(name: str) -> bool:
+    """Return whether a metric is one of a language that the table leaves out: it shows recall at 1."""
+    is_of_language = re.fullmatch(r"(samples|captions|.*_R@(?!1_)\d+|.*_median_rank)_[A-Za-z0-9-]+", name)
+    return is_of_language is not None and "_dim" not in name
