@@ -5,12 +5,12 @@ Towers and shared space are those of `init` unless a key overrides them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from finetune.adapt.freeze import AdaptConfig
-from finetune.model import TokenSource
+from finetune.model import TokenSource, find_subject
 from finetune.tasks import EvalConfig
 from pretrain import config as configuration
 from pretrain import registry
@@ -18,7 +18,7 @@ from pretrain.checkpoints import loading, resuming, warm_start
 from pretrain.config import SEED, check_numbers, component_field, text_field
 from pretrain.data.loader import DataConfig
 from pretrain.errors import ConfigError
-from pretrain.model import ModelSchema
+from pretrain.model import ModelSchema, tower_configs
 from pretrain.optim import OptimConfig
 from pretrain.training.config import TrainConfig
 from pretrain.training.session import check_batch_and_evaluation
@@ -104,4 +104,21 @@ def load_config(path: Path, settings: list[str]) -> FinetuneConfig:
         encoders = loading.load_model(init).config if checkpoint is None else warm_start.read_schema(checkpoint)
         bias = encoders.model.logit_bias  # null or not tells the loss of pretraining
         values["model"] = configuration.merge({"logit_bias": bias}, values.get("model") or {})
-    return configuration.build(FinetuneConfig, values, str(path))
+    return _rename_image(configuration.build(FinetuneConfig, values, str(path)))
+
+
+def _rename_image(config: FinetuneConfig) -> FinetuneConfig:
+    """Return the configuration of a model without an image tower, with what it says of `image` said of what texts are about.
+
+    So the shipped configurations, which set rates and frozen blocks of both towers, serve sounds as well.
+    """
+    towers = list(tower_configs(config))
+    if "image" in towers:
+        return config
+    subject = find_subject(config.fusion, towers)
+
+    def rename(values: dict[str, Any]) -> dict[str, Any]:
+        return {subject if name == "image" else name: value for name, value in values.items()}
+
+    optim = replace(config.optim, lr_scale=rename(config.optim.lr_scale), weight_decay_of=rename(config.optim.weight_decay_of))
+    return replace(config, optim=optim, adapt=replace(config.adapt, trainable_blocks=rename(config.adapt.trainable_blocks)))

@@ -38,11 +38,11 @@ class Finetuned:
     """The training shards, where they still exist: baselines are computed from them."""
 
     def encode_inputs(self, images: list[bytes], texts: list[str]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """Encode image files (JPEG, PNG, ...) and one text per image.
+        """Encode image files (JPEG, PNG, ...), or sound files where the texts are about sounds, and one text for each.
 
         Returns inputs and masks of a batch, by modality. Raises BadSample, UserError.
         """
-        return encode_inputs(self.decoders, next(self.model.parameters()).device, images, texts)
+        return encode_inputs(self.decoders, next(self.model.parameters()).device, images, texts, self.task.subject)
 
     def predict(self, images: list[bytes], texts: list[str], trace: Trace | None = None, top: int = 5) -> Prediction:
         """Predict from image files and one text per image.
@@ -66,19 +66,21 @@ class Finetuned:
 
 
 def encode_inputs(
-    decoders: dict[str, Any], device: torch.device, images: list[bytes], texts: list[str]
+    decoders: dict[str, Any], device: torch.device, images: list[bytes], texts: list[str], subject: str = "image"
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Encode image files (JPEG, PNG, ...) and one text per image with the decoders of a model on `device`.
+
+    subject: the modality of the files, audio for sounds.
 
     Returns inputs and masks of a batch, by modality. Raises BadSample, UserError.
     """
     if len(images) != len(texts):
         raise UserError(f"{len(images)} images and {len(texts)} texts: give one text per image")
-    pixels = torch.stack([decoders["image"].decode_eval(data) for data in images])
+    pixels = torch.stack([decoders[subject].decode_eval(data) for data in images])
     if "text" not in decoders:  # the task reads images alone
-        return {"image": pixels.to(device)}, {}
+        return {subject: pixels.to(device)}, {}
     ids, mask = decoders["text"].encode(texts)
-    return {"image": pixels.to(device), "text": ids.to(device)}, {"text": mask.to(device)}
+    return {subject: pixels.to(device), "text": ids.to(device)}, {"text": mask.to(device)}
 
 
 def is_finetuned(run: str | Path) -> bool:
@@ -107,6 +109,7 @@ def load(run: str | Path, caption: str | None = None) -> Finetuned:
     tokenizer = load_tokenizer(str(folder / loading.TOKENIZER))
     encoder = encoders.build(encoders.tower_configs(config), config.model, tokenizer)
     task = registry.get_component("tasks", config.task.name).build(config.task, None)
+    task.subject = models.find_subject(config.fusion, list(encoder.towers))
     model = models.build(encoder, config.fusion, config.context, config.tokens, config.adapt.fork)
     model.head = task.build_head(model)
     store.load_weights(model, store.read_weights(folder), folder)

@@ -76,7 +76,12 @@ class FusionModel(nn.Module):
     head: Head
 
     def __init__(
-        self, encoder: DualEncoder, fusion: Fusion | None, token_sources: dict[str, str], tower_copies: Collection[str] = ()
+        self,
+        encoder: DualEncoder,
+        fusion: Fusion | None,
+        token_sources: dict[str, str],
+        tower_copies: Collection[str] = (),
+        subject: str = "image",
     ) -> None:
         """Join encoders and fusion; the caller assigns `head`.
 
@@ -85,9 +90,11 @@ class FusionModel(nn.Module):
             fusion: None for a task that reads embeddings only.
             token_sources: modality -> "aligned" (tokens projected into the shared space) or "tower" (the tower's own states).
             tower_copies: modalities whose tokens come from a copy of their tower.
+            subject: the modality that texts are about, image or audio.
         """
         super().__init__()
         self.encoder = encoder
+        self.subject = subject
         self.forks = nn.ModuleDict({name: TowerCopy(encoder, name) for name in tower_copies})  # named so in checkpoints
         self.fusion = fusion
         self.token_sources = token_sources
@@ -112,10 +119,10 @@ class FusionModel(nn.Module):
         if CAPTION not in inputs:
             features: Features = self.head(self, inputs, masks, targets or {}, trace)
             return features
-        cached = _CachedImageModel(self)
+        cached = _CachedSubjectModel(self)
         features = self.head(cast(FusionModel, cached), inputs, masks, targets or {}, trace)
         contrastive = {
-            f"{CAPTION}_image": cached.embed("image", inputs["image"]),
+            f"{CAPTION}_{self.subject}": cached.embed(self.subject, inputs[self.subject]),
             f"{CAPTION}_text": self.embed("text", inputs[CAPTION], masks[CAPTION]),
             "logit_scale": self.encoder.logit_scale.exp(),
         }
@@ -205,8 +212,8 @@ class FusionModel(nn.Module):
         return counts
 
 
-class _CachedImageModel:
-    """A view of a FusionModel that encodes a batch of images once for all requests."""
+class _CachedSubjectModel:
+    """A view of a FusionModel that encodes a batch of images or sounds once for all requests."""
 
     def __init__(self, model: FusionModel) -> None:
         self._model = model
@@ -218,7 +225,7 @@ class _CachedImageModel:
     def tokens_and_embedding(
         self, modality: str, inputs: Tensor, mask: Tensor | None = None, embed: bool = True
     ) -> tuple[TokenSequence, Tensor | None]:
-        if modality != "image":
+        if modality != self._model.subject:
             return self._model.tokens_and_embedding(modality, inputs, mask, embed)
         if self._cache is None or self._cache[0] is not inputs:
             self._cache = inputs, self._model.tokens_and_embedding(modality, inputs, mask)
@@ -238,6 +245,16 @@ def _rows(ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Assembly
+
+
+def find_subject(fusion: Any, towers: Collection[str]) -> str:
+    """Return the modality that texts are about, image or another: what the fusion joins with texts, else the first tower's.
+
+    fusion: Config of the fusion, or None. towers: the modalities of the encoders.
+    """
+    named = (fusion.context, fusion.query) if fusion is not None else ()
+    candidates = [name for name in (*named, "image", *towers) if name != "text" and (name in towers or name in named)]
+    return candidates[0] if candidates else "image"
 
 
 def choose_token_sources(encoder: DualEncoder, tokens: TokenSource) -> dict[str, str]:
@@ -284,10 +301,10 @@ def build(
     sources = choose_token_sources(encoder, tokens)
     fusion_module = None
     if fusion is not None:
-        image_modalities = [name for name in encoder.towers if name == "image"]
+        image_modalities = [name for name in encoder.towers if name != "text"]  # those whose tokens may have a grid
         fusion_module = registry.get_component("fusion", fusion.name).build(
             fusion, token_widths(encoder, sources), context=context, image_modalities=image_modalities
         )
-        if set(sources.values()) == {"aligned"}:
+        if {sources.get(name) for name in (fusion.query, fusion.context)} == {"aligned"}:
             fusion_module.tie_query_key_()
-    return FusionModel(encoder, fusion_module, sources, tower_copies)
+    return FusionModel(encoder, fusion_module, sources, tower_copies, find_subject(fusion, list(encoder.towers)))

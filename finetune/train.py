@@ -143,6 +143,7 @@ def build(config: FinetuneConfig, checkpoint: Path | None = None) -> Components:
     task = registry.get_component("tasks", config.task.name).build(
         config.task, lambda: survey(config.data.train, config.data.build_cache())
     )
+    task.subject = models.find_subject(config.fusion, list(encoders.towers))
     task = add_contrastive_loss(task, config.adapt)
     model = models.build(encoders, config.fusion, config.context, config.tokens, config.adapt.fork)
     model.head = task.build_head(model)

@@ -25,7 +25,9 @@ from pretrain.model import DualEncoder
 
 
 @torch.no_grad()
-def compute_similarity_maps(encoder: DualEncoder, images: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def compute_similarity_maps(
+    encoder: DualEncoder, images: Tensor, ids: Tensor, mask: Tensor, subject: str = "image"
+) -> tuple[Tensor, Tensor]:
     """Compute the products of projected tokens and cells, (b, T, H, W), and the cosines of the embeddings, (b,).
 
     Products have their sign, and are 0 for padding.
@@ -35,18 +37,19 @@ def compute_similarity_maps(encoder: DualEncoder, images: Tensor, ids: Tensor, m
         images: (b, 3, h, w) uint8.
         ids: (b, T), one text per image.
         mask: (b, T), True for real tokens.
+        subject: the modality of `images`.
 
     Raises:
         UserError: a tower that does not pool the mean of its tokens.
     """
-    for name in ("image", "text"):
+    for name in (subject, "text"):
         if not encoder.tower(name).pools_mean:
             raise UserError(
                 f"similarity maps need towers that pool the mean of their tokens, and the {name} tower of this model does not: "
                 f"pretrain with {name}.pool=avg, or draw the attention of a fine-tuned run (raw)"
             )
     with eval_mode(encoder):
-        image, text = encoder.tokens("image", images), encoder.tokens("text", ids, mask)
+        image, text = encoder.tokens(subject, images), encoder.tokens("text", ids, mask)
     assert image.grid is not None  # no patch dropout in eval mode
     products = (text.states * text.mask[..., None]) @ image.states.mT
     return products.unflatten(2, image.grid), F.cosine_similarity(image.pooled, text.pooled)

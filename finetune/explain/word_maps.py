@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from finetune.attention.trace import Trace
-from finetune.explain import heatmap
+from finetune.explain import heatmap, spectrogram
 from finetune.explain.attribution import METHODS as ATTENTION_METHODS
 from finetune.explain.attribution import compute_attention_maps
 from finetune.explain.similarity import compute_similarity_maps
@@ -79,6 +79,8 @@ class WordMaps:
     """The whole image, small; None where it was not asked for."""
     visible: heatmap.Box = (0.0, 0.0, 1.0, 1.0)
     """The part of `whole` that the model's input shows, (x0, y0, x1, y1) as shares of its sides; borders exceed 0 to 1."""
+    note: str = ""
+    """A line above the figure that says what `image` is, where it is no photograph."""
 
     def format_answers(self) -> tuple[str, str]:
         """Return the best answer with its probability or score, and the next two probable answers with theirs, or ""."""
@@ -97,6 +99,8 @@ class WordMaps:
             lines.append(
                 "which is right" if self.answers and self.answers[0][0] == self.truth else f"right would be: {self.truth}"
             )
+        if self.note:
+            lines.append(self.note)
         H, W = self.maps.shape[1:]
         if max(H, W) <= heatmap.COARSE_CELLS:
             lines.append(f"{H} x {W} regions: a map tells no smaller parts of the image apart")
@@ -144,7 +148,7 @@ def compute_token_maps(
     Args:
         model: the model.
         task: its task.
-        images: (b, 3, h, w) uint8.
+        images: (b, 3, h, w) uint8, or what else the model's texts are about.
         ids: (b, T), one text per image.
         mask: (b, T), True for real tokens.
         method: one of METHODS. Negative similarities become 0.
@@ -156,14 +160,14 @@ def compute_token_maps(
     """
     check_method(method, layer)
     if method == SIMILARITY:
-        maps, _ = compute_similarity_maps(model.encoder, images, ids, mask)
+        maps, _ = compute_similarity_maps(model.encoder, images, ids, mask, model.subject)
         with eval_mode(model), torch.no_grad():
-            prediction = task.predict(model, {"image": images, "text": ids}, {"text": mask})
+            prediction = task.predict(model, {model.subject: images, "text": ids}, {"text": mask})
         return maps.clamp(min=0).float().cpu(), prediction
     trace = Trace()
     with _frozen_eval(model), torch.enable_grad():
-        prediction = task.predict(model, {"image": images, "text": ids}, {"text": mask}, trace)
-        maps = compute_attention_maps(trace, method, prediction.score, layer=layer)
+        prediction = task.predict(model, {model.subject: images, "text": ids}, {"text": mask}, trace)
+        maps = compute_attention_maps(trace, method, prediction.score, image=model.subject, layer=layer)
     if getattr(model.fusion and model.fusion.config, "causal", False):
         # A decoder predicts a word at the position before it, so the map of a token is the one of that position.
         maps = torch.cat([torch.zeros_like(maps[:, :1]), maps[:, :-1]], dim=1)
@@ -188,7 +192,7 @@ def _frozen_eval(model: nn.Module) -> Iterator[None]:
 
 
 def compute_word_maps(tuned: Finetuned, data: bytes, text: str, method: str = METHOD, layer: int | None = None) -> WordMaps:
-    """Compute the maps of one text on one encoded image (JPEG, PNG, WebP, ...).
+    """Compute the maps of one text on one encoded image (JPEG, PNG, WebP, ...), or sound (WAV, FLAC, Ogg, MP3).
 
     Raises:
         ConfigError: a wrong method or layer, or a tokenizer that does not report the characters of its tokens.
@@ -196,9 +200,9 @@ def compute_word_maps(tuned: Finetuned, data: bytes, text: str, method: str = ME
     """
     check_method(method, layer)
     device = next(tuned.model.parameters()).device
-    image, spans, batch = _read_pair(tuned.decoders, device, data, text)
+    image, spans, batch = _read_pair(tuned.decoders, device, data, text, tuned.model.encoder, tuned.model.subject)
     maps, prediction = compute_token_maps(tuned.model, tuned.task, *batch, method, layer)
-    return _build_word_maps(image, spans, maps[0], prediction, tuned.task.text_is_question, method)
+    return _build_word_maps(image, spans, maps[0], prediction, tuned.task.text_is_question, method, tuned.model.subject)
 
 
 def compute_encoder_maps(encoder: DualEncoder, decoders: dict[str, Any], data: bytes, text: str) -> WordMaps:
@@ -206,37 +210,56 @@ def compute_encoder_maps(encoder: DualEncoder, decoders: dict[str, Any], data: b
 
     decoders: of the encoder, by modality. Raises as compute_word_maps().
     """
-    image, spans, batch = _read_pair(decoders, encoder.logit_scale.device, data, text)
+    image, spans, batch = _read_pair(decoders, encoder.logit_scale.device, data, text, encoder)
     maps, cosines = compute_similarity_maps(encoder, *batch)
     prediction = Prediction([[("cosine", float(cosines[0]))]], cosines, has_probabilities=False)
     return _build_word_maps(image, spans, maps[0].clamp(min=0).float().cpu(), prediction, False, SIMILARITY)
 
 
 def _read_pair(
-    decoders: dict[str, Any], device: torch.device, data: bytes, text: str
+    decoders: dict[str, Any], device: torch.device, data: bytes, text: str, encoder: DualEncoder, subject: str = "image"
 ) -> tuple[Image.Image, TokenSpans, tuple[Tensor, Tensor, Tensor]]:
-    """Return what a model sees of an image file, the tokens of a text, and both as a batch: images, ids, mask."""
-    image_decoder, text_decoder = find_decoders(decoders)
+    """Return what a model sees of an image or sound file, the tokens of a text, and both as a batch: images, ids, mask."""
+    text_decoder = find_text_decoder(decoders) if subject == "audio" else find_decoders(decoders)[1]
     spans = TokenSpans(text_decoder, text)
     if not spans.find_words():
         raise UserError(f"the text {text!r} has no word to draw a map for")
     try:
-        inputs, masks = encode_inputs(decoders, device, [data], [spans.text])
+        inputs, masks = encode_inputs(decoders, device, [data], [spans.text], subject)
+        batch = inputs[subject], inputs["text"], masks["text"]
+        if subject == "audio":
+            return spectrogram.draw_spectrogram(encoder, inputs[subject][0]), spans, batch
         pixels = decode_image(data)
     except BadSample as error:
-        raise UserError(f"the image cannot be used: {error.reason}: {error.detail}") from error
+        raise UserError(f"the {subject} cannot be used: {error.reason}: {error.detail}") from error
+    image_decoder = find_decoders(decoders)[0]
     visible = crop_visible(pixels, image_decoder.size, image_decoder.resize, image_decoder.pad_color)
-    return visible, spans, (inputs["image"], inputs["text"], masks["text"])
+    return visible, spans, batch
 
 
 def _build_word_maps(
-    image: Image.Image, spans: TokenSpans, maps: Tensor, prediction: Prediction, is_question: bool, method: str
+    image: Image.Image,
+    spans: TokenSpans,
+    maps: Tensor,
+    prediction: Prediction,
+    is_question: bool,
+    method: str,
+    subject: str = "image",
 ) -> WordMaps:
     """Average the maps (T, H, W) of one text over the tokens of its words."""
     words = spans.find_words()
     values, labels = average_words(maps, words).double().numpy(), [word.text for word in words]
+    is_sound = subject == "audio"
     return WordMaps(
-        image, spans.text, labels, values, prediction.best[0], is_question, "", prediction.has_probabilities, method
+        image,
+        spans.text,
+        labels,
+        spectrogram.turn_maps(values) if is_sound else values,
+        prediction.best[0],
+        is_question,
+        has_probabilities=prediction.has_probabilities,
+        method=method,
+        note=spectrogram.LINE if is_sound else "",
     )
 
 
@@ -245,11 +268,19 @@ def find_decoders(decoders: dict[str, Any]) -> tuple[ImageDecoder, TextDecoder]:
 
     A task may have wrapped the text decoder in its own. Raises UserError for a model without images or texts.
     """
-    image, text = decoders.get("image"), decoders.get("text")
-    text = text if isinstance(text, TextDecoder) else getattr(text, "text", None)
-    if not isinstance(image, ImageDecoder) or not isinstance(text, TextDecoder):
+    image = decoders.get("image")
+    if not isinstance(image, ImageDecoder):
         raise UserError(f"maps need images and texts; this model reads {', '.join(decoders)}")
-    return image, text
+    return image, find_text_decoder(decoders)
+
+
+def find_text_decoder(decoders: dict[str, Any]) -> TextDecoder:
+    """Return the text decoder among the decoders of a model, also where a task has wrapped it. Raises UserError."""
+    text = decoders.get("text")
+    text = text if isinstance(text, TextDecoder) else getattr(text, "text", None)
+    if not isinstance(text, TextDecoder):
+        raise UserError(f"maps need texts; this model reads {', '.join(decoders)}")
+    return text
 
 
 def format_share(value: float) -> str:

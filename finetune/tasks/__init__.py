@@ -26,7 +26,7 @@ A dotted path names a task outside the project (task.name=my.module). May import
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -173,6 +173,8 @@ class Task:
     """What evaluate() gives as chance_NAME beside a metric, in a few words; empty where it gives none."""
     text_is_question: ClassVar[bool] = False
     """Whether the texts are questions about the image."""
+    subject: str = "image"
+    """The modality that the texts are about, image or audio: that of the model's `subject`."""
     can_split: bool = True
     """Whether encode() of a batch is the concatenation of encode() of its chunks, as train.chunks > 1 requires."""
 
@@ -233,6 +235,18 @@ class Task:
     def export_spec(self) -> ExportSpec:
         """Describe the exported output. Raises UserError where one pass over image and text is not enough."""
         raise UserError(f"{type(self).__module__.rsplit('.', 1)[-1]} does not answer in one pass over an image and a text")
+
+
+def require_towers(task: str, towers: Collection[str], *needed: str) -> None:
+    """Raise ConfigError where a model lacks a tower that a task needs.
+
+    task: its name. towers: the modalities that the model has.
+    """
+    for name in needed:
+        if name not in towers:
+            others = [other for other in towers if other != "text"] if name != "text" else []
+            hint = f"; fusion.context={others[0]} lets texts attend to {others[0]}" if others else ""
+            raise ConfigError(f"task.name={task} needs an {name} tower; the model has {', '.join(towers)}{hint}")
 
 
 def global_weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from finetune.attention.trace import Trace
 from finetune.model import Features, FusionModel, Head
-from finetune.tasks import EvalSetup, Prediction, Survey, Task, caption_metrics, global_weighted_mean
+from finetune.tasks import EvalSetup, Prediction, Survey, Task, caption_metrics, global_weighted_mean, require_towers
 from finetune.tasks.decoding import Generated, beam_search, greedy_search, nucleus_sampling
 from pretrain.config import SEED, check_numbers
 from pretrain.data.text import TextDecoder
@@ -138,7 +138,7 @@ class CaptionHead(Head):
             likelihood: (b, T - 1) log-probability of the next token.
             weights: (b, T - 1), 1 where there is a next token, else 0.
         """
-        image = model.tokens("image", inputs["image"])
+        image = model.tokens(model.subject, inputs[model.subject])
         ids, mask = inputs["text"], masks["text"]
         logits = self.logits(model, image, ids, mask, trace)[:, :-1]
         scores = logits.float().log_softmax(dim=-1) if logits.dtype != torch.float64 else logits.log_softmax(dim=-1)
@@ -149,7 +149,7 @@ class CaptionHead(Head):
     def logits(self, model: FusionModel, image: TokenSequence, ids: Tensor, mask: Tensor, trace: Trace | None = None) -> Tensor:
         """Compute next-token logits (n, T, V) of ids (n, T); n is a multiple of the number of images."""
         text = self._text_tokens(model, ids, mask)
-        fused = model.fuse({"text": text, "image": image}, trace)["text"].states
+        fused = model.fuse({"text": text, model.subject: image}, trace)["text"].states
         out: Tensor = self.out(self.norm(fused))
         return out
 
@@ -171,19 +171,17 @@ class Captioning(Task):
         self.captions: Captions | None = None
 
     def build_decoders(self, towers: dict[str, Any]) -> dict[str, Any]:
-        for name in ("image", "text"):
-            if name not in towers:
-                raise ConfigError(f"task.name=captioning needs an {name} tower; the model has {', '.join(towers)}")
+        require_towers("captioning", towers, self.subject, "text")
         self.captions = Captions(towers["text"])
-        return {"image": towers["image"], "text": self.captions}
+        return {self.subject: towers[self.subject], "text": self.captions}
 
     def build_head(self, model: FusionModel) -> CaptionHead:
         fusion = cast(Any, model.fusion)
-        is_text_to_image = fusion is not None and (fusion.config.query, fusion.config.context) == ("text", "image")
+        is_text_to_image = fusion is not None and (fusion.config.query, fusion.config.context) == ("text", self.subject)
         if not is_text_to_image or not getattr(fusion, "causal", False):
             raise ConfigError(
                 "task.name=captioning needs causal text tokens that attend to the image: set fusion.name=cross "
-                "fusion.causal=true fusion.query=text fusion.context=image"
+                f"fusion.causal=true fusion.query=text fusion.context={self.subject}"
             )
         tower = cast(Any, model.encoder.tower("text"))
         causal = bool(getattr(tower, "causal", False))
@@ -211,7 +209,7 @@ class Captioning(Task):
         `keys` name the samples; nucleus sampling derives its random numbers from them.
         """
         config, captions, head = self.config, self._text_decoder(), cast(CaptionHead, model.head)
-        image = model.tokens("image", images)
+        image = model.tokens(model.subject, images)
         start = torch.tensor([captions.start], device=images.device).repeat(len(images), 1)
         max_length = captions.length - start.shape[1]
         length = min(config.length or max_length, max_length)
@@ -250,7 +248,7 @@ class Captioning(Task):
             best = [[(captions.decode(row), value)] for row, value in zip(rows, mean, strict=True)]
             return Prediction(best, score, has_probabilities=False)
         with torch.no_grad():
-            generated = self.generate(model, inputs["image"], [str(i) for i in range(len(score))])
+            generated = self.generate(model, inputs[model.subject], [str(i) for i in range(len(score))])
         best = [
             [(captions.decode(ids), value / (len(ids) + 1))]
             for ids, value in zip(generated.ids, generated.scores.tolist(), strict=True)
@@ -299,7 +297,9 @@ class Captioning(Task):
                 counts = features["weights"].double().sum(dim=1).tolist()
                 sentences = [""] * len(batch)
                 if self.config.generate:
-                    sentences = [captions.decode(ids) for ids in self.generate(model, batch.inputs["image"], batch.keys).ids]
+                    sentences = [
+                        captions.decode(ids) for ids in self.generate(model, batch.inputs[model.subject], batch.keys).ids
+                    ]
                 rows.extend(zip(batch.keys, sums, counts, sentences, batch.targets["captions"], strict=True))
         return rows
 

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from finetune.attention.trace import Trace
 from finetune.fusion.blocks import repeat_rows
 from finetune.model import Features, FusionModel, Head
-from finetune.tasks import EvalSetup, ExportSpec, Prediction, Survey, Task, global_weighted_mean
+from finetune.tasks import EvalSetup, ExportSpec, Prediction, Survey, Task, global_weighted_mean, require_towers
 from finetune.tasks.labels import (
     Labels,
     balanced_weights,
@@ -115,7 +115,7 @@ class Classifier(Head):
         trace: Trace | None = None,
     ) -> Features:
         """Compute logits (b, K) from image (b, 3, H, W) or (b, p, 3, H, W) and text (b, T)."""
-        image = inputs["image"]
+        image = inputs[model.subject]
         p = image.shape[1] if image.dim() == 5 else 1
         image = image.flatten(0, 1) if image.dim() == 5 else image
         x = self._fused(model, image, inputs, masks, p, trace) if self.fused else self._pooled(model, image, inputs, masks, p)
@@ -136,13 +136,13 @@ class Classifier(Head):
         """Return the mean fused token of text and image, concatenated; with two images, those of both."""
         text = model.tokens("text", inputs["text"], masks["text"])
         text = repeat_rows(text, p) if p > 1 else text
-        fused = model.fuse({"text": text, "image": model.tokens("image", image)}, trace)
-        pooled = torch.cat([fused["text"].pooled, fused["image"].states.mean(dim=1)], dim=1)
+        fused = model.fuse({"text": text, model.subject: model.tokens(model.subject, image)}, trace)
+        pooled = torch.cat([fused["text"].pooled, fused[model.subject].states.mean(dim=1)], dim=1)
         return pooled.reshape(pooled.shape[0] // p, -1)
 
     def _pooled(self, model: FusionModel, image: Tensor, inputs: dict[str, Tensor], masks: dict[str, Tensor], p: int) -> Tensor:
         """Return the embeddings, and for each pair of them their product and absolute difference."""
-        rows = list(model.embed("image", image).unflatten(0, (-1, p)).unbind(dim=1))
+        rows = list(model.embed(model.subject, image).unflatten(0, (-1, p)).unbind(dim=1))
         if self.config.text is not None:
             rows.append(model.embed("text", inputs["text"], masks["text"]))
         pairs = [(rows[i], rows[j]) for j in range(len(rows)) for i in range(j)]
@@ -153,9 +153,9 @@ def _input_width(model: FusionModel, config: Config, fused: bool) -> int:
     """Return the width of a Classifier's input."""
     p = max(1, len(config.pictures))
     if fused:
-        return p * (model.widths["text"] + model.widths["image"])
+        return p * (model.widths["text"] + model.widths[model.subject])
     rows = p + (config.text is not None)
-    return (rows + rows * (rows - 1)) * model.encoder.projection("image").out_features
+    return (rows + rows * (rows - 1)) * model.encoder.projection(model.subject).out_features
 
 
 class ImagesDecoder(ImageDecoder):
@@ -187,10 +187,11 @@ class Classification(Task):
 
     def build_decoders(self, towers: dict[str, Any]) -> dict[str, Any]:
         config = self.config
-        if "image" not in towers:
-            raise ConfigError(f"task.name=classification needs an image tower; the model has {', '.join(towers)}")
-        image, text = towers["image"], towers.get("text")
-        decoders: dict[str, Any] = {"image": ImagesDecoder(image, config.pictures) if config.pictures else image}
+        require_towers("classification", towers, self.subject)
+        image, text = towers[self.subject], towers.get("text")
+        if config.pictures and self.subject != "image":
+            raise ConfigError(f"task.pictures={config.pictures} are images; this model classifies {self.subject}")
+        decoders: dict[str, Any] = {self.subject: ImagesDecoder(image, config.pictures) if config.pictures else image}
         if config.text is not None:
             if text is None:
                 raise ConfigError(f"task.text={config.text} needs a text tower; the model has {', '.join(towers)}")
@@ -199,7 +200,10 @@ class Classification(Task):
 
     def build_head(self, model: FusionModel) -> Classifier:
         config = self.config
-        can_fuse = model.fusion is not None and {model.fusion.config.query, model.fusion.config.context} == {"text", "image"}
+        can_fuse = model.fusion is not None and {model.fusion.config.query, model.fusion.config.context} == {
+            "text",
+            self.subject,
+        }
         if config.features == "fused" and not can_fuse:
             raise ConfigError("task.features=fused needs a fusion of text and image; name one, or set task.features=embedding")
         fused = config.features != "embedding" and can_fuse and config.text is not None

@@ -161,7 +161,8 @@ def encode_gallery(model: FusionModel, batches: Iterable[Batch], setup: EvalSetu
     image, image_states, image_mask, text, text_states, lengths, image_index, count = [], [], [], [], [], [], [], 0
     grid = None
     for batch in batches:
-        tokens, embedding = model.tokens_and_embedding("image", batch.inputs["image"].to(setup.device, non_blocking=True))
+        inputs = batch.inputs[model.subject].to(setup.device, non_blocking=True)
+        tokens, embedding = model.tokens_and_embedding(model.subject, inputs)
         assert embedding is not None
         grid = tokens.grid
         image.append(embedding.float().cpu())
@@ -237,19 +238,19 @@ def evaluate_reranking(model: FusionModel, shards: Any, setup: EvalSetup, match:
     Raises:
         UserError: nothing to rank, or embeddings that are not finite.
     """
-    batches = setup.batches(shards, {name: setup.decoders[name] for name in ("image", "text")})
+    batches = setup.batches(shards, {name: setup.decoders[name] for name in (model.subject, "text")})
     with setup.inference_mode(model):
         local = on_all(lambda: encode_gallery(model, batches, setup))
         bad = sum(distributed.gather_objects(batches.bad.total()))
         gallery = _gather_gallery(local)
         if gallery is None:
             raise UserError(f"nothing to rank in {shards}: {bad} samples were left out because of their content")
-        device = setup.device
+        device, directions = setup.device, name_directions(model.subject)
         image, text, image_index = gallery.image.to(device), gallery.text.to(device), gallery.image_index
-        before = on_main(lambda: retrieval_metrics(image, text, image_index, KS))
+        before = on_main(lambda: retrieval_metrics(image, text, image_index, KS, names=(model.subject, "text")))
         parts = {
             name: gather_or_raise(lambda by_image=by_image: rank_candidates(model, gallery, device, match, k, add, by_image))  # type: ignore[misc]
-            for name, by_image in DIRECTIONS
+            for name, by_image in directions
         }
     out = dict(before)
     seconds = 0.0
@@ -258,14 +259,15 @@ def evaluate_reranking(model: FusionModel, shards: Any, setup: EvalSetup, match:
         out |= reranking_metrics(name, right, scores, before)
         seconds += sum(part.seconds for part in rankings)
     for prefix in ("", "reranked_", f"{CHANCE}reranked_"):
-        out[f"{prefix}R@1"] = sum(out[f"{prefix}{name}_R@1"] for name, _ in DIRECTIONS) / len(DIRECTIONS)
+        out[f"{prefix}R@1"] = sum(out[f"{prefix}{name}_R@1"] for name, _ in directions) / len(directions)
     n, m = len(gallery.image), len(gallery.text)
     counts = {"rerank_k": min(k, n), "rerank_ms": 1000 * seconds / (n + m), "samples": n, "captions": m, "bad_samples": bad}
     return with_chance(out | counts)
 
 
-DIRECTIONS = (("image_to_text", True), ("text_to_image", False))
-"""Name of each direction, and whether images are the queries."""
+def name_directions(subject: str) -> tuple[tuple[str, bool], tuple[str, bool]]:
+    """Return the name of each direction, and whether images (or what else texts are about) are the queries."""
+    return (f"{subject}_to_text", True), (f"text_to_{subject}", False)
 
 
 def rank_candidates(

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 
 from finetune.attention.trace import Trace
 from finetune.model import Features, FusionModel, Head
-from finetune.tasks import EvalSetup, ExportSpec, Prediction, Survey, Task, global_weighted_mean, hard_negatives
+from finetune.tasks import EvalSetup, ExportSpec, Prediction, Survey, Task, global_weighted_mean, hard_negatives, require_towers
 from finetune.tasks.late_interaction import LateInteraction
 from finetune.tasks.negative_captions import NegativeCaptions, describe_foils
 from finetune.tasks.reranking import Gallery, Ranking, evaluate_reranking, rank_candidates
@@ -145,14 +145,15 @@ class MatchingHead(Head):
         Without them: match (b,).
         """
         if "ids" not in targets:
-            text, image = model.tokens("text", inputs["text"], masks["text"]), model.tokens("image", inputs["image"])
+            text = model.tokens("text", inputs["text"], masks["text"])
+            image = model.tokens(model.subject, inputs[model.subject])
             return {"match": self.match(model, text, image, trace)}
         text, text_embedding = model.tokens_and_embedding("text", inputs["text"], masks["text"])
-        image, image_embedding = model.tokens_and_embedding("image", inputs["image"])
+        image, image_embedding = model.tokens_and_embedding(model.subject, inputs[model.subject])
         assert text_embedding is not None
         assert image_embedding is not None
         scale = model.encoder.logit_scale.exp()
-        features = {"image": image_embedding, "text": text_embedding, "logit_scale": scale}
+        features = {model.subject: image_embedding, "text": text_embedding, "logit_scale": scale}
         if model.encoder.logit_bias is not None:
             features["logit_bias"] = model.encoder.logit_bias
 
@@ -186,7 +187,7 @@ class MatchingHead(Head):
 
     def match(self, model: FusionModel, text: TokenSequence, image: TokenSequence, trace: Trace | None = None) -> Tensor:
         """Compute matching logits (m b,) of texts (m b, T, C), m for each of b images."""
-        fused = model.fuse({"text": text, "image": image}, trace)["text"]
+        fused = model.fuse({"text": text, model.subject: image}, trace)["text"]
         highest = fused.states.masked_fill(~fused.mask[..., None], torch.finfo(fused.states.dtype).min).amax(dim=1)
         highest = torch.where(fused.mask.any(dim=1, keepdim=True), highest, 0.0)
         logits: Tensor = self.out(F.gelu(self.up(self.norm(torch.cat([fused.pooled, highest], dim=1)))))[:, 0]
@@ -288,19 +289,18 @@ class Retrieval(Task):
         self._has_warned = False
 
     def build_decoders(self, towers: dict[str, Any]) -> dict[str, Any]:
-        for name in ("image", "text"):
-            if name not in towers:
-                raise ConfigError(f"task.name=retrieval needs an {name} tower; the model has {', '.join(towers)}")
-        decoders = {"image": towers["image"], "text": towers["text"]}
+        require_towers("retrieval", towers, self.subject, "text")
+        decoders = {self.subject: towers[self.subject], "text": towers["text"]}
         if self.config.foils is not None:
             # The loader's random numbers are keyed on this name.
             decoders["foils"] = NegativeCaptions(towers["text"], self.config.foils, self.config.pool or self.config.draw)
         return decoders
 
     def build_head(self, model: FusionModel) -> MatchingHead:
-        if model.fusion is None or (model.fusion.config.query, model.fusion.config.context) != ("text", "image"):
+        if model.fusion is None or (model.fusion.config.query, model.fusion.config.context) != ("text", self.subject):
             raise ConfigError(
-                "task.name=retrieval needs a fusion in which texts attend to images: fusion.query=text, fusion.context=image"
+                f"task.name=retrieval needs a fusion in which texts attend to {self.subject}: fusion.query=text, "
+                f"fusion.context={self.subject}"
             )
         if self.config.late_interaction and set(model.token_sources.values()) != {"aligned"}:
             raise ConfigError(
@@ -334,7 +334,7 @@ class Retrieval(Task):
         report = self._matching_report(match.detach(), losses.detach(), labels, weights)
         loss = self.config.matching * matching
         if self.config.contrastive:
-            pairs = {name: _at_least_float32(features[name]) for name in ("image", "text")}
+            pairs = {name: _at_least_float32(features[name]) for name in (self.subject, "text")}
             bias = features.get("logit_bias")
             contrastive_loss = self.contrastive_losses[bias is not None]
             contrastive, more = contrastive_loss(pairs, features["logit_scale"], bias, targets)
@@ -403,7 +403,7 @@ class Retrieval(Task):
         """
         adds_similarity = self.config.score == "sum"
         text = model.tokens_and_embedding("text", inputs["text"], masks["text"], embed=adds_similarity)
-        image = model.tokens_and_embedding("image", inputs["image"], embed=adds_similarity)
+        image = model.tokens_and_embedding(model.subject, inputs[model.subject], embed=adds_similarity)
         scores = self.score_pairs(model, text, image, trace)
         if not adds_similarity:
             return Prediction([[("match", p)] for p in scores.detach().sigmoid().tolist()], scores)

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from finetune.attention.trace import Trace
 from finetune.model import Features, FusionModel, Head
-from finetune.tasks import EvalSetup, ExportSpec, Prediction, Survey, Task, global_weighted_mean
+from finetune.tasks import EvalSetup, ExportSpec, Prediction, Survey, Task, global_weighted_mean, require_towers
 from finetune.tasks.questions import Question, Questions, majority_answers, read_questions
 from finetune.tasks.vqa_accuracy import QuestionOnlyBaseline, build_vocabulary, official_accuracy
 from pretrain.config import check_numbers
@@ -92,16 +92,16 @@ class AnswerHead(Head):
         trace: Trace | None = None,
     ) -> Features:
         """Compute logits (b, m, A) of text (b, m, T), or of (b, T) with m = 1."""
-        text, image = model.tokens("text", inputs["text"], masks["text"]), self._image_tokens(model, inputs)
-        fused = model.fuse({"text": text, "image": image}, trace)["text"].pooled
+        text, subject = model.tokens("text", inputs["text"], masks["text"]), self._subject_tokens(model, inputs[model.subject])
+        fused = model.fuse({"text": text, model.subject: subject}, trace)["text"].pooled
         logits: Tensor = self.out(self.dropout(F.gelu(self.up(self.norm(fused)))))
-        return {"logits": logits.unflatten(0, (inputs["image"].shape[0], -1))}
+        return {"logits": logits.unflatten(0, (inputs[model.subject].shape[0], -1))}
 
-    def _image_tokens(self, model: FusionModel, inputs: dict[str, Tensor]) -> TokenSequence:
-        """Return the image's tokens; one token of zeros where the model is trained without images."""
+    def _subject_tokens(self, model: FusionModel, inputs: Tensor) -> TokenSequence:
+        """Return the tokens of images or sounds; one token of zeros where the model is trained without them."""
         if not self.blind:
-            return model.tokens("image", inputs["image"])
-        zeros = self.norm.weight.new_zeros(inputs["image"].shape[0], 1, model.widths["image"])
+            return model.tokens(model.subject, inputs)
+        zeros = self.norm.weight.new_zeros(len(inputs), 1, model.widths[model.subject])
         return TokenSequence(zeros, zeros.new_ones(zeros.shape[:2], dtype=torch.bool), (1, 1), zeros[:, 0])
 
 
@@ -119,11 +119,9 @@ class VQA(Task):
 
     def build_decoders(self, towers: dict[str, Any]) -> dict[str, Any]:
         config = self.config
-        for name in ("image", "text"):
-            if name not in towers:
-                raise ConfigError(f"task.name=vqa needs an {name} tower; the model has {', '.join(towers)}")
+        require_towers("vqa", towers, self.subject, "text")
         return {
-            "image": towers["image"],
+            self.subject: towers[self.subject],
             "text": Questions(towers["text"], config.field, config.questions, config.answers, config.types),
         }
 

@@ -32,12 +32,13 @@ class WithContrastive(Task):
         self.chance = task.chance  # type: ignore[misc]
         self.text_is_question = task.text_is_question  # type: ignore[misc]
         self.can_split = task.can_split
+        self.subject = task.subject
         self._contrastive_loss: nn.Module | None = None
 
     def build_decoders(self, towers: dict[str, Any]) -> dict[str, Any]:
         """Build the task's decoders, and a last one for the caption, which sets `caption_id`."""
-        if not {"image", "text"} <= set(towers):
-            raise ConfigError(f"adapt.contrastive needs image and text towers; the model has {', '.join(towers)}")
+        if not {self.subject, "text"} <= set(towers):
+            raise ConfigError(f"adapt.contrastive needs {self.subject} and text towers; the model has {', '.join(towers)}")
         return {**self.task.build_decoders(towers), CAPTION: towers["text"]}
 
     def build_head(self, model: FusionModel) -> Head:
@@ -55,7 +56,7 @@ class WithContrastive(Task):
     def loss(self, features: Features, targets: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute task loss + weight * contrastive loss."""
         assert self._contrastive_loss is not None, "build_head() comes first"
-        pairs = {name: features[f"{CAPTION}_{name}"] for name in ("image", "text")}
+        pairs = {name: features[f"{CAPTION}_{name}"] for name in (self.subject, "text")}
         contrastive, _ = self._contrastive_loss(pairs, features["logit_scale"], features.get("logit_bias"), targets)
         loss, report = self.task.loss(features, targets)
         report = {**report, "task_loss": loss.detach(), "contrastive_loss": contrastive.detach()}

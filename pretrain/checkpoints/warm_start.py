@@ -83,13 +83,20 @@ def with_init_defaults(values: dict[str, Any], checkpoint: Path | None = None) -
     check(init)
     merged, inherits = configuration.merge(values, {}), False
     saved = None if checkpoint is None or init is None else read_schema(checkpoint)
-    for name in _runs_by_tower(init, ("image", "text")):
+    names = ["image", "text", *(init if isinstance(init, dict) else ())]
+    if isinstance(init, str):  # the whole model, with all its towers
+        names += list((_load_source(init, "image").config if saved is None else saved).others)
+    for name in _runs_by_tower(init, tuple(dict.fromkeys(names))):
         section = values.get(name, {})
         if section is not None and not {"name", "args", "tower"} & set(section):
             source = _load_source(init, name) if saved is None else None
-            inherited = configuration.to_dict(source.config if source is not None else saved)[name] or {}
+            inherited = configuration.to_dict(source.config if source is not None else saved).get(name)
+            if inherited is None:  # it has no such tower
+                if isinstance(init, str) and not section:
+                    merged[name] = None
+                continue
             inherited = {key: value for key, value in inherited.items() if key not in NOT_INHERITED}
-            if source is not None and inherited:
+            if source is not None:
                 inherited |= source.model.tower(name).settings_for(section)
             merged[name], inherits = configuration.merge(inherited, section), True
     if isinstance(init, str) and inherits:
