@@ -82,7 +82,10 @@ def _objects(text: str) -> tuple[int, int]:
 def _add_pack(commands: Subparsers[argparse.ArgumentParser]) -> None:
     p = add_command(commands, "pack", pack, "folder | csv | tsv | jsonl | parquet | COCO json | tars -> shards, in parallel")
     p.add_argument(
-        "source", type=nonempty, metavar="SOURCE", help="a folder of images, a table, COCO's or Karpathy's json, or tars"
+        "source",
+        type=nonempty,
+        metavar="SOURCE",
+        help="a folder of images or sounds, a table, COCO's or Karpathy's json, or tars",
     )
     p.add_argument("dir", metavar="DIR", type=nonempty_path, help="folder to write the shards to")
     p.add_argument(
@@ -91,6 +94,13 @@ def _add_pack(commands: Subparsers[argparse.ArgumentParser]) -> None:
         default="image",
         metavar="NAME",
         help="column with the path of the image (default image)",
+    )
+    p.add_argument(
+        "--audio-column",
+        type=nonempty,
+        default="audio",
+        metavar="NAME",
+        help="column with the path of the sound, beside or instead of the image (default audio)",
     )
     p.add_argument(
         "--caption-column", type=nonempty, default="caption", metavar="NAME", help="column with the text (default caption)"
@@ -192,6 +202,7 @@ def _pack(args: argparse.Namespace) -> int:
             args.source,
             args.dir,
             image_column=args.image_column,
+            audio_column=args.audio_column,
             caption_column=args.caption_column,
             caption_from=args.caption_from,
             size=args.size,

@@ -1,7 +1,8 @@
-"""Packs a folder of images, a table or existing tars into shards, in parallel.
+"""Packs a folder of images and sounds, a table or existing tars into shards, in parallel.
 
-    folder.py          images in a folder, with captions next to them or in their paths
-    table.py           tables that name images or contain them
+    folder.py          images and sounds in a folder, with captions next to them or in their paths
+    table.py           tables that name images and sounds or contain them
+    table_rows.py      the image, the sound, the captions and further columns of a row
     table_readers.py   opens tables and reads their rows: JSON lines, Parquet, and the two below
     delimited.py       reads CSV and TSV files of any length: separators, quotes
     annotations.py     reads COCO's annotations and Karpathy's splits
@@ -12,7 +13,8 @@
 
 A packed folder contains these files:
 
-    OUT/PREFIX-0000.tar            KEY.jpg|png|webp, KEY.txt, KEY.json (further columns, and the path of the image)
+    OUT/PREFIX-0000.tar            KEY.jpg|png|webp and KEY.wav|flac|ogg|mp3, at least one of the two, KEY.txt, and KEY.json
+                                   (further columns, and the path of the image or sound)
     OUT/PREFIX-0000_stats.json     number of samples, and what was skipped and why
     OUT/PREFIX-plan.json           source, options and a fingerprint of the source: a stopped run resumes only if they are equal
 
@@ -39,7 +41,7 @@ from typing import Any
 from pretrain.data.caption_statistics import SEVERAL_LINES
 from pretrain.data.job_pool import run_jobs
 from pretrain.data.pack.sources import PackSource, SourceOptions, open_source
-from pretrain.data.pack.table import TableSource
+from pretrain.data.pack.table import AUDIO_COLUMN, TableSource
 from pretrain.data.pack.writer import ShardJob, ShardResult, StorageOptions, get_stats_path, write_shard
 from pretrain.errors import ConfigError, UserError
 from pretrain.printable import format_count
@@ -112,6 +114,7 @@ def pack(
     out: str | Path,
     *,
     image_column: str = "image",
+    audio_column: str = AUDIO_COLUMN,
     caption_column: str = "caption",
     caption_from: str = "txt",
     size: int | None = None,
@@ -130,10 +133,12 @@ def pack(
     A run that was stopped continues when it is started again, and gives the same tars as an uninterrupted run.
 
     Args:
-        source: a folder of images; a .csv, .tsv, .txt, .jsonl or .parquet (or a glob of several); COCO's or Karpathy's .json;
-            or tars as `data.train` takes them. Rows that name the same image are one sample with several captions.
+        source: a folder of images, sounds or both; a .csv, .tsv, .txt, .jsonl or .parquet (or a glob of several); COCO's or
+            Karpathy's .json; or tars as `data.train` takes them. Rows that name the same image are one sample with several
+            captions.
         out: the folder for the shards, created if it does not exist.
         image_column: for tables: the path of the image, relative to the table, or the image itself.
+        audio_column: for tables: the same of the sound. A table needs one of the two columns.
         caption_column: for tables: a text, or a list of texts. The first text of a list becomes KEY.txt; the whole list
             becomes the field of this name in KEY.json. Where images have several rows, every sample has that field.
         caption_from: for folders: "txt" reads NAME.txt (or .TXT) next to NAME.jpg as one caption, "lines" each line of it as
@@ -162,12 +167,14 @@ def pack(
     root = None if image_root is None else Path(image_root).expanduser()
     if root is not None and not root.is_dir():
         raise ConfigError(f"--image-root {image_root}: there is no such folder")
-    reading = SourceOptions(image_column, caption_column, caption_from, outside, separator, root, tuple(splits))
+    reading = SourceOptions(image_column, caption_column, caption_from, outside, separator, root, tuple(splits), audio_column)
     opened = open_source(str(source), reading, out.resolve())
     options = {"caption_from": caption_from, "shard_size": shard_size, "outside": outside, **asdict(storage)}
     if isinstance(opened, TableSource):
         options |= {"image_column": image_column, "rows_of_an_image": "one sample", "separator": separator}
         options |= {"image_root": None if root is None else str(root.absolute()), "splits": list(splits)}
+        if opened.has_sounds:
+            options["audio_column"] = audio_column
     with _lock_folder(out, prefix):
         plan = _load_or_write_plan(out, prefix, opened, str(source), options)
         summary = _write_shards(opened, plan, out, prefix, storage, workers or os.cpu_count() or 1, progress)

@@ -1,4 +1,4 @@
-"""Packs a folder of images whose captions are in files next to them or in their paths."""
+"""Packs a folder of images, sounds or both, whose captions are in files next to them or in their paths."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pretrain.data import BadSample
+from pretrain.data.audio_files import AUDIO_EXTENSIONS
 from pretrain.data.caption_statistics import SEVERAL_LINES, find_oddities
 from pretrain.data.captions import TXT, TXT_LINES, count_lines, normalize_whitespace, read_captions
 from pretrain.data.pack.writer import ShardJob, SourceSample, describe_caption_field
@@ -83,18 +84,18 @@ def _is_inside(path: Path, root: str) -> bool:
         return True
 
 
-def _find_beside(image: Path, extension: str) -> Path:
-    """Return the file of an image with another extension, in lower or upper case: NAME.TXT beside NAME.JPG."""
-    path = image.with_suffix(f".{extension}")
+def _find_beside(file: Path, extension: str) -> Path:
+    """Return the file of an image or a sound with another extension, in lower or upper case: NAME.TXT beside NAME.JPG."""
+    path = file.with_suffix(f".{extension}")
     if os.path.lexists(path):
         return path
     spellings = map("".join, itertools.product(*zip(extension.upper(), extension, strict=True)))
-    choices = [image.with_suffix(f".{spelling}") for spelling in spellings]
+    choices = [file.with_suffix(f".{spelling}") for spelling in spellings]
     return next((choice for choice in choices if os.path.lexists(choice)), path)
 
 
 def build_caption(path: str) -> str:
-    """Return the words of an image's path below the folder, without words of digits only.
+    """Return the words of a path below the folder, without words of digits only.
 
     shoes/red_sneaker-3.jpg gives "shoes red sneaker".
     """
@@ -104,10 +105,13 @@ def build_caption(path: str) -> str:
 
 @dataclass
 class FolderJob:
-    """The images of one shard."""
+    """The samples of one shard."""
 
     root: Path
     paths: list[str]
+    """The image of each sample, or its sound where it has no image."""
+    sounds: list[str]
+    """The sound of each sample; "" = none."""
     caption_from: str
     outside: bool
     first: int
@@ -150,12 +154,29 @@ class FolderJob:
         odd = [oddity for caption in texts for oddity in find_oddities(caption)]
         if self.caption_from == "txt" and count_lines(text) > 1:
             odd.append(SEVERAL_LINES)
-        return SourceSample(read_file_inside(path, root), texts, metadata, odd=odd, lists_captions=self.caption_from == "lines")
+        image = None if self.paths[i] == self.sounds[i] else read_file_inside(path, root)
+        sound = read_file_inside(self.root / self.sounds[i], root) if self.sounds[i] else None
+        return SourceSample(image, texts, metadata, odd=odd, lists_captions=self.caption_from == "lines", sound=sound)
+
+
+class _Entry(NamedTuple):
+    """A file below the folder."""
+
+    path: str
+    status: os.stat_result | None
+    """None for a broken link."""
+    is_sample: bool
+    """Whether it is an image, or a sound without an image of the same name."""
+    sound: str
+    """The sound of the sample; "" = none."""
 
 
 @dataclass
 class FolderSource:
-    """All images below a folder, sorted by path, with captions next to them or in their paths."""
+    """All images below a folder, sorted by path, with captions next to them or in their paths.
+
+    A sound of the same name belongs to an image. Sounds without an image are samples of their own.
+    """
 
     root: Path
     caption_from: str
@@ -172,39 +193,42 @@ class FolderSource:
 
     def iterate_jobs(self, shard_size: int) -> Iterator[ShardJob]:
         """Yield a job for each shard. Raises UserError for a folder that cannot be read."""
-        first, chunk = 0, []
-        for path, _ in self._walk():
-            if _get_extension(path) in IMAGE_EXTENSIONS:
-                chunk.append(path)
+        first, chunk = 0, list[_Entry]()
+        for entry in self._walk():
+            if entry.is_sample:
+                chunk.append(entry)
             if len(chunk) == shard_size:
-                yield FolderJob(self.root, chunk, self.caption_from, self.outside, first)
+                yield self._build_job(chunk, first)
                 first, chunk = first + len(chunk), []
         if chunk:
-            yield FolderJob(self.root, chunk, self.caption_from, self.outside, first)
+            yield self._build_job(chunk, first)
+
+    def _build_job(self, samples: list[_Entry], first: int) -> FolderJob:
+        paths, sounds = [entry.path for entry in samples], [entry.sound for entry in samples]
+        return FolderJob(self.root, paths, sounds, self.caption_from, self.outside, first)
 
     def compute_fingerprint(self) -> str:
-        """Return a digest of the names, sizes and times of all image, caption and json files."""
+        """Return a digest of the names, sizes and times of all image, sound, caption and json files."""
         return self._scan[0]
 
     def count(self) -> int:
-        """Return the number of images. Raises UserError if there is nothing to pack."""
-        _, images, texts = self._scan
+        """Return the number of samples. Raises UserError if there is nothing to pack."""
+        _, images, sounds, texts = self._scan
+        samples = images + sounds
         links = f"; {self.links[0]} is a link that leads out of it, --outside follows it" if self.links else ""
-        if not images:
-            raise UserError(
-                f"{self.root} holds no images: no file in it ends in {', '.join(f'.{e}' for e in IMAGE_EXTENSIONS)}{links}"
-            )
+        if not samples:
+            ends = ", ".join(f".{e}" for e in (*IMAGE_EXTENSIONS, *AUDIO_EXTENSIONS))
+            raise UserError(f"{self.root} holds no images and no sounds: no file in it ends in {ends}{links}")
+        content = " and ".join(format_count(n, kind) for n, kind in ((images, "image"), (sounds, "sound")) if n)
         if self.caption_from != "path" and not texts:
             raise UserError(
-                f"{self.root} holds {images:,} images and no .txt: put NAME.txt next to NAME.jpg, "
+                f"{self.root} holds {content} and no .txt: put NAME.txt next to NAME.{'jpg' if images else 'wav'}, "
                 "or use --caption-from path to take captions from the paths"
             )
         if self._lead_all_out:
-            are = "is a link that leads" if images == 1 else "are links that lead"
-            raise UserError(
-                f"{self.root}: its {format_count(images, 'image')} {are} out of the folder: --outside follows links"
-            )
-        return images
+            are = "is a link that leads" if samples == 1 else "are links that lead"
+            raise UserError(f"{self.root}: its {content} {are} out of the folder: --outside follows links")
+        return samples
 
     def get_notes(self) -> list[str]:
         """Return lines for the user about what the folder holds."""
@@ -215,26 +239,27 @@ class FolderSource:
         return notes
 
     @cached_property
-    def _scan(self) -> tuple[str, int, int]:
-        """(digest, number of images, number of caption files)"""
-        digest, images, texts = hashlib.blake2b(digest_size=16), 0, 0
+    def _scan(self) -> tuple[str, int, int, int]:
+        """(digest, number of images, number of sounds without an image, number of caption files)"""
+        digest, images, sounds, texts = hashlib.blake2b(digest_size=16), 0, 0, 0
         self.links = []
         self._lead_all_out = not self.outside
-        for path, status in self._walk():
+        for path, status, is_sample, _ in self._walk():
             extension = _get_extension(path)
-            if extension in IMAGE_EXTENSIONS:
-                images += 1
+            if is_sample:
+                images += extension in IMAGE_EXTENSIONS
+                sounds += extension in AUDIO_EXTENSIONS
                 self._lead_all_out = self._lead_all_out and not _is_inside(self.root / path, str(self.root))
             texts += extension == "txt"
-            if extension in (*IMAGE_EXTENSIONS, "txt", "json"):
+            if extension in (*IMAGE_EXTENSIONS, *AUDIO_EXTENSIONS, "txt", "json"):
                 version = status and (status.st_size, status.st_mtime_ns)
                 digest.update(f"{path}\0{version}\n".encode("utf-8", "surrogateescape"))
-        return digest.hexdigest(), images, texts
+        return digest.hexdigest(), images, sounds, texts
 
-    def _walk(self, folder: str = "", ancestors: tuple[Path, ...] = ()) -> Iterator[tuple[str, os.stat_result | None]]:
-        """Yield (path below the root, status) of each file, sorted, without hidden ones.
+    def _walk(self, folder: str = "", ancestors: tuple[Path, ...] = ()) -> Iterator[_Entry]:
+        """Yield each file below the root, sorted by path, without hidden ones.
 
-        The status of a broken link is None. Links to folders are followed unless they lead to a folder above, or out of the
+        Links to folders are followed unless they lead to a folder above, or out of the
         root where that is not allowed.
         """
         directory = self.root / folder
@@ -244,6 +269,7 @@ class FolderSource:
                 visible = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
         except OSError as error:
             raise UserError(f"cannot read the folder {directory}: {error.strerror}") from error
+        images, sounds = _find_stems([entry.name for entry in visible if not entry.is_dir()])
         for entry in visible:
             path = f"{folder}/{entry.name}" if folder else entry.name
             if entry.is_dir():
@@ -252,7 +278,25 @@ class FolderSource:
                 elif Path(entry.path).resolve() not in (self.excluded, *ancestors):
                     yield from self._walk(path, ancestors)
             else:
-                yield path, entry.stat() if entry.is_file() else None
+                stem = entry.name.rpartition(".")[0]
+                sound = sounds.get(stem, "")
+                is_image = _get_extension(path) in IMAGE_EXTENSIONS
+                is_sample = is_image or (sound == entry.name and stem not in images)
+                status = entry.stat() if entry.is_file() else None
+                yield _Entry(path, status, is_sample, f"{folder}/{sound}" if folder and sound else sound)
+
+
+def _find_stems(names: list[str]) -> tuple[set[str], dict[str, str]]:
+    """Return the names of images without their extensions, and the sound of each name: the first in AUDIO_EXTENSIONS."""
+    images: set[str] = set()
+    found: dict[str, dict[str, str]] = {}
+    for name in names:
+        stem, extension = name.rpartition(".")[0], _get_extension(name)
+        if extension in IMAGE_EXTENSIONS:
+            images.add(stem)
+        elif extension in AUDIO_EXTENSIONS:
+            found.setdefault(stem, {}).setdefault(extension, name)
+    return images, {stem: files[min(files, key=AUDIO_EXTENSIONS.index)] for stem, files in found.items()}
 
 
 def _get_extension(path: str) -> str:

@@ -1,4 +1,4 @@
-"""Finds the rows of a table that name the same image, in a few bytes per row."""
+"""Finds the rows of a table that name the same image and the same sound, in a few bytes per row."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import posixpath
 from array import array
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -19,7 +19,7 @@ Row = tuple[str, dict[str, Any]]
 
 
 def is_image_content(value: Any) -> bool:
-    """Whether the value of an image column is an encoded image, not a path."""
+    """Whether the value of a column of images or sounds is an encoded file, not a path."""
     return isinstance(value, bytes) and (b"\0" in value[:64] or len(value) > 4096)
 
 
@@ -39,6 +39,19 @@ def identify_image(value: Any, base: str) -> bytes | None:
         return None
     text = (value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value).strip()
     return f"{base}\0{posixpath.normpath(text)}".encode("utf-8", "surrogatepass") if text else None
+
+
+def identify_files(values: Sequence[Any], base: str) -> bytes | None:
+    """Return bytes that are equal for rows with the same image and the same sound, or None for a row with neither.
+
+    Args:
+        values: of the columns of images and of sounds, or of the one that the table has.
+        base: the folder that paths are relative to.
+    """
+    identities = [identify_image(value, base) for value in values]
+    if not any(identities[1:]):
+        return identities[0] if identities else None
+    return b"".join(b"%d\0%s" % (len(identity or b""), identity or b"") for identity in identities)
 
 
 class RowGroups:
@@ -71,19 +84,19 @@ class RowGroups:
         """Whether an image occurs in several rows."""
         return self.count < self.rows
 
-    def iterate_groups(self, read: Callable[[], Iterator[Row]], image_column: str) -> Iterator[tuple[int, list[Row]]]:
+    def iterate_groups(self, read: Callable[[], Iterator[Row]], file_columns: Sequence[str]) -> Iterator[tuple[int, list[Row]]]:
         """Yield (number of its first row, its rows) of each image, in the order of their first rows.
 
-        Rows that are apart from the first one of their image are held in memory, without the image.
+        Rows that are apart from the first one of their image are held in memory, without their files.
 
         Args:
             read: returns an iterator over all rows.
-            image_column: the column of the image, which only the first row of a group keeps.
+            file_columns: those of the image and the sound, which only the first row of a group keeps.
         """
         if not self.repeats:
             yield from ((i, [row]) for i, row in enumerate(read()))
             return
-        apart = self._collect_apart(read, image_column)
+        apart = self._collect_apart(read, file_columns)
         rows = enumerate(read())
         for i, row in rows:
             if i >= self.rows:
@@ -97,12 +110,12 @@ class RowGroups:
                 others = apart.pop(group, [])
             yield i, [row, *others]
 
-    def _collect_apart(self, read: Callable[[], Iterator[Row]], image_column: str) -> dict[int, list[Row]]:
+    def _collect_apart(self, read: Callable[[], Iterator[Row]], file_columns: Sequence[str]) -> dict[int, list[Row]]:
         """Return the further rows of the images whose rows are not adjacent, by group."""
         apart: dict[int, list[Row]] = defaultdict(list)
         if not self._is_adjacent.all():
             for i, (base, values) in zip(range(self.rows), read(), strict=False):
                 group = int(self._group_of_row[i])
                 if not self._is_adjacent[group] and i != self._first[group]:
-                    apart[group].append((base, {name: value for name, value in values.items() if name != image_column}))
+                    apart[group].append((base, {name: value for name, value in values.items() if name not in file_columns}))
         return apart

@@ -6,7 +6,7 @@ import codecs
 import gzip
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +58,7 @@ class Table:
         """Yield each row as a dictionary, or as {UNREADABLE: reason} if it cannot be read.
 
         Args:
-            image_column: the column that names images.
+            image_column: the column that names images, or else sounds.
             on_reject: called with (reason, text) of each row of a CSV or TSV file that is left out.
         """
         if self.annotations:
@@ -71,14 +71,14 @@ class Table:
         else:
             yield from _read_json_lines(self.path)
 
-    def iterate_images(self, image_column: str, on_reject: OnReject) -> Iterator[Any]:
-        """Yield the value of the image column of each row that `iterate_rows` yields; None where it has none."""
+    def iterate_files(self, file_columns: Sequence[str], on_reject: OnReject) -> Iterator[list[Any]]:
+        """Yield the values of the columns of files of each row that `iterate_rows` yields; None where a row has none."""
         if get_format(self.path) == "parquet":
-            rows = _read_parquet(self.path, [image_column])
+            rows = _read_parquet(self.path, list(file_columns))
         else:
-            rows = self.iterate_rows(image_column, on_reject)
+            rows = self.iterate_rows(file_columns[0], on_reject)
         for row in rows:
-            yield row.get(image_column)
+            yield [row.get(column) for column in file_columns]
 
 
 def open_table(path: Path, separator: str | None, wanted: tuple[str, ...], splits: tuple[str, ...]) -> Table:

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from pretrain.data import BadSample
+from pretrain.data.audio_files import AUDIO_EXTENSIONS
 from pretrain.data.decode import EXTENSIONS
 from pretrain.data.members import explain_missing_caption, explain_missing_image
 from pretrain.data.pack.writer import ShardJob, SourceSample
@@ -74,11 +75,13 @@ class TarJob:
                 break
             i -= len(samples)
         extension = next((e for e in EXTENSIONS if e in members), None)
-        if extension is None:
+        sound = next((e for e in AUDIO_EXTENSIONS if e in members), None)
+        if extension is None and sound is None:
             raise BadSample("no image", explain_missing_image(members, EXTENSIONS))
         if not {"txt", "json", "cls"}.intersection(members):
             raise BadSample("no caption", explain_missing_caption(members, "txt"))
-        return SourceSample(members.pop(extension), members=members)
+        image = members.pop(extension) if extension else None
+        return SourceSample(image, members=members, sound=members[sound] if sound else None, sound_extension=sound or "")
 
 
 def group_samples(shard_index: ShardIndex) -> list[Sample]:

@@ -1,4 +1,4 @@
-"""Writes one shard: reads the samples of a job, checks or resizes their images, and writes a tar.
+"""Writes one shard: reads the samples of a job, checks or resizes their images, checks their sounds, and writes a tar.
 
 This is what a worker process runs. Worker processes start anew, so import only what they need here, and no torch.
 """
@@ -21,12 +21,16 @@ import simplejpeg
 from PIL import Image
 
 from pretrain.data import BadSample, job_pool
+from pretrain.data.audio_files import check_audio
 from pretrain.data.decode import Header, as_contiguous, decode_pixels, read_header, reduction_factor
 from pretrain.errors import UserError
 from pretrain.runtime import files
 
 STORED_EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 """Image formats that are stored unchanged, and their extensions. Others (GIF, BMP, TIFF, ...) are converted to PNG."""
+
+SOUND_EXTENSIONS = {"WAV": "wav", "FLAC": "flac", "Ogg": "ogg", "MP3": "mp3"}
+"""Extensions of sounds by their format. All are stored unchanged."""
 
 _QUALITY = 95  # JPEG and WebP quality of images that are scaled down; the loss is not visible
 _MAX_EXAMPLES = 3  # names recorded per shard for each reason of skipping
@@ -36,7 +40,7 @@ _MAX_EXAMPLES = 3  # names recorded per shard for each reason of skipping
 class SourceSample:
     """A sample as read from the source, in memory."""
 
-    image: bytes
+    image: bytes | None
     captions: list[str] | None = None
     """With normalized whitespace; None if the captions are in `members`."""
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -51,6 +55,10 @@ class SourceSample:
     """Whether rows of the image have different labels, of which `metadata` has the first."""
     lists_captions: bool = False
     """Whether KEY.json lists the captions even if there is only one, because other samples have several."""
+    sound: bytes | None = None
+    """At least one of image and sound is there."""
+    sound_extension: str = ""
+    """Of the member that the sound becomes; "" = that of its content."""
 
 
 class ShardJob(Protocol):
@@ -145,23 +153,15 @@ def encode_sample(item: SourceSample, storage: StorageOptions) -> dict[str, byte
     """Return the members of a sample by extension.
 
     Raises:
-        BadSample: the image cannot be decoded completely.
+        BadSample: the image or the sound cannot be decoded completely.
+        ConfigError: there is a sound, and soundfile is not installed.
     """
-    header = read_header(item.image)
-    height, width = compute_stored_size(header, storage)
-    if (height, width) != (header.height, header.width):
-        pixels = as_contiguous(decode_pixels(item.image, header))
-        extension, data = _resize_and_encode(pixels, header, height, width)
-        item = replace(item, image=data, metadata=_scale_metadata(item.metadata, header, height, width))
-        if "json" in item.members:
-            item.members["json"] = _scale_json(item.members["json"], header, height, width)
-    elif header.format in STORED_EXTENSIONS:
-        # To the end, at the smallest scale: detects truncated files.
-        decode_pixels(item.image, header, reduction_factor(header, header.height, header.width, 1))
-        extension, data = STORED_EXTENSIONS[header.format], item.image
-    else:
-        extension, data = "png", _encode_png(as_contiguous(decode_pixels(item.image, header)))
-    members = {extension: data}
+    members: dict[str, bytes] = {}
+    if item.image is not None:
+        item, members = _encode_image(item, item.image, storage)
+    if item.sound is not None:
+        extension = SOUND_EXTENSIONS[check_audio(item.sound)]
+        members[item.sound_extension or extension] = item.sound
     if item.captions is not None:
         members["txt"] = item.captions[0].encode("utf-8", "replace")
         if len(item.captions) > 1 or item.lists_captions:
@@ -169,6 +169,25 @@ def encode_sample(item: SourceSample, storage: StorageOptions) -> dict[str, byte
     if item.metadata:
         members["json"] = json.dumps(to_json_value(item.metadata), ensure_ascii=False).encode()
     return {**members, **item.members}
+
+
+def _encode_image(item: SourceSample, image: bytes, storage: StorageOptions) -> tuple[SourceSample, dict[str, bytes]]:
+    """Return the sample, with boxes in pixels of the stored image, and the member of the image. Raises BadSample."""
+    header = read_header(image)
+    height, width = compute_stored_size(header, storage)
+    if (height, width) != (header.height, header.width):
+        pixels = as_contiguous(decode_pixels(image, header))
+        extension, data = _resize_and_encode(pixels, header, height, width)
+        item = replace(item, metadata=_scale_metadata(item.metadata, header, height, width))
+        if "json" in item.members:
+            item.members["json"] = _scale_json(item.members["json"], header, height, width)
+    elif header.format in STORED_EXTENSIONS:
+        # To the end, at the smallest scale: detects truncated files.
+        decode_pixels(image, header, reduction_factor(header, header.height, header.width, 1))
+        extension, data = STORED_EXTENSIONS[header.format], image
+    else:
+        extension, data = "png", _encode_png(as_contiguous(decode_pixels(image, header)))
+    return item, {extension: data}
 
 
 def compute_stored_size(header: Header, storage: StorageOptions) -> tuple[int, int]:

@@ -17,7 +17,7 @@ import pytest
 from pretrain.data.captions import read_captions
 from pretrain.data.pack import PackSummary, delimited, pack
 from pretrain.data.pack.grouping import RowGroups
-from pretrain.data.pack.table import _merge_columns
+from pretrain.data.pack.table_rows import merge_columns
 from pretrain.errors import ConfigError, UserError
 from tests.support.packed import make_image, read_shards
 
@@ -390,7 +390,7 @@ def test_objects_of_an_image_are_compared_with_few_steps(folder: Path) -> None:
         __hash__ = None  # type: ignore[assignment]
 
     rows: list[dict[str, Any]] = [{"objects": [Item(a=i % 300, b=n) for i in range(400)]} for n in range(2)]
-    merged, _ = _merge_columns(rows, ())
+    merged, _ = merge_columns(rows, ())
     assert merged["objects"] == [{"a": i, "b": n} for n in range(2) for i in range(300)]
     assert Item.comparisons < 2000  # of which 600 by this test
 
@@ -416,7 +416,7 @@ def test_groups_of_rows_need_few_bytes_per_row() -> None:
     assert (groups.rows, groups.count, groups.repeats) == (3000, 1000, True)
     rows = [("", {"i": i}) for i in range(3000)]
     expected = [(i, [i, i + 1000, i + 2000]) for i in range(1000)]
-    packed = [(i, [row["i"] for _, row in group]) for i, group in groups.iterate_groups(lambda: iter(rows), "image")]
+    packed = [(i, [row["i"] for _, row in group]) for i, group in groups.iterate_groups(lambda: iter(rows), ("image",))]
     assert packed == expected
     assert RowGroups(iter([])).count == 0
 
