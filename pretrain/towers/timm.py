@@ -28,7 +28,7 @@ from pretrain.config import check_numbers
 from pretrain.errors import ConfigError, closest
 from pretrain.ops import CLIP_MEAN, CLIP_STD, Color, parse_color, use_onednn
 from pretrain.runtime.deferred_imports import without_unused
-from pretrain.towers import TokenSequence, Tower, dilation, stem, used_parameters, weight_files
+from pretrain.towers import TokenSequence, Tower, dilation, image_sizes, stem, used_parameters, weight_files
 from pretrain.towers.dilation import CoarseCells, Convolution
 from pretrain.towers.layer_numbers import number_layers
 from pretrain.towers.meta_copy import copy_to_meta
@@ -257,6 +257,32 @@ class ImageTower(Tower):
     def fit_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return weights of this architecture at another size, with their positions resampled by timm."""
         return weight_files.resample(self.model, weights, "model.")
+
+    def accept_size(self, size: int) -> None:
+        """Let forward() take images (b, 3, size, size), too; positions are resampled. Raises ConfigError where it cannot."""
+        name, side = self.config.name, patch_side(self.model, self.config)
+        if side and size % side:
+            raise ConfigError(f"it is not a multiple of {name}'s patch of {side} px")
+        if self.config.stride is not None:
+            raise ConfigError(f"image.stride={self.config.stride} is for images of one size: leave out one of the two")
+        if image_sizes.has_positions(self.model):
+            image_sizes.resample_positions(self.model, size // (side or 1))
+        meta = copy_to_meta(self).eval()
+        try:
+            width = meta.encode(torch.empty(2, 3, size, size, dtype=torch.uint8, device="meta"))[1].pooled.shape[-1]
+        except (RuntimeError, AssertionError, ValueError, TypeError, AttributeError, ConfigError) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise ConfigError(f"{name} takes images of image.size={self.config.size} only ({reason})") from error
+        if width != self.pooled_width:
+            raise ConfigError(f"{name} pools {width} numbers at this size, and {self.pooled_width} at {self.config.size} px")
+
+    def set_patch_dropout(self, fraction: float) -> None:
+        """Set the fraction of patches that are left out in training. Raises ConfigError where the model has no such layer."""
+        drop = getattr(self.model, "patch_drop", None)
+        if hasattr(drop, "prob"):
+            cast(Any, drop).prob = fraction
+        elif fraction:
+            super().set_patch_dropout(fraction)
 
     @property
     def is_convolutional(self) -> bool:
