@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import gcd
 from typing import Any, Literal, NamedTuple
 
 from pretrain.config import check_numbers, text_field
@@ -153,18 +154,20 @@ class DataConfig:
         """Build the cache of fetched shards that these settings describe."""
         return ShardCache(self.cache, self.commands, self.cache_gib, self.fetch_seconds, self.connections, self.stage)
 
-    def set_streams(self, paths: Sequence[str], shards: int, nodes: int) -> None:
+    def set_streams(self, paths: Sequence[str], shards: int, nodes: int, batch_sizes: Sequence[int] = ()) -> None:
         """Choose `streams`, and `window` with it, where streams=0. Warn where every node will fetch every shard.
 
         Args:
             paths: all training shards.
             shards: number of shards of the smallest source.
             nodes: number of nodes of the run.
+            batch_sizes: further sizes of batches, which the streams must divide as well.
         """
         is_fetched = self.stage or any(map(is_remote, paths))
         if self.streams == 0:
+            batch_size = gcd(self.batch_size, *batch_sizes)
             self.streams, self.window = (
-                choose_streams(self.window, self.batch_size, shards, nodes) if is_fetched else (1, self.window)
+                choose_streams(self.window, batch_size, shards, nodes) if is_fetched else (1, self.window)
             )
         if is_fetched and self.streams == 1 and nodes > 1 and distributed.is_main():
             log.warning(

@@ -18,6 +18,7 @@ import resource
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -26,6 +27,7 @@ import torch
 
 from pretrain.data import synthetic
 from pretrain.data.batch import Batch, Decoder, merge
+from pretrain.data.batch_sizes import BatchSizes
 from pretrain.data.captions import caption_member
 from pretrain.data.config import DataConfig, count_samples_once, resolve_sources_once
 from pretrain.data.eval_loader import EvalLoader, build_eval_loader, count_caption_lines, describe_training_lines
@@ -105,11 +107,14 @@ class Loader:
     ) -> None:
         order.check(batch_size, world, nodes)
         self.order, self.decoders, self.batch_size = order, decoders, batch_size
+        self.batches = BatchSizes.constant(batch_size)
+        self.stage_decoders: tuple[Mapping[str, Decoder], ...] = (decoders,)
+        """The decoders of each range of `batches`."""
         self.rank, self.world, self.nodes, self.workers, self.device = rank, world, nodes, workers, device
         # Without workers the samples are decoded here: two threads would share tokenizers and readers, and one lock.
         self.is_ahead = device.type == "cuda" and workers > 0 if is_ahead is None else is_ahead
         self.max_bad_rate, self.max_bad_run = max_bad_rate, max_bad_run
-        self.num_partials = -(-batch_size // world // partial_size)
+        self.partial_size = partial_size
         self.shard_names, self.prefetch_reader = shard_names, prefetch_reader
         self.bad: Counter[str] = Counter()
         """Unusable samples of this process so far, by reason."""
@@ -123,6 +128,19 @@ class Loader:
         self._bad_run = 0  # unusable samples since the last usable one
         self._num_logged = 0
         self._last_bad: SkippedSample | None = None
+
+    def set_stages(self, batches: BatchSizes, decoders: Sequence[Mapping[str, Decoder]]) -> None:
+        """Let the size of batches, and how samples are decoded, change in the course of the run. Before the first batch.
+
+        decoders: of each range of `batches`, by modality. Raises ConfigError for a size that cannot be divided.
+        """
+        for size in {part.size for part in batches.ranges}:
+            self.order.check(size, self.world, self.nodes)
+        if isinstance(self._dataset.reader, synthetic.SyntheticReader):
+            decoders = [synthetic.replace_images(mapping) for mapping in decoders]
+        self.batches, self.stage_decoders = batches, tuple(decoders)
+        self.decoders = self.stage_decoders[-1]
+        self._dataset.find_decoders = partial(_find_decoders, batches, self.stage_decoders)
 
     @property
     def shard_count(self) -> int:
@@ -151,7 +169,7 @@ class Loader:
     def state_dict(self) -> dict[str, Any]:
         """Return the state to save: plain numbers and strings, less than 10 KB."""
         return {
-            "position": self._batch * self.batch_size,
+            "position": self.batches.position(self._batch),
             "batch_size": self.batch_size,
             "data": self.digest(),
             "seen": self._slots_read,
@@ -177,21 +195,25 @@ class Loader:
                 f"data.batch_size={self.batch_size}, but the checkpoint was made with {state['batch_size']}: to resume a run "
                 "it must be the same"
             )
-        self._batch, self._slots_read, self._bad_run = state["position"] // self.batch_size, state["seen"], state["run"]
+        self._batch = self.batches.batch_at(state["position"])
+        self._slots_read, self._bad_run = state["seen"], state["run"]
         self.bad = Counter(state["bad"])
         self.filtered = Counter({**dict.fromkeys(self.filtered, 0), **state.get("filtered", {})})  # older checkpoints have none
 
-    def first_samples(self, count: int, modalities: Sequence[str] | None = None) -> Batch:
+    def first_samples(
+        self, count: int, modalities: Sequence[str] | None = None, decoders: Mapping[str, Decoder] | None = None
+    ) -> Batch:
         """Read the first `count` samples of the run in this process, without advancing the loader.
 
-        They are the same on every process. modalities: those that are decoded; None = all.
+        They are the same on every process. modalities: those that are decoded; None = all. decoders: with which these are
+        decoded; None = those of the last stage.
 
         Raises:
             UserError: they cannot be read or used.
         """
         dataset = self._dataset
         if modalities is not None:
-            decoders = {name: self.decoders[name] for name in modalities}
+            decoders = {name: (decoders or self.decoders)[name] for name in modalities}
             dataset = TrainingDataset(self.order, dataset.reader, decoders, dataset.max_attempts, dataset.sample_filter)
         partial = dataset[np.arange(count)]
         if partial.problem:
@@ -221,32 +243,39 @@ class Loader:
 
         It may run ahead of the trainer, so it changes nothing here. There is no batch where a part cannot be used.
         """
-        while True:
+        for number in count(self._batch):
+            decoders, num_partials = self.stage_decoders[self.batches.index(number)], self._count_partials(number)
             parts: list[PartialBatch] = []
-            while len(parts) < self.num_partials and (not parts or parts[-1].batch is not None):
+            while len(parts) < num_partials and (not parts or parts[-1].batch is not None):
                 parts.append(next(partials))
             batches = [part.batch for part in parts if part.batch is not None]
-            is_complete = len(batches) == self.num_partials
-            batch = merge(batches, self.decoders, pin=self.device.type == "cuda") if is_complete else None
+            is_complete = len(batches) == num_partials
+            batch = merge(batches, decoders, pin=self.device.type == "cuda") if is_complete else None
             yield [replace(part, batch=None) for part in parts], batch
 
     def _list_shards(self, batch: int) -> list[int]:
         """Return the numbers of the shards that this node reads for a batch."""
         node = self.rank * self.nodes // self.world
-        positions = self.order.positions(batch, self.batch_size, node, self.nodes, self.nodes)
+        start, size = self.batches.position(batch), self.batches.size(batch)
+        positions = self.order.positions_from(start, size, node, self.nodes, self.nodes)
         source, shard, _ = self.order.locate(positions)
         shards: list[int] = np.unique(self._dataset.first_shards[source] + shard).tolist()
         return shards
 
     def _window_batches(self) -> int:
         """Return the number of batches after which every window now in use is finished."""
-        return 1 + self.order.window_samples * self.order.streams // self.batch_size
+        return 1 + self.order.window_samples * self.order.streams // min(part.size for part in self.batches.ranges)
+
+    def _count_partials(self, batch: int) -> int:
+        """Return the number of partial batches of a batch."""
+        return -(-self.batches.size(batch) // self.world // self.partial_size)
 
     def _iterate_positions(self, start: int) -> Iterator[Ints]:
         """Yield the positions of each partial batch, from batch `start` on."""
         for batch in count(start):
-            positions = self.order.positions(batch, self.batch_size, self.rank, self.world, self.nodes)
-            yield from np.array_split(positions, self.num_partials)
+            start, size = self.batches.position(batch), self.batches.size(batch)
+            positions = self.order.positions_from(start, size, self.rank, self.world, self.nodes)
+            yield from np.array_split(positions, self._count_partials(batch))
 
     def _count_bad(self, partial: PartialBatch) -> None:
         """Count the bad samples of a partial batch, in order.
@@ -303,6 +332,11 @@ class Loader:
         return "by reason: " + ", ".join(f"{reason} {n:,}" for reason, n in self.bad.most_common(5))
 
 
+def _find_decoders(batches: BatchSizes, decoders: Sequence[Mapping[str, Decoder]], position: int) -> Mapping[str, Decoder]:
+    """Return the decoders of the range that holds a position."""
+    return decoders[batches.index_at(position)]
+
+
 def build_loader(
     data: DataConfig,
     decoders: Mapping[str, Decoder],
@@ -311,6 +345,7 @@ def build_loader(
     world: int = 1,
     nodes: int = 1,
     device: torch.device = CPU,
+    batch_sizes: Sequence[int] = (),
 ) -> Loader:
     """Build the training loader of this process. Collective where there is a process group.
 
@@ -322,6 +357,7 @@ def build_loader(
         world: number of processes.
         nodes: number of nodes that they run on.
         device: where batches are needed.
+        batch_sizes: further sizes that batches will have (`Loader.set_stages`), which streams are chosen to divide.
 
     Raises:
         ConfigError: no shard matches, a number is out of range, or the batch is larger than the data or cannot be divided.
@@ -342,13 +378,11 @@ def build_loader(
             weight = spec.weight if spec.weight is not None else float(max(sum(source_counts), 1))
             sources.append(ShardSource(source_counts, weight))
             start += len(source_counts)
-    data.set_streams(paths, min(len(source.counts) for source in sources), nodes)
+    data.set_streams(paths, min(len(source.counts) for source in sources), nodes, batch_sizes)
     order = Order(sources, seed, data.window, data.streams, data.block, data.replacement)
     if data.train == "synthetic":
         reader, shard_names = synthetic.SyntheticReader(data.caption), ["synthetic"]
-        decoders = {
-            name: synthetic.NoiseDecoder(decoder) if hasattr(decoder, "size") else decoder for name, decoder in decoders.items()
-        }
+        decoders = synthetic.replace_images(decoders)
     else:
         window_shards = 2 * data.window * len(sources) * order.node_streams(nodes)  # windows in use, and the next ones
         reader = ShardReader(paths, data.build_cache(), counts, max_open=min(window_shards, _max_open_files()))

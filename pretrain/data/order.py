@@ -1,6 +1,7 @@
 """The order of samples: pure functions of (seed, position), designed for a billion samples.
 
-Position p = 0, 1, 2, ... is the p-th sample of the run, across epochs; global batch g is positions [g B, (g + 1) B).
+Position p = 0, 1, 2, ... is the p-th sample of the run, across epochs; global batch g is positions [g B, (g + 1) B), or as
+batch_sizes.py has them where their size changes.
 The order does not depend on workers or processes. There is no generator state: each permutation is drawn from a key of seed,
 purpose and place, so any position can be looked up at any time. Memory holds the count of each shard and the windows in use.
 
@@ -174,13 +175,22 @@ class Order:
         _require(world % nodes == 0, f"{world} processes on {nodes} nodes: each node must run the same number of processes")
 
     def positions(self, batch: int, batch_size: int, rank: int = 0, world: int = 1, nodes: int = 1) -> Ints:
-        """Return the positions of one global batch that this process serves; (B / world,) int64, ascending.
+        """Return the positions of one global batch that this process serves, where all batches have one size.
+
+        (B / world,) int64, ascending; see `positions_from`.
+        """
+        return self.positions_from(batch * batch_size, batch_size, rank, world, nodes)
+
+    def positions_from(self, start: int, batch_size: int, rank: int = 0, world: int = 1, nodes: int = 1) -> Ints:
+        """Return the positions that this process serves of the global batch whose first position is `start`.
+
+        (B / world,) int64, ascending. `start` is a multiple of the number of streams.
 
         A node serves whole streams (p mod C), and each of its processes a consecutive part of the node's positions. Where the
         number of nodes does not divide C, as few nodes as possible share streams as one node would: with one stream, all do.
         Ranks are numbered node by node.
         """
-        positions = np.arange(batch * batch_size, (batch + 1) * batch_size, dtype=np.int64)
+        positions = np.arange(start, start + batch_size, dtype=np.int64)
         per_rank = batch_size // world
         if self.streams > 1:
             group, rank = divmod(rank, world // gcd(self.streams, nodes))

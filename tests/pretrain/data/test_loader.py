@@ -82,7 +82,7 @@ def loader(data, decoders, partial_size=None, **changes):
     config.check()
     built = build_loader(config, decoders, seed=1)
     if partial_size:
-        built.num_partials = -(-24 // partial_size)
+        built.partial_size = partial_size
     return built
 
 

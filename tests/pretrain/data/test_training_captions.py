@@ -120,7 +120,7 @@ def test_negatives_are_the_samples_own_and_wrong(folder: Path) -> None:
 def test_any_division_of_the_work_gives_the_same(folder: Path) -> None:
     whole = take(loader(folder, decoder(folder, draw=2)))
     split = loader(folder, decoder(folder, draw=2))
-    split.num_partials = 3
+    split.partial_size = -(-split.batch_size // 3)
     for other in (take(split), take(loader(folder, decoder(folder, draw=2), workers=2))):
         for batch, expected in zip(other, whole, strict=True):
             assert batch.keys == expected.keys
