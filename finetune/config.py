@@ -71,6 +71,8 @@ class FinetuneConfig(FusionSchema):
         check_batch_and_evaluation(self)
         if self.data.sentences:
             raise ConfigError("data.sentences=true is for pretraining: a task uses captions as they are")
+        if self.train.stages:
+            raise ConfigError("train.stages is for pretraining: a task trains at one size")
         if self.data.draw != 1:
             raise ConfigError(f"data.draw={self.data.draw} is for pretraining: a task uses one caption per image, data.draw=1")
         for name in ("weight", "negatives", "teachers"):

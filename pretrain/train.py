@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,13 +25,14 @@ from pretrain.data.text import TextDecoder
 from pretrain.data.text_packing import TextPacking
 from pretrain.errors import ConfigError, UserError
 from pretrain.evaluation.evaluate import EvalConfig, build_result, build_table, evaluate
+from pretrain.evaluation.retrieval import list_pairs
 from pretrain.model import DualEncoder, ModelSchema
 from pretrain.optim import OptimConfig
 from pretrain.runtime import distributed
 from pretrain.runtime.agree import on_all, on_main
 from pretrain.runtime.console import log_info
 from pretrain.runtime.entrypoint import DryRun
-from pretrain.training import dry_run, run_end, run_tokenizer
+from pretrain.training import dry_run, run_end, run_tokenizer, stages
 from pretrain.training.config import TrainConfig
 from pretrain.training.flops import FlopCounter
 from pretrain.training.loop import Outcome, fit
@@ -48,8 +49,6 @@ from pretrain.training.session import (
 
 SURVEYED = 1000
 """Samples of the training data for which embeddings of data.teachers are looked up when a run starts."""
-PRIMARY_METRIC = "image_to_text_R@1"
-"""The metric that decides which checkpoint is best."""
 
 
 @dataclass
@@ -83,6 +82,7 @@ class PretrainConfig(ModelSchema):
         """Raise ConfigError for combinations that cannot run."""
         warm_start.check(self.init)
         check_batch_and_evaluation(self)
+        stages.check(self, distributed.world_size())
         check_numbers(self, "", seed=SEED)
 
 
@@ -114,8 +114,9 @@ def train(config: PretrainConfig) -> Outcome:
         portable = models.portable_config(config, components.model)
         resuming.refuse_other_model(portable, components.tokenizer, session.checkpoint, components.model)
         flop_counter = FlopCounter(components.model) if session.device.type == "cuda" else None
+        primary_metric = choose_primary_metric(config)
         plan = session.build_plan(
-            components.loader, portable, components.tokenizer, PRIMARY_METRIC, model=components.model, flops=flop_counter
+            components.loader, portable, components.tokenizer, primary_metric, model=components.model, flops=flop_counter
         )
         pair_loss = registry.get_component("losses", config.loss.name).build(config.loss).to(session.device)
         if hasattr(pair_loss, "max_logit"):  # read before the strategy, which may shard the model
@@ -132,8 +133,14 @@ def train(config: PretrainConfig) -> Outcome:
         )
         commands = suggest_commands(config, session.folder, outcome, exports)
         table = partial(build_results_table, config)
-        run_end.print_end(session.folder, outcome, PRIMARY_METRIC, table, commands)
+        run_end.print_end(session.folder, outcome, primary_metric, table, commands)
         return outcome
+
+
+def choose_primary_metric(config: PretrainConfig) -> str:
+    """Return the metric that decides which checkpoint is best: recall at 1 from the first modality of the first pair."""
+    first, second = list_pairs(models.tower_configs(config))[0]
+    return f"{first}_to_{second}_R@1"
 
 
 def build_results_table(config: PretrainConfig, evaluated: run_end.Evaluated) -> Table:
@@ -173,6 +180,7 @@ def describe(config: PretrainConfig, options: DryRun) -> UserError | None:
     destination.check(lambda: resuming.refuse_other_model(portable, components.tokenizer, destination.checkpoint, model))
     plan = dry_run.closed_session(config, destination).build_plan(components.loader, portable, components.tokenizer, "")
     destination.check_identity(plan.identity)
+    lines += plan.stages.describe(stages.measure_costs(model, config)) if config.train.stages else []
     lines += dry_run.estimate_lines(config, model, options)
     lines.append(export.describe_formats(model, config, components.eval_decoders))
     dry_run.print_summary(config, differences, destination, model.parameter_counts(), components.loader, options, lines)
@@ -207,14 +215,19 @@ def build(config: PretrainConfig, has_weights: bool = True) -> Components:
         config.model.logit_scale = loss.LOGIT_SCALE
     if config.model.logit_bias is None:
         config.model.logit_bias = loss.LOGIT_BIAS
-    tokenizer, model = build_encoders(config, has_weights)
+    tokenizer, model = build_encoders(stages.build_config(config), has_weights)
+    stages.prepare_model(model, config)
     models.set_performance(model, config.performance, distributed.device())
-    decoders = build_train_decoders(config, tokenizer, model)
+    decoders = [build_train_decoders(changed, tokenizer, model) for changed in stages.stage_configs(config)]
     if config.data.teachers is not None:
         from pretrain.embedding import teachers  # needs pyarrow, which other runs do not import
 
-        decoders[TARGET] = TeacherDecoder(teachers.build_readers(on_all(lambda: teachers.find_teachers(config.data.teachers))))
-    loader = build_loader(config, decoders)
+        teacher = TeacherDecoder(teachers.build_readers(on_all(lambda: teachers.find_teachers(config.data.teachers))))
+        for of_stage in decoders:
+            of_stage[TARGET] = teacher
+    loader = build_loader(config, decoders[-1])
+    if config.train.stages:
+        loader.set_stages(stages.resolve(config, loader.order.epoch_size).batches, decoders)
     return Components(tokenizer, model, loader, build_eval_decoders(config, tokenizer, model))
 
 
@@ -288,11 +301,19 @@ def set_text_shapes(config: PretrainConfig, loader: Loader, shapes: str) -> None
     The shapes are chosen from the first captions. They are a function of data, seed and captions per batch, so a run that
     resumes has the same. Raises UserError.
     """
-    decoder = loader.decoders["text"]
+    for decoders, batches in zip(loader.stage_decoders, loader.batches.ranges, strict=True):
+        _set_text_shapes(config, loader, shapes, decoders, batches.size)
+
+
+def _set_text_shapes(config: PretrainConfig, loader: Loader, shapes: str, decoders: Mapping[str, Any], batch_size: int) -> None:
+    """Set the shapes of one stage. decoders: those of the stage, by modality. batch_size: over all processes."""
+    decoder = decoders["text"]
     assert isinstance(decoder, TextDecoder)
     count, length = min(length_groups.SAMPLES, loader.order.epoch_size), decoder.length
-    histogram = on_main(lambda: length_groups.count_lengths(loader.first_samples(count, ["text"]).masks["text"], length))
-    texts = config.data.batch_size // distributed.world_size() // config.train.chunks * decoder.texts_per_sample
+    histogram = on_main(
+        lambda: length_groups.count_lengths(loader.first_samples(count, ["text"], decoders).masks["text"], length)
+    )
+    texts = batch_size // distributed.world_size() // config.train.chunks * decoder.texts_per_sample
     if shapes == "packed":
         packing = decoder.length_groups = TextPacking(histogram)
         log_info(f"{texts:,} captions are packed into {packing.row_counts(texts)[0]:,} rows of {length} tokens")

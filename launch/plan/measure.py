@@ -18,7 +18,7 @@ from pretrain.errors import UserError
 from pretrain.model import DualEncoder
 from pretrain.strategies.blocks import find_blocks
 from pretrain.train import PretrainConfig
-from pretrain.training import flops
+from pretrain.training import flops, stages
 
 
 class PlaceholderTokenizer:
@@ -34,10 +34,16 @@ class PlaceholderTokenizer:
 
 
 def measure_model(config: PretrainConfig) -> tuple[ModelSize, list[str]]:
-    """Return the sizes of the model, built without weights where its towers can be, and notes on what was assumed."""
+    """Return the sizes of the model in the last stage of its run, and notes on what was assumed."""
+    sizes, notes = measure_stages(config)
+    return sizes[-1], notes
+
+
+def measure_stages(config: PretrainConfig) -> tuple[list[ModelSize], list[str]]:
+    """Return the sizes of the model in each stage, built without weights where its towers can be, and notes."""
     notes = []
     towers = {}
-    for name, tower in models.tower_configs(config).items():
+    for name, tower in models.tower_configs(stages.build_config(config)).items():
         changes: dict[str, Any] = {"pretrained": False} if hasattr(tower, "pretrained") else {}
         if hasattr(tower, "weights"):
             changes["weights"] = None
@@ -51,8 +57,22 @@ def measure_model(config: PretrainConfig) -> tuple[ModelSize, list[str]]:
             tokenizer = PlaceholderTokenizer(vocabulary)
             name = f"tokenizer {config.text.tokenizer!r} is not here" if config.text.tokenizer else "no tokenizer is named"
             notes.append(f"{name}: a vocabulary of {vocabulary:,} is assumed")
-    size, more = measure_built(models.build(towers, config.model, tokenizer, has_weights=False), config)
-    return size, notes + more
+    built = models.build(towers, config.model, tokenizer, has_weights=False)
+    stages.prepare_model(built, config)
+    sizes, more = measure_built_stages(built, config)
+    return sizes, notes + more
+
+
+def measure_built_stages(built: DualEncoder, config: PretrainConfig) -> tuple[list[ModelSize], list[str]]:
+    """Return the sizes of a model, as `measure_built` does, in each stage of train.stages, and the notes of the last."""
+    sizes: list[ModelSize] = []
+    notes: list[str] = []
+    for changed in stages.stage_configs(config):
+        if config.train.stages:
+            stages.set_patch_dropout(built, getattr(changed.image, "patch_dropout", None))
+        size, notes = measure_built(built, changed)
+        sizes.append(size)
+    return sizes, notes
 
 
 def measure_built(built: DualEncoder, config: PretrainConfig) -> tuple[ModelSize, list[str]]:
@@ -62,13 +82,14 @@ def measure_built(built: DualEncoder, config: PretrainConfig) -> tuple[ModelSize
         config.image.size if config.image is not None else None,
         config.text.length if config.text is not None else None,
         config.data.draw + (config.data.draw_negatives if config.data.negatives is not None else 0),
+        getattr(built.tower("audio"), "samples", None) if "audio" in built.towers else None,
     )
     if config.text is not None:
         notes.append(f"every text has the full length of {config.text.length} tokens: trimmed batches need less")
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.precision]
     repeated = [_count(block) for block in find_blocks(built)]
     with _without_groups(built):
-        recomputes = any(getattr(tower, "checkpointing", False) for tower in (config.image, config.text))
+        recomputes = any(getattr(tower, "checkpointing", False) for tower in models.tower_configs(config).values())
         footprint = measure_footprint(built, sample, torch.bfloat16 if dtype is torch.float16 else dtype, recomputes)
     counter = flops.FlopCounter(built)
     counter.add(sample)

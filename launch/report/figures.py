@@ -46,7 +46,9 @@ def build_facts(history: RunHistory, weights: dict[str, int]) -> list[tuple[str,
     """Build the row below the headline: (name, value, note) of each fact."""
     out = [("steps", f"{history.step:,}", f"of {goal:,}" if (goal := _planned_steps(history)) > history.step else "")]
     if history.samples_seen:
-        out.append(("samples seen", format_number(history.samples_seen), f"{history.get('data.batch_size', '?')} a step"))
+        stages = history.get("train.stages")
+        note = f"in {len(stages) + 1} stages" if stages else f"{history.get('data.batch_size', '?')} a step"
+        out.append(("samples seen", format_number(history.samples_seen), note))
     if history.training_seconds:
         rate = history.samples_seen / history.training_seconds
         out.append(("time on steps", format_duration(history.training_seconds), f"{format_number(rate)} samples/s"))
@@ -233,9 +235,9 @@ def list_environment(history: RunHistory) -> list[tuple[str, str]]:
 
 
 def _planned_steps(history: RunHistory) -> int:
-    """Return the length of the run in steps; 0 where it depends on the size of the data (train.epochs)."""
+    """Return the length of the run in steps; 0 where it depends on the size of the data (train.epochs) or on stages."""
     steps, samples, batch = (history.get_int(key) for key in ("train.steps", "train.samples", "data.batch_size"))
-    return steps or (math.ceil(samples / batch) if samples and batch else 0)
+    return steps or (math.ceil(samples / batch) if samples and batch and not history.get("train.stages") else 0)
 
 
 def format_command(history: RunHistory) -> str:

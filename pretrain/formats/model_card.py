@@ -242,11 +242,11 @@ def _describe_training(run: Path, step: int, metrics: list[dict[str, Any]]) -> l
     values = configuration.read_yaml(path)
     environment = json.loads((run / "environment.json").read_text()) if (run / "environment.json").is_file() else {}
     data, optim, train = (values.get(key) or {} for key in ("data", "optim", "train"))
-    last = _find_last(metrics, "samples_seen")
+    last, batch, stages = _find_last(metrics, "samples_seen"), data.get("batch_size", 0), len(train.get("stages") or [])
     rows = [
         ("data", _format_shards(data.get("train"))),
-        ("samples seen", f"{last['samples_seen'] * step // last['step']:,}" if last else None),
-        ("steps", f"{step:,} of {format_count(data.get('batch_size', 0), 'sample')}"),
+        ("samples seen", f"{last['samples_seen'] + (step - last['step']) * batch:,}" if last else None),
+        ("steps", f"{step:,} " + (f"in {stages + 1} stages" if stages else f"of {format_count(batch, 'sample')}")),
         ("loss", (values.get("loss") or values.get("task") or {}).get("name")),
         (
             "optimizer",

@@ -13,7 +13,6 @@ from torch import Tensor
 from pretrain import strategies
 from pretrain.checkpoints.remote import check_address
 from pretrain.config import check_numbers
-from pretrain.data.order import Order
 from pretrain.errors import ConfigError
 from pretrain.optim import OptimConfig
 from pretrain.strategies import Precision
@@ -21,6 +20,7 @@ from pretrain.strategies.blocks import CompileMode
 from pretrain.training.flops import FlopCounter
 from pretrain.training.metrics import check_trackers
 from pretrain.training.profile import parse_steps
+from pretrain.training.stages import RunStages, parse
 
 EVALUATIONS = 10
 """Evaluations of a run with train.eval_every=null, enough for a curve."""
@@ -36,6 +36,13 @@ class TrainConfig:
     """Length in samples seen; rounded up to whole batches."""
     epochs: float = 0.0
     """Length in epochs E of all sources together: ceil(E * samples / batch) steps."""
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    """Stages of a pretraining run before the last one, which is the configuration itself (CLIPA, arXiv:2305.07017). Each has
+    `until`, its end, as a fraction of the run or in samples, and some of image.size, image.patch_dropout, text.length,
+    data.batch_size and optim.lr: [{until: 0.9, image.size: 96, data.batch_size: 512}]. Smaller images use resampled positions,
+    shorter texts the first ones. Warm-up, schedule and weight averaging count the steps of the whole run; optim.lr of a stage
+    is the peak of that schedule. A fraction is one of the samples, or of the steps where train.steps is given; a run that may
+    be made longer later gives samples. [] = none."""
     precision: Precision = "fp32"
     """fp32, bf16 or fp16 matrix products; weights and optimizer state stay float32."""
     strategy: str = "single"
@@ -121,6 +128,7 @@ class TrainConfig:
         if steps and 0 < self.steps <= steps.start:
             raise ConfigError(f"train.profile={self.profile} begins at the end of the run: train.steps={self.steps}")
         check_trackers(self.trackers)
+        parse(self.stages)
         if self.copy_to is not None:
             check_address(self.copy_to, "train.copy_to")
         strategies.check(
@@ -135,24 +143,18 @@ class TrainConfig:
         intervals = dict.fromkeys(("steps", "samples", "epochs"), "[0, inf)") | {"spike_window": "[3, 1000000]"}
         check_numbers(self, "train", **intervals, timeout="(0, inf)", spike_factor="(0, inf)")
 
-    def total_steps(self, batch_size: int, order: Order) -> int:
-        """Return the number of steps of the whole run."""
-        if self.steps:
-            return self.steps
-        return math.ceil(self.samples / batch_size) if self.samples else order.steps(self.epochs, batch_size)
-
-    def evaluation_interval(self, total_steps: int, batch_size: int, val_samples: int) -> int:
+    def evaluation_interval(self, total_steps: int, total_samples: int, val_samples: int) -> int:
         """Return the steps between evaluations; 0 = only at the end.
 
         Args:
             total_steps: of the whole run.
-            batch_size: samples a step, over all processes.
+            total_samples: of the whole run.
             val_samples: samples that one evaluation reads.
         """
         if self.eval_every is not None:
             return self.eval_every
         # The forward passes of an evaluation cost about a third of a training step for each sample.
-        count = min(EVALUATIONS, total_steps * batch_size // (3 * max(1, val_samples)))
+        count = min(EVALUATIONS, total_samples // (3 * max(1, val_samples)))
         return math.ceil(total_steps / count) if count > 1 else 0
 
 
@@ -161,13 +163,13 @@ class RunPlan:
     """The numbers, settings and callbacks that fit() needs besides the components of a run."""
 
     seed: int
-    batch_size: int
-    """Samples a step, over all processes."""
-    total_steps: int
+    stages: RunStages
+    """Batch size and learning rate of each step, and the length of the run."""
     eval_every: int
     """Steps between evaluations; 0 = only at the end."""
     train: TrainConfig
     optim: OptimConfig
+    """That of the last stage."""
     resolved_config: dict[str, Any]
     """The whole configuration, for trackers and for messages about memory."""
     identity: dict[str, Any]
@@ -182,3 +184,8 @@ class RunPlan:
     """Counts the forward and backward operations of this process's part of a batch, for MFU; None = unknown."""
     convert_weights: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
     """Turns trained weights into those of model.safetensors, where the two differ (adapters are merged); None = the same."""
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.stages.total_steps

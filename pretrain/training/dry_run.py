@@ -20,6 +20,7 @@ from pretrain.errors import UserError
 from pretrain.printable import format_count, hide_secrets_in, one_safe_line
 from pretrain.runtime import distributed
 from pretrain.runtime.entrypoint import DryRun
+from pretrain.training import stages
 from pretrain.training.run_dir import RunFolder
 from pretrain.training.session import Session, find_checkpoint
 from pretrain.training.trainer_state import load_trainer_state, refuse_other_identity
@@ -163,8 +164,9 @@ def print_summary(
         parameter_counts: for each component of the model {"total": ..., "trainable": ...}.
         more: further lines, such as those on memory and exports.
     """
-    batch_size, epoch_size = config.data.batch_size, loader.order.epoch_size
-    total_steps = config.train.total_steps(batch_size, loader.order)
+    epoch_size = loader.order.epoch_size
+    run = stages.resolve(config, epoch_size)
+    total_steps = run.total_steps
     if not distributed.is_main():
         return
     lines = ["settings that differ from the defaults, which are in parentheses:", *(f"  {line}" for line in differences), ""]
@@ -172,9 +174,10 @@ def print_summary(
         lines.append(f"{name:12} {counts['total']:>14,} parameters, {counts['trainable']:,} trainable")
     shards = "shard" if loader.shard_count == 1 else "shards"
     lines.append(f"{'data':12} {loader.shard_count:>14,} {shards}, {format_count(epoch_size, 'sample')} an epoch")
-    epochs = total_steps * batch_size / epoch_size
+    epochs = run.total_samples / epoch_size
     steps = "step" if total_steps == 1 else "steps"
-    lines.append(f"{'run':12} {total_steps:>14,} {steps} of {format_count(batch_size, 'sample')}, {epochs:.2f} epochs")
+    batches = f"of {format_count(config.data.batch_size, 'sample')}" if len(run) == 1 else f"in {len(run)} stages"
+    lines.append(f"{'run':12} {total_steps:>14,} {steps} {batches}, {epochs:.2f} epochs")
     lines += [f"device: {describe_device(config, dry_run)}", f"folder: {destination.describe(total_steps)}", *more]
     print_lines(config, lines, dry_run.verbose)
 

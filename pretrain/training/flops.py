@@ -33,6 +33,7 @@ class _Shape(NamedTuple):
     inputs: tuple[int, ...]
     dtype: torch.dtype
     mask: tuple[int, ...] | None
+    patch_dropout: float | None
 
 
 class FlopCounter:
@@ -50,6 +51,8 @@ class FlopCounter:
         self._trims = {name: self._model.tower(name).trims for name in self._model.towers}
         for name in self._model.towers:
             self._model.tower(name).set_checkpointing(False)
+        self.patch_dropout: float | None = None
+        """Of the batches that follow, for the image tower; None = as the tower is built."""
         self._rows: dict[_Shape, int] = {}
         self._lengths: dict[_Shape, Tensor] = {}
         """Rows of each length, 0 to N, for inputs whose padding is no work: (N + 1,) int64 on the masks' device."""
@@ -61,7 +64,9 @@ class FlopCounter:
             mask = batch.masks.get(modality)
             if mask is not None and mask.dim() == 3:  # several texts a sample
                 inputs, mask = inputs.flatten(0, 1), mask.flatten(0, 1)
-            shape = _Shape(modality, tuple(inputs.shape[1:]), inputs.dtype, None if mask is None else tuple(mask.shape[1:]))
+            mask_shape = None if mask is None else tuple(mask.shape[1:])
+            dropout = self.patch_dropout if modality == "image" else None
+            shape = _Shape(modality, tuple(inputs.shape[1:]), inputs.dtype, mask_shape, dropout)
             if mask is None or inputs.shape[:2] != mask.shape or not self._trims[modality]:
                 self._rows[shape] = self._rows.get(shape, 0) + len(inputs)
                 continue
@@ -101,6 +106,8 @@ class FlopCounter:
         return self._counts[shape, length]
 
     def _run(self, shape: _Shape, length: int | None) -> int:
+        if shape.patch_dropout is not None:
+            self._model.tower(shape.modality).set_patch_dropout(shape.patch_dropout)
         try:
             return self._run_within(nullcontext(), shape, length)
         except RuntimeError:  # transformers looks into masks that it does not know to be without contents
@@ -132,8 +139,8 @@ def _interpolate(nodes: tuple[int, int, int], values: list[int], at: int) -> int
     return round(y0 + (at - x0) * (slope0 + (at - x1) * (slope1 - slope0) / (x2 - x0)))
 
 
-def build_sample(image_size: int | None, text_length: int | None, texts: int = 1) -> Batch:
-    """Build a batch of one sample: a black image and `texts` full-length texts.
+def build_sample(image_size: int | None, text_length: int | None, texts: int = 1, audio_samples: int | None = None) -> Batch:
+    """Build a batch of one sample: a black image, `texts` full-length texts, and a silent sound.
 
     None as a size or length leaves that modality out.
     """
@@ -144,4 +151,6 @@ def build_sample(image_size: int | None, text_length: int | None, texts: int = 1
         shape = (1, text_length) if texts == 1 else (1, texts, text_length)
         batch.inputs["text"] = torch.ones(shape, dtype=torch.int64)
         batch.masks["text"] = torch.ones(shape, dtype=torch.bool)
+    if audio_samples is not None:
+        batch.inputs["audio"] = torch.zeros(1, audio_samples, dtype=torch.int16)
     return batch

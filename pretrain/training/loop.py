@@ -8,8 +8,9 @@ Eight calls lead from the command to the gradient:
 A process that a launcher starts begins at `python -m pretrain`, without launch/: one call fewer. Under DeepSpeed the backward
 pass is its engine's. A cached step (train.chunks > 1) has one call more.
 
-A step is a consumed batch, skipped ones included, so that the data position is always step * batch_size. Everything random
-in a step is seeded from (seed, step, rank, chunk). Resuming bit for bit needs nothing else.
+A step is a consumed batch, skipped ones included, so that the data position is a function of the step: step * batch_size, or
+what train.stages say. Everything random in a step is seeded from (seed, step, rank, chunk). Resuming bit for bit needs nothing
+else.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from pretrain.training.replaced_samples import ReplacedSamples
 from pretrain.training.run_dir import RunFolder
 from pretrain.training.run_state import Run
 from pretrain.training.spikes import GuardedObjective
+from pretrain.training.stages import Stage, set_patch_dropout
 from pretrain.training.step import train_step
 from pretrain.training.throughput import ThroughputMeter
 
@@ -97,7 +99,7 @@ def fit(
             run.record_failure(watchdog),
         ):
             folder.write_status("running", "", begin)
-            meter = ThroughputMeter(plan.batch_size, plan.total_steps, begin, strategy.device, plan.flops, train.precision)
+            meter = ThroughputMeter(plan.stages.batches, plan.total_steps, begin, strategy.device, plan.flops, train.precision)
             skipped_in_a_row = torch.zeros((), device=strategy.device)
             timed = TimedObjective(objective, strategy.device)
             rank_times = RankTimes(timed, watchdog.describe, loader.workers)
@@ -115,14 +117,22 @@ def fit(
                     return Outcome("stopped", reason, run.step, run.results)
                 run.save(is_best, is_last=begin >= plan.total_steps)
 
+            stage: Stage | None = None
             for step in range(begin, plan.total_steps):
+                # -- a stage begins, or the run resumes within one
+                if stage is not plan.stages.at(step):
+                    stage = plan.stages.at(step)
+                    set_patch_dropout(strategy.module, stage.patch_dropout)
+                    meter.set_patch_dropout(stage.patch_dropout)
+                    if step == stage.begin > 0:
+                        run.spikes.restart(step + 1)
                 # -- one batch, one optimizer step
                 watchdog.mark(step, "waiting for data")
                 profiler.begin_step(step)
                 with meter.time_data_wait(), profiler.phase(DATA):
                     batch = next(batches)
                 watchdog.mark(step, "computing")
-                lr = learning_rate(step, plan.total_steps, plan.optim)
+                lr = learning_rate(step, plan.total_steps, stage.optim)
                 seeds = (plan.seed, step, distributed.rank())
                 with profiler.phase(FORWARD):
                     out = train_step(strategy, guarded, batch, train.chunks, lr, seeds)
@@ -143,7 +153,7 @@ def fit(
                     row = rank_times.row(meter.wait_seconds, meter.count_steps(run.step))
                     numbers, means = run.average_numbers(out, row)
                     line = meter.build_line(run.step, lr, numbers, run.skipped, loader.bad, loader.filtered)
-                    line |= run.spikes.metrics()
+                    line |= run.spikes.metrics() | ({"stage": stage.number} if len(plan.stages) > 1 else {})
                     replaced.write(run.step)
                     line |= rank_times.compare(means, run.step, line["step_seconds"])
                     log.write_metrics(line)

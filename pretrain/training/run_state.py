@@ -290,7 +290,8 @@ class Run:
                 if name in raw:
                     buffer.copy_(raw[name])
         self._load_optimizer_and_average(checkpoint)
-        spikes.note_rollback(self.step, trainer_state["spikes"]["losses"])
+        is_same_stage = spikes.good > self.plan.stages.at(self.step).begin
+        spikes.note_rollback(self.step, trainer_state["spikes"]["losses"] if is_same_stage else [])
         log_info(
             f"{cause}; back to {checkpoint.name}, on with step {self.step + 1}: the updates of steps {spikes.good + 1} to "
             f"{self.step} are undone (rollback {spikes.returns} of at most {spikes.max_rollbacks})"
@@ -365,7 +366,7 @@ class Run:
         with self.averaged_weights(), self.strategy.full_model() as model:
             self.results = self.evaluate(model)
         self.strategy.model.train()
-        samples_seen = self.step * self.plan.batch_size
+        samples_seen = self.plan.stages.batches.position(self.step)
         metrics = {f"val/{name}": value for name, value in self.results.items()}
         log.write_metrics({"step": self.step, "samples_seen": samples_seen, "time": time.time(), **metrics})
         log_info(f"step {self.step}/{self.plan.total_steps}  {describe_results(self.results, self.plan.primary_metric)}")

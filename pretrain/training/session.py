@@ -44,6 +44,7 @@ from pretrain.training import run_tokenizer
 from pretrain.training.config import RunPlan
 from pretrain.training.flops import FlopCounter
 from pretrain.training.run_dir import RunFolder
+from pretrain.training.stages import RunStages, resolve, stage_configs
 
 
 def check_batch_and_evaluation(config: Any) -> None:
@@ -57,7 +58,7 @@ def check_batch_and_evaluation(config: Any) -> None:
         raise ConfigError(f"train.eval_every={config.train.eval_every} needs data.val, the shards to evaluate on")
 
 
-def choose_evaluation_interval(config: Any, total_steps: int) -> int:
+def choose_evaluation_interval(config: Any, stages: RunStages) -> int:
     """Return the steps between evaluations, and log them where train.eval_every leaves them open; 0 = only at the end.
 
     Collective. Raises UserError where the samples of data.val cannot be counted.
@@ -67,7 +68,7 @@ def choose_evaluation_interval(config: Any, total_steps: int) -> int:
         return train.eval_every or 0
     counts = count_samples_once(list_shards_once(data.val, "data.val"), data.build_cache(), "data.val")
     samples = min(sum(counts), config.eval.max_samples or sum(counts))
-    interval: int = train.evaluation_interval(total_steps, data.batch_size, samples)
+    interval: int = train.evaluation_interval(stages.total_steps, stages.total_samples, samples)
     times = (
         f"every {format_count(interval, 'step')}" if interval else "at the end only; train.eval_every=N evaluates more often"
     )
@@ -119,18 +120,18 @@ class Session:
             convert_weights: turns trained weights into those that model.safetensors holds.
         """
         config = self.config
+        stages = resolve(config, loader.order.epoch_size)
         data_identity = {
             "seed": config.seed,
             "data.batch_size": config.data.batch_size,
+            "train.stages": stages.identity(),
             **loader.filter_identity(),
             "data": loader.digest(),
         }
-        total_steps = config.train.total_steps(config.data.batch_size, loader.order)
         return RunPlan(
             seed=config.seed,
-            batch_size=config.data.batch_size,
-            total_steps=total_steps,
-            eval_every=choose_evaluation_interval(config, total_steps),
+            stages=stages,
+            eval_every=choose_evaluation_interval(config, stages),
             train=config.train,
             optim=config.optim,
             resolved_config=hide_secrets_in(configuration.to_dict(config)),
@@ -333,4 +334,5 @@ def build_loader(config: Any, decoders: dict[str, Any]) -> Loader:
         world=distributed.world_size(),
         nodes=distributed.nodes(),
         device=distributed.device(),
+        batch_sizes=[changed.data.batch_size for changed in stage_configs(config)],
     )

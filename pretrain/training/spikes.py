@@ -6,7 +6,8 @@ A step is a spike where its loss, averaged over all processes, exceeds
 
 of the finite losses of the last `window` steps. MAD is their median absolute deviation; times 1.4826 it estimates the standard
 deviation of a normal distribution, and outliers hardly move it (Rousseeuw & Croux 1993). The floor of 1 % keeps a plateau of
-nearly equal losses quiet. No step is judged before the window is full.
+nearly equal losses quiet. No step is judged before the window is full. A stage (train.stages) begins a new window, because the
+loss depends on the size of the batch.
 
     log, rollback    no step sends a message: the losses of all steps are averaged at log steps, with the metrics, and judged
                      there, also before a checkpoint is saved
@@ -15,9 +16,9 @@ nearly equal losses quiet. No step is judged before the window is full.
                      non-finite gradient is. Under fp16 the loss scale is halved, as by an overflow.
 
 A rollback restores weights and optimizer at the next log step, and leaves the step and the data where they are: the batches
-since the checkpoint are consumed, as PaLM's recipe has it (Chowdhery et al. 2022, section 5.1). So the data position stays
-step * batch_size. Which checkpoint is good is decided by judged losses alone, and only checkpoints of train.save_every count,
-so that a run that was stopped in between goes the same way.
+since the checkpoint are consumed, as PaLM's recipe has it (Chowdhery et al. 2022, section 5.1). So the data position stays a
+function of the step. Which checkpoint is good is decided by judged losses alone, and only checkpoints of train.save_every
+count, so that a run that was stopped in between goes the same way.
 """
 
 from __future__ import annotations
@@ -47,6 +48,10 @@ class RollingMedian:
         self.factor = factor
         self.losses = torch.full((window,), math.nan, device=device)
 
+    def clear(self) -> None:
+        """Forget all losses."""
+        self.losses = torch.full_like(self.losses, math.nan)
+
     def threshold(self) -> Tensor:
         """Return the loss () above which a step is a spike; NaN, which no loss exceeds, until the window is full."""
         median = self.losses.median()
@@ -73,6 +78,8 @@ class SpikeWatch:
         """For each step that is not judged yet: (loss, 1 if skipped), and the threshold in the mode `skip`."""
         self._guarded: tuple[Tensor, Tensor, Tensor] | None = None
         """In the mode `skip`: this process's loss in the present step, the mean over processes, and the threshold."""
+        self._restarts: set[int] = set()
+        """Steps, from 1, that are not judged yet and begin a stage."""
         self._was_spike = False
         self.count = 0
         """Spikes so far."""
@@ -103,6 +110,13 @@ class SpikeWatch:
         self._guarded = (local, mean, threshold)
         return loss * torch.where(mean > threshold, math.nan, 1.0)
 
+    def restart(self, step: int) -> None:
+        """Compare the losses from step `step` on, from 1, with none before it: it begins a stage with other batches."""
+        if self.mode == "skip":
+            self.median.clear()
+        else:
+            self._restarts.add(step)
+
     def record(self, out: dict[str, Tensor]) -> None:
         """Keep what a step returned, on the device, until it is judged."""
         if self.mode == "skip":
@@ -132,6 +146,9 @@ class SpikeWatch:
         first = step - len(rows) + 1
         self._rows = []
         for number, row in enumerate(rows, first):
+            if number in self._restarts:
+                self._restarts.remove(number)
+                self.median.clear()
             threshold = row[2] if self.mode == "skip" else self.median.threshold()
             if self.mode != "skip":
                 self.median.add(row[0])

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from pretrain.data.batch import Batch
+from pretrain.data.batch_sizes import BatchSizes
 from pretrain.runtime.gpus import find_gpu, peak_flops
 from pretrain.runtime.memory import peak_bytes
 from pretrain.training.flops import FlopCounter
@@ -20,7 +21,7 @@ class ThroughputMeter:
     """Measures training from one log line to the next; evaluation and saving are excluded.
 
     Args:
-        batch_size: samples a step, over all processes.
+        batches: the number of samples of each step, over all processes.
         total_steps: steps of the run.
         step: the step at which measuring begins.
         flops: counts the forward and backward operations of this process's part of a batch, for MFU; None = unknown.
@@ -29,14 +30,14 @@ class ThroughputMeter:
 
     def __init__(
         self,
-        batch_size: int,
+        batches: BatchSizes,
         total_steps: int,
         step: int,
         device: torch.device,
         flops: FlopCounter | None,
         precision: str = "fp32",
     ) -> None:
-        self._batch_size, self._total, self._step, self._device = batch_size, total_steps, step, device
+        self._batches, self._total, self._step, self._device = batches, total_steps, step, device
         self._peak = _find_peak(device, precision)
         self._flops = flops if self._peak else None
         self._wait = self._excluded = 0.0
@@ -71,6 +72,11 @@ class ThroughputMeter:
         if self._flops is not None:
             self._flops.add(batch)
 
+    def set_patch_dropout(self, fraction: float | None) -> None:
+        """Count the operations of the steps that follow with so many image patches left out; None = as the tower is built."""
+        if self._flops is not None:
+            self._flops.patch_dropout = fraction
+
     def build_line(
         self, step: int, lr: float, numbers: dict[str, float], skipped: int, bad: dict[str, int], filtered: dict[str, int]
     ) -> dict[str, Any]:
@@ -81,14 +87,14 @@ class ThroughputMeter:
         now = time.perf_counter()
         seconds = max(1e-9, now - self._begin - self._excluded)
         step_seconds = seconds / self.count_steps(step)
-        self._rate = self._batch_size / step_seconds
+        self._rate = (self._batches.position(step) - self._batches.position(self._step)) / seconds
         mfu = self._flops.take() / seconds / self._peak if self._flops is not None else None
         wait = self._wait
         self._begin, self._step = now, step
         self._wait = self._excluded = 0.0
         return {
             "step": step,
-            "samples_seen": step * self._batch_size,
+            "samples_seen": self._batches.position(step),
             "time": time.time(),
             "lr": lr,
             **numbers,
@@ -106,8 +112,8 @@ class ThroughputMeter:
         }
 
     def seconds_left(self, step: int) -> float:
-        """Return the seconds to the end of the run at the rate of the last log line."""
-        return (self._total - step) * self._batch_size / self._rate
+        """Return the seconds to the end of the run at the rate of the last log line, whatever stages follow."""
+        return (self._batches.position(self._total) - self._batches.position(step)) / self._rate
 
 
 def _find_peak(device: torch.device, precision: str) -> float:

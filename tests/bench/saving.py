@@ -34,6 +34,7 @@ from pretrain.strategies.single import Single
 from pretrain.training.config import RunPlan, TrainConfig
 from pretrain.training.run_dir import RunFolder
 from pretrain.training.run_state import Run
+from pretrain.training.stages import RunStages
 
 WIDTH = 4096
 ROWS = 8
@@ -63,8 +64,8 @@ def build_run(folder: Path, parameters: int, is_background: bool) -> Run:
     strategy = Single("fp32", OptimConfig(warmup=0), torch.device("cpu"))
     train = TrainConfig(steps=1000, save_every=1000, keep=1, on_spike="ignore", background_saves=is_background)
     plan = RunPlan(
-        seed=0, batch_size=ROWS, total_steps=1000, eval_every=0, train=train, optim=strategy.optim, resolved_config={},
-        identity={}, save_files=lambda folder: None,
+        seed=0, stages=RunStages.constant(1000, ROWS, strategy.optim), eval_every=0, train=train, optim=strategy.optim,
+        resolved_config={}, identity={}, save_files=lambda folder: None,
     )  # fmt: skip
     loader = SimpleNamespace(state_dict=lambda: {"position": 0})
     model, run_folder = Linears(parameters), RunFolder(f"{folder}/run")

@@ -26,7 +26,7 @@ def test_ten_evaluations_read_at_most_a_third_of_what_training_reads(
     eval_every: int | None, total_steps: int, batch_size: int, val_samples: int, steps: int
 ) -> None:
     config = TrainConfig(steps=total_steps, eval_every=eval_every)
-    assert config.evaluation_interval(total_steps, batch_size, val_samples) == steps
+    assert config.evaluation_interval(total_steps, total_steps * batch_size, val_samples) == steps
     if eval_every is None and steps:
         evaluations = -(-total_steps // steps)
         assert evaluations <= 10
