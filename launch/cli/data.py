@@ -136,7 +136,7 @@ def _add_check(commands: Subparsers[argparse.ArgumentParser]) -> None:
         metavar="FIELD",
         help="txt (default), txt:lines (one a line), or a field of the json",
     )
-    p.add_argument("--no-decode", action="store_true", help="verify the archives only, not every image and caption")
+    p.add_argument("--no-decode", action="store_true", help="verify the archives only, not every image, sound and caption")
     p.add_argument(
         "--fix",
         type=nonempty_path,
@@ -246,6 +246,10 @@ def check(args: argparse.Namespace) -> int:
     print(
         f"{format_count(report.shards, 'shard')}, {format_count(report.samples, 'sample')}, {report.bad_samples:,} of them bad"
     )
+    if report.sounds:
+        print(f"{format_count(report.images, 'sample')} with an image, {report.sounds:,} with a sound")
+    if report.unchecked:
+        print(one_safe_line(f"sounds were counted, not decoded: {report.unchecked}"))
     for reason, count in report.bad.most_common():
         print(one_safe_line(f"  {count:,} {reason}: {', '.join(report.names[reason][:3])}{', ...' if count > 3 else ''}"))
     for line in [*report.damaged, *(f"{path} holds no samples" for path in report.empty)]:

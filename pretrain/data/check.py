@@ -1,4 +1,4 @@
-"""Verification of shards before training: complete archives, readable images, and captions."""
+"""Verification of shards before training: complete archives, readable images and sounds, and captions."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from pretrain.data import BadSample
+from pretrain.data.audio_files import AUDIO_EXTENSIONS, check_audio, require_packages
 from pretrain.data.caption_statistics import CaptionStatistics
 from pretrain.data.captions import TXT, TXT_WHOLE, caption_member, check_caption_source, read_captions
 from pretrain.data.decode import decode_image as decode_image
@@ -21,7 +22,7 @@ from pretrain.data.shards.names import find_new_names, name_shard
 from pretrain.data.shards.paths import map_in_processes
 from pretrain.data.shards.reader import ShardReader
 from pretrain.data.shards.retries import retry_io
-from pretrain.errors import UserError
+from pretrain.errors import ConfigError, UserError
 
 _MAX_NAMED = 10  # samples named per reason; all are counted
 
@@ -33,6 +34,10 @@ class CheckReport:
     shards: int = 0
     samples: int = 0
     """Samples in the undamaged shards."""
+    images: int = 0
+    """Samples that have an image."""
+    sounds: int = 0
+    """Samples that have a sound."""
     bad_samples: int = 0
     """Samples that training would replace."""
     bad: Counter[str] = field(default_factory=Counter)
@@ -49,6 +54,8 @@ class CheckReport:
     """The bad samples of undamaged shards, as lines of a list that data.skip reads."""
     captions: CaptionStatistics = field(default_factory=CaptionStatistics)
     """Lengths and oddities of the captions of usable samples, if samples were decoded. Odd captions are not bad."""
+    unchecked: str = ""
+    """Why sounds were counted, but not decoded; "" where they were, or where there are none."""
 
     @property
     def is_ok(self) -> bool:
@@ -59,6 +66,8 @@ class CheckReport:
         """Add the results of another report to this one."""
         self.shards += other.shards
         self.samples += other.samples
+        self.images += other.images
+        self.sounds += other.sounds
         self.bad_samples += other.bad_samples
         self.bad += other.bad
         for reason, names in other.names.items():
@@ -86,6 +95,8 @@ class _CheckJob(NamedTuple):
     record: bool
     name: str
     """Of the shard in keys."""
+    decode_sounds: bool = True
+    """Whether sounds are decoded where `decode` is set."""
 
 
 def check_shards(
@@ -101,7 +112,8 @@ def check_shards(
 
     Args:
         paths: shards, as `expand_shards` returns them.
-        decode: decode every image and read every caption; False only checks that each sample has both.
+        decode: decode every image and sound, and read every caption; False only checks that each sample has an image or a
+            sound, and a caption. Without the packages that read sounds, those are only counted.
         workers: number of processes; None = one per core.
         progress: called with (shards done, shards in total).
         caption: "txt", or the name of the json field that holds captions.
@@ -111,15 +123,27 @@ def check_shards(
     check_caption_source(caption, "--caption")
     cache = replace(cache or ShardCache(), check_records=not record)  # records that are about to be written again
     new_names = find_new_names(paths)
+    unchecked = _explain_missing_packages() if decode else ""
     jobs = [
-        _CheckJob(path, cache, caption, decode, record, new_names.get(i) or name_shard(path)) for i, path in enumerate(paths)
+        _CheckJob(path, cache, caption, decode, record, new_names.get(i) or name_shard(path), not unchecked)
+        for i, path in enumerate(paths)
     ]
     report = CheckReport()
     for done, shard_report in enumerate(map_in_processes(_check_shard, jobs, workers), start=1):
         report.add(shard_report)
         if progress:
             progress(done, len(jobs))
+    report.unchecked = unchecked if report.sounds else ""
     return report
+
+
+def _explain_missing_packages() -> str:
+    """Return why sounds cannot be read, or ""."""
+    try:
+        require_packages()
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 def _check_shard(job: _CheckJob) -> CheckReport:
@@ -136,6 +160,9 @@ def _check_shard(job: _CheckJob) -> CheckReport:
             report.empty.append(job.path)
         reader = ShardReader([job.path], job.cache)
         for sample in range(shard_index.count):
+            extensions = reader.extensions(0, sample)
+            report.images += any(extension in EXTENSIONS for extension in extensions)
+            report.sounds += any(extension in AUDIO_EXTENSIONS for extension in extensions)
             problems = _find_problems(reader, sample, job)
             report.bad_samples += bool(problems)
             key = f"{job.name}/{shard_index.key(sample)}"
@@ -188,12 +215,18 @@ def _find_problems_in(members: dict[str, bytes], job: _CheckJob) -> list[BadSamp
     """Return one BadSample for each reason why a sample with these members cannot be used."""
     problems: list[BadSample] = []
     image = next((members[extension] for extension in EXTENSIONS if extension in members), None)
-    if image is None:
+    sound = next((members[extension] for extension in AUDIO_EXTENSIONS if extension in members), None)
+    if image is None and sound is None:
         problems.append(BadSample("no image", explain_missing_image(members, EXTENSIONS)))
     if job.decode:
         try:
             if image is not None:
                 decode_image(image)
+        except BadSample as error:
+            problems.append(error)
+        try:
+            if sound is not None and job.decode_sounds:
+                check_audio(sound)
         except BadSample as error:
             problems.append(error)
         try:

@@ -2,9 +2,12 @@
 
 import io
 import json
+import sys
 import tarfile
 
+import numpy as np
 import pytest
+import soundfile
 from PIL import Image
 
 from launch import cli
@@ -160,3 +163,54 @@ def test_report_as_json(shards, capsys):
     assert (report["samples"], report["bad_samples"], report["bad"]["duplicate key"]) == (13, 5, 1)
     captions = report["captions"]
     assert (captions["count"], captions["shortest"], captions["median"], captions["longest"]) == (8, 3, 3, 3)
+
+
+def wav(frames=8000):
+    out = io.BytesIO()
+    soundfile.write(out, np.zeros(frames), 16_000, format="WAV")
+    return out.getvalue()
+
+
+@pytest.fixture
+def sounds(tmp_path):
+    flac = io.BytesIO()
+    soundfile.write(flac, np.random.default_rng(0).normal(0, 0.1, 30_000), 16_000, format="FLAC")
+    damaged = bytearray(flac.getvalue())
+    damaged[len(damaged) // 2 : len(damaged) // 2 + 200] = bytes(200)
+    members = [
+        *[("a.jpg", jpeg()), ("a.wav", wav()), ("a.txt", b"both")],
+        *[("b.flac", flac.getvalue()), ("b.txt", b"a sound")],
+        *[("c.jpg", jpeg()), ("c.txt", b"an image")],
+        *[("d.jpg", jpeg()), ("d.wav", wav()[:-10]), ("d.txt", b"cut")],
+        *[("e.flac", bytes(damaged)), ("e.txt", b"damaged in the middle")],
+        *[("f.wav", wav(0)), ("f.txt", b"silence")],
+        *[("g.m4a", b"x"), ("g.txt", b"another format")],
+        ("h.ogg", wav()),
+    ]
+    (tmp_path / "sounds").mkdir()
+    write_tar(tmp_path / "sounds" / "0.tar", members)
+    return [str(tmp_path / "sounds" / "0.tar")]
+
+
+def test_sounds_are_counted_and_decoded_to_the_end(sounds, capsys):
+    report = check_shards(sounds, workers=1)
+    assert (report.samples, report.images, report.sounds, report.bad_samples, report.unchecked) == (8, 3, 6, 5, "")
+    expected = {"audio truncated": 1, "audio unreadable": 1, "audio empty": 1, "no image": 1, "no caption": 1}
+    assert report.bad == expected
+    assert report.names["audio unreadable"][0].startswith("0/e: ")
+    assert cli.main(["data", "check", *sounds, "--workers", "1"]) == 1
+    assert "3 samples with an image, 6 with a sound\n" in capsys.readouterr().out
+    assert cli.main(["data", "check", *sounds, "--json", "--workers", "1"]) == 1
+    values = json.loads(capsys.readouterr().out)
+    assert (values["images"], values["sounds"], values["bad"]) == (3, 6, expected)
+    assert check_shards(sounds, decode=False, workers=1).bad == {"no image": 1, "no caption": 1}
+
+
+def test_sounds_are_only_counted_without_their_packages(sounds, shards, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "soundfile", None)
+    report = check_shards(sounds, workers=1)
+    assert (report.sounds, report.bad) == (6, {"no image": 1, "no caption": 1})
+    assert cli.main(["data", "check", *sounds, "--workers", "1"]) == 1
+    line = "sounds were counted, not decoded: sounds need soundfile, which is not installed: pip install 'clipfuse[audio]'"
+    assert line in capsys.readouterr().out.splitlines()
+    assert check_shards(shards[:1], workers=1).unchecked == ""  # images alone need no such package
