@@ -4,6 +4,7 @@
     loader.py           the training loader: endless batches, resumable from a saved position
     eval_loader.py      the evaluation loader: each sample exactly once over all processes
     order.py            which sample is read at which position of the run: pure functions of (seed, position)
+    batch_sizes.py      the size of each batch of the run, and the position of its first sample
     shuffle.py          the shuffled, endless sample sequence of one source, and the counter-based random numbers
     worker.py           the data sets that a worker process reads and decodes, and the settings of such a process
     worker_pool.py      starts worker processes, keeps their results in order, reports a worker that died

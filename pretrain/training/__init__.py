@@ -5,6 +5,7 @@ run_tokenizer.py  the tokenizer of a run that names none: trained on its caption
 dry_run.py      what --dry-run prints: settings that differ from the defaults, parameters, where the run would go
 run_end.py      what a run prints at its end: figures of its evaluation, where it lies, the next commands
 config.py       the `train` section of a configuration, and the plan of a run
+stages.py       stages within one run (train.stages): sizes, batch and learning rate by step
 loop.py         fit(), the only training loop: optimizer, schedule, logging, evaluation, saving and stopping
 run_state.py    the state of a run, and how it is saved, restored and evaluated
 saving.py       the saves of a run: one in flight, and failures that are counted alike on all ranks
