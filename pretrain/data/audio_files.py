@@ -148,7 +148,8 @@ def open_audio(data: bytes) -> Iterator[AudioFile]:
         data = _add_flac_length(data)
         reader = _reader_class()(io.BytesIO(data))
     with reader:
-        frames = _check_header(reader, data)
+        with _raising_bad_sample():
+            frames = _check_header(reader, data)
         yield AudioFile(reader, AUDIO_FORMATS[reader.format], int(reader.samplerate), frames)
 
 
