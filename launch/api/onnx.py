@@ -8,10 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pretrain.data.audio import AudioDecoder
 from pretrain.data.images import ImageDecoder, parse_resize
 from pretrain.errors import UserError
 from pretrain.formats.onnx import Graphs
 from pretrain.ops import parse_color
+from pretrain.towers.mel import FULL_SCALE
 
 from .model import Encoding, to_rows
 
@@ -39,6 +41,8 @@ class OnnxModel(Encoding):
             resize = parse_resize(recipe)
             color = parse_color(resize.get("pad_color", "white"))
             self._decoder = ImageDecoder(int(recipe["size"]), None, resize["resize"], recipe["interpolation"], pad_color=color)
+            audio = recipe.get("audio")
+            self._audio = None if audio is None else AudioDecoder(audio["rate"], audio["seconds"], audio["pad"])
             self._mean, self._std = (torch.tensor(recipe[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
         except Exception as error:  # onnxruntime and transformers raise what they like for damaged files
             raise UserError(f"{folder} cannot be read as an ONNX export: {' '.join(str(error).split())[:300]}") from error
@@ -52,6 +56,12 @@ class OnnxModel(Encoding):
 
     def _encode_images(self, pixels: Tensor) -> Tensor:
         return to_rows(self._graphs.embed_images((pixels.float() / 255 - self._mean) / self._std))
+
+    def _decode_audio(self, data: bytes) -> Tensor:
+        return super()._decode_audio(data) if self._audio is None else self._audio.decode_eval(data)
+
+    def _encode_audio(self, waveforms: Tensor) -> Tensor:
+        return to_rows(self._graphs.embed_audio(waveforms.float() / FULL_SCALE))
 
     def _encode_texts(self, texts: list[str]) -> Tensor:
         return to_rows(self._graphs.embed_texts(texts))

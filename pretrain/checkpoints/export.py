@@ -174,8 +174,8 @@ def compare(encoders: Encoders, embed: Any) -> float | None:
 
     Args:
         encoders: the run's.
-        embed: what the format's `load` returned: (images (b, 3, S, S), texts) -> embeddings, 2 x (b, D); None where the
-            format's library is not installed, for which the result is None too.
+        embed: what the format's `load` returned: (images (b, 3, S, S), texts) -> embeddings, 2 x (b, D), with embed_audio
+            where it holds sounds; None where the format's library is not installed, for which the result is None too.
 
     Raises:
         UserError: the difference exceeds TOLERANCE.
@@ -188,8 +188,12 @@ def compare(encoders: Encoders, embed: Any) -> float | None:
     assert tower is not None
     texts = list_probes(encoders.text)
     exported = embed(tower.normalize(noise), texts)
-    reference = (encoders.model.encode("image", noise), encoders.model.encode("text", *encoders.text.encode(texts)))
-    difference = max(float((a - b).abs().max()) for a, b in zip(reference, exported, strict=True))
+    pairs = [(encoders.model.encode("image", noise), exported[0])]
+    pairs.append((encoders.model.encode("text", *encoders.text.encode(texts)), exported[1]))
+    if (audio := encoders.audio_tower) is not None:
+        waveforms = torch.rand(4, audio.samples, generator=torch.Generator().manual_seed(0)) - 0.5
+        pairs.append((encoders.model.encode("audio", waveforms), embed.embed_audio(waveforms)))
+    difference = max(float((a - b).abs().max()) for a, b in pairs)
     if not difference <= TOLERANCE:
         raise UserError(
             f"the exported folder gives embeddings that differ from the run's by {difference:.1g} (at most {TOLERANCE} is "

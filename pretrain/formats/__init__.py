@@ -5,7 +5,7 @@ hf.py                   export to transformers: CLIPModel or SiglipModel if one 
 hf_import.py            import of CLIP, SigLIP and dual encoders from transformers
 open_clip.py            export to open_clip: its own towers if they have the same architecture, else timm's
 open_clip_import.py     import of open_clip's folders and weight files
-onnx.py                 export of two ONNX graphs, image and text, for onnxruntime
+onnx.py                 export of ONNX graphs, image, text and audio, for onnxruntime
 vit_weights.py          vision transformers of CLIP and SigLIP under the weight names of timm, open_clip and transformers
 text_weights.py         text transformers of CLIP and SigLIP under the weight names of transformers and open_clip
 block_weights.py        one transformer block under those names
@@ -26,13 +26,14 @@ from torch import Tensor
 from pretrain.data.images import Preprocess
 from pretrain.data.text import TextDecoder
 from pretrain.model import DualEncoder, ModelSchema
+from pretrain.towers.audio import AudioTower
 from pretrain.towers.timm import ImageTower
 from pretrain.towers.transformers import TextTower
 
 
 @dataclass
 class Encoders:
-    """A trained pair of image and text encoder, in eval mode on the CPU, with what prepares their inputs."""
+    """Trained encoders of images and texts, perhaps of sounds too, in eval mode on the CPU, with what prepares their inputs."""
 
     model: DualEncoder
     config: ModelSchema
@@ -50,6 +51,12 @@ class Encoders:
         """The text tower, or None if it is not one of transformers'."""
         tower = dict(self.model.towers.items()).get("text")
         return tower if isinstance(tower, TextTower) else None
+
+    @property
+    def audio_tower(self) -> AudioTower | None:
+        """The audio tower, or None if there is none, or it is not one of this project's."""
+        tower = dict(self.model.towers.items()).get("audio")
+        return tower if isinstance(tower, AudioTower) else None
 
     def projection(self, modality: str) -> Tensor | None:
         """Return the projection matrix (D, P), or None if the tower's pooled vector is the embedding."""
@@ -90,12 +97,14 @@ class ImportedModel:
     tokenizer: Any
 
 
-def unsupported(encoders: Encoders) -> str | None:
+def unsupported(encoders: Encoders, others: tuple[str, ...] = ()) -> str | None:
     """Return why no format can hold these encoders, or None.
 
-    Every format holds one image tower of timm and one text tower of transformers.
+    Every format holds one image tower of timm and one text tower of transformers. others: further modalities that it can hold.
     """
-    extra = sorted(set(encoders.model.towers) - {"image", "text"})
+    if "image" not in encoders.model.towers:
+        return "a model without image tower"
+    extra = sorted(set(encoders.model.towers) - {"image", "text", *others})
     if extra:
         return f"the {extra[0]} tower: it holds an image and a text tower only"
     if encoders.image_tower is None:

@@ -132,7 +132,9 @@ def render_card(
         "---",
         f"# {name}",
         "",
-        "A pair of image and text encoder, trained contrastively with clipfuse.",
+        "A pair of image and text encoder, trained contrastively with clipfuse."
+        if encoders.audio_tower is None
+        else "Encoders of images, texts and sounds, trained contrastively with clipfuse; audio.onnx embeds waveforms.",
         "",
         "```python",
         format_loading_code(encoders, format_name, name),
@@ -217,6 +219,10 @@ def _describe_architecture(encoders: Encoders, more: Sequence[tuple[str, Any]]) 
         ("special tokens in a text", _describe_special_tokens(encoders)),
         ("logit scale", f"{float(model.logit_scale.detach().exp()):.2f}"),
     ]
+    if (audio := encoders.audio_tower) is not None:
+        length = f"{audio.samples:,} samples ({audio.seconds:g} s)"
+        rows.append(("audio tower", f"{counts['audio']['total']:,} parameters with its projection"))
+        rows.append(("sounds", f"mono, {audio.rate:,} Hz, full scale 1, {length}; shorter ones: {audio.config.pad}"))
     if model.logit_bias is not None:
         rows.append(("logit bias", f"{float(model.logit_bias.detach()):.3f}"))
     return ["## The model", "", *_format_table([*rows, *more])]

@@ -1,7 +1,9 @@
-"""Export to ONNX: two graphs for onnxruntime and other readers of ONNX files. There is no import.
+"""Export to ONNX: graphs for onnxruntime and other readers of ONNX files. There is no import.
 
     image.onnx  image-fp16.onnx     pixel_values (b, 3, S, S) float32, normalized -> image_embeds (b, D) float32, length 1
     text.onnx   text-fp16.onnx      input_ids, attention_mask (b, T) int64 -> text_embeds (b, D) float32, length 1
+    audio.onnx  audio-fp16.onnx     waveforms (b, S) float32 in [-1, 1] -> audio_embeds (b, D) float32, length 1; of models with
+                                    an audio tower. The spectrogram is part of the graph, in float32
     preprocess.json  tokenizer files  README.md
 
 b is any number. T is any length up to the tower's; for a tower that attends to padding (SigLIP), it is the tower's length.
@@ -33,7 +35,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 def export_error(encoders: Encoders) -> str | None:
     """Return which part of the encoders cannot be written as a graph, or None."""
-    return unsupported(encoders)
+    return unsupported(encoders, ("audio",) if encoders.audio_tower is not None else ())
 
 
 def write(encoders: Encoders, folder: Path, target: Path | None = None) -> None:
@@ -48,7 +50,12 @@ def write(encoders: Encoders, folder: Path, target: Path | None = None) -> None:
         model = to_exportable(encoders.model, precision)
         _write_image_graph(model, encoders.preprocess.size, folder / f"image{suffix}.onnx")
         _write_text_graph(model, encoders.text.length, folder / f"text{suffix}.onnx")
-    (folder / "preprocess.json").write_text(json.dumps(encoders.preprocess.to_open_clip(), indent=1))
+        if encoders.audio_tower is not None:
+            _write_audio_graph(model, encoders.audio_tower.samples, folder / f"audio{suffix}.onnx")
+    recipe: dict[str, Any] = encoders.preprocess.to_open_clip()
+    if (tower := encoders.audio_tower) is not None:
+        recipe["audio"] = {"rate": tower.rate, "seconds": tower.seconds, "pad": tower.config.pad}
+    (folder / "preprocess.json").write_text(json.dumps(recipe, indent=1))
     portable_tokenizer.save(encoders.text, folder)
 
 
@@ -81,6 +88,17 @@ class _Text(nn.Module):
         return self.model.encode("text", input_ids, attention_mask.bool())
 
 
+class _Audio(nn.Module):
+    """The audio encoder as a graph: waveforms (b, S) float32 in [-1, 1] -> (b, D)."""
+
+    def __init__(self, model: DualEncoder) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, waveforms: Tensor) -> Tensor:
+        return self.model.encode("audio", waveforms)
+
+
 def to_exportable(model: Model, precision: torch.dtype) -> Model:
     """Copy a model without length buckets and special matrix products, which a graph cannot express.
 
@@ -106,6 +124,11 @@ def _write_text_graph(model: DualEncoder, length: int, path: Path) -> None:
     ids, shape = build_trace_ids(model.tower("text").trims, length)
     inputs = (ids, torch.ones_like(ids))
     write_graph(_Text(model), inputs, ["input_ids", "attention_mask"], ["text_embeds"], (shape, shape), path)
+
+
+def _write_audio_graph(model: DualEncoder, samples: int, path: Path) -> None:
+    batch = torch.export.Dim("batch")
+    write_graph(_Audio(model), (torch.zeros(2, samples),), ["waveforms"], ["audio_embeds"], ({0: batch},), path)
 
 
 def build_trace_ids(trims: bool, length: int) -> tuple[Tensor, dict[int, Any]]:
@@ -165,7 +188,7 @@ def _count_bytes(module: nn.Module) -> int:
 
 
 class Graphs:
-    """The image and text graphs of an exported folder, with its tokenizer, run by onnxruntime."""
+    """The graphs of an exported folder, with its tokenizer, run by onnxruntime."""
 
     def __init__(self, folder: Path, suffix: str = "", providers: Sequence[str] = ("CPUExecutionProvider",)) -> None:
         """suffix: "-fp16" loads the float16 graphs. providers: where onnxruntime may run them, in order of preference."""
@@ -176,6 +199,8 @@ class Graphs:
             onnxruntime.InferenceSession(str(folder / f"{name}{suffix}.onnx"), providers=list(providers))
             for name in ("image", "text")
         )
+        path = folder / f"audio{suffix}.onnx"
+        self._audio = onnxruntime.InferenceSession(str(path), providers=list(providers)) if path.exists() else None
         self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         self._has_fixed_length = isinstance(self._text.get_inputs()[0].shape[1], int)
         self._text_inputs = {node.name for node in self._text.get_inputs()}
@@ -184,6 +209,16 @@ class Graphs:
     def embed_images(self, images: Tensor) -> Tensor:
         """Embed normalized images: (b, 3, S, S) float32 -> (b, D)."""
         return torch.from_numpy(self._image.run(None, {"pixel_values": images.numpy()})[0])
+
+    def embed_audio(self, waveforms: Tensor) -> Tensor:
+        """Embed waveforms: (b, S) float32 in [-1, 1] -> (b, D). Raises UserError for a folder without this graph."""
+        if self._audio is None:
+            raise UserError("there is no audio.onnx: the exported model has no audio tower")
+        return torch.from_numpy(self._audio.run(None, {"waveforms": waveforms.numpy()})[0])
+
+    def __call__(self, images: Tensor, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Embed normalized images (b, 3, S, S) and texts -> (b, D) each."""
+        return self.embed_images(images), self.embed_texts(texts)
 
     def embed_texts(self, texts: list[str]) -> Tensor:
         """Tokenize and embed texts -> (b, D)."""
@@ -199,17 +234,6 @@ class Graphs:
         return torch.from_numpy(self._text.run(None, values)[0])
 
 
-def load(folder: Path, suffix: str = "") -> Any:
-    """Load an exported folder with onnxruntime and return a function that embeds with it.
-
-    Returns:
-        embed(images (b, 3, S, S) float32, normalized; texts) -> image and text embeddings, (b, D) each.
-
-    suffix: "-fp16" loads the float16 graphs.
-    """
-    graphs = Graphs(folder, suffix)
-
-    def embed(images: Tensor, texts: list[str]) -> tuple[Tensor, Tensor]:
-        return graphs.embed_images(images), graphs.embed_texts(texts)
-
-    return embed
+def load(folder: Path, suffix: str = "") -> Graphs:
+    """Load an exported folder with onnxruntime. suffix: "-fp16" loads the float16 graphs."""
+    return Graphs(folder, suffix)

@@ -108,6 +108,21 @@ def test_sounds_that_cannot_be_used_are_one_line(here: Path, sound: object, mess
     assert "\n" not in str(error.value)
 
 
+def test_onnx_holds_three_towers_and_other_formats_refuse(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["export", "runs/three", "graphs", "--format", "onnx"]) == 0
+    sounds, texts = [make_tone(330, seconds, 5) for seconds in (0.2, 0.9)], ["a red thing", "a blue thing"]
+    model, exported = clipfuse.load("runs/three"), clipfuse.load("graphs")
+    np.testing.assert_allclose(exported.encode_audio(sounds), model.encode_audio(sounds), atol=1e-5)
+    np.testing.assert_allclose(exported.encode_texts(texts), model.encode_texts(texts), atol=1e-5)
+    card = (here / "graphs/README.md").read_text()
+    assert "| sounds | mono, 8,000 Hz, full scale 1, 3,200 samples (0.4 s); shorter ones: repeat |" in card
+    capsys.readouterr()
+    for form in ("hf", "open_clip"):
+        assert cli.main(["export", "runs/three", f"graphs-{form}", "--format", form]) == 1
+        message = f"{form} cannot hold the audio tower: it holds an image and a text tower only; --format onnx can hold it"
+        assert message in capsys.readouterr().err
+
+
 def test_sounds_and_texts_alone(here: Path, small: Small, capsys: pytest.CaptureFixture[str]) -> None:
     """No images: another primary metric, classes of sounds, and no command that needs images."""
     settings = [s for s in small.settings("two", *MORE, "train.steps=4", "train.save_every=2") if not s.startswith("image.")]
@@ -129,6 +144,8 @@ def test_sounds_and_texts_alone(here: Path, small: Small, capsys: pytest.Capture
     assert not [name for name in evaluated if "image" in name]
     assert "audio_to_text_R@1" in output.err
     assert cli.main(["report", "runs/two"]) == 0
+    assert cli.main(["export", "runs/two", "two-onnx", "--format", "onnx"]) == 1
+    assert "onnx cannot hold a model without image tower" in capsys.readouterr().err
     assert "A gallery shows images and captions" in (here / "runs/two/report.html").read_text()
     model = clipfuse.load("runs/two")
     assert model.encode_audio(["a.flac"] if Path("a.flac").exists() else [make_tone(220, 0.5, 0)]).shape == (1, 16)
