@@ -88,6 +88,8 @@ def with_init_defaults(values: dict[str, Any], checkpoint: Path | None = None) -
         names += list((_load_source(init, "image").config if saved is None else saved).others)
     for name in _runs_by_tower(init, tuple(dict.fromkeys(names))):
         section = values.get(name, {})
+        if section is None and name not in ("image", "text"):  # left out; a schema knows no further towers that are null
+            merged.pop(name)
         if section is not None and not {"name", "args", "tower"} & set(section):
             source = _load_source(init, name) if saved is None else None
             inherited = configuration.to_dict(source.config if source is not None else saved).get(name)

@@ -53,6 +53,10 @@ class AudioDecoder:
             raise MissingContent("audio missing", explain_missing_sound(sample.members))
         return self._decode(data, rng if train else None)
 
+    def blank(self) -> np.ndarray:
+        """Return the item of a sample without a sound: silence."""
+        return np.zeros(self.samples, dtype=np.int16)
+
     def collate(self, items: list[Any]) -> tuple[torch.Tensor, None]:
         """Stack b sounds to (b, S) int16; sounds have no mask."""
         return torch.from_numpy(np.stack(items)), None
