@@ -63,6 +63,8 @@ class FilterReport:
 
     def _format_facts(self) -> list[str]:
         lines = []
+        for option, entry in self.facts.get("lists", {}).items():
+            lines.append(f"{option}: {format_count(entry['lines'], 'line')}, {format_count(entry['samples'], 'sample')} named")
         if found := self.facts.get("embeddings", {}).get("missing"):
             entry = self.facts["embeddings"]
             done = "they stay, and no rule of embeddings applies to them" if entry["treated"] == "keep" else "they go"

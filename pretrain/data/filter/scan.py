@@ -19,6 +19,7 @@ from pretrain.data.sample_json import read_fields
 from pretrain.data.shards.reader import TEXT_EXTENSIONS, ShardReader
 from pretrain.runtime.files import replace_atomically
 
+IN_SKIP, NOT_IN_KEEP_LIST = "in --skip", "not in --keep-list"
 MAX_REASON = 200
 """Characters of a reason."""
 
@@ -51,9 +52,9 @@ class _Rules:
         """Return why a sample goes, or "", and the ids of the captions that pass. Raises BadSample, UserError."""
         is_repeated = reader.is_repeated(0, sample)
         if self.skip is not None and self.skip.names(key, is_repeated):
-            return "in --skip", []
+            return IN_SKIP, []
         if self.only is not None and not self.only.names(key, is_repeated):
-            return "not in --keep-list", []
+            return NOT_IN_KEEP_LIST, []
         needs_text = self.condition is not None or self.options.reads_captions
         members = reader.read(0, sample, TEXT_EXTENSIONS if needs_text else ()).members
         if self.condition is not None and not self._fulfills(members):

@@ -16,7 +16,8 @@ import numpy as np
 from pretrain.data.filter.clusters import Progress, assign, fit_centroids, limit_clusters
 from pretrain.data.filter.near_duplicates import PROBES, find_duplicates
 from pretrain.data.filter.options import FilterOptions
-from pretrain.data.filter.scan import Scan
+from pretrain.data.filter.scan import IN_SKIP, NOT_IN_KEEP_LIST, Scan
+from pretrain.data.sample_filter import read_skip_list
 from pretrain.errors import UserError
 
 NEAR_DUPLICATE, OF_HELD_OUT = "near-duplicate", "near-duplicate of a held-out sample"
@@ -94,6 +95,7 @@ def select(
     """
     reasons, facts = _Reasons(scans), dict[str, Any]()
     keepers = np.full(len(reasons.values), -1, dtype=np.int64)
+    _count_listed(reasons, options, facts)
     if options.max_repeats is not None:
         reasons.give(_find_repeated(scans, reasons, options.max_repeats), REPEATED_CAPTION)
     if embeddings is not None:
@@ -106,6 +108,17 @@ def select(
             with stage("finding clusters") as progress:
                 _balance(embeddings, reasons, options, facts, progress)
     return Selection(reasons.values, list(reasons.names), keepers, facts)
+
+
+def _count_listed(reasons: _Reasons, options: FilterOptions, facts: dict[str, Any]) -> None:
+    """Count the samples that lists name, beside the lines they have: fewer samples hint at a list of other shards."""
+    skipped, others = (int((reasons.values == reasons.names.get(name, -1)).sum()) for name in (IN_SKIP, NOT_IN_KEEP_LIST))
+    for path, option, samples in (
+        (options.skip, "--skip", skipped),
+        (options.keep_list, "--keep-list", len(reasons.values) - skipped - others),
+    ):
+        if path is not None:
+            facts.setdefault("lists", {})[option] = {"lines": len(read_skip_list(path)), "samples": samples}
 
 
 def _find_repeated(scans: Sequence[Scan], reasons: _Reasons, most: int) -> np.ndarray:

@@ -166,14 +166,17 @@ def test_a_sample_with_several_captions_goes_where_none_passes(tmp_path: Path) -
     assert list(read_shards(tmp_path / "b", "s")) == ["s-0/0", "s-0/2", "s-0/3", "s-0/5"]
 
 
-def test_lists(tmp_path: Path, data: dict[str, dict[str, Any]]) -> None:
+def test_lists(tmp_path: Path, data: dict[str, dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
     keys = list(data)
-    (tmp_path / "list.txt").write_text("".join(f"{key}\tsome reason\n" for key in keys[3:50]))
+    (tmp_path / "list.txt").write_text("".join(f"{key}\tsome reason\n" for key in [*keys[3:50], "x/1"]))
     run(tmp_path / "in", tmp_path / "skip", "--skip", tmp_path / "list.txt")
     assert list(read_shards(tmp_path / "skip", "t")) == keys[:3] + keys[50:]
     run(tmp_path / "in", tmp_path / "keep", "--keep-list", tmp_path / "list.txt")
     assert list(read_shards(tmp_path / "keep", "t")) == keys[3:50]
     assert report(tmp_path / "keep")["kept_shards"] == 2
+    assert report(tmp_path / "skip")["facts"]["lists"] == {"--skip": {"lines": 48, "samples": 47}}
+    assert report(tmp_path / "keep")["facts"]["lists"] == {"--keep-list": {"lines": 48, "samples": 47}}
+    assert "--keep-list: 48 lines, 47 samples named" in capsys.readouterr().out
     assert not (tmp_path / "keep" / "t-4.tar").exists()  # nothing of it stays
 
 
