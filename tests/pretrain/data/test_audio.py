@@ -110,21 +110,24 @@ def test_the_mix_is_the_mean_of_the_channels(channels: int, form: str) -> None:
 
 
 @pytest.mark.parametrize("rate", [8_000, 16_000, 22_050, 44_100, 48_000])
-@pytest.mark.parametrize("form", FORMATS.values())
+@pytest.mark.parametrize("form", [*FORMATS.values(), "OGG OPUS", "WAV ULAW", "WAV IMA_ADPCM", "RF64"])
 def test_a_crop_equals_the_slice_of_the_whole(form: str, rate: int) -> None:
+    if form == "OGG OPUS" and rate in (22_050, 44_100):
+        pytest.skip("Opus has no such rate")
     noise = np.random.default_rng(0).normal(0, 0.1, (rate * 4, 2))
-    data = encode(noise, rate, form)
+    data = encode(noise, rate, *form.split())
     stored = soundfile.read(io.BytesIO(data), dtype="float32")[0].mean(1)
     whole = np.rint(soxr.resample(stored, rate, 16_000) * 32768).astype(int) if rate != 16_000 else np.rint(stored * 32768)
+    surplus = len(stored) * 16_000 // rate - 8000  # ADPCM has more frames than were written: whole blocks
     decoder = AudioDecoder(16_000, 0.5)
     starts = set()
     for seed in range(8):
-        start = int(np.random.default_rng(seed).integers(0, 64_000 - 8000 + 1))
+        start = int(np.random.default_rng(seed).integers(0, surplus + 1))
         crop = decoder.decode_train(data, np.random.default_rng(seed)).numpy()
         assert np.abs(crop - whole[start : start + 8000]).max() <= 1, seed
         starts.add(start)
     assert len(starts) == 8
-    assert np.abs(decoder.decode_eval(data).numpy() - whole[28_000:36_000]).max() <= 1  # the center
+    assert np.abs(decoder.decode_eval(data).numpy() - whole[surplus // 2 :][:8000]).max() <= 1  # the center
 
 
 def test_a_short_sound_is_repeated_or_followed_by_silence() -> None:

