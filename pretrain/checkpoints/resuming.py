@@ -192,8 +192,8 @@ def _without_other_sources(tower: Any, saved: dict[str, Any], started: dict[str,
     if is_gone and saved.get("tower") == tower.tower:
         own = {spec.name: getattr(tower, spec.name) for spec in fields(tower)}
         inherited = {key: value for key, value in saved.items() if key in own and own[key] in (None, {}, [])}
-        args = {**saved.get("args", {}), **own.get("args", {})}
-        tower = replace(tower, **inherited, name=None, args=args)
+        inherited |= {"name": None, "args": {**saved.get("args", {}), **own.get("args", {})}}
+        tower = replace(tower, **inherited)
     return _without_weights(tower)
 
 

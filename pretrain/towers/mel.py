@@ -159,10 +159,10 @@ def build_filters(settings: MelSettings) -> np.ndarray[Any, Any]:
         return _triangles(_to_mel(frequencies), edges)
     to_mel, to_hertz = (_to_slaney, _from_slaney) if settings.recipe == "slaney" else (_to_mel, _from_mel)
     edges = to_hertz(np.linspace(to_mel(settings.fmin), to_mel(settings.fmax), settings.mels + 2))
-    filters = _triangles(frequencies, edges)
+    filters: np.ndarray[Any, Any] = _triangles(frequencies, edges)
     if settings.recipe == "slaney":
         filters = filters * (2 / (edges[2:] - edges[:-2]))
-    return np.asarray(filters)
+    return filters
 
 
 def _triangles(points: np.ndarray[Any, Any], edges: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -170,7 +170,8 @@ def _triangles(points: np.ndarray[Any, Any], edges: np.ndarray[Any, Any]) -> np.
     widths = np.diff(edges)
     rising = (points[:, None] - edges[None, :-2]) / widths[:-1]
     falling = (edges[None, 2:] - points[:, None]) / widths[1:]
-    return np.maximum(0.0, np.minimum(rising, falling))
+    heights: np.ndarray[Any, Any] = np.maximum(0.0, np.minimum(rising, falling))
+    return heights
 
 
 def _to_mel(hertz: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from itertools import permutations
 from pathlib import Path
 
@@ -14,6 +15,8 @@ import soundfile
 import torch
 
 from launch import cli
+from pretrain.checkpoints.loading import load_model
+from tests.pretrain.towers.test_audio import save_ast
 from tests.support import Small, read_jsonl, read_losses
 from tests.support.sounds import AUDIO, make_tone, write_shard
 
@@ -57,6 +60,22 @@ def test_a_run_resumes_bit_for_bit(here: Path, small: Small) -> None:
     assert read_losses(here / "runs/rest") == {step: losses[step] for step in (4, 5, 6)}
     last = "checkpoints/step-0000006/model.safetensors"
     assert (here / "runs/rest" / last).read_bytes() == (here / "runs/three" / last).read_bytes()
+
+
+def test_a_published_tower_trains_on_and_resumes_when_its_folder_is_gone(
+    here: Path, small: Small, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_ast(here / "ast")
+    data = [setting for setting in MORE if not setting.startswith("audio.")]
+    more = ["audio.tower=audio", "audio.name=ast", "train.save_every=1", "data.val=null", "image=null"]
+    settings = [s for s in small.settings("published", *data, *more) if not s.startswith("image.")]
+    assert cli.main(["pretrain", "scenes", *settings, "train.steps=1"]) == 0
+    assert "audio tower: weights from ast: 55 of 55 tensors" in capsys.readouterr().err
+    shutil.rmtree(here / "ast")
+    assert cli.main(["pretrain", "scenes", *settings, "train.steps=2"]) == 0
+    assert list(read_losses(here / "runs/published")) == [1, 2]
+    tower = load_model("runs/published").config.others["audio"]
+    assert (tower.name, tower.rate, tower.mean, tower.std, tower.mels) == (None, 16000, -5.0, 6.0, 64)
 
 
 def test_embeddings_of_the_command_are_those_of_python_and_evaluate_alike(
