@@ -34,7 +34,8 @@ from pretrain.data.scenes.layout import (
 )
 from pretrain.data.scenes.objects import KINDS
 from pretrain.data.scenes.render import render_scene
-from pretrain.data.scenes.sounds import draw_sounds, require_soundfile
+from pretrain.data.scenes.sound_questions import build_sound_questions
+from pretrain.data.scenes.sounds import build_sounds, draw_sounds, require_soundfile
 from pretrain.data.scenes.text import build_captions, build_negative_captions, build_questions
 from pretrain.data.scenes.writer import Members, Progress, write_dataset
 from pretrain.data.vocabulary import FILE, Vocabulary
@@ -47,7 +48,7 @@ __all__ = [
 ]  # fmt: skip
 
 _VERSION = 2  # of the drawing code: a folder drawn by another version is not continued
-_SOUND_VERSION = 1  # of the code that renders sounds
+_SOUND_VERSION = 2  # of the code that renders sounds
 
 VOCABULARY = Vocabulary(
     CLASSES,
@@ -111,10 +112,12 @@ def draw_scene(
 def draw_scene_with_sounds(
     seed: int, split: str, index: int, size: int = 96, scale: float = 1.0, num_objects: tuple[int, int] = (1, 4)
 ) -> tuple[Image.Image, dict[str, Any], Members]:
-    """Draw one scene and return what draw_scene does, with the fields of draw_sounds added, and KEY.flac."""
+    """Draw one scene and return what draw_scene does, the fields of draw_sounds and sound_questions added, and KEY.flac."""
     image, content = draw_scene(seed, split, index, size, scale, num_objects)
-    flac, fields = draw_sounds(build_scene(seed, split, index, scale, num_objects))
-    return image, {**content, **fields}, {"flac": flac}
+    scene = build_scene(seed, split, index, scale, num_objects)
+    flac, fields = draw_sounds(scene)
+    questions = build_sound_questions(scene, build_sounds(scene))
+    return image, {**content, **fields, "sound_questions": questions}, {"flac": flac}
 
 
 def draw_contact_sheet(
