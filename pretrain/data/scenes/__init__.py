@@ -9,6 +9,7 @@
     backgrounds.py   the eight backgrounds and how each is drawn
     render.py        renders a scene to pixels and measures the visible box of each object
     sounds.py        the sounds of a scene: tones of each kind, captions of what is heard
+    sound_questions.py   questions about them
     text.py          captions, negative captions and questions with answers
     rng.py           random choices that are the same on every machine
 

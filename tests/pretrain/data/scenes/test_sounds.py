@@ -177,6 +177,7 @@ def test_sound_adds_to_the_shards_and_changes_nothing_else(tmp_path: Path) -> No
             content = json.loads(sound[name])
             assert content.pop("sounds")
             assert content.pop("sound_captions")
+            assert content.pop("sound_questions")
             assert json.dumps(content, separators=(",", ":")).encode() == data
         else:
             assert sound[name] == data
