@@ -3,8 +3,11 @@
 import contextlib
 import io
 import json
+import re
 import shlex
+import tarfile
 from pathlib import Path
+from typing import IO, cast
 
 import pytest
 import torch
@@ -13,10 +16,18 @@ from transformers import CLIPConfig, CLIPModel
 
 from launch import cli
 from pretrain.data.text import load_tokenizer
-from tests.support import ROOT, Small
+from tests.support import ROOT, TINY_TOWERS, Small
 
-GUIDE = (ROOT / "finetune/README.md").read_text().split("## My own data in five minutes")[1].split("\n## ")[0]
-CODE = [line.strip() for line in GUIDE.splitlines() if line.startswith("    ")]
+README = (ROOT / "finetune/README.md").read_text()
+
+
+def read_code(section: str) -> list[str]:
+    """Return the lines of code of a section."""
+    text = README.split(f"## {section}")[1].split("\n## ")[0]
+    return [line.strip() for line in text.splitlines() if line.startswith("    ")]
+
+
+CODE = read_code("My own data in five minutes")
 COLORS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (40, 60, 220), "white": (240, 240, 240)}
 
 
@@ -73,3 +84,28 @@ def test_every_line_of_the_guide_runs(small: Small, in_tmp: Path, capsys: pytest
     last = json.loads(Path("runs/mine/metrics.jsonl").read_text().splitlines()[-1])
     assert last["val/accuracy_color"] >= 0.75  # on eight images that were not in training
     assert last["val/blind_accuracy_color"] <= 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_every_line_about_sounds_runs(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    smaller = {
+        "data": ["--num", "40", "--size", "64", "--workers", "1"],
+        "tokenizer": [],
+        "pretrain": [*TINY_TOWERS, "audio.widths=[8,16]", "data.batch_size=16", "train.steps=2", "eval.max_samples=20"],
+        "finetune": ["fusion.heads=4", "data.batch_size=16", "train.steps=2", "eval.max_samples=20"],
+        "evaluate": [],
+    }
+    quiet = ["train.trackers=[]", "data.workers=0", "eval.workers=0", "train.threads=1", "train.eval_every=0"]
+    for line in read_code("Questions about sounds"):
+        words = shlex.split(line)[1:]
+        more = smaller[words[0]] + (quiet if words[0] in ("pretrain", "finetune") else [])
+        assert cli.main([*words, *more]) == 0, line
+    assert "accuracy order" in capsys.readouterr().out
+    with tarfile.open("scenes/val-0000.tar") as tar:
+        member = next(info for info in tar if info.name.endswith(".flac"))
+        Path("sound.flac").write_bytes(cast(IO[bytes], tar.extractfile(member)).read())
+    attend = re.search(r"`clipfuse (attend runs/heard [^`]+)`", README)
+    assert attend
+    assert cli.main(shlex.split(attend[1].replace("\n", " "))) == 0
+    assert Path("heard.png").stat().st_size > 5000

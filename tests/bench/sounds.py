@@ -1,0 +1,166 @@
+"""Measures whether a word's map finds its tone in time, on drawn sounds (`clipfuse data scenes DIR --sound`).
+
+    python -m tests.bench.sounds RUN --data 'DIR/val-*.tar' [--samples 400] [--method raw]
+
+RUN is fine-tuned with fusion.context=audio. Texts are the first of a sample's sound_captions, such as "a purple bird, then a
+purple sofa"; words are the kinds in it that are heard once. A map is summed over frequencies. One JSON line:
+
+    hit     share of maps whose highest column lies in the word's own sound (its center; pointing game in time)
+    lift    share of a map's sum inside the sound, over the sound's share of the time: 1 = a uniform map
+
+each with its interval (95 %, bootstrapped over samples), for the run and for:
+
+    time          a uniform map, or a random column
+    loudness      the map that is the loudness of each column, the same for every word
+    other_word    the map of another kind's word of the same caption
+    untrained     the same encoders and a new fusion
+    similarity    without fusion, where both towers pool the mean of their tokens
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections import Counter
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from finetune import loading
+from finetune.explain.attribution import METHODS
+from finetune.explain.similarity import compute_similarity_maps
+from finetune.explain.token_spans import TokenSpans, average_tokens
+from finetune.explain.word_maps import METHOD, compute_token_maps, find_text_decoder
+from finetune.grounding.pointing_game import Array, bootstrap
+from finetune.grounding.probes import build_untrained
+from finetune.loading import Finetuned
+from finetune.model import FusionModel
+from pretrain.data.audio import AUDIO_EXTENSIONS
+from pretrain.data.shards.paths import expand_shards
+from pretrain.data.shards.reader import ShardReader
+
+BATCH = 32
+
+
+class Heard(NamedTuple):
+    """One sample: its sound file, its caption, and when each kind that is heard once is heard, in seconds."""
+
+    data: bytes
+    caption: str
+    spans: dict[str, tuple[float, float]]
+
+
+def read_samples(shards: str, count: int) -> list[Heard]:
+    """Return the first samples with two sounds of different kinds or more."""
+    reader = ShardReader(expand_shards(shards))
+    samples: list[Heard] = []
+    for shard in range(len(reader.paths)):
+        for sample in range(reader.count(shard)):
+            members = reader.read(shard, sample).members
+            content = json.loads(members["json"])
+            names = Counter(sound["name"] for sound in content["sounds"])
+            spans = {s["name"]: (s["start"], s["end"]) for s in content["sounds"] if names[s["name"]] == 1}
+            if len(spans) >= 2:
+                data = next(members[extension] for extension in AUDIO_EXTENSIONS if extension in members)
+                samples.append(Heard(data, content["sound_captions"][0], spans))
+            if len(samples) == count:
+                return samples
+    return samples
+
+
+def compute_columns(tuned: Finetuned, model: FusionModel | None, samples: list[Heard], method: str) -> list[dict[str, Array]]:
+    """Return, for each sample, the map of each kind's word summed over frequencies: {kind: (W,)}; None = similarity."""
+    decoder, results = find_text_decoder(tuned.decoders), []
+    for begin in range(0, len(samples), BATCH):
+        chunk = samples[begin : begin + BATCH]
+        inputs, masks = tuned.encode_inputs([sample.data for sample in chunk], [sample.caption for sample in chunk])
+        batch = (inputs["audio"], inputs["text"], masks["text"])
+        if model is None:
+            maps = compute_similarity_maps(tuned.model.encoder, *batch, "audio")[0].clamp(min=0)
+        else:
+            maps, _ = compute_token_maps(model, tuned.task, *batch, method)
+        for sample, values in zip(chunk, maps, strict=True):
+            words = TokenSpans(decoder, sample.caption).find_words()
+            by_kind = {re.sub(r"\W", "", word.text): word for word in words}
+            results.append(
+                {
+                    kind: average_tokens(values, by_kind[kind].tokens).sum(dim=0).double().numpy()
+                    for kind in sample.spans
+                    if kind in by_kind
+                }
+            )
+    return results
+
+
+def measure_loudness(tuned: Finetuned, samples: list[Heard], columns: int) -> list[Array]:
+    """Return for each sample the energy of the sound in each of the map's columns (W,)."""
+    tower = cast(Any, tuned.model.encoder.tower("audio"))
+    levels = []
+    for sample in samples:
+        mel = tower.mel(tuned.encode_inputs([sample.data], ["a"])[0]["audio"])[0]  # (T, F), logarithms
+        energy = (mel * tower.mel.settings.std / 10 * np.log(10)).exp().sum(dim=1)
+        levels.append(torch.nn.functional.adaptive_avg_pool1d(energy[None], columns)[0].double().numpy())
+    return levels
+
+
+def score(maps: Array, span: tuple[float, float], seconds: float) -> tuple[float, float]:
+    """Return (hit, lift) of one map over time (W,)."""
+    edges = np.linspace(0, seconds, len(maps) + 1)
+    overlap = np.clip(np.minimum(edges[1:], span[1]) - np.maximum(edges[:-1], span[0]), 0, None) / np.diff(edges)
+    best = np.flatnonzero(maps >= maps.max() - 1e-12)
+    center = (edges[:-1] + edges[1:])[best] / 2
+    hit = float(((center >= span[0]) & (center <= span[1])).mean())
+    total = maps.sum()
+    return hit, float((maps * overlap).sum() / total / overlap.mean()) if total > 0 else 1.0
+
+
+def measure(tuned: Finetuned, samples: list[Heard], method: str) -> dict[str, Any]:
+    """Return the figures of one run."""
+    trained = compute_columns(tuned, tuned.model, samples, method)
+    columns = {"trained": trained, "untrained": compute_columns(tuned, build_untrained(tuned, 0), samples, method)}
+    towers = tuned.model.encoder
+    if towers.tower("audio").pools_mean and towers.tower("text").pools_mean:
+        columns["similarity"] = compute_columns(tuned, None, samples, method)
+    width = len(next(iter(trained[0].values())))
+    loudness = measure_loudness(tuned, samples, width)
+    seconds = cast(Any, towers.tower("audio")).seconds
+    rows: dict[str, list[tuple[float, float]]] = {}
+    index: list[int] = []
+    for i, sample in enumerate(samples):
+        for kind, span in sample.spans.items():
+            if kind not in trained[i] or len(trained[i]) < 2:
+                continue
+            index.append(i)
+            other = next(name for name in trained[i] if name != kind)
+            for name, maps in columns.items():
+                rows.setdefault(name, []).append(score(maps[i][kind], span, seconds))
+            rows.setdefault("other_word", []).append(score(trained[i][other], span, seconds))
+            rows.setdefault("loudness", []).append(score(loudness[i], span, seconds))
+            rows.setdefault("time", []).append(score(np.ones(width), span, seconds))
+    samples_of = np.array(index)
+    line: dict[str, Any] = {"samples": len(set(index)), "words": len(index), "columns": width, "method": method}
+    for position, name in enumerate(("hit", "lift")):
+        values: dict[str, NDArray[np.float64]] = {
+            key: np.array([row[position] for row in row_list]) for key, row_list in rows.items()
+        }
+        line[name] = {key: [round(float(x), 3) for x in bootstrap(column, samples_of)] for key, column in values.items()}
+    return line
+
+
+def main() -> None:
+    """Measure one run and print its line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="a fine-tuned run with fusion.context=audio")
+    parser.add_argument("--data", required=True, help="shards drawn with --sound")
+    parser.add_argument("--samples", type=int, default=400)
+    parser.add_argument("--method", default=METHOD, choices=METHODS)
+    options = parser.parse_args()
+    tuned = loading.load(options.run)
+    print(json.dumps({"run": options.run, **measure(tuned, read_samples(options.data, options.samples), options.method)}))
+
+
+if __name__ == "__main__":
+    main()
