@@ -18,6 +18,7 @@ from launch.plan.measure import PlaceholderTokenizer
 from pretrain import model as models
 from pretrain.config import find_config
 from pretrain.data.batch_sizes import BatchRange, BatchSizes
+from pretrain.data.config import DataConfig
 from pretrain.data.order import Order, ShardSource
 from pretrain.errors import ConfigError
 from pretrain.runtime import distributed
@@ -104,6 +105,16 @@ def test_every_sample_is_read_once_an_epoch(streams: int, world: int, nodes: int
     assert len(read) == order.epoch_size == 192
     assert len(set(read)) == 192
     assert read == list(zip(*(values.tolist() for values in order.locate(np.arange(192))), strict=True))
+
+
+def test_streams_divide_the_batches_of_all_stages() -> None:
+    """48 divides 144, but not 128."""
+    streams = []
+    for sizes in ([], [144, 128]):
+        data = DataConfig(train="x.tar", batch_size=144, stage=True)
+        data.set_streams(["x.tar"] * 100, 100, 1, sizes)
+        streams.append(data.streams)
+    assert streams == [48, 16]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
