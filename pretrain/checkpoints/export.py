@@ -175,24 +175,29 @@ def compare(encoders: Encoders, embed: Any) -> float | None:
     Args:
         encoders: the run's.
         embed: what the format's `load` returned: (images (b, 3, S, S), texts) -> embeddings, 2 x (b, D), with embed_audio
-            where it holds sounds; None where the format's library is not installed, for which the result is None too.
+            where it holds sounds too; of a model without images, sounds (b, S) take their place. None where the format's
+            library is not installed, for which the result is None too.
 
     Raises:
         UserError: the difference exceeds TOLERANCE.
     """
     if embed is None:
         return None
-    size = encoders.preprocess.size
-    noise = torch.randint(0, 256, (4, 3, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    tower = encoders.image_tower
-    assert tower is not None
     texts = list_probes(encoders.text)
-    exported = embed(tower.normalize(noise), texts)
-    pairs = [(encoders.model.encode("image", noise), exported[0])]
-    pairs.append((encoders.model.encode("text", *encoders.text.encode(texts)), exported[1]))
-    if (audio := encoders.audio_tower) is not None:
+    audio, waveforms = encoders.audio_tower, torch.zeros(0)
+    if audio is not None:
         waveforms = torch.rand(4, audio.samples, generator=torch.Generator().manual_seed(0)) - 0.5
-        pairs.append((encoders.model.encode("audio", waveforms), embed.embed_audio(waveforms)))
+    if encoders.image_tower is not None:
+        size = encoders.preprocess.size
+        noise = torch.randint(0, 256, (4, 3, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        exported = embed(encoders.image_tower.normalize(noise), texts)
+        pairs = [(encoders.model.encode("image", noise), exported[0])]
+        if audio is not None:
+            pairs.append((encoders.model.encode("audio", waveforms), embed.embed_audio(waveforms)))
+    else:
+        exported = embed(waveforms, texts)
+        pairs = [(encoders.model.encode("audio", waveforms), exported[0])]
+    pairs.append((encoders.model.encode("text", *encoders.text.encode(texts)), exported[1]))
     difference = max(float((a - b).abs().max()) for a, b in pairs)
     if not difference <= TOLERANCE:
         raise UserError(

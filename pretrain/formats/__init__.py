@@ -2,6 +2,7 @@
 
 hf.py                   export to transformers: CLIPModel or SiglipModel if one has the same architecture, else
                         VisionTextDualEncoderModel
+clap.py                 export of texts and sounds to transformers: ClapModel, for CLAP's towers
 hf_import.py            import of CLIP, SigLIP and dual encoders from transformers
 open_clip.py            export to open_clip: its own towers if they have the same architecture, else timm's
 open_clip_import.py     import of open_clip's folders and weight files
@@ -66,7 +67,7 @@ class Encoders:
     @property
     def dim(self) -> int:
         """D, the width of the shared space."""
-        return self.model.projection("image").out_features
+        return self.model.projection(next(iter(self.model.towers))).out_features
 
     @property
     def end_id(self) -> int | None:

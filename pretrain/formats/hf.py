@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.formats import Encoders, mean_pooling, portable_tokenizer, text_weights, unsupported, vit_weights
+from pretrain.formats import Encoders, clap, mean_pooling, portable_tokenizer, text_weights, unsupported, vit_weights
 from pretrain.formats.text_weights import TextSpec
 from pretrain.formats.vit_weights import ViTSpec
 from pretrain.runtime.files import apply_umask
@@ -58,6 +58,8 @@ def quiet_transformers() -> Iterator[None]:
 
 def export_error(encoders: Encoders) -> str | None:
     """Return which part of the encoders transformers cannot hold, or None."""
+    if "image" not in encoders.model.towers:
+        return clap.export_error(encoders)
     if error := unsupported(encoders):
         return error
     recipe = encoders.preprocess
@@ -73,6 +75,10 @@ def write(encoders: Encoders, folder: Path, target: Path | None = None) -> None:
 
     `export_error` must be None for the encoders. target: not used; no file names the folder.
     """
+    if "image" not in encoders.model.towers:
+        with quiet_transformers():
+            clap.write(encoders, folder)
+        return
     with quiet_transformers():
         build = _choose_builder(encoders)
         assert not isinstance(build, str)
@@ -317,11 +323,14 @@ def load(folder: Path) -> Any:
     """Load an exported folder with transformers and return a function that embeds with it.
 
     Returns:
-        embed(images (b, 3, S, S) float32, normalized; texts) -> image and text embeddings, (b, D) each.
+        embed(images (b, 3, S, S) float32, normalized; texts) -> image and text embeddings, (b, D) each. Of a model without
+        images, sounds (b, S) in [-1, 1] take their place.
     """
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
 
     with quiet_transformers():
+        if AutoConfig.from_pretrained(folder).model_type == "clap":
+            return clap.Clap(folder).embed
         model = AutoModel.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     length = tokenizer.model_max_length

@@ -35,6 +35,15 @@ model, processor = (of.from_pretrained("{name}") for of in (AutoModel, AutoProce
 picture = open_picture("picture.jpg")
 inputs = processor(text=["a cat", "a dog"], images=picture, return_tensors="pt", padding={padding}, truncation=True)
 print(model(**inputs).logits_per_image.softmax(dim=1))""",
+    "clap": """import soundfile, soxr
+from transformers import AutoFeatureExtractor, AutoTokenizer, ClapModel
+
+model, extractor, tokenizer = (of.from_pretrained("{name}") for of in (ClapModel, AutoFeatureExtractor, AutoTokenizer))
+sound, rate = soundfile.read("sound.flac", always_2d=True)
+sound = soxr.resample(sound.mean(axis=1), rate, extractor.sampling_rate)
+features = extractor(sound, sampling_rate=extractor.sampling_rate, return_tensors="pt")["input_features"].float()
+words = tokenizer(["a cat", "a dog"], return_tensors="pt", padding=True, truncation=True)
+print(model(input_features=features, **words).logits_per_audio.softmax(dim=1))""",
     "open_clip": """import json
 import open_clip, torch
 import numpy as np
@@ -98,6 +107,8 @@ def format_loading_code(encoders: Encoders, format_name: str, name: str) -> str:
         format_name: hf, open_clip or onnx.
         name: of the folder.
     """
+    if encoders.image_tower is None:
+        return LOADING_CODE["clap"].format(name=json.dumps(name)[1:-1])
     recipe = encoders.preprocess
     return LOADING_CODE[format_name].format(
         name=json.dumps(name)[1:-1],
@@ -127,13 +138,15 @@ def render_card(
         "---",
         f"license: {license or 'unknown'}",
         f"library_name: {library}",
-        "pipeline_tag: zero-shot-image-classification",
+        f"pipeline_tag: zero-shot-{'image' if encoders.image_tower is not None else 'audio'}-classification",
         "tags: [clip, clipfuse]",
         "---",
         f"# {name}",
         "",
         "A pair of image and text encoder, trained contrastively with clipfuse."
         if encoders.audio_tower is None
+        else "Encoders of sounds and texts, trained contrastively with clipfuse."
+        if encoders.image_tower is None
         else "Encoders of images, texts and sounds, trained contrastively with clipfuse; audio.onnx embeds waveforms.",
         "",
         "```python",
@@ -141,7 +154,7 @@ def render_card(
         "```",
         "",
         *_format_difference(difference),
-        *_format_notes(encoders, format_name),
+        *(_format_notes(encoders, format_name) if encoders.image_tower is not None else []),
         *describe_model(encoders, source, step, license),
     ]
     return "\n".join(lines) + "\n"
@@ -198,23 +211,14 @@ def _format_notes(encoders: Encoders, format_name: str) -> list[str]:
 
 
 def _describe_architecture(encoders: Encoders, more: Sequence[tuple[str, Any]]) -> list[str]:
-    recipe, model = encoders.preprocess, encoders.model
+    model = encoders.model
     counts = model.parameter_counts()
     tower = encoders.text_tower
     assert tower is not None
-    how = {
-        "squash": "both sides to that size",
-        "crop": "the shorter side to that size, then a center crop",
-        "pad": "the longer side to that size, then borders of #{:02x}{:02x}{:02x}".format(*recipe.pad_color),
-    }[recipe.resize]
-    mean, std = _format_numbers(recipe.mean), _format_numbers(recipe.std)
-    rows = [
-        ("image tower", f"{encoders.config.image.name}, {counts['image']['total']:,} parameters with its projection"),
+    rows = _describe_image_tower(encoders, counts["image"]["total"]) if encoders.image_tower is not None else []
+    rows += [
         ("text tower", f"{tower.model.config.model_type}, {counts['text']['total']:,} parameters with its projection"),  # type: ignore[union-attr]
         ("embedding", f"{encoders.dim} numbers, length 1"),
-        ("images", f"RGB, {recipe.size} px, {recipe.interpolation}: {how}"),
-        ("before that", "upright as EXIF says, 16 bits reduced to 8, transparent pixels on white: `open_picture` above"),
-        ("normalized with", f"mean {mean}, standard deviation {std}, of channels from 0 to 1"),
         ("texts", f"up to {encoders.text.length} tokens, from a vocabulary of {len(encoders.text.tokenizer):,}"),
         ("special tokens in a text", _describe_special_tokens(encoders)),
         ("logit scale", f"{float(model.logit_scale.detach().exp()):.2f}"),
@@ -226,6 +230,22 @@ def _describe_architecture(encoders: Encoders, more: Sequence[tuple[str, Any]]) 
     if model.logit_bias is not None:
         rows.append(("logit bias", f"{float(model.logit_bias.detach()):.3f}"))
     return ["## The model", "", *_format_table([*rows, *more])]
+
+
+def _describe_image_tower(encoders: Encoders, parameters: int) -> list[tuple[str, str]]:
+    recipe = encoders.preprocess
+    how = {
+        "squash": "both sides to that size",
+        "crop": "the shorter side to that size, then a center crop",
+        "pad": "the longer side to that size, then borders of #{:02x}{:02x}{:02x}".format(*recipe.pad_color),
+    }[recipe.resize]
+    mean, std = _format_numbers(recipe.mean), _format_numbers(recipe.std)
+    return [
+        ("image tower", f"{encoders.config.image.name}, {parameters:,} parameters with its projection"),
+        ("images", f"RGB, {recipe.size} px, {recipe.interpolation}: {how}"),
+        ("before that", "upright as EXIF says, 16 bits reduced to 8, transparent pixels on white: `open_picture` above"),
+        ("normalized with", f"mean {mean}, standard deviation {std}, of channels from 0 to 1"),
+    ]
 
 
 def _describe_special_tokens(encoders: Encoders) -> str:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import clipfuse
 import open_clip
 import pytest
 import torch
@@ -28,6 +29,7 @@ from pretrain.formats import block_weights, mean_pooling, onnx, text_weights
 from pretrain.formats.model_card import _format_difference
 from pretrain.model import ModelSchema
 from tests.support import ROOT, TINY_TOWERS, Small, environment
+from tests.support.sounds import AUDIO, make_tone
 
 CLIP = [
     "image.name=vit_base_patch16_clip_224",
@@ -191,8 +193,17 @@ def test_an_exported_folder_may_be_moved(small: Small, tmp_path: Path) -> None:
 
 
 def test_onnxruntime_gives_the_embeddings_of_the_run(small: Small, samples: Any, tmp_path: Path) -> None:
-    loaded = build_model("scenes", small.tokenizer, *SCENES)
+    """Of images, texts and sounds, the latter through Python, too."""
+    loaded = build_model("scenes", small.tokenizer, *SCENES, *AUDIO)
     folder = export.export(loaded, tmp_path / "out", "onnx")
+    sounds = [make_tone(330, seconds, 5) for seconds in (0.2, 0.9)]
+    waveforms = torch.stack([loaded.decoders["audio"].decode_eval(sound) for sound in sounds])
+    with torch.no_grad():
+        expected_sounds = loaded.model.encode("audio", waveforms)
+    torch.testing.assert_close(torch.from_numpy(clipfuse.load(folder).encode_audio(sounds)), expected_sounds, atol=1e-5, rtol=0)
+    half = onnx.load(folder, "-fp16").embed_audio(waveforms / 32768)
+    torch.testing.assert_close(half, expected_sounds, atol=5e-3, rtol=0)
+    assert "| sounds | mono, 8,000 Hz, full scale 1, 3,200 samples (0.4 s); " in (folder / "README.md").read_text()
     recipe = json.loads((folder / "preprocess.json").read_text())
     image: ImageDecoder = loaded.decoders["image"]
     scaled = torch.stack([image.decode_eval(data) for data in samples[0]]) / 255

@@ -13,10 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 import torch
+from transformers import AutoFeatureExtractor, AutoTokenizer, ClapModel
 
 from launch import cli
 from pretrain.checkpoints.loading import load_model
-from tests.pretrain.towers.test_audio import save_ast
+from tests.pretrain.towers.test_audio import CLAP, save_ast
 from tests.support import Small, read_jsonl, read_losses
 from tests.support.sounds import AUDIO, make_tone, write_shard
 
@@ -127,19 +128,32 @@ def test_sounds_that_cannot_be_used_are_one_line(here: Path, sound: object, mess
     assert "\n" not in str(error.value)
 
 
-def test_onnx_holds_three_towers_and_other_formats_refuse(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["export", "runs/three", "graphs", "--format", "onnx"]) == 0
-    sounds, texts = [make_tone(330, seconds, 5) for seconds in (0.2, 0.9)], ["a red thing", "a blue thing"]
-    model, exported = clipfuse.load("runs/three"), clipfuse.load("graphs")
-    np.testing.assert_allclose(exported.encode_audio(sounds), model.encode_audio(sounds), atol=1e-5)
-    np.testing.assert_allclose(exported.encode_texts(texts), model.encode_texts(texts), atol=1e-5)
-    card = (here / "graphs/README.md").read_text()
-    assert "| sounds | mono, 8,000 Hz, full scale 1, 3,200 samples (0.4 s); shorter ones: repeat |" in card
-    capsys.readouterr()
+def test_formats_that_cannot_hold_three_towers_say_so(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for form in ("hf", "open_clip"):
-        assert cli.main(["export", "runs/three", f"graphs-{form}", "--format", form]) == 1
+        assert cli.main(["export", "runs/three", f"three-{form}", "--format", form]) == 1
         message = f"{form} cannot hold the audio tower: it holds an image and a text tower only; --format onnx can hold it"
         assert message in capsys.readouterr().err
+
+
+def test_claps_architectures_become_a_clap_model_of_transformers(here: Path, small: Small) -> None:
+    """Trained, exported, and loaded with transformers alone, with its own feature extractor."""
+    clap = {**CLAP, "hidden_dropout_prob": 0.0, "num_mel_bins": 16, "spec_size": 48, "depths": [1, 2]}
+    text = {"model_type": "clap_text_model", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sound = ["audio.tower=audio", f"audio.args={json.dumps(clap)}", "audio.rate=8000", "audio.seconds=1"]
+    towers = ["image=null", *sound, f"text.args={json.dumps(text | {'intermediate_size': 32})}", "text.pool=tower"]
+    data = [setting for setting in MORE if not setting.startswith("audio.")]
+    settings = [s for s in small.settings("clap", *data, "data.val=null") if not s.startswith(("image.", "text.args"))]
+    assert cli.main(["pretrain", "scenes", *settings, *towers, "train.steps=2"]) == 0
+    assert cli.main(["export", "runs/clap", "clap", "--format", "hf"]) == 0
+    sound_array = np.random.default_rng(0).uniform(-0.5, 0.5, 8000).astype(np.float32)
+    texts, ours = ["a red thing", "a thing"], clipfuse.load("runs/clap")
+    model, extractor, tokenizer = (of.from_pretrained("clap") for of in (ClapModel, AutoFeatureExtractor, AutoTokenizer))
+    features = extractor(sound_array, sampling_rate=8000, return_tensors="pt")["input_features"].float()
+    with torch.no_grad():
+        out = model.eval()(input_features=features, **tokenizer(texts, return_tensors="pt", padding=True))
+    np.testing.assert_allclose(out.audio_embeds.numpy(), ours.encode_audio((sound_array, 8000)), atol=1e-4)
+    np.testing.assert_allclose(out.text_embeds.numpy(), ours.encode_texts(texts), atol=1e-5)
+    assert "ClapModel" in (here / "clap/README.md").read_text()
 
 
 def test_sounds_and_texts_alone(here: Path, small: Small, capsys: pytest.CaptureFixture[str]) -> None:
