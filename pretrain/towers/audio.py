@@ -62,8 +62,8 @@ class Config:
     seconds: float | None = None
     """Length of a sound: longer ones are cropped, at random in training. null: the model's own, else 10."""
     pad: Literal["repeat", "silence"] = "repeat"
-    """What follows a shorter sound: itself again and again, or silence. CLAP's own repeatpad repeats it whole times, and fills the
-    rest with silence."""
+    """What follows a shorter sound: itself again and again, or silence. CLAP's own repeatpad repeats it whole times, and
+    fills the rest with silence."""
     recipe: Literal["kaldi", "slaney", "htk"] | None = None
     """How the spectrogram is computed: as AST (kaldi), as CLAP (slaney) or as CLAP with fusion (htk); see mel.py."""
     n_fft: int | None = None
