@@ -1,4 +1,7 @@
-"""The captions of a sample as cleaned text, from KEY.txt or a field of KEY.json."""
+"""The captions of a sample as cleaned text, from KEY.txt, a field of KEY.json or of another json member, or several of them.
+
+txt   txt:lines   caption   syn.json:syn_text   txt+syn.json:syn_text
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,18 @@ TXT, TXT_LINES, TXT_WHOLE = "txt", "txt:lines", "txt:whole"
 """
 
 
+SYNTHETIC = "syn.json:syn_text"
+"""Source of the synthetic captions of DataCompDR."""
+
+_OF_MEMBER = re.compile(r"([^:+/]+\.json):(.+)", re.DOTALL)
+"""A field of another json member than KEY.json: its extension and the name of the field."""
+
+
+def split_sources(source: str) -> tuple[str, ...]:
+    """Return the sources that one joins by "+", where one of them names a json member; otherwise the source itself."""
+    return tuple(source.split("+")) if ".json:" in source else (source,)
+
+
 def check_caption_source(source: str, where: str) -> None:
     """Raise ConfigError for a source that begins as those of KEY.txt do but is none; any other text names a json field.
 
@@ -26,16 +41,29 @@ def check_caption_source(source: str, where: str) -> None:
         source: where captions are.
         where: the setting or option that holds it, for the message.
     """
-    if source.startswith("txt:") and source not in (TXT_LINES, TXT_WHOLE):
-        raise ConfigError(
-            f"{where}={source}: valid are {TXT}, {TXT_LINES} (each line of KEY.txt is a caption), {TXT_WHOLE}, and the name of "
-            "a json field"
-        )
+    parts = split_sources(source)
+    for part in parts:
+        is_txt = part.startswith("txt:") and part not in (TXT_LINES, TXT_WHOLE)
+        if is_txt or (len(parts) > 1 and not part) or (".json:" in part and not _OF_MEMBER.fullmatch(part)):
+            raise ConfigError(
+                f"{where}={source}: valid are {TXT}, {TXT_LINES} (each line of KEY.txt is a caption), {TXT_WHOLE}, the name of "
+                "a json field, a field of another member (syn.json:syn_text), and several joined by + (txt+syn.json:syn_text)"
+            )
+    if len(set(parts)) < len(parts):
+        raise ConfigError(f"{where}={source} names a source of captions twice")
 
 
-def caption_member(source: str) -> str:
-    """Return the extension of the member that holds the captions of a source: "txt" or "json"."""
-    return "txt" if source in (TXT, TXT_LINES, TXT_WHOLE) else "json"
+def caption_members(source: str) -> tuple[str, ...]:
+    """Return the extensions of the members that hold the captions of a source: "txt", "json" or such as "syn.json"."""
+    return tuple(dict.fromkeys(_split_field(part)[0] for part in split_sources(source)))
+
+
+def _split_field(part: str) -> tuple[str, str]:
+    """Return the extension of the member of a single source, and the field of its json; "" for KEY.txt."""
+    if part in (TXT, TXT_LINES, TXT_WHOLE):
+        return "txt", ""
+    match = _OF_MEMBER.fullmatch(part)
+    return (match[1], match[2]) if match else ("json", part)
 
 
 def has_several_captions(source: str) -> bool:
@@ -67,23 +95,53 @@ def read_captions(members: dict[str, bytes], source: str = TXT) -> list[str]:
     Args:
         members: the content of each member, by extension.
         source: "txt" or "txt:whole" (one caption), "txt:lines" (one a line), or the name of a json field that holds a
-            string or a list of strings; null in a list is skipped.
+            string or a list of strings; null in a list is skipped. Of sources joined by "+" all captions, in order.
 
     Raises:
         BadSample: the sample has no caption, only empty ones, or one that cannot be read.
     """
-    return list(read_numbered_captions(members, source).values())
+    return [caption for captions in read_caption_groups(members, source) for caption in captions.values()]
 
 
-def read_numbered_captions(members: dict[str, bytes], source: str) -> dict[int, str]:
-    """Return what `read_captions` does, by place: among the lines that are not empty, or in the list of the json field.
+def read_caption_groups(members: dict[str, bytes], source: str) -> list[dict[int, str]]:
+    """Return the captions of each of the sources joined by "+"; {} for one that the sample lacks.
 
-    Raises BadSample.
+    They are by place: among the lines that are not empty, or in the list of the json field.
+
+    Raises:
+        BadSample: no source has a caption, or one has only empty ones, or one that cannot be read.
     """
-    member = caption_member(source)
+    groups: list[dict[int, str]] = []
+    missing: MissingContent | None = None
+    for part in split_sources(source):
+        try:
+            groups.append(_read_single(members, part))
+        except MissingContent as error:
+            groups.append({})
+            missing = missing or error
+    if missing is not None and not any(groups):
+        raise missing
+    return groups
+
+
+def number_captions(groups: list[dict[int, str]]) -> dict[int, str]:
+    """Return the captions of all groups by place; the places of a group continue those of the groups before it."""
+    numbered: dict[int, str] = {}
+    for captions in groups:
+        start = max(numbered, default=-1) + 1
+        numbered |= {start + place: caption for place, caption in captions.items()}
+    return numbered
+
+
+def _read_single(members: dict[str, bytes], source: str) -> dict[int, str]:
+    """Return the captions of one source by place, at least one. Raises BadSample."""
+    member, field = _split_field(source)
     if member not in members:
         raise MissingContent("no caption", explain_missing_caption(members, member))
-    entries = dict(enumerate(_read_txt(members["txt"], source))) if member == "txt" else _read_field(members, source)
+    if member == "txt":
+        entries = dict(enumerate(_read_txt(members["txt"], source)))
+    else:
+        entries = _read_field(members if member == "json" else {"json": members[member]}, field)
     places, values = list(entries), list(entries.values())
     if not all(isinstance(caption, str) for caption in values):
         raise BadSample("caption not text", f"{source}={values!r}"[:200])

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from pretrain.data import BadSample
 from pretrain.data.audio_files import AUDIO_EXTENSIONS, check_audio, require_packages
 from pretrain.data.caption_statistics import CaptionStatistics
-from pretrain.data.captions import TXT, TXT_WHOLE, caption_member, check_caption_source, read_captions
+from pretrain.data.captions import TXT, TXT_WHOLE, caption_members, check_caption_source, read_captions
 from pretrain.data.decode import decode_image as decode_image
 from pretrain.data.images import EXTENSIONS
 from pretrain.data.members import explain_missing_caption, explain_missing_image
@@ -191,7 +191,7 @@ def _describe_shard(job: _CheckJob, count: int) -> Record:
 
 def _add_captions(statistics: CaptionStatistics, reader: ShardReader, sample: int, job: _CheckJob) -> None:
     """Add the captions of a usable sample to the statistics."""
-    members = reader.read(0, sample, (caption_member(job.caption),)).members
+    members = reader.read(0, sample, caption_members(job.caption)).members
     text = members["txt"] if job.caption in (TXT, TXT_WHOLE) else None
     statistics.add_sample(reader.key(0, sample), read_captions(members, job.caption), text)
 
@@ -233,6 +233,6 @@ def _find_problems_in(members: dict[str, bytes], job: _CheckJob) -> list[BadSamp
             read_captions(members, job.caption)
         except BadSample as error:
             problems.append(error)
-    elif caption_member(job.caption) not in members:
-        problems.append(BadSample("no caption", explain_missing_caption(members, caption_member(job.caption))))
+    elif not members.keys() & caption_members(job.caption):
+        problems.append(BadSample("no caption", explain_missing_caption(members, caption_members(job.caption)[0])))
     return problems

@@ -28,7 +28,7 @@ import torch
 from pretrain.data import synthetic
 from pretrain.data.batch import Batch, Decoder, merge
 from pretrain.data.batch_sizes import BatchSizes
-from pretrain.data.captions import caption_member
+from pretrain.data.captions import caption_members
 from pretrain.data.config import DataConfig, count_samples_once, resolve_sources_once
 from pretrain.data.eval_loader import EvalLoader, build_eval_loader, count_caption_lines, describe_training_lines
 from pretrain.data.order import Order, ShardSource
@@ -392,7 +392,7 @@ def build_loader(
             sample_filter = SampleFilter(reader, data.keep, data.skip)
             if rank == 0 and sample_filter.skip_list is not None:
                 _report_unmatched_lines(sample_filter.skip_list, reader, data)
-        if rank == 0 and caption_member(data.caption) == "txt" and any(map(_reads_captions, decoders.values())):
+        if rank == 0 and caption_members(data.caption) == ("txt",) and any(map(_reads_captions, decoders.values())):
             _report_caption_lines(reader, counts, order, data)
     return Loader(
         order,

@@ -13,6 +13,7 @@ import os
 import socket
 import urllib.parse
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.data.captions import caption_id, normalize_whitespace, read_captions, split_sentences
+from pretrain.data.captions import (
+    caption_id,
+    normalize_whitespace,
+    read_caption_groups,
+    read_captions,
+    split_sentences,
+)
 from pretrain.data.length_groups import LengthGroups
 from pretrain.data.text_packing import TextPacking
 from pretrain.data.train_tokenizer import train_tokenizer
@@ -138,7 +145,7 @@ class TextDecoder:
     Args:
         tokenizer: any tokenizer of transformers.
         length: maximum number of tokens per text, special tokens included.
-        caption: "txt", or the name of a json field.
+        caption: "txt", the name of a json field, or several sources (see captions.py).
         trim: T is that of the longest text of the batch, for towers whose output does not depend on padding. False: T = length.
             Where `length_groups` is set, T = length as well, so that every batch has the same shapes.
         multiple: T is rounded up to a multiple of this (at most `length`), so that there are few compiled shapes.
@@ -188,10 +195,11 @@ class TextDecoder:
         Raises:
             BadSample: the sample has no usable caption.
         """
-        texts = read_captions(sample.members, self.caption)
+        groups = [list(captions.values()) for captions in read_caption_groups(sample.members, self.caption)]
+        texts = [text for group in groups for text in group]
         if not train:
             return texts
-        drawn = self.draw_sentences([texts[i] for i in self.draw_captions(len(texts), rng)], rng)
+        drawn = self.draw_sentences([texts[i] for i in self.draw_from_sources([*map(len, groups)], rng)], rng)
         return tuple(drawn) if self.draw > 1 else drawn[0]
 
     def blank(self) -> str | tuple[str, ...]:
@@ -204,6 +212,23 @@ class TextDecoder:
             order = rng.permutation(count)
             return [int(order[i % count]) for i in range(self.draw)]
         return [int(rng.integers(count)) if count > 1 else 0]
+
+    def draw_from_sources(self, counts: Sequence[int], rng: np.random.Generator) -> list[int]:
+        """Return which captions training reads of a sample with so many of each source, numbered through.
+
+        Sources take turns: with two of them and `draw` = 2, the first caption is of the first source and the second of the
+        second. Where `draw` is no multiple of their number, their order is drawn anew for each sample, so that each has the
+        same share. A source that the sample lacks takes no turn.
+        """
+        if len(counts) == 1:
+            return self.draw_captions(counts[0], rng)
+        starts = np.cumsum([0, *counts])
+        sources = [i for i, count in enumerate(counts) if count]
+        if self.draw % len(sources):
+            sources = [sources[i] for i in rng.permutation(len(sources))]
+        orders = {i: rng.permutation(counts[i]) for i in sources}
+        turns = [(sources[k % len(sources)], k // len(sources)) for k in range(self.draw)]
+        return [int(starts[i] + orders[i][turn % counts[i]]) for i, turn in turns]
 
     def draw_sentences(self, captions: list[str], rng: np.random.Generator) -> list[str]:
         """With `sentences`, replace each caption by itself or one of its sentences; equal captions by different ones."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pretrain.data import BadSample
-from pretrain.data.captions import caption_member, check_caption_source, read_captions
+from pretrain.data.captions import caption_members, check_caption_source, read_captions
 from pretrain.data.sample_json import read_fields
 from pretrain.data.shards.cache import ShardCache
 from pretrain.data.shards.index import load_index
@@ -150,7 +150,7 @@ def iterate_captions(paths: Sequence[str], caption: str = "txt", cache: ShardCac
     reader, fields = ShardReader(paths, cache), [field.strip() for field in caption.split(",")]
     for field in fields:
         check_caption_source(field, "--caption")
-    members = sorted({caption_member(field) for field in fields})
+    members = sorted({member for field in fields for member in caption_members(field)})
     for shard, path in enumerate(paths):
         for sample in range(load_index(path, cache).count):
             try:

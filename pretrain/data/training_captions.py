@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pretrain.data import BadSample
-from pretrain.data.captions import caption_id, normalize_whitespace, read_numbered_captions
+from pretrain.data.captions import caption_id, normalize_whitespace, number_captions, read_caption_groups
 from pretrain.data.sample_json import read_fields
 from pretrain.data.shards.paths import RawSample
 from pretrain.data.text import TextDecoder
@@ -63,9 +63,10 @@ class TrainingCaptions(TextDecoder):
         Raises:
             BadSample: there is no usable caption, or weights or negatives are not what they must be.
         """
-        captions = read_numbered_captions(sample.members, self.caption)
+        groups = read_caption_groups(sample.members, self.caption)
+        captions = number_captions(groups)
         places = list(captions)
-        drawn = [places[i] for i in self.draw_captions(len(places), rng)]
+        drawn = [places[i] for i in self.draw_from_sources([*map(len, groups)], rng)]
         fields = read_fields(sample.members)
         weights = read_weights(fields, self.weight, places) if self.weight is not None else {}
         negatives: list[str] = []

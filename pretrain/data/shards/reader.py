@@ -22,7 +22,7 @@ MAX_TEXT_BYTES = 1 << 22
 """Limit on a caption, a label or a json (4 MiB): parsing and tokenizing take a hundred times its size in memory."""
 
 TEXT_EXTENSIONS = ("txt", "json", "cls")
-"""Extensions of members that hold text."""
+"""Extensions of members that hold text; of syn.json, what follows the last dot."""
 
 _MAX_GAP = 16384  # reading up to this many unneeded bytes is cheaper than a second read
 
@@ -79,7 +79,7 @@ class ShardReader:
         needed = 0
         for kind, _, length in rows:
             needed += length
-            limit = min(self.max_bytes, MAX_TEXT_BYTES) if names[kind] in TEXT_EXTENSIONS else self.max_bytes
+            limit = min(self.max_bytes, MAX_TEXT_BYTES) if names[kind].rpartition(".")[2] in TEXT_EXTENSIONS else self.max_bytes
             if length > limit:
                 raise BadSample("member too large", f"{names[kind]} of {length:,} bytes, more than {limit:,}")
         first = rows[0][1]
