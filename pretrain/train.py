@@ -20,7 +20,9 @@ from pretrain.config import SEED, check_numbers, component_field, text_field
 from pretrain.data import length_groups
 from pretrain.data.config import check_sources
 from pretrain.data.loader import DataConfig, Loader
-from pretrain.data.teachers import TARGET, TeacherDecoder, count_covered
+from pretrain.data.reinforced.decoders import SampleTeacherDecoder
+from pretrain.data.teacher_settings import SAMPLES
+from pretrain.data.teachers import TARGET, TeacherDecoder, count_covered, count_numbers
 from pretrain.data.text import TextDecoder
 from pretrain.data.text_packing import TextPacking
 from pretrain.errors import ConfigError, UserError
@@ -220,9 +222,7 @@ def build(config: PretrainConfig, has_weights: bool = True) -> Components:
     models.set_performance(model, config.performance, distributed.device())
     decoders = [build_train_decoders(changed, tokenizer, model) for changed in stages.stage_configs(config)]
     if config.data.teachers is not None:
-        from pretrain.embedding import teachers  # needs pyarrow, which other runs do not import
-
-        teacher = TeacherDecoder(teachers.build_readers(on_all(lambda: teachers.find_teachers(config.data.teachers))))
+        teacher = build_teacher_decoder(config)
         for of_stage in decoders:
             of_stage[TARGET] = teacher
     loader = build_loader(config, decoders[-1])
@@ -250,16 +250,32 @@ def check_targets(config: PretrainConfig, loss: Any) -> None:
             )
 
 
+def build_teacher_decoder(config: PretrainConfig) -> TeacherDecoder | SampleTeacherDecoder:
+    """Build the decoder of the embeddings of data.teachers. Collective. Raises ConfigError."""
+    if config.data.teachers == SAMPLES:
+        return SampleTeacherDecoder(config.data.caption, config.data.teacher_widths)
+    from pretrain.embedding import teachers  # needs pyarrow, which other runs do not import
+
+    return TeacherDecoder(teachers.build_readers(on_all(lambda: teachers.find_teachers(config.data.teachers))))
+
+
 def prepare_teachers(config: PretrainConfig, loader: Loader) -> None:
-    """Make the arrays of data.teachers, and log how many of the first samples they cover. Collective.
+    """Make the arrays of data.teachers, or find the width of those in samples; log how many of the first samples have some.
+
+    Collective.
 
     Raises ConfigError where they cover none.
     """
     if config.data.teachers is None:
         return
-    from pretrain.embedding import teachers
+    teacher = loader.decoders[TARGET]
+    if isinstance(teacher, SampleTeacherDecoder):
+        if teacher.width is None:
+            teacher.width = on_main(lambda: count_numbers(loader.first_samples(1, [TARGET])))
+    else:
+        from pretrain.embedding import teachers
 
-    teachers.prepare(on_all(lambda: teachers.find_teachers(config.data.teachers)))
+        teachers.prepare(on_all(lambda: teachers.find_teachers(config.data.teachers)))
     count = min(SURVEYED, loader.order.epoch_size)
     modalities = [name for name in ("text", TARGET) if name in loader.decoders]
     covered = on_main(lambda: count_covered(loader.first_samples(count, modalities)))

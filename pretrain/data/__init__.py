@@ -21,6 +21,7 @@
     captions.py         the captions of a sample, cleaned
     training_captions.py   captions for pretraining with their weights, and negatives: data.weight and data.negatives
     caption_statistics.py  lengths of captions, and captions that are hardly meant to be captions
+    teacher_settings.py values of data.teachers, and what goes with them
     teachers.py         stored embeddings of teachers, looked up by key: data.teachers
     members.py          explains why a sample lacks an image, a sound or a caption
     sample_json.py      the json member of a sample, parsed
@@ -34,6 +35,7 @@
     synthetic.py        data.train=synthetic: noise images and random captions, without files
 
     shards/             finding, counting, indexing, fetching and reading tar shards
+    reinforced/         embeddings, augmentations and captions that samples bring along (DataCompDR): data.teachers=samples
     pack/               packing of folders, tables and tars into shards
     filter/             curation: rules of captions, near-duplicates, similarity, balance -> fewer shards, or a list
     scenes/             the built-in data set of drawn scenes; of the other packages only `launch` imports it

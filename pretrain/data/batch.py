@@ -41,7 +41,11 @@ class Decoder(Protocol):
     A decoder with `is_optional` (data.incomplete=keep) has `blank()`, which returns the item of a sample without content of its
     modality. The worker leaves None in its place.
 
-    A decoder whose targets depend on what others drew has `complete(batch)`, which adds to a partial batch at the end.
+    A decoder whose targets depend on what others drew has `complete(batch, items)`, which adds to a partial batch at the end;
+    items: those of all modalities.
+
+    A decoder with `random_key` gets the random numbers of that modality, in place of those of its own name: two that have the
+    same draw the same.
     """
 
     def __call__(self, sample: RawSample, rng: np.random.Generator, train: bool) -> Any:
@@ -189,7 +193,7 @@ def collate(items: Mapping[str, list[Any]], decoders: Mapping[str, Decoder], key
             batch.targets["captions"] = items[name]
     for decoder in decoders.values():
         if hasattr(decoder, "complete"):
-            decoder.complete(batch)
+            decoder.complete(batch, items)
     return batch
 
 

@@ -19,6 +19,7 @@ from pretrain.data.shards.paths import count_samples, expand_shards, split_patte
 from pretrain.data.shards.stores import is_pattern, is_store
 from pretrain.data.shards.transfer import CONNECTIONS, FETCH_SECONDS, MAX_FETCH_SECONDS
 from pretrain.data.shards.urls import is_remote
+from pretrain.data.teacher_settings import check_teachers
 from pretrain.errors import ConfigError, UserError, closest
 from pretrain.printable import one_safe_line
 from pretrain.runtime import distributed
@@ -53,8 +54,10 @@ class DataConfig:
     replacement: bool = False
     """Sample with replacement: draw samples independently, instead of each once per epoch."""
     caption: str = "txt"
-    """Where captions are: txt, txt:lines (each line of KEY.txt is a caption), or the name of a json field (a string, or a
-    list). Of several captions one is drawn."""
+    """Where captions are: txt, txt:lines (each line of KEY.txt is a caption), the name of a json field (a string, or a list),
+    or a field of another member, as syn.json:syn_text. Of several captions one is drawn. Sources joined by + take turns:
+    txt+syn.json:syn_text draws of KEY.txt and of the synthetic captions half the time each, with data.draw=2 one of each. A
+    sample may lack some of them."""
     draw: int = 1
     """Captions drawn per sample in pretraining. The image is encoded once; the loss is the mean over the captions drawn.
     A sample with fewer captions repeats them."""
@@ -73,7 +76,13 @@ class DataConfig:
     """Captions drawn per sample from `negatives`; each costs as much as a caption."""
     teachers: Any = text_field(None)
     """Folder that `clipfuse embed` wrote for the training shards, or a list of them: embeddings of teachers, for
-    loss.name=distill. They are found by key and caption, and are of the images as stored, not as augmented. null = none."""
+    loss.name=distill. They are found by key and caption, and are of the images as stored, not as augmented. null = none.
+    `samples` takes them from the samples, in DataCompDR's layout (Vasu et al., arXiv:2311.17049): KEY.npz holds embeddings of
+    the augmentations in KEY.paug.json, of KEY.txt and of the captions in KEY.syn.json. Training images then get one of the
+    stored augmentations, and data.augment is not used. A folder of this name is ./samples."""
+    teacher_widths: list[int] = field(default_factory=list)
+    """With data.teachers=samples, numbers of an embedding of each teacher, where those of several stand side by side.
+    DataCompDR has [768, 768]; [] = one teacher."""
     incomplete: Literal["bad", "keep"] = "bad"
     """Samples that lack a modality, with three towers or more. bad: they are replaced like unusable ones. keep: they are used
     where they have two at least, and the loss of each pair of modalities is the mean over the samples that have both. What is
@@ -137,7 +146,7 @@ class DataConfig:
         if self.val is not None:
             parse_sources(self.val, "data.val")
         self._check_filters()
-        parse_teachers(self.teachers)
+        check_teachers(self.teachers, self.teacher_widths, self.caption, self.augment)
         check_numbers(self, "data", cache_gib="[0, inf)")
 
     def _check_filters(self) -> None:
@@ -294,20 +303,6 @@ def parse_sources(spec: Any, where: str) -> list[tuple[str | list[str], float | 
     if 0 < len(unweighted) < len(sources):
         raise ConfigError(f"{where}: {unweighted[0]} has no weight, but others have: give every entry a weight, or none")
     return sources
-
-
-def parse_teachers(value: Any) -> list[str]:
-    """Return the folders of data.teachers: none, one, or a list. Raises ConfigError for another value."""
-    if value is None:
-        return []
-    folders = [value] if isinstance(value, str) else value
-    if not isinstance(folders, list) or not folders or not all(isinstance(folder, str) and folder for folder in folders):
-        raise ConfigError(
-            f"data.teachers={value!r:.200} must be a folder that `clipfuse embed` wrote, or a list of such folders"
-        )
-    if len(set(folders)) < len(folders):
-        raise ConfigError(f"data.teachers={value!r:.200} names a folder twice")
-    return folders
 
 
 def format_patterns(spec: Any, where: str) -> str:

@@ -11,7 +11,7 @@ Nothing is held in memory but what is looked up. Legend: b = samples, k = captio
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ class TeacherDecoder:
         """Return nothing; see `complete`."""
         return {}
 
-    def complete(self, batch: Batch) -> None:
+    def complete(self, batch: Batch, items: Mapping[str, list[Any]]) -> None:
         """Add the embeddings to the targets of a batch."""
         ids: Tensor | None = batch.targets.get("caption_id")
         batch.targets[TARGET] = {str(i): self._embeddings(teacher, batch.keys, ids) for i, teacher in enumerate(self.teachers)}
@@ -93,6 +93,11 @@ class TeacherDecoder:
             vectors, is_there = teacher.look_up("text", digests)
             embeddings |= {"text": vectors.view(*ids.shape, -1), "text_mask": is_there.view(ids.shape)}
         return embeddings
+
+
+def count_numbers(batch: Batch) -> int:
+    """Return the numbers of an embedding of all teachers of images together."""
+    return sum(embeddings["image"].shape[1] for embeddings in batch.targets[TARGET].values())
 
 
 def count_covered(batch: Batch) -> dict[str, tuple[int, int]]:

@@ -80,7 +80,7 @@ class _SampleDecoder:
     def decode(self, shard: int, sample: int, *seed: int | str) -> tuple[RawSample, dict[str, Any]]:
         """Return the raw sample and its decoded item in each modality.
 
-        Each decoder gets its own random numbers, keyed by `seed` and its modality.
+        Each decoder gets its own random numbers, keyed by `seed` and its modality, or its `random_key`.
 
         Raises:
             BadSample: the content cannot be used.
@@ -91,7 +91,8 @@ class _SampleDecoder:
             items = {}
             for name, decoder in self.decoders.items():
                 try:
-                    items[name] = decoder(raw, self.generator.rekey(*seed, name), self.train)
+                    key = getattr(decoder, "random_key", name)
+                    items[name] = decoder(raw, self.generator.rekey(*seed, key), self.train)
                 except MissingContent:
                     if not getattr(decoder, "is_optional", False):
                         raise

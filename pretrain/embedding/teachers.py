@@ -20,8 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pretrain.data.captions import caption_id
-from pretrain.data.config import parse_teachers
 from pretrain.data.key_digests import digest
+from pretrain.data.teacher_settings import parse_teachers
 from pretrain.data.teachers import MODALITIES, TeacherReader
 from pretrain.embedding.dataset import FORMAT, MANIFEST, read_manifest
 from pretrain.errors import ConfigError, UserError

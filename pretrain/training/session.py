@@ -28,9 +28,12 @@ from pretrain import strategies
 from pretrain.checkpoints import loading, remote, resuming, rotation, store, warm_start, writing
 from pretrain.data import loader as loaders
 from pretrain.data.config import check_sources, count_samples_once, evaluation_caption, list_shards_once
+from pretrain.data.images import ImageDecoder
 from pretrain.data.loader import Loader
+from pretrain.data.reinforced.decoders import ReinforcedImageDecoder
 from pretrain.data.sample_filter import read_skip_list
 from pretrain.data.shards.stores import is_store
+from pretrain.data.teacher_settings import SAMPLES
 from pretrain.data.text import TextDecoder
 from pretrain.data.training_captions import TrainingCaptions
 from pretrain.errors import ConfigError, UserError
@@ -297,6 +300,12 @@ def build_train_decoders(config: Any, tokenizer: Any, encoders: DualEncoder) -> 
         text.sentences = data.sentences
     if isinstance(text, TextDecoder) and config.train.compile != "false":
         text.trim = False  # compiled models are compiled anew for every length
+    if data.teachers == SAMPLES and "image" in decoders:
+        if type(decoders["image"]) is not ImageDecoder:
+            raise ConfigError(
+                f"data.teachers={SAMPLES}: the image tower brings a decoder of its own, which applies no augmentation"
+            )
+        decoders["image"] = ReinforcedImageDecoder(decoders["image"])
     if data.weight is not None or data.negatives is not None:
         if type(text) is not TextDecoder:
             name = "weight" if data.weight is not None else "negatives"

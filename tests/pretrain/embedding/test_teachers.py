@@ -60,7 +60,7 @@ def look_up(folders: Any, keys: list[str], ids: torch.Tensor | None) -> Batch:
     prepare(teachers)
     decoder = pickle.loads(pickle.dumps(TeacherDecoder(build_readers(teachers))))  # as it reaches a worker
     batch = Batch({}, {}, keys, {} if ids is None else {"caption_id": ids})
-    decoder.complete(batch)
+    decoder.complete(batch, {})
     return batch
 
 
