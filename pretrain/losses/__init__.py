@@ -6,6 +6,7 @@
     tiles.py          the tiles in which both are computed, without the b x B matrix of logits
     softmax_tiles.py  the loss and gradients of clip in tiles
     sigmoid_tiles.py  the loss and gradients of siglip in tiles
+    divergence_tiles.py  the divergence of distill from a teacher, and its gradients, in tiles
     products.py       matrix products in the precision of loss.precision
     ring.py           loss.exchange=ring: blocks of features travel, so that no rank holds all of them
     kernels/          Triton kernels for tiles on GPUs

@@ -8,7 +8,9 @@ with itself. Only similarities are compared, so a teacher may have any width.
 
 Source: Vasu et al., MobileCLIP, arXiv:2311.17049, section 3.
 
-Shapes: b = local rows, B = all columns, D and E = widths of student and teacher. The matrices (b, B) are held in memory.
+Small batches on the CPU are computed by the formula, with matrices (b, B) in memory; the others in tiles (divergence_tiles.py).
+
+Shapes: b = local rows, B = all columns, D and E = widths of student and teacher.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from torch.nn import functional as F
 
 from pretrain.config import check_numbers
 from pretrain.errors import ConfigError
-from pretrain.losses import NEGATIVES, PairConfig, clip, normalize_weights
+from pretrain.losses import NEGATIVES, PairConfig, clip, is_tiled, normalize_weights
+from pretrain.losses.divergence_tiles import MASKED, TeacherSimilarities, divergence
+from pretrain.losses.tiles import Settings
 from pretrain.runtime import distributed
 
 LOGIT_SCALE, LOGIT_BIAS = clip.LOGIT_SCALE, clip.LOGIT_BIAS
@@ -30,10 +34,6 @@ TAKES = ("weight", "negatives", "teachers")
 """Settings of `data` that change this loss. Weights and negatives change its contrastive part."""
 NEEDS = ("teachers",)
 """Settings of `data` without which there is no such loss."""
-MAX_ENTRIES = 1 << 26
-"""Largest b x B, 256 MiB for each of about eight matrices in float32."""
-MASKED = -1e30
-"""Logit of what is left out: its exponential is 0, and a row of nothing else is still finite."""
 
 
 @dataclass
@@ -79,12 +79,6 @@ class Loss(nn.Module):
             raise ConfigError("loss.name=distill needs data.teachers, and this batch has no embeddings of teachers")
         self.clip.max_logit = self.max_logit
         contrastive, report = self.clip(features, scale, bias, targets)
-        b = len(features["image"])
-        if b * b * distributed.world_size() > MAX_ENTRIES:
-            raise ConfigError(
-                f"loss.name=distill holds matrices of {b:,} x {b * distributed.world_size():,} similarities on each process; "
-                f"{MAX_ENTRIES:,} are the most: choose a smaller data.batch_size, or more processes"
-            )
         student = {name: x.to(torch.promote_types(x.dtype, torch.float32)) for name, x in features.items() if name != NEGATIVES}
         names = list(student)
         with torch.autocast(scale.device.type, enabled=False):
@@ -114,17 +108,35 @@ class Loss(nn.Module):
         all_embeddings = {name: distributed.gather_without_grad(x) for name, x in embeddings.items()}
         row_weights = normalize_weights(mask).to(scale.dtype)
         directions = [(name, other) for name in names for other in names if name != other] or [(names[0], names[0])]
+        compute = divergence if self._is_tiled(mask) else dense_divergence
+        settings = Settings(self.config.tile, self.config.precision)
         losses = []
         for rows, columns in directions:
-            left_out = ~all_mask[None].expand(len(mask), -1)  # (b, B)
-            if rows == columns:
-                left_out = left_out.clone()
-                i = torch.arange(len(mask), device=mask.device)
-                left_out[i, i + distributed.rank() * len(mask)] = True
-            target = embeddings[rows] @ all_embeddings[columns].t() / self.config.temperature
-            logits = scale * student[rows] @ all_student[columns].t()
-            losses.append((row_weights * relational_divergence(target, logits, left_out)).mean())
+            similarities = TeacherSimilarities(
+                embeddings[rows] / self.config.temperature,
+                all_embeddings[columns],
+                row_weights,
+                (~all_mask).to(torch.uint8),
+                distributed.rank() * len(mask) if rows == columns else None,
+            )
+            losses.append(compute(student[rows], all_student[columns], scale, similarities, settings))
         return torch.stack(losses).mean(), mask.to(scale.dtype).mean()
+
+    def _is_tiled(self, rows: Tensor) -> bool:
+        """Return whether the divergence is computed in tiles, by the rule of the contrastive part (choose_settings)."""
+        is_plain = rows.device.type == "cpu" and self.config.precision == "fp32"
+        return not is_plain or is_tiled(len(rows), self.config.tile)
+
+
+def dense_divergence(rows: Tensor, columns: Tensor, scale: Tensor, teacher: TeacherSimilarities, settings: Settings) -> Tensor:
+    """Compute `divergence` of divergence_tiles.py by its formula. The logits (b, B) of both are held in memory."""
+    left_out = teacher.is_left_out.bool()[None].expand(len(rows), -1)  # (b, B)
+    if teacher.own_column is not None:
+        left_out = left_out.clone()
+        i = torch.arange(len(rows), device=rows.device)
+        left_out[i, i + teacher.own_column] = True
+    divergences = relational_divergence(teacher.rows @ teacher.columns.t(), scale * rows @ columns.t(), left_out)
+    return (teacher.row_weights * divergences).mean()
 
 
 def relational_divergence(target: Tensor, logits: Tensor, left_out: Tensor) -> Tensor:
