@@ -10,7 +10,7 @@ import numpy as np
 
 from pretrain.data import BadSample
 from pretrain.data.caption_statistics import find_oddities
-from pretrain.data.captions import caption_id, read_captions
+from pretrain.data.captions import caption_id, caption_members, read_captions
 from pretrain.data.filter.options import FilterOptions
 from pretrain.data.filter_expression import Filter, get_value
 from pretrain.data.key_digests import digest
@@ -56,7 +56,8 @@ class _Rules:
         if self.only is not None and not self.only.names(key, is_repeated):
             return NOT_IN_KEEP_LIST, []
         needs_text = self.condition is not None or self.options.reads_captions
-        members = reader.read(0, sample, TEXT_EXTENSIONS if needs_text else ()).members
+        text_members = dict.fromkeys([*TEXT_EXTENSIONS, *caption_members(self.options.caption)])
+        members = reader.read(0, sample, list(text_members) if needs_text else ()).members
         if self.condition is not None and not self._fulfills(members):
             return f"not {self.options.keep}"[:MAX_REASON], []
         if not self.options.reads_captions:

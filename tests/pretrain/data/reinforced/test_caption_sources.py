@@ -11,6 +11,8 @@ import pytest
 from pretrain.data import BadSample
 from pretrain.data.captions import caption_members, read_captions, split_sources
 from pretrain.data.check import check_shards
+from pretrain.data.filter import filter_shards
+from pretrain.data.filter.options import FilterOptions
 from pretrain.data.shards.paths import RawSample, expand_shards
 from pretrain.data.text import TextDecoder, load_tokenizer
 from pretrain.data.train_tokenizer import train_tokenizer, train_tokenizer_on
@@ -112,5 +114,8 @@ def test_commands_read_them_too(folder: Path, tmp_path: Path) -> None:
     for decode in (False, True):
         assert check_shards(shards, caption="syn.json:syn_text", decode=decode, workers=0).bad == {"no caption": 1}
         assert not check_shards(shards, caption="txt+syn.json:syn_text", decode=decode, workers=0).bad
+    for caption, count in (("syn.json:syn_text", 5), ("txt+syn.json:syn_text", 6)):
+        options = FilterOptions(letters=True, caption=caption)
+        assert filter_shards(shards, tmp_path / f"filtered-{count}", options, workers=1).kept == count
     train_tokenizer(str(tmp_path), tmp_path / "tokenizer", vocab=300, caption="txt+syn.json:syn_text")
     assert (tmp_path / "tokenizer/tokenizer.json").is_file()
