@@ -167,6 +167,25 @@ def test_tiles_on_several_processes_are_the_formula_on_one(processes: int) -> No
                 assert torch.linalg.norm(x - y) <= 1e-11 * torch.linalg.norm(y)
 
 
+def test_teachers_side_by_side_give_the_gradients_of_the_published_ensemble() -> None:
+    """MobileCLIP's code averages the softmaxes of its teachers, and its loss is the cross-entropy with that average."""
+    features, targets = make_batch()
+    teachers = build_teachers(B, 8, torch.float64, missing=0)["0"]
+    halves = {
+        str(i): {name: x if name.endswith("mask") else x[:, 4 * i : 4 * i + 4] for name, x in teachers.items()}
+        for i in range(2)
+    }
+    loss, _ = compute(features, {**targets, "teachers": halves}, weight=1.0, temperature=0.01)
+    image, text, scale = features["image"], features["text"], features["logit_scale"]
+    expected = torch.zeros(())
+    for rows, columns, a, b in ((image, text, "image", "text"), (text, image, "text", "image")):
+        parts = [(100 * F.normalize(t[a], dim=1) @ F.normalize(t[b], dim=1).T).softmax(dim=1) for t in halves.values()]
+        expected = expected - ((parts[0] + parts[1]) / 2 * (scale * rows @ columns.T).log_softmax(dim=1)).sum(dim=1).mean() / 2
+    leaves = list(features.values())
+    for x, y in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        assert torch.linalg.norm(x - y) <= 1e-11 * torch.linalg.norm(y)
+
+
 @pytest.mark.parametrize("scale", [14.3, 100.0])
 def test_float32_is_close_to_float64(scale: float) -> None:
     """In tiles as by the formula: the largest error of both, relative to the norm of each result, is about 1e-6."""
