@@ -132,8 +132,12 @@ class _Filtering:
     ) -> None:
         self.paths, self.held_out, self.out, self.options, self.stage = paths, held_out, out, options, stage
         self.workers = 1 if len(paths) + len(held_out) < _FEW_SHARDS else min(workers, len(paths) + len(held_out))
-        new_names = find_new_names([*paths, *held_out])
-        self.names = [new_names.get(i) or name_shard(path) for i, path in enumerate([*paths, *held_out])]
+        self.names = _name_shards(paths)
+        """In keys, of `paths`: as training on them alone has it."""
+        self.embedded_names = [*self.names, *_name_shards(held_out)]
+        """In the keys of embeddings, held-out shards last: where both have the same names, as one `clipfuse embed` of all."""
+        if set(self.names) & set(self.embedded_names[len(paths) :]):
+            self.embedded_names = _name_shards([*paths, *held_out])
         self.work = out / WORK
 
     def run(self, source: Source | None, load_embeddings: Callable[[Path], Embeddings] | None) -> FilterReport:
@@ -205,14 +209,14 @@ class _Filtering:
                 with self.stage("reading embeddings") as progress:
                     source.write(np.concatenate([scan.keys for scan in scans]), folder, progress)
             embeddings = load_embeddings(folder)
+            self._check_shards_of_same_name(embeddings, counts)
         selection = select(own, self.options, embeddings, int(counts.sum()) - samples, self.work / "pairs", self.stage)
         if not (selection.reasons == 0).any():
             gone = np.bincount(selection.reasons, minlength=len(selection.names))
             worst = int(gone.argmax())
             seen = selection.facts.get("similarity")
             hint = f"; similarities are {seen['0%']:.3f} to {seen['100%']:.3f}, half above {seen['50%']:.3f}" if seen else ""
-            shutil.rmtree(self.work, ignore_errors=True)  # so that the user can try again with other settings
-            (self.out / PLAN).unlink(missing_ok=True)
+            self._forget_plan()
             raise UserError(
                 f"no sample is left of {samples:,}: {gone[worst]:,} go by {selection.names[worst]!r}{hint}; nothing was written"
             )
@@ -220,6 +224,23 @@ class _Filtering:
             about = np.frombuffer(json.dumps([selection.names, selection.facts]).encode(), dtype=np.uint8)
             np.savez(file, reasons=selection.reasons, keepers=selection.keepers, counts=counts, about=about)
         return selection, counts
+
+    def _check_shards_of_same_name(self, embeddings: Embeddings, counts: np.ndarray) -> None:
+        """Refuse embeddings whose keys do not tell a shard from a held-out one of the same name. Raises UserError."""
+        starts = np.concatenate(([0], np.cumsum(counts)))
+        for number, name in enumerate(self.names):
+            has_vector = embeddings.has_vector[starts[number] : starts[number + 1]]
+            if self.embedded_names[number] != name and len(has_vector) and not has_vector.any():
+                self._forget_plan()
+                raise UserError(
+                    f"SHARDS and --held-out both have a shard {name}: embed them by one command, whose keys tell them apart "
+                    "(clipfuse embed MODEL --data 'SHARDS::HELD-OUT' --out FOLDER)"
+                )
+
+    def _forget_plan(self) -> None:
+        """Remove what the run has written, so that the user can try again with other settings."""
+        shutil.rmtree(self.work, ignore_errors=True)
+        (self.out / PLAN).unlink(missing_ok=True)
 
     def _load_selection(self) -> tuple[Selection, np.ndarray] | None:
         """Return the decisions that an earlier run saved, or None."""
@@ -234,12 +255,13 @@ class _Filtering:
         """Scan all shards that have not been, and return the files of all."""
         folder = self.work / "scan"
         folder.mkdir(exist_ok=True)
-        outs = [folder / f"{number:06d}.npz" for number in range(len(self.names))]
+        outs = [folder / f"{number:06d}.npz" for number in range(len(self.embedded_names))]
         jobs = []
         for number, path in enumerate([*self.paths, *self.held_out]):
             if not outs[number].exists():
                 options = self.options if number < len(self.paths) else None
-                jobs.append((number, (path, self.names[number], options, outs[number])))
+                name = self.names[number] if options is not None else self.embedded_names[number]
+                jobs.append((number, (path, name, self.embedded_names[number], options, outs[number])))
         with self.stage("reading captions" if self.options.reads_captions else "reading keys") as progress:
             done = len(outs) - len(jobs)
             for _ in run_jobs(scan_shard, iter(jobs), self.workers):
@@ -315,8 +337,15 @@ class _Filtering:
         starts = np.concatenate(([0], np.cumsum(counts)))
         for i, keeper in enumerate(keepers.tolist()):
             shard = int(np.searchsorted(starts, keeper, side="right")) - 1
-            entry["examples"][i] += f" (of {reader.key(shard, keeper - int(starts[shard]))})"
+            name = self.names[shard] if shard < len(self.names) else self.embedded_names[shard]
+            entry["examples"][i] += f" (of {name}/{reader.key(shard, keeper - int(starts[shard])).partition('/')[2]})"
         reader.close()
+
+
+def _name_shards(paths: Sequence[str]) -> list[str]:
+    """Return the names of shards in keys, of a run that reads these and no others."""
+    new_names = find_new_names(paths)
+    return [new_names.get(i) or name_shard(path) for i, path in enumerate(paths)]
 
 
 def _identify(path: str) -> list[Any]:

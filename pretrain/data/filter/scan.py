@@ -86,12 +86,13 @@ class _Rules:
         return ""
 
 
-def scan_shard(path: str, name: str, options: FilterOptions | None, out: Path) -> None:
+def scan_shard(path: str, name: str, embedded_name: str, options: FilterOptions | None, out: Path) -> None:
     """Scan a shard and save the result as `out`, which is complete or not there.
 
     Args:
         path: of the shard.
         name: of the shard in keys.
+        embedded_name: of the shard in the keys of embeddings.
         options: the rules; None = no rules and keys only, for samples that are compared with but never go.
         out: an .npz file.
 
@@ -105,13 +106,13 @@ def scan_shard(path: str, name: str, options: FilterOptions | None, out: Path) -
     keys, reasons, captions, counts = [], [], [], []
     for sample in range(reader.count(0)):
         passing: list[int] = []
-        reason, key = "", f"{name}/{reader.key(0, sample).partition('/')[2]}"
+        reason, key = "", reader.key(0, sample).partition("/")[2]
         if rules is not None:
             try:
-                reason, passing = rules.find_reason(reader, sample, key)
+                reason, passing = rules.find_reason(reader, sample, f"{name}/{key}")
             except BadSample as error:
                 reason = error.reason
-        keys.append(digest(key))
+        keys.append(digest(f"{embedded_name}/{key}"))
         reasons.append(names.setdefault(reason, len(names)))
         captions += passing
         counts.append(len(passing))

@@ -239,6 +239,32 @@ def test_near_duplicates_of_held_out_samples_go(tmp_path: Path, data: dict[str, 
     assert "(of v-" in values["removed"]["near-duplicate of a held-out sample"]["examples"][0]
 
 
+def test_held_out_shards_of_the_same_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As `clipfuse data pack` numbers them: the keys tell the shards apart where both were embedded by one command."""
+    data, held_out = make_shards(tmp_path / "in", 3), make_shards(tmp_path / "val", 1)
+    words = ["--duplicates", 0.95, "--held-out", tmp_path / "val", "--embeddings"]
+    make_embeddings(tmp_path / "apart", list(data))
+    run(tmp_path / "in", tmp_path / "out", *words, tmp_path / "apart", code=1)
+    assert "SHARDS and --held-out both have a shard t-0: embed them by one command" in capsys.readouterr().err
+    joint = [f"in-{key}" if key.startswith("t-0/") else key for key in data] + [f"val-{key}" for key in held_out]
+    images, _ = make_embeddings(tmp_path / "emb", joint)
+    images[: len(data)] = images[: len(data)][::-1]
+    images[0] = images[-1]
+    table = pq.read_table(tmp_path / "emb" / "0.parquet").set_column(1, "image", to_column(images))
+    pq.write_table(table, tmp_path / "emb" / "0.parquet")
+    run(tmp_path / "in", tmp_path / "out", *words, tmp_path / "emb")
+    staying = read_shards(tmp_path / "out", "t")
+    near = (images[: len(data)] @ images[len(data) :].T >= 0.95).any(axis=1)
+    assert near[0]
+    assert not near.all()
+    assert set(staying) <= {key for key, is_near in zip(data, near, strict=True) if not is_near}
+    assert {key.partition("/")[0] for key in staying} == {"t-0", "t-1", "t-2"}
+    assert not report(tmp_path / "out")["facts"]["embeddings"]["missing"]
+    run(tmp_path / "in", tmp_path / "list", *words, tmp_path / "emb", "--list")
+    listed = {line.partition("\t")[0] for line in (tmp_path / "list" / "skip.txt").read_text().splitlines()}
+    assert listed == data.keys() - staying.keys()
+
+
 def test_balance(tmp_path: Path, data: dict[str, dict[str, Any]]) -> None:
     keys = list(data)
     rng = np.random.default_rng(1)
