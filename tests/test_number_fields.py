@@ -21,8 +21,22 @@ from pretrain.train import PretrainConfig, load_config
 
 NEEDED: dict[str, dict[str, Any]] = {
     "pretrain.towers.transformers.Config": {"args": {"model_type": "clip_text_model"}},
+    "pretrain.towers.audio.Config": {"name": "conv", "widths": [8]},
+    "pretrain.towers.mel.MelSettings": {
+        "rate": 16000,
+        "recipe": "slaney",
+        "n_fft": 1024,
+        "window": 1024,
+        "hop": 160,
+        "mels": 64,
+        "fmin": 50.0,
+        "fmax": 8000.0,
+        "mean": -40.0,
+        "std": 25.0,
+    },
     "pretrain.training.config.TrainConfig": {"steps": 1},
     "pretrain.embedding.options.Options": {"data": [], "out": ""},
+    "pretrain.data.filter.options.FilterOptions": {"duplicates": 0.95, "clusters": 2, "per_cluster": 2},
     "finetune.adapt.freeze.AdaptConfig": {"trainable_blocks": {"image": 1}},
     "finetune.tasks.classification.Config": {"class_weights": {"a": 1.0}},
     "finetune.tasks.retrieval.Config": {"pool": 2},
@@ -34,7 +48,15 @@ NEEDED: dict[str, dict[str, Any]] = {
 }
 """Class -> settings without which it is invalid, or whose items have no numbers."""
 
-SIGNED = {"trainable_blocks": -2, "layer": None, "logit_bias": None}
+SIGNED = {
+    "trainable_blocks": -2,
+    "layer": None,
+    "logit_bias": None,
+    "similarity": -2,
+    "duplicates": -2,
+    "pretrain.towers.audio.Config.mean": None,
+    "pretrain.towers.mel.MelSettings.mean": None,
+}
 """Fields with a meaning for -1 -> a number that has none; None = any sign is valid."""
 
 
@@ -68,6 +90,11 @@ def scalars(hint: Any) -> set[type]:
     return {hint} & {int, float} | {kind for argument in typing.get_args(hint) for kind in scalars(argument)}
 
 
+def find_signed(cls: type, field: str) -> int | None:
+    """The number below 0 that a field refuses."""
+    return SIGNED.get(f"{name_of(cls)}.{field}", SIGNED.get(field, -1))
+
+
 def with_number(value: Any, number: Any) -> Any:
     """The value with this number in place of its own, or of its last one."""
     if isinstance(value, list):
@@ -82,7 +109,7 @@ CASES = [
     for kind in scalars(typing.get_type_hints(cls)[spec.name])
     for number in (
         *((math.nan, math.inf, -math.inf, 1e39) if kind is float else (2**70,)),
-        *([SIGNED.get(spec.name, -1)] if SIGNED.get(spec.name, -1) is not None else []),
+        *(number for number in [find_signed(cls, spec.name)] if number is not None),
     )
     if typing.get_origin(typing.get_type_hints(cls)[spec.name]) is not typing.Literal
 ]
@@ -103,8 +130,7 @@ def test_every_config_is_tried() -> None:
 
 @pytest.mark.parametrize(("cls", "field", "number"), CASES)
 def test_a_number_out_of_range_is_refused(cls: type, field: str, number: float) -> None:
-    config = valid(cls)
-    setattr(config, field, with_number(getattr(config, field), number))
+    config = dataclasses.replace(valid(cls), **{field: with_number(getattr(valid(cls), field), number)})
     with pytest.raises(ConfigError) as raised:
         config.check()
     assert "\n" not in str(raised.value)

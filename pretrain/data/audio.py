@@ -53,7 +53,7 @@ class AudioDecoder:
             raise MissingContent("audio missing", explain_missing_sound(sample.members))
         return self._decode(data, rng if train else None)
 
-    def blank(self) -> np.ndarray:
+    def blank(self, train: bool) -> np.ndarray:
         """Return the item of a sample without a sound: silence."""
         return np.zeros(self.samples, dtype=np.int16)
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -70,7 +70,8 @@ def require_packages() -> None:
 class AudioFile:
     """An encoded sound, open for reading, whose header and end have been checked."""
 
-    reader: SoundFile
+    reader: Any
+    """A SoundFile; soundfile is imported only where sounds are read."""
     format: str
     """One of the values of AUDIO_FORMATS."""
     rate: int
@@ -104,7 +105,7 @@ class AudioFile:
                 start += len(block)
                 yield block.mean(axis=1)
 
-    def check(self) -> None:
+    def verify(self) -> None:
         """Decode all of the sound, in bounded memory. Raises BadSample."""
         for _ in self._iterate_mono(0, self.frames):
             pass
@@ -162,7 +163,7 @@ def check_audio(data: bytes) -> str:
     """
     require_packages()
     with open_audio(data) as sound:
-        sound.check()
+        sound.verify()
         return sound.format
 
 

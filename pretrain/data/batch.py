@@ -5,10 +5,11 @@ Legend: b = samples in the batch, k = texts of a sample, T = tokens of a text.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from pretrain.data.captions import caption_id
 from pretrain.data.length_groups import RowGroups
 from pretrain.data.text_packing import PackedTexts
+from pretrain.errors import ConfigError
 
 if TYPE_CHECKING:
     from pretrain.data.shards.paths import RawSample
@@ -38,8 +40,8 @@ class Decoder(Protocol):
     A decoder that provides targets has `targets(items) -> dict[str, Tensor | list]`, sample first, for Batch.targets.
     Its `collate` may return None: it then provides targets only, and the batch has no input of its name.
 
-    A decoder with `is_optional` (data.incomplete=keep) has `blank()`, which returns the item of a sample without content of its
-    modality. The worker leaves None in its place.
+    A decoder with `blank_item` is of a modality that a sample may lack, see `allow_missing`. The worker leaves None in its
+    place, and `collate` the blank item.
 
     A decoder whose targets depend on what others drew has `complete(batch, items)`, which adds to a partial batch at the end;
     items: those of all modalities.
@@ -161,6 +163,26 @@ def _restore_tensors(value: Any) -> Any:
     return torch.from_numpy(value.array) if isinstance(value, _SmallTensor) else value
 
 
+def allow_missing(decoders: Mapping[str, Any], train: bool) -> dict[str, Any]:
+    """Return copies of decoders by modality that let samples lack modalities, of which they need two.
+
+    Each has `blank(train)`, the item of a sample without its modality. Raises ConfigError for one without, or fewer than three.
+    """
+    if len(decoders) < 3:
+        raise ConfigError(
+            f"data.incomplete=keep is for three towers or more: a sample without {' or '.join(decoders)} has no pair; use bad"
+        )
+    copies = {}
+    for name, decoder in decoders.items():
+        if not hasattr(decoder, "blank"):
+            raise ConfigError(
+                f"data.incomplete=keep: the decoder of {name}.tower has no blank(), the item of a sample without it"
+            )
+        copies[name] = copy.copy(decoder)
+        copies[name].blank_item = decoder.blank(train)
+    return copies
+
+
 def collate(items: Mapping[str, list[Any]], decoders: Mapping[str, Decoder], keys: list[str]) -> Batch:
     """Collate decoded items into one batch.
 
@@ -172,10 +194,11 @@ def collate(items: Mapping[str, list[Any]], decoders: Mapping[str, Decoder], key
     batch = Batch({}, {}, keys)
     items = dict(items)
     for name, decoder in decoders.items():
-        if getattr(decoder, "is_optional", False):
+        blank_item = getattr(decoder, "blank_item", None)
+        if blank_item is not None:
             present = [item is not None for item in items[name]]
             batch.targets.setdefault("present", {})[name] = torch.tensor(present, dtype=torch.bool)
-            items[name] = [cast(Any, decoder).blank() if item is None else item for item in items[name]]
+            items[name] = [blank_item if item is None else item for item in items[name]]
         collated = decoder.collate(items[name])
         if collated is not None:
             batch.inputs[name], mask = collated

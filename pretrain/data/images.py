@@ -258,7 +258,7 @@ class ImageDecoder:
             raise MissingContent("no image", explain_missing_image(sample.members, EXTENSIONS))
         return self.decode_train(data, rng) if train else self.decode_eval(data)
 
-    def blank(self) -> torch.Tensor:
+    def blank(self, train: bool) -> torch.Tensor:
         """Return the item of a sample without an image: black."""
         return torch.zeros(3, self.size, self.size, dtype=torch.uint8)
 

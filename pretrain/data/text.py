@@ -202,8 +202,10 @@ class TextDecoder:
         drawn = self.draw_sentences([texts[i] for i in self.draw_from_sources([*map(len, groups)], rng)], rng)
         return tuple(drawn) if self.draw > 1 else drawn[0]
 
-    def blank(self) -> str | tuple[str, ...]:
-        """Return the item of a sample without a caption, in training: an empty text."""
+    def blank(self, train: bool) -> str | tuple[str, ...] | list[str]:
+        """Return the item of a sample without a caption: an empty text, or as many as are drawn."""
+        if not train:
+            return [""]
         return ("",) * self.draw if self.draw > 1 else ""
 
     def draw_captions(self, count: int, rng: np.random.Generator) -> list[int]:

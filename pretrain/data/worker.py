@@ -94,7 +94,7 @@ class _SampleDecoder:
                     key = getattr(decoder, "random_key", name)
                     items[name] = decoder(raw, self.generator.rekey(*seed, key), self.train)
                 except MissingContent:
-                    if not getattr(decoder, "is_optional", False):
+                    if getattr(decoder, "blank_item", None) is None:
                         raise
                     items[name] = None
             self._check_has_pair(raw, items)
@@ -107,7 +107,7 @@ class _SampleDecoder:
 
     def _check_has_pair(self, raw: RawSample, items: Mapping[str, Any]) -> None:
         """Raise BadSample where a sample that may lack a modality has fewer than two."""
-        optional = [name for name in items if getattr(self.decoders[name], "is_optional", False)]
+        optional = [name for name in items if getattr(self.decoders[name], "blank_item", None) is not None]
         missing, has = ([name for name in optional if (items[name] is None) is absent] for absent in (True, False))
         if missing and len(has) < 2:
             raise BadSample("no pair", f"it has {has[0] if has else 'nothing'}, without {' and '.join(missing)}")

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -42,6 +42,8 @@ class EncodedBatch:
     """By modality (b, P): the tower's pooled output in float32; empty unless requested."""
     tokens: dict[str, TokenSequence]
     """By modality: states (b, N, C) and their mask; empty unless requested."""
+    present: dict[str, Tensor] = field(default_factory=dict)
+    """By modality (b,) bool, whether a sample has it; what it lacks has the embedding of a blank. Empty where all have all."""
 
 
 class Encoder:
@@ -117,7 +119,7 @@ class Encoder:
 
     def _encode_batch(self, batch: Batch) -> EncodedBatch:
         captions, metadata = batch.targets.get("captions", []), batch.targets.get("json", [{}] * len(batch))
-        encoded = EncodedBatch(batch.keys, {}, captions, metadata, {}, {})
+        encoded = EncodedBatch(batch.keys, {}, captions, metadata, {}, {}, batch.targets.get("present", {}))
         for modality in self.modalities:
             if modality == "text" and any(len(texts) > 1 for texts in captions):  # workers tokenize only a sample's first
                 texts = [text for texts in captions for text in texts]

@@ -49,6 +49,8 @@ class EmbeddedSplit:
     """n classes from the samples' json; None where a sample has none."""
     languages: list[str] = field(default_factory=list)
     """m languages of captions; "" where one is not known. Empty if they were not requested."""
+    present: dict[str, list[bool]] = field(default_factory=dict)
+    """By modality, whether each of n samples has it, else its embedding is that of a blank; {} where all have all."""
 
     @property
     def image(self) -> Tensor:
@@ -61,11 +63,26 @@ class EmbeddedSplit:
     def pair(self, first: str, second: str) -> tuple[Tensor, Tensor, Tensor]:
         """Return (n, D) and (m, D) of two modalities, and the row of the first that each row of the second belongs to (m,).
 
-        m = n unless `second` is text.
+        m = n unless `second` is text. Where samples lack modalities, n are those that have both.
         """
-        if second == "text":
-            return self.embeddings[first], self.text, self.image_index
-        return self.embeddings[first], self.embeddings[second], torch.arange(len(self))
+        columns, index = (self.text, self.image_index) if second == "text" else (self.embeddings[second], self._all_rows())
+        if not self.present:
+            return self.embeddings[first], columns, index
+        has_both = torch.tensor(self.present[first]) & torch.tensor(self.present[second])
+        kept = has_both[index]
+        return self.embeddings[first][has_both], columns[kept], (has_both.cumsum(0) - 1)[index[kept]]
+
+    def pair_languages(self, first: str) -> list[str]:
+        """Return the languages of the captions of pair(first, "text")."""
+        if not self.present or not self.languages:
+            return self.languages
+        has = self.present
+        return [
+            code for code, i in zip(self.languages, self.image_index.tolist(), strict=True) if has[first][i] and has["text"][i]
+        ]
+
+    def _all_rows(self) -> Tensor:
+        return torch.arange(len(self))
 
 
 def embed_split(
@@ -121,6 +138,7 @@ def _embed_local(
     keys: list[str] = []
     labels: list[Any] = []
     languages: list[str] = []
+    present: dict[str, list[bool]] = {}
     encoder = Encoder(model, decoders, device, precision, modalities, pooled=pooled)
     with eval_mode(model):
         for _, batch in encoder.stream((None, batch) for batch in batches):
@@ -135,6 +153,8 @@ def _embed_local(
                 if language is not None:
                     for json, of_sample in zip(batch.json, batch.captions, strict=True):
                         languages += read_languages(json, language, len(of_sample))
+            for name, values in batch.present.items():
+                present.setdefault(name, []).extend(values.tolist())
             keys += batch.keys
             labels += [json.get(label) for json in batch.json]
     # Concatenated outside inference mode, these are ordinary tensors again, which the linear probe may compute with.
@@ -148,6 +168,7 @@ def _embed_local(
         captions=captions,
         labels=labels,
         languages=languages,
+        present=present,
     )
 
 
@@ -187,7 +208,7 @@ def _gather(local: EmbeddedSplit) -> EmbeddedSplit:
     embeddings = {name: _gather_rows(rows) for name, rows in local.embeddings.items()}
     text, pooled = _gather_rows(local.text), _gather_rows(local.pooled)
     gathered = distributed.gather_objects(
-        (local.image_index.tolist(), local.keys, local.captions, local.labels, local.languages)
+        (local.image_index.tolist(), local.keys, local.captions, local.labels, local.languages, local.present)
     )
     if not distributed.is_main():
         return local
@@ -196,12 +217,15 @@ def _gather(local: EmbeddedSplit) -> EmbeddedSplit:
     captions: list[str] = []
     labels: list[Any] = []
     languages: list[str] = []
-    for rank_image_index, rank_keys, rank_captions, rank_labels, rank_languages in gathered:
+    present: dict[str, list[bool]] = {}
+    for rank_image_index, rank_keys, rank_captions, rank_labels, rank_languages, rank_present in gathered:
         image_index += [len(keys) + row for row in rank_image_index]
         keys, captions, labels = keys + rank_keys, captions + rank_captions, labels + rank_labels
         languages += rank_languages
+        for name, values in rank_present.items():
+            present.setdefault(name, []).extend(values)
     index = torch.tensor(image_index, dtype=torch.int64)
-    return EmbeddedSplit(embeddings, text, index, pooled, keys, captions, labels, languages)
+    return EmbeddedSplit(embeddings, text, index, pooled, keys, captions, labels, languages, present)
 
 
 def _gather_rows(rows: Tensor) -> Tensor:

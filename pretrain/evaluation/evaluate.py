@@ -20,11 +20,13 @@ from typing import Any
 
 import torch
 from rich.table import Table
+from torch import Tensor
 
 from pretrain import model as models
 from pretrain.checkpoints.loading import LoadedModel
 from pretrain.config import check_numbers
 from pretrain.data import loader
+from pretrain.data.batch import allow_missing
 from pretrain.data.shards.cache import ShardCache
 from pretrain.embedding import dataset
 from pretrain.embedding.split import EmbeddedSplit, build_text_encoder, choose_classified, embed_split
@@ -113,7 +115,8 @@ def evaluate(
         embedded: the samples of `shards`, if they are embedded already.
         widths: of loss.matryoshka: recall by the first dimensions alone, too, as NAME_dimWIDTH.
 
-    Retrieval is measured between any two of the model's modalities. Classified are images, or sounds where there are no images.
+    Retrieval is measured between any two of the model's modalities, with three or more on the samples that have both, where
+    some lack one. Classified are images, or sounds where there are no images.
 
     The dict also holds `samples` (samples scored), `captions`, `bad_samples` (left out because of their content), and the level
     of chance of each metric that has one, as chance_NAME.
@@ -130,10 +133,13 @@ def evaluate(
     classified = choose_classified(model) if {"zero_shot", "linear_probe"} & set(config.tasks) else ""
 
     def embed(source: Any, texts: bool) -> tuple[EmbeddedSplit, Counter[str]]:
+        # Images for classification need no caption.
+        read = {name: decoder for name, decoder in decoders.items() if name == classified or (texts and name in model.towers)}
+        if len(read) > 2 and not classified:  # retrieval alone: samples may lack modalities
+            read = allow_missing(read, train=False)
         batches = loader.build_eval_loader(
             source,
-            # Images for classification need no caption.
-            {name: decoder for name, decoder in decoders.items() if name == classified or (texts and name in model.towers)},
+            read,
             config.batch_size,
             workers=config.workers,
             rank=distributed.rank(),
@@ -164,12 +170,17 @@ def evaluate(
             for pair in list_pairs(model.towers):
                 first, second, index = split.pair(*pair)
                 first, second = first.to(device), second.to(device)
-                metrics |= retrieval_metrics(first, second, index, names=pair)
+                if split.present:
+                    metrics |= _measure_present(pair, first, second, index)
+                    if not len(first):
+                        continue
+                else:
+                    metrics |= retrieval_metrics(first, second, index, names=pair)
                 for width in widths:
                     cut = retrieval_metrics(cut_to_width(first, width), cut_to_width(second, width), index, names=pair)
                     metrics |= {f"{name}_dim{width}": value for name, value in cut.items() if "_R@" in name}
                 if config.language is not None and pair[1] == "text":
-                    metrics |= metrics_by_language(first, second, index, split.languages, config.language, pair)
+                    metrics |= metrics_by_language(first, second, index, split.pair_languages(pair[0]), config.language, pair)
         if class_weights is not None:
             labels = zero_shot.index_labels(split.labels, names)
             scores = zero_shot.top_k_accuracy(split.embeddings[classified].to(device), labels, class_weights.to(device))
@@ -185,6 +196,15 @@ def evaluate(
         return with_chance(metrics)
 
     return on_main(compute_metrics)
+
+
+def _measure_present(pair: tuple[str, str], first: Tensor, second: Tensor, index: Tensor) -> dict[str, float]:
+    """Return the metrics of two modalities that not all samples have, with their own levels of chance, and `samples_A_B`."""
+    if not len(first):
+        return {f"samples_{pair[0]}_{pair[1]}": 0}
+    counts = {"samples": len(first), "captions": len(second)}
+    metrics = with_chance({**counts, **retrieval_metrics(first, second, index, names=pair)})
+    return {f"samples_{pair[0]}_{pair[1]}": len(first), **{name: metrics[name] for name in metrics if name not in counts}}
 
 
 def evaluate_checkpoint(

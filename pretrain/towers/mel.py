@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pretrain.config import check_numbers
 from pretrain.errors import ConfigError
 
 PREEMPHASIS = 0.97
@@ -60,18 +61,15 @@ class MelSettings:
 
     def check(self) -> None:
         """Raise ConfigError for a value out of range."""
-        if min(self.rate, self.hop, self.mels) < 1 or not 2 <= self.window <= self.n_fft:
-            raise ConfigError(
-                f"audio.rate={self.rate}, audio.hop={self.hop} and audio.mels={self.mels} must be 1 or more, and "
-                f"audio.window={self.window} from 2 to audio.n_fft={self.n_fft}"
-            )
+        samples = dict.fromkeys(("rate", "n_fft", "window", "hop"), "[1, 1048576]")
+        check_numbers(self, "audio", mels="[1, 4096]", fmin="[0, inf)", std="(0, inf)", **samples)
+        if not 2 <= self.window <= self.n_fft:
+            raise ConfigError(f"audio.window={self.window} must be from 2 to audio.n_fft={self.n_fft}")
         if not 0 <= self.fmin < self.fmax <= self.rate / 2:
             raise ConfigError(
                 f"audio.fmin={self.fmin:g} and audio.fmax={self.fmax:g} must be 0 <= fmin < fmax <= {self.rate / 2:g}, half of "
                 "audio.rate"
             )
-        if self.std <= 0:
-            raise ConfigError(f"audio.std={self.std} must be above 0")
         empty = np.flatnonzero(build_filters(self).max(axis=0) == 0)
         if len(empty) > self.mels // 10:  # the published AST has one
             raise ConfigError(

@@ -27,6 +27,7 @@ from pretrain import model as models
 from pretrain import strategies
 from pretrain.checkpoints import loading, remote, resuming, rotation, store, warm_start, writing
 from pretrain.data import loader as loaders
+from pretrain.data.batch import allow_missing
 from pretrain.data.config import check_sources, count_samples_once, evaluation_caption, list_shards_once
 from pretrain.data.images import ImageDecoder
 from pretrain.data.loader import Loader
@@ -294,7 +295,7 @@ def build_train_decoders(config: Any, tokenizer: Any, encoders: DualEncoder) -> 
     data = config.data
     decoders = models.build_decoders(config, tokenizer, encoders, data.caption, data.augment, data.draw)
     if data.incomplete == "keep":
-        _allow_missing(decoders)
+        decoders = allow_missing(decoders, train=True)
     text = decoders.get("text")
     if isinstance(text, TextDecoder):
         text.sentences = data.sentences
@@ -312,20 +313,6 @@ def build_train_decoders(config: Any, tokenizer: Any, encoders: DualEncoder) -> 
             raise ConfigError(f"data.{name}={getattr(data, name)!r:.80} is read with captions, and the model reads none")
         decoders["text"] = TrainingCaptions(text, data.weight, data.negatives, data.draw_negatives)
     return decoders
-
-
-def _allow_missing(decoders: dict[str, Any]) -> None:
-    """Let samples lack modalities (data.incomplete=keep). Raises ConfigError where they would have no pair, or cannot."""
-    if len(decoders) < 3:
-        raise ConfigError(
-            f"data.incomplete=keep is for three towers or more: a sample without {' or '.join(decoders)} has no pair; use bad"
-        )
-    for name, decoder in decoders.items():
-        if not hasattr(decoder, "blank"):
-            raise ConfigError(
-                f"data.incomplete=keep: the decoder of {name}.tower has no blank(), the item of a sample without it"
-            )
-        decoder.is_optional = True
 
 
 def build_eval_decoders(config: Any, tokenizer: Any, encoders: DualEncoder) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pretrain.config import SEED, check_numbers
 from pretrain.data.captions import check_caption_source
 from pretrain.data.sample_filter import parse_keep, read_skip_list
 from pretrain.errors import ConfigError
@@ -91,6 +92,10 @@ class FilterOptions:
             raise ConfigError("--search-clusters goes with --duplicates")
         if self.keep is not None:
             parse_keep(self.keep, "--keep")
+        positive = dict.fromkeys(("min_words", "max_words", "max_repeats", "clusters", "per_cluster"), "[1, inf)")
+        cosines = dict.fromkeys(("similarity", "duplicates"), "[-1, 1]")
+        intervals = {"keep_best": "(0, 1]", "temperature": "[0, 1]", "search_clusters": "[0, inf)", "seed": SEED}
+        check_numbers(self, "", **positive, **cosines, **intervals)
         self.describe()
 
     def describe(self) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def test_equals_the_extractor_of_ast(seconds: float) -> None:
     ("changes", "message"),
     [
         ({"hop": 0}, "audio.hop=0"),
-        ({"window": 600}, "audio.window=600 from 2 to audio.n_fft=512"),
+        ({"window": 600}, "audio.window=600 must be from 2 to audio.n_fft=512"),
         ({"fmax": 9000.0}, r"audio.fmax=9000 must be 0 <= fmin < fmax <= 8000, half of audio.rate"),
         ({"std": 0.0}, "audio.std=0"),
         ({"n_fft": 256, "window": 200}, "audio.mels=128: [0-9]+ bands lie between"),

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import tarfile
 from pathlib import Path
+from typing import IO, cast
 
 import pytest
+import torch
 
+from launch import cli
+from pretrain.checkpoints.loading import load_model
 from pretrain.config import find_config
 from pretrain.errors import ConfigError
+from pretrain.evaluation.retrieval import retrieval_metrics
 from pretrain.train import build, load_config
 from tests.support import Small, read_jsonl, read_losses, run_clipfuse
 from tests.support.sounds import AUDIO, write_shard
@@ -95,3 +101,41 @@ def test_what_cannot_be_is_refused(
     words = settings(small, "x", *f"data.incomplete={setting}".split(), audio=audio)
     with pytest.raises(ConfigError, match=message):
         build(load_config(find_config("scenes", "pretrain"), words))
+
+
+def test_each_pair_is_evaluated_on_the_samples_that_have_both(
+    folder: Path, small: Small, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The figures are those of shards with these samples alone, encoded by the towers of the pair."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        words = settings(small, "seen", "data.incomplete=keep", "train.steps=2")
+        assert cli.main(["pretrain", "scenes", *words]) == 0
+        capsys.readouterr()
+        assert cli.main(["evaluate", "runs/seen", "--data", "train.tar", "--json"]) == 0
+        result = json.loads(capsys.readouterr().out)
+        loaded = load_model("runs/seen")
+        with tarfile.open("train.tar") as tar:
+            samples: dict[str, dict[str, bytes]] = {}
+            for info in tar:
+                key, extension = info.name.split(".", 1)
+                samples.setdefault(key, {})[extension] = cast(IO[bytes], tar.extractfile(info)).read()
+    metrics, extensions = result["metrics"], {"image": "jpg", "text": "txt", "audio": "flac"}
+    assert (metrics["samples"], metrics["bad_samples"]) == (32, 8)
+    for first, second in (("image", "text"), ("image", "audio"), ("audio", "text")):
+        both = [s for s in samples.values() if extensions[first] in s and extensions[second] in s]
+        assert len(both) == metrics[f"samples_{first}_{second}"]
+        encoded = []
+        for name in (first, second):
+            decoder, contents = loaded.decoders[name], [s[extensions[name]] for s in both]
+            with torch.no_grad():
+                if name == "text":
+                    ids, mask = decoder.encode([content.decode() for content in contents])
+                    encoded.append(loaded.model.encode("text", ids, mask))
+                else:
+                    encoded.append(loaded.model.encode(name, torch.stack([decoder.decode_eval(c) for c in contents])))
+        expected = retrieval_metrics(*encoded, torch.arange(len(both)), names=(first, second))
+        for name, value in expected.items():
+            assert metrics[name] == pytest.approx(value), name
+            if "R@1" in name:
+                assert result["chance"][name] == pytest.approx(int(name[-2:].strip("@")) / len(both))
