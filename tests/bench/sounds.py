@@ -2,8 +2,9 @@
 
     python -m tests.bench.sounds RUN --data 'DIR/val-*.tar' [--samples 400] [--method raw]
 
-RUN is fine-tuned with fusion.context=audio. Texts are the first of a sample's sound_captions, such as "a purple bird, then a
-purple sofa"; words are the kinds in it that are heard once. A map is summed over frequencies. One JSON line:
+RUN is fine-tuned with fusion.context=audio. Words are the kinds that are heard once in a sample. For a run that answers
+questions their texts are "what colour is the bird?", one for each kind; for others the first of the sample's sound_captions,
+such as "a purple bird, then a purple sofa". A map is summed over frequencies. One JSON line:
 
     hit     share of maps whose highest column lies in the word's own sound (its center; pointing game in time)
     lift    share of a map's sum inside the sound, over the sound's share of the time: 1 = a uniform map
@@ -12,7 +13,7 @@ each with its interval (95 %, bootstrapped over samples), for the run and for:
 
     time          a uniform map, or a random column
     loudness      the map that is the loudness of each column, the same for every word
-    other_word    the map of another kind's word of the same caption
+    other_word    the map of another kind's word of the same sample
     untrained     the same encoders and a new fusion
     similarity    without fusion, where both towers pool the mean of their tokens
 """
@@ -46,15 +47,15 @@ BATCH = 32
 
 
 class Heard(NamedTuple):
-    """One sample: its sound file, its caption, and when each kind that is heard once is heard, in seconds."""
+    """One sample: its sound file, and of each kind that is heard once a text, and when it is heard, in seconds."""
 
     data: bytes
-    caption: str
+    texts: dict[str, str]
     spans: dict[str, tuple[float, float]]
 
 
-def read_samples(shards: str, count: int) -> list[Heard]:
-    """Return the first samples with two sounds of different kinds or more."""
+def read_samples(shards: str, count: int, asks: bool) -> list[Heard]:
+    """Return the first samples with two sounds of different kinds or more. asks: texts are questions."""
     reader = ShardReader(expand_shards(shards))
     samples: list[Heard] = []
     for shard in range(len(reader.paths)):
@@ -65,7 +66,9 @@ def read_samples(shards: str, count: int) -> list[Heard]:
             spans = {s["name"]: (s["start"], s["end"]) for s in content["sounds"] if names[s["name"]] == 1}
             if len(spans) >= 2:
                 data = next(members[extension] for extension in AUDIO_EXTENSIONS if extension in members)
-                samples.append(Heard(data, content["sound_captions"][0], spans))
+                caption = content["sound_captions"][0]
+                texts = {kind: f"what colour is the {kind}?" if asks else caption for kind in spans}
+                samples.append(Heard(data, texts, spans))
             if len(samples) == count:
                 return samples
     return samples
@@ -73,25 +76,21 @@ def read_samples(shards: str, count: int) -> list[Heard]:
 
 def compute_columns(tuned: Finetuned, model: FusionModel | None, samples: list[Heard], method: str) -> list[dict[str, Array]]:
     """Return, for each sample, the map of each kind's word summed over frequencies: {kind: (W,)}; None = similarity."""
-    decoder, results = find_text_decoder(tuned.decoders), []
-    for begin in range(0, len(samples), BATCH):
-        chunk = samples[begin : begin + BATCH]
-        inputs, masks = tuned.encode_inputs([sample.data for sample in chunk], [sample.caption for sample in chunk])
+    decoder, results = find_text_decoder(tuned.decoders), [dict[str, Array]() for _ in samples]
+    pairs = [(i, kind) for i, sample in enumerate(samples) for kind in sample.texts]
+    for begin in range(0, len(pairs), BATCH):
+        chunk = pairs[begin : begin + BATCH]
+        texts = [samples[i].texts[kind] for i, kind in chunk]
+        inputs, masks = tuned.encode_inputs([samples[i].data for i, _ in chunk], texts)
         batch = (inputs["audio"], inputs["text"], masks["text"])
         if model is None:
             maps = compute_similarity_maps(tuned.model.encoder, *batch, "audio")[0].clamp(min=0)
         else:
             maps, _ = compute_token_maps(model, tuned.task, *batch, method)
-        for sample, values in zip(chunk, maps, strict=True):
-            words = TokenSpans(decoder, sample.caption).find_words()
-            by_kind = {re.sub(r"\W", "", word.text): word for word in words}
-            results.append(
-                {
-                    kind: average_tokens(values, by_kind[kind].tokens).sum(dim=0).double().numpy()
-                    for kind in sample.spans
-                    if kind in by_kind
-                }
-            )
+        for (i, kind), text, values in zip(chunk, texts, maps, strict=True):
+            words = {re.sub(r"\W", "", word.text): word for word in TokenSpans(decoder, text).find_words()}
+            if kind in words:
+                results[i][kind] = average_tokens(values, words[kind].tokens).sum(dim=0).double().numpy()
     return results
 
 
@@ -159,7 +158,14 @@ def main() -> None:
     parser.add_argument("--method", default=METHOD, choices=METHODS)
     options = parser.parse_args()
     tuned = loading.load(options.run)
-    print(json.dumps({"run": options.run, **measure(tuned, read_samples(options.data, options.samples), options.method)}))
+    print(
+        json.dumps(
+            {
+                "run": options.run,
+                **measure(tuned, read_samples(options.data, options.samples, tuned.task.text_is_question), options.method),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":
