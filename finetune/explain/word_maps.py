@@ -231,7 +231,7 @@ def _read_pair(
             return spectrogram.draw_spectrogram(encoder, inputs[subject][0]), spans, batch
         pixels = decode_image(data)
     except BadSample as error:
-        raise UserError(f"the {subject} cannot be used: {error.reason}: {error.detail}") from error
+        raise UserError(f"the {_name(subject)} cannot be used: {error.reason}: {error.detail}") from error
     image_decoder = find_decoders(decoders)[0]
     visible = crop_visible(pixels, image_decoder.size, image_decoder.resize, image_decoder.pad_color)
     return visible, spans, batch
@@ -350,12 +350,17 @@ def _compute_decoded_word_maps(tuned: Finetuned, image: Tensor, spans: TokenSpan
 # clipfuse attend
 
 
-def read_image_file(path: str | Path) -> bytes:
-    """Read an image file. Raises ConfigError where it cannot be read."""
+def read_file(path: str | Path, subject: str = "image") -> bytes:
+    """Read an image file, or a sound where the subject is audio. Raises ConfigError where it cannot be read."""
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        raise ConfigError(f"cannot read the image {path}: {error.strerror or error}") from error
+        raise ConfigError(f"cannot read the {_name(subject)} {path}: {error.strerror or error}") from error
+
+
+def _name(subject: str) -> str:
+    """Return what messages call a file of a modality."""
+    return "sound" if subject == "audio" else subject
 
 
 def save_figure(maps: WordMaps, out: str | Path) -> None:

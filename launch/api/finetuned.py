@@ -14,6 +14,7 @@ from pretrain.errors import UserError
 
 from .images import ImageLike, as_list, to_bytes
 from .model import Model, batches, save_maps
+from .sounds import SoundLike, as_sounds, to_sound_bytes
 
 if TYPE_CHECKING:
     from finetune.explain.word_maps import WordMaps
@@ -45,7 +46,7 @@ class FinetunedModel(Model):
         """Return what the task says about each image, or each pair of an image and a text.
 
         Args:
-            images: as for `encode_images`.
+            images: as for `encode_images`, or sounds as for `encode_audio` where texts attend to those.
             texts: one text for each image, or one for all: a question for vqa, a caption for retrieval; None where the task
                 reads images alone.
             top: answers per image, at most.
@@ -60,7 +61,9 @@ class FinetunedModel(Model):
         Raises:
             UserError: an image cannot be read, or there is not one text for each image.
         """
-        pictures = as_list(images, "images")
+        is_sound = self._finetuned.model.subject == "audio"
+        name, noun = ("audio", "sound") if is_sound else ("images", "image")
+        pictures = as_sounds(images) if is_sound else as_list(images, name)
         if texts is None:
             sentences = [""] * len(pictures)
         elif isinstance(texts, str):
@@ -71,16 +74,20 @@ class FinetunedModel(Model):
             raise UserError(f"{len(pictures)} images and {len(sentences)} texts: give one text for each image, or one for all")
         answers: list[list[tuple[str, float]]] = []
         for positions in batches(range(len(pictures)), batch_size):
-            files = [to_bytes(pictures[i], f"images[{i}]") for i in positions]
+            files = [self._to_bytes(pictures[i], f"{name}[{i}]") for i in positions]
             try:
                 with self._settings():
                     prediction = self._finetuned.predict(files, [sentences[i] for i in positions], top=top)
             except BadSample as error:
-                raise UserError(
-                    f"one of images[{positions[0]}] to images[{positions[-1]}] is not a usable image: {error}"
-                ) from error
+                first, last = f"{name}[{positions[0]}]", f"{name}[{positions[-1]}]"
+                where = first if first == last else f"one of {first} to {last}"
+                raise UserError(f"{where} is not a usable {noun}: {error}") from error
             answers += [row[:top] for row in prediction.best]
         return answers
+
+    def _to_bytes(self, item: ImageLike | SoundLike, name: str) -> bytes:
+        """Return an image, or a sound where texts attend to those, as an encoded file. Raises UserError."""
+        return to_sound_bytes(item, name) if self._finetuned.model.subject == "audio" else to_bytes(item, name)
 
     def attend(
         self,
@@ -93,7 +100,7 @@ class FinetunedModel(Model):
         """Return what each word of a text attends to in an image.
 
         Args:
-            image: one image, as for `encode_images`.
+            image: one image, as for `encode_images`, or a sound as for `encode_audio` where texts attend to those.
             text: a caption of it, or for vqa a question about it.
             out: a PNG file to write the figure to.
             method: raw, rollout, gradcam, relevance, or similarity, which reads the encoders alone and no cross-attention.
@@ -107,7 +114,8 @@ class FinetunedModel(Model):
         """
         from finetune.explain import word_maps
 
+        data = self._to_bytes(image, "audio" if self._finetuned.model.subject == "audio" else "image")
         with self._settings():
-            maps = word_maps.compute_word_maps(self._finetuned, to_bytes(image, "image"), text, method, layer)
+            maps = word_maps.compute_word_maps(self._finetuned, data, text, method, layer)
         save_maps(maps, out)
         return maps

@@ -186,9 +186,9 @@ def attend(args: argparse.Namespace) -> int:
     from pretrain.runtime import distributed
 
     word_maps.check_method(args.maps, args.layer)
-    data = word_maps.read_image_file(args.image)
     if loading.is_finetuned(args.run):
         finetuned = loading.load(args.run)
+        data = word_maps.read_file(args.image, finetuned.model.subject)
         with on_device(finetuned.model, finetuned.config, distributed.device()):
             maps = word_maps.compute_word_maps(finetuned, data, args.text, args.maps, args.layer)
     else:
@@ -198,6 +198,7 @@ def attend(args: argparse.Namespace) -> int:
                 f"{args.run} holds encoders without a task, so there is no attention to draw: fine-tune them with "
                 f"`clipfuse finetune CONFIG init={args.run}`, or draw --maps similarity"
             )
+        data = word_maps.read_file(args.image)
         with on_device(encoders.model, encoders.config, distributed.device()) as model:
             maps = word_maps.compute_encoder_maps(model, encoders.decoders, data, args.text)
     word_maps.save_figure(maps, args.out)

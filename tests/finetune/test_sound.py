@@ -8,6 +8,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import clipfuse
 import numpy as np
 import pytest
 import soundfile
@@ -144,10 +145,14 @@ def test_every_task_takes_sounds(pretrained: Path, task: str, settings: list[str
     assert np.isfinite(value)
 
 
-def test_a_head_is_given_the_tokens_of_the_sound(pretrained: Path) -> None:
+@pytest.fixture(scope="module")
+def tiny(pretrained: Path) -> Path:
+    return run_task(pretrained, "vqa", "tiny", "fusion.context=audio", "train.steps=1", "optim.warmup=0")
+
+
+def test_a_head_is_given_the_tokens_of_the_sound(tiny: Path) -> None:
     """The logits are those of the fusion of text and audio, written out here."""
-    run = run_task(pretrained, "vqa", "tiny", "fusion.context=audio", "train.steps=1", "optim.warmup=0")
-    tuned = finetune.load(run)
+    tuned = finetune.load(tiny)
     model, data = tuned.model, make_sound("low", "late", 7)
     inputs, masks = tuned.encode_inputs([data], ["when is the tone?"])
     with torch.no_grad():
@@ -161,6 +166,31 @@ def test_a_head_is_given_the_tokens_of_the_sound(pretrained: Path) -> None:
         head = model.head
         expected = head.out(torch.nn.functional.gelu(head.up(head.norm(fused))))  # type: ignore[operator, union-attr]
         torch.testing.assert_close(model(inputs, masks)["logits"][:, 0], expected)
+
+
+def test_python_takes_sounds_as_encode_audio_does(tiny: Path, tmp_path: Path) -> None:
+    model, question = clipfuse.load(tiny), "when is the tone?"
+    (tmp_path / "a.flac").write_bytes(make_sound("low", "late", 7))
+    array = soundfile.read(tmp_path / "a.flac", dtype="float32")  # (samples, rate)
+    answers = model.predict([tmp_path / "a.flac", array], question)
+    assert answers[0] == answers[1]
+    assert [word for word, _ in model.predict(array, question)[0]] == [word for word, _ in answers[0]]
+    drawn = [model.attend(sound, question).maps for sound in (tmp_path / "a.flac", array)]
+    np.testing.assert_array_equal(*drawn)
+    picture = tmp_path / "a.png"
+    Image.new("RGB", (8, 8)).save(picture)
+    for call, message in (
+        (lambda: model.predict(picture, question), r"audio\[0\] is not a usable sound: audio unreadable: none of WAV"),
+        (lambda: model.predict([array, picture], question), r"one of audio\[0\] to audio\[1\] is not a usable sound"),
+        (lambda: model.predict(array[0], question), r"audio\[0\] is ndarray; give a path, the bytes of a sound file, or"),
+        (lambda: model.attend(picture, question), r"the sound cannot be used: audio unreadable"),
+        (lambda: model.attend(array[0], question), r"audio is ndarray; give a path"),
+        (lambda: model.attend("none.wav", question), r"audio cannot be read: none\.wav"),
+    ):
+        with pytest.raises(clipfuse.UserError, match=message):
+            call()
+    done = run_clipfuse("attend", tiny, "none.wav", question, "--out", "x.png", cwd=tmp_path, check=2)
+    assert "cannot read the sound none.wav" in done.stderr
 
 
 def test_a_fusion_with_a_tower_that_is_not_there_is_refused(pretrained: Path) -> None:
