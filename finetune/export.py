@@ -92,6 +92,8 @@ def find_error(model: FusionModel, task: Task, config: FusionSchema, encoders: E
         task.export_spec()
     except UserError as error:
         return f"this model: {error}"
+    if "audio" in model.encoder.towers:
+        return "a fine-tuned model with an audio tower"
     if reason := unsupported(encoders):
         return reason
     contexts = [] if model.fusion is None else model.fusion.contexts.values()

@@ -99,9 +99,10 @@ class Config:
         if self.name == CONV and self.args:
             raise ConfigError(f"audio.args={self.args} is for transformers models; audio.name=conv has audio.widths")
         if (self.name == CONV) != bool(self.widths) or min(self.widths, default=1) < 1:
+            hint = "" if self.name == CONV else ", so leave it out or empty it: audio.widths=[]"
             raise ConfigError(
                 f"audio.widths={self.widths} lists the channels of audio.name=conv, for example [32, 64, 128]; "
-                f"audio.name={self.name}"
+                f"audio.name={self.name}{hint}"
             )
         if self.trainable_blocks < -1:
             raise ConfigError(f"audio.trainable_blocks={self.trainable_blocks} must be -1 or more")

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 import finetune
+from finetune import export
 from finetune.explain.token_spans import TokenSpans, average_words
 from finetune.explain.word_maps import compute_token_maps, compute_word_maps, find_text_decoder
 from pretrain.data.text import train_tokenizer
@@ -166,6 +167,9 @@ def test_a_head_is_given_the_tokens_of_the_sound(tiny: Path) -> None:
         head = model.head
         expected = head.out(torch.nn.functional.gelu(head.up(head.norm(fused))))  # type: ignore[operator, union-attr]
         torch.testing.assert_close(model(inputs, masks)["logits"][:, 0], expected)
+    encoders = export.prepare_encoders(tuned)
+    error = export.find_error(model, tuned.task, tuned.config, encoders)
+    assert error == "a fine-tuned model with an audio tower"
 
 
 def test_python_takes_sounds_as_encode_audio_does(tiny: Path, tmp_path: Path) -> None:

@@ -283,7 +283,7 @@ def test_a_new_clap_begins_with_the_statistics_of_the_configuration() -> None:
         ({}, "audio: give audio.name .hub name, folder or conv. or audio.args.model_type"),
         ({"name": "conv"}, r"audio.widths=\[\] lists the channels of audio.name=conv"),
         ({"name": "conv", "widths": [8, 0]}, r"audio.widths=\[8, 0\]"),
-        ({"name": "x", "widths": [8]}, "audio.name=x"),
+        ({"name": "x", "widths": [8]}, r"audio.name=x, so leave it out or empty it: audio.widths=\[\]"),
         ({"name": "conv", "widths": [8], "args": {"a": 1}}, "audio.args=.* is for transformers models"),
         ({"name": "conv", "widths": [8], "rate": 0}, "audio.rate=0"),
         ({"name": "conv", "widths": [8], "seconds": -1.0}, "audio.seconds=-1.0"),
