@@ -10,7 +10,14 @@ from launch.report.run_history import Line, RunHistory
 from pretrain.evaluation.chance import chance_levels
 from pretrain.printable import format_count
 
-DIRECTIONS = (("image_to_text", "Image → caption"), ("text_to_image", "Caption → image"))
+DIRECTIONS = (
+    ("image_to_text", "Image → caption"),
+    ("text_to_image", "Caption → image"),
+    ("image_to_audio", "Image → sound"),
+    ("audio_to_image", "Sound → image"),
+    ("audio_to_text", "Sound → caption"),
+    ("text_to_audio", "Caption → sound"),
+)
 """Prefixes of metrics, and titles."""
 KS = (1, 5, 10)
 
@@ -18,6 +25,11 @@ KS = (1, 5, 10)
 def describe_run(history: RunHistory) -> str:
     """Describe the run in one sentence: the towers, where their weights came from, the loss and the data."""
     image, text = history.get("image.name"), history.get("text.name") or history.get("text.args.model_type")
+    audio = history.get("audio.name") or history.get("audio.args.model_type")
+    if not image and audio:
+        shards = ", ".join(list_shards(history.get("data.train"))) or "unknown data"
+        loss = history.get("loss.name", "contrastive")
+        return f"{audio} and {text or 'a text tower'} learn to match sounds and captions, with the {loss} loss, on {shards}."
     if not image:
         return "A run whose configuration is missing."
     size = f"{history.get('image.size')} px" if history.get("image.size") else ""
@@ -28,7 +40,8 @@ def describe_run(history: RunHistory) -> str:
         start = "from published weights"
     image_details, text_details = _describe_architecture(image_args, size), _describe_architecture(text_args)
     return (
-        f"{image}{image_details} and {text or 'a text tower'}{text_details} learn to match images and captions, {start}, "
+        f"{image}{image_details} and {text or 'a text tower'}{text_details} learn to match images and captions"
+        f"{f', with {audio} sounds as well' if audio else ''}, {start}, "
         f"with the {history.get('loss.name', 'contrastive')} loss, "
         f"on {', '.join(list_shards(history.get('data.train'))) or 'unknown data'}."
     )
@@ -78,7 +91,7 @@ def build_recalls(line: Line) -> list[dict[str, Any]]:
             if value is not None:
                 rows.append({"k": k, "value": value, "chance": chance, "times": compare_with_chance(value, chance)})
         rank = f"{direction}_median_rank"
-        candidates = int(metrics.get("captions" if direction == "image_to_text" else "samples") or 0)
+        candidates = int(metrics.get("captions" if direction.endswith("_to_text") else "samples") or 0)
         if rows:
             out.append(
                 {"title": title, "rows": rows, "rank": metrics.get(rank), "rank_chance": levels.get(rank), "of": candidates}
@@ -94,14 +107,23 @@ def build_width_table(line: Line) -> dict[str, Any] | None:
     widths = sorted({int(width) for name, _, width in parts if name in names and width.isdecimal()})
     if not widths:
         return None
+    names = [name for name in names if any(f"{name}_dim{width}" in metrics for width in widths)]
     rows = []
     for width in (*widths, None):
         suffix = "" if width is None else f"_dim{width}"
         values = [metrics.get(f"{name}{suffix}") for name in names]
         head = "all" if width is None else str(width)
         rows.append([head, *("" if value is None else f"{100 * value:.1f}" for value in values)])
-    heads = [name.replace("image_to_text", "I→C").replace("text_to_image", "C→I").replace("_", " ") for name in names]
+    heads = [_shorten(name) for name in names]
     return {"heads": ["dimensions", *heads], "rows": rows}
+
+
+def _shorten(name: str) -> str:
+    """Return the head of a column: I→C R@1 for image_to_text_R@1, with S for sounds."""
+    for direction, title in DIRECTIONS:
+        first, second = title.split(" → ")
+        name = name.replace(direction, f"{first[0]}→{second[0].upper()}")
+    return name.replace("_", " ")
 
 
 def read_metrics(line: Line) -> dict[str, float]:
@@ -152,7 +174,7 @@ def build_evaluation_table(history: RunHistory) -> dict[str, Any]:
         f"{direction}_median_rank" for direction, _ in DIRECTIONS
     ]
     names = [name for name in names if any(line.get(f"val/{name}") is not None for line in history.evaluations)]
-    heads = [name.replace("image_to_text", "I→C").replace("text_to_image", "C→I").replace("_", " ") for name in names]
+    heads = [_shorten(name) for name in names]
     rows = []
     lines = list(history.evaluations)
     if lines and (levels := chance_levels(read_metrics(lines[-1]))):

@@ -92,9 +92,11 @@ class RunHistory:
         """Return the evaluation with the highest mean of both recalls at 1; without recalls, the last one."""
         if not self.evaluations:
             return None
-        names = ("val/image_to_text_R@1", "val/text_to_image_R@1")
-        lines = [line for line in self.evaluations if all(line.get(name) is not None for name in names)]
-        return max(lines, key=lambda line: sum(line[name] for name in names)) if lines else self.evaluations[-1]
+        for subject in ("image", "audio"):
+            names = (f"val/{subject}_to_text_R@1", f"val/text_to_{subject}_R@1")
+            if lines := [line for line in self.evaluations if all(line.get(name) is not None for name in names)]:
+                return max(lines, key=lambda line: sum(line[name] for name in names))
+        return self.evaluations[-1]
 
 
 def read_run(run: str | Path) -> RunHistory:

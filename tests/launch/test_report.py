@@ -130,6 +130,21 @@ def test_page_of_a_finished_run(run: Path) -> None:
     assert re.search(r"chance\s+0\.2 1\.0 2\.0", page.text)  # the last row of the table of evaluations
 
 
+def test_the_page_of_a_run_of_sounds_and_texts(tmp_path: Path) -> None:
+    folder = tmp_path / "sounds"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("image: null\naudio: {name: conv}\ntext: {name: bert}\ndata: {train: shards}\n")
+    recalls = {"val/audio_to_text_R@1": 0.5, "val/text_to_audio_R@1": 0.25, "val/samples": 96, "val/captions": 480}
+    worse = {**recalls, "val/audio_to_text_R@1": 0.1}
+    write_lines(folder, [training_line(10), {"step": 10, **recalls}, training_line(20), {"step": 20, **worse}])
+    page = Page(report.write(folder).read_text()).text
+    assert "conv and bert learn to match sounds and captions" in page
+    for text in ("Sound → caption, R@1", "Caption → sound, R@1", "(96 samples)", "S→C R@1", "after step 10"):
+        assert text in page, text
+    for text in ("configuration is missing", "not evaluated", "Image → caption"):
+        assert text not in page, text
+
+
 def test_the_page_makes_no_network_requests(run: Path) -> None:
     page = Page(report.write(run).read_text())
     for tag, attrs in page.tags:
