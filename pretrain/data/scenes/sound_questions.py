@@ -14,7 +14,7 @@ from pretrain.data.scenes.text import add_article
 def build_sound_questions(scene: Scene, sounds: Sequence[Sound]) -> list[dict[str, Any]]:
     """Return questions with their `answers`, `type` and `span`, in the order of their types.
 
-    Types: order (what is heard first, last, after another), colour, count, existence (one yes and one no). `span` is when the
+    Types: order (what is heard first, last, after another), `colour`, count, existence (one yes and one no). `span` is when the
     sound asked about is heard, [start, end] in seconds; None if it is not exactly one sound.
     """
     rng = scene.build_rng("sound questions")
