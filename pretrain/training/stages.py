@@ -103,10 +103,12 @@ class RunStages(Sequence[Stage]):
         return self._stages[bisect_right(self._begins, step) - 1]
 
     def identity(self) -> str | None:
-        """Return what must not change when the run resumes: where batches change their size; None without stages."""
-        if len(self) == 1:
+        """Return what must not change when the run resumes: where batches change their size; None where they do not."""
+        sizes = [stage.batch_size for stage in self._stages]
+        changes = [stage for stage, before in zip(self._stages, [0, *sizes], strict=False) if stage.batch_size != before]
+        if len(changes) == 1:
             return None
-        return ", ".join(f"{s.batch_size} samples a step from step {s.begin}" for s in self._stages)
+        return ", ".join(f"{s.batch_size} samples a step from step {s.begin}" for s in changes)
 
     def describe(self, costs: Sequence[float] | None = None) -> list[str]:
         """Return a line for each stage; none where the run has one.

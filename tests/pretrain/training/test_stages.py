@@ -47,6 +47,14 @@ def resolve(text: str, *settings: str) -> stages.RunStages:
 # Where stages begin
 
 
+def test_only_sizes_of_batches_bind_a_run_that_resumes() -> None:
+    """So a run whose stages change images alone may be lengthened."""
+    images = "[{until: 0.5, image.size: 16}, {until: 0.75, optim.lr: 1e-4}]"
+    assert resolve(images, "train.steps=8").identity() is resolve(images, "train.steps=80").identity() is None
+    both = "[{until: 0.25, image.size: 16, data.batch_size: 32}, {until: 0.5, data.batch_size: 32}]"
+    assert resolve(both, "train.steps=8").identity() == "32 samples a step from step 0, 16 samples a step from step 4"
+
+
 @pytest.mark.parametrize(
     ("text", "length", "expected"),
     [
