@@ -77,11 +77,12 @@ def load_configuration(settings: list[str]) -> Any:
 def estimate(settings: list[str], world: int) -> float:
     """Return the plan's estimate for one process in MiB."""
     from launch import plan
+    from launch.plan.measure import measure_model
     from pretrain.runtime import distributed
 
     with distributed.assume_world(world, 1, False):
         config = load_configuration(settings)
-    model, _ = plan.measure_model(config)
+    model, _ = measure_model(config)
     return plan.estimate(config, model, world, overhead=False).total / MIB
 
 

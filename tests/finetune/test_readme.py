@@ -105,7 +105,7 @@ def test_every_line_about_sounds_runs(in_tmp: Path, capsys: pytest.CaptureFixtur
     with tarfile.open("scenes/val-0000.tar") as tar:
         member = next(info for info in tar if info.name.endswith(".flac"))
         Path("sound.flac").write_bytes(cast(IO[bytes], tar.extractfile(member)).read())
-    attend = re.search(r"`clipfuse (attend runs/heard [^`]+)`", README)
+    attend = re.search(r"`clipfuse\s(attend\sruns/heard [^`]+)`", README)
     assert attend
     assert cli.main(shlex.split(attend[1].replace("\n", " "))) == 0
     assert Path("heard.png").stat().st_size > 5000

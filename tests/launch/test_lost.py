@@ -156,7 +156,7 @@ def test_out_of_memory_is_one_line_with_the_peak_and_three_settings(small: Small
     code = (
         "import resource, sys, timm, torch, transformers\n"
         "from launch.cli import main\n"
-        "limit = 4096 * int(open('/proc/self/statm').read().split()[0]) + (5 << 28)  # 1.25 GiB more than now\n"
+        "limit = 4096 * int(open('/proc/self/statm').read().split()[0]) + (3 << 29)  # 1.5 GiB more than now\n"
         "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
         "sys.exit(main(sys.argv[1:]))"
     )

@@ -562,7 +562,7 @@ def test_named_text_models_from_folders(tmp_path: Path) -> None:
 
 
 def test_the_registry_lists_towers_but_not_their_helper_modules() -> None:
-    assert registry.component_names("towers") == ["timm", "transformers"]
+    assert registry.component_names("towers") == ["audio", "timm", "transformers"]
     assert registry.component_names("losses") == ["clip", "distill", "siglip"]
 
 
