@@ -57,6 +57,11 @@ class EmbeddedSplit:
         """(n, D), L2-normalized."""
         return self.embeddings["image"]
 
+    @property
+    def has_gaps(self) -> bool:
+        """Whether a sample lacks a modality."""
+        return not all(all(values) for values in self.present.values())
+
     def __len__(self) -> int:
         return len(self.keys)
 

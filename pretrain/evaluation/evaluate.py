@@ -170,7 +170,7 @@ def evaluate(
             for pair in list_pairs(model.towers):
                 first, second, index = split.pair(*pair)
                 first, second = first.to(device), second.to(device)
-                if split.present:
+                if split.has_gaps:
                     metrics |= _measure_present(pair, first, second, index)
                     if not len(first):
                         continue

@@ -46,6 +46,7 @@ def here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_three_towers_train_and_are_evaluated_in_all_directions(here: Path) -> None:
     lines = read_jsonl(here / "runs/three/metrics.jsonl")
     evaluated = [line for line in lines if "val/samples" in line][-1]
+    assert not any(name.startswith("val/samples_") for name in evaluated)  # every sample has all three
     for direction in DIRECTIONS:
         assert 0 <= evaluated[f"val/{direction}_R@1"] <= evaluated[f"val/{direction}_R@10"] <= 1
         assert evaluated[f"val/chance_{direction}_R@1"] == pytest.approx(1 / 12)
