@@ -16,6 +16,10 @@ each with its interval (95 %, bootstrapped over samples), for the run and for:
     other_word    the map of another kind's word of the same sample
     untrained     the same encoders and a new fusion
     similarity    without fusion, where both towers pool the mean of their tokens
+
+For a run that answers questions a second line has the words of "what is heard first?" and "what is heard last?": whether the
+highest column lies in that sound, or no farther from it than one column, the same for a random column, and the medians of its
+distance from the sound's beginning and end, in seconds.
 """
 
 from __future__ import annotations
@@ -149,6 +153,43 @@ def measure(tuned: Finetuned, samples: list[Heard], method: str) -> dict[str, An
     return line
 
 
+def measure_order(tuned: Finetuned, shards: str, count: int, method: str) -> dict[str, Any]:
+    """Return where "first" and "last" look, for the sounds that are heard first and last."""
+    decoder, seconds = find_text_decoder(tuned.decoders), cast(Any, tuned.model.encoder.tower("audio")).seconds
+    reader = ShardReader(expand_shards(shards))
+    addresses = [(shard, sample) for shard in range(len(reader.paths)) for sample in range(reader.count(shard))]
+    rows: dict[str, list[tuple[float, ...]]] = {"first": [], "last": []}
+    for number, address in enumerate(addresses[:count]):
+        members = reader.read(*address).members
+        data = next(members[extension] for extension in AUDIO_EXTENSIONS if extension in members)
+        for item in json.loads(members["json"])["sound_questions"]:
+            match = re.fullmatch(r"what is heard (first|last)\?", item["question"])
+            if match is None:
+                continue
+            inputs, masks = tuned.encode_inputs([data], [item["question"]])
+            maps, prediction = compute_token_maps(
+                tuned.model, tuned.task, inputs["audio"], inputs["text"], masks["text"], method
+            )
+            (word,) = (w for w in TokenSpans(decoder, item["question"]).find_words() if w.text.startswith(match[1]))
+            column = average_tokens(maps[0], word.tokens).sum(dim=0).double().numpy()
+            centers = (np.arange(len(column)) + 0.5) / len(column) * seconds
+            (start, end), peak = item["span"], float(centers[column.argmax()])
+            hits = [((at >= start - far) & (at <= end + far)) for far in (0, seconds / len(column)) for at in (peak, centers)]
+            is_right = prediction.best[0][0][0] == item["answers"][0]
+            rows[match[1]].append((number, *(float(np.mean(hit)) for hit in hits), float(is_right), peak - start, peak - end))
+    line: dict[str, Any] = {"method": method}
+    for name, values in rows.items():
+        table = np.array(values)
+        means = [[round(float(x), 3) for x in bootstrap(table[:, i], table[:, 0].astype(np.int64))] for i in range(1, 6)]
+        line[name] = {
+            "questions": len(table),
+            **dict(zip(("hit", "random_hit", "near", "random_near", "accuracy"), means, strict=True)),
+            "from_start": round(float(np.median(table[:, 6])), 3),
+            "from_end": round(float(np.median(table[:, 7])), 3),
+        }
+    return line
+
+
 def main() -> None:
     """Measure one run and print its line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -166,6 +207,8 @@ def main() -> None:
             }
         )
     )
+    if tuned.task.text_is_question:
+        print(json.dumps(measure_order(tuned, options.data, options.samples, options.method)))
 
 
 if __name__ == "__main__":
