@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import select
 import shlex
 import signal
 import sys
@@ -49,7 +50,14 @@ DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 def run_with_exit_code(work: Callable[P, int], *args: P.args, **kwargs: P.kwargs) -> int:
     """Call `work` and return its exit code, or print an expected failure in one line and return its code."""
     try:
-        return work(*args, **kwargs)
+        code = work(*args, **kwargs)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, and not at the interpreter's exit, where a closed pipe would be a traceback
+        return code
+    except BrokenPipeError:
+        if not _is_stdout_closed():
+            raise
+        return 128 + signal.SIGPIPE  # as a shell reports programs that such a pipe ends
     except ConfigError as error:
         _print_error(str(error))
         return USAGE
@@ -67,6 +75,20 @@ def run_with_exit_code(work: Callable[P, int], *args: P.args, **kwargs: P.kwargs
     except KeyboardInterrupt:
         _print_error("interrupted before a checkpoint could be written; the last one is intact")
         return FAILED
+
+
+def _is_stdout_closed() -> bool:
+    """Return whether who read standard output has gone (`| head`); then point it to nowhere, so that nothing fails again."""
+    try:
+        output = sys.stdout.fileno()
+    except (AttributeError, OSError, ValueError):  # no file
+        return False
+    poll = select.poll()
+    poll.register(output, select.POLLOUT)
+    is_closed = any(events & select.POLLERR for _, events in poll.poll(0))
+    if is_closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return is_closed
 
 
 def _print_error(line: str) -> None:
