@@ -25,7 +25,7 @@ Legend: n = rows, t = rows of a tile, q = queries, D = width.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache
 
 import numpy as np
@@ -51,8 +51,10 @@ def is_fast() -> bool:
 def _multiplies_bfloat16() -> bool:
     import torch
 
-    read: Callable[[], Mapping[str, object]] = getattr(torch.cpu, "get_capabilities", dict)  # older versions have none
-    return bool(read().get("avx512_bf16"))
+    capabilities: Mapping[str, object] = getattr(
+        torch.cpu, "get_capabilities", dict
+    )()  # not in all versions: they compare in float32
+    return bool(capabilities.get("avx512_bf16", False))
 
 
 def round_rows(vectors: Vectors) -> Rounded:
