@@ -25,8 +25,6 @@ Legend: n = rows, t = rows of a tile, q = queries, D = width.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,17 +42,8 @@ def is_fast() -> bool:
 
     Importing torch takes longer than many searches. Without the instructions, products of bfloat16 are slower than of float32.
     """
-    return "torch" in sys.modules and _multiplies_bfloat16()
-
-
-@cache
-def _multiplies_bfloat16() -> bool:
-    import torch
-
-    capabilities: Mapping[str, object] = getattr(
-        torch.cpu, "get_capabilities", dict
-    )()  # not in all versions: they compare in float32
-    return bool(capabilities.get("avx512_bf16", False))
+    torch = sys.modules.get("torch")
+    return torch is not None and bool(torch.cpu._is_avx512_bf16_supported())
 
 
 def round_rows(vectors: Vectors) -> Rounded:
