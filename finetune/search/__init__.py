@@ -3,8 +3,7 @@
     vector_index.py   VectorIndex, the contract of every backend: upsert, delete, search, get, count, describe
     fields.py         which fields of the samples an index keeps, and their kinds
     filters.py        filters bound to the kinds of fields, and translated for each backend
-    exact.py          a folder of files that is compared row by row
-    nearest.py        the comparison; rounded.py: in half the bytes, with a bound on the error
+    exact.py          a folder of files that is compared row by row; nearest.py: the comparison
     exact_files.py    its files; compaction.py: the space of images that were replaced
     milvus.py         Milvus Lite in a folder, or a Milvus server
     image_sources.py  shards and folders as sources of images; images read again

@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import tempfile
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,8 +29,6 @@ K1, B = 1.2, 0.75
 """Saturation of repeated words, and the weight of a caption's length: Lucene's and Milvus's defaults."""
 RANK_OFFSET = 60
 """The constant of reciprocal rank fusion, as in the paper."""
-_FOLDER = "captions-1."
-"""Begins the name of the folder of an index; what says which state of the images it is of follows."""
 _WORD = re.compile(r"\w+")
 Key = TypeVar("Key", bound=Hashable)
 
@@ -96,30 +93,3 @@ def _import_bm25s() -> Any:
     except ImportError as error:
         raise UserError(f"captions need {error.name}: pip install 'clipfuse[search]'") from error
     return bm25s
-
-
-def load_or_build(place: Path, state: str, count: int, read_captions: Callable[[], list[str]]) -> CaptionIndex:
-    """Return the index of captions from its folder, or make it and keep it there in place of those of other states.
-
-    Args:
-        place: folder in which its folder is.
-        state: of the index of images, for the folder's name.
-        count: of the captions.
-        read_captions: returns them; called where the folder cannot be used.
-    """
-    from pretrain.runtime.console import log_info  # which imports torch: an index is opened without
-
-    folder = place / f"{_FOLDER}{state}"
-    try:
-        return CaptionIndex.load(folder, count)
-    except (OSError, ValueError, KeyError, RecursionError) as error:
-        if folder.exists():
-            log_info(f"{folder} cannot be used, and is made anew: {error}")
-    index = CaptionIndex(read_captions())
-    try:
-        for old in place.glob(f"{_FOLDER}*"):
-            shutil.rmtree(old, ignore_errors=True)
-        index.save(folder)
-    except OSError as error:
-        log_info(f"{folder} cannot be written, so that each process indexes the captions: {error.strerror or error}")
-    return index

@@ -2,8 +2,6 @@
 
     index.json         the description
     vectors.f32        (n, D) float32, row by row
-    rounded.bf16       the same in bfloat16, half as many bytes to compare (rounded.py), where there are many vectors: made
-                       with the rows, or by the first search of an older index; results do not depend on it
     thumbnails.bin     the JPEGs, one after the other
     rows.arrow         keys, places, captions and fields: record batches of Arrow, one after the other
     captions-1.N/      words of the captions when commits.txt has N bytes, for BM25: made by the first search that asks
@@ -22,6 +20,10 @@ Legend: n = rows, those removed included; D = width of an embedding; q = queries
 
 from __future__ import annotations
 
+import fcntl
+import json
+import mmap
+import shutil
 import zlib
 from pathlib import Path
 from typing import IO, Any
@@ -32,18 +34,19 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from finetune.search import exact_files
-from finetune.search.captions import CaptionIndex, load_or_build
-from finetune.search.exact_files import COMMITS, KINDS, ROUNDED
+from finetune.search.captions import CaptionIndex
+from finetune.search.exact_files import KINDS
 from finetune.search.fields import Kind
 from finetune.search.filters import to_mask
-from finetune.search.nearest import can_use_rounded, find_nearest
-from finetune.search.rounded import Rounded, is_fast, round_rows
+from finetune.search.nearest import find_nearest
 from finetune.search.vector_index import Description, Hit, IndexedImage, NoIndexError, VectorIndex, Vectors
 from pretrain.data.filter_expression import Filter
 from pretrain.errors import UserError
 from pretrain.runtime.files import flush, read_bytes, write_text
 
-DESCRIPTION = "index.json"
+DESCRIPTION, COMMITS = "index.json", "commits.txt"
+_CAPTIONS = "captions-1."
+"""Begins the name of the folder of the captions' words; the length of commits.txt follows, which is that of a state."""
 _ARROW: dict[Kind, pa.DataType] = {"float": pa.float64(), "int": pa.int64(), "bool": pa.bool_(), "str": pa.string()}
 
 
@@ -64,7 +67,7 @@ class ExactIndex(VectorIndex):
         super().__init__(place, Description.from_json(text, place))
         self._lock: IO[str] | None = None
         if is_writable:
-            self._lock = exact_files.acquire_lock(self.path)
+            self._acquire_lock()
         self._schema = pa.schema(
             [pa.field(name, pa.string()) for name in ("key", "source", "caption")]
             + [pa.field("offset", pa.int64()), pa.field("size", pa.int64())]
@@ -82,14 +85,11 @@ class ExactIndex(VectorIndex):
             exact_files.remove_others(self.path, self._generation)
 
     def _forget_state(self) -> None:
-        self._ends = dict.fromkeys((*KINDS, ROUNDED, "commits"), 0)
-        self._checksum = 0
-        """Of commits.txt."""
+        self._ends = dict.fromkeys((*KINDS, "commits"), 0)
         self._batch_ends: list[int] = []
         self._removed: list[NDArray[np.int64]] = []
         self._generation = 0
         self._row_of_key, self._captions, self._is_mapped = None, None, False
-        self._can_make_rounded = True
 
     def _open_state(self) -> None:
         """Read the commits and map their files; once more where another process compacted them in between."""
@@ -126,47 +126,53 @@ class ExactIndex(VectorIndex):
             self._lock.close()
             self._lock = None
 
+    def _acquire_lock(self) -> None:
+        try:
+            self._lock = (self.path / ".lock").open("a+")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise UserError(f"{self.place} is being written by another process; wait for it, or choose another --db") from None
+        except OSError as error:
+            raise UserError(f"cannot write into {self.place}: {error.strerror or error}") from error
+
     # -----------------------------------------------------------------------------------------------------------------
     # Commits
 
     def _read_commits(self) -> None:
         """Read all complete lines of commits.txt. Raises UserError where one is damaged."""
-        records, (self._ends["commits"], self._checksum) = exact_files.read_commits(self.path)
-        for record in records:
-            self._apply(record)
+        content = read_bytes(self.path / COMMITS, most=1 << 32)
+        lines = content.split(b"\n")[:-1]  # what follows the last line feed was not written to its end
+        for number, line in enumerate(lines, start=1):
+            checksum, _, encoded = line.partition(b" ")
+            if checksum != b"%08x" % zlib.crc32(encoded):
+                raise UserError(f"{self.place}/{COMMITS} is damaged in line {number}: restore it, or index the images again")
+            self._apply(json.loads(encoded))
+        self._ends["commits"] = sum(len(line) + 1 for line in lines)
 
     def _apply(self, commit: dict[str, Any]) -> None:
         for name in KINDS:
             self._ends[name] = commit[name]
-        before, self._generation = self._generation, commit.get("generation", 0)
-        # an older version adds rows without the copy: what the copy has by then stays right
-        self._ends[ROUNDED] = commit.get(ROUNDED, self._ends[ROUNDED] if before == self._generation else 0)
+        self._generation = commit.get("generation", 0)
         if commit["rows"] > (self._batch_ends or [0])[-1]:
             self._batch_ends.append(commit["rows"])
         self._removed.append(np.array(commit["removed"], dtype=np.int64))
 
-    def _commit(self, additions: dict[str, bytes], removed: list[int], rounded: int | None = None) -> None:
-        """Append to the files, then to commits.txt. Raises UserError; nothing has changed then.
-
-        rounded: bytes of the rounded copy, where it has been written already.
-        """
+    def _commit(self, additions: dict[str, bytes], removed: list[int]) -> None:
+        """Append to the files, then to commits.txt. Raises UserError; nothing has changed then."""
         if self._lock is None:
             raise UserError(f"{self.place} is open for reading only")
-        record: dict[str, Any] = {name: self._ends[name] + len(additions.get(name, b"")) for name in (*KINDS, ROUNDED)}
-        if rounded is not None:
-            record[ROUNDED] = rounded
+        record: dict[str, Any] = {name: self._ends[name] + len(additions.get(name, b"")) for name in KINDS}
         record |= {"removed": removed, "generation": self._generation}
         line = exact_files.encode_commit(record)
         try:
             for name, content in additions.items():
-                exact_files.create(self._path_of(name))
                 exact_files.write_at(self._path_of(name), self._ends[name], content)
             exact_files.write_at(self.path / COMMITS, self._ends["commits"], line)
         except OSError as error:
             raise self._explain(error) from error
         self._apply(record)
-        self._ends["commits"], self._checksum = self._ends["commits"] + len(line), zlib.crc32(line, self._checksum)
-        self._can_make_rounded = True
+        self._ends["commits"] += len(line)
         self._is_mapped, self._captions = False, None
 
     def _explain(self, error: OSError) -> UserError:
@@ -182,11 +188,14 @@ class ExactIndex(VectorIndex):
             return
         maps: dict[str, Any] = {}
         for name in KINDS:
-            maps[name] = exact_files.map_file(self._path_of(name), self._ends[name])
+            length, path = self._ends[name], self._path_of(name)
+            if path.stat().st_size < length:
+                raise UserError(f"{path} has {path.stat().st_size:,} bytes, and {length:,} were written: it is damaged")
+            with path.open("rb") as opened:
+                maps[name] = mmap.mmap(opened.fileno(), length, access=mmap.ACCESS_READ) if length else b""
         vectors = np.frombuffer(maps["vectors"], dtype=np.float32) if self._ends["vectors"] else np.zeros(0, np.float32)
         self._vectors: Vectors = vectors.reshape(-1, self.description.dim)
         self._thumbnails: Any = maps["thumbnails"]
-        self._rounded = self._map_rounded()
         buffer, begin, batches = pa.py_buffer(maps["rows"]), 0, []
         for end in self._batch_ends:
             batches.append(pa.ipc.read_record_batch(buffer.slice(begin, end - begin), self._schema))
@@ -198,43 +207,6 @@ class ExactIndex(VectorIndex):
         for removed in self._removed:
             self._alive[removed] = False
         self._is_mapped = True
-
-    def _map_rounded(self) -> Rounded | None:
-        """Return the rounded copy of the vectors; None where it lacks rows."""
-        try:
-            return exact_files.map_rounded(self._path_of(ROUNDED), self._ends[ROUNDED], self._vectors.shape)
-        except (FileNotFoundError, UserError):  # removed or cut off by hand: it is made anew from the vectors
-            self._ends[ROUNDED] = 0
-            return None
-
-    def _round_with_lag(self, vectors: Vectors) -> bytes:
-        """Return what the rounded copy lacks when vectors are added; nothing where they are few, or it lacks much already."""
-        lag = self._ends["vectors"] - 2 * self._ends[ROUNDED]
-        if exact_files.is_worthwhile(lag) or not exact_files.is_worthwhile(self._ends["vectors"] + vectors.nbytes):
-            return b""
-        if lag:
-            self._map_files()
-            vectors = np.concatenate([self._vectors[self._ends[ROUNDED] // (2 * self.description.dim) :], vectors])
-        return round_rows(vectors).tobytes()
-
-    def _make_rounded(self) -> None:
-        """Write what the rounded copy lacks, unless another process writes, has changed the index, or nobody may."""
-        from pretrain.runtime.console import log_info  # which imports torch
-
-        was_locked = self._lock is not None
-        try:
-            if not was_locked:
-                self._lock = exact_files.acquire_lock(self.path)
-            commits = read_bytes(self.path / COMMITS, most=1 << 32)
-            if exact_files.measure_commits(commits) == (self._ends["commits"], self._checksum):
-                self._commit({}, [], exact_files.extend_rounded(self._path_of(ROUNDED), self._ends[ROUNDED], self._vectors))
-        except (OSError, UserError) as error:
-            log_info(f"the vectors of {self.place} have no rounded copy, without which searches take longer: {error}")
-        finally:
-            self._can_make_rounded = False  # once for each state
-            if not was_locked:
-                self.close()
-        self._map_files()
 
     def compact(self, least: float = 0.0) -> int:
         if self._lock is None:
@@ -267,13 +239,11 @@ class ExactIndex(VectorIndex):
         columns += [[image.fields.get(item.name) for image in images] for item in self.description.fields]
         arrays = [pa.array(column, kind) for column, kind in zip(columns, self._schema.types, strict=True)]
         batch = pa.RecordBatch.from_arrays(arrays, schema=self._schema)
-        rounded = self._round_with_lag(vectors)
         self._commit(
             {
                 "vectors": vectors.tobytes(),
                 "thumbnails": b"".join(image.thumbnail for image in images),
                 "rows": batch.serialize().to_pybytes(),
-                **({ROUNDED: rounded} if rounded else {}),
             },
             removed,
         )
@@ -295,10 +265,7 @@ class ExactIndex(VectorIndex):
 
     def _search(self, queries: Vectors, k: int, condition: Filter | None) -> list[list[Hit]]:
         mask = self._match(condition)
-        can_round = exact_files.is_worthwhile(self._vectors.nbytes) and is_fast() and can_use_rounded(mask, k)
-        if can_round and self._rounded is None and self._can_make_rounded:
-            self._make_rounded()
-        rows, scores = find_nearest(queries, self._vectors, mask, k, self._rounded if can_round else None)
+        rows, scores = find_nearest(queries, self._vectors, mask, k)
         images = self._read_images(np.unique(rows))
         return [
             [Hit(images[row], score) for row, score in zip(rows_of_query, scores_of_query, strict=True)]
@@ -318,10 +285,25 @@ class ExactIndex(VectorIndex):
 
     def _load_captions(self) -> CaptionIndex:
         """Return the index of the captions of this state: from its folder, or made and kept there for the next process."""
+        from pretrain.runtime.console import log_info  # which imports torch: an index is opened without
+
         column = self._table["caption"]
         self._captioned = np.flatnonzero(self._alive & pc.not_equal(column, "").to_numpy())
         state = f"{self._generation}-{self._ends['commits']}" if self._generation else str(self._ends["commits"])
-        return load_or_build(self.path, state, len(self._captioned), lambda: column.take(self._captioned).to_pylist())
+        folder = self.path / f"{_CAPTIONS}{state}"
+        try:
+            return CaptionIndex.load(folder, len(self._captioned))
+        except (OSError, ValueError, KeyError, RecursionError) as error:
+            if folder.exists():
+                log_info(f"{folder} cannot be used, and is made anew: {error}")
+        captions = CaptionIndex(column.take(self._captioned).to_pylist())
+        try:
+            for old in self.path.glob(f"{_CAPTIONS}*"):
+                shutil.rmtree(old, ignore_errors=True)
+            captions.save(folder)
+        except OSError as error:
+            log_info(f"{folder} cannot be written, so that each process indexes the captions: {error.strerror or error}")
+        return captions
 
     def _get(self, keys: list[str]) -> list[IndexedImage | None]:
         rows_of_keys = self._find_rows()
