@@ -135,7 +135,8 @@ def evaluate(
     def embed(source: Any, texts: bool) -> tuple[EmbeddedSplit, Counter[str]]:
         # Images for classification need no caption.
         read = {name: decoder for name, decoder in decoders.items() if name == classified or (texts and name in model.towers)}
-        if len(read) > 2 and not classified:  # retrieval alone: samples may lack modalities
+        if len(read) > 2 and not classified and all(hasattr(decoder, "blank") for decoder in read.values()):
+            # Retrieval alone, by decoders that have an item for what is missing: samples may lack modalities.
             read = allow_missing(read, train=False)
         batches = loader.build_eval_loader(
             source,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tarfile
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from launch import cli
 from pretrain.checkpoints.loading import load_model
 from pretrain.config import find_config
 from pretrain.errors import ConfigError
+from pretrain.evaluation.evaluate import EvalConfig, evaluate
 from pretrain.evaluation.retrieval import retrieval_metrics
 from pretrain.train import build, load_config
 from tests.support import Small, read_jsonl, read_losses, run_clipfuse
@@ -139,3 +140,26 @@ def test_each_pair_is_evaluated_on_the_samples_that_have_both(
             assert metrics[name] == pytest.approx(value), name
             if "R@1" in name:
                 assert result["chance"][name] == pytest.approx(int(name[-2:].strip("@")) / len(both))
+
+
+class Bare:
+    """A decoder of sounds as a user may write it, without an item for samples that have none."""
+
+    def __init__(self, decoder: Any) -> None:
+        self.decoder = decoder
+
+    def __call__(self, sample: Any, rng: Any, train: bool) -> Any:
+        return self.decoder(sample, rng, train)
+
+    def collate(self, items: list[Any]) -> Any:
+        return self.decoder.collate(items)
+
+
+def test_a_decoder_without_blanks_is_evaluated_on_whole_samples(
+    folder: Path, small: Small, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    parts = build(load_config(find_config("scenes", "pretrain"), settings(small, "x")))
+    decoders = {**parts.eval_decoders, "audio": Bare(parts.eval_decoders["audio"])}
+    metrics = evaluate(parts.model, decoders, "train.tar", EvalConfig(workers=0), torch.device("cpu"))
+    assert (metrics["samples"], metrics["bad_samples"]) == (8, 32)
