@@ -35,18 +35,28 @@ def as_list(items: Any, name: str) -> Sequence[Any]:
     raise UserError(f"{name} must be a list, not {type(items).__name__}")
 
 
+def read_file(item: Any, name: str) -> bytes | None:
+    """Return the content of a file that is given as a path or as its bytes; None for any other kind of object.
+
+    `name` is what messages call it. Raises UserError for a file that cannot be read.
+    """
+    if isinstance(item, bytes | bytearray | memoryview):
+        return bytes(item)
+    if isinstance(item, str | Path):
+        try:
+            return Path(item).expanduser().read_bytes()
+        except OSError as error:
+            raise UserError(f"{name} cannot be read: {item}: {error.strerror or error}") from error
+    return None
+
+
 def to_bytes(image: ImageLike, name: str) -> bytes:
     """Return the content of an image file that holds `image`; PIL images and arrays become uncompressed PNGs.
 
     `name` is what messages call it. Raises UserError for files that cannot be read and for any other kind of object.
     """
-    if isinstance(image, bytes | bytearray | memoryview):
-        return bytes(image)
-    if isinstance(image, str | Path):
-        try:
-            return Path(image).expanduser().read_bytes()
-        except OSError as error:
-            raise UserError(f"{name} cannot be read: {image}: {error.strerror or error}") from error
+    if (data := read_file(image, name)) is not None:
+        return data
     if isinstance(image, Image.Image):
         return _encode_png(ImageOps.exif_transpose(image), name)
     try:

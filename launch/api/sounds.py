@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pretrain.errors import UserError
 
-from .images import as_list
+from .images import as_list, read_file
 
 SoundLike = Any
 """A path (str or Path), the bytes of a sound file, or (array, rate): (S,) or (S, channels), floats in [-1, 1] or int16."""
@@ -34,13 +33,8 @@ def to_sound_bytes(sound: SoundLike, name: str) -> bytes:
 
     `name` is what messages call it. Raises UserError for files that cannot be read and for any other kind of object.
     """
-    if isinstance(sound, bytes | bytearray | memoryview):
-        return bytes(sound)
-    if isinstance(sound, str | Path):
-        try:
-            return Path(sound).expanduser().read_bytes()
-        except OSError as error:
-            raise UserError(f"{name} cannot be read: {sound}: {error.strerror or error}") from error
+    if (data := read_file(sound, name)) is not None:
+        return data
     if not isinstance(sound, tuple | list) or len(sound) != 2:
         raise UserError(f"{name} is {type(sound).__name__}; give {_FORMS}")
     try:

@@ -9,13 +9,13 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pretrain.errors import ConfigError, closest
-from pretrain.towers.hf_models import build_settings, describe_origin, one_line, quiet, refuse_unknown_args
+from pretrain.towers.hf_models import ModelSource, build_settings, describe_origin, one_line, quiet, refuse_unknown_args
 
 AST, CLAP = "audio-spectrogram-transformer", "clap_audio_model"
 MODEL_TYPES = (AST, CLAP)
@@ -32,17 +32,6 @@ PREPROCESSING = {
 """Settings of the published models (MIT/ast-finetuned-audioset, laion/clap-htsat-unfused), where nothing else is known."""
 EXTRACTOR_FILES = ("preprocessor_config.json", "processor_config.json")
 """Files beside a model that say how its spectrograms are computed; the second holds it in a section of its own."""
-
-
-class AudioModelConfig(Protocol):
-    """The fields of an audio tower's Config (audio.py) that say which model to build."""
-
-    @property
-    def name(self) -> str | None: ...
-    @property
-    def args(self) -> dict[str, Any]: ...
-    @property
-    def pretrained(self) -> bool | None: ...
 
 
 class LoadedAudioModel(NamedTuple):
@@ -63,7 +52,7 @@ class Preprocessing(NamedTuple):
     """The file; None where there is none, and the values are those of the architecture's published models."""
 
 
-def read_settings(config: AudioModelConfig) -> Any:
+def read_settings(config: ModelSource) -> Any:
     """Return the transformers configuration of the model that audio.name or audio.args describes. Raises ConfigError."""
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -95,7 +84,7 @@ def read_settings(config: AudioModelConfig) -> Any:
     return build_settings(type(settings), {**settings.to_dict(), **args}, "audio") if args else settings
 
 
-def load_audio_model(config: AudioModelConfig, settings: Any) -> LoadedAudioModel:
+def load_audio_model(config: ModelSource, settings: Any) -> LoadedAudioModel:
     """Build the model of a transformers configuration, and load its weights if audio.name names it. Raises ConfigError."""
     import transformers
     from transformers import ClapAudioModelWithProjection

@@ -18,8 +18,8 @@ from torch import nn
 from pretrain.errors import ConfigError, closest
 
 
-class TextModelConfig(Protocol):
-    """The fields of a text tower's Config (transformers.py) that say which model to build."""
+class ModelSource(Protocol):
+    """The fields of a tower's Config that say which model of the library to build."""
 
     @property
     def name(self) -> str | None: ...
@@ -27,6 +27,11 @@ class TextModelConfig(Protocol):
     def args(self) -> dict[str, Any]: ...
     @property
     def pretrained(self) -> bool | None: ...
+
+
+class TextModelConfig(ModelSource, Protocol):
+    """Those of a text tower (transformers.py), and how it pools."""
+
     @property
     def pool(self) -> str: ...
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import tarfile
 from collections import Counter
 from contextlib import suppress
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from pretrain.data import BadSample, job_pool
-from pretrain.data.pack.writer import ShardResult, get_stats_path
+from pretrain.data.pack.writer import ShardResult, add_members, finish_shard, get_stats_path
 from pretrain.data.sample_filter import REPEATED, format_skip_line
 from pretrain.data.shards.reader import ShardReader
 from pretrain.errors import UserError
@@ -55,16 +54,9 @@ def write_shard(source: str, name: str, reasons: np.ndarray, names: list[str], p
                 except BadSample as bad:  # a member is too large, which only those who read it see
                     result.skip(f"{name}/{key}", bad)
                     continue
-                for extension, data in members.items():
-                    info = tarfile.TarInfo(f"{reader.stem(0, sample)}.{extension}")  # owner 0, time 0: the same in every run
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
+                add_members(tar, reader.stem(0, sample), members)
                 result.written += 1
-        if result.written:
-            files.flush(partial)
-            result.tar_bytes = partial.stat().st_size
-            partial.replace(path)
-        files.write_text(get_stats_path(path), result.to_json())
+        finish_shard(partial, path, result)
     except OSError as error:
         raise UserError(
             f"cannot write {path}: {error.strerror or error}; finished shards stay, and the same command goes on"

@@ -10,7 +10,7 @@ import json
 import math
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -282,21 +282,31 @@ def write_shard(job: ShardJob, shard: int, path: Path, storage: StorageOptions) 
     try:
         with open(partial, "wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
             for key, members in _encode_samples(job, shard, storage, result):
-                for extension, data in members.items():
-                    info = tarfile.TarInfo(f"{key}.{extension}")  # owner 0, time 0, mode 0644: the same in every run
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
-        if result.written:
-            files.flush(partial)
-            result.tar_bytes = partial.stat().st_size
-            partial.replace(path)
-        files.write_text(get_stats_path(path), result.to_json())
+                add_members(tar, key, members)
+        finish_shard(partial, path, result)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
     return result
+
+
+def add_members(tar: tarfile.TarFile, key: str, members: Mapping[str, bytes]) -> None:
+    """Add a sample to a tar, by extension, with owner 0, time 0 and mode 0644: the same bytes in every run."""
+    for extension, data in members.items():
+        info = tarfile.TarInfo(f"{key}.{extension}")
+        info.size = len(data)
+        tar.addfile(info, io.BytesIO(data))
+
+
+def finish_shard(partial: Path, path: Path, result: ShardResult) -> None:
+    """Give a written tar its name, where it holds a sample, and write its statistics. Raises OSError."""
+    if result.written:
+        files.flush(partial)
+        result.tar_bytes = partial.stat().st_size
+        partial.replace(path)
+    files.write_text(get_stats_path(path), result.to_json())
 
 
 def _encode_samples(
