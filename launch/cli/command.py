@@ -9,13 +9,22 @@ from typing import Any, NoReturn
 
 from pretrain.errors import closest
 from pretrain.printable import one_safe_line
-from pretrain.runtime.entrypoint import USAGE
+from pretrain.runtime.entrypoint import STOPPED, USAGE
 
 Command = Callable[[argparse.Namespace], int]
 """Parsed arguments -> exit code."""
 _SETTINGS = ("init", "resume", "run", "seed")
 """Settings without a dot that are easily taken for options."""
 Subparsers = argparse._SubParsersAction  # argparse has no public name for it
+
+
+def run_resumable(work: Command, args: argparse.Namespace, stays: str) -> int:
+    """Call `work`; Ctrl-C ends it with exit code 75 and one line. stays: what is kept for the same command, in words."""
+    try:
+        return work(args)
+    except KeyboardInterrupt:
+        print(f"clipfuse: interrupted; {stays}: run the same command again to resume", file=sys.stderr, flush=True)
+        return STOPPED
 
 
 class Parser(argparse.ArgumentParser):

@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
 from pathlib import Path
 
 from launch.cli import data_filter
-from launch.cli.command import Subparsers, add_command
+from launch.cli.command import Subparsers, add_command, run_resumable
 from pretrain.config.arguments import NumberType, nonempty, nonempty_path, positive_int, seed, whole_number, workers
 from pretrain.errors import ConfigError, UserError
 from pretrain.printable import format_count, hide_secrets_in, one_safe_line
-from pretrain.runtime.entrypoint import DONE, FAILED, STOPPED
+from pretrain.runtime.entrypoint import DONE, FAILED
 from pretrain.runtime.files import write_text
 
 
@@ -185,12 +184,7 @@ def draw_scenes(args: argparse.Namespace) -> int:
 
 def pack(args: argparse.Namespace) -> int:
     """Run `clipfuse data pack`; Ctrl-C ends it with exit code 75."""
-    try:
-        return _pack(args)
-    except KeyboardInterrupt:
-        message = f"clipfuse: interrupted; finished shards stay in {args.dir}: run the same command again to resume"
-        print(message, file=sys.stderr, flush=True)
-        return STOPPED
+    return run_resumable(_pack, args, f"finished shards stay in {args.dir}")
 
 
 def _pack(args: argparse.Namespace) -> int:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 
-from launch.cli.command import Subparsers, add_command
+from launch.cli.command import Subparsers, add_command, run_resumable
 from pretrain.config.arguments import NumberType, count, nonempty, nonempty_path, positive_int, seed, whole_number, workers
 from pretrain.printable import hide_secrets_in, one_safe_line
-from pretrain.runtime.entrypoint import DONE, STOPPED
+from pretrain.runtime.entrypoint import DONE
 
 _COSINE, _SHARE = NumberType(float, "[-1, 1]"), NumberType(float, "(0, 1]")
 
@@ -75,12 +74,7 @@ def add_command_to(commands: Subparsers[argparse.ArgumentParser]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run `clipfuse data filter`; Ctrl-C ends it with exit code 75."""
-    try:
-        return _run(args)
-    except KeyboardInterrupt:
-        message = f"clipfuse: interrupted; what is finished stays in {args.dir}: run the same command again to resume"
-        print(message, file=sys.stderr, flush=True)
-        return STOPPED
+    return run_resumable(_run, args, f"what is finished stays in {args.dir}")
 
 
 def _run(args: argparse.Namespace) -> int:
