@@ -88,7 +88,8 @@ class _SampleDecoder:
         """
         raw = self.reader.read(shard, sample)
         try:
-            items = {}
+            items: dict[str, Any] = {}
+            missing: list[str] = []
             for name, decoder in self.decoders.items():
                 try:
                     key = getattr(decoder, "random_key", name)
@@ -97,7 +98,9 @@ class _SampleDecoder:
                     if getattr(decoder, "blank_item", None) is None:
                         raise
                     items[name] = None
-            self._check_has_pair(raw, items)
+                    missing.append(name)
+            if missing:
+                self._check_has_pair(missing)
             return raw, items
         except BadSample:
             raise
@@ -105,11 +108,11 @@ class _SampleDecoder:
             error.add_note(f"while decoding sample {raw.key}")
             raise
 
-    def _check_has_pair(self, raw: RawSample, items: Mapping[str, Any]) -> None:
-        """Raise BadSample where a sample that may lack a modality has fewer than two."""
-        optional = [name for name in items if getattr(self.decoders[name], "blank_item", None) is not None]
-        missing, has = ([name for name in optional if (items[name] is None) is absent] for absent in (True, False))
-        if missing and len(has) < 2:
+    def _check_has_pair(self, missing: Sequence[str]) -> None:
+        """Raise BadSample where a sample without the missing modalities has fewer than two of those it may lack."""
+        optional = [name for name, decoder in self.decoders.items() if getattr(decoder, "blank_item", None) is not None]
+        has = [name for name in optional if name not in missing]
+        if len(has) < 2:
             raise BadSample("no pair", f"it has {has[0] if has else 'nothing'}, without {' and '.join(missing)}")
 
     def skip(self, slot: int, shard: int, sample: int, error: BadSample) -> SkippedSample:
