@@ -482,6 +482,9 @@ def _create_model(config: Config) -> nn.Module:
     except TypeError as error:
         raise ConfigError(_explain_argument_error(config, error)) from error
     except Exception as error:  # timm and its hub raise errors of many types
+        # Python 3.11 reports an argument given twice as a bare KeyError wherever another exception is being handled.
+        if isinstance(error, KeyError) and error.args[0] in config.args:
+            raise ConfigError(_explain_fixed_argument(config, error.args[0])) from error
         if config.stride is not None and isinstance(error, AssertionError):
             raise ConfigError(dilation.explain_refusal(config.stride, config.name)) from error
         name = f"image.name={config.name}" + (" with its published weights" if is_published else "")
@@ -515,7 +518,7 @@ def _explain_argument_error(config: Config, error: TypeError) -> str:
     if argument == "output_stride" and config.stride is not None:
         return dilation.explain_refusal(config.stride, config.name)
     if "multiple values" in str(error):
-        return f"image.args.{argument} is fixed by {config.name}: choose another model, or leave it out"
+        return _explain_fixed_argument(config, argument)
     if argument == "embed_layer":
         return f"image.stem: {config.name} has no patch embedding to replace; image.stem is for vision transformers"
     if argument == "patch_drop_rate":
@@ -524,3 +527,7 @@ def _explain_argument_error(config: Config, error: TypeError) -> str:
     return f"image.args.{argument}: {config.name} takes no such argument" + closest(
         argument, [name for name in inspect.signature(model.__init__).parameters if name != "self"]
     )
+
+
+def _explain_fixed_argument(config: Config, argument: str) -> str:
+    return f"image.args.{argument} is fixed by {config.name}: choose another model, or leave it out"

@@ -404,6 +404,15 @@ def test_image_settings_that_do_not_fit_the_model_are_refused(settings: dict[str
     assert "\n" not in str(error.value)
 
 
+def test_a_fixed_argument_is_named_while_another_error_is_handled() -> None:
+    """CPython 3.11 then raises KeyError in place of TypeError for an argument given twice."""
+    try:
+        raise ValueError
+    except ValueError:
+        with pytest.raises(ConfigError, match="patch_size is fixed by mixer_s16_224"):
+            images.build(images.Config(size=64, name="mixer_s16_224", args={"patch_size": 8}))
+
+
 def test_impossible_image_settings_are_refused() -> None:
     stems = ({"stem": [16, 8]}, {"stem": [0]}, {"stem": [8], "pretrained": True}, {"stem": [8], "args": {"patch_size": 2}})
     others = ({"mean": [0.5]}, {"std": [1, 1, 0]}, {"args": {"img_size": 3}}, {"size": 0}, {"patch_dropout": 1.0})
