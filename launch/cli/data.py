@@ -9,6 +9,7 @@ from pathlib import Path
 
 from launch.cli import data_filter
 from launch.cli.command import Subparsers, add_command, run_resumable
+from pretrain import config as configuration
 from pretrain.config.arguments import NumberType, nonempty, nonempty_path, positive_int, seed, whole_number, workers
 from pretrain.errors import ConfigError, UserError
 from pretrain.printable import format_count, hide_secrets_in, one_safe_line
@@ -129,11 +130,17 @@ def _add_check(commands: Subparsers[argparse.ArgumentParser]) -> None:
     p = add_command(commands, "check", check, "index and verify shards: counts, bad samples by reason")
     p.add_argument("shards", type=nonempty, metavar="SHARDS", nargs="+", help="globs, brace patterns, folders or urls")
     p.add_argument(
+        "settings",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="as in pretraining: data.incomplete=keep, data.caption=FIELD",
+    )
+    p.add_argument(
         "--caption",
         type=nonempty,
-        default="txt",
         metavar="FIELD",
-        help="txt (default), txt:lines (one a line), or a field of the json",
+        help="txt (default), txt:lines (one a line), or a field of the json, as data.caption",
     )
     p.add_argument("--no-decode", action="store_true", help="verify the archives only, not every image, sound and caption")
     p.add_argument(
@@ -222,13 +229,20 @@ def check(args: argparse.Namespace) -> int:
     from pretrain.data.shards.counts import manifest_paths, write_manifests
     from pretrain.data.shards.paths import expand_shards
 
-    shards = expand_shards(args.shards, "SHARDS")
+    words = [word for word in args.shards if word.startswith("data.") and "=" in word]  # argparse takes them for shards
+    config = configuration.load(checking.CheckConfig, None, [*words, *args.settings]).data
+    if args.caption is not None and config.caption not in (None, args.caption):
+        raise ConfigError(f"--caption {args.caption} and data.caption={config.caption} are two sources of captions; give one")
+    caption = args.caption or config.caption or "txt"
+    shards = expand_shards([word for word in args.shards if word not in words], "SHARDS")
     if args.manifest:
         manifest_paths(shards)  # whether it can be written, before anything is read
     if args.fix is not None and not Path(args.fix).parent.is_dir():
         raise ConfigError(f"--fix {args.fix}: its folder is not there")
     with progress_bar("checking") as progress:
-        report = checking.check_shards(shards, not args.no_decode, args.workers, progress, args.caption, record=args.manifest)
+        report = checking.check_shards(
+            shards, not args.no_decode, args.workers, progress, caption, record=args.manifest, incomplete=config.incomplete
+        )
     manifests = write_manifests(report.records) if args.manifest else []
     is_usable = report.is_ok
     if args.fix is not None:
@@ -242,6 +256,9 @@ def check(args: argparse.Namespace) -> int:
     )
     if report.sounds:
         print(f"{format_count(report.images, 'sample')} with an image, {report.sounds:,} with a sound")
+    if report.combinations:
+        counts = [f"{count:,} with {names.replace('+', ', ')}" for names, count in report.combinations.most_common()]
+        print(f"usable with data.incomplete=keep: {'; '.join(counts)}")
     if report.unchecked:
         print(one_safe_line(f"sounds were counted, not decoded: {report.unchecked}"))
     for reason, count in report.bad.most_common():

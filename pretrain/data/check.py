@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from pretrain.data import BadSample
+from pretrain.data import BadSample, MissingContent
 from pretrain.data.audio_files import AUDIO_EXTENSIONS, check_audio, require_packages
 from pretrain.data.caption_statistics import CaptionStatistics
 from pretrain.data.captions import TXT, TXT_WHOLE, caption_members, check_caption_source, read_captions
 from pretrain.data.decode import decode_image as decode_image
 from pretrain.data.images import EXTENSIONS
-from pretrain.data.members import explain_missing_caption, explain_missing_image
+from pretrain.data.members import explain_missing_caption, explain_missing_image, explain_missing_sound, explain_no_pair
 from pretrain.data.sample_filter import REPEATED, format_skip_line
 from pretrain.data.shards.cache import ShardCache, digest_file
 from pretrain.data.shards.counts import Record
@@ -28,6 +28,23 @@ _MAX_NAMED = 10  # samples named per reason; all are counted
 
 
 @dataclass
+class CheckData:
+    """The settings of the `data` section that decide which samples a run can use."""
+
+    caption: str | None = None
+    """As data.caption; null = txt."""
+    incomplete: Literal["bad", "keep"] = "bad"
+    """As data.incomplete. bad: a sample needs an image or a sound, and a caption. keep: any two of the three."""
+
+
+@dataclass
+class CheckConfig:
+    """The part of a configuration that `clipfuse data check` reads."""
+
+    data: CheckData = field(default_factory=CheckData)
+
+
+@dataclass
 class CheckReport:
     """Result of checking shards: how many samples they hold, and which are bad."""
 
@@ -38,6 +55,8 @@ class CheckReport:
     """Samples that have an image."""
     sounds: int = 0
     """Samples that have a sound."""
+    combinations: Counter[str] = field(default_factory=Counter)
+    """With data.incomplete=keep, usable samples by what they have: image+text+audio, image+text, ..."""
     bad_samples: int = 0
     """Samples that training would replace."""
     bad: Counter[str] = field(default_factory=Counter)
@@ -68,6 +87,7 @@ class CheckReport:
         self.samples += other.samples
         self.images += other.images
         self.sounds += other.sounds
+        self.combinations += other.combinations
         self.bad_samples += other.bad_samples
         self.bad += other.bad
         for reason, names in other.names.items():
@@ -80,7 +100,8 @@ class CheckReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as values of JSON."""
-        values = {**vars(self), "bad": dict(self.bad), "captions": self.captions.as_dict()}
+        counts = {"bad": dict(self.bad), "combinations": dict(self.combinations)}
+        values = {**vars(self), **counts, "captions": self.captions.as_dict()}
         del values["records"], values["lines"]
         return values
 
@@ -97,6 +118,7 @@ class _CheckJob(NamedTuple):
     """Of the shard in keys."""
     decode_sounds: bool = True
     """Whether sounds are decoded where `decode` is set."""
+    incomplete: str = "bad"
 
 
 def check_shards(
@@ -107,6 +129,7 @@ def check_shards(
     caption: str = "txt",
     cache: ShardCache | None = None,
     record: bool = False,
+    incomplete: str = "bad",
 ) -> CheckReport:
     """Index every shard and try to read every sample.
 
@@ -119,13 +142,14 @@ def check_shards(
         caption: "txt", or the name of the json field that holds captions.
         cache: where fetched shards and indices are kept.
         record: find the size and the digest of each shard, for its manifest.
+        incomplete: see CheckData.
     """
     check_caption_source(caption, "--caption")
     cache = replace(cache or ShardCache(), check_records=not record)  # records that are about to be written again
     new_names = find_new_names(paths)
     unchecked = _explain_missing_packages() if decode else ""
     jobs = [
-        _CheckJob(path, cache, caption, decode, record, new_names.get(i) or name_shard(path), not unchecked)
+        _CheckJob(path, cache, caption, decode, record, new_names.get(i) or name_shard(path), not unchecked, incomplete)
         for i, path in enumerate(paths)
     ]
     report = CheckReport()
@@ -163,7 +187,7 @@ def _check_shard(job: _CheckJob) -> CheckReport:
             extensions = reader.extensions(0, sample)
             report.images += any(extension in EXTENSIONS for extension in extensions)
             report.sounds += any(extension in AUDIO_EXTENSIONS for extension in extensions)
-            problems = _find_problems(reader, sample, job)
+            problems, modalities = _inspect(reader, sample, job)
             report.bad_samples += bool(problems)
             key = f"{job.name}/{shard_index.key(sample)}"
             if problems:
@@ -174,7 +198,11 @@ def _check_shard(job: _CheckJob) -> CheckReport:
                 names = report.names.setdefault(error.reason, [])
                 if len(names) < _MAX_NAMED:
                     names.append(f"{key}: {error.detail[:200]}")
-            if job.decode and not problems:
+            if problems:
+                continue
+            if job.incomplete == "keep":
+                report.combinations["+".join(modalities)] += 1
+            if job.decode and "text" in modalities:
                 _add_captions(report.captions, reader, sample, job)
         reader.close()
     except UserError as error:
@@ -196,43 +224,54 @@ def _add_captions(statistics: CaptionStatistics, reader: ShardReader, sample: in
     statistics.add_sample(reader.key(0, sample), read_captions(members, job.caption), text)
 
 
-def _find_problems(reader: ShardReader, sample: int, job: _CheckJob) -> list[BadSample]:
-    """Return one BadSample for each reason why the sample cannot be used."""
+def _inspect(reader: ShardReader, sample: int, job: _CheckJob) -> tuple[list[BadSample], list[str]]:
+    """Return one BadSample for each reason why the sample cannot be used, and the modalities that it has."""
     try:
         members = reader.read(0, sample, None if job.decode else ()).members
         if not job.decode:
             members = dict.fromkeys(reader.extensions(0, sample), b"")
     except BadSample as error:
-        return [error]
-    problems = _find_problems_in(members, job)
+        return [error], []
+    errors = _find_errors(members, job)
+    missing = [name for name in ("image", "text", "audio") if isinstance(errors.get(name), MissingContent)]
+    modalities = [name for name in ("image", "text", "audio") if name not in missing]
+    if job.incomplete == "keep":
+        problems = [error for name, error in errors.items() if name not in missing]
+        if not problems and len(modalities) < 2:
+            problems = [BadSample("no pair", explain_no_pair(modalities, missing))]
+    else:
+        optional = {"image", "audio"} if {"image", "audio"} & set(modalities) else {"audio"}
+        problems = [error for name, error in errors.items() if name not in optional.intersection(missing)]
     apart = reader.explain_apart(0, sample)
-    if apart and any(problem.reason in ("no image", "no caption") for problem in problems):
-        return [BadSample("members apart", apart)]
-    return problems
+    if apart and any(problem.reason in ("no image", "no caption", "no pair") for problem in problems):
+        return [BadSample("members apart", apart)], []
+    return problems, modalities
 
 
-def _find_problems_in(members: dict[str, bytes], job: _CheckJob) -> list[BadSample]:
-    """Return one BadSample for each reason why a sample with these members cannot be used."""
-    problems: list[BadSample] = []
+def _find_errors(members: dict[str, bytes], job: _CheckJob) -> dict[str, BadSample]:
+    """Return for each modality that a sample with these members lacks (MissingContent), or that cannot be used, why."""
+    errors: dict[str, BadSample] = {}
     image = next((members[extension] for extension in EXTENSIONS if extension in members), None)
     sound = next((members[extension] for extension in AUDIO_EXTENSIONS if extension in members), None)
-    if image is None and sound is None:
-        problems.append(BadSample("no image", explain_missing_image(members, EXTENSIONS)))
-    if job.decode:
-        try:
-            if image is not None:
-                decode_image(image)
-        except BadSample as error:
-            problems.append(error)
-        try:
-            if sound is not None and job.decode_sounds:
-                check_audio(sound)
-        except BadSample as error:
-            problems.append(error)
-        try:
+    try:
+        if image is None:
+            raise MissingContent("no image", explain_missing_image(members, EXTENSIONS))
+        if job.decode:
+            decode_image(image)
+    except BadSample as error:
+        errors["image"] = error
+    try:
+        if sound is None:
+            raise MissingContent("audio missing", explain_missing_sound(members))
+        if job.decode and job.decode_sounds:
+            check_audio(sound)
+    except BadSample as error:
+        errors["audio"] = error
+    try:
+        if job.decode:
             read_captions(members, job.caption)
-        except BadSample as error:
-            problems.append(error)
-    elif not members.keys() & caption_members(job.caption):
-        problems.append(BadSample("no caption", explain_missing_caption(members, caption_members(job.caption)[0])))
-    return problems
+        elif not members.keys() & caption_members(job.caption):
+            raise MissingContent("no caption", explain_missing_caption(members, caption_members(job.caption)[0]))
+    except BadSample as error:
+        errors["text"] = error
+    return errors

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from pretrain.data.audio_files import AUDIO_EXTENSIONS
 
@@ -70,6 +70,11 @@ def explain_missing_caption(extensions: Collection[str], member: str) -> str:
     if not hint and member == "json" and "txt" in extensions:
         hint = "; the caption setting txt reads KEY.txt"
     return f"no {member} member, only {list_members(extensions) or 'nothing'}{hint}"
+
+
+def explain_no_pair(modalities: Sequence[str], missing: Sequence[str]) -> str:
+    """Return why a sample with fewer than two modalities, and without the missing ones, has no pair."""
+    return f"it has {modalities[0] if modalities else 'nothing'}, without {' and '.join(missing)}"
 
 
 def _explain_dots(extensions: Collection[str], wanted: Collection[str]) -> str:

@@ -21,6 +21,7 @@ import torch
 
 from pretrain.data import BadSample, MissingContent
 from pretrain.data.batch import Batch, Decoder, collate
+from pretrain.data.members import explain_no_pair
 from pretrain.data.order import Order
 from pretrain.data.sample_filter import SampleFilter
 from pretrain.data.sample_json import read_fields
@@ -113,7 +114,7 @@ class _SampleDecoder:
         optional = [name for name, decoder in self.decoders.items() if getattr(decoder, "blank_item", None) is not None]
         has = [name for name in optional if name not in missing]
         if len(has) < 2:
-            raise BadSample("no pair", f"it has {has[0] if has else 'nothing'}, without {' and '.join(missing)}")
+            raise BadSample("no pair", explain_no_pair(has, missing))
 
     def skip(self, slot: int, shard: int, sample: int, error: BadSample) -> SkippedSample:
         """Return the record of an unusable sample."""

@@ -214,3 +214,67 @@ def test_sounds_are_only_counted_without_their_packages(sounds, shards, monkeypa
     line = "sounds were counted, not decoded: sounds need soundfile, which is not installed: pip install 'clipfuse[audio]'"
     assert line in capsys.readouterr().out.splitlines()
     assert check_shards(shards[:1], workers=1).unchecked == ""  # images alone need no such package
+
+
+@pytest.fixture
+def incomplete(tmp_path):
+    """Samples with two of the three modalities, with all, with one, and with one of three that is damaged."""
+    sound = io.BytesIO()
+    soundfile.write(sound, np.zeros(4000), 8000, format="FLAC")
+    members = {
+        "all": {"jpg": jpeg(), "txt": b"red", "flac": sound.getvalue()},
+        "seen": {"jpg": jpeg(), "txt": b"red"},
+        "heard": {"txt": b"red", "flac": sound.getvalue()},
+        "mute": {"jpg": jpeg(), "flac": sound.getvalue(), "json": b'{"caption": null}'},
+        "alone": {"jpg": jpeg(), "json": b"{}"},
+        "bare": {"json": b"{}"},
+        "damaged": {"jpg": jpeg()[:300], "txt": b"red", "flac": sound.getvalue()},
+        "blank": {"jpg": jpeg(), "txt": b" ", "flac": sound.getvalue()},
+    }
+    write_tar(tmp_path / "0.tar", [(f"{key}.{kind}", data) for key, kinds in members.items() for kind, data in kinds.items()])
+    return tmp_path
+
+
+def test_samples_that_lack_something_are_usable_with_the_setting_of_training(incomplete, capsys):
+    words = ["data", "check", str(incomplete), "--workers", "1", "data.incomplete=keep"]
+    assert cli.main([*words, "--fix", str(incomplete / "bad.txt")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "1 shard, 8 samples, 4 of them bad"
+    assert (
+        "usable with data.incomplete=keep: 1 with image, text, audio; 1 with image, text; 1 with text, audio; "
+        "1 with image, audio" in lines
+    )
+    skipped = [line.split()[0] for line in (incomplete / "bad.txt").read_text().splitlines()]
+    assert skipped == ["0/alone", "0/bare", "0/damaged", "0/blank"]
+    assert cli.main([*words, "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["combinations"] == {"image+text+audio": 1, "image+text": 1, "text+audio": 1, "image+audio": 1}
+    assert report["bad"] == {"no pair": 2, "image truncated": 1, "empty caption": 1}
+    assert report["names"]["no pair"] == [
+        "0/alone: it has image, without text and audio",
+        "0/bare: it has nothing, without image and text and audio",
+    ]
+    assert report["captions"]["count"] == 3
+    assert cli.main([*words, "--json", "--no-decode"]) == 1
+    assert json.loads(capsys.readouterr().out)["bad"] == {"no pair": 2}
+    assert cli.main([*words, "--json", "--no-decode", "--caption", "caption"]) == 1  # `alone` may have one
+    assert json.loads(capsys.readouterr().out)["combinations"]["image+text"] == 1
+
+
+def test_without_it_an_image_or_a_sound_needs_a_caption(incomplete):
+    report = check_shards(expand_shards(str(incomplete)), workers=1)
+    assert dict(report.bad) == {"no image": 1, "no caption": 3, "image truncated": 1, "empty caption": 1}
+    assert not report.combinations
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["data.incomplete=kep"], "data.incomplete"),
+        (["data.skip=bad.txt"], "unknown key data.skip on the command line; valid: caption, incomplete"),
+        (["data.caption=title", "--caption", "text"], "--caption text and data.caption=title"),
+    ],
+)
+def test_settings_that_it_does_not_read_are_refused(incomplete, capsys, words, message):
+    assert cli.main(["data", "check", str(incomplete), *words]) == 2
+    assert message in capsys.readouterr().err
