@@ -44,6 +44,8 @@ class LoadedModel:
     """The step of the checkpoint; 0 for a published model."""
     widths: tuple[int, ...] = ()
     """Of loss.matryoshka: how many of the first dimensions are embeddings by themselves, besides all of them."""
+    keeps_incomplete: bool = False
+    """Whether it was trained on samples that lack a modality, too: data.incomplete=keep."""
 
 
 def load_model(run: str | Path) -> LoadedModel:
@@ -73,6 +75,7 @@ def load_model(run: str | Path) -> LoadedModel:
     loaded = _build_loaded(config, weights, tokenizer, caption, folder, store.parse_step(folder))
     if "task" not in values:  # fine-tuning does not train them
         loaded.widths = read_widths(values.get("loss"), config.model.dim)
+        loaded.keeps_incomplete = (values.get("data") or {}).get("incomplete") == "keep"
     return loaded
 
 

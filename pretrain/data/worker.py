@@ -74,8 +74,8 @@ class PartialBatch:
 class _SampleDecoder:
     """Reading and decoding of one sample, shared by training and evaluation."""
 
-    def __init__(self, reader: SampleReader, decoders: Mapping[str, Decoder], train: bool) -> None:
-        self.reader, self.decoders, self.train = reader, decoders, train
+    def __init__(self, reader: SampleReader, decoders: Mapping[str, Decoder], train: bool, least: int = 2) -> None:
+        self.reader, self.decoders, self.train, self.least = reader, decoders, train, least
         self.generator = KeyedGenerator()
 
     def decode(self, shard: int, sample: int, *seed: int | str) -> tuple[RawSample, dict[str, Any]]:
@@ -101,7 +101,7 @@ class _SampleDecoder:
                     items[name] = None
                     missing.append(name)
             if missing:
-                self._check_has_pair(missing)
+                self._check_rest(missing)
             return raw, items
         except BadSample:
             raise
@@ -109,12 +109,12 @@ class _SampleDecoder:
             error.add_note(f"while decoding sample {raw.key}")
             raise
 
-    def _check_has_pair(self, missing: Sequence[str]) -> None:
-        """Raise BadSample where a sample without the missing modalities has fewer than two of those it may lack."""
+    def _check_rest(self, missing: Sequence[str]) -> None:
+        """Raise BadSample where a sample without the missing modalities has too few of those it may lack."""
         optional = [name for name, decoder in self.decoders.items() if getattr(decoder, "blank_item", None) is not None]
         has = [name for name in optional if name not in missing]
-        if len(has) < 2:
-            raise BadSample("no pair", explain_no_pair(has, missing))
+        if len(has) < self.least:
+            raise BadSample("no pair" if self.least > 1 else "no content", explain_no_pair(has, missing))
 
     def skip(self, slot: int, shard: int, sample: int, error: BadSample) -> SkippedSample:
         """Return the record of an unusable sample."""
@@ -220,10 +220,16 @@ class TrainingDataset(_SampleDecoder, torch.utils.data.Dataset[PartialBatch]):
 
 
 class EvaluationDataset(_SampleDecoder, torch.utils.data.Dataset[PartialBatch]):
-    """Data set of partial batches, indexed by [(shard, sample)]; unusable samples are left out."""
+    """Data set of partial batches, indexed by [(shard, sample)]; unusable samples are left out.
 
-    def __init__(self, reader: SampleReader, decoders: Mapping[str, Decoder]) -> None:
-        super().__init__(reader, decoders, train=False)
+    Args:
+        reader: reads samples by shard.
+        decoders: by modality; called with train=False.
+        least: modalities that a sample has at least, where decoders let it lack some.
+    """
+
+    def __init__(self, reader: SampleReader, decoders: Mapping[str, Decoder], least: int = 2) -> None:
+        super().__init__(reader, decoders, train=False, least=least)
 
     def __getitem__(self, addresses: Sequence[tuple[int, int]]) -> PartialBatch:
         items: dict[str, list[Any]] = {name: [] for name in self.decoders}

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pretrain.data.key_digests import digest
-from pretrain.embedding.parquet import read_footer
+from pretrain.embedding.parquet import read_footer, to_rows
 from pretrain.embedding.teachers import ROWS, Teacher, find_embeddings
 from pretrain.errors import ConfigError, UserError
 
@@ -118,19 +118,21 @@ class EmbeddingSource:
         """Yield keys, image embeddings (b, D) float32 of unit length, and cosines with the best caption (b,)."""
         columns = ["key", "image", *(["text"] if self.has_text else [])]
         for batch in pq.ParquetFile(path).iter_batches(ROWS, columns=columns):
-            images = _normalize(_to_rows(batch.column("image")))
+            images, has_image = to_rows(batch.column("image"))
+            images = _normalize(images)
             cosines = np.full(len(images), np.nan, dtype=np.float32)
             if self.has_text:
                 text = batch.column("text")
-                counts = np.ones(len(images), dtype=np.int64)
+                counts = np.asarray(text.is_valid()).astype(np.int64)
                 if not pa.types.is_fixed_size_list(text.type):  # a list of embeddings for each sample
                     counts = text.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
                     text = text.flatten()
                 owners = np.repeat(np.arange(len(images)), counts)
-                products = np.einsum("bd,bd->b", images[owners], _normalize(_to_rows(text)))
+                texts, _ = to_rows(text.drop_null())
+                products = np.einsum("bd,bd->b", images[owners], _normalize(texts))
                 best = np.full(len(images), -np.inf, dtype=np.float32)
                 np.maximum.at(best, owners, products)
-                cosines = np.where(np.isfinite(best), best, np.nan).astype(np.float32)
+                cosines = np.where(np.isfinite(best) & has_image, best, np.nan).astype(np.float32)
             yield batch.column("key").to_pylist(), images, cosines
 
 
@@ -143,14 +145,9 @@ def load_aligned(folder: Path) -> Aligned:
     return Aligned(vectors, np.load(folder / "similarity.npy"), has_vector)
 
 
-def _to_rows(column: Any) -> np.ndarray:
-    """Return a column of lists of fixed size as (n, D) float32."""
-    flat = column.flatten().to_numpy(zero_copy_only=False)
-    return np.asarray(flat, dtype=np.float32).reshape(len(column), column.type.list_size)
-
-
 def _normalize(rows: np.ndarray) -> np.ndarray:
-    """Return rows of unit length; zeros for those with a number that is not finite, as if they had no embedding."""
+    """Return rows of unit length in float32; zeros for those with a number that is not finite, as if they had no embedding."""
+    rows = rows.astype(np.float32)
     rows = np.where(np.isfinite(rows).all(axis=1, keepdims=True), rows, 0)
     lengths: np.ndarray = np.linalg.norm(rows, axis=1, keepdims=True)
     return np.asarray(rows / np.maximum(lengths, 1e-12))

@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -124,7 +125,7 @@ def _find_difference(old: dict[str, Any], new: dict[str, Any], out: Path) -> str
         return f"{out} holds embeddings of other data, {sizes[0]}; these are {sizes[1]}: give them their own --out"
     if not old["complete"] and old["data"].get("keys", "file names") != new["data"]["keys"]:
         return f"{out} was begun by a version that wrote other keys for these shards; choose another --out"
-    for key, before in old["settings"].items():
+    for key, before in {"incomplete": "", **old["settings"]}.items():
         if before != new["settings"].get(key):
             now = new["settings"].get(key) or "its default"
             return f"{out} was begun with {key} {before or 'left at its default'}, now it is {now}; choose another --out"
@@ -200,8 +201,8 @@ class EmbeddingFolder:
         with ThreadPoolExecutor(16) as pool:
             return list(pool.map(parquet.read_footer, [self.path / unit.file for unit in units]))
 
-    def seal(self, new: dict[str, Any], units: list[WorkUnit]) -> tuple[int, Counter[str]]:
-        """Mark the folder as complete in its manifest; return its rows, and the skipped samples by reason.
+    def seal(self, new: dict[str, Any], units: list[WorkUnit]) -> tuple[int, Counter[str], Counter[str]]:
+        """Mark the folder as complete; return its rows, the samples skipped by reason, and the rows that lack a modality.
 
         Raises UserError where a file is missing.
         """
@@ -210,10 +211,12 @@ class EmbeddingFolder:
             missing = len(units) - len(footers)
             raise UserError(f"{missing} of {len(units)} files in {self.path} are missing; the same command writes them")
         rows, bad = sum(footer["rows"] for footer in footers), sum((Counter(footer["bad"]) for footer in footers), Counter())
+        missing: Counter[str] = sum((Counter(footer.get("missing", {})) for footer in footers), Counter())
         for entry, footer in zip(new["files"], footers, strict=True):
             entry["rows"] = footer["rows"]
-        write_json(self.path / MANIFEST, {**new, "complete": True, "rows": rows, "left_out": dict(bad)})
-        return rows, bad
+        counts = {"rows": rows, "left_out": dict(bad), **({"missing": dict(missing)} if missing else {})}
+        write_json(self.path / MANIFEST, {**new, "complete": True, **counts})
+        return rows, bad, missing
 
     def close(self) -> None:
         """Release the lock."""
@@ -262,6 +265,8 @@ def load(
 ) -> EmbeddedSplit:
     """Load the embeddings of a complete embedding folder, in the order of the shards.
 
+    Samples with embeddings of fewer than two modalities are left out, which no pair of modalities is measured on.
+
     Args:
         folder: the embedding folder.
         loaded: the model that must have made the embeddings; None accepts those of any model.
@@ -298,14 +303,19 @@ def _read_tables(
         if not tables or name not in tables[0].column_names:
             raise UserError(f"{path} holds no {name} embeddings")
     table = pa.concat_tables(tables)
-    embeddings = {name: torch.from_numpy(parquet.to_numpy(table[name])).float() for name in names}
+    has = {name: np.asarray(table[name].is_valid()) for name in modalities if name in table.column_names}
+    if not all(values.all() for values in has.values()):
+        is_kept = np.sum(list(has.values()), axis=0) >= min(2, len(has))
+        table, has = table.filter(pa.array(is_kept)), {name: values[is_kept] for name, values in has.items()}
+    embeddings = {name: torch.from_numpy(parquet.to_rows(table[name])[0]).float() for name in names}
     width = next(iter(embeddings.values())).shape[1]
     captions: list[list[str]] = [[]] * len(table)
     text = torch.zeros(0, width)
     if "text" in table.column_names:
         has_lists = "captions" in table.column_names
-        captions = table["captions"].to_pylist() if has_lists else [[caption] for caption in table["caption"].to_pylist()]
-        vectors = table["text"].combine_chunks()
+        values = table["captions" if has_lists else "caption"].to_pylist()
+        captions = [[] if value is None else value if has_lists else [value] for value in values]
+        vectors = table["text"].combine_chunks().drop_null()
         text = torch.from_numpy(parquet.to_numpy(vectors.flatten() if has_lists else vectors)).float()
     if sum(map(len, captions)) != len(text) or (len(text) and text.shape[1] != width):
         raise ValueError(f"it holds {sum(map(len, captions)):,} captions and {len(text):,} embeddings of texts")
@@ -325,4 +335,5 @@ def _read_tables(
         ]
         if language is not None
         else [],
+        present={name: values.tolist() for name, values in has.items()} if not all(map(np.all, has.values())) else {},
     )

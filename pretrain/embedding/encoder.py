@@ -97,17 +97,19 @@ class Encoder:
 
         On the CPU all is done at once.
         """
-        is_gpu = self.device.type == "cuda"
+        is_gpu, present = self.device.type == "cuda", batch.targets.get("present", {})  # on the CPU
         # These contexts may not span a yield: the caller's code would run in them.
         with torch.inference_mode(), _autocast(self.device, self.precision):
             if not is_gpu:
                 begin = time.perf_counter()
                 encoded = self._encode_batch(batch)
+                encoded.present = present
                 self.seconds += time.perf_counter() - begin
                 return lambda: encoded
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             encoded = self._encode_batch(batch.pin_memory().to(self.device, non_blocking=True))
+            encoded.present = present
             end.record()
 
         def finish() -> EncodedBatch:
@@ -119,7 +121,7 @@ class Encoder:
 
     def _encode_batch(self, batch: Batch) -> EncodedBatch:
         captions, metadata = batch.targets.get("captions", []), batch.targets.get("json", [{}] * len(batch))
-        encoded = EncodedBatch(batch.keys, {}, captions, metadata, {}, {}, batch.targets.get("present", {}))
+        encoded = EncodedBatch(batch.keys, {}, captions, metadata, {}, {})
         for modality in self.modalities:
             if modality == "text" and any(len(texts) > 1 for texts in captions):  # workers tokenize only a sample's first
                 texts = [text for texts in captions for text in texts]

@@ -18,7 +18,7 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ import torch
 
 from pretrain import model as models
 from pretrain.checkpoints.loading import LoadedModel, load_model
-from pretrain.data.batch import Batch
+from pretrain.data.batch import Batch, allow_missing
 from pretrain.data.captions import TXT, check_caption_source, has_several_captions
 from pretrain.data.config import count_samples_once, list_shards_once
 from pretrain.data.eval_loader import count_caption_lines, describe_lines
@@ -40,11 +40,12 @@ from pretrain.embedding.dataset import EmbeddingFolder, EmbeddingPlan, WorkUnit
 from pretrain.embedding.encoder import Encoder, eval_mode
 from pretrain.embedding.options import Options
 from pretrain.embedding.parquet import Layout, Writer
+from pretrain.embedding.summary import Summary
 from pretrain.embedding.work_queue import ProgressBar, WorkQueue
 from pretrain.errors import ConfigError, UserError, closest
 from pretrain.runtime import distributed, performance, preflight
 from pretrain.runtime.agree import on_main
-from pretrain.runtime.console import format_duration, log_info
+from pretrain.runtime.console import log_info
 from pretrain.runtime.entrypoint import DONE, STOPPED, EarlyStop, raise_on_stop_signals, run_with_exit_code
 from pretrain.runtime.memory import is_out_of_memory
 
@@ -52,38 +53,6 @@ PER_FILE = 16384
 """Most samples of a file by default: a few minutes of work for a CPU, seconds for a GPU."""
 FILES_PER_PROCESS = 4
 """Files there should be for each process, at least, so that processes end at about the same time."""
-
-
-@dataclass
-class Summary:
-    """The content of the embedding folder, and the time that this command took."""
-
-    out: str
-    files: int
-    samples: int
-    """Rows in all files."""
-    left_out: dict[str, int]
-    """Samples that have no row because of their content, by reason."""
-    embedded: int
-    """Samples that this command processed; the others were there before."""
-    seconds: float
-    samples_per_second: float
-    encoder_samples_per_second: float
-    """Rate of the towers alone, all processes together, as if reading, decoding and writing took no time."""
-    encoder_share: float
-    """Fraction of the processes' time in which the towers worked."""
-
-    def __str__(self) -> str:
-        bad = sum(self.left_out.values())
-        reasons = ", ".join(f"{reason} {n:,}" for reason, n in Counter(self.left_out).most_common(5))
-        content = f"{self.out}: {self.samples:,} samples in {self.files:,} file{'' if self.files == 1 else 's'}"
-        content += f", {bad:,} left out because of their content ({reasons})" if bad else ""
-        if not self.embedded:
-            return f"{content}; complete, nothing to do"
-        return (
-            f"{content}; {self.samples_per_second:,.1f} samples/s, the encoder alone {self.encoder_samples_per_second:,.1f} "
-            f"(it worked {100 * self.encoder_share:.0f}% of the {format_duration(self.seconds)})"
-        )
 
 
 def embed(loaded: LoadedModel, options: Options, device: torch.device) -> Summary | None:
@@ -122,13 +91,14 @@ def embed(loaded: LoadedModel, options: Options, device: torch.device) -> Summar
         )  # fmt: skip
         begin = time.perf_counter()
         if plan.pending:
-            evaluation = EvaluationDataset(ShardReader(paths, ShardCache(), counts, max_open=8), decoders)
+            read = allow_missing(decoders, train=False) if manifest["settings"]["incomplete"] else decoders
+            evaluation = EvaluationDataset(ShardReader(paths, ShardCache(), counts, max_open=8), read, least=1)
             about = {"model": manifest["model"]["fingerprint"]}
             _embed_pending(plan, queue, evaluation, encoder, lambda: Writer(folder.path, layout, about), options)
         if not distributed.is_main():
             return None
         results = queue.results()
-        rows, bad = folder.seal(manifest, plan.units)
+        rows, bad, missing = folder.seal(manifest, plan.units)
         seconds, done = time.perf_counter() - begin, sum(result["samples"] for result in results)
         busy = sum(result["encoder"] for result in results)
         return Summary(
@@ -136,6 +106,7 @@ def embed(loaded: LoadedModel, options: Options, device: torch.device) -> Summar
             files=len(plan.units),
             samples=rows,
             left_out=dict(bad),
+            missing=dict(missing),
             embedded=int(done),
             seconds=round(seconds, 3),
             samples_per_second=round(done / seconds, 1),
@@ -215,6 +186,7 @@ def _build_manifest(
             "dtype": options.dtype,
             "precision": options.precision,
             "caption": text.caption if text is not None and "text" in layout.modalities else "",
+            "incomplete": "keep" if loaded.keeps_incomplete and not options.only else "",
         },
         "dim": layout.dim,
         "per_file": options.per_file or max(options.batch_size, min(PER_FILE, limit)),
@@ -249,6 +221,7 @@ def _embed_pending(
     workers = options.workers if options.workers is not None else _choose_worker_count(encoder.device)
     total = sum(unit.samples for unit in plan.units)
     skipped: dict[str, Counter[str]] = {}
+    missing: dict[str, Counter[str]] = {}
     embedded = 0
     writer: Writer | None = None
     with ProgressBar(plan.samples_done, total, queue) as progress, eval_mode(encoder.model):
@@ -257,7 +230,13 @@ def _embed_pending(
             with run_workers(evaluation, iter(jobs), workers) as partial_batches:
                 writer = write()  # its thread starts after the workers were forked
                 for (unit, samples, is_last), batch in encoder.stream(_read_batches(jobs, partial_batches, skipped)):
-                    footer = {"part": unit.ranges, "bad": dict(skipped.pop(unit.file, {}))} if is_last else None
+                    if batch is not None:
+                        counts = {name: int((~present).sum()) for name, present in batch.present.items()}
+                        missing.setdefault(unit.file, Counter()).update(counts)
+                    footer = None
+                    if is_last:
+                        footer = {"part": unit.ranges, "bad": dict(skipped.pop(unit.file, {}))}
+                        footer |= {"missing": dict(lacks)} if (lacks := +missing.pop(unit.file, Counter())) else {}
                     writer.put(unit.file, batch, footer)
                     embedded += samples
                     queue.add("samples", samples)

@@ -7,6 +7,8 @@
     json            the sample's json as text
     image_tokens    if requested: N x C numbers, one list a token; text_tokens: those of the caption's own tokens
 
+What a sample lacks is null, where the run was trained on such samples (data.incomplete=keep); else it has no row.
+
 A file is written under a hidden name, a row group at a time, flushed to disk, and renamed: it is complete or not there. Its
 footer says which samples it covers, which of them were skipped and why, and which model made the embeddings.
 
@@ -78,30 +80,41 @@ class Layout:
         """Convert a batch to a table of these columns. Raises UserError for numbers that are not finite."""
         counts = [len(captions) for captions in batch.captions]
         columns: dict[str, pa.Array] = {"key": pa.array(batch.keys)}
+        is_null = {name: ~present.numpy() for name, present in batch.present.items() if not present.all()}
         for name in self.modalities:
             _check_finite(batch.embeddings[name], f"{name} embeddings", self.dtype, batch.keys)
-            rows = _to_vectors(batch.embeddings[name])
-            columns[name] = _to_lists(rows, counts) if name == "text" and self.has_caption_lists else rows
+            if name == "text" and self.has_caption_lists:
+                columns[name] = _to_lists(_to_vectors(batch.embeddings[name]), counts, is_null.get(name))
+            else:
+                columns[name] = _to_vectors(batch.embeddings[name], is_null.get(name))
         if "text" in self.modalities:
-            texts = pa.array([_to_valid_unicode(text) for captions in batch.captions for text in captions], pa.string())
-            columns |= {"captions": _to_lists(texts, counts)} if self.has_caption_lists else {"caption": texts}
+            texts = [_to_valid_unicode(text) for captions in batch.captions for text in captions]
+            if self.has_caption_lists:
+                columns["captions"] = _to_lists(pa.array(texts, pa.string()), counts, is_null.get("text"))
+            else:
+                columns["caption"] = pa.array(texts, pa.string(), mask=is_null.get("text"))
         columns["json"] = pa.array([json.dumps(values) if values else None for values in batch.json], pa.string())
         for name in self.tokens:
             states, mask = batch.tokens[name].states, batch.tokens[name].mask
             _check_finite(states, f"{name} token features", self.dtype, batch.keys)
-            columns[f"{name}_tokens"] = _to_lists(_to_vectors(states[mask]), mask.sum(dim=1).tolist())
+            columns[f"{name}_tokens"] = _to_lists(_to_vectors(states[mask]), mask.sum(dim=1).tolist(), is_null.get(name))
         schema = self.schema()
         return pa.Table.from_arrays([columns[name] for name in schema.names], schema=schema)
 
 
-def _to_vectors(rows: Tensor) -> pa.FixedSizeListArray:
-    """Return the rows (n, D) as n lists of fixed size, without copying."""
-    return pa.FixedSizeListArray.from_arrays(pa.array(rows.contiguous().view(-1).numpy()), rows.shape[1])
+def _to_vectors(rows: Tensor, is_null: np.ndarray | None = None) -> pa.FixedSizeListArray:
+    """Return the rows (n, D) as n lists of fixed size, without copying; null where `is_null` (n,) says so."""
+    mask = None if is_null is None else pa.array(is_null)
+    return pa.FixedSizeListArray.from_arrays(pa.array(rows.contiguous().view(-1).numpy()), rows.shape[1], mask=mask)
 
 
-def _to_lists(items: pa.Array, counts: Sequence[int]) -> pa.ListArray:
-    """Divide the items into consecutive lists of the given lengths."""
-    return pa.ListArray.from_arrays(pa.array(np.cumsum([0, *counts]), pa.int32()), items)
+def _to_lists(items: pa.Array, counts: Sequence[int], is_null: np.ndarray | None = None) -> pa.ListArray:
+    """Divide the items into n consecutive lists of the given lengths; null where `is_null` (n,) says so."""
+    if is_null is None:
+        return pa.ListArray.from_arrays(pa.array(np.cumsum([0, *counts]), pa.int32()), items)
+    items = items.filter(pa.array(np.repeat(~is_null, counts)))
+    offsets = pa.array(np.cumsum([0, *np.where(is_null, 0, counts)]), pa.int32())
+    return pa.ListArray.from_arrays(offsets, items, mask=pa.array(is_null))
 
 
 def _to_valid_unicode(text: str) -> str:
@@ -254,7 +267,32 @@ def read_footer(path: Path) -> dict[str, Any] | None:
 
 
 def to_numpy(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
-    """Return a column of fixed-size lists as an array (n, D) that owns its memory."""
+    """Return a column of fixed-size lists as an array (n, D) that owns its memory. Raises UserError where one is null."""
+    rows, has_row = to_rows(column)
+    if not has_row.all():
+        raise UserError(f"{(~has_row).sum():,} of {len(rows):,} samples have no such embedding: they lack what it is of")
+    return rows
+
+
+def to_rows(column: pa.ChunkedArray | pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """Return a column of fixed-size lists as an array (n, D) that owns its memory, and which of them are not null (n,).
+
+    Null becomes zeros.
+    """
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    flat = np.array(array.flatten().to_numpy(zero_copy_only=False))
-    return flat.reshape(len(array), array.type.list_size)
+    flat = np.array(array.flatten().to_numpy(zero_copy_only=False))  # without those that are null
+    rows = flat.reshape(len(array) - array.null_count, array.type.list_size)
+    if not array.null_count:
+        return rows, np.ones(len(array), dtype=bool)
+    has_row = np.asarray(array.is_valid())
+    filled = np.zeros((len(array), array.type.list_size), dtype=rows.dtype)
+    filled[has_row] = rows
+    return filled, has_row
+
+
+def may_have_null(path: Path, name: str) -> bool:
+    """Return whether a row of the column `name`, of fixed-size lists, may be null, without reading it: null is one value."""
+    metadata, width = pq.read_metadata(path), pq.read_schema(path).field(name).type.list_size
+    column = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path.split(".")[0] == name)
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    return width == 1 or any(group.column(column).num_values < group.num_rows * width for group in groups)

@@ -58,6 +58,11 @@ class EmbeddedSplit:
         return self.embeddings["image"]
 
     @property
+    def num_captions(self) -> int:
+        """The number of captions, without the blanks of samples that have none."""
+        return sum(self.present["text"][i] for i in self.image_index.tolist()) if "text" in self.present else len(self.text)
+
+    @property
     def has_gaps(self) -> bool:
         """Whether a sample lacks a modality."""
         return not all(all(values) for values in self.present.values())
@@ -76,6 +81,13 @@ class EmbeddedSplit:
         has_both = torch.tensor(self.present[first]) & torch.tensor(self.present[second])
         kept = has_both[index]
         return self.embeddings[first][has_both], columns[kept], (has_both.cumsum(0) - 1)[index[kept]]
+
+    def classified(self, name: str) -> tuple[Tensor, list[Any]]:
+        """Return (n, D) of a modality and the n labels, of the samples that have it."""
+        if name not in self.present:
+            return self.embeddings[name], self.labels
+        has = self.present[name]
+        return self.embeddings[name][torch.tensor(has)], [label for label, h in zip(self.labels, has, strict=True) if h]
 
     def pair_languages(self, first: str) -> list[str]:
         """Return the languages of the captions of pair(first, "text")."""

@@ -24,6 +24,7 @@ from pretrain.data.key_digests import digest
 from pretrain.data.teacher_settings import parse_teachers
 from pretrain.data.teachers import MODALITIES, TeacherReader
 from pretrain.embedding.dataset import FORMAT, MANIFEST, read_manifest
+from pretrain.embedding.parquet import may_have_null
 from pretrain.errors import ConfigError, UserError
 from pretrain.runtime import distributed
 from pretrain.runtime.agree import on_all, on_main
@@ -186,21 +187,27 @@ def _read_digests(path: Path, modality: str) -> Iterator[int]:
     """Yield the digest of each embedding of a file, in order."""
     names = pq.read_schema(path).names
     column = "key" if modality == "image" else "captions" if "captions" in names else "caption"
-    for batch in pq.ParquetFile(path).iter_batches(ROWS, columns=list(dict.fromkeys(["key", column]))):
+    columns = list(dict.fromkeys(["key", column]))
+    if column != "captions" and may_have_null(path, modality):
+        columns.append(modality)
+    for batch in pq.ParquetFile(path).iter_batches(ROWS, columns=columns):
+        if modality in columns:
+            batch = batch.filter(batch.column(modality).is_valid())
         keys = batch.column("key").to_pylist()
         if modality == "image":
             yield from map(digest, keys)
             continue
         for key, captions in zip(keys, batch.column(column).to_pylist(), strict=True):
-            for caption in captions if isinstance(captions, list) else [captions]:
+            for caption in captions if isinstance(captions, list) else [] if captions is None else [captions]:
                 yield digest(key, caption_id(caption))
 
 
 def _read_vectors(path: Path, modality: str) -> Iterator[np.ndarray]:
-    """Yield the embeddings of a file, in order: (n, D)."""
+    """Yield the embeddings of a file, in order: (n, D). Those that are null are left out: their samples have none."""
     for batch in pq.ParquetFile(path).iter_batches(ROWS, columns=[modality]):
         column = batch.column(0)
         if not pa.types.is_fixed_size_list(column.type):  # a list of them for each sample
             column = column.flatten()
+        column = column.drop_null()
         flat = column.flatten().to_numpy(zero_copy_only=False)
         yield flat.reshape(len(column), column.type.list_size)

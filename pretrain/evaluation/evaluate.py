@@ -166,7 +166,7 @@ def evaluate(
             raise UserError(
                 f"no sample to evaluate in {shards}: {bad.total()} were left out because of their content ({reasons or 'none'})"
             )
-        metrics: dict[str, float] = {"samples": len(split), "captions": len(split.text), "bad_samples": bad.total()}
+        metrics: dict[str, float] = {"samples": len(split), "captions": split.num_captions, "bad_samples": bad.total()}
         if needs_text:
             for pair in list_pairs(model.towers):
                 first, second, index = split.pair(*pair)
@@ -183,8 +183,9 @@ def evaluate(
                 if config.language is not None and pair[1] == "text":
                     metrics |= metrics_by_language(first, second, index, split.pair_languages(pair[0]), config.language, pair)
         if class_weights is not None:
-            labels = zero_shot.index_labels(split.labels, names)
-            scores = zero_shot.top_k_accuracy(split.embeddings[classified].to(device), labels, class_weights.to(device))
+            rows, classes_of_rows = split.classified(classified)
+            labels = zero_shot.index_labels(classes_of_rows, names)
+            scores = zero_shot.top_k_accuracy(rows.to(device), labels, class_weights.to(device))
             metrics |= {f"zero_shot_{name}": value for name, value in scores.items()}
             metrics["zero_shot_classes"] = len(names)
         if train is not None:
