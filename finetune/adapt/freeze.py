@@ -21,7 +21,8 @@ from pretrain.config import check_numbers
 from pretrain.errors import ConfigError
 from pretrain.model import DualEncoder, ModelSchema
 from pretrain.towers import used_parameters
-from pretrain.towers.timm import ImageTower, patch_side
+from pretrain.towers.timm import ImageTower
+from pretrain.towers.timm_models import patch_side
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """Towers: one encoder for each modality, and the base class of all towers.
 
     timm.py            images: any timm model
+    timm_models.py     creates the timm model, and refuses what does not fit
     pooling.py         how a timm model pools its tokens into one vector
     image_sizes.py     images of several sizes in one vision transformer
     stem.py            a convolutional stem for vision transformers

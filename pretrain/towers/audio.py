@@ -61,9 +61,9 @@ class Config:
     """Samples a second, to which sounds are resampled. null: the published model's; 16000 for conv."""
     seconds: float | None = None
     """Length of a sound: longer ones are cropped, at random in training. null: the model's own, else 10."""
-    pad: Literal["repeat", "silence"] = "repeat"
-    """What follows a shorter sound: itself again and again, or silence. CLAP's own repeatpad repeats it whole times, and
-    fills the rest with silence."""
+    pad: Literal["repeat", "repeatpad", "silence"] = "repeat"
+    """What follows a shorter sound: itself again and again, or silence. repeatpad, of published CLAPs, repeats it whole times,
+    and fills the rest with silence."""
     recipe: Literal["kaldi", "slaney", "htk"] | None = None
     """How the spectrogram is computed: as AST (kaldi), as CLAP (slaney) or as CLAP with fusion (htk); see mel.py."""
     n_fft: int | None = None

@@ -48,6 +48,8 @@ class Preprocessing(NamedTuple):
     mel: dict[str, Any]
     """Fields of MelSettings."""
     seconds: float | None
+    pad: str | None
+    """As audio.pad."""
     path: Path | None
     """The file; None where there is none, and the values are those of the architecture's published models."""
 
@@ -119,7 +121,7 @@ def read_preprocessing(name: str | None, settings: Any) -> Preprocessing:
     mel = {**PREPROCESSING[settings.model_type], "mels": settings.num_mel_bins}
     content, path = _read_extractor(name) if name is not None else ({}, None)
     if path is None:
-        return Preprocessing(mel, None, None)
+        return Preprocessing(mel, None, None, None)
     try:
         if settings.model_type == AST:
             mel |= {
@@ -129,7 +131,7 @@ def read_preprocessing(name: str | None, settings: Any) -> Preprocessing:
             if not content.get("do_normalize", True):
                 content |= {"mean": 0.0, "std": 0.5}
             mel |= {"mean": float(content.get("mean", mel["mean"])), "std": 2 * float(content.get("std", mel["std"] / 2))}
-            return Preprocessing(mel, None, path)
+            return Preprocessing(mel, None, None, path)
         mel |= {
             "rate": int(content.get("sampling_rate", 48000)),
             "recipe": "htk" if content.get("truncation", "fusion") == "fusion" else "slaney",
@@ -140,7 +142,8 @@ def read_preprocessing(name: str | None, settings: Any) -> Preprocessing:
             "fmin": float(content.get("frequency_min", 0)),
             "fmax": float(content.get("frequency_max", 14000)),
         }
-        return Preprocessing(mel, float(content.get("max_length_s", 10)), path)
+        pad = {"repeat": "repeat", "pad": "silence"}.get(content.get("padding", ""), "repeatpad")
+        return Preprocessing(mel, float(content.get("max_length_s", 10)), pad, path)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"audio.name={name!r}: {path} cannot be read: {one_line(error)}") from error
 

@@ -23,6 +23,7 @@ from pretrain.data.text import load_tokenizer
 from pretrain.errors import ConfigError, UserError
 from pretrain.towers import timm as images
 from pretrain.towers import transformers as texts
+from pretrain.towers.timm_models import loads_published
 from tests.support import Small
 
 ARGS = {"channels": [8, 8, 16, 16], "layers": [1, 1, 1, 1]}
@@ -217,8 +218,8 @@ def test_a_name_that_names_weights_loads_them_and_a_bare_architecture_starts_at_
         ("hf-hub:some/model", None, True),
         ("local-dir:somewhere", None, True),
     ):
-        assert images.loads_published(images.Config(name=name, pretrained=pretrained)) is expected
-    assert not images.loads_published(images.Config(name="resnet18.a1_in1k", pretrained=True, weights="x"))
+        assert loads_published(images.Config(name=name, pretrained=pretrained)) is expected
+    assert not loads_published(images.Config(name="resnet18.a1_in1k", pretrained=True, weights="x"))
     assert images.build(images.Config(name="resnet18.a1_in1k", size=32, args=ARGS, pretrained=False)).weights_origin == ""
 
 
