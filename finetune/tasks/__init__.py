@@ -3,6 +3,7 @@
     vqa.py                answers to questions about an image, from a vocabulary
     questions.py          reads the questions of a sample; vqa_accuracy.py scores answers as the VQA challenge does
     retrieval.py          ranking by embeddings, then re-ranking by cross-attention
+    matching_head.py      the weights of retrieval, and the pairs they are trained on
     hard_negatives.py     negatives drawn from the batch of all processes; negative_captions.py: those that the data holds
     reranking.py          evaluation of two-stage retrieval
     late_interaction.py   similarities of single tokens, as part of a matching score

@@ -21,7 +21,7 @@ import finetune
 from finetune import model as models
 from finetune import wise_ft
 from finetune.export import export
-from finetune.tasks import EvalConfig, reranking, retrieval
+from finetune.tasks import EvalConfig, matching_head, reranking, retrieval
 from finetune.tasks.negative_captions import NegativeCaptions
 from launch import cli
 from pretrain import registry
@@ -321,7 +321,7 @@ def test_negative_captions_are_drawn_by_the_softmax_of_their_logits() -> None:
         margin = (3 * image * (model.embed("text", ids[:1], mask[:1]) - text)).sum(dim=1)
         torch.manual_seed(0)
         pool = ids, mask, real
-        negatives = retrieval._draw_negative_captions(model, 3 * image.expand(n, -1), text.expand(n, -1), pool, 2)
+        negatives = matching_head._draw_negative_captions(model, 3 * image.expand(n, -1), text.expand(n, -1), pool, 2)
     assert negatives.valid.all()
     drawn = (negatives.logit_margin[..., None] - margin).abs().argmin(dim=2)
     torch.testing.assert_close(margin[drawn], negatives.logit_margin)
