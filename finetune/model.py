@@ -261,8 +261,16 @@ def choose_token_sources(encoder: DualEncoder, tokens: TokenSource) -> dict[str,
     """Return "aligned" or "tower" for each modality.
 
     `auto` takes tokens in the shared space where the tower pools the mean or the maximum of its tokens: contrastive
-    training then aligned the tokens too. Raises ConfigError for tokens=aligned with another pooling.
+    training then aligned the tokens too. Raises ConfigError for tokens=aligned with another pooling, or another projection
+    than a matrix.
     """
+    if encoder.has_mlp:
+        if tokens == "aligned":
+            raise ConfigError(
+                "tokens=aligned: the projection has two layers (model.projection=mlp), so single tokens have no meaning in the "
+                "shared space; use tokens=tower (or auto)"
+            )
+        return dict.fromkeys(encoder.towers, "tower")
     pools = {name: encoder.tower(name).pools_mean or encoder.tower(name).pools_max for name in encoder.towers}
     if tokens != "auto":
         wrong = [name for name, has in pools.items() if tokens == "aligned" and not has]

@@ -3,6 +3,7 @@
     __main__.py   python -m pretrain CONFIG [key=value ...]: the process that every launcher starts
     train.py      PretrainConfig, the schema of a run; train(), which builds its components and calls fit()
     model.py      DualEncoder: a tower and a projection for each modality, and a logit scale
+    projections.py   from a tower's pooled vector into the shared space
     optim.py      AdamW: parameter groups, learning-rate schedules, weight averaging
     registry.py   a component's module, found by its file name: get_component("losses", "clip")
     ops.py        float32 products through oneDNN; CLIP's image mean and std

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from pretrain.data.text import TextDecoder
 from pretrain.data.text_packing import PackedTexts
 from pretrain.errors import ConfigError
 from pretrain.ops import WHITE
+from pretrain.projections import MLPProjection, Projection, ProjectionKind, build_projections
 from pretrain.runtime import performance
 from pretrain.runtime.performance import PerformanceConfig
 from pretrain.towers import TokenSequence, Tower
@@ -41,9 +42,9 @@ class ModelConfig:
 
     dim: int = 512
     """D, the width of the shared space."""
-    projection: Literal["linear", "none"] = "linear"
-    """linear: a matrix without bias maps each tower's pooled vector to the embedding. none: the pooled vector is the embedding
-    (SigLIP)."""
+    projection: ProjectionKind = "linear"
+    """linear: a matrix without bias maps each tower's pooled vector to the embedding. mlp: two layers with biases and a ReLU
+    between them (CLAP); single tokens have no place in the shared space. none: the pooled vector is the embedding (SigLIP)."""
     logit_scale: float | None = None
     """Logarithm of the initial scale of the logits; null = the default of the loss."""
     logit_bias: float | None = None
@@ -80,14 +81,17 @@ class DualEncoder(nn.Module):
     """Encoders of two or more modalities, named by the keys of `towers`, into one shared space."""
 
     def __init__(
-        self, towers: dict[str, Tower], dim: int, logit_scale: float, logit_bias: float | None, projected: bool = True
+        self,
+        towers: dict[str, Tower],
+        dim: int,
+        logit_scale: float,
+        logit_bias: float | None,
+        projection: ProjectionKind = "linear",
     ) -> None:
         super().__init__()
         self.towers = nn.ModuleDict(towers)
-        matrices = {name: nn.Linear(tower.pooled_width, dim, bias=False) for name, tower in towers.items()} if projected else {}
-        for name, matrix in matrices.items():
-            nn.init.normal_(matrix.weight, std=towers[name].pooled_width ** -0.5)
-        self.projections = nn.ModuleDict(matrices or {name: NoProjection(dim) for name in towers})
+        widths = {name: tower.pooled_width for name, tower in towers.items()}
+        self.projections = nn.ModuleDict(build_projections(projection, widths, dim))
         self.logit_scale = nn.Parameter(torch.full((1,), logit_scale))  # shape (1,): ZeRO and FSDP2 refuse 0-d parameters
         self.logit_bias = None if logit_bias is None else nn.Parameter(torch.full((1,), logit_bias))
 
@@ -138,6 +142,11 @@ class DualEncoder(nn.Module):
         tokens into the shared space.
         """
         tower = self.tower(modality)
+        if self.has_mlp:
+            raise ConfigError(
+                "the projection has two layers (model.projection=mlp), so single tokens have no meaning in the shared space; "
+                "use the towers' own states"
+            )
         if not tower.pools_mean:
             raise ConfigError(
                 f"the {modality} tower does not pool by the mean of its tokens, so single tokens have no meaning in the shared "
@@ -153,9 +162,14 @@ class DualEncoder(nn.Module):
             raise ConfigError(f"the model has no tower for {modality!r}; it has {', '.join(self.towers)}")
         return cast(Tower, self.towers[modality])
 
-    def projection(self, modality: str) -> nn.Linear | NoProjection:
-        """Return the projection of a modality: (..., P) -> (..., D), without bias."""
-        return cast("nn.Linear | NoProjection", self.projections[modality])
+    def projection(self, modality: str) -> Projection:
+        """Return the projection of a modality: (..., P) -> (..., D)."""
+        return cast(Projection, self.projections[modality])
+
+    @property
+    def has_mlp(self) -> bool:
+        """Whether projections are no linear maps: the mean of projected tokens is then not the projection of their mean."""
+        return any(isinstance(projection, MLPProjection) for projection in self.projections.values())
 
     @torch.no_grad()
     def clamp_(self) -> None:
@@ -185,18 +199,6 @@ class DualEncoder(nn.Module):
         }
 
 
-class NoProjection(nn.Module):
-    """The identity in place of a projection: the pooled vector is the embedding."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.in_features = self.out_features = width
-
-    def forward(self, pooled: Tensor) -> Tensor:
-        """Return `pooled` (..., D) unchanged."""
-        return pooled
-
-
 def build(towers: dict[str, Any], config: ModelConfig, tokenizer: Any = None, has_weights: bool = True) -> DualEncoder:
     """Build a DualEncoder from {modality: tower's Config}; it has a logit_bias only if `config` sets one.
 
@@ -214,14 +216,13 @@ def build(towers: dict[str, Any], config: ModelConfig, tokenizer: Any = None, ha
         if built[name].modality != name:
             raise ConfigError(f"{name}.tower={tower_config.tower} encodes {built[name].modality}, not {name}")
     scale = LOGIT_SCALE if config.logit_scale is None else config.logit_scale
-    projected = config.projection == "linear"
     for name, tower in built.items():
-        if not projected and tower.pooled_width != config.dim:
+        if config.projection == "none" and tower.pooled_width != config.dim:
             raise ConfigError(
                 f"model.projection=none needs towers as wide as the shared space: the pooled vectors of the {name} tower have "
                 f"{tower.pooled_width} numbers, model.dim={config.dim}"
             )
-    return DualEncoder(built, config.dim, scale, config.logit_bias, projected)
+    return DualEncoder(built, config.dim, scale, config.logit_bias, config.projection)
 
 
 def set_performance(model: nn.Module, config: PerformanceConfig, device: torch.device) -> None:

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 __all__ = ["AUDIO_EXTENSIONS", "PADS", "AudioDecoder"]
 
-PADS = ("repeat", "silence")
-"""What follows a sound that is shorter than the model's input: the sound again and again, or silence."""
+PADS = ("repeat", "repeatpad", "silence")
+"""What follows a sound that is shorter than the model's input: the sound again and again, again as long as it fits whole and
+then silence, or silence."""
 
 
 class AudioDecoder:
@@ -77,6 +78,8 @@ class AudioDecoder:
                 start = surplus // 2 if rng is None else int(rng.integers(0, surplus + 1))
                 return sound.read_resampled(self.rate, start, self.samples)
             short = sound.read_resampled(self.rate, 0, self.samples + surplus)
-        if self.pad == "silence":
-            return np.pad(short, (0, -surplus))
-        return np.resize(short, self.samples)  # which repeats it
+        if self.pad == "repeat":
+            return np.resize(short, self.samples)  # which repeats it
+        if self.pad == "repeatpad":
+            short = np.tile(short, self.samples // len(short))
+        return np.pad(short, (0, self.samples - len(short)))

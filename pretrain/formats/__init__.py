@@ -3,7 +3,7 @@
 hf.py                   export to transformers: CLIPModel or SiglipModel if one has the same architecture, else
                         VisionTextDualEncoderModel
 clap.py                 export of texts and sounds to transformers: ClapModel, for CLAP's towers
-hf_import.py            import of CLIP, SigLIP and dual encoders from transformers
+hf_import.py            import of CLIP, SigLIP, CLAP and dual encoders from transformers; clap_import.py: CLAP's sections
 open_clip.py            export to open_clip: its own towers if they have the same architecture, else timm's
 open_clip_import.py     import of open_clip's folders and weight files
 onnx.py                 export of ONNX graphs, image, text and audio, for onnxruntime
@@ -60,7 +60,7 @@ class Encoders:
         return tower if isinstance(tower, AudioTower) else None
 
     def projection(self, modality: str) -> Tensor | None:
-        """Return the projection matrix (D, P), or None if the tower's pooled vector is the embedding."""
+        """Return the projection matrix (D, P), or None if the tower's pooled vector is the embedding, or it has two layers."""
         weight = getattr(self.model.projection(modality), "weight", None)
         return None if weight is None else weight.detach()
 
@@ -98,13 +98,16 @@ class ImportedModel:
     tokenizer: Any
 
 
-def unsupported(encoders: Encoders, others: tuple[str, ...] = ()) -> str | None:
+def unsupported(encoders: Encoders, others: tuple[str, ...] = (), holds_mlp: bool = False) -> str | None:
     """Return why no format can hold these encoders, or None.
 
-    Every format holds one image tower of timm and one text tower of transformers. others: further modalities that it can hold.
+    Every format holds one image tower of timm and one text tower of transformers. others: further modalities that it can hold;
+    holds_mlp: whether it can hold projections of two layers.
     """
     if "image" not in encoders.model.towers:
         return "a model without image tower"
+    if encoders.model.has_mlp and not holds_mlp:
+        return "projections of two layers (model.projection=mlp)"
     extra = sorted(set(encoders.model.towers) - {"image", "text", *others})
     if extra:
         return f"the {extra[0]} tower: it holds an image and a text tower only"

@@ -2,8 +2,8 @@
 
     encoders -> ClapModel, ClapFeatureExtractor and tokenizer; hf.py writes them for models without image tower
 
-CLAP projects by two layers with an activation between them. Here the first is the matrix of this project, the second the
-identity, and the activation none, which gives the same embedding.
+CLAP projects by two layers with an activation between them, as model.projection=mlp does. Of model.projection=linear, the first
+is the matrix, the second the identity, and the activation none, which gives the same embedding.
 """
 
 from __future__ import annotations
@@ -57,13 +57,16 @@ def write(encoders: Encoders, folder: Path) -> None:
         text_config=text.model.config.to_dict(),  # type: ignore[operator, union-attr]
         audio_config={**audio_model.config.to_dict(), "hidden_size": audio.pooled_width},  # type: ignore[operator, union-attr]
         projection_dim=encoders.dim,
-        projection_hidden_act="linear",
+        projection_hidden_act="relu" if encoders.model.has_mlp else "linear",
     )
     model: Any = ClapModel(config)
     model.text_model.load_state_dict(text.model.state_dict())
     model.audio_model.load_state_dict(audio_model.state_dict())
     with torch.no_grad():
         for modality, layers in (("text", model.text_projection), ("audio", model.audio_projection)):
+            if encoders.model.has_mlp:
+                layers.load_state_dict(encoders.model.projection(modality).state_dict())
+                continue
             matrix = encoders.projection(modality)
             layers.linear1.weight.copy_(torch.eye(encoders.dim) if matrix is None else matrix)
             layers.linear2.weight.copy_(torch.eye(encoders.dim))
@@ -85,7 +88,7 @@ def write(encoders: Encoders, folder: Path) -> None:
         frequency_min=mel.fmin,
         frequency_max=mel.fmax,
         truncation="rand_trunc" if mel.recipe == "slaney" else "fusion",
-        padding="repeat" if audio.config.pad == "repeat" else "pad",
+        padding={"silence": "pad"}.get(audio.config.pad, audio.config.pad),
     ).save_pretrained(folder)
 
 

@@ -1,4 +1,4 @@
-"""Import CLIP, SigLIP and vision-text dual encoders from transformers.
+"""Import CLIP, SigLIP, CLAP and vision-text dual encoders from transformers.
 
 Every error names the model as the user gave it, in `source`.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from pretrain import config as configuration
 from pretrain.data.text import explain_unreachable_hub, load_tokenizer
 from pretrain.errors import ConfigError, UserError
-from pretrain.formats import ImportedModel, text_weights, vit_weights
+from pretrain.formats import ImportedModel, clap_import, text_weights, vit_weights
 from pretrain.formats.hf import quiet_transformers
 from pretrain.formats.vit_weights import ViTSpec
 from pretrain.model import ModelSchema
@@ -27,7 +27,7 @@ from pretrain.towers.hf_models import one_line
 
 
 def read(source: str) -> ImportedModel:
-    """Read a CLIP, SigLIP or vision-text dual encoder from a folder or from the hub.
+    """Read a CLIP, SigLIP, CLAP or vision-text dual encoder from a folder or from the hub.
 
     Args:
         source: a folder, or a name on the hub.
@@ -37,7 +37,7 @@ def read(source: str) -> ImportedModel:
     """
     with quiet_transformers():
         config = _load_config(source)
-    readers = {"clip": _read_clip, "siglip": _read_siglip, "vision-text-dual-encoder": _read_dual}
+    readers = {"clip": _read_clip, "siglip": _read_siglip, "vision-text-dual-encoder": _read_dual, "clap": _read_clap}
     if config.model_type not in readers:
         raise UserError(f"{source} is a {config.model_type}; {', '.join(readers)} can be read")
     try:
@@ -57,14 +57,19 @@ def _refuse_oversized(config: Any, source: str) -> None:
     """Raise UserError where the configuration describes towers far larger than the weights in the folder."""
     folder = Path(source)
     stored = sum(path.stat().st_size for path in folder.iterdir() if path.is_file()) if folder.is_dir() else 1 << 40
-    for name in ("vision_config", "text_config"):
-        section = getattr(config, name)
+    for name in ("vision_config", "audio_config", "text_config"):
+        section = getattr(config, name, None)
+        if section is None:
+            continue
         layers, width = (getattr(section, key, None) or 0 for key in ("num_hidden_layers", "hidden_size"))
         inner, vocabulary = (getattr(section, key, None) or 0 for key in ("intermediate_size", "vocab_size"))
         positions, size = (getattr(section, key, None) or 0 for key in ("max_position_embeddings", "image_size"))
         patch = getattr(section, "patch_size", None) or 1
         blocks = getattr(section, "num_hidden_groups", layers)  # of ALBERT, whose layers share their weights
         parameters = blocks * width * (4 * width + 2 * inner) + width * (vocabulary + positions + (size // patch) ** 2)
+        if name == "audio_config":  # stages of blocks, whose width doubles from one to the next
+            layers, width = sum(section.depths), section.patch_embeds_hidden_size
+            parameters = sum(12 * depth * (width * 2**stage) ** 2 for stage, depth in enumerate(section.depths))
         if not 0 <= layers <= MAX_LAYERS or parameters > stored:  # a parameter takes a byte at least
             raise UserError(
                 f"{source}: {name} describes a tower of {parameters:,} parameters in {layers:,} layers; the folder has only "
@@ -75,16 +80,20 @@ def _refuse_oversized(config: Any, source: str) -> None:
 def _read_model(source: str, config: Any, read_towers: Callable[..., Read]) -> ImportedModel:
     """Read towers, tokenizer and preprocessing of a model whose configuration is loaded."""
     weights, positions = _load_weights(source)
-    image, text, model, named = read_towers(config, weights, source)
-    named["logit_scale"] = weights["logit_scale"].reshape(1)
+    other, text, model, named = read_towers(config, weights, source)
+    if "logit_scale" not in named:
+        named["logit_scale"] = weights["logit_scale"].reshape(1)
     tokenizer = load_tokenizer(source)
     # Exports name the longest text of training here; tokenizers without a limit have a very large number.
     text["length"] = min(positions or text["length"], max(2, tokenizer.model_max_length))
     if text["pool"] == "eot":
         text["pool"] = _choose_pooling(config.text_config, tokenizer, source)
-    preprocess, size = _read_preprocess(source)
-    image = {"size": size, **image, **preprocess}
-    values = {"image": image, "text": {"tokenizer": source, "pretrained": False, **text}, "model": model}
+    values = {"image": None, "text": {"tokenizer": source, "pretrained": False, **text}, "model": model}
+    if config.model_type == "clap":
+        values["audio"] = other
+    else:
+        preprocess, size = _read_preprocess(source)
+        values["image"] = {"size": size, **other, **preprocess}
     return ImportedModel(configuration.build(ModelSchema, values, source), named, tokenizer)
 
 
@@ -108,7 +117,7 @@ def _load_config(source: str) -> Any:
 
 
 Read = tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Tensor]]
-"""The configuration sections image, text and model, and the weights under the names of DualEncoder."""
+"""The configuration sections image (of CLAP: audio), text and model, and the weights under the names of DualEncoder."""
 
 
 def _choose_pooling(config: Any, tokenizer: Any, source: str) -> str:
@@ -252,6 +261,16 @@ def _read_dual(config: Any, weights: dict[str, Tensor], source: str) -> Read:
     text = _build_text_section(text_config) | {"pool": "eot" if text_config.model_type == "clip_text_model" else "tower"}
     named = _name_towers(vision_weights, _select_prefix(weights, "text_model.")) | _read_projections(weights)
     return image, text, {"dim": config.projection_dim}, named
+
+
+def _read_clap(config: Any, weights: dict[str, Tensor], source: str) -> Read:
+    projection, named = clap_import.read_projections(config, weights, source)
+    named |= {f"towers.audio.model.model.{n}": v for n, v in _select_prefix(weights, "audio_model.").items()}
+    named |= {f"towers.text.model.{n}": v for n, v in _select_prefix(weights, "text_model.").items()}
+    named["logit_scale"] = clap_import.read_logit_scale(weights, source)
+    text = _build_text_section(config.text_config) | {"pool": "tower"}
+    text["args"]["pad_token_id"] = config.text_config.pad_token_id  # positions begin behind it, whatever the tokenizer's is
+    return clap_import.read_audio_section(config, source), text, {"dim": config.projection_dim, "projection": projection}, named
 
 
 def _read_preprocess(source: str) -> tuple[dict[str, Any], int]:

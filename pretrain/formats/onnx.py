@@ -35,7 +35,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 def export_error(encoders: Encoders) -> str | None:
     """Return which part of the encoders cannot be written as a graph, or None."""
-    return unsupported(encoders, ("audio",) if encoders.audio_tower is not None else ())
+    return unsupported(encoders, ("audio",) if encoders.audio_tower is not None else (), holds_mlp=True)
 
 
 def write(encoders: Encoders, folder: Path, target: Path | None = None) -> None:

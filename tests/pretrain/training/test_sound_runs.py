@@ -136,8 +136,10 @@ def test_formats_that_cannot_hold_three_towers_say_so(here: Path, capsys: pytest
         assert message in capsys.readouterr().err
 
 
-def test_claps_architectures_become_a_clap_model_of_transformers(here: Path, small: Small) -> None:
-    """Trained, exported, and loaded with transformers alone, with its own feature extractor."""
+def test_claps_architectures_become_a_clap_model_of_transformers(
+    here: Path, small: Small, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Trained, exported, loaded with transformers alone, with its own feature extractor, and read again."""
     clap = {**CLAP, "hidden_dropout_prob": 0.0, "num_mel_bins": 16, "spec_size": 48, "depths": [1, 2]}
     text = {"model_type": "clap_text_model", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     sound = ["audio.tower=audio", f"audio.args={json.dumps(clap)}", "audio.rate=8000", "audio.seconds=1"]
@@ -155,6 +157,28 @@ def test_claps_architectures_become_a_clap_model_of_transformers(here: Path, sma
     np.testing.assert_allclose(out.audio_embeds.numpy(), ours.encode_audio((sound_array, 8000)), atol=1e-4)
     np.testing.assert_allclose(out.text_embeds.numpy(), ours.encode_texts(texts), atol=1e-5)
     assert "ClapModel" in (here / "clap/README.md").read_text()
+
+    # What was exported is read again, wherever a command takes a run.
+    again = clipfuse.load("clap")
+    np.testing.assert_allclose(again.encode_audio((sound_array, 8000)), ours.encode_audio((sound_array, 8000)), atol=1e-6)
+    np.testing.assert_allclose(again.encode_texts(texts), ours.encode_texts(texts), atol=1e-6)
+    capsys.readouterr()
+    metrics = []
+    for folder in ("runs/clap", "clap"):
+        assert cli.main(["evaluate", folder, "--data", "val-00.tar", "--json"]) == 0
+        metrics.append(json.loads(capsys.readouterr().out)["metrics"])
+    assert metrics[0] == metrics[1]
+    assert cli.main(["embed", "clap", "--data", "val-00.tar", "--out", "vectors", "--dtype", "float32"]) == 0
+    table = pq.read_table(next(Path("vectors").glob("*.parquet")))
+    assert table.column_names == ["key", "text", "audio", "caption", "json"]
+    np.testing.assert_allclose(table["text"].to_pylist(), ours.encode_texts(table["caption"].to_pylist()), atol=1e-6)
+    Path("more.yaml").write_text("init: clap")
+    fixed = [s for s in small.settings("more", *data) if not s.startswith(("image.", "text.", "audio.", "model."))]
+    assert cli.main(["pretrain", "more.yaml", *fixed, "data.val=null", "train.steps=1", "optim.lr=1e-12"]) == 0
+    capsys.readouterr()
+    trained = load_model("runs/more").model.state_dict()
+    for name, weight in load_model("runs/clap").model.state_dict().items():
+        torch.testing.assert_close(trained[name], weight, atol=1e-6, rtol=0, msg=name)
 
 
 def test_sounds_and_texts_alone(here: Path, small: Small, capsys: pytest.CaptureFixture[str]) -> None:
