@@ -29,7 +29,7 @@ from pretrain.data.config import check_sources
 from pretrain.data.loader import Batch, Loader
 from pretrain.embedding.split import eval_mode
 from pretrain.errors import ConfigError, UserError
-from pretrain.model import describe_weights, portable_config, set_performance
+from pretrain.model import choose_attention, describe_weights, portable_config, set_performance
 from pretrain.runtime import distributed
 from pretrain.runtime.console import log_info
 from pretrain.runtime.entrypoint import DryRun
@@ -50,6 +50,7 @@ def train(config: FinetuneConfig) -> Outcome:
     """Run one process of a fine-tuning run, from configuration to outcome. Collective. Raises UserError."""
     with open_session(config) as session:
         parts = build(config, session.checkpoint)
+        choose_attention(parts.model, session.device, config.train.precision)
         lines = describe_start(parts) if distributed.is_main() else [""]
         for line in lines if session.checkpoint is None else ():
             log_info(line)

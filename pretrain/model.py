@@ -235,6 +235,15 @@ def set_performance(model: nn.Module, config: PerformanceConfig, device: torch.d
             cast(Any, module)._fast_norm = config.fast_norm and on_gpu
 
 
+def choose_attention(model: nn.Module, device: torch.device, precision: str) -> None:
+    """Choose torch's implementation of attention for training the towers inside a model.
+
+    Inside performance.process_settings, which puts the choice back.
+    """
+    longest = max((module.token_count for module in model.modules() if isinstance(module, Tower)), default=0)
+    performance.choose_attention(longest, device.type, precision)
+
+
 @contextmanager
 def on_device(model: M, config: ModelSchema, device: torch.device) -> Iterator[M]:
     """Move a loaded model to `device` and yield it; inside the block its `performance` settings are in force."""

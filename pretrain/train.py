@@ -106,6 +106,7 @@ def train(config: PretrainConfig) -> Outcome:
     with open_session(config) as session:
         has_weights = strategies.has_initial_weights(config.train.strategy)
         components = build(resuming.without_sources(config, session.checkpoint), has_weights)
+        models.choose_attention(components.model, session.device, config.train.precision)
         for line in models.describe_weights(components.model, config.init) if session.checkpoint is None else ():
             log_info(line)
         if session.checkpoint is None and config.init is not None:

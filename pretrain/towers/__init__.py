@@ -62,6 +62,8 @@ class Tower(nn.Module):
     """C, the width of a token."""
     pooled_width: int
     """P, the width of the pooled vector."""
+    token_count: int = 0
+    """N, the most tokens that a sample has."""
     depth: int = 0
     """Number of blocks L. Layer ids run from 0 to L + 1."""
     trims: bool = False

@@ -215,6 +215,7 @@ class AudioTower(Tower):
         with without_unused():
             out = meta(torch.empty(2, self.samples, dtype=torch.int16, device="meta"))
         self.width, self.pooled_width = out.states.shape[-1], out.pooled.shape[-1]
+        self.token_count = out.states.shape[1]
         self.freeze_unused(used_parameters(out.pooled, dict(meta.named_parameters())))
         has_mean = isinstance(self.model, SpectrogramConv) or self.model.is_clap
         self.pools_mean = self.pool == "avg" or (self.pool == "tower" and has_mean)

@@ -278,6 +278,7 @@ class ImageTower(Tower):
             self._takes_map = meta._takes_map = _hides_its_map(meta.model, images)
             features, out = meta.encode(images)
         self.width, self.pooled_width = out.states.shape[-1], out.pooled.shape[-1]
+        self.token_count = out.states.shape[1]
         self.freeze_unused(used_parameters(out.pooled, dict(meta.named_parameters())))
         has_one_map = isinstance(features, Tensor) and not self._takes_map
         is_mean, is_max = self._detect_head_pooling(features.shape) if has_one_map else (False, False)

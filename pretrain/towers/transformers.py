@@ -87,7 +87,7 @@ class TextTower(Tower):
         self.model = model
         self.pool = config.pool
         self.groups = config.groups
-        self.length = config.length
+        self.length = self.token_count = config.length
         self.pools_mean = config.pool == "avg"
         self.causal = False
         """Whether a state depends only on tokens to its left. Padding on the right then needs no mask."""

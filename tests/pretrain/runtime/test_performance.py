@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from launch import cli
 from pretrain import registry
@@ -22,7 +23,7 @@ from pretrain.config import load_values
 from pretrain.errors import ConfigError, UserError
 from pretrain.model import read_performance, set_performance
 from pretrain.runtime import performance
-from pretrain.runtime.performance import PerformanceConfig, prepare_environment, process_settings
+from pretrain.runtime.performance import PerformanceConfig, choose_attention, prepare_environment, process_settings
 from tests.support import Small, read_losses, run_clipfuse
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -49,6 +50,7 @@ def flags() -> list[Any]:
         cudnn.deterministic,
         torch.are_deterministic_algorithms_enabled(),
         torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
+        torch.backends.cuda.flash_sdp_enabled(),
     ]
 
 
@@ -60,11 +62,44 @@ def test_flags_of_torch_are_set_inside_the_block_and_put_back_after_it(monkeypat
     monkeypatch.setenv(performance.CUBLAS_VARIABLE, ":4096:8")
     before = flags()
     with process_settings(PerformanceConfig()):
-        assert flags() == ["tf32", True, "high", "tf32", True, True, False, False, True]
+        assert flags() == ["tf32", True, "high", "tf32", True, True, False, False, True, True]
         with process_settings(PerformanceConfig(tf32=False), deterministic=True):
-            assert flags() == ["ieee", False, "highest", "none", False, False, True, True, False]
-        assert flags() == ["tf32", True, "high", "tf32", True, True, False, False, True]
+            assert flags() == ["ieee", False, "highest", "none", False, False, True, True, False, True]
+        assert flags() == ["tf32", True, "high", "tf32", True, True, False, False, True, True]
+        choose_attention(77, "cpu", "bf16")
+        assert not flags()[-1]
     assert flags() == before
+
+
+@pytest.mark.parametrize(
+    ("tokens", "device", "precision", "is_fused"),
+    [(77, "cpu", "bf16", False), (257, "cpu", "bf16", True), (77, "cpu", "fp32", True), (77, "cuda", "bf16", True)],
+)
+def test_attention_of_short_sequences_in_bf16_is_as_exact_without_the_fused_kernel(
+    tokens: int, device: str, precision: str, is_fused: bool
+) -> None:
+    """The reference is the formula in float64."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 2, tokens, 16, dtype=torch.float64) for _ in range(3))
+    mask = torch.rand(2, 1, tokens, tokens) < 0.7
+    expected = (q @ k.mT / 4).masked_fill(~mask, -torch.inf).softmax(dim=-1) @ v
+    with process_settings(PerformanceConfig()), _Operations() as operations:
+        choose_attention(tokens, device, precision)
+        out = nn.functional.scaled_dot_product_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), attn_mask=mask)
+    assert ("aten::_scaled_dot_product_flash_attention_for_cpu" in operations.names) == is_fused
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=0.02)
+
+
+class _Operations(TorchDispatchMode):
+    """Notes the names of the operations that torch runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
 
 
 def test_float32_products_of_cpus_stay_float32() -> None:
@@ -227,6 +262,7 @@ def test_a_run_records_what_was_in_force(convolutional: Path) -> None:
     assert settings["channels_last"] == ["image"]
     assert (settings["tf32_products"], settings["tf32_convolutions"], settings["cudnn_benchmark"]) == (True, True, False)
     assert (settings["deterministic_algorithms"], settings["fast_norm"]) == (False, False)
+    assert settings["fused_attention"]
 
 
 def test_its_checkpoint_has_the_format_of_every_checkpoint(convolutional: Path) -> None:
@@ -247,7 +283,16 @@ def test_evaluation_embedding_and_finetuning_use_the_run_s_settings(
     for command in (
         ["evaluate", str(convolutional), "--data", small.val, "--json"],
         ["embed", str(convolutional), "--data", small.val, "--out", str(tmp_path / "embedded"), "--workers", "0"],
-        ["finetune", "retrieval", f"init={convolutional}", f"run={tuned}", *data, "data.val=null", *more],
+        [
+            "finetune",
+            "retrieval",
+            f"init={convolutional}",
+            f"run={tuned}",
+            *data,
+            "data.val=null",
+            *more,
+            "train.precision=bf16",
+        ],
         ["evaluate", str(tuned), "--data", small.val, "--json"],
     ):
         with convolution_outputs() as outputs:
@@ -257,6 +302,7 @@ def test_evaluation_embedding_and_finetuning_use_the_run_s_settings(
         assert all(is_expected), f"{command}: {is_expected.count(False)} of {len(is_expected)} are not"
     capsys.readouterr()
     assert environment_of(tuned)["channels_last"] == ["image"]
+    assert not environment_of(tuned)["fused_attention"]
 
 
 def test_settings_may_change_when_a_run_resumes(small: Small, convolutional: Path, tmp_path: Path) -> None:
