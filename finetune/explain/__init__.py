@@ -1,6 +1,7 @@
 """Maps of what each word of a text attends to in an image or a sound, computed from a model's predictions.
 
-    word_maps.py      the maps of one image or sound and one text, and examples for a report
+    word_maps.py      the maps of one image or sound and one text
+    examples.py       such maps for some samples of a data set, for a report
     attribution.py    a trace -> one map per token: raw | rollout | gradcam | relevance
     similarity.py     projected tokens and cells -> one map per token, without a fusion: similarity
     token_spans.py    which tokens belong to which characters and words of a text

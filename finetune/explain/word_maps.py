@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,10 @@ from finetune.explain.token_spans import TokenSpans, average_words
 from finetune.loading import Finetuned, encode_inputs
 from finetune.model import FusionModel
 from finetune.tasks import Prediction, Task
-from pretrain.data import BadSample, loader
+from pretrain.data import BadSample
 from pretrain.data.decode import decode_image
-from pretrain.data.images import ImageDecoder, crop_visible, visible_box
+from pretrain.data.images import ImageDecoder, crop_visible
 from pretrain.data.text import TextDecoder
-from pretrain.data.thumbnails import Thumbnail, ThumbnailDecoder
 from pretrain.embedding.split import eval_mode
 from pretrain.errors import ConfigError, UserError, closest
 from pretrain.model import DualEncoder
@@ -202,7 +201,7 @@ def compute_word_maps(tuned: Finetuned, data: bytes, text: str, method: str = ME
     device = next(tuned.model.parameters()).device
     image, spans, batch = _read_pair(tuned.decoders, device, data, text, tuned.model.encoder, tuned.model.subject)
     maps, prediction = compute_token_maps(tuned.model, tuned.task, *batch, method, layer)
-    return _build_word_maps(image, spans, maps[0], prediction, tuned.task.text_is_question, method, tuned.model.subject)
+    return build_word_maps(image, spans, maps[0], prediction, tuned.task.text_is_question, method, tuned.model.subject)
 
 
 def compute_encoder_maps(encoder: DualEncoder, decoders: dict[str, Any], data: bytes, text: str) -> WordMaps:
@@ -213,7 +212,7 @@ def compute_encoder_maps(encoder: DualEncoder, decoders: dict[str, Any], data: b
     image, spans, batch = _read_pair(decoders, encoder.logit_scale.device, data, text, encoder)
     maps, cosines = compute_similarity_maps(encoder, *batch)
     prediction = Prediction([[("cosine", float(cosines[0]))]], cosines, has_probabilities=False)
-    return _build_word_maps(image, spans, maps[0].clamp(min=0).float().cpu(), prediction, False, SIMILARITY)
+    return build_word_maps(image, spans, maps[0].clamp(min=0).float().cpu(), prediction, False, SIMILARITY)
 
 
 def _read_pair(
@@ -237,7 +236,7 @@ def _read_pair(
     return visible, spans, batch
 
 
-def _build_word_maps(
+def build_word_maps(
     image: Image.Image,
     spans: TokenSpans,
     maps: Tensor,
@@ -286,64 +285,6 @@ def find_text_decoder(decoders: dict[str, Any]) -> TextDecoder:
 def format_share(value: float) -> str:
     """Format a probability as "93 %"."""
     return f"{100 * value:.0f} %"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Examples for a report
-
-
-def sample_examples(
-    tuned: Finetuned, shards: Any, count: int = 8, method: str = METHOD, max_images: int = 400, workers: int = 0
-) -> list[WordMaps]:
-    """Compute maps of `count` images of `shards`, with one text each.
-
-    The images are drawn with a fixed seed from the first `max_images`. For a task that reads questions, the types of
-    question take turns, and the right answer is included. For others the text is the image's first caption. Whether the
-    model is right plays no part in the choice.
-    """
-    image_decoder, text_decoder = find_decoders(tuned.decoders)
-    decoders: dict[str, Any] = {"image": image_decoder, **({} if tuned.task.text_is_question else {"text": text_decoder})}
-    decoders["thumbnail"] = ThumbnailDecoder(image_decoder.max_pixels)
-    batches = loader.build_eval_loader(shards, decoders, 64, workers, max_samples=max_images)
-    candidates: list[tuple[tuple[Tensor, Thumbnail], list[tuple[str, str, str]]]] = []
-    for batch in batches:
-        for i, image in enumerate(zip(batch.inputs["image"], batch.targets["thumbnails"], strict=True)):
-            if tuned.task.text_is_question:
-                texts = [(q.kind, q.text, q.answers[0]) for q in tuned.task.questions(batch.targets["json"][i])]
-            else:
-                texts = [("caption", caption, "") for caption in batch.targets["captions"][i][:1]]
-            candidates += [(image, texts)] if texts else []
-    kinds = list(dict.fromkeys(kind for _, texts in candidates for kind, _, _ in texts))
-    random = np.random.Generator(np.random.Philox(key=0))
-    examples: list[WordMaps] = []
-    for index in random.permutation(len(candidates)).tolist():
-        (image, thumbnail), texts = candidates[index]
-        of_kind = [text for text in texts if text[0] == kinds[len(examples) % len(kinds)]]
-        if len(examples) == count:
-            break
-        if of_kind:
-            _, text, truth = of_kind[int(random.integers(len(of_kind)))]
-            maps = _compute_decoded_word_maps(tuned, image, TokenSpans(text_decoder, text), method)
-            visible = find_visible(image_decoder, thumbnail.height, thumbnail.width)
-            examples.append(replace(maps, truth=truth, whole=thumbnail.open(), visible=visible))
-    return examples
-
-
-def find_visible(decoder: ImageDecoder, height: int, width: int) -> heatmap.Box:
-    """Return the part of a stored image that the model's input shows, (x0, y0, x1, y1) as shares of the image's sides."""
-    x0, y0, x1, y1 = visible_box(height, width, decoder.size, decoder.resize)
-    return x0 / width, y0 / height, x1 / width, y1 / height
-
-
-def _compute_decoded_word_maps(tuned: Finetuned, image: Tensor, spans: TokenSpans, method: str) -> WordMaps:
-    """Compute the maps of a decoded image (3, h, w) uint8, which is shown as the model's input."""
-    device = next(tuned.model.parameters()).device
-    ids, mask = tuned.decoders["text"].encode([spans.text])
-    maps, prediction = compute_token_maps(
-        tuned.model, tuned.task, image[None].to(device), ids.to(device), mask.to(device), method
-    )
-    visible = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-    return _build_word_maps(visible, spans, maps[0], prediction, tuned.task.text_is_question, method)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -237,7 +237,7 @@ def build_recall_charts(history: RunHistory) -> list[dict[str, Any]]:
 
 
 def build_task_charts(history: RunHistory, section: FinetunedSection) -> list[dict[str, Any]]:
-    """Build the chart of the primary metric over steps, with chance, and without the image or without re-ranking.
+    """Build the chart of the primary metric over steps, with chance, and without the image, sound or re-ranking.
 
     There is none for fewer than two evaluations.
     """
@@ -246,7 +246,7 @@ def build_task_charts(history: RunHistory, section: FinetunedSection) -> list[di
         return []
     names = [
         (section.primary_metric, section.primary_metric.replace("_", " ")),
-        (f"blind_{section.primary_metric}", "without image"),
+        (f"blind_{section.primary_metric}", f"without {section.noun}"),
     ]
     if section.primary_metric.startswith("reranked_"):
         names.append((section.primary_metric.removeprefix("reranked_"), "by embeddings"))

@@ -1,6 +1,6 @@
-"""The page's section about a fine-tuned run: task metrics, answers on images, heat maps of words.
+"""The page's section about a fine-tuned run: task metrics, answers on images or sounds, heat maps of words.
 
-Images and texts are drawn by a fixed seed, whether or not the model is right about them, so that they cannot flatter it.
+Samples and texts are drawn by a fixed seed, whether or not the model is right about them, so that they cannot flatter it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from finetune.explain import heatmap
-from finetune.explain.word_maps import WordMaps, sample_examples
+from finetune.explain.examples import sample_examples
+from finetune.explain.word_maps import WordMaps
 from finetune.loading import Finetuned
 from launch.report import figures
 from launch.report.reranked import RerankedGallery, build_reranked_gallery
@@ -49,10 +50,10 @@ class WordTile:
 
 @dataclass
 class Example:
-    """An image, the text or question that goes with it, and the model's answer."""
+    """An image or sound, the text or question that goes with it, and the model's answer."""
 
     image: str
-    """A data URI."""
+    """A data URI; of a sound its spectrogram."""
     text: str
     answer: str
     """The best answer with its probability or score."""
@@ -81,6 +82,8 @@ class FinetunedSection:
     """Of a retrieval run: queries in both orders."""
     chance: str = ""
     """What the levels of chance are, in a few words."""
+    noun: str = "image"
+    """What texts are about: image or sound."""
 
     def best_evaluation(self, history: RunHistory) -> Line | None:
         """Return the evaluation with the highest primary metric."""
@@ -147,7 +150,9 @@ def build_section(
     Where a task predicts nothing for one image and one text, or has no maps, the page says why.
     """
     data = ", ".join(figures.list_shards(shards))
-    section = FinetunedSection(model.config.task.name, model.task.primary_metric, data, chance=model.task.chance)
+    noun = "sound" if model.model.subject == "audio" else "image"
+    chance = model.task.chance.replace("image", noun)
+    section = FinetunedSection(model.config.task.name, model.task.primary_metric, data, chance=chance, noun=noun)
     if not shards:
         section.missing = "the run names no validation shards (data.val); give some with --data."
         return section
@@ -160,7 +165,7 @@ def build_section(
 
 
 def build_example(maps: WordMaps) -> Example:
-    """Turn an image, its text and the maps of its words into what the page shows."""
+    """Turn an image or sound, its text and the maps of its words into what the page shows."""
     answer, others = maps.format_answers()
     strengths = heatmap.compute_strengths(maps.maps)
     words = [
@@ -187,7 +192,8 @@ def describe_run(history: RunHistory) -> str:
     fusion_text = f"a {fusion} fusion{depth}" if fusion else "no fusion"
     context_text = f", {context.replace('_', ' ')} context" if fusion and context not in (None, "dense") else ""
     start = f" from {history.get('init')}" if history.get("init") else " of its own"
+    noun = "sounds" if "audio" in (history.get("fusion.context"), history.get("fusion.query")) else "images"
     return (
-        f"{str(task).capitalize() if task != 'vqa' else 'Questions about images'}: encoders{start}, joined by "
+        f"{str(task).capitalize() if task != 'vqa' else f'Questions about {noun}'}: encoders{start}, joined by "
         f"{fusion_text}{context_text}, on {', '.join(figures.list_shards(history.get('data.train'))) or 'unknown data'}."
     )

@@ -2,7 +2,7 @@
 
 Of all captions of the samples, some are drawn by a fixed seed whose right image re-ranking moved up, some whose right image it
 moved down, and some whose right image it left where it was. The page states how many there are of each, so the choice cannot
-flatter the model. Shapes: q = captions, k = candidates of a caption.
+flatter the model. Of a model of sounds, the images are spectrograms. Shapes: q = captions, k = candidates of a caption.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from finetune.explain import spectrogram
 from finetune.loading import Finetuned
 from finetune.tasks import EvalConfig, EvalSetup
 from finetune.tasks.reranking import Ranking, encode_gallery
@@ -21,8 +23,9 @@ from finetune.tasks.retrieval import Retrieval
 from launch.report import figures
 from launch.report.gallery import Answer, select_answers, sort_answers
 from pretrain.data.loader import Batch
-from pretrain.data.thumbnails import Thumbnail, ThumbnailDecoder
+from pretrain.data.thumbnails import SIDE, Thumbnail, ThumbnailDecoder, encode_jpeg
 from pretrain.errors import UserError
+from pretrain.model import DualEncoder
 
 EXAMPLES = 3
 """Queries of each kind on the page."""
@@ -82,16 +85,23 @@ def build_reranked_gallery(tuned: Finetuned, shards: Any, workers: int = 2, imag
     thumbnails: list[Thumbnail] = []
     captions: list[str] = []
 
+    subject, encoder = tuned.model.subject, tuned.model.encoder
+
     def collect(batches: Iterable[Batch]) -> Iterator[Batch]:
         for batch in batches:
-            thumbnails.extend(batch.targets["thumbnails"])
+            thumbnails.extend(
+                [draw_thumbnail(encoder, waveform) for waveform in batch.inputs["audio"]]
+                if subject == "audio"
+                else batch.targets["thumbnails"]
+            )
             captions.extend(caption for of_image in batch.targets["captions"] for caption in of_image)
             yield batch
 
     device = next(tuned.model.parameters()).device
-    decoders = {name: tuned.decoders[name] for name in ("image", "text")}
+    decoders = {name: tuned.decoders[name] for name in (subject, "text")}
     setup = EvalSetup(decoders, device, config=EvalConfig(workers=workers, max_samples=images))
-    batches = setup.batches(shards, {**decoders, "thumbnail": ThumbnailDecoder(decoders["image"].max_pixels)})
+    previews = {} if subject == "audio" else {"thumbnail": ThumbnailDecoder(decoders["image"].max_pixels)}
+    batches = setup.batches(shards, {**decoders, **previews})
     with setup.inference_mode(tuned.model):
         gallery = encode_gallery(tuned.model, collect(batches), setup)
         if gallery is None:
@@ -118,6 +128,13 @@ def build_reranked_gallery(tuned: Finetuned, shards: Any, workers: int = 2, imag
             for j in choose_queries(kinds)
         ],
     )
+
+
+def draw_thumbnail(encoder: DualEncoder, waveform: Tensor) -> Thumbnail:
+    """Draw the spectrogram of a sound (S,) int16 that the encoder hears, as a thumbnail. Raises UserError."""
+    picture = spectrogram.draw_spectrogram(encoder, waveform)
+    picture.thumbnail((SIDE, SIDE))
+    return Thumbnail(encode_jpeg(picture), picture.height, picture.width)
 
 
 def rank_right_answers(ranking: Ranking) -> tuple[list[int], list[int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,17 @@ from PIL import Image
 
 import finetune
 from finetune import export
+from finetune.explain.examples import sample_examples
 from finetune.explain.token_spans import TokenSpans, average_words
 from finetune.explain.word_maps import compute_token_maps, compute_word_maps, find_text_decoder
+from launch import report
 from pretrain.data.text import train_tokenizer
 from tests.support import run_clipfuse
 
 RATE, SECONDS = 8000, 1.0
 PITCHES = {"low": 300.0, "high": 2400.0}
 TIMES = {"early": 0.1, "late": 0.6}
+QUESTIONS = {"how high is the tone?": "pitch", "when is the tone?": "time"}
 COMMON = [
     "data.batch_size=16",
     "data.workers=0",
@@ -143,11 +147,44 @@ def test_every_task_takes_sounds(pretrained: Path, task: str, settings: list[str
     run = run_task(pretrained, task, f"{task}-{len(settings)}", "train.steps=2", "optim.warmup=1", "eval.workers=0", *settings)
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert np.isfinite(last[f"val/{metric}"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(pretrained)
+        page = report.write(run, workers=0).read_text()
+    if task == "classification":
+        assert "There is nothing to show: " in page
+        return
+    assert page.count('<article class="query looks">') == 8
+    assert "Sounds from val.tar, drawn by a fixed seed" in page
+    assert "A sound is drawn as its spectrogram: time to the right, high frequencies at the top." in page
+    assert f"clipfuse attend runs/{run.name} SOUND" in page
+    assert ("the order of 12 sounds, shown as spectrograms: by embeddings" in page) == (task == "retrieval")
+    shown = page.partition("<header>")[2].partition("<details")[0]
+    assert "image" not in re.sub(r'"data:image/[^"]*"', "", shown)
 
 
 @pytest.fixture(scope="module")
 def tiny(pretrained: Path) -> Path:
     return run_task(pretrained, "vqa", "tiny", "fusion.context=audio", "train.steps=1", "optim.warmup=0")
+
+
+def test_examples_of_a_report_are_drawn_as_attend_draws_them(
+    pretrained: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is of a sound of the shard, with a question of it and the right answer."""
+    monkeypatch.chdir(pretrained)
+    tuned = finetune.load(tiny)
+    with tarfile.open("val.tar") as tar:
+        sounds = [tar.extractfile(member).read() for member in tar if member.name.endswith(".flac")]  # type: ignore[union-attr]
+    drawn = {text: [compute_word_maps(tuned, data, text) for data in sounds] for text in QUESTIONS}
+    examples = sample_examples(tuned, "val.tar", 6)
+    assert [example.text for example in examples] == [*QUESTIONS] * 3  # the types of questions take turns
+    chosen = []
+    for example in examples:
+        same = [i for i, maps in enumerate(drawn[example.text]) if np.allclose(maps.maps, example.maps, rtol=1e-4)]
+        chosen += same[:1]
+        assert list(example.image.getdata()) == list(drawn[example.text][same[0]].image.getdata())
+        assert example.truth == [[*PITCHES][same[0] % 2], [*TIMES][same[0] // 2 % 2]][[*QUESTIONS].index(example.text)]
+    assert len(set(chosen)) == 6
 
 
 def test_a_head_is_given_the_tokens_of_the_sound(tiny: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from finetune.explain import heatmap
+from finetune.explain.examples import find_visible
 from finetune.explain.heatmap import (
     TILE,
     can_draw,
@@ -21,7 +22,6 @@ from finetune.explain.heatmap import (
     truncate_text,
     wrap_text,
 )
-from finetune.explain.word_maps import find_visible
 from pretrain.data.images import ImageDecoder
 from pretrain.data.thumbnails import make_thumbnail
 

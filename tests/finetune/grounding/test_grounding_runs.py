@@ -18,9 +18,10 @@ from PIL import Image
 
 import finetune
 from finetune.explain.attribution import METHODS
+from finetune.explain.examples import sample_examples
 from finetune.explain.heatmap import LEGEND
 from finetune.explain.token_spans import TokenSpans
-from finetune.explain.word_maps import compute_token_maps, compute_word_maps, find_decoders, sample_examples
+from finetune.explain.word_maps import compute_token_maps, compute_word_maps, find_decoders
 from finetune.grounding.evaluate import GroundingConfig, evaluate_grounding
 from launch import cli, report
 from launch.report.finetuned import FinetunedSection
