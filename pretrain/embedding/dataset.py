@@ -211,12 +211,12 @@ class EmbeddingFolder:
             missing = len(units) - len(footers)
             raise UserError(f"{missing} of {len(units)} files in {self.path} are missing; the same command writes them")
         rows, bad = sum(footer["rows"] for footer in footers), sum((Counter(footer["bad"]) for footer in footers), Counter())
-        missing: Counter[str] = sum((Counter(footer.get("missing", {})) for footer in footers), Counter())
+        lacks: Counter[str] = sum((Counter(footer.get("missing", {})) for footer in footers), Counter())
         for entry, footer in zip(new["files"], footers, strict=True):
             entry["rows"] = footer["rows"]
-        counts = {"rows": rows, "left_out": dict(bad), **({"missing": dict(missing)} if missing else {})}
+        counts = {"rows": rows, "left_out": dict(bad), **({"missing": dict(lacks)} if lacks else {})}
         write_json(self.path / MANIFEST, {**new, "complete": True, **counts})
-        return rows, bad, missing
+        return rows, bad, lacks
 
     def close(self) -> None:
         """Release the lock."""
