@@ -98,9 +98,8 @@ def _add_pack(commands: Subparsers[argparse.ArgumentParser]) -> None:
     p.add_argument(
         "--audio-column",
         type=nonempty,
-        default="audio",
         metavar="NAME",
-        help="column with the path of the sound, beside or instead of the image (default audio)",
+        help="column with the path of the sound, beside or instead of the image (default audio, where it names sounds)",
     )
     p.add_argument(
         "--caption-column", type=nonempty, default="caption", metavar="NAME", help="column with the text (default caption)"

@@ -41,7 +41,7 @@ from typing import Any
 from pretrain.data.caption_statistics import SEVERAL_LINES
 from pretrain.data.job_pool import run_jobs
 from pretrain.data.pack.sources import PackSource, SourceOptions, open_source
-from pretrain.data.pack.table import AUDIO_COLUMN, TableSource
+from pretrain.data.pack.table import TableSource
 from pretrain.data.pack.writer import ShardJob, ShardResult, StorageOptions, get_stats_path, write_shard
 from pretrain.errors import ConfigError, UserError
 from pretrain.printable import format_count
@@ -114,7 +114,7 @@ def pack(
     out: str | Path,
     *,
     image_column: str = "image",
-    audio_column: str = AUDIO_COLUMN,
+    audio_column: str | None = None,
     caption_column: str = "caption",
     caption_from: str = "txt",
     size: int | None = None,
@@ -138,7 +138,8 @@ def pack(
             captions.
         out: the folder for the shards, created if it does not exist.
         image_column: for tables: the path of the image, relative to the table, or the image itself.
-        audio_column: for tables: the same of the sound. A table needs one of the two columns.
+        audio_column: for tables: the same of the sound; None = `audio`, unless its values name no sounds. A table needs one of
+            the two columns.
         caption_column: for tables: a text, or a list of texts. The first text of a list becomes KEY.txt; the whole list
             becomes the field of this name in KEY.json. Where images have several rows, every sample has that field.
         caption_from: for folders: "txt" reads NAME.txt (or .TXT) next to NAME.jpg as one caption, "lines" each line of it as
@@ -167,14 +168,16 @@ def pack(
     root = None if image_root is None else Path(image_root).expanduser()
     if root is not None and not root.is_dir():
         raise ConfigError(f"--image-root {image_root}: there is no such folder")
-    reading = SourceOptions(image_column, caption_column, caption_from, outside, separator, root, tuple(splits), audio_column)
+    reading = SourceOptions(
+        image_column, caption_column, caption_from, outside, separator, root, tuple(splits), audio_column or ""
+    )
     opened = open_source(str(source), reading, out.resolve())
     options = {"caption_from": caption_from, "shard_size": shard_size, "outside": outside, **asdict(storage)}
     if isinstance(opened, TableSource):
         options |= {"image_column": image_column, "rows_of_an_image": "one sample", "separator": separator}
         options |= {"image_root": None if root is None else str(root.absolute()), "splits": list(splits)}
         if opened.has_sounds:
-            options["audio_column"] = audio_column
+            options["audio_column"] = opened.audio_column
     with _lock_folder(out, prefix):
         plan = _load_or_write_plan(out, prefix, opened, str(source), options)
         summary = _write_shards(opened, plan, out, prefix, storage, workers or os.cpu_count() or 1, progress)

@@ -207,6 +207,11 @@ class FolderSource:
         paths, sounds = [entry.path for entry in samples], [entry.sound for entry in samples]
         return FolderJob(self.root, paths, sounds, self.caption_from, self.outside, first)
 
+    def list_files(self) -> list[tuple[str, str]]:
+        """Return the paths of the image and of the sound of each sample, "" for what it lacks. Raises UserError."""
+        samples = [entry for entry in self._walk() if entry.is_sample]
+        return [("" if entry.path == entry.sound else entry.path, entry.sound) for entry in samples]
+
     def compute_fingerprint(self) -> str:
         """Return a digest of the names, sizes and times of all image, sound, caption and json files."""
         return self._scan[0]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from pretrain.data.pack.folder import FolderSource
-from pretrain.data.pack.table import AUDIO_COLUMN, TableSource
+from pretrain.data.pack.table import TableSource
 from pretrain.data.pack.table_readers import TABLE_EXTENSIONS, get_format
 from pretrain.data.pack.tars import TarSource
 from pretrain.data.pack.writer import ShardJob
@@ -54,8 +54,8 @@ class SourceOptions:
     """Of tables: the folder that paths are relative to; None = the folder of the table."""
     splits: tuple[str, ...] = ()
     """Of annotation files: the splits to read; () = all."""
-    audio_column: str = AUDIO_COLUMN
-    """Of tables: the path of the sound, or the sound itself; a table need not have it."""
+    audio_column: str = ""
+    """Of tables: the path of the sound, or the sound itself; "" = AUDIO_COLUMN, which a table need not have."""
 
 
 def open_source(source: str, options: SourceOptions, excluded: Path) -> PackSource:
@@ -104,7 +104,7 @@ def _refuse_options(source: str, kind: str, options: SourceOptions) -> None:
         (f"--separator {options.separator}", options.separator is not None and kind not in _DELIMITED, "csv, tsv and txt"),
         (f"--image-root {root}", root is not None and not is_table, "tables"),
         (f"--image-column {column}", column != "image" and not is_table, "tables"),
-        (f"--audio-column {options.audio_column}", options.audio_column != AUDIO_COLUMN and not is_table, "tables"),
+        (f"--audio-column {options.audio_column}", options.audio_column != "" and not is_table, "tables"),
     ):
         if is_ignored:
             raise ConfigError(f"{option} is for {meant}, and {source} is {kind}{captions if 'caption' in option else ''}")

@@ -13,12 +13,15 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from pretrain.data.audio_files import AUDIO_EXTENSIONS
+from pretrain.data.members import UNREAD_SOUNDS
 from pretrain.data.pack import table_readers
-from pretrain.data.pack.grouping import RowGroups, identify_files
-from pretrain.data.pack.table_rows import TableJob, TableRow
+from pretrain.data.pack.grouping import RowGroups, identify_files, is_image_content
+from pretrain.data.pack.table_rows import TableJob, TableRow, to_text
 from pretrain.data.pack.writer import ShardJob, describe_caption_field
 from pretrain.errors import ConfigError, UserError, closest
 from pretrain.printable import format_count
@@ -26,7 +29,10 @@ from pretrain.printable import format_count
 _MAX_EXAMPLES = 3  # rows shown for each reason
 
 AUDIO_COLUMN = "audio"
-"""Default name of the column of sounds, which a table need not have."""
+"""Default name of the column of sounds, which a table need not have. Values that name no sounds are text like any other."""
+
+_PROBED_ROWS, _PROBED_VALUES = 1000, 100  # of a table, to see whether its column of that name names sounds
+_SOUNDS = {*AUDIO_EXTENSIONS, *UNREAD_SOUNDS, "oga", "opus", "wave"}
 
 
 @dataclass
@@ -43,14 +49,17 @@ class TableSource:
     """The folder that paths of images are relative to; None = the folder of the table."""
     splits: tuple[str, ...] = ()
     """Splits to read from annotation files that have splits; () = all."""
-    audio_column: str = AUDIO_COLUMN
-    """The path of the sound, or the sound itself, where a table has this column."""
+    audio_column: str = ""
+    """The path of the sound, or the sound itself; "" = AUDIO_COLUMN, where a table has such a column and it names sounds."""
     rejected: dict[str, list[str]] = field(default_factory=dict, init=False)
     """By reason, the text of the first few rows that cannot be read; set by `count`."""
     rejected_counts: Counter[str] = field(default_factory=Counter, init=False)
     """Number of such rows by reason; set by `count`."""
 
     def __post_init__(self) -> None:
+        self._is_named = bool(self.audio_column)
+        self._text_example = ""  # of AUDIO_COLUMN, where it is text
+        self.audio_column = self.audio_column or AUDIO_COLUMN
         wanted = (self.image_column, self.caption_column, self.audio_column)
         self._tables: list[table_readers.Table] = []
         self._bases: list[str] = []
@@ -68,6 +77,9 @@ class TableSource:
                     raise ConfigError(f"--split {','.join(self.splits)}: {path} has no splits")
             self._tables.append(table)
             self._bases.append(os.path.abspath(base))
+        if not self._is_named and self.audio_column != self.image_column:
+            self._text_example = self._find_text()
+            self._check_text()
 
     def _check_columns(self, table: table_readers.Table) -> None:
         """Raise ConfigError if the columns of images, or else sounds, and captions are absent or not unique."""
@@ -77,7 +89,7 @@ class TableSource:
             by = f"separated by {table.layout.separator_name}, " if len(columns) > 1 else ""
             separated = f" (its first line is read as names, {by}--separator names another separator)"
         for column, option, is_needed in (
-            (self.audio_column, "--audio-column", self.audio_column != AUDIO_COLUMN),
+            (self.audio_column, "--audio-column", self._is_named),
             (self.image_column, "--image-column (or --audio-column)", self.audio_column not in columns),
             (self.caption_column, "--caption-column", True),
         ):
@@ -90,11 +102,38 @@ class TableSource:
             if columns.count(column) > 1:
                 raise ConfigError(f"{table.path}: two columns are called {column!r}")
 
+    def _find_text(self) -> str:
+        """Return a value of the columns of sounds, where the first values of none of them name a sound; else "".
+
+        Without any value, the column may have some further down.
+        """
+        example = ""
+        for table, base in zip(self._tables, self._bases, strict=True):
+            if table.annotations or self.audio_column not in table.columns:
+                continue
+            with table_readers.naming_errors(table.path):
+                rows = islice(table.iterate_files([self.audio_column], _ignore_rejected), _PROBED_ROWS)
+                values = [value for (value,) in rows if value not in (None, "", b"")][:_PROBED_VALUES]
+            if any(_names_sound(value, base) for value in values):
+                return ""
+            example = example or " ".join(to_text(values[0]).split())[:40] if values else example
+        return example
+
+    def _check_text(self) -> None:
+        """Raise ConfigError for a table whose only column of files is text."""
+        for table in self._tables:
+            if self._text_example and not self._file_columns(table):
+                raise ConfigError(
+                    f"{table.path}: there is no column {self.image_column!r}, and {AUDIO_COLUMN!r} names no sounds "
+                    f"({self._text_example!r}): name the column of files with --image-column or --audio-column"
+                )
+
     def _file_columns(self, table: table_readers.Table) -> list[str]:
         """Return the columns of images and sounds of a table, as many as it has, at least one."""
         if table.annotations:
             return [self.image_column]
-        return [column for column in dict.fromkeys((self.image_column, self.audio_column)) if column in table.columns]
+        names = (self.image_column, *([] if self._text_example else [self.audio_column]))
+        return [column for column in dict.fromkeys(names) if column in table.columns]
 
     @property
     def has_sounds(self) -> bool:
@@ -139,6 +178,11 @@ class TableSource:
             notes.append(
                 f"{format_count(self._groups.rows, 'row')} name {format_count(self._groups.count, noun)}: "
                 f"rows of one {noun} are one sample with several captions"
+            )
+        if self._text_example:
+            notes.append(
+                f"the column {AUDIO_COLUMN} names no sounds ({self._text_example!r}), so it is kept in the json; "
+                f"--audio-column {AUDIO_COLUMN} reads it as paths"
             )
         if self._lists_captions:
             notes.append(describe_caption_field(self.caption_column))
@@ -193,6 +237,19 @@ class TableSource:
         has_images = any(self.image_column in self._file_columns(table) for table in self._tables)
         image, audio = self.image_column if has_images else "", self.audio_column if self.has_sounds else ""
         return TableJob(images, image, self.caption_column, self.outside, self._lists_captions, first, audio)
+
+
+def _names_sound(value: Any, base: str) -> bool:
+    """Return whether a value of a table is a sound or names one: by its extension, as a url, or as a file below `base`."""
+    if isinstance(value, dict):  # {"bytes": ..., "path": ...}
+        return bool(value.get("bytes")) or _names_sound(value.get("path"), base)
+    if is_image_content(value):
+        return True
+    if not isinstance(value, str | bytes):
+        return False
+    text = to_text(value).strip()
+    is_file = text.rpartition(".")[2].lower() in _SOUNDS or "://" in text[:12]
+    return is_file or os.path.isfile(os.path.join(base, text))
 
 
 def _ignore_rejected(reason: str, row: str) -> None:

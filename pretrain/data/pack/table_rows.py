@@ -59,7 +59,7 @@ class TableJob:
         row = self.images[i].rows[0]
         value = next((row[name] for name in (self.image_column, self.audio_column) if row.get(name)), None)
         path = value.get("path") if isinstance(value, dict) else value
-        suffix = f": {_to_text(path)}" if isinstance(path, str | bytes) and 0 < len(path) < 300 else ""
+        suffix = f": {to_text(path)}" if isinstance(path, str | bytes) and 0 < len(path) < 300 else ""
         return f"row {self.images[i].number}{suffix}"
 
     def get_key(self, i: int, shard: int) -> str:
@@ -137,10 +137,10 @@ class TableJob:
         if isinstance(value, dict):  # as the `datasets` library stores images and sounds: {"bytes": ..., "path": ...}
             content = value.get("bytes")
             path = value.get("path")
-            return (content, _to_text(path) if path else "") if content else self._read_file(column, path, base)
+            return (content, to_text(path) if path else "") if content else self._read_file(column, path, base)
         if is_image_content(value):
             return value, ""
-        text = "" if _is_missing(value) else _to_text(value).strip()
+        text = "" if _is_missing(value) else to_text(value).strip()
         if not text:
             return None, ""
         if "://" in text[:12]:
@@ -181,7 +181,8 @@ def _is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and not math.isfinite(value))
 
 
-def _to_text(value: Any) -> str:
+def to_text(value: Any) -> str:
+    """Return the value of a column as text; bytes that are no UTF-8 as in names of files."""
     return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)
 
 

@@ -164,6 +164,33 @@ def test_sounds_inside_parquet(tmp_path: Path) -> None:
         assert members["mp3"] == row["audio"]["bytes"]  # type: ignore[index]
 
 
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_a_column_called_audio_may_hold_text(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, {"0.jpg": make_image(0), "1.jpg": make_image(1)})
+    rows = [{"image": "0.jpg", "audio": "", "caption": "zero"}, {"image": "1.jpg", "audio": "in stereo", "caption": "one"}]
+    path = tmp_path / f"t.{kind}"
+    if kind == "csv":
+        path.write_text("image,audio,caption\n" + "".join(f"{','.join(row.values())}\n" for row in rows))
+    elif kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        pa.parquet.write_table(pa.Table.from_pylist(rows), path)
+    assert main(["data", "pack", str(path), str(tmp_path / "out"), "--workers", "1"]) == 0
+    line = "the column audio names no sounds ('in stereo'), so it is kept in the json; --audio-column audio reads it as paths"
+    assert line in capsys.readouterr().out
+    samples = list(read_shards(tmp_path / "out").values())
+    assert [set(members) for members in samples] == [{"jpg", "txt", "json"}] * 2
+    assert json.loads(samples[1]["json"]) == {"source": "1.jpg", "audio": "in stereo"}
+    assert main(["data", "pack", str(path), str(tmp_path / "paths"), "--audio-column", "audio", "--workers", "1"]) == 0
+    assert "no such file" in capsys.readouterr().out
+
+
+def test_names_of_sounds_without_an_extension_are_found_as_files(tmp_path: Path) -> None:
+    write(tmp_path, {"0.jpg": make_image(0), "tone": make_sound(0), "t.csv": "image,audio,caption\n0.jpg,tone,both\n"})
+    pack(tmp_path / "t.csv", tmp_path / "out", workers=1)
+    assert set(next(iter(read_shards(tmp_path / "out").values()))) == {"jpg", "wav", "txt", "json"}
+
+
 def test_errors_of_columns_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "t.csv").write_text("sound,caption\n1.wav,a tone\n")
     (tmp_path / "in").mkdir()
@@ -174,6 +201,11 @@ def test_errors_of_columns_are_one_line(tmp_path: Path, capsys: pytest.CaptureFi
         assert main(["data", "pack", str(tmp_path / "t.csv"), str(tmp_path / "out"), *arguments, "--workers", "1"]) != 0
         assert message in (error := capsys.readouterr().err)
         assert len(error.strip().splitlines()) == 1
+    (tmp_path / "text.csv").write_text("audio,caption\nin stereo,a tone\n")
+    with pytest.raises(
+        ConfigError, match=r"text\.csv: there is no column 'image', and 'audio' names no sounds \('in stereo'\)"
+    ):
+        pack(tmp_path / "text.csv", tmp_path / "out", workers=1)
     with pytest.raises(ConfigError, match="--audio-column tone is for tables"):
         pack(tmp_path / "in", tmp_path / "out", audio_column="tone")
 
