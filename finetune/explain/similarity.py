@@ -42,14 +42,19 @@ def compute_similarity_maps(
     Raises:
         UserError: a tower that does not pool the mean of its tokens.
     """
+    check_pooling(encoder, subject)
+    with eval_mode(encoder):
+        image, text = encoder.tokens(subject, images), encoder.tokens("text", ids, mask)
+    assert image.grid is not None  # no patch dropout in eval mode
+    products = (text.states * text.mask[..., None]) @ image.states.mT
+    return products.unflatten(2, image.grid), F.cosine_similarity(image.pooled, text.pooled)
+
+
+def check_pooling(encoder: DualEncoder, subject: str) -> None:
+    """Raise UserError where the tower of texts, or that of `subject`, does not pool the mean of its tokens."""
     for name in (subject, "text"):
         if not encoder.tower(name).pools_mean:
             raise UserError(
                 f"similarity maps need towers that pool the mean of their tokens, and the {name} tower of this model does not: "
                 f"pretrain with {name}.pool=avg, or draw the attention of a fine-tuned run (raw)"
             )
-    with eval_mode(encoder):
-        image, text = encoder.tokens(subject, images), encoder.tokens("text", ids, mask)
-    assert image.grid is not None  # no patch dropout in eval mode
-    products = (text.states * text.mask[..., None]) @ image.states.mT
-    return products.unflatten(2, image.grid), F.cosine_similarity(image.pooled, text.pooled)

@@ -204,15 +204,17 @@ def compute_word_maps(tuned: Finetuned, data: bytes, text: str, method: str = ME
     return build_word_maps(image, spans, maps[0], prediction, tuned.task.text_is_question, method, tuned.model.subject)
 
 
-def compute_encoder_maps(encoder: DualEncoder, decoders: dict[str, Any], data: bytes, text: str) -> WordMaps:
-    """Compute the similarity maps of one text on one encoded image, with the cosine of the two embeddings as the answer.
+def compute_encoder_maps(
+    encoder: DualEncoder, decoders: dict[str, Any], data: bytes, text: str, subject: str = "image"
+) -> WordMaps:
+    """Compute the similarity maps of one text on one encoded image or sound, with the cosine of the embeddings as the answer.
 
-    decoders: of the encoder, by modality. Raises as compute_word_maps().
+    decoders: of the encoder, by modality; subject: that of `data`. Raises as compute_word_maps().
     """
-    image, spans, batch = _read_pair(decoders, encoder.logit_scale.device, data, text, encoder)
-    maps, cosines = compute_similarity_maps(encoder, *batch)
+    image, spans, batch = _read_pair(decoders, encoder.logit_scale.device, data, text, encoder, subject)
+    maps, cosines = compute_similarity_maps(encoder, *batch, subject)
     prediction = Prediction([[("cosine", float(cosines[0]))]], cosines, has_probabilities=False)
-    return build_word_maps(image, spans, maps[0].clamp(min=0).float().cpu(), prediction, False, SIMILARITY)
+    return build_word_maps(image, spans, maps[0].clamp(min=0).float().cpu(), prediction, False, SIMILARITY, subject)
 
 
 def _read_pair(
