@@ -1,4 +1,4 @@
-"""Search: an index of images, and queries in words that filter, find and re-rank.
+"""Search: an index of images or sounds, and queries in words that filter, find and re-rank.
 
     vector_index.py   VectorIndex, the contract of every backend: upsert, delete, search, get, count, describe
     fields.py         which fields of the samples an index keeps, and their kinds
@@ -6,14 +6,15 @@
     exact.py          a folder of files that is compared row by row; nearest.py: the comparison
     exact_files.py    its files; compaction.py: the space of images that were replaced
     milvus.py         Milvus Lite in a folder, or a Milvus server
-    image_sources.py  shards and folders as sources of images; images read again
-    indexing.py       images into an index
+    modalities.py     what an index holds: members of samples, thumbnails, fields of their own
+    image_sources.py  shards and folders as sources of images and sounds; files read again
+    indexing.py       images or sounds into an index
     embeddings.py     what `clipfuse embed` wrote into an index
-    query.py          texts and images as queries, and what they find
+    query.py          texts, images and sounds as queries, and what they find
     captions.py       BM25 over captions, and the fusion of rankings
     reranking.py      a retrieval run that scores candidates; token_store.py: its token features, beside the index
-    maps.py           where the re-ranker looked for each word of a query
-    answering.py      a vqa run that answers questions about images
+    maps.py           where a model looked for each word of a query
+    answering.py      a vqa run that answers questions about results
     judged_queries.py files of queries and of judgments
     evaluation.py     nDCG, MRR and recall of an index, before and after re-ranking
     places.py         the name of a place decides which backend it is

@@ -2,7 +2,7 @@
 
     index_embeddings(load_model("runs/first"), Path("embeddings"), open_sources(["shards"], "--images"), "catalog", options)
 
-The files hold no images. `--images` names the shards that were embedded, for thumbnails and re-ranking.
+The files hold neither images nor sounds. `--images` names the shards that were embedded, for thumbnails and re-ranking.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ import pyarrow.parquet as pq
 from finetune.search.fields import read_fields
 from finetune.search.image_sources import ImageSource, Location
 from finetune.search.indexing import IndexOptions, Summary, join_captions, open_for, select_missing
+from finetune.search.modalities import OWN_FIELDS, find_content, preview, select_named
 from finetune.search.vector_index import IndexedImage
 from pretrain.checkpoints.loading import LoadedModel
 from pretrain.data import BadSample
-from pretrain.data.decode import EXTENSIONS
-from pretrain.data.thumbnails import make_thumbnail
 from pretrain.embedding import dataset
 from pretrain.embedding.parquet import to_numpy
 from pretrain.errors import UserError
@@ -53,7 +52,7 @@ def index_embeddings(
     Raises:
         UserError: the folder is incomplete, damaged, or of another model; and what index_images raises.
     """
-    begin, added, done = time.perf_counter(), 0, 0
+    begin, added, done, lacking = time.perf_counter(), 0, 0, 0
     unfit: Counter[str] = Counter()
     prefix = f"{options.name}/" if options.name else ""
     manifest = dataset.read_manifest(folder)
@@ -63,7 +62,12 @@ def index_embeddings(
     with open_for(place, loaded, options) as index:
         if manifest["model"]["fingerprint"] != index.describe().model["fingerprint"]:
             raise UserError(f"{folder} holds embeddings of {manifest['model']['from']}, not of {loaded.folder}")
-        for table in _read_tables(folder, manifest, options.batch_size):
+        description = index.describe()
+        named = select_named(description.fields, description.modality)
+        unknown = {item.name: None for item in OWN_FIELDS[description.modality]}
+        for table in _read_tables(folder, manifest, options.batch_size, description.modality):
+            size, table = len(table), table.filter(table[description.modality].is_valid())
+            lacking += size - len(table)
             located = []
             keys = table["key"].to_pylist()
             for i, key in enumerate(keys):
@@ -73,30 +77,34 @@ def index_embeddings(
             rows = []
             for i, key, location in missing:
                 encoded = table["json"][i].as_py()
-                values, names = read_fields(index.describe().fields, parse_json_object(encoded.encode()) if encoded else {})
-                row = IndexedImage(key, *location, caption=join_captions(_read_captions(table, i)), fields=values)
+                values, names = read_fields(named, parse_json_object(encoded.encode()) if encoded else {})
+                row = IndexedImage(key, *location, caption=join_captions(_read_captions(table, i)), fields=values | unknown)
                 if images is not None and keys[i] in numbers:
-                    row.thumbnail = _read_thumbnail(images, numbers[keys[i]])
+                    row.thumbnail, own = _preview(images, numbers[keys[i]], description.modality)
+                    row.fields |= own
                 rows.append(row)
                 unfit.update(names)
             if rows:
-                index.upsert(
-                    rows, to_numpy(table["image"])[[i for i, _, _ in missing], : index.describe().dim].astype("float32")
-                )
-            added, done = added + len(rows), done + len(keys)
+                vectors = to_numpy(table[description.modality])[[i for i, _, _ in missing], : description.dim]
+                index.upsert(rows, vectors.astype("float32"))
+            added, done = added + len(rows), done + size
             progress(done, manifest["data"]["samples"])
         seconds = round(time.perf_counter() - begin, 3)
-        return Summary(index.place, index.count(), added, {}, dict(unfit), index.describe().dim, seconds)
+        total = index.count()
+        if not total:
+            raise UserError(f"{folder} holds no {description.modality} embeddings: {place} is empty")
+        left_out = {f"no {description.noun}": lacking} if lacking else {}
+        return Summary(index.place, total, added, left_out, dict(unfit), description.dim, seconds, description.modality)
 
 
-def _read_tables(folder: Path, manifest: dict[str, Any], size: int) -> Iterator[pa.Table]:
+def _read_tables(folder: Path, manifest: dict[str, Any], size: int, modality: str) -> Iterator[pa.Table]:
     """Yield tables of at most `size` rows. Raises UserError."""
     for entry in manifest["files"]:
         try:
             with pq.ParquetFile(folder / entry["file"]) as file:
-                if "image" not in file.schema_arrow.names:
-                    raise UserError(f"{folder} holds no image embeddings")
-                columns = [name for name in ("key", "image", "caption", "captions", "json") if name in file.schema_arrow.names]
+                if modality not in file.schema_arrow.names:
+                    raise UserError(f"{folder} holds no {modality} embeddings")
+                columns = [name for name in ("key", modality, "caption", "captions", "json") if name in file.schema_arrow.names]
                 for batch in file.iter_batches(size, columns=columns):
                     yield pa.Table.from_batches([batch])
         except (OSError, pa.ArrowException) as error:
@@ -106,13 +114,17 @@ def _read_tables(folder: Path, manifest: dict[str, Any], size: int) -> Iterator[
 def _read_captions(table: pa.Table, i: int) -> list[str]:
     if "captions" in table.column_names:
         return list(table["captions"][i].as_py() or [])
-    return [table["caption"][i].as_py()] if "caption" in table.column_names else []
+    caption = table["caption"][i].as_py() if "caption" in table.column_names else None
+    return [] if caption is None else [caption]
 
 
-def _read_thumbnail(images: ImageSource, number: int) -> bytes:
-    """Return a small JPEG; empty where the image cannot be decoded. Raises UserError where its shard cannot be read."""
+def _preview(images: ImageSource, number: int, modality: str) -> tuple[bytes, dict[str, Any]]:
+    """Return a small JPEG and values of OWN_FIELDS; none where the image or sound cannot be decoded.
+
+    Raises UserError where its shard cannot be read.
+    """
     try:
-        members = images.read(number)
-        return make_thumbnail(next(members[name] for name in EXTENSIONS if name in members)).jpeg
-    except (BadSample, StopIteration):
-        return b""
+        content = find_content(images.read(number), modality)
+        return (b"", {}) if content is None else preview(content, modality)
+    except BadSample:
+        return b"", {}

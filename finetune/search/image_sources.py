@@ -1,9 +1,9 @@
-"""Where the images of an index come from: shards, and folders of files. Keys are unique over all sources of a command.
+"""Where the images or sounds of an index come from: shards, and folders of files. Keys are unique over all of a command.
 
 sources = open_sources(["shards", "photos/"], "--data")
 key, location = sources.locate(0); members = sources.read(0)    {"jpg": bytes, "txt": bytes, "json": bytes}
 
-read_image(location)    the bytes of an image again, from its file or its place in the shard
+read_content(location)    the bytes of an image again, from its file or its place in the shard
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from finetune.search.fields import NOUNS
+from finetune.search.modalities import MEMBERS
 from pretrain.data.config import count_samples_once
-from pretrain.data.decode import EXTENSIONS
 from pretrain.data.pack.folder import FolderSource as FolderScan
 from pretrain.data.pack.folder import read_file_inside
 from pretrain.data.shards.cache import ShardCache
@@ -28,21 +29,21 @@ from pretrain.data.shards.reader import MAX_MEMBER_BYTES, MAX_TEXT_BYTES, ShardR
 from pretrain.data.shards.retries import retry_io
 from pretrain.data.shards.urls import is_remote
 from pretrain.errors import UserError
-from pretrain.printable import hide_secrets
+from pretrain.printable import format_count, hide_secrets
 
 
 class Location(NamedTuple):
-    """Where the bytes of an image are."""
+    """Where the bytes of an image or a sound are."""
 
     source: str
     """Absolute path of the file or shard, or the shard's url without its secrets."""
     offset: int
-    """First byte in the shard; -1 where the file is the image."""
+    """First byte in the shard; -1 where the file is the image or the sound."""
     size: int
 
 
 class ImageSource(Protocol):
-    """Images by number, from 0. Not thread-safe, but `locate` may run while another thread reads."""
+    """Images, or sounds, by number, from 0. Not thread-safe, but `locate` may run while another thread reads."""
 
     def __len__(self) -> int: ...
 
@@ -55,10 +56,17 @@ class ImageSource(Protocol):
         ...
 
 
-def open_sources(data: Sequence[str], where: str) -> ImageSource:
-    """Open shards (globs, folders, urls) and folders of image files. Raises ConfigError or UserError.
+def open_sources(data: Sequence[str], where: str, modality: str = "image") -> ImageSource:
+    """Open shards (globs, folders, urls) and folders of files.
 
-    where: the option that names them, for messages.
+    Args:
+        data: what names them.
+        where: the option that names them, for messages.
+        modality: image or audio, which `locate` gives the location of.
+
+    Raises:
+        ConfigError: nothing is there.
+        UserError: it cannot be read, or holds no sample.
     """
     folders = [place for place in data if Path(place).is_dir() and not any(Path(place).glob("*.tar"))]
     patterns = [place for place in data if place not in folders]
@@ -66,9 +74,12 @@ def open_sources(data: Sequence[str], where: str) -> ImageSource:
     new_names = find_new_names([os.path.abspath(folder) for folder in folders])
     sources: list[ImageSource] = []
     if patterns:
-        sources.append(ShardSource(expand_shards(patterns, where), where))
-    sources += [FolderSource(Path(folder), new_names.get(i, names[i])) for i, folder in enumerate(folders)]
-    return sources[0] if len(sources) == 1 else Sources(sources)
+        sources.append(ShardSource(expand_shards(patterns, where), where, modality))
+    sources += [FolderSource(Path(folder), new_names.get(i, names[i]), modality) for i, folder in enumerate(folders)]
+    joined = sources[0] if len(sources) == 1 else Sources(sources)
+    if not len(joined):
+        raise UserError(f"{where} {' '.join(data)} holds no samples")
+    return joined
 
 
 class Sources:
@@ -97,8 +108,9 @@ class Sources:
 class ShardSource:
     """The samples of shards; keys are shard/KEY, as those of `clipfuse embed` are."""
 
-    def __init__(self, paths: Sequence[str], where: str) -> None:
+    def __init__(self, paths: Sequence[str], where: str, modality: str = "image") -> None:
         """paths: shards, patterns expanded. Raises UserError where they cannot be read."""
+        self._extensions = MEMBERS[modality]
         counts = count_samples_once(list(paths), ShardCache(), where)
         self._paths, self._ends = paths, list(itertools.accumulate(counts))
         self._reader = ShardReader(paths, ShardCache(), counts, max_open=8)
@@ -119,7 +131,7 @@ class ShardSource:
         index, path = self._index[1], self._paths[shard]
         rows = index.members[index.starts[sample] : index.starts[sample + 1]].tolist()
         members = {index.extensions[kind]: (offset, length) for kind, offset, length in rows}
-        offset, length = next((members[name] for name in EXTENSIONS if name in members), (0, 0))
+        offset, length = next((members[name] for name in self._extensions if name in members), (0, 0))
         key = f"{self._names.get(shard) or index.name}/{index.key(sample)}"
         return key, Location(hide_secrets(path) if is_remote(path) else os.path.abspath(path), offset, length)
 
@@ -128,17 +140,21 @@ class ShardSource:
 
 
 class FolderSource:
-    """The image files of a folder at any depth, with NAME.txt and NAME.json beside NAME.jpg where there are any.
+    """The image or sound files of a folder at any depth, with NAME.txt and NAME.json beside NAME.jpg where there are any.
 
     Keys are FOLDER/path, with the extension.
     """
 
-    def __init__(self, root: Path, name: str) -> None:
-        """name: FOLDER in the keys. Raises UserError: the folder holds no images, or cannot be read."""
+    def __init__(self, root: Path, name: str, modality: str = "image") -> None:
+        """name: FOLDER in the keys. Raises UserError: the folder holds no such files, or cannot be read."""
         self.root, self.name = root, name
         scan = FolderScan(root, caption_from="path", excluded=Path(os.devnull))
-        scan.count()  # raises where there is none
-        self._paths = [job.describe(i) for job in scan.iterate_jobs(1 << 20) for i in range(len(job))]
+        total = scan.count()  # raises where there is none
+        files = [sound if modality == "audio" else image for image, sound in scan.list_files()]
+        self._paths = [path for path in files if path]
+        if not self._paths:
+            other = next(noun for kind, noun in NOUNS.items() if kind != modality)
+            raise UserError(f"{root} holds no {NOUNS[modality]}s, only {format_count(total, other)}")
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -162,14 +178,17 @@ class FolderSource:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Images again
+# Images and sounds again
 
 
-def read_image(location: Location) -> bytes:
-    """Return the bytes of an image from where it lies. Raises UserError where it is not there, or has changed its size."""
+def read_content(location: Location) -> bytes:
+    """Return the bytes of an image or a sound from where it lies.
+
+    Raises UserError where it is not there, or has changed its size.
+    """
     source, offset, size = location
     if not source:
-        raise UserError("it is not known where the image lies: index it with --images SHARDS")
+        raise UserError("it is not known where the file lies: index it with --images SHARDS")
     if is_remote(source):
         return retry_io(lambda: _read_remote(source, offset, size), source)
     try:
@@ -177,9 +196,9 @@ def read_image(location: Location) -> bytes:
             file.seek(max(offset, 0))
             content = file.read(size if offset >= 0 else MAX_MEMBER_BYTES)
     except OSError as error:
-        raise UserError(f"{source} cannot be read: {error.strerror or error}; index the images again") from error
+        raise UserError(f"{source} cannot be read: {error.strerror or error}; index its samples again") from error
     if offset >= 0 and len(content) < size:
-        raise UserError(f"{source} ends at byte {os.path.getsize(source):,}: it has changed; index the images again")
+        raise UserError(f"{source} ends at byte {os.path.getsize(source):,}: it has changed; index its samples again")
     return content
 
 

@@ -1,9 +1,9 @@
-"""Images into an index: encode what it lacks, with captions, fields, thumbnails and where each image lies.
+"""Images or sounds into an index: encode what it lacks, with captions, fields, thumbnails and where each lies.
 
     index_images(load_model("runs/first"), open_sources(["shards"], "--data"), "catalog", IndexOptions(), device) -> Summary
 
 Images whose key and location the index has are not encoded again, so that the same command goes on after it was stopped or
-killed, and adds only what is new.
+killed, and adds only what is new. What is said of images holds for sounds.
 
 Legend: b = images of a batch, D = width of the shared space.
 """
@@ -15,6 +15,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,15 +24,14 @@ import torch
 from torch.nn import functional as F
 
 from finetune.search import places
-from finetune.search.fields import TEXT_BYTES, Field, fits, parse_fields, read_fields
+from finetune.search.fields import NOUNS, TEXT_BYTES, fits, parse_fields, read_fields
 from finetune.search.image_sources import ImageSource, Location
+from finetune.search.modalities import choose_modality, find_content, join_fields, preview, select_named
 from finetune.search.vector_index import Description, IndexedImage, NoIndexError, VectorIndex, Vectors, is_key
 from pretrain.checkpoints.loading import LoadedModel
 from pretrain.data import BadSample
 from pretrain.data.captions import TXT, read_captions
-from pretrain.data.decode import EXTENSIONS
 from pretrain.data.sample_json import read_fields as read_json_fields
-from pretrain.data.thumbnails import make_thumbnail
 from pretrain.embedding.dataset import fingerprint_model
 from pretrain.embedding.encoder import eval_mode
 from pretrain.errors import ConfigError, UserError
@@ -59,6 +59,8 @@ class IndexOptions:
     """Images encoded at a time."""
     dim: int | None = None
     """Keep the first dimensions of embeddings alone, as loss.matryoshka trained them; None = as the index has, or all."""
+    modality: str = ""
+    """image or audio; empty = as the index has, else images where the model has them."""
 
     def check(self) -> None:
         """Refuse what does not fit. Raises ConfigError."""
@@ -86,10 +88,12 @@ class Summary:
     """Values of fields that were of another kind, by field: null in the index."""
     dim: int
     seconds: float
+    modality: str = "image"
 
     def __str__(self) -> str:
-        line = f"{self.place}: {format_count(self.images, 'image')} of {self.dim} numbers each; {self.added:,} added"
-        line += f" in {self.seconds:,.1f} s, {self.added / self.seconds:,.1f} images/s" if self.added else "; nothing to do"
+        noun = NOUNS[self.modality]
+        line = f"{self.place}: {format_count(self.images, noun)} of {self.dim} numbers each; {self.added:,} added"
+        line += f" in {self.seconds:,.1f} s, {self.added / self.seconds:,.1f} {noun}s/s" if self.added else "; nothing to do"
         if self.left_out:
             reasons = ", ".join(f"{reason} {count:,}" for reason, count in Counter(self.left_out).most_common(5))
             line += f"; {sum(self.left_out.values()):,} left out ({reasons})"
@@ -98,15 +102,14 @@ class Summary:
         return line
 
 
-def describe_model(loaded: LoadedModel) -> dict[str, Any]:
-    """Return which model makes the embeddings, for the index's description.
+def describe_model(loaded: LoadedModel, modality: str = "image") -> dict[str, Any]:
+    """Return which model makes the embeddings of a modality, for the index's description.
 
     The fingerprint covers weights, architecture, preprocessing and tokenizer; the other entries are for people.
     """
-    image, text = loaded.decoders.get("image"), loaded.decoders.get("text")
-    if image is None:
-        raise UserError(f"{loaded.folder} has no image tower")
-    preprocessing = {name: getattr(image, name) for name in ("size", "resize", "interpolation") if hasattr(image, name)}
+    decoder, text = loaded.decoders.get(modality), loaded.decoders.get("text")
+    names = ("size", "resize", "interpolation", "rate", "seconds", "pad")
+    preprocessing = {name: getattr(decoder, name) for name in names if hasattr(decoder, name)}
     folder = str(loaded.folder)
     return {
         "fingerprint": fingerprint_model(loaded),
@@ -124,13 +127,22 @@ def check_model(description: Description, model: dict[str, Any], place: str) -> 
         raise UserError(f"{place} holds embeddings of {names[0]}, and this is {names[1]}: an index has one model")
 
 
+def find_modality(loaded: LoadedModel, wanted: str, place: str, backend: str | None) -> str:
+    """Return what the index at a place holds or, where there is none, what choose_modality says. Raises UserError."""
+    if not wanted and all(name in loaded.model.towers for name in NOUNS):
+        with suppress(NoIndexError), places.open_index(place, backend) as index:
+            wanted = index.describe().modality
+    return choose_modality(loaded, wanted)
+
+
 def open_for(place: str, loaded: LoadedModel, options: IndexOptions) -> VectorIndex:
     """Open the index at a place for writing, or make one there.
 
-    Raises UserError where it was made with another model, or with other fields.
+    Raises UserError where it was made with another model, of another modality, or with other fields.
     """
-    model, fields = describe_model(loaded), parse_fields(options.fields)
-    width = int(loaded.model.projection("image").out_features)
+    modality = find_modality(loaded, options.modality, place, options.backend)
+    model, fields = describe_model(loaded, modality), join_fields(modality, options.fields)
+    width = int(loaded.model.projection(modality).out_features)
     if options.dim is not None and options.dim not in (*loaded.widths, width):
         trained = "it was trained for all of them alone (loss.matryoshka)"
         if loaded.widths:
@@ -140,10 +152,12 @@ def open_for(place: str, loaded: LoadedModel, options: IndexOptions) -> VectorIn
     try:
         index = places.open_index(place, options.backend, is_writable=True)
     except NoIndexError:
-        return places.create_index(place, Description(dim, model, fields), options.backend)
+        return places.create_index(place, Description(dim, model, fields, modality), options.backend)
     try:
         description = index.describe()
         check_model(description, model, place)
+        if description.modality != modality:
+            raise ConfigError(f"--only {modality}: {place} is an index of {description.noun}s; choose another --db")
         if options.dim is not None and description.dim != options.dim:
             raise ConfigError(
                 f"--dim {options.dim}: {place} holds embeddings of {description.dim} numbers; choose another --db"
@@ -151,7 +165,7 @@ def open_for(place: str, loaded: LoadedModel, options: IndexOptions) -> VectorIn
         if description.dim not in (*loaded.widths, width):
             raise UserError(f"{place} holds embeddings of {description.dim} numbers, and the model makes {width}")
         if options.fields and fields != description.fields:
-            present = ",".join(f"{item.name}:{item.kind}" for item in description.fields) or "none"
+            present = ",".join(f"{item.name}:{item.kind}" for item in select_named(description.fields, modality)) or "none"
             raise ConfigError(f"--fields {options.fields}: {place} was made with the fields {present}; choose another --db")
         return index
     except BaseException:
@@ -164,7 +178,7 @@ class _Batch:
     """Images that are read and decoded."""
 
     rows: list[IndexedImage] = field(default_factory=list)
-    pixels: list[torch.Tensor] = field(default_factory=list)
+    inputs: list[torch.Tensor] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
     unfit: Counter[str] = field(default_factory=Counter)
 
@@ -184,11 +198,12 @@ def index_images(
         source: the images.
         place: of the index; made where there is none.
         options: see IndexOptions.
-        device: where the image tower runs.
+        device: where the tower runs.
         progress: called with images done and images in all.
 
     Raises:
-        UserError: the index has another model or other fields; a key is there from another source; a place cannot be written.
+        UserError: the index has another model or other fields; a key is there from another source; a place cannot be written;
+            or no image can be used.
     """
     caption = options.caption or (loaded.decoders["text"].caption if "text" in loaded.decoders else TXT)
     begin, added, done = time.perf_counter(), 0, 0
@@ -196,25 +211,31 @@ def index_images(
     unfit: Counter[str] = Counter()
     loaded.model.to(device)
     with open_for(place, loaded, options) as index, eval_mode(loaded.model):
-        reader = _Reader(source, loaded.decoders["image"], index.describe().fields, caption)
+        description = index.describe()
+        reader = _Reader(source, loaded.decoders[description.modality], description, caption)
         batches = reader.stream(_find_missing(source, index, options))
         for size, batch in batches:
             if batch is not None:
                 if batch.rows:
-                    index.upsert(batch.rows, _encode(loaded, batch.pixels, device)[:, : index.describe().dim])
+                    index.upsert(batch.rows, _encode(loaded, description.modality, batch.inputs, device)[:, : description.dim])
                 added += len(batch.rows)
                 left_out += batch.left_out
                 unfit += batch.unfit
             done += size
             progress(done, len(source))
-        seconds = time.perf_counter() - begin
-        return Summary(index.place, index.count(), added, dict(left_out), dict(unfit), index.describe().dim, round(seconds, 3))
+        seconds = round(time.perf_counter() - begin, 3)
+        total = index.count()
+        if not total:
+            reasons = ", ".join(f"{reason} {count:,}" for reason, count in left_out.most_common(5))
+            samples = format_count(len(source), "sample")
+            raise UserError(f"of {samples} none has a usable {description.noun} ({reasons}): {place} is empty")
+        return Summary(index.place, total, added, dict(left_out), dict(unfit), description.dim, seconds, description.modality)
 
 
 @torch.inference_mode()
-def _encode(loaded: LoadedModel, pixels: Sequence[torch.Tensor], device: torch.device) -> Vectors:
-    """Encode b images (3, H, W) uint8 to (b, D) of unit length."""
-    features = loaded.model.encode("image", torch.stack(list(pixels)).to(device))
+def _encode(loaded: LoadedModel, modality: str, inputs: Sequence[torch.Tensor], device: torch.device) -> Vectors:
+    """Encode b images (3, H, W) uint8, or sounds (S,) int16, to (b, D) of unit length."""
+    features = loaded.model.encode(modality, torch.stack(list(inputs)).to(device))
     return np.asarray(F.normalize(features.float(), dim=-1).cpu().numpy())
 
 
@@ -256,8 +277,8 @@ def select_missing(index: VectorIndex, located: Missing, replace: bool) -> Missi
 class _Reader:
     """Reads and decodes batches in threads, some ahead of the one that is encoded: decoders release Python's lock."""
 
-    def __init__(self, source: ImageSource, decoder: Any, fields: Sequence[Field], caption: str) -> None:
-        self.source, self.decoder, self.fields, self.caption = source, decoder, fields, caption
+    def __init__(self, source: ImageSource, decoder: Any, description: Description, caption: str) -> None:
+        self.source, self.decoder, self.description, self.caption = source, decoder, description, caption
         self._threads = max(2, min(16, len(os.sched_getaffinity(0))))
 
     def stream(self, batches: Iterator[tuple[int, Missing]]) -> Iterator[tuple[int, _Batch | None]]:
@@ -288,29 +309,31 @@ class _Reader:
                 batch.left_out[bad.reason] += 1
         for future in decoded:
             try:
-                row, pixels, unfit = future.result()
+                row, item, unfit = future.result()
             except BadSample as bad:
                 batch.left_out[bad.reason] += 1
                 continue
             batch.rows.append(row)
-            batch.pixels.append(pixels)
+            batch.inputs.append(item)
             batch.unfit.update(unfit)
         return batch
 
     def _decode(self, members: dict[str, bytes], key: str, location: Location) -> tuple[IndexedImage, torch.Tensor, list[str]]:
-        data = next((members[name] for name in EXTENSIONS if name in members), None)
-        if data is None:
-            raise BadSample("no image")
-        pixels = self.decoder.decode_eval(data)
-        row, unfit = build_row(key, location, members, self.fields, self.caption)
-        row.thumbnail = make_thumbnail(data).jpeg
-        return row, pixels, unfit
+        modality = self.description.modality
+        content = find_content(members, modality)
+        if content is None:
+            raise BadSample(f"no {self.description.noun}")
+        item = self.decoder.decode_eval(content)
+        row, unfit = build_row(key, location, members, self.description, self.caption)
+        row.thumbnail, values = preview(content, modality)
+        row.fields |= values
+        return row, item, unfit
 
 
 def build_row(
-    key: str, location: Location, members: dict[str, bytes], fields: Sequence[Field], caption: str
+    key: str, location: Location, members: dict[str, bytes], description: Description, caption: str
 ) -> tuple[IndexedImage, list[str]]:
-    """Return the row of an image, without thumbnail, and the names of the fields whose values are of another kind.
+    """Return the row of an image, without thumbnail and OWN_FIELDS, and the names of fields with values of another kind.
 
     An image without a caption, or without a readable json, has none in the index.
     """
@@ -322,7 +345,7 @@ def build_row(
         values = read_json_fields(members)
     except BadSample:
         values = {}
-    kept, unfit = read_fields(fields, values)
+    kept, unfit = read_fields(select_named(description.fields, description.modality), values)
     return IndexedImage(key, *location, caption=join_captions(captions), fields=kept), unfit
 
 

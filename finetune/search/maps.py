@@ -1,8 +1,9 @@
-"""Heat maps of where the re-ranker looked for each word of a query, in each of its results.
+"""Heat maps of where a model looked for each word of a query, in each of its results.
 
     save_maps(searcher, searcher.search(Query("a red car")), "a red car", Path("maps"))      maps/001-KEY.png, ...
 
-A figure shows one image, and a heat map for each word. Images are read from where they lie.
+A figure shows one image or the spectrogram of one sound, and a heat map for each word. Files are read from where they lie.
+The model is the re-ranker; without one, the encoders of the index draw similarity maps.
 """
 
 from __future__ import annotations
@@ -11,26 +12,42 @@ import re
 from pathlib import Path
 
 from finetune.explain import heatmap
-from finetune.explain.word_maps import compute_word_maps
-from finetune.search.image_sources import read_image
+from finetune.explain.similarity import check_pooling
+from finetune.explain.word_maps import METHOD, SIMILARITY, WordMaps, compute_encoder_maps, compute_word_maps
+from finetune.search.image_sources import read_content
 from finetune.search.query import Results, Searcher
 from finetune.search.reranking import locate
 from pretrain.errors import UserError
 from pretrain.runtime.files import replace_atomically
 
 
-def save_maps(searcher: Searcher, results: Results, text: str, folder: Path) -> list[str]:
-    """Write a figure of each result, and return a note for each image that has none.
+def compute_maps(searcher: Searcher, data: bytes, text: str, method: str = METHOD) -> WordMaps:
+    """Compute the maps of a text on an encoded image or sound, whichever the index holds.
 
-    Raises UserError where the folder cannot be written, or there is no re-ranker.
+    Raises UserError where it cannot be decoded, or without a re-ranker for another method than similarity.
     """
-    if searcher.reranker is None:
-        raise UserError("maps need a re-ranker")
+    if searcher.reranker is not None:
+        return compute_word_maps(searcher.reranker, data, text, method)
+    if method != SIMILARITY:
+        raise UserError(f"{method} maps need a re-ranker, whose attention they show")
+    loaded = searcher.loaded
+    return compute_encoder_maps(loaded.model, loaded.decoders, data, text, searcher.index.describe().modality)
+
+
+def save_maps(searcher: Searcher, results: Results, text: str, folder: Path, method: str = METHOD) -> list[str]:
+    """Write a figure of each result, and return a note for each that has none.
+
+    Raises UserError where the folder cannot be written, or no model has such maps.
+    """
+    if method == SIMILARITY:
+        tuned = searcher.reranker
+        encoder = tuned.model.encoder if tuned is not None else searcher.loaded.model
+        check_pooling(encoder, searcher.index.describe().modality)
     notes = []
     for position, result in enumerate(results.results, start=1):
         image = result.hit.image
         try:
-            maps = compute_word_maps(searcher.reranker, read_image(locate(image)), text)
+            maps = compute_maps(searcher, read_content(locate(image)), text, method)
         except UserError as error:
             notes.append(f"{image.key} has no map: {error}")
             continue

@@ -1,10 +1,12 @@
-"""Queries: a text, an image or both, without other words, filtered, and re-ranked by a fine-tuned retrieval run.
+"""Queries: a text, an image, a sound or several, without other words, filtered, and re-ranked by a retrieval run.
 
     searcher = Searcher(index, load_query_model(index, None), device)
     result = searcher.search(Query(text="black leather sofa", filter="price < 900"))
 
-The query's embedding is the mean of those of text and image, less NOT_WEIGHT times the mean of those of the words that are
-not wanted. With a re-ranker, the first `candidates` of this order are scored again by cross-attention between the words and
+Any modality of the model may ask for any other: what is said of images holds for an index of sounds.
+
+The query's embedding is the mean of those of text, image and sound, less NOT_WEIGHT times the mean of those of the words that
+are not wanted. With a re-ranker, the first `candidates` of this order are scored again by cross-attention between the words and
 the tokens of each image (reranking.py), and ordered by score(text) - NOT_WEIGHT x mean score(unwanted words). The rest keeps
 its order, and so does all of a query without a text.
 
@@ -29,11 +31,13 @@ from torch.nn import functional as F
 
 from finetune.loading import Finetuned
 from finetune.search.captions import fuse_ranks
+from finetune.search.fields import NOUNS
 from finetune.search.indexing import check_model, describe_model
 from finetune.search.reranking import Reranker
 from finetune.search.vector_index import Hit, VectorIndex, Vectors
 from pretrain.checkpoints.loading import LoadedModel, load_model
 from pretrain.data import BadSample
+from pretrain.data.audio_files import open_audio
 from pretrain.data.captions import normalize_whitespace
 from pretrain.embedding.encoder import build_text_encoder, eval_mode
 from pretrain.errors import ConfigError, UserError
@@ -66,11 +70,13 @@ class Query:
     """Images that the re-ranker orders, at least k."""
     is_hybrid: bool = False
     """Whether captions that hold the words of the text count, too."""
+    audio: bytes = b""
+    """A sound file; empty = none."""
 
     def validate(self) -> None:
         """Refuse a query that asks for nothing. Raises ConfigError."""
-        if not self.text.strip() and not self.image and not self.like:
-            raise ConfigError("the query is empty: give a text, --image FILE, or both")
+        if not self.text.strip() and not self.image and not self.audio and not self.like:
+            raise ConfigError("the query is empty: give a text, --image FILE, --audio FILE, or several")
         if self.is_hybrid and not self.text.strip():
             raise ConfigError("--hybrid needs a text, whose words are looked up in the captions")
         if any(not text.strip() for text in self.unwanted):
@@ -81,7 +87,7 @@ class Query:
 
 @dataclass
 class Result:
-    """One image that a query found."""
+    """One image or sound that a query found."""
 
     hit: Hit
     rank: int
@@ -149,7 +155,7 @@ def load_query_model(index: VectorIndex, run: str | None) -> LoadedModel:
         raise UserError(
             f"{index.place} was made with {model['from']}, which cannot be loaded: {error}; --run names it"
         ) from error
-    check_model(index.describe(), describe_model(loaded), index.place)
+    check_model(index.describe(), describe_model(loaded, index.describe().modality), index.place)
     return loaded
 
 
@@ -159,13 +165,16 @@ class Searcher:
     def __init__(
         self, index: VectorIndex, loaded: LoadedModel, device: torch.device, reranker: Finetuned | None = None
     ) -> None:
-        """Raises UserError where the model lacks the text tower, or the re-ranker is not one of retrieval."""
+        """Raises UserError where the re-ranker is not one of retrieval, or reads what the index does not hold."""
         self.index, self.loaded, self.device, self.reranker = index, loaded, device, reranker
         self._reranker = Reranker(reranker, index, device) if reranker is not None else None
         loaded.model.to(device)
 
     def search(self, query: Query) -> Results:
-        """Return the best images. Raises UserError for an image that is none, and ConfigError for a filter that is none."""
+        """Return the best images or sounds.
+
+        Raises UserError for an image or a sound that is none, and ConfigError for a filter that is none.
+        """
         query.validate()
         results = Results([], {})
         with _timed(results, "total"):
@@ -212,12 +221,13 @@ class Searcher:
         wanted = []
         if query.text.strip():
             wanted.append(self._encode_texts([query.text], notes)[0])
-        if query.image:
-            wanted.append(self._encode_image(query.image))
+        for modality, content in (("image", query.image), ("audio", query.audio)):
+            if content:
+                wanted.append(self._encode_file(modality, content, notes))
         if query.like:
             image = self.index.get([query.like])[0]
             if image is None or image.vector is None:
-                raise UserError(f"{self.index.place} has no image {query.like}")
+                raise UserError(f"{self.index.place} has no {self.index.describe().noun} {query.like}")
             wanted.append(image.vector)
         vector = np.mean(wanted, axis=0)
         if query.unwanted:
@@ -230,7 +240,7 @@ class Searcher:
     def _encode_texts(self, texts: list[str], notes: list[str]) -> Vectors:
         decoder = self.loaded.decoders.get("text")
         if decoder is None:
-            raise UserError(f"{self.loaded.folder} has no text tower: search with --image FILE")
+            raise self._lacks("text")
         texts = [normalize_whitespace(text) for text in texts]
         for text in texts:
             if note := describe_cut(decoder, text):
@@ -238,14 +248,25 @@ class Searcher:
         encode = build_text_encoder(self.loaded.model, self.loaded.decoders, self.device)
         return np.asarray(cut_to_width(encode(texts), self.index.describe().dim).numpy())
 
-    def _encode_image(self, data: bytes) -> Vectors:
+    def _encode_file(self, modality: str, data: bytes, notes: list[str]) -> Vectors:
+        decoder = self.loaded.decoders.get(modality)
+        if decoder is None:
+            raise self._lacks(modality)
         try:
-            pixels = self.loaded.decoders["image"].decode_eval(data)
+            item = decoder.decode_eval(data)
+            if modality == "audio" and (note := describe_crop(decoder, data)):
+                notes.append(note)
         except BadSample as error:
-            raise UserError(f"--image is not a usable image: {error}") from error
+            raise UserError(f"--{modality} is not a usable {NOUNS[modality]}: {error}") from error
         with torch.inference_mode(), eval_mode(self.loaded.model):
-            features = self.loaded.model.encode("image", pixels[None].to(self.device))
+            features = self.loaded.model.encode(modality, item[None].to(self.device))
         return np.asarray(cut_to_width(F.normalize(features.float(), dim=-1), self.index.describe().dim)[0].cpu().numpy())
+
+    def _lacks(self, modality: str) -> UserError:
+        """Return the error of a query that the model cannot encode."""
+        options = {"text": "a text", "image": "--image FILE", "audio": "--audio FILE"}
+        usable = " or ".join(options[name] for name in self.loaded.decoders if name in options)
+        return UserError(f"{self.loaded.folder} has no {modality} tower: search with {usable}")
 
     # -----------------------------------------------------------------------------------------------------------------
     # Re-ranking
@@ -275,6 +296,14 @@ def describe_cut(decoder: Any, text: str, what: str = "query") -> str:
     if tokens <= decoder.length:
         return ""
     return f"the {what} has {tokens:,} tokens and the model reads {decoder.length}: what comes after them does not count"
+
+
+def describe_crop(decoder: Any, data: bytes) -> str:
+    """Return a note where an encoded sound is longer than what the audio tower hears, else "". Raises BadSample."""
+    with open_audio(data) as sound:
+        seconds = sound.frames / sound.rate
+    heard = getattr(decoder, "seconds", seconds)
+    return f"the sound has {seconds:.1f} s and the model hears {heard:g} s: its middle counts" if seconds > heard + 0.05 else ""
 
 
 @contextmanager

@@ -1,9 +1,10 @@
-"""Re-ranking: a fine-tuned retrieval run scores images with a text, from token features that are kept beside the index.
+"""Re-ranking: a fine-tuned retrieval run scores images or sounds with a text, from token features beside the index.
 
     index_tokens(tuned, source, index, "", pool=1, batch_size=64, device=device)     at indexing
     Reranker(tuned, index, device).fetch(images) -> tokens; .score(tokens, "a red car")
 
-Images without stored features of the same model are read and encoded again.
+Images without stored features of the same model are read and encoded again. What is said of images holds for sounds, whose
+index needs a run that was trained with fusion.context=audio.
 
 Shapes: c = candidates, b = images of a batch, N = tokens of an image, C = width of a token.
 """
@@ -23,14 +24,16 @@ import torch
 from torch import Tensor, nn
 
 from finetune.loading import Finetuned
-from finetune.search.image_sources import ImageSource, Location, read_image
+from finetune.search.fields import NOUNS
+from finetune.search.image_sources import ImageSource, Location, read_content
+from finetune.search.modalities import find_content
 from finetune.search.token_store import ImageTokens, Layout, TokenStore, is_store, pool_tokens
 from finetune.search.vector_index import IndexedImage, VectorIndex, is_key
 from finetune.tasks.retrieval import Retrieval
 from pretrain.data import BadSample
-from pretrain.data.decode import EXTENSIONS
 from pretrain.embedding.encoder import eval_mode
 from pretrain.errors import ConfigError, UserError
+from pretrain.model import tower_configs
 from pretrain.printable import format_count
 from pretrain.runtime.console import log_info
 from pretrain.towers import TokenSequence
@@ -46,32 +49,44 @@ def fingerprint_images(tuned: Finetuned) -> str:
 
     A fusion that is trained further on the same tower keeps it.
     """
-    model, sha256 = tuned.model, hashlib.sha256()
-    modules: dict[str, nn.Module] = {"tower": model.encoder.tower("image"), "projection": model.encoder.projection("image")}
-    if "image" in model.forks:
-        modules["copy"] = model.forks["image"]
+    model, sha256, subject = tuned.model, hashlib.sha256(), tuned.model.subject
+    modules: dict[str, nn.Module] = {"tower": model.encoder.tower(subject), "projection": model.encoder.projection(subject)}
+    if subject in model.forks:
+        modules["copy"] = model.forks[subject]
     for part, module in modules.items():
         tensors = {**dict(module.named_buffers()), **module.state_dict()}
         for name, tensor in sorted(tensors.items(), key=lambda item: item[0]):
             sha256.update(f"{part}.{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             sha256.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    config = {k: v for k, v in asdict(cast(Any, tuned.config.image)).items() if k not in _INCIDENTAL}
+    section = cast(Any, tower_configs(tuned.config)[subject])
+    config = {k: v for k, v in asdict(section).items() if k not in _INCIDENTAL}
     if config.get("stride") is None:
         config.pop("stride", None)  # features of models that had no such setting stay valid
-    sha256.update(json.dumps([config, model.token_sources["image"]], sort_keys=True, default=str).encode())
+    sha256.update(json.dumps([config, model.token_sources[subject]], sort_keys=True, default=str).encode())
     return sha256.hexdigest()[:32]
 
 
-def check_task(tuned: Finetuned) -> None:
-    """Raise UserError for a run of another task."""
+def check_task(tuned: Finetuned, index: VectorIndex) -> None:
+    """Raise UserError for a run of another task, or one that reads what the index does not hold."""
     if str(tuned.config.task.name) != "retrieval":
         raise UserError(f"--rerank {tuned.folder} is a run of {tuned.config.task.name}; re-ranking needs one of retrieval")
+    check_subject("--rerank", tuned, index)
+
+
+def check_subject(option: str, tuned: Finetuned, index: VectorIndex) -> None:
+    """Raise UserError where a fine-tuned run reads what the index does not hold; option: what named the run."""
+    subject, description = tuned.model.subject, index.describe()
+    if subject != description.modality:
+        raise UserError(
+            f"{option} {tuned.folder} reads {NOUNS.get(subject, subject)}s, and {index.place} is an index of "
+            f"{description.noun}s: fine-tune with fusion.context={description.modality}"
+        )
 
 
 @torch.no_grad()
 def encode_images(tuned: Finetuned, pixels: Sequence[Tensor], device: torch.device) -> ImageTokens:
-    """Encode b images (3, H, W) uint8 to their tokens and embeddings."""
-    tokens, embedding = tuned.model.tokens_and_embedding("image", torch.stack(list(pixels)).to(device))
+    """Encode b images (3, H, W) uint8, or sounds (S,) int16, to their tokens and embeddings."""
+    tokens, embedding = tuned.model.tokens_and_embedding(tuned.model.subject, torch.stack(list(pixels)).to(device))
     return ImageTokens(tokens, cast(Tensor, embedding))
 
 
@@ -113,14 +128,15 @@ class TokenSummary:
     images: int
     """Images that have features now."""
     size: str
+    noun: str = "image"
 
     def __str__(self) -> str:
-        return f"token features of {self.run}: {format_count(self.images, 'image')}, {self.added:,} added; {self.size}"
+        return f"token features of {self.run}: {format_count(self.images, self.noun)}, {self.added:,} added; {self.size}"
 
 
 def check_store(tuned: Finetuned, index: VectorIndex, pool: int) -> None:
     """Raise UserError where features of this run cannot be kept beside an index; before anything is encoded."""
-    check_task(tuned)
+    check_task(tuned, index)
     if index.token_folder is None:
         raise ConfigError(f"--rerank: token features are kept in a folder beside the index, and {index.place} is a server")
     if is_store(index.token_folder):
@@ -147,7 +163,7 @@ def index_tokens(
         name: what precedes the keys; empty = nothing.
         pool: side of the squares of cells that are averaged; 1 = none.
         batch_size: images encoded at a time.
-        device: where the image tower runs.
+        device: where the tower runs.
         progress: called with images done and images in all.
 
     Raises:
@@ -155,7 +171,7 @@ def index_tokens(
     """
     check_store(tuned, index, pool)
     assert index.token_folder is not None
-    fingerprint, run, added = fingerprint_images(tuned), str(tuned.folder), 0
+    fingerprint, run, added, noun = fingerprint_images(tuned), str(tuned.folder), 0, index.describe().noun
     threads = max(2, min(16, len(os.sched_getaffinity(0))))
     tuned.model.to(device)
     store = TokenStore(index.token_folder) if is_store(index.token_folder) else None
@@ -187,8 +203,8 @@ def index_tokens(
                 added += len(batch)
                 progress(begin, len(source))
         if store is None:
-            return TokenSummary(run, 0, 0, "nothing to keep")
-        return TokenSummary(run, added, store.count(), store.describe_size())
+            return TokenSummary(run, 0, 0, "nothing to keep", noun)
+        return TokenSummary(run, added, store.count(), store.describe_size(), noun)
     finally:
         if store is not None:
             store.close()
@@ -217,9 +233,9 @@ def _find_missing(source: ImageSource, numbers: range, name: str, index: VectorI
 
 
 def _decode(tuned: Finetuned, members: dict[str, bytes]) -> Tensor | None:
-    data = next((members[extension] for extension in EXTENSIONS if extension in members), b"")
+    subject = tuned.model.subject
     try:
-        return cast(Tensor, tuned.decoders["image"].decode_eval(data))
+        return cast(Tensor, tuned.decoders[subject].decode_eval(find_content(members, subject) or b""))
     except BadSample:
         return None
 
@@ -232,8 +248,8 @@ class Reranker:
     """A retrieval run, and the token features that are kept beside an index, if they are of this run."""
 
     def __init__(self, tuned: Finetuned, index: VectorIndex, device: torch.device) -> None:
-        """Raises UserError for a run of another task, or features that are damaged."""
-        check_task(tuned)
+        """Raises UserError for a run of another task or modality, or features that are damaged."""
+        check_task(tuned, index)
         self.tuned, self.device, self.store = tuned, device, self._open_store(tuned, index)
         self.task = cast(Retrieval, tuned.task)
         tuned.model.to(device).eval()
@@ -242,12 +258,15 @@ class Reranker:
     def _open_store(tuned: Finetuned, index: VectorIndex) -> TokenStore | None:
         folder = index.token_folder
         if folder is None or not is_store(folder):
-            log_info(f"{index.place} has no token features beside it: images are encoded again to re-rank them")
+            log_info(
+                f"{index.place} has no token features beside it: {index.describe().noun}s are encoded again to re-rank them"
+            )
             return None
         store = TokenStore(folder)
         if store.layout.fingerprint == fingerprint_images(tuned):
             return store
-        log_info(f"{folder} holds token features of {store.layout}, not of {tuned.folder}: images are encoded again")
+        noun = index.describe().noun
+        log_info(f"{folder} holds token features of {store.layout}, not of {tuned.folder}: {noun}s are encoded again")
         store.close()
         return None
 
@@ -294,7 +313,7 @@ class Reranker:
     def _read(self, image: IndexedImage) -> Tensor | None:
         """Return an image, decoded; None where that cannot be done."""
         try:
-            return cast(Tensor, self.tuned.decoders["image"].decode_eval(read_image(locate(image))))
+            return cast(Tensor, self.tuned.decoders[self.tuned.model.subject].decode_eval(read_content(locate(image))))
         except (UserError, BadSample) as error:
             log_info(f"{image.key} is not re-ranked: {error}")
             return None

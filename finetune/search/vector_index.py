@@ -1,8 +1,9 @@
 """VectorIndex: what every index of images can do, whichever backend holds it.
 
-A row is an image: its key, where it lies, its caption, chosen fields, a thumbnail, and its embedding of unit length. Backends
-implement the methods that begin with an underscore. What they are given has been checked here: vectors are finite and of the
-index's width, keys are texts, fields have the index's types, and filters name existing fields.
+A row is an image: its key, where it lies, its caption, chosen fields, a thumbnail, and its embedding of unit length. In an
+index of sounds a row is a sound, and what is said of images holds for sounds. Backends implement the methods that begin with
+an underscore. What they are given has been checked here: vectors are finite and of the index's width, keys are texts, fields
+have the index's types, and filters name existing fields.
 
 Shapes: n = images, q = queries, D = width of the shared space.
 """
@@ -19,7 +20,7 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.search.fields import BUILT_IN, TEXT_BYTES, Field, Kind, fits, has_kind
+from finetune.search.fields import BUILT_IN, NOUNS, TEXT_BYTES, Field, Kind, fits, has_kind
 from finetune.search.filters import FieldKinds, bind
 from pretrain.data.filter_expression import Filter
 from pretrain.data.filter_parser import parse_filter
@@ -43,7 +44,7 @@ class NoIndexError(ConfigError):
 
 @dataclass
 class IndexedImage:
-    """A row of an index."""
+    """A row of an index: an image, or a sound in an index of sounds."""
 
     key: str
     """Unique in the index."""
@@ -80,6 +81,8 @@ class Description:
     model: dict[str, Any]
     """`fingerprint`, `from`, `step`, and what else says which model it is; see indexing.describe_model."""
     fields: tuple[Field, ...] = ()
+    modality: str = "image"
+    """What the rows are, one of NOUNS: the tower that made the embeddings."""
 
     def to_json(self) -> str:
         """Return the description as JSON text."""
@@ -91,13 +94,19 @@ class Description:
         try:
             values = json.loads(text)
             fields = tuple(Field(str(item["name"]), item["kind"]) for item in values["fields"])
-            parsed = cls(int(values["dim"]), dict(values["model"]), fields)
+            parsed = cls(int(values["dim"]), dict(values["model"]), fields, values.get("modality", "image"))
             is_valid = values["format"] == FORMAT and all(item.kind in get_args(Kind) for item in fields)
+            is_valid = is_valid and parsed.modality in NOUNS
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise UserError(f"{where} is no index of clipfuse, or its description is damaged: {error}") from error
         if not is_valid:
             raise UserError(f"{where} is not of {FORMAT}: index the images again with this version")
         return parsed
+
+    @property
+    def noun(self) -> str:
+        """What messages call a row."""
+        return NOUNS[self.modality]
 
     @property
     def kinds(self) -> FieldKinds:

@@ -1,4 +1,4 @@
-"""clipfuse index, search and serve: images into an index, and queries in words that find them."""
+"""clipfuse index, search and serve: images or sounds into an index, and queries in words that find them."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ _PLACE = (
 
 def add_commands(commands: Subparsers[argparse.ArgumentParser]) -> None:
     """Add index, search and serve."""
-    p = add_command(commands, "index", index, "images into an index that search reads", reads_runs=True)
+    p = add_command(commands, "index", index, "images or sounds into an index that search reads", reads_runs=True)
     p.add_argument("run", metavar="RUN", help="a run folder, a checkpoint folder, or a published CLIP")
-    p.add_argument("--data", required=True, nargs="+", metavar="DATA", help="shards, folders of images, or what embed wrote")
+    p.add_argument("--data", required=True, nargs="+", metavar="DATA", help="shards, folders of files, or what embed wrote")
     p.add_argument("--db", required=True, metavar="PLACE", help=f"the index: {_PLACE}")
     p.add_argument("--fields", default="", metavar="NAME:KIND,...", help="fields of the json to keep: float, int, bool or str")
     p.add_argument("--images", nargs="+", default=[], metavar="SHARDS", help="with what embed wrote: the shards it read")
+    p.add_argument("--only", default="", metavar="MODALITY", help="image or audio (default: image where RUN has such a tower)")
     p.add_argument("--name", default="", metavar="NAME", help="precedes the keys, for sources whose keys are the same")
     p.add_argument("--replace", action="store_true", help="encode images again that the index has")
     p.add_argument("--caption", default="", metavar="FIELD", help="txt, or a field of the json (default: the model's)")
@@ -51,11 +52,14 @@ def add_commands(commands: Subparsers[argparse.ArgumentParser]) -> None:
     p.add_argument("--backend", choices=["exact", "milvus"], help="instead of what the name of the place says")
     p.add_argument("--json", action="store_true", help="print one JSON object at the end")
 
-    p = add_command(commands, "search", search, "images that a text describes, or that are like an image", reads_runs=True)
+    p = add_command(
+        commands, "search", search, "images or sounds that a text describes, or that are like a file", reads_runs=True
+    )
     p.add_argument("db", metavar="PLACE", help="the index, as `clipfuse index --db` made it")
-    p.add_argument("text", metavar="TEXT", nargs="?", default="", help="what the images show")
+    p.add_argument("text", metavar="TEXT", nargs="?", default="", help="what the images show, or the sounds are of")
     p.add_argument("--image", type=Path, metavar="FILE", help="an image that they are like, alone or with TEXT")
-    p.add_argument("--like", default="", metavar="KEY", help="an image of the index that they are like")
+    p.add_argument("--audio", type=Path, metavar="FILE", help="a sound that they are like, alone or with TEXT")
+    p.add_argument("--like", default="", metavar="KEY", help="an image or a sound of the index that they are like")
     p.add_argument(
         "--not", dest="unwanted", action="append", default=[], metavar="TEXT", help="what they do not show; repeatable"
     )
@@ -66,14 +70,19 @@ def add_commands(commands: Subparsers[argparse.ArgumentParser]) -> None:
     p.add_argument("--k", type=positive_int, default=10, metavar="N", help="results (default 10)")
     p.add_argument("--run", metavar="RUN", help="the model of the index, where it is no longer in its place")
     p.add_argument("--backend", choices=["exact", "milvus"], help="instead of what the name of the place says")
-    p.add_argument("--maps", type=Path, metavar="DIR", help="with --rerank: draw where it looked for each word, in each result")
+    p.add_argument("--maps", type=Path, metavar="DIR", help="draw where --rerank looked for each word, in each result")
+    p.add_argument(
+        "--maps-method",
+        metavar="METHOD",
+        help="raw, rollout, gradcam, relevance, similarity (default raw); similarity needs no --rerank",
+    )
     p.add_argument("--log", type=Path, metavar="FILE", help="append one JSON line about the query")
     p.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
-    p = add_command(commands, "serve", serve, "a page where a sentence finds images", reads_runs=True)
+    p = add_command(commands, "serve", serve, "a page where a sentence finds images or sounds", reads_runs=True)
     p.add_argument("db", metavar="PLACE", help="the index, as `clipfuse index --db` made it")
     p.add_argument("--rerank", metavar="RUN", help="a fine-tuned retrieval run, which also shows where each word looked")
-    p.add_argument("--vqa", metavar="RUN", help="a fine-tuned vqa run, which answers questions about images")
+    p.add_argument("--vqa", metavar="RUN", help="a fine-tuned vqa run, which answers questions about results")
     p.add_argument("--run", metavar="RUN", help="the model of the index, where it is no longer in its place")
     p.add_argument("--backend", choices=["exact", "milvus"], help="instead of what the name of the place says")
     p.add_argument("--log", type=Path, metavar="FILE", help="append one JSON line about each query")
@@ -114,7 +123,9 @@ def _index(args: argparse.Namespace) -> int:
     from pretrain.embedding.dataset import is_embedding_folder
     from pretrain.runtime import distributed
 
-    options = indexing.IndexOptions(args.backend, args.fields, args.name, args.replace, args.caption, args.batch_size, args.dim)
+    options = indexing.IndexOptions(
+        args.backend, args.fields, args.name, args.replace, args.caption, args.batch_size, args.dim, args.only
+    )
     options.check()
     embedded = [place for place in args.data if is_embedding_folder(place)]
     if embedded and len(args.data) > 1:
@@ -122,10 +133,12 @@ def _index(args: argparse.Namespace) -> int:
     if args.images and not embedded:
         raise ConfigError("--images goes with --data that clipfuse embed wrote")
     shards = args.images if embedded else args.data
-    source = image_sources.open_sources(shards, "--images" if embedded else "--data") if shards else None
-    if args.rerank is not None and source is None:
-        raise ConfigError("--rerank with --data that clipfuse embed wrote needs --images: it reads the images")
+    if args.rerank is not None and not shards:
+        raise ConfigError("--rerank with --data that clipfuse embed wrote needs --images: it reads the files themselves")
     loaded = load_model(args.run)
+    options.modality = indexing.find_modality(loaded, args.only, args.db, args.backend)
+    where = "--images" if embedded else "--data"
+    source = image_sources.open_sources(shards, where, options.modality) if shards else None
     tuned = loading.load(args.rerank) if args.rerank is not None else None
     if tuned is not None:
         with indexing.open_for(args.db, loaded, options) as opened:
@@ -163,7 +176,7 @@ def search(args: argparse.Namespace) -> int:
     for run in (args.rerank, args.run):
         if run is not None:
             check_run(run)
-    image = _read_query_image(args.image)
+    image, audio = _read_query_file("--image", args.image), _read_query_file("--audio", args.audio)
     with places.open_index(args.db, args.backend) as opened:
         if condition is not None:
             opened.count(condition)  # names and kinds of fields, before a model is loaded
@@ -174,20 +187,20 @@ def search(args: argparse.Namespace) -> int:
         from finetune.search.query import Query, Searcher, load_query_model
         from pretrain.runtime import distributed
 
-        query = Query(args.text, image, args.like, args.unwanted, args.filter, args.k, args.candidates, args.hybrid)
+        query = Query(args.text, image, args.like, args.unwanted, args.filter, args.k, args.candidates, args.hybrid, audio)
         query.validate()
         if args.rerank is not None and not args.text.strip():
-            raise ConfigError("--rerank needs a text: it scores how well a text and an image match")
-        if args.maps is not None and args.rerank is None:
-            raise ConfigError("--maps needs --rerank RUN, whose attention it draws")
+            raise ConfigError("--rerank needs a text: it scores how well a text and a result match")
+        method = _check_maps(args)
         reranker = loading.load(args.rerank) if args.rerank is not None else None
         searcher = Searcher(opened, load_query_model(opened, args.run), distributed.device(), reranker)
         results = searcher.search(query)
         if args.maps is not None:
             from finetune.search.maps import save_maps
 
-            results.notes += save_maps(searcher, results, query.text, args.maps)
-    record = results.to_record(query) | {"image": str(args.image) if args.image else None, "rerank": args.rerank}
+            results.notes += save_maps(searcher, results, query.text, args.maps, method)
+    files = {name: str(path) if path else None for name, path in (("image", args.image), ("audio", args.audio))}
+    record = results.to_record(query) | files | {"rerank": args.rerank}
     if args.log is not None:
         _append(args.log, json.dumps(record))
     if args.json:
@@ -218,7 +231,7 @@ def serve(args: argparse.Namespace) -> int:
         from pretrain.runtime import distributed
 
         reranker = loading.load(args.rerank) if args.rerank is not None else None
-        answerer = Answerer(loading.load(args.vqa), distributed.device()) if args.vqa is not None else None
+        answerer = Answerer(loading.load(args.vqa), distributed.device(), opened) if args.vqa is not None else None
         searcher = Searcher(opened, load_query_model(opened, args.run), distributed.device(), reranker)
 
         def log(record: dict[str, Any]) -> None:
@@ -229,24 +242,41 @@ def serve(args: argparse.Namespace) -> int:
     return DONE
 
 
-def _read_query_image(path: Path | None) -> bytes:
+def _check_maps(args: argparse.Namespace) -> str:
+    """Return the method of --maps. Raises ConfigError where it does not fit the other options."""
+    from finetune.explain import word_maps
+
+    method = args.maps_method or word_maps.METHOD
+    word_maps.check_method(method)
+    if args.maps is None:
+        if args.maps_method is not None:
+            raise ConfigError(f"--maps-method {method} goes with --maps DIR")
+    elif not args.text.strip():
+        raise ConfigError("--maps needs a text, for whose words it draws")
+    elif args.rerank is None and method != word_maps.SIMILARITY:
+        raise ConfigError("--maps needs --rerank RUN, whose attention it draws, or --maps-method similarity")
+    return method
+
+
+def _read_query_file(option: str, path: Path | None) -> bytes:
     if path is None:
         return b""
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise ConfigError(f"--image {path} cannot be read: {error.strerror or error}") from error
+        raise ConfigError(f"{option} {path} cannot be read: {error.strerror or error}") from error
     if not content:
-        raise UserError(f"--image {path} is empty")
+        raise UserError(f"{option} {path} is empty")
     return content
 
 
 def _format_result(position: int, result: Result) -> str:
-    """Return the line of a result: position, cosine, the re-ranker's score and how far it moved, key, caption, fields."""
+    """Return the line of a result: position, cosine, the re-ranker's score and its move, key, caption, fields, place."""
     image = result.hit.image
     moved = f"  {result.match:+7.2f} (was {result.rank})" if result.match is not None else ""
     fields = "".join(f"  {name}={value}" for name, value in image.fields.items() if value is not None)
-    return f"{position:3d}  {result.hit.score:6.3f}{moved}  {image.key}  {image.caption[:80]}{fields}"
+    place = f"  {image.source}{f':{image.offset}' if image.offset >= 0 else ''}" if image.source else ""
+    return f"{position:3d}  {result.hit.score:6.3f}{moved}  {image.key}  {image.caption[:80]}{fields}{place}"
 
 
 def _format_times(results: Results) -> str:

@@ -1,9 +1,10 @@
-"""`clipfuse serve`: a page on this machine where a sentence finds images, and every word shows where it looked.
+"""`clipfuse serve`: a page on this machine where a sentence finds images or sounds, and every word shows where it looked.
 
-app.py           the addresses: searches, questions, thumbnails, heat maps, and the same as JSON
+app.py           the addresses: searches, questions, thumbnails, sounds, heat maps, and the same as JSON
 filter_form.py   inputs for each field of the index, and the condition that they make
 orders.py        the order by embeddings and that after re-ranking, side by side
-maps.py          heat maps of words; uploads.py: images that were uploaded lately
+maps.py          heat maps of words; uploads.py: files that were uploaded lately
+media.py         a sound, or the range of its bytes that a browser asks for
 *.html.j2        results and questions; macros: what both show; style.css: how it looks
 
 The page holds no script and loads nothing from elsewhere: words are radio buttons, and the style sheet shows the heat maps of
@@ -36,7 +37,7 @@ def serve(
         host: the address to listen at; another than 127.0.0.1 lets other machines in.
         port: 0 = any that is free.
         log: called with a record of each query that was answered.
-        answerer: answers questions about images; None = the page asks none.
+        answerer: answers questions about results; None = the page asks none.
     """
     import socket
 

@@ -1,12 +1,13 @@
 """The addresses of the page.
 
-    GET  /            the page; parameters: q, unwanted, condition, like, k, hybrid, and from.FIELD, to.FIELD, is.FIELD
-    POST /            the same, without like and hybrid, with a file `image`
+    GET  /            the page; parameters: q, unwanted, condition, like, k, hybrid, maps, and from.FIELD, to.FIELD, is.FIELD
+    POST /            the same, without like and hybrid, with a file, an image or a sound
     GET  /api/search  and POST /api/search: the same as JSON
-    GET  /ask         a question about an image: question, and key (of the index) or upload (its name)
-    GET  /api/ask     and POST /api/ask with a file `image`: the same as JSON
+    GET  /ask         a question about a result: question, and key (of the index) or upload (its name)
+    GET  /api/ask     and POST /api/ask with a file: the same as JSON
     GET  /thumbnail   key or upload
-    GET  /map         key or upload, q, word, by (rerank or vqa): the heat map of a word
+    GET  /audio       key or upload: the sound itself, or a range of its bytes
+    GET  /map         key or upload, q, word, by (rerank or vqa), method: the heat map of a word
     GET  /style.css
 
 One model answers one query at a time. Requests must name this machine as their host, so that no other page can reach it.
@@ -26,29 +27,30 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from finetune.explain.heatmap import LEGEND
-from finetune.explain.word_maps import format_share
+from finetune.explain.heatmap import LEGEND, SIMILARITY_LEGEND
+from finetune.explain.word_maps import METHOD, METHODS, SIMILARITY, check_method, format_share
 from finetune.search import query as queries
 from finetune.search.answering import Answerer
+from finetune.search.fields import NOUNS
+from finetune.search.modalities import find_media_type, preview
 from finetune.search.query import Searcher
 from launch.serve import filter_form
 from launch.serve.filter_form import Control
 from launch.serve.maps import MAX_WORDS, ImageReference, MapDrawer
+from launch.serve.media import send_sound
 from launch.serve.orders import BAND, CELL, LABEL, STEP, draw_orders
 from launch.serve.uploads import Uploads
 from pretrain.data import BadSample
-from pretrain.data.thumbnails import make_thumbnail
 from pretrain.errors import UserError
 
 MAX_UPLOAD = 64 << 20
-"""Most bytes of an uploaded image."""
+"""Most bytes of an uploaded file."""
 Upload = bytes | UserError
 """An uploaded file, empty where there is none; or why it cannot be used."""
 MAX_RESULTS = 100
 """Most results of a page."""
+_POLICY = "default-src 'none'; img-src 'self'; style-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 _HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; img-src 'self'; style-src 'self'; form-action 'self'; base-uri 'none'; "
-    "frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
@@ -71,6 +73,7 @@ def build_app(
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]", *(hosts or [])])
     site = _Site(searcher, log, answerer)
+    policy = f"{_POLICY}; media-src 'self'" if "audio" in searcher.loaded.decoders else _POLICY
     style = resources.files("launch.serve").joinpath("style.css").read_text() + "".join(
         f"body:has(#w{i}:checked) .m{i}{{display:block}}\n" for i in range(MAX_WORDS)
     )
@@ -78,7 +81,7 @@ def build_app(
     @app.middleware("http")
     async def add_headers(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
         response = await call_next(request)
-        response.headers.update(_HEADERS)
+        response.headers.update(_HEADERS | {"Content-Security-Policy": policy})
         return response
 
     # Handlers are not async: each runs in a thread, and waits there for the model.
@@ -116,12 +119,20 @@ def build_app(
         return _send_jpeg(site.maps.read_thumbnail(ImageReference(key, upload)))
 
     @app.get("/map")
-    def show_map(word: int, q: str = "", key: str = "", upload: str = "", by: str = "rerank") -> Response:
+    def show_map(word: int, q: str = "", key: str = "", upload: str = "", by: str = "rerank", method: str = METHOD) -> Response:
         try:
-            maps = site.maps.draw(ImageReference(key, upload), q, by)
+            maps = site.maps.draw(ImageReference(key, upload), q, by, method)
         except UserError:
             return Response(status_code=404)
         return _send_jpeg(maps.tiles[word][1] if 0 <= word < len(maps.tiles) else b"")
+
+    @app.get("/audio")
+    def play(request: Request, key: str = "", upload: str = "") -> Response:
+        try:
+            content = site.maps.read(ImageReference(key, upload))
+        except UserError:
+            return Response(status_code=404)
+        return send_sound(content, request.headers.get("range", ""))
 
     @app.get("/favicon.ico")
     def show_no_icon() -> Response:
@@ -135,14 +146,14 @@ def build_app(
 
 
 async def _with_upload(request: Request, respond: Callable[[Mapping[str, str], Upload], Response]) -> Response:
-    """Respond in a thread to a form with a file `image`."""
+    """Respond in a thread to a form with a file."""
     async with request.form() as form:
         parameters = {name: value for name, value in form.items() if isinstance(value, str)}
-        image = form.get("image")
-        data = await image.read(MAX_UPLOAD + 1) if image is not None and not isinstance(image, str) else b""
+        file = next((value for value in form.values() if not isinstance(value, str)), None)
+        data = await file.read(MAX_UPLOAD + 1) if file is not None else b""
         upload: Upload = data
         if not data:
-            upload = UserError("the file is empty: choose an image")
+            upload = UserError("the file is empty: choose another")
         elif len(data) > MAX_UPLOAD:
             upload = UserError(f"the file has more than {MAX_UPLOAD >> 20} MB, which is the most that can be uploaded")
         return await run_in_threadpool(respond, parameters, upload)
@@ -172,9 +183,11 @@ class _Site:
         )
         self.templates.globals.update(
             place=searcher.index.place,
+            noun=searcher.index.describe().noun,
+            accepted=[name for name in NOUNS if name in searcher.loaded.decoders],
             can_rerank=searcher.reranker is not None,
             can_ask=answerer is not None,
-            legend=LEGEND,
+            methods=METHODS,
             layout=(CELL, STEP, BAND, LABEL),
         )
 
@@ -184,15 +197,16 @@ class _Site:
     def show_results(self, parameters: Mapping[str, str], upload: Upload = b"") -> Response:
         results, words, problem, name = None, list[str](), "", ""
         controls = self._read_controls(parameters)
-        query = _read_query(parameters, upload)
+        query, method = self._read_query(parameters, upload), parameters.get("maps") or METHOD
         with self.lock:
             try:
                 if not isinstance(upload, bytes):
                     raise upload
+                check_method(method)
                 name = self._keep(upload) if upload else ""
                 if upload or query.text.strip() or query.like:
                     results = self._search(query, controls)
-                    words = self._find_words(query, results)
+                    words = self._find_words(query, results, method)
             except UserError as error:
                 problem = str(error)
             total = self.searcher.index.count()
@@ -205,6 +219,9 @@ class _Site:
             problem=problem,
             controls=controls,
             upload=name,
+            is_heard=bool(query.audio),
+            method=method,
+            legend=SIMILARITY_LEGEND if method == SIMILARITY else LEGEND,
             total=total,
             map_text=self.maps.shorten(query.text, "rerank"),
         )
@@ -215,10 +232,28 @@ class _Site:
             if not isinstance(upload, bytes):
                 raise upload
             with self.lock:
-                results = self._search(_read_query(parameters, upload), self._read_controls(parameters))
+                results = self._search(self._read_query(parameters, upload), self._read_controls(parameters))
         except UserError as error:
             return JSONResponse({"error": str(error)}, status_code=400)
         return JSONResponse({"results": results.to_records(), "milliseconds": results.milliseconds, "notes": results.notes})
+
+    def _read_query(self, parameters: Mapping[str, str], upload: Upload) -> queries.Query:
+        """Return the query of a request, whose filter is the written condition alone."""
+        file = upload if isinstance(upload, bytes) else b""
+        is_sound = bool(file) and self._identify(file) == "audio"
+        text, k = parameters.get("q", ""), parameters.get("k", "")
+        count = int(k) if k.isdecimal() and 0 < int(k[:6]) <= MAX_RESULTS else 12
+        unwanted = parameters.get("unwanted", "")
+        return queries.Query(
+            text,
+            b"" if is_sound else file,
+            "" if file else parameters.get("like", ""),
+            [unwanted] if unwanted.strip() else [],
+            parameters.get("condition", "").strip() or None,
+            count,
+            is_hybrid=bool(parameters.get("hybrid")) and bool(text.strip()) and not file,
+            audio=file if is_sound else b"",
+        )
 
     def _read_controls(self, parameters: Mapping[str, str]) -> list[Control]:
         return filter_form.build_controls(self.searcher.index.describe().fields, parameters, self.suggestions)
@@ -229,22 +264,29 @@ class _Site:
         self.log(results.to_record(whole))
         return results
 
-    def _find_words(self, query: queries.Query, results: queries.Results) -> list[str]:
-        """Return the words that have heat maps; none where the first result has none."""
+    def _find_words(self, query: queries.Query, results: queries.Results, method: str) -> list[str]:
+        """Return the words that have heat maps; none where the first result has none, which a note explains."""
         if self.searcher.reranker is None or not query.text.strip() or not results.results:
             return []
         try:
-            maps = self.maps.draw(ImageReference(results.results[0].hit.image.key), query.text, "rerank")
-        except UserError:
-            return []  # the image is no longer where it was: the result itself stays
+            maps = self.maps.draw(ImageReference(results.results[0].hit.image.key), query.text, "rerank", method)
+        except UserError as error:
+            results.notes.append(f"there are no heat maps: {error}")  # the results themselves stay
+            return []
         return [word for word, _ in maps.tiles]
 
     def _keep(self, upload: bytes) -> str:
-        """Keep an upload for the page, and return its name. Raises UserError where it is no image."""
+        """Keep an upload for the page, and return its name. Raises UserError where it is no image and no sound."""
+        modality = self._identify(upload)
         try:
-            return self.uploads.put(upload, make_thumbnail(upload).jpeg)
+            return self.uploads.put(upload, preview(upload, modality)[0])
         except BadSample as error:
-            raise UserError(f"the file is not a usable image: {error}") from error
+            raise UserError(f"the file is not a usable {NOUNS[modality]}: {error}") from error
+
+    def _identify(self, upload: bytes) -> str:
+        """Return whether an upload is an image or a sound: what it begins as, or what the model takes if that is neither."""
+        takes_images = "image" in self.searcher.loaded.decoders
+        return "audio" if find_media_type(upload) or not takes_images else "image"
 
     # -----------------------------------------------------------------------------------------------------------------
     # Questions
@@ -269,6 +311,7 @@ class _Site:
             shares=[(name, value, format_share(value)) for name, value in answer.answers] if answer is not None else [],
             words=[word for word, _ in answer.tiles] if answer is not None else [],
             problem=problem,
+            legend=LEGEND,
             map_text=self.maps.shorten(question, "vqa"),
         )
         return HTMLResponse(content, status_code=400 if problem else 200)
@@ -300,24 +343,8 @@ class _Site:
         return answer
 
 
-def _read_query(parameters: Mapping[str, str], upload: Upload) -> queries.Query:
-    """Return the query of a request, whose filter is the written condition alone."""
-    image = upload if isinstance(upload, bytes) else b""
-    text, k = parameters.get("q", ""), parameters.get("k", "")
-    count = int(k) if k.isdecimal() and 0 < int(k[:6]) <= MAX_RESULTS else 12
-    unwanted = parameters.get("unwanted", "")
-    return queries.Query(
-        text,
-        image,
-        "" if image else parameters.get("like", ""),
-        [unwanted] if unwanted.strip() else [],
-        parameters.get("condition", "").strip() or None,
-        count,
-        is_hybrid=bool(parameters.get("hybrid")) and bool(text.strip()) and not image,
-    )
-
-
 def _describe_state(parameters: Mapping[str, str]) -> list[tuple[str, str]]:
     """Return the parameters that another query on the page keeps: filters and the number of results."""
-    names = [name for name in parameters if name in ("condition", "k", "unwanted") or name.startswith(("from.", "to.", "is."))]
+    kept = ("condition", "k", "unwanted", "maps")
+    names = [name for name in parameters if name in kept or name.startswith(("from.", "to.", "is."))]
     return [(name, parameters[name]) for name in names if parameters[name]]

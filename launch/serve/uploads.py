@@ -1,4 +1,4 @@
-"""Images that were uploaded lately, in memory, so that the page can show them and questions can be asked about them."""
+"""Files that were uploaded lately, in memory, so that the page can show them and questions can be asked about them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Uploads:
         self._images: OrderedDict[str, tuple[bytes, bytes]] = OrderedDict()
 
     def put(self, data: bytes, thumbnail: bytes) -> str:
-        """Keep an image, and return its name."""
+        """Keep an image or a sound, and return its name."""
         name = hashlib.sha256(data).hexdigest()[:32]
         self._images[name] = (data, thumbnail)
         self._images.move_to_end(name)
@@ -26,5 +26,5 @@ class Uploads:
         return name
 
     def get(self, name: str) -> tuple[bytes, bytes] | None:
-        """Return an image and its thumbnail; None where it is not there, or no longer."""
+        """Return a file and its thumbnail; None where it is not there, or no longer."""
         return self._images.get(name)

@@ -12,6 +12,7 @@ from filelock import FileLock
 from tests.support import Small, read_losses
 from tests.support.catalog import make_search_folder
 from tests.support.launches import STEPS, clipfuse_command, start_launcher, tiny_run_args
+from tests.support.sound_search import make_sound_folder
 
 
 @pytest.fixture(scope="session")
@@ -37,6 +38,14 @@ def folder(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a catalog to search, see tests/support/catalog.py."""
     root = tmp_path_factory.mktemp("search")
     make_search_folder(small, root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def sound_folder(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with sounds to search, see tests/support/sound_search.py."""
+    root = tmp_path_factory.mktemp("sounds")
+    make_sound_folder(small, root)
     return root
 
 

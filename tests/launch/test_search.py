@@ -312,7 +312,7 @@ def test_the_same_command_goes_on_after_a_kill(here: Path, capsys: pytest.Captur
 REFUSED = {
     "search nowhere car": "nowhere is no index; `clipfuse index RUN --data SHARDS --db nowhere` makes one",
     "search nowhere.db car": "nowhere.db is no index",
-    "search catalog": "the query is empty: give a text, --image FILE, or both",
+    "search catalog": "the query is empty: give a text, --image FILE, --audio FILE, or several",
     "search catalog '  '": "the query is empty",
     "search catalog car --filter 'prise < 9'": "the index has no field 'prise'; did you mean 'price'?",
     "search catalog car --filter 'price <'": "column 8: a number, a text in quotes",

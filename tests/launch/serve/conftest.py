@@ -42,3 +42,16 @@ def client(folder: Path, small: Small, records: list[dict[str, Any]]) -> Iterato
         app = build_app(searcher, log=records.append, answerer=Answerer(loading.load(str(folder / "runs/vqa")), device))
         with TestClient(app, base_url="http://127.0.0.1:8000") as client:
             yield client
+
+
+@pytest.fixture(scope="session")
+def sound_client(sound_folder: Path) -> Iterator[TestClient]:
+    """A client of the page of an index of sounds, whose runs have no image tower."""
+    with contextlib.chdir(sound_folder):
+        words = ["index", "runs/two", "--data", "sounds.tar", "--db", "page", "--rerank", "runs/heard"]
+        assert cli.main(words) == 0
+    device = torch.device("cpu")
+    with places.open_index(str(sound_folder / "page")) as opened:
+        searcher = Searcher(opened, load_query_model(opened, None), device, loading.load(str(sound_folder / "runs/heard")))
+        with TestClient(build_app(searcher), base_url="http://127.0.0.1:8000") as client:
+            yield client

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import shutil
 import socket
@@ -25,6 +26,13 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def origin(client: TestClient) -> Iterator[str]:
     """The address of the page on a port of this machine."""
+    with listen(client) as address:
+        yield address
+
+
+@contextlib.contextmanager
+def listen(client: TestClient) -> Iterator[str]:
+    """Serve a page on a port of this machine, and yield its address."""
     server = uvicorn.Server(uvicorn.Config(client.app, log_level="warning"))
     listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, args=([listener],))
@@ -48,7 +56,14 @@ def chromium() -> Iterator[Any]:
 
 @pytest.fixture
 def page(here: Path, chromium: Any, origin: str) -> Iterator[Any]:
-    """An open page. At the end: nothing was asked of another machine, and the console is empty but for refused requests."""
+    """An open page, see open_page."""
+    with open_page(chromium, origin) as page:
+        yield page
+
+
+@contextlib.contextmanager
+def open_page(chromium: Any, origin: str) -> Iterator[Any]:
+    """Open a page. At the end: nothing was asked of another machine, and the console is empty but for refused requests."""
     page = chromium.new_page(viewport={"width": 1200, "height": 900})
     requests: list[str] = []
     messages: list[str] = []
@@ -177,3 +192,28 @@ def test_empty_and_endless_queries_and_a_script_in_a_caption(page: Any) -> None:
     search(page, "red car " * 500)
     assert "what comes after them does not count" in page.locator(".note").inner_text()
     assert page.evaluate("() => document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def test_sounds_are_heard_and_searched_by(sound_folder: Path, chromium: Any, sound_client: TestClient) -> None:
+    """The policy of the page lets the browser load sounds from it; a file that is chosen is a query."""
+    with listen(sound_client) as origin, open_page(chromium, origin) as page:
+        page.get_by_label("Sounds of").fill("a green thing")
+        with page.expect_navigation():
+            page.keyboard.press("Enter")
+        assert page.locator(".results audio").count() == 12
+        length = "() => { const a = document.querySelector('.results audio'); a.preload = 'auto'; a.load() }"
+        page.evaluate(length)
+        page.wait_for_function("() => document.querySelector('.results audio').duration > 0")
+        assert page.evaluate("() => document.querySelector('.results audio').duration") in (0.3, 0.8)
+        page.locator(".words").get_by_text("green", exact=True).click()
+        page.wait_for_function("() => document.querySelector('img.m1').naturalWidth > 0")
+        assert page.locator("img.m1").first.is_visible()
+        page.goto(origin)  # without the text
+        name = "00007.flac"
+        file = {"name": name, "mimeType": "audio/flac", "buffer": (sound_folder / "sounds" / name).read_bytes()}
+        page.get_by_label("Sounds like this file").set_input_files(file)
+        with page.expect_navigation():
+            page.get_by_text("Search by sound").click()
+        assert "cosine 1.000" in page.locator(".results li").first.inner_text()
+        assert page.locator(".asked audio").count() == 1
+        assert page.evaluate("() => document.documentElement.scrollWidth <= window.innerWidth")
