@@ -114,12 +114,16 @@ def evaluate_command(config: Any, folder: RunFolder) -> list[list[str]]:
     return [["clipfuse", "evaluate", str(folder.path), "--data", format_patterns(config.data.val, "data.val")]]
 
 
-def index_command(config: Any, folder: RunFolder) -> list[list[str]]:
-    """Return the command that makes the images of a run searchable, as a list of one; [] for data without images."""
-    data = data_option(config)
-    if not data or config.image is None or config.text is None:
+def index_command(config: Any, folder: RunFolder, modality: str = "") -> list[list[str]]:
+    """Return the command that makes the images or sounds of a run searchable, as a list of one; [] for data without any.
+
+    modality: which of them, where the run has both; "" = images.
+    """
+    data, has_sounds = data_option(config), config.others.get("audio") is not None
+    if not data or config.text is None or (config.image is None and not has_sounds):
         return []
-    return [["clipfuse", "index", str(folder.path), *data, "--db", str(folder.path / "index")]]
+    only = ["--only", modality] if modality == "audio" and config.image is not None else []
+    return [["clipfuse", "index", str(folder.path), *data, "--db", str(folder.path / "index"), *only]]
 
 
 def finetune_command(config: Any, folder: RunFolder) -> list[list[str]]:

@@ -168,8 +168,8 @@ def test_claps_architectures_become_a_clap_model_of_transformers(
         assert cli.main(["evaluate", folder, "--data", "val-00.tar", "--json"]) == 0
         metrics.append(json.loads(capsys.readouterr().out)["metrics"])
     assert metrics[0] == metrics[1]
-    assert cli.main(["embed", "clap", "--data", "val-00.tar", "--out", "vectors", "--dtype", "float32"]) == 0
-    table = pq.read_table(next(Path("vectors").glob("*.parquet")))
+    assert cli.main(["embed", "clap", "--data", "val-00.tar", "--out", "clap-vectors", "--dtype", "float32"]) == 0
+    table = pq.read_table(next(Path("clap-vectors").glob("*.parquet")))
     assert table.column_names == ["key", "text", "audio", "caption", "json"]
     np.testing.assert_allclose(table["text"].to_pylist(), ours.encode_texts(table["caption"].to_pylist()), atol=1e-6)
     Path("more.yaml").write_text("init: clap")
@@ -182,7 +182,7 @@ def test_claps_architectures_become_a_clap_model_of_transformers(
 
 
 def test_sounds_and_texts_alone(here: Path, small: Small, capsys: pytest.CaptureFixture[str]) -> None:
-    """No images: another primary metric, classes of sounds, and no command that needs images."""
+    """No images: another primary metric, classes of sounds, an index of sounds, and no command that needs images."""
     settings = [s for s in small.settings("two", *MORE, "train.steps=4", "train.save_every=2") if not s.startswith("image.")]
     classes = [
         "eval.tasks=[retrieval,zero_shot,linear_probe]",
@@ -194,7 +194,7 @@ def test_sounds_and_texts_alone(here: Path, small: Small, capsys: pytest.Capture
     assert "audio" in capsys.readouterr().out
     assert cli.main([*words, "train.eval_every=2"]) == 0
     output = capsys.readouterr()
-    assert "clipfuse index" not in output.out + output.err
+    assert "clipfuse index runs/two --data val-00.tar --db runs/two/index\n" in output.err
     assert "clipfuse finetune" not in output.out + output.err
     evaluated = [line for line in read_jsonl(here / "runs/two/metrics.jsonl") if "val/samples" in line][-1]
     assert evaluated["val/audio_to_text_R@1"] >= 0
