@@ -38,6 +38,8 @@ class SearchSection:
     images: int
     searches: list[Search]
     is_reranked: bool
+    noun: str = "image"
+    """What the index holds."""
 
 
 def build_searches(place: str, texts: Sequence[str], tuned: Finetuned | None = None) -> SearchSection:
@@ -46,13 +48,15 @@ def build_searches(place: str, texts: Sequence[str], tuned: Finetuned | None = N
     Args:
         place: of the index, whose own model encodes them.
         texts: the sentences.
-        tuned: a fine-tuned run: one of retrieval re-ranks, others play no part.
+        tuned: a fine-tuned run: one of retrieval re-ranks what it reads, others play no part.
 
     Raises:
         UserError: there is no index at this place, it is empty, or its model cannot be loaded.
     """
-    reranker = tuned if tuned is not None and str(tuned.config.task.name) == "retrieval" else None
     with places.open_index(place) as index:
+        reranker, description = tuned, index.describe()
+        if tuned is None or (str(tuned.config.task.name), tuned.model.subject) != ("retrieval", description.modality):
+            reranker = None
         total = index.count()
         if not total:
             raise UserError(f"{place} is empty: `clipfuse index RUN --data SHARDS --db {place}` adds images")
@@ -68,4 +72,4 @@ def build_searches(place: str, texts: Sequence[str], tuned: Finetuned | None = N
                 thumbnail = to_data_uri(image.thumbnail) if image is not None and image.thumbnail else ""
                 answers.append(Answer(rank, score, False, thumbnail, result.hit.image.caption))
             searches.append(Search(text, answers, results.milliseconds))
-        return SearchSection(place, total, searches, reranker is not None)
+        return SearchSection(place, total, searches, reranker is not None, description.noun)
