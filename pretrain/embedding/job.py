@@ -43,6 +43,7 @@ from pretrain.embedding.parquet import Layout, Writer
 from pretrain.embedding.summary import Summary
 from pretrain.embedding.work_queue import ProgressBar, WorkQueue
 from pretrain.errors import ConfigError, UserError, closest
+from pretrain.printable import format_count
 from pretrain.runtime import distributed, performance, preflight
 from pretrain.runtime.agree import on_main
 from pretrain.runtime.console import log_info
@@ -65,7 +66,8 @@ def embed(loaded: LoadedModel, options: Options, device: torch.device) -> Summar
 
     Raises:
         ConfigError: options do not fit the model, or shards are not there.
-        UserError: the folder holds embeddings of another model or of other data, or other files; or shards cannot be read.
+        UserError: the folder holds embeddings of another model or of other data, or other files; shards cannot be read; or no
+            sample can be used.
     """
     layout, modalities = _build_layout(loaded, options)
     paths: list[str] = []
@@ -76,6 +78,8 @@ def embed(loaded: LoadedModel, options: Options, device: torch.device) -> Summar
 
     preflight.require_equal("the data", fingerprint_data)
     counts = count_samples_once(paths, ShardCache(), "--data")
+    if not sum(counts):
+        raise UserError(f"--data {' '.join(options.data)} holds no samples")
     names = [path.rsplit("/", 1)[-1] for path in paths]
     manifest = _build_manifest(loaded, options, layout, paths, counts)
     folder = EmbeddingFolder(Path(options.out))
@@ -99,6 +103,11 @@ def embed(loaded: LoadedModel, options: Options, device: torch.device) -> Summar
             return None
         results = queue.results()
         rows, bad, missing = folder.seal(manifest, plan.units)
+        if not rows:
+            reasons = ", ".join(f"{reason} {n:,}" for reason, n in bad.most_common(5))
+            raise UserError(
+                f"of {format_count(sum(counts), 'sample')} none can be embedded ({reasons}): {options.out} is empty"
+            )
         seconds, done = time.perf_counter() - begin, sum(result["samples"] for result in results)
         busy = sum(result["encoder"] for result in results)
         return Summary(
