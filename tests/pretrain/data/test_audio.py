@@ -192,7 +192,7 @@ def test_a_missing_image_names_the_sound() -> None:
         ({"rate": 0}, "audio.rate=0 must be from 1000 to 768000 Hz"),
         ({"seconds": 0.0}, "audio.seconds=0.0 must be from 0.01 to 3600"),
         ({"seconds": float("nan")}, "audio.seconds=nan"),
-        ({"pad": "mirror"}, "audio.pad='mirror' must be one of repeat, silence"),
+        ({"pad": "mirror"}, "audio.pad='mirror' must be one of repeat, repeatpad, silence"),
     ],
 )
 def test_settings_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
