@@ -95,13 +95,17 @@ def test_every_line_about_sounds_runs(in_tmp: Path, capsys: pytest.CaptureFixtur
         "pretrain": [*TINY_TOWERS, "audio.widths=[8,16]", "data.batch_size=16", "train.steps=2", "eval.max_samples=20"],
         "finetune": ["fusion.heads=4", "data.batch_size=16", "train.steps=2", "eval.max_samples=20"],
         "evaluate": [],
+        "index": [],
+        "search": [],
     }
     quiet = ["train.trackers=[]", "data.workers=0", "eval.workers=0", "train.threads=1", "train.eval_every=0"]
     for line in read_code("Questions about sounds"):
         words = shlex.split(line)[1:]
         more = smaller[words[0]] + (quiet if words[0] in ("pretrain", "finetune") else [])
         assert cli.main([*words, *more]) == 0, line
-    assert "accuracy order" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "accuracy order" in printed
+    assert len(re.findall(r"scenes/val-0000\.tar:\d+$", printed, re.M)) == 10  # where the sounds that were found lie
     with tarfile.open("scenes/val-0000.tar") as tar:
         member = next(info for info in tar if info.name.endswith(".flac"))
         Path("sound.flac").write_bytes(cast(IO[bytes], tar.extractfile(member)).read())
