@@ -51,7 +51,12 @@ def compute_similarity_maps(
 
 
 def check_pooling(encoder: DualEncoder, subject: str) -> None:
-    """Raise UserError where the tower of texts, or that of `subject`, does not pool the mean of its tokens."""
+    """Raise UserError where single tokens of texts, or of `subject`, have no place in the shared space."""
+    if encoder.has_mlp:
+        raise UserError(
+            "similarity maps need projections that are matrices, and this model has two layers (model.projection=mlp): draw "
+            "the attention of a fine-tuned run (raw)"
+        )
     for name in (subject, "text"):
         if not encoder.tower(name).pools_mean:
             raise UserError(

@@ -159,10 +159,11 @@ def _build_layout(loaded: LoadedModel, options: Options) -> tuple[Layout, tuple[
     tokens: dict[str, int] = {}
     for name in modalities if options.tokens else ():
         tower = model.tower(name)
-        if options.tokens == "shared" and not tower.pools_mean:
+        if options.tokens == "shared" and (model.has_mlp or not tower.pools_mean):
+            reason = f"the {name} tower does not pool by the mean of its tokens"
+            reason = "the projection has two layers (model.projection=mlp)" if model.has_mlp else reason
             raise ConfigError(
-                f"--tokens shared: the {name} tower does not pool by the mean of its tokens, so they cannot be "
-                "projected into the shared space; take --tokens own"
+                f"--tokens shared: {reason}, so single tokens cannot be projected into the shared space; take --tokens own"
             )
         tokens[name] = dim if options.tokens == "shared" else tower.width
     return Layout(modalities, dim, options.dtype, has_caption_lists, tokens), modalities

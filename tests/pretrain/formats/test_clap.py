@@ -14,8 +14,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, ClapConfig, ClapFeatureExtractor, ClapModel, ClapTextConfig, PreTrainedTokenizerFast
 
+from finetune.explain.similarity import check_pooling
+from finetune.model import choose_token_sources
 from pretrain.checkpoints import export
 from pretrain.checkpoints.loading import LoadedModel, load_model
+from pretrain.embedding.job import _build_layout
+from pretrain.embedding.options import Options
 from pretrain.errors import ConfigError, UserError
 from tests.pretrain.towers.test_audio import CLAP
 from tests.support import Small
@@ -117,6 +121,14 @@ def test_single_tokens_of_it_have_no_place_in_the_shared_space(small: Small, tmp
     assert loaded.model.tower("audio").pools_mean
     with pytest.raises(ConfigError, match=r"two layers \(model\.projection=mlp\)"):
         loaded.model.tokens("audio", torch.zeros(1, 2 * RATE, dtype=torch.int16))
+    with pytest.raises(UserError, match="similarity maps need projections that are matrices"):
+        check_pooling(loaded.model, "audio")
+    assert choose_token_sources(loaded.model, "auto") == {"text": "tower", "audio": "tower"}
+    with pytest.raises(ConfigError, match="tokens=aligned: the projection has two layers"):
+        choose_token_sources(loaded.model, "aligned")
+    options = Options(["none"], str(tmp_path / "out"), tokens="shared")
+    with pytest.raises(ConfigError, match="--tokens shared: the projection has two layers"):
+        _build_layout(loaded, options)
 
 
 def test_what_cannot_be_read_is_refused(small: Small, tmp_path: Path) -> None:
