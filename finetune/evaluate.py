@@ -45,6 +45,7 @@ def build_result(
         "data": shards,
         "tasks": [name],
         "primary": task.primary_metric,
+        "subject": task.subject,
         "metrics": without_chance(metrics),
         "chance": chance_levels(metrics),
         "chance_is": task.chance,
@@ -66,7 +67,8 @@ def summary(result: dict[str, Any]) -> Table:
         table.add_column("chance", justify="right", style="dim")
     has_baseline = any(name.startswith("blind_") for name in metrics)
     if has_baseline:
-        table.add_column("without image", justify="right", style="dim")
+        noun = "sound" if result["subject"] == "audio" else "image"
+        table.add_column(f"without {noun}", justify="right", style="dim")
     for name, value in metrics.items():
         if name in COUNTS or name.startswith("blind_"):
             continue

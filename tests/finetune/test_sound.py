@@ -17,10 +17,12 @@ import torch
 from PIL import Image
 
 import finetune
-from finetune import export
+from finetune import evaluate, export
+from finetune.evaluate import summary
 from finetune.explain.examples import sample_examples
 from finetune.explain.token_spans import TokenSpans, average_words
 from finetune.explain.word_maps import compute_token_maps, compute_word_maps, find_text_decoder
+from finetune.tasks import EvalConfig
 from launch import report
 from pretrain.data.text import train_tokenizer
 from tests.support import run_clipfuse
@@ -185,6 +187,8 @@ def test_examples_of_a_report_are_drawn_as_attend_draws_them(
         assert list(example.image.getdata()) == list(drawn[example.text][same[0]].image.getdata())
         assert example.truth == [[*PITCHES][same[0] % 2], [*TIMES][same[0] // 2 % 2]][[*QUESTIONS].index(example.text)]
     assert len(set(chosen)) == 6
+    table = summary(evaluate.run(tuned, "val.tar", torch.device("cpu"), EvalConfig(workers=0)))
+    assert [column.header for column in table.columns] == ["metric", "result", "chance", "without sound"]
 
 
 def test_a_head_is_given_the_tokens_of_the_sound(tiny: Path) -> None:
