@@ -86,7 +86,9 @@ class DataConfig:
     incomplete: Literal["bad", "keep"] = "bad"
     """Samples that lack a modality, with three towers or more. bad: they are replaced like unusable ones. keep: they are used
     where they have two at least, and the loss of each pair of modalities is the mean over the samples that have both. What is
-    missing is encoded as a black image, an empty text or silence; only BatchNorm sees it. Pretraining only."""
+    missing is encoded as a black image, an empty text or silence; only BatchNorm sees it. `clipfuse data check` with this
+    setting says how many samples have which, and `clipfuse embed` of such a run writes null for what one lacks. Pretraining
+    only."""
     val_caption: str | None = None
     """Where evaluation reads captions; null = as `caption`. Of several, each is a caption of the image. Where `txt` holds
     several lines in most samples, each line is one; txt:whole reads them as one."""
