@@ -169,7 +169,7 @@ class TokenStore:
         """Return how many features there are, and how large they are."""
         with self._errors():
             size, layout = self._path_of(self._read_state()[0]).stat().st_size, self.layout
-        return f"{layout.tokens} x {layout.width} numbers an image, {size / 1e6:,.1f} MB in {self.folder.name}"
+        return f"{layout.tokens} x {layout.width} numbers each, {size / 1e6:,.1f} MB in {self.folder.name}"
 
     def put(self, keys: Sequence[str], locations: Sequence[Location], images: ImageTokens) -> None:
         """Add the features of images, or replace them. Raises UserError; what was there before stays then."""

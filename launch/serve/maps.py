@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from finetune.explain.word_maps import METHOD, find_text_decoder
@@ -94,6 +94,8 @@ class MapDrawer:
                 if self.searcher.reranker is None:
                     raise UserError("the page was started without --rerank RUN, whose attention maps show")
                 maps = compute_maps(self.searcher, data, text, method)
+            if self.noun == "sound":  # as its thumbnail is
+                maps = replace(maps, image=maps.image.resize((MAP_SIDE, MAP_SIDE // 2)))
             computed = time.perf_counter()
             tiles = [(word, encode_jpeg(tile)) for word, tile in maps.tiles(MAP_SIDE)[:MAX_WORDS]]
         except BadSample as error:

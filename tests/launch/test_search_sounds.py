@@ -210,9 +210,8 @@ REFUSED = {
     "search refused --audio sounds/00001.jpg": "--audio is not a usable sound: audio unreadable: none of WAV, FLAC, Ogg, MP3",
     "search refused": "the query is empty: give a text, --image FILE, --audio FILE, or several",
     "search refused thing --run runs/three": "refused holds embeddings of",
-    "search seen thing --run runs/two": "seen holds embeddings of",
     "search refused --like gone": "refused has no sound gone",
-    "search seen thing --rerank runs/heard": "runs/heard/checkpoints/step-0000002 reads sounds, and seen is an index of images",
+    "search seen thing --rerank runs/heard": "runs/heard/checkpoints/step-0000002 reads sounds, and seen is an index of im",
     "search refused thing --maps maps": "--maps needs --rerank RUN, whose attention it draws, or --maps-method similarity",
     "search refused --audio sounds/00001.flac --maps maps --maps-method similarity": "--maps needs a text",
     "search refused thing --maps-method similarity": "--maps-method similarity goes with --maps DIR",
@@ -227,7 +226,6 @@ REFUSED = {
     "index runs/two --data empty.tar --db new": "empty.tar",
     "embed runs/two --data empty.tar --out new-vectors": "empty.tar",
     "embed runs/two --data silent.tar --out silent-vectors --workers 0": "of 1 sample none can be embedded (audi",
-    "index runs/three --data sounds.tar --db seen --rerank runs/heard": "fine-tune with fusion.context=image",
 }
 
 
