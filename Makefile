@@ -7,7 +7,7 @@ PYTHON ?= python3
 MINUTES ?= 8
 BIN := .venv/bin
 
-.PHONY: demo test check fuzz bench gpu
+.PHONY: demo test check ruff mypy imports spelling fuzz bench gpu
 .DELETE_ON_ERROR:
 
 # The stamp is written last: an install that was cut off starts again.
@@ -15,7 +15,8 @@ BIN := .venv/bin
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "clipfuse needs Python 3.11 or later, this is " + sys.version)'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e '.[all]'
+	$(BIN)/python -m pip install --quiet --no-compile -e '.[all]'
+	$(BIN)/python -m compileall -qq -j 0 .venv/lib || true  # on all cores, pip on one; some packages hold files that are no Python
 	touch $@
 
 demo: .venv/installed
@@ -24,11 +25,19 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder --durations 15
 
-check: .venv/installed
+check: mypy ruff imports spelling
+
+mypy: .venv/installed
+	$(BIN)/mypy
+
+ruff: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+
+imports: .venv/installed
 	$(BIN)/lint-imports
+
+spelling: .venv/installed
 	$(BIN)/codespell
 
 # Thousands of seeded cases of damage; `make test` runs the first few hundred of them. Then two tables of faults.
