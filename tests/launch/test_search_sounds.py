@@ -122,15 +122,22 @@ def test_a_folder_and_what_embed_wrote(here: Path, capsys: pytest.CaptureFixture
     check(results, cosines, "sounds", ".flac")
     assert results[0]["source"] == str(here / results[0]["key"])
     assert results[0]["offset"] == -1
-    run(capsys, "embed", "runs/three", "--data", "sounds.tar", "--out", "vectors", "--dtype", "float32", "--workers", "0")
+    with tarfile.open("partial.tar", "w") as tar:  # the last sound is missing, and the first caption
+        for path in sorted(Path("sounds").iterdir()):
+            if path.name not in (f"{COUNT - 1:05d}.flac", "00000.txt"):
+                tar.add(path, path.name)
+    run(capsys, "embed", "runs/three", "--data", "partial.tar", "--out", "vectors", "--dtype", "float32", "--workers", "0")
     words = ["index", "runs/three", "--data", "vectors", "--only", "audio", "--db"]
-    run(capsys, *words, "embedded", "--images", "sounds.tar")
-    run(capsys, *words, "alone")
-    for place in ("embedded", "alone"):
-        check(search(capsys, place, TEXT), cosines, "sounds")
-    seconds = {result["key"]: result["fields"]["seconds"] for result in search(capsys, "embedded", TEXT)}
-    assert seconds == {f"sounds/{i:05d}": 0.3 if i % 3 else 0.8 for i in range(COUNT)}
-    assert search(capsys, "alone", TEXT)[0]["fields"] == {"seconds": None}
+    assert "11 sounds of 16 numbers each; 11 added" in run(capsys, *words, "embedded", "--images", "partial.tar")
+    assert "1 left out (no sound 1)" in run(capsys, *words, "alone")
+    results = {place: search(capsys, place, TEXT) for place in ("embedded", "alone")}
+    for found in results.values():
+        check(found, cosines[:-1], "partial")
+        captions = {result["key"]: result["caption"] for result in found}
+        assert (captions["partial/00000"], captions["partial/00001"]) == ("", TEXT)
+    seconds = {result["key"]: result["fields"]["seconds"] for result in results["embedded"]}
+    assert seconds == {f"partial/{i:05d}": 0.3 if i % 3 else 0.8 for i in range(COUNT - 1)}
+    assert results["alone"][0]["fields"] == {"seconds": None}
 
 
 def test_sounds_are_reranked_with_and_without_stored_features(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

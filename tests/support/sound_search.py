@@ -26,7 +26,7 @@ def make_sound_folder(small: Small, root: Path) -> None:
         with tarfile.open("sounds.tar") as tar:
             tar.extractall("sounds", filter="data")
         more = [*TRAINING, *QUIET, *AUDIO, "text.pool=avg"]
-        assert cli.main(["pretrain", "scenes", *small.settings("three", *more)]) == 0
+        assert cli.main(["pretrain", "scenes", *small.settings("three", *more, "data.incomplete=keep")]) == 0
         two = [setting for setting in small.settings("two", *more) if not setting.startswith("image.")]
         assert cli.main(["pretrain", "scenes", *two, "image=null"]) == 0
         words = ["init=runs/two", "run=heard", "fusion.context=audio", "task.foils=null", *TRAINING, *QUIET]
