@@ -25,7 +25,8 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder --durations 15
 
-check: mypy ruff imports spelling
+check: .venv/installed
+	$(MAKE) --jobs 2 --output-sync --no-print-directory mypy ruff imports spelling
 
 mypy: .venv/installed
 	$(BIN)/mypy
