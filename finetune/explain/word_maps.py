@@ -36,6 +36,7 @@ from finetune.loading import Finetuned, encode_inputs
 from finetune.model import FusionModel
 from finetune.tasks import Prediction, Task
 from pretrain.data import BadSample
+from pretrain.data.audio_files import find_media_type
 from pretrain.data.decode import decode_image
 from pretrain.data.images import ImageDecoder, crop_visible
 from pretrain.data.text import TextDecoder
@@ -205,12 +206,16 @@ def compute_word_maps(tuned: Finetuned, data: bytes, text: str, method: str = ME
 
 
 def compute_encoder_maps(
-    encoder: DualEncoder, decoders: dict[str, Any], data: bytes, text: str, subject: str = "image"
+    encoder: DualEncoder, decoders: dict[str, Any], data: bytes, text: str, subject: str | None = None
 ) -> WordMaps:
     """Compute the similarity maps of one text on one encoded image or sound, with the cosine of the embeddings as the answer.
 
-    decoders: of the encoder, by modality; subject: that of `data`. Raises as compute_word_maps().
+    decoders: of the encoder, by modality. subject: that of `data`; None = audio for a sound, or where the encoder reads no
+    images. Raises as compute_word_maps().
     """
+    if subject is None:
+        is_sound = "audio" in decoders and ("image" not in decoders or bool(find_media_type(data)))
+        subject = "audio" if is_sound else "image"
     image, spans, batch = _read_pair(decoders, encoder.logit_scale.device, data, text, encoder, subject)
     maps, cosines = compute_similarity_maps(encoder, *batch, subject)
     prediction = Prediction([[("cosine", float(cosines[0]))]], cosines, has_probabilities=False)

@@ -129,6 +129,7 @@ def evaluate_index(
     return {
         "index": index.place,
         "images": images,
+        "holds": index.describe().noun,
         "queries": len(judged_queries),
         "relevant_grade": grade,
         "filter": condition,
@@ -316,7 +317,7 @@ _LABELS = {"ndcg@10": "nDCG@10", "mrr": "MRR"}
 def build_table(result: dict[str, Any]) -> Table:
     """Show a result of evaluate_index() as a table."""
     stages = list(result["metrics"])
-    title = f"{result['index']}: {_count_queries(result['queries'])}, {result['images']:,} images"
+    title = f"{result['index']}: {_count_queries(result['queries'])}, {format_count(result['images'], result['holds'])}"
     times = ", ".join(f"{stage} {milliseconds:,.1f} ms" for stage, milliseconds in result["milliseconds"].items())
     # In 80 columns: no borders, and the number of queries stands once for each group.
     table = Table(title=title, caption=f"{times} a query; intervals of 95 %", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))

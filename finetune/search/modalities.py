@@ -2,7 +2,6 @@
 
 find_content(members, "audio")          the bytes of a sample's sound; None where it has none
 preview(content, "audio")               a small picture of it, and the fields that every index of sounds has
-find_media_type(content)                audio/flac, ...; "" where it is no sound
 """
 
 from __future__ import annotations
@@ -80,14 +79,3 @@ def preview(content: bytes, modality: str) -> tuple[bytes, dict[str, Any]]:
         return encode_jpeg(draw_sound(content)), values
     except BadSample:
         return b"", values
-
-
-def find_media_type(content: bytes) -> str:
-    """Return the media type of an encoded sound by its first bytes; "" for anything else."""
-    head = content[:12]
-    if head[:4] == b"RF64" or (head[:4] in (b"RIFF", b"RIFX") and head[8:] == b"WAVE"):
-        return "audio/wav"
-    if head[:4] in (b"fLaC", b"OggS"):
-        return "audio/flac" if head[:4] == b"fLaC" else "audio/ogg"
-    is_mp3 = head[:3] == b"ID3" or (head[:1] == b"\xff" and head[1:2] >= b"\xe0")
-    return "audio/mpeg" if is_mp3 else ""

@@ -257,7 +257,7 @@ class Model(Encoding):
         method: str = "raw",
         layer: int | None = None,
     ) -> WordMaps:
-        """Return how similar each word of a text is to each region of an image, with method="similarity".
+        """Return how similar each word of a text is to each region of an image or a sound, with method="similarity".
 
         See FinetunedModel.attend, which has all methods. Encoders alone have no attention between words and images, and only
         those that pool the mean of their tokens have similarity maps. `answers` is the cosine.
@@ -270,8 +270,9 @@ class Model(Encoding):
         word_maps.check_method(method, layer)
         if method != word_maps.SIMILARITY:
             raise UserError(f'{self._explain_encoders("attend")}, or give method="{word_maps.SIMILARITY}"')
+        data = to_bytes(image, "image") if "image" in self._decoders else to_sound_bytes(image, "audio")
         with self._settings():
-            maps = word_maps.compute_encoder_maps(self.encoder, self._decoders, to_bytes(image, "image"), text)
+            maps = word_maps.compute_encoder_maps(self.encoder, self._decoders, data, text)
         save_maps(maps, out)
         return maps
 

@@ -198,7 +198,7 @@ def attend(args: argparse.Namespace) -> int:
                 f"{args.run} holds encoders without a task, so there is no attention to draw: fine-tune them with "
                 f"`clipfuse finetune CONFIG init={args.run}`, or draw --maps similarity"
             )
-        data = word_maps.read_file(args.image)
+        data = word_maps.read_file(args.image, "image" if "image" in encoders.decoders else "audio")
         with on_device(encoders.model, encoders.config, distributed.device()) as model:
             maps = word_maps.compute_encoder_maps(model, encoders.decoders, data, args.text)
     word_maps.save_figure(maps, args.out)

@@ -32,7 +32,7 @@ from finetune.explain.word_maps import METHOD, METHODS, SIMILARITY, check_method
 from finetune.search import query as queries
 from finetune.search.answering import Answerer
 from finetune.search.fields import NOUNS
-from finetune.search.modalities import find_media_type, preview
+from finetune.search.modalities import preview
 from finetune.search.query import Searcher
 from launch.serve import filter_form
 from launch.serve.filter_form import Control
@@ -41,6 +41,7 @@ from launch.serve.media import send_sound
 from launch.serve.orders import BAND, CELL, LABEL, STEP, draw_orders
 from launch.serve.uploads import Uploads
 from pretrain.data import BadSample
+from pretrain.data.audio_files import find_media_type
 from pretrain.errors import UserError
 
 MAX_UPLOAD = 64 << 20

@@ -6,7 +6,7 @@ import re
 
 from fastapi import Response
 
-from finetune.search.modalities import find_media_type
+from pretrain.data.audio_files import find_media_type
 
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 

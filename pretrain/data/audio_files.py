@@ -167,6 +167,17 @@ def check_audio(data: bytes) -> str:
         return sound.format
 
 
+def find_media_type(data: bytes) -> str:
+    """Return the media type of an encoded sound by its first bytes; "" for anything else."""
+    head = data[:12]
+    if head[:4] == b"RF64" or (head[:4] in (b"RIFF", b"RIFX") and head[8:] == b"WAVE"):
+        return "audio/wav"
+    if head[:4] in (b"fLaC", b"OggS"):
+        return "audio/flac" if head[:4] == b"fLaC" else "audio/ogg"
+    is_mp3 = head[:3] == b"ID3" or (head[:1] == b"\xff" and head[1:2] >= b"\xe0")
+    return "audio/mpeg" if is_mp3 else ""
+
+
 @contextmanager
 def _raising_bad_sample() -> Iterator[None]:
     """Turn errors of the block into BadSample: the bytes are in memory, so what fails in a parser is due to the content."""

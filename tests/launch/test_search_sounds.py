@@ -16,12 +16,10 @@ import pytest
 import soundfile
 from PIL import Image
 
-from finetune.explain.word_maps import compute_encoder_maps
 from finetune.search import places
 from finetune.search.fields import Field
 from finetune.search.vector_index import Description
 from launch import cli
-from pretrain.checkpoints.loading import load_model
 from tests.support.sound_search import COUNT, list_files
 
 TEXT = "a green thing"
@@ -160,8 +158,9 @@ def test_sounds_are_reranked_with_and_without_stored_features(here: Path, capsys
 
 
 def test_maps_on_spectrograms_by_either_model(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    reranker, encoders = clipfuse.load("runs/heard"), load_model("runs/two")
+    reranker, encoders = clipfuse.load("runs/heard"), clipfuse.load("runs/two")
     assert isinstance(reranker, clipfuse.FinetunedModel)
+    assert isinstance(encoders, clipfuse.Model)
     run(capsys, "index", "runs/two", "--data", "sounds", "--db", "mapped")
     query = ["search", "mapped", TEXT, "--k", "1", "--json", "--maps"]
     drawn = {}
@@ -173,16 +172,16 @@ def test_maps_on_spectrograms_by_either_model(here: Path, capsys: pytest.Capture
         found = json.loads(run(capsys, *query, name, *words))
         assert found["notes"] == []
         key = found["results"][0]["key"]
-        if name == "encoders":
-            data = Path(key).read_bytes()
-            expected = compute_encoder_maps(encoders.model, encoders.decoders, data, TEXT, "audio").figure()
-        else:
-            expected = reranker.attend(key, TEXT, method=name).figure()
+        model, method = (encoders, "similarity") if name == "encoders" else (reranker, name)
+        expected = model.attend(key, TEXT, method=method).figure()
         (path,) = Path(name).iterdir()
         assert path.name == f"001-{key.replace('/', '_')}.png"
         drawn[name] = np.asarray(Image.open(path).convert("RGB"), float)
         np.testing.assert_array_equal(drawn[name], np.asarray(expected.convert("RGB"), float))
     assert drawn["raw"].shape != drawn["similarity"].shape or (drawn["raw"] != drawn["similarity"]).any()
+    run(capsys, "attend", "runs/three", "sounds/00001.flac", TEXT, "--maps", "similarity", "--out", "alone.png")
+    expected = clipfuse.load("runs/three").attend("sounds/00001.flac", TEXT, method="similarity").figure()
+    np.testing.assert_array_equal(np.asarray(Image.open("alone.png")), np.asarray(expected))
 
 
 def test_the_commands_that_a_run_prints_at_its_end(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
