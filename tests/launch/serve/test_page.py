@@ -28,6 +28,7 @@ def test_the_page_shows_results_and_where_each_word_looked(here: Path, client: T
     page = client.get("/", params={"q": "a red car", "k": "24"})
     assert page.status_code == 200
     assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert "media-src" not in page.headers["content-security-policy"]  # of a model without sounds
     records = client.get("/api/search", params={"q": "a red car", "k": "24"}).json()["results"]
     keys = keys_of(page.text)
     assert keys == [record["key"] for record in records]

@@ -11,9 +11,14 @@ import clipfuse
 import numpy as np
 import pytest
 import soundfile
+import torch
 from PIL import Image
 from starlette.testclient import TestClient
 
+from finetune.search import places
+from finetune.search.query import Searcher, load_query_model
+from launch import cli
+from launch.serve.app import build_app
 from tests.support.sounds import make_tone
 
 TEXT = "a green thing"
@@ -128,3 +133,27 @@ def test_a_sound_is_a_query(here: Path, sound_client: TestClient) -> None:
     assert "holds 12 sounds" in empty
     assert 'accept="audio/*"' in empty
     assert "give a sound to find others like it" in empty
+
+
+def test_of_three_towers_any_file_asks_for_sounds(here: Path) -> None:
+    """A picture finds sounds; a sound finds pictures, which have no sound to play."""
+    model = clipfuse.load("runs/three")
+    files = [f"sounds/{i:05d}" for i in range(12)]
+    images = model.encode_images([f"{name}.jpg" for name in files])
+    sounds = model.encode_audio([f"{name}.flac" for name in files])
+    for modality, own, suffix, query in (("audio", sounds, "jpg", images[1]), ("image", images, "flac", sounds[1])):
+        assert cli.main(["index", "runs/three", "--data", "sounds.tar", "--db", f"any-{modality}", "--only", modality]) == 0
+        with places.open_index(f"any-{modality}") as opened:
+            searcher = Searcher(opened, load_query_model(opened, None), torch.device("cpu"))
+            with TestClient(build_app(searcher), base_url="http://127.0.0.1") as client:
+                upload = {"file": ("a", Path(f"{files[1]}.{suffix}").read_bytes())}
+                results = client.post("/api/search", files=upload, data={"k": "12"}).json()["results"]
+                scores = {result["key"]: result["score"] for result in results}
+                np.testing.assert_allclose([scores[name] for name in files], own @ query, atol=2e-6)
+                assert list(scores.values()) == sorted(scores.values(), reverse=True)
+                page = client.post("/", files=upload)
+                assert 'accept="image/*,audio/*"' in page.text
+                assert page.text.count("<audio") == (12 if modality == "audio" else 1)  # of the results, or of the query
+                assert page.headers["content-security-policy"].endswith("; media-src 'self'")
+                status = client.get("/audio", params={"key": files[0]}).status_code
+                assert status == (200 if modality == "audio" else 404)
