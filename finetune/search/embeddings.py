@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from finetune.search.fields import read_fields
+from finetune.search.fields import NOUNS, read_fields
 from finetune.search.image_sources import ImageSource, Location
 from finetune.search.indexing import IndexOptions, Summary, join_captions, open_for, select_missing
 from finetune.search.modalities import OWN_FIELDS, find_content, preview, select_named
@@ -95,6 +95,12 @@ def index_embeddings(
             raise UserError(f"{folder} holds no {description.modality} embeddings: {place} is empty")
         left_out = {f"no {description.noun}": lacking} if lacking else {}
         return Summary(index.place, total, added, left_out, dict(unfit), description.dim, seconds, description.modality)
+
+
+def find_only_modality(folder: Path) -> str:
+    """Return what a folder alone holds embeddings of (`embed --only`), where an index can hold it; "" otherwise."""
+    only = str(dataset.read_manifest(folder).get("settings", {}).get("only", ""))
+    return only if only in NOUNS else ""
 
 
 def _read_tables(folder: Path, manifest: dict[str, Any], size: int, modality: str) -> Iterator[pa.Table]:

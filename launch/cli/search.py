@@ -136,7 +136,8 @@ def _index(args: argparse.Namespace) -> int:
     if args.rerank is not None and not shards:
         raise ConfigError("--rerank with --data that clipfuse embed wrote needs --images: it reads the files themselves")
     loaded = load_model(args.run)
-    options.modality = indexing.find_modality(loaded, args.only, args.db, args.backend)
+    wanted = args.only or (embeddings.find_only_modality(Path(embedded[0])) if embedded else "")
+    options.modality = indexing.find_modality(loaded, wanted, args.db, args.backend)
     where = "--images" if embedded else "--data"
     source = image_sources.open_sources(shards, where, options.modality) if shards else None
     tuned = loading.load(args.rerank) if args.rerank is not None else None

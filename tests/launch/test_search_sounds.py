@@ -141,6 +141,8 @@ def test_a_folder_and_what_embed_wrote(here: Path, capsys: pytest.CaptureFixture
     words = ["index", "runs/three", "--data", "vectors", "--only", "audio", "--db"]
     assert "11 sounds of 16 numbers each; 11 added" in run(capsys, *words, "embedded", "--images", "partial.tar")
     assert "1 left out (no sound 1)" in run(capsys, *words, "alone")
+    run(capsys, "embed", "runs/three", "--data", "partial.tar", "--only", "audio", "--out", "heard", "--workers", "0")
+    assert "11 sounds of" in run(capsys, "index", "runs/three", "--data", "heard", "--db", "only")  # by itself
     results = {place: search(capsys, place, TEXT) for place in ("embedded", "alone")}
     for found in results.values():
         check(found, cosines[:-1], "partial")
