@@ -7,6 +7,7 @@ import re
 import typing
 from collections.abc import Callable
 from dataclasses import MISSING, Field, field, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -191,6 +192,15 @@ def _build_component(
     return _build(component.Config, merge({key: name}, values), prefix, where, problems)
 
 
+@cache
+def _one_field(name: str, hint: Any, spelled: str) -> Any:
+    """Return OmegaConf's node of one field without a value, which merging copies; the same for all configurations.
+
+    spelled: the repr of `hint`, since unions are equal in any order.
+    """
+    return OmegaConf.structured(dataclasses.make_dataclass("One", [(name, hint, field(default="???"))]))
+
+
 def _convert_leaves(
     schema: type[Any],
     known: dict[str, Field[Any]],
@@ -204,9 +214,8 @@ def _convert_leaves(
     converted: dict[str, Any] = {}
     for name, value in leaves.items():
         default = known[name].default
-        schema_of_field = dataclasses.make_dataclass("One", [(name, hints[name], field(default="???"))])
         try:
-            node = OmegaConf.structured(schema_of_field)
+            node = _one_field(name, hints[name], repr(hints[name]))
         except OmegaConfBaseException as error:
             raise AssertionError(f"{schema.__name__}.{name}: OmegaConf cannot hold {hints[name]}: {error}") from error
         place, order = _origin(leaves, name, where)
