@@ -8,6 +8,7 @@ of the ranks that it starts. Tests of new interpreters remain: those of torchrun
 from __future__ import annotations
 
 import atexit
+import json
 import multiprocessing.forkserver
 import multiprocessing.resource_tracker
 import os
@@ -21,7 +22,7 @@ import traceback
 from collections.abc import Sequence
 from multiprocessing import util
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from tests.support import environment
 
@@ -106,10 +107,13 @@ def run_module(module: str, arguments: Sequence[str], env: dict[str, str]) -> No
     multiprocessing.process.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     multiprocessing.forkserver._forkserver.__init__()  # type: ignore[misc]
     multiprocessing.resource_tracker._resource_tracker.__init__()  # type: ignore[misc]
-    if module != "launch.demo":  # it computes before it starts ranks, and its threads would not survive a fork
-        from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
-        SubprocessHandler._popen = _fork_rank  # type: ignore[method-assign]
+    if module == "launch.demo":  # it computes before it starts ranks, and its threads would not survive a fork
+        _Rank.spares = []
+        for _ in range(4):
+            _Rank.spares.append(_fork_spare())  # two commands, two ranks each
+    SubprocessHandler._popen = _fork_rank  # type: ignore[method-assign]
     sys.argv = [module, *arguments]
     code: Any = 1
     try:
@@ -134,27 +138,62 @@ def run_module(module: str, arguments: Sequence[str], env: dict[str, str]) -> No
 class _Rank(subprocess.Popen[Any]):
     """A process that torch's elastic agent starts: forked from the launcher, and waited for as any other."""
 
+    spares: ClassVar[list[tuple[int, int]] | None] = None
+    """Where the launcher cannot fork when it starts ranks: those that it forked before it computed, see _fork_spare."""
+
     def __init__(self, args: Sequence[str], env: dict[str, str]) -> None:
         self.env = env
         super().__init__(args)
 
     def _execute_child(self, args: Sequence[str], *others: Any) -> None:  # type: ignore[override]
-        env, module = self.env, args[args.index("-m") + 1]
+        env, begin = self.env, args.index("-m") + 1
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
-        self.pid = os.fork()
-        if self.pid == 0:
-            try:
-                os.setsid()
-                os.closerange(3, min(os.sysconf("SC_OPEN_MAX"), 65536))
-                run_module(module, args[args.index("-m") + 2 :], env)
-            finally:
-                os._exit(1)
+        if self.spares is None:
+            self.pid = os.fork()
+            if self.pid == 0:
+                _be_rank(args[begin], args[begin + 1 :], env)
+        else:
+            self.pid, pipe = self.spares.pop()
+            with open(pipe, "w") as file:
+                file.write(json.dumps([args[begin:], env]) + "\n")
         self._child_created = True
         if RANK_FOLDER in env:
             path = Path(env[RANK_FOLDER], env["RANK"])
             path.with_suffix(".new").write_text(f"{self.pid}")
             path.with_suffix(".new").replace(path)
+
+
+def _be_rank(module: str, arguments: Sequence[str], env: dict[str, str]) -> NoReturn:
+    """Be `python -m MODULE ARGUMENTS` in a session of its own, without the launcher's open files, and end."""
+    try:
+        os.setsid()
+        os.closerange(3, min(os.sysconf("SC_OPEN_MAX"), 65536))
+        run_module(module, arguments, env)
+    finally:
+        os._exit(1)
+
+
+def _fork_spare() -> tuple[int, int]:
+    """Fork a process that becomes a rank when its words and environment come through a pipe; return its pid and the pipe.
+
+    It ends if nobody writes into the pipe any more.
+    """
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid:
+        os.close(reading)
+        return pid, writing
+    os.close(writing)
+    for _, other in _Rank.spares or []:
+        os.close(other)
+    with open(reading) as file:
+        line = file.readline()
+    if not line:
+        os._exit(0)
+    _Rank.spares = None
+    (module, *arguments), env = json.loads(line)
+    _be_rank(module, arguments, env)
 
 
 def _fork_rank(handler: Any, args: Sequence[str], env: dict[str, str]) -> subprocess.Popen[Any]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -16,7 +14,7 @@ from pretrain.data.text_packing import TextPacking
 from pretrain.optim import OptimConfig, WeightAverage
 from pretrain.strategies.single import Single
 from pretrain.training.step import train_step
-from tests.support import environment, tiny
+from tests.support import ROOT, forked, tiny
 
 HISTOGRAM = (0, 0, 0, 40, 60, 50, 30, 10, 5, 3, 2, 1, 1)
 STEP = ["clip, 1 chunks", "clip, 2 chunks", "siglip, 1 chunks", "groups, 2 chunks", "packed, 2 chunks"]
@@ -28,8 +26,7 @@ TASK = ["vqa, 1 chunks", "retrieval, 1 chunks"]
 def test_no_operation_of_a_step_waits_for_an_imaginary_gpu() -> None:
     """Forward pass, backward pass, clipping, optimizer, clamp and moving average; torch's dispatcher sees every operation."""
     pytest.importorskip("torch.utils.backend_registration")
-    program = [sys.executable, "-m", "tests.support.host_waits"]
-    result = subprocess.run(program, capture_output=True, text=True, env=environment(), timeout=800, check=False)
+    result = forked.run("tests.support.host_waits", [], ROOT, 800)  # the server has registered no device
     assert result.returncode == 0, result.stderr[-3000:]
     counts: dict[str, dict[str, list[str]]] = json.loads(result.stdout)
     for name, waits in counts["planted"].items():  # what is known to wait is counted, and nothing else
