@@ -52,6 +52,7 @@ __all__ = [
 # already run one process per core.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+_MAX_EXTRA = 2  # tokens that transformers adds to the special ones of a tokenizer whose vocabulary is missing
 _MAX_CHARS = 1 << 16  # longer captions are cut before they are tokenized: towers read at most thousands of tokens
 
 
@@ -98,7 +99,7 @@ def _load_from_folder(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _from_pretrained(name: str, **options: bool) -> PreTrainedTokenizerBase:
-    """Load with AutoTokenizer, quietly."""
+    """Load with AutoTokenizer, quietly. Raises what transformers raises, and ValueError for one without a vocabulary."""
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
@@ -108,6 +109,8 @@ def _from_pretrained(name: str, **options: bool) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
     finally:
         logging.set_verbosity(verbosity)
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)) + _MAX_EXTRA:  # transformers reports no missing file
+        raise ValueError(f"its vocabulary has {len(tokenizer)} special tokens alone: is tokenizer.json missing?")
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     return tokenizer
 

@@ -382,6 +382,10 @@ def test_a_folder_without_tokenizer_is_an_error(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
     with pytest.raises(ConfigError, match="a file, not a folder"):
         load_tokenizer(tmp_path / "notes.md")
+    for kind in ("clip", "clap", "t5"):  # transformers makes up a tokenizer that knows no word
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+        with pytest.raises(ConfigError, match=r"it holds config\.json, notes\.md, but no tokenizer .* special tokens alone"):
+            load_tokenizer(tmp_path)
 
 
 def test_a_hub_that_cannot_be_reached_fails_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
