@@ -73,7 +73,7 @@ def _refuse_oversized(config: Any, source: str) -> None:
         if not 0 <= layers <= MAX_LAYERS or parameters > stored:  # a parameter takes a byte at least
             raise UserError(
                 f"{source}: {name} describes a tower of {parameters:,} parameters in {layers:,} layers; the folder has only "
-                f"{stored:,} bytes"
+                f"{stored:,} bytes: are its weights missing?"
             )
 
 

@@ -136,6 +136,9 @@ def test_what_cannot_be_read_is_refused(small: Small, tmp_path: Path) -> None:
         save_clap(tmp_path / act, small.tokenizer, act, truncation="rand_trunc")
         with pytest.raises(UserError, match=message):
             load_model(tmp_path / act)
+    (tmp_path / "linear/model.safetensors").unlink()
+    with pytest.raises(UserError, match="are its weights missing"):
+        load_model(tmp_path / "linear")
     path = tmp_path / "gelu/config.json"
     config = json.loads(path.read_text())
     config["audio_config"]["depths"] = [1, 1, 10**6, 1]
