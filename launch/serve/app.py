@@ -243,7 +243,7 @@ class _Site:
         file = upload if isinstance(upload, bytes) else b""
         is_sound = bool(file) and self._identify(file) == "audio"
         text, k = parameters.get("q", ""), parameters.get("k", "")
-        count = int(k) if k.isdecimal() and 0 < int(k[:6]) <= MAX_RESULTS else 12
+        count = int(k) if k.isdecimal() and len(k) <= 6 and 0 < int(k) <= MAX_RESULTS else 12
         unwanted = parameters.get("unwanted", "")
         return queries.Query(
             text,

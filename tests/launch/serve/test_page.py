@@ -97,6 +97,8 @@ def test_filters_from_the_fields(here: Path, client: TestClient) -> None:
         asked = {"q": "a red car", "k": "24", **parameters}
         found = client.get("/api/search", params=asked).json()["results"]
         assert {record["key"] for record in found} == {f"products/p{i:02d}.jpg" for i in expected}, parameters
+    for k in ("0", "101", "000001" + "9" * 5, "1" + "0" * 5000, "x"):  # beyond the limits, or no number: the default
+        assert len(client.get("/api/search", params={"q": "car", "k": k}).json()["results"]) == 12
     page = client.get("/", params={"q": "car", "to.price": "300", "is.room": "bed"}).text
     assert 'name="to.price" value="300"' in page
     assert '<option value="bed" selected>' in page
