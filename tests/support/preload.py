@@ -40,6 +40,7 @@ for name in MODULES:
 for name in OF_DEEPSPEED:
     with contextlib.suppress(ImportError):
         importlib.import_module(name)
-tiny.build_model("clip")
+for loss in ("clip", "siglip"):
+    tiny.build_model(loss)
 gc.freeze()  # else each collection in a forked process walks through 500,000 objects, and copies their pages
 gc.enable()

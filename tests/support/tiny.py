@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -28,6 +29,20 @@ def build_model(
 
     loss: sets the initial scale and bias; image, text: changes to the towers' settings.
     """
+    key = repr((loss, image, text, torch.get_default_device(), torch.get_default_dtype()))
+    if key not in _built:  # which takes fifteen times as long as a copy
+        _built[key] = _build_model(loss, image or {}, text or {}), torch.random.get_rng_state()
+    model, state = _built[key]
+    torch.random.set_rng_state(state)
+    return copy.deepcopy(model).to(dtype).train()
+
+
+_built: dict[str, tuple[DualEncoder, Tensor]] = {}
+"""Models by their settings, and the state of the random numbers after each was built. They are never changed."""
+
+
+def _build_model(loss: str, image: dict[str, Any], text: dict[str, Any]) -> DualEncoder:
+    """Build a model in float32."""
     torch.manual_seed(0)
     vit = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
     clip = {
@@ -44,7 +59,6 @@ def build_model(
     }
     timm = registry.get_component("towers", "timm").Config
     transformers = registry.get_component("towers", "transformers").Config
-    image, text = image or {}, text or {}
     towers = {
         "image": timm(**{"name": "vit_tiny_patch16_224", "size": 16, **image, "args": {**vit, **image.get("args", {})}}),
         "text": transformers(**{"length": LENGTH, **text, "args": {**clip, **text.get("args", {})}}),
@@ -54,7 +68,7 @@ def build_model(
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.05 * torch.randn_like(p) if p.numel() > 1 else 0.0)  # zero biases would hide mistakes
-    return model.to(dtype).train()
+    return model
 
 
 def build_objective(loss: str, **settings: Any) -> Contrastive:

@@ -7,6 +7,8 @@ closed form, in float64.
 
 from __future__ import annotations
 
+import functools
+import io
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,38 +90,57 @@ DISTILLED: list[tuple[int, dict[str, Any]]] = [(1, tiny.TEACHING), (2, {**tiny.T
 """(chunks, settings) of the distill loss, with two teachers (data.teachers)."""
 
 
-def list_special_cases(name: str, loss: str) -> list[tuple[str, int, dict[str, Any], Batch]]:
-    """Return (loss, chunks, settings, batch): all on two processes; on one and on four a part, of what is exact."""
-    processes = distributed.world_size()
-    if processes != 2 and name.startswith("zero"):
-        return []
-    begin = 0 if processes == 2 else 1
+def list_special_cases(loss: str) -> list[tuple[str, int, dict[str, Any], Batch]]:
+    """Return (loss, chunks, settings, batch) of the cases with labels, and with teachers."""
     cases: list[tuple[str, int, dict[str, Any], Batch]] = [
-        (loss, chunks, settings, tiny.label(tiny.build_batch(texts=texts + 2), 2))
-        for texts, chunks, settings in LABELED[begin:]
+        (loss, chunks, settings, tiny.label(tiny.build_batch(texts=texts + 2), 2)) for texts, chunks, settings in LABELED
     ]
     if loss == "clip":
-        cases += [("distill", chunks, settings, tiny.teach(tiny.build_batch())) for chunks, settings in DISTILLED[begin:]]
+        cases += [("distill", chunks, settings, tiny.teach(tiny.build_batch())) for chunks, settings in DISTILLED]
     return cases
 
 
-def run_cases(name: str) -> list[CaseResult]:
+def choose_special_cases(name: str, loss: str) -> list[int]:
+    """Return the numbers of special cases that run here: all on two processes; on one and on four a part, of what is exact."""
+    everything = list(range(len(list_special_cases(loss))))
+    if distributed.world_size() == 2:
+        return everything
+    return [] if name.startswith("zero") else [number for number in everything if number not in (0, len(LABELED))]
+
+
+@functools.cache
+def compute_references() -> bytes:
+    """Return {(loss, texts or "special N"): (loss, gradients)} of one process, serialized: all processes compare with them."""
+    references: dict[tuple[str, int | str], tuple[float, dict[str, torch.Tensor]]] = {}
+    for loss in LOSSES:
+        for texts in (1, TEXTS):
+            references[loss, texts] = tiny.reference_gradients(loss, tiny.build_batch(texts=texts))
+        for number, (*_, batch) in enumerate(list_special_cases(loss)):
+            references[loss, f"special {number}"] = tiny.reference_gradients(loss, batch)
+    out = io.BytesIO()
+    torch.save(references, out)
+    return out.getvalue()
+
+
+def run_cases(name: str, serialized: bytes) -> list[CaseResult]:
+    references = torch.load(io.BytesIO(serialized))
     results = []
     for loss in LOSSES:
-        references = {texts: tiny.reference_gradients(loss, tiny.build_batch(texts=texts)) for texts in (1, TEXTS)}
         for precision, combinations in (GRID if distributed.world_size() == 2 else PART).items():
             if precision == "bf16" and loss == "siglip" and distributed.world_size() != 2:
                 continue  # the towers round, not the loss
             strategy = start(name, loss, precision)
             for chunks, texts, tile in combinations:
-                expected_loss, expected = references[texts]
+                expected_loss, expected = references[loss, texts]
                 loss_value, gradients = gradients_of_one_step(strategy, loss, chunks, 0, texts, tile=tile)
                 errors = tiny.gradient_errors(gradients, expected, FLOOR[precision])
                 parameter, worst = max(errors.items(), key=lambda item: item[1])
                 loss_error = abs(loss_value - expected_loss) / abs(expected_loss)
                 results.append(CaseResult(precision, loss, chunks, tile, worst, parameter, loss_error))
-            for name_of_loss, chunks, settings, batch in list_special_cases(name, loss) if precision == "fp32" else ():
-                expected_loss, expected = tiny.reference_gradients(loss, batch)
+            cases = list_special_cases(loss) if precision == "fp32" else []
+            for number in choose_special_cases(name, loss) if cases else []:
+                name_of_loss, chunks, settings, batch = cases[number]
+                expected_loss, expected = references[loss, f"special {number}"]
                 loss_value, gradients = gradients_of_one_step(strategy, name_of_loss, chunks, 0, whole=batch, **settings)
                 parameter, worst = max(tiny.gradient_errors(gradients, expected).items(), key=lambda item: item[1])
                 loss_error = abs(loss_value - expected_loss) / abs(expected_loss)
@@ -133,7 +154,7 @@ def run_cases(name: str) -> list[CaseResult]:
 def test_gradients_are_those_of_one_process(name: str, processes: int, record_property: Any) -> None:
     if name.startswith("zero"):
         pytest.importorskip("deepspeed")
-    ranks = world.run(run_cases, processes, name)
+    ranks = world.run(run_cases, processes, name, compute_references())
     plain, special = (len(LOSSES) * len(CHUNKS) * 4, 8) if processes == 2 else (2 * 3 + 1, 0 if name.startswith("zero") else 5)
     assert len(ranks[0]) == plain + special
     for results in ranks:
