@@ -3,9 +3,8 @@
     vector_index.py   VectorIndex, the contract of every backend: upsert, delete, search, get, count, describe
     fields.py         which fields of the samples an index keeps, and their kinds
     filters.py        filters bound to the kinds of fields, and translated for each backend
-    exact.py          a folder of files that is compared row by row; nearest.py: the comparison
-    exact_files.py    its files; compaction.py: the space of images that were replaced
-    milvus.py         Milvus Lite in a folder, or a Milvus server
+    backends/         a folder compared row by row, and Milvus
+    compaction.py     the space of images that were replaced
     modalities.py     what an index holds: members of samples, thumbnails, fields of their own
     image_sources.py  shards and folders as sources of images and sounds; files read again
     indexing.py       images or sounds into an index

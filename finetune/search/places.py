@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from finetune.search import exact, milvus
-from finetune.search.exact import ExactIndex
-from finetune.search.milvus import MilvusIndex
+from finetune.search.backends import exact, milvus
+from finetune.search.backends.exact import ExactIndex
+from finetune.search.backends.milvus import MilvusIndex
 from finetune.search.vector_index import Description, VectorIndex
 
 Backend = Literal["exact", "milvus"]

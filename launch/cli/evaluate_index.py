@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from finetune.search.vector_index import VectorIndex
 
 _OF_INDEXES = ("qrels", "rerank", "candidates", "filter", "hybrid", "model", "backend")
-_INDEX_FILES = ("index.json", "commits.txt")  # of finetune.search.exact, which takes a while to import
+_INDEX_FILES = ("index.json", "commits.txt")  # of finetune.search.backends.exact, which takes a while to import
 _OF_RUNS = ("data", "task", "train_data", "classes", "caption", "wise", "pretrained", "out")
 
 

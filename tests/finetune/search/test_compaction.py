@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from finetune.search import places
-from finetune.search.exact import ExactIndex
+from finetune.search.backends.exact import ExactIndex
 from finetune.search.image_sources import Location
 from finetune.search.token_store import ImageTokens, Layout, TokenStore
 from finetune.search.vector_index import Description, IndexedImage, VectorIndex

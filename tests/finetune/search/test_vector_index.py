@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from finetune.search import places
+from finetune.search.backends.nearest import find_nearest
 from finetune.search.fields import Field
-from finetune.search.nearest import find_nearest
 from finetune.search.vector_index import Description, IndexedImage, NoIndexError, VectorIndex
 from pretrain.errors import ConfigError, UserError
 from tests.support import environment

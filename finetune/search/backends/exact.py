@@ -33,12 +33,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from finetune.search import exact_files
+from finetune.search.backends import exact_files
+from finetune.search.backends.exact_files import KINDS
+from finetune.search.backends.nearest import find_nearest
 from finetune.search.captions import CaptionIndex
-from finetune.search.exact_files import KINDS
 from finetune.search.fields import Kind
 from finetune.search.filters import to_mask
-from finetune.search.nearest import find_nearest
 from finetune.search.vector_index import Description, Hit, IndexedImage, NoIndexError, VectorIndex, Vectors
 from pretrain.data.filter_expression import Filter
 from pretrain.errors import UserError
