@@ -63,6 +63,11 @@ class IndexedImage:
     vector: Vectors | None = None
     """(D,) of unit length, in what `get` returns."""
 
+    @property
+    def caption_line(self) -> str:
+        """The captions on one line, as people read them."""
+        return self.caption.replace("\n", " / ")
+
 
 @dataclass(frozen=True)
 class Hit:

@@ -277,7 +277,7 @@ def _format_result(position: int, result: Result) -> str:
     moved = f"  {result.match:+7.2f} (was {result.rank})" if result.match is not None else ""
     fields = "".join(f"  {name}={value}" for name, value in image.fields.items() if value is not None)
     place = f"  {image.source}{f':{image.offset}' if image.offset >= 0 else ''}" if image.source else ""
-    return f"{position:3d}  {result.hit.score:6.3f}{moved}  {image.key}  {image.caption[:80]}{fields}{place}"
+    return f"{position:3d}  {result.hit.score:6.3f}{moved}  {image.key}  {image.caption_line[:80]}{fields}{place}"
 
 
 def _format_times(results: Results) -> str:

@@ -70,6 +70,6 @@ def build_searches(place: str, texts: Sequence[str], tuned: Finetuned | None = N
             for rank, (result, image) in enumerate(zip(results.results, images, strict=True), start=1):
                 score = result.hit.score if result.match is None else result.match
                 thumbnail = to_data_uri(image.thumbnail) if image is not None and image.thumbnail else ""
-                answers.append(Answer(rank, score, False, thumbnail, result.hit.image.caption))
+                answers.append(Answer(rank, score, False, thumbnail, result.hit.image.caption_line))
             searches.append(Search(text, answers, results.milliseconds))
         return SearchSection(place, total, searches, reranker is not None, description.noun)

@@ -125,7 +125,7 @@ class MapDrawer:
         """Return the caption of an image or a sound. Raises UserError where it is not there."""
         with self._lock:
             if not image.upload:
-                return str(self._find(image.key).caption)
+                return str(self._find(image.key).caption_line)
             self.read(image)
             return "the uploaded file"
 

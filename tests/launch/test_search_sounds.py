@@ -211,6 +211,14 @@ def test_the_commands_that_a_run_prints_at_its_end(here: Path, capsys: pytest.Ca
     assert Path("runs/heard/attended.png").is_file()
 
 
+def test_several_captions_are_told_apart(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("lines").mkdir()
+    shutil.copy("sounds/00001.flac", "lines/a.flac")
+    Path("lines/a.txt").write_text("a green thing\na high tone\n")
+    run(capsys, "index", "runs/two", "--data", "lines", "--db", "of-lines", "--caption", "txt:lines")
+    assert "  lines/a.flac  a green thing / a high tone  seconds=0.3" in run(capsys, "search", "of-lines", TEXT)
+
+
 def test_an_index_made_before_holds_images(tmp_path: Path) -> None:
     description = Description(4, {"fingerprint": "a", "from": "b", "step": 1}, (Field("price", "float"),))
     with places.create_index(str(tmp_path / "old"), description) as index:
