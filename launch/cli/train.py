@@ -98,7 +98,7 @@ def run_training(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _describe_run(args)
     if args.nproc is None and args.nodes == 1:
-        return run(args.config, args.settings, None, args.module)
+        return run(args.config, args.settings, None, args.module, is_checked=True)
     from launch import elastic
 
     words = [args.config, *args.settings]
@@ -130,7 +130,8 @@ def _describe_run(args: argparse.Namespace) -> int:
     from launch.plan import describe_estimate
 
     processes = parse_nproc(args.nproc) * args.nodes
-    return run(args.config, args.settings, DryRun(args.verbose, processes, args.nodes, describe_estimate), args.module)
+    dry_run = DryRun(args.verbose, processes, args.nodes, describe_estimate)
+    return run(args.config, args.settings, dry_run, args.module, is_checked=True)
 
 
 def _submit_job(args: argparse.Namespace) -> int:

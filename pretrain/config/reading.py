@@ -16,6 +16,9 @@ from pretrain.config.merging import merge
 from pretrain.config.values import COMMAND_LINE, Section, Source, is_literal, shorten, with_sources, with_text_keys
 from pretrain.errors import ConfigError, closest
 
+LOADER: typing.Any = get_yaml_loader()
+"""OmegaConf's reader of YAML, which takes longer to make than most values take to be read."""
+
 
 def load_values(path: str | Path | None, dotlist: list[str]) -> dict[str, Any]:
     """Load a file, merge key=value settings over it and return plain values. Raises ConfigError."""
@@ -33,7 +36,7 @@ def read_yaml(path: Path, parents: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
         _refuse_expansion(path)
         content: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-        loader = get_yaml_loader()(path.read_text(encoding="utf-8"))
+        loader = LOADER(path.read_text(encoding="utf-8"))
         node = loader.get_single_node()
     except (FileNotFoundError, IsADirectoryError):
         raise ConfigError(f"no configuration file {path}") from None
@@ -131,9 +134,9 @@ def parse_dotlist(dotlist: list[str]) -> dict[str, Any]:
 def _parse_value(item: str, text: str, order: int) -> tuple[Any, Source]:
     """Parse the text behind key= as YAML. A text that YAML cannot read is its own value, and the source says why."""
     try:
-        loader = get_yaml_loader()(text)
+        loader = LOADER(text)
         node = loader.get_single_node()
-        value: Any = yaml.load(text, Loader=get_yaml_loader())
+        value: Any = yaml.load(text, Loader=LOADER)
         value = typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create({"value": value}), resolve=False))["value"]
     except (OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError) as error:
         return text, Source(text, text, COMMAND_LINE, order, _explain_unreadable(item, error))

@@ -162,14 +162,15 @@ class DryRun:
     """(configuration, model, processes) -> lines on memory and time; None where nothing is there to estimate them."""
 
 
-def run(config: str, settings: list[str], dry_run: DryRun | None, module: str = "pretrain") -> int:
+def run(config: str, settings: list[str], dry_run: DryRun | None, module: str = "pretrain", is_checked: bool = False) -> int:
     """Run one process of a training and return its exit code.
 
     config: a YAML file or the name of one in configs/MODULE; settings: key=value; dry_run: only print what would run; None =
-    train. MODULE.train provides load_config(), describe() and train().
+    train. MODULE.train provides load_config(), describe() and train(). is_checked: check_settings() has passed.
     """
     path = find_config(config, module)
-    check_settings(path, settings, module)  # before torch is imported, which takes seconds
+    if not is_checked:
+        check_settings(path, settings, module)  # before torch is imported, which takes seconds
     import importlib
 
     from pretrain.runtime import deferred_imports
