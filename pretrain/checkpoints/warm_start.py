@@ -50,10 +50,11 @@ def _load_source(init: Any, name: str) -> LoadedModel:
         is_run = (path / "config.yaml").exists() or (path / "checkpoints").exists() or (path / "open_clip_config.json").exists()
         if is_run or not path.exists():
             raise
-        settings = {"image": f"image.weights={run}", "text": f"text.name={run}"}
+        settings = {"image": f"image.weights={run}", "text": f"text.name={run}", "audio": f"audio.name={run}"}
         choices = [settings[name]] if isinstance(init, dict) and name in settings else list(settings.values())
         raise ConfigError(
-            f"init={init}: {error}; init takes runs and image-text models; the weights of one tower are {' or '.join(choices)}"
+            f"init={init}: {error}; init takes runs, and models of texts with images or sounds; the weights of one tower are "
+            f"{' or '.join(choices)}"
         ) from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import AutoTokenizer, ClapConfig, ClapFeatureExtractor, ClapMo
 
 from finetune.explain.similarity import check_pooling
 from finetune.model import choose_token_sources
-from pretrain.checkpoints import export
+from pretrain.checkpoints import export, warm_start
 from pretrain.checkpoints.loading import LoadedModel, load_model
 from pretrain.embedding.job import _build_layout
 from pretrain.embedding.options import Options
@@ -139,6 +140,9 @@ def test_what_cannot_be_read_is_refused(small: Small, tmp_path: Path) -> None:
     (tmp_path / "linear/model.safetensors").unlink()
     with pytest.raises(UserError, match="are its weights missing"):
         load_model(tmp_path / "linear")
+    one_tower = f"the weights of one tower are image.weights={tmp_path}/linear or text.name={tmp_path}/linear or audio.name="
+    with pytest.raises(ConfigError, match=re.escape(one_tower)):
+        warm_start.with_init_defaults({"init": str(tmp_path / "linear")})
     path = tmp_path / "gelu/config.json"
     config = json.loads(path.read_text())
     config["audio_config"]["depths"] = [1, 1, 10**6, 1]
