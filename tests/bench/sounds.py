@@ -2,9 +2,10 @@
 
     python -m tests.bench.sounds RUN --data 'DIR/val-*.tar' [--samples 400] [--method raw]
 
-RUN is fine-tuned with fusion.context=audio. Words are the kinds that are heard once in a sample. For a run that answers
-questions their texts are "what colour is the bird?", one for each kind; for others the first of the sample's sound_captions,
-such as "a purple bird, then a purple sofa". A map is summed over frequencies. One JSON line:
+RUN is fine-tuned with fusion.context=audio, or a pretraining run. Words are the kinds that are heard once in a sample. For a
+run that answers questions their texts are "what colour is the bird?", one for each kind; for others the first of the sample's
+sound_captions, such as "a purple bird, then a purple sofa". Of a pretraining run `similarity` alone is measured, with the word
+by itself, in such a caption, and in such a question. A map is summed over frequencies. One JSON line:
 
     hit     share of maps whose highest column lies in the word's own sound (its center; pointing game in time)
     lift    share of a map's sum inside the sound, over the sound's share of the time: 1 = a uniform map
@@ -28,6 +29,7 @@ import argparse
 import json
 import re
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -41,11 +43,13 @@ from finetune.explain.token_spans import TokenSpans, average_tokens
 from finetune.explain.word_maps import METHOD, compute_token_maps, find_text_decoder
 from finetune.grounding.pointing_game import Array, bootstrap
 from finetune.grounding.probes import build_untrained
-from finetune.loading import Finetuned
+from finetune.loading import Finetuned, encode_inputs
 from finetune.model import FusionModel
+from pretrain.checkpoints.loading import LoadedModel, load_model
 from pretrain.data.audio import AUDIO_EXTENSIONS
 from pretrain.data.shards.paths import expand_shards
 from pretrain.data.shards.reader import ShardReader
+from pretrain.data.text import TextDecoder
 
 BATCH = 32
 
@@ -58,8 +62,8 @@ class Heard(NamedTuple):
     spans: dict[str, tuple[float, float]]
 
 
-def read_samples(shards: str, count: int, asks: bool) -> list[Heard]:
-    """Return the first samples with two sounds of different kinds or more. asks: texts are questions."""
+def read_samples(shards: str, count: int, text: str) -> list[Heard]:
+    """Return the first samples with two sounds of different kinds or more. text: word, caption or question."""
     reader = ShardReader(expand_shards(shards))
     samples: list[Heard] = []
     for shard in range(len(reader.paths)):
@@ -71,7 +75,10 @@ def read_samples(shards: str, count: int, asks: bool) -> list[Heard]:
             if len(spans) >= 2:
                 data = next(members[extension] for extension in AUDIO_EXTENSIONS if extension in members)
                 caption = content["sound_captions"][0]
-                texts = {kind: f"what colour is the {kind}?" if asks else caption for kind in spans}
+                choices = {
+                    kind: {"word": kind, "caption": caption, "question": f"what colour is the {kind}?"} for kind in spans
+                }
+                texts = {kind: choice[text] for kind, choice in choices.items()}
                 samples.append(Heard(data, texts, spans))
             if len(samples) == count:
                 return samples
@@ -80,17 +87,26 @@ def read_samples(shards: str, count: int, asks: bool) -> list[Heard]:
 
 def compute_columns(tuned: Finetuned, model: FusionModel | None, samples: list[Heard], method: str) -> list[dict[str, Array]]:
     """Return, for each sample, the map of each kind's word summed over frequencies: {kind: (W,)}; None = similarity."""
-    decoder, results = find_text_decoder(tuned.decoders), [dict[str, Array]() for _ in samples]
+
+    def compute_maps(sounds: list[bytes], texts: list[str]) -> torch.Tensor:
+        inputs, masks = tuned.encode_inputs(sounds, texts)
+        batch = (inputs["audio"], inputs["text"], masks["text"])
+        if model is None:
+            return compute_similarity_maps(tuned.model.encoder, *batch, "audio")[0].clamp(min=0)
+        return compute_token_maps(model, tuned.task, *batch, method)[0]
+
+    return _sum_columns(find_text_decoder(tuned.decoders), samples, compute_maps)
+
+
+def _sum_columns(
+    decoder: TextDecoder, samples: list[Heard], compute_maps: Callable[[list[bytes], list[str]], torch.Tensor]
+) -> list[dict[str, Array]]:
+    results = [dict[str, Array]() for _ in samples]
     pairs = [(i, kind) for i, sample in enumerate(samples) for kind in sample.texts]
     for begin in range(0, len(pairs), BATCH):
         chunk = pairs[begin : begin + BATCH]
         texts = [samples[i].texts[kind] for i, kind in chunk]
-        inputs, masks = tuned.encode_inputs([samples[i].data for i, _ in chunk], texts)
-        batch = (inputs["audio"], inputs["text"], masks["text"])
-        if model is None:
-            maps = compute_similarity_maps(tuned.model.encoder, *batch, "audio")[0].clamp(min=0)
-        else:
-            maps, _ = compute_token_maps(model, tuned.task, *batch, method)
+        maps = compute_maps([samples[i].data for i, _ in chunk], texts)
         for (i, kind), text, values in zip(chunk, texts, maps, strict=True):
             words = {re.sub(r"\W", "", word.text): word for word in TokenSpans(decoder, text).find_words()}
             if kind in words:
@@ -98,12 +114,11 @@ def compute_columns(tuned: Finetuned, model: FusionModel | None, samples: list[H
     return results
 
 
-def measure_loudness(tuned: Finetuned, samples: list[Heard], columns: int) -> list[Array]:
+def measure_loudness(tower: Any, decoder: Any, samples: list[Heard], columns: int) -> list[Array]:
     """Return for each sample the energy of the sound in each of the map's columns (W,)."""
-    tower = cast(Any, tuned.model.encoder.tower("audio"))
     levels = []
     for sample in samples:
-        mel = tower.mel(tuned.encode_inputs([sample.data], ["a"])[0]["audio"])[0]  # (T, F), logarithms
+        mel = tower.mel(decoder.decode_eval(sample.data)[None])[0]  # (T, F), logarithms
         energy = (mel * tower.mel.settings.std / 10 * np.log(10)).exp().sum(dim=1)
         levels.append(torch.nn.functional.adaptive_avg_pool1d(energy[None], columns)[0].double().numpy())
     return levels
@@ -127,29 +142,54 @@ def measure(tuned: Finetuned, samples: list[Heard], method: str) -> dict[str, An
     towers = tuned.model.encoder
     if towers.tower("audio").pools_mean and towers.tower("text").pools_mean:
         columns["similarity"] = compute_columns(tuned, None, samples, method)
-    width = len(next(iter(trained[0].values())))
-    loudness = measure_loudness(tuned, samples, width)
-    seconds = cast(Any, towers.tower("audio")).seconds
+    return {"method": method, **compare(columns, "trained", samples, towers.tower("audio"), tuned.decoders["audio"])}
+
+
+def measure_encoders(loaded: LoadedModel, shards: str, count: int) -> dict[str, Any]:
+    """Return the figures of similarity maps of a pretraining run, by the text in which the word stands."""
+    model, lines = loaded.model, {}
+    for text in ("word", "caption", "question"):
+        samples = read_samples(shards, count, text)
+
+        def compute_maps(sounds: list[bytes], texts: list[str]) -> torch.Tensor:
+            inputs, masks = encode_inputs(loaded.decoders, torch.device("cpu"), sounds, texts, "audio")
+            maps = compute_similarity_maps(model, inputs["audio"], inputs["text"], masks["text"], "audio")[0]
+            return maps.clamp(min=0)
+
+        columns = _sum_columns(find_text_decoder(loaded.decoders), samples, compute_maps)
+        lines[text] = compare({"similarity": columns}, "similarity", samples, model.tower("audio"), loaded.decoders["audio"])
+    return lines
+
+
+def compare(
+    columns: dict[str, list[dict[str, Array]]], name: str, samples: list[Heard], tower: Any, decoder: Any
+) -> dict[str, Any]:
+    """Return hit and lift of maps and baselines, with intervals. name: whose maps of other words are a baseline."""
+    first = columns[name]
+    width = len(next(iter(first[0].values())))
+    loudness = measure_loudness(tower, decoder, samples, width)
     rows: dict[str, list[tuple[float, float]]] = {}
     index: list[int] = []
     for i, sample in enumerate(samples):
         for kind, span in sample.spans.items():
-            if kind not in trained[i] or len(trained[i]) < 2:
+            if kind not in first[i] or len(first[i]) < 2:
                 continue
             index.append(i)
-            other = next(name for name in trained[i] if name != kind)
-            for name, maps in columns.items():
-                rows.setdefault(name, []).append(score(maps[i][kind], span, seconds))
-            rows.setdefault("other_word", []).append(score(trained[i][other], span, seconds))
-            rows.setdefault("loudness", []).append(score(loudness[i], span, seconds))
-            rows.setdefault("time", []).append(score(np.ones(width), span, seconds))
+            other = next(word for word in first[i] if word != kind)
+            for key, maps in columns.items():
+                rows.setdefault(key, []).append(score(maps[i][kind], span, tower.seconds))
+            rows.setdefault("other_word", []).append(score(first[i][other], span, tower.seconds))
+            rows.setdefault("loudness", []).append(score(loudness[i], span, tower.seconds))
+            rows.setdefault("time", []).append(score(np.ones(width), span, tower.seconds))
     samples_of = np.array(index)
-    line: dict[str, Any] = {"samples": len(set(index)), "words": len(index), "columns": width, "method": method}
-    for position, name in enumerate(("hit", "lift")):
+    line: dict[str, Any] = {"samples": len(set(index)), "words": len(index), "columns": width}
+    for position, measure_name in enumerate(("hit", "lift")):
         values: dict[str, NDArray[np.float64]] = {
             key: np.array([row[position] for row in row_list]) for key, row_list in rows.items()
         }
-        line[name] = {key: [round(float(x), 3) for x in bootstrap(column, samples_of)] for key, column in values.items()}
+        line[measure_name] = {
+            key: [round(float(x), 3) for x in bootstrap(column, samples_of)] for key, column in values.items()
+        }
     return line
 
 
@@ -193,20 +233,18 @@ def measure_order(tuned: Finetuned, shards: str, count: int, method: str) -> dic
 def main() -> None:
     """Measure one run and print its line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="a fine-tuned run with fusion.context=audio")
+    parser.add_argument("run", help="a fine-tuned run with fusion.context=audio, or a pretraining run")
     parser.add_argument("--data", required=True, help="shards drawn with --sound")
     parser.add_argument("--samples", type=int, default=400)
     parser.add_argument("--method", default=METHOD, choices=METHODS)
     options = parser.parse_args()
+    if not loading.is_finetuned(options.run):
+        print(json.dumps({"run": options.run, **measure_encoders(load_model(options.run), options.data, options.samples)}))
+        return
     tuned = loading.load(options.run)
-    print(
-        json.dumps(
-            {
-                "run": options.run,
-                **measure(tuned, read_samples(options.data, options.samples, tuned.task.text_is_question), options.method),
-            }
-        )
-    )
+    text = "question" if tuned.task.text_is_question else "caption"
+    samples = read_samples(options.data, options.samples, text)
+    print(json.dumps({"run": options.run, **measure(tuned, samples, options.method)}))
     if tuned.task.text_is_question:
         print(json.dumps(measure_order(tuned, options.data, options.samples, options.method)))
 
