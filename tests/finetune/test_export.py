@@ -28,7 +28,7 @@ from pretrain import model as encoders
 from pretrain import registry
 from pretrain.data.text import load_tokenizer
 from pretrain.errors import UserError
-from tests.support import ROOT, TINY_TOWERS, Small
+from tests.support import ONE_BLOCK, ROOT, TINY_TOWERS, Small
 
 ANSWERS = "task.answers=[red, green, blue, two]"
 CLASSES = "task.classes=[a, b, c]"
@@ -49,7 +49,7 @@ TEXTS = ["what color is the box?", "two red balls", "a", "left of a house on the
 def build_tuned(small: Small, *settings: str) -> Finetuned:
     """Build a model with random weights, also in layers that are initialized with zeros."""
     layers = [] if "fusion=null" in settings else ["fusion.layers=1", "fusion.heads=2"]
-    arguments = [f"text.tokenizer={small.tokenizer}", *TINY_TOWERS, *layers, *settings]
+    arguments = [f"text.tokenizer={small.tokenizer}", *TINY_TOWERS, *ONE_BLOCK, *layers, *settings]
     values = configuration.load_values(ROOT / "configs/pretrain/scenes.yaml", arguments)
     config = configuration.build(FusionSchema, values, "test", partial=True)
     tokenizer = load_tokenizer(str(small.tokenizer))

@@ -23,6 +23,8 @@ TINY_TOWERS: list[str] = [
     "model.dim=16",
 ]
 """Settings that shrink a configuration with a ViT and a CLIP text tower, so that a step takes milliseconds."""
+ONE_BLOCK: list[str] = ["image.args.depth=1", "text.args.num_hidden_layers=1"]
+"""Settings after those, for models that are traced to be exported: each block takes a second."""
 
 
 HEAVY = [

@@ -18,7 +18,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from launch import cli
-from tests.support import ROOT, Small, environment
+from tests.support import ONE_BLOCK, ROOT, Small, environment
 
 TEXTS = ["a red car", "a large green sofa on grass", "two dogs"]
 README = (ROOT / "README.md").read_text().split("## In Python")[1].split("\n## ")[0]
@@ -30,7 +30,7 @@ def folder(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("api")
     quiet = ["data.workers=0", "eval.workers=0", "train.trackers=[]", "train.threads=1", "train.steps=2", "train.epochs=0"]
     with contextlib.chdir(root):
-        assert cli.main(["pretrain", "scenes", *small.settings("first", "train.steps=2")]) == 0
+        assert cli.main(["pretrain", "scenes", *small.settings("first", "train.steps=2", *ONE_BLOCK)]) == 0
         shards = [f"data.train={small.train}", "data.val=null", "train.eval_every=0", "data.batch_size=8"]
         assert cli.main(["finetune", "vqa", "init=runs/first", "run=vqa", *shards, *quiet]) == 0
         for form in ("hf", "open_clip", "onnx"):

@@ -30,7 +30,7 @@ from pretrain.checkpoints.loading import LoadedModel, load_model
 from pretrain.data.text import load_tokenizer
 from pretrain.formats import onnx, portable_tokenizer
 from tests.pretrain.formats.test_export import CLIP, SCENES, SIGLIP, SIGLIP_TEXT, assert_close, build_model
-from tests.support import TINY_TOWERS, Small
+from tests.support import ONE_BLOCK, TINY_TOWERS, Small
 
 BERT_TEXT = "text.args={{model_type: {}, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 2}}"
 
@@ -97,7 +97,13 @@ CASES = {
     "CLIP": ("vit-b-16", CLIP, ("hf",)),
     "CLIP, mean": (
         "vit-b-16",
-        [*CLIP, "image.name=vit_base_patch16_clip_quickgelu_224", "text.args.hidden_act=quick_gelu", "text.pool=avg"],
+        [
+            *CLIP,
+            "image.name=vit_base_patch16_clip_quickgelu_224",
+            "text.args.hidden_act=quick_gelu",
+            "text.pool=avg",
+            *ONE_BLOCK,
+        ],
         ("hf", "open_clip", "onnx"),
     ),
     "mean": ("scenes", SCENES, ("hf", "open_clip")),
@@ -128,7 +134,8 @@ def test_open_clip_holds_bert_and_roberta(kind: str, pool: str, small: Small, tm
     """Their texts may spell out special tokens as well, padding included; what is exported is read again, unchanged."""
     build_tokenizer = build_bert_tokenizer if kind == "bert" else build_roberta_tokenizer
     tokenizer = build_tokenizer(tmp_path / "tokenizer")
-    loaded = build_model("clipart", tokenizer, *TINY_TOWERS, BERT_TEXT.format(kind), f"text.pool={pool}", "text.length=24")
+    settings = [*TINY_TOWERS, BERT_TEXT.format(kind), *ONE_BLOCK, f"text.pool={pool}", "text.length=24"]
+    loaded = build_model("clipart", tokenizer, *settings)
     texts = list_texts(loaded.tokenizer)
     expected = embed_texts(loaded, texts)
     for form in ("open_clip", "onnx") if pool == "avg" else ("open_clip",):

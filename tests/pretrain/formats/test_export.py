@@ -28,7 +28,7 @@ from pretrain.data.text import TextDecoder, load_tokenizer
 from pretrain.formats import block_weights, mean_pooling, onnx, text_weights
 from pretrain.formats.model_card import _format_difference
 from pretrain.model import ModelSchema
-from tests.support import ROOT, TINY_TOWERS, Small, environment
+from tests.support import ONE_BLOCK, ROOT, TINY_TOWERS, Small, environment
 from tests.support.sounds import AUDIO, make_tone
 
 CLIP = [
@@ -194,7 +194,7 @@ def test_an_exported_folder_may_be_moved(small: Small, tmp_path: Path) -> None:
 
 def test_onnxruntime_gives_the_embeddings_of_the_run(small: Small, samples: Any, tmp_path: Path) -> None:
     """Of images, texts and sounds, the latter through Python, too."""
-    loaded = build_model("scenes", small.tokenizer, *SCENES, *AUDIO)
+    loaded = build_model("scenes", small.tokenizer, *SCENES, *ONE_BLOCK, *AUDIO)
     folder = export.export(loaded, tmp_path / "out", "onnx")
     sounds = [make_tone(330, seconds, 5) for seconds in (0.2, 0.9)]
     waveforms = torch.stack([loaded.decoders["audio"].decode_eval(sound) for sound in sounds])
@@ -266,7 +266,7 @@ def run(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished tiny run, with retrieval metrics."""
     run = tmp_path_factory.mktemp("export") / "run"
     more = ("train.steps=4", f"data.val={small.val}", "eval.workers=0")
-    assert cli.main(["pretrain", "clipart", *small.settings(run, *more)]) == 0
+    assert cli.main(["pretrain", "clipart", *small.settings(run, *ONE_BLOCK, *more)]) == 0
     return run
 
 

@@ -21,7 +21,7 @@ from pretrain.errors import ConfigError, UserError
 from pretrain.formats.model_card import RESIZE_CODE
 from pretrain.towers.timm import Config
 from tests.pretrain.formats.test_export import build_model
-from tests.support import TINY_TOWERS, Small
+from tests.support import ONE_BLOCK, TINY_TOWERS, Small
 
 
 def draw(height: int, width: int) -> Image.Image:
@@ -87,7 +87,7 @@ def test_transformers_pads_with_the_mean_color_and_refuses_others(small: Small, 
 
 def test_onnx_pads_as_the_run(small: Small, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
-    loaded = build_model("clipart", small.tokenizer, *TINY_TOWERS, "image.resize=pad", "image.pad_color=tomato")
+    loaded = build_model("clipart", small.tokenizer, *TINY_TOWERS, *ONE_BLOCK, "image.resize=pad", "image.pad_color=tomato")
     folder = export.export(loaded, tmp_path / "out", "onnx")
     assert json.loads((folder / "preprocess.json").read_text())["fill_color"] == [255, 99, 71]
     actual = torch.as_tensor(clipfuse.load(folder).encode_images(PICTURES))

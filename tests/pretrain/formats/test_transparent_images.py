@@ -18,7 +18,7 @@ from pretrain.data.decode import decode_image
 from pretrain.formats.model_card import OPENING_CODE
 from tests.pretrain.formats.test_any_text import BERT_TEXT, build_bert_tokenizer
 from tests.pretrain.formats.test_export import build_model, embed
-from tests.support import TINY_TOWERS, Small
+from tests.support import ONE_BLOCK, TINY_TOWERS, Small
 
 RNG = np.random.default_rng(0)
 COLORS = RNG.integers(0, 256, (40, 56, 4), dtype=np.uint8)
@@ -122,7 +122,7 @@ def test_the_code_of_each_card_gives_the_figures_of_the_run(
 ) -> None:
     """For a transparent picture; the code runs as it is printed, beside the exported folder."""
     tokenizer: Any = small.tokenizer
-    settings = [*TINY_TOWERS]
+    settings = [*TINY_TOWERS, *ONE_BLOCK]
     if form.endswith("BERT"):
         tokenizer = build_bert_tokenizer(tmp_path / "tokenizer")
         settings += [BERT_TEXT.format("bert"), "text.pool=avg", "text.length=24"]
