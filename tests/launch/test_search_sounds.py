@@ -252,6 +252,7 @@ REFUSED = {
     "index runs/two --data empty.tar --db new": "empty.tar",
     "embed runs/two --data empty.tar --out new-vectors": "empty.tar",
     "embed runs/two --data silent.tar --out silent-vectors --workers 0": "of 1 sample none can be embedded (audi",
+    "embed runs/two --data sounds.tar --out vectors-of-titles --workers 0 --caption title": "read from title: --caption names",
 }
 
 
