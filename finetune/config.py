@@ -106,21 +106,28 @@ def load_config(path: Path, settings: list[str]) -> FinetuneConfig:
         encoders = loading.load_model(init).config if checkpoint is None else warm_start.read_schema(checkpoint)
         bias = encoders.model.logit_bias  # null or not tells the loss of pretraining
         values["model"] = configuration.merge({"logit_bias": bias}, values.get("model") or {})
-    return _rename_image(configuration.build(FinetuneConfig, values, str(path)))
+    return _say_of_subject(configuration.build(FinetuneConfig, values, str(path)))
 
 
-def _rename_image(config: FinetuneConfig) -> FinetuneConfig:
-    """Return the configuration of a model without an image tower, with what it says of `image` said of what texts are about.
+def _say_of_subject(config: FinetuneConfig) -> FinetuneConfig:
+    """Return the configuration with what it says of `image` said of what texts are about, where that is something else.
 
-    So the shipped configurations, which set rates and frozen blocks of both towers, serve sounds as well.
+    So the shipped configurations, which set rates and frozen blocks of both towers, serve sounds as well. What is said of the
+    subject itself stays.
     """
     towers = list(tower_configs(config))
-    if "image" in towers:
-        return config
     subject = find_subject(config.fusion, towers)
+    if subject == "image":
+        return config
 
-    def rename(values: dict[str, Any]) -> dict[str, Any]:
-        return {subject if name == "image" else name: value for name, value in values.items()}
+    def say_of_subject(values: dict[str, Any]) -> dict[str, Any]:
+        said = {subject: values["image"], **values} if "image" in values else values
+        return {name: value for name, value in said.items() if name != "image" or "image" in towers}
 
-    optim = replace(config.optim, lr_scale=rename(config.optim.lr_scale), weight_decay_of=rename(config.optim.weight_decay_of))
-    return replace(config, optim=optim, adapt=replace(config.adapt, trainable_blocks=rename(config.adapt.trainable_blocks)))
+    optim = replace(
+        config.optim,
+        lr_scale=say_of_subject(config.optim.lr_scale),
+        weight_decay_of=say_of_subject(config.optim.weight_decay_of),
+    )
+    adapt = replace(config.adapt, trainable_blocks=say_of_subject(config.adapt.trainable_blocks))
+    return replace(config, optim=optim, adapt=adapt)

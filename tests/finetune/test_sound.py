@@ -18,12 +18,14 @@ from PIL import Image
 
 import finetune
 from finetune import evaluate, export
+from finetune.config import load_config
 from finetune.evaluate import summary
 from finetune.explain.examples import sample_examples
 from finetune.explain.token_spans import TokenSpans, average_words
 from finetune.explain.word_maps import compute_token_maps, compute_word_maps, find_text_decoder
 from finetune.tasks import EvalConfig
 from launch import report
+from pretrain.config import find_config
 from pretrain.data.text import train_tokenizer
 from tests.support import run_clipfuse
 
@@ -241,3 +243,16 @@ def test_a_fusion_with_a_tower_that_is_not_there_is_refused(pretrained: Path) ->
     settings = ["init=runs/encoders", "data.train=train.tar", "data.val=null", *COMMON]
     done = run_clipfuse("finetune", "vqa", *settings, "run=runs/none", cwd=pretrained, check=2)
     assert "fusion.context='image' is no modality of this model; it has text, audio" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["fusion.context=audio"], {"image": 0.15, "audio": 0.15, "text": 0.3, "heads": 0.15}),
+        (["fusion.context=audio", "optim.lr_scale.audio=0.5"], {"image": 0.15, "audio": 0.5, "text": 0.3, "heads": 0.15}),
+        ([], {"image": 0.15, "text": 0.3, "heads": 0.15}),
+    ],
+)
+def test_shipped_rates_of_images_hold_for_sounds_that_texts_are_about(more: list[str], expected: dict[str, float]) -> None:
+    towers = ["image={tower: timm}", "text={tower: transformers, name: any}", "audio={tower: audio, name: conv, widths: [8]}"]
+    assert load_config(find_config("vqa", "finetune"), [*towers, *more]).optim.lr_scale == expected
