@@ -19,6 +19,7 @@ from finetune import model as models
 from finetune.adapt import freeze
 from finetune.config import FinetuneConfig, load_config
 from finetune.evaluate import build_result, summary
+from finetune.fusion.blocks import FusionConfig, check_modalities
 from finetune.model import FusionModel
 from finetune.next_commands import suggest_commands
 from finetune.tasks import EvalSetup, Task, survey
@@ -139,6 +140,8 @@ def build(config: FinetuneConfig, checkpoint: Path | None = None) -> Components:
     tokenizer, encoders = build_encoders(resuming.without_sources(config, checkpoint))
     if config.init is not None and checkpoint is None:
         warm_start.load_weights(encoders, config.init, config.init_partial, tokenizer)
+    if isinstance(config.fusion, FusionConfig):
+        check_modalities(config.fusion, list(encoders.towers))  # before `adapt`, whose error of a tower says less
     config = freeze.adapt_encoder(encoders, config.adapt, config)  # type: ignore[assignment]
     # -- task, fusion and head
     task = registry.get_component("tasks", config.task.name).build(

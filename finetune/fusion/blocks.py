@@ -224,12 +224,14 @@ class Fusion(nn.Module):
         return block(*inputs)
 
 
-def check_modalities(config: FusionConfig, widths: dict[str, int]) -> None:
+def check_modalities(config: FusionConfig, modalities: Collection[str]) -> None:
     """Raise ConfigError for settings out of range, or for a modality that the model does not have."""
     config.check()
     for key, name in (("query", config.query), ("context", config.context)):
-        if name not in widths:
-            raise ConfigError(f"fusion.{key}={name!r} is no modality of this model; it has {', '.join(widths)}")
+        if name not in modalities:
+            others = [other for other in modalities if other not in (config.query, config.context)]
+            hint = f": fusion.{key}={others[0]}" if len(others) == 1 else ""
+            raise ConfigError(f"fusion.{key}={name!r} is no modality of this model; it has {', '.join(modalities)}{hint}")
 
 
 def list_fused_modalities(config: FusionConfig, fused: str) -> list[tuple[str, ...]]:

@@ -239,10 +239,11 @@ def test_python_takes_sounds_as_encode_audio_does(tiny: Path, tmp_path: Path) ->
     assert "cannot read the sound none.wav" in done.stderr
 
 
-def test_a_fusion_with_a_tower_that_is_not_there_is_refused(pretrained: Path) -> None:
+@pytest.mark.parametrize("task", ["vqa", "retrieval"])
+def test_a_fusion_with_a_tower_that_is_not_there_is_refused(pretrained: Path, task: str) -> None:
     settings = ["init=runs/encoders", "data.train=train.tar", "data.val=null", *COMMON]
-    done = run_clipfuse("finetune", "vqa", *settings, "run=runs/none", cwd=pretrained, check=2)
-    assert "fusion.context='image' is no modality of this model; it has text, audio" in done.stderr
+    done = run_clipfuse("finetune", task, *settings, "run=runs/none", cwd=pretrained, check=2)
+    assert "fusion.context='image' is no modality of this model; it has text, audio: fusion.context=audio" in done.stderr
 
 
 @pytest.mark.parametrize(
