@@ -222,7 +222,7 @@ def _check_container(data: bytes) -> None:
         segments = data[page + 27 : page + 27 + data[page + 26]] if page + 26 < len(data) else b""
         if page + 27 + len(segments) + sum(segments) > len(data):
             raise BadSample("audio truncated", "the last page of the Ogg file ends early")
-    elif data[:4] not in (b"RF64", b"fLaC") and data[:3] != b"ID3" and not (data[0] == 0xFF and data[1:2] >= b"\xe0"):
+    elif not find_media_type(data):
         names = ", ".join(dict.fromkeys(AUDIO_FORMATS.values()))
         raise BadSample("audio unreadable", f"none of {names}; begins with {data[:12]!r}")
 
