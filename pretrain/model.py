@@ -240,8 +240,8 @@ def choose_attention(model: nn.Module, device: torch.device, precision: str) -> 
 
     Inside performance.process_settings, which puts the choice back.
     """
-    longest = max((module.token_count for module in model.modules() if isinstance(module, Tower)), default=0)
-    performance.choose_attention(longest, device.type, precision)
+    counts = [module.token_count for module in model.modules() if isinstance(module, Tower)]
+    performance.choose_attention(max(counts, default=0) if all(counts) else 0, device.type, precision)
 
 
 @contextmanager

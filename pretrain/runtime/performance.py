@@ -148,9 +148,9 @@ def choose_attention(longest: int, device_type: str, precision: str) -> None:
     heads of 64 took 61 ms for 49 tokens, 21 for 16 and 73 for 77; plain products took 15, 3 and 30, and as many as fused ones
     from about 128 tokens on. They are computed in float32 and rounded once, so the result is not less exact.
 
-    longest: tokens of the longest sequence.
+    longest: tokens of the longest sequence; 0 = not known.
     """
-    if device_type == "cpu" and precision != "fp32" and longest <= SHORT:
+    if device_type == "cpu" and precision != "fp32" and 0 < longest <= SHORT:
         torch.backends.cuda.enable_flash_sdp(False)  # named after CUDA, and obeyed on CPUs, too
 
 

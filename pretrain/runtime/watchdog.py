@@ -74,6 +74,7 @@ class Watchdog:
         self._store: td.Store | None = None
         self._store_lost_since: float | None = None
         self._thread: threading.Thread | None = None
+        self._this_process = (os.uname().nodename, os.getpid(), _pid_namespace())  # which may be forked after the import
 
     def __enter__(self) -> Watchdog:
         if distributed.world_size() > 1:
@@ -112,7 +113,7 @@ class Watchdog:
     # The thread: write and read heartbeats, find dead and stalled processes
 
     def _heartbeat(self) -> str:
-        return json.dumps([self._count, self._marks, self._position, *_THIS_PROCESS])
+        return json.dumps([self._count, self._marks, self._position, *self._this_process])
 
     def _write_heartbeat(self) -> None:
         assert self._store is not None
@@ -154,7 +155,7 @@ class Watchdog:
             if marks != process.marks:
                 process.marks, process.mark_time, process.behind_since = marks, now, None
             process.position, process.name = position, f"process {rank} ({host}, pid {pid})"
-            process.pid = pid if (host, namespace) == (_THIS_PROCESS[0], _THIS_PROCESS[2]) else None
+            process.pid = pid if (host, namespace) == (self._this_process[0], self._this_process[2]) else None
 
     def _find_lost_process(self) -> str | None:
         """Return the line that ends the run, or None.
@@ -343,6 +344,3 @@ def _pid_namespace() -> int:
 
 def _first_line(error: Any) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-_THIS_PROCESS = (os.uname().nodename, os.getpid(), _pid_namespace())

@@ -63,7 +63,7 @@ class Tower(nn.Module):
     pooled_width: int
     """P, the width of the pooled vector."""
     token_count: int = 0
-    """N, the most tokens that a sample has."""
+    """N, the most tokens that a sample has; 0 = the tower does not say."""
     depth: int = 0
     """Number of blocks L. Layer ids run from 0 to L + 1."""
     trims: bool = False

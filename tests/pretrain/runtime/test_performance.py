@@ -73,15 +73,16 @@ def test_flags_of_torch_are_set_inside_the_block_and_put_back_after_it(monkeypat
 
 @pytest.mark.parametrize(
     ("tokens", "device", "precision", "is_fused"),
-    [(77, "cpu", "bf16", False), (257, "cpu", "bf16", True), (77, "cpu", "fp32", True), (77, "cuda", "bf16", True)],
+    [(77, "cpu", "bf16", False), (0, "cpu", "bf16", True), (257, "cpu", "bf16", True), (77, "cpu", "fp32", True), (77, "cuda", "bf16", True)],
 )
 def test_attention_of_short_sequences_in_bf16_is_as_exact_without_the_fused_kernel(
     tokens: int, device: str, precision: str, is_fused: bool
 ) -> None:
     """The reference is the formula in float64."""
     torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 2, tokens, 16, dtype=torch.float64) for _ in range(3))
-    mask = torch.rand(2, 1, tokens, tokens) < 0.7
+    n = tokens or 16  # 0: the length is not known
+    q, k, v = (torch.randn(2, 2, n, 16, dtype=torch.float64) for _ in range(3))
+    mask = torch.rand(2, 1, n, n) < 0.7
     expected = (q @ k.mT / 4).masked_fill(~mask, -torch.inf).softmax(dim=-1) @ v
     with process_settings(PerformanceConfig()), _Operations() as operations:
         choose_attention(tokens, device, precision)
