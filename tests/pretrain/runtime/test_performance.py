@@ -73,7 +73,13 @@ def test_flags_of_torch_are_set_inside_the_block_and_put_back_after_it(monkeypat
 
 @pytest.mark.parametrize(
     ("tokens", "device", "precision", "is_fused"),
-    [(77, "cpu", "bf16", False), (0, "cpu", "bf16", True), (257, "cpu", "bf16", True), (77, "cpu", "fp32", True), (77, "cuda", "bf16", True)],
+    [
+        (77, "cpu", "bf16", False),
+        (0, "cpu", "bf16", True),
+        (257, "cpu", "bf16", True),
+        (77, "cpu", "fp32", True),
+        (77, "cuda", "bf16", True),
+    ],
 )
 def test_attention_of_short_sequences_in_bf16_is_as_exact_without_the_fused_kernel(
     tokens: int, device: str, precision: str, is_fused: bool
