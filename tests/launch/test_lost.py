@@ -79,8 +79,10 @@ def test_a_lost_process_is_started_again(small: Small, undisturbed: dict[int, fl
     run = tmp_path / "run"
     words = tiny_run_args(small, run, f"train.steps={STEPS}", "train.save_every=5")
     with start_launcher(*clipfuse_command("pretrain", "--nproc", "2", "--restarts", "1", *words), cwd=tmp_path) as launched:
+        launched.wait_for_output("step 2/")
+        victim = launched.ranks()[1]  # found before, as the run takes about a second
         launched.wait_for_output("step 7/")
-        launched.ranks()[1].kill()
+        victim.kill()
         output = launched.wait_for_exit(0)
     assert "restarting from the last checkpoint (0 restarts left)" in output
     assert read_losses(run) == undisturbed
