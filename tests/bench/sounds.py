@@ -45,8 +45,8 @@ from finetune.grounding.pointing_game import Array, bootstrap
 from finetune.grounding.probes import build_untrained
 from finetune.loading import Finetuned, encode_inputs
 from finetune.model import FusionModel
+from finetune.search.modalities import find_content
 from pretrain.checkpoints.loading import LoadedModel, load_model
-from pretrain.data.audio import AUDIO_EXTENSIONS
 from pretrain.data.shards.paths import expand_shards
 from pretrain.data.shards.reader import ShardReader
 from pretrain.data.text import TextDecoder
@@ -73,7 +73,7 @@ def read_samples(shards: str, count: int, text: str) -> list[Heard]:
             names = Counter(sound["name"] for sound in content["sounds"])
             spans = {s["name"]: (s["start"], s["end"]) for s in content["sounds"] if names[s["name"]] == 1}
             if len(spans) >= 2:
-                data = next(members[extension] for extension in AUDIO_EXTENSIONS if extension in members)
+                data = cast(bytes, find_content(members, "audio"))
                 caption = content["sound_captions"][0]
                 choices = {
                     kind: {"word": kind, "caption": caption, "question": f"what colour is the {kind}?"} for kind in spans
@@ -201,7 +201,7 @@ def measure_order(tuned: Finetuned, shards: str, count: int, method: str) -> dic
     rows: dict[str, list[tuple[float, ...]]] = {"first": [], "last": []}
     for number, address in enumerate(addresses[:count]):
         members = reader.read(*address).members
-        data = next(members[extension] for extension in AUDIO_EXTENSIONS if extension in members)
+        data = cast(bytes, find_content(members, "audio"))
         for item in json.loads(members["json"])["sound_questions"]:
             match = re.fullmatch(r"what is heard (first|last)\?", item["question"])
             if match is None:

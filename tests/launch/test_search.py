@@ -26,19 +26,7 @@ from finetune.search.captions import CaptionIndex
 from launch import cli
 from tests.support import HEAVY, environment, forked
 from tests.support.catalog import index_words
-
-
-def run(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> str:
-    """Run a command; return what it printed, to stderr where it must fail."""
-    capsys.readouterr()
-    assert cli.main(list(words)) == code
-    out = capsys.readouterr()
-    return out.out if code == 0 else out.err
-
-
-def search(capsys: pytest.CaptureFixture[str], *words: str) -> list[dict[str, Any]]:
-    results: list[dict[str, Any]] = json.loads(run(capsys, "search", *words, "--json"))["results"]
-    return results
+from tests.support.commands import run, search
 
 
 def own_scores(texts: list[str], numbers: range = range(24)) -> np.ndarray:

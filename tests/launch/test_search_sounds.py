@@ -22,6 +22,8 @@ from finetune.search.fields import Field
 from finetune.search.query import Query, Searcher, load_query_model
 from finetune.search.vector_index import Description
 from launch import cli
+from tests.support import commands
+from tests.support.commands import run
 from tests.support.sound_search import COUNT, list_files
 
 TEXT = "a green thing"
@@ -33,17 +35,8 @@ def here(sound_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return sound_folder
 
 
-def run(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> str:
-    """Run a command; return what it printed, to stderr where it must fail."""
-    capsys.readouterr()
-    assert cli.main(list(words)) == code
-    out = capsys.readouterr()
-    return out.out if code == 0 else out.err
-
-
 def search(capsys: pytest.CaptureFixture[str], *words: str) -> list[dict[str, Any]]:
-    results: list[dict[str, Any]] = json.loads(run(capsys, "search", *words, "--k", "50", "--json"))["results"]
-    return results
+    return commands.search(capsys, *words, "--k", "50")
 
 
 def check(results: list[dict[str, Any]], cosines: np.ndarray, prefix: str, suffix: str = "") -> None:

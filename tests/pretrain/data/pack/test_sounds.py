@@ -117,18 +117,23 @@ def test_sounds_need_their_package_and_images_do_not(tmp_path: Path, monkeypatch
 # Tables
 
 
+def write_table(path: Path, rows: list[dict[str, str]]) -> Path:
+    """Write rows of the same columns as csv, jsonl or parquet, by the name's extension."""
+    if path.suffix == ".csv":
+        path.write_text("".join(f"{','.join(values)}\n" for values in ([*rows[0]], *(row.values() for row in rows))))
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        pa.parquet.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 def test_tables_with_a_column_of_sounds(tmp_path: Path, kind: str) -> None:
     sounds = {f"s/{number}.wav": make_sound(number) for number in range(3)}
     write(tmp_path, {**sounds})
     rows = [{"audio": name, "caption": f"{word} {name}", "place": "x"} for name in sounds for word in ("one", "two")]
-    path = tmp_path / f"t.{kind}"
-    if kind == "csv":
-        path.write_text("audio,caption,place\n" + "".join(f"{r['audio']},{r['caption']},x\n" for r in rows))
-    elif kind == "jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    else:
-        pa.parquet.write_table(pa.Table.from_pylist(rows), path)
+    path = write_table(tmp_path / f"t.{kind}", rows)
     summary = pack(path, tmp_path / "out", workers=1)
     assert (summary.written, summary.skipped.total()) == (3, 0)
     assert "6 rows name 3 sounds: rows of one sound are one sample with several captions" in summary.notes
@@ -168,13 +173,7 @@ def test_sounds_inside_parquet(tmp_path: Path) -> None:
 def test_a_column_called_audio_may_hold_text(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path, {"0.jpg": make_image(0), "1.jpg": make_image(1)})
     rows = [{"image": "0.jpg", "audio": "", "caption": "zero"}, {"image": "1.jpg", "audio": "in stereo", "caption": "one"}]
-    path = tmp_path / f"t.{kind}"
-    if kind == "csv":
-        path.write_text("image,audio,caption\n" + "".join(f"{','.join(row.values())}\n" for row in rows))
-    elif kind == "jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    else:
-        pa.parquet.write_table(pa.Table.from_pylist(rows), path)
+    path = write_table(tmp_path / f"t.{kind}", rows)
     assert main(["data", "pack", str(path), str(tmp_path / "out"), "--workers", "1"]) == 0
     line = "the column audio names no sounds ('in stereo'), so it is kept in the json; --audio-column audio reads it as paths"
     assert line in capsys.readouterr().out
