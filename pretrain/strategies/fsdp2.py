@@ -1,12 +1,13 @@
 """train.strategy=fsdp2: weights, gradients and optimizer state sharded by torch's fully_shard.
 
 Each block of a tower gathers its weights just before it runs and frees them afterwards. Everything else (embeddings,
-projections, scalars) is one more group, which stays gathered from the forward to the backward pass. Shards and optimizer
-state are float32, and gradients are reduced in float32.
+projections, scalars) is one more group, that of the root, which stays gathered from the forward to the backward pass. Shards
+and optimizer state are float32, and gradients are reduced in float32.
 
 The arithmetic is that of single and ddp. Under bf16 and fp16 autocast rounds the weights of matrix products, so a block gathers
-these in that type already, at half the bytes. What autocast leaves in float32 is gathered in float32: the gains of norms and
-layer scales, as a second small group of each block. Activations are never cast between blocks.
+these in that type already, at half the bytes. What autocast leaves in float32, the gains of norms and layer scales, belongs to
+the root's group: it is small, and a group of its own would cost each block two more collectives and break its compiled graph.
+Activations are never cast between blocks.
 """
 
 from __future__ import annotations
@@ -56,9 +57,7 @@ class FSDP2(Single):
         disable_length_buckets(model)
         mesh = self._build_mesh()
         self.blocks = find_blocks(model)
-        for block in self.blocks:
-            self._shard_block(block, mesh)
-        fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+        self._shard_groups(model, mesh)
         self.module = self.model = model
         assert isinstance(model, FSDPModule)
         for name, p in model.named_parameters():
@@ -89,19 +88,20 @@ class FSDP2(Single):
         shape = (self.replicas, processes // self.replicas)
         return init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
-    def _shard_block(self, block: nn.Module, mesh: DeviceMesh) -> None:
-        """Shard one block so that it computes as it would unsharded under autocast."""
+    def _shard_groups(self, model: nn.Module, mesh: DeviceMesh) -> None:
+        """Shard the root's group, then each block, so that they compute as they would unsharded under autocast."""
         param_dtype = None if self.precision == "fp32" else DTYPES[self.precision]
+        of_blocks = {p for block in self.blocks for p in block.parameters()}
         if param_dtype is not None:
-            exact_modules, exact_parameters = find_exact(block)
-            if exact_parameters:  # of modules that also hold weights of products: the whole block is gathered in float32
-                param_dtype = None
-            elif exact_modules:
-                fully_shard(exact_modules, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
-        policy = MixedPrecisionPolicy(
-            param_dtype=param_dtype, reduce_dtype=_weight_dtype(block) if param_dtype else None, cast_forward_inputs=False
-        )
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+            of_blocks -= {p for block in self.blocks for p in find_exact(block)}
+        # The root before its blocks: below a sharded block it would look for no parameters.
+        policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+        fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=of_blocks)
+        for block in self.blocks:
+            of_root = {p for p in block.parameters() if isinstance(p, DTensor)}
+            reduce_dtype = _weight_dtype(block) if param_dtype else None
+            policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+            fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=of_root)
 
     def sync_gradients(self, is_last_chunk: bool) -> AbstractContextManager[Any]:
         assert isinstance(self.model, FSDPModule)
@@ -154,22 +154,13 @@ PRODUCTS = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.Embedd
 """Modules that use their parameters in products only, whose factors autocast rounds, and tables that are looked up."""
 
 
-def find_exact(block: nn.Module) -> tuple[list[nn.Module], list[str]]:
-    """Return what autocast uses in float32 in a block: modules that hold nothing else, and single parameters of the others.
+def find_exact(block: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that autocast uses in float32: those outside PRODUCTS of at most one dimension.
 
-    They are parameters of at most one dimension outside PRODUCTS: gains and biases of norms, layer scales.
+    They are gains and biases of norms, and layer scales.
     """
-    modules, parameters = [], []
-    for prefix, module in block.named_modules():
-        own = dict(module.named_parameters(recurse=False))
-        if not own or isinstance(module, PRODUCTS):
-            continue
-        exact = [name for name, p in own.items() if p.ndim <= 1]
-        if len(exact) == len(own) and module is not block and not any(module.children()):
-            modules.append(module)
-        else:
-            parameters += [f"{prefix}.{name}" if prefix else name for name in exact]
-    return modules, parameters
+    modules = [module for module in block.modules() if not isinstance(module, PRODUCTS)]
+    return [p for module in modules for p in module.parameters(recurse=False) if p.ndim <= 1]
 
 
 def build(precision: Precision, optim: OptimConfig, device: torch.device, replicas: int = 1) -> FSDP2:

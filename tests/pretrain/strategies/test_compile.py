@@ -21,7 +21,7 @@ from pretrain.strategies.blocks import MODES, find_compiled
 from pretrain.towers import TokenSequence, Tower
 from pretrain.training.objective import Contrastive
 from pretrain.training.step import train_step
-from tests.support import Small, read_losses, run_clipfuse, tiny
+from tests.support import Small, read_losses, run_clipfuse, tiny, world
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch itself hides it where warnings are no errors
 CPU = torch.device("cpu")
@@ -98,6 +98,21 @@ def test_blocks_that_differ_have_a_graph_each_and_none_is_given_up() -> None:
     strategy = start(tiny.build_model("clip", image={"args": {"depth": 12, "drop_path_rate": 0.2}}))
     tiny.run_one_step(strategy, tiny.build_objective("clip"), tiny.build_batch(), 1, (0, 0, 0))
     assert graphs() == 12 + 1
+
+
+def count_sharded_graphs(precision: str) -> int:
+    """Return the graphs that a step of fsdp2 compiles."""
+    strategy = build_strategy("fsdp2", precision, OptimConfig(), CPU)
+    strategy.setup(tiny.build_model("clip", image={"args": {"init_values": 0.1}}))
+    strategy.compile("true", backend="aot_eager")
+    strategy.model.train()
+    tiny.run_one_step(strategy, tiny.build_objective("clip"), tiny.build_batch(), 1, (0, 0, 0))
+    return graphs()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_sharded_block_is_one_graph_in_every_precision(precision: str) -> None:
+    assert world.run(count_sharded_graphs, 1, precision) == [2]  # a graph for each tower, as without sharding
 
 
 class Plain(Tower):
