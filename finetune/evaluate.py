@@ -12,6 +12,7 @@ from rich.table import Table
 from finetune.loading import Finetuned
 from finetune.tasks import EvalConfig, Task
 from pretrain.evaluation.chance import chance_levels, without_chance
+from pretrain.printable import get_noun
 
 COUNTS = ("samples", "captions", "questions", "bad_samples")
 """Metrics that are counts; the table shows them below."""
@@ -48,7 +49,7 @@ def build_result(
         "subject": task.subject,
         "metrics": without_chance(metrics),
         "chance": chance_levels(metrics),
-        "chance_is": task.chance,
+        "chance_is": task.describe_chance(),
         "seconds": seconds,
     }
 
@@ -67,8 +68,7 @@ def summary(result: dict[str, Any]) -> Table:
         table.add_column("chance", justify="right", style="dim")
     has_baseline = any(name.startswith("blind_") for name in metrics)
     if has_baseline:
-        noun = "sound" if result["subject"] == "audio" else "image"
-        table.add_column(f"without {noun}", justify="right", style="dim")
+        table.add_column(f"without {get_noun(result['subject'])}", justify="right", style="dim")
     for name, value in metrics.items():
         if name in COUNTS or name.startswith("blind_"):
             continue

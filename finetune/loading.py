@@ -20,6 +20,7 @@ from pretrain.checkpoints import loading, store
 from pretrain.data.config import evaluation_caption, resolve_sources
 from pretrain.data.text import load_tokenizer
 from pretrain.errors import UserError
+from pretrain.printable import format_count, get_noun
 
 
 @dataclass
@@ -75,7 +76,8 @@ def encode_inputs(
     Returns inputs and masks of a batch, by modality. Raises BadSample, UserError.
     """
     if len(images) != len(texts):
-        raise UserError(f"{len(images)} images and {len(texts)} texts: give one text per image")
+        noun = get_noun(subject)
+        raise UserError(f"{format_count(len(images), noun)} and {format_count(len(texts), 'text')}: give one text per {noun}")
     pixels = torch.stack([decoders[subject].decode_eval(data) for data in images])
     if "text" not in decoders:  # the task reads images alone
         return {subject: pixels.to(device)}, {}

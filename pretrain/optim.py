@@ -130,7 +130,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
             groups[part, layer, decayed] = {"params": [], "weight_decay": decay, "lr_scale": scale, "name": label}
         groups[part, layer, decayed]["params"].append(parameter)
     if not groups:
-        raise ConfigError("nothing to train: every parameter is frozen; set image.trainable_blocks or text's to -1 or above 0")
+        raise ConfigError("nothing to train: every parameter is frozen; set a tower's trainable_blocks to -1 or above 0")
     return list(groups.values())
 
 

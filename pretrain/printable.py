@@ -1,6 +1,7 @@
-"""Make text safe to print, log and save: without passwords, tokens and control characters. Imports nothing of the project.
+"""Make text safe to print, log and save, count things, and name modalities. Imports nothing of the project.
 
-Shard urls may hold passwords, and keys and captions may hold any character that a terminal obeys.
+Safe is text without passwords, tokens and control characters: shard urls may hold passwords, and keys and captions may hold any
+character that a terminal obeys.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from typing import Any
 
 HIDDEN = "***"
 """Stands where a password or a token was."""
+NOUNS = {"image": "image", "text": "caption", "audio": "sound"}
+"""What messages call an item of a modality; towers of others go by their own name, see `get_noun`."""
 
 _SECRET = r"(?:token|sig|secret|pass|pwd|key|auth|cred|session|sas|jwt|bearer|hmac|policy|code|api)"
 
@@ -77,3 +80,8 @@ def format_count(number: int, noun: str) -> str:
     """Return a number with its noun, in the plural unless it is 1: "1 shard", "1,200 samples"."""
     plural = f"{noun}es" if noun.endswith(("s", "x", "ch")) else f"{noun}s"
     return f"{number:,} {noun if number == 1 else plural}"
+
+
+def get_noun(modality: str) -> str:
+    """Return what messages call an item of a modality: sound for audio, and the name itself for a tower of the user's own."""
+    return NOUNS.get(modality, modality)

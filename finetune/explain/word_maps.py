@@ -43,6 +43,7 @@ from pretrain.data.text import TextDecoder
 from pretrain.embedding.split import eval_mode
 from pretrain.errors import ConfigError, UserError, closest
 from pretrain.model import DualEncoder
+from pretrain.printable import get_noun
 from pretrain.runtime.files import replace_atomically
 
 METHOD = "raw"
@@ -237,7 +238,7 @@ def _read_pair(
             return spectrogram.draw_spectrogram(encoder, inputs[subject][0]), spans, batch
         pixels = decode_image(data)
     except BadSample as error:
-        raise UserError(f"the {_name(subject)} cannot be used: {error.reason}: {error.detail}") from error
+        raise UserError(f"the {get_noun(subject)} cannot be used: {error.reason}: {error.detail}") from error
     image_decoder = find_decoders(decoders)[0]
     visible = crop_visible(pixels, image_decoder.size, image_decoder.resize, image_decoder.pad_color)
     return visible, spans, batch
@@ -303,12 +304,7 @@ def read_file(path: str | Path, subject: str = "image") -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        raise ConfigError(f"cannot read the {_name(subject)} {path}: {error.strerror or error}") from error
-
-
-def _name(subject: str) -> str:
-    """Return what messages call a file of a modality."""
-    return "sound" if subject == "audio" else subject
+        raise ConfigError(f"cannot read the {get_noun(subject)} {path}: {error.strerror or error}") from error
 
 
 def save_figure(maps: WordMaps, out: str | Path) -> None:

@@ -20,7 +20,9 @@ class Freed:
     """Rows of token features."""
 
     def __str__(self) -> str:
-        return f"compacted: {self.images:,} rows of images and {self.tokens:,} of token features that were replaced or removed"
+        return (
+            f"compacted: {self.images:,} rows of embeddings and {self.tokens:,} of token features that were replaced or removed"
+        )
 
 
 def compact(place: str, backend: str | None, least: float) -> Freed:

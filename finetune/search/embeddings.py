@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from finetune.search.fields import NOUNS, read_fields
+from finetune.search.fields import MODALITIES, read_fields
 from finetune.search.image_sources import ImageSource, Location
 from finetune.search.indexing import IndexOptions, Summary, join_captions, open_for, select_missing
 from finetune.search.modalities import OWN_FIELDS, find_content, preview, select_named
@@ -100,7 +100,7 @@ def index_embeddings(
 def find_only_modality(folder: Path) -> str:
     """Return what a folder alone holds embeddings of (`embed --only`), where an index can hold it; "" otherwise."""
     only = str(dataset.read_manifest(folder).get("settings", {}).get("only", ""))
-    return only if only in NOUNS else ""
+    return only if only in MODALITIES else ""
 
 
 def _read_tables(folder: Path, manifest: dict[str, Any], size: int, modality: str) -> Iterator[pa.Table]:

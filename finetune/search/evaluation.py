@@ -93,8 +93,8 @@ def evaluate_index(
     depth = max(DEPTH, candidates)
     if is_hybrid and judgments is None and not all(query.keys for query in queries):
         notes.append(
-            "the right images are those whose caption is the query, which --hybrid finds by its words: its figures say nothing "
-            "about other queries"
+            f"the right {index.describe().noun}s are those whose caption is the query, which --hybrid finds by its words: its "
+            "figures say nothing about other queries"
         )
     for done, query in enumerate(judged_queries, start=1):
         asked = Query(
@@ -124,7 +124,7 @@ def evaluate_index(
     values = {stage: _compute_measures(ir_measures, measures, names, judged, grade, answers, stage) for stage in stages}
     if ungraded := [query.id for query in judged_queries if max(judged[query.id].values()) < grade]:
         count = _count_queries(len(ungraded))
-        notes.append(f"{count} without an image of grade {grade}, which count for nDCG only: {_name_some(ungraded)}")
+        notes.append(f"{count} without one of grade {grade}, which count for nDCG only: {_name_some(ungraded)}")
     groups = _group_by_selectivity(answers)
     return {
         "index": index.place,
@@ -196,7 +196,7 @@ def _select_judgments(
     if unknown:
         notes.append(f"{format_count(len(unknown), 'judged key')} not in the index, which do not count: {_name_some(unknown)}")
     if rejected:
-        notes.append(f"{format_count(rejected, 'judgment')} of images that the query's filter rejects, which do not count")
+        notes.append(f"{format_count(rejected, 'judgment')} that the query's filter rejects, which do not count")
     if left_out := [query.id for query in queries if query.id not in selected]:
         count = _count_queries(len(left_out))
         notes.append(f"{count} left out, without a judgment above 0 that counts: {_name_some(left_out)}")

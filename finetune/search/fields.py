@@ -16,8 +16,8 @@ TEXT_BYTES = 65535
 """Most bytes of a text in UTF-8: a limit of Milvus."""
 BUILT_IN: dict[str, Kind] = {"key": "str", "source": "str", "caption": "str"}
 """Fields that every index has, and that filters may use."""
-NOUNS = {"image": "image", "audio": "sound"}
-"""What an index may hold, by the name of the tower that encodes it, and what messages call it."""
+MODALITIES = ("image", "audio")
+"""What an index may hold, by the name of the tower that encodes it."""
 
 
 @dataclass(frozen=True)

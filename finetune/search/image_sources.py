@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from finetune.search.fields import NOUNS
+from finetune.search.fields import MODALITIES
 from finetune.search.modalities import MEMBERS
 from pretrain.data.config import count_samples_once
 from pretrain.data.pack.folder import FolderSource as FolderScan
@@ -29,7 +29,7 @@ from pretrain.data.shards.reader import MAX_MEMBER_BYTES, MAX_TEXT_BYTES, ShardR
 from pretrain.data.shards.retries import retry_io
 from pretrain.data.shards.urls import is_remote
 from pretrain.errors import UserError
-from pretrain.printable import format_count, hide_secrets
+from pretrain.printable import format_count, get_noun, hide_secrets
 
 
 class Location(NamedTuple):
@@ -153,8 +153,8 @@ class FolderSource:
         files = [sound if modality == "audio" else image for image, sound in scan.list_files()]
         self._paths = [path for path in files if path]
         if not self._paths:
-            other = next(noun for kind, noun in NOUNS.items() if kind != modality)
-            raise UserError(f"{root} holds no {NOUNS[modality]}s, only {format_count(total, other)}")
+            other = next(name for name in MODALITIES if name != modality)
+            raise UserError(f"{root} holds no {get_noun(modality)}s, only {format_count(total, get_noun(other))}")
 
     def __len__(self) -> int:
         return len(self._paths)

@@ -24,7 +24,7 @@ import torch
 from torch.nn import functional as F
 
 from finetune.search import places
-from finetune.search.fields import NOUNS, TEXT_BYTES, fits, parse_fields, read_fields
+from finetune.search.fields import MODALITIES, TEXT_BYTES, fits, parse_fields, read_fields
 from finetune.search.image_sources import ImageSource, Location
 from finetune.search.modalities import choose_modality, find_content, join_fields, preview, select_named
 from finetune.search.vector_index import Description, IndexedImage, NoIndexError, VectorIndex, Vectors, is_key
@@ -35,7 +35,7 @@ from pretrain.data.sample_json import read_fields as read_json_fields
 from pretrain.embedding.dataset import fingerprint_model
 from pretrain.embedding.encoder import eval_mode
 from pretrain.errors import ConfigError, UserError
-from pretrain.printable import format_count
+from pretrain.printable import format_count, get_noun
 
 _AHEAD = 3
 """Batches that are read and decoded while one is encoded."""
@@ -91,7 +91,7 @@ class Summary:
     modality: str = "image"
 
     def __str__(self) -> str:
-        noun = NOUNS[self.modality]
+        noun = get_noun(self.modality)
         line = f"{self.place}: {format_count(self.images, noun)} of {self.dim} numbers each; {self.added:,} added"
         line += f" in {self.seconds:,.1f} s, {self.added / self.seconds:,.1f} {noun}s/s" if self.added else "; nothing to do"
         if self.left_out:
@@ -129,7 +129,7 @@ def check_model(description: Description, model: dict[str, Any], place: str) -> 
 
 def find_modality(loaded: LoadedModel, wanted: str, place: str, backend: str | None) -> str:
     """Return what the index at a place holds or, where there is none, what choose_modality says. Raises UserError."""
-    if not wanted and all(name in loaded.model.towers for name in NOUNS):
+    if not wanted and all(name in loaded.model.towers for name in MODALITIES):
         with suppress(NoIndexError), places.open_index(place, backend) as index:
             wanted = index.describe().modality
     return choose_modality(loaded, wanted)
@@ -266,8 +266,8 @@ def select_missing(index: VectorIndex, located: Missing, replace: bool) -> Missi
         image = by_key.get(key)
         if image is not None and image.source and location.source and image.source != location.source:
             raise UserError(
-                f"{index.place} has {key} from {image.source} already, not from {location.source}: --name NAME adds these "
-                "images beside those, --replace replaces them"
+                f"{index.place} has {key} from {image.source} already, not from {location.source}: --name NAME adds "
+                f"these {index.describe().noun}s beside those, --replace replaces them"
             )
         if image is None or (location.source and (image.source, image.offset, image.size) != tuple(location)):
             missing.append((i, key, location))

@@ -10,13 +10,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from finetune.explain.spectrogram import draw_sound
-from finetune.search.fields import NOUNS, Field, parse_fields
+from finetune.search.fields import MODALITIES, Field, parse_fields
 from pretrain.checkpoints.loading import LoadedModel
 from pretrain.data import BadSample
 from pretrain.data.audio_files import AUDIO_EXTENSIONS, open_audio
 from pretrain.data.decode import EXTENSIONS
 from pretrain.data.thumbnails import encode_jpeg, make_thumbnail
 from pretrain.errors import ConfigError, UserError, closest
+from pretrain.printable import get_noun
 
 MEMBERS = {"image": EXTENSIONS, "audio": AUDIO_EXTENSIONS}
 """Extensions of the member of a sample that holds each modality."""
@@ -34,7 +35,7 @@ def choose_modality(loaded: LoadedModel, wanted: str = "") -> str:
         UserError: the model has neither images nor sounds.
     """
     towers = list(loaded.model.towers)
-    choices = [name for name in NOUNS if name in towers]
+    choices = [name for name in MODALITIES if name in towers]
     if wanted and wanted not in choices:
         names = ", ".join(choices) or "neither images nor sounds"
         raise ConfigError(f"--only {wanted}: of {loaded.folder} an index can hold {names}{closest(wanted, choices)}")
@@ -42,7 +43,7 @@ def choose_modality(loaded: LoadedModel, wanted: str = "") -> str:
         raise UserError(f"{loaded.folder} encodes {', '.join(towers)}: an index holds images or sounds")
     chosen = wanted or choices[0]
     if not hasattr(loaded.decoders[chosen], "decode_eval"):
-        raise UserError(f"the {chosen} tower of {loaded.folder} reads no files of {NOUNS[chosen]}s, which an index needs")
+        raise UserError(f"the {chosen} tower of {loaded.folder} reads no files of {get_noun(chosen)}s, which an index needs")
     return chosen
 
 
@@ -50,7 +51,7 @@ def join_fields(modality: str, text: str) -> tuple[Field, ...]:
     """Return the fields of an index: those that all of a modality have, and those of --fields. Raises ConfigError."""
     own, named = OWN_FIELDS[modality], parse_fields(text)
     if taken := {item.name for item in own} & {item.name for item in named}:
-        raise ConfigError(f"--fields {text}: every index of {NOUNS[modality]}s has a field {taken.pop()}")
+        raise ConfigError(f"--fields {text}: every index of {get_noun(modality)}s has a field {taken.pop()}")
     return own + named
 
 

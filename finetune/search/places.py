@@ -10,6 +10,7 @@ from finetune.search.backends import exact, milvus
 from finetune.search.backends.exact import ExactIndex
 from finetune.search.backends.milvus import MilvusIndex
 from finetune.search.vector_index import Description, VectorIndex
+from pretrain.errors import UserError
 
 Backend = Literal["exact", "milvus"]
 
@@ -38,6 +39,13 @@ def open_index(place: str, backend: str | None = None, is_writable: bool = False
     index: VectorIndex = ExactIndex(place, is_writable) if is_exact else MilvusIndex(place)
     index.token_folder = find_token_folder(place)
     return index
+
+
+def check_not_empty(index: VectorIndex) -> None:
+    """Raise UserError where an index holds nothing to search."""
+    if not index.count():
+        noun = index.describe().noun
+        raise UserError(f"{index.place} is empty: `clipfuse index RUN --data SHARDS --db {index.place}` adds {noun}s")
 
 
 def find_token_folder(place: str) -> Path | None:

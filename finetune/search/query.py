@@ -31,7 +31,6 @@ from torch.nn import functional as F
 
 from finetune.loading import Finetuned
 from finetune.search.captions import fuse_ranks
-from finetune.search.fields import NOUNS
 from finetune.search.indexing import check_model, describe_model
 from finetune.search.reranking import Reranker
 from finetune.search.vector_index import Hit, VectorIndex, Vectors
@@ -42,6 +41,7 @@ from pretrain.data.captions import normalize_whitespace
 from pretrain.embedding.encoder import build_text_encoder, eval_mode
 from pretrain.errors import ConfigError, UserError
 from pretrain.losses import cut_to_width
+from pretrain.printable import get_noun
 
 NOT_WEIGHT = 0.5
 """Weight of the words that are not wanted."""
@@ -80,7 +80,7 @@ class Query:
         if self.is_hybrid and not self.text.strip():
             raise ConfigError("--hybrid needs a text, whose words are looked up in the captions")
         if any(not text.strip() for text in self.unwanted):
-            raise ConfigError("--not is empty: give words that the images should not show")
+            raise ConfigError("--not is empty: give words of what should not be found")
         if self.k < 1 or self.candidates < 1:
             raise ConfigError(f"--k {self.k} and --candidates {self.candidates} must be at least 1")
 
@@ -257,7 +257,7 @@ class Searcher:
             if modality == "audio" and (note := describe_crop(decoder, data)):
                 notes.append(note)
         except BadSample as error:
-            raise UserError(f"--{modality} is not a usable {NOUNS[modality]}: {error}") from error
+            raise UserError(f"--{modality} is not a usable {get_noun(modality)}: {error}") from error
         with torch.inference_mode(), eval_mode(self.loaded.model):
             features = self.loaded.model.encode(modality, item[None].to(self.device))
         return np.asarray(cut_to_width(F.normalize(features.float(), dim=-1), self.index.describe().dim)[0].cpu().numpy())

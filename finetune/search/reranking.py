@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 
 from finetune.loading import Finetuned
-from finetune.search.fields import NOUNS
 from finetune.search.image_sources import ImageSource, Location, read_content
 from finetune.search.modalities import find_content
 from finetune.search.token_store import ImageTokens, Layout, TokenStore, is_store, pool_tokens
@@ -34,7 +33,7 @@ from pretrain.data import BadSample
 from pretrain.embedding.encoder import eval_mode
 from pretrain.errors import ConfigError, UserError
 from pretrain.model import tower_configs
-from pretrain.printable import format_count
+from pretrain.printable import format_count, get_noun
 from pretrain.runtime.console import log_info
 from pretrain.towers import TokenSequence
 
@@ -78,7 +77,7 @@ def check_subject(option: str, tuned: Finetuned, index: VectorIndex) -> None:
     subject, description = tuned.model.subject, index.describe()
     if subject != description.modality:
         raise UserError(
-            f"{option} {tuned.folder} reads {NOUNS.get(subject, subject)}s, and {index.place} is an index of "
+            f"{option} {tuned.folder} reads {get_noun(subject)}s, and {index.place} is an index of "
             f"{description.noun}s: fine-tune with fusion.context={description.modality}"
         )
 

@@ -20,11 +20,12 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.search.fields import BUILT_IN, NOUNS, TEXT_BYTES, Field, Kind, fits, has_kind
+from finetune.search.fields import BUILT_IN, MODALITIES, TEXT_BYTES, Field, Kind, fits, has_kind
 from finetune.search.filters import FieldKinds, bind
 from pretrain.data.filter_expression import Filter
 from pretrain.data.filter_parser import parse_filter
 from pretrain.errors import ConfigError, UserError
+from pretrain.printable import get_noun
 
 Vectors = NDArray[np.float32]
 
@@ -87,7 +88,7 @@ class Description:
     """`fingerprint`, `from`, `step`, and what else says which model it is; see indexing.describe_model."""
     fields: tuple[Field, ...] = ()
     modality: str = "image"
-    """What the rows are, one of NOUNS: the tower that made the embeddings."""
+    """What the rows are, one of MODALITIES: the tower that made the embeddings."""
 
     def to_json(self) -> str:
         """Return the description as JSON text."""
@@ -101,17 +102,17 @@ class Description:
             fields = tuple(Field(str(item["name"]), item["kind"]) for item in values["fields"])
             parsed = cls(int(values["dim"]), dict(values["model"]), fields, values.get("modality", "image"))
             is_valid = values["format"] == FORMAT and all(item.kind in get_args(Kind) for item in fields)
-            is_valid = is_valid and parsed.modality in NOUNS
+            is_valid = is_valid and parsed.modality in MODALITIES
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise UserError(f"{where} is no index of clipfuse, or its description is damaged: {error}") from error
         if not is_valid:
-            raise UserError(f"{where} is not of {FORMAT}: index the images again with this version")
+            raise UserError(f"{where} is not of {FORMAT}: index the samples again with this version")
         return parsed
 
     @property
     def noun(self) -> str:
         """What messages call a row."""
-        return NOUNS[self.modality]
+        return get_noun(self.modality)
 
     @property
     def kinds(self) -> FieldKinds:

@@ -47,6 +47,7 @@ from pretrain.data.shards.cache import ShardCache
 from pretrain.data.shards.reader import ShardReader
 from pretrain.embedding.split import eval_mode
 from pretrain.errors import ConfigError, UserError
+from pretrain.printable import get_noun
 from pretrain.runtime import distributed
 from pretrain.strategies import DTYPES
 
@@ -175,9 +176,13 @@ class Task:
     text_is_question: ClassVar[bool] = False
     """Whether the texts are questions about the image."""
     subject: str = "image"
-    """The modality that the texts are about, image or audio: that of the model's `subject`."""
+    """The modality that the texts are about, for example image or audio: that of the model's `subject`."""
     can_split: bool = True
     """Whether encode() of a batch is the concatenation of encode() of its chunks, as train.chunks > 1 requires."""
+
+    def describe_chance(self) -> str:
+        """Return `chance` with the name of what the texts are about: the sound where the task is written for images."""
+        return self.chance.replace("image", get_noun(self.subject))
 
     def build_decoders(self, towers: dict[str, Any]) -> dict[str, Any]:
         """Build the decoders that turn a sample into inputs and targets of a batch, from the towers' decoders.

@@ -29,6 +29,7 @@ from finetune.tasks.decoding import Generated, beam_search, greedy_search, nucle
 from pretrain.config import SEED, check_numbers
 from pretrain.data.text import TextDecoder
 from pretrain.errors import ConfigError, UserError
+from pretrain.printable import get_noun
 from pretrain.runtime import distributed
 from pretrain.runtime.agree import gather_or_raise, on_main
 from pretrain.towers import TokenSequence, masked_mean
@@ -180,8 +181,8 @@ class Captioning(Task):
         is_text_to_image = fusion is not None and (fusion.config.query, fusion.config.context) == ("text", self.subject)
         if not is_text_to_image or not getattr(fusion, "causal", False):
             raise ConfigError(
-                "task.name=captioning needs causal text tokens that attend to the image: set fusion.name=cross "
-                f"fusion.causal=true fusion.query=text fusion.context={self.subject}"
+                f"task.name=captioning needs causal text tokens that attend to the {get_noun(self.subject)}: set "
+                f"fusion.name=cross fusion.causal=true fusion.query=text fusion.context={self.subject}"
             )
         tower = cast(Any, model.encoder.tower("text"))
         causal = bool(getattr(tower, "causal", False))

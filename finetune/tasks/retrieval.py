@@ -41,6 +41,7 @@ from pretrain import registry
 from pretrain.config import check_numbers
 from pretrain.data.batch import Batch
 from pretrain.errors import ConfigError
+from pretrain.printable import get_noun
 from pretrain.runtime.console import log_info
 from pretrain.towers import TokenSequence
 from pretrain.training.objective import SCALARS
@@ -215,7 +216,8 @@ class Retrieval(Task):
             log_info(
                 f"warning: over the last {WINDOW} steps the matching loss was {mean + float(constant):.4f}; a constant "
                 f"prediction has {float(constant):.4f}, so nothing is learned from the pairs. Raise optim.lr_scale of fusion "
-                "and task, or lengthen optim.warmup; check that captions describe their images"
+                "and task, or lengthen optim.warmup; check that captions describe "
+                f"their {get_noun(self.subject)}s"
             )
 
     def evaluate(self, model: FusionModel, shards: Any, setup: EvalSetup) -> dict[str, float]:

@@ -30,6 +30,7 @@ from finetune.tasks.vqa_accuracy import QuestionOnlyBaseline, build_vocabulary, 
 from pretrain.config import check_numbers
 from pretrain.data import BadSample
 from pretrain.errors import ConfigError, UserError
+from pretrain.printable import get_noun
 from pretrain.runtime import distributed
 from pretrain.runtime.agree import gather_or_raise
 from pretrain.towers import TokenSequence
@@ -126,12 +127,15 @@ class VQA(Task):
         }
 
     def build_head(self, model: FusionModel) -> AnswerHead:
+        noun = get_noun(self.subject)
         if model.fusion is None or "text" not in (model.fusion.config.query, model.fusion.config.context):
-            raise ConfigError("task.name=vqa reads text tokens that attended to the image: it needs a fusion of text and image")
+            raise ConfigError(
+                f"task.name=vqa reads text tokens that attended to the {noun}: it needs a fusion of text and {self.subject}"
+            )
         if model.fusion.config.query != "text":
             raise ConfigError(
                 f"fusion.query={model.fusion.config.query}: task.name=vqa needs the question as query; set fusion.query=text "
-                "and fusion.context=image"
+                f"and fusion.context={self.subject}"
             )
         return AnswerHead(model.widths["text"], self.config)
 

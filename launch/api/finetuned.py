@@ -11,6 +11,7 @@ import torch
 from finetune.loading import Finetuned
 from pretrain.data import BadSample
 from pretrain.errors import UserError
+from pretrain.printable import format_count, get_noun
 
 from .images import ImageLike, as_list, to_bytes
 from .model import Model, batches, save_maps
@@ -62,7 +63,7 @@ class FinetunedModel(Model):
             UserError: an image cannot be read, or there is not one text for each image.
         """
         is_sound = self._finetuned.model.subject == "audio"
-        name, noun = ("audio", "sound") if is_sound else ("images", "image")
+        name, noun = "audio" if is_sound else "images", get_noun(self._finetuned.model.subject)
         pictures = as_sounds(images) if is_sound else as_list(images, name)
         if texts is None:
             sentences = [""] * len(pictures)
@@ -71,7 +72,8 @@ class FinetunedModel(Model):
         else:
             sentences = list(texts)
         if len(sentences) != len(pictures):
-            raise UserError(f"{len(pictures)} images and {len(sentences)} texts: give one text for each image, or one for all")
+            count = f"{format_count(len(pictures), noun)} and {format_count(len(sentences), 'text')}"
+            raise UserError(f"{count}: give one text for each {noun}, or one for all")
         answers: list[list[tuple[str, float]]] = []
         for positions in batches(range(len(pictures)), batch_size):
             files = [self._to_bytes(pictures[i], f"{name}[{i}]") for i in positions]

@@ -52,14 +52,19 @@ def add_commands(commands: Subparsers[argparse.ArgumentParser]) -> None:
     p.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     evaluate_index.add_options(p)
 
-    p = add_command(commands, "attend", attend, "what each word of a text attends to in an image", reads_runs=True)
+    p = add_command(commands, "attend", attend, "what each word of a text attends to in an image or a sound", reads_runs=True)
     p.add_argument(
         "run",
         type=nonempty,
         metavar="RUN",
         help="a fine-tuned run or checkpoint folder; for --maps similarity also encoders alone",
     )
-    p.add_argument("image", metavar="IMAGE", type=nonempty_path, help="an image: JPEG, PNG, WebP, ...")
+    p.add_argument(
+        "image",
+        metavar="IMAGE",
+        type=nonempty_path,
+        help="an image (JPEG, PNG, WebP, ...), or a sound where the model has such a tower",
+    )
     p.add_argument("text", metavar="TEXT", help="a caption of it, or a question about it")
     p.add_argument(
         "--out", required=True, metavar="PNG", type=nonempty_path, help="where the figure goes: a heat map for each word"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from launch.cli.runs import check_run, import_models
 from pretrain.config.arguments import nonempty_path, positive_int
-from pretrain.errors import ConfigError, UserError
+from pretrain.errors import ConfigError
 from pretrain.printable import one_safe_line
 from pretrain.runtime.entrypoint import DONE
 
@@ -33,10 +33,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--qrels",
         type=nonempty_path,
         metavar="FILE",
-        help="TREC's judgments: query, 0, key, grade (default: the keys of each query, or images with its text as caption)",
+        help="TREC's judgments: query, 0, key, grade (default: the keys of each query, or those with its text as caption)",
     )
     group.add_argument("--rerank", metavar="RUN", help="a fine-tuned retrieval run: figures before and after it")
-    group.add_argument("--candidates", type=positive_int, metavar="N", help="images that --rerank orders (default 32)")
+    group.add_argument("--candidates", type=positive_int, metavar="N", help="results that --rerank orders (default 32)")
     group.add_argument("--filter", metavar="CONDITION", help="a filter on all queries, besides their own")
     group.add_argument("--hybrid", action="store_true", default=None, help="figures with BM25 over captions, too, as in search")
     group.add_argument("--run", dest="model", metavar="RUN", help="the model of the index, where it is no longer in its place")
@@ -70,8 +70,7 @@ def evaluate(args: argparse.Namespace) -> int:
     judgments = None if args.qrels is None else judged_queries.read_judgments(args.qrels)
     with places.open_index(args.run, args.backend) as opened:
         _check_filters(opened, args, queries)
-        if not opened.count():
-            raise UserError(f"{args.run} is empty: `clipfuse index RUN --data SHARDS --db {args.run}` adds images")
+        places.check_not_empty(opened)
         import_models(is_search=True)
         from rich.console import Console
 

@@ -32,9 +32,9 @@ def add_commands(commands: Subparsers[argparse.ArgumentParser]) -> None:
     p.add_argument("--images", nargs="+", default=[], metavar="SHARDS", help="with what embed wrote: the shards it read")
     p.add_argument("--only", default="", metavar="MODALITY", help="image or audio (default: image where RUN has such a tower)")
     p.add_argument("--name", default="", metavar="NAME", help="precedes the keys, for sources whose keys are the same")
-    p.add_argument("--replace", action="store_true", help="encode images again that the index has")
+    p.add_argument("--replace", action="store_true", help="encode again what the index has")
     p.add_argument("--caption", default="", metavar="FIELD", help="txt, or a field of the json (default: the model's)")
-    p.add_argument("--batch-size", type=positive_int, default=64, metavar="N", help="images encoded at a time (default 64)")
+    p.add_argument("--batch-size", type=positive_int, default=64, metavar="N", help="items encoded at a time (default 64)")
     p.add_argument(
         "--dim", type=positive_int, metavar="N", help="keep the first N numbers of embeddings, as loss.matryoshka trained them"
     )
@@ -47,7 +47,7 @@ def add_commands(commands: Subparsers[argparse.ArgumentParser]) -> None:
     p.add_argument(
         "--compact",
         action="store_true",
-        help="give back the space of images that were replaced (default: where they are more than half)",
+        help="give back the space of what was replaced (default: where they are more than half)",
     )
     p.add_argument("--backend", choices=["exact", "milvus"], help="instead of what the name of the place says")
     p.add_argument("--json", action="store_true", help="print one JSON object at the end")
@@ -66,7 +66,7 @@ def add_commands(commands: Subparsers[argparse.ArgumentParser]) -> None:
     p.add_argument("--filter", metavar="CONDITION", help="""on fields: 'price < 900 and room == "living"'""")
     p.add_argument("--hybrid", action="store_true", help="captions that hold the words of TEXT count, too (BM25)")
     p.add_argument("--rerank", metavar="RUN", help="a fine-tuned retrieval run, which orders the best candidates again")
-    p.add_argument("--candidates", type=positive_int, default=32, metavar="N", help="images that --rerank orders (default 32)")
+    p.add_argument("--candidates", type=positive_int, default=32, metavar="N", help="results that --rerank orders (default 32)")
     p.add_argument("--k", type=positive_int, default=10, metavar="N", help="results (default 10)")
     p.add_argument("--run", metavar="RUN", help="the model of the index, where it is no longer in its place")
     p.add_argument("--backend", choices=["exact", "milvus"], help="instead of what the name of the place says")
@@ -181,8 +181,7 @@ def search(args: argparse.Namespace) -> int:
     with places.open_index(args.db, args.backend) as opened:
         if condition is not None:
             opened.count(condition)  # names and kinds of fields, before a model is loaded
-        if not opened.count():
-            raise UserError(f"{args.db} is empty: `clipfuse index RUN --data SHARDS --db {args.db}` adds images")
+        places.check_not_empty(opened)
         import_models(is_search=True)
         from finetune import loading
         from finetune.search.query import Query, Searcher, load_query_model

@@ -222,7 +222,7 @@ def build_recall_charts(history: RunHistory) -> list[dict[str, Any]]:
     steps = [line["step"] for line in history.evaluations]
     levels = chance_levels(figures.read_metrics(history.evaluations[-1]))
     charts = []
-    for direction, title in figures.DIRECTIONS:
+    for direction, title in figures.list_directions(history.evaluations):
         series = [
             Series(f"R@{k}", steps, [line.get(f"val/{direction}_R@{k}") for line in history.evaluations])
             for k in figures.KS

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterable
 from typing import Any
 
 from launch.report.charts import format_number
 from launch.report.run_history import Line, RunHistory
-from pretrain.evaluation.chance import chance_levels
-from pretrain.printable import format_count
+from pretrain.evaluation.chance import chance_levels, without_chance
+from pretrain.printable import format_count, get_noun
 
-DIRECTIONS = (
-    ("image_to_text", "Image → caption"),
-    ("text_to_image", "Caption → image"),
-    ("image_to_audio", "Image → sound"),
-    ("audio_to_image", "Sound → image"),
-    ("audio_to_text", "Sound → caption"),
-    ("text_to_audio", "Caption → sound"),
-)
-"""Prefixes of metrics, and titles."""
 KS = (1, 5, 10)
+_ORDER = ("image_to_text", "text_to_image", "image_to_audio", "audio_to_image", "audio_to_text", "text_to_audio")
+"""Directions in the order of the page; those of other towers come last."""
+
+
+def list_directions(lines: Iterable[Line]) -> list[tuple[str, str]]:
+    """Return the directions of which evaluations have recalls: prefixes of metrics, and titles such as "Image → caption"."""
+    names = dict.fromkeys(name for line in lines for name in without_chance(read_metrics(line)))
+    matches = (re.fullmatch(r"(\w+)_to_(\w+)_R@1", name) for name in names)
+    titles = {
+        f"{match[1]}_to_{match[2]}": f"{get_noun(match[1]).capitalize()} → {get_noun(match[2])}"
+        for match in matches
+        if match is not None
+    }
+    known = [name for name in _ORDER if name in titles]
+    return [(name, titles[name]) for name in (*known, *(name for name in titles if name not in known))]
 
 
 def describe_run(history: RunHistory) -> str:
@@ -84,7 +92,7 @@ def build_recalls(line: Line) -> list[dict[str, Any]]:
     metrics = read_metrics(line)
     levels = chance_levels(metrics)
     out = []
-    for direction, title in DIRECTIONS:
+    for direction, title in list_directions([line]):
         rows = []
         for k in KS:
             value, chance = metrics.get(f"{direction}_R@{k}"), levels.get(f"{direction}_R@{k}")
@@ -101,8 +109,8 @@ def build_recalls(line: Line) -> list[dict[str, Any]]:
 
 def build_width_table(line: Line) -> dict[str, Any] | None:
     """Build the table of recalls by the first dimensions of embeddings, one row a width; None without loss.matryoshka."""
-    metrics = read_metrics(line)
-    names = [f"{direction}_R@{k}" for direction, _ in DIRECTIONS for k in KS]
+    metrics, directions = read_metrics(line), list_directions([line])
+    names = [f"{direction}_R@{k}" for direction, _ in directions for k in KS]
     parts = [name.partition("_dim") for name in metrics]
     widths = sorted({int(width) for name, _, width in parts if name in names and width.isdecimal()})
     if not widths:
@@ -114,13 +122,13 @@ def build_width_table(line: Line) -> dict[str, Any] | None:
         values = [metrics.get(f"{name}{suffix}") for name in names]
         head = "all" if width is None else str(width)
         rows.append([head, *("" if value is None else f"{100 * value:.1f}" for value in values)])
-    heads = [_shorten(name) for name in names]
+    heads = [_shorten(name, directions) for name in names]
     return {"heads": ["dimensions", *heads], "rows": rows}
 
 
-def _shorten(name: str) -> str:
+def _shorten(name: str, directions: list[tuple[str, str]]) -> str:
     """Return the head of a column: I→C R@1 for image_to_text_R@1, with S for sounds."""
-    for direction, title in DIRECTIONS:
+    for direction, title in directions:
         first, second = title.split(" → ")
         name = name.replace(direction, f"{first[0]}→{second[0].upper()}")
     return name.replace("_", " ")
@@ -170,11 +178,12 @@ def format_duration(seconds: float) -> str:
 
 def build_evaluation_table(history: RunHistory) -> dict[str, Any]:
     """Build the table of all evaluations, one row a step: recalls in percent."""
-    names = [f"{direction}_R@{k}" for direction, _ in DIRECTIONS for k in KS] + [
-        f"{direction}_median_rank" for direction, _ in DIRECTIONS
+    directions = list_directions(history.evaluations)
+    names = [f"{direction}_R@{k}" for direction, _ in directions for k in KS] + [
+        f"{direction}_median_rank" for direction, _ in directions
     ]
     names = [name for name in names if any(line.get(f"val/{name}") is not None for line in history.evaluations)]
-    heads = [_shorten(name) for name in names]
+    heads = [_shorten(name, directions) for name in names]
     rows = []
     lines = list(history.evaluations)
     if lines and (levels := chance_levels(read_metrics(lines[-1]))):

@@ -18,7 +18,7 @@ from launch.report.run_history import Line, RunHistory
 from pretrain.data.thumbnails import encode_jpeg, to_data_uri
 from pretrain.errors import UserError
 from pretrain.evaluation.chance import chance_levels, without_chance
-from pretrain.printable import format_count
+from pretrain.printable import format_count, get_noun
 
 NO_FRACTIONS = ("_rank", "_ms", "_k")
 """Ends of the names of metrics that are no fractions, whatever their value."""
@@ -83,7 +83,7 @@ class FinetunedSection:
     chance: str = ""
     """What the levels of chance are, in a few words."""
     noun: str = "image"
-    """What texts are about: image or sound."""
+    """What texts are about, as messages call it: image, sound."""
 
     def best_evaluation(self, history: RunHistory) -> Line | None:
         """Return the evaluation with the highest primary metric."""
@@ -150,9 +150,10 @@ def build_section(
     Where a task predicts nothing for one image and one text, or has no maps, the page says why.
     """
     data = ", ".join(figures.list_shards(shards))
-    noun = "sound" if model.model.subject == "audio" else "image"
-    chance = model.task.chance.replace("image", noun)
-    section = FinetunedSection(model.config.task.name, model.task.primary_metric, data, chance=chance, noun=noun)
+    task = model.task
+    section = FinetunedSection(
+        model.config.task.name, task.primary_metric, data, chance=task.describe_chance(), noun=get_noun(task.subject)
+    )
     if not shards:
         section.missing = "the run names no validation shards (data.val); give some with --data."
         return section
@@ -192,7 +193,8 @@ def describe_run(history: RunHistory) -> str:
     fusion_text = f"a {fusion} fusion{depth}" if fusion else "no fusion"
     context_text = f", {context.replace('_', ' ')} context" if fusion and context not in (None, "dense") else ""
     start = f" from {history.get('init')}" if history.get("init") else " of its own"
-    noun = "sounds" if "audio" in (history.get("fusion.context"), history.get("fusion.query")) else "images"
+    attended = [name for name in (history.get("fusion.context"), history.get("fusion.query")) if name not in (None, "text")]
+    noun = f"{get_noun(attended[0]) if attended else 'image'}s"
     return (
         f"{str(task).capitalize() if task != 'vqa' else f'Questions about {noun}'}: encoders{start}, joined by "
         f"{fusion_text}{context_text}, on {', '.join(figures.list_shards(history.get('data.train'))) or 'unknown data'}."

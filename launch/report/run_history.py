@@ -8,6 +8,7 @@ history.steps[-1]["loss"], history.evaluations[-1]["val/image_to_text_R@1"], his
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,9 @@ class RunHistory:
         """Return the evaluation with the highest mean of both recalls at 1; without recalls, the last one."""
         if not self.evaluations:
             return None
-        for subject in ("image", "audio"):
+        recalls = (re.fullmatch(r"val/(\w+)_to_text_R@1", name) for line in self.evaluations for name in line)
+        others = (match[1] for match in recalls if match is not None)
+        for subject in dict.fromkeys(("image", "audio", *others)):
             names = (f"val/{subject}_to_text_R@1", f"val/text_to_{subject}_R@1")
             if lines := [line for line in self.evaluations if all(line.get(name) is not None for name in names)]:
                 return max(lines, key=lambda line: sum(line[name] for name in names))

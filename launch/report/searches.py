@@ -13,7 +13,6 @@ from finetune.search import places
 from finetune.search.query import Query, Searcher, load_query_model
 from launch.report.gallery import Answer
 from pretrain.data.thumbnails import to_data_uri
-from pretrain.errors import UserError
 from pretrain.runtime import distributed
 
 SHOWN = 5
@@ -58,8 +57,7 @@ def build_searches(place: str, texts: Sequence[str], tuned: Finetuned | None = N
         if tuned is None or (str(tuned.config.task.name), tuned.model.subject) != ("retrieval", description.modality):
             reranker = None
         total = index.count()
-        if not total:
-            raise UserError(f"{place} is empty: `clipfuse index RUN --data SHARDS --db {place}` adds images")
+        places.check_not_empty(index)
         searcher = Searcher(index, load_query_model(index, None), distributed.device(), reranker)
         searcher.search(Query(texts[0], k=SHOWN))  # the first one pays for what later ones find ready
         searches = []

@@ -31,7 +31,7 @@ from finetune.explain.heatmap import LEGEND, SIMILARITY_LEGEND
 from finetune.explain.word_maps import METHOD, METHODS, SIMILARITY, check_method, format_share
 from finetune.search import query as queries
 from finetune.search.answering import Answerer
-from finetune.search.fields import NOUNS
+from finetune.search.fields import MODALITIES
 from finetune.search.modalities import preview
 from finetune.search.query import Searcher
 from launch.serve import filter_form
@@ -43,6 +43,7 @@ from launch.serve.uploads import Uploads
 from pretrain.data import BadSample
 from pretrain.data.audio_files import find_media_type
 from pretrain.errors import UserError
+from pretrain.printable import get_noun
 
 MAX_UPLOAD = 64 << 20
 """Most bytes of an uploaded file."""
@@ -185,7 +186,7 @@ class _Site:
         self.templates.globals.update(
             place=searcher.index.place,
             noun=searcher.index.describe().noun,
-            accepted=[name for name in NOUNS if name in searcher.loaded.decoders],
+            accepted=[name for name in MODALITIES if name in searcher.loaded.decoders],
             can_rerank=searcher.reranker is not None,
             can_ask=answerer is not None,
             methods=METHODS,
@@ -282,7 +283,7 @@ class _Site:
         try:
             return self.uploads.put(upload, preview(upload, modality)[0])
         except BadSample as error:
-            raise UserError(f"the file is not a usable {NOUNS[modality]}: {error}") from error
+            raise UserError(f"the file is not a usable {get_noun(modality)}: {error}") from error
 
     def _identify(self, upload: bytes) -> str:
         """Return whether an upload is an image or a sound: what it begins as, or what the model takes if that is neither."""

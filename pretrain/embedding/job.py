@@ -155,7 +155,7 @@ def _build_layout(loaded: LoadedModel, options: Options) -> tuple[Layout, tuple[
     if options.tokens and has_caption_lists:
         raise ConfigError(
             f"--tokens {options.tokens}: {caption} may hold several captions per sample, whose tokens have no column; "
-            "add --only image, or take captions from txt"
+            f"add --only {next((name for name in available if name != 'text'), 'image')}, or take captions from txt"
         )
     dim = model.projection(modalities[0]).out_features
     tokens: dict[str, int] = {}

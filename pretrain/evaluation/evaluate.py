@@ -61,9 +61,9 @@ class EvalConfig:
     """Which metrics are computed on data.val, and how."""
 
     tasks: list[str] = field(default_factory=lambda: ["retrieval"])
-    """Any of retrieval, zero_shot, linear_probe. The last two need a class for each image."""
+    """Any of retrieval, zero_shot, linear_probe. The last two need a class for each image (or sound)."""
     batch_size: int = 256
-    """Images encoded at a time, per process."""
+    """Samples encoded at a time, per process."""
     workers: int = 2
     """Worker processes that read and decode, per process; 0 = the process reads and decodes itself."""
     max_samples: int = 0
@@ -78,7 +78,7 @@ class EvalConfig:
     """Field of a sample's json with the language of its captions, a code such as de or pt-BR, or a list of one for each:
     retrieval is measured within each language, too. null = off."""
     probe_train: str | None = None
-    """Shards whose images and classes the linear probe is trained on; its accuracy is measured on the evaluated shards."""
+    """Shards whose samples and classes the linear probe is trained on; its accuracy is measured on the evaluated shards."""
 
     def check(self) -> None:
         """Refuse unknown tasks, sizes below their minimum, and templates without {}. Raises ConfigError."""
@@ -90,7 +90,7 @@ class EvalConfig:
                 raise ConfigError(f"eval.{name}={getattr(self, name)} must be at least {minimum}")
         zero_shot.check_templates(self.templates)
         if "linear_probe" in self.tasks and not self.probe_train:
-            raise ConfigError("linear_probe is trained on labeled images: set eval.probe_train to their shards")
+            raise ConfigError("linear_probe is trained on labeled samples: set eval.probe_train to their shards")
         check_numbers(self, "eval")
 
 
@@ -126,7 +126,7 @@ def evaluate(
     """
     needs_text, needs_pooled = "retrieval" in config.tasks, "linear_probe" in config.tasks
     if needs_pooled and not config.probe_train:
-        raise ConfigError("linear_probe is trained on labeled images: set eval.probe_train to their shards")
+        raise ConfigError("linear_probe is trained on labeled samples: set eval.probe_train to their shards")
 
     if "zero_shot" in config.tasks and "text" not in decoders:
         raise ConfigError("zero_shot names the classes by texts, and the model has no text tower")

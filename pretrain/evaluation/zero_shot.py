@@ -204,7 +204,7 @@ def top_k_accuracy(
     check_finite("image", image)
     check_finite("class", weights)
     if len(image) == 0:
-        raise UserError("nothing to classify: there are no images")
+        raise UserError("nothing to classify: there are no samples")
     hits = dict.fromkeys(ks, 0.0)
     for start in range(0, len(image), tile):
         rows = image[start : start + tile].double() @ weights.double().T  # (rows, C)

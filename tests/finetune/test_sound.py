@@ -156,6 +156,7 @@ def test_every_task_takes_sounds(pretrained: Path, task: str, settings: list[str
         page = report.write(run, workers=0).read_text()
     if task == "classification":
         assert "There is nothing to show: " in page
+        assert finetune.load(run).task.describe_chance().endswith("whatever the sound (majority)")
         return
     assert page.count('<article class="query looks">') == 8
     assert "Sounds from val.tar, drawn by a fixed seed" in page
@@ -229,6 +230,7 @@ def test_python_takes_sounds_as_encode_audio_does(tiny: Path, tmp_path: Path) ->
         (lambda: model.predict(picture, question), r"audio\[0\] is not a usable sound: audio unreadable: none of WAV"),
         (lambda: model.predict([array, picture], question), r"one of audio\[0\] to audio\[1\] is not a usable sound"),
         (lambda: model.predict(array[0], question), r"audio\[0\] is ndarray; give a path, the bytes of a sound file, or"),
+        (lambda: model.predict([array] * 2, [question] * 3), "2 sounds and 3 texts: give one text for each sound"),
         (lambda: model.attend(picture, question), r"the sound cannot be used: audio unreadable"),
         (lambda: model.attend(array[0], question), r"audio is ndarray; give a path"),
         (lambda: model.attend("none.wav", question), r"audio cannot be read: none\.wav"),

@@ -217,7 +217,7 @@ def test_the_drawn_catalog_before_and_after_reranking(here: Path, capsys: pytest
     assert cli.main(["evaluate", "catalog", *words[:4], "--filter", "price > 100"]) == 0
     printed = capsys.readouterr().out
     assert "nDCG@10" in printed
-    assert "of images that the query's filter rejects, which do not count" in printed
+    assert "that the query's filter rejects, which do not count" in printed
 
 
 def test_without_judgments_keys_or_captions_count(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from finetune.explain.heatmap import encode_png
 from launch import report
-from launch.report import figures, gallery
+from launch.report import figures, finetuned, gallery
 from launch.report.charts import (
     POINTS,
     Series,
@@ -143,6 +143,22 @@ def test_the_page_of_a_run_of_sounds_and_texts(tmp_path: Path) -> None:
         assert text in page, text
     for text in ("configuration is missing", "not evaluated", "Image → caption"):
         assert text not in page, text
+
+
+def test_the_page_of_a_tower_of_the_users_own_names_it(tmp_path: Path) -> None:
+    """Recalls of every tower are shown, and a fine-tuned run is about what texts attend to."""
+    folder = tmp_path / "depths"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("image: null\ndepth: {tower: mine.depth}\ntext: {name: bert}\n")
+    recalls = {"val/depth_to_text_R@1": 0.5, "val/text_to_depth_R@1": 0.25, "val/chance_depth_to_text_R@1": 0.1}
+    worse = {**recalls, "val/depth_to_text_R@1": 0.1}
+    write_lines(folder, [{"step": 10, **recalls}, {"step": 20, **worse}])
+    page = Page(report.write(folder).read_text()).text
+    for text in ("Depth → caption, R@1", "Caption → depth, R@1", "D→C R@1", "after step 10"):
+        assert text in page, text
+    assert "chance depth" not in page.lower()
+    (folder / "config.yaml").write_text("task: {name: vqa}\nfusion: {name: cross, query: text, context: depth}\n")
+    assert finetuned.describe_run(read_run(folder)).startswith("Questions about depths: ")
 
 
 def test_the_page_makes_no_network_requests(run: Path) -> None:

@@ -270,9 +270,9 @@ def test_what_was_replaced_gives_its_space_back(here: Path, capsys: pytest.Captu
     size = sum(path.stat().st_size for place in ("replaced", "replaced.tokens") for path in Path(place).iterdir())
     assert "compacted" not in run(capsys, *words, "--replace")  # half, and not more
     printed = run(capsys, *words, "--compact")
-    assert "compacted: 24 rows of images and 24 of token features that were replaced or removed" in printed
+    assert "compacted: 24 rows of embeddings and 24 of token features that were replaced or removed" in printed
     assert "compacted" not in run(capsys, *words, "--replace")
-    assert "compacted: 48 rows of images and 48 of token features" in run(capsys, *words, "--replace")
+    assert "compacted: 48 rows of embeddings and 48 of token features" in run(capsys, *words, "--replace")
     assert search(capsys, *query) == expected
     now = sum(path.stat().st_size for place in ("replaced", "replaced.tokens") for path in Path(place).iterdir())
     assert now < 1.1 * size

@@ -19,7 +19,7 @@ from pretrain.data.eval_loader import build_eval_loader
 from pretrain.data.images import ImageDecoder
 from pretrain.data.shards.cache import ShardCache
 from pretrain.errors import ConfigError, UserError
-from pretrain.printable import escape_controls, hide_secrets, hide_secrets_in, one_safe_line
+from pretrain.printable import escape_controls, get_noun, hide_secrets, hide_secrets_in, one_safe_line
 from tests.support import Small
 from tests.test_bad_input import valid_samples, write_shard
 
@@ -145,3 +145,7 @@ def test_variables_in_paths_and_whole_urls_are_resolved(tmp_path: Path, monkeypa
     assert "https://me:***@host/{0..3}.tar" in configuration.to_yaml(config)
     with pytest.raises(UserError, match="was saved without its password or token"):
         ShardCache().check_allowed("https://me:***@host/0.tar")
+
+
+def test_modalities_have_one_noun_and_other_towers_their_name() -> None:
+    assert [get_noun(name) for name in ("image", "text", "audio", "depth")] == ["image", "caption", "sound", "depth"]

@@ -100,7 +100,7 @@ class ExactIndex(VectorIndex):
                 return self._map_files()
             except FileNotFoundError as error:
                 if attempt == 9:
-                    raise UserError(f"{error.filename} is missing: {self.place} is damaged; index the images again") from error
+                    raise UserError(f"{error.filename} is missing: {self.place} is damaged; index the samples again") from error
 
     @classmethod
     def create(cls, place: str, description: Description) -> ExactIndex:
@@ -146,7 +146,7 @@ class ExactIndex(VectorIndex):
         for number, line in enumerate(lines, start=1):
             checksum, _, encoded = line.partition(b" ")
             if checksum != b"%08x" % zlib.crc32(encoded):
-                raise UserError(f"{self.place}/{COMMITS} is damaged in line {number}: restore it, or index the images again")
+                raise UserError(f"{self.place}/{COMMITS} is damaged in line {number}: restore it, or index the samples again")
             self._apply(json.loads(encoded))
         self._ends["commits"] = sum(len(line) + 1 for line in lines)
 

@@ -217,7 +217,7 @@ class MilvusIndex(VectorIndex):
 
     def _search_captions(self, text: str, k: int, condition: Filter | None) -> list[Hit]:
         if not self._has_words:
-            raise UserError(f"{self._name} was made by a version without --hybrid: index the images again into another --db")
+            raise UserError(f"{self._name} was made by a version without --hybrid: index the samples again into another --db")
         with self._errors():
             hits = self._client.search(
                 self._collection,

@@ -223,7 +223,7 @@ def test_other_mistakes_are_named(here: Path) -> None:
         clipfuse.load("runs/first", precision="int8")
     tuned = clipfuse.load("runs/vqa")
     assert isinstance(tuned, clipfuse.FinetunedModel)
-    with pytest.raises(clipfuse.UserError, match="2 images and 1 texts: give one text for each image"):
+    with pytest.raises(clipfuse.UserError, match="2 images and 1 text: give one text for each image"):
         tuned.predict(["car.jpg", "sofa.jpg"], ["what color is the car?"])
 
 
