@@ -200,7 +200,7 @@ def describe_lines(probed: LineCounts, path: str, are_split: bool) -> str:
     """
     share = _describe_share(probed, path)
     if are_split:
-        each = f"each line is a caption ({probed.lines / probed.samples:.1f} an image)"
+        each = f"each line is a caption ({probed.lines / probed.samples:.1f} a sample)"
         return f"{share}: {each}; the caption setting {TXT_WHOLE} reads them as one"
     return f"{share}, which are read as one caption; the caption setting {TXT_LINES} reads each line as one"
 
@@ -218,7 +218,7 @@ def describe_training_lines(probed: LineCounts, path: str, caption: str, draw: i
     if caption != TXT_LINES:
         return f"{share}, which training reads as one caption; data.caption={TXT_LINES} draws one of the lines each time"
     drawn = "one is drawn each time" if draw == 1 else f"{draw} are drawn each time"
-    lines = f"each line is a caption ({probed.lines / probed.samples:.1f} an image), of which {drawn}"
+    lines = f"each line is a caption ({probed.lines / probed.samples:.1f} a sample), of which {drawn}"
     return f"{share}: {lines}; data.caption={TXT} reads them as one"
 
 
