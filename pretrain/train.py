@@ -149,7 +149,15 @@ def choose_primary_metric(config: PretrainConfig) -> str:
 def build_results_table(config: PretrainConfig, evaluated: run_end.Evaluated) -> Table:
     """Build the table that `clipfuse evaluate` would print for a checkpoint, from metrics that are known."""
     return build_table(
-        build_result(evaluated.checkpoint, evaluated.step, config.data.val, config.eval.tasks, evaluated.metrics, None)
+        build_result(
+            evaluated.checkpoint,
+            evaluated.step,
+            models.tower_configs(config),
+            config.data.val,
+            config.eval.tasks,
+            evaluated.metrics,
+            None,
+        )
     )
 
 

@@ -163,6 +163,7 @@ def render(
         recalls=figures.build_recalls(best) if best and not section else [],
         widths=figures.build_width_table(best) if best and not section else None,
         best=best,
+        best_samples=figures.count_samples(history, best) if best and not section else "",
         source=source,
         evaluation_count=(
             len(history.evaluations) if best and history.evaluations and history.evaluations[-1]["step"] > best["step"] else 0

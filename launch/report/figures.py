@@ -10,6 +10,7 @@ from typing import Any
 from launch.report.charts import format_number
 from launch.report.run_history import Line, RunHistory
 from pretrain.evaluation.chance import chance_levels, without_chance
+from pretrain.evaluation.evaluate import name_samples
 from pretrain.printable import format_count, get_noun
 
 KS = (1, 5, 10)
@@ -105,6 +106,16 @@ def build_recalls(line: Line) -> list[dict[str, Any]]:
                 {"title": title, "rows": rows, "rank": metrics.get(rank), "rank_chance": levels.get(rank), "of": candidates}
             )
     return out
+
+
+def count_samples(history: RunHistory, line: Line) -> str:
+    """Return how many samples an evaluation had, and what they are: "500 images"."""
+    modalities = dict.fromkeys(name for direction, _ in list_directions([line]) for name in direction.split("_to_"))
+    if modalities:
+        noun = name_samples(list(modalities), ["retrieval"])
+    else:
+        noun = name_samples([name for name in ("image", "audio") if history.get_dict(name)] or ["image"], [])
+    return format_count(int(line["val/samples"]), noun) if line.get("val/samples") else ""
 
 
 def build_width_table(line: Line) -> dict[str, Any] | None:

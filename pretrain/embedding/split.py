@@ -146,7 +146,7 @@ def _embed_local(
     language: str | None,
 ) -> EmbeddedSplit:
     """Encode the samples of this rank."""
-    classified = choose_classified(model) if pooled or not texts else ""
+    classified = choose_classified(model.towers) if pooled or not texts else ""
     modalities = list(model.towers) if texts else [classified]
     embeddings: dict[str, list[Tensor]] = {name: [] for name in modalities}
     pooled_outputs: list[Tensor] = []
@@ -204,9 +204,9 @@ def read_languages(fields: Mapping[str, Any], name: str, captions: int) -> list[
     return [code if isinstance(code, str) and _LANGUAGE.fullmatch(code) else "" for code in values]
 
 
-def choose_classified(model: DualEncoder) -> str:
+def choose_classified(modalities: Iterable[str]) -> str:
     """Return the modality that is classified: images, else the first but text. Raises ConfigError if there is none."""
-    names = [name for name in model.towers if name != "text"]
+    names = [name for name in modalities if name != "text"]
     if not names:
         raise ConfigError("classification needs a tower of images or of another modality than text, and the model has none")
     return "image" if "image" in names else names[0]

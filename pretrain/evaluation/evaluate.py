@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from pretrain.evaluation.languages import metrics_by_language
 from pretrain.evaluation.retrieval import list_pairs, retrieval_metrics
 from pretrain.losses import cut_to_width
 from pretrain.model import DualEncoder
-from pretrain.printable import format_count
+from pretrain.printable import format_count, get_noun
 from pretrain.runtime import distributed
 from pretrain.runtime.agree import on_main
 
@@ -50,6 +50,7 @@ __all__ = [
     "embed_split",
     "evaluate",
     "evaluate_checkpoint",
+    "name_samples",
     "retrieval_metrics",
 ]
 
@@ -130,7 +131,7 @@ def evaluate(
 
     if "zero_shot" in config.tasks and "text" not in decoders:
         raise ConfigError("zero_shot names the classes by texts, and the model has no text tower")
-    classified = choose_classified(model) if {"zero_shot", "linear_probe"} & set(config.tasks) else ""
+    classified = choose_classified(model.towers) if {"zero_shot", "linear_probe"} & set(config.tasks) else ""
 
     def embed(source: Any, texts: bool) -> tuple[EmbeddedSplit, Counter[str]]:
         # Images for classification need no caption.
@@ -229,16 +230,26 @@ def evaluate_checkpoint(
     with models.on_device(loaded.model, loaded.config, device) as model:
         metrics = evaluate(model, loaded.decoders, shards, config, device, precision, embedded=embedded, widths=loaded.widths)
     seconds = round(time.perf_counter() - begin, 3)
-    return build_result(loaded.folder, loaded.step, shards, config.tasks, metrics, seconds)
+    return build_result(loaded.folder, loaded.step, loaded.model.towers, shards, config.tasks, metrics, seconds)
 
 
 def build_result(
-    folder: Path, step: int, shards: Any, tasks: list[str], metrics: dict[str, float], seconds: float | None
+    folder: Path,
+    step: int,
+    modalities: Iterable[str],
+    shards: Any,
+    tasks: list[str],
+    metrics: dict[str, float],
+    seconds: float | None,
 ) -> dict[str, Any]:
-    """Build evaluate_checkpoint()'s result from the metrics of a checkpoint. seconds: of the evaluation; None = not known."""
+    """Build evaluate_checkpoint()'s result from the metrics of a checkpoint.
+
+    modalities: of the model. seconds: of the evaluation; None = not known.
+    """
     return {
         "checkpoint": str(folder),
         "step": step,
+        "modalities": list(modalities),
         "data": shards,
         "tasks": list(tasks),
         "metrics": without_chance(metrics),
@@ -247,11 +258,18 @@ def build_result(
     }
 
 
+def name_samples(modalities: Sequence[str], tasks: Sequence[str]) -> str:
+    """Return what messages call the evaluated samples: image, sound, or sample where they have several such modalities."""
+    others = [name for name in modalities if name != "text"]
+    if "retrieval" not in tasks:
+        return get_noun(choose_classified(others))
+    return get_noun(others[0]) if len(others) == 1 else "sample"
+
+
 def build_table(result: dict[str, Any]) -> Table:
     """Build a table of evaluate_checkpoint()'s result: metrics in percent, next to the chance levels."""
     metrics, chance = result["metrics"], result["chance"]
-    is_of_images = any(name.startswith("image_to_") for name in metrics) or not any("_to_" in name for name in metrics)
-    caption = f"{format_count(int(metrics['samples']), 'image' if is_of_images else 'sample')}"
+    caption = format_count(int(metrics["samples"]), name_samples(result["modalities"], result["tasks"]))
     if metrics["captions"]:
         caption += f", {format_count(int(metrics['captions']), 'caption')}"
     if metrics["bad_samples"]:

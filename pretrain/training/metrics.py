@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -119,15 +120,19 @@ class RunLog:
 def describe_results(results: dict[str, float], primary: str, most: int = 4) -> str:
     """Describe an evaluation in one line: the primary metric and others like it, each with its level of chance.
 
+    Where the primary metric is the recall of a direction, as in pretraining, all directions are in the line: with three towers,
+    too, a pair of modalities that does not learn is seen while the run trains.
+
     Args:
         results: the metrics; chance_NAME is the level of NAME.
         primary: the metric that decides which checkpoint is best.
-        most: metrics in the line.
+        most: metrics in the line, where the primary metric is another.
     """
     alike = [
         name for name in results if name.endswith(("R@1", "top1", "accuracy")) and not name.startswith(("chance_", "blind_"))
     ]
-    names = list(dict.fromkeys(name for name in (primary, *alike) if name in results))[:most]
+    names = list(dict.fromkeys(name for name in (primary, *alike) if name in results))
+    names = names if re.fullmatch(r"\w+_to_\w+_R@1", primary) else names[:most]
     levels = [f" (chance {results[f'chance_{name}']:.3g})" if f"chance_{name}" in results else "" for name in names]
     return ", ".join(f"{name} {results[name]:.4g}{level}" for name, level in zip(names, levels, strict=True))
 

@@ -139,7 +139,7 @@ def test_the_page_of_a_run_of_sounds_and_texts(tmp_path: Path) -> None:
     write_lines(folder, [training_line(10), {"step": 10, **recalls}, training_line(20), {"step": 20, **worse}])
     page = Page(report.write(folder).read_text()).text
     assert "conv and bert learn to match sounds and captions" in page
-    for text in ("Sound → caption, R@1", "Caption → sound, R@1", "(96 samples)", "S→C R@1", "after step 10"):
+    for text in ("Sound → caption, R@1", "Caption → sound, R@1", "(96 sounds)", "S→C R@1", "after step 10"):
         assert text in page, text
     for text in ("configuration is missing", "not evaluated", "Image → caption"):
         assert text not in page, text

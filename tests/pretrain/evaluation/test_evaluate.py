@@ -304,7 +304,9 @@ def test_each_line_of_a_clip_benchmark_txt_is_a_caption(
     by_list = build_model(small, "all")
     assert metrics == evaluate(by_list.model, by_list.decoders, field, eval_config(), CPU)
     assert loaded.decoders["text"].caption == "txt"  # the model's own decoder is unchanged
-    assert caplog.text.count("12 of 12 samples looked at hold several lines in KEY.txt: each line is a caption (5.0 an") == 1
+    assert (
+        caplog.text.count("12 of 12 samples looked at hold several lines in KEY.txt: each line is a caption (5.0 a sample") == 1
+    )
     for caption, expected in (("txt:whole", 12), ("txt:lines", 60)):
         other = build_model(small, caption)
         assert evaluate(other.model, other.decoders, lines, eval_config(), CPU)["captions"] == expected

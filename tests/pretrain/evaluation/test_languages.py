@@ -119,7 +119,7 @@ def test_each_language_has_the_figures_of_shards_that_hold_it_alone(small: Small
     assert stored["metrics"] == pytest.approx({name: metrics[name] for name in stored["metrics"]})
     assert "text_to_image_R@1_pt-BR" in stored["metrics"]
 
-    result = build_result(Path("run"), 1, shards[""], ["retrieval"], metrics, 1.0)
+    result = build_result(Path("run"), 1, ["image", "text"], shards[""], ["retrieval"], metrics, 1.0)
     console = Console(width=100, file=io.StringIO())
     console.print(build_table(result))
     rows = [line.split("│")[1].strip() for line in console.file.getvalue().splitlines() if line.startswith("│")]  # type: ignore[attr-defined]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from itertools import permutations
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import AutoFeatureExtractor, AutoTokenizer, ClapModel
 
 from launch import cli
 from pretrain.checkpoints.loading import load_model
+from pretrain.training.metrics import describe_results
 from tests.pretrain.towers.test_audio import CLAP, save_ast
 from tests.support import Small, read_jsonl, read_losses
 from tests.support.sounds import AUDIO, make_tone, write_shard
@@ -51,6 +53,8 @@ def test_three_towers_train_and_are_evaluated_in_all_directions(here: Path) -> N
         assert 0 <= evaluated[f"val/{direction}_R@1"] <= evaluated[f"val/{direction}_R@10"] <= 1
         assert evaluated[f"val/chance_{direction}_R@1"] == pytest.approx(1 / 12)
         assert evaluated[f"val/{direction}_median_rank"] >= 1
+    described = describe_results({k.removeprefix("val/"): v for k, v in evaluated.items()}, "image_to_text_R@1")
+    assert sorted(part.split()[0] for part in described.split(", ")) == sorted(f"{name}_R@1" for name in DIRECTIONS)
     assert {"image_to_text_accuracy", "image_to_audio_accuracy", "text_to_audio_accuracy"} <= lines[0].keys()
     assert read_losses(here / "runs/three")[6] < read_losses(here / "runs/three")[1]
 
@@ -201,6 +205,12 @@ def test_sounds_and_texts_alone(here: Path, small: Small, capsys: pytest.Capture
     assert evaluated["val/zero_shot_classes"] == evaluated["val/linear_probe_classes"] == 4
     assert not [name for name in evaluated if "image" in name]
     assert "audio_to_text_R@1" in output.err
+    capsys.readouterr()
+    zero_shot = ["--task", "zero_shot", "--classes", "red,green,blue,white"]
+    assert cli.main(["evaluate", "runs/two", "--data", "val-00.tar", *zero_shot]) == 0
+    assert re.search(r"^ *12 sounds, ", capsys.readouterr().out, re.MULTILINE)
+    assert cli.main(["evaluate", "runs/three", "--data", "val-00.tar"]) == 0
+    assert re.search(r"^ *12 samples, 12 captions, ", capsys.readouterr().out, re.MULTILINE)
     assert cli.main(["report", "runs/two"]) == 0
     assert cli.main(["export", "runs/two", "two-onnx", "--format", "onnx"]) == 1
     assert "onnx cannot hold a model without image tower" in capsys.readouterr().err
