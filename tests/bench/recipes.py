@@ -83,10 +83,15 @@ def measure(loaded: LoadedModel, shards: str) -> dict[str, float]:
 
     hits, chances = [], []
     with torch.no_grad(), eval_mode(model):
-        tokens = [model.tokens("image", torch.stack(images[i : i + 100])) for i in range(0, len(images), 100)]
-        image = torch.cat([F.normalize(t.pooled, dim=1) for t in tokens])
+        tower, project = model.tower("image"), model.projection("image")
+        tokens = [tower(torch.stack(images[i : i + 100])) for i in range(0, len(images), 100)]
+        image = torch.cat([F.normalize(project(t.pooled), dim=1) for t in tokens])
         metrics = retrieval_metrics(image, encode_texts(captions), torch.arange(len(images)))
-        states, grid, side = torch.cat([F.normalize(t.states, dim=2) for t in tokens]), tokens[0].grid, images[0].shape[-1]
+        states, grid, side = (
+            torch.cat([F.normalize(project(t.states), dim=2) for t in tokens]),
+            tokens[0].grid,
+            images[0].shape[-1],
+        )
         assert grid is not None
         for i, objects in enumerate(things):
             names = Counter((thing["color"], thing["name"]) for thing in objects)
