@@ -92,7 +92,7 @@ def index_embeddings(
         seconds = round(time.perf_counter() - begin, 3)
         total = index.count()
         if not total:
-            raise UserError(f"{folder} holds no {description.modality} embeddings: {place} is empty")
+            raise UserError(f"{folder} holds no {description.modality} embeddings")
         left_out = {f"no {description.noun}": lacking} if lacking else {}
         return Summary(index.place, total, added, left_out, dict(unfit), description.dim, seconds, description.modality)
 

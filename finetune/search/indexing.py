@@ -15,7 +15,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -135,11 +135,21 @@ def find_modality(loaded: LoadedModel, wanted: str, place: str, backend: str | N
     return choose_modality(loaded, wanted)
 
 
-def open_for(place: str, loaded: LoadedModel, options: IndexOptions) -> VectorIndex:
-    """Open the index at a place for writing, or make one there.
+@contextmanager
+def open_for(place: str, loaded: LoadedModel, options: IndexOptions) -> Iterator[VectorIndex]:
+    """Open the index at a place for writing, or make one there; one that got nothing is removed at the end.
 
     Raises UserError where it was made with another model, of another modality, or with other fields.
     """
+    with _open(place, loaded, options) as index:
+        try:
+            yield index
+        finally:
+            if index.is_new and not index.count():
+                index.remove()
+
+
+def _open(place: str, loaded: LoadedModel, options: IndexOptions) -> VectorIndex:
     modality = find_modality(loaded, options.modality, place, options.backend)
     model, fields = describe_model(loaded, modality), join_fields(modality, options.fields)
     width = int(loaded.model.projection(modality).out_features)
@@ -228,7 +238,7 @@ def index_images(
         if not total:
             reasons = ", ".join(f"{reason} {count:,}" for reason, count in left_out.most_common(5))
             samples = format_count(len(source), "sample")
-            raise UserError(f"of {samples} none has a usable {description.noun} ({reasons}): {place} is empty")
+            raise UserError(f"of {samples} none has a usable {description.noun} ({reasons}), so nothing was written")
         return Summary(index.place, total, added, dict(left_out), dict(unfit), description.dim, seconds, description.modality)
 
 

@@ -26,7 +26,7 @@ def create_index(place: str, description: Description, backend: str | None = Non
     """Make an empty index and open it for writing. Raises UserError."""
     is_exact = choose_backend(place, backend) == "exact"
     index: VectorIndex = ExactIndex.create(place, description) if is_exact else MilvusIndex.create(place, description)
-    index.token_folder = find_token_folder(place)
+    index.token_folder, index.is_new = find_token_folder(place), True
     return index
 
 

@@ -128,6 +128,8 @@ class VectorIndex(ABC):
         self.place, self.description = place, description
         self.token_folder: Path | None = None
         """Where token features for re-ranking are kept, if there are any; None = nowhere. Set by places.py."""
+        self.is_new = False
+        """Whether this object has made the index. Set by places.py."""
 
     # -----------------------------------------------------------------------------------------------------------------
     # What users of an index call
@@ -220,6 +222,10 @@ class VectorIndex(ABC):
     @abstractmethod
     def close(self) -> None:
         """Release files, locks and connections."""
+
+    @abstractmethod
+    def remove(self) -> None:
+        """Close the index and remove it, with what it holds. Raises UserError."""
 
     def __enter__(self) -> VectorIndex:
         return self

@@ -35,6 +35,8 @@ from pretrain.errors import UserError
 from pretrain.runtime.files import parse_json_object, read_json_object, write_json
 
 FORMAT = "clipfuse embeddings 1"
+LOCK = ".lock"
+"""Held by the command that writes the folder."""
 MANIFEST = "_manifest.json"
 """Readers of Parquet folders skip names that begin with an underscore."""
 
@@ -164,7 +166,7 @@ class EmbeddingFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / ".lock").open("a+")
+            self._lock = (self.path / LOCK).open("a+")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{self.path} is being written by another clipfuse embed; choose another --out") from None
@@ -204,7 +206,7 @@ class EmbeddingFolder:
     def seal(self, new: dict[str, Any], units: list[WorkUnit]) -> tuple[int, Counter[str], Counter[str]]:
         """Mark the folder as complete; return its rows, the samples skipped by reason, and the rows that lack a modality.
 
-        Raises UserError where a file is missing.
+        A folder without a row is not marked. Raises UserError where a file is missing.
         """
         footers = [footer for footer in self.read_footers(units) if footer is not None]
         if len(footers) < len(units):
@@ -215,8 +217,19 @@ class EmbeddingFolder:
         for entry, footer in zip(new["files"], footers, strict=True):
             entry["rows"] = footer["rows"]
         counts = {"rows": rows, "left_out": dict(bad), **({"missing": dict(lacks)} if lacks else {})}
-        write_json(self.path / MANIFEST, {**new, "complete": True, **counts})
+        if rows:
+            write_json(self.path / MANIFEST, {**new, "complete": True, **counts})
         return rows, bad, lacks
+
+    def remove(self, units: list[WorkUnit]) -> None:
+        """Remove the folder, where it holds nothing but the files of this job. Raises UserError where that is impossible."""
+        try:
+            for name in (*(unit.file for unit in units), MANIFEST, LOCK):
+                (self.path / name).unlink(missing_ok=True)
+            if not any(self.path.iterdir()):
+                self.path.rmdir()
+        except OSError as error:
+            raise UserError(f"cannot remove {self.path}, which holds no embedding: {error.strerror or error}") from error
 
     def close(self) -> None:
         """Release the lock."""

@@ -104,10 +104,11 @@ def embed(loaded: LoadedModel, options: Options, device: torch.device) -> Summar
         results = queue.results()
         rows, bad, missing = folder.seal(manifest, plan.units)
         if not rows:
+            folder.remove(plan.units)
             reasons = ", ".join(f"{reason} {n:,}" for reason, n in bad.most_common(5))
             source = f"; captions were read from {manifest['settings']['caption']}: --caption names another field"
             raise UserError(
-                f"of {format_count(sum(counts), 'sample')} none can be embedded ({reasons}): {options.out} is empty"
+                f"of {format_count(sum(counts), 'sample')} none can be embedded ({reasons}), so nothing was written"
                 f"{source if bad['no caption'] else ''}"
             )
         seconds, done = time.perf_counter() - begin, sum(result["samples"] for result in results)

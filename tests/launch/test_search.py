@@ -358,6 +358,7 @@ def test_refused_in_one_line(here: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert code == 2 or not is_missing, command
         assert message in err, command
         assert err.count("\n") == 1, err
+    assert not Path("new").exists()
 
 
 def test_a_folder_of_milvus_that_another_process_holds(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -241,7 +241,8 @@ REFUSED = {
     "index runs/two --data sounds.tar --db new --fields seconds:float": "every index of sounds has a field seconds",
     "index runs/two --data sounds.tar --db refused --fields size:int": "was made with the fields none",
     "index runs/two --data pictures-only --db new": "pictures-only holds no sounds, only 1 image",
-    "index runs/two --data silent.tar --db silent": "of 1 sample none has a usable sound (no sound 1): silent is empty",
+    "index runs/two --data silent.tar --db silent": "of 1 sample none has a usable sound (no sound 1), so nothing was written",
+    "index runs/two --data silent.tar --db silent.db": "none has a usable sound (no sound 1), so nothing was written",
     "index runs/two --data empty.tar --db new": "empty.tar",
     "embed runs/two --data empty.tar --out new-vectors": "empty.tar",
     "embed runs/two --data silent.tar --out silent-vectors --workers 0": "of 1 sample none can be embedded (audi",
@@ -265,3 +266,5 @@ def test_refused_in_one_line(here: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert code in (1, 2), command
         assert message in err, (command, err)
         assert err.count("\n") == 1, (command, err)
+    for name in ("new", "new-vectors", "silent", "silent.db", "silent-vectors", "vectors-of-titles"):
+        assert not Path(name).exists(), name

@@ -44,7 +44,7 @@ from pretrain.data.filter_expression import Filter
 from pretrain.errors import UserError
 from pretrain.runtime.files import flush, read_bytes, write_text
 
-DESCRIPTION, COMMITS = "index.json", "commits.txt"
+DESCRIPTION, COMMITS, LOCK = "index.json", "commits.txt", ".lock"
 _CAPTIONS = "captions-1."
 """Begins the name of the folder of the captions' words; the length of commits.txt follows, which is that of a state."""
 _ARROW: dict[Kind, pa.DataType] = {"float": pa.float64(), "int": pa.int64(), "bool": pa.bool_(), "str": pa.string()}
@@ -109,7 +109,7 @@ class ExactIndex(VectorIndex):
         try:
             path.mkdir(parents=True, exist_ok=True)
             names = [exact_files.name_file(kind, 0) for kind in KINDS]
-            others = [entry.name for entry in path.iterdir() if entry.name not in (DESCRIPTION, ".lock", *names)]
+            others = [entry.name for entry in path.iterdir() if entry.name not in (DESCRIPTION, LOCK, *names)]
             if others:
                 raise UserError(f"{place} exists and holds other files ({others[0]}); choose another --db")
             for name in names:
@@ -126,9 +126,20 @@ class ExactIndex(VectorIndex):
             self._lock.close()
             self._lock = None
 
+    def remove(self) -> None:
+        try:
+            for path in (self.path / DESCRIPTION, self.path / COMMITS, *map(self._path_of, KINDS), self.path / LOCK):
+                path.unlink(missing_ok=True)
+            if not any(self.path.iterdir()):
+                self.path.rmdir()
+        except OSError as error:
+            raise UserError(f"cannot remove {self.place}: {error.strerror or error}") from error
+        finally:
+            self.close()
+
     def _acquire_lock(self) -> None:
         try:
-            self._lock = (self.path / ".lock").open("a+")
+            self._lock = (self.path / LOCK).open("a+")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.close()

@@ -18,6 +18,7 @@ import fcntl
 import logging
 import os
 import re
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -125,7 +126,19 @@ class MilvusIndex(VectorIndex):
         client = getattr(self, "_client", None)
         if client is not None:
             client.close()
+            del self._client
             _release_folder(self._name)
+
+    def remove(self) -> None:
+        with self._errors():
+            self._client.drop_collection(self._collection)
+            others = self._client.list_collections()
+        self.close()
+        if not is_server(self._name) and not others:
+            try:
+                shutil.rmtree(self._name)
+            except OSError as error:
+                raise UserError(f"cannot remove {self._name}: {error.strerror or error}") from error
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
