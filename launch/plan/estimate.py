@@ -113,6 +113,8 @@ def _gradients(word: str, model: ModelSize, shards: int, chunks: int) -> int:
         return full  # chunks accumulate before anything is sent, so every strategy holds full gradients
     if word == "fsdp2":  # the shard, and what waits to be reduced: the root's and two blocks'
         return full // shards + 4 * model.root + 8 * model.block
+    if word == "zero3":  # the shard, a bucket of fixed size, and two copies of what it holds while it is reduced
+        return full // shards + 4 * BUCKET_ELEMENTS + 8 * min(model.trainable, BUCKET_ELEMENTS)
     return full // shards + 4 * min(model.trainable, 2 * BUCKET_ELEMENTS)
 
 
