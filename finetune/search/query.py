@@ -20,7 +20,7 @@ Legend: k = results, c = candidates, D = width of the shared space.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +31,7 @@ from torch.nn import functional as F
 
 from finetune.loading import Finetuned
 from finetune.search.captions import fuse_ranks
+from finetune.search.filters import bind
 from finetune.search.indexing import check_model, describe_model
 from finetune.search.reranking import Reranker
 from finetune.search.vector_index import Hit, VectorIndex, Vectors
@@ -38,6 +39,7 @@ from pretrain.checkpoints.loading import LoadedModel, load_model
 from pretrain.data import BadSample
 from pretrain.data.audio_files import open_audio
 from pretrain.data.captions import normalize_whitespace
+from pretrain.data.filter_parser import parse_filter
 from pretrain.embedding.encoder import build_text_encoder, eval_mode
 from pretrain.errors import ConfigError, UserError
 from pretrain.losses import cut_to_width
@@ -49,6 +51,25 @@ CANDIDATES = 32
 """Images that are re-ranked."""
 HYBRID_DEPTH = 100
 """Images that are taken from each of two rankings to fuse them, at least."""
+
+
+@dataclass(frozen=True)
+class InputNames:
+    """What messages call the inputs of a query: by default the options of `clipfuse search`."""
+
+    text: str = "a text"
+    image: str = "--image"
+    audio: str = "--audio"
+    unwanted: str = "--not"
+    filter: str = "--filter"
+    hybrid: str = "--hybrid"
+    value: str = " FILE"
+    """Follows the name of a file's input, where messages list what can be given."""
+
+    def list_choices(self, modalities: Iterable[str]) -> list[str]:
+        """Return what can be searched with, of texts, images and sounds."""
+        names = {"text": self.text, "image": f"{self.image}{self.value}", "audio": f"{self.audio}{self.value}"}
+        return list(dict.fromkeys(names[name] for name in modalities if name in names))
 
 
 @dataclass
@@ -72,15 +93,19 @@ class Query:
     """Whether captions that hold the words of the text count, too."""
     audio: bytes = b""
     """A sound file; empty = none."""
+    names: InputNames = field(default_factory=InputNames)
 
     def validate(self) -> None:
         """Refuse a query that asks for nothing. Raises ConfigError."""
+        names = self.names
         if not self.text.strip() and not self.image and not self.audio and not self.like:
-            raise ConfigError("the query is empty: give a text, --image FILE, --audio FILE, or several")
+            raise ConfigError(
+                f"the query is empty: give {', '.join(names.list_choices(('text', 'image', 'audio')))}, or several"
+            )
         if self.is_hybrid and not self.text.strip():
-            raise ConfigError("--hybrid needs a text, whose words are looked up in the captions")
+            raise ConfigError(f"{names.hybrid} needs a text, whose words are looked up in the captions")
         if any(not text.strip() for text in self.unwanted):
-            raise ConfigError("--not is empty: give words of what should not be found")
+            raise ConfigError(f"{names.unwanted} is empty: give words of what should not be found")
         if self.k < 1 or self.candidates < 1:
             raise ConfigError(f"--k {self.k} and --candidates {self.candidates} must be at least 1")
 
@@ -176,6 +201,9 @@ class Searcher:
         Raises UserError for an image or a sound that is none, and ConfigError for a filter that is none.
         """
         query.validate()
+        if query.filter is not None:
+            parsed = parse_filter(query.filter, query.names.filter)
+            bind(parsed, self.index.describe().kinds, query.names.filter)  # as the index will, for errors with this name
         results = Results([], {})
         with _timed(results, "total"):
             with _timed(results, "encode"):
@@ -220,10 +248,10 @@ class Searcher:
         """Return the embedding (D,) of a query, of unit length. Raises UserError."""
         wanted = []
         if query.text.strip():
-            wanted.append(self._encode_texts([query.text], notes)[0])
+            wanted.append(self._encode_texts([query.text], query.names, notes)[0])
         for modality, content in (("image", query.image), ("audio", query.audio)):
             if content:
-                wanted.append(self._encode_file(modality, content, notes))
+                wanted.append(self._encode_file(modality, content, query.names, notes))
         if query.like:
             image = self.index.get([query.like])[0]
             if image is None or image.vector is None:
@@ -231,16 +259,16 @@ class Searcher:
             wanted.append(image.vector)
         vector = np.mean(wanted, axis=0)
         if query.unwanted:
-            vector = vector - NOT_WEIGHT * self._encode_texts(query.unwanted, notes).mean(axis=0)
+            vector = vector - NOT_WEIGHT * self._encode_texts(query.unwanted, query.names, notes).mean(axis=0)
         norm = float(np.linalg.norm(vector))
         if not np.isfinite(norm) or norm < 1e-6:
-            raise UserError("nothing is left of the query: --not takes away all of it")
+            raise UserError(f"nothing is left of the query: {query.names.unwanted} takes away all of it")
         return np.asarray(vector / norm, dtype=np.float32)
 
-    def _encode_texts(self, texts: list[str], notes: list[str]) -> Vectors:
+    def _encode_texts(self, texts: list[str], names: InputNames, notes: list[str]) -> Vectors:
         decoder = self.loaded.decoders.get("text")
         if decoder is None:
-            raise self._lacks("text")
+            raise self._lacks("text", names)
         texts = [normalize_whitespace(text) for text in texts]
         for text in texts:
             if note := describe_cut(decoder, text):
@@ -248,24 +276,23 @@ class Searcher:
         encode = build_text_encoder(self.loaded.model, self.loaded.decoders, self.device)
         return np.asarray(cut_to_width(encode(texts), self.index.describe().dim).numpy())
 
-    def _encode_file(self, modality: str, data: bytes, notes: list[str]) -> Vectors:
+    def _encode_file(self, modality: str, data: bytes, names: InputNames, notes: list[str]) -> Vectors:
         decoder = self.loaded.decoders.get(modality)
         if decoder is None:
-            raise self._lacks(modality)
+            raise self._lacks(modality, names)
         try:
             item = decoder.decode_eval(data)
             if modality == "audio" and (note := describe_crop(decoder, data)):
                 notes.append(note)
         except BadSample as error:
-            raise UserError(f"--{modality} is not a usable {get_noun(modality)}: {error}") from error
+            raise UserError(f"{getattr(names, modality)} is not a usable {get_noun(modality)}: {error}") from error
         with torch.inference_mode(), eval_mode(self.loaded.model):
             features = self.loaded.model.encode(modality, item[None].to(self.device))
         return np.asarray(cut_to_width(F.normalize(features.float(), dim=-1), self.index.describe().dim)[0].cpu().numpy())
 
-    def _lacks(self, modality: str) -> UserError:
+    def _lacks(self, modality: str, names: InputNames) -> UserError:
         """Return the error of a query that the model cannot encode."""
-        options = {"text": "a text", "image": "--image FILE", "audio": "--audio FILE"}
-        usable = " or ".join(options[name] for name in self.loaded.decoders if name in options)
+        usable = " or ".join(names.list_choices(self.loaded.decoders))
         return UserError(f"{self.loaded.folder} has no {modality} tower: search with {usable}")
 
     # -----------------------------------------------------------------------------------------------------------------

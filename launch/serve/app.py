@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any
 
@@ -47,7 +47,30 @@ from pretrain.printable import get_noun
 
 MAX_UPLOAD = 64 << 20
 """Most bytes of an uploaded file."""
-Upload = bytes | UserError
+PAGE = queries.InputNames("a sentence", "the file", "the file", "but not", "where", "captions", value="")
+"""What the page calls the inputs of a query."""
+FIELDS = queries.InputNames("q", "image", "audio", "unwanted", "condition", "hybrid", value="")
+"""What a program sends; a file may have any name."""
+
+
+@dataclass(frozen=True)
+class Upload:
+    """The file of a form."""
+
+    content: bytes = b""
+    field: str = ""
+    """The name under which it was sent; empty = there is none."""
+
+    def check(self, name: str) -> None:
+        """Refuse a form without a file, and files that are empty or too large. name: of the file. Raises UserError."""
+        if not self.field:
+            raise UserError("the form holds no file: add one")
+        if not self.content:
+            raise UserError(f"{name} is empty: choose another file")
+        if len(self.content) > MAX_UPLOAD:
+            raise UserError(f"{name} has more than {MAX_UPLOAD >> 20} MB, which is the most that can be uploaded")
+
+
 """An uploaded file, empty where there is none; or why it cannot be used."""
 MAX_RESULTS = 100
 """Most results of a page."""
@@ -147,17 +170,12 @@ def build_app(
     return app
 
 
-async def _with_upload(request: Request, respond: Callable[[Mapping[str, str], Upload], Response]) -> Response:
+async def _with_upload(request: Request, respond: Callable[[Mapping[str, str], Upload | None], Response]) -> Response:
     """Respond in a thread to a form with a file."""
     async with request.form() as form:
         parameters = {name: value for name, value in form.items() if isinstance(value, str)}
-        file = next((value for value in form.values() if not isinstance(value, str)), None)
-        data = await file.read(MAX_UPLOAD + 1) if file is not None else b""
-        upload: Upload = data
-        if not data:
-            upload = UserError("the file is empty: choose another")
-        elif len(data) > MAX_UPLOAD:
-            upload = UserError(f"the file has more than {MAX_UPLOAD >> 20} MB, which is the most that can be uploaded")
+        name, file = next(((name, value) for name, value in form.items() if not isinstance(value, str)), ("", None))
+        upload = Upload(await file.read(MAX_UPLOAD + 1) if file is not None else b"", name)
         return await run_in_threadpool(respond, parameters, upload)
 
 
@@ -196,17 +214,17 @@ class _Site:
     # -----------------------------------------------------------------------------------------------------------------
     # Searches
 
-    def show_results(self, parameters: Mapping[str, str], upload: Upload = b"") -> Response:
+    def show_results(self, parameters: Mapping[str, str], upload: Upload | None = None) -> Response:
         results, words, problem, name = None, list[str](), "", ""
         controls = self._read_controls(parameters)
-        query, method = self._read_query(parameters, upload), parameters.get("maps") or METHOD
+        query, method = self._read_query(parameters, upload, PAGE), parameters.get("maps") or METHOD
         with self.lock:
             try:
-                if not isinstance(upload, bytes):
-                    raise upload
+                if upload is not None:
+                    upload.check(PAGE.image)
                 check_method(method)
-                name = self._keep(upload) if upload else ""
-                if upload or query.text.strip() or query.like:
+                name = self._keep(upload.content, PAGE.image) if upload is not None else ""
+                if upload is not None or query.text.strip() or query.like:
                     results = self._search(query, controls)
                     words = self._find_words(query, results, method)
             except UserError as error:
@@ -229,19 +247,21 @@ class _Site:
         )
         return HTMLResponse(content, status_code=400 if problem else 200)
 
-    def list_results(self, parameters: Mapping[str, str], upload: Upload = b"") -> Response:
+    def list_results(self, parameters: Mapping[str, str], upload: Upload | None = None) -> Response:
         try:
-            if not isinstance(upload, bytes):
-                raise upload
+            names = FIELDS
+            if upload is not None:
+                upload.check(upload.field)
+                names = replace(FIELDS, image=upload.field, audio=upload.field)
             with self.lock:
-                results = self._search(self._read_query(parameters, upload), self._read_controls(parameters))
+                results = self._search(self._read_query(parameters, upload, names), self._read_controls(parameters))
         except UserError as error:
             return JSONResponse({"error": str(error)}, status_code=400)
         return JSONResponse({"results": results.to_records(), "milliseconds": results.milliseconds, "notes": results.notes})
 
-    def _read_query(self, parameters: Mapping[str, str], upload: Upload) -> queries.Query:
+    def _read_query(self, parameters: Mapping[str, str], upload: Upload | None, names: queries.InputNames) -> queries.Query:
         """Return the query of a request, whose filter is the written condition alone."""
-        file = upload if isinstance(upload, bytes) else b""
+        file = upload.content if upload is not None else b""
         is_sound = bool(file) and self._identify(file) == "audio"
         text, k = parameters.get("q", ""), parameters.get("k", "")
         count = int(k) if k.isdecimal() and len(k) <= 6 and 0 < int(k) <= MAX_RESULTS else 12
@@ -255,13 +275,14 @@ class _Site:
             count,
             is_hybrid=bool(parameters.get("hybrid")) and bool(text.strip()) and not file,
             audio=file if is_sound else b"",
+            names=names,
         )
 
     def _read_controls(self, parameters: Mapping[str, str]) -> list[Control]:
         return filter_form.build_controls(self.searcher.index.describe().fields, parameters, self.suggestions)
 
     def _search(self, query: queries.Query, controls: list[Control]) -> queries.Results:
-        whole = replace(query, filter=filter_form.build_condition(controls, query.filter or ""))
+        whole = replace(query, filter=filter_form.build_condition(controls, query.filter or "", query.names.filter))
         results = self.searcher.search(whole)
         self.log(results.to_record(whole))
         return results
@@ -277,13 +298,16 @@ class _Site:
             return []
         return [word for word, _ in maps.tiles]
 
-    def _keep(self, upload: bytes) -> str:
-        """Keep an upload for the page, and return its name. Raises UserError where it is no image and no sound."""
+    def _keep(self, upload: bytes, name: str) -> str:
+        """Keep an upload for the page, and return its name there. Raises UserError where it is no image and no sound.
+
+        name: what messages call the file.
+        """
         modality = self._identify(upload)
         try:
             return self.uploads.put(upload, preview(upload, modality)[0])
         except BadSample as error:
-            raise UserError(f"the file is not a usable {get_noun(modality)}: {error}") from error
+            raise UserError(f"{name} is not a usable {get_noun(modality)}: {error}") from error
 
     def _identify(self, upload: bytes) -> str:
         """Return whether an upload is an image or a sound: what it begins as, or what the model takes if that is neither."""
@@ -318,12 +342,12 @@ class _Site:
         )
         return HTMLResponse(content, status_code=400 if problem else 200)
 
-    def list_answers(self, parameters: Mapping[str, str], upload: Upload = b"") -> Response:
+    def list_answers(self, parameters: Mapping[str, str], upload: Upload | None = None) -> Response:
         try:
-            if not isinstance(upload, bytes):
-                raise upload
+            if upload is not None:
+                upload.check(upload.field)
             with self.lock:
-                name = self._keep(upload) if upload else parameters.get("upload", "")
+                name = self._keep(upload.content, upload.field) if upload is not None else parameters.get("upload", "")
             answer = self._answer(ImageReference(parameters.get("key", ""), name), parameters.get("question", ""))
         except UserError as error:
             return JSONResponse({"error": str(error)}, status_code=400)

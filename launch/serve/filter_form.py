@@ -56,14 +56,16 @@ def list_suggestions(index: VectorIndex) -> dict[str, list[str]]:
     return {item.name: index.list_values(item.name, SUGGESTIONS) for item in index.describe().fields if item.kind == "str"}
 
 
-def build_condition(controls: Sequence[Control], condition: str = "") -> str | None:
+def build_condition(controls: Sequence[Control], condition: str = "", where: str = "where") -> str | None:
     """Return the conditions of the inputs and another one, joined by and; None where there are none.
+
+    where: what messages call the input of `condition`.
 
     Raises ConfigError for a condition that is none, or a number that is none.
     """
     conditions = []
     if condition.strip():
-        parse_filter(condition, "where")
+        parse_filter(condition, where)
         conditions.append(condition.strip())
     for control in controls:
         name = f"`{control.name}`"

@@ -158,7 +158,12 @@ def test_what_the_page_refuses(here: Path, client: TestClient) -> None:
         (client.post("/", files={"image": ("a.jpg", b"")}), "the file is empty"),
         (client.post("/", files={"image": ("a.png", large.getvalue())}), "image too large"),
         (client.post("/", files={"image": ("a.jpg", bytes((64 << 20) + 1))}), "more than 64 MB"),
-        (client.get("/api/search"), "the query is empty"),
+        (client.get("/api/search"), "the query is empty: give q, image, audio, or several"),
+        (client.get("/api/search", params={"q": "car", "condition": "prise < 9"}), "condition: the index has no field"),
+        (client.get("/api/search", params={"q": "car", "condition": "price <"}), "condition 'price <': column 8"),
+        (client.post("/api/search", files={"picture": ("a.jpg", b"no image")}), '{"error":"picture is not a usable image: '),
+        (client.post("/api/search", files={"picture": ("a.jpg", b"")}), '{"error":"picture is empty: choose another file"}'),
+        (client.post("/api/search", data={"q": "car"}), '{"error":"the form holds no file: add one"}'),
     ):
         assert answer.status_code == 400
         assert message in answer.text

@@ -129,6 +129,8 @@ def test_a_sound_is_a_query(here: Path, sound_client: TestClient) -> None:
         refused = sound_client.post("/", files={"file": (name, Path(f"sounds/{name}").read_bytes())})
         assert refused.status_code == 400
         assert "the file is not a usable sound: audio unreadable" in refused.text
+        refused = sound_client.post("/api/search", files={"query": (name, Path(f"sounds/{name}").read_bytes())})
+        assert refused.json()["error"].startswith("query is not a usable sound: audio unreadable")
     empty = sound_client.get("/").text
     assert "holds 12 sounds" in empty
     assert 'accept="audio/*"' in empty
