@@ -4,9 +4,9 @@
     fields.py         which fields of the samples an index keeps, and their kinds
     filters.py        filters bound to the kinds of fields, and translated for each backend
     backends/         a folder compared row by row, and Milvus
-    compaction.py     the space of images that were replaced
+    compaction.py     the space of what was replaced
     modalities.py     what an index holds: members of samples, thumbnails, fields of their own
-    image_sources.py  shards and folders as sources of images and sounds; files read again
+    item_sources.py   shards and folders as sources of images and sounds; files read again
     indexing.py       images or sounds into an index
     embeddings.py     what `clipfuse embed` wrote into an index
     query.py          texts, images and sounds as queries, and what they find

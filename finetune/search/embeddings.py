@@ -17,10 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from finetune.search.fields import MODALITIES, read_fields
-from finetune.search.image_sources import ImageSource, Location
 from finetune.search.indexing import IndexOptions, Summary, join_captions, open_for, select_missing
+from finetune.search.item_sources import ItemSource, Location
 from finetune.search.modalities import OWN_FIELDS, find_content, preview, select_named
-from finetune.search.vector_index import IndexedImage
+from finetune.search.vector_index import IndexedItem
 from pretrain.checkpoints.loading import LoadedModel
 from pretrain.data import BadSample
 from pretrain.embedding import dataset
@@ -34,7 +34,7 @@ _UNKNOWN = Location("", -1, 0)
 def index_embeddings(
     loaded: LoadedModel,
     folder: Path,
-    images: ImageSource | None,
+    items: ItemSource | None,
     place: str,
     options: IndexOptions,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -44,13 +44,13 @@ def index_embeddings(
     Args:
         loaded: the model that made them.
         folder: what `clipfuse embed` wrote, complete.
-        images: the shards that were embedded; None = the index does not know where its images lie.
+        items: the shards that were embedded; None = the index does not know where its items lie.
         place: of the index; made where there is none.
         options: see IndexOptions.
         progress: called with images done and images in all.
 
     Raises:
-        UserError: the folder is incomplete, damaged, or of another model; and what index_images raises.
+        UserError: the folder is incomplete, damaged, or of another model; and what index_items raises.
     """
     begin, added, done, lacking = time.perf_counter(), 0, 0, 0
     unfit: Counter[str] = Counter()
@@ -58,7 +58,7 @@ def index_embeddings(
     manifest = dataset.read_manifest(folder)
     if manifest.get("format") != dataset.FORMAT or not manifest["complete"]:
         raise UserError(f"{folder} is not complete; the clipfuse embed command that began it finishes it")
-    numbers = {images.locate(i)[0]: i for i in range(len(images))} if images is not None else {}
+    numbers = {items.locate(i)[0]: i for i in range(len(items))} if items is not None else {}
     with open_for(place, loaded, options) as index:
         if manifest["model"]["fingerprint"] != index.describe().model["fingerprint"]:
             raise UserError(f"{folder} holds embeddings of {manifest['model']['from']}, not of {loaded.folder}")
@@ -71,16 +71,16 @@ def index_embeddings(
             located = []
             keys = table["key"].to_pylist()
             for i, key in enumerate(keys):
-                location = images.locate(numbers[key])[1] if images is not None and key in numbers else _UNKNOWN
+                location = items.locate(numbers[key])[1] if items is not None and key in numbers else _UNKNOWN
                 located.append((i, prefix + key, location))
             missing = select_missing(index, located, options.replace)
             rows = []
             for i, key, location in missing:
                 encoded = table["json"][i].as_py()
                 values, names = read_fields(named, parse_json_object(encoded.encode()) if encoded else {})
-                row = IndexedImage(key, *location, caption=join_captions(_read_captions(table, i)), fields=values | unknown)
-                if images is not None and keys[i] in numbers:
-                    row.thumbnail, own = _preview(images, numbers[keys[i]], description.modality)
+                row = IndexedItem(key, *location, caption=join_captions(_read_captions(table, i)), fields=values | unknown)
+                if items is not None and keys[i] in numbers:
+                    row.thumbnail, own = _preview(items, numbers[keys[i]], description.modality)
                     row.fields |= own
                 rows.append(row)
                 unfit.update(names)
@@ -124,13 +124,13 @@ def _read_captions(table: pa.Table, i: int) -> list[str]:
     return [] if caption is None else [caption]
 
 
-def _preview(images: ImageSource, number: int, modality: str) -> tuple[bytes, dict[str, Any]]:
+def _preview(items: ItemSource, number: int, modality: str) -> tuple[bytes, dict[str, Any]]:
     """Return a small JPEG and values of OWN_FIELDS; none where the image or sound cannot be decoded.
 
     Raises UserError where its shard cannot be read.
     """
     try:
-        content = find_content(images.read(number), modality)
+        content = find_content(items.read(number), modality)
         return (b"", {}) if content is None else preview(content, modality)
     except BadSample:
         return b"", {}

@@ -25,7 +25,7 @@ from rich.table import Table
 
 from finetune.search.judged_queries import JudgedQuery, Judgments
 from finetune.search.query import Query, Result, Searcher
-from finetune.search.vector_index import MAX_K, IndexedImage, VectorIndex
+from finetune.search.vector_index import MAX_K, IndexedItem, VectorIndex
 from pretrain.data.filter_expression import Comparison, Like, Or
 from pretrain.data.filter_parser import parse_filter
 from pretrain.errors import UserError
@@ -84,8 +84,8 @@ def evaluate_index(
     ir_measures = _import_measures()
     index, notes = searcher.index, list[str]()
     conditions = {query.id: _join_filters(condition, query.filter) for query in queries}
-    images = index.count()
-    kept = {text: index.count(text) / max(images, 1) for text in set(conditions.values()) if text is not None}
+    items = index.count()
+    kept = {text: index.count(text) / max(items, 1) for text in set(conditions.values()) if text is not None}
     judged = _select_judgments(index, queries, conditions, judgments, notes)
     judged_queries = [query for query in queries if judged.get(query.id)]
     answers: dict[str, Answered] = {}
@@ -128,7 +128,7 @@ def evaluate_index(
     groups = _group_by_selectivity(answers)
     return {
         "index": index.place,
-        "images": images,
+        "images": items,
         "holds": index.describe().noun,
         "queries": len(judged_queries),
         "relevant_grade": grade,
@@ -146,7 +146,7 @@ def evaluate_index(
 
 
 def _list_keys(results: Sequence[Result], depth: int) -> list[str]:
-    return [result.hit.image.key for result in results[:depth]]
+    return [result.hit.item.key for result in results[:depth]]
 
 
 def _import_measures() -> Any:
@@ -179,16 +179,16 @@ def _select_judgments(
         names = {query.id for query in queries}
         if others := [query for query in judgments if query not in names]:
             notes.append(f"judgments of {_count_queries(len(others))} not asked: {_name_some(others)}")
-    images = _load_images(index, {key for query in queries for key in judgments.get(query.id, {})})
+    items = _load_items(index, {key for query in queries for key in judgments.get(query.id, {})})
     unknown: dict[str, None] = {}
     rejected, selected = 0, Judgments()
     for query in queries:
         text = conditions[query.id]
         condition = None if text is None else parse_filter(text, "--filter")
         for key, grade in judgments.get(query.id, {}).items():
-            if key not in images:
+            if key not in items:
                 unknown[key] = None
-            elif condition is not None and not condition.matches(images[key]):
+            elif condition is not None and not condition.matches(items[key]):
                 rejected += 1
             else:
                 selected.setdefault(query.id, {})[key] = grade
@@ -212,21 +212,21 @@ def _find_caption(index: VectorIndex, text: str) -> list[str]:
     condition = Or((Comparison("caption", "==", text), *(Like("caption", line) for line in lines)))
     direction = np.zeros((1, index.describe().dim), dtype=np.float32)
     direction[0, 0] = 1  # any direction: the filter decides
-    return [hit.image.key for hit in index.search(direction, DEPTH, condition)[0]]
+    return [hit.item.key for hit in index.search(direction, DEPTH, condition)[0]]
 
 
-def _load_images(index: VectorIndex, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
+def _load_items(index: VectorIndex, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Return the fields of the images that the index has."""
-    images: dict[str, dict[str, Any]] = {}
+    items: dict[str, dict[str, Any]] = {}
     names = sorted(keys)
     for begin in range(0, len(names), 1000):
         part = index.get(names[begin : begin + 1000])
-        images |= {image.key: _get_fields(image) for image in part if image is not None}
-    return images
+        items |= {item.key: _get_fields(item) for item in part if item is not None}
+    return items
 
 
-def _get_fields(image: IndexedImage) -> dict[str, Any]:
-    return {**image.fields, "key": image.key, "source": image.source, "caption": image.caption}
+def _get_fields(item: IndexedItem) -> dict[str, Any]:
+    return {**item.fields, "key": item.key, "source": item.source, "caption": item.caption}
 
 
 def _count_queries(number: int) -> str:

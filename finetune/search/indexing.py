@@ -1,6 +1,6 @@
 """Images or sounds into an index: encode what it lacks, with captions, fields, thumbnails and where each lies.
 
-    index_images(load_model("runs/first"), open_sources(["shards"], "--data"), "catalog", IndexOptions(), device) -> Summary
+    index_items(load_model("runs/first"), open_sources(["shards"], "--data"), "catalog", IndexOptions(), device) -> Summary
 
 Images whose key and location the index has are not encoded again, so that the same command goes on after it was stopped or
 killed, and adds only what is new. What is said of images holds for sounds.
@@ -25,9 +25,9 @@ from torch.nn import functional as F
 
 from finetune.search import places
 from finetune.search.fields import MODALITIES, TEXT_BYTES, fits, parse_fields, read_fields
-from finetune.search.image_sources import ImageSource, Location
+from finetune.search.item_sources import ItemSource, Location
 from finetune.search.modalities import choose_modality, find_content, join_fields, preview, select_named
-from finetune.search.vector_index import Description, IndexedImage, NoIndexError, VectorIndex, Vectors, is_key
+from finetune.search.vector_index import Description, IndexedItem, NoIndexError, VectorIndex, Vectors, is_key
 from pretrain.checkpoints.loading import LoadedModel
 from pretrain.data import BadSample
 from pretrain.data.captions import TXT, read_captions
@@ -187,15 +187,15 @@ def _open(place: str, loaded: LoadedModel, options: IndexOptions) -> VectorIndex
 class _Batch:
     """Images that are read and decoded."""
 
-    rows: list[IndexedImage] = field(default_factory=list)
+    rows: list[IndexedItem] = field(default_factory=list)
     inputs: list[torch.Tensor] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
     unfit: Counter[str] = field(default_factory=Counter)
 
 
-def index_images(
+def index_items(
     loaded: LoadedModel,
-    source: ImageSource,
+    source: ItemSource,
     place: str,
     options: IndexOptions,
     device: torch.device,
@@ -253,7 +253,7 @@ Missing = list[tuple[int, str, Location]]
 """Number in the source, key and location of each image of a batch that is to be encoded."""
 
 
-def _find_missing(source: ImageSource, index: VectorIndex, options: IndexOptions) -> Iterator[tuple[int, Missing]]:
+def _find_missing(source: ItemSource, index: VectorIndex, options: IndexOptions) -> Iterator[tuple[int, Missing]]:
     """Yield, batch by batch, the number of images and those of them that the index lacks. Raises UserError."""
     prefix = f"{options.name}/" if options.name else ""
     for begin in range(0, len(source), options.batch_size):
@@ -270,16 +270,16 @@ def select_missing(index: VectorIndex, located: Missing, replace: bool) -> Missi
     if replace:
         return located
     present = index.get([key for _, key, _ in located if is_key(key)])
-    by_key = {image.key: image for image in present if image is not None}
+    by_key = {item.key: item for item in present if item is not None}
     missing: Missing = []
     for i, key, location in located:
-        image = by_key.get(key)
-        if image is not None and image.source and location.source and image.source != location.source:
+        item = by_key.get(key)
+        if item is not None and item.source and location.source and item.source != location.source:
             raise UserError(
-                f"{index.place} has {key} from {image.source} already, not from {location.source}: --name NAME adds "
+                f"{index.place} has {key} from {item.source} already, not from {location.source}: --name NAME adds "
                 f"these {index.describe().noun}s beside those, --replace replaces them"
             )
-        if image is None or (location.source and (image.source, image.offset, image.size) != tuple(location)):
+        if item is None or (location.source and (item.source, item.offset, item.size) != tuple(location)):
             missing.append((i, key, location))
     return missing
 
@@ -287,7 +287,7 @@ def select_missing(index: VectorIndex, located: Missing, replace: bool) -> Missi
 class _Reader:
     """Reads and decodes batches in threads, some ahead of the one that is encoded: decoders release Python's lock."""
 
-    def __init__(self, source: ImageSource, decoder: Any, description: Description, caption: str) -> None:
+    def __init__(self, source: ItemSource, decoder: Any, description: Description, caption: str) -> None:
         self.source, self.decoder, self.description, self.caption = source, decoder, description, caption
         self._threads = max(2, min(16, len(os.sched_getaffinity(0))))
 
@@ -328,7 +328,7 @@ class _Reader:
             batch.unfit.update(unfit)
         return batch
 
-    def _decode(self, members: dict[str, bytes], key: str, location: Location) -> tuple[IndexedImage, torch.Tensor, list[str]]:
+    def _decode(self, members: dict[str, bytes], key: str, location: Location) -> tuple[IndexedItem, torch.Tensor, list[str]]:
         modality = self.description.modality
         content = find_content(members, modality)
         if content is None:
@@ -342,7 +342,7 @@ class _Reader:
 
 def build_row(
     key: str, location: Location, members: dict[str, bytes], description: Description, caption: str
-) -> tuple[IndexedImage, list[str]]:
+) -> tuple[IndexedItem, list[str]]:
     """Return the row of an image, without thumbnail and OWN_FIELDS, and the names of fields with values of another kind.
 
     An image without a caption, or without a readable json, has none in the index.
@@ -356,7 +356,7 @@ def build_row(
     except BadSample:
         values = {}
     kept, unfit = read_fields(select_named(description.fields, description.modality), values)
-    return IndexedImage(key, *location, caption=join_captions(captions), fields=kept), unfit
+    return IndexedItem(key, *location, caption=join_captions(captions), fields=kept), unfit
 
 
 def join_captions(captions: Sequence[str]) -> str:

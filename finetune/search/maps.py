@@ -14,7 +14,7 @@ from pathlib import Path
 from finetune.explain import heatmap
 from finetune.explain.similarity import check_pooling
 from finetune.explain.word_maps import METHOD, SIMILARITY, WordMaps, compute_encoder_maps, compute_word_maps
-from finetune.search.image_sources import read_content
+from finetune.search.item_sources import read_content
 from finetune.search.query import Results, Searcher
 from finetune.search.reranking import locate
 from pretrain.errors import UserError
@@ -45,13 +45,13 @@ def save_maps(searcher: Searcher, results: Results, text: str, folder: Path, met
         check_pooling(encoder, searcher.index.describe().modality)
     notes = []
     for position, result in enumerate(results.results, start=1):
-        image = result.hit.image
+        item = result.hit.item
         try:
-            maps = compute_maps(searcher, read_content(locate(image)), text, method)
+            maps = compute_maps(searcher, read_content(locate(item)), text, method)
         except UserError as error:
-            notes.append(f"{image.key} has no map: {error}")
+            notes.append(f"{item.key} has no map: {error}")
             continue
-        path = folder / f"{position:03d}-{re.sub(r'[^A-Za-z0-9._-]', '_', image.key)[-100:]}.png"
+        path = folder / f"{position:03d}-{re.sub(r'[^A-Za-z0-9._-]', '_', item.key)[-100:]}.png"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with replace_atomically(path) as partial:

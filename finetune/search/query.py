@@ -154,16 +154,16 @@ class Results:
         """Return the results as plain values, for JSON."""
         return [
             {
-                "key": result.hit.image.key,
+                "key": result.hit.item.key,
                 "score": round(result.hit.score, 6),
                 "rank_by_embedding": result.embedding_rank,
                 "rank_by_captions": result.caption_rank,
                 "match": result.match,
-                "caption": result.hit.image.caption,
-                "fields": result.hit.image.fields,
-                "source": result.hit.image.source,
-                "offset": result.hit.image.offset,
-                "size": result.hit.image.size,
+                "caption": result.hit.item.caption,
+                "fields": result.hit.item.fields,
+                "source": result.hit.item.source,
+                "offset": result.hit.item.offset,
+                "size": result.hit.item.size,
             }
             for result in self.results
         ]
@@ -228,12 +228,12 @@ class Searcher:
         hits = self.index.search_captions(query.text, max(len(results.results), HYBRID_DEPTH), query.filter)
         if not hits:
             results.notes.append("no caption holds a word of the query: the order is that of embeddings alone")
-        by_key = {result.hit.image.key: result for result in results.results}
-        by_embedding, by_caption = list(by_key), [hit.image.key for hit in hits]
-        others = {hit.image.key: hit.image for hit in hits if hit.image.key not in by_key}
-        for key, image in zip(others, self.index.get(list(others)), strict=True):
-            if image is not None and image.vector is not None:
-                by_key[key] = Result(Hit(others[key], float(image.vector @ vector)), 0)
+        by_key = {result.hit.item.key: result for result in results.results}
+        by_embedding, by_caption = list(by_key), [hit.item.key for hit in hits]
+        others = {hit.item.key: hit.item for hit in hits if hit.item.key not in by_key}
+        for key, item in zip(others, self.index.get(list(others)), strict=True):
+            if item is not None and item.vector is not None:
+                by_key[key] = Result(Hit(others[key], float(item.vector @ vector)), 0)
         for rank, key in enumerate(by_caption, start=1):
             by_key[key].caption_rank = rank
         fused = [by_key[key] for key in fuse_ranks([by_embedding, by_caption])]
@@ -253,10 +253,10 @@ class Searcher:
             if content:
                 wanted.append(self._encode_file(modality, content, query.names, notes))
         if query.like:
-            image = self.index.get([query.like])[0]
-            if image is None or image.vector is None:
+            item = self.index.get([query.like])[0]
+            if item is None or item.vector is None:
                 raise UserError(f"{self.index.place} has no {self.index.describe().noun} {query.like}")
-            wanted.append(image.vector)
+            wanted.append(item.vector)
         vector = np.mean(wanted, axis=0)
         if query.unwanted:
             vector = vector - NOT_WEIGHT * self._encode_texts(query.unwanted, query.names, notes).mean(axis=0)
@@ -302,13 +302,13 @@ class Searcher:
         """Put the first candidates into the order of the re-ranker's scores."""
         first = results.results[: query.candidates]
         with _timed(results, "fetch"):
-            positions, images = reranker.fetch([result.hit.image for result in first], results.notes)
-        if images is None:
+            positions, items = reranker.fetch([result.hit.item for result in first], results.notes)
+        if items is None:
             return
         with _timed(results, "rerank"):
-            scores = reranker.score(images, query.text)
+            scores = reranker.score(items, query.text)
             for text in query.unwanted:
-                scores = scores - NOT_WEIGHT / len(query.unwanted) * reranker.score(images, text)
+                scores = scores - NOT_WEIGHT / len(query.unwanted) * reranker.score(items, text)
         for position, score in zip(positions, scores.tolist(), strict=True):
             first[position].match = score
         results.before = results.results[: query.k]

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from finetune.loading import Finetuned
-from finetune.search.image_sources import ImageSource, Location, read_content
+from finetune.search.item_sources import ItemSource, Location, read_content
 from finetune.search.modalities import find_content
-from finetune.search.token_store import ImageTokens, Layout, TokenStore, is_store, pool_tokens
-from finetune.search.vector_index import IndexedImage, VectorIndex, is_key
+from finetune.search.token_store import ItemTokens, Layout, TokenStore, is_store, pool_tokens
+from finetune.search.vector_index import IndexedItem, VectorIndex, is_key
 from finetune.tasks.retrieval import Retrieval
 from pretrain.data import BadSample
 from pretrain.embedding.encoder import eval_mode
@@ -43,7 +43,7 @@ _INCIDENTAL = {"pretrained", "weights", "trainable_blocks", "checkpointing", "pa
 """Entries of a tower's configuration that change no feature of a trained model."""
 
 
-def fingerprint_images(tuned: Finetuned) -> str:
+def fingerprint_features(tuned: Finetuned) -> str:
     """Return a hash of all that token features of images depend on: tower, projection, preprocessing.
 
     A fusion that is trained further on the same tower keeps it.
@@ -83,16 +83,16 @@ def check_subject(option: str, tuned: Finetuned, index: VectorIndex) -> None:
 
 
 @torch.no_grad()
-def encode_images(tuned: Finetuned, pixels: Sequence[Tensor], device: torch.device) -> ImageTokens:
+def encode_items(tuned: Finetuned, pixels: Sequence[Tensor], device: torch.device) -> ItemTokens:
     """Encode b images (3, H, W) uint8, or sounds (S,) int16, to their tokens and embeddings."""
     tokens, embedding = tuned.model.tokens_and_embedding(tuned.model.subject, torch.stack(list(pixels)).to(device))
-    return ImageTokens(tokens, cast(Tensor, embedding))
+    return ItemTokens(tokens, cast(Tensor, embedding))
 
 
-def describe_layout(images: ImageTokens, fingerprint: str, run: str, step: int, pool: int) -> Layout:
+def describe_layout(items: ItemTokens, fingerprint: str, run: str, step: int, pool: int) -> Layout:
     """Return the layout of a store of such features."""
-    N, C = images.tokens.states.shape[1:]
-    return Layout(fingerprint, run, step, pool, N, C, images.embedding.shape[1], images.tokens.grid)
+    N, C = items.tokens.states.shape[1:]
+    return Layout(fingerprint, run, step, pool, N, C, items.embedding.shape[1], items.tokens.grid)
 
 
 def to_device(tokens: TokenSequence, device: torch.device) -> TokenSequence:
@@ -100,18 +100,18 @@ def to_device(tokens: TokenSequence, device: torch.device) -> TokenSequence:
     return tokens._replace(states=tokens.states.to(device), mask=tokens.mask.to(device), pooled=tokens.pooled.to(device))
 
 
-def join(parts: Sequence[ImageTokens]) -> ImageTokens:
+def join(parts: Sequence[ItemTokens]) -> ItemTokens:
     """Concatenate the tokens of images that have equally many."""
     states, masks = (torch.cat([getattr(part.tokens, name) for part in parts]) for name in ("states", "mask"))
     tokens = TokenSequence(states, masks, parts[0].tokens.grid, states[:, 0])
-    return ImageTokens(tokens, torch.cat([part.embedding for part in parts]))
+    return ItemTokens(tokens, torch.cat([part.embedding for part in parts]))
 
 
-def select(images: ImageTokens, rows: Any) -> ImageTokens:
+def select(items: ItemTokens, rows: Any) -> ItemTokens:
     """Return the tokens of some images."""
-    tokens = images.tokens
+    tokens = items.tokens
     chosen = TokenSequence(tokens.states[rows], tokens.mask[rows], tokens.grid, tokens.states[rows][:, 0])
-    return ImageTokens(chosen, images.embedding[rows])
+    return ItemTokens(chosen, items.embedding[rows])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -140,12 +140,12 @@ def check_store(tuned: Finetuned, index: VectorIndex, pool: int) -> None:
         raise ConfigError(f"--rerank: token features are kept in a folder beside the index, and {index.place} is a server")
     if is_store(index.token_folder):
         with TokenStore(index.token_folder) as store:
-            store.check(fingerprint_images(tuned), str(tuned.folder), pool)
+            store.check(fingerprint_features(tuned), str(tuned.folder), pool)
 
 
 def index_tokens(
     tuned: Finetuned,
-    source: ImageSource,
+    source: ItemSource,
     index: VectorIndex,
     name: str,
     pool: int,
@@ -170,7 +170,7 @@ def index_tokens(
     """
     check_store(tuned, index, pool)
     assert index.token_folder is not None
-    fingerprint, run, added, noun = fingerprint_images(tuned), str(tuned.folder), 0, index.describe().noun
+    fingerprint, run, added, noun = fingerprint_features(tuned), str(tuned.folder), 0, index.describe().noun
     threads = max(2, min(16, len(os.sched_getaffinity(0))))
     tuned.model.to(device)
     store = TokenStore(index.token_folder) if is_store(index.token_folder) else None
@@ -193,12 +193,12 @@ def index_tokens(
                 if end is not None:
                     waiting = reading.submit(read, _find_missing(source, range(begin, end), name, index, store))
                 if batch:
-                    images = encode_images(tuned, [pixels for _, _, pixels in batch], device)
-                    images = ImageTokens(pool_tokens(images.tokens, pool), images.embedding)
+                    items = encode_items(tuned, [pixels for _, _, pixels in batch], device)
+                    items = ItemTokens(pool_tokens(items.tokens, pool), items.embedding)
                     if store is None:
-                        layout = describe_layout(images, fingerprint, run, tuned.step, pool)
+                        layout = describe_layout(items, fingerprint, run, tuned.step, pool)
                         store = TokenStore.create(index.token_folder, layout)
-                    store.put([key for key, _, _ in batch], [location for _, location, _ in batch], images)
+                    store.put([key for key, _, _ in batch], [location for _, location, _ in batch], items)
                 added += len(batch)
                 progress(begin, len(source))
         if store is None:
@@ -213,7 +213,7 @@ Missing = list[tuple[int, str, Location]]
 """Number in the source, key and location of images without features."""
 
 
-def _find_missing(source: ImageSource, numbers: range, name: str, index: VectorIndex, store: TokenStore | None) -> Missing:
+def _find_missing(source: ItemSource, numbers: range, name: str, index: VectorIndex, store: TokenStore | None) -> Missing:
     """Return the images of a batch that the index has from this location, and the store has not."""
     located = []
     for i in numbers:
@@ -222,12 +222,12 @@ def _find_missing(source: ImageSource, numbers: range, name: str, index: VectorI
     located = [(i, key, location) for i, key, location in located if is_key(key)]
     keys, locations = [key for _, key, _ in located], [location for _, _, location in located]
     if store is not None:
-        located = [image for image, row in zip(located, store.find(keys, locations), strict=True) if row is None]
+        located = [item for item, row in zip(located, store.find(keys, locations), strict=True) if row is None]
     present = index.get([key for _, key, _ in located])
     return [
         (i, key, location)
-        for (i, key, location), image in zip(located, present, strict=True)
-        if image is not None and locate(image) == location
+        for (i, key, location), item in zip(located, present, strict=True)
+        if item is not None and locate(item) == location
     ]
 
 
@@ -262,7 +262,7 @@ class Reranker:
             )
             return None
         store = TokenStore(folder)
-        if store.layout.fingerprint == fingerprint_images(tuned):
+        if store.layout.fingerprint == fingerprint_features(tuned):
             return store
         noun = index.describe().noun
         log_info(f"{folder} holds token features of {store.layout}, not of {tuned.folder}: {noun}s are encoded again")
@@ -274,58 +274,56 @@ class Reranker:
         if self.store is not None:
             self.store.close()
 
-    def fetch(self, images: Sequence[IndexedImage], notes: list[str]) -> tuple[list[int], ImageTokens | None]:
+    def fetch(self, items: Sequence[IndexedItem], notes: list[str]) -> tuple[list[int], ItemTokens | None]:
         """Return the positions of the images that can be scored, and their tokens. Raises UserError.
 
         Args:
-            images: what the index found.
+            items: what the index found.
             notes: is extended by what the user should know.
         """
-        rows: list[int | None] = [None] * len(images)
+        rows: list[int | None] = [None] * len(items)
         if self.store is not None:
-            rows = self.store.find([image.key for image in images], [locate(image) for image in images])
+            rows = self.store.find([item.key for item in items], [locate(item) for item in items])
         stored, others = ([i for i, row in enumerate(rows) if (row is None) == is_missing] for is_missing in (False, True))
         parts, positions = [], list(stored)
         if self.store is not None and stored:
             part = self.store.read([row for row in rows if row is not None])
-            parts.append(ImageTokens(to_device(part.tokens, self.device), part.embedding.to(self.device)))
+            parts.append(ItemTokens(to_device(part.tokens, self.device), part.embedding.to(self.device)))
         if others:
             with ThreadPoolExecutor(8) as threads:
-                pixels = list(threads.map(self._read, [images[i] for i in others]))
-            usable = [(i, image) for i, image in zip(others, pixels, strict=True) if image is not None]
+                pixels = list(threads.map(self._read, [items[i] for i in others]))
+            usable = [(i, item) for i, item in zip(others, pixels, strict=True) if item is not None]
             if self.store is not None:
                 notes.append(
-                    f"{len(others)} of {len(images)} candidates have no token features in {self.store.folder.name}, and were "
+                    f"{len(others)} of {len(items)} candidates have no token features in {self.store.folder.name}, and were "
                     "encoded again"
                 )
             if len(usable) < len(others):
-                notes.append(
-                    f"{len(others) - len(usable)} of {len(images)} candidates could not be read, and are not re-ranked"
-                )
+                notes.append(f"{len(others) - len(usable)} of {len(items)} candidates could not be read, and are not re-ranked")
             pool = self.store.layout.pool if self.store is not None else 1
             for begin in range(0, len(usable), _PAIRS):
-                part = encode_images(self.tuned, [image for _, image in usable[begin : begin + _PAIRS]], self.device)
-                parts.append(ImageTokens(pool_tokens(part.tokens, pool), part.embedding))
+                part = encode_items(self.tuned, [item for _, item in usable[begin : begin + _PAIRS]], self.device)
+                parts.append(ItemTokens(pool_tokens(part.tokens, pool), part.embedding))
             positions += [i for i, _ in usable]
         return positions, join(parts) if parts else None
 
-    def _read(self, image: IndexedImage) -> Tensor | None:
+    def _read(self, item: IndexedItem) -> Tensor | None:
         """Return an image, decoded; None where that cannot be done."""
         try:
-            return cast(Tensor, self.tuned.decoders[self.tuned.model.subject].decode_eval(read_content(locate(image))))
+            return cast(Tensor, self.tuned.decoders[self.tuned.model.subject].decode_eval(read_content(locate(item))))
         except (UserError, BadSample) as error:
-            log_info(f"{image.key} is not re-ranked: {error}")
+            log_info(f"{item.key} is not re-ranked: {error}")
             return None
 
     @torch.no_grad()
-    def score(self, images: ImageTokens, text: str) -> Tensor:
+    def score(self, items: ItemTokens, text: str) -> Tensor:
         """Return (c,) float64, the scores of images with a text: what the run's evaluation orders by."""
         model = self.tuned.model
         ids, mask = self.tuned.decoders["text"].encode([text])
         tokens, embedding = model.tokens_and_embedding("text", ids.to(self.device), mask.to(self.device))
         scores = []
-        for begin in range(0, len(images.embedding), _PAIRS):
-            part = select(images, slice(begin, begin + _PAIRS))
+        for begin in range(0, len(items.embedding), _PAIRS):
+            part = select(items, slice(begin, begin + _PAIRS))
             b = len(part.embedding)
             repeated = tokens._replace(
                 states=tokens.states.expand(b, -1, -1), mask=tokens.mask.expand(b, -1), pooled=tokens.pooled.expand(b, -1)
@@ -334,6 +332,6 @@ class Reranker:
         return torch.cat(scores)
 
 
-def locate(image: IndexedImage) -> Location:
+def locate(item: IndexedItem) -> Location:
     """Return where the bytes of an image of an index are."""
-    return Location(image.source, image.offset, image.size)
+    return Location(item.source, item.offset, item.size)

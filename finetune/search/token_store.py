@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from finetune.search.image_sources import Location
+from finetune.search.item_sources import Location
 from pretrain.errors import ConfigError, UserError
 from pretrain.runtime.files import flush, read_bytes, write_text
 from pretrain.towers import TokenSequence
@@ -48,8 +48,8 @@ _SECONDS = 30.0
 """Time to wait for another process that writes into keys.db."""
 
 
-class ImageTokens(NamedTuple):
-    """What the re-ranker reads of b images."""
+class ItemTokens(NamedTuple):
+    """What the re-ranker reads of b images or sounds."""
 
     tokens: TokenSequence
     embedding: Tensor
@@ -61,7 +61,7 @@ class Layout:
     """Which features a folder holds."""
 
     fingerprint: str
-    """Of all that the features depend on, see reranking.fingerprint_images."""
+    """Of all that the features depend on, see reranking.fingerprint_features."""
     run: str
     step: int
     pool: int
@@ -171,11 +171,11 @@ class TokenStore:
             size, layout = self._path_of(self._read_state()[0]).stat().st_size, self.layout
         return f"{layout.tokens} x {layout.width} numbers each, {size / 1e6:,.1f} MB in {self.folder.name}"
 
-    def put(self, keys: Sequence[str], locations: Sequence[Location], images: ImageTokens) -> None:
+    def put(self, keys: Sequence[str], locations: Sequence[Location], items: ItemTokens) -> None:
         """Add the features of images, or replace them. Raises UserError; what was there before stays then."""
         rows = np.zeros(len(keys), self.layout.row)
-        rows["states"], rows["mask"] = images.tokens.states.cpu().half().numpy(), images.tokens.mask.cpu().numpy()
-        rows["embedding"] = images.embedding.float().cpu().numpy()
+        rows["states"], rows["mask"] = items.tokens.states.cpu().half().numpy(), items.tokens.mask.cpu().numpy()
+        rows["embedding"] = items.embedding.float().cpu().numpy()
         if not np.isfinite(rows["states"]).all():
             raise UserError(f"{self.layout.run}: token features are not finite in float16, so that they cannot be kept")
         with self._errors(), self._keys:
@@ -220,8 +220,8 @@ class TokenStore:
         with self._errors(), self._keys:
             self._keys.execute("BEGIN IMMEDIATE")
             generation, length = self._read_state()
-            images = self._keys.execute("SELECT key, row FROM images ORDER BY row").fetchall()
-            alive = [int(row) for _, row in images]
+            items = self._keys.execute("SELECT key, row FROM images ORDER BY row").fetchall()
+            alive = [int(row) for _, row in items]
             dead = length - len(alive)
             if dead > least * length:
                 self._map(generation, length)
@@ -231,7 +231,7 @@ class TokenStore:
                     file.flush()
                     os.fsync(file.fileno())
                 flush(self.folder)
-                moves = [(row, key) for row, (key, _) in enumerate(images)]
+                moves = [(row, key) for row, (key, _) in enumerate(items)]
                 self._keys.executemany("UPDATE images SET row = ? WHERE key = ?", moves)
                 self._keys.execute("UPDATE length SET rows = ?", (len(alive),))
                 self._keys.execute(f"PRAGMA user_version = {generation + 1}")
@@ -252,13 +252,13 @@ class TokenStore:
     def _path_of(self, generation: int) -> Path:
         return self.folder / (f"rows.{generation}.bin" if generation else _ROWS)
 
-    def read(self, rows: Sequence[int]) -> ImageTokens:
+    def read(self, rows: Sequence[int]) -> ItemTokens:
         """Return the features in these rows, tokens in float32. Raises UserError."""
         values = self._mapped[list(rows)]
         states = torch.from_numpy(np.array(values["states"], order="C")).float()
         mask = torch.from_numpy(np.array(values["mask"], order="C"))
         embedding = torch.from_numpy(np.array(values["embedding"], order="C"))
-        return ImageTokens(TokenSequence(states, mask, self.layout.grid, states[:, 0]), embedding)
+        return ItemTokens(TokenSequence(states, mask, self.layout.grid, states[:, 0]), embedding)
 
     def _map(self, generation: int, length: int) -> None:
         """Map the rows of a generation."""

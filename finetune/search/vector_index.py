@@ -44,7 +44,7 @@ class NoIndexError(ConfigError):
 
 
 @dataclass
-class IndexedImage:
+class IndexedItem:
     """A row of an index: an image, or a sound in an index of sounds."""
 
     key: str
@@ -72,9 +72,9 @@ class IndexedImage:
 
 @dataclass(frozen=True)
 class Hit:
-    """An image that a query found, with the cosine of the two embeddings, or the BM25 score of its caption."""
+    """An item that a query found, with the cosine of the two embeddings, or the BM25 score of its caption."""
 
-    image: IndexedImage
+    item: IndexedItem
     score: float
 
 
@@ -138,7 +138,7 @@ class VectorIndex(ABC):
         """Return what the index was made with."""
         return self.description
 
-    def upsert(self, images: Sequence[IndexedImage], vectors: Vectors) -> None:
+    def upsert(self, items: Sequence[IndexedItem], vectors: Vectors) -> None:
         """Add images with their embeddings (n, D); those whose key the index has are replaced.
 
         When it returns, a crash of the process loses nothing of it. Of a key that is there twice, the last one counts.
@@ -147,17 +147,17 @@ class VectorIndex(ABC):
             UserError: vectors that are not finite, all zero or of another width; fields of other types; texts that are too
                 long; or a place that cannot be written.
         """
-        vectors = self._check_vectors(vectors, [image.key for image in images])
-        for image in images:
-            self._check_image(image)
-        last = {image.key: i for i, image in enumerate(images)}
+        vectors = self._check_vectors(vectors, [item.key for item in items])
+        for item in items:
+            self._check_item(item)
+        last = {item.key: i for i, item in enumerate(items)}
         rows = sorted(last.values())
         if rows:
             if self.token_folder is not None and self.token_folder.is_dir():
                 from finetune.search import token_store  # imports torch
 
                 token_store.forget(self.token_folder, list(last))
-            self._upsert([images[i] for i in rows], vectors[rows])
+            self._upsert([items[i] for i in rows], vectors[rows])
 
     def delete(self, keys: Sequence[str] | None = None, filter: str | Filter | None = None) -> int:
         """Remove images by their keys, or all that a filter matches; return how many there were. Raises UserError."""
@@ -167,7 +167,7 @@ class VectorIndex(ABC):
             bound = self._bind(filter)
             assert bound is not None
             return self._delete_matching(bound)
-        present = [image.key for image in self.get(list(dict.fromkeys(keys or ()))) if image is not None]
+        present = [item.key for item in self.get(list(dict.fromkeys(keys or ()))) if item is not None]
         if present:
             self._delete(present)
         return len(present)
@@ -197,7 +197,7 @@ class VectorIndex(ABC):
             raise ConfigError(f"k={k} must be from 1 to {MAX_K:,}")
         return self._search_captions(text, k, self._bind(filter)) if text.strip() else []
 
-    def get(self, keys: Sequence[str]) -> list[IndexedImage | None]:
+    def get(self, keys: Sequence[str]) -> list[IndexedItem | None]:
         """Return the images of these keys, with thumbnails and vectors; None for keys that the index does not have."""
         return self._get(list(keys)) if keys else []
 
@@ -237,7 +237,7 @@ class VectorIndex(ABC):
     # What a backend implements
 
     @abstractmethod
-    def _upsert(self, images: list[IndexedImage], vectors: Vectors) -> None:
+    def _upsert(self, items: list[IndexedItem], vectors: Vectors) -> None:
         """As `upsert`; keys are unique."""
 
     @abstractmethod
@@ -257,7 +257,7 @@ class VectorIndex(ABC):
         """As `search_captions`; the text is not blank."""
 
     @abstractmethod
-    def _get(self, keys: list[str]) -> list[IndexedImage | None]:
+    def _get(self, keys: list[str]) -> list[IndexedItem | None]:
         """As `get`."""
 
     @abstractmethod
@@ -293,19 +293,19 @@ class VectorIndex(ABC):
             raise UserError(f"the embedding of {names[int(wrong.argmax())]} {problem}")
         return np.asarray(array / norms, dtype=np.float32)
 
-    def _check_image(self, image: IndexedImage) -> None:
+    def _check_item(self, item: IndexedItem) -> None:
         """Raise UserError for an image that a backend could not hold."""
-        if not is_key(image.key):
-            raise UserError(f"the key {image.key[:60]!r} must have 1 to {KEY_BYTES:,} bytes of UTF-8")
-        texts = {"key": image.key, "source": image.source, "caption": image.caption}
+        if not is_key(item.key):
+            raise UserError(f"the key {item.key[:60]!r} must have 1 to {KEY_BYTES:,} bytes of UTF-8")
+        texts = {"key": item.key, "source": item.source, "caption": item.caption}
         kinds = self.description.kinds
-        for name, value in {**texts, **image.fields}.items():
+        for name, value in {**texts, **item.fields}.items():
             if name not in kinds:
-                raise UserError(f"{self.place} has no field {name!r}, which {image.key} has")
+                raise UserError(f"{self.place} has no field {name!r}, which {item.key} has")
             if value is not None and not has_kind(value, kinds[name]):
-                raise UserError(f"{name}={value!r:.60} of {image.key} is no {kinds[name]}")
+                raise UserError(f"{name}={value!r:.60} of {item.key} is no {kinds[name]}")
             if isinstance(value, str) and not fits(value):
-                raise UserError(f"{name} of {image.key} is longer than {TEXT_BYTES:,} bytes, or holds a lone surrogate")
+                raise UserError(f"{name} of {item.key} is longer than {TEXT_BYTES:,} bytes, or holds a lone surrogate")
 
 
 def is_key(text: str) -> bool:

@@ -117,7 +117,7 @@ def _index(args: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from finetune import loading
-    from finetune.search import compaction, embeddings, image_sources, indexing, reranking
+    from finetune.search import compaction, embeddings, indexing, item_sources, reranking
     from launch.cli.progress import progress_bar
     from pretrain.checkpoints.loading import load_model
     from pretrain.embedding.dataset import is_embedding_folder
@@ -139,7 +139,7 @@ def _index(args: argparse.Namespace) -> int:
     wanted = args.only or (embeddings.find_only_modality(Path(embedded[0])) if embedded else "")
     options.modality = indexing.find_modality(loaded, wanted, args.db, args.backend)
     where = "--images" if embedded else "--data"
-    source = image_sources.open_sources(shards, where, options.modality) if shards else None
+    source = item_sources.open_sources(shards, where, options.modality) if shards else None
     tuned = loading.load(args.rerank) if args.rerank is not None else None
     if tuned is not None:
         with indexing.open_for(args.db, loaded, options) as opened:
@@ -149,7 +149,7 @@ def _index(args: argparse.Namespace) -> int:
             summary = embeddings.index_embeddings(loaded, Path(embedded[0]), source, args.db, options, progress)
         else:
             assert source is not None
-            summary = indexing.index_images(loaded, source, args.db, options, distributed.device(), progress)
+            summary = indexing.index_items(loaded, source, args.db, options, distributed.device(), progress)
     tokens = None
     if tuned is not None:
         assert source is not None
@@ -272,7 +272,7 @@ def _read_query_file(option: str, path: Path | None) -> bytes:
 
 def _format_result(position: int, result: Result) -> str:
     """Return the line of a result: position, cosine, the re-ranker's score and its move, key, caption, fields, place."""
-    image = result.hit.image
+    image = result.hit.item
     moved = f"  {result.match:+7.2f} (was {result.rank})" if result.match is not None else ""
     fields = "".join(f"  {name}={value}" for name, value in image.fields.items() if value is not None)
     place = f"  {image.source}{f':{image.offset}' if image.offset >= 0 else ''}" if image.source else ""

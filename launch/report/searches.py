@@ -63,11 +63,11 @@ def build_searches(place: str, texts: Sequence[str], tuned: Finetuned | None = N
         searches = []
         for text in texts:
             results = searcher.search(Query(text, k=SHOWN))
-            images = index.get([result.hit.image.key for result in results.results])
+            images = index.get([result.hit.item.key for result in results.results])
             answers = []
             for rank, (result, image) in enumerate(zip(results.results, images, strict=True), start=1):
                 score = result.hit.score if result.match is None else result.match
                 thumbnail = to_data_uri(image.thumbnail) if image is not None and image.thumbnail else ""
-                answers.append(Answer(rank, score, False, thumbnail, result.hit.image.caption_line))
+                answers.append(Answer(rank, score, False, thumbnail, result.hit.item.caption_line))
             searches.append(Search(text, answers, results.milliseconds))
         return SearchSection(place, total, searches, reranker is not None, description.noun)

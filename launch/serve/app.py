@@ -36,7 +36,7 @@ from finetune.search.modalities import preview
 from finetune.search.query import Searcher
 from launch.serve import filter_form
 from launch.serve.filter_form import Control
-from launch.serve.maps import MAX_WORDS, ImageReference, MapDrawer
+from launch.serve.maps import MAX_WORDS, ItemReference, MapDrawer
 from launch.serve.media import send_sound
 from launch.serve.orders import BAND, CELL, LABEL, STEP, draw_orders
 from launch.serve.uploads import Uploads
@@ -141,12 +141,12 @@ def build_app(
 
     @app.get("/thumbnail")
     def show_thumbnail(key: str = "", upload: str = "") -> Response:
-        return _send_jpeg(site.maps.read_thumbnail(ImageReference(key, upload)))
+        return _send_jpeg(site.maps.read_thumbnail(ItemReference(key, upload)))
 
     @app.get("/map")
     def show_map(word: int, q: str = "", key: str = "", upload: str = "", by: str = "rerank", method: str = METHOD) -> Response:
         try:
-            maps = site.maps.draw(ImageReference(key, upload), q, by, method)
+            maps = site.maps.draw(ItemReference(key, upload), q, by, method)
         except UserError:
             return Response(status_code=404)
         return _send_jpeg(maps.tiles[word][1] if 0 <= word < len(maps.tiles) else b"")
@@ -154,7 +154,7 @@ def build_app(
     @app.get("/audio")
     def play(request: Request, key: str = "", upload: str = "") -> Response:
         try:
-            content = site.maps.read(ImageReference(key, upload))
+            content = site.maps.read(ItemReference(key, upload))
         except UserError:
             return Response(status_code=404)
         return send_sound(content, request.headers.get("range", ""))
@@ -292,7 +292,7 @@ class _Site:
         if self.searcher.reranker is None or not query.text.strip() or not results.results:
             return []
         try:
-            maps = self.maps.draw(ImageReference(results.results[0].hit.image.key), query.text, "rerank", method)
+            maps = self.maps.draw(ItemReference(results.results[0].hit.item.key), query.text, "rerank", method)
         except UserError as error:
             results.notes.append(f"there are no heat maps: {error}")  # the results themselves stay
             return []
@@ -319,7 +319,7 @@ class _Site:
 
     def show_answer(self, parameters: Mapping[str, str]) -> Response:
         image, question = (
-            ImageReference(parameters.get("key", ""), parameters.get("upload", "")),
+            ItemReference(parameters.get("key", ""), parameters.get("upload", "")),
             parameters.get("question", ""),
         )
         answer, problem = None, ""
@@ -348,7 +348,7 @@ class _Site:
                 upload.check(upload.field)
             with self.lock:
                 name = self._keep(upload.content, upload.field) if upload is not None else parameters.get("upload", "")
-            answer = self._answer(ImageReference(parameters.get("key", ""), name), parameters.get("question", ""))
+            answer = self._answer(ItemReference(parameters.get("key", ""), name), parameters.get("question", ""))
         except UserError as error:
             return JSONResponse({"error": str(error)}, status_code=400)
         return JSONResponse(
@@ -361,7 +361,7 @@ class _Site:
             }
         )
 
-    def _answer(self, image: ImageReference, question: str) -> Any:
+    def _answer(self, image: ItemReference, question: str) -> Any:
         """Return the answers and maps of a question, and log them. Raises UserError."""
         answer = self.maps.draw(image, question, "vqa")
         best = answer.answers[0] if answer.answers else None

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from finetune.explain.word_maps import METHOD, find_text_decoder
 from finetune.search.answering import Answerer
-from finetune.search.image_sources import Location, read_content
+from finetune.search.item_sources import Location, read_content
 from finetune.search.maps import compute_maps
 from finetune.search.query import Searcher
 from launch.serve.uploads import Uploads
@@ -29,7 +29,7 @@ _REMEMBERED = 128
 """Texts on images whose maps are remembered."""
 
 
-class ImageReference(NamedTuple):
+class ItemReference(NamedTuple):
     """An image or a sound of the index by its key, or an upload by its name."""
 
     key: str
@@ -55,14 +55,14 @@ class MapDrawer:
     def __init__(self, searcher: Searcher, answerer: Answerer | None, uploads: Uploads, lock: threading.RLock) -> None:
         """lock: is held while models, index and uploads are used."""
         self.searcher, self.answerer, self.uploads, self._lock = searcher, answerer, uploads, lock
-        self._remembered: OrderedDict[tuple[ImageReference, str, str, str], DrawnMaps] = OrderedDict()
+        self._remembered: OrderedDict[tuple[ItemReference, str, str, str], DrawnMaps] = OrderedDict()
 
     @property
     def noun(self) -> str:
         """What the index holds."""
         return self.searcher.index.describe().noun
 
-    def draw(self, image: ImageReference, text: str, by: str, method: str = METHOD) -> DrawnMaps:
+    def draw(self, image: ItemReference, text: str, by: str, method: str = METHOD) -> DrawnMaps:
         """Return the maps of a text on an image or a sound. Raises UserError.
 
         Args:
@@ -80,7 +80,7 @@ class MapDrawer:
                 self._remembered.popitem(last=False)
             return self._remembered[question]
 
-    def _draw(self, image: ImageReference, text: str, by: str, method: str) -> DrawnMaps:
+    def _draw(self, image: ItemReference, text: str, by: str, method: str) -> DrawnMaps:
         begin = time.perf_counter()
         data = self.read(image)
         read = time.perf_counter()
@@ -104,7 +104,7 @@ class MapDrawer:
         milliseconds = {stage: round(1000 * (end - start), 2) for stage, start, end in times}
         return DrawnMaps(tiles, maps.answers if by == "vqa" else [], milliseconds, notes)
 
-    def read(self, image: ImageReference) -> bytes:
+    def read(self, image: ItemReference) -> bytes:
         """Return the file of an image or a sound. Raises UserError where it is no longer there."""
         with self._lock:
             if image.upload:
@@ -121,7 +121,7 @@ class MapDrawer:
             raise UserError(f"{self.searcher.index.place} has no {self.noun} {key}")
         return found
 
-    def describe(self, image: ImageReference) -> str:
+    def describe(self, image: ItemReference) -> str:
         """Return the caption of an image or a sound. Raises UserError where it is not there."""
         with self._lock:
             if not image.upload:
@@ -129,7 +129,7 @@ class MapDrawer:
             self.read(image)
             return "the uploaded file"
 
-    def read_thumbnail(self, image: ImageReference) -> bytes:
+    def read_thumbnail(self, image: ItemReference) -> bytes:
         """Return the thumbnail of an image; empty where there is none."""
         with self._lock:
             if image.upload:

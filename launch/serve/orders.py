@@ -66,12 +66,12 @@ def draw_orders(results: Results) -> Orders | None:
     if not results.before:
         return None
     before, after = results.before[:SHOWN], results.results[:SHOWN]
-    position_before = {result.hit.image.key: i for i, result in enumerate(before)}
-    position_after = {result.hit.image.key: i for i, result in enumerate(after)}
+    position_before = {result.hit.item.key: i for i, result in enumerate(before)}
+    position_after = {result.hit.item.key: i for i, result in enumerate(after)}
     beyond = STEP * max(len(before), len(after)) + STEP / 2 - (STEP - CELL) / 2
     moves = []
     for i, result in enumerate(after):
-        image, place = result.hit.image, position_before.get(result.hit.image.key)
+        image, place = result.hit.item, position_before.get(result.hit.item.key)
         title = f"{image.caption or image.key}: from {result.rank} to {i + 1}"
         if place is None:
             moves.append(Move(beyond, _middle(i), "in", title))
@@ -79,14 +79,14 @@ def draw_orders(results: Results) -> Orders | None:
             kind = "up" if i < place else "down" if i > place else "same"
             moves.append(Move(_middle(place), _middle(i), kind, title))
     for i, result in enumerate(before):
-        if result.hit.image.key not in position_after:
-            name = result.hit.image.caption or result.hit.image.key
+        if result.hit.item.key not in position_after:
+            name = result.hit.item.caption or result.hit.item.key
             moves.append(Move(_middle(i), beyond, "out", f"{name}: from {i + 1} to behind {len(after)}"))
     return Orders(_list_places(before), _list_places(after), moves)
 
 
 def _list_places(results: list[Result]) -> list[Place]:
-    return [Place(result.hit.image.key, result.hit.image.caption, i) for i, result in enumerate(results)]
+    return [Place(result.hit.item.key, result.hit.item.caption, i) for i, result in enumerate(results)]
 
 
 def _middle(position: int) -> float:

@@ -34,11 +34,11 @@ import torch  # noqa: E402
 from finetune import loading  # noqa: E402
 from finetune.search import places, reranking  # noqa: E402
 from finetune.search.fields import Field  # noqa: E402
-from finetune.search.image_sources import Location  # noqa: E402
 from finetune.search.indexing import describe_model  # noqa: E402
+from finetune.search.item_sources import Location  # noqa: E402
 from finetune.search.query import Query, Searcher, load_query_model  # noqa: E402
 from finetune.search.token_store import TokenStore, pool_tokens  # noqa: E402
-from finetune.search.vector_index import Description, IndexedImage, VectorIndex  # noqa: E402
+from finetune.search.vector_index import Description, IndexedItem, VectorIndex  # noqa: E402
 from launch import cli  # noqa: E402
 from pretrain.checkpoints.loading import load_model  # noqa: E402
 from pretrain.runtime import distributed  # noqa: E402
@@ -53,7 +53,7 @@ def fill(place: str, description: Description, count: int, rng: np.random.Genera
     index = places.create_index(place, description)
     for begin in range(0, count, BATCH):
         numbers = range(begin, min(begin + BATCH, count))
-        rows = [IndexedImage(f"s/{i:07}", "", -1, 0, f"picture {i}", {"tenth": i % 10}) for i in numbers]
+        rows = [IndexedItem(f"s/{i:07}", "", -1, 0, f"picture {i}", {"tenth": i % 10}) for i in numbers]
         index.upsert(rows, rng.standard_normal((len(rows), description.dim), dtype=np.float32))
     return index
 
@@ -105,9 +105,9 @@ def measure_reranked(folder: Path, count: int, queries: int) -> dict[str, object
     with fill(place, Description(dim, describe_model(loaded), FIELDS), count, rng) as index:
         assert index.token_folder is not None
         pixels = torch.randint(0, 256, (16, 3, *tuned.decoders["image"].decode_eval(_draw()).shape[1:]), dtype=torch.uint8)
-        images = reranking.encode_images(tuned, list(pixels), device)
-        images = reranking.ImageTokens(pool_tokens(images.tokens, 2), images.embedding)
-        layout = reranking.describe_layout(images, reranking.fingerprint_images(tuned), str(tuned.folder), 1, 2)
+        images = reranking.encode_items(tuned, list(pixels), device)
+        images = reranking.ItemTokens(pool_tokens(images.tokens, 2), images.embedding)
+        layout = reranking.describe_layout(images, reranking.fingerprint_features(tuned), str(tuned.folder), 1, 2)
         block = reranking.select(images, torch.arange(1000) % 16)
         with TokenStore.create(index.token_folder, layout) as store:
             for begin in range(0, count, 1000):

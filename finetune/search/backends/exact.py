@@ -39,7 +39,7 @@ from finetune.search.backends.nearest import find_nearest
 from finetune.search.captions import CaptionIndex
 from finetune.search.fields import Kind
 from finetune.search.filters import to_mask
-from finetune.search.vector_index import Description, Hit, IndexedImage, NoIndexError, VectorIndex, Vectors
+from finetune.search.vector_index import Description, Hit, IndexedItem, NoIndexError, VectorIndex, Vectors
 from pretrain.data.filter_expression import Filter
 from pretrain.errors import UserError
 from pretrain.runtime.files import flush, read_bytes, write_text
@@ -240,26 +240,26 @@ class ExactIndex(VectorIndex):
     # -----------------------------------------------------------------------------------------------------------------
     # The contract
 
-    def _upsert(self, images: list[IndexedImage], vectors: Vectors) -> None:
+    def _upsert(self, items: list[IndexedItem], vectors: Vectors) -> None:
         rows = self._find_rows()
-        removed = [rows[image.key] for image in images if image.key in rows]
-        sizes = [len(image.thumbnail) for image in images]
+        removed = [rows[item.key] for item in items if item.key in rows]
+        sizes = [len(item.thumbnail) for item in items]
         offsets = self._ends["thumbnails"] + np.cumsum([0, *sizes])[:-1]
-        columns: list[Any] = [[getattr(image, name) for image in images] for name in ("key", "source", "caption")]
-        columns += [[image.offset for image in images], [image.size for image in images], offsets, sizes]
-        columns += [[image.fields.get(item.name) for image in images] for item in self.description.fields]
+        columns: list[Any] = [[getattr(item, name) for item in items] for name in ("key", "source", "caption")]
+        columns += [[item.offset for item in items], [item.size for item in items], offsets, sizes]
+        columns += [[item.fields.get(entry.name) for item in items] for entry in self.description.fields]
         arrays = [pa.array(column, kind) for column, kind in zip(columns, self._schema.types, strict=True)]
         batch = pa.RecordBatch.from_arrays(arrays, schema=self._schema)
         self._commit(
             {
                 "vectors": vectors.tobytes(),
-                "thumbnails": b"".join(image.thumbnail for image in images),
+                "thumbnails": b"".join(item.thumbnail for item in items),
                 "rows": batch.serialize().to_pybytes(),
             },
             removed,
         )
-        first = self._ends["vectors"] // vectors[0].nbytes - len(images)
-        rows.update((image.key, first + i) for i, image in enumerate(images))
+        first = self._ends["vectors"] // vectors[0].nbytes - len(items)
+        rows.update((item.key, first + i) for i, item in enumerate(items))
 
     def _delete(self, keys: list[str]) -> None:
         rows = self._find_rows()
@@ -277,9 +277,9 @@ class ExactIndex(VectorIndex):
     def _search(self, queries: Vectors, k: int, condition: Filter | None) -> list[list[Hit]]:
         mask = self._match(condition)
         rows, scores = find_nearest(queries, self._vectors, mask, k)
-        images = self._read_images(np.unique(rows))
+        items = self._read_items(np.unique(rows))
         return [
-            [Hit(images[row], score) for row, score in zip(rows_of_query, scores_of_query, strict=True)]
+            [Hit(items[row], score) for row, score in zip(rows_of_query, scores_of_query, strict=True)]
             for rows_of_query, scores_of_query in zip(rows.tolist(), scores.tolist(), strict=True)
         ]
 
@@ -291,8 +291,8 @@ class ExactIndex(VectorIndex):
         least = np.partition(scores, -k)[-k] if k < len(scores) else 0.0
         best = np.flatnonzero((scores > 0) & (scores >= least))
         best = best[np.argsort(-scores[best], kind="stable")][:k]  # of equal ones, the lower row comes first
-        images = self._read_images(self._captioned[best])
-        return [Hit(images[int(self._captioned[i])], float(scores[i])) for i in best.tolist()]
+        items = self._read_items(self._captioned[best])
+        return [Hit(items[int(self._captioned[i])], float(scores[i])) for i in best.tolist()]
 
     def _load_captions(self) -> CaptionIndex:
         """Return the index of the captions of this state: from its folder, or made and kept there for the next process."""
@@ -316,11 +316,11 @@ class ExactIndex(VectorIndex):
             log_info(f"{folder} cannot be written, so that each process indexes the captions: {error.strerror or error}")
         return captions
 
-    def _get(self, keys: list[str]) -> list[IndexedImage | None]:
+    def _get(self, keys: list[str]) -> list[IndexedItem | None]:
         rows_of_keys = self._find_rows()
         rows = [rows_of_keys[key] for key in keys if key in rows_of_keys]
-        images = self._read_images(np.array(rows, dtype=np.int64), with_thumbnails=True)
-        return [images[rows_of_keys[key]] if key in rows_of_keys else None for key in keys]
+        items = self._read_items(np.array(rows, dtype=np.int64), with_thumbnails=True)
+        return [items[rows_of_keys[key]] if key in rows_of_keys else None for key in keys]
 
     def _count(self, condition: Filter | None) -> int:
         return int(self._match(condition).sum())
@@ -354,18 +354,18 @@ class ExactIndex(VectorIndex):
         table = self._table.select(names).rename_columns([name.removeprefix("field ") for name in names])
         return self._alive & to_mask(condition, table)
 
-    def _read_images(self, rows: NDArray[np.int64], with_thumbnails: bool = False) -> dict[int, IndexedImage]:
+    def _read_items(self, rows: NDArray[np.int64], with_thumbnails: bool = False) -> dict[int, IndexedItem]:
         """Return the images in these rows; with_thumbnails: with their vectors, too."""
-        images: dict[int, IndexedImage] = {}
+        items: dict[int, IndexedItem] = {}
         if not len(rows):
-            return images
+            return items
         self._map_files()
         for row, values in zip(rows.tolist(), self._table.take(exact_files.to_indices(rows)).to_pylist(), strict=True):
-            image = IndexedImage(values["key"], values["source"], values["offset"], values["size"], values["caption"])
-            image.fields = {item.name: values[f"field {item.name}"] for item in self.description.fields}
+            item = IndexedItem(values["key"], values["source"], values["offset"], values["size"], values["caption"])
+            item.fields = {entry.name: values[f"field {entry.name}"] for entry in self.description.fields}
             if with_thumbnails:
                 begin = values["thumbnail_offset"]
-                image.thumbnail = bytes(self._thumbnails[begin : begin + values["thumbnail_size"]])
-                image.vector = self._vectors[row].copy()
-            images[row] = image
-        return images
+                item.thumbnail = bytes(self._thumbnails[begin : begin + values["thumbnail_size"]])
+                item.vector = self._vectors[row].copy()
+            items[row] = item
+        return items

@@ -36,7 +36,7 @@ from finetune.search.vector_index import (
     MAX_K,
     Description,
     Hit,
-    IndexedImage,
+    IndexedItem,
     NoIndexError,
     VectorIndex,
     Vectors,
@@ -183,19 +183,19 @@ class MilvusIndex(VectorIndex):
     # -----------------------------------------------------------------------------------------------------------------
     # The contract
 
-    def _upsert(self, images: list[IndexedImage], vectors: Vectors) -> None:
+    def _upsert(self, items: list[IndexedItem], vectors: Vectors) -> None:
         entities = []
-        for image, vector in zip(images, vectors, strict=True):
+        for item, vector in zip(items, vectors, strict=True):
             entity = {
-                "key": image.key,
+                "key": item.key,
                 "vector": vector,
-                "source": image.source,
-                "caption": image.caption,
-                "thumbnail": base64.b64encode(image.thumbnail).decode(),
-                "offset": image.offset,
-                "size": image.size,
+                "source": item.source,
+                "caption": item.caption,
+                "thumbnail": base64.b64encode(item.thumbnail).decode(),
+                "offset": item.offset,
+                "size": item.size,
             }
-            entity |= {self._columns[item.name]: image.fields.get(item.name) for item in self.description.fields}
+            entity |= {self._columns[entry.name]: item.fields.get(entry.name) for entry in self.description.fields}
             entities.append(entity)
         with self._errors():
             for begin in range(0, len(entities), _BATCH):
@@ -224,7 +224,7 @@ class MilvusIndex(VectorIndex):
                 output_fields=self._output(),
             )
         return [
-            [Hit(self._to_image(hit["entity"] | {"key": hit["key"]}), float(hit["distance"])) for hit in hits]
+            [Hit(self._to_item(hit["entity"] | {"key": hit["key"]}), float(hit["distance"])) for hit in hits]
             for hits in results
         ]
 
@@ -242,15 +242,15 @@ class MilvusIndex(VectorIndex):
                 search_params={"metric_type": "BM25"},
             )[0]
         # Milvus Lite gives scores below 0, and servers above it.
-        return [Hit(self._to_image(hit["entity"] | {"key": hit["key"]}), abs(float(hit["distance"]))) for hit in hits]
+        return [Hit(self._to_item(hit["entity"] | {"key": hit["key"]}), abs(float(hit["distance"]))) for hit in hits]
 
-    def _get(self, keys: list[str]) -> list[IndexedImage | None]:
-        found: dict[str, IndexedImage] = {}
+    def _get(self, keys: list[str]) -> list[IndexedItem | None]:
+        found: dict[str, IndexedItem] = {}
         with self._errors():
             for begin in range(0, len(keys), _BATCH):
                 ids, columns = keys[begin : begin + _BATCH], [*self._output(), "thumbnail", "vector"]
                 for entity in self._client.get(self._collection, ids=ids, output_fields=columns):
-                    found[entity["key"]] = self._to_image(entity)
+                    found[entity["key"]] = self._to_item(entity)
         return [found.get(key) for key in keys]
 
     def _count(self, condition: Filter | None) -> int:
@@ -268,13 +268,13 @@ class MilvusIndex(VectorIndex):
     def _output(self) -> list[str]:
         return ["key", "source", "caption", "offset", "size", *(self._columns[item.name] for item in self.description.fields)]
 
-    def _to_image(self, entity: dict[str, Any]) -> IndexedImage:
-        image = IndexedImage(entity["key"], entity["source"], entity["offset"], entity["size"], entity["caption"])
-        image.fields = {item.name: entity.get(self._columns[item.name]) for item in self.description.fields}
-        image.thumbnail = base64.b64decode(entity.get("thumbnail", ""))
+    def _to_item(self, entity: dict[str, Any]) -> IndexedItem:
+        item = IndexedItem(entity["key"], entity["source"], entity["offset"], entity["size"], entity["caption"])
+        item.fields = {entry.name: entity.get(self._columns[entry.name]) for entry in self.description.fields}
+        item.thumbnail = base64.b64decode(entity.get("thumbnail", ""))
         if "vector" in entity:
-            image.vector = np.asarray(entity["vector"], dtype=np.float32)
-        return image
+            item.vector = np.asarray(entity["vector"], dtype=np.float32)
+        return item
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 
 from finetune.search import places
 from finetune.search.captions import CaptionIndex, fuse_ranks, split_words
-from finetune.search.vector_index import Description, IndexedImage
+from finetune.search.vector_index import Description, IndexedItem
 
 
 def bm25(captions: list[str], text: str, k1: float = 1.2, b: float = 0.75) -> list[float]:
@@ -54,11 +54,11 @@ def test_an_index_of_captions_is_kept_for_each_state(tmp_path: Path, capsys: pyt
 
     def find(text: str) -> list[str]:
         with places.open_index(str(place)) as index:
-            return [hit.image.key for hit in index.search_captions(text, 9)]
+            return [hit.item.key for hit in index.search_captions(text, 9)]
 
     def add(key: str, caption: str) -> None:
         with places.open_index(str(place), is_writable=True) as index:
-            index.upsert([IndexedImage(key, "", -1, 0, caption)], np.ones((1, 2), np.float32))
+            index.upsert([IndexedItem(key, "", -1, 0, caption)], np.ones((1, 2), np.float32))
 
     places.create_index(str(place), Description(2, {})).close()
     add("a", "")

@@ -13,9 +13,9 @@ import torch
 
 from finetune.search import places
 from finetune.search.backends.exact import ExactIndex
-from finetune.search.image_sources import Location
-from finetune.search.token_store import ImageTokens, Layout, TokenStore
-from finetune.search.vector_index import Description, IndexedImage, VectorIndex
+from finetune.search.item_sources import Location
+from finetune.search.token_store import ItemTokens, Layout, TokenStore
+from finetune.search.vector_index import Description, IndexedItem, VectorIndex
 from pretrain.towers import TokenSequence
 
 DESCRIPTION = Description(4, {"fingerprint": "f", "from": "runs/x", "step": 1}, ())
@@ -26,7 +26,7 @@ def build(place: Path, rounds: int = 4, count: int = 6) -> VectorIndex:
     index = places.create_index(str(place), DESCRIPTION)
     for number in range(rounds):
         generator = np.random.default_rng(number)
-        rows = [IndexedImage(f"k{i}", "s", i, 1, f"caption {i} of {number}", {}, bytes([i, number]) * 50) for i in range(count)]
+        rows = [IndexedItem(f"k{i}", "s", i, 1, f"caption {i} of {number}", {}, bytes([i, number]) * 50) for i in range(count)]
         index.upsert(rows, generator.normal(size=(count, 4)).astype(np.float32))
     index.delete(keys=[f"k{count - 1}"])
     return index
@@ -43,8 +43,8 @@ def describe(index: VectorIndex, count: int = 6) -> list[Any]:
     return [
         index.count(),
         rows,
-        [[(h.image.key, round(h.score, 6)) for h in hit] for hit in hits],
-        [h.image.key for h in by_caption],
+        [[(h.item.key, round(h.score, 6)) for h in hit] for hit in hits],
+        [h.item.key for h in by_caption],
     ]
 
 
@@ -64,10 +64,10 @@ def test_space_comes_back_and_all_else_stays(tmp_path: Path) -> None:
         assert describe(reader) == before
         assert size_of(place) < size / 2
         assert index.compact() == 0  # nothing is dead
-        index.upsert([IndexedImage("new", "s", 0, 1, "a new caption")], np.ones((1, 4), np.float32))
+        index.upsert([IndexedItem("new", "s", 0, 1, "a new caption")], np.ones((1, 4), np.float32))
     with places.open_index(str(place), is_writable=True) as again:
         assert again.count() == 6
-        assert [hit.image.key for hit in again.search_captions("new", 3)] == ["new"]
+        assert [hit.item.key for hit in again.search_captions("new", 3)] == ["new"]
         assert again.delete(keys=["new"]) == 1
         assert describe(again) == before
         again.delete(filter="key like 'k%'")
@@ -122,11 +122,11 @@ def test_a_kill_while_an_index_is_compacted(tmp_path: Path) -> None:
     assert 4 <= kills < 29
 
 
-def features(*numbers: int) -> ImageTokens:
+def features(*numbers: int) -> ItemTokens:
     states = torch.tensor(numbers, dtype=torch.float32)[:, None, None].expand(-1, 4, 8).contiguous()
     mask = torch.ones(len(numbers), 4, dtype=torch.bool)
     embedding = torch.tensor(numbers, dtype=torch.float32)[:, None].expand(-1, 3).contiguous()
-    return ImageTokens(TokenSequence(states, mask, (2, 2), states[:, 0]), embedding)
+    return ItemTokens(TokenSequence(states, mask, (2, 2), states[:, 0]), embedding)
 
 
 def build_store(folder: Path) -> TokenStore:

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from finetune.search import token_store
-from finetune.search.image_sources import Location
-from finetune.search.token_store import ImageTokens, Layout, TokenStore, pool_tokens
+from finetune.search.item_sources import Location
+from finetune.search.token_store import ItemTokens, Layout, TokenStore, pool_tokens
 from pretrain.errors import UserError
 from pretrain.towers import TokenSequence
 from tests.support import environment
@@ -21,11 +21,11 @@ from tests.support import environment
 LAYOUT = Layout("abc", "runs/retrieval", 8, 1, 6, 4, 5, (2, 3))
 
 
-def features(*numbers: int) -> ImageTokens:
+def features(*numbers: int) -> ItemTokens:
     generators = [torch.Generator().manual_seed(number) for number in numbers]
     states = torch.stack([torch.randn(6, 4, generator=generator) for generator in generators])
     embedding = torch.stack([torch.randn(5, generator=generator) for generator in generators])
-    return ImageTokens(TokenSequence(states, torch.ones(len(numbers), 6, dtype=torch.bool), (2, 3), states[:, 0]), embedding)
+    return ItemTokens(TokenSequence(states, torch.ones(len(numbers), 6, dtype=torch.bool), (2, 3), states[:, 0]), embedding)
 
 
 def put(store: TokenStore, *numbers: int) -> None:
@@ -105,7 +105,7 @@ def test_a_full_disk_and_damage_are_said_in_one_line(tmp_path: Path) -> None:
         check(store, 0, 199, 200)
         with pytest.raises(UserError, match="not finite in float16"):
             store.put(
-                ["x"], [at(0)], ImageTokens(features(1).tokens._replace(states=torch.full((1, 6, 4), 1e6)), torch.ones(1, 5))
+                ["x"], [at(0)], ItemTokens(features(1).tokens._replace(states=torch.full((1, 6, 4), 1e6)), torch.ones(1, 5))
             )
     for file, message in (
         ("rows.bin", "were written: delete"),

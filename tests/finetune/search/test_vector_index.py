@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from finetune.search import places
 from finetune.search.backends.nearest import find_nearest
 from finetune.search.fields import Field
-from finetune.search.vector_index import Description, IndexedImage, NoIndexError, VectorIndex
+from finetune.search.vector_index import Description, IndexedItem, NoIndexError, VectorIndex
 from pretrain.errors import ConfigError, UserError
 from tests.support import environment
 
@@ -28,9 +28,9 @@ DESCRIPTION = Description(D, {"fingerprint": "abc", "from": "runs/first", "step"
 TEXTS = ["living", "a%b", "it's", 'say "hi"', "two\nlines", "\\", "", '" or price > 0 --', "猫🐈"]
 
 
-def row(number: int, **fields: Any) -> IndexedImage:
+def row(number: int, **fields: Any) -> IndexedItem:
     values = {"price": None, "count": None, "room": None, "sold": None, **fields}
-    return IndexedImage(
+    return IndexedItem(
         f"shard/{number}",
         "/data/shard.tar",
         512 * number,
@@ -70,7 +70,7 @@ def index(place: str) -> Iterator[VectorIndex]:
 
 
 def keys(hits: list[Any]) -> list[str]:
-    return [hit.image.key for hit in hits]
+    return [hit.item.key for hit in hits]
 
 
 def test_the_contract(index: VectorIndex, place: str) -> None:
@@ -88,7 +88,7 @@ def test_the_contract(index: VectorIndex, place: str) -> None:
     hits = index.search(np.stack([vector(1, 0, 0, 0), vector(0, 0.5, 0, 0)]), 2)
     assert [keys(of_query) for of_query in hits] == [["shard/0", "shard/1"], ["shard/2", "shard/1"]]
     np.testing.assert_allclose([[hit.score for hit in of_query] for of_query in hits], [[1, math.sqrt(0.5)]] * 2, atol=1e-6)
-    assert hits[0][0].image == IndexedImage("shard/0", "/data/shard.tar", 0, 100, "picture 0", rows[0].fields)
+    assert hits[0][0].item == IndexedItem("shard/0", "/data/shard.tar", 0, 100, "picture 0", rows[0].fields)
     assert len(index.search(vectors[:1], 100)[0]) == 4  # k above the count
 
     assert keys(index.search(vector(0, 1, 0, 0)[None], 4, "price < 900 and room == 'living'")[0]) == ["shard/0"]
@@ -139,7 +139,7 @@ def test_captions_are_found_by_their_words(index: VectorIndex, place: str) -> No
     found = index.search_captions("Car", 5)
     assert keys(found) == ["shard/0", "shard/1"]  # the shorter caption first
     assert found[0].score > found[1].score > 0
-    assert found[0].image == IndexedImage("shard/0", "/data/shard.tar", 0, 100, "a red car", rows[0].fields)
+    assert found[0].item == IndexedItem("shard/0", "/data/shard.tar", 0, 100, "a red car", rows[0].fields)
     assert set(keys(index.search_captions("red bridge", 5))) == {"shard/0", "shard/1", "shard/3"}
     assert keys(index.search_captions("red bridge", 1)) == ["shard/3"]
     assert keys(index.search_captions("red bridge", 5, "price < 1")) == ["shard/0"]
@@ -174,13 +174,13 @@ def test_what_no_backend_gets_to_see(index: VectorIndex) -> None:
         (row(0, weight=1.0), "has no field 'weight'"),
         (row(0, room="x" * 65536), "room of shard/0 is longer than 65,535 bytes"),
         (row(0, room="é" * 40000), "longer than 65,535 bytes"),
-        (IndexedImage("", "", -1, 0), "the key '' must have 1 to 1,024 bytes"),
-        (IndexedImage("k" * 1025, "", -1, 0), "must have 1 to 1,024 bytes"),
+        (IndexedItem("", "", -1, 0), "the key '' must have 1 to 1,024 bytes"),
+        (IndexedItem("k" * 1025, "", -1, 0), "must have 1 to 1,024 bytes"),
     ):
         with pytest.raises(UserError, match=message):
             index.upsert([wrong], good[None])
     with pytest.raises(UserError, match="bytes of UTF-8"):
-        index.upsert([IndexedImage("\udcff", "", -1, 0)], good[None])
+        index.upsert([IndexedItem("\udcff", "", -1, 0)], good[None])
     for k in (0, 16385):
         with pytest.raises(ConfigError, match="must be from 1 to 16,384"):
             index.search(good[None], k)
@@ -246,10 +246,10 @@ def test_milvus_holds_what_exact_holds(tmp_path_factory: pytest.TempPathFactory,
             assert len(set(outcomes[-2:])) == 1
             assert len(set(map(str, outcomes[:-2]))) <= 1
             exact, lite = (
-                {hit.image.key: hit for hit in index.search(np.array([query], np.float32), 12)[0]} for index in indexes
+                {hit.item.key: hit for hit in index.search(np.array([query], np.float32), 12)[0]} for index in indexes
             )
             assert exact.keys() == lite.keys()
-            assert {key: hit.image for key, hit in exact.items()} == {key: hit.image for key, hit in lite.items()}
+            assert {key: hit.item for key, hit in exact.items()} == {key: hit.item for key, hit in lite.items()}
             np.testing.assert_allclose([exact[key].score for key in exact], [lite[key].score for key in exact], atol=1e-6)
     finally:
         for index in indexes:
@@ -278,10 +278,10 @@ WRITER = """
 import sys
 import numpy as np
 from finetune.search import places
-from finetune.search.vector_index import Description, IndexedImage
+from finetune.search.vector_index import Description, IndexedItem
 with places.create_index(sys.argv[1], Description(16, {})) as index:
     for batch in range(1000):
-        rows = [IndexedImage(f"{batch}/{i}", "/a.tar", 0, 9, thumbnail=bytes(2000)) for i in range(8)]
+        rows = [IndexedItem(f"{batch}/{i}", "/a.tar", 0, 9, thumbnail=bytes(2000)) for i in range(8)]
         index.upsert(rows, np.random.default_rng(batch).normal(size=(8, 16)).astype(np.float32))
         print(batch, flush=True)
 """
@@ -309,7 +309,7 @@ def test_what_upsert_has_returned_survives_a_kill(tmp_path: Path, name: str) -> 
                 assert image.thumbnail == bytes(2000)
                 assert image.vector is not None
                 np.testing.assert_allclose(image.vector, expected / np.linalg.norm(expected), atol=1e-6)
-        index.upsert([IndexedImage("after", "", -1, 0)], np.ones((1, 16), np.float32))
+        index.upsert([IndexedItem("after", "", -1, 0)], np.ones((1, 16), np.float32))
         assert index.get(["after"])[0] is not None
 
 

@@ -42,7 +42,7 @@ class Location(NamedTuple):
     size: int
 
 
-class ImageSource(Protocol):
+class ItemSource(Protocol):
     """Images, or sounds, by number, from 0. Not thread-safe, but `locate` may run while another thread reads."""
 
     def __len__(self) -> int: ...
@@ -56,7 +56,7 @@ class ImageSource(Protocol):
         ...
 
 
-def open_sources(data: Sequence[str], where: str, modality: str = "image") -> ImageSource:
+def open_sources(data: Sequence[str], where: str, modality: str = "image") -> ItemSource:
     """Open shards (globs, folders, urls) and folders of files.
 
     Args:
@@ -72,7 +72,7 @@ def open_sources(data: Sequence[str], where: str, modality: str = "image") -> Im
     patterns = [place for place in data if place not in folders]
     names = [name_shard(os.path.abspath(folder)) for folder in folders]
     new_names = find_new_names([os.path.abspath(folder) for folder in folders])
-    sources: list[ImageSource] = []
+    sources: list[ItemSource] = []
     if patterns:
         sources.append(ShardSource(expand_shards(patterns, where), where, modality))
     sources += [FolderSource(Path(folder), new_names.get(i, names[i]), modality) for i, folder in enumerate(folders)]
@@ -85,7 +85,7 @@ def open_sources(data: Sequence[str], where: str, modality: str = "image") -> Im
 class Sources:
     """Several sources, one after the other."""
 
-    def __init__(self, sources: Sequence[ImageSource]) -> None:
+    def __init__(self, sources: Sequence[ItemSource]) -> None:
         self._sources = sources
         self._ends = list(itertools.accumulate(map(len, sources)))
 
@@ -100,7 +100,7 @@ class Sources:
         source, number = self._find(i)
         return source.read(number)
 
-    def _find(self, i: int) -> tuple[ImageSource, int]:
+    def _find(self, i: int) -> tuple[ItemSource, int]:
         source = bisect.bisect_right(self._ends, i)
         return self._sources[source], i - (self._ends[source - 1] if source else 0)
 
