@@ -271,17 +271,26 @@ def name_directions(subject: str) -> tuple[tuple[str, bool], tuple[str, bool]]:
 
 
 def rank_candidates(
-    model: FusionModel, gallery: Gallery, device: torch.device, match: Match, k: int, add: bool, by_image: bool
+    model: FusionModel,
+    gallery: Gallery,
+    device: torch.device,
+    match: Match,
+    k: int,
+    add: bool,
+    by_image: bool,
+    query_rows: Tensor | None = None,
 ) -> Ranking:
-    """Find the candidates of this process's share of the queries by embeddings, and score them.
+    """Find the candidates of queries by embeddings, and score them.
 
-    Arguments as for evaluate_reranking(); by_image: images are the queries, else captions.
+    Arguments as for evaluate_reranking(); by_image: images are the queries, else captions. query_rows: (q,) int64, which of
+    them; None = this process's share of all.
     """
     image, text, image_index = gallery.image.to(device), gallery.text.to(device), gallery.image_index
     queries, targets = (image, text) if by_image else (text, image)
-    first, last = (len(queries) * (distributed.rank() + i) // distributed.world_size() for i in (0, 1))
-    query_rows = torch.arange(first, last)
-    rows, similarity = (values.cpu() for values in find_candidates(queries[first:last], targets, k))
+    if query_rows is None:
+        first, last = (len(queries) * (distributed.rank() + i) // distributed.world_size() for i in (0, 1))
+        query_rows = torch.arange(first, last)
+    rows, similarity = (values.cpu() for values in find_candidates(queries[query_rows], targets, k))
     right = image_index[rows] == query_rows[:, None] if by_image else rows == image_index[query_rows][:, None]
     logits, seconds = _score_candidates(model, gallery, match, query_rows, rows, by_image, device)
     scale = float(model.encoder.logit_scale.exp()) if add else 0.0

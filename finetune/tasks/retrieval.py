@@ -234,10 +234,15 @@ class Retrieval(Task):
         head = cast(MatchingHead, model.head)
         return evaluate_reranking(model, shards, setup, head.match, self.config.rerank, self.config.score == "sum")
 
-    def rank_images(self, model: FusionModel, gallery: Gallery, device: torch.device) -> Ranking:
-        """Rank the images of a gallery for each of its captions, as evaluation does."""
+    def rank_images(
+        self, model: FusionModel, gallery: Gallery, device: torch.device, captions: Tensor | None = None
+    ) -> Ranking:
+        """Rank the images of a gallery for some of its captions, as evaluation does.
+
+        captions: (q,) int64, their rows; None = this process's share of all.
+        """
         head, k, adds_similarity = cast(MatchingHead, model.head), self.config.rerank, self.config.score == "sum"
-        return rank_candidates(model, gallery, device, head.match, k, adds_similarity, by_image=False)
+        return rank_candidates(model, gallery, device, head.match, k, adds_similarity, False, captions)
 
     def predict(
         self, model: FusionModel, inputs: dict[str, Tensor], masks: dict[str, Tensor], trace: Trace | None = None, top: int = 5

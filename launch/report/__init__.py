@@ -34,7 +34,7 @@ from markupsafe import Markup
 
 from finetune import loading as finetune_loading
 from finetune.explain import heatmap
-from launch.report import figures, finetuned
+from launch.report import figures, finetuned, reranked
 from launch.report.charts import Series, draw_line_chart
 from launch.report.finetuned import FinetunedSection
 from launch.report.gallery import Gallery, build_gallery
@@ -68,7 +68,8 @@ def write(
         run: a run folder, or the name of one in runs/.
         data: shards for the examples; by default the run's data.val.
         out: the file to write; by default report.html in the run folder.
-        images: samples of the shards that the gallery ranks; 0 leaves the examples out.
+        images: samples of the shards that the gallery ranks; 0 leaves the examples out. Of a retrieval run at most
+            reranked.IMAGES are ranked, for at most reranked.CAPTIONS captions.
         workers: processes that read the shards.
         index: the place of an index to search; None = the page shows no searches.
         texts: what is searched for; by default some captions of the gallery.
@@ -84,7 +85,7 @@ def write(
         if section is not None:
             model = finetune_loading.load(history.folder)
             weights = {name: count["total"] for name, count in model.model.parameter_counts().items()}
-            ranked = min(images, finetuned.RERANKED_IMAGES)
+            ranked = min(images, reranked.IMAGES)
             with on_device(model.model, model.config, distributed.device()):
                 section = finetuned.build_section(model, shards if images else None, workers, images=ranked)
         else:

@@ -13,7 +13,7 @@ from finetune.explain.examples import sample_examples
 from finetune.explain.word_maps import WordMaps
 from finetune.loading import Finetuned
 from launch.report import figures
-from launch.report.reranked import RerankedGallery, build_reranked_gallery
+from launch.report.reranked import IMAGES, RerankedGallery, build_reranked_gallery
 from launch.report.run_history import Line, RunHistory
 from pretrain.data.thumbnails import encode_jpeg, to_data_uri
 from pretrain.errors import UserError
@@ -24,9 +24,6 @@ NO_FRACTIONS = ("_rank", "_ms", "_k")
 """Ends of the names of metrics that are no fractions, whatever their value."""
 RERANKED = "reranked_"
 """Prefix of metrics after re-ranking."""
-RERANKED_IMAGES = 300
-"""Samples that the gallery of a retrieval run ranks: a caption's candidates pass the fusion one by one."""
-
 EXAMPLES = 8
 """Images on the page."""
 TILE_PIXELS = 200
@@ -141,7 +138,7 @@ class FinetunedSection:
 
 
 def build_section(
-    model: Finetuned, shards: Any, workers: int = 2, count: int = EXAMPLES, images: int = RERANKED_IMAGES
+    model: Finetuned, shards: Any, workers: int = 2, count: int = EXAMPLES, images: int = IMAGES
 ) -> FinetunedSection:
     """Build the section with `count` examples from `shards`; None leaves the examples out.
 

@@ -1,8 +1,9 @@
 """Example queries of a retrieval run: the order by embeddings, and the order after re-ranking.
 
-Of all captions of the samples, some are drawn by a fixed seed whose right image re-ranking moved up, some whose right image it
-moved down, and some whose right image it left where it was. The page states how many there are of each, so the choice cannot
-flatter the model. Of a model of sounds, the images are spectrograms. Shapes: q = captions, k = candidates of a caption.
+Images are ranked for the captions of the samples, or for CAPTIONS of them, drawn by a fixed seed. Shown are some, drawn too,
+whose right image re-ranking moved up, some whose right image it moved down, and some whose right image it left where it was.
+The page states how many there are of each, so the choice cannot flatter the model. Of a model of sounds, the images are
+spectrograms. Shapes: q = captions, k = candidates of a caption.
 """
 
 from __future__ import annotations
@@ -27,6 +28,11 @@ from pretrain.data.thumbnails import SIDE, Thumbnail, ThumbnailDecoder, encode_j
 from pretrain.errors import UserError
 from pretrain.model import DualEncoder
 
+IMAGES = 300
+"""Samples that are ranked, by default."""
+CAPTIONS = 300
+"""Captions for which they are ranked, by default: each passes the fusion with its k candidates, which takes nearly all the
+time. With five captions a sample, all would take five times as long and show no more."""
 EXAMPLES = 3
 """Queries of each kind on the page."""
 KINDS = (("up", "Moved up by re-ranking"), ("down", "Moved down by re-ranking"), ("same", "Left where it was"))
@@ -53,14 +59,21 @@ class RerankedGallery:
 
     data: str
     images: int
+    captions: int
+    """Of the images; those that were ranked are the sum of `counts`."""
     candidates: int
     """k, images of a caption that are re-ranked."""
     counts: dict[str, int]
-    """Captions by what re-ranking did to their right image: up, down, same, and missed: not among the candidates."""
+    """Ranked captions by what re-ranking did to their right image: up, down, same, and missed: not among the candidates."""
     first_before: float
-    """Fraction of the captions whose right image is first by embeddings."""
+    """Fraction of the ranked captions whose right image is first by embeddings."""
     first_after: float
     queries: list[RerankedQuery]
+
+    @property
+    def ranked(self) -> int:
+        """Number of captions that were ranked."""
+        return sum(self.counts.values())
 
     def groups(self) -> list[tuple[str, int, list[RerankedQuery]]]:
         """Return (title, captions of this kind, those on the page) for each kind that occurs."""
@@ -68,14 +81,17 @@ class RerankedGallery:
         return [group for group in by_kind if group[2]]
 
 
-def build_reranked_gallery(tuned: Finetuned, shards: Any, workers: int = 2, images: int = 300) -> RerankedGallery | None:
-    """Rank the first `images` samples of `shards` for their captions; None where the task is no retrieval.
+def build_reranked_gallery(
+    tuned: Finetuned, shards: Any, workers: int = 2, images: int = IMAGES, most: int = CAPTIONS
+) -> RerankedGallery | None:
+    """Rank the first `images` samples of `shards` for some of their captions; None where the task is no retrieval.
 
     Args:
         tuned: a model on the device that computes.
         shards: any value that data.val accepts.
         workers: processes that read the shards.
         images: samples to rank.
+        most: captions to rank them for, drawn by a fixed seed where there are more.
 
     Raises:
         UserError: no sample can be used.
@@ -106,19 +122,21 @@ def build_reranked_gallery(tuned: Finetuned, shards: Any, workers: int = 2, imag
         gallery = encode_gallery(tuned.model, collect(batches), setup)
         if gallery is None:
             raise UserError(f"nothing to rank in {shards}")
-        ranking = tuned.task.rank_images(tuned.model, gallery, device)
+        rows = draw_captions(len(captions), most)
+        ranking = tuned.task.rank_images(tuned.model, gallery, device, torch.tensor(rows, dtype=torch.int64))
     before, after = rank_right_answers(ranking)
     kinds = classify_queries(before, after)
     return RerankedGallery(
         data=", ".join(figures.list_shards(shards)),
         images=len(gallery.image),
+        captions=len(captions),
         candidates=ranking.candidates.shape[1],
         counts={kind: kinds.count(kind) for kind in ("up", "down", "same", "missed")},
         first_before=before.count(1) / len(before),
         first_after=after.count(1) / len(after),
         queries=[
             RerankedQuery(
-                captions[j],
+                captions[rows[j]],
                 kinds[j],
                 _list_answers(ranking, ranking.similarity, j, thumbnails),
                 _list_answers(ranking, ranking.scores, j, thumbnails),
@@ -153,6 +171,14 @@ def classify_queries(before: list[int], after: list[int]) -> list[str]:
         "missed" if not old else "up" if new < old else "down" if new > old else "same"
         for old, new in zip(before, after, strict=True)
     ]
+
+
+def draw_captions(count: int, most: int) -> list[int]:
+    """Draw `most` of `count` captions by a fixed seed, in order; all where there are no more."""
+    if count <= most:
+        return list(range(count))
+    rows: list[int] = np.random.Generator(np.random.Philox(key=1)).permutation(count)[:most].tolist()
+    return sorted(rows)
 
 
 def choose_queries(kinds: list[str], count: int = EXAMPLES) -> list[int]:

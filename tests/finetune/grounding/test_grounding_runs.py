@@ -25,7 +25,7 @@ from finetune.explain.word_maps import compute_token_maps, compute_word_maps, fi
 from finetune.grounding.evaluate import GroundingConfig, evaluate_grounding
 from launch import cli, report
 from launch.report.finetuned import FinetunedSection
-from launch.report.reranked import build_reranked_gallery
+from launch.report.reranked import build_reranked_gallery, draw_captions
 from launch.report.run_history import read_run
 from pretrain.data import loader
 from tests.support import TINY_TOWERS, Small
@@ -160,6 +160,17 @@ def test_the_report_of_a_retrieval_run_shows_both_orders(runs: Path, small: Smal
         for answers, rank in ((query.by_embeddings, query.rank_before), (query.reranked, query.rank_after)):
             assert [answer.rank for answer in answers if answer.is_right] == [rank]
             assert len({answer.image for answer in answers}) == len(answers) == (5 if rank <= 5 else 6)
+    some = build_reranked_gallery(loaded, small.val, workers=0, images=n, most=10)
+    assert some is not None
+    assert (some.images, some.captions, some.ranked) == (n, n, 10)
+    drawn = [ranks[j] for j in draw_captions(n, 10)]
+    assert some.counts["up"] == sum(after < before for before, after in drawn)
+    assert some.first_after == pytest.approx(sum(after == 1 for _, after in drawn) / 10)
+    assert [(query.rank_before, query.rank_after) for query in some.queries] == [
+        ranks[captions.index(query.caption)] for query in some.queries
+    ]
+    page = report.render(read_run(run), None, section=FinetunedSection("retrieval", "reranked_R@1", reranked=some))
+    assert "Of their 24 captions 10 were looked at, drawn by a fixed seed." in page
     (run / "metrics.jsonl").write_text(
         "".join(
             json.dumps({"step": step, "val/reranked_R@1": 0.2, "val/R@1": 0.1, "val/chance_reranked_R@1": 0.0625}) + "\n"
@@ -168,6 +179,7 @@ def test_the_report_of_a_retrieval_run_shows_both_orders(runs: Path, small: Smal
     )
     page = report.write(run, small.val, workers=0, images=n).read_text()
     assert "Left where it was" in page
+    assert "All their 24 captions were looked at." in page
     assert "chance 6.2 %" in page
     assert page.count("<span>by embeddings</span>") >= 3
     assert sum(f'<q dir="auto">{html.escape(caption, quote=False)}</q>' in page for caption in captions) >= 3
