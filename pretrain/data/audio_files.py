@@ -7,6 +7,10 @@ Nothing is allocated by what a header claims. Rate, channels and length are chec
 before any other part: whether a sound is bad does not depend on the part that is asked for. Damage in the middle is found by
 `check_audio`, which decodes all.
 
+A damaged MP3 makes libmpg123 write lines of its own on stderr ("error: dequantization failed!"). They stay: libsndfile (1.2.2)
+neither passes MPG123_QUIET on nor has a command for it, its library exports no function of libmpg123, and to redirect the file
+descriptor would silence the other threads, too.
+
 Legend: F = frames of a stored sound, each with one sample a channel.
 """
 
