@@ -1,6 +1,7 @@
 """`clipfuse serve`: a page on this machine where a sentence finds images or sounds, and every word shows where it looked.
 
-app.py           the addresses: searches, questions, thumbnails, sounds, heat maps, and the same as JSON
+app.py           the addresses, their headers and forms
+site.py          what they answer: searches and questions, as pages and as JSON
 filter_form.py   inputs for each field of the index, and the condition that they make
 orders.py        the order by embeddings and that after re-ranking, side by side
 maps.py          heat maps of words; uploads.py: files that were uploaded lately

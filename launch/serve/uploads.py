@@ -1,12 +1,35 @@
-"""Files that were uploaded lately, in memory, so that the page can show them and questions can be asked about them."""
+"""The file of a form, and those uploaded lately, in memory: the page shows them, and questions can be asked about them."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
+from dataclasses import dataclass
 
+from pretrain.errors import UserError
+
+MAX_UPLOAD = 64 << 20
+"""Most bytes of an uploaded file."""
 MAX_BYTES = 256 << 20
-"""Bytes of all of them together; the oldest are forgotten first."""
+"""Bytes of all that are kept; the oldest are forgotten first."""
+
+
+@dataclass(frozen=True)
+class Upload:
+    """The file of a form."""
+
+    content: bytes = b""
+    field: str = ""
+    """The name under which it was sent; empty = there is none."""
+
+    def check(self, name: str) -> None:
+        """Refuse a form without a file, and files that are empty or too large. name: of the file. Raises UserError."""
+        if not self.field:
+            raise UserError("the form holds no file: add one")
+        if not self.content:
+            raise UserError(f"{name} is empty: choose another file")
+        if len(self.content) > MAX_UPLOAD:
+            raise UserError(f"{name} has more than {MAX_UPLOAD >> 20} MB, which is the most that can be uploaded")
 
 
 class Uploads:
