@@ -7,6 +7,7 @@
     compaction.py     the space of what was replaced
     modalities.py     what an index holds: members of samples, thumbnails, fields of their own
     item_sources.py   shards and folders as sources of images and sounds; files read again
+    opening.py        an index opened for writing, or made: of which model and modality, with which options
     indexing.py       images or sounds into an index
     embeddings.py     what `clipfuse embed` wrote into an index
     query.py          texts, images and sounds as queries, and what they find

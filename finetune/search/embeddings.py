@@ -17,9 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from finetune.search.fields import MODALITIES, read_fields
-from finetune.search.indexing import IndexOptions, Summary, join_captions, open_for, select_missing
+from finetune.search.indexing import Summary, join_captions, select_missing
 from finetune.search.item_sources import ItemSource, Location
 from finetune.search.modalities import OWN_FIELDS, find_content, preview, select_named
+from finetune.search.opening import IndexOptions, open_for
 from finetune.search.vector_index import IndexedItem
 from pretrain.checkpoints.loading import LoadedModel
 from pretrain.data import BadSample

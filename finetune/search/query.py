@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from finetune.loading import Finetuned
 from finetune.search.captions import fuse_ranks
 from finetune.search.filters import bind
-from finetune.search.indexing import check_model, describe_model
+from finetune.search.opening import check_model, describe_model
 from finetune.search.reranking import Reranker
 from finetune.search.vector_index import Hit, VectorIndex, Vectors
 from pretrain.checkpoints.loading import LoadedModel, load_model

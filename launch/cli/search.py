@@ -117,13 +117,13 @@ def _index(args: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from finetune import loading
-    from finetune.search import compaction, embeddings, indexing, item_sources, reranking
+    from finetune.search import compaction, embeddings, indexing, item_sources, opening, reranking
     from launch.cli.progress import progress_bar
     from pretrain.checkpoints.loading import load_model
     from pretrain.embedding.dataset import is_embedding_folder
     from pretrain.runtime import distributed
 
-    options = indexing.IndexOptions(
+    options = opening.IndexOptions(
         args.backend, args.fields, args.name, args.replace, args.caption, args.batch_size, args.dim, args.only
     )
     options.check()
@@ -137,12 +137,12 @@ def _index(args: argparse.Namespace) -> int:
         raise ConfigError("--rerank with --data that clipfuse embed wrote needs --images: it reads the files themselves")
     loaded = load_model(args.run)
     wanted = args.only or (embeddings.find_only_modality(Path(embedded[0])) if embedded else "")
-    options.modality = indexing.find_modality(loaded, wanted, args.db, args.backend)
+    options.modality = opening.find_modality(loaded, wanted, args.db, args.backend)
     where = "--images" if embedded else "--data"
     source = item_sources.open_sources(shards, where, options.modality) if shards else None
     tuned = loading.load(args.rerank) if args.rerank is not None else None
     if tuned is not None:
-        with indexing.open_for(args.db, loaded, options) as opened:
+        with opening.open_for(args.db, loaded, options) as opened:
             reranking.check_store(tuned, opened, args.pool)
     with progress_bar("indexing") as progress:
         if embedded:
@@ -153,7 +153,7 @@ def _index(args: argparse.Namespace) -> int:
     tokens = None
     if tuned is not None:
         assert source is not None
-        with progress_bar("token features") as progress, indexing.open_for(args.db, loaded, options) as opened:
+        with progress_bar("token features") as progress, opening.open_for(args.db, loaded, options) as opened:
             tokens = reranking.index_tokens(
                 tuned, source, opened, args.name, args.pool, args.batch_size, distributed.device(), progress
             )

@@ -34,8 +34,8 @@ import torch  # noqa: E402
 from finetune import loading  # noqa: E402
 from finetune.search import places, reranking  # noqa: E402
 from finetune.search.fields import Field  # noqa: E402
-from finetune.search.indexing import describe_model  # noqa: E402
 from finetune.search.item_sources import Location  # noqa: E402
+from finetune.search.opening import describe_model  # noqa: E402
 from finetune.search.query import Query, Searcher, load_query_model  # noqa: E402
 from finetune.search.token_store import TokenStore, pool_tokens  # noqa: E402
 from finetune.search.vector_index import Description, IndexedItem, VectorIndex  # noqa: E402
