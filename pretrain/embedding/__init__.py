@@ -3,6 +3,7 @@
 encoder.py      batches encoded one after the other, on a GPU without waiting between them; a function that encodes texts
 split.py        a split embedded in memory, by all processes together; evaluation starts from it
 job.py          `clipfuse embed`: a data set embedded into a folder of files, on any number of processes
+manifest.py     what it is to write: the columns of the files, and the manifest
 summary.py      what that command prints at its end
 options.py      the command-line options of `clipfuse embed`
 dataset.py      the embedding folder: its files, manifest and lock; its content loaded into memory

@@ -19,7 +19,7 @@ from finetune.explain.similarity import check_pooling
 from finetune.model import choose_token_sources
 from pretrain.checkpoints import export, warm_start
 from pretrain.checkpoints.loading import LoadedModel, load_model
-from pretrain.embedding.job import _build_layout
+from pretrain.embedding.manifest import build_layout
 from pretrain.embedding.options import Options
 from pretrain.errors import ConfigError, UserError
 from tests.pretrain.towers.test_audio import CLAP
@@ -129,7 +129,7 @@ def test_single_tokens_of_it_have_no_place_in_the_shared_space(small: Small, tmp
         choose_token_sources(loaded.model, "aligned")
     options = Options(["none"], str(tmp_path / "out"), tokens="shared")
     with pytest.raises(ConfigError, match="--tokens shared: the projection has two layers"):
-        _build_layout(loaded, options)
+        build_layout(loaded, options)
 
 
 def test_what_cannot_be_read_is_refused(small: Small, tmp_path: Path) -> None:
