@@ -21,10 +21,8 @@ Legend: n = rows, those removed included; D = width of an embedding; q = queries
 from __future__ import annotations
 
 import fcntl
-import json
 import mmap
 import shutil
-import zlib
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,7 +32,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from finetune.search.backends import exact_files
-from finetune.search.backends.exact_files import KINDS
+from finetune.search.backends.exact_files import COMMITS, KINDS, Commits
 from finetune.search.backends.nearest import find_nearest
 from finetune.search.captions import CaptionIndex
 from finetune.search.fields import Kind
@@ -44,7 +42,7 @@ from pretrain.data.filter_expression import Filter
 from pretrain.errors import UserError
 from pretrain.runtime.files import flush, read_bytes, write_text
 
-DESCRIPTION, COMMITS, LOCK = "index.json", "commits.txt", ".lock"
+DESCRIPTION, LOCK = "index.json", ".lock"
 _CAPTIONS = "captions-1."
 """Begins the name of the folder of the captions' words; the length of commits.txt follows, which is that of a state."""
 _ARROW: dict[Kind, pa.DataType] = {"float": pa.float64(), "int": pa.int64(), "bool": pa.bool_(), "str": pa.string()}
@@ -74,7 +72,6 @@ class ExactIndex(VectorIndex):
             + [pa.field("thumbnail_offset", pa.int64()), pa.field("thumbnail_size", pa.int64())]
             + [pa.field(f"field {item.name}", _ARROW[item.kind]) for item in self.description.fields]
         )
-        self._forget_state()
         self._row_of_key: dict[str, int] | None = None
         """Of the rows that are there; built when it is first needed, then kept up to date."""
         self._is_mapped = False
@@ -82,20 +79,13 @@ class ExactIndex(VectorIndex):
         """Of the images that are there and have a caption; built when it is first needed, again after each change."""
         self._open_state()
         if is_writable:
-            exact_files.remove_others(self.path, self._generation)
-
-    def _forget_state(self) -> None:
-        self._ends = dict.fromkeys((*KINDS, "commits"), 0)
-        self._batch_ends: list[int] = []
-        self._removed: list[NDArray[np.int64]] = []
-        self._generation = 0
-        self._row_of_key, self._captions, self._is_mapped = None, None, False
+            exact_files.remove_others(self.path, self._commits.generation)
 
     def _open_state(self) -> None:
         """Read the commits and map their files; once more where another process compacted them in between."""
         for attempt in range(10):
-            self._forget_state()
-            self._read_commits()
+            self._commits = Commits(self.path, self.place)
+            self._row_of_key, self._captions, self._is_mapped = None, None, False
             try:
                 return self._map_files()
             except FileNotFoundError as error:
@@ -128,7 +118,7 @@ class ExactIndex(VectorIndex):
 
     def remove(self) -> None:
         try:
-            for path in (self.path / DESCRIPTION, self.path / COMMITS, *map(self._path_of, KINDS), self.path / LOCK):
+            for path in (self.path / DESCRIPTION, self.path / COMMITS, *map(self._commits.path_of, KINDS), self.path / LOCK):
                 path.unlink(missing_ok=True)
             if not any(self.path.iterdir()):
                 self.path.rmdir()
@@ -148,50 +138,21 @@ class ExactIndex(VectorIndex):
             raise UserError(f"cannot write into {self.place}: {error.strerror or error}") from error
 
     # -----------------------------------------------------------------------------------------------------------------
-    # Commits
-
-    def _read_commits(self) -> None:
-        """Read all complete lines of commits.txt. Raises UserError where one is damaged."""
-        content = read_bytes(self.path / COMMITS, most=1 << 32)
-        lines = content.split(b"\n")[:-1]  # what follows the last line feed was not written to its end
-        for number, line in enumerate(lines, start=1):
-            checksum, _, encoded = line.partition(b" ")
-            if checksum != b"%08x" % zlib.crc32(encoded):
-                raise UserError(f"{self.place}/{COMMITS} is damaged in line {number}: restore it, or index the samples again")
-            self._apply(json.loads(encoded))
-        self._ends["commits"] = sum(len(line) + 1 for line in lines)
-
-    def _apply(self, commit: dict[str, Any]) -> None:
-        for name in KINDS:
-            self._ends[name] = commit[name]
-        self._generation = commit.get("generation", 0)
-        if commit["rows"] > (self._batch_ends or [0])[-1]:
-            self._batch_ends.append(commit["rows"])
-        self._removed.append(np.array(commit["removed"], dtype=np.int64))
+    # Files
 
     def _commit(self, additions: dict[str, bytes], removed: list[int]) -> None:
-        """Append to the files, then to commits.txt. Raises UserError; nothing has changed then."""
+        """Append to the files, and commit. Raises UserError; nothing has changed then."""
         if self._lock is None:
             raise UserError(f"{self.place} is open for reading only")
-        record: dict[str, Any] = {name: self._ends[name] + len(additions.get(name, b"")) for name in KINDS}
-        record |= {"removed": removed, "generation": self._generation}
-        line = exact_files.encode_commit(record)
         try:
-            for name, content in additions.items():
-                exact_files.write_at(self._path_of(name), self._ends[name], content)
-            exact_files.write_at(self.path / COMMITS, self._ends["commits"], line)
+            self._commits.append(additions, removed)
         except OSError as error:
             raise self._explain(error) from error
-        self._apply(record)
-        self._ends["commits"] += len(line)
         self._is_mapped, self._captions = False, None
 
     def _explain(self, error: OSError) -> UserError:
         reason = error.strerror or error
         return UserError(f"cannot write into {self.place}: {reason}; what was there before stays, and the same command goes on")
-
-    def _path_of(self, kind: str) -> Path:
-        return self.path / exact_files.name_file(kind, self._generation)
 
     def _map_files(self) -> None:
         """Map the files up to the last commit into memory, unless they are. Raises UserError where one is shorter."""
@@ -199,23 +160,23 @@ class ExactIndex(VectorIndex):
             return
         maps: dict[str, Any] = {}
         for name in KINDS:
-            length, path = self._ends[name], self._path_of(name)
+            length, path = self._commits.ends[name], self._commits.path_of(name)
             if path.stat().st_size < length:
                 raise UserError(f"{path} has {path.stat().st_size:,} bytes, and {length:,} were written: it is damaged")
             with path.open("rb") as opened:
                 maps[name] = mmap.mmap(opened.fileno(), length, access=mmap.ACCESS_READ) if length else b""
-        vectors = np.frombuffer(maps["vectors"], dtype=np.float32) if self._ends["vectors"] else np.zeros(0, np.float32)
+        vectors = np.frombuffer(maps["vectors"], dtype=np.float32) if self._commits.ends["vectors"] else np.zeros(0, np.float32)
         self._vectors: Vectors = vectors.reshape(-1, self.description.dim)
         self._thumbnails: Any = maps["thumbnails"]
         buffer, begin, batches = pa.py_buffer(maps["rows"]), 0, []
-        for end in self._batch_ends:
+        for end in self._commits.batch_ends:
             batches.append(pa.ipc.read_record_batch(buffer.slice(begin, end - begin), self._schema))
             begin = end
         self._table = pa.Table.from_batches(batches, self._schema)
         if len(self._table) != len(self._vectors):
             raise UserError(f"{self.place} is damaged: {len(self._table):,} rows and {len(self._vectors):,} vectors")
         self._alive = np.ones(len(self._vectors), dtype=np.bool_)
-        for removed in self._removed:
+        for removed in self._commits.removed:
             self._alive[removed] = False
         self._is_mapped = True
 
@@ -223,7 +184,7 @@ class ExactIndex(VectorIndex):
         if self._lock is None:
             raise UserError(f"{self.place} is open for reading only")
         self._map_files()
-        alive, generation = np.flatnonzero(self._alive), self._generation + 1
+        alive, generation = np.flatnonzero(self._alive), self._commits.generation + 1
         dead = len(self._alive) - len(alive)
         if dead <= least * len(self._alive):
             return 0
@@ -234,7 +195,7 @@ class ExactIndex(VectorIndex):
         except OSError as error:
             raise self._explain(error) from error
         self._open_state()
-        exact_files.remove_others(self.path, self._generation)
+        exact_files.remove_others(self.path, self._commits.generation)
         return dead
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -244,7 +205,7 @@ class ExactIndex(VectorIndex):
         rows = self._find_rows()
         removed = [rows[item.key] for item in items if item.key in rows]
         sizes = [len(item.thumbnail) for item in items]
-        offsets = self._ends["thumbnails"] + np.cumsum([0, *sizes])[:-1]
+        offsets = self._commits.ends["thumbnails"] + np.cumsum([0, *sizes])[:-1]
         columns: list[Any] = [[getattr(item, name) for item in items] for name in ("key", "source", "caption")]
         columns += [[item.offset for item in items], [item.size for item in items], offsets, sizes]
         columns += [[item.fields.get(entry.name) for item in items] for entry in self.description.fields]
@@ -258,7 +219,7 @@ class ExactIndex(VectorIndex):
             },
             removed,
         )
-        first = self._ends["vectors"] // vectors[0].nbytes - len(items)
+        first = self._commits.ends["vectors"] // vectors[0].nbytes - len(items)
         rows.update((item.key, first + i) for i, item in enumerate(items))
 
     def _delete(self, keys: list[str]) -> None:
@@ -300,8 +261,7 @@ class ExactIndex(VectorIndex):
 
         column = self._table["caption"]
         self._captioned = np.flatnonzero(self._alive & pc.not_equal(column, "").to_numpy())
-        state = f"{self._generation}-{self._ends['commits']}" if self._generation else str(self._ends["commits"])
-        folder = self.path / f"{_CAPTIONS}{state}"
+        folder = self.path / f"{_CAPTIONS}{self._commits.state}"
         try:
             return CaptionIndex.load(folder, len(self._captioned))
         except (OSError, ValueError, KeyError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""The files of an index of exact.py: their names, how they are written, and how they are compacted.
+"""The files of an index of exact.py: their names, what commits.txt says of them, how they are written, and compacted.
 
 Compaction writes the rows that are left into files of the next generation (vectors.1.f32 after vectors.f32), then replaces
 commits.txt, whose lines name the generation. So a process that is killed leaves the old state or the new one.
@@ -16,6 +16,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pretrain.errors import UserError
+from pretrain.runtime.files import read_bytes
+
+COMMITS = "commits.txt"
 KINDS = ("vectors", "thumbnails", "rows")
 _SUFFIXES = {"vectors": "f32", "thumbnails": "bin", "rows": "arrow"}
 _ROWS = 4096
@@ -31,6 +35,55 @@ def encode_commit(record: dict[str, Any]) -> bytes:
     """Return the line of commits.txt of a change."""
     encoded = json.dumps(record).encode()
     return b"%08x %s\n" % (zlib.crc32(encoded), encoded)
+
+
+class Commits:
+    """What commits.txt says: how much of each file counts, which rows were removed, and the generation of the files."""
+
+    def __init__(self, folder: Path, place: str) -> None:
+        """Read commits.txt of a folder; place: how messages name the index. Raises UserError where a line is damaged."""
+        self.folder = folder
+        self.ends = dict.fromkeys(KINDS, 0)
+        """Bytes of each file that count."""
+        self.batch_ends: list[int] = []
+        """Bytes of the rows at which each batch of them ends."""
+        self.removed: list[NDArray[np.int64]] = []
+        self.generation = 0
+        lines = read_bytes(folder / COMMITS, most=1 << 32).split(b"\n")[:-1]  # the rest was not written to its end
+        for number, line in enumerate(lines, start=1):
+            checksum, _, encoded = line.partition(b" ")
+            if checksum != b"%08x" % zlib.crc32(encoded):
+                raise UserError(f"{place}/{COMMITS} is damaged in line {number}: restore it, or index the samples again")
+            self._apply(json.loads(encoded))
+        self._length = sum(len(line) + 1 for line in lines)
+
+    @property
+    def state(self) -> str:
+        """A name of this state, which no other state of the index has."""
+        return f"{self.generation}-{self._length}" if self.generation else str(self._length)
+
+    def path_of(self, kind: str) -> Path:
+        """Return the path of one of KINDS."""
+        return self.folder / name_file(kind, self.generation)
+
+    def append(self, additions: dict[str, bytes], removed: list[int]) -> None:
+        """Append to the files, by kind, then to commits.txt. Raises OSError; nothing has changed then."""
+        record: dict[str, Any] = {name: self.ends[name] + len(additions.get(name, b"")) for name in KINDS}
+        record |= {"removed": removed, "generation": self.generation}
+        line = encode_commit(record)
+        for name, content in additions.items():
+            write_at(self.path_of(name), self.ends[name], content)
+        write_at(self.folder / COMMITS, self._length, line)
+        self._apply(record)
+        self._length += len(line)
+
+    def _apply(self, commit: dict[str, Any]) -> None:
+        for name in KINDS:
+            self.ends[name] = commit[name]
+        self.generation = commit.get("generation", 0)
+        if commit["rows"] > (self.batch_ends or [0])[-1]:
+            self.batch_ends.append(commit["rows"])
+        self.removed.append(np.array(commit["removed"], dtype=np.int64))
 
 
 def write_at(path: Path, offset: int, content: bytes) -> None:
