@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from pretrain.errors import ConfigError
@@ -64,3 +65,25 @@ def get_head_norm(model: nn.Module) -> nn.Module | None:
     head = getattr(model, "head", None)
     norm = getattr(head, "norm", None)
     return norm if isinstance(norm, nn.Module) and any(True for _ in norm.parameters()) else None
+
+
+@torch.no_grad()
+def detect_head_pooling(head: nn.Module, shape: torch.Size) -> tuple[bool, bool]:
+    """Return whether a model's head only takes the mean, or only the maximum, of its grid tokens.
+
+    Tested by running the head on numbers.
+
+    Args:
+        head: from the model's features to the pooled vector (b, P) and the grid tokens (b, N, C).
+        shape: of the features.
+    """
+    features = torch.linspace(-2, 3, shape.numel(), device="cpu").sin().reshape(shape)
+    # A head with weights does more than pool, whatever they are; a model on the meta device has none.
+    anything = torch.tensor(0.5, device="cpu")
+    weights = {name: anything.expand(p.shape) for name, p in head.named_parameters() if p.is_meta}
+    pooled, tokens = torch.func.functional_call(head, weights, (features,))
+    candidates = (tokens.mean(dim=1), tokens.amax(dim=1))
+    is_mean, is_max = (
+        pooled.shape == candidate.shape and torch.allclose(pooled, candidate, atol=1e-5) for candidate in candidates
+    )
+    return is_mean, is_max

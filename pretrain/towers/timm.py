@@ -27,7 +27,7 @@ from pretrain.towers import TokenSequence, Tower, dilation, image_sizes, used_pa
 from pretrain.towers.dilation import CoarseCells, Convolution
 from pretrain.towers.layer_numbers import number_layers
 from pretrain.towers.meta_copy import copy_to_meta
-from pretrain.towers.pooling import get_head_norm, set_pooling
+from pretrain.towers.pooling import detect_head_pooling, get_head_norm, set_pooling
 from pretrain.towers.timm_models import (
     RESERVED_ARGS,
     ModelConfig,
@@ -281,26 +281,9 @@ class ImageTower(Tower):
         self.token_count = out.states.shape[1]
         self.freeze_unused(used_parameters(out.pooled, dict(meta.named_parameters())))
         has_one_map = isinstance(features, Tensor) and not self._takes_map
-        is_mean, is_max = self._detect_head_pooling(features.shape) if has_one_map else (False, False)
+        is_mean, is_max = detect_head_pooling(_HeadAndTokens(self), features.shape) if has_one_map else (False, False)
         self.pools_mean, self.pools_max = self.mean_pool or is_mean, is_max and not self.mean_pool
         self.train(was_training)
-
-    @torch.no_grad()
-    def _detect_head_pooling(self, shape: torch.Size) -> tuple[bool, bool]:
-        """Return whether the model's head only takes the mean, or only the maximum, of its grid tokens.
-
-        Tested by running the head on numbers. shape: the shape of the model's features.
-        """
-        features = torch.linspace(-2, 3, shape.numel(), device="cpu").sin().reshape(shape)
-        # A head with weights does more than pool, whatever they are; a model on the meta device has none.
-        anything = torch.tensor(0.5, device="cpu")
-        weights = {f"tower.{name}": anything.expand(p.shape) for name, p in self.named_parameters() if p.is_meta}
-        pooled, tokens = torch.func.functional_call(_HeadAndTokens(self), weights, (features,))
-        candidates = (tokens.mean(dim=1), tokens.amax(dim=1))
-        is_mean, is_max = (
-            pooled.shape == candidate.shape and torch.allclose(pooled, candidate, atol=1e-5) for candidate in candidates
-        )
-        return is_mean, is_max
 
 
 class _HeadAndTokens(nn.Module):
