@@ -98,7 +98,7 @@ class FSDP2(Single):
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)
         fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=of_blocks)
         for block in self.blocks:
-            of_root = {p for p in block.parameters() if isinstance(p, DTensor)}
+            of_root: set[nn.Parameter] = {p for p in block.parameters() if isinstance(p, DTensor)}
             reduce_dtype = _weight_dtype(block) if param_dtype else None
             policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
             fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=of_root)
