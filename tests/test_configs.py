@@ -38,6 +38,7 @@ def published(small: Small, in_tmp: Path) -> list[str]:
     make_bert(Path("bert"), pooling_mode_mean_tokens=True)
     load_tokenizer(small.tokenizer).save_pretrained("bert")
     image = ["image.name=resnet18", "image.args={channels: [8, 8, 16, 16], layers: [1, 1, 1, 1]}", "image.size=32"]
+    image += ["image.trainable_blocks=-1"]  # this one has four, the file trains eight
     return [*image, "image.weights=resnet.pth", "text.name=bert", "text.length=24"]
 
 
@@ -74,7 +75,7 @@ def test_two_towers_align_local_towers_and_read_the_pooling(
     # AdamW's first step has the length of the learning rate, whatever the gradient.
     before, after = torch.load("resnet.pth"), loaded.model.tower("image").model.state_dict()
     step = (after["conv1.weight"] - before["conv1.weight"]).abs().median()
-    assert step == pytest.approx(1e-3 * 0.1, rel=0.2)
+    assert step == pytest.approx(1e-3 * 0.3, rel=0.2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
