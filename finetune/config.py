@@ -80,6 +80,8 @@ class FinetuneConfig(FusionSchema):
                 raise ConfigError(f"data.{name}={getattr(self.data, name)!r:.80} is for pretraining: leave it out")
         if self.data.incomplete != "bad":
             raise ConfigError(f"data.incomplete={self.data.incomplete} is for pretraining: leave it out")
+        if self.data.decode_on != "cpu":
+            raise ConfigError(f"data.decode_on={self.data.decode_on} is for pretraining: leave it out")
         if self.data.train == "synthetic":
             raise ConfigError("data.train=synthetic has no task to learn: give shards (`clipfuse data scenes DIR` draws some)")
         check_numbers(self, "", seed=SEED)

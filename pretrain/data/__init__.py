@@ -11,6 +11,7 @@
     prefetch.py         fetches and indexes the shards of coming windows ahead of the workers
     batch.py            Batch, the Decoder protocol, and collation
     images.py           ImageDecoder: augmentation, resizing and cropping
+    device_images.py    JPEGs decoded on the device: data.decode_on
     decode.py           encoded images to pixels
     audio.py            AudioDecoder: cropping and padding of sounds
     audio_files.py      encoded sounds to samples at any rate

@@ -6,10 +6,11 @@ Legend: b = samples in the batch, k = texts of a sample, T = tokens of a text.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -58,9 +59,21 @@ class Decoder(Protocol):
         """
         ...
 
-    def collate(self, items: list[Any]) -> tuple[Tensor, Tensor | None] | None:
-        """Return (input, mask) of several items, batch dimension first; the mask may be None."""
+    def collate(self, items: list[Any]) -> tuple[Any, Tensor | None] | None:
+        """Return (input, mask) of several items, batch dimension first; the mask may be None, the input an EncodedInput."""
         ...
+
+
+class EncodedInput(ABC):
+    """An input that becomes a tensor where its batch is moved to a device, by work that is done there."""
+
+    @abstractmethod
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Tensor:
+        """Return the input, batch dimension first, on `device`."""
+
+    @abstractmethod
+    def join(self, others: Sequence[Any]) -> Self:
+        """Return this input with those of further partial batches, of the same class, behind it."""
 
 
 @dataclass
@@ -68,7 +81,8 @@ class Batch:
     """A batch of b samples: inputs and masks by modality, keys and targets."""
 
     inputs: dict[str, Tensor]
-    """By modality: "image" (b, 3, H, W) uint8, "text" (b, T) int64, or (b, k, T) with k texts per sample, ..."""
+    """By modality: "image" (b, 3, H, W) uint8, "text" (b, T) int64, or (b, k, T) with k texts per sample, ... Before the batch
+    is moved to its device, an EncodedInput as well."""
     masks: dict[str, Tensor]
     """By modality, where it has a mask: "text" (b, T) or (b, k, T) bool, True where there is a token."""
     keys: list[str]
@@ -113,7 +127,8 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """Return the batch with its tensors on `device`."""
-        batch = self._map(lambda v: v.to(device, non_blocking=non_blocking) if isinstance(v, Tensor) else v)
+        movable = (Tensor, EncodedInput)
+        batch = self._map(lambda v: v.to(device, non_blocking=non_blocking) if isinstance(v, movable) else v)
         return replace(batch, groups={name: groups.to(device, non_blocking) for name, groups in self.groups.items()})
 
     def pin_memory(self) -> Batch:
@@ -263,6 +278,8 @@ def _concatenate(values: list[Any], pin: bool) -> Any:
     first = values[0]
     if isinstance(first, Mapping):
         return {name: _concatenate([value[name] for value in values], pin) for name in first}
+    if isinstance(first, EncodedInput):
+        return first.join(values[1:])
     if not isinstance(first, Tensor):
         return [item for value in values for item in value]
     if not pin:

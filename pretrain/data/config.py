@@ -94,6 +94,11 @@ class DataConfig:
     several lines in most samples, each line is one; txt:whole reads them as one."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """Random changes to training images."""
+    decode_on: Literal["cpu", "device"] = "cpu"
+    """Where JPEGs are decoded for training. device: workers send them as they are, and torchvision's decoder, nvJPEG on a GPU,
+    decodes them one batch ahead; other formats are decoded by the workers. For nodes whose processor feeds their GPUs too
+    slowly. A truncated JPEG is replaced as with cpu, but what is damaged inside is used as far as it can be decoded.
+    Pretraining only."""
     max_bad_rate: float = 0.01
     """Fraction of samples with unusable content above which the run stops; below it they are replaced and counted."""
     max_bad_run: int = 100
@@ -156,6 +161,8 @@ class DataConfig:
         for name, value in ((name, getattr(self, name)) for name in needs_shards):
             if value is not None and self.train == "synthetic":
                 raise ConfigError(f"data.{name}={value!r:.200} needs shards, but data.train is synthetic")
+        if self.decode_on != "cpu" and self.train == "synthetic":
+            raise ConfigError(f"data.decode_on={self.decode_on} needs shards, but data.train is synthetic")
         if self.keep is not None:
             parse_keep(self.keep)
         if self.skip is not None:

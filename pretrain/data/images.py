@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -206,10 +206,41 @@ def recolor(image: torch.Tensor, brightness: float, contrast: float, saturation:
 
     They blend the image with black, with the mean of the gray image, and with the gray image: torchvision's adjust_*.
     """
+    luma = _LUMA.to(image.device)
     x = (image.float() * brightness).clamp(0, 255)
-    x = (x * contrast + (1 - contrast) * (x * _LUMA).sum(0).mean()).clamp(0, 255)
-    x = (x * saturation + (1 - saturation) * (x * _LUMA).sum(0)).clamp(0, 255)
+    x = (x * contrast + (1 - contrast) * (x * luma).sum(0).mean()).clamp(0, 255)
+    x = (x * saturation + (1 - saturation) * (x * luma).sum(0)).clamp(0, 255)
     return x.round().to(torch.uint8)
+
+
+class Crop(NamedTuple):
+    """The part of an image that training uses, and where it lies in the tower's input."""
+
+    height: int
+    """Of the crop in pixels of the image, its borders included."""
+    width: int
+    rows: tuple[int, int]
+    """First row of the image inside the crop, and the one after the last."""
+    columns: tuple[int, int]
+    corner: tuple[int, int]
+    """Row and column of the first of these pixels in the tower's input; (0, 0) without borders."""
+    target: tuple[int, int]
+    """Height and width to which these pixels are resized."""
+
+
+class Changes(NamedTuple):
+    """Random changes to a cropped image, in this order."""
+
+    flip: bool
+    colors: tuple[float, float, float] | None
+    """Factors of brightness, contrast and saturation; None = unchanged."""
+    gray: bool
+
+    def apply(self, image: torch.Tensor) -> torch.Tensor:
+        """Return (3, H, W) uint8 with the changes."""
+        image = image.flip(-1) if self.flip else image
+        image = image if self.colors is None else recolor(image, *self.colors)
+        return recolor(image, 1, 1, 0) if self.gray else image
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -268,15 +299,63 @@ class ImageDecoder:
 
     def decode_train(self, data: bytes, rng: np.random.Generator) -> torch.Tensor:
         """Decode to (3, size, size) uint8 with the random changes of `augment`. Raises BadSample."""
-        header, a = read_header(data, self.max_pixels), self.augment
-        image = self._crop_padded(data, header, rng) if self.resize == "pad" else self._crop(data, header, rng)
-        if a.flip and rng.random() < 0.5:
-            image = image.flip(-1)
+        header = read_header(data, self.max_pixels)
+        crop, changes = self.draw_crop(header, rng), self.draw_changes(rng)
+        # The crop is drawn first: its size decides how small the image may be decoded.
+        f = reduction_factor(header, crop.height, crop.width, self.size)
+        pixels = decode_pixels(data, header, f)
+        (top, bottom), (left, right) = (self._reduce(crop.rows, f), self._reduce(crop.columns, f))
+        image = resize(pixels[top:bottom, left:right], crop.target, self.interpolation)
+        return changes.apply(self.pad_crop(image, crop))
+
+    def draw_crop(self, header: Header, rng: np.random.Generator) -> Crop:
+        """Draw the crop of a training image: from the image, or with resize="pad" from the image with its borders.
+
+        Along each axis, a crop of the padded image contains the image or lies inside it: a crop of nothing but border would
+        teach nothing.
+        """
+        if self.resize != "pad":
+            top, left, h, w = draw_crop(header.height, header.width, self.augment.scale, self.augment.ratio, rng)
+            return Crop(h, w, (top, top + h), (left, left + w), (0, 0), (self.size, self.size))
+        side = max(header.height, header.width)
+        top, left, h, w = draw_crop(side, side, self.augment.scale, self.augment.ratio, rng)
+        ranges: list[tuple[int, int]] = []  # of rows, then of columns
+        corner: list[int] = []
+        target: list[int] = []
+        for length, start, extent in ((header.height, top, h), (header.width, left, w)):
+            border = (side - length) // 2
+            low, high = sorted((border, border + length - extent))
+            start = min(max(start, low), high)
+            begin, end = max(start, border), min(start + extent, border + length)  # in pixels of the padded image
+            ranges.append((begin - border, max(end - border, begin - border + 1)))
+            corner.append(min(round((begin - start) * self.size / extent), self.size - 1))
+            target.append(max(1, round((end - start) * self.size / extent) - corner[-1]))
+        return Crop(h, w, ranges[0], ranges[1], (corner[0], corner[1]), (target[0], target[1]))
+
+    def draw_changes(self, rng: np.random.Generator) -> Changes:
+        """Draw the changes of a training image after its crop."""
+        a, factors = self.augment, None
+        flip = a.flip and rng.random() < 0.5
         if a.color > 0:
-            image = recolor(image, *(float(x) for x in rng.uniform(1 - a.color, 1 + a.color, 3)))
-        if a.grayscale > 0 and rng.random() < a.grayscale:
-            image = recolor(image, 1, 1, 0)
-        return image
+            brightness, contrast, saturation = (float(x) for x in rng.uniform(1 - a.color, 1 + a.color, 3))
+            factors = (brightness, contrast, saturation)
+        return Changes(flip, factors, a.grayscale > 0 and rng.random() < a.grayscale)
+
+    def pad_crop(self, image: torch.Tensor, crop: Crop) -> torch.Tensor:
+        """Return (3, size, size) of the resized crop (3, *crop.target), with the borders that belong to it."""
+        if crop.target == (self.size, self.size):
+            return image
+        return self._pad(image, -crop.corner[0], -crop.corner[1])
+
+    def _reduce(self, pixels: tuple[int, int], factor: int) -> tuple[int, int]:
+        """Return a range of rows or columns in an image that is decoded smaller by `factor`.
+
+        Its begin is aligned to the grid of the reduced pixels; otherwise the crop would be up to half a pixel off.
+        """
+        begin, end = pixels
+        if self.resize == "pad":
+            return begin // factor, max(begin // factor + 1, -(-end // factor))
+        return begin // factor, begin // factor + (end - begin) // factor
 
     def decode_eval(self, data: bytes) -> torch.Tensor:
         """Decode to (3, size, size) uint8, deterministically. Raises BadSample."""
@@ -294,42 +373,10 @@ class ImageDecoder:
         top, left = find_corner(target, self.size)
         return image[:, top : top + self.size, left : left + self.size].contiguous()
 
-    def _crop(self, data: bytes, header: Header, rng: np.random.Generator) -> torch.Tensor:
-        """Return a random crop of an image, (3, size, size) uint8."""
-        top, left, h, w = draw_crop(header.height, header.width, self.augment.scale, self.augment.ratio, rng)
-        # The crop is drawn first: its size decides how small the image may be decoded. Its corner is aligned to the grid of
-        # the reduced pixels; otherwise the crop would be up to half a pixel off.
-        f = reduction_factor(header, h, w, self.size)
-        pixels = decode_pixels(data, header, f)
-        top, left, h, w = top // f, left // f, h // f, w // f
-        return resize(pixels[top : top + h, left : left + w], (self.size, self.size), self.interpolation)
-
-    def _crop_padded(self, data: bytes, header: Header, rng: np.random.Generator) -> torch.Tensor:
-        """Return a random crop of an image with borders that make it square, (3, size, size) uint8.
-
-        Along each axis, the crop contains the image or lies inside it: a crop of nothing but border would teach nothing.
-        """
-        side = max(header.height, header.width)
-        top, left, h, w = draw_crop(side, side, self.augment.scale, self.augment.ratio, rng)
-        f = reduction_factor(header, h, w, self.size)
-        pixels = decode_pixels(data, header, f)
-        ranges: list[slice] = []  # of rows, then of columns: the decoded pixels in the crop
-        corner: list[int] = []
-        target: list[int] = []
-        for length, start, extent in ((header.height, top, h), (header.width, left, w)):
-            border = (side - length) // 2
-            low, high = sorted((border, border + length - extent))
-            start = min(max(start, low), high)
-            begin, end = max(start, border), min(start + extent, border + length)  # in pixels of the padded image
-            ranges.append(slice((begin - border) // f, max((begin - border) // f + 1, -(-(end - border) // f))))
-            corner.append(min(round((begin - start) * self.size / extent), self.size - 1))
-            target.append(max(1, round((end - start) * self.size / extent) - corner[-1]))
-        image = resize(pixels[ranges[0], ranges[1]], (target[0], target[1]), self.interpolation)
-        return self._pad(image, -corner[0], -corner[1])
-
     def _pad(self, image: torch.Tensor, top: int, left: int) -> torch.Tensor:
         """Return (3, size, size) with an image (3, h, w) whose first pixel is `-top`, `-left` from the corner."""
-        padded = torch.tensor(self.pad_color, dtype=torch.uint8).view(3, 1, 1).repeat(1, self.size, self.size)
+        color = torch.tensor(self.pad_color, dtype=torch.uint8, device=image.device)
+        padded = color.view(3, 1, 1).repeat(1, self.size, self.size)
         padded[:, -top : image.shape[1] - top, -left : image.shape[2] - left] = image
         return padded
 

@@ -77,10 +77,15 @@ def feed(
         interrupt: makes a read of `items` that does not return fail.
     """
     if device.type != "cuda":
+
+        def move(item: tuple[T, B | None]) -> tuple[T, B | None]:
+            tag, batch = item
+            return tag, None if batch is None else batch.to(device)
+
         if not is_ahead:
-            yield items
+            yield map(move, items)
             return
-        with run_ahead(items, lambda item: item, interrupt) as results:
+        with run_ahead(items, move, interrupt) as results:
             yield results
         return
     stream: CopyStream[B] = CopyStream(device)

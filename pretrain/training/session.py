@@ -307,6 +307,15 @@ def build_train_decoders(config: Any, tokenizer: Any, encoders: DualEncoder) -> 
                 f"data.teachers={SAMPLES}: the image tower brings a decoder of its own, which applies no augmentation"
             )
         decoders["image"] = ReinforcedImageDecoder(decoders["image"])
+    if data.decode_on == "device":
+        if type(decoders.get("image")) is not ImageDecoder:
+            raise ConfigError(
+                f"data.decode_on=device is for images that no other decoder reads: not with data.teachers={SAMPLES}, nor with "
+                "an image tower that brings a decoder of its own"
+            )
+        from pretrain.data.device_images import DeviceImageDecoder  # imports torchvision, which takes a second
+
+        decoders["image"] = DeviceImageDecoder(decoders["image"])
     if data.weight is not None or data.negatives is not None:
         if type(text) is not TextDecoder:
             name = "weight" if data.weight is not None else "negatives"

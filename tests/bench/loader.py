@@ -1,11 +1,14 @@
 """Compares images/s of our loader and open_clip's on one core; prints one JSON line.
 
-    python -m tests.bench.loader [--images 1000 --rounds 3]
+    python -m tests.bench.loader [--images 1000 --rounds 3] [--device cpu|cuda]
 
 Both turn JPEGs of 500 x 375 into training images of 224 px. The images have the spectrum of photographs (about 80 KB each),
 are generated for the run, and are in the page cache for both. Both run in this process with one thread, from tars to
 batches of images and token ids. open_clip's pipeline is assembled from its parts, in the order and with the settings of
 open_clip_train.data.get_wds_dataset (3.3.0), with its own transform and tokenizer.
+
+On a GPU, or where --device names one, also images/s of data.decode_on=device there: what a batch of encoded images takes until
+it is decoded, cropped and resized, in elapsed time.
 """
 
 from __future__ import annotations
@@ -31,9 +34,10 @@ import webdataset as wds
 from open_clip.transform import image_transform
 from PIL import Image
 
+from pretrain.data.device_images import DeviceImageDecoder
 from pretrain.data.images import AugmentConfig, ImageDecoder
 from pretrain.data.loader import DataConfig, build_loader
-from pretrain.data.shards.paths import expand_shards
+from pretrain.data.shards.paths import RawSample, expand_shards
 from pretrain.data.text import TextDecoder, load_tokenizer, train_tokenizer
 
 BATCH = 50
@@ -47,6 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else None)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -58,6 +63,7 @@ def main() -> None:
             "image": ImageDecoder(224, AugmentConfig()),
             "text": TextDecoder(load_tokenizer(Path(folder) / "tokenizer"), 77),
         }
+        on_device = measure_device(expand_shards(folder), torch.device(args.device)) if args.device else None
         our_batches = iter(build_loader(DataConfig(train=folder, batch_size=BATCH, workers=0), decoders, seed=0))
         peer_batches = iterate_open_clip_batches(expand_shards(folder))
         first = next(our_batches), next(peer_batches)
@@ -73,7 +79,25 @@ def main() -> None:
         "cores_for_64k_images_per_second": math.ceil(NODE_RATE / our_rate),
         "open_clip_cores_for_64k_images_per_second": math.ceil(NODE_RATE / peer_rate),
     }
+    if on_device is not None:
+        figures["images_per_second_decoded_on_device"] = round(on_device, 1)
     print(json.dumps(figures))
+
+
+def measure_device(paths: list[str], device: torch.device, rounds: int = 5) -> float:
+    """Return images per second of the images of a shard, as one batch, with data.decode_on=device."""
+    decoder = DeviceImageDecoder(ImageDecoder(224, AugmentConfig()))
+    with tarfile.open(paths[0]) as tar:
+        files = [(member.name, tar.extractfile(member)) for member in tar]
+        images = [file.read() for name, file in files if file is not None and name.endswith(".jpg")]
+    items = [decoder(RawSample("s/k", {"jpg": data}), np.random.default_rng(n), True) for n, data in enumerate(images)]
+    batch = decoder.collate(items)[0]
+    seconds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        batch.to(device)[-1, -1, -1, -1].item()  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    return len(images) / statistics.median(seconds)
 
 
 def measure_rate(batches: Iterator[Any], images: int) -> float:

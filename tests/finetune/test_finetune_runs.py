@@ -250,6 +250,7 @@ eval: {{workers: 0}}
         (["task.field=captions"], "task.field=captions"),
         (["data.train=synthetic"], "no task to learn"),
         (["data.draw=2"], "data.draw=2 is for pretraining"),
+        (["data.decode_on=device"], "data.decode_on=device is for pretraining"),
         (["fusion=null"], "needs a fusion"),
         (["data.batch_size=15", "train.chunks=2"], "data.batch_size=15"),
         (["model.dim=24"], "another architecture"),
