@@ -268,3 +268,6 @@ def test_refused_in_one_line(here: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert err.count("\n") == 1, (command, err)
     for name in ("new", "new-vectors", "silent", "silent.db", "silent-vectors", "vectors-of-titles"):
         assert not Path(name).exists(), name
+    cli.main(["index", "runs/two", "--data", "silent.tar", "--db", "refused"])
+    capsys.readouterr()
+    assert "nothing to do" in run(capsys, "index", "runs/two", "--data", "sounds.tar", "--db", "refused")  # it keeps its sounds
