@@ -95,10 +95,10 @@ class DataConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """Random changes to training images."""
     decode_on: Literal["cpu", "device"] = "cpu"
-    """Where JPEGs are decoded for training. device: workers send them as they are, and torchvision's decoder, nvJPEG on a GPU,
-    decodes them one batch ahead; other formats are decoded by the workers. For nodes whose processor feeds their GPUs too
-    slowly. A truncated JPEG is replaced as with cpu, but what is damaged inside is used as far as it can be decoded.
-    Pretraining only."""
+    """Where JPEGs are decoded for training. device: workers send baseline JPEGs of up to 1 MiB as they are, and torchvision's
+    decoder, nvJPEG on a GPU, decodes them one batch ahead; the workers decode the others. For nodes whose processors feed GPUs
+    with a JPEG engine (A100, H100 and later) too slowly. A truncated JPEG is replaced as with cpu, but one that is damaged
+    inside is used as far as it can be decoded. Pretraining only."""
     max_bad_rate: float = 0.01
     """Fraction of samples with unusable content above which the run stops; below it they are replaced and counted."""
     max_bad_run: int = 100

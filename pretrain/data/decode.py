@@ -188,8 +188,8 @@ def _decode_jpeg(data: bytes, header: Header, factor: int) -> np.ndarray:
     return np.array(Image.fromarray(_decode_with_pillow(data)).reduce(factor))
 
 
-def _iterate_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """Yield (marker, start, end) of each segment of a JPEG that has a content, up to the end of the image.
+def iterate_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Yield (marker, start, end) of each segment of a JPEG that has a content, and (0xD9, end, end) at the end of the image.
 
     Markers inside compressed data are escaped, so that those of embedded thumbnails and of appended files do not count.
     """
@@ -197,6 +197,7 @@ def _iterate_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
     while (match := _MARKER.search(data, at)) is not None:
         marker, at = data[match.end() - 1], match.end()
         if marker == 0xD9:  # end of image
+            yield marker, at, at
             return
         if marker in (0x01, 0xD8):  # no content
             continue
@@ -216,7 +217,7 @@ def _check_scans(data: bytes, pixels: int) -> None:
     if data.count(b"\xff\xda") <= limit:  # an upper bound, 100 times as fast as the exact count
         return
     scans = 0
-    for number, (marker, _, _) in enumerate(_iterate_segments(data)):
+    for number, (marker, _, _) in enumerate(iterate_segments(data)):
         scans += marker == 0xDA
         if scans > limit or number > _MAX_SEGMENTS:
             raise BadSample("image unreadable", f"a JPEG of {pixels:,} pixels with more than {limit} scans")

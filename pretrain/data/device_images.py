@@ -5,8 +5,11 @@ EncodedImages decodes, crops, resizes and changes the images of a batch when the
 does one batch ahead. The worker finishes what nvJPEG does not decode, or decodes otherwise: other formats, CMYK and RGB JPEGs,
 and images with an EXIF orientation.
 
-The pixels differ from those of data.decode_on=cpu by rounding, by nvJPEG's upsampling of colors, and because a large JPEG is
-decoded whole here, where libjpeg-turbo decodes it at a half or less.
+The worker also finishes JPEGs of which it would send more than it saves: larger than MAX_BYTES, or MAX_REDUCTION times the
+tower's input, which libjpeg-turbo decodes at an eighth. Progressive ones nvJPEG decodes on one thread of the host.
+
+The pixels differ from those of data.decode_on=cpu by rounding, by nvJPEG's upsampling of colors, and because a JPEG is decoded
+whole here, where libjpeg-turbo decodes a large one at a half or less.
 
 Legend: b = images in a batch, S = side of the tower's input in pixels, h, w = height, width of an image.
 """
@@ -14,8 +17,11 @@ Legend: b = images in a batch, S = side of the tower's input in pixels, h, w = h
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import count
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -26,16 +32,29 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from pretrain.data import BadSample, MissingContent
 from pretrain.data.batch import EncodedInput
-from pretrain.data.decode import EXTENSIONS, read_header
+from pretrain.data.decode import EXTENSIONS, Header, iterate_segments, read_header
 from pretrain.data.images import Changes, Crop, ImageDecoder
 from pretrain.data.members import explain_missing_image
+from pretrain.errors import UserError
+from pretrain.printable import one_safe_line
 
 if TYPE_CHECKING:
     from pretrain.data.shards.paths import RawSample
 
 log = logging.getLogger(__name__)
 
-END_OF_IMAGE, START_OF_SCAN = b"\xff\xd9", b"\xff\xda"
+MAX_BYTES = 1 << 20
+"""Size of a JPEG above which the worker decodes it: 256 of them are sent at once, through shared memory."""
+MAX_REDUCTION = 16
+"""Ratio of the longer side to the tower's input above which the worker decodes a JPEG. The filter of torch's antialiased resize
+on GPUs grows with it, and is refused at about three times as much."""
+GROUP_PIXELS = 128 << 20
+"""Pixels that are decoded at once on a device: 400 MB."""
+MAX_NAMED = 20
+"""Damaged images that a process names in the log."""
+_BASELINE, _END = 0xC0, 0xD9  # markers of a JPEG: the frame of a baseline one, and the end of the image
+_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+_SUBSAMPLINGS = ("444", "422", "420", "440", "Gray")
 
 
 @dataclass(frozen=True)
@@ -72,18 +91,36 @@ class EncodedImages(EncodedInput):
         return type(self)(torch.cat([part.data for part in parts]), images, lengths, self.decoder)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Tensor:
-        """Decode to (b, 3, S, S) uint8 on `device`."""
+        """Decode to (b, 3, S, S) uint8 on `device`, in groups of at most GROUP_PIXELS.
+
+        Raises UserError where torchvision decodes no JPEG on the device.
+        """
         device, size = torch.device(device), self.decoder.size
         data = self.data.split(self.lengths)
-        numbers = [number for number, image in enumerate(self.images) if image.size is not None]
-        decoded = iter(decode_jpegs([data[n] for n in numbers], [self.images[n] for n in numbers], device))
-        finished = [
-            data[number].view(3, size, size).to(device, non_blocking=non_blocking)
-            if image.size is None
-            else finish(next(decoded), image, self.decoder)
-            for number, image in enumerate(self.images)
-        ]
-        return torch.stack(finished)
+        finished: dict[int, Tensor] = {}
+        for group in self._list_groups():
+            images = [self.images[n] for n in group]
+            decoded = decode_jpegs([data[n] for n in group], images, device)
+            for n, pixels, image in zip(group, decoded, images, strict=True):
+                finished[n] = finish(pixels, image, self.decoder)
+        for n, image in enumerate(self.images):
+            if image.size is None:
+                finished[n] = data[n].view(3, size, size).to(device, non_blocking=non_blocking)
+        return torch.stack([finished[n] for n in range(len(self.images))])
+
+    def _list_groups(self) -> list[list[int]]:
+        """Return the numbers of the JPEGs in groups that are decoded at once."""
+        groups: list[list[int]] = []
+        pixels = GROUP_PIXELS
+        for n, image in enumerate(self.images):
+            if image.size is None:
+                continue
+            pixels += math.prod(image.size)
+            if pixels > GROUP_PIXELS:
+                groups.append([])
+                pixels = math.prod(image.size)
+            groups[-1].append(n)
+        return groups
 
 
 class DeviceImageDecoder(ImageDecoder):
@@ -106,13 +143,22 @@ class DeviceImageDecoder(ImageDecoder):
         if data is None:
             raise MissingContent("no image", explain_missing_image(sample.members, EXTENSIONS))
         header = read_header(data, self.max_pixels)
-        if not header.is_fast_jpeg or header.orientation != 1 or _color_space(data) not in ("YCbCr", "Gray"):
+        markers = [marker for marker, _, _ in iterate_segments(data)] if header.is_fast_jpeg else []
+        if not self._is_for_device(data, header, markers):
             return EncodedImage(self.decode_train(data, rng).contiguous().numpy().ravel(), None)
-        # Neither marker can stand inside of compressed data, and a thumbnail with an end of its own lies before all scans.
-        if data.rfind(END_OF_IMAGE) < data.rfind(START_OF_SCAN):
+        if markers[-1] != _END:
             raise BadSample("image truncated", f"a JPEG of {len(data):,} bytes without its end")
         crop, changes = self.draw_crop(header, rng), self.draw_changes(rng)
         return EncodedImage(np.frombuffer(data, np.uint8), (header.height, header.width), crop, changes, sample.key)
+
+    def _is_for_device(self, data: bytes, header: Header, markers: Sequence[int]) -> bool:
+        """Return whether an image is to be decoded on the device. markers: of its segments; [] = not a JPEG."""
+        if not markers or header.orientation != 1 or len(data) > MAX_BYTES:
+            return False
+        if max(header.height, header.width) > MAX_REDUCTION * self.size or _BASELINE not in markers:
+            return False
+        _, _, space, subsampling = simplejpeg.decode_jpeg_header(data, strict=False)
+        return space in ("YCbCr", "Gray") and subsampling in _SUBSAMPLINGS and len(_FRAMES.intersection(markers)) == 1
 
     def collate(self, images: list[Any]) -> tuple[Any, None]:
         """Return the EncodedImages of a training batch, and (b, 3, S, S) uint8 of one in evaluation."""
@@ -121,29 +167,49 @@ class DeviceImageDecoder(ImageDecoder):
         data = torch.from_numpy(np.concatenate([image.data for image in images]))
         none = np.empty(0, np.uint8)
         described = [EncodedImage(none, image.size, image.crop, image.changes, image.key) for image in images]
-        return EncodedImages(data, described, [len(image.data) for image in images], self), None
+        decoder = ImageDecoder(  # without what is not used there
+            self.size, self.augment, self.resize, self.interpolation, self.max_pixels, self.exact, self.pad_color
+        )
+        return EncodedImages(data, described, [len(image.data) for image in images], decoder), None
 
 
 def decode_jpegs(data: list[Tensor], images: list[EncodedImage], device: torch.device) -> list[Tensor]:
     """Decode JPEGs to (3, h, w) uint8 on `device`.
 
-    One that the device cannot decode is decoded on the CPU as far as possible; where that fails as well it is black. Either is
-    logged.
+    One that the device does not decode is decoded on the CPU as far as possible; where that fails as well it is black. Either
+    is logged.
 
     Args:
         data: the bytes of each, on the host.
         images: what is known of each.
         device: where they are decoded.
+
+    Raises:
+        UserError: the device decodes none, of these or at all.
     """
-    if not data:
-        return []
-    # torchvision keeps a pointer to each tensor: views of one tensor that begin anywhere are allowed.
+    check_device(device)
+    decoded = _decode_group(data, images, device)
+    if len(images) > 1 and all(isinstance(one, RuntimeError) for one in decoded):
+        raise UserError(
+            f"data.decode_on=device: torchvision decodes none of {len(images)} JPEGs on {device} ({_shorten(decoded[0])}); "
+            "use data.decode_on=cpu"
+        )
+    return [
+        _decode_damaged(one, image, device, pixels) if isinstance(pixels, RuntimeError) else pixels
+        for one, image, pixels in zip(data, images, decoded, strict=True)
+    ]
+
+
+@cache
+def check_device(device: torch.device) -> None:
+    """Raise UserError where torchvision cannot decode JPEGs on a device, for example without nvJPEG."""
+    sound = np.frombuffer(simplejpeg.encode_jpeg(np.zeros((16, 16, 3), np.uint8)), np.uint8).copy()
     try:
-        return _check_sizes(decode_jpeg(data, mode=ImageReadMode.RGB, device=device), images)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:  # it does not say of which image
-        return [_decode_alone(one, image, device) for one, image in zip(data, images, strict=True)]
+        decode_jpeg([torch.from_numpy(sound)], mode=ImageReadMode.RGB, device=device)
+    except RuntimeError as error:
+        raise UserError(
+            f"data.decode_on=device: torchvision decodes no JPEG on {device} ({_shorten(error)}); use data.decode_on=cpu"
+        ) from error
 
 
 def finish(pixels: Tensor, image: EncodedImage, decoder: ImageDecoder) -> Tensor:
@@ -157,31 +223,44 @@ def finish(pixels: Tensor, image: EncodedImage, decoder: ImageDecoder) -> Tensor
     return image.changes.apply(decoder.pad_crop(resized, image.crop))
 
 
-def _check_sizes(pixels: list[Tensor], images: list[EncodedImage]) -> list[Tensor]:
-    """Return the images. Raises RuntimeError for one whose size is not that of its header."""
-    for one, image in zip(pixels, images, strict=True):
-        if one.shape[1:] != image.size:
-            raise RuntimeError(f"{image.key}: decoded to {tuple(one.shape[1:])}, not {image.size}")
-    return pixels
+def _decode_group(data: list[Tensor], images: list[EncodedImage], device: torch.device) -> list[Tensor | RuntimeError]:
+    """Decode JPEGs on a device; return pixels, or the error of each that it does not decode."""
+    if device.type == "cuda":
+        # nvJPEG writes on a stream of torchvision's own, into memory of the current one: kernels that were queued there may
+        # still read what that memory held before.
+        torch.cuda.current_stream(device).synchronize()
+    try:
+        pixels = decode_jpeg(data, mode=ImageReadMode.RGB, device=device)
+        for one, image in zip(pixels, images, strict=True):
+            if one.shape[1:] != image.size:
+                raise RuntimeError(f"decoded to {tuple(one.shape[1:])}, not {image.size}")
+        return list(pixels)
+    except RuntimeError as error:  # it does not say of which image
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # what was queued before the error still writes
+        if len(data) == 1:
+            return [error]
+        half = len(data) // 2
+        return _decode_group(data[:half], images[:half], device) + _decode_group(data[half:], images[half:], device)
 
 
-def _decode_alone(data: Tensor, image: EncodedImage, device: torch.device) -> Tensor:
-    """Decode one JPEG to (3, h, w) uint8 on `device`, see `decode_jpegs`."""
+def _decode_damaged(data: Tensor, image: EncodedImage, device: torch.device, error: RuntimeError) -> Tensor:
+    """Decode on the CPU a JPEG that the device does not decode, to (3, h, w) uint8 on `device`; see `decode_jpegs`."""
     assert image.size is not None
+    encoded = data.numpy().tobytes()
     try:
-        return _check_sizes([decode_jpeg(data, mode=ImageReadMode.RGB, device=device)], [image])[0]
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:120]
-    try:
-        pixels = simplejpeg.decode_jpeg(data.numpy().tobytes(), strict=False)
-        log.warning(f"{image.key}: a damaged JPEG is used as far as it can be decoded ({reason})")
+        pixels, what = simplejpeg.decode_jpeg(encoded, strict=False), "is decoded on the CPU, as far as it can be"
     except ValueError:
-        pixels = np.zeros((*image.size, 3), np.uint8)
-        log.warning(f"{image.key}: a damaged JPEG that cannot be decoded is used as a black image ({reason})")
+        pixels, what = np.zeros((*image.size, 3), np.uint8), "cannot be decoded and is used as a black image"
+    number = next(_damaged)
+    if number < MAX_NAMED:
+        more = " (further ones are not named)" if number == MAX_NAMED - 1 else ""
+        log.warning(one_safe_line(f"{image.key}: a JPEG that fails on {device} {what}: {_shorten(error)}{more}"))
     return torch.from_numpy(pixels).permute(2, 0, 1).to(device)
 
 
-def _color_space(data: bytes) -> str:
-    return str(simplejpeg.decode_jpeg_header(data, strict=False)[2])
+_damaged = count()
+
+
+def _shorten(error: object) -> str:
+    return " ".join(str(error).split())[:120]

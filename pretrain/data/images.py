@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -198,7 +199,10 @@ def resize_with_pillow(pixels: np.ndarray, size: tuple[int, int], interpolation:
     return np.array(image if image.size == (W, H) else image.resize((W, H), _FILTERS[interpolation]))
 
 
-_LUMA = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)  # ITU-R 601-2, as Pillow and torchvision
+@cache
+def _get_luma(device: torch.device) -> torch.Tensor:
+    """Return the weights of the channels in gray, (3, 1, 1), of ITU-R 601-2, as Pillow and torchvision have them."""
+    return torch.tensor([0.299, 0.587, 0.114], device=device).view(3, 1, 1)
 
 
 def recolor(image: torch.Tensor, brightness: float, contrast: float, saturation: float) -> torch.Tensor:
@@ -206,7 +210,7 @@ def recolor(image: torch.Tensor, brightness: float, contrast: float, saturation:
 
     They blend the image with black, with the mean of the gray image, and with the gray image: torchvision's adjust_*.
     """
-    luma = _LUMA.to(image.device)
+    luma = _get_luma(image.device)
     x = (image.float() * brightness).clamp(0, 255)
     x = (x * contrast + (1 - contrast) * (x * luma).sum(0).mean()).clamp(0, 255)
     x = (x * saturation + (1 - saturation) * (x * luma).sum(0)).clamp(0, 255)
@@ -375,8 +379,9 @@ class ImageDecoder:
 
     def _pad(self, image: torch.Tensor, top: int, left: int) -> torch.Tensor:
         """Return (3, size, size) with an image (3, h, w) whose first pixel is `-top`, `-left` from the corner."""
-        color = torch.tensor(self.pad_color, dtype=torch.uint8, device=image.device)
-        padded = color.view(3, 1, 1).repeat(1, self.size, self.size)
+        padded = torch.empty(3, self.size, self.size, dtype=torch.uint8, device=image.device)
+        for channel, level in zip(padded, self.pad_color, strict=True):
+            channel.fill_(level)  # a tensor of the color would be a copy that a GPU is waited for
         padded[:, -top : image.shape[1] - top, -left : image.shape[2] - left] = image
         return padded
 

@@ -308,13 +308,17 @@ def build_train_decoders(config: Any, tokenizer: Any, encoders: DualEncoder) -> 
             )
         decoders["image"] = ReinforcedImageDecoder(decoders["image"])
     if data.decode_on == "device":
-        if type(decoders.get("image")) is not ImageDecoder:
+        if "image" not in decoders:
+            raise ConfigError("data.decode_on=device: the model reads no images; leave it out")
+        if type(decoders["image"]) is not ImageDecoder:
             raise ConfigError(
                 f"data.decode_on=device is for images that no other decoder reads: not with data.teachers={SAMPLES}, nor with "
                 "an image tower that brings a decoder of its own"
             )
-        from pretrain.data.device_images import DeviceImageDecoder  # imports torchvision, which takes a second
-
+        try:
+            from pretrain.data.device_images import DeviceImageDecoder  # imports torchvision, which takes a second
+        except ImportError as error:  # torchvision 0.29 announces that a later version has its decoders elsewhere
+            raise ConfigError(f"data.decode_on=device: this torchvision decodes no JPEGs ({error}); use cpu") from error
         decoders["image"] = DeviceImageDecoder(decoders["image"])
     if data.weight is not None or data.negatives is not None:
         if type(text) is not TextDecoder:

@@ -5,24 +5,29 @@ On the CPU torchvision decodes a list of JPEGs with libjpeg; on a GPU the same c
 
 import io
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
-from pretrain.data import BadSample
+from pretrain.data import BadSample, device_images
 from pretrain.data.batch import Batch, allow_missing
-from pretrain.data.device_images import DeviceImageDecoder, EncodedImage
+from pretrain.data.device_images import MAX_BYTES, DeviceImageDecoder, EncodedImage
 from pretrain.data.images import AugmentConfig, ImageDecoder
 from pretrain.data.loader import DataConfig, build_loader
 from pretrain.data.shards.paths import RawSample
 from pretrain.data.text import TextDecoder, load_tokenizer
+from pretrain.errors import UserError
+from pretrain.runtime.device_copy import feed
 from tests.support import Small, read_losses, read_sample_keys, run_clipfuse
 
 CPU = torch.device("cpu")
+START_OF_SCAN = b"\xff\xda"
 HARD = AugmentConfig(scale=[0.3, 1.0], flip=True, color=0.4, grayscale=0.3)
 
 
@@ -121,29 +126,70 @@ def test_truncated_jpegs_are_bad_samples() -> None:
     data = encode(smooth(0, 60, 60))
     thumbnail = Image.Exif()
     thumbnail[0x9286] = encode(smooth(1, 16, 16))  # a JPEG with an end of its own, in front of the scans
-    for whole in (data, encode(smooth(0, 60, 60), exif=thumbnail), encode(smooth(0, 60, 60), progressive=True)):
+    for whole in (
+        data,
+        encode(smooth(0, 60, 60), exif=thumbnail),
+        encode(smooth(0, 60, 60), progressive=True),
+    ):  # by the worker
         for kept in (0.5, 0.99):
             sample = RawSample("s/0", {"jpg": whole[: int(kept * len(whole))]})
             with pytest.raises(BadSample, match="image truncated"):
                 DeviceImageDecoder(ImageDecoder(32))(sample, np.random.default_rng(0), True)
 
 
+def break_scan(data: bytes) -> bytes:
+    """Return a JPEG whose scan names a Huffman table that is not there: sound for who reads headers only."""
+    broken = bytearray(data)
+    scan = broken.index(b"\xff\xda")
+    broken[scan + 6] = 0x33
+    return bytes(broken)
+
+
 def test_damage_inside_is_used_as_far_as_it_can_be_decoded(caplog: pytest.LogCaptureFixture) -> None:
     """The others of the batch are what they are without it, and each damaged one is named in one line."""
     image = ImageDecoder(32)
-    whole = [encode(smooth(seed, 64, 64), progressive=seed == 1) for seed in range(4)]
-    broken = bytearray(whole[1])
-    second_scan = broken.index(b"\xff\xda", broken.index(b"\xff\xda") + 2)
-    components = broken[second_scan + 4]
-    broken[second_scan + 5 + 2 * components] = 77  # its first coefficient, of 64
+    whole = [encode(smooth(seed, 64, 64)) for seed in range(5)]
     with caplog.at_level(logging.WARNING):
-        actual = decode(DeviceImageDecoder(image), [whole[0], bytes(broken), *whole[2:]])
+        actual = decode(DeviceImageDecoder(image), [whole[0], break_scan(whole[1]), *whole[2:]])
     expected = decode(DeviceImageDecoder(image), whole)
-    assert torch.equal(actual[[0, 2, 3]], expected[[0, 2, 3]])
+    assert torch.equal(actual[[0, 2, 3, 4]], expected[[0, 2, 3, 4]])
     assert not actual[1].any()
-    assert [record.getMessage().partition(" (")[0] for record in caplog.records] == [
-        "s/1: a damaged JPEG that cannot be decoded is used as a black image"
-    ]
+    line = "s/1: a JPEG that fails on cpu cannot be decoded and is used as a black image: "
+    assert [record.getMessage()[: len(line)] for record in caplog.records] == [line]
+
+
+def test_a_device_that_decodes_none_ends_the_run() -> None:
+    """Not one warning for each image, and not an image as black as the next."""
+    image = ImageDecoder(32)
+    with pytest.raises(UserError, match=r"torchvision decodes none of 3 JPEGs on cpu .* use data\.decode_on=cpu"):
+        decode(DeviceImageDecoder(image), [break_scan(encode(smooth(seed, 64, 64))) for seed in range(3)])
+
+
+def test_the_worker_finishes_what_a_device_decodes_badly() -> None:
+    """Progressive JPEGs, large ones, and rare subsamplings; and what is behind a JPEG is not its content."""
+    image = ImageDecoder(32)
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (900, 900, 3), dtype=np.uint8))
+    rare = simplejpeg.encode_jpeg(np.array(smooth(0, 64, 64)), colorsubsampling="411")
+    for_worker = [
+        encode(smooth(0, 64, 64), progressive=True), encode(smooth(0, 40, 600)), encode(noise, quality=100, subsampling=0), rare
+    ]  # fmt: skip
+    assert len(for_worker[2]) > MAX_BYTES
+    for number, data in enumerate(for_worker):
+        item = DeviceImageDecoder(image)(RawSample("s/0", {"jpg": data}), np.random.default_rng(number), True)
+        assert item.size is None
+        expected = image.decode_train(data, np.random.default_rng(number))
+        assert torch.equal(torch.from_numpy(item.data).view(3, 32, 32), expected)
+    trailer = encode(smooth(0, 64, 64)) + b"film" + START_OF_SCAN + b"film"
+    item = DeviceImageDecoder(image)(RawSample("s/0", {"jpg": trailer}), np.random.default_rng(0), True)
+    assert item.size == (64, 64)
+
+
+def test_a_batch_is_decoded_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    image, images = ImageDecoder(32, HARD), [encode(smooth(seed, 50 + seed, 60)) for seed in range(5)]
+    images[2] = encode(smooth(2, 40, 40), "PNG")
+    whole = decode(DeviceImageDecoder(image), images)
+    monkeypatch.setattr(device_images, "GROUP_PIXELS", 6500)
+    assert torch.equal(decode(DeviceImageDecoder(image), images), whole)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -193,3 +239,29 @@ def test_nvjpeg_decodes_as_the_cpu_does() -> None:
     actual = decode(DeviceImageDecoder(image), images, device=torch.device("cuda"))
     assert actual.is_cuda
     assert_close(actual.cpu(), expect(image, images), mean=1.0, most=10)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{"subsampling": 2}, {"quality": 60}, {}])
+def test_batches_decoded_ahead_of_a_busy_gpu_do_not_mix(options: dict[str, int]) -> None:
+    """nvJPEG writes on a stream of its own: eight batches in a row are what each is alone."""
+    image, cuda = ImageDecoder(224, HARD, "pad"), torch.device("cuda")
+    decoder = DeviceImageDecoder(image)
+    encoded = [[encode(smooth(100 * n + i, 400 + i, 500), **options) for i in range(16)] for n in range(8)]
+    alone = [decode(decoder, images, seed=n, device=cuda) for n, images in enumerate(encoded)]
+
+    def batches() -> Iterator[tuple[int, Batch]]:
+        for n, images in enumerate(encoded):
+            items = [
+                decoder(RawSample(f"s/{i}", {"jpg": data}), np.random.default_rng([n, i]), True)
+                for i, data in enumerate(images)
+            ]
+            yield n, Batch({"image": decoder.collate(items)[0]}, {}, ["k"] * len(items))
+
+    busy = torch.randn(4096, 4096, device=cuda)
+    with feed(batches(), cuda, True, lambda: None) as fed:
+        for n, batch in fed:
+            for _ in range(20):
+                busy = torch.tanh(busy @ busy)
+            assert batch is not None
+            assert torch.equal(batch.inputs["image"], alone[n])
