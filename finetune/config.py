@@ -78,10 +78,9 @@ class FinetuneConfig(FusionSchema):
         for name in ("weight", "negatives", "teachers"):
             if getattr(self.data, name) is not None:
                 raise ConfigError(f"data.{name}={getattr(self.data, name)!r:.80} is for pretraining: leave it out")
-        if self.data.incomplete != "bad":
-            raise ConfigError(f"data.incomplete={self.data.incomplete} is for pretraining: leave it out")
-        if self.data.decode_on != "cpu":
-            raise ConfigError(f"data.decode_on={self.data.decode_on} is for pretraining: leave it out")
+        for name, default in (("incomplete", "bad"), ("decode_on", "cpu")):
+            if getattr(self.data, name) != default:
+                raise ConfigError(f"data.{name}={getattr(self.data, name)} is for pretraining: leave it out")
         if self.data.train == "synthetic":
             raise ConfigError("data.train=synthetic has no task to learn: give shards (`clipfuse data scenes DIR` draws some)")
         check_numbers(self, "", seed=SEED)

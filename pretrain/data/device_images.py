@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import count
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import simplejpeg
@@ -30,11 +30,10 @@ import torch
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from pretrain.data import BadSample, MissingContent
+from pretrain.data import BadSample
 from pretrain.data.batch import EncodedInput
-from pretrain.data.decode import EXTENSIONS, Header, iterate_segments, read_header
-from pretrain.data.images import Changes, Crop, ImageDecoder
-from pretrain.data.members import explain_missing_image
+from pretrain.data.decode import Header, iterate_segments, read_header
+from pretrain.data.images import Changes, Crop, ImageDecoder, get_image
 from pretrain.errors import UserError
 from pretrain.printable import one_safe_line
 
@@ -57,18 +56,25 @@ _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _SUBSAMPLINGS = ("444", "422", "420", "440", "Gray")
 
 
+class Plan(NamedTuple):
+    """What is to be done with a JPEG."""
+
+    size: tuple[int, int]
+    """(h, w)."""
+    crop: Crop
+    changes: Changes
+    key: str
+    """ "shard/KEY" of the sample, for messages."""
+
+
 @dataclass(frozen=True)
 class EncodedImage:
     """A JPEG with what is to be done with it, or an image that is finished."""
 
     data: np.ndarray
     """A JPEG's bytes, or the pixels of a finished image: (3 S S) uint8."""
-    size: tuple[int, int] | None
-    """(h, w) of a JPEG; None = finished."""
-    crop: Crop | None = None
-    changes: Changes | None = None
-    key: str = ""
-    """ "shard/KEY" of the sample, for messages."""
+    plan: Plan | None = None
+    """None = finished."""
 
 
 @dataclass
@@ -77,8 +83,8 @@ class EncodedImages(EncodedInput):
 
     data: Tensor
     """The bytes of all images, one after the other, uint8."""
-    images: list[EncodedImage]
-    """Without their data."""
+    plans: list[Plan | None]
+    """Of each image."""
     lengths: list[int]
     """Bytes of each image."""
     decoder: ImageDecoder
@@ -86,9 +92,9 @@ class EncodedImages(EncodedInput):
     def join(self, others: Sequence[Self]) -> Self:
         """Return these images and those of `others`."""
         parts: list[Self] = [self, *others]
-        images = [image for part in parts for image in part.images]
+        plans = [plan for part in parts for plan in part.plans]
         lengths = [length for part in parts for length in part.lengths]
-        return type(self)(torch.cat([part.data for part in parts]), images, lengths, self.decoder)
+        return type(self)(torch.cat([part.data for part in parts]), plans, lengths, self.decoder)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Tensor:
         """Decode to (b, 3, S, S) uint8 on `device`, in groups of at most GROUP_PIXELS.
@@ -99,27 +105,26 @@ class EncodedImages(EncodedInput):
         data = self.data.split(self.lengths)
         finished: dict[int, Tensor] = {}
         for group in self._list_groups():
-            images = [self.images[n] for n in group]
-            decoded = decode_jpegs([data[n] for n in group], images, device)
-            for n, pixels, image in zip(group, decoded, images, strict=True):
-                finished[n] = finish(pixels, image, self.decoder)
-        for n, image in enumerate(self.images):
-            if image.size is None:
+            decoded = decode_jpegs([data[n] for n in group], list(group.values()), device)
+            for (n, plan), pixels in zip(group.items(), decoded, strict=True):
+                finished[n] = finish(pixels, plan, self.decoder)
+        for n in range(len(self.plans)):
+            if self.plans[n] is None:
                 finished[n] = data[n].view(3, size, size).to(device, non_blocking=non_blocking)
-        return torch.stack([finished[n] for n in range(len(self.images))])
+        return torch.stack([finished[n] for n in range(len(self.plans))])
 
-    def _list_groups(self) -> list[list[int]]:
-        """Return the numbers of the JPEGs in groups that are decoded at once."""
-        groups: list[list[int]] = []
+    def _list_groups(self) -> list[dict[int, Plan]]:
+        """Return the plans of the JPEGs that are decoded at once, by number, for one group after the other."""
+        groups: list[dict[int, Plan]] = []
         pixels = GROUP_PIXELS
-        for n, image in enumerate(self.images):
-            if image.size is None:
+        for n, plan in enumerate(self.plans):
+            if plan is None:
                 continue
-            pixels += math.prod(image.size)
+            pixels += math.prod(plan.size)
             if pixels > GROUP_PIXELS:
-                groups.append([])
-                pixels = math.prod(image.size)
-            groups[-1].append(n)
+                groups.append({})
+                pixels = math.prod(plan.size)
+            groups[-1][n] = plan
         return groups
 
 
@@ -133,23 +138,21 @@ class DeviceImageDecoder(ImageDecoder):
     def __init__(self, image: ImageDecoder) -> None:
         vars(self).update(vars(image))
         if hasattr(image, "blank_item"):  # samples may lack an image
-            self.blank_item = EncodedImage(image.blank(train=True).numpy().ravel(), None)
+            self.blank_item = EncodedImage(image.blank(train=True).numpy().ravel())
 
     def __call__(self, sample: RawSample, rng: np.random.Generator, train: bool) -> Any:
         """Return an EncodedImage in training, and (3, S, S) uint8 in evaluation. Raises BadSample."""
         if not train:
             return super().__call__(sample, rng, train)
-        data = next((sample.members[e] for e in EXTENSIONS if e in sample.members), None)
-        if data is None:
-            raise MissingContent("no image", explain_missing_image(sample.members, EXTENSIONS))
+        data = get_image(sample)
         header = read_header(data, self.max_pixels)
         markers = [marker for marker, _, _ in iterate_segments(data)] if header.is_fast_jpeg else []
         if not self._is_for_device(data, header, markers):
-            return EncodedImage(self.decode_train(data, rng).contiguous().numpy().ravel(), None)
+            return EncodedImage(self.decode_train_pixels(data, header, rng).contiguous().numpy().ravel())
         if markers[-1] != _END:
             raise BadSample("image truncated", f"a JPEG of {len(data):,} bytes without its end")
         crop, changes = self.draw_crop(header, rng), self.draw_changes(rng)
-        return EncodedImage(np.frombuffer(data, np.uint8), (header.height, header.width), crop, changes, sample.key)
+        return EncodedImage(np.frombuffer(data, np.uint8), Plan((header.height, header.width), crop, changes, sample.key))
 
     def _is_for_device(self, data: bytes, header: Header, markers: Sequence[int]) -> bool:
         """Return whether an image is to be decoded on the device. markers: of its segments; [] = not a JPEG."""
@@ -165,15 +168,13 @@ class DeviceImageDecoder(ImageDecoder):
         if not isinstance(images[0], EncodedImage):
             return super().collate(images)
         data = torch.from_numpy(np.concatenate([image.data for image in images]))
-        none = np.empty(0, np.uint8)
-        described = [EncodedImage(none, image.size, image.crop, image.changes, image.key) for image in images]
         decoder = ImageDecoder(  # without what is not used there
             self.size, self.augment, self.resize, self.interpolation, self.max_pixels, self.exact, self.pad_color
         )
-        return EncodedImages(data, described, [len(image.data) for image in images], decoder), None
+        return EncodedImages(data, [image.plan for image in images], [len(image.data) for image in images], decoder), None
 
 
-def decode_jpegs(data: list[Tensor], images: list[EncodedImage], device: torch.device) -> list[Tensor]:
+def decode_jpegs(data: list[Tensor], plans: list[Plan], device: torch.device) -> list[Tensor]:
     """Decode JPEGs to (3, h, w) uint8 on `device`.
 
     One that the device does not decode is decoded on the CPU as far as possible; where that fails as well it is black. Either
@@ -181,22 +182,22 @@ def decode_jpegs(data: list[Tensor], images: list[EncodedImage], device: torch.d
 
     Args:
         data: the bytes of each, on the host.
-        images: what is known of each.
+        plans: of each.
         device: where they are decoded.
 
     Raises:
         UserError: the device decodes none, of these or at all.
     """
     check_device(device)
-    decoded = _decode_group(data, images, device)
-    if len(images) > 1 and all(isinstance(one, RuntimeError) for one in decoded):
+    decoded = _decode_group(data, plans, device)
+    if len(plans) > 1 and all(isinstance(one, RuntimeError) for one in decoded):
         raise UserError(
-            f"data.decode_on=device: torchvision decodes none of {len(images)} JPEGs on {device} ({_shorten(decoded[0])}); "
+            f"data.decode_on=device: torchvision decodes none of {len(plans)} JPEGs on {device} ({_shorten(decoded[0])}); "
             "use data.decode_on=cpu"
         )
     return [
-        _decode_damaged(one, image, device, pixels) if isinstance(pixels, RuntimeError) else pixels
-        for one, image, pixels in zip(data, images, decoded, strict=True)
+        _decode_damaged(one, plan, device, pixels) if isinstance(pixels, RuntimeError) else pixels
+        for one, plan, pixels in zip(data, plans, decoded, strict=True)
     ]
 
 
@@ -212,18 +213,16 @@ def check_device(device: torch.device) -> None:
         ) from error
 
 
-def finish(pixels: Tensor, image: EncodedImage, decoder: ImageDecoder) -> Tensor:
+def finish(pixels: Tensor, plan: Plan, decoder: ImageDecoder) -> Tensor:
     """Crop, resize and change an image (3, h, w) uint8, on its device; return (3, S, S) uint8."""
-    assert image.crop is not None
-    assert image.changes is not None
-    (top, bottom), (left, right) = image.crop.rows, image.crop.columns
+    (top, bottom), (left, right) = plan.crop.rows, plan.crop.columns
     crop = pixels[None, :, top:bottom, left:right].float()  # torch has no antialiased resize of uint8 for GPUs
-    resized = torch.nn.functional.interpolate(crop, image.crop.target, mode=decoder.interpolation, antialias=True)
+    resized = torch.nn.functional.interpolate(crop, plan.crop.target, mode=decoder.interpolation, antialias=True)
     resized = resized[0].round_().clamp_(0, 255).to(torch.uint8)
-    return image.changes.apply(decoder.pad_crop(resized, image.crop))
+    return plan.changes.apply(decoder.pad_crop(resized, plan.crop))
 
 
-def _decode_group(data: list[Tensor], images: list[EncodedImage], device: torch.device) -> list[Tensor | RuntimeError]:
+def _decode_group(data: list[Tensor], plans: list[Plan], device: torch.device) -> list[Tensor | RuntimeError]:
     """Decode JPEGs on a device; return pixels, or the error of each that it does not decode."""
     if device.type == "cuda":
         # nvJPEG writes on a stream of torchvision's own, into memory of the current one: kernels that were queued there may
@@ -231,9 +230,9 @@ def _decode_group(data: list[Tensor], images: list[EncodedImage], device: torch.
         torch.cuda.current_stream(device).synchronize()
     try:
         pixels = decode_jpeg(data, mode=ImageReadMode.RGB, device=device)
-        for one, image in zip(pixels, images, strict=True):
-            if one.shape[1:] != image.size:
-                raise RuntimeError(f"decoded to {tuple(one.shape[1:])}, not {image.size}")
+        for one, plan in zip(pixels, plans, strict=True):
+            if one.shape[1:] != plan.size:
+                raise RuntimeError(f"decoded to {tuple(one.shape[1:])}, not {plan.size}")
         return list(pixels)
     except RuntimeError as error:  # it does not say of which image
         if device.type == "cuda":
@@ -241,21 +240,20 @@ def _decode_group(data: list[Tensor], images: list[EncodedImage], device: torch.
         if len(data) == 1:
             return [error]
         half = len(data) // 2
-        return _decode_group(data[:half], images[:half], device) + _decode_group(data[half:], images[half:], device)
+        return _decode_group(data[:half], plans[:half], device) + _decode_group(data[half:], plans[half:], device)
 
 
-def _decode_damaged(data: Tensor, image: EncodedImage, device: torch.device, error: RuntimeError) -> Tensor:
+def _decode_damaged(data: Tensor, plan: Plan, device: torch.device, error: RuntimeError) -> Tensor:
     """Decode on the CPU a JPEG that the device does not decode, to (3, h, w) uint8 on `device`; see `decode_jpegs`."""
-    assert image.size is not None
     encoded = data.numpy().tobytes()
     try:
         pixels, what = simplejpeg.decode_jpeg(encoded, strict=False), "is decoded on the CPU, as far as it can be"
     except ValueError:
-        pixels, what = np.zeros((*image.size, 3), np.uint8), "cannot be decoded and is used as a black image"
+        pixels, what = np.zeros((*plan.size, 3), np.uint8), "cannot be decoded and is used as a black image"
     number = next(_damaged)
     if number < MAX_NAMED:
         more = " (further ones are not named)" if number == MAX_NAMED - 1 else ""
-        log.warning(one_safe_line(f"{image.key}: a JPEG that fails on {device} {what}: {_shorten(error)}{more}"))
+        log.warning(one_safe_line(f"{plan.key}: a JPEG that fails on {device} {what}: {_shorten(error)}{more}"))
     return torch.from_numpy(pixels).permute(2, 0, 1).to(device)
 
 

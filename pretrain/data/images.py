@@ -251,6 +251,14 @@ class Changes(NamedTuple):
 # The decoder
 
 
+def get_image(sample: RawSample) -> bytes:
+    """Return the encoded image of a sample. Raises MissingContent."""
+    data = next((sample.members[e] for e in EXTENSIONS if e in sample.members), None)
+    if data is None:
+        raise MissingContent("no image", explain_missing_image(sample.members, EXTENSIONS))
+    return data
+
+
 class ImageDecoder:
     """Decoder of the image of a sample, to (3, size, size) uint8.
 
@@ -288,9 +296,7 @@ class ImageDecoder:
 
     def __call__(self, sample: RawSample, rng: np.random.Generator, train: bool) -> torch.Tensor:
         """Decode the image of a sample to (3, size, size) uint8. Raises BadSample."""
-        data = next((sample.members[e] for e in EXTENSIONS if e in sample.members), None)
-        if data is None:
-            raise MissingContent("no image", explain_missing_image(sample.members, EXTENSIONS))
+        data = get_image(sample)
         return self.decode_train(data, rng) if train else self.decode_eval(data)
 
     def blank(self, train: bool) -> torch.Tensor:
@@ -303,7 +309,10 @@ class ImageDecoder:
 
     def decode_train(self, data: bytes, rng: np.random.Generator) -> torch.Tensor:
         """Decode to (3, size, size) uint8 with the random changes of `augment`. Raises BadSample."""
-        header = read_header(data, self.max_pixels)
+        return self.decode_train_pixels(data, read_header(data, self.max_pixels), rng)
+
+    def decode_train_pixels(self, data: bytes, header: Header, rng: np.random.Generator) -> torch.Tensor:
+        """Do the work of `decode_train` on an image whose header is read already."""
         crop, changes = self.draw_crop(header, rng), self.draw_changes(rng)
         # The crop is drawn first: its size decides how small the image may be decoded.
         f = reduction_factor(header, crop.height, crop.width, self.size)

@@ -13,12 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from pretrain.data import BadSample, MissingContent
+from pretrain.data import BadSample
 from pretrain.data.batch import Batch
 from pretrain.data.captions import SYNTHETIC, TXT, read_caption_groups, split_sources
-from pretrain.data.decode import EXTENSIONS, decode_pixels, read_header
-from pretrain.data.images import ImageDecoder
-from pretrain.data.members import explain_missing_image
+from pretrain.data.decode import decode_pixels, read_header
+from pretrain.data.images import ImageDecoder, get_image
 from pretrain.data.reinforced.augmentation import apply_augmentation, fit_box, parse_augmentation, read_augmentations
 from pretrain.data.reinforced.npz_embeddings import read_matrices
 from pretrain.data.sample_json import read_fields
@@ -52,9 +51,7 @@ class ReinforcedImageDecoder(ImageDecoder):
         """Decode to (3, size, size) uint8. Raises BadSample."""
         if not train:
             return super().__call__(sample, rng, train)
-        data = next((sample.members[e] for e in EXTENSIONS if e in sample.members), None)
-        if data is None:
-            raise MissingContent("no image", explain_missing_image(sample.members, EXTENSIONS))
+        data = get_image(sample)
         entries = read_augmentations(sample.members)
         augmentation = parse_augmentation(entries[draw_augmentation(len(entries), rng)])
         header = read_header(data, self.max_pixels)

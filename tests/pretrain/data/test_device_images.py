@@ -86,7 +86,7 @@ def test_a_crop_is_that_of_torchvision() -> None:
     data = encode(smooth(1, 300, 400), quality=95, subsampling=0)
     actual = decode(DeviceImageDecoder(image), [data])[0]
     item = DeviceImageDecoder(image)(RawSample("s/0", {"jpg": data}), np.random.default_rng([0, 0]), True)
-    (top, bottom), (left, right) = item.crop.rows, item.crop.columns
+    (top, bottom), (left, right) = item.plan.crop.rows, item.plan.crop.columns
     pixels = torch.from_numpy(np.array(Image.open(io.BytesIO(data)))).permute(2, 0, 1)
     expected = TF.resized_crop(
         pixels, top, left, bottom - top, right - left, [64, 64], TF.InterpolationMode.BICUBIC, antialias=True
@@ -176,12 +176,12 @@ def test_the_worker_finishes_what_a_device_decodes_badly() -> None:
     assert len(for_worker[2]) > MAX_BYTES
     for number, data in enumerate(for_worker):
         item = DeviceImageDecoder(image)(RawSample("s/0", {"jpg": data}), np.random.default_rng(number), True)
-        assert item.size is None
+        assert item.plan is None
         expected = image.decode_train(data, np.random.default_rng(number))
         assert torch.equal(torch.from_numpy(item.data).view(3, 32, 32), expected)
     trailer = encode(smooth(0, 64, 64)) + b"film" + START_OF_SCAN + b"film"
     item = DeviceImageDecoder(image)(RawSample("s/0", {"jpg": trailer}), np.random.default_rng(0), True)
-    assert item.size == (64, 64)
+    assert item.plan.size == (64, 64)
 
 
 def test_a_batch_is_decoded_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
